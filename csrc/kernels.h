@@ -1,0 +1,157 @@
+// The only interface between the kernels and those who call them: plain structs and functions, no
+// torch.
+//
+// One call computes, for each row of logits,
+//   loss = hard_weight * CE(student, label) + soft_weight * t^2 * D(softmax(teacher / t),
+//   softmax(student / t))
+// and, in the same pass through memory, its gradient with respect to the student's logits.
+//
+// "acc" is the compute type: float, or double when either input is fp64 (dtypes.h). Pointers marked
+// acc point to it. Rows are `stride` elements apart, classes are adjacent; any stride and any
+// alignment works.
+#pragma once
+#include <cstdint>
+
+#include "divergences.h"
+#include "dtypes.h"
+
+namespace fastkd {
+
+enum class Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2 };
+
+// The rows of `terms`, after the loss itself.
+enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kTerms };
+
+// The rows of `stats`: what one row must leave behind for its gradient to be written again, bit for
+// bit.
+enum Stat : int {
+  kStudentMax,
+  kStudentScale,
+  kHardScale,
+  kTeacherMax,
+  kTeacherScale,
+  kSlopeSum,
+  kStats
+};
+// kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
+// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is unused where it is known beforehand.
+
+struct Inputs {
+  int64_t rows = 0;
+  int64_t classes = 0;
+
+  const void* student = nullptr;  // [rows, classes]
+  int64_t student_stride = 0;
+  DType student_dtype = DType::kFloat32;
+
+  const void* teacher = nullptr;  // [rows, classes]
+  int64_t teacher_stride = 0;
+  DType teacher_dtype = DType::kFloat32;
+
+  const int64_t* labels = nullptr;        // [rows], or null: no hard term and no masked rows
+  const void* row_temperature = nullptr;  // acc [rows], or null: `temperature` for all
+  double temperature = 1.0;
+
+  double hard_weight = 0.5;
+  double soft_weight = 0.5;
+  double label_smoothing = 0.0;
+  int64_t ignore_index =
+      -100;  // rows with this label: loss, terms and gradient are zero, logits unread
+  Divergence divergence = Divergence::kForwardKL;
+};
+
+// What a forward call writes. A label that is out of range makes its row's loss and gradient NaN.
+struct ForwardArgs : Inputs {
+  void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator
+  void* terms =
+      nullptr;  // acc [kTerms, rows], or null. Entropies in nats at temperature t; agreement is 1
+                // where some class is the greatest for the teacher and for the student
+  void* stats = nullptr;  // acc [kStats, rows] followed by one more acc, the scale; or null
+  void* grad =
+      nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
+  int64_t grad_stride = 0;
+  // The gradient carries `scale` (1 / denominator). On CUDA a null `denominator` with
+  // Reduction::kMean means that the kernels count the rows that are not ignored; on the CPU the
+  // caller has counted.
+  Reduction reduction = Reduction::kMean;
+  double scale = 1.0;
+};
+
+// Writes grad = d(sum_i grad_output_i * scale * loss_i)/d student from the stats that forward left.
+struct BackwardArgs : Inputs {
+  const void* stats = nullptr;        // acc [kStats, rows] followed by the scale
+  const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`
+  bool grad_output_per_row = false;
+  void* grad = nullptr;  // [rows, classes] in the student's dtype
+  int64_t grad_stride = 0;
+};
+
+namespace cpu {
+
+// Rows longer than this are cut into segments, each with sums of its own that are merged in order:
+// this is what lets several threads share one row, and what makes the result independent of their
+// number.
+constexpr int64_t kSegment = 16384;
+
+// Sums of one segment of one row, first sweep.
+struct Statistics {
+  double student_max, student_sum, hard_sum, teacher_max, teacher_sum;
+};
+// Sums of one segment of one row, second sweep.
+struct Sums {
+  double value;           // of the divergence
+  double slope;           // of the divergence's slopes
+  double student_logits;  // sum of z - max z, for label smoothing
+  double student_entropy, teacher_entropy;
+  double agreement;  // > 0 where a class is the greatest of both
+};
+
+// One instruction set's kernels. They own no threads: the caller splits rows or segments among its
+// own.
+struct Kernels {
+  const char* name;
+  // Whole rows [begin, end).
+  void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
+  // The same in three steps, for a few long rows: scan every segment of a row; write every segment,
+  // given the row's merged statistics; then close the row. `segments` = ceil(classes / kSegment)
+  // entries each.
+  void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
+  void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row, Sums*);
+  void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
+  // Test hook: out[i] = 2^in[i], the exponential that the kernels use.
+  void (*exp2)(const float* in, float* out, int64_t count);
+};
+
+// The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.
+const Kernels& kernels();
+// Those that this processor can run, best first, null-terminated.
+const Kernels* const* available();
+// Makes kernels() return the named one; false, and no change, if it is not available.
+bool select(const char* name);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Every call returns a cudaError_t (0 is success), queues its work on `stream` of the current
+// device and never waits for it: both can be captured in a CUDA graph. All pointers are device
+// pointers.
+
+// Forward, and the reduction of its row losses and terms. `args.stats` is required, and its last
+// number receives the scale that was folded into the gradient and the total.
+//   total        acc [1], or [1 + kTerms] with `args.terms`; null for Reduction::kNone
+//   denominator  acc, one number: replaces the count of rows that are not ignored in
+//   Reduction::kMean; or null
+int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream);
+
+// `filled`: args.grad already holds the gradient for grad_output = 1, as forward wrote it. The
+// kernel reads grad_output and returns at once if it is 1. If not, 16-bit gradients are computed
+// anew from the logits (no double rounding, and no fp16 underflow before a loss scale is applied),
+// others, and gradients that overwrote the student (args.grad == args.student), are scaled.
+int backward(const BackwardArgs& args, bool filled, void* stream);
+
+const char* describe(int status);
+
+}  // namespace cuda
+}  // namespace fastkd

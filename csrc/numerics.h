@@ -1,0 +1,100 @@
+// The scalar arithmetic that the CPU and the CUDA engines share. See docs/maths.md for the
+// derivations.
+//
+// Legend, used everywhere below and in the kernels:
+//   z, w   student and teacher logits of one row        q = softmax(z / t), p = softmax(w / t)
+//   t      temperature of the row                       d = log p - log q
+//   diff   q - p, computed without cancellation         S = sum of slopes (docs/maths.md, section
+//   2)
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTKD_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FASTKD_HOST_DEVICE inline __attribute__((always_inline))
+#else
+#define FASTKD_HOST_DEVICE inline
+#endif
+
+namespace fastkd {
+// Anonymous on purpose: these functions are compiled once per instruction set, and the linker must
+// never replace a baseline copy by an AVX-512 one.
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// Below this |d| the series is used, above it the direct form (docs/maths.md, section 3).
+constexpr double kSeriesLimit = 0.25;
+
+// What a divergence sees of one class.
+template <class T>
+struct Element {
+  T p;       // teacher probability
+  T q;       // student probability
+  T d;       // log p - log q
+  T diff;    // q - p
+  T excess;  // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
+};
+
+// Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
+//   |d| <  1/4: f(d) by its series d^2 (1/2 - d/6 + d^2/24 - ...), and q - p = p (f(d) - d)
+//   |d| >= 1/4: f(d) p = p d + (q - p) directly
+// Masked classes (logits of -inf): p = 0 makes p d = 0 whatever d is, so the value is q;
+// p > 0 with q = 0 gives d = +inf and a value of +inf, and diff = -p stays finite.
+template <class T>
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d);
+
+template <>
+FASTKD_HOST_DEVICE Element<float> element(float p, float q, float d) {
+  // Truncated after d^8 / 8!: the first term left out is below 1e-9 of the sum at |d| = 1/4.
+  float s = d * -1.9841270e-4f + 1.3888889e-3f;
+  s = s * d - 8.3333333e-3f;
+  s = s * d + 4.1666667e-2f;
+  s = s * d - 1.6666667e-1f;
+  s = s * d + 0.5f;
+  const float f = d * d * s;
+  const bool small = d < static_cast<float>(kSeriesLimit) && d > -static_cast<float>(kSeriesLimit);
+  const float direct = q - p;
+  const float pd = p > 0.0f ? p * d : 0.0f;
+  return {p, q, d, small ? p * (f - d) : direct, small ? p * f : pd + direct};
+}
+
+template <>
+FASTKD_HOST_DEVICE Element<double> element(double p, double q, double d) {
+  // Truncated after d^13 / 13!: below 1e-16 of the sum at |d| = 1/4.
+  double s = 1.0 / 87178291200.0;
+  s = s * d - 1.0 / 6227020800.0;
+  s = s * d + 1.0 / 479001600.0;
+  s = s * d - 1.0 / 39916800.0;
+  s = s * d + 1.0 / 3628800.0;
+  s = s * d - 1.0 / 362880.0;
+  s = s * d + 1.0 / 40320.0;
+  s = s * d - 1.0 / 5040.0;
+  s = s * d + 1.0 / 720.0;
+  s = s * d - 1.0 / 120.0;
+  s = s * d + 1.0 / 24.0;
+  s = s * d - 1.0 / 6.0;
+  s = s * d + 0.5;
+  const double f = d * d * s;
+  const bool small = d < kSeriesLimit && d > -kSeriesLimit;
+  const double direct = q - p;
+  const double pd = p > 0.0 ? p * d : 0.0;
+  return {p, q, d, small ? p * (f - d) : direct, small ? p * f : pd + direct};
+}
+
+// weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
+template <class T>
+FASTKD_HOST_DEVICE T weighted(T weight, T value) {
+  const bool infinite = value - value != T(0) && value == value;
+  return weight == T(0) && infinite ? T(0) : weight * value;
+}
+
+// x log x with 0 log 0 = 0; the caller has log x at hand.
+template <class T>
+FASTKD_HOST_DEVICE T times_log(T x, T log_x) {
+  return x == T(0) ? T(0) : x * log_x;
+}
+
+}  // namespace
+}  // namespace fastkd
