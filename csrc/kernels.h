@@ -36,16 +36,32 @@ enum Stat : int {
 // kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
 // kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is unused where it is known beforehand.
 
+// Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
+// :-1] of a batch of sequences has one group a sequence): rows of a group are `row` elements apart,
+// groups `group`.
+struct RowStrides {
+  int64_t row = 0;
+  int64_t group = 0;
+};
+
+FASTKD_HOST_DEVICE int64_t row_offset(int64_t row, int64_t group_rows, RowStrides stride) {
+  if (row < group_rows) return row * stride.row;
+  const int64_t group = row / group_rows;
+  return group * stride.group + (row - group * group_rows) * stride.row;
+}
+
 struct Inputs {
   int64_t rows = 0;
   int64_t classes = 0;
+  int64_t group_rows =
+      0;  // rows in a group, the same for student, teacher and grad; `rows` if one group
 
   const void* student = nullptr;  // [rows, classes]
-  int64_t student_stride = 0;
+  RowStrides student_stride;
   DType student_dtype = DType::kFloat32;
 
   const void* teacher = nullptr;  // [rows, classes]
-  int64_t teacher_stride = 0;
+  RowStrides teacher_stride;
   DType teacher_dtype = DType::kFloat32;
 
   const int64_t* labels = nullptr;        // [rows], or null: no hard term and no masked rows
@@ -69,7 +85,7 @@ struct ForwardArgs : Inputs {
   void* stats = nullptr;  // acc [kStats, rows] followed by one more acc, the scale; or null
   void* grad =
       nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
-  int64_t grad_stride = 0;
+  RowStrides grad_stride;
   // The gradient carries `scale` (1 / denominator). On CUDA a null `denominator` with
   // Reduction::kMean means that the kernels count the rows that are not ignored; on the CPU the
   // caller has counted.
@@ -83,7 +99,7 @@ struct BackwardArgs : Inputs {
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`
   bool grad_output_per_row = false;
   void* grad = nullptr;  // [rows, classes] in the student's dtype
-  int64_t grad_stride = 0;
+  RowStrides grad_stride;
 };
 
 namespace cpu {
