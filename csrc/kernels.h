@@ -86,9 +86,9 @@ struct ForwardArgs : Inputs {
   void* grad =
       nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
   RowStrides grad_stride;
-  // The gradient carries `scale` (1 / denominator). On CUDA a null `denominator` with
-  // Reduction::kMean means that the kernels count the rows that are not ignored; on the CPU the
-  // caller has counted.
+  // Multiplies the gradient and, on CUDA, the totals. kNone and kSum take it as it is given, and so
+  // does kMean on the CPU, where the caller has counted the rows. On CUDA kMean takes it from
+  // `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
 };

@@ -1,0 +1,58 @@
+# `make help` lists what there is. Everything happens in .venv, which the first target to need it creates.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that a new environment gets. Any torch >= 2.10 works, also one with CUDA: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
+KERNEL_BUILD := build/kernels
+CUDA_BUILD := build/cuda
+
+.PHONY: help install demo test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)" numpy
+	$(RUN) -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	touch $@
+
+$(VENV)/installed: $(VENV)/created $(SOURCES)
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench,test,dev]"
+	touch $@
+
+install: $(VENV)/installed  ## create .venv, build fastkd and install it there
+
+demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and show what it brought
+	$(RUN) examples/digits.py
+
+test: $(VENV)/installed kernel-test  ## run every test
+	$(RUN) -m pytest
+
+kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
+	@mkdir -p build
+	@$(VENV)/bin/cmake -S . -B $(KERNEL_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=OFF -DFASTKD_WERROR=ON > $(KERNEL_BUILD).log || (cat $(KERNEL_BUILD).log; false)
+	@$(VENV)/bin/cmake --build $(KERNEL_BUILD)
+	$(VENV)/bin/ctest --test-dir $(KERNEL_BUILD) --output-on-failure
+
+bench: $(VENV)/installed  ## measure fastkd against what you would use instead
+	$(RUN) -m benchmarks
+
+lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+fmt: $(VENV)/installed  ## let ruff and clang-format rewrite the sources
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist

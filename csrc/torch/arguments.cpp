@@ -1,0 +1,147 @@
+#include "arguments.h"
+
+#include <vector>
+
+namespace fastkd::glue {
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, float16 or bfloat16");
+      return DType::kFloat32;
+  }
+}
+
+namespace {
+
+// The leading dimensions of student and teacher, merged wherever both allow it, last one first.
+struct Level {
+  int64_t size, student, teacher;
+};
+
+// At most two levels are left when the kernels can walk the rows; three mean that they cannot.
+int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) {
+  int count = 0;
+  for (int64_t dim = student.dim() - 2; dim >= 0; --dim) {
+    const int64_t size = student.size(dim);
+    if (size == 1) continue;
+    const Level next{size, student.stride(dim), teacher.stride(dim)};
+    if (count > 0) {
+      Level& last = levels[count - 1];
+      if (next.student == last.student * last.size && next.teacher == last.teacher * last.size) {
+        last.size *= size;
+        continue;
+      }
+    }
+    if (count == 2) return 3;
+    levels[count++] = next;
+  }
+  return count;
+}
+
+bool classes_adjacent(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+}
+
+void same_sizes(const Tensor& student, const Tensor& teacher) {
+  bool same = student.dim() == teacher.dim();
+  for (int64_t dim = 0; same && dim < student.dim(); ++dim)
+    same = student.size(dim) == teacher.size(dim);
+  STD_TORCH_CHECK(same, "student and teacher logits must have the same shape");
+}
+
+Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.numel() == rows, name,
+                  " must have one entry for each row of logits: ", rows, ", not ", tensor.numel());
+  return torch::stable::contiguous(tensor);
+}
+
+}  // namespace
+
+Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+             const std::optional<Tensor>& temperatures, const Options& options, bool inplace) {
+  STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
+  same_sizes(student, teacher);
+  Call call{{}, student, teacher, labels, temperatures, ScalarType::Float};
+  Inputs& in = call.inputs;
+  in.student_dtype = dtype_of(student, "student logits");
+  in.teacher_dtype = dtype_of(teacher, "teacher logits");
+  if (computes_in_double(in.student_dtype, in.teacher_dtype)) call.acc = ScalarType::Double;
+  in.classes = student.size(student.dim() - 1);
+  STD_TORCH_CHECK(in.classes > 0, "logits must have at least one class");
+  in.rows = student.numel() / in.classes;
+
+  if (!classes_adjacent(call.teacher)) call.teacher = torch::stable::contiguous(call.teacher);
+  if (!inplace && !classes_adjacent(call.student))
+    call.student = torch::stable::contiguous(call.student);
+  Level levels[3];
+  int count = merge_levels(call.student, call.teacher, levels);
+  if (count == 3 || !classes_adjacent(call.student)) {
+    call.teacher = torch::stable::contiguous(call.teacher);
+    if (!inplace) call.student = torch::stable::contiguous(call.student);
+    count = merge_levels(call.student, call.teacher, levels);
+    STD_TORCH_CHECK(count < 3 && classes_adjacent(call.student),
+                    "inplace needs student logits that are laid out row by row");
+  }
+  in.group_rows = count == 0 ? 1 : levels[0].size;
+  if (count > 0) {
+    in.student_stride.row = levels[0].student;
+    in.teacher_stride.row = levels[0].teacher;
+  }
+  if (count > 1) {
+    in.student_stride.group = levels[1].student;
+    in.teacher_stride.group = levels[1].teacher;
+  }
+  in.student = call.student.const_data_ptr();
+  in.teacher = call.teacher.const_data_ptr();
+
+  if (labels) {
+    call.labels = checked_rows(*labels, ScalarType::Long, in.rows, "labels");
+    in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
+  }
+  if (temperatures) {
+    call.temperatures = checked_rows(*temperatures, call.acc, in.rows, "temperature");
+    in.row_temperature = call.temperatures->const_data_ptr();
+  }
+  in.temperature = options.temperature;
+  in.hard_weight = labels ? options.hard_weight : 0.0;
+  in.soft_weight = options.soft_weight;
+  in.label_smoothing = options.label_smoothing;
+  in.ignore_index = options.ignore_index;
+  in.divergence = static_cast<Divergence>(options.divergence);
+  return call;
+}
+
+RowStrides strides_of(const Tensor& tensor, const Call& call) {
+  if (tensor.const_data_ptr() == call.inputs.student) return call.inputs.student_stride;
+  const int64_t classes = call.inputs.classes;  // contiguous
+  return {classes, classes * call.inputs.group_rows};
+}
+
+Tensor empty_out(const Call& call, bool terms, bool per_row) {
+  std::vector<int64_t> shape;
+  if (terms) shape.push_back(1 + kTerms);
+  if (per_row) shape.push_back(call.inputs.rows);
+  return torch::stable::new_empty(call.student, shape, call.acc);
+}
+
+Tensor empty_stats(const Call& call) {
+  return torch::stable::new_empty(call.student, {kStats * call.inputs.rows + 1}, call.acc);
+}
+
+Tensor empty_grad(const Call& call) {
+  return torch::stable::new_empty(call.student, call.student.sizes());
+}
+
+Tensor nothing(const Call& call) { return torch::stable::new_empty(call.student, {0}, call.acc); }
+
+}  // namespace fastkd::glue

@@ -1,0 +1,160 @@
+// The ops on CPU tensors: counts rows, splits the work among torch's threads, sums the row losses
+// in order.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "backends.h"
+
+namespace fastkd::glue {
+namespace {
+
+// Below this many classes of work in all, a second thread costs more than it brings.
+constexpr int64_t kGrain = 16384;
+
+double number(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double
+             ? *static_cast<const double*>(tensor.const_data_ptr())
+             : static_cast<double>(*static_cast<const float*>(tensor.const_data_ptr()));
+}
+
+int64_t grain_rows(const Inputs& inputs) { return std::max<int64_t>(1, kGrain / inputs.classes); }
+
+// Checks what only the data can tell, before anything is written; returns the number of rows that
+// count.
+int64_t count_rows(const Call& call) {
+  const Inputs& in = call.inputs;
+  if (in.row_temperature) {
+    for (int64_t row = 0; row < in.rows; ++row) {
+      const double t = call.acc == ScalarType::Double
+                           ? static_cast<const double*>(in.row_temperature)[row]
+                           : static_cast<const float*>(in.row_temperature)[row];
+      STD_TORCH_CHECK(t > 0 && std::isfinite(t), "temperature must be positive and finite; row ",
+                      row, " has ", t);
+    }
+  }
+  if (!in.labels) return in.rows;
+  int64_t count = 0;
+  for (int64_t row = 0; row < in.rows; ++row) {
+    const int64_t label = in.labels[row];
+    if (label == in.ignore_index) continue;
+    STD_TORCH_CHECK(label >= 0 && label < in.classes, "labels must be in [0, ", in.classes,
+                    ") or ignore_index=", in.ignore_index, "; row ", row, " has ", label);
+    ++count;
+  }
+  return count;
+}
+
+// Few long rows: all threads share each of the last rows, segment by segment.
+void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
+                   int64_t end) {
+  const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
+  std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
+  std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
+  for (int64_t row = begin; row < end; ++row) {
+    torch::stable::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) {
+      for (int64_t segment = first; segment < last; ++segment)
+        kernels.scan(args, row, segment, &statistics[static_cast<size_t>(segment)]);
+    });
+    torch::stable::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) {
+      for (int64_t segment = first; segment < last; ++segment)
+        kernels.write(args, row, segment, statistics.data(), &sums[static_cast<size_t>(segment)]);
+    });
+    kernels.close(args, row, statistics.data(), sums.data());
+  }
+}
+
+void run_forward(const ForwardArgs& args) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const int64_t threads = torch::stable::get_num_threads();
+  // Every thread gets the same number of whole rows. What is left over is shared segment by segment
+  // where that ends sooner than giving one more row to some of the threads.
+  const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
+  const int64_t rest = args.rows % threads;
+  const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
+  torch::stable::parallel_for(0, whole, grain_rows(args), [&](int64_t begin, int64_t end) {
+    kernels.forward(args, begin, end);
+  });
+  forward_split(kernels, args, whole, args.rows);
+}
+
+template <class T>
+double ordered_sum(const T* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+void multiply_(const Tensor& self, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
+                                    torch::stable::detail::from(factor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+}
+
+double divisor(const Reducing& reducing, int64_t count) {
+  if (reducing.reduction != Reduction::kMean) return 1.0;
+  if (reducing.denominator) return number(*reducing.denominator);
+  if (reducing.normalizer > 0) return reducing.normalizer;
+  return static_cast<double>(count > 0 ? count : 1);
+}
+
+}  // namespace
+
+ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool terms, bool with_stats,
+                           const Tensor* grad) {
+  ForwardArgs args;
+  static_cast<Inputs&>(args) = call.inputs;
+  const int64_t rows = args.rows;
+  args.scale = 1.0 / divisor(reducing, count_rows(call));
+  args.reduction = reducing.reduction;
+  const bool per_row = reducing.reduction == Reduction::kNone;
+  ForwardResult result{empty_out(call, terms, per_row),
+                       with_stats ? empty_stats(call) : nothing(call)};
+  const Tensor values = per_row ? result.out : empty_out(call, terms, true);
+  args.loss = values.mutable_data_ptr();
+  if (terms) args.terms = static_cast<char*>(args.loss) + rows * acc_size(call);
+  if (with_stats) args.stats = result.stats.mutable_data_ptr();
+  if (grad) {
+    args.grad = grad->mutable_data_ptr();
+    args.grad_stride = strides_of(*grad, call);
+  }
+  run_forward(args);
+  const auto finish = [&](auto zero) {
+    using T = decltype(zero);
+    if (with_stats) static_cast<T*>(args.stats)[kStats * rows] = static_cast<T>(args.scale);
+    if (per_row) return;
+    T* out = static_cast<T*>(result.out.mutable_data_ptr());
+    for (int field = 0; field < (terms ? 1 + kTerms : 1); ++field)
+      out[field] = static_cast<T>(
+          ordered_sum(static_cast<const T*>(args.loss) + field * rows, rows) * args.scale);
+  };
+  call.acc == ScalarType::Double ? finish(0.0) : finish(0.0f);
+  return result;
+}
+
+void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
+                   const Tensor& grad, bool filled) {
+  if (filled) {
+    if (number(grad_output) == 1.0) return;
+    // 16-bit gradients are computed anew instead: scaling them would round twice, and cannot bring
+    // back what had underflowed in fp16 before a loss scale was applied.
+    if (size_of(call.inputs.student_dtype) > 2 || grad.const_data_ptr() == call.inputs.student)
+      return multiply_(grad, grad_output);
+  }
+  BackwardArgs args;
+  static_cast<Inputs&>(args) = call.inputs;
+  args.stats = stats.const_data_ptr();
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_stride = strides_of(grad, call);
+  const cpu::Kernels& kernels = cpu::kernels();
+  torch::stable::parallel_for(0, args.rows, grain_rows(args), [&](int64_t begin, int64_t end) {
+    kernels.backward(args, begin, end);
+  });
+}
+
+}  // namespace fastkd::glue

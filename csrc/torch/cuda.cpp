@@ -1,0 +1,69 @@
+// The ops on CUDA tensors. Nothing here waits for the device: what depends on data is left to the
+// kernels.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "backends.h"
+
+// Resolved at run time through libtorch.so; null where torch is a CPU build, so that one binary
+// serves both.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastkd::glue {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+void check(int status) {
+  STD_TORCH_CHECK(status == 0, "fastkd's CUDA kernel failed to launch: ", cuda::describe(status));
+}
+
+}  // namespace
+
+ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool terms,
+                            bool /*with_stats*/, const Tensor* grad) {
+  const DeviceGuard guard(call.student.get_device_index());
+  ForwardArgs args;
+  static_cast<Inputs&>(args) = call.inputs;
+  args.reduction = reducing.reduction;
+  if (args.reduction == Reduction::kMean && !reducing.denominator && reducing.normalizer > 0) {
+    args.reduction = Reduction::kSum;
+    args.scale = 1.0 / reducing.normalizer;
+  }
+  const bool per_row = args.reduction == Reduction::kNone;
+  ForwardResult result{empty_out(call, terms, per_row), empty_stats(call)};
+  const Tensor values = per_row ? result.out : empty_out(call, terms, true);
+  args.loss = values.mutable_data_ptr();
+  if (terms) args.terms = static_cast<char*>(args.loss) + args.rows * acc_size(call);
+  args.stats = result.stats.mutable_data_ptr();
+  if (grad) {
+    args.grad = grad->mutable_data_ptr();
+    args.grad_stride = strides_of(*grad, call);
+  }
+  check(cuda::forward(args, per_row ? nullptr : result.out.mutable_data_ptr(),
+                      reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr,
+                      current_stream(call.student)));
+  return result;
+}
+
+void Cuda::backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
+                    const Tensor& grad, bool filled) {
+  const DeviceGuard guard(call.student.get_device_index());
+  BackwardArgs args;
+  static_cast<Inputs&>(args) = call.inputs;
+  args.stats = stats.const_data_ptr();
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_stride = strides_of(grad, call);
+  check(cuda::backward(args, filled, current_stream(call.student)));
+}
+
+}  // namespace fastkd::glue

@@ -1,0 +1,22 @@
+"""fastkd: knowledge distillation's loss in one fused pass, on CPUs and GPUs.
+
+>>> import torch, fastkd
+>>> student = torch.randn(8, 10, requires_grad=True)
+>>> fastkd.loss(student, torch.randn(8, 10), torch.randint(10, (8,)), temperature=2.0, alpha=0.5).backward()
+"""
+
+from fastkd._C import version as __version__
+from fastkd.checks import check_inputs, check_logits
+from fastkd.losses import KDLoss, divergences, loss, terms
+from fastkd.reference import Terms
+
+__all__ = [
+    "KDLoss",
+    "Terms",
+    "__version__",
+    "check_inputs",
+    "check_logits",
+    "divergences",
+    "loss",
+    "terms",
+]

@@ -1,0 +1,270 @@
+"""The native ops: loading them, their shapes for tracing, and their derivatives.
+
+``apply`` is the one way in. It runs the fused kernel where there is one, and :mod:`fastkd.reference` under
+function transforms and on devices without kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from fastkd import reference
+
+try:
+    from fastkd import _C
+except ImportError as error:  # pragma: no cover - needs a broken installation
+    raise ImportError(
+        f"fastkd's native library could not be loaded ({error}). It needs torch >= 2.10 (this is "
+        f"{torch.__version__}); if it was built for another Python, run `pip install --force-reinstall fastkd`."
+    ) from error
+
+REDUCTIONS = ("none", "sum", "mean")
+DIVERGENCES: tuple[str, ...] = _C.divergences
+_TERMS = len(reference.Terms._fields)
+_STATS = 6
+
+_loss = torch.ops.fastkd.loss.default
+_loss_ = torch.ops.fastkd.loss_.default
+_loss_backward_ = torch.ops.fastkd.loss_backward_.default
+
+
+class Settings(NamedTuple):
+    """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
+
+    temperature: float
+    hard_weight: float
+    soft_weight: float
+    label_smoothing: float
+    ignore_index: int
+    divergence: int
+    reduction: int
+    normalizer: float
+    with_terms: bool
+
+
+# ---- shapes for FakeTensor, meta and torch.compile
+
+
+def _acc(student: Tensor, teacher: Tensor) -> torch.dtype:
+    double = student.dtype == torch.float64 or teacher.dtype == torch.float64
+    return torch.float64 if double else torch.float32
+
+
+def _fake_out(student: Tensor, teacher: Tensor, reduction: int, with_terms: bool) -> Tensor:
+    shape = [_TERMS] if with_terms else []
+    if REDUCTIONS[reduction] == "none":
+        shape.append(student.numel() // student.shape[-1])
+    return student.new_empty(shape, dtype=_acc(student, teacher))
+
+
+def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
+    rows = student.numel() // student.shape[-1]
+    return student.new_empty([_STATS * rows + 1], dtype=_acc(student, teacher))
+
+
+@torch.library.register_fake("fastkd::loss")
+def _(
+    student: Tensor, teacher: Tensor, labels: Any, temperatures: Any, denominator: Any, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, _, with_terms, with_grad = settings
+    out = _fake_out(student, teacher, reduction, with_terms)
+    nothing = student.new_empty([0], dtype=out.dtype)
+    filled = with_grad and REDUCTIONS[reduction] != "none"
+    grad = student.new_empty(student.shape) if filled else nothing
+    needs_stats = with_grad or student.device.type == "cuda"
+    return out, grad, _fake_stats(student, teacher) if needs_stats else nothing.clone()
+
+
+@torch.library.register_fake("fastkd::loss_")
+def _(
+    student: Tensor, teacher: Tensor, labels: Any, temperatures: Any, denominator: Any, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_terms = settings
+    return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
+
+
+@torch.library.register_fake("fastkd::loss_backward_")
+def _(grad: Tensor, *_: Any) -> None:
+    return None
+
+
+# ---- derivatives
+
+
+class _Context(FunctionCtx):
+    """What a forward call leaves for backward."""
+
+    saved_tensors: tuple[Any, ...]
+    settings: Settings
+    grad: Tensor | None
+    spent: bool
+
+
+class _Loss(torch.autograd.Function):
+    """The op, whose forward pass has written the gradient already unless the reduction is "none"."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: _Context,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        temperatures: Tensor | None,
+        denominator: Tensor | None,
+        settings: Settings,
+    ) -> Tensor:
+        out, grad, stats = _loss(student, teacher, labels, temperatures, denominator, *settings, True)
+        ctx.settings = settings
+        ctx.spent = False
+        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, grad, stats)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: _Context, grad_output: Tensor) -> Any:  # type: ignore[override]
+        student, teacher, labels, temperatures, denominator, grad, stats = ctx.saved_tensors
+        settings = ctx.settings
+        if torch.is_grad_enabled():  # create_graph=True: this gradient will be differentiated in turn
+            out = _reference(student, teacher, labels, temperatures, denominator, settings)
+            (result,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+            return result, None, None, None, None, None
+        if settings.with_terms:
+            grad_output = grad_output[0]  # the other terms carry no gradient
+        filled = REDUCTIONS[settings.reduction] != "none"
+        if torch.compiler.is_compiling() and filled:
+            return (grad * grad_output).to(student.dtype), None, None, None, None, None
+        if ctx.spent or not filled:
+            # With retain_graph=True the first call gave its buffer away; it may not be scaled again.
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            filled = False
+        ctx.spent = True
+        _loss_backward_(
+            grad, grad_output.contiguous(), stats, student, teacher, labels, temperatures, *settings[:6], filled
+        )
+        return grad, None, None, None, None, None
+
+
+class _InplaceLoss(torch.autograd.Function):
+    """The op that writes the gradient over the student's logits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: _Context,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        temperatures: Tensor | None,
+        denominator: Tensor | None,
+        settings: Settings,
+    ) -> Tensor:
+        out, stats = _loss_(student, teacher, labels, temperatures, denominator, *settings)
+        torch.autograd.graph.increment_version(student)
+        ctx.settings = settings
+        ctx.grad = student.detach()
+        ctx.save_for_backward(teacher, labels, temperatures, stats)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: _Context, grad_output: Tensor) -> Any:  # type: ignore[override]
+        teacher, labels, temperatures, stats = ctx.saved_tensors
+        grad, ctx.grad = ctx.grad, None
+        if torch.is_grad_enabled() or grad is None:
+            raise RuntimeError(
+                "the logits were overwritten by their gradient (inplace=True), so it can be had once: for second "
+                "derivatives or a second backward pass call fastkd with inplace=False"
+            )
+        if ctx.settings.with_terms:
+            grad_output = grad_output[0]
+        _loss_backward_(
+            grad, grad_output.contiguous(), stats, grad, teacher, labels, temperatures, *ctx.settings[:6], True
+        )
+        return grad, None, None, None, None, None
+
+
+# ---- the way in
+
+
+def apply(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Tensor | None,
+    denominator: Tensor | None,
+    settings: Settings,
+    inplace: bool,
+) -> Tensor:
+    """Runs the op on checked arguments; the result has the shapes that csrc/torch/library.cpp gives."""
+    if not _has_kernels(student.device.type) or _is_transformed():
+        return _reference(student, teacher, labels, temperatures, denominator, settings)
+    arguments = (student, teacher, labels, temperatures, denominator, settings)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        out, _, _ = _loss(*arguments[:5], *settings, False)
+    elif inplace and not torch.compiler.is_compiling():
+        out = _InplaceLoss.apply(*arguments)
+    else:
+        out = _Loss.apply(*arguments)
+    return out  # type: ignore[no-any-return]
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+@functools.cache
+def _has_kernels(device_type: str) -> bool:
+    if device_type in ("cpu", "meta") or (device_type == "cuda" and _C.cuda_architectures):
+        return True
+    how = (
+        "install fastkd where nvcc and a CUDA build of torch are found (`python -m fastkd info` tells)"
+        if device_type == "cuda"
+        else "move the logits to a CPU or CUDA device"
+    )
+    warnings.warn(
+        f"this build of fastkd has no {device_type} kernels: plain PyTorch operations are used instead, which are "
+        f"slower and take more memory. To get the kernels, {how}.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def _reference(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Tensor | None,
+    denominator: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """The same result by differentiable PyTorch operations."""
+    temperature: float | Tensor = settings.temperature
+    if temperatures is not None:
+        temperature = temperatures.reshape(student.shape[:-1])
+    normalizer: float | Tensor | None = denominator if denominator is not None else settings.normalizer or None
+    terms = reference.terms(
+        student,
+        teacher,
+        labels,
+        temperature=temperature,
+        hard_weight=settings.hard_weight,
+        soft_weight=settings.soft_weight,
+        label_smoothing=settings.label_smoothing,
+        ignore_index=settings.ignore_index,
+        reduction=REDUCTIONS[settings.reduction],
+        normalizer=normalizer,
+        divergence=DIVERGENCES[settings.divergence],
+    )
+    if REDUCTIONS[settings.reduction] == "none":
+        terms = reference.Terms(*(term.flatten() for term in terms))
+    return torch.stack(terms) if settings.with_terms else terms.loss
