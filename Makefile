@@ -54,5 +54,12 @@ fmt: $(VENV)/installed  ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
+cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architecture; fails on register spills
+	@mkdir -p build
+	@$(VENV)/bin/cmake -S . -B $(CUDA_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=ON -DFASTKD_WERROR=ON > $(CUDA_BUILD).log || (cat $(CUDA_BUILD).log; false)
+	@$(VENV)/bin/cmake --build $(CUDA_BUILD) --clean-first > $(CUDA_BUILD).log 2>&1 || (cat $(CUDA_BUILD).log; false)
+	$(RUN) tests/kernels/ptxas_table.py $(CUDA_BUILD).log
+
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist

@@ -3,6 +3,7 @@
 // included.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -43,9 +44,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = FASTKD_COMPILER;
   m.attr("cuda_architectures") = FASTKD_CUDA_ARCHITECTURES;  // "" without CUDA kernels
   m.attr("segment") = fastkd::cpu::kSegment;
-  std::vector<std::string> divergences;
-  for (const char* name : fastkd::kDivergenceNames) divergences.emplace_back(name);
-  m.attr("divergences") = py::tuple(py::cast(divergences));
+  py::list divergences;
+  for (const char* name : fastkd::kDivergenceNames) divergences.append(name);
+  m.attr("divergences") = py::tuple(divergences);
   m.def("isa", [] { return std::string(fastkd::cpu::kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));

@@ -5,6 +5,8 @@
 >>> fastkd.loss(student, torch.randn(8, 10), torch.randint(10, (8,)), temperature=2.0, alpha=0.5).backward()
 """
 
+import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
+
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.losses import KDLoss, divergences, loss, terms

@@ -1,0 +1,79 @@
+// Which of the compiled kernels this processor runs, and which of those is used.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace fastkd::cpu {
+
+namespace baseline {
+Kernels make_kernels(const char* name);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+Kernels make_kernels(const char* name);
+}
+namespace avx512 {
+Kernels make_kernels(const char* name);
+}
+#endif
+
+namespace {
+
+struct Registry {
+  Kernels kernels[4] = {};
+  const Kernels* best_first[5] = {};
+  int count = 0;
+  std::atomic<const Kernels*> chosen{nullptr};
+
+  void add(const Kernels& k) {
+    kernels[count] = k;
+    best_first[count] = &kernels[count];
+    ++count;
+  }
+
+  const Kernels* find(const char* name) const {
+    for (int i = 0; i < count; ++i) {
+      if (std::strcmp(kernels[i].name, name) == 0) return &kernels[i];
+    }
+    return nullptr;
+  }
+
+  // A make_kernels() is only called where its instructions exist: its own code may use them.
+  Registry() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      add(avx512::make_kernels("avx512"));
+    }
+    if (has_avx2) add(avx2::make_kernels("avx2"));
+#endif
+    add(baseline::make_kernels("default"));
+    const char* wanted = std::getenv("FASTKD_CPU_CAPABILITY");
+    const Kernels* named = wanted != nullptr ? find(wanted) : nullptr;
+    chosen = named != nullptr ? named : &kernels[0];
+  }
+};
+
+Registry& registry() {
+  static Registry instance;
+  return instance;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *registry().chosen.load(std::memory_order_relaxed); }
+
+const Kernels* const* available() { return registry().best_first; }
+
+bool select(const char* name) {
+  const Kernels* named = registry().find(name);
+  if (named != nullptr) registry().chosen.store(named, std::memory_order_relaxed);
+  return named != nullptr;
+}
+
+}  // namespace fastkd::cpu

@@ -1,0 +1,147 @@
+// How logits are stored, and the copies between that and what the loops of blocks.h read.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../dtypes.h"
+#include "exponential.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FASTKD_HOST_DEVICE float widen(float x) { return x; }
+FASTKD_HOST_DEVICE double widen(double x) { return x; }
+FASTKD_HOST_DEVICE float widen(BFloat16 x) {
+  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+FASTKD_HOST_DEVICE float widen(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // The exponent's bias is mended by a product, which also normalises fp16's subnormals.
+  const float scaled = bits_as<float>(magnitude << 13) * 5.192296858534828e33f;  // 2^112
+  const uint32_t finite = bits_as<uint32_t>(scaled);
+  const uint32_t result = magnitude >= 0x7c00u ? (finite | 0x7f800000u) : finite;
+  return bits_as<float>(result | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+// Rounded to the nearest, ties to even.
+template <class S, class T>
+S narrow(T x);
+template <>
+FASTKD_HOST_DEVICE float narrow(float x) {
+  return x;
+}
+template <>
+FASTKD_HOST_DEVICE double narrow(double x) {
+  return x;
+}
+template <>
+FASTKD_HOST_DEVICE float narrow(double x) {
+  return static_cast<float>(x);
+}
+template <>
+FASTKD_HOST_DEVICE double narrow(float x) {
+  return x;
+}
+template <>
+FASTKD_HOST_DEVICE BFloat16 narrow(float x) {
+  // A NaN's payload could overflow here; rows with NaN never come here, they are filled.
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+FASTKD_HOST_DEVICE Float16 narrow(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the sum with 1/2 leaves the rounded subnormal in the low bits.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t result = magnitude >= 0x47800000u ? special : finite;
+  return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u))};
+}
+// fp64 gradients of 16-bit students (fp64 teacher): through fp32, forced to odd so that rounding
+// twice does no harm.
+FASTKD_HOST_DEVICE float round_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  const uint32_t bits = bits_as<uint32_t>(nearest);
+  const double back = nearest;
+  if (back == x || x != x || (bits & 0x7f800000u) == 0x7f800000u) return nearest;
+  const bool away = (back > x) == (x > 0);  // |nearest| > |x|
+  return bits_as<float>((away ? bits - 1u : bits) | 1u);
+}
+template <>
+FASTKD_HOST_DEVICE BFloat16 narrow(double x) {
+  return narrow<BFloat16>(round_to_odd(x));
+}
+template <>
+FASTKD_HOST_DEVICE Float16 narrow(double x) {
+  return narrow<Float16>(round_to_odd(x));
+}
+
+// Calls fn with a value of the type that `dtype` names.
+template <class Fn>
+FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return fn(float{});
+    case DType::kFloat64:
+      return fn(double{});
+    case DType::kFloat16:
+      return fn(Float16{});
+    case DType::kBFloat16:
+      return fn(BFloat16{});
+  }
+}
+
+// Reads `count` numbers of any type.
+template <class T>
+void read(const void* from, DType dtype, int64_t count, T* to) {
+  with_type(dtype, [=](auto type) {
+    const auto* source = static_cast<const decltype(type)*>(from);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(widen(source[i]));
+  });
+}
+
+template <class T>
+void write(const T* from, DType dtype, int64_t count, void* to) {
+  with_type(dtype, [=](auto type) {
+    using S = decltype(type);
+    auto* target = static_cast<S*>(to);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) target[i] = narrow<S>(from[i]);
+  });
+}
+
+// bf16 blocks are only ever copied from and to bf16.
+inline void read(const void* from, DType, int64_t count, BFloat16* to) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
+}
+inline void write(const BFloat16* from, DType, int64_t count, void* to) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
+}
+
+template <class T>
+T read_one(const void* base, DType dtype, int64_t index) {
+  T value{};
+  with_type(dtype, [&](auto type) {
+    value = static_cast<T>(widen(static_cast<const decltype(type)*>(base)[index]));
+  });
+  return value;
+}
+
+inline const void* at(const void* base, DType dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * size_of(dtype);
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA

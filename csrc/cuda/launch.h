@@ -1,0 +1,63 @@
+// Between launch.cu, which decides, and the kernels' files, which launch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "plan.h"
+#include "row.cuh"
+
+namespace fastkd::cuda {
+
+cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+// One CTA: leaves the scale in `stats`, for calls with too many labels to count in passing.
+cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
+// Adds up `total` from the row losses and the scale in `stats`.
+cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
+cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
+
+// A launch with its attributes; the arguments must be exactly the kernel's.
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+
+  Launch(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+  }
+  void cluster(int size) {
+    if (size <= 1) return;
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = static_cast<unsigned>(size);
+    a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+  // The kernel may start while its predecessor ends: it must call wait_for_previous_kernel().
+  void overlap() {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  template <class... Parameters>
+  cudaError_t operator()(void (*kernel)(Parameters...), const Parameters&... arguments) {
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+};
+
+// The device that is current, asked once per device.
+struct Device {
+  int ordinal = 0;
+  int processors = 0;
+  int shared_per_block = 0;
+  int major = 0;
+  DeviceLimits limits() const {
+    return {processors, shared_per_block, major >= 9 ? 16 : 1};
+  }
+};
+cudaError_t current_device(Device& device);
+
+}  // namespace fastkd::cuda

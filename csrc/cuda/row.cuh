@@ -1,0 +1,397 @@
+// The arithmetic of one row, shared by every kernel that writes a gradient: the statistics of the
+// first sweep, what the second sweep needs of them, and what is left behind when a row is closed.
+// Derivations: docs/maths.md. Letters: numerics.h.
+#pragma once
+#include "../kernels.h"
+#include "device.cuh"
+
+namespace fastkd::cuda {
+
+// Where the kernels find the scale that is folded into the gradient and the total.
+enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
+
+// A forward call as the kernels see it.
+struct ForwardCall {
+  ForwardArgs args;
+  const void* denominator = nullptr;  // acc, one number
+  void* total = nullptr;              // acc [1] or [1 + kTerms], or null
+  ScaleSource scale_source = ScaleSource::kArgument;
+  bool finish_inside = false;  // the grid is one cluster, which also writes the total
+};
+
+enum class RowKind : int32_t { kReal, kIgnored, kBad };
+
+__device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
+  if (in.labels == nullptr) return RowKind::kReal;
+  if (label == in.ignore_index) return RowKind::kIgnored;
+  return label < 0 || label >= in.classes ? RowKind::kBad : RowKind::kReal;
+}
+// What loss and gradient of a row that is not real are filled with.
+__device__ __forceinline__ float fill_value(RowKind kind) {
+  return kind == RowKind::kIgnored ? 0.0f : __int_as_float(0x7fc00000);
+}
+__device__ __forceinline__ int64_t label_of(const Inputs& in, int64_t row) {
+  return in.labels == nullptr ? -1 : in.labels[row];
+}
+
+// The temperature of a row. `power`: softmax(z) is the power-th power of softmax(z / t) up to its
+// scale, which saves the third exponential; 0 where it is none of 1, 2, 3, 4. Without labels there
+// is no hard term, and 1 costs least.
+template <class A>
+struct Temperature {
+  A t, inverse;
+  A slope;  // log2(e) / t
+  int power;
+};
+template <class A>
+__device__ __forceinline__ Temperature<A> temperature_of(const Inputs& in, int64_t row) {
+  Temperature<A> r;
+  r.t = in.row_temperature == nullptr ? static_cast<A>(in.temperature)
+                                      : static_cast<const A*>(in.row_temperature)[row];
+  r.inverse = A(1) / r.t;
+  r.slope = static_cast<A>(kLog2E) / r.t;
+  const bool whole = r.t == A(1) || r.t == A(2) || r.t == A(3) || r.t == A(4);
+  r.power = in.labels == nullptr ? 1 : whole ? static_cast<int>(r.t) : 0;
+  return r;
+}
+
+// kPower as a template argument: 1, 2, kThreeOrFour (`four` tells which), or 0 for "by its own
+// exponential". Four copies of the hot loops; 3 and 4 share one.
+constexpr int kThreeOrFour = 3;
+constexpr int kAtRunTime = -1;  // all of them in one copy, for kernels that are not bound by issue
+
+// e = 2^(slope * x), raised such that it is 2^(log2(e) x).
+template <int kPower, class A>
+__device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
+  if (kPower == 1) return e;
+  if (kPower == 2) return e * e;
+  if (kPower == kThreeOrFour) return e * e * (power == 4 ? e * e : e);
+  if (kPower == 0) return exp2_of(x_times_log2e);
+  if (power == 0) return exp2_of(x_times_log2e);
+  const A squared = power >= 2 ? e * e : e;
+  return power >= 3 ? squared * (power == 4 ? squared : e) : squared;
+}
+
+// Calls fn with the power as a constant.
+template <int kPower>
+struct PowerConstant {
+  static constexpr int value = kPower;
+};
+template <class Fn>
+__device__ __forceinline__ void with_power(int power, Fn&& fn) {
+  if (power == 2) {
+    fn(PowerConstant<2>());
+  } else if (power == 1) {
+    fn(PowerConstant<1>());
+  } else if (power == 0) {
+    fn(PowerConstant<0>());
+  } else {
+    fn(PowerConstant<kThreeOrFour>());
+  }
+}
+
+// Running sums of the first sweep. The maxima begin at a finite number: no exponent ever becomes
+// inf - inf, a row without any logit above it has the sum 0, and with it NaN results.
+constexpr float kLowest = -1e30f;
+template <class A>
+struct Statistics {
+  A student_max = A(kLowest), student_sum = 0, hard_sum = 0;
+  A teacher_max = A(kLowest), teacher_sum = 0;
+
+  // Makes (s, t) part of the maxima.
+  __device__ __forceinline__ void raise(A s, A t, A slope) {
+    if (s > student_max) {
+      student_sum *= exp2_of((student_max - s) * slope);
+      hard_sum *= exp2_of((student_max - s) * A(kLog2E));
+      student_max = s;
+    }
+    if (t > teacher_max) {
+      teacher_sum *= exp2_of((teacher_max - t) * slope);
+      teacher_max = t;
+    }
+  }
+  // One class, not above the maxima.
+  template <int kPower>
+  __device__ __forceinline__ void add(A z, A w, const Temperature<A>& t) {
+    const A e = exp2_of(fma_of(z, t.slope, -student_max * t.slope));
+    student_sum += e;
+    hard_sum += power_of<kPower>(
+        e, kPower > 0 ? A(0) : fma_of(z, A(kLog2E), -student_max * A(kLog2E)), t.power);
+    teacher_sum += exp2_of(fma_of(w, t.slope, -teacher_max * t.slope));
+  }
+  // All lanes of a group get the statistics of the group.
+  template <int kLanes = 32>
+  __device__ __forceinline__ void merge_lanes(A slope) {
+    const A s = lanes_max<kLanes>(student_max), t = lanes_max<kLanes>(teacher_max);
+    raise(s, t, slope);
+    student_sum = lanes_sum<kLanes>(student_sum);
+    hard_sum = lanes_sum<kLanes>(hard_sum);
+    teacher_sum = lanes_sum<kLanes>(teacher_sum);
+  }
+};
+
+// Running sums of the second sweep.
+template <class A>
+struct Sums {
+  A value = 0;
+  A logits = 0;  // of z - max z
+  A student_entropy = 0, teacher_entropy = 0;
+  A agreement = 0;
+
+  template <int kLanes, bool kExtra>
+  __device__ __forceinline__ void merge_lanes() {
+    value = lanes_sum<kLanes>(value);
+    if (!kExtra) return;
+    logits = lanes_sum<kLanes>(logits);
+    student_entropy = lanes_sum<kLanes>(student_entropy);
+    teacher_entropy = lanes_sum<kLanes>(teacher_entropy);
+    agreement = lanes_max<kLanes>(agreement);
+  }
+  __device__ __forceinline__ void add(const Sums& other) {
+    value += other.value;
+    logits += other.logits;
+    student_entropy += other.student_entropy;
+    teacher_entropy += other.teacher_entropy;
+    agreement = max_of(agreement, other.agreement);
+  }
+};
+
+// What is left of the first sweep when it is done: the row's entry in `stats`.
+template <class A>
+struct RowStats {
+  A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
+
+  RowStats() = default;
+  __device__ __forceinline__ explicit RowStats(const Statistics<A>& s)
+      : student_max(s.student_max),
+        student_scale(A(1) / s.student_sum),
+        hard_scale(A(1) / s.hard_sum),
+        teacher_max(s.teacher_max),
+        teacher_scale(A(1) / s.teacher_sum) {}
+
+  __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row) const {
+    stats[kStudentMax * rows + row] = student_max;
+    stats[kStudentScale * rows + row] = student_scale;
+    stats[kHardScale * rows + row] = hard_scale;
+    stats[kTeacherMax * rows + row] = teacher_max;
+    stats[kTeacherScale * rows + row] = teacher_scale;
+    stats[kSlopeSum * rows + row] = A(0);
+  }
+  __device__ __forceinline__ void load(const A* stats, int64_t rows, int64_t row) {
+    student_max = stats[kStudentMax * rows + row];
+    student_scale = stats[kStudentScale * rows + row];
+    hard_scale = stats[kHardScale * rows + row];
+    teacher_max = stats[kTeacherMax * rows + row];
+    teacher_scale = stats[kTeacherScale * rows + row];
+  }
+};
+
+// element() of numerics.h with one term less: a polynomial of degree 4 that interpolates
+// f(d) / d^2 at the Chebyshev nodes of |d| < 1/4, where it is off by 3e-8 of the value.
+__device__ __forceinline__ Element<float> device_element(float p, float q, float d) {
+  float s = fmaf(d, 1.390827859e-3f, -8.348847788e-3f);
+  s = fmaf(s, d, 4.166663636e-2f);
+  s = fmaf(s, d, -1.666664242e-1f);
+  s = fmaf(s, d, 0.5f);
+  const float f = d * d * s;
+  const bool small = fabsf(d) < static_cast<float>(kSeriesLimit);
+  const float direct = q - p;
+  const float pd = p > 0.0f ? p * d : 0.0f;
+  return {p, q, d, small ? p * (f - d) : direct, small ? p * f : pd + direct};
+}
+__device__ __forceinline__ Element<double> device_element(double p, double q, double d) {
+  return element(p, q, d);
+}
+
+// What the second sweep needs of a row, and the sweep's one step. kFold: the scales of the two
+// softmaxes ride in the exponents, which saves two multiplications and costs an error of half a
+// unit in the last place of the exponent: for 16-bit gradients.
+template <class A, class D, bool kFold>
+struct Writer {
+  static_assert(D::kSlopeSumKnown, "a slope sum needs one more sweep of the resident row");
+
+  Temperature<A> t;
+  RowStats<A> stats;
+  A student_bias, teacher_bias;  // of the exponents
+  A shift;                       // of d
+  A soft, hard, label, uniform;  // factors of the gradient's parts; label and uniform subtract
+
+  // `scale` includes grad_output.
+  __device__ __forceinline__ Writer(const Inputs& in, const Temperature<A>& temperature,
+                                    const RowStats<A>& row, A scale)
+      : t(temperature), stats(row) {
+    student_bias = -row.student_max * t.slope + (kFold ? log2_of(row.student_scale) : A(0));
+    teacher_bias = -row.teacher_max * t.slope + (kFold ? log2_of(row.teacher_scale) : A(0));
+    // log Z_student - log Z_teacher as one logarithm: where the two are near, it does not cancel.
+    const A student_sum = A(1) / row.student_scale;
+    shift = (row.student_max - row.teacher_max) * t.inverse +
+            log_of(row.teacher_scale * student_sum);
+    soft = scale * static_cast<A>(in.soft_weight) * t.t;
+    const A weight = in.labels == nullptr ? A(0) : scale * static_cast<A>(in.hard_weight);
+    hard = weight;
+    if (weight != A(0)) {
+      hard *= row.hard_scale;
+      for (int i = 0; i < t.power; i++) hard *= student_sum;
+    }
+    uniform = weight * static_cast<A>(in.label_smoothing / static_cast<double>(in.classes));
+    label = weight * static_cast<A>(1 - in.label_smoothing);
+  }
+
+  // The gradient of one class, but for what belongs to the label.
+  template <int kPower, bool kExtra>
+  __device__ __forceinline__ A write(A z, A w, Sums<A>& sums) const {
+    const A d = fma_of(w - z, t.inverse, shift);
+    A q = exp2_of(fma_of(z, t.slope, student_bias));
+    A p = exp2_of(fma_of(w, t.slope, teacher_bias));
+    if (!kFold) {
+      q *= stats.student_scale;
+      p *= stats.teacher_scale;
+    }
+    const Element<A> e = device_element(p, q, d);
+    sums.value += D::value(e);
+    A softmax;
+    if (kPower == 0 || (kPower == kAtRunTime && t.power == 0)) {
+      softmax = hard * exp2_of((z - stats.student_max) * A(kLog2E));
+    } else if (kPower == 1 || (kPower == kAtRunTime && t.power == 1)) {
+      softmax = hard * q;
+    } else if (kPower == 2 || (kPower == kAtRunTime && t.power == 2)) {
+      softmax = hard * q * q;
+    } else {
+      softmax = hard * q * q * (t.power == 4 ? q * q : q);
+    }
+    if (kExtra) {
+      softmax -= uniform;
+      add_extra(z, w, p, q, sums);
+    }
+    return fma_of(soft, D::gradient(e), softmax);
+  }
+
+  __device__ __forceinline__ void add_extra(A z, A w, A p, A q, Sums<A>& sums) const {
+    const A ln_2 = static_cast<A>(kLn2);
+    sums.logits += z - stats.student_max;
+    sums.student_entropy -=
+        times_log(q, (z - stats.student_max) * t.inverse + ln_2 * log2_of(stats.student_scale));
+    sums.teacher_entropy -=
+        times_log(p, (w - stats.teacher_max) * t.inverse + ln_2 * log2_of(stats.teacher_scale));
+    if (z == stats.student_max && w == stats.teacher_max) sums.agreement = A(1);
+  }
+};
+
+// Closes a row: everything but its gradient. One thread.
+template <class A>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row,
+                                          const RowStats<A>& stats, const Sums<A>& sums,
+                                          A label_logit) {
+  const Temperature<A> t = temperature_of<A>(args, row);
+  const A ln_2 = static_cast<A>(kLn2);
+  A hard = 0;
+  if (args.labels != nullptr) {
+    const A log_sum = stats.student_max - ln_2 * log2_of(stats.hard_scale);
+    hard = log_sum - label_logit;
+    if (args.label_smoothing != 0) {
+      const A eps = static_cast<A>(args.label_smoothing);
+      const A mean = stats.student_max + sums.logits / static_cast<A>(args.classes);
+      hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - mean);
+    }
+  }
+  const A soft = sums.value;
+  static_cast<A*>(args.loss)[row] =
+      weighted(static_cast<A>(args.hard_weight), hard) +
+      weighted(static_cast<A>(args.soft_weight) * t.t * t.t, soft);
+  if (args.terms != nullptr) {
+    A* terms = static_cast<A*>(args.terms);
+    terms[kHard * args.rows + row] = hard;
+    terms[kSoft * args.rows + row] = soft;
+    terms[kStudentEntropy * args.rows + row] = sums.student_entropy;
+    terms[kTeacherEntropy * args.rows + row] = sums.teacher_entropy;
+    terms[kAgreement * args.rows + row] = sums.agreement;
+  }
+  stats.store(static_cast<A*>(args.stats), args.rows, row);
+}
+
+// The same for a row that is ignored (0) or whose label is out of range (NaN).
+template <class A>
+__device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t row, A value) {
+  static_cast<A*>(args.loss)[row] = value;
+  if (args.terms != nullptr)
+    for (int i = 0; i < kTerms; i++) static_cast<A*>(args.terms)[i * args.rows + row] = value;
+  for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
+}
+
+// Labels that are not ignored among first, first + step, ...
+__device__ __forceinline__ int count_labels(const Inputs& in, int64_t first, int64_t step) {
+  int count = 0;
+#pragma unroll 8
+  for (int64_t i = first; i < in.rows; i += step) count += in.labels[i] != in.ignore_index;
+  return count;
+}
+template <class A>
+__device__ __forceinline__ A scale_of_count(int64_t count) {
+  return A(1) / static_cast<A>(count > 0 ? count : 1);
+}
+// The scale, where it takes no counting.
+template <class A>
+__device__ __forceinline__ A known_scale(const ForwardCall& call) {
+  if (call.scale_source == ScaleSource::kDenominator)
+    return A(1) / *static_cast<const A*>(call.denominator);
+  if (call.scale_source == ScaleSource::kStats)
+    return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
+  return static_cast<A>(call.args.scale);
+}
+// For all threads of a CTA; `slot` is one int in shared memory. Leaves the scale in `stats`.
+template <class A>
+__device__ __forceinline__ A block_scale(const ForwardCall& call, int* slot) {
+  A scale;
+  if (call.scale_source == ScaleSource::kCount) {
+    if (threadIdx.x == 0) *slot = 0;
+    __syncthreads();
+    const int count = __reduce_add_sync(
+        0xffffffffu, count_labels(call.args, threadIdx.x, static_cast<int64_t>(blockDim.x)));
+    if (threadIdx.x % 32 == 0) atomicAdd(slot, count);  // of integers: any order gives the same
+    __syncthreads();
+    scale = scale_of_count<A>(*slot);
+  } else {
+    scale = known_scale<A>(call);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    static_cast<A*>(call.args.stats)[kStats * call.args.rows] = scale;
+  return scale;
+}
+
+// total[i] = scale * (the sum of one quantity over all rows), in fp64 and in an order that depends
+// on the number of threads alone. All threads of one CTA; `slots` holds a double per warp.
+template <class A>
+__device__ __forceinline__ void finish_total(const ForwardCall& call, int quantity, A scale,
+                                             double* slots) {
+  const ForwardArgs& args = call.args;
+  const A* of_rows = quantity == 0 ? static_cast<const A*>(args.loss)
+                                   : static_cast<const A*>(args.terms) + (quantity - 1) * args.rows;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < args.rows; i += blockDim.x) sum += __ldcg(of_rows + i);
+  sum = lanes_sum(sum);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sum = 0;
+    for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) sum += slots[i];
+    static_cast<A*>(call.total)[quantity] = static_cast<A>(sum * static_cast<double>(scale));
+  }
+}
+// At the end of a kernel whose grid may be one cluster: its first CTA adds up the total.
+template <class A>
+__device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale, double* slots) {
+  if (!call.finish_inside) return;
+  __threadfence();
+  if (gridDim.x > 1) {
+    cluster_barrier();
+  } else {
+    __syncthreads();
+  }
+  if (blockIdx.x != 0 || call.total == nullptr) return;
+  const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
+  for (int i = 0; i < quantities; i++) finish_total<A>(call, i, scale, slots);
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,79 @@
+// The two sweeps over a row of 16-byte vectors, as the registers, ring, streaming and backward
+// kernels run them.
+#pragma once
+#include "row.cuh"
+#include "vectors.cuh"
+
+namespace fastkd::cuda {
+
+// 16-bit gradients have no use for the last bit of an fp32 exponent.
+template <class T>
+constexpr bool kFoldScales = sizeof(T) == 2;
+
+template <class T, int kPower>
+__device__ __forceinline__ void add_vector(Statistics<float>& stats, uint4 student, uint4 teacher,
+                                           const Temperature<float>& t) {
+  constexpr int kElements = Vector<T>::kElements;
+  const float student_max = Vector<T>::max(student), teacher_max = Vector<T>::max(teacher);
+  if (student_max > stats.student_max || teacher_max > stats.teacher_max)
+    stats.raise(student_max, teacher_max, t.slope);
+  float z[kElements], w[kElements];
+  Vector<T>::load(student, z);
+  Vector<T>::load(teacher, w);
+#pragma unroll
+  for (int i = 0; i < kElements; i++) stats.add<kPower>(z[i], w[i], t);
+}
+
+template <class T, int kPower, bool kExtra, class W>
+__device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, uint4 teacher,
+                                              Sums<float>& sums) {
+  constexpr int kElements = Vector<T>::kElements;
+  float z[kElements], w[kElements], g[kElements];
+  Vector<T>::load(student, z);
+  Vector<T>::load(teacher, w);
+#pragma unroll
+  for (int i = 0; i < kElements; i++) g[i] = writer.template write<kPower, kExtra>(z[i], w[i], sums);
+  return Vector<T>::store(g);
+}
+
+// Pointers to the three tensors' parts of one row, and how they fall into vectors.
+template <class T>
+struct RowOf {
+  const T* student;  // [classes]
+  const T* teacher;  // [classes]
+  T* grad;           // [classes], or null
+  RowLayout layout;
+  const uint4* student_vectors;
+  const uint4* teacher_vectors;
+  uint4* grad_vectors;
+
+  __device__ __forceinline__ RowOf(const Inputs& in, void* grads, RowStrides grad_stride, int64_t row)
+      : student(static_cast<const T*>(in.student) +
+                row_offset(row, in.group_rows, in.student_stride)),
+        teacher(static_cast<const T*>(in.teacher) +
+                row_offset(row, in.group_rows, in.teacher_stride)),
+        grad(grads == nullptr ? nullptr : static_cast<T*>(grads) + row_offset(row, in.group_rows, grad_stride)),
+        layout(row_layout(student, teacher, grad == nullptr ? student : grad, in.classes)),
+        student_vectors(vectors_of(student, layout.begin, layout.student_shift)),
+        teacher_vectors(vectors_of(teacher, layout.begin, layout.teacher_shift)),
+        grad_vectors(reinterpret_cast<uint4*>(grad + layout.begin)) {}
+};
+
+// Writes `value` to the part of a row's gradient that lanes first, first + step, ... of vectors
+// [low, high) cover, and with `edges` what lies before and after all vectors.
+template <class T>
+__device__ __forceinline__ void fill_row(const RowOf<T>& row, float value, int64_t low,
+                                         int64_t high, bool edges, int first, int step,
+                                         int64_t classes) {
+  if (row.grad == nullptr) return;
+  float values[Vector<T>::kElements];
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kElements; i++) values[i] = value;
+  const uint4 vector = Vector<T>::store(values);
+  for (int64_t i = low + first; i < high; i += step) __stcs(row.grad_vectors + i, vector);
+  if (!edges || first >= 32) return;
+  const int64_t i = row.layout.peeled(first, classes);
+  if (i >= 0) row.grad[i] = from_acc<T>(value);
+}
+
+}  // namespace fastkd::cuda

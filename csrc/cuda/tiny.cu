@@ -1,0 +1,112 @@
+// Rows of at most 128 classes: 8 or 32 lanes share a row and hold it in registers, a class at a
+// time. Any dtypes and alignments; bound by the launch rather than by memory.
+#include "launch.h"
+#include "vectors.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+// One lane's classes of a row: lane, lane + kLanes, ...
+struct Slice {
+  float z[kTinyPerLane], w[kTinyPerLane];
+};
+
+template <int kLanes>
+__device__ __forceinline__ Slice load_slice(const Inputs& in, int64_t row, int lane) {
+  Slice s;
+#pragma unroll
+  for (int i = 0; i < kTinyPerLane; i++) {
+    const int64_t k = lane + i * kLanes;
+    const bool inside = k < in.classes;
+    s.z[i] = inside ? load_any<float>(in.student, in.student_dtype, row_offset(row, in.group_rows, in.student_stride) + k)
+                    : -INFINITY;
+    s.w[i] = inside ? load_any<float>(in.teacher, in.teacher_dtype, row_offset(row, in.group_rows, in.teacher_stride) + k)
+                    : -INFINITY;
+  }
+  return s;
+}
+
+// All lanes of a warp call this together, also those without a row (kind kIgnored, row < 0).
+template <class D, int kLanes>
+__device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, RowKind kind,
+                                        int64_t label, float scale, int lane) {
+  const bool real = kind == RowKind::kReal && row >= 0;
+  Slice slice = {};
+  float label_logit = 0;
+  if (real) {
+    slice = load_slice<kLanes>(args, row, lane);
+    if (label >= 0)
+      label_logit =
+          load_any<float>(args.student, args.student_dtype, row_offset(row, args.group_rows, args.student_stride) + label);
+  }
+  const Temperature<float> t = temperature_of<float>(args, real ? row : 0);
+  Statistics<float> sums_of_exponentials;
+#pragma unroll
+  for (int i = 0; i < kTinyPerLane; i++) {
+    sums_of_exponentials.raise(slice.z[i], slice.w[i], t.slope);
+    sums_of_exponentials.add<kAtRunTime>(slice.z[i], slice.w[i], t);
+  }
+  sums_of_exponentials.merge_lanes<kLanes>(t.slope);
+  const RowStats<float> stats(sums_of_exponentials);
+  const Writer<float, D, false> writer(args, t, stats, scale);
+  Sums<float> sums;
+  __syncwarp();  // in place: the label's logit is read before it is overwritten
+#pragma unroll
+  for (int i = 0; i < kTinyPerLane; i++) {
+    const int64_t k = lane + i * kLanes;
+    if (row < 0 || k >= args.classes) continue;
+    float g = fill_value(kind);
+    if (real) {
+      g = writer.template write<kAtRunTime, true>(slice.z[i], slice.w[i], sums);
+      if (k == label) g -= writer.label;
+    }
+    if (args.grad != nullptr) store_any(args.grad, args.student_dtype, row_offset(row, args.group_rows, args.grad_stride) + k, g);
+  }
+  sums.merge_lanes<kLanes, true>();
+  if (lane != 0 || row < 0) return;
+  if (real) {
+    close_row(args, row, stats, sums, label_logit);
+  } else {
+    close_row_as(args, row, fill_value(kind));
+  }
+}
+
+template <class D, int kLanes>
+__global__ void __launch_bounds__(1024, 1) tiny_kernel(const __grid_constant__ ForwardCall call) {
+  __shared__ int count;
+  __shared__ double slots[32];
+  const ForwardArgs& args = call.args;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const float scale = block_scale<float>(call, &count);
+  const int lane = threadIdx.x % kLanes;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kLanes);
+  // The loop's bounds are those of the CTA: shuffles need whole warps.
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes);
+       first < args.rows; first += step) {
+    const int64_t mine = first + threadIdx.x / kLanes;
+    const int64_t row = mine < args.rows ? mine : -1;
+    const int64_t label = row < 0 ? -1 : label_of(args, row);
+    run_row<D, kLanes>(args, row, row < 0 ? RowKind::kIgnored : kind_of(args, label), label, scale,
+                       lane);
+  }
+  finish_inside(call, scale, slots);
+}
+
+}  // namespace
+
+cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  const int64_t wanted = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const int64_t most = static_cast<int64_t>(device.processors) * (2048 / plan.threads);
+  Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
+  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  return visit(call.args.divergence, [&](auto divergence) {
+    using D = decltype(divergence);
+    return plan.lanes == 8 ? launch(tiny_kernel<D, 8>, call) : launch(tiny_kernel<D, 32>, call);
+  });
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,208 @@
+// Rows of logits as 16-byte vectors, for any alignment of student, teacher and gradient.
+//
+// The vectors lie on the gradient's grid, so that every store is a whole vector. Inputs that are
+// shifted against it are put together from two neighbouring vectors (about two instructions an
+// element, and no further memory traffic). What lies before the first whole vector and after the
+// last (at most 15 elements each) is peeled: one lane an element.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../dtypes.h"
+#include "device.cuh"
+
+namespace fastkd::cuda {
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_acc(float x);
+template <>
+__device__ __forceinline__ float from_acc<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_acc<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
+  low = __uint_as_float(v << 16);
+  high = __uint_as_float(v & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __half) {
+  const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&v));
+  low = f.x;
+  high = f.y;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <class Pair>
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
+  const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return pair_max<__nv_bfloat162>(a, b);
+}
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __half) {
+  return pair_max<__half2>(a, b);
+}
+
+// 16 bytes of T.
+template <class T>
+struct Vector {
+  static constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T));
+  static __device__ __forceinline__ void load(uint4 v, float (&x)[kElements]) {
+    unpack(v.x, x[0], x[1], T());
+    unpack(v.y, x[2], x[3], T());
+    unpack(v.z, x[4], x[5], T());
+    unpack(v.w, x[6], x[7], T());
+  }
+  static __device__ __forceinline__ uint4 store(const float (&x)[kElements]) {
+    return {pack(x[0], x[1], T()), pack(x[2], x[3], T()), pack(x[4], x[5], T()),
+            pack(x[6], x[7], T())};
+  }
+  // NaN is dropped here; the sums of exponentials keep it.
+  static __device__ __forceinline__ float max(uint4 v) {
+    float low, high;
+    unpack(pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T()), low, high, T());
+    return fmaxf(low, high);
+  }
+};
+template <>
+struct Vector<float> {
+  static constexpr int kElements = 4;
+  static __device__ __forceinline__ void load(uint4 v, float (&x)[4]) {
+    x[0] = __uint_as_float(v.x);
+    x[1] = __uint_as_float(v.y);
+    x[2] = __uint_as_float(v.z);
+    x[3] = __uint_as_float(v.w);
+  }
+  static __device__ __forceinline__ uint4 store(const float (&x)[4]) {
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+            __float_as_uint(x[3])};
+  }
+  static __device__ __forceinline__ float max(uint4 v) {
+    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
+                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
+  }
+};
+
+// The 16 bytes that begin `shift` (1 to 15) bytes into a and run on in b.
+__device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, int shift) {
+  const bool two = shift & 8, one = shift & 4;
+  const uint32_t c0 = two ? a.z : a.x, c1 = two ? a.w : a.y, c2 = two ? b.x : a.z;
+  const uint32_t c3 = two ? b.y : a.w, c4 = two ? b.z : b.x, c5 = two ? b.w : b.y;
+  const uint32_t d0 = one ? c1 : c0, d1 = one ? c2 : c1, d2 = one ? c3 : c2;
+  const uint32_t d3 = one ? c4 : c3, d4 = one ? c5 : c4;
+  const int bits = (shift & 3) * 8;
+  return {__funnelshift_r(d0, d1, bits), __funnelshift_r(d1, d2, bits),
+          __funnelshift_r(d2, d3, bits), __funnelshift_r(d3, d4, bits)};
+}
+// Vector i of an input in shared or global memory; `vectors` is aligned, the input begins `shift`
+// bytes after it.
+__device__ __forceinline__ uint4 fetch(const uint4* vectors, int i, int shift) {
+  const uint4 a = vectors[i];
+  return shift == 0 ? a : shifted(a, vectors[i + 1], shift);
+}
+// For inputs that no other thread reads, and nobody again.
+__device__ __forceinline__ uint4 fetch_once(const uint4* vectors, int64_t i, int shift) {
+  const uint4 a = __ldcs(vectors + i);
+  return shift == 0 ? a : shifted(a, __ldcs(vectors + i + 1), shift);
+}
+
+constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
+
+// How one row falls into vectors. Only whole vectors of the gradient's grid that lie inside the
+// aligned part of all three tensors count, so no load leaves a row by rounding.
+struct RowLayout {
+  int64_t begin;       // first class in a vector: also the length of the head
+  int64_t vectors;     // whole vectors
+  int tail;            // classes after the last vector
+  int student_shift;   // bytes from an aligned address to the student's class `begin`
+  int teacher_shift;
+
+  // The class that lane `lane` of the peeling warp works on, or -1.
+  __device__ __forceinline__ int64_t peeled(int lane, int64_t classes) const {
+    if (lane < kPeelLanes) return lane < begin ? lane : -1;
+    return lane - kPeelLanes < tail ? classes - tail + lane - kPeelLanes : -1;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ RowLayout row_layout(const T* student, const T* teacher, const T* grad,
+                                                int64_t classes) {
+  constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T)), kMask = kElements - 1;
+  const auto position = [](const T* p) {  // in elements, within a vector
+    return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & kMask;
+  };
+  const int s = position(student), t = position(teacher), g = position(grad);
+  const int first_s = -s & kMask, first_t = -t & kMask;
+  int begin = -g & kMask;
+  if (first_s > begin || first_t > begin) begin += kElements;
+  const int count = static_cast<int>(classes & kMask);
+  const int last = max((s + count) & kMask, (t + count) & kMask);
+  const int64_t vectors = max(int64_t(0), (classes - last - begin) / kElements);
+  RowLayout layout;
+  layout.begin = begin;
+  layout.vectors = vectors;
+  layout.tail = static_cast<int>(classes - begin - vectors * kElements);
+  layout.student_shift = ((s + begin) & kMask) * static_cast<int>(sizeof(T));
+  layout.teacher_shift = ((t + begin) & kMask) * static_cast<int>(sizeof(T));
+  return layout;
+}
+// The aligned vectors of which `fetch` makes the row's vectors.
+template <class T>
+__device__ __forceinline__ const uint4* vectors_of(const T* row, int64_t begin, int shift) {
+  return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + begin) - shift);
+}
+
+// One element of any dtype.
+template <class A>
+__device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<A>(static_cast<const double*>(p)[i]);
+    case DType::kFloat16:
+      return static_cast<A>(__half2float(static_cast<const __half*>(p)[i]));
+    case DType::kBFloat16:
+      return static_cast<A>(__bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]));
+    case DType::kFloat32:
+    default:
+      return static_cast<A>(static_cast<const float*>(p)[i]);
+  }
+}
+template <class A>
+__device__ __forceinline__ void store_any(void* p, DType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = x;
+      break;
+    case DType::kFloat16:
+      static_cast<__half*>(p)[i] = __float2half_rn(static_cast<float>(x));
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(static_cast<float>(x));
+      break;
+    case DType::kFloat32:
+    default:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+  }
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,66 @@
+"""What every test file shares: the devices, the CPU instruction sets, and hypothesis' profile."""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastkd import _C
+
+# Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# Derandomised: a run's outcome depends on the code alone.
+settings.register_profile(
+    "fastkd",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastkd")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
+
+
+def _why_no_cuda() -> str:
+    if not _C.cuda_architectures:
+        return "CUDA: this build has no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "CUDA: torch finds no CUDA device"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_cuda()
+    for item in items:
+        if reason and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor runs, forced."""
+    before = _C.isa()
+    _C.use_isa(request.param)
+    yield request.param
+    _C.use_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

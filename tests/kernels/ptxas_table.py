@@ -1,0 +1,69 @@
+"""Reads what ``nvcc -Xptxas -v`` printed, prints a table of the kernels, and fails on register spills.
+
+Usage: python tests/kernels/ptxas_table.py BUILD_LOG
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def parse(log: str) -> list[Kernel]:
+    """Every kernel of the log, in order."""
+    kernels = []
+    name, arch, stack, spills = "", "", 0, 0
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            name, arch = match.groups()
+            stack = spills = 0
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
+            stack, spills = int(match[1]), int(match[2])
+        elif name and (match := re.search(r"Used (\d+) registers", line)):
+            kernels.append(Kernel(name, arch, int(match[1]), stack, spills))
+            name = ""
+    return kernels
+
+
+def main() -> None:
+    kernels = parse(Path(sys.argv[1]).read_text())
+    if not kernels:
+        sys.exit("no kernel was compiled: the log holds no ptxas output")
+    mangled = "\n".join(kernel.name for kernel in kernels)
+    named = subprocess.run(
+        ["c++filt", "-p"], input=mangled, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    rows: dict[str, dict[str, Kernel]] = defaultdict(dict)
+    for label, kernel in zip(named, kernels, strict=True):
+        short = re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", label)
+        rows[short][kernel.arch] = kernel
+    arches = sorted({kernel.arch for kernel in kernels})
+    width = min(100, max(map(len, rows)))
+    print(f"{'registers (and bytes spilled) of each kernel':<{width}}", *(f"{a:>10}" for a in arches))
+    for short, row in sorted(rows.items()):
+        cells = []
+        for arch in arches:
+            kernel = row.get(arch)
+            text = "-" if kernel is None else str(kernel.registers)
+            cells.append(text + (f" ({kernel.spills})" if kernel and kernel.spills else ""))
+        print(f"{short[:width]:<{width}}", *(f"{cell:>10}" for cell in cells))
+    spilling = [kernel for kernel in kernels if kernel.spills]
+    print(f"{len(kernels)} kernels, {len(spilling)} spill registers")
+    if spilling:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Problems, their truth in float64, torch's eager answer to them, and the bounds that tests hold."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd import reference
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FP64, FP32, BF16, FP16)
+# Widest rows that one kernel of the CUDA planner serves (csrc/cuda/plan.cpp): both tiny kernels, warps and
+# CTAs that hold a row in registers (fp32, 16-bit), the streaming kernel's CTAs, and the ring's clusters of
+# 1 to 16 CTAs (fp32 and 16-bit) up to what fits nowhere.
+CUDA_SIZE_CLASSES = (
+    *(32, 128, 512, 1024, 2048, 4096, 8192, 14336, 28672, 57344, 114688, 229376, 425984, 458752),
+)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Problem(NamedTuple):
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+
+
+def make(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = FP32,
+    teacher_dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    labels: bool = True,
+    ignored: float = 0.2,
+    spread: float = 3.0,
+    seed: int = 0,
+) -> Problem:
+    """Random logits, the same on every device, and labels of which a share is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values anyway.
+    wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
+    student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
+    teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
+    index = None
+    if labels:
+        index = torch.randint(shape[-1], shape[:-1], generator=generator)
+        masked = torch.rand(shape[:-1], generator=generator) < ignored
+        index = index.masked_fill(masked, -100).to(device)
+    return Problem(
+        student.to(dtype).to(device), teacher.to(teacher_dtype or dtype).to(device), index
+    )
+
+
+def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:
+    """fastkd's options as the reference takes them: two weights instead of alpha."""
+    given = dict(options)
+    alpha = given.pop("alpha", None)
+    hard, soft = given.pop("hard_weight", None), given.pop("soft_weight", None)
+    if hard is None and soft is None:
+        hard = (0.5 if alpha is None else alpha) if has_labels else 0.0
+        soft = 1.0 - hard
+    return {
+        **given,
+        "hard_weight": 1.0 if hard is None else hard,
+        "soft_weight": 1.0 if soft is None else soft,
+    }
+
+
+class Answer(NamedTuple):
+    terms: reference.Terms
+    loss: Tensor
+    grad: Tensor
+
+
+def truth(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    grad_output: Tensor | None = None,
+    **options: Any,
+) -> Answer:
+    """The reference in float64 on the very values given, and its gradient."""
+    leaf = student.detach().double().requires_grad_()
+    terms = reference.terms(
+        leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
+    )
+    outgoing = torch.ones_like(terms.loss) if grad_output is None else grad_output.double()
+    (grad,) = torch.autograd.grad(terms.loss, leaf, outgoing)
+    return Answer(terms, terms.loss.detach(), grad)
+
+
+def eager(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    grad_output: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient) as torch's own functions give them in the student's dtype."""
+    given = weights(options, labels is not None)
+    leaf = student.detach().clone().requires_grad_()
+    teacher = teacher.detach().to(torch.promote_types(student.dtype, teacher.dtype))
+    t = temperature.unsqueeze(-1).to(student.dtype) if isinstance(temperature, Tensor) else temperature
+    squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t**2
+    total = given["soft_weight"] * squared * F.kl_div(
+        F.log_softmax(leaf / t, -1), F.log_softmax(teacher / t, -1), reduction="none", log_target=True
+    ).sum(-1)
+    if labels is not None:
+        hard = F.cross_entropy(
+            leaf.reshape(-1, leaf.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        total = given["hard_weight"] * hard.view(total.shape) + total
+        total = total.masked_fill(labels == ignore_index, 0)
+    if reduction != "none":
+        total = total.sum()
+    if reduction == "mean":
+        count = math.prod(student.shape[:-1]) if labels is None else int((labels != ignore_index).sum())
+        total = total / (max(count, 1) if normalizer is None else normalizer)
+    outgoing = torch.ones_like(total) if grad_output is None else grad_output.to(total.dtype)
+    (grad,) = torch.autograd.grad(total, leaf, outgoing)
+    return total.detach(), grad
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return FP64 if FP64 in (student.dtype, teacher.dtype) else FP32
+
+
+# Bounds. The value of a loss is a sum of non-negative row terms whose relative errors are those of an
+# exponential (2 ulp) at an argument of size up to about 100, hence some 10 units in the last place.
+VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
+# The floor under "no worse than eager": on one row eager may be exact by luck.
+VALUE_FLOOR = {FP32: 4e-7, FP64: 2e-15}
+GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
+GRAD_FLOOR = {FP32: 4e-7, FP64: 2e-15}
+# 16-bit gradients may be this much further off than the true gradient rounded to their dtype.
+ROUNDING = 1.5
+
+
+def distance(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).norm())
+
+
+def assert_value(
+    value: Tensor, exact: Tensor, acc: torch.dtype, theirs: Tensor | None = None
+) -> None:
+    """The loss is as exact as its compute type allows, and no worse than eager's."""
+    assert value.dtype == acc
+    assert value.shape == exact.shape
+    error, size = distance(value.detach(), exact), float(exact.norm())
+    assert error <= VALUE_BOUND[acc] * size, f"relative error {error / size:.2e}"
+    if theirs is not None:
+        limit = distance(theirs, exact) + VALUE_FLOOR[acc] * size
+        assert error <= limit, f"relative error {error / size:.2e}, eager {limit / size:.2e}"
+
+
+def assert_grad(grad: Tensor | None, exact: Tensor, acc: torch.dtype, theirs: Tensor | None = None) -> None:
+    """The gradient, norm-wise: fp32 and fp64 absolutely and against eager, 16-bit against rounding."""
+    assert grad is not None
+    assert grad.shape == exact.shape
+    error, size = distance(grad, exact), float(exact.norm())
+    limit = GRAD_BOUND[acc] * size
+    if grad.dtype in (BF16, FP16):
+        limit = ROUNDING * distance(exact.to(grad.dtype), exact) + GRAD_FLOOR[acc] * size
+    elif grad.dtype != acc:  # an fp32 student of an fp64 teacher: rounded once
+        limit = ROUNDING * distance(exact.to(grad.dtype), exact)
+    assert error <= limit, f"relative error {error / size:.2e}, allowed {limit / size:.2e}"
+    # No single class hides behind the norm either.
+    eps = max(torch.finfo(grad.dtype).eps, torch.finfo(acc).eps)
+    tiny = torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    allowed = 0.51 * eps * exact.abs() + 8 * torch.finfo(acc).eps * largest + tiny
+    worst = float(((grad.double() - exact).abs() - allowed).max()) if exact.numel() else 0.0
+    assert worst <= 0, f"a class is off by {worst:.2e} more than allowed (largest entry {largest:.2e})"
+    if theirs is not None:
+        limit = distance(theirs, exact) + GRAD_FLOOR[acc] * size
+        assert error <= limit, f"relative error {error / size:.2e}, eager {limit / size:.2e}"
