@@ -276,6 +276,21 @@ def _call(
     with_terms: bool,
 ) -> Tensor:
     """Checks the arguments of ``loss`` and ``terms`` and runs the op."""
+    if (
+        ops.EAGER is not None
+        and hard_weight is None
+        and soft_weight is None
+        and normalizer is None
+        and not inplace
+        and divergence in ops.DIVERGENCES
+        and not torch.compiler.is_compiling()
+    ):
+        out = ops.EAGER.loss(
+            student, teacher, labels, with_terms, ops.CUDA_KERNELS,
+            temperature, alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+        )  # fmt: skip
+        if out is not None:
+            return out  # type: ignore[no-any-return]
     checks.logits(student, teacher)
     if teacher.requires_grad and checks.one_of("teacher_grad", teacher_grad, ("error", "ignore")) == 0:
         raise ValueError(
@@ -323,7 +338,7 @@ def _call(
         _check_inplace(student, teacher, reduction)
     out = ops.apply(student, teacher.detach(), labels, temperatures, denominator, settings, inplace)
     if reduction == "none" and student.dim() != 2:
-        out = out.reshape(*out.shape[:-1], *student.shape[:-1])
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out
 
 

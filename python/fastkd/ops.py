@@ -24,8 +24,19 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
         f"{torch.__version__}); if it was built for another Python, run `pip install --force-reinstall fastkd`."
     ) from error
 
+def _load_eager() -> Any:
+    """The optional fast way in (csrc/torch/eager.cpp), if it was built with exactly this torch."""
+    try:
+        from fastkd import _eager
+    except ImportError:
+        return None
+    return _eager if _eager.torch_version == torch.__version__ else None
+
+
+EAGER = _load_eager()
 REDUCTIONS = ("none", "sum", "mean")
 DIVERGENCES: tuple[str, ...] = _C.divergences
+CUDA_KERNELS = bool(_C.cuda_architectures)
 _TERMS = len(reference.Terms._fields)
 _STATS = 6
 
@@ -106,6 +117,21 @@ class _Context(FunctionCtx):
     spent: bool
 
 
+def differentiable_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperatures: Tensor | None,
+    denominator: Tensor | None,
+    settings: Settings,
+    grad_output: Tensor,
+) -> Tensor:
+    """grad_output times the gradient, as a differentiable function of both: what create_graph=True needs."""
+    out = _reference(student, teacher, labels, temperatures, denominator, settings)
+    (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+    return gradient
+
+
 class _Loss(torch.autograd.Function):
     """The op, whose forward pass has written the gradient already unless the reduction is "none"."""
 
@@ -130,9 +156,10 @@ class _Loss(torch.autograd.Function):
         student, teacher, labels, temperatures, denominator, grad, stats = ctx.saved_tensors
         settings = ctx.settings
         if torch.is_grad_enabled():  # create_graph=True: this gradient will be differentiated in turn
-            out = _reference(student, teacher, labels, temperatures, denominator, settings)
-            (result,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
-            return result, None, None, None, None, None
+            grad = differentiable_gradient(
+                student, teacher, labels, temperatures, denominator, settings, grad_output
+            )
+            return grad, None, None, None, None, None
         if settings.with_terms:
             grad_output = grad_output[0]  # the other terms carry no gradient
         filled = REDUCTIONS[settings.reduction] != "none"
@@ -223,7 +250,7 @@ def _is_transformed() -> bool:
 
 @functools.cache
 def _has_kernels(device_type: str) -> bool:
-    if device_type in ("cpu", "meta") or (device_type == "cuda" and _C.cuda_architectures):
+    if device_type in ("cpu", "meta") or (device_type == "cuda" and CUDA_KERNELS):
         return True
     how = (
         "install fastkd where nvcc and a CUDA build of torch are found (`python -m fastkd info` tells)"

@@ -1,0 +1,228 @@
+// The module fastkd._eager: the way in for plain eager calls, whose host time is the whole cost of
+// a small batch.
+//
+// Optional. It uses torch's C++ autograd, which has no stable ABI, so it is built from source only,
+// carries the version of the torch that it was built with, and is left unused with any other
+// (python/fastkd/ops.py). It takes a call only when nothing about it needs a thought: plain
+// tensors, the usual options, all valid. For anything else it returns None, and the Python path
+// (losses.py) checks, explains, or does it.
+#include <ATen/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace py = pybind11;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace fastkd {
+namespace {
+
+// The numbers of a call, as the ops' schemas have them (library.cpp).
+struct Settings {
+  double temperature, hard_weight, soft_weight, label_smoothing;
+  int64_t ignore_index, divergence, reduction;
+  bool with_terms;
+};
+
+using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                  const std::optional<Tensor>&,
+                                                  const std::optional<Tensor>&,
+                                                  const std::optional<Tensor>&, double, double,
+                                                  double, double, int64_t, int64_t, int64_t, double,
+                                                  bool, bool);
+using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                        const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
+                        double, double, int64_t, int64_t, bool);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor& teacher,
+                                             const std::optional<Tensor>& labels,
+                                             const Settings& settings, bool with_grad) {
+  static const auto loss = op<LossOp>("fastkd::loss");
+  return loss.call(student, teacher, labels, std::nullopt, std::nullopt, settings.temperature,
+                   settings.hard_weight, settings.soft_weight, settings.label_smoothing,
+                   settings.ignore_index, settings.divergence, settings.reduction, 0.0,
+                   settings.with_terms, with_grad);
+}
+
+// For backward passes that will be differentiated in turn.
+Tensor differentiable_gradient(const variable_list& saved, const Settings& settings,
+                               const Tensor& grad_output) {
+  py::gil_scoped_acquire gil;
+  const py::module_ ops = py::module_::import("fastkd.ops");
+  const py::object numbers = ops.attr("Settings")(
+      settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing,
+      settings.ignore_index, settings.divergence, settings.reduction, 0.0, settings.with_terms);
+  const py::object labels = saved[2].defined() ? py::cast(saved[2]) : py::none();
+  return ops
+      .attr("differentiable_gradient")(saved[0], saved[1], labels, py::none(), py::none(), numbers,
+                                       grad_output)
+      .cast<Tensor>();
+}
+
+struct Loss : torch::autograd::Function<Loss> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
+                        const std::optional<Tensor>& labels, const Settings& settings) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, grad, stats] = call_loss(student, teacher, labels, settings, true);
+    ctx->save_for_backward({student, teacher, labels ? *labels : Tensor(), grad, stats});
+    ctx->saved_data["numbers"] = std::vector<double>{
+        settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing};
+    ctx->saved_data["choices"] =
+        std::vector<int64_t>{settings.ignore_index, settings.divergence, settings.reduction,
+                             settings.with_terms, /*spent=*/0};
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
+    auto choices = ctx->saved_data["choices"].toIntVector();
+    const Settings settings{numbers[0], numbers[1], numbers[2], numbers[3],
+                            choices[0], choices[1], choices[2], choices[3] != 0};
+    Tensor grad_output = grad_outputs[0];
+    if (at::GradMode::is_enabled())  // create_graph=True
+      return {differentiable_gradient(saved, settings, grad_output), {}, {}, {}};
+    if (settings.with_terms) grad_output = grad_output.select(0, 0);
+    // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
+    // which may not scale it again, starts anew.
+    const bool filled = choices[4] == 0;
+    const Tensor grad = filled ? saved[3] : at::empty_like(saved[0], at::MemoryFormat::Contiguous);
+    choices[4] = 1;
+    ctx->saved_data["choices"] = choices;
+    // What the op would find out too, without the cost of calling it.
+    if (filled && grad_output.is_cpu() && grad_output.item<double>() == 1.0)
+      return {grad, {}, {}, {}};
+    static const auto backward_op = op<BackwardOp>("fastkd::loss_backward_");
+    const std::optional<Tensor> labels =
+        saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
+    backward_op.call(grad, grad_output, saved[4], saved[0], saved[1], labels, std::nullopt,
+                     settings.temperature, settings.hard_weight, settings.soft_weight,
+                     settings.label_smoothing, settings.ignore_index, settings.divergence, filled);
+    return {grad, {}, {}, {}};
+  }
+};
+
+bool is_plain(const py::handle& value) { return THPVariable_CheckExact(value.ptr()); }
+
+bool has_kernels(const Tensor& tensor, bool cuda) {
+  return tensor.is_cpu() || (cuda && tensor.is_cuda());
+}
+
+// A float or int in [low, high], or nothing.
+std::optional<double> number(const py::handle& value, double low, double high) {
+  double result;
+  if (PyFloat_CheckExact(value.ptr())) {
+    result = PyFloat_AS_DOUBLE(value.ptr());
+  } else if (PyLong_CheckExact(value.ptr())) {
+    result = PyLong_AsDouble(value.ptr());
+    if (PyErr_Occurred()) PyErr_Clear();
+  } else {
+    return std::nullopt;
+  }
+  return result >= low && result <= high ? std::optional<double>(result) : std::nullopt;
+}
+
+bool is(const py::handle& value, std::string_view text) {
+  Py_ssize_t size = 0;
+  const char* data =
+      PyUnicode_CheckExact(value.ptr()) ? PyUnicode_AsUTF8AndSize(value.ptr(), &size) : nullptr;
+  return data && std::string_view(data, static_cast<size_t>(size)) == text;
+}
+
+// Function transforms, dispatch modes and forward-mode differentiation take the Python path.
+bool is_observed(const Tensor& student) {
+  return c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined();
+}
+
+bool same_rows(const Tensor& labels, const Tensor& student) {
+  return labels.sizes() == student.sizes().slice(0, student.dim() - 1);
+}
+
+std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
+  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index)
+  constexpr double kMax = std::numeric_limits<double>::max();
+  const auto temperature = number(options[0], std::numeric_limits<double>::min(), kMax);
+  const auto smoothing = number(options[4], 0, 1);
+  if (!temperature || !smoothing || !PyLong_CheckExact(options[2].ptr())) return std::nullopt;
+  double hard = 0.0;
+  if (has_labels) {
+    const auto alpha = options[1].is_none() ? std::optional<double>(0.5) : number(options[1], 0, 1);
+    if (!alpha) return std::nullopt;
+    hard = *alpha;
+  } else if (!options[1].is_none()) {
+    return std::nullopt;
+  }
+  const int64_t reduction = is(options[3], "mean") ? 2 : is(options[3], "sum") ? 1 : 0;
+  if (reduction == 0) return std::nullopt;
+  return Settings{*temperature,
+                  hard,
+                  1.0 - hard,
+                  *smoothing,
+                  options[2].cast<int64_t>(),
+                  options[5].cast<int64_t>(),
+                  reduction,
+                  with_terms};
+}
+
+py::object loss(const py::handle& student_object, const py::handle& teacher_object,
+                const py::handle& labels_object, bool with_terms, bool cuda,
+                const py::args& options) {
+  const bool has_labels = !labels_object.is_none();
+  if (!is_plain(student_object) || !is_plain(teacher_object) ||
+      (has_labels && !is_plain(labels_object)))
+    return py::none();
+  const Tensor& student = THPVariable_Unpack(student_object.ptr());
+  const Tensor& teacher = THPVariable_Unpack(teacher_object.ptr());
+  std::optional<Tensor> labels;
+  if (has_labels) labels = THPVariable_Unpack(labels_object.ptr());
+  const auto is_logits = [](const Tensor& tensor) {
+    const at::ScalarType type = tensor.scalar_type();
+    return tensor.layout() == at::kStrided && (type == at::kFloat || type == at::kBFloat16 ||
+                                               type == at::kHalf || type == at::kDouble);
+  };
+  const bool usual =
+      is_logits(student) && is_logits(teacher) && has_kernels(student, cuda) &&
+      student.device() == teacher.device() && student.dim() > 0 && student.size(-1) > 0 &&
+      student.sizes() == teacher.sizes() && !teacher.requires_grad() && !is_observed(student) &&
+      (!labels || (labels->scalar_type() == at::kLong && same_rows(*labels, student) &&
+                   labels->device() == student.device()));
+  if (!usual) return py::none();
+  const auto settings = read_settings(options, has_labels, with_terms);
+  if (!settings) return py::none();
+  Tensor out;
+  {
+    py::gil_scoped_release no_gil;
+    out = at::GradMode::is_enabled() && student.requires_grad()
+              ? Loss::apply(student, teacher, labels, *settings)
+              : std::get<0>(call_loss(student, teacher, labels, *settings, false));
+  }
+  return py::cast(out);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_eager, m) {
+  m.attr("torch_version") = FASTKD_TORCH_VERSION;
+  m.def("loss", &loss);
+}
+
+}  // namespace fastkd
