@@ -1,6 +1,6 @@
 #include "arguments.h"
 
-#include <vector>
+#include <initializer_list>
 
 namespace fastkd::glue {
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -127,21 +127,43 @@ RowStrides strides_of(const Tensor& tensor, const Call& call) {
   return {classes, classes * call.inputs.group_rows};
 }
 
+namespace {
+
+// A new contiguous tensor on the student's device, without a trip through the dispatcher.
+Tensor empty(const Call& call, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
+  int64_t strides[2] = {1, 1};
+  if (shape.size() == 2) strides[0] = shape.begin()[1];
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides,
+      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
 Tensor empty_out(const Call& call, bool terms, bool per_row) {
-  std::vector<int64_t> shape;
-  if (terms) shape.push_back(1 + kTerms);
-  if (per_row) shape.push_back(call.inputs.rows);
-  return torch::stable::new_empty(call.student, shape, call.acc);
+  const int64_t rows = call.inputs.rows;
+  if (terms) {
+    return per_row ? empty(call, {1 + kTerms, rows}, call.acc)
+                   : empty(call, {1 + kTerms}, call.acc);
+  }
+  return per_row ? empty(call, {rows}, call.acc) : empty(call, {}, call.acc);
 }
 
 Tensor empty_stats(const Call& call) {
-  return torch::stable::new_empty(call.student, {kStats * call.inputs.rows + 1}, call.acc);
+  return empty(call, {kStats * call.inputs.rows + 1}, call.acc);
 }
 
 Tensor empty_grad(const Call& call) {
   return torch::stable::new_empty(call.student, call.student.sizes());
 }
 
-Tensor nothing(const Call& call) { return torch::stable::new_empty(call.student, {0}, call.acc); }
+Tensor nothing(const Call& call) { return empty(call, {0}, call.acc); }
 
 }  // namespace fastkd::glue

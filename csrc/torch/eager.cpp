@@ -10,20 +10,25 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
-#include <vector>
+#include <type_traits>
+#include <utility>
 
 namespace py = pybind11;
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 namespace fastkd {
@@ -61,63 +66,98 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
                    settings.with_terms, with_grad);
 }
 
-// For backward passes that will be differentiated in turn.
-Tensor differentiable_gradient(const variable_list& saved, const Settings& settings,
-                               const Tensor& grad_output) {
-  py::gil_scoped_acquire gil;
-  const py::module_ ops = py::module_::import("fastkd.ops");
-  const py::object numbers = ops.attr("Settings")(
-      settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing,
-      settings.ignore_index, settings.divergence, settings.reduction, 0.0, settings.with_terms);
-  const py::object labels = saved[2].defined() ? py::cast(saved[2]) : py::none();
-  return ops
-      .attr("differentiable_gradient")(saved[0], saved[1], labels, py::none(), py::none(), numbers,
-                                       grad_output)
-      .cast<Tensor>();
-}
+// The backward pass of a call whose forward pass has written the gradient for grad_output = 1.
+struct LossBackward : torch::autograd::Node {
+  SavedVariable student, teacher, labels;
+  Tensor grad;   // given away by the first call
+  Tensor stats;  // for the following ones, and where scaling `grad` would not be exact
+  Settings settings;
 
-struct Loss : torch::autograd::Function<Loss> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
-                        const std::optional<Tensor>& labels, const Settings& settings) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, grad, stats] = call_loss(student, teacher, labels, settings, true);
-    ctx->save_for_backward({student, teacher, labels ? *labels : Tensor(), grad, stats});
-    ctx->saved_data["numbers"] = std::vector<double>{
-        settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing};
-    ctx->saved_data["choices"] =
-        std::vector<int64_t>{settings.ignore_index, settings.divergence, settings.reduction,
-                             settings.with_terms, /*spent=*/0};
-    return out;
+  std::string name() const override { return "FastKDLossBackward"; }
+
+  void release_variables() override {
+    student.reset_data();
+    teacher.reset_data();
+    labels.reset_data();
+    grad.reset();
+    stats.reset();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
-    auto choices = ctx->saved_data["choices"].toIntVector();
-    const Settings settings{numbers[0], numbers[1], numbers[2], numbers[3],
-                            choices[0], choices[1], choices[2], choices[3] != 0};
-    Tensor grad_output = grad_outputs[0];
-    if (at::GradMode::is_enabled())  // create_graph=True
-      return {differentiable_gradient(saved, settings, grad_output), {}, {}, {}};
+  variable_list apply(variable_list&& grad_outputs) override {
+    Tensor grad_output = std::move(grad_outputs[0]);
+    if (!grad_output.defined()) return {Tensor()};
+    if (at::GradMode::is_enabled()) return {differentiable(grad_output)};  // create_graph=True
     if (settings.with_terms) grad_output = grad_output.select(0, 0);
     // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
     // which may not scale it again, starts anew.
-    const bool filled = choices[4] == 0;
-    const Tensor grad = filled ? saved[3] : at::empty_like(saved[0], at::MemoryFormat::Contiguous);
-    choices[4] = 1;
-    ctx->saved_data["choices"] = choices;
+    const bool filled = grad.defined();
+    Tensor result = std::move(grad);
+    grad.reset();
     // What the op would find out too, without the cost of calling it.
-    if (filled && grad_output.is_cpu() && grad_output.item<double>() == 1.0)
-      return {grad, {}, {}, {}};
-    static const auto backward_op = op<BackwardOp>("fastkd::loss_backward_");
-    const std::optional<Tensor> labels =
-        saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
-    backward_op.call(grad, grad_output, saved[4], saved[0], saved[1], labels, std::nullopt,
-                     settings.temperature, settings.hard_weight, settings.soft_weight,
-                     settings.label_smoothing, settings.ignore_index, settings.divergence, filled);
-    return {grad, {}, {}, {}};
+    if (filled && grad_output.is_cpu() && number(grad_output) == 1.0) return {result};
+    const Tensor student_logits = student.unpack();
+    if (!filled) result = at::empty_like(student_logits, at::MemoryFormat::Contiguous);
+    static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
+    const Tensor label_tensor = labels.unpack();
+    backward.call(result, grad_output, stats, student_logits, teacher.unpack(),
+                  label_tensor.defined() ? std::optional<Tensor>(label_tensor) : std::nullopt,
+                  std::nullopt, settings.temperature, settings.hard_weight, settings.soft_weight,
+                  settings.label_smoothing, settings.ignore_index, settings.divergence, filled);
+    return {result};
+  }
+
+ private:
+  static double number(const Tensor& scalar) {
+    return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
+                                               : *scalar.const_data_ptr<float>();
+  }
+
+  // The gradient by differentiable operations: fastkd.ops.differentiable_gradient.
+  Tensor differentiable(const Tensor& grad_output) {
+    py::gil_scoped_acquire gil;
+    const py::module_ ops = py::module_::import("fastkd.ops");
+    const py::object numbers = ops.attr("Settings")(
+        settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing,
+        settings.ignore_index, settings.divergence, settings.reduction, 0.0, settings.with_terms);
+    const Tensor label_tensor = labels.unpack();
+    return ops
+        .attr("differentiable_gradient")(
+            student.unpack(), teacher.unpack(),
+            label_tensor.defined() ? py::cast(label_tensor) : py::none(), py::none(), py::none(),
+            numbers, grad_output)
+        .cast<Tensor>();
   }
 };
+
+// A node is held by shared_ptr up to torch 2.13, and by intrusive_ptr from 2.14 on.
+template <class Pointer>
+std::pair<Pointer, LossBackward*> make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    auto node = std::make_shared<LossBackward>();
+    return {node, node.get()};
+  } else {
+    auto node = c10::make_intrusive<LossBackward>();
+    auto* raw = node.get();
+    return {Pointer(std::move(node)), raw};
+  }
+}
+
+Tensor differentiable_loss(const Tensor& student, const Tensor& teacher,
+                           const std::optional<Tensor>& labels, const Settings& settings) {
+  auto [pointer, node] = make_node<decltype(torch::autograd::Edge::function)>();
+  node->set_next_edges(torch::autograd::collect_next_edges(student));
+  node->settings = settings;
+  node->student = SavedVariable(student, false);
+  node->teacher = SavedVariable(teacher, false);
+  if (labels) node->labels = SavedVariable(*labels, false);
+  Tensor out;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
+  }
+  torch::autograd::set_history(out, pointer);
+  return out;
+}
 
 bool is_plain(const py::handle& value) { return THPVariable_CheckExact(value.ptr()); }
 
@@ -212,7 +252,7 @@ py::object loss(const py::handle& student_object, const py::handle& teacher_obje
   {
     py::gil_scoped_release no_gil;
     out = at::GradMode::is_enabled() && student.requires_grad()
-              ? Loss::apply(student, teacher, labels, *settings)
+              ? differentiable_loss(student, teacher, labels, *settings)
               : std::get<0>(call_loss(student, teacher, labels, *settings, false));
   }
   return py::cast(out);
