@@ -2,7 +2,8 @@
 
 >>> import torch, fastkd
 >>> student = torch.randn(8, 10, requires_grad=True)
->>> fastkd.loss(student, torch.randn(8, 10), torch.randint(10, (8,)), temperature=2.0, alpha=0.5).backward()
+>>> fastkd.loss(student, torch.randn(8, 10), torch.randint(10, (8,)), temperature=2.0,
+alpha=0.5).backward()
 """
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to

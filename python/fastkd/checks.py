@@ -1,7 +1,8 @@
 """Checks of arguments: every message names the argument, what was given, and what is accepted.
 
-The functions that :func:`fastkd.loss` calls are cheap: they look at shapes, dtypes and numbers, never at a
-tensor's data. :func:`check_inputs` and :func:`check_logits` do look at data, for those who ask.
+The functions that :func:`fastkd.loss` calls are cheap: they look at shapes, dtypes and numbers,
+never at a tensor's data. :func:`check_inputs` and :func:`check_logits` do look at data, for those
+who ask.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def one_of(name: str, value: object, accepted: Sequence[str]) -> int:
 
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
-    """``value`` as a float in [low, high], or in (low, high] with ``open_low``; finite in any case."""
+    """``value`` as a float in [low, high], or (low, high] with ``open_low``; always finite."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
@@ -54,7 +55,8 @@ def logits(student: object, teacher: object) -> None:
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(
-            f"student_logits must have shape (..., classes) with at least one class; got {tuple(student.shape)}"
+            "student_logits must have shape (..., classes) with at least one class; got "
+            f"{tuple(student.shape)}"
         )
     if student.shape != teacher.shape:
         raise ValueError(
@@ -71,7 +73,9 @@ def logits(student: object, teacher: object) -> None:
 def indices(value: object, student: Tensor) -> None:
     """Class indices, one for each row of logits."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"labels must be a tensor of class indices, or None; got {type(value).__name__}")
+        raise TypeError(
+            f"labels must be a tensor of class indices, or None; got {type(value).__name__}"
+        )
     if value.dtype not in INTEGERS:
         raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
     rows(value, "labels", student)
@@ -81,11 +85,13 @@ def rows(value: Tensor, name: str, student: Tensor) -> None:
     """A tensor with one entry for each row of logits, on their device."""
     if value.shape != student.shape[:-1]:
         raise ValueError(
-            f"{name} must have one entry for each row of logits, shape {tuple(student.shape[:-1])} for logits of "
-            f"shape {tuple(student.shape)}; got {tuple(value.shape)}"
+            f"{name} must have one entry for each row of logits, shape {tuple(student.shape[:-1])} "
+            f"for logits of shape {tuple(student.shape)}; got {tuple(value.shape)}"
         )
     if value.device != student.device:
-        raise ValueError(f"{name} must be on the logits' device, {student.device}; got {value.device}")
+        raise ValueError(
+            f"{name} must be on the logits' device, {student.device}; got {value.device}"
+        )
 
 
 def check_inputs(
@@ -98,9 +104,10 @@ def check_inputs(
 ) -> None:
     """Raises if the data of a call to :func:`fastkd.loss` is not what it accepts.
 
-    On CUDA the loss never waits for the device, so a label that is out of range, or a temperature that is not
-    positive, cannot raise there: it makes its row's loss and gradient NaN. This function waits, looks, and names
-    the first offender. Use it when a loss turns NaN. On the CPU the loss makes the same checks itself.
+    On CUDA the loss never waits for the device, so a label that is out of range, or a temperature
+    that is not positive, cannot raise there: it makes its row's loss and gradient NaN. This
+    function waits, looks, and names the first offender. Use it when a loss turns NaN. On the CPU
+    the loss makes the same checks itself.
 
     Args:
         student_logits: ``(..., C)``.
@@ -110,8 +117,9 @@ def check_inputs(
         temperature: a number, or a tensor of shape ``(...)``.
 
     Raises:
-        ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not ``ignore_index``, a
-            temperature that is not positive and finite, or NaN or +inf among the logits of a row that counts.
+        ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
+            ``ignore_index``, a temperature that is not positive and finite, or NaN or +inf among
+            the logits of a row that counts.
         TypeError: for dtypes that are not accepted.
 
     Example:
@@ -125,18 +133,9 @@ def check_inputs(
     if labels is not None:
         indices(labels, student_logits)
         counts = labels != ignore_index
-        bad = counts & ((labels < 0) | (labels >= student_logits.shape[-1]))
-        _refuse(
-            bad, labels, f"labels must be in [0, {student_logits.shape[-1]}) or ignore_index={ignore_index}"
-        )
-    if isinstance(temperature, Tensor):
-        _refuse(
-            ~((temperature > 0) & temperature.isfinite()),
-            temperature,
-            "temperature must be positive and finite",
-        )
-    else:
+    if not isinstance(temperature, Tensor):
         number("temperature", temperature, 0.0, math.inf, open_low=True)
+    check_rows(student_logits, labels, ignore_index, temperature)
     for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         greatest = value.amax(-1)  # NaN if any is
         _refuse(
@@ -151,6 +150,19 @@ def check_inputs(
         )
 
 
+def check_rows(
+    student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
+) -> None:
+    """Looks for a label out of range, or a row's temperature that is not positive and finite."""
+    if labels is not None:
+        classes = student.shape[-1]
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+        _refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
+    if isinstance(temperature, Tensor):
+        bad = ~((temperature > 0) & temperature.isfinite())
+        _refuse(bad, temperature, "temperature must be positive and finite")
+
+
 def _refuse(bad: Tensor, value: Tensor, message: str) -> None:
     """Raises for the first row that is bad; the message ends with the row and its value."""
     if bad.any():
@@ -159,11 +171,11 @@ def _refuse(bad: Tensor, value: Tensor, message: str) -> None:
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> bool:
-    """Warns if ``logits`` look like probabilities , which the loss would soften again.
+    """Warns if ``logits`` look like probabilities, which the loss would soften again.
 
-    Passing ``softmax`` outputs where logits belong is the commonest mistake with distillation losses: nothing
-    fails, the student just learns a much flatter teacher. Log-probabilities are harmless (softmax undoes them at
-    any temperature) and not warned about.
+    Passing ``softmax`` outputs where logits belong is the commonest mistake with distillation
+    losses: nothing fails, the student just learns a much flatter teacher. Log-probabilities are
+    harmless (softmax undoes them at any temperature) and not warned about.
 
     Args:
         logits: ``(..., C)``.
@@ -184,8 +196,8 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
     probable = (values >= 0).all() and (values <= 1).all() and ((sums - 1).abs() < 1e-2).all()
     if probable:
         warnings.warn(
-            f"{name} look like probabilities (every entry in [0, 1], every row sums to 1). fastkd expects logits: "
-            "pass what goes into softmax, not what comes out of it.",
+            f"{name} look like probabilities (every entry in [0, 1], every row sums to 1). fastkd "
+            "expects logits: pass what goes into softmax, not what comes out of it.",
             UserWarning,
             stacklevel=2,
         )

@@ -1,18 +1,16 @@
 """The native ops: loading them, their shapes for tracing, and their derivatives.
 
-``apply`` is the one way in. It runs the fused kernel where there is one, and :mod:`fastkd.reference` under
-function transforms and on devices without kernels.
+``apply`` is the one way in. It runs the fused kernel where there is one, and
+:mod:`fastkd.reference` under function transforms and on devices without kernels.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fastkd import reference
 
@@ -21,8 +19,9 @@ try:
 except ImportError as error:  # pragma: no cover - needs a broken installation
     raise ImportError(
         f"fastkd's native library could not be loaded ({error}). It needs torch >= 2.10 (this is "
-        f"{torch.__version__}); if it was built for another Python, run `pip install --force-reinstall fastkd`."
+        f"{torch.__version__}); if it was built for another Python, reinstall it."
     ) from error
+
 
 def _load_eager() -> Any:
     """The optional fast way in (csrc/torch/eager.cpp), if it was built with exactly this torch."""
@@ -37,6 +36,8 @@ EAGER = _load_eager()
 REDUCTIONS = ("none", "sum", "mean")
 DIVERGENCES: tuple[str, ...] = _C.divergences
 CUDA_KERNELS = bool(_C.cuda_architectures)
+_KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if CUDA_KERNELS else {"cpu", "meta"})
+_warned: set[str] = set()
 _TERMS = len(reference.Terms._fields)
 _STATS = 6
 
@@ -79,9 +80,14 @@ def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
     return student.new_empty([_STATS * rows + 1], dtype=_acc(student, teacher))
 
 
-@torch.library.register_fake("fastkd::loss")
+@torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
 def _(
-    student: Tensor, teacher: Tensor, labels: Any, temperatures: Any, denominator: Any, *settings: Any
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    temperatures: Any,
+    denominator: Any,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, reduction, _, with_terms, with_grad = settings
     out = _fake_out(student, teacher, reduction, with_terms)
@@ -92,29 +98,25 @@ def _(
     return out, grad, _fake_stats(student, teacher) if needs_stats else nothing.clone()
 
 
-@torch.library.register_fake("fastkd::loss_")
+@torch.library.register_fake("fastkd::loss_")  # type: ignore[untyped-decorator]
 def _(
-    student: Tensor, teacher: Tensor, labels: Any, temperatures: Any, denominator: Any, *settings: Any
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    temperatures: Any,
+    denominator: Any,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_terms = settings
     return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
 
 
-@torch.library.register_fake("fastkd::loss_backward_")
+@torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, *_: Any) -> None:
     return None
 
 
 # ---- derivatives
-
-
-class _Context(FunctionCtx):
-    """What a forward call leaves for backward."""
-
-    saved_tensors: tuple[Any, ...]
-    settings: Settings
-    grad: Tensor | None
-    spent: bool
 
 
 def differentiable_gradient(
@@ -126,36 +128,41 @@ def differentiable_gradient(
     settings: Settings,
     grad_output: Tensor,
 ) -> Tensor:
-    """grad_output times the gradient, as a differentiable function of both: what create_graph=True needs."""
+    """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
     out = _reference(student, teacher, labels, temperatures, denominator, settings)
     (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
 
 class _Loss(torch.autograd.Function):
-    """The op, whose forward pass has written the gradient already unless the reduction is "none"."""
+    """The op, whose forward pass has written the gradient already unless the reduction is
+    "none"."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: _Context,
+    def forward(
+        ctx: Any,
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
         temperatures: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
-    ) -> Tensor:
-        out, grad, stats = _loss(student, teacher, labels, temperatures, denominator, *settings, True)
+    ) -> Any:
+        out, grad, stats = _loss(
+            student, teacher, labels, temperatures, denominator, *settings, True
+        )
         ctx.settings = settings
         ctx.spent = False
         ctx.save_for_backward(student, teacher, labels, temperatures, denominator, grad, stats)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    def backward(ctx: _Context, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         student, teacher, labels, temperatures, denominator, grad, stats = ctx.saved_tensors
         settings = ctx.settings
-        if torch.is_grad_enabled():  # create_graph=True: this gradient will be differentiated in turn
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: this gradient will be differentiated in turn
             grad = differentiable_gradient(
                 student, teacher, labels, temperatures, denominator, settings, grad_output
             )
@@ -166,12 +173,21 @@ class _Loss(torch.autograd.Function):
         if torch.compiler.is_compiling() and filled:
             return (grad * grad_output).to(student.dtype), None, None, None, None, None
         if ctx.spent or not filled:
-            # With retain_graph=True the first call gave its buffer away; it may not be scaled again.
+            # With retain_graph=True the first call gave its buffer away; it may not be scaled
+            # again.
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
             filled = False
         ctx.spent = True
         _loss_backward_(
-            grad, grad_output.contiguous(), stats, student, teacher, labels, temperatures, *settings[:6], filled
+            grad,
+            grad_output.contiguous(),
+            stats,
+            student,
+            teacher,
+            labels,
+            temperatures,
+            *settings[:6],
+            filled,
         )
         return grad, None, None, None, None, None
 
@@ -180,35 +196,43 @@ class _InplaceLoss(torch.autograd.Function):
     """The op that writes the gradient over the student's logits."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: _Context,
+    def forward(
+        ctx: Any,
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
         temperatures: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
-    ) -> Tensor:
+    ) -> Any:
         out, stats = _loss_(student, teacher, labels, temperatures, denominator, *settings)
         torch.autograd.graph.increment_version(student)
         ctx.settings = settings
         ctx.grad = student.detach()
         ctx.save_for_backward(teacher, labels, temperatures, stats)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    def backward(ctx: _Context, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         teacher, labels, temperatures, stats = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or grad is None:
             raise RuntimeError(
-                "the logits were overwritten by their gradient (inplace=True), so it can be had once: for second "
-                "derivatives or a second backward pass call fastkd with inplace=False"
+                "inplace=True: the logits were overwritten by their gradient, which can be had "
+                "once. For second derivatives or a second backward pass use inplace=False"
             )
         if ctx.settings.with_terms:
             grad_output = grad_output[0]
         _loss_backward_(
-            grad, grad_output.contiguous(), stats, grad, teacher, labels, temperatures, *ctx.settings[:6], True
+            grad,
+            grad_output.contiguous(),
+            stats,
+            grad,
+            teacher,
+            labels,
+            temperatures,
+            *ctx.settings[:6],
+            True,
         )
         return grad, None, None, None, None, None
 
@@ -225,16 +249,19 @@ def apply(
     settings: Settings,
     inplace: bool,
 ) -> Tensor:
-    """Runs the op on checked arguments; the result has the shapes that csrc/torch/library.cpp gives."""
-    if not _has_kernels(student.device.type) or _is_transformed():
+    """Runs the op on checked arguments; results are shaped as csrc/torch/library.cpp says."""
+    if student.device.type not in _KERNEL_DEVICES:
+        _warn_once(student.device.type)
+        return _reference(student, teacher, labels, temperatures, denominator, settings)
+    if _is_transformed():
         return _reference(student, teacher, labels, temperatures, denominator, settings)
     arguments = (student, teacher, labels, temperatures, denominator, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _, _ = _loss(*arguments[:5], *settings, False)
     elif inplace and not torch.compiler.is_compiling():
-        out = _InplaceLoss.apply(*arguments)
+        out = _InplaceLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        out = _Loss.apply(*arguments)
+        out = _Loss.apply(*arguments)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
 
 
@@ -248,22 +275,22 @@ def _is_transformed() -> bool:
     )
 
 
-@functools.cache
-def _has_kernels(device_type: str) -> bool:
-    if device_type in ("cpu", "meta") or (device_type == "cuda" and CUDA_KERNELS):
-        return True
+def _warn_once(device_type: str) -> None:
+    """Says, once for each type of device, that the kernels are not at work there."""
+    if device_type in _warned:
+        return
+    _warned.add(device_type)
     how = (
-        "install fastkd where nvcc and a CUDA build of torch are found (`python -m fastkd info` tells)"
+        "install fastkd where nvcc and a CUDA build of torch are found"
         if device_type == "cuda"
         else "move the logits to a CPU or CUDA device"
     )
     warnings.warn(
-        f"this build of fastkd has no {device_type} kernels: plain PyTorch operations are used instead, which are "
-        f"slower and take more memory. To get the kernels, {how}.",
+        f"this build of fastkd has no {device_type} kernels: plain PyTorch operations are used "
+        f"instead, which are slower and take more memory. To get the kernels, {how}.",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
-    return False
 
 
 def _reference(
@@ -278,7 +305,9 @@ def _reference(
     temperature: float | Tensor = settings.temperature
     if temperatures is not None:
         temperature = temperatures.reshape(student.shape[:-1])
-    normalizer: float | Tensor | None = denominator if denominator is not None else settings.normalizer or None
+    normalizer: float | Tensor | None = (
+        denominator if denominator is not None else settings.normalizer or None
+    )
     terms = reference.terms(
         student,
         teacher,

@@ -1,8 +1,9 @@
 """fastkd's loss in plain PyTorch: the definition of every option, written to be read.
 
-Tests and benchmarks hold the kernels against it in float64, and fastkd itself uses it where no kernel can run
-(function transforms, second derivatives, devices without kernels). It imports torch alone, and it is written
-from the definitions, not from the kernels' formulas, so that a mistake in those cannot hide here.
+Tests and benchmarks hold the kernels against it in float64, and fastkd itself uses it where no
+kernel can run (function transforms, second derivatives, devices without kernels). It imports torch
+alone, and it is written from the definitions, not from the kernels' formulas, so that a mistake in
+those cannot hide here.
 """
 
 from __future__ import annotations
@@ -39,21 +40,20 @@ def _log_ratio_sum(p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum p log(p / q), of each row; p is the teacher, q the student (Hinton et al. 2015)."""
+    """KL(p || q) = sum p log(p / q), p the teacher, q the student (Hinton et al. 2015)."""
     return _log_ratio_sum(log_p.exp(), log_p, log_q)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"forward_kl": forward_kl}
-"""Name of each divergence, and the function of (teacher, student) log-probabilities that defines it."""
+"""Name of each divergence, and the function of (teacher, student) log-probabilities that defines
+it."""
 
 
 def _entropy(log_p: Tensor) -> Tensor:
     return -_log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, valid: Tensor, label_smoothing: float
-) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor, label_smoothing: float) -> Tensor:
     """``F.cross_entropy`` of each row, but NaN for a label out of range."""
     log_q = F.log_softmax(logits, -1)
     in_range = (labels >= 0) & (labels < logits.shape[-1])
@@ -83,7 +83,8 @@ def terms(
     normalizer: float | Tensor | None = None,
     divergence: str = "forward_kl",
 ) -> Terms:
-    """The loss and its terms, by differentiable PyTorch operations. See :func:`fastkd.loss` for the options.
+    """The loss and its terms, by differentiable PyTorch operations. See :func:`fastkd.loss` for the
+    options.
 
     Args:
         student_logits: ``(..., C)``, any floating dtype; computed in float32 or better.
@@ -122,20 +123,22 @@ def terms(
         both = (student == student.amax(-1, keepdim=True)) & (
             teacher == teacher.amax(-1, keepdim=True)
         )
-        logged = (hard, soft, _entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
+        fields = (hard, soft, _entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
         zero = torch.zeros_like(soft)
-        logged = tuple(term.detach().where(valid, zero) for term in logged)
-    fields = (total.where(valid, torch.zeros_like(total)), *logged)
+        logged = [term.detach().where(valid, zero) for term in fields]
+    rows = Terms(total.where(valid, torch.zeros_like(total)), *logged)
 
     if reduction == "none":
-        return Terms(*fields)
+        return rows
     divisor: float | Tensor = 1.0
     if reduction == "mean":
         count = valid.sum().clamp(min=1)
         divisor = count if normalizer is None else normalizer
-    return Terms(*(field.sum() / divisor for field in fields))
+    return Terms(*(field.sum() / divisor for field in rows))
 
 
-def loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options: object) -> Tensor:
+def loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, **options: object
+) -> Tensor:
     """The loss of :func:`terms`, with the same arguments."""
     return terms(student_logits, teacher_logits, labels, **options).loss  # type: ignore[arg-type]

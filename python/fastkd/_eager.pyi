@@ -1,0 +1,9 @@
+from typing import Any
+
+from torch import Tensor
+
+torch_version: str
+
+def loss(
+    student: Any, teacher: Any, labels: Any, with_terms: bool, cuda: bool, *options: Any
+) -> Tensor | None: ...
