@@ -117,7 +117,7 @@ struct Statistics {
 struct Sums {
   double value;           // of the divergence
   double slope;           // of the divergence's slopes
-  double student_logits;  // sum of z - max z, for label smoothing
+  double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;
   double agreement;  // > 0 where a class is the greatest of both
 };
@@ -129,9 +129,9 @@ struct Kernels {
   // Whole rows [begin, end).
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
-  // The same in three steps, for a few long rows: scan every segment of a row; write every segment,
-  // given the row's merged statistics; then close the row. `segments` = ceil(classes / kSegment)
-  // entries each.
+  // The same in three steps, for a few rows that are longer than a segment: scan every segment of a
+  // row; write every segment, given the statistics of all; then close the row. `segments` =
+  // ceil(classes / kSegment) entries each.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row, Sums*);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);

@@ -1,14 +1,19 @@
 """What every test file shares: the devices, the CPU instruction sets, and hypothesis' profile."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
+
+# Before torch loads OpenMP: threads that spin for one another make small operations very slow where
+# the processors are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastkd import _C
+from fastkd import _C, ops
 
 # Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -64,3 +69,13 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["direct", "python"])
+def way_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways from fastkd.loss to the op: the C++ one for plain calls, and the Python one."""
+    if request.param == "python":
+        monkeypatch.setattr(ops, "EAGER", None)
+    elif ops.EAGER is None:
+        pytest.skip("fastkd._eager was not built, or with another torch")
+    return str(request.param)

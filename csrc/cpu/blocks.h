@@ -16,10 +16,6 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kLanes = 32;
 static_assert(kSegment % kBlock == 0 && kBlock % kLanes == 0, "");
 
-FASTKD_HOST_DEVICE void assume_padded(int64_t count) {
-  if (count % kLanes != 0 || count <= 0) __builtin_unreachable();
-}
-
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
 template <class T>
@@ -39,17 +35,37 @@ FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T>&
   return T(0);
 }
 
+// Reductions are written over kLanes accumulators and folded in halves: the compiler's own epilogue
+// for a simd reduction adds lane after lane, 50 cycles that rows of 10 classes would feel.
+template <int64_t kWidth, class T, class Join>
+FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
+  if constexpr (kWidth == 1) {
+    return lanes[0];
+  } else {
+    T half[kWidth / 2];
+    for (int64_t i = 0; i < kWidth / 2; ++i) half[i] = join(lanes[i], lanes[i + kWidth / 2]);
+    return fold<kWidth / 2>(half, join);
+  }
+}
+
+template <class T>
+FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
+  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+}
+
 // NaN is passed over here; it makes the sums NaN.
 template <class T, class S>
 T maximum(const S* logits, int64_t count) {
-  assume_padded(count);
-  T result = -kInfinity<T>;
-#pragma omp simd reduction(max : result)
-  for (int64_t i = 0; i < count; ++i) {
-    const T x = widen(logits[i]);
-    result = x > result ? x : result;
+  T lanes[kLanes];
+  for (T& lane : lanes) lane = -kInfinity<T>;
+  for (int64_t at = 0; at < count; at += kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T x = widen(logits[at + i]);
+      lanes[i] = x > lanes[i] ? x : lanes[i];
+    }
   }
-  return result;
+  return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
 template <class T>
@@ -57,25 +73,41 @@ struct Pair {
   T tempered, hard;
 };
 
-template <Hard kHard, class T, class S>
-Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T> tempered,
-                         const Exponential<T> own) {
-  assume_padded(count);
-  T sum = 0, hard_sum = 0;
-#pragma omp simd reduction(+ : sum, hard_sum)
-  for (int64_t i = 0; i < count; ++i) {
-    const T logit = widen(logits[i]);
-    const T e = tempered(logit);
-    sum += e;
-    if constexpr (kHard != Hard::kNone) hard_sum += hard_exponential<kHard>(e, logit, own);
+// The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
+// that one fetches for the other. What lies beyond a row is harmless to prefetch.
+template <class S>
+FASTKD_HOST_DEVICE void prefetch_next(const S* logits) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(logits) + kBlock * sizeof(S);
+  for (uintptr_t i = 0; i < kLanes * sizeof(S); i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next + i));
   }
-  return {sum, hard_sum};
+}
+
+// With kKeep the tempered exponentials are left in `kept`.
+template <Hard kHard, bool kKeep, class T, class S>
+Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T>& tempered_one,
+                         const Exponential<T>& own_one, T* kept) {
+  const Exponential<T> tempered = tempered_one, own = own_one;  // no store below can touch these
+  T sums[kLanes] = {}, hard_sums[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    prefetch_next(logits + at);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T logit = widen(logits[at + i]);
+      const T e = tempered(logit);
+      if constexpr (kKeep) kept[at + i] = e;
+      sums[i] += e;
+      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, logit, own);
+    }
+  }
+  return {sum_of(sums), kHard == Hard::kNone ? T(0) : sum_of(hard_sums)};
 }
 
 // The second sweep's constants of one row.
 template <class T>
 struct Coefficients {
-  Exponential<T> student, teacher;  // q and p themselves
+  Exponential<T> student, teacher;  // q and p themselves, or for kept rows
+  T student_scale, teacher_scale;   // q and p over the kept exponentials
   Exponential<T> own;               // softmax(z), where it is no power of q
   T inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
@@ -85,24 +117,32 @@ struct Coefficients {
 };
 
 // Writes the gradient but for the label's share, and returns the sum of the divergence. grad may be
-// the student itself.
-template <class D, Hard kHard, class T, class S>
-T write_gradient(const Coefficients<T> c, const S* student, const S* teacher, S* grad,
-                 int64_t count) {
+// the student itself. With kKept, student_kept and teacher_kept hold the exponentials; else they
+// are computed anew.
+template <class D, Hard kHard, bool kKept, class T, class S>
+T write_gradient(const Coefficients<T>& coefficients, const S* student, const S* teacher,
+                 const T* student_kept, const T* teacher_kept, S* grad, int64_t count) {
   static_assert(D::kSlopeSumKnown, "a sweep that sums the slopes must come first");
-  assume_padded(count);
-  T value = 0;
-#pragma omp simd reduction(+ : value)
-  for (int64_t i = 0; i < count; ++i) {
-    const T z = widen(student[i]), w = widen(teacher[i]);
-    const T q = c.student(z), p = c.teacher(w);
-    const Element<T> e = element<T>(p, q, (w - z) * c.inverse_temperature - c.log_ratio);
-    value += D::template value<T>(e);
-    T g = c.uniform;
-    if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(q, z, c.own);
-    grad[i] = narrow<S>(g + c.soft_gain * D::template gradient<T>(e));
+  const Coefficients<T> c = coefficients;
+  T values[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T z = widen(student[at + i]), w = widen(teacher[at + i]);
+      T q, p;
+      if constexpr (kKept) {
+        q = student_kept[at + i] * c.student_scale, p = teacher_kept[at + i] * c.teacher_scale;
+      } else {
+        q = c.student(z), p = c.teacher(w);
+      }
+      const Element<T> e = element<T>(p, q, (w - z) * c.inverse_temperature - c.log_ratio);
+      values[i] += D::template value<T>(e);
+      T g = c.uniform;
+      if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(q, z, c.own);
+      grad[at + i] = narrow<S>(g + c.soft_gain * D::template gradient<T>(e));
+    }
   }
-  return value;
+  return sum_of(values);
 }
 
 template <class T>
@@ -113,17 +153,16 @@ struct Entropies {
 
 // What only `terms` asks for; a sweep of its own, so that the others need not pay for it.
 template <class T>
-Entropies<T> sum_entropies(const Coefficients<T> c, T log_student_sum, T log_teacher_sum,
+Entropies<T> sum_entropies(const Coefficients<T> c, T student_log_scale, T teacher_log_scale,
                            T student_max, T teacher_max, const T* student, const T* teacher,
                            int64_t count) {
-  assume_padded(count);
   T student_entropy = 0, teacher_entropy = 0;
   int agreement = 0;
 #pragma omp simd reduction(+ : student_entropy, teacher_entropy) reduction(| : agreement)
   for (int64_t i = 0; i < count; ++i) {
     const T z = student[i], w = teacher[i];
-    const T log_q = (z - student_max) * c.inverse_temperature - log_student_sum;
-    const T log_p = (w - teacher_max) * c.inverse_temperature - log_teacher_sum;
+    const T log_q = (z - student_max) * c.inverse_temperature + student_log_scale;
+    const T log_p = (w - teacher_max) * c.inverse_temperature + teacher_log_scale;
     student_entropy -= times_log(c.student(z), log_q);
     teacher_entropy -= times_log(c.teacher(w), log_p);
     agreement |= (z == student_max) & (w == teacher_max);

@@ -15,11 +15,19 @@ FASTKD_HOST_DEVICE bool finite(T x) {
   return x - x == T(0);
 }
 
+// The exponent as the loops form it: rounded once or twice, which only the compiler knows. Not
+// inlined, or it would see that `offset` is that product already.
+template <class T>
+__attribute__((noinline)) T exponent(T logit, T factor, T offset) {
+  return logit * factor - offset;
+}
+
 template <class T>
 struct Row {
   State state = State::kNormal;
   int64_t label = -1;
-  Hard hard = Hard::kNone;
+  Hard hard = Hard::kNone;           // in the sums
+  Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   double temperature = 1;
   T factor = 0;       // of the tempered exponential
   T hard_factor = 0;  // of exp(z)
@@ -30,6 +38,14 @@ struct Row {
   double offset(double max) const { return static_cast<T>(static_cast<T>(max) * factor); }
   double hard_offset(double max) const {
     return power > 0 ? power * offset(max) : static_cast<T>(static_cast<T>(max) * hard_factor);
+  }
+  // What is left of the maximum's own exponent, because the offset is rounded.
+  double residue(double max) const {
+    return exponent(static_cast<T>(max), factor, static_cast<T>(offset(max)));
+  }
+  double hard_residue(double max) const {
+    if (power > 0) return power * residue(max);
+    return exponent(static_cast<T>(max), hard_factor, static_cast<T>(hard_offset(max)));
   }
 };
 
@@ -53,11 +69,13 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (in.hard_weight == 0 && !terms) return row;
   row.hard = Hard::kOwn;
   // Speed is no aim in fp64: one form of the loops is enough there.
-  if (sizeof(T) == sizeof(double)) return row;
-  if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
-  if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
-  if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
-  if (row.temperature == 4) row.hard = Hard::kPower4, row.power = 4;
+  if (sizeof(T) == sizeof(float)) {
+    if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
+    if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
+    if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
+    if (row.temperature == 4) row.hard = Hard::kPower4, row.power = 4;
+  }
+  if (in.hard_weight != 0) row.gradient_hard = row.hard;
   return row;
 }
 
@@ -116,6 +134,13 @@ struct Scales {
   }
 };
 
+// log(q) = (z - max z) / t + this; with the offset's rounding, which is part of the sums, taken
+// out.
+template <class T>
+T log_scale(const Row<T>& row, T max, T scale) {
+  return static_cast<T>(std::log(static_cast<double>(scale)) + row.residue(max) * kLn2);
+}
+
 template <class T>
 Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
   return {static_cast<T>(of.student_max), static_cast<T>(1 / of.student_sum),
@@ -133,18 +158,20 @@ Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Sca
   const double hard_gain = gain * in.hard_weight;
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
   for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
-  return {Exponential<T>(row.factor, static_cast<T>(student_offset), student_scale),
-          Exponential<T>(row.factor, static_cast<T>(teacher_offset), teacher_scale),
-          Exponential<T>(row.hard_factor, static_cast<T>(row.hard_offset(s.student_max)),
-                         s.hard_scale),
-          static_cast<T>(row.factor * kLn2),
-          static_cast<T>((teacher_offset - student_offset) * kLn2 +
-                         std::log(student_scale / teacher_scale)),
-          static_cast<T>(gain * in.soft_weight * row.temperature),
-          static_cast<T>(row.power > 0 ? power_gain : hard_gain),
-          static_cast<T>(row.hard == Hard::kNone
-                             ? 0.0
-                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes))};
+  return {
+      Exponential<T>(row.factor, static_cast<T>(student_offset), student_scale),
+      Exponential<T>(row.factor, static_cast<T>(teacher_offset), teacher_scale),
+      s.student_scale,
+      s.teacher_scale,
+      Exponential<T>(row.hard_factor, static_cast<T>(row.hard_offset(s.student_max)), s.hard_scale),
+      static_cast<T>(row.factor * kLn2),
+      static_cast<T>((teacher_offset - student_offset) * kLn2 +
+                     std::log(student_scale / teacher_scale)),
+      static_cast<T>(gain * in.soft_weight * row.temperature),
+      static_cast<T>(row.power > 0 ? power_gain : hard_gain),
+      static_cast<T>(row.hard == Hard::kNone
+                         ? 0.0
+                         : -hard_gain * in.label_smoothing / static_cast<double>(in.classes))};
 }
 
 }  // namespace

@@ -124,7 +124,6 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
   run_forward(args);
   const auto finish = [&](auto zero) {
     using T = decltype(zero);
-    if (with_stats) static_cast<T*>(args.stats)[kStats * rows] = static_cast<T>(args.scale);
     if (per_row) return;
     T* out = static_cast<T*>(result.out.mutable_data_ptr());
     for (int field = 0; field < (terms ? 1 + kTerms : 1); ++field)

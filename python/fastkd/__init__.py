@@ -2,8 +2,8 @@
 
 >>> import torch, fastkd
 >>> student = torch.randn(8, 10, requires_grad=True)
->>> fastkd.loss(student, torch.randn(8, 10), torch.randint(10, (8,)), temperature=2.0,
-alpha=0.5).backward()
+>>> teacher, labels = torch.randn(8, 10), torch.randint(10, (8,))
+>>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
 """
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
@@ -12,14 +12,17 @@ from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.verify import Verification, verify
 
 __all__ = [
     "KDLoss",
     "Terms",
+    "Verification",
     "__version__",
     "check_inputs",
     "check_logits",
     "divergences",
     "loss",
     "terms",
+    "verify",
 ]

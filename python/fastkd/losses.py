@@ -403,5 +403,7 @@ def _check_inplace(student: Tensor, teacher: Tensor, reduction: str) -> None:
             "inplace=True writes the gradient over student_logits, which cannot be a leaf that "
             "requires grad"
         )
+    if torch.compiler.is_compiling():
+        return  # it has no effect
     if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
         raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")

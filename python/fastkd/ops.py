@@ -152,13 +152,14 @@ class _Loss(torch.autograd.Function):
             student, teacher, labels, temperatures, denominator, *settings, True
         )
         ctx.settings = settings
-        ctx.spent = False
-        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, grad, stats)
+        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, stats)
+        # Not saved like the others: backward scales it in place and gives it away.
+        ctx.grad = grad
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, teacher, labels, temperatures, denominator, grad, stats = ctx.saved_tensors
+        student, teacher, labels, temperatures, denominator, stats = ctx.saved_tensors
         settings = ctx.settings
         if (
             torch.is_grad_enabled()
@@ -170,14 +171,17 @@ class _Loss(torch.autograd.Function):
         if settings.with_terms:
             grad_output = grad_output[0]  # the other terms carry no gradient
         filled = REDUCTIONS[settings.reduction] != "none"
-        if torch.compiler.is_compiling() and filled:
-            return (grad * grad_output).to(student.dtype), None, None, None, None, None
-        if ctx.spent or not filled:
+        compiling = torch.compiler.is_compiling()
+        if compiling and filled and student.dtype is not torch.float16:
+            return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
+        grad, ctx.grad = ctx.grad, None
+        if grad is None or not filled or compiling:
+            # In fp16 a scale cannot bring back what has underflowed, and a compiled graph cannot
+            # tell beforehand whether there is one.
             # With retain_graph=True the first call gave its buffer away; it may not be scaled
             # again.
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
             filled = False
-        ctx.spent = True
         _loss_backward_(
             grad,
             grad_output.contiguous(),

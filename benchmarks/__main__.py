@@ -1,0 +1,250 @@
+"""``python -m benchmarks``: should you switch? Measured on your own machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  python -m benchmarks                     the default, a few minutes
+  python -m benchmarks --device cuda       on a GPU
+  python -m benchmarks --rows 4096 --classes 32000 --dtype bf16 --temperature 2
+  python -m benchmarks --only llama --rivals fastkd eager
+  python -m benchmarks --readme            the README's section, from the newest saved results
+"""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--full", action="store_true", help="every model, dtype and temperature")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose title contains this")
+    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these (fastkd always)")
+    parser.add_argument("--seconds", type=float, help="of timing for each case")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="after which torch.compile is left out; default: 4 on a GPU, 6 on a CPU",
+    )
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    parser.add_argument("--no-save", action="store_true", help="only show")
+    parser.add_argument(
+        "--list", action="store_true", help="list cases and rivals, and measure nothing"
+    )
+    parser.add_argument("--readme", action="store_true", help="only rewrite the README's section")
+    parser.add_argument(
+        "--redraw", type=Path, metavar="FOLDER", help="only redo a saved run's report and plots"
+    )
+    own = parser.add_argument_group("a case of your own")
+    own.add_argument("--rows", type=int)
+    own.add_argument("--classes", type=int)
+    own.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    own.add_argument("--temperature", type=float, default=2.0)
+    own.add_argument("--alpha", type=float, default=0.5, help="weight of the hard term")
+    own.add_argument("--ignored", type=float, default=0.0, help="share of rows that are ignored")
+    own.add_argument("--forward-only", action="store_true", help="no gradient")
+    chosen = parser.parse_args()
+    if (chosen.rows is None) != (chosen.classes is None):
+        parser.error("--rows and --classes go together")
+    return chosen
+
+
+def _own_case(chosen: argparse.Namespace) -> Any:
+    from benchmarks.cases import Case
+
+    return Case(
+        "yours",
+        chosen.rows,
+        chosen.classes,
+        chosen.dtype,
+        chosen.temperature,
+        gradient=not chosen.forward_only,
+        alpha=chosen.alpha,
+        ignored=chosen.ignored,
+        compiled="best" if chosen.dtype != "fp32" else "default",
+        memory=True,
+    )
+
+
+def _list(cases: list[Any]) -> None:
+    from benchmarks.rivals import RIVALS
+
+    for case in cases:
+        print(case.title)
+    print()
+    for one in RIVALS:
+        print(f"{one.name:20}{one.what}")
+
+
+def _redraw(folder: Path) -> None:
+    import json
+
+    from benchmarks import claims, plots, report
+
+    results = json.loads((folder / "results.json").read_text())
+    results["claims"] = claims.evaluate(results) if results.get("standard") else []
+    report.save(results, folder)
+    plots.draw(results, folder)
+
+
+def _stream_speeds(device: str, found: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
+    """Each stream, what it is, and the median over the cases of how fast it was."""
+    import statistics
+
+    from benchmarks.stream import streams
+
+    result = {}
+    for one in streams(device):
+        speeds = [case["streams"][one.name] for case in found if one.name in case["streams"]]
+        if speeds:
+            result[one.name] = (one.what, statistics.median(speeds))
+    return result
+
+
+def _measure(
+    chosen: argparse.Namespace, device: str, selected: list[Any], standard: bool
+) -> dict[str, Any]:
+    """Runs everything, showing each case as it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from benchmarks import cases, claims, environment, report, suite
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    minutes = chosen.minutes or (4.0 if device == "cuda" else 6.0)
+    if chosen.full and chosen.minutes is None:
+        minutes = float("inf")
+    start, ticks = time.monotonic(), environment.cpu_ticks()
+    settings = suite.Settings(
+        device,
+        chosen.seconds or (0.4 if device == "cuda" else 1.5),
+        start + 60 * minutes,
+        ("fastkd", *chosen.rivals) if chosen.rivals else (),
+    )
+    results: dict[str, Any] = {
+        "environment": environment.describe(device),
+        "standard": standard,
+        "cases": [],
+        "duels": [],
+        "scaling": {},
+    }
+    console.print(
+        f"[bold]{results['environment']['device']}[/bold]: answers first checked against float64"
+    )
+    if results["environment"]["load at the start"] > 0.5 and device == "cpu":
+        load = results["environment"]["load at the start"]
+        console.print(f"[yellow]Other work is running (load {load}): times will suffer.[/yellow]")
+    duels = cases.duels(device) if standard else []
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(selected) + len(duels) + 2 * standard)
+
+        def say(text: str) -> None:
+            progress.update(task, description=text)
+
+        for case in selected:
+            try:
+                found = suite.run_case(case, settings, say)
+            except Exception as error:  # too large for this machine, say: the other cases go on
+                console.print(
+                    f"{case.title}: not measured, {type(error).__name__}: {str(error)[:200]}"
+                )
+                found = None
+            if found is not None:
+                results["cases"].append(found)
+                report.show_case(console, found)
+            progress.advance(task)
+        for duel in duels:
+            say(duel.name)
+            results["duels"].append(suite.run_duel(duel, settings))
+            progress.advance(task)
+        if standard:
+            try:
+                results["close_to_the_teacher"] = suite.close_to_the_teacher(device)
+                progress.advance(task)
+                results["scaling"] = suite.run_scaling(cases.scaling(device), settings, say)
+            except Exception as error:
+                console.print(f"not measured: {type(error).__name__}: {str(error)[:200]}")
+            progress.advance(task)
+    after = environment.cpu_ticks()
+    results["stolen"] = (after[0] - ticks[0]) / max(1, after[1] - ticks[1])
+    results["environment"]["clocks at the end"] = environment.clocks(device)
+    results["missing"] = {
+        name: why.removeprefix("not available: ") for name, why in settings.missing.items()
+    }
+    results["streams"] = _stream_speeds(device, results["cases"])
+    results["claims"] = claims.evaluate(results) if standard else []
+    results["seconds"] = time.monotonic() - start
+    report.show(console, results)
+    console.print(f"measured in {results['seconds'] / 60:.1f} minutes")
+    return results
+
+
+def main() -> None:
+    """Parses the command line and runs what it asks for."""
+    chosen = _arguments()
+    # Compilations start from nothing, so that the times reported for them are what a first run
+    # costs.
+    folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    try:
+        _run(chosen)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    import warnings
+
+    import torch
+
+    from benchmarks import cases, environment, plots, report
+
+    if chosen.readme:
+        print(report.rewrite_readme())
+        return
+    if chosen.redraw:
+        _redraw(chosen.redraw)
+        return
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    warnings.filterwarnings("ignore", module=r"torch\._inductor|torch\._dynamo")
+    standard = chosen.rows is None and chosen.only is None and not chosen.rivals
+    if chosen.rows is not None:
+        selected = [_own_case(chosen)]
+    else:
+        selected = cases.full(device) if chosen.full else cases.default(device)
+    if chosen.only:
+        selected = [case for case in selected if chosen.only in case.title]
+    if chosen.list:
+        _list(selected)
+        return
+    results = _measure(chosen, device, selected, standard)
+    if chosen.no_save or (not standard and chosen.output is None):
+        return
+    output = chosen.output or report.RESULTS / environment.slug(device)
+    report.save(results, output)
+    plots.draw(results, output)
+    print(f"saved under {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What is measured: shapes named after what people train, and how many rows of each fit a machine.
+
+The rule for rows. Vision cases have the batch that their recipes use. Language models take as many
+tokens as fit: 8192 on a GPU, halved until one tensor of logits takes at most 1/48 of its memory,
+which leaves room for the rival that is hungriest (eager in float32 on half-precision logits: 16
+such tensors) and for two sets of inputs; 128 on a CPU, halved until one float32 tensor takes at
+most 32 MiB, several times what its caches hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something people train, as far as its loss is concerned."""
+
+    name: str
+    classes: int
+    what: str
+    rows: int = 0
+    """The rows of one step; 0: as many tokens as fit the machine."""
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("digits", 10, "ten digits", rows=128),
+        Model("cifar-100", 100, "CIFAR-100, batch 128", rows=128),
+        Model("imagenet-1k", 1000, "ImageNet-1k", rows=1024),
+        Model("imagenet-21k", 21841, "ImageNet-21k", rows=256),
+        Model("llama-2", 32000, "Llama-2's vocabulary"),
+        Model("gpt-2", 50257, "GPT-2's vocabulary"),
+        Model("llama-3", 128256, "Llama-3's vocabulary"),
+        Model("qwen", 151936, "Qwen's vocabulary"),
+        Model("gemma", 262144, "Gemma's vocabulary"),
+        # A network's (1, 19, 512, 1024) output as rows, classes last: the move costs every rival
+        # the same, and is not part of what is timed.
+        Model("segmentation", 19, "Cityscapes, one image, a row for each pixel", rows=512 * 1024),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a shape, a dtype, a temperature, and whether a gradient is wanted."""
+
+    name: str
+    rows: int
+    classes: int
+    dtype: str = "fp32"
+    temperature: float = 2.0
+    gradient: bool = True
+    alpha: float = 0.5
+    ignored: float = 0.0
+    """The share of rows whose label is ignored."""
+    compiled: str = "default"
+    """How much of torch.compile is tried, which takes seconds for each shape: "no", "default" or
+    "best".
+    """
+    memory: bool = False
+    """Whether fastkd in place is tried too, and, on a CPU, peak memory measured, in a child
+    process.
+    """
+
+    @property
+    def elements(self) -> int:
+        """Size of one tensor of logits."""
+        return self.rows * self.classes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one tensor of logits."""
+        return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """What must move at least: both logits read and, if wanted, the gradient written."""
+        return (3 if self.gradient else 2) * self.tensor_bytes
+
+    @property
+    def grad_scale(self) -> float:
+        """What the loss is multiplied by before backward: float16 gradients need it, as under a
+        GradScaler.
+        """
+        return 4096.0 if self.dtype == "fp16" else 1.0
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        mode = "loss + backward" if self.gradient else "loss alone"
+        ignored = f", {self.ignored:.0%} of rows ignored" if self.ignored else ""
+        shape = f"{self.rows} x {self.classes} {self.dtype}"
+        return f"{self.name}: {shape}, T = {self.temperature:g}, {mode}{ignored}"
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def rows_that_fit(classes: int, dtype: str, device: str) -> int:
+    """The rule of this file's head."""
+    if device == "cuda":
+        rows, size = 8192, DTYPES[dtype].itemsize
+        limit = torch.cuda.get_device_properties(0).total_memory // 48
+    else:
+        rows, size, limit = 128, 4, 32 * 2**20
+    while rows > 1 and rows * classes * size > limit:
+        rows //= 2
+    return rows
+
+
+def case(name: str, device: str, dtype: str, temperature: float, **options: Any) -> Case:
+    """A case of the model with that name."""
+    model = MODELS[name]
+    rows = model.rows or rows_that_fit(model.classes, dtype, device)
+    return Case(name, rows, model.classes, dtype, temperature, **options)
+
+
+def default(device: str) -> list[Case]:
+    """A subset that takes a few minutes; what claims.py asks for comes first."""
+    return _default_cuda() if device == "cuda" else _default_cpu()
+
+
+def full(device: str) -> list[Case]:
+    """The default, then every model, dtype and temperature, with and without a gradient."""
+    cases = default(device)
+    for name in MODELS:
+        for dtype in DTYPES:
+            for temperature in (1.0, 2.0, 3.0):
+                for gradient in (True, False):
+                    compiled = "best" if temperature == 2.0 else "no"
+                    cases.append(
+                        case(name, device, dtype, temperature, gradient=gradient, compiled=compiled)
+                    )
+    seen: set[str] = set()
+    return [one for one in cases if not (one.title in seen or seen.add(one.title))]  # type: ignore[func-returns-value]
+
+
+def _default_cpu() -> list[Case]:
+    def llm(name: str, dtype: str, temperature: float = 4.0, **options: Any) -> Case:
+        return case(name, "cpu", dtype, temperature, **options)
+
+    return [
+        llm("llama-3", "fp32", memory=True),
+        llm("llama-2", "fp32", memory=True),
+        llm("llama-3", "bf16", memory=True),
+        llm("llama-2", "bf16", memory=True),
+        Case("imagenet-1k", 1024, 1000, "fp32", 4.0),
+        Case("imagenet-1k", 1024, 1000, "bf16", 4.0),
+        Case("imagenet-1k, small batch", 37, 1000, "fp32", 4.0, compiled="no"),
+        Case("imagenet-1k, small batch", 37, 1000, "bf16", 4.0, compiled="no"),
+        Case("digits, tiny batch", 8, 10, "fp32", 4.0, compiled="no"),
+        case("digits", "cpu", "fp32", 4.0),
+        llm("llama-2", "fp16", compiled="no"),
+        case("cifar-100", "cpu", "fp32", 4.0),
+        case("imagenet-21k", "cpu", "fp32", 4.0, compiled="no"),
+        llm("gpt-2", "fp32", 1.0, compiled="no"),
+        llm("qwen", "bf16", 2.0, compiled="no"),
+        llm("gemma", "bf16", 3.0, compiled="no"),
+        case("segmentation", "cpu", "fp32", 2.0, compiled="no"),
+        llm("llama-2", "fp32", gradient=False, compiled="no"),
+        case("imagenet-1k", "cpu", "fp32", 4.0, gradient=False, compiled="no"),
+    ]
+
+
+def _default_cuda() -> list[Case]:
+    def llm(name: str, dtype: str = "bf16", temperature: float = 2.0, **options: Any) -> Case:
+        return case(name, "cuda", dtype, temperature, **options)
+
+    def width(classes: int, dtype: str = "bf16", **options: Any) -> Case:
+        rows = rows_that_fit(classes, dtype, "cuda")
+        return Case(f"{classes} classes", rows, classes, dtype, 2.0, **options)
+
+    return [
+        llm("llama-2", compiled="best", memory=True),
+        llm("llama-3", compiled="best", memory=True),
+        llm("gemma", compiled="best"),
+        llm("qwen", compiled="best"),
+        llm("gpt-2", compiled="best"),
+        width(65536),
+        width(8192, compiled="no"),
+        Case("imagenet-1k, large batch", 8192, 1000, "bf16", 2.0),
+        width(128257, compiled="no"),
+        llm("llama-2", "fp32"),
+        llm("llama-3", "fp32", compiled="no"),
+        Case("few rows", 16, 131072, "bf16", 2.0, compiled="no"),
+        Case("digits", 128, 16, "bf16", 2.0),
+        Case("imagenet-1k, small batch", 128, 1000, "bf16", 2.0),
+        llm("llama-2", "fp16", compiled="no"),
+        llm("llama-2", temperature=1.0, compiled="no"),
+        llm("llama-2", temperature=3.0, compiled="no"),
+        case("cifar-100", "cuda", "bf16", 2.0, compiled="no"),
+        case("imagenet-21k", "cuda", "bf16", 2.0, compiled="no"),
+        case("segmentation", "cuda", "bf16", 2.0),
+        llm("llama-2", gradient=False, compiled="no"),
+        llm("llama-3", gradient=False, compiled="no"),
+    ]
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two cases that only fastkd runs, side by side: what does a difference cost it?"""
+
+    name: str
+    first: Case
+    second: Case
+    """Reported as the time of ``first`` over that of ``second``, for each element of the logits."""
+
+
+def duels(device: str) -> list[Duel]:
+    """The comparisons of fastkd with itself."""
+    dtype = "bf16" if device == "cuda" else "fp32"
+
+    def fit(classes: int, temperature: float = 2.0, ignored: float = 0.0) -> Case:
+        rows = rows_that_fit(classes, dtype, device)
+        return Case(f"{classes} classes", rows, classes, dtype, temperature, ignored=ignored)
+
+    return [
+        Duel("T = 3 against T = 2, 32000 classes", fit(32000, 3.0), fit(32000)),
+        Duel("T = 3 against T = 2, 128256 classes", fit(128256, 3.0), fit(128256)),
+        Duel("128257 classes against 128256", fit(128257), fit(128256)),
+        Duel("half of the rows ignored, 32000 classes", fit(32000, ignored=0.5), fit(32000)),
+    ]
+
+
+def scaling(device: str) -> dict[str, list[Case]]:
+    """Series of cases: against rows, against classes; and, on a CPU, the cases that threads are
+    varied for.
+    """
+    if device == "cuda":
+        rows = [2**power for power in range(0, 14, 2)]
+        classes = [10, 100, 1000, 8192, 32000, 65536, 128256, 262144]
+        return {
+            "rows": [Case("llama-2", n, 32000, "bf16") for n in rows],
+            "classes": [Case("width", 2048, v, "bf16") for v in classes],
+        }
+    return {
+        "rows": [Case("llama-2", n, 32000, "fp32", 4.0) for n in (1, 4, 16, 64, 256)],
+        "classes": [
+            Case("width", 64, v, "fp32", 4.0) for v in (10, 100, 1000, 10000, 32000, 128256)
+        ],
+        "threads": [
+            Case("llama-2", 128, 32000, "fp32", 4.0),
+            Case("imagenet-1k", 1024, 1000, "fp32", 4.0),
+        ],
+    }

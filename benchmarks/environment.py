@@ -1,0 +1,131 @@
+"""What a figure depends on besides the code: device, versions, commit, clocks, and how quiet the
+machine was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.__main__ import info
+
+PACKAGES = ("torch", "fastkd", "triton", "liger-kernel", "torchdistill", "torchtune", "numpy")
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return " ".join(
+                    re.sub(r"\(R\)|\(TM\)|CPU|Processor", " ", line.split(":", 1)[1]).split()
+                )
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """What a report is headed with."""
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def slug(device: str) -> str:
+    """The name of the device's folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit that was measured; FASTKD_COMMIT names it where there is no repository."""
+    if not (head := _output("git", "rev-parse", "--short", "HEAD")):
+        return os.environ.get("FASTKD_COMMIT", "unknown")
+    changed = _output(
+        "git", "status", "--porcelain", "--", "..", ":!../benchmarks", ":!../README.md"
+    )
+    return head + (" with changes" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what is measured."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = torch.__version__
+    return found
+
+
+def clocks(device: str) -> dict[str, str]:
+    """The clocks now, where they are known."""
+    if device == "cuda":
+        fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
+        line = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
+        return dict(
+            zip(fields.split(","), (part.strip() for part in line.split(",")), strict=False)
+        )
+    speeds = re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"))
+    return {"cpu MHz": ", ".join(speeds[:4])} if speeds else {}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def cpu_ticks() -> tuple[int, int]:
+    """(stolen, all) ticks of all processors: what a virtual machine's host took, and time."""
+    first = _read("/proc/stat").partition("\n")[0].split()[1:]
+    ticks = [int(value) for value in first]
+    return (ticks[7] if len(ticks) > 7 else 0), sum(ticks[:8])
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Everything, for the head of a report."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {
+        "device": device_name(device),
+        "kind": device,
+        "slug": slug(device),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "versions": versions(),
+        "fastkd": info(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "clocks at the start": clocks(device),
+        "load at the start": round(load, 2),
+    }

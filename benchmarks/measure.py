@@ -1,0 +1,260 @@
+"""Timing: what is compared runs in one process, in turns, on inputs that are not in the caches.
+
+- In turns: each round runs every lane once, and the order rotates and reverses from round to round,
+  so that a drift of the clocks, a neighbour's load or what the last lane left in the caches favours
+  nobody.
+- Cold: calls go round several sets of inputs that together exceed the last-level cache.
+- On a GPU, large cases are timed by events around the call behind a queue that is kept busy, so
+  that only the device's time counts; small ones (under 4M logits) by the wall clock, because there
+  one waits for the host.
+- Reported are the median and the 20th and 80th percentiles.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.rivals import LossFunction
+
+WALL_LIMIT = 2**22
+"""Under this many logits a GPU case is timed by the wall clock."""
+SLEEP_CYCLES_PER_SECOND = 2e9
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of a case's tensors."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last-level cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    size = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+        size = max(size, int(text.rstrip("KMG")) * unit)
+    return size or 32 * 2**20
+
+
+def make_inputs(case: Case, device: str, seed: int) -> Inputs:
+    """Logits as trained models have them: a few classes stand out, and the student half follows the
+    teacher.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    shape, dtype = (case.rows, case.classes), DTYPES[case.dtype]
+    teacher = torch.randn(shape, generator=generator, device=device).mul_(2.5)
+    student = (
+        torch.randn(shape, generator=generator, device=device).mul_(1.5).add_(teacher, alpha=0.5)
+    )
+    labels = torch.randint(case.classes, (case.rows,), generator=generator, device=device)
+    if case.ignored:
+        skip = torch.rand(case.rows, generator=generator, device=device) < case.ignored
+        labels.masked_fill_(skip, -100)
+    student = student.to(dtype).requires_grad_(case.gradient)
+    return Inputs(student, teacher.to(dtype), labels)
+
+
+def make_sets(case: Case, device: str) -> list[Inputs]:
+    """Enough sets of inputs that one is out of the caches when its turn comes again."""
+    each = 2 * case.tensor_bytes
+    count = max(2, min(16, -(-3 * cache_bytes(device) // each)))
+    return [make_inputs(case, device, seed) for seed in range(count)]
+
+
+class _Produce(torch.autograd.Function):
+    """Hands out logits as a model does: not a leaf, and free to be written over."""
+
+    @staticmethod
+    def forward(ctx: object, logits: Tensor, anchor: Tensor, sink: list[Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.sink = sink  # type: ignore[attr-defined]
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.sink[:] = [gradient]  # type: ignore[attr-defined]
+        return None, None, None
+
+
+@dataclass
+class Step:
+    """One loss, with its backward pass if the case wants a gradient; what a training step would
+    call.
+    """
+
+    case: Case
+    function: LossFunction
+    sets: Sequence[Inputs]
+    non_leaf: bool = False
+    turn: int = 0
+    scale: Tensor | None = None
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+    def __call__(self) -> None:
+        """Runs on the next set of inputs."""
+        self.run(self.sets[self.turn])
+        self.turn = (self.turn + 1) % len(self.sets)
+
+    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """The loss and the gradient on some inputs."""
+        if not self.case.gradient:
+            with torch.no_grad():
+                return self.function(inputs.student, inputs.teacher, inputs.labels), None
+        if self.non_leaf:
+            sink: list[Tensor] = []
+            student = _Produce.apply(inputs.student, self.anchor, sink)
+            loss = self.function(student, inputs.teacher, inputs.labels)
+            self._backward(loss)
+            return loss, sink[0]
+        inputs.student.grad = None
+        loss = self.function(inputs.student, inputs.teacher, inputs.labels)
+        self._backward(loss)
+        gradient, inputs.student.grad = inputs.student.grad, None
+        return loss, gradient
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.case.grad_scale == 1.0:
+            loss.backward()
+            return
+        if self.scale is None or self.scale.dtype != loss.dtype:
+            self.scale = torch.full_like(loss, self.case.grad_scale)
+        loss.backward(self.scale)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Times:
+        """The percentiles of some samples."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(statistics.median(samples), fifths[0], fifths[3], len(samples))
+
+
+class Clock:
+    """How one call's time is taken: "wall" for what a caller waits for, "device" for a GPU's share
+    of it.
+    """
+
+    def __init__(self, device: str, kind: str) -> None:
+        """``kind`` is "wall" or "device"."""
+        self.cuda = device == "cuda"
+        self.kind = kind if self.cuda else "wall"
+
+    def wall(self, call: Callable[[], object], count: int) -> float:
+        """Seconds of one of ``count`` calls in a row."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    def device(
+        self, call: Callable[[], object], host: float
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Events around a call that the host has sent before the device begins with it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(min(1.5 * host + 5e-5, 5e-3) * SLEEP_CYCLES_PER_SECOND))
+        start.record()
+        call()
+        end.record()
+        return start, end
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    """How long the host takes to send a call's work to the device."""
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def time_in_turns(
+    lanes: dict[str, Callable[[], object]],
+    device: str,
+    kind: str,
+    seconds: float,
+    least_rounds: int = 9,
+) -> dict[str, Times]:
+    """The times of several calls that take turns for about ``seconds``, at least ``least_rounds``
+    times each.
+    """
+    clock = Clock(device, kind)
+    estimates: dict[str, float] = {}
+    host: dict[str, float] = {}
+    for name, call in lanes.items():
+        call()
+        estimates[name] = min(clock.wall(call, 1) for _ in range(2))
+        if clock.kind == "device":
+            host[name] = _host_seconds(call)
+    # A sample of a short call is a run of calls, long enough for the clock to be exact.
+    shortest = 2e-3 if device == "cuda" else 3e-4
+    counts = {
+        name: 1 if clock.kind == "device" else max(1, min(1000, round(shortest / estimate)))
+        for name, estimate in estimates.items()
+    }
+    a_round = sum(estimates[name] * counts[name] for name in lanes)
+    rounds = max(least_rounds, min(200, int(seconds / max(a_round, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in lanes}
+    names = list(lanes)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            shift = turn // 2 % len(names)
+            order = names[shift:] + names[:shift]
+            order = order[::-1] if turn % 2 else order
+            events = {}
+            for name in order:
+                if clock.kind == "device":
+                    events[name] = clock.device(lanes[name], host[name])
+                else:
+                    samples[name].append(clock.wall(lanes[name], counts[name]))
+            if events:
+                torch.cuda.synchronize()
+                for name, (start, end) in events.items():
+                    samples[name].append(start.elapsed_time(end) * 1e-3)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times.of(values) for name, values in samples.items()}
+
+
+def cuda_peak_tensors(step: Step) -> float:
+    """Most memory in use during a call beyond what was in use before it, in tensors of logits."""
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / step.case.tensor_bytes

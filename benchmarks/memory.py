@@ -1,0 +1,82 @@
+"""Peak memory of a call on a CPU, in a process of its own.
+
+The kernel keeps the most memory that a process ever had resident (VmHWM), and forgets it when asked
+(clear_refs, Linux). So each rival runs once to have loaded and compiled what it needs, freed memory
+goes back to the system, the peak is forgotten, the rival runs again, and the new peak less what was
+resident before is what it took. The child's malloc gives every large tensor pages of its own, so
+that tensors are counted while they live: left to itself, glibc keeps holes between them, and eager
+PyTorch then takes up to twice as much.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, rivals
+from benchmarks.cases import Case
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _settle() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
+    """Extra peak of each rival, in tensors of logits; None for what fails."""
+    result: dict[str, float | None] = {}
+    for name in names:
+        one = rivals.by_name(name)
+        try:
+            inputs = measure.make_inputs(case, "cpu", 0)
+            step = measure.Step(case, one.make(case), [inputs], one.non_leaf)
+            step()
+            step.sets = [measure.make_inputs(case, "cpu", 1)]
+            del inputs
+            _settle()
+            before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            step()
+            result[name] = max(0, _status("VmHWM") - before) / case.tensor_bytes
+        except Exception:
+            result[name] = None
+    return result
+
+
+def peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
+    """The same from another process; all None where the system does not tell."""
+    arguments = [json.dumps(case.asdict()), str(threads), *names]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    folder = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=folder,
+            check=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        )
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return dict.fromkeys(names)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(peaks(Case(**json.loads(sys.argv[1])), sys.argv[3:])))

@@ -1,0 +1,206 @@
+"""Plots of results: overview.png for a newcomer, scaling.png for those who ask what it costs to
+grow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from benchmarks import report
+
+Results = dict[str, Any]
+
+COLOURS = {
+    "fastkd": "#0b6e4f",
+    "eager": "#8d99ae",
+    "eager fp32": "#5c677d",
+    "torch.compile": "#e09f3e",
+    "torch.compile best": "#b5651d",
+    "Liger KL + CE": "#9d8189",
+}
+LABELS = {
+    "eager": "eager PyTorch",
+    "eager fp32": "eager, float32 inside",
+    "torch.compile best": "torch.compile, best mode",
+}
+OVERVIEW = ("imagenet-1k", "llama-2", "gpt-2", "llama-3", "qwen", "gemma")
+NAMES = {
+    "imagenet-1k": "ImageNet-1k",
+    "llama-2": "Llama-2",
+    "gpt-2": "GPT-2",
+    "llama-3": "Llama-3",
+    "qwen": "Qwen",
+    "gemma": "Gemma",
+}
+
+
+def _style() -> None:
+    plt.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "figure.facecolor": "white",
+            "savefig.dpi": 160,
+        }
+    )
+
+
+def _overview_cases(results: Results) -> list[Results]:
+    """One case of each well-known model and dtype, at most six; with many rivals, fewer cases."""
+    wanted: tuple[str, ...] = OVERVIEW
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    if results["environment"]["kind"] == "cuda":
+        wanted = ("imagenet-1k", "llama-2", "llama-3", "gemma")
+        dtypes = ("bf16",)
+    found: dict[tuple[str, str], Results] = {}
+    for case in results["cases"]:
+        name = case["name"].split(",")[0]
+        small = case["name"].endswith("small batch")
+        usable = case["gradient"] and report.ratio(case, "fastkd") and not small
+        if name in wanted and usable and case["dtype"] in dtypes:
+            found.setdefault((name, case["dtype"]), case)
+    compiled = [case for case in found.values() if report.ratio(case, "torch.compile")]
+    chosen = compiled if len(compiled) >= 3 else list(found.values())
+    chosen.sort(
+        key=lambda case: (OVERVIEW.index(case["name"].split(",")[0]), case["dtype"] == "bf16")
+    )
+    return chosen[:6]
+
+
+def overview(results: Results, path: Path) -> None:
+    """How many times as long each rival takes, for a few models."""
+    cases = _overview_cases(results)
+    if not cases:
+        return
+    _style()
+    names = [name for name in COLOURS if any(report.ratio(case, name) for case in cases)]
+    lines: list[tuple[float, Results, str]] = []
+    ticks, labels, y = [], [], 0.0
+    for case in cases:
+        present = [name for name in names if report.ratio(case, name)]
+        ticks.append(y + (len(present) - 1) / 2)
+        name = NAMES[case["name"].split(",")[0]]
+        labels.append(f"{name}\n{case['rows']} x {case['classes']} {case['dtype']}")
+        for name in present:
+            lines.append((y, case, name))
+            y += 1
+        y += 0.9
+    figure, axes = plt.subplots(figsize=(9, 1.7 + 0.23 * y), layout="constrained")
+    longest = max(report.ratio(case, name) or 0 for _, case, name in lines)
+    for y, case, name in lines:
+        value = report.ratio(case, name) or 0
+        axes.barh(y, value, height=0.86, color=COLOURS[name])
+        seconds = report.duration(case["lanes"][name]["times"]["median"])
+        text = f"{value:.1f}x  ({seconds})"
+        if name == "fastkd":
+            share = case["lanes"][name].get("share")
+            text = f"{seconds}" + (f", {share:.0%} of the memory's speed" if share else "")
+        weight = "bold" if name == "fastkd" else "normal"
+        axes.text(value + longest * 0.008, y, text, va="center", fontsize=9, weight=weight)
+    axes.invert_yaxis()
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, longest * 1.2)
+    axes.set_xlabel("in times of fastkd's (shorter is better)")
+    handles = [Patch(color=COLOURS[name]) for name in names]
+    figure.legend(
+        handles,
+        [LABELS.get(name, name) for name in names],
+        loc="outside upper center",
+        ncols=len(names) if len(names) < 5 else 3,
+        frameon=False,
+        fontsize=10,
+        columnspacing=1.4,
+        handlelength=1.2,
+    )
+    axes.set_title("How long one distillation loss takes, gradient included", pad=2, fontsize=13)
+    _caption(figure, results)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _caption(figure: Any, results: Results) -> None:
+    figure.supxlabel(report.headline(results), fontsize=7.5, color="#666666")
+
+
+def _series(
+    axes: Axes, points: list[Results], along: str, label: str = "", style: str = "-"
+) -> None:
+    for name in ("fastkd", "eager"):
+        pairs = [
+            (point[along], point["lanes"][name]["times"]["median"] * 1e3)
+            for point in points
+            if report.ratio(point, name)
+        ]
+        if pairs:
+            x, y = zip(*pairs, strict=True)
+            text = LABELS.get(name, name) + label
+            axes.plot(x, y, style, marker="o", markersize=4, color=COLOURS[name], label=text)
+
+
+def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> None:
+    """The time in which the memory could move what must be moved."""
+    if not results["streams"]:
+        return
+    _, speed = next(iter(results["streams"].values()))
+    sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
+    x = [point[along] for point in points]
+    y = [3 * p["rows"] * p["classes"] * sizes[p["dtype"]] / speed * 1e3 for p in points]
+    axes.plot(x, y, ":", color="#333333", label="memory's limit")
+
+
+def scaling(results: Results, path: Path) -> None:
+    """Cost against rows, classes and threads."""
+    series = results["scaling"]
+    if not series:
+        return
+    _style()
+    figure, panels = plt.subplots(
+        1, len(series), figsize=(4.6 * len(series), 4.2), layout="constrained"
+    )
+    for axes, (name, points) in zip(
+        list(getattr(panels, "flat", [panels])), series.items(), strict=True
+    ):
+        if name == "threads":
+            for style, classes in zip(
+                ("-", "--", ":"), sorted({p["classes"] for p in points}), strict=False
+            ):
+                chosen = [point for point in points if point["classes"] == classes]
+                _series(axes, chosen, "threads", f", {chosen[0]['rows']} x {classes}", style)
+            axes.set_xticks(sorted({point["threads"] for point in points}))
+        else:
+            _series(axes, points, name)
+            _limit(axes, results, points, name)
+            axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        axes.set_xlabel(_fixed(name, points))
+        axes.set_ylabel("ms for a loss and its gradient")
+        axes.legend(frameon=False, fontsize=8)
+    _caption(figure, results)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _fixed(name: str, points: list[Results]) -> str:
+    first = points[0]
+    if name == "rows":
+        return f"rows, of {first['classes']} classes, {first['dtype']}"
+    if name == "classes":
+        return f"classes, {first['rows']} rows, {first['dtype']}"
+    return f"threads, {first['dtype']}"
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Every plot of some results."""
+    overview(results, folder / "overview.png")
+    scaling(results, folder / "scaling.png")

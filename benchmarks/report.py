@@ -1,0 +1,417 @@
+"""Shows results: tables for the terminal, JSON and Markdown under results/<device>/, and the
+README's section.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rivals import RIVALS
+
+Results = dict[str, Any]
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+LEGEND = """`python -m benchmarks` writes this file. Every answer was checked against float64 before
+it was timed. Rivals took turns in one process, on inputs that were out of the caches; times are
+medians. "Of stream" is the time that the memory needs for both logits (and the gradient), over the
+time taken; "peak" the extra memory, in tensors of logits. Errors are relative to float64, the
+gradient's in the 2-norm."""
+README_RIVALS = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
+
+
+# ---- numbers in words
+
+
+def duration(seconds: float) -> str:
+    """A time with three digits and its unit."""
+    unit, scale = "us", 1e-6
+    if seconds >= 1e-3:
+        unit, scale = ("ms", 1e-3) if seconds < 1 else ("s", 1.0)
+    value = seconds / scale
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:#.3g} {unit}"
+
+
+def times(value: float | None, digits: int = 1) -> str:
+    """A ratio."""
+    if value is None:
+        return ""
+    return f"{value:.{digits if value < 99.5 else 0}f}x"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _median(case: Results, name: str) -> float | None:
+    record = case["lanes"].get(name, {}).get("times")
+    return record["median"] if record else None
+
+
+def ratio(case: Results, name: str) -> float | None:
+    """A rival's time over fastkd's."""
+    ours, theirs = _median(case, "fastkd"), _median(case, name)
+    return theirs / ours if ours and theirs else None
+
+
+# ---- tables, as a heading and rows of text: shown by rich and written as Markdown alike
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def case_rows(case: Results) -> Rows:
+    """Every rival of one case."""
+    heading = [
+        "",
+        "time",
+        "20 to 80 %",
+        "of fastkd's",
+        "GB/s",
+        "of stream",
+        "peak",
+        "loss error",
+        "grad. error",
+        "",
+    ]
+    rows = []
+    for name, record in case["lanes"].items():
+        if record["status"].startswith("not available"):
+            continue  # said once, for the whole run
+        found = record.get("times")
+        notes = [] if record["status"] == "ok" else [record["status"]]
+        if "compile_seconds" in record:
+            notes.append(f"compiled in {record['compile_seconds']:.0f} s")
+        rows.append(
+            [
+                name,
+                duration(found["median"]) if found else "",
+                f"{duration(found['p20'])} to {duration(found['p80'])}" if found else "",
+                times(ratio(case, name), 2),
+                _optional(record.get("bytes_per_second", 0) / 1e9 or None, ".1f"),
+                _optional(record.get("share"), ".2f"),
+                _optional(record.get("peak_tensors"), ".2f"),
+                _optional(record.get("loss_error"), ".0e"),
+                _optional(record.get("gradient_error"), ".1e"),
+                ", ".join(notes),
+            ]
+        )
+    return heading, rows
+
+
+def summary_rows(results: Results) -> Rows:
+    """A line for each case: fastkd's time, and how many times as long its rivals take."""
+    names = [
+        one.name
+        for one in RIVALS
+        if one.name != "fastkd" and any(ratio(case, one.name) for case in results["cases"])
+    ]
+    heading = ["case", "shape", "T", "fastkd", "of stream", *names, "s.sum()"]
+    rows = []
+    for case in results["cases"]:
+        ours = case["lanes"].get("fastkd", {})
+        median = _median(case, "fastkd")
+        rows.append(
+            [
+                case["name"] + ("" if case["gradient"] else ", loss alone"),
+                f"{case['rows']} x {case['classes']} {case['dtype']}",
+                f"{case['temperature']:g}",
+                duration(median) if median else ours.get("status", ""),
+                _optional(ours.get("share"), ".2f"),
+                *(times(ratio(case, name)) for name in names),
+                times(ratio(case, "s.sum()"), 2),
+            ]
+        )
+    return heading, rows
+
+
+def claim_rows(results: Results) -> Rows:
+    """Promises and what was measured."""
+    heading = ["claim", "must", "aim", "measured", "", "worst at"]
+    rows = []
+    for claim in results["claims"]:
+
+        def number(value: float | None, claim: Results = claim) -> str:
+            if value is None:
+                return ""
+            text = f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+            return text + claim["unit"]
+
+        where = claim["where"] if len(claim["values"]) > 1 else ""
+        rows.append(
+            [
+                claim["what"],
+                number(claim["must"]),
+                number(claim["aim"]),
+                number(claim["measured"]),
+                claim["verdict"],
+                where,
+            ]
+        )
+    return heading, rows
+
+
+def duel_rows(results: Results) -> Rows:
+    """fastkd against itself."""
+    rows = [
+        [
+            duel["name"],
+            times(duel["ratio"], 2) if "ratio" in duel else duel["status"],
+            f"{duration(duel['first']['median'])} / {duration(duel['second']['median'])}"
+            if "ratio" in duel
+            else "",
+        ]
+        for duel in results["duels"]
+    ]
+    return ["fastkd against itself", "time for each logit", "times"], rows
+
+
+def scaling_rows(points: Iterable[Results]) -> Rows:
+    """One series."""
+    rows = []
+    for case in points:
+        ours, eager = _median(case, "fastkd"), _median(case, "eager")
+        rows.append(
+            [
+                f"{case['rows']} x {case['classes']} {case['dtype']}",
+                str(case.get("threads", "")),
+                duration(ours) if ours else "",
+                duration(eager) if eager else "",
+                times(ratio(case, "eager")),
+            ]
+        )
+    return ["shape", "threads", "fastkd", "eager", "ratio"], rows
+
+
+def headline(results: Results) -> str:
+    """Where, with what and when."""
+    about = results["environment"]
+    versions = about["versions"]
+    named = [
+        f"{name} {versions[name]}"
+        for name in (("torch", "triton", "liger-kernel") if about["kind"] == "cuda" else ("torch",))
+        if versions[name][0].isdigit()
+    ]
+    isa = about["fastkd"]["CPU kernels"].split(" ")[0]
+    used = f"CUDA {about['cuda']}" if about["kind"] == "cuda" else f"{isa} kernels"
+    fastkd = f"fastkd {versions['fastkd']} at {about['commit']}"
+    return f"{about['device']} ({used}), {fastkd}, {', '.join(named)}, {about['date']}"
+
+
+# ---- the terminal
+
+
+def _table(rows: Rows, title: str = "") -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(rows[0]):
+        left = index == 0 or name in ("", "worst at")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in rows[1]:
+        style = "bold green" if row[0] == "fastkd" else ""
+        if "missed" in row or "wrong answer" in row[-1]:
+            style = "red"
+        table.add_row(*row, style=style)
+    return table
+
+
+def show_case(console: Console, case: Results) -> None:
+    """One case, as soon as it is measured."""
+    console.print(_table(case_rows(case), case["title"]))
+
+
+def show(console: Console, results: Results) -> None:
+    """All of it, after a run."""
+    console.rule("Times of fastkd, and how many times as long its rivals take")
+    console.print(_table(summary_rows(results)))
+    for line in notes(results):
+        console.print(line)
+    if results["duels"]:
+        console.print(_table(duel_rows(results)))
+    for name, points in results["scaling"].items():
+        console.print(_table(scaling_rows(points), f"Cost against {name}"))
+    if results["claims"]:
+        console.rule("Claims")
+        console.print(_table(claim_rows(results)))
+    console.print(headline(results))
+
+
+def notes(results: Results) -> list[str]:
+    """What the tables do not say."""
+    lines = [f"Not measured: {name}, {why}." for name, why in results["missing"].items()]
+    lines += [
+        f"Stream {name!r}: {what}; {speed / 1e9:.1f} GB/s."
+        for name, (what, speed) in results["streams"].items()
+    ]
+    near = results.get("close_to_the_teacher")
+    if near:
+        ours, torchs = near["fastkd"], near["F.kl_div"]
+        lines.append(
+            f"{near['what']}: fastkd {ours['median']:.1e} (worst {ours['worst']:.1e}), "
+            f"F.kl_div {torchs['median']:.1e} (worst {torchs['worst']:.1e})."
+        )
+    return lines
+
+
+# ---- files
+
+
+def save(results: Results, folder: Path) -> None:
+    """results.json and results.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_rounded(results), indent=1)
+    (folder / "results.json").write_text(text + "\n")
+    (folder / "results.md").write_text(markdown(results))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _markdown_table(rows: Rows) -> str:
+    heading, body = rows
+    keep = [index for index in range(len(heading)) if any(row[index] for row in body)]
+    lines = [
+        [heading[index] for index in keep],
+        ["-" if i == 0 else "-:" for i in range(len(keep))],
+    ]
+    lines += [[row[index] for index in keep] for row in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    about = results["environment"]
+    quiet = (
+        f"Load {about['load at the start']} at the start; the host of a virtual machine took "
+        f"{results['stolen']:.1%} of the processors' time."
+    )
+    parts = [
+        f"# Measured on {about['device']}\n",
+        f"{headline(results)}. {quiet}\n\n{LEGEND}\n",
+        _markdown_table(summary_rows(results)),
+        "\n".join(f"- {line}" for line in notes(results)) + "\n",
+        "Rivals:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in RIVALS) + "\n",
+    ]
+    if results["claims"]:
+        parts += ["## Claims\n", _markdown_table(claim_rows(results))]
+    parts += ["![overview](overview.png)\n", "## Cases\n"]
+    for case in results["cases"]:
+        clock = "the device's time" if case["clock"] == "device" else "wall time"
+        parts += [
+            f"### {case['title']}\n",
+            f"{clock}, {case['sets']} sets of inputs\n",
+            _markdown_table(case_rows(case)),
+        ]
+    if results["duels"]:
+        parts += ["## fastkd against itself\n", _markdown_table(duel_rows(results))]
+    if results["scaling"]:
+        parts += ["## Scaling\n", "![scaling](scaling.png)\n"]
+    for name, points in results["scaling"].items():
+        parts += [f"Against {name}:\n", _markdown_table(scaling_rows(points))]
+    facts = {
+        **about["fastkd"],
+        **about["versions"],
+        "platform": about["platform"],
+        "clocks": about["clocks at the start"],
+    }
+    parts += [
+        "## Environment\n",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items()) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+# ---- the README
+
+
+def newest() -> list[tuple[Path, Results]]:
+    """The newest results of a GPU, if any, then the newest of a CPU."""
+    found: dict[str, tuple[Path, Results]] = {}
+    for path in sorted(RESULTS.glob("*/results.json")):
+        results = json.loads(path.read_text())
+        kind = results["environment"]["kind"]
+        if not results.get("standard"):
+            continue
+        if (
+            kind not in found
+            or results["environment"]["date"] > found[kind][1]["environment"]["date"]
+        ):
+            found[kind] = (path.parent, results)
+    return [found[kind] for kind in ("cuda", "cpu") if kind in found]
+
+
+def readme_rows(results: Results) -> Rows:
+    """What a newcomer wants to see: the cases with a gradient, and the rivals they know."""
+    names = [name for name in README_RIVALS if any(ratio(case, name) for case in results["cases"])]
+    heading = [
+        "loss + backward",
+        "fastkd",
+        "of memory speed",
+        *names,
+        "gradient error: fastkd",
+        "eager",
+    ]
+    rows = []
+    seen = set()
+    for case in results["cases"]:
+        key = (case["rows"], case["classes"], case["dtype"])
+        median = _median(case, "fastkd")
+        if not case["gradient"] or not median or key in seen:
+            continue
+        seen.add(key)
+        share = case["lanes"]["fastkd"].get("share")
+        errors = [case["lanes"].get(name, {}).get("gradient_error") for name in ("fastkd", "eager")]
+        rows.append(
+            [
+                f"{case['name']}, {case['rows']} x {case['classes']} {case['dtype']}",
+                duration(median),
+                f"{share:.0%}" if share else "",
+                *(times(ratio(case, name)) for name in names),
+                *(_optional(error, ".0e") for error in errors),
+            ]
+        )
+    return heading, rows
+
+
+def readme_section() -> str:
+    """What stands between the README's markers."""
+    parts = []
+    for folder, results in newest():
+        where = folder.relative_to(README.parent).as_posix()
+        kind = "a copy" if results["environment"]["kind"] == "cuda" else "a stream"
+        parts += [
+            f"**{headline(results)}**\n",
+            f"![How many times as long as fastkd others take]({where}/overview.png)\n",
+            _markdown_table(readme_rows(results)),
+            "Rivals: how many times as long they take. Of memory speed: the time that "
+            f"{kind} of the same bytes takes, over fastkd's. Gradient errors: against float64.\n"
+            f"[All cases, errors, memory and claims]({where}/results.md).\n",
+        ]
+    return "\n".join(parts)
+
+
+def rewrite_readme() -> str:
+    """Puts the newest results between the markers of the README; says what was done."""
+    text = README.read_text() if README.exists() else ""
+    if BEGIN not in text or END not in text:
+        raise SystemExit(
+            f"{README} needs the lines {BEGIN} and {END}, between which the results go"
+        )
+    if not newest():
+        raise SystemExit(f"no results under {RESULTS}: run `python -m benchmarks` first")
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    README.write_text(f"{head}{BEGIN}\n{readme_section()}{END}{tail}")
+    return f"{README.name} rewritten from {', '.join(folder.name for folder, _ in newest())}"

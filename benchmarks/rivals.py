@@ -1,0 +1,255 @@
+"""What fastkd is measured against: one function for each rival.
+
+A rival's function takes a case and returns the function of (student, teacher, labels) that computes
+
+    alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher || student)
+
+with what its package offers, in the way its documentation shows. Where a package computes something
+else, the rival says so, and ``truth`` names what its answer is held against (truth.py). A package
+that is missing, or that cannot run here, raises ``UnavailableError`` with the reason: it becomes a
+line of the report.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from benchmarks.cases import Case
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class UnavailableError(Exception):
+    """Why a rival cannot be measured here."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to compute a case's loss."""
+
+    name: str
+    make: Callable[[Case], LossFunction]
+    what: str
+    truth: str = "kd"
+    """What its answer is held against: "kd", "soft_ce" or "jsd" (truth.py)."""
+    overwrites: bool = False
+    """Whether it writes over the student's logits; it then gets logits of its own."""
+    non_leaf: bool = False
+    """Whether the student's logits must come out of an operation, as a model's do."""
+    compiles: str = "no"
+    """Which cases it is for: "default" for those that try torch.compile, "best" for those that try
+    it hard.
+    """
+    half_only: bool = False
+    """Whether it would be the same as another rival in float32."""
+    language_models_only: bool = False
+
+    def is_for(self, case: Case) -> bool:
+        """Whether the rival is worth measuring on a case."""
+        if self.compiles != "no" and case.compiled not in (self.compiles, "best"):
+            return False
+        if self.half_only and case.dtype == "fp32":
+            return False
+        if self.non_leaf and not (case.memory and case.gradient):
+            return False
+        return not (self.language_models_only and case.classes < 30000)
+
+
+RIVALS: list[Rival] = []
+
+
+def rival(
+    name: str, what: str, **options: Any
+) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
+    """Adds a function to the list."""
+
+    def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
+        RIVALS.append(Rival(name, make, what, **options))
+        return make
+
+    return add
+
+
+def by_name(name: str) -> Rival:
+    """The rival of that name."""
+    return next(one for one in RIVALS if one.name == name)
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == module.split(".")[0]:
+            raise UnavailableError(f"not installed (pip install {package})") from error
+        raise UnavailableError(f"{package} is installed but needs {error.name}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UnavailableError(f"{package} cannot be imported: {reason}") from error
+
+
+@rival("fastkd", "fastkd.loss")
+def fused(case: Case) -> LossFunction:
+    """This package."""
+    options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
+    return lambda s, t, y: fastkd.loss(s, t, y, **options)
+
+
+@rival(
+    "fastkd in place",
+    "fastkd.loss(inplace=True): the gradient over the student's logits",
+    overwrites=True,
+    non_leaf=True,
+)
+def fused_in_place(case: Case) -> LossFunction:
+    """This package, with no memory but the inputs'."""
+    options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
+    return lambda s, t, y: fastkd.loss(s, t, y, inplace=True, **options)
+
+
+@rival("eager", "PyTorch as tutorials write it, in the logits' dtype")
+def eager(case: Case) -> LossFunction:
+    """F.cross_entropy and F.kl_div."""
+    temperature, alpha = case.temperature, case.alpha
+
+    def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        hard = F.cross_entropy(student, labels)
+        log_q = F.log_softmax(student / temperature, dim=-1)
+        p = F.softmax(teacher / temperature, dim=-1)
+        soft = F.kl_div(log_q, p, reduction="batchmean")
+        return alpha * hard + (1 - alpha) * temperature**2 * soft
+
+    return kd
+
+
+@rival("eager fp32", "the same on logits cast to float32, as autocast does", half_only=True)
+def eager_upcast(case: Case) -> LossFunction:
+    """What accuracy demands of eager."""
+    kd = eager(case)
+
+    def upcast(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return kd(student.float(), teacher.float(), labels)
+
+    return upcast
+
+
+@rival("torch.compile", "torch.compile(eager), default mode, static shapes", compiles="default")
+def compiled(case: Case) -> LossFunction:
+    """Inductor, as it comes."""
+    return torch.compile(eager(case), dynamic=False)
+
+
+@rival(
+    "torch.compile best",
+    "torch.compile(eager fp32, mode='max-autotune-no-cudagraphs'): its fastest form in most cases",
+    compiles="best",
+)
+def compiled_best(case: Case) -> LossFunction:
+    """Inductor, tried hard."""
+    return torch.compile(eager_upcast(case), dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+def _liger(case: Case) -> Any:
+    if not torch.cuda.is_available():
+        raise UnavailableError("needs Triton and a GPU")
+    return _import("liger_kernel.transformers", "liger-kernel")
+
+
+@rival(
+    "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
+)
+def liger_kl(case: Case) -> LossFunction:
+    """Liger-Kernel's two losses; its cross entropy writes over the logits, so it comes last."""
+    liger = _liger(case)
+    soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
+    hard_loss = liger.LigerCrossEntropyLoss()
+    temperature, alpha = case.temperature, case.alpha
+
+    def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        log_q = F.log_softmax(student / temperature, dim=-1)
+        p = F.softmax(teacher / temperature, dim=-1)
+        soft = soft_loss(log_q, p)
+        return alpha * hard_loss(student, labels) + (1 - alpha) * temperature**2 * soft
+
+    return kd
+
+
+@rival(
+    "Liger JSD",
+    "LigerJSD(beta=0.5) on eager log-softmaxes: another divergence, no hard term; for its speed",
+    truth="jsd",
+    overwrites=True,
+    language_models_only=True,
+)
+def liger_jsd(case: Case) -> LossFunction:
+    """Liger-Kernel's fused divergence."""
+    jsd = _liger(case).LigerJSD(beta=0.5)
+    temperature = case.temperature
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        log_q = F.log_softmax(student / temperature, dim=-1)
+        return jsd(log_q, F.log_softmax(teacher / temperature, dim=-1))  # type: ignore[no-any-return]
+
+    return loss
+
+
+@rival("torchdistill", "torchdistill.losses.mid_level.KDLoss")
+def torchdistill(case: Case) -> LossFunction:
+    """torchdistill reads logits out of the dictionaries that its hooks fill."""
+    module = _import("torchdistill.losses.mid_level", "torchdistill")
+    criterion = module.KDLoss("", "output", "", "output", case.temperature, alpha=case.alpha)
+
+    def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        io = {"": {"output": student}}
+        return criterion(io, {"": {"output": teacher}}, labels)  # type: ignore[no-any-return]
+
+    return kd
+
+
+def _torchtune_losses() -> Any:
+    """The package's file of losses, by itself: the package as a whole imports only with an old
+    torchao.
+    """
+    package = importlib.util.find_spec("torchtune")
+    if package is None or not package.submodule_search_locations:
+        raise UnavailableError("not installed (pip install torchtune)")
+    path = Path(package.submodule_search_locations[0], "modules", "loss", "kd_losses.py")
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise UnavailableError("this torchtune has no modules/loss/kd_losses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@rival(
+    "torchtune",
+    "torchtune's ForwardKLLoss on logits / T + F.cross_entropy: without the teacher's entropy",
+    truth="soft_ce",
+)
+def torchtune(case: Case) -> LossFunction:
+    """torchtune has no temperature, so it gets logits divided by it."""
+    criterion = _torchtune_losses().ForwardKLLoss()
+    temperature, alpha = case.temperature, case.alpha
+
+    def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        soft = criterion(student / temperature, teacher / temperature, labels)
+        return (  # type: ignore[no-any-return]
+            alpha * F.cross_entropy(student, labels) + (1 - alpha) * temperature**2 * soft
+        )
+
+    return kd
+
+
+def floor(case: Case) -> LossFunction:
+    """The cheapest thing that has a gradient: what PyTorch itself costs on a small case."""
+    return lambda s, t, y: s.sum()

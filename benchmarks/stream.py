@@ -1,0 +1,105 @@
+"""How fast this machine moves bytes: the limit that a fused loss is held against.
+
+On a GPU: a device-to-device copy (torch's copy_) and torch.add(out=), both over a gigabyte. On a
+CPU: a two-reads-one-write loop with non-temporal stores (stream.c, compiled on the spot), on as
+many threads as torch uses; torch.add(out=), whose ordinary stores also read what they overwrite,
+stands in without a C compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A way through memory, to be timed."""
+
+    name: str
+    run: Callable[[], object]
+    bytes: int
+    what: str
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="fastkd-stream-"))
+    source, library = Path(__file__).with_name("stream.c"), folder / "stream.so"
+    command = [compiler, "-O3", "-shared", "-fPIC", "-o", str(library), str(source)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        loaded = ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    pointer = ctypes.c_void_p
+    loaded.stream.argtypes = [pointer, pointer, pointer, ctypes.c_size_t]
+    loaded.stream.restype = None
+    return loaded
+
+
+@functools.cache
+def _cpu_buffers() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.ones(2**24) for _ in range(3))  # 64 MiB each
+
+
+@functools.cache
+def _cuda_buffers() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.ones(2**28, device="cuda") for _ in range(3))  # 1 GiB each
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def streams(device: str) -> list[Stream]:
+    """The streams of a device; the first is the one that shares are computed from."""
+    if device == "cuda":
+        a, b, c = _cuda_buffers()
+        size = a.numel() * a.itemsize
+        return [
+            Stream("copy", lambda: c.copy_(a), 2 * size, "a device-to-device copy of 1 GiB"),
+            Stream(
+                "add", lambda: torch.add(a, b, out=c), 3 * size, "torch.add(out=) on 1 GiB tensors"
+            ),
+        ]
+    a, b, c = _cpu_buffers()
+    size, threads = a.numel() * a.itemsize, torch.get_num_threads()
+    add = Stream(
+        "add",
+        lambda: torch.add(a, b, out=c),
+        3 * size,
+        "torch.add(out=) on 64 MiB tensors: 2 reads, 1 write with ordinary stores",
+    )
+    library = _library()
+    if library is None:
+        return [add]
+    run = library.stream
+    share = a.numel() // threads // 16 * 16
+
+    def slices() -> None:
+        def one(index: int) -> None:
+            offset = index * share * a.itemsize
+            count = share if index < threads - 1 else a.numel() - share * (threads - 1)
+            run(a.data_ptr() + offset, b.data_ptr() + offset, c.data_ptr() + offset, count)
+
+        list(_pool(threads).map(one, range(threads)))
+
+    kind = "non-temporal" if library.stores_bypass_caches() else "ordinary"
+    what = f"2 reads, 1 write with {kind} stores on 64 MiB arrays, {threads} threads"
+    return [Stream("stream", slices, 3 * size, what), add]

@@ -1,0 +1,310 @@
+"""Runs cases: every rival checked, then all of them timed side by side. The result is plain data
+for JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import fastkd
+from benchmarks import environment, memory, rivals
+from benchmarks.cases import Case, Duel
+from benchmarks.measure import (
+    WALL_LIMIT,
+    Inputs,
+    Step,
+    cuda_peak_tensors,
+    make_sets,
+    time_in_turns,
+)
+from benchmarks.rivals import Rival, UnavailableError
+from benchmarks.stream import streams
+from benchmarks.truth import Truth
+
+FLOOR = "s.sum()"
+FLOOR_LIMIT = 2**18
+"""Cases of fewer logits are also compared with ``s.sum().backward()``: there PyTorch's own cost
+counts.
+"""
+STREAM_LIMIT = 2**19
+"""Cases of fewer logits are not held against the memory's speed: they fit into caches, or launching
+dominates.
+"""
+
+
+@dataclass
+class Settings:
+    """How long and how much."""
+
+    device: str
+    seconds: float
+    """Time for the rounds of one case."""
+    deadline: float = math.inf
+    """When (time.monotonic) to stop trying rivals that must be compiled."""
+    names: Sequence[str] = ()
+    """The rivals to measure; all, if empty."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Rivals that cannot be measured on this machine, and why: filled as they are met."""
+
+
+@contextlib.contextmanager
+def _quiet_failures(record: dict[str, Any]) -> Iterator[None]:
+    """A rival that fails becomes a line of the report."""
+    try:
+        yield
+    except UnavailableError as reason:
+        record["status"] = f"not available: {reason}"
+    except torch.OutOfMemoryError:
+        record["status"] = "out of memory"
+    except Exception as error:
+        text = " ".join(str(error).split())
+        record["status"] = f"failed: {type(error).__name__}: {text[:120]}"
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _owned(one: Rival, sets: list[Inputs]) -> list[Inputs]:
+    """The inputs for a rival: its own copy of the student's logits if it writes over them."""
+    if not one.overwrites:
+        return sets
+    return [
+        Inputs(
+            given.student.detach().clone().requires_grad_(given.student.requires_grad),
+            given.teacher,
+            given.labels,
+        )
+        for given in sets
+    ]
+
+
+def _prepare(
+    one: Rival, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
+) -> tuple[dict[str, Any], Step | None]:
+    """Makes a rival's call, runs it once, and checks the answer."""
+    record: dict[str, Any] = {"status": "ok"}
+    if one.name in settings.missing:
+        record["status"] = settings.missing[one.name]
+        return record, None
+    if one.compiles != "no" and time.monotonic() > settings.deadline:
+        record["status"] = "skipped: out of time"
+        return record, None
+    step = None
+    with _quiet_failures(record):
+        function = one.make(case)
+        first = _owned(one, sets[:1])
+        step = Step(case, function, first, one.non_leaf)
+        if one.compiles != "no":
+            torch._dynamo.utils.counters.clear()
+        start = time.perf_counter()
+        loss, gradient = step.run(first[0])
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+        if one.compiles != "no":
+            record["compile_seconds"] = time.perf_counter() - start
+            if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+                raise RuntimeError("torch.compile ran eagerly")
+        errors = truth.errors(one.truth, loss, gradient)
+        record.update(
+            loss_error=errors.loss,
+            gradient_error=errors.gradient,
+            gradient_max_error=errors.gradient_max,
+        )
+        if not errors.acceptable(case):
+            record["status"] = "wrong answer"
+        else:
+            del loss, gradient
+            step.sets = first + _owned(one, sets[1:]) if one.overwrites else sets
+    if record["status"].startswith("not available"):
+        settings.missing[one.name] = record["status"]
+    if record["status"] != "ok":
+        step = None
+        _release(settings.device)
+    return record, step
+
+
+def run_case(
+    case: Case, settings: Settings, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Everything that is measured about a case."""
+    device = settings.device
+    torch.compiler.reset()  # past its limit of recompilations Dynamo would silently run eagerly
+    _release(device)
+    kind = "device" if device == "cuda" and case.elements >= WALL_LIMIT else "wall"
+    wanted = [
+        one
+        for one in rivals.RIVALS
+        if one.is_for(case) and (not settings.names or one.name in settings.names)
+    ]
+    sets = make_sets(case, device)
+    truth = Truth(case, sets[0].student, sets[0].teacher, sets[0].labels)
+    records: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {}
+    for one in wanted:
+        say(f"{case.title}: {one.name}, first call and check")
+        records[one.name], step = _prepare(one, case, sets, truth, settings)
+        if step is not None:
+            steps[one.name] = step
+    rounding = truth.rounding()
+    del truth
+    _release(device)
+
+    say(f"{case.title}: timing")
+    if device == "cuda":
+        for name, step in steps.items():
+            with _quiet_failures(records[name]):
+                records[name]["peak_tensors"] = cuda_peak_tensors(step)
+        steps = {name: step for name, step in steps.items() if records[name]["status"] == "ok"}
+    lanes: dict[str, Callable[[], object]] = dict(steps)
+    if case.gradient and case.elements < FLOOR_LIMIT:
+        lanes[FLOOR] = Step(case, rivals.floor(case), sets)
+        records[FLOOR] = {"status": "ok"}
+    measured = streams(device) if case.elements >= STREAM_LIMIT else []
+    lanes |= {f"stream {one.name}": one.run for one in measured}
+    times = _time_what_works(lanes, records, device, kind, settings.seconds)
+    for name, record in records.items():
+        if name in times:
+            record["times"] = asdict(times[name])
+    result: dict[str, Any] = {
+        **case.asdict(),
+        "title": case.title,
+        "clock": kind,
+        "sets": len(sets),
+        "rounding": rounding,
+        "lanes": records,
+        "streams": {
+            one.name: one.bytes / times[f"stream {one.name}"].median
+            for one in measured
+            if f"stream {one.name}" in times
+        },
+        "clocks": environment.clocks(device),
+    }
+    _add_bandwidth(result, case)
+    if device == "cpu" and case.memory:
+        say(f"{case.title}: peak memory, in a child process")
+        peaks = memory.peaks_in_child(case, list(steps), torch.get_num_threads())
+        for name, peak in peaks.items():
+            records[name]["peak_tensors"] = peak
+    del sets, steps, lanes
+    _release(device)
+    return result
+
+
+def _time_what_works(
+    lanes: dict[str, Callable[[], object]],
+    records: dict[str, dict[str, Any]],
+    device: str,
+    kind: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Times the lanes; if that fails, finds those that fail by themselves and leaves them out."""
+    try:
+        return dict(time_in_turns(lanes, device, kind, seconds))
+    except Exception:
+        _release(device)
+    working: dict[str, Callable[[], object]] = {}
+    for name, lane in lanes.items():
+        record = records.get(name, {"status": "ok"})
+        with _quiet_failures(record):
+            time_in_turns({name: lane}, device, kind, 0.0, least_rounds=1)
+        if record["status"] == "ok":
+            working[name] = lane
+        else:
+            _release(device)
+    try:
+        return dict(time_in_turns(working, device, kind, seconds))
+    except Exception as error:
+        for name in working:
+            if name in records:
+                records[name]["status"] = f"failed while timed: {type(error).__name__}"
+        return {}
+
+
+def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
+    """Bytes that must be moved, over the time that it took; and the share of what the memory can
+    do.
+    """
+    best = next(iter(result["streams"].values()), None)
+    for name, record in result["lanes"].items():
+        if "times" in record and name != FLOOR:
+            record["bytes_per_second"] = case.least_bytes / record["times"]["median"]
+            if best:
+                record["share"] = record["bytes_per_second"] / best
+
+
+def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
+    """fastkd on two cases in turns, for each element of the logits."""
+    device = settings.device
+    _release(device)
+    kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"
+    steps: dict[str, Callable[[], object]] = {}
+    result: dict[str, Any] = {"name": duel.name, "status": "ok"}
+    with _quiet_failures(result):
+        for name, case in (("first", duel.first), ("second", duel.second)):
+            steps[name] = Step(case, rivals.fused(case), make_sets(case, device))
+        times = time_in_turns(steps, device, kind, settings.seconds)
+        first = times["first"].median / duel.first.elements
+        second = times["second"].median / duel.second.elements
+        result["ratio"] = first / second
+        for name, case in (("first", duel.first), ("second", duel.second)):
+            result[name] = {"title": case.title, **asdict(times[name])}
+    return result
+
+
+def close_to_the_teacher(device: str, rows: int = 32, classes: int = 32000) -> dict[str, Any]:
+    """How well fastkd and F.kl_div see a KL of 5e-7 in float32, where a sum of p (log p - log q)
+    cancels.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    teacher = torch.randn(rows, classes, generator=generator, device=device)
+    noise = torch.randn(rows, classes, generator=generator, device=device)
+    student = teacher + 1e-3 * noise
+    log_p, log_q = F.log_softmax(teacher.double(), -1), F.log_softmax(student.double(), -1)
+    truth = (log_p.exp() * (log_p - log_q)).sum(-1)
+    with torch.no_grad():
+        ours = fastkd.loss(student, teacher, temperature=1.0, reduction="none")
+        log_q, p = F.log_softmax(student, -1), F.softmax(teacher, -1)
+        torchs = F.kl_div(log_q, p, reduction="none").sum(-1)
+
+    def errors(values: torch.Tensor) -> dict[str, float]:
+        error = (values.double() - truth).abs() / truth
+        return {"median": error.median().item(), "worst": error.max().item()}
+
+    return {
+        "what": f"KL of {truth.mean().item():.1e} ({rows} x {classes} fp32, T = 1), relative error",
+        "kl": truth.mean().item(),
+        "fastkd": errors(ours),
+        "F.kl_div": errors(torchs),
+    }
+
+
+def run_scaling(
+    series: dict[str, list[Case]], settings: Settings, say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """The cost of fastkd and of eager PyTorch along rows, classes and, on a CPU, threads."""
+    short = Settings(settings.device, settings.seconds / 6, names=("fastkd", "eager"))
+    result: dict[str, list[dict[str, Any]]] = {}
+    for name, cases in series.items():
+        points: list[dict[str, Any]] = []
+        if name != "threads":
+            points = [run_case(case, short, say) for case in cases]
+        else:
+            before = torch.get_num_threads()
+            for threads in range(1, before + 1):
+                torch.set_num_threads(threads)
+                points += [{**run_case(case, short, say), "threads": threads} for case in cases]
+            torch.set_num_threads(before)
+        result[name] = points
+    return result

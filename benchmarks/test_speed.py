@@ -1,0 +1,90 @@
+"""Micro-benchmarks for watching regressions, each of which also asserts its answer.
+
+    python -m pytest benchmarks --benchmark-autosave         save a run under .benchmarks/
+    python -m pytest benchmarks --benchmark-compare          compare with the last saved run
+    python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
+
+They are no part of the normal test run. For rivals, figures and plots: ``python -m benchmarks``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.measure import Step, make_inputs
+from benchmarks.rivals import floor, fused
+from benchmarks.truth import Truth
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+# A size of each kind: nothing but overhead, batches of images, wide rows, few wide rows.
+SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
+
+
+def _run(benchmark: Any, case: Case, device: str) -> None:
+    inputs = make_inputs(case, device, 0)
+    step = Step(case, fused(case), [inputs])
+
+    def call() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    loss, gradient = step.run(inputs)
+    truth = Truth(case, inputs.student, inputs.teacher, inputs.labels)
+    errors = truth.errors("kd", loss, gradient)
+    assert errors.loss < 1e-5
+    if errors.gradient is not None:
+        rounding = truth.rounding()
+        assert rounding is not None
+        assert errors.gradient < 1e-6 + 1.5 * rounding
+    benchmark(call)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), SHAPES, ids=lambda value: str(value))
+def test_loss_and_gradient(
+    benchmark: Any, device: str, dtype: str, rows: int, classes: int
+) -> None:
+    _run(benchmark, Case("micro", rows, classes, dtype), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "classes"), SHAPES, ids=lambda value: str(value))
+def test_loss_alone(benchmark: Any, device: str, rows: int, classes: int) -> None:
+    _run(benchmark, Case("micro", rows, classes, gradient=False), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0])
+def test_temperature(benchmark: Any, device: str, temperature: float) -> None:
+    _run(benchmark, Case("micro", 64, 32000, temperature=temperature), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_of_the_rows_ignored(benchmark: Any, device: str) -> None:
+    _run(benchmark, Case("micro", 64, 32000, ignored=0.5), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pytorchs_own_cost(benchmark: Any, device: str) -> None:
+    """What the smallest case is to be compared with: a sum and its backward pass."""
+    case = Case("micro", 8, 10)
+    inputs = make_inputs(case, device, 0)
+    step = Step(case, floor(case), [inputs])
+    loss, gradient = step.run(inputs)
+    assert gradient is not None
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert torch.allclose(loss, inputs.student.detach().sum())
+
+    def call() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(call)

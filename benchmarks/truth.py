@@ -1,0 +1,128 @@
+"""The right answer of a case, in float64, and how far a rival's answer is from it.
+
+Losses come from every row. Gradients are kept for every row as long as that takes a reasonable
+share of memory, else for rows spread evenly over the tensor, the first and the last among them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.cases import DTYPES, Case
+from fastkd import reference
+
+# How far off an answer may be and still be an answer to the same question. Errors are reported as
+# they are; these bounds only keep a wrong rival from being timed. Half precision in eager PyTorch
+# is that inaccurate.
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance of an answer from float64."""
+
+    loss: float
+    """|loss - truth| / |truth|."""
+    gradient: float | None = None
+    """||gradient - truth|| / ||truth||, over the rows that were checked."""
+    gradient_max: float | None = None
+    """Largest error of an element of the gradient, over the truth's largest element."""
+
+    def acceptable(self, case: Case) -> bool:
+        """Whether the answer is one to the same question; NaN is not."""
+        gradient = 0.0 if self.gradient is None else self.gradient
+        return (
+            self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]
+        )
+
+
+class Truth:
+    """Losses and gradients of one set of inputs."""
+
+    def __init__(self, case: Case, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        """Computes nothing yet."""
+        self.case = case
+        self.inputs = (student.detach().clone(), teacher, labels)
+        on_gpu = student.device.type == "cuda"
+        keep = 2**29 if on_gpu else 2**24
+        self.chunk = max(1, (2**26 if on_gpu else 2**22) // case.classes)
+        kept = min(case.rows, max(2, keep // case.classes))
+        self.rows = torch.linspace(0, case.rows - 1, kept, device=student.device).round().long()
+        self._losses: dict[str, float] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def _sum(self, kind: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The loss of some rows, times the number that the mean divides by."""
+        case, t = self.case, self.case.temperature
+        if kind == "jsd":
+            log_q, log_p = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+            terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+            return 0.5 * terms.sum()
+        options = {"temperature": t, "hard_weight": case.alpha, "soft_weight": 1 - case.alpha}
+        loss = reference.loss(student, teacher, labels, reduction="sum", **options)
+        if kind == "soft_ce":
+            log_p = F.log_softmax(teacher / t, -1)
+            loss = loss - (1 - case.alpha) * t**2 * (log_p.exp() * log_p).sum()
+        return loss
+
+    def _compute(self, kind: str) -> None:
+        student, teacher, labels = self.inputs
+        divisor = max(1, int((labels != -100).sum())) if kind != "jsd" else self.case.rows
+        gradients, total = [], 0.0
+        for start in range(0, self.case.rows, self.chunk):
+            rows = slice(start, start + self.chunk)
+            arguments = (student[rows].double(), teacher[rows].double(), labels[rows])
+            total += self._sum(kind, *arguments).item()
+        self._losses[kind] = total / divisor
+        if not self.case.gradient:
+            return
+        for start in range(0, len(self.rows), self.chunk):
+            rows_kept = self.rows[start : start + self.chunk]
+            leaf = student[rows_kept].double().requires_grad_()
+            loss = self._sum(kind, leaf, teacher[rows_kept].double(), labels[rows_kept])
+            (gradient,) = torch.autograd.grad(loss * (self.case.grad_scale / divisor), leaf)
+            gradients.append(gradient)
+        self._gradients[kind] = torch.cat(gradients)
+
+    def errors(self, kind: str, loss: Tensor, gradient: Tensor | None) -> Errors:
+        """How far an answer is off."""
+        if kind not in self._losses:
+            self._compute(kind)
+        right = self._losses[kind]
+        loss_error = abs(loss.double().item() - right) / abs(right)
+        if gradient is None:
+            return Errors(loss_error)
+        return Errors(loss_error, *self._distance(self._gradients[kind], gradient))
+
+    def rounding(self) -> float | None:
+        """The relative error of the correctly rounded gradient: what the dtype costs by itself."""
+        if not self.case.gradient or "kd" not in self._gradients:
+            return None
+        rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])
+        return self._distance(self._gradients["kd"], rounded, everything=True)[0]
+
+    def _distance(
+        self, right: Tensor, gradient: Tensor, everything: bool = False
+    ) -> tuple[float, float]:
+        squares = torch.zeros(2, dtype=torch.float64, device=right.device)
+        largest = torch.zeros(2, dtype=torch.float64, device=right.device)
+        for start in range(0, len(right), self.chunk):
+            part = right[start : start + self.chunk]
+            rows = self.rows[start : start + self.chunk]
+            there = (
+                gradient[start : start + self.chunk] if everything else gradient[rows]
+            ).double()
+            difference = there - part
+            squares += torch.stack([difference.square().sum(), part.square().sum()])
+            largest = torch.maximum(
+                largest, torch.stack([difference.abs().max(), part.abs().max()])
+            )
+        ratio, ratio_max = (squares[0] / squares[1]).sqrt(), largest[0] / largest[1]
+        return ratio.item(), ratio_max.item()

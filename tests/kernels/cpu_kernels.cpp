@@ -1,0 +1,698 @@
+// The CPU kernels of every instruction set that this machine runs, against a reference that is
+// written from the definitions in long double and shares no line with them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace {
+
+using namespace fastkd;
+using Real = long double;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+
+int failures = 0;
+std::string context;
+
+void check(bool ok, const char* what, double got = 0, double want = 0) {
+  if (ok) return;
+  if (++failures <= 40) {
+    std::printf("FAIL %s: %s, got %.9g, want %.9g\n", context.c_str(), what, got, want);
+  }
+}
+
+// ---- Number types, by arithmetic rather than by bits.
+
+struct Shape {
+  int precision, min_exponent;  // significant bits; exponent of the least normal number
+};
+Shape shape_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return {11, -14};
+    case DType::kBFloat16:
+      return {8, -126};
+    case DType::kFloat64:
+      return {53, -1022};
+    default:
+      return {24, -126};
+  }
+}
+
+// The distance of the numbers around x.
+double spacing(double x, DType dtype) {
+  const Shape shape = shape_of(dtype);
+  const int exponent = x == 0 ? shape.min_exponent : std::max(std::ilogb(x), shape.min_exponent);
+  return std::ldexp(1.0, exponent - shape.precision + 1);
+}
+
+double rounded(double x, DType dtype) {
+  if (!std::isfinite(x)) return x;
+  const double step = spacing(x, dtype);
+  return std::nearbyint(x / step) * step;
+}
+
+double decode(const unsigned char* from, DType dtype) {
+  if (dtype == DType::kFloat32) {
+    float x;
+    std::memcpy(&x, from, 4);
+    return x;
+  }
+  if (dtype == DType::kFloat64) {
+    double x;
+    std::memcpy(&x, from, 8);
+    return x;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, from, 2);
+  const int mantissa_bits = dtype == DType::kFloat16 ? 10 : 7;
+  const int bias = dtype == DType::kFloat16 ? 15 : 127;
+  const int exponent = (bits & 0x7fff) >> mantissa_bits;
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 2 * bias + 1) return mantissa != 0 ? kNan : sign * kInf;
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+void encode(double x, DType dtype, unsigned char* to) {
+  if (dtype == DType::kFloat32) {
+    const float y = static_cast<float>(x);
+    std::memcpy(to, &y, 4);
+    return;
+  }
+  if (dtype == DType::kFloat64) {
+    std::memcpy(to, &x, 8);
+    return;
+  }
+  const int mantissa_bits = dtype == DType::kFloat16 ? 10 : 7;
+  const int bias = dtype == DType::kFloat16 ? 15 : 127;
+  int bits = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) {
+    bits |= 0x7fff;
+  } else if (std::isinf(x)) {
+    bits |= (2 * bias + 1) << mantissa_bits;
+  } else if (x != 0) {
+    const double y = std::fabs(rounded(x, dtype));
+    const int exponent = std::ilogb(y);
+    bits |= exponent < 1 - bias ? static_cast<int>(std::ldexp(y, bias - 1 + mantissa_bits))
+                                : ((exponent + bias) << mantissa_bits) +
+                                      static_cast<int>(std::ldexp(y, mantissa_bits - exponent)) -
+                                      (1 << mantissa_bits);
+  }
+  const uint16_t stored = static_cast<uint16_t>(bits);
+  std::memcpy(to, &stored, 2);
+}
+
+// ---- Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes.
+
+struct Matrix {
+  int64_t rows, classes, stride, group_rows, group;
+  DType dtype;
+  std::vector<unsigned char> bytes;
+  int64_t start;
+
+  Matrix(int64_t rows, int64_t classes, DType dtype, int64_t padding, int64_t misalignment,
+         int64_t group_rows = 0)
+      : rows(rows),
+        classes(classes),
+        stride(classes + padding),
+        group_rows(group_rows > 0 ? group_rows : std::max<int64_t>(rows, 1)),
+        group(this->group_rows * stride + (group_rows > 0 ? 5 : 0)),
+        dtype(dtype),
+        start(64 + misalignment * size_of(dtype)) {
+    const int64_t groups = (rows + this->group_rows - 1) / this->group_rows;
+    bytes.assign(static_cast<size_t>(start + (groups * group + 16) * size_of(dtype)), 0xa5);
+  }
+  unsigned char* at(int64_t row, int64_t i) {
+    const int64_t offset = row / group_rows * group + row % group_rows * stride + i;
+    return bytes.data() + start + offset * size_of(dtype);
+  }
+  double get(int64_t row, int64_t i) { return decode(at(row, i), dtype); }
+  void set(int64_t row, int64_t i, double x) { encode(x, dtype, at(row, i)); }
+  void* base() { return bytes.data() + start; }
+  RowStrides strides() const { return {stride, group}; }
+};
+
+// ---- The definitions.
+
+struct Truth {
+  Real loss, hard, soft, student_entropy, teacher_entropy;
+  bool agreement, nan, ignored;
+  std::vector<Real> grad, teacher;  // teacher: its probabilities
+};
+
+std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
+  Real max = -kInf, sum = 0;
+  for (Real v : x) max = std::max(max, v);
+  for (Real v : x) sum += std::exp((v - max) / t);
+  std::vector<Real> result;
+  for (Real v : x) result.push_back((v - max) / t - std::log(sum));
+  return result;
+}
+
+Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::vector<Real>& w,
+                Real t, int64_t label, bool labelled) {
+  Truth truth = {};
+  const size_t n = z.size();
+  truth.grad.assign(n, 0);
+  truth.ignored = labelled && label == args.ignore_index;
+  if (truth.ignored) return truth;
+  bool any_z = false, any_w = false;
+  for (size_t i = 0; i < n; ++i) {
+    truth.nan |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInf || w[i] == kInf;
+    any_z |= z[i] > -kInf;
+    any_w |= w[i] > -kInf;
+  }
+  truth.nan |= !any_z || !any_w || !(t > 0) || std::isinf(t);
+  truth.nan |= labelled && (label < 0 || label >= static_cast<int64_t>(n));
+  if (truth.nan) return truth;
+  const auto log_q = log_softmax(z, t), log_p = log_softmax(w, t), log_1 = log_softmax(z, 1);
+  const Real max_z = *std::max_element(z.begin(), z.end());
+  const Real max_w = *std::max_element(w.begin(), w.end());
+  const Real eps = args.label_smoothing;
+  for (size_t i = 0; i < n; ++i) {
+    const Real p = std::exp(log_p[i]), q = std::exp(log_q[i]);
+    if (p > 0) truth.soft += p * (log_p[i] - log_q[i]);
+    if (q > 0) truth.student_entropy -= q * log_q[i];
+    if (p > 0) truth.teacher_entropy -= p * log_p[i];
+    truth.teacher.push_back(p);
+    truth.agreement |= z[i] == max_z && w[i] == max_w;
+    truth.grad[i] = args.soft_weight * t * (q - p);
+    if (!labelled) continue;
+    const bool hit = static_cast<int64_t>(i) == label;
+    const Real target = (hit ? 1 - eps : Real(0)) + eps / static_cast<Real>(n);
+    if (target > 0) truth.hard -= target * log_1[i];
+    truth.grad[i] += args.hard_weight * (std::exp(log_1[i]) - target);
+  }
+  truth.loss = 0;
+  if (args.soft_weight != 0) truth.loss += args.soft_weight * t * t * truth.soft;
+  if (args.hard_weight != 0) truth.loss += args.hard_weight * truth.hard;
+  for (Real& g : truth.grad) g *= args.scale;
+  return truth;
+}
+
+// ---- One problem.
+
+struct Problem {
+  int64_t rows = 3, classes = 10;
+  DType student = DType::kFloat32, teacher = DType::kFloat32;
+  double temperature = 4;
+  bool row_temperature = false;
+  double hard_weight = 0.5, soft_weight = 0.5, smoothing = 0;
+  bool labels = true, in_place = false;
+  int64_t padding = 0, misalignment = 0, group_rows = 0;
+  double noise = 1;  // teacher = student + noise, sigma 3
+  double shift = 0;  // added to every teacher logit
+};
+
+std::string describe(const Problem& p, const char* isa) {
+  char text[256];
+  std::snprintf(
+      text, sizeof(text),
+      "%s %lldx%lld types %d/%d t %g rows-t %d weights %g/%g eps %g labels %d in-place %d "
+      "pad %lld off %lld groups %lld",
+      isa, static_cast<long long>(p.rows), static_cast<long long>(p.classes),
+      static_cast<int>(p.student), static_cast<int>(p.teacher), p.temperature, p.row_temperature,
+      p.hard_weight, p.soft_weight, p.smoothing, p.labels, p.in_place,
+      static_cast<long long>(p.padding), static_cast<long long>(p.misalignment),
+      static_cast<long long>(p.group_rows));
+  return text;
+}
+
+struct Data {
+  Problem problem;
+  Matrix student, teacher, grad;
+  std::vector<int64_t> labels;
+  std::vector<unsigned char> loss, terms, stats, temperature;
+  ForwardArgs args;
+
+  explicit Data(const Problem& p, unsigned seed = 1)
+      : problem(p),
+        student(p.rows, p.classes, p.student, p.padding, p.misalignment, p.group_rows),
+        teacher(p.rows, p.classes, p.teacher, 2 * p.padding, p.misalignment, p.group_rows),
+        grad(p.rows, p.classes, p.student, p.in_place ? p.padding : 0, p.misalignment,
+             p.group_rows) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for (int64_t i = 0; i < p.classes; ++i) {
+        student.set(r, i, 3 * normal(random));
+        teacher.set(r, i, student.get(r, i) + p.noise * normal(random) + p.shift);
+      }
+      labels.push_back(static_cast<int64_t>(random() % static_cast<unsigned>(p.classes)));
+    }
+    const bool fp64 = computes_in_double(p.student, p.teacher);
+    const size_t acc = fp64 ? 8 : 4, rows = static_cast<size_t>(p.rows);
+    loss.assign(acc * rows, 0xa5);
+    terms.assign(acc * rows * kTerms, 0xa5);
+    stats.assign(acc * (rows * kStats + 1), 0xa5);
+    temperature.assign(acc * rows, 0);
+    for (size_t r = 0; r < rows; ++r) {
+      encode(0.5 + static_cast<double>(r), acc_type(), &temperature[acc * r]);
+    }
+    refresh();
+  }
+
+  DType acc_type() const {
+    return computes_in_double(problem.student, problem.teacher) ? DType::kFloat64 : DType::kFloat32;
+  }
+  double acc(const std::vector<unsigned char>& v, int64_t i) const {
+    return decode(v.data() + i * size_of(acc_type()), acc_type());
+  }
+
+  // Pointers into this object: call again after a copy.
+  void refresh() {
+    const Problem& p = problem;
+    args.rows = p.rows, args.classes = p.classes, args.group_rows = student.group_rows;
+    args.student = student.base(), args.student_stride = student.strides();
+    args.teacher = teacher.base(), args.teacher_stride = teacher.strides();
+    args.student_dtype = p.student, args.teacher_dtype = p.teacher;
+    args.labels = p.labels ? labels.data() : nullptr;
+    args.row_temperature = p.row_temperature ? temperature.data() : nullptr;
+    args.temperature = p.temperature;
+    args.hard_weight = p.hard_weight, args.soft_weight = p.soft_weight;
+    args.label_smoothing = p.smoothing;
+    args.loss = loss.data(), args.stats = stats.data(), args.terms = nullptr;
+    args.grad = p.in_place ? student.base() : grad.base();
+    args.grad_stride = p.in_place ? student.strides() : grad.strides();
+    args.scale = 0.25;
+  }
+  Data(const Data& other) = delete;
+
+  double temperature_of(int64_t row) const {
+    return problem.row_temperature ? acc(temperature, row) : problem.temperature;
+  }
+  Truth truth(int64_t row) {
+    std::vector<Real> z, w;
+    for (int64_t i = 0; i < problem.classes; ++i) {
+      z.push_back(student.get(row, i));
+      w.push_back(teacher.get(row, i));
+    }
+    return reference(args, z, w, temperature_of(row), problem.labels ? labels[row] : 0,
+                     problem.labels);
+  }
+};
+
+bool agrees(double got, Real want, double relative, double absolute) {
+  const double expected = static_cast<double>(want);
+  if (std::isnan(expected)) return std::isnan(got);
+  if (std::isinf(expected)) return got == expected;
+  return std::fabs(got - expected) <= relative * std::fabs(expected) + absolute;
+}
+
+void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool terms) {
+  const Problem& p = data.problem;
+  const bool fp64 = data.acc_type() == DType::kFloat64;
+  const Truth& truth = truths[static_cast<size_t>(r)];
+  // Tempered exponents of 10^4 times the spacing of logits (shift) cost digits that no form keeps.
+  const double eps = fp64 ? 2e-14 : 2e-6;
+  const double loss = data.acc(data.loss, r);
+  const Real want = truth.nan ? static_cast<Real>(kNan) : truth.loss;
+  check(agrees(loss, want, eps, eps * 0.1), "loss", loss, static_cast<double>(want));
+  if (terms) {
+    const Real values[] = {p.labels ? truth.hard : Real(0), truth.soft, truth.student_entropy,
+                           truth.teacher_entropy, truth.agreement ? Real(1) : Real(0)};
+    const char* names[] = {"hard", "soft", "student entropy", "teacher entropy", "agreement"};
+    for (int i = 0; i < kTerms; ++i) {
+      const double got = data.acc(data.terms, i * p.rows + r);
+      const Real value = truth.nan ? static_cast<Real>(kNan) : values[i];
+      check(agrees(got, value, eps, eps), names[i], got, static_cast<double>(value));
+    }
+  }
+  Matrix& grad = p.in_place ? data.student : data.grad;
+  const double t = data.temperature_of(r);
+  const double size = data.args.scale * (p.hard_weight + p.soft_weight * t);
+  for (int64_t i = 0; i < p.classes; ++i) {
+    const double got = grad.get(r, i);
+    if (truth.nan) {
+      check(std::isnan(got), "grad is NaN", got, kNan);
+      continue;
+    }
+    const Real exact = truth.grad[static_cast<size_t>(i)];
+    // Half a step of the stored type, and the error of fp32 on the probabilities' scale.
+    const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
+    const double half = fp64 && p.student == DType::kFloat64
+                            ? 0
+                            : 0.5 * spacing(static_cast<double>(exact), p.student);
+    check(std::fabs(got - static_cast<double>(exact)) <= half + slack, "grad", got,
+          static_cast<double>(exact));
+    if (truth.ignored) check(got == 0, "ignored grad", got, 0);
+  }
+}
+
+void check_stats(Data& data, const std::vector<Truth>& truths) {
+  for (int64_t r = 0; r < data.problem.rows; ++r) {
+    const Truth& truth = truths[static_cast<size_t>(r)];
+    if (truth.nan || truth.ignored || data.problem.in_place) continue;
+    Real max = -kInf, sum = 0;
+    for (int64_t i = 0; i < data.problem.classes; ++i) {
+      max = std::max(max, static_cast<Real>(data.teacher.get(r, i)));
+    }
+    for (int64_t i = 0; i < data.problem.classes; ++i) {
+      sum += std::exp((data.teacher.get(r, i) - max) / data.temperature_of(r));
+    }
+    const double got_max = data.acc(data.stats, kTeacherMax * data.problem.rows + r);
+    const double got = data.acc(data.stats, kTeacherScale * data.problem.rows + r);
+    check(got_max == static_cast<double>(max), "teacher max", got_max, static_cast<double>(max));
+    // The maximum over t is rounded before it is subtracted; all of the row is shifted alike.
+    const double shift = static_cast<double>(std::fabs(max)) / data.temperature_of(r);
+    check(agrees(got, 1 / sum, 1e-6 + 1e-7 * shift, 0), "teacher scale", got,
+          static_cast<double>(1 / sum));
+  }
+}
+
+// Backward with grad_output 1 is forward's gradient to the bit; with 0.5 half of it.
+void check_backward(const cpu::Kernels& k, Data& data) {
+  if (data.problem.in_place) return;
+  BackwardArgs args;
+  static_cast<Inputs&>(args) = data.args;
+  args.stats = data.stats.data();
+  args.grad_stride = data.args.grad_stride;
+  for (double gain : {1.0, 0.5}) {
+    Matrix grad(data.problem.rows, data.problem.classes, data.problem.student, 0,
+                data.problem.misalignment, data.problem.group_rows);
+    unsigned char grad_output[8];
+    encode(gain, data.acc_type(), grad_output);
+    args.grad_output = grad_output;
+    args.grad = grad.base();
+    k.backward(args, 0, args.rows);
+    if (gain == 1) {
+      check(grad.bytes == data.grad.bytes, "backward is forward's gradient");
+      continue;
+    }
+    for (int64_t r = 0; r < data.problem.rows; ++r) {
+      for (int64_t i = 0; i < data.problem.classes; ++i) {
+        const double full = data.grad.get(r, i), half = grad.get(r, i);
+        if (std::isnan(full)) {
+          check(std::isnan(half), "backward keeps NaN", half, full);
+        } else {
+          check(agrees(half, full / 2, 1e-6, spacing(full, data.problem.student)),
+                "backward scales", half, full / 2);
+        }
+      }
+    }
+  }
+}
+
+// Rows cut into segments give the bits of whole rows.
+void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, unsigned seed,
+                 bool terms) {
+  Data data(p, seed);
+  data.labels = whole.labels;
+  if (!p.in_place) {
+    data.student.bytes = whole.student.bytes;
+    data.teacher.bytes = whole.teacher.bytes;
+  }
+  data.refresh();
+  if (terms) data.args.terms = data.terms.data();
+  const int64_t segments = (p.classes + cpu::kSegment - 1) / cpu::kSegment;
+  for (int64_t r = p.rows; r-- > 0;) {
+    std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
+    std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
+    for (int64_t s = segments; s-- > 0;) k.scan(data.args, r, s, &statistics[s]);
+    for (int64_t s = 0; s < segments; ++s) {
+      k.write(data.args, r, s, statistics.data(), &sums[static_cast<size_t>(s)]);
+    }
+    k.close(data.args, r, statistics.data(), sums.data());
+  }
+  check(data.grad.bytes == whole.grad.bytes, "split gradient");
+  check(data.student.bytes == whole.student.bytes, "split student");
+  check(data.loss == whole.loss, "split loss");
+  check(data.stats == whole.stats, "split stats");
+  if (terms) check(data.terms == whole.terms, "split terms");
+}
+
+template <class Edit>
+void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsigned seed = 1) {
+  context = describe(p, k.name);
+  Data data(p, seed);
+  edit(data);
+  data.refresh();
+  if (terms) data.args.terms = data.terms.data();
+  std::vector<Truth> truths;
+  for (int64_t r = 0; r < p.rows; ++r) truths.push_back(data.truth(r));
+  const std::vector<unsigned char> student = data.student.bytes;
+  k.forward(data.args, 0, p.rows / 2);
+  k.forward(data.args, p.rows / 2, p.rows);
+  if (!p.in_place) check(data.student.bytes == student, "student untouched");
+  for (int64_t r = 0; r < p.rows; ++r) check_row(data, truths, r, terms);
+  check_stats(data, truths);
+  check_backward(k, data);
+  // Rows of few classes go another way, side by side; nobody cuts those into segments.
+  if (p.classes > 48) check_split(k, p, data, seed, terms);
+
+  // The loss alone: the same bits without a gradient.
+  const std::vector<unsigned char> loss = data.loss;
+  if (p.in_place) return;
+  data.args.grad = nullptr;
+  const std::vector<unsigned char> grad = data.grad.bytes;
+  k.forward(data.args, 0, p.rows);
+  check(data.loss == loss && data.grad.bytes == grad, "loss alone");
+}
+
+void run(const cpu::Kernels& k, const Problem& p, bool terms = false) {
+  run(k, p, terms, [](Data&) {});
+}
+
+void test_types(const cpu::Kernels& k) {
+  for (DType student : kTypes) {
+    for (DType teacher : kTypes) {
+      for (double t : {1.0, 2.0, 3.0, 4.0, 0.7}) {
+        Problem p;
+        p.student = student, p.teacher = teacher, p.temperature = t, p.classes = 77;
+        run(k, p, t == 2);
+        p.classes = 1056, p.misalignment = 1, p.smoothing = 0.1;
+        run(k, p, t == 0.7);
+      }
+    }
+  }
+}
+
+// Every edge of a vector, of a block and of a segment, and one either side of it.
+void test_widths(const cpu::Kernels& k) {
+  for (DType type : kTypes) {
+    for (int64_t n : {1,  2,   3,   7,    10,   15,   16,   17,   31,    32,    33,    63,
+                      65, 100, 511, 1000, 1023, 1024, 1025, 2049, 16383, 16384, 16385, 33000}) {
+      Problem p;
+      p.student = p.teacher = type, p.classes = n, p.rows = n > 3000 ? 1 : 3;
+      run(k, p);
+      p.in_place = true, p.padding = 3;
+      run(k, p);
+    }
+  }
+}
+
+void test_options(const cpu::Kernels& k) {
+  for (DType type : kTypes) {
+    Problem base;
+    base.student = base.teacher = type, base.classes = 1234, base.rows = 4;
+    for (double hard : {0.0, 0.3, 1.0}) {
+      for (double smoothing : {0.0, 0.1, 1.0}) {
+        Problem p = base;
+        p.hard_weight = hard, p.soft_weight = 1 - hard, p.smoothing = smoothing;
+        run(k, p);
+        run(k, p, true);
+        p.row_temperature = true;
+        run(k, p);
+      }
+    }
+    Problem p = base;
+    p.labels = false;
+    run(k, p);
+    run(k, p, true);
+    for (int64_t offset : {1, 3, 5, 8}) {
+      p = base;
+      p.misalignment = offset, p.padding = offset;
+      run(k, p);
+      p.group_rows = 2;
+      run(k, p);
+    }
+    p = base;
+    p.shift = 64;
+    run(k, p);
+  }
+}
+
+void test_labels(const cpu::Kernels& k) {
+  for (DType type : kTypes) {
+    for (bool in_place : {false, true}) {
+      Problem p;
+      p.student = p.teacher = type, p.rows = 5, p.classes = 1025, p.in_place = in_place;
+      run(k, p, true, [](Data& data) {
+        data.labels = {-100, 1024, -1, 1025, 0};
+        data.student.set(0, 3, kNan);  // an ignored row is not read
+      });
+    }
+  }
+}
+
+void test_infinities(const cpu::Kernels& k) {
+  for (DType type : kTypes) {
+    for (double hard : {0.0, 0.5}) {
+      Problem p;
+      p.student = p.teacher = type, p.rows = 10, p.classes = 3001;
+      p.hard_weight = hard, p.soft_weight = 1 - hard;
+      run(k, p, true, [](Data& data) {
+        for (int64_t r = 0; r < 10; ++r) data.labels[static_cast<size_t>(r)] = 17;
+        data.teacher.set(0, 5, -kInf);  // masked in the teacher, in the student, in both
+        data.student.set(1, 5, -kInf);
+        for (int64_t i = 1024; i < 3001; ++i) {
+          data.student.set(2, i, -kInf);
+          data.teacher.set(2, i, -kInf);
+        }
+        for (int64_t i = 0; i < 3001; ++i) {  // masked blocks come first
+          if (i < 2000 && i != 17) data.student.set(3, i, -kInf), data.teacher.set(3, i, -kInf);
+          data.student.set(4, i, -kInf);
+          data.teacher.set(5, i, -kInf);
+        }
+        data.student.set(6, 2000, kNan);
+        data.teacher.set(7, 3000, kNan);
+        data.student.set(8, 0, kInf);
+        data.teacher.set(9, 1024, kInf);
+      });
+    }
+  }
+}
+
+void test_temperatures(const cpu::Kernels& k) {
+  for (double t : {0.0, -1.0, kInf, kNan, 1e-3, 50.0}) {
+    Problem p;
+    p.temperature = t;
+    run(k, p, true);
+  }
+}
+
+// The student masks a class, and the teacher's probability of it underflows: still infinite.
+void test_underflow(const cpu::Kernels& k) {
+  Problem p;
+  p.temperature = 1, p.soft_weight = 1, p.hard_weight = 0, p.rows = 1;
+  Data data(p);
+  data.teacher.set(0, 4, -500);
+  data.student.set(0, 4, -kInf);
+  data.refresh();
+  k.forward(data.args, 0, 1);
+  context = std::string(k.name) + " underflow";
+  check(data.acc(data.loss, 0) == kInf, "loss", data.acc(data.loss, 0), kInf);
+  check(data.grad.get(0, 4) == 0, "grad", data.grad.get(0, 4), 0);
+}
+
+// KL = 5e-7: differences of log-probabilities lose a third of it in fp32.
+void test_cancellation(const cpu::Kernels& k) {
+  for (double noise : {4e-3, 1e-1}) {
+    Problem p;
+    p.classes = 32000, p.rows = 4, p.noise = noise, p.hard_weight = 0, p.soft_weight = 1;
+    Data data(p);
+    context = describe(p, k.name) + " small KL";
+    k.forward(data.args, 0, p.rows);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const Truth truth = data.truth(r);
+      const double got = data.acc(data.loss, r), want = static_cast<double>(truth.loss);
+      check(std::fabs(got / want - 1) < 4e-7, "loss", got, want);
+      if (r == 0) std::printf("  KL %.2e: relative error %.1e\n", want / 16, got / want - 1);
+      for (int64_t i = 0; i < p.classes; ++i) {
+        const double exact = static_cast<double>(truth.grad[static_cast<size_t>(i)]);
+        const double p = static_cast<double>(truth.teacher[static_cast<size_t>(i)]);
+        check(std::fabs(data.grad.get(r, i) - exact) <= 2e-7 * data.args.scale * 4 * p, "grad",
+              data.grad.get(r, i), exact);
+      }
+    }
+  }
+}
+
+// A 16-bit gradient is the exact one rounded once: its error is hardly above that of rounding.
+void test_rounding(const cpu::Kernels& k) {
+  for (DType type : {DType::kFloat16, DType::kBFloat16}) {
+    Problem p;
+    p.student = p.teacher = type, p.classes = 5000, p.temperature = 2;
+    Data data(p);
+    context = describe(p, k.name) + " rounding";
+    k.forward(data.args, 0, p.rows);
+    double ours = 0, best = 0;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const Truth truth = data.truth(r);
+      for (int64_t i = 0; i < p.classes; ++i) {
+        const double exact = static_cast<double>(truth.grad[static_cast<size_t>(i)]);
+        ours += std::fabs(data.grad.get(r, i) - exact);
+        best += std::fabs(rounded(exact, type) - exact);
+      }
+    }
+    check(ours <= 1.01 * best, "error over that of correct rounding", ours / best, 1);
+  }
+}
+
+void test_exponential(const cpu::Kernels& k) {
+  context = std::string(k.name) + " exp2";
+  constexpr int64_t kBatch = 1 << 16;
+  std::vector<float> in(kBatch), out(kBatch);
+  double worst = 0;
+  // Every 61st float of [-126, 128), both signs.
+  for (int sign = 0; sign < 2; ++sign) {
+    float limit = sign != 0 ? 126.0f : 127.99999f;
+    uint32_t last, bits = 0;
+    std::memcpy(&last, &limit, 4);
+    while (bits <= last) {
+      for (int64_t i = 0; i < kBatch; ++i, bits += 61) {
+        const uint32_t used = std::min(bits, last);
+        std::memcpy(&in[static_cast<size_t>(i)], &used, 4);
+        if (sign != 0) in[static_cast<size_t>(i)] = -in[static_cast<size_t>(i)];
+      }
+      k.exp2(in.data(), out.data(), kBatch);
+      for (size_t i = 0; i < static_cast<size_t>(kBatch); ++i) {
+        const double want = std::exp2(static_cast<double>(in[i]));
+        worst = std::max(worst, std::fabs(out[i] - want) / spacing(want, DType::kFloat32));
+      }
+    }
+  }
+  std::printf("  exp2: worst error %.3f ulp\n", worst);
+  check(worst <= 2.2, "ulp", worst, 2.2);
+  const float edges[] = {
+      0, -0.0f, -126.0001f, -1e30f, -static_cast<float>(kInf), static_cast<float>(kNan)};
+  float results[6];
+  k.exp2(edges, results, 6);
+  check(results[0] == 1 && results[1] == 1, "2^0", results[0], 1);
+  check(results[2] == 0 && results[3] == 0 && results[4] == 0, "flush to zero", results[2], 0);
+  check(std::isnan(results[5]), "2^NaN", results[5], kNan);
+}
+
+void test_selection() {
+  context = "selection";
+  int count = 0;
+  for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k, ++count) {
+    check(cpu::select((*k)->name) && &cpu::kernels() == *k, (*k)->name);
+  }
+  check(count > 0, "some kernels");
+  const cpu::Kernels* before = &cpu::kernels();
+  check(!cpu::select("no such thing") && &cpu::kernels() == before, "unknown name");
+}
+
+}  // namespace
+
+int main() {
+  test_selection();
+  for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
+    std::printf("%s\n", (*k)->name);
+    test_exponential(**k);
+    test_types(**k);
+    test_widths(**k);
+    test_options(**k);
+    test_labels(**k);
+    test_infinities(**k);
+    test_temperatures(**k);
+    test_underflow(**k);
+    test_cancellation(**k);
+    test_rounding(**k);
+  }
+  std::printf(failures == 0 ? "all passed\n" : "%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,538 @@
+"""Derivatives of every order, by every way that torch has to ask for them."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    assert_grad,
+    compute_dtype,
+    make,
+    name_of,
+    truth,
+    weights,
+)
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+from fastkd import reference
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def expected(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) -> Tensor:
+    return reference.loss(student, teacher, labels, **weights(options, labels is not None))
+
+
+# ---- first and second derivatives by finite differences
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 3.0, "label_smoothing": 0.2}, {"normalizer": 3.0}], ids=str
+)
+def test_gradcheck(device, options, reduction):
+    if reduction != "mean" and "normalizer" in options:
+        pytest.skip("the normalizer goes with mean")
+    student, teacher, labels = make((3, 3), FP64, device=device, spread=1.0, ignored=0.0)
+    labels[1] = -100
+
+    def f(x: Tensor) -> Tensor:
+        return fastkd.loss(x, teacher, labels, reduction=reduction, **options)
+
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(f, student)
+    assert torch.autograd.gradgradcheck(f, student)
+
+
+def test_gradcheck_of_row_temperatures_and_no_labels(device):
+    student, teacher, _ = make((3, 3), FP64, device=device, labels=False, spread=1.0)
+    t = torch.tensor([0.7, 2.0, 4.0], dtype=FP64, device=device)
+    for reduction in REDUCTIONS:
+        leaf = student.clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, r=reduction: fastkd.loss(x, teacher, temperature=t, reduction=r), leaf
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda x, r=reduction: fastkd.loss(x, teacher, temperature=t, reduction=r), leaf
+        )
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_second_derivatives_are_the_references(device, with_labels, reduction):
+    student, teacher, labels = make((4, 7), FP64, device=device)
+    labels = labels if with_labels else None
+    options = {"temperature": 3.0, "reduction": reduction}
+    results = []
+    for function in (fastkd.loss, expected):
+        leaf = student.clone().requires_grad_()
+        value = function(leaf, teacher, labels, **options)
+        weight = torch.linspace(1, 2, value.numel(), dtype=FP64, device=device).view(value.shape)
+        (grad,) = torch.autograd.grad(value, leaf, weight, create_graph=True)
+        penalty = grad.square().sum() + value.sum()
+        results.append((grad.detach(), *torch.autograd.grad(penalty, leaf)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+    assert results[0][1].abs().max() > 0
+
+
+@pytest.mark.usefixtures("way_in")
+def test_third_derivatives_and_those_of_terms(device):
+    student, teacher, labels = make((4, 7), FP64, device=device)
+    results = []
+    for function in (lambda *a: fastkd.terms(*a).loss, expected):
+        leaf = student.clone().requires_grad_()
+        value = function(leaf, teacher, labels)
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value = grad.pow(2).sum()
+        results.append(torch.autograd.grad(value, leaf)[0])
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.usefixtures("way_in")
+def test_gradient_penalty_through_a_model(device):
+    """What saved gradients get silently wrong: a penalty on the gradient, trained through."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
+    x = torch.randn(4, 6, dtype=FP64, device=device, requires_grad=True)
+    _, teacher, labels = make((4, 7), FP64, device=device)
+    results = []
+    for function in (fastkd.loss, expected):
+        value = function(model(x), teacher, labels)
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        model.zero_grad()
+        (value + grad.norm()).backward()
+        results.append(model.weight.grad.clone())
+    torch.testing.assert_close(*results, **EXACT)
+
+
+# ---- what comes into backward
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("scale", [1.0, -0.3, 1024.0, 0.0])
+def test_grad_output(device, scale, reduction, dtype):
+    student, teacher, labels = make((6, 203), dtype, device=device)
+    acc = compute_dtype(student, teacher)
+    shape = (6,) if reduction == "none" else ()
+    generator = torch.Generator().manual_seed(0)
+    outgoing = (
+        torch.randn(shape, generator=generator, dtype=acc) if shape else torch.ones((), dtype=acc)
+    ).to(device) * scale
+    exact = truth(student, teacher, labels, reduction=reduction, grad_output=outgoing)
+    leaf = student.requires_grad_()
+    fastkd.loss(leaf, teacher, labels, reduction=reduction).backward(outgoing)
+    assert_grad(leaf.grad, exact.grad, acc)
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("terms", [False, True])
+def test_backward_twice(device, terms, reduction, dtype):
+    """retain_graph: all gradients are right, and a later call leaves earlier results alone."""
+    student, teacher, labels = make((6, 203), dtype, device=device)
+    acc = compute_dtype(student, teacher)
+    leaf = student.requires_grad_()
+    value = (
+        fastkd.terms(leaf, teacher, labels, reduction=reduction).loss
+        if terms
+        else fastkd.loss(leaf, teacher, labels, reduction=reduction)
+    )
+    results, copies = [], []
+    for scale in (3.0, 3.0, 1.0, -0.5):
+        outgoing = torch.full_like(value, scale)
+        (grad,) = torch.autograd.grad(value, leaf, outgoing, retain_graph=True)
+        results.append((scale, grad))
+        copies.append(grad.clone())
+    for (scale, grad), clone in zip(results, copies, strict=True):
+        assert torch.equal(grad, clone)
+        exact = truth(
+            student,
+            teacher,
+            labels,
+            reduction=reduction,
+            grad_output=torch.full(value.shape, scale, device=device),
+        )
+        assert_grad(grad, exact.grad, acc)
+    assert len({grad.data_ptr() for _, grad in results}) == len(results)
+
+
+@pytest.mark.usefixtures("way_in")
+def test_gradient_is_the_callers_own(device):
+    """Writing into .grad, as clip_grad_norm_ does, does not reach a second backward pass."""
+    student, teacher, labels = make((6, 20), device=device)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels)
+    value.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    leaf.grad.zero_()
+    value.backward()
+    assert torch.equal(leaf.grad, first)
+
+
+@pytest.mark.usefixtures("way_in")
+def test_backward_after_the_graph_is_freed(device):
+    student, teacher, labels = make((6, 20), device=device)
+    for reduction in REDUCTIONS:
+        value = fastkd.loss(
+            student.clone().requires_grad_(), teacher, labels, reduction=reduction
+        ).sum()
+        value.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            value.backward()
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inputs_changed_in_between_are_an_error(device, reduction):
+    """Backward may read the logits again: a change in place is found, not read as a logit."""
+    student, teacher, labels = make((6, 20), device=device)
+    hidden = student.requires_grad_() * 1.0
+    value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
+    hidden.detach().add_(1)
+    if reduction == "none":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+    else:
+        # The gradient is there already; whether torch objects or not, it is not a wrong one.
+        try:
+            value.backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert_grad(
+                student.grad, truth(student, teacher, labels, reduction=reduction).grad, FP32
+            )
+
+
+@pytest.mark.usefixtures("way_in")
+def test_inside_a_bigger_graph(device):
+    """A hidden student, the loss among others, the teacher frozen, parameters shared."""
+    torch.manual_seed(0)
+    model = (
+        torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
+        .to(device)
+        .double()
+    )
+    x = torch.randn(4, 6, dtype=FP64, device=device)
+    _, teacher, labels = make((4, 7), FP64, device=device)
+    grads = []
+    for function in (fastkd.loss, expected):
+        model.zero_grad()
+        logits = model(x)
+        value = 0.3 * function(logits, teacher, labels) + 0.1 * logits.square().mean()
+        value = value + 2.0 * function(logits, logits.detach().flip(0), None, temperature=1.0)
+        value.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# ---- the teacher
+
+
+@pytest.mark.usefixtures("way_in")
+def test_teacher_gets_no_gradient(device):
+    student, teacher, labels = make((4, 7), device=device)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    with pytest.raises(ValueError, match=r"teacher_logits requires grad.*\.detach\(\)"):
+        fastkd.loss(student, teacher, labels)
+    with pytest.raises(ValueError, match=r"teacher_logits requires grad.*\.detach\(\)"):
+        fastkd.terms(student, teacher, labels)
+    for reduction in REDUCTIONS:
+        value = fastkd.loss(student, teacher, labels, teacher_grad="ignore", reduction=reduction)
+        value.sum().backward()
+        assert teacher.grad is None
+    detached = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
+    assert torch.equal(value, detached)
+    with torch.no_grad():  # nothing asks for a gradient; but the mistake is the same
+        assert fastkd.loss(student, teacher, labels, teacher_grad="ignore").requires_grad is False
+
+
+# ---- inplace
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, reduction, dtype):
+    student, teacher, labels = make((6, 1003), dtype, device=device)
+    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = fastkd.loss(plain * 1, teacher, labels, reduction=reduction)
+    (value * scale).backward()
+    hidden = over * 1
+    version = hidden._version
+    again = fastkd.loss(hidden, teacher, labels, reduction=reduction, inplace=True)
+    assert hidden._version > version
+    assert torch.equal(again, value)
+    seen = []
+    hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    (again * scale).backward()
+    assert seen == [hidden.data_ptr()]  # no second tensor of this size
+    if dtype in (BF16, FP16) and scale != 1.0:  # scaled after rounding: it cannot be computed anew
+        info = torch.finfo(dtype)
+        smallest = info.smallest_normal * info.eps  # subnormal; a scale brings nothing back from it
+        torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
+    else:
+        assert torch.equal(over.grad, plain.grad)
+
+
+def test_inplace_logits_cannot_be_used_afterwards(device):
+    student, teacher, labels = make((6, 20), device=device)
+    hidden = student.requires_grad_() * 1
+    other = hidden.exp().sum()  # saves its own result: unharmed
+    square = hidden.square().sum()  # saves the logits
+    value = fastkd.loss(hidden, teacher, labels, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (value + square).backward()
+    hidden = student * 1
+    other = hidden.exp().sum()
+    (fastkd.loss(hidden, teacher, labels, inplace=True) + other).backward()
+    student.grad = None
+
+
+def test_inplace_gradient_can_be_had_once(device):
+    student, teacher, labels = make((6, 20), device=device)
+    value = fastkd.loss(student.requires_grad_() * 1, teacher, labels, inplace=True)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        value.backward()
+    value = fastkd.loss(student * 1, teacher, labels, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+def test_inplace_refuses_what_it_cannot_do(device):
+    student, teacher, labels = make((6, 20), device=device)
+    leaf = student.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"inplace=True.*leaf"):
+        fastkd.loss(leaf, teacher, labels, inplace=True)
+    with pytest.raises(ValueError, match=r'inplace=True.*"mean" or "sum".*"none"'):
+        fastkd.loss(leaf * 1, teacher, labels, inplace=True, reduction="none")
+    with pytest.raises(ValueError, match=r"inplace=True.*different memory"):
+        hidden = leaf * 1
+        fastkd.loss(hidden, hidden.detach(), labels, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace"):  # its classes are not adjacent
+        fastkd.loss((leaf * 1).t(), teacher.t(), labels[:0].new_zeros(20), inplace=True)
+    assert torch.equal(leaf, student)
+
+
+def test_inplace_without_a_gradient_changes_nothing(device):
+    student, teacher, labels = make((6, 20), device=device)
+    before = student.clone()
+    fastkd.loss(student, teacher, labels, inplace=True)
+    with torch.no_grad():
+        fastkd.loss(student.requires_grad_(), teacher, labels, inplace=False)
+    assert torch.equal(student, before)
+
+
+def test_inplace_of_sliced_logits(device):
+    """logits[:, :-1] of a batch of sequences: the rows in between stay as they are."""
+    student, teacher, labels = make((3, 5, 40), device=device)
+    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
+    fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
+    fastkd.loss((over * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
+    assert torch.equal(plain.grad, over.grad)
+
+
+# ---- memory
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_memory_on_the_cpu(inplace, tensors, dtype):
+    """All that forward and backward allocate: one student tensor, and a few numbers a row."""
+    student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
+    leaf = student.requires_grad_()
+    hidden = leaf * 1 if inplace else leaf
+    with torch.profiler.profile(profile_memory=True) as profile:
+        value = fastkd.loss(hidden, teacher, labels, inplace=inplace)
+        value.backward()
+    events = profile.profiler.kineto_results.events()
+    taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+    if inplace:
+        tensors += 1.0  # of the product that the logits come from
+    assert taken <= tensors * student.nbytes + 8192
+    assert taken >= tensors * student.nbytes  # the profiler saw what there is to see
+
+
+# ---- torch.func and forward mode
+
+# torch's own rules for forward mode are made by torch.jit.script when they are first used.
+OLD_SCRIPT = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def problem64(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return make((4, 7), FP64, device=device)
+
+
+@OLD_SCRIPT
+def test_func_grad_and_hessian(device):
+    student, teacher, labels = problem64(device)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
+        ours = transform(lambda x: fastkd.loss(x, teacher, labels))(student)
+        theirs = transform(lambda x: expected(x, teacher, labels))(student)
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_func_vmap(device):
+    generator = torch.Generator().manual_seed(0)
+    students = torch.randn(3, 4, 7, generator=generator, dtype=FP64).to(device)
+    _, teacher, labels = problem64(device)
+    alone = torch.stack([fastkd.loss(x, teacher, labels) for x in students])
+    together = torch.func.vmap(lambda x: fastkd.loss(x, teacher, labels))(students)
+    torch.testing.assert_close(together, alone, **EXACT)
+    grads = torch.func.vmap(torch.func.grad(lambda x: fastkd.loss(x, teacher, labels)))(students)
+    for row, x in zip(grads, students, strict=True):
+        torch.testing.assert_close(row, truth(x, teacher, labels).grad, **EXACT)
+
+
+@OLD_SCRIPT
+def test_func_jvp_and_functional_call(device):
+    student, teacher, labels = problem64(device)
+    tangent = student.roll(1, 0)
+    value, derivative = torch.func.jvp(
+        lambda x: fastkd.loss(x, teacher, labels), (student,), (tangent,)
+    )
+    exact = truth(student, teacher, labels)
+    torch.testing.assert_close(value, exact.loss, **EXACT)
+    torch.testing.assert_close(derivative, (exact.grad * tangent).sum(), **EXACT)
+
+
+@OLD_SCRIPT
+def test_forward_mode(device):
+    student, teacher, labels = problem64(device)
+    tangent = student.roll(1, 0)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, tangent)
+        value = torch.autograd.forward_ad.unpack_dual(fastkd.loss(dual, teacher, labels))
+    exact = truth(student, teacher, labels)
+    torch.testing.assert_close(value.tangent, (exact.grad * tangent).sum(), **EXACT)
+
+
+# ---- modes of torch
+
+
+def test_inference_mode_and_no_grad(device):
+    student, teacher, labels = make((6, 20), device=device)
+    value = fastkd.loss(student, teacher, labels)
+    leaf = student.clone().requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            inside = fastkd.loss(leaf, teacher, labels)
+        assert torch.equal(inside, value) and not inside.requires_grad
+    with torch.inference_mode():
+        frozen = teacher.clone()  # an inference tensor, as a teacher often is
+    fastkd.loss(leaf, frozen.clone(), labels).backward()
+    assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
+
+
+def test_teacher_from_inference_mode(device):
+    """torch refuses to save an inference tensor for backward; its sentence says what to do."""
+    student, teacher, labels = make((6, 20), device=device)
+    with torch.inference_mode():
+        frozen = teacher.clone()
+    leaf = student.clone().requires_grad_()
+    try:
+        fastkd.loss(leaf, frozen, labels).backward()
+    except RuntimeError as error:
+        assert "clone" in str(error)
+    else:
+        assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(device, reentrant):
+    student, teacher, labels = make((6, 20), device=device)
+    leaf = student.clone().requires_grad_()
+    checkpoint(
+        lambda x: fastkd.loss(x * 1, teacher, labels), leaf, use_reentrant=reentrant
+    ).backward()
+    plain = student.clone().requires_grad_()
+    fastkd.loss(plain, teacher, labels).backward()
+    assert torch.equal(leaf.grad, plain.grad)
+
+
+@pytest.mark.parametrize("half", [BF16, FP16], ids=name_of)
+def test_autocast(device, half):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 20, device=device)
+    x = torch.randn(5, 6, device=device)
+    _, teacher, labels = make((5, 20), half, device=device)
+    with torch.autocast(device.type, dtype=half):
+        logits = model(x)
+        assert logits.dtype == half
+        value = fastkd.loss(logits, teacher, labels)
+    assert value.dtype == FP32
+    assert torch.equal(value, fastkd.loss(logits, teacher, labels))
+    value.backward()
+    assert model.weight.grad.dtype == FP32 and model.weight.grad.isfinite().all()
+
+
+def test_saved_tensor_hooks(device):
+    student, teacher, labels = make((6, 20), device=device)
+    results = []
+    for _ in range(2):
+        leaf = student.clone().requires_grad_()
+        fastkd.loss(leaf, teacher, labels, reduction="none").sum().backward()
+        results.append(leaf.grad)
+    leaf = student.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        value = fastkd.loss(leaf, teacher, labels, reduction="none").sum()
+    value.backward()
+    assert torch.equal(leaf.grad, results[0])
+
+
+def test_anomaly_mode(device):
+    student, teacher, labels = make((6, 20), device=device)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        fastkd.loss(student.requires_grad_(), teacher, labels).backward()
+
+
+# ---- the module
+
+
+def test_module_survives_deepcopy_pickle_and_torch_save(device):
+    student, teacher, labels = make((6, 20), device=device)
+    criterion = fastkd.KDLoss(temperature=3.0, alpha=0.2, reduction="sum")
+    value = criterion(student, teacher, labels)
+    buffer = io.BytesIO()
+    torch.save(criterion, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(criterion),
+        pickle.loads(pickle.dumps(criterion)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert torch.equal(twin(student, teacher, labels), value)
+        assert repr(twin) == repr(criterion)
+    assert not list(criterion.parameters()) and not criterion.state_dict()
+
+
+def test_module_says_what_it_is():
+    text = repr(fastkd.KDLoss(temperature=3.0, alpha=0.2))
+    assert "temperature=3.0" in text and "alpha=0.2" in text
+
+
+def test_module_without_labels_ignores_alpha(device):
+    student, teacher, _ = make((6, 20), device=device)
+    criterion = fastkd.KDLoss(alpha=0.2)
+    assert torch.equal(criterion(student, teacher), fastkd.loss(student, teacher))

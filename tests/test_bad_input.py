@@ -1,0 +1,285 @@
+"""Every mistake gets a sentence: which argument, what was given, and what is accepted."""
+# ruff: noqa: E501 - one mistake a line
+
+import math
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from support import FP32, make
+
+import fastkd
+from fastkd import ops
+
+NAN, INF = math.nan, math.inf
+
+
+def good() -> dict[str, Any]:
+    student, teacher, labels = make((3, 5), ignored=0.0)
+    return {"student_logits": student, "teacher_logits": teacher, "labels": labels}
+
+
+Z = torch.zeros
+# (what is changed in a good call, the error, what its message must say)
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    # shapes and ranks
+    "shapes differ": ({"teacher_logits": Z(3, 6)}, ValueError, "student_logits and teacher_logits must have the same shape; got (3, 5) and (3, 6)"),
+    "rows differ": ({"teacher_logits": Z(4, 5)}, ValueError, "same shape; got (3, 5) and (4, 5)"),
+    "broadcastable teacher": ({"teacher_logits": Z(1, 5)}, ValueError, "same shape; got (3, 5) and (1, 5)"),
+    "ranks differ": ({"teacher_logits": Z(1, 3, 5)}, ValueError, "same shape; got (3, 5) and (1, 3, 5)"),
+    "no dimension": ({"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got ()"),
+    "no class": ({"student_logits": Z(3, 0), "teacher_logits": Z(3, 0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got (3, 0)"),
+    "labels of logits' rank": ({"labels": Z(3, 5, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (3, 5)"),
+    "one-hot labels": ({"labels": torch.eye(3, 5)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
+    "column of labels": ({"labels": Z(3, 1, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,)"),
+    "too few labels": ({"labels": Z(2, dtype=torch.int64)}, ValueError, "got (2,)"),
+    "one label for all": ({"labels": torch.tensor(1)}, ValueError, "got ()"),
+    "temperatures' shape": ({"temperature": torch.ones(2)}, ValueError, "temperature must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (2,)"),
+    # dtypes and types
+    "integer student": ({"student_logits": Z(3, 5, dtype=torch.int64)}, TypeError, "student_logits must be float64, float32, bfloat16 or float16; got torch.int64"),
+    "integer teacher": ({"teacher_logits": Z(3, 5, dtype=torch.int32)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.int32"),
+    "complex student": ({"student_logits": Z(3, 5, dtype=torch.complex64)}, TypeError, "student_logits must be float64, float32, bfloat16 or float16; got torch.complex64"),
+    "boolean teacher": ({"teacher_logits": Z(3, 5, dtype=torch.bool)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.bool"),
+    "fp8 teacher": ({"teacher_logits": Z(3, 5).to(torch.float8_e4m3fn)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.float8_e4m3fn"),
+    "sparse student": ({"student_logits": Z(3, 5).to_sparse()}, TypeError, "student_logits must be a dense tensor; got layout torch.sparse_coo"),
+    "student a list": ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor; got list"),
+    "teacher None": ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor; got NoneType"),
+    "labels a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of class indices, or None; got list"),
+    "floating labels": ({"labels": Z(3)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
+    "boolean labels": ({"labels": Z(3, dtype=torch.bool)}, TypeError, "labels must be class indices of an integer dtype; got torch.bool"),
+    # devices
+    "student and teacher apart": ({"teacher_logits": Z(3, 5, device="meta")}, ValueError, "student_logits and teacher_logits must be on the same device; got cpu and meta"),
+    "labels apart": ({"labels": Z(3, dtype=torch.int64, device="meta")}, ValueError, "labels must be on the logits' device, cpu; got meta"),
+    "temperatures apart": ({"temperature": torch.ones(3, device="meta")}, ValueError, "temperature must be on the logits' device, cpu; got meta"),
+    # labels out of range
+    "label too large": ({"labels": torch.tensor([0, 5, 1])}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 1 has 5"),
+    "label negative": ({"labels": torch.tensor([0, 1, -1])}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 2 has -1"),
+    "another ignore_index": ({"labels": torch.tensor([-100, 1, 2]), "ignore_index": -1}, ValueError, "labels must be in [0, 5) or ignore_index=-1; row 0 has -100"),
+    "label huge": ({"labels": torch.tensor([0, 1, 2**40])}, ValueError, f"row 2 has {2**40}"),
+    # temperature
+    "temperature 0": ({"temperature": 0}, ValueError, "temperature must be positive and finite; got 0"),
+    "temperature negative": ({"temperature": -1.0}, ValueError, "temperature must be positive and finite; got -1.0"),
+    "temperature NaN": ({"temperature": NAN}, ValueError, "temperature must be positive and finite; got nan"),
+    "temperature infinite": ({"temperature": INF}, ValueError, "temperature must be positive and finite; got inf"),
+    "temperature a word": ({"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
+    "temperature None": ({"temperature": None}, TypeError, "temperature must be a number; got NoneType"),
+    "temperature a bool": ({"temperature": True}, TypeError, "temperature must be a number; got bool"),
+    "temperatures integers": ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, "temperature must be a number or a floating-point tensor; got torch.int64"),
+    "temperatures learned": ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature gets no gradient; got a tensor that requires grad"),
+    "one temperature 0": ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
+    "one temperature NaN": ({"temperature": torch.tensor([1.0, 1.0, NAN])}, ValueError, "temperature must be positive and finite; row 2 has nan"),
+    "the temperature's tensor negative": ({"temperature": torch.tensor(-3.0)}, ValueError, "temperature must be positive and finite; row 0 has -3.0"),
+    # weights
+    "alpha negative": ({"alpha": -0.1}, ValueError, "alpha must be in [0, 1]; got -0.1"),
+    "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
+    "alpha NaN": ({"alpha": NAN}, ValueError, "alpha must be in [0, 1]; got nan"),
+    "alpha a tensor": ({"alpha": torch.tensor(0.5)}, TypeError, "alpha must be a number; got Tensor"),
+    "alpha without labels": ({"alpha": 0.3, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels; got alpha=0.3 and labels=None"),
+    "hard_weight without labels": ({"hard_weight": 0.3, "labels": None}, ValueError, "hard_weight needs labels; got hard_weight=0.3 and labels=None"),
+    "alpha and hard_weight": ({"alpha": 0.3, "hard_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight; got alpha=0.3, hard_weight=0.2, soft_weight=None"),
+    "alpha and soft_weight": ({"alpha": 0.3, "soft_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),
+    "hard_weight negative": ({"hard_weight": -1.0}, ValueError, "hard_weight must be finite and at least 0; got -1.0"),
+    "soft_weight infinite": ({"soft_weight": INF}, ValueError, "soft_weight must be finite and at least 0; got inf"),
+    "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
+    "label_smoothing above 1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1]; got 1.1"),
+    # names
+    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"),
+    "reduction None": ({"reduction": None}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got None"),
+    "unknown divergence": ({"divergence": "hellinger"}, ValueError, "divergence must be one of 'forward_kl'"),
+    "divergence a number": ({"divergence": 0}, ValueError, "divergence must be one of 'forward_kl'"),
+    "unknown teacher_grad": ({"teacher_grad": "yes", "teacher_logits": Z(3, 5, requires_grad=True)}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'yes'"),
+    "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
+    "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
+    # normalizer
+    "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be positive and finite; got 0"),
+    "normalizer negative": ({"normalizer": -2.0}, ValueError, "normalizer must be positive and finite; got -2.0"),
+    "normalizer infinite": ({"normalizer": INF}, ValueError, "normalizer must be positive and finite; got inf"),
+    "normalizer with sum": ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='sum'"),
+    "normalizer with none": ({"normalizer": 3.0, "reduction": "none"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='none'"),
+    "normalizer of two": ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a positive number or a real tensor with one element; got torch.float32 of shape (2,)"),
+    "normalizer's tensor 0": ({"normalizer": torch.tensor(0)}, ValueError, "normalizer must be positive; got 0"),
+    "normalizer a word": ({"normalizer": "tokens"}, TypeError, "normalizer must be a number; got str"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["loss", "terms"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_message(mistake, way):
+    changed, error, message = MISTAKES[mistake]
+    arguments = {**good(), **changed}
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    before = {k: (v.clone(), v._version) for k, v in tensors.items()}
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(fastkd, way)(**arguments)
+    for name, (value, version) in before.items():
+        assert tensors[name]._version == version
+        if value.device.type == "cpu" and value.layout is torch.strided:
+            torch.testing.assert_close(tensors[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("mistake", ["label too large", "label negative", "label huge"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_refused_call_writes_nothing(mistake, grad, inplace):
+    changed, error, message = MISTAKES[mistake]
+    arguments = {**good(), **changed}
+    before = arguments["student_logits"].clone()
+    if grad:
+        arguments["student_logits"] = arguments["student_logits"].requires_grad_() * 1
+    version = arguments["student_logits"]._version
+    with pytest.raises(error, match=re.escape(message)):
+        fastkd.loss(**arguments, inplace=inplace)
+    assert torch.equal(arguments["student_logits"], before)
+    assert arguments["student_logits"]._version == version
+
+
+def test_the_table_is_of_mistakes():
+    """The call that they change is a good one, and each option they change is an option."""
+    assert fastkd.loss(**good()).isfinite()
+    for changed, _, _ in MISTAKES.values():
+        assert set(changed) <= {*good(), *fastkd.loss.__kwdefaults__}
+
+
+def test_valid_names_are_listed():
+    for name in fastkd.divergences():
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            fastkd.loss(**good(), divergence="no such thing")
+    for name in ops.REDUCTIONS:
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            fastkd.loss(**good(), reduction="no such thing")
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="tau"):
+        fastkd.loss(**good(), tau=2.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 2.0},
+        {"temperature": 0.0},
+        {"reduction": "avg"},
+        {"divergence": "x"},
+        {"teacher_grad": "x"},
+        {"label_smoothing": 3.0},
+        {"alpha": 0.5, "soft_weight": 1.0},
+        {"hard_weight": -1.0},
+    ],
+    ids=str,
+)
+def test_module_refuses_options_when_it_is_made(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fastkd.KDLoss(**options)
+
+
+# ---- odd, and right
+
+
+def test_non_adjacent_classes_work(device):
+    student, teacher, labels = make((6, 40), device=device)
+    odd = student.t().contiguous().t()
+    assert odd.stride(-1) != 1
+    leaf = odd.detach().requires_grad_()
+    value = fastkd.loss(leaf, teacher.t().contiguous().t(), labels)
+    assert torch.equal(value, fastkd.loss(student, teacher, labels))
+    value.backward()
+    plain = student.clone().requires_grad_()
+    fastkd.loss(plain, teacher, labels).backward()
+    assert torch.equal(leaf.grad, plain.grad)
+
+
+def test_integers_are_numbers():
+    arguments = good()
+    assert torch.equal(
+        fastkd.loss(**arguments, temperature=3, alpha=1, normalizer=2, label_smoothing=0),
+        fastkd.loss(**arguments, temperature=3.0, alpha=1.0, normalizer=2.0, label_smoothing=0.0),
+    )
+
+
+# ---- checks that look at data
+
+
+def test_check_inputs_accepts_good_ones(device):
+    student, teacher, labels = make((6, 40), device=device)
+    student[0], labels[0] = NAN, -100  # ignored: not looked at
+    teacher[1, :39] = -INF
+    assert fastkd.check_inputs(student, teacher, labels) is None
+    fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, t, y: y.__setitem__(2, 40), "labels must be in [0, 40) or ignore_index=-100; row 2 has 40"),
+        (lambda s, t, y: y.__setitem__(2, -7), "labels must be in [0, 40) or ignore_index=-100; row 2 has -7"),
+        (lambda s, t, y: s.__setitem__((3, 1), NAN), "student_logits must not hold NaN or +inf; row 3 has nan"),
+        (lambda s, t, y: s.__setitem__((3, 1), INF), "student_logits must not hold NaN or +inf; row 3 has inf"),
+        (lambda s, t, y: t.__setitem__((4, 39), NAN), "teacher_logits must not hold NaN or +inf; row 4 has nan"),
+        (lambda s, t, y: t.__setitem__(5, -INF), "teacher_logits must have at least one class above -inf in each row; row 5"),
+    ],
+)  # fmt: skip
+def test_check_inputs_names_the_row(device, change, message):
+    student, teacher, labels = make((6, 40), device=device, ignored=0.0)
+    change(student, teacher, labels)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fastkd.check_inputs(student, teacher, labels)
+
+
+def test_check_inputs_looks_at_temperatures(device):
+    student, teacher, labels = make((3, 40), device=device)
+    with pytest.raises(
+        ValueError, match=r"temperature must be positive and finite; row 1 has 0\.0"
+    ):
+        fastkd.check_inputs(
+            student, teacher, labels, temperature=torch.tensor([1.0, 0.0, 1.0], device=device)
+        )
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite; got -1\.0"):
+        fastkd.check_inputs(student, teacher, labels, temperature=-1.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("classes", [10, 1000, 40000])
+def test_labels_out_of_range_on_cuda_are_nan_rows(classes):
+    student, teacher, labels = make((6, classes), device="cuda", ignored=0.0)
+    expected = fastkd.loss(student, teacher, labels, reduction="none")
+    labels[2], labels[4] = classes, -5
+    leaf = student.requires_grad_()
+    rows = fastkd.loss(leaf, teacher, labels, reduction="none")
+    rows.sum().backward()
+    good_rows = [0, 1, 3, 5]
+    assert rows[[2, 4]].isnan().all() and leaf.grad[[2, 4]].isnan().all()
+    assert torch.equal(rows[good_rows], expected[good_rows])
+    assert leaf.grad[good_rows].isfinite().all()
+    with pytest.raises(ValueError, match="row 2"):
+        fastkd.check_inputs(student, teacher, labels)
+
+
+@pytest.mark.cuda
+def test_temperatures_out_of_range_on_cuda_are_nan_rows():
+    student, teacher, labels = make((4, 100), device="cuda", ignored=0.0)
+    t = torch.tensor([1.0, 0.0, -2.0, 3.0], device="cuda")
+    rows = fastkd.loss(student, teacher, labels, temperature=t, reduction="none")
+    assert rows.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_probabilities_are_warned_about(device, dtype):
+    logits = make((6, 40), dtype, device=device).student
+    with pytest.warns(UserWarning, match="teacher look like probabilities.*expects logits"):
+        assert fastkd.check_logits(logits.float().softmax(-1).to(dtype), "teacher") is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fastkd.check_logits(logits)
+        assert fastkd.check_logits(logits.float().log_softmax(-1))
+        assert fastkd.check_logits(logits.float().sigmoid())
+        assert fastkd.check_logits(logits[:0])
+
+
+def test_probabilities_are_never_refused(device):
+    """They may be logits: the check is for those who ask."""
+    probabilities = make((6, 40), device=device).student.softmax(-1)
+    assert fastkd.loss(probabilities, probabilities) == 0

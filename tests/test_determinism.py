@@ -1,0 +1,124 @@
+"""The same bits on every run, for every number of threads; nearly so on every instruction set."""
+
+import os
+import time
+
+import pytest
+import torch
+from support import BF16, DTYPES, FP32, FP64, assert_same, distance, make, name_of
+from torch import Tensor
+
+import fastkd
+from fastkd import _C
+
+S = _C.segment
+SHAPES = [
+    (64, 10),  # stays on the calling thread
+    (300, 1000),  # whole rows for each thread
+    (5, 3 * S + 1),  # whole rows, and one that is shared
+    (1, 5 * S + 100),  # one row, shared segment by segment
+    (2, 2 * S),
+    (7, S + 1),
+]
+
+
+def run(student: Tensor, teacher: Tensor, labels: Tensor, reduction: str) -> list[Tensor]:
+    leaf = student.detach().requires_grad_()
+    got = fastkd.terms(leaf, teacher, labels, reduction=reduction, label_smoothing=0.1)
+    got.loss.backward(
+        torch.linspace(0.5, 2, got.loss.numel(), device=student.device, dtype=got.loss.dtype).view(
+            got.loss.shape
+        )
+    )
+    return [leaf.grad, *(term.detach() for term in got)]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bitwise_repeatable(device, shape, reduction, dtype):
+    problem = make(shape, dtype, device=device)
+    first = run(*problem, reduction)
+    for _ in range(3):
+        assert all(map(torch.equal, first, run(*problem, reduction)))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_for_any_number_of_threads(shape, reduction, dtype):
+    problem = make(shape, dtype, ignored=0.1)
+    torch.set_num_threads(1)
+    alone = run(*problem, reduction)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        for ours, theirs in zip(run(*problem, reduction), alone, strict=True):
+            assert torch.equal(ours, theirs), f"{count} threads"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
+def test_threads_are_used(shape):
+    """The calling thread alone does not do the work: its CPU time is well below the process's."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
+    student, teacher, _ = make(shape, labels=False)
+    torch.set_num_threads(2)
+    student.requires_grad_()
+    fastkd.loss(student, teacher)  # the threads exist from here on
+    mine, everyone = time.thread_time(), time.process_time()
+    for _ in range(8):
+        fastkd.loss(student, teacher)
+    mine, everyone = time.thread_time() - mine, time.process_time() - everyone
+    assert mine < 0.75 * everyone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(16, 10), (8, 1000), (2, 20000)], ids=str)
+def test_instruction_sets_agree(shape, dtype):
+    """Each differs from the best one by rounding alone."""
+    problem = make(shape, dtype)
+    best, before = run(*problem, "mean"), _C.isa()
+    bound = 1e-13 if dtype is FP64 else 2e-6
+    try:
+        for name in _C.available_isas():
+            _C.use_isa(name)
+            grad, *terms = run(*problem, "mean")
+            for ours, theirs in zip(terms, best[1:], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
+            # A rounding to 16 bits may fall to either side: one unit in the last place.
+            eps = max(torch.finfo(dtype).eps, bound)
+            torch.testing.assert_close(
+                grad, best[0], rtol=eps, atol=bound * float(best[0].abs().max()), msg=name
+            )
+            assert distance(grad, best[0].double()) <= max(eps / 16, bound) * float(
+                best[0].double().norm()
+            )
+    finally:
+        _C.use_isa(before)
+
+
+def test_isa_can_be_forced_and_unknown_ones_are_refused():
+    before = _C.isa()
+    with pytest.raises(ValueError, match=r"isa 'mmx' is not available here; available: .*default"):
+        _C.use_isa("mmx")
+    assert _C.isa() == before
+    for name in _C.available_isas():
+        _C.use_isa(name)
+        assert _C.isa() == name
+    _C.use_isa(before)
+
+
+@pytest.mark.parametrize("classes", [2, 20, 32, 33, 39, 64, 1003, S + 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_gradient_written_in_backward_is_the_one_written_in_forward(device, dtype, classes):
+    """By reduction="none" and by a second backward pass: from a few numbers a row, bit for bit."""
+    student, teacher, labels = make((24, classes), dtype, device=device)
+    a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+    total = fastkd.loss(a, teacher, labels, reduction="sum")
+    (first,) = torch.autograd.grad(total, a, retain_graph=True)
+    (second,) = torch.autograd.grad(total, a)
+    fastkd.loss(b, teacher, labels, reduction="none").sum().backward()
+    assert_same(second, first)
+    assert_same(b.grad, first)

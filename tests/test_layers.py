@@ -1,0 +1,161 @@
+"""Who may know whom, read from the sources: a breach fails here before it grows."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fastkd
+from fastkd import _C, ops, reference
+
+ROOT = pathlib.Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "fastkd"
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu"})
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TORCH = re.compile(r"^(torch|ATen|c10|caffe2|TH)(/|$)")
+
+# What each part of csrc may include of csrc, by folder or file; "" is csrc itself.
+LAYERS = {
+    "numerics.h": set(),
+    "dtypes.h": set(),
+    "divergences.h": {"numerics.h"},
+    "kernels.h": {"divergences.h", "dtypes.h"},
+    "cpu": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "cpu"},
+    "cuda": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "cuda"},
+    "torch": {"kernels.h", "torch"},
+}
+# The optional way in through torch's C++ autograd, which has no stable interface.
+UNSTABLE = {"torch/eager.cpp"}
+
+
+def part(path: pathlib.Path) -> str:
+    return path.relative_to(CSRC).parts[0]
+
+
+def includes(path: pathlib.Path) -> list[str]:
+    return INCLUDE.findall(path.read_text())
+
+
+def own_part(path: pathlib.Path, name: str) -> str | None:
+    """The part of csrc that an include of a file means, or None for a system header."""
+    for base in (path.parent, CSRC):
+        target = (base / name).resolve()
+        if target.is_file() and target.is_relative_to(CSRC):
+            return part(target)
+    return None
+
+
+def test_the_sources_are_where_this_test_looks():
+    assert len(SOURCES) > 10 and len(MODULES) > 5
+    assert {part(path) for path in SOURCES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_csrc_includes_downwards_only(path):
+    for name in includes(path):
+        target = own_part(path, name)
+        if target is not None:
+            assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
+        elif name.startswith(".") or name.endswith(".cuh"):
+            pytest.fail(f"{path.name} includes {name}, which is not there")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_torch_headers_are_in_the_glue_and_stable(path):
+    where = str(path.relative_to(CSRC))
+    for name in includes(path):
+        if TORCH.match(name):
+            assert part(path) == "torch", f"{where} must not include {name}"
+            if where not in UNSTABLE:
+                assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), (
+                    f"{where} includes {name}, which is not stable"
+                )
+        if name.startswith("pybind11/") or name == "Python.h":
+            assert where in {"torch/module.cpp", *UNSTABLE}, f"{where} must not include {name}"
+        if name.startswith("cuda") and own_part(path, name) is None:
+            assert part(path) == "cuda", f"{where} must not include {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if part(p) == "cpu"], ids=lambda p: p.name)
+def test_cpu_kernels_own_no_threads(path):
+    for name in includes(path):
+        assert name not in {"thread", "mutex", "future", "omp.h", "pthread.h"}
+    assert "#pragma omp parallel" not in path.read_text()
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Full names of what a Python file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def tops(path: pathlib.Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+def test_the_package_imports_torch_and_itself(path):
+    assert tops(path) <= {"torch", "fastkd"}
+
+
+def test_the_reference_imports_torch_alone():
+    assert tops(PACKAGE / "reference.py") == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [("ops", "losses"), ("checks", "losses"), ("checks", "ops"), ("reference", "ops")],
+)
+def test_python_layers(lower, upper):
+    names = imported(PACKAGE / f"{lower}.py")
+    assert not {name for name in names if f"fastkd.{upper}" in name}
+    assert "fastkd.loss" not in names and "fastkd.*" not in names
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert "benchmarks" not in tops(path), path
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        assert not tops(path) & {"tests", "support", "conftest"}, path
+
+
+def test_importing_fastkd_needs_torch_alone():
+    """In a fresh interpreter in which nothing else that is installed beside it can be found."""
+    script = """
+import sys
+import importlib.abc
+
+class Wall(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in refused:
+            raise ImportError(f"{name} is not to be imported")
+
+import torch
+known = {name.split(".")[0] for name in sys.modules}
+refused = {"numpy", "scipy", "sklearn", "rich", "tqdm", "matplotlib", "pytest", "hypothesis",
+           "triton", "pandas", "yaml"} - known
+sys.meta_path.insert(0, Wall())
+import fastkd
+fastkd.loss(torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)).backward()
+new = {name.split(".")[0] for name in sys.modules} - known - set(sys.stdlib_module_names)
+print(sorted(name for name in new if not name.startswith("_")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == ["fastkd"]
+
+
+def test_cpp_and_python_know_the_same_divergences():
+    assert tuple(reference.DIVERGENCES) == _C.divergences == ops.DIVERGENCES == fastkd.divergences()

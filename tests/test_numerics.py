@@ -1,0 +1,343 @@
+"""Where plain code loses digits or makes NaN: near the teacher, masked and huge logits, fp16."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support import (
+    BF16,
+    DTYPES,
+    FLOOR,
+    FP16,
+    FP32,
+    FP64,
+    ROUNDING,
+    assert_grad,
+    assert_value,
+    compute_dtype,
+    distance,
+    eager,
+    make,
+    name_of,
+    truth,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import _C
+
+INF, NAN = math.inf, math.nan
+CLASSES = 32000
+
+
+def near(
+    kl: float, device: torch.device, *, rows: int = 4, classes: int = CLASSES
+) -> tuple[Tensor, Tensor]:
+    """fp32 logits whose divergence at temperature 1 is about ``kl`` in each row."""
+    student, noise, _ = make((rows, classes), FP32, device=device, labels=False, spread=1.0)
+    # KL is half the variance of the difference, to first order.
+    return student * 3.0, student * 3.0 + noise * math.sqrt(2 * kl)
+
+
+@pytest.mark.parametrize("kl", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 5e-7, 1e-7, 1e-8])
+def test_divergence_near_the_teacher(device, kl):
+    student, teacher = near(kl, device)
+    exact = truth(student, teacher, temperature=1.0, reduction="none")
+    assert ((exact.loss > kl / 2) & (exact.loss < kl * 2)).all()
+    leaf = student.requires_grad_()
+    rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
+    assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
+    rows.sum().backward()
+    # q - p without cancellation: what is left is the rounding of the row's normalisation, a unit in
+    # the last place of the probabilities, where eager has those of each single one.
+    error = distance(leaf.grad, exact.grad)
+    assert error <= 2 * FLOOR[FP32] * float(teacher.double().softmax(-1).norm())
+    theirs = eager(student, teacher, temperature=1.0, reduction="sum")[1]
+    assert error <= distance(theirs, exact.grad)
+
+
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div_is_off_where_this_is_not(log_target):
+    """What the bound above is worth: torch's own, on the same numbers, is off by more than 10 %."""
+    student, teacher = near(5e-7, torch.device("cpu"), rows=8)
+    exact = truth(student, teacher, temperature=1.0, reduction="none").loss
+    target = F.log_softmax(teacher, -1) if log_target else F.softmax(teacher, -1)
+    theirs = F.kl_div(F.log_softmax(student, -1), target, reduction="none", log_target=log_target)
+    ours = fastkd.loss(student, teacher, temperature=1.0, reduction="none")
+    assert float((theirs.sum(-1) / exact - 1).abs().mean()) > 0.1
+    assert float((ours / exact - 1).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("student_dtype", [FP32, FP64], ids=name_of)
+def test_divergence_near_the_teacher_in_double(device, student_dtype):
+    student, teacher = near(1e-8, device)
+    student = student.to(student_dtype)
+    teacher = student.double() + (teacher.double() - student.double())
+    exact = truth(student, teacher, temperature=1.0)
+    got = fastkd.loss(student, teacher, temperature=1.0)
+    # The truth itself cancels in float64: sum p (log p - log q) at 1e-8 of terms of size 1e-4.
+    assert float(got) == pytest.approx(float(exact.loss), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 20.0])
+@pytest.mark.parametrize("classes", [2, 33, 5001])
+def test_equal_logits_have_no_divergence(device, classes, temperature, dtype):
+    student, _, _ = make((6, classes), dtype, device=device, labels=False)
+    rows = fastkd.loss(student, student, temperature=temperature, reduction="none")
+    assert (rows >= 0).all() and (rows < 1e-12).all()
+    leaf = student.clone().requires_grad_()
+    fastkd.loss(leaf, student, temperature=temperature).backward()
+    assert float(leaf.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_never_negative(device, dtype):
+    for step in range(8):
+        student, noise, _ = make((64, 257), dtype, device=device, labels=False, seed=step)
+        teacher = (student.double() + noise.double() * 10.0**-step).to(dtype)
+        for temperature in (1.0, 3.0):
+            rows = fastkd.loss(student, teacher, temperature=temperature, reduction="none")
+            assert (rows >= 0).all()
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 4.0, "alpha": 0.1}, {"alpha": 1.0}], ids=str
+)
+def test_gradient_error(device, options, dtype):
+    problem = make((16, 4000), dtype, device=device)
+    exact = truth(*problem, **options).grad
+    leaf = problem.student.detach().requires_grad_()
+    fastkd.loss(leaf, *problem[1:], **options).backward()
+    error = distance(leaf.grad, exact)
+    if dtype in (BF16, FP16):
+        assert error <= ROUNDING * distance(exact.to(dtype), exact)
+    else:
+        assert_grad(leaf.grad, exact, dtype)
+    if dtype is FP32:  # below a unit in the last place more than eager's
+        _, theirs = eager(*problem, **options)
+        assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scale", [65536.0, 3.0])
+def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype):
+    """Gradients below fp16's range are not lost before the loss is scaled, nor rounded twice."""
+    student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
+    options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
+    exact = truth(student, teacher, labels, **options).grad * scale
+    if dtype is FP16 and reduction == "mean" and scale == 65536.0:
+        lost = (exact / scale).to(FP16).double() * scale
+        assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)  # the danger is real
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, **options)
+    (value.sum() * scale).backward()
+    limit = ROUNDING * distance(exact.to(dtype), exact)
+    assert distance(leaf.grad, exact) <= limit + FLOOR[FP32] * float(exact.norm())
+
+
+# ---- the exponential
+
+
+def test_exp2_over_its_whole_range(isa):
+    """Every 97th float in [-126, 128), and all near integers and halves, against float64."""
+    bound = 2.24 if isa == "default" else 2.03  # ulp; the x86 baseline has no FMA
+    bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
+    positive = bits.view(np.float32)
+    negative = -positive[positive <= 126]
+    edges = np.arange(-126, 128, dtype=np.float32)
+    edges = np.concatenate([edges, np.nextafter(edges, -INF), np.nextafter(edges, INF)])
+    halves = np.arange(-125.5, 127.5, dtype=np.float32)
+    halves = np.concatenate([halves, np.nextafter(halves, -INF), np.nextafter(halves, INF)])
+    worst = 0.0
+    for values in (positive, negative, edges[(edges >= -126) & (edges < 128)], halves):
+        for part in np.array_split(values, max(1, len(values) // 2**20)):
+            exact = np.exp2(part.astype(np.float64))
+            ulp = np.exp2(np.floor(part.astype(np.float64)) - 23)
+            got = np.asarray(_C.exp2(part), dtype=np.float64)
+            worst = max(worst, float((np.abs(got - exact) / ulp).max()))
+    assert worst <= bound
+
+
+def test_exp2_beyond_its_range(isa):
+    values = np.array([-126.00001, -127, -149, -1000, -3e38, -INF], dtype=np.float32)
+    assert (np.asarray(_C.exp2(values)) == 0).all()
+    assert np.asarray(_C.exp2(np.array([0.0, -0.0], dtype=np.float32))).tolist() == [1.0, 1.0]
+    assert np.isnan(np.asarray(_C.exp2(np.array([NAN], dtype=np.float32)))).all()
+
+
+# ---- masked classes
+
+MASKS = {
+    "teacher": (False, True),
+    "student": (True, False),
+    "both": (True, True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("where", MASKS)
+@pytest.mark.parametrize("classes", [5, 40, 1500, 20000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_masked_classes(device, where, classes, dtype, reduction):
+    student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
+    columns = torch.arange(classes, device=device) % 3 == 1
+    labels = torch.where(labels % 3 == 1, labels - 1, labels)  # never a masked class
+    masked_student, masked_teacher = MASKS[where]
+    if masked_student:
+        student = student.masked_fill(columns, -INF)
+    if masked_teacher:
+        teacher = teacher.masked_fill(columns, -INF)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
+    value.sum().backward()
+    if where == "student":
+        assert (value == INF).all()  # the teacher's mass there cannot be had
+        assert leaf.grad.isfinite().all()
+        # d KL / dz = q - p holds in the limit, also where q = 0.
+        p = teacher.double().div(2).softmax(-1)
+        q = student.detach().double().div(2).softmax(-1)
+        hard = student.detach().double().softmax(-1) - F.one_hot(labels, classes)
+        exact = 0.5 * 2 * (q - p) + 0.5 * hard
+        exact = exact / 6 if reduction == "mean" else exact
+        assert_grad(leaf.grad, exact, compute_dtype(student, teacher))
+        return
+    exact = truth(student, teacher, labels, reduction=reduction)
+    assert exact.grad.isfinite().all()
+    assert_value(value, exact, compute_dtype(student, teacher))
+    assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
+    if masked_student:
+        assert (leaf.grad[:, columns] == 0).all()
+
+
+def test_masked_label_costs_infinity(device):
+    student = torch.tensor([[0.0, -INF, 1.0]], device=device, requires_grad=True)
+    teacher = torch.tensor([[0.0, -INF, 2.0]], device=device)
+    value = fastkd.loss(student, teacher, torch.tensor([1], device=device))
+    assert value == INF
+    value.backward()
+    assert student.grad.isfinite().all()
+
+
+def test_a_term_without_weight_may_be_infinite(device):
+    student = torch.tensor([[0.0, -INF, 1.0]], device=device)
+    teacher = torch.tensor([[0.0, 1.0, 2.0]], device=device)
+    label = torch.tensor([0], device=device)
+    exact = F.cross_entropy(student, label)
+    torch.testing.assert_close(fastkd.loss(student, teacher, label, alpha=1.0), exact)
+    masked = torch.tensor([1], device=device)
+    assert fastkd.loss(teacher, teacher, masked, alpha=0.0) == 0
+    assert fastkd.loss(student, teacher, masked, hard_weight=0.0, soft_weight=0.0) == 0
+
+
+@pytest.mark.parametrize("masked", ["student", "teacher", "both"])
+def test_rows_without_any_class(device, masked):
+    """softmax of a row of -inf does not exist: NaN, for that row only."""
+    student, teacher, labels = make((5, 70), device=device, ignored=0.0)
+    if masked != "teacher":
+        student[2] = -INF
+    if masked != "student":
+        teacher[2] = -INF
+    rows = fastkd.loss(student, teacher, labels, reduction="none")
+    assert rows.isnan().tolist() == [False, False, True, False, False]
+
+
+# ---- rows that hold no answer
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("where", ["student", "teacher"])
+@pytest.mark.parametrize("classes", [10, 200, 3000, 40000])
+def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
+    rows = 5
+    student, teacher, labels = make((rows, classes), dtype, device=device, ignored=0.0)
+    clean = student.clone().requires_grad_()
+    expected = fastkd.loss(clean, teacher, labels, reduction="none")
+    expected.sum().backward()
+    # First, middle and last class: each thread of a kernel, whole vectors and remainders.
+    for column in (0, classes // 2, classes - 1):
+        inputs = {"student": student.clone(), "teacher": teacher.clone()}
+        inputs[where][2, column] = bad
+        leaf = inputs["student"].requires_grad_()
+        value = fastkd.loss(leaf, inputs["teacher"], labels, reduction="none")
+        value.sum().backward()
+        others = [0, 1, 3, 4]
+        assert value[2].isnan() and leaf.grad[2].isnan().all()
+        assert torch.equal(value[others], expected.detach()[others])
+        assert torch.equal(leaf.grad[others], clean.grad[others])
+        for reduction in ("mean", "sum"):
+            again = inputs["student"].detach().requires_grad_()
+            total = fastkd.loss(again, inputs["teacher"], labels, reduction=reduction)
+            total.backward()
+            assert total.isnan()
+            assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
+    if where == "teacher":
+        # A term that weighs nothing does not excuse NaN: never a hidden number.
+        assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
+
+
+@pytest.mark.parametrize("classes", [10, 200, 3000])
+def test_ignored_rows_may_hold_anything(device, classes):
+    student, teacher, labels = make((6, classes), device=device, ignored=0.0)
+    labels[1::2] = -100
+    expected = fastkd.loss(student, teacher, labels)
+    student[1::2], teacher[1::2] = NAN, INF
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels)
+    value.backward()
+    assert torch.equal(value, expected)
+    assert torch.equal(leaf.grad[1::2], torch.zeros(3, classes, device=device))
+
+
+# ---- huge logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [1e4, 1e38])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_huge_offsets(device, sign, size, dtype):
+    """Rows far from zero: softmax does not see the offset, so neither may the loss."""
+    if size > torch.finfo(dtype).max:
+        pytest.skip("not a number of this dtype")
+    student, teacher, labels = make((5, 100), dtype, device=device)
+    student, teacher = student + sign * size, teacher - sign * size
+    exact = truth(student, teacher, labels)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels)
+    value.backward()
+    assert_value(value, exact, compute_dtype(student, teacher))
+    assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
+@pytest.mark.parametrize("size", [1e4, 1e38])
+def test_huge_differences(device, size, dtype):
+    """One-hot rows in all but name: the loss is as large as the logits, the gradient at most 2."""
+    student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
+    exact = truth(student, teacher, labels, temperature=1.0, reduction="none")
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, temperature=1.0, reduction="none")
+    assert not value.isnan().any()
+    torch.testing.assert_close(value.double(), exact.loss, rtol=1e-6, atol=0)
+    value.sum().backward()
+    assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-2, 100.0, 1e4])
+def test_extreme_temperatures(device, temperature):
+    student, teacher, labels = make((5, 100), FP32, device=device)
+    exact = truth(student, teacher, labels, temperature=temperature)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, temperature=temperature)
+    value.backward()
+    assert value.isfinite()
+    torch.testing.assert_close(value.double(), exact.loss, rtol=1e-5, atol=1e-9)
+    assert distance(leaf.grad, exact.grad) <= 1e-4 * float(exact.grad.norm())

@@ -1,0 +1,150 @@
+"""What is installed, what it says about itself, and that its examples run."""
+
+import doctest
+import importlib
+import importlib.metadata
+import importlib.resources
+import inspect
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import _C
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = [
+    "fastkd",
+    *(
+        f"fastkd.{m.name}"
+        for m in pkgutil.iter_modules(fastkd.__path__)
+        if not m.name.startswith("_")
+    ),
+]
+
+
+def test_version_is_that_of_the_metadata():
+    assert fastkd.__version__ == importlib.metadata.version("fastkd") == _C.version
+
+
+def test_metadata():
+    metadata = importlib.metadata.metadata("fastkd")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    needs = [line for line in importlib.metadata.requires("fastkd") if "extra ==" not in line]
+    assert len(needs) == 1 and re.match(r"torch\s*>=\s*2\.10", needs[0])
+
+
+def test_types_are_shipped():
+    files = importlib.resources.files("fastkd")
+    assert (files / "py.typed").is_file()
+    assert (files / "_C.pyi").is_file()
+
+
+def test_stub_names_what_the_library_has():
+    stub = (importlib.resources.files("fastkd") / "_C.pyi").read_text()
+    named = set(re.findall(r"^(?:def )?(\w+)[(:]", stub, re.MULTILINE))
+    assert named == {name for name in dir(_C) if not name.startswith("_")}
+
+
+def test_public_names():
+    assert len(fastkd.__all__) == len(set(fastkd.__all__))
+    for name in fastkd.__all__:
+        assert hasattr(fastkd, name)
+
+
+def test_loss_terms_and_module_have_the_same_options():
+    def options(function) -> dict:
+        return {
+            p.name: (p.default, str(p.annotation))
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+
+    assert options(fastkd.loss) == options(fastkd.terms) == options(fastkd.KDLoss.__init__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_objects_have_docstrings(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for key, value in vars(module).items():
+        if (
+            not key.startswith("_")
+            and getattr(value, "__module__", None) == name
+            and callable(value)
+        ):
+            assert value.__doc__, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_run(name):
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    failed, _ = doctest.testmod(
+        module, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    )
+    assert failed == 0
+
+
+def test_there_are_examples_to_run():
+    found = [
+        test
+        for name in NAMES
+        for test in doctest.DocTestFinder().find(importlib.import_module(name))
+        if test.examples
+    ]
+    assert {test.name for test in found} >= {
+        f"fastkd.losses.{name}" for name in ("loss", "terms", "KDLoss")
+    }
+
+
+def test_info():
+    done = subprocess.run([sys.executable, "-m", "fastkd", "info"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["fastkd"] == fastkd.__version__
+    assert facts["torch"].startswith(torch.__version__)
+    assert all(name in facts["CPU kernels"] for name in _C.available_isas())
+    assert (_C.cuda_architectures or "not built") in facts["CUDA kernels"]
+    assert int(facts["threads"]) >= 1
+    assert facts["divergences"].split(", ") == list(fastkd.divergences())
+    assert facts["compiler"] == _C.compiler
+
+
+def test_command_without_arguments_says_what_there_is():
+    done = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True)
+    assert done.returncode == 2 and "info" in done.stderr
+
+
+def readme_blocks() -> list[str]:
+    path = ROOT / "README.md"
+    text = path.read_text() if path.exists() else ""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_readme_runs():
+    """Its Python blocks, one after the other, as a reader would type them."""
+    blocks = readme_blocks()
+    if not blocks:
+        pytest.skip("README.md has no Python block")
+    source = "\n".join(blocks)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_isa_can_be_asked_for_by_the_environment():
+    for name in _C.available_isas():
+        done = subprocess.run(
+            [sys.executable, "-c", "from fastkd import _C; print(_C.isa())"],
+            env={"FASTKD_CPU_CAPABILITY": name, "PATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == name, done.stderr

@@ -1,0 +1,176 @@
+"""fastkd.terms: every field against the reference, and where its gradient flows."""
+
+import math
+
+import pytest
+import torch
+from support import BF16, DTYPES, FP16, FP32, FP64, assert_grad, compute_dtype, make, name_of, truth
+from torch import Tensor
+
+import fastkd
+from fastkd import _C
+
+RELATIVE = {FP32: 2e-6, FP64: 1e-13}
+# Entropies and divergences are differences of log-probabilities: a unit in the last place of those.
+ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
+
+
+def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) -> fastkd.Terms:
+    acc = compute_dtype(student, teacher)
+    exact = truth(student, teacher, labels, **options)
+    leaf = student.detach().requires_grad_()
+    got = fastkd.terms(leaf, teacher, labels, **options)
+    assert isinstance(got, fastkd.Terms)
+    for name, ours, theirs in zip(got._fields, got, exact.terms, strict=True):
+        assert ours.dtype == acc and ours.shape == theirs.shape, name
+        torch.testing.assert_close(
+            ours.detach().double(),
+            theirs.detach(),
+            rtol=RELATIVE[acc],
+            atol=ABSOLUTE[acc],
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    got.loss.sum().backward()
+    assert_grad(leaf.grad, exact.grad, acc)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 10), (2, 3, 130), (4, 3001), (3, _C.segment + 5)], ids=str)
+def test_every_field(device, shape, reduction, dtype):
+    check(*make(shape, dtype, device=device), reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 3.0, "alpha": 0.0},
+        {"temperature": 4.0, "alpha": 1.0},
+        {"hard_weight": 2.0, "soft_weight": 0.5},
+        {"hard_weight": 0.0, "soft_weight": 0.0},
+        {"label_smoothing": 0.2},
+        {"normalizer": 5.0},
+        {"temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_options(device, options):
+    # The terms are what they are whatever they weigh.
+    check(*make((6, 130), device=device), **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_row_temperatures(device, reduction):
+    temperature = torch.linspace(0.5, 5, 6, device=device)
+    check(*make((6, 130), device=device), temperature=temperature, reduction=reduction)
+
+
+def test_every_instruction_set(isa):
+    for dtype in (FP32, BF16, FP16, FP64):
+        check(*make((3, 1030), dtype))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_labels(device, reduction):
+    student, teacher, _ = make((6, 130), device=device, labels=False)
+    got = check(student, teacher, None, reduction=reduction)
+    assert torch.equal(got.hard, torch.zeros_like(got.hard))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_loss_is_the_loss(device, dtype):
+    student, teacher, labels = make((6, 1003), dtype, device=device)
+    for reduction in ("mean", "sum", "none"):
+        a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+        one = fastkd.loss(a, teacher, labels, reduction=reduction)
+        other = fastkd.terms(b, teacher, labels, reduction=reduction).loss
+        one.sum().backward()
+        other.sum().backward()
+        assert torch.equal(one, other) and torch.equal(a.grad, b.grad)
+
+
+def test_only_the_loss_carries_a_gradient(device):
+    student, teacher, labels = make((6, 13), device=device)
+    got = fastkd.terms(student.requires_grad_(), teacher, labels)
+    assert got.loss.requires_grad
+    for name, term in zip(got._fields[1:], got[1:], strict=True):
+        assert not term.requires_grad, name
+    # Nor does using them change the one that flows.
+    (3 * got.loss + got.hard + got.student_entropy).backward()
+    alone = student.detach().requires_grad_()
+    (3 * fastkd.loss(alone, teacher, labels)).backward()
+    assert torch.equal(student.grad, alone.grad)
+
+
+def test_ignored_rows_are_zero_in_every_field(device):
+    student, teacher, labels = make((6, 13), device=device, ignored=0.0)
+    labels[2] = -100
+    student[2], teacher[2] = math.nan, math.inf
+    got = fastkd.terms(student, teacher, labels, reduction="none")
+    mean = fastkd.terms(student, teacher, labels)
+    for name, term, average in zip(got._fields, got, mean, strict=True):
+        assert term[2] == 0, name
+        torch.testing.assert_close(average, term.sum() / 5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "agree"),
+    [
+        ([1.0, 2.0, 0.0], [0.0, 5.0, 1.0], 1),
+        ([1.0, 2.0, 0.0], [6.0, 5.0, 1.0], 0),
+        ([2.0, 2.0, 0.0], [0.0, 5.0, 1.0], 1),  # a tie that the teacher's choice is part of
+        ([2.0, 1.0, 2.0], [0.0, 5.0, 5.0], 1),  # ties that share a class
+        ([2.0, 2.0, 0.0], [0.0, 1.0, 5.0], 0),
+        ([2.0, 0.0, 2.0], [0.0, 5.0, 0.0], 0),
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 7.0], 1),
+        ([0.0, -math.inf, 1.0], [0.0, -math.inf, 1.0], 1),
+    ],
+)
+@pytest.mark.parametrize("width", [3, 200])
+def test_agreement(device, width, student, teacher, agree):
+    # Padded with classes below all others, in front, so that the row is wide.
+    pad = [-9.0] * (width - 3)
+    s, t = (torch.tensor([pad + row], device=device) for row in (student, teacher))
+    assert fastkd.terms(s, t, reduction="none").agreement.tolist() == [agree]
+
+
+def test_agreement_across_segments(device):
+    """The greatest class may lie in any part of a row that is shared among threads."""
+    width = 3 * _C.segment + 7
+    student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
+    places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]
+    for row, place in enumerate(places):
+        student[row, place] = 3.0
+        teacher[row, place] = 4.0
+    assert fastkd.terms(student, teacher, reduction="none").agreement.tolist() == [1] * 5
+    teacher[:, 17] = 5.0
+    assert fastkd.terms(student, teacher, reduction="none").agreement.tolist() == [0] * 5
+
+
+def test_nan_rows_are_nan_in_every_field(device):
+    student, teacher, labels = make((4, 130), device=device, ignored=0.0)
+    student[1, 7] = math.nan
+    got = fastkd.terms(student, teacher, labels, reduction="none")
+    for name, term in zip(got._fields, got, strict=True):
+        if name == "teacher_entropy":  # says nothing about the student
+            continue
+        assert not term[[0, 2, 3]].isnan().any(), name
+        if name != "agreement":
+            assert term[1].isnan(), name
+
+
+def test_masked_classes_have_no_entropy(device):
+    student, teacher, _ = make((4, 130), device=device, labels=False)
+    student[:, ::3] = teacher[:, ::3] = -math.inf
+    keep = torch.arange(130, device=device) % 3 != 0
+    got = fastkd.terms(student, teacher)
+    expected = truth(student[:, keep], teacher[:, keep]).terms
+    for name, ours, theirs in zip(got._fields, got, expected, strict=True):
+        assert float(ours) == pytest.approx(theirs.item(), rel=2e-6, abs=1e-6), name
+
+
+def test_bfloat16_terms_are_float32(device):
+    got = fastkd.terms(*make((4, 10), BF16, device=device))
+    assert {term.dtype for term in got} == {FP32}
