@@ -111,15 +111,19 @@ struct Coefficients {
   Exponential<T> own;               // softmax(z), where it is no power of q
   T inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
+  bool apart;   // d = ((w - max w) - (z - max z)) / t - log_ratio instead
   T soft_gain;  // gradient = soft_gain * gradient(element) + hard_gain * exp(z) + uniform
   T hard_gain;
   T uniform;  // label smoothing's share of the target
 };
 
+// How the second sweep has its exponentials: kept by the first, or computed anew; and then, in rows
+// whose maxima are far apart, d from logits relative to those.
+enum class Way { kKept, kAnew, kApart };
+
 // Writes the gradient but for the label's share, and returns the sum of the divergence. grad may be
-// the student itself. With kKept, student_kept and teacher_kept hold the exponentials; else they
-// are computed anew.
-template <class D, Hard kHard, bool kKept, class T, class S>
+// the student itself. student_kept and teacher_kept are read by Way::kKept alone.
+template <class D, Hard kHard, Way kWay, class T, class S>
 T write_gradient(const Coefficients<T>& coefficients, const S* student, const S* teacher,
                  const T* student_kept, const T* teacher_kept, S* grad, int64_t count) {
   static_assert(D::kSlopeSumKnown, "a sweep that sums the slopes must come first");
@@ -130,12 +134,13 @@ T write_gradient(const Coefficients<T>& coefficients, const S* student, const S*
     for (int64_t i = 0; i < kLanes; ++i) {
       const T z = widen(student[at + i]), w = widen(teacher[at + i]);
       T q, p;
-      if constexpr (kKept) {
+      if constexpr (kWay == Way::kKept) {
         q = student_kept[at + i] * c.student_scale, p = teacher_kept[at + i] * c.teacher_scale;
       } else {
         q = c.student(z), p = c.teacher(w);
       }
-      const Element<T> e = element<T>(p, q, (w - z) * c.inverse_temperature - c.log_ratio);
+      const T apart = kWay == Way::kApart ? (w - c.teacher.max) - (z - c.student.max) : w - z;
+      const Element<T> e = element<T>(p, q, apart * c.inverse_temperature - c.log_ratio);
       values[i] += D::template value<T>(e);
       T g = c.uniform;
       if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(q, z, c.own);

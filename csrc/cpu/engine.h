@@ -79,8 +79,8 @@ struct Kept {
 template <class T>
 void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
                   Coefficients<T>* c) {
-  const double student = rescale(row.offset(student_max), row.offset(s.student_max));
-  const double teacher = rescale(row.offset(teacher_max), row.offset(s.teacher_max));
+  const double student = row.rescale(student_max, s.student_max);
+  const double teacher = row.rescale(teacher_max, s.teacher_max);
   c->student_scale = static_cast<T>(student * static_cast<double>(s.student_scale));
   c->teacher_scale = static_cast<T>(teacher * static_cast<double>(s.teacher_scale));
 }
@@ -131,11 +131,10 @@ struct Engine {
       const double top = maximum<T>(block, padded(count));
       if (top > *max) {
         if (*max > kLowest) {
-          result.tempered *= rescale(row.offset(*max), row.offset(top));
-          result.hard *= rescale(row.hard_offset(*max), row.hard_offset(top));
+          result.tempered *= row.rescale(*max, top);
+          result.hard *= row.hard_rescale(*max, top);
         }
-        tempered.offset = static_cast<T>(row.offset(top));
-        own.offset = static_cast<T>(row.hard_offset(top));
+        tempered.max = own.max = static_cast<T>(top);
         *max = top;
       }
       const Pair<T> sums =
@@ -202,12 +201,32 @@ struct Engine {
     }
     if (!terms) return;
     copy_block(teacher_of(in, index), at, count, w);
-    const Entropies<T> e = sum_entropies(c, log_scale(row, s.student_max, s.student_scale),
-                                         log_scale(row, s.teacher_max, s.teacher_scale),
+    const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
                                          s.student_max, s.teacher_max, z, w, padded(count));
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
+  }
+
+  // One block of the second sweep, in the form that the row asks for.
+  template <class L>
+  T differentiate(const Row<T>& row, const Coefficients<T>& c, Way way, const L* z, const L* w,
+                  const T* student_kept, const T* teacher_kept, L* g, int64_t count) const {
+    if (c.apart && row.gradient_hard == Hard::kNone) {
+      return write_gradient<D, Hard::kNone, Way::kApart>(c, z, w, student_kept, teacher_kept, g,
+                                                         count);
+    }
+    if (c.apart) {
+      return write_gradient<D, Hard::kOwn, Way::kApart>(c, z, w, student_kept, teacher_kept, g,
+                                                        count);
+    }
+    return with_hard<T>(row.gradient_hard, [&](auto hard) {
+      constexpr Hard kHard = decltype(hard)::value;
+      return way == Way::kKept ? write_gradient<D, kHard, Way::kKept>(c, z, w, student_kept,
+                                                                      teacher_kept, g, count)
+                               : write_gradient<D, kHard, Way::kAnew>(c, z, w, student_kept,
+                                                                      teacher_kept, g, count);
+    });
   }
 
   T write_block(const Row<T>& row, const Coefficients<T>& c, int64_t index, int64_t at,
@@ -219,13 +238,8 @@ struct Engine {
     const S* w = fetch(teacher_of(in, index), at, count, teacher);
     const bool direct = grad != nullptr && in.student_dtype == kStorage<S> && count % kLanes == 0;
     S* g = direct ? static_cast<S*>(grad_at(index, at)) : result;
-    const T value = with_hard<T>(row.gradient_hard, [&](auto hard) {
-      constexpr Hard kHard = decltype(hard)::value;
-      return student_kept != nullptr ? write_gradient<D, kHard, true>(
-                                           c, z, w, student_kept, teacher_kept, g, padded(count))
-                                     : write_gradient<D, kHard, false>(
-                                           c, z, w, student_kept, teacher_kept, g, padded(count));
-    });
+    const Way way = student_kept != nullptr ? Way::kKept : Way::kAnew;
+    const T value = differentiate(row, c, way, z, w, student_kept, teacher_kept, g, padded(count));
     if (grad != nullptr && !direct) {
       FASTKD_ISA::write(result, in.student_dtype, count, grad_at(index, at));
     }
@@ -238,9 +252,7 @@ struct Engine {
     alignas(64) T z[kLanes];
     alignas(64) T w[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) z[i] = student, w[i] = teacher;
-    with_hard<T>(row.gradient_hard, [&](auto hard) {
-      return write_gradient<D, decltype(hard)::value, false>(c, z, w, z, w, z, kLanes);
-    });
+    differentiate(row, c, Way::kAnew, z, w, z, w, z, kLanes);
     return z[0] - onehot(gain);
   }
   T onehot(double gain) const {

@@ -15,13 +15,6 @@ FASTKD_HOST_DEVICE bool finite(T x) {
   return x - x == T(0);
 }
 
-// The exponent as the loops form it: rounded once or twice, which only the compiler knows. Not
-// inlined, or it would see that `offset` is that product already.
-template <class T>
-__attribute__((noinline)) T exponent(T logit, T factor, T offset) {
-  return logit * factor - offset;
-}
-
 template <class T>
 struct Row {
   State state = State::kNormal;
@@ -33,19 +26,17 @@ struct Row {
   T hard_factor = 0;  // of exp(z)
   int power = 0;      // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
 
-  // What the exponentials subtract for a maximum. Rounding it shifts all of a row alike, so sums
-  // must be compared by these offsets, not by the maxima themselves.
-  double offset(double max) const { return static_cast<T>(static_cast<T>(max) * factor); }
-  double hard_offset(double max) const {
-    return power > 0 ? power * offset(max) : static_cast<T>(static_cast<T>(max) * hard_factor);
+  // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
+  // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
+  double rescale(double from, double to) const {
+    return from == to ? 1.0 : std::exp2((from - to) * static_cast<double>(factor));
   }
-  // What is left of the maximum's own exponent, because the offset is rounded.
-  double residue(double max) const {
-    return exponent(static_cast<T>(max), factor, static_cast<T>(offset(max)));
+  double hard_rescale(double from, double to) const {
+    return from == to ? 1.0 : std::exp2((from - to) * hard_exponent());
   }
-  double hard_residue(double max) const {
-    if (power > 0) return power * residue(max);
-    return exponent(static_cast<T>(max), hard_factor, static_cast<T>(hard_offset(max)));
+  // log2(exp(z)) / z as the sums have it.
+  double hard_exponent() const {
+    return power > 0 ? power * static_cast<double>(factor) : static_cast<double>(hard_factor);
   }
 };
 
@@ -82,27 +73,21 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
 constexpr double kLowest = -__builtin_huge_val();
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
-// 2^(from - to); an empty sum, whose maximum is -inf, stays empty.
-inline double rescale(double from, double to) { return from == to ? 1.0 : std::exp2(from - to); }
-
 template <class T>
 void merge_student(const Row<T>& row, double max, double sum, double hard_sum, Statistics* into) {
   const double top = max > into->student_max ? max : into->student_max;
-  const double to = row.offset(top), hard_to = row.hard_offset(top);
-  const double mine = row.offset(into->student_max), hard_mine = row.hard_offset(into->student_max);
-  const double other = row.offset(max), hard_other = row.hard_offset(max);
-  into->student_sum = into->student_sum * rescale(mine, to) + sum * rescale(other, to);
+  const double mine = into->student_max;
+  into->student_sum = into->student_sum * row.rescale(mine, top) + sum * row.rescale(max, top);
   into->hard_sum =
-      into->hard_sum * rescale(hard_mine, hard_to) + hard_sum * rescale(hard_other, hard_to);
+      into->hard_sum * row.hard_rescale(mine, top) + hard_sum * row.hard_rescale(max, top);
   into->student_max = top;
 }
 
 template <class T>
 void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) {
   const double top = max > into->teacher_max ? max : into->teacher_max;
-  const double to = row.offset(top);
-  into->teacher_sum = into->teacher_sum * rescale(row.offset(into->teacher_max), to) +
-                      sum * rescale(row.offset(max), to);
+  into->teacher_sum =
+      into->teacher_sum * row.rescale(into->teacher_max, top) + sum * row.rescale(max, top);
   into->teacher_max = top;
 }
 
@@ -134,13 +119,6 @@ struct Scales {
   }
 };
 
-// log(q) = (z - max z) / t + this; with the offset's rounding, which is part of the sums, taken
-// out.
-template <class T>
-T log_scale(const Row<T>& row, T max, T scale) {
-  return static_cast<T>(std::log(static_cast<double>(scale)) + row.residue(max) * kLn2);
-}
-
 template <class T>
 Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
   return {static_cast<T>(of.student_max), static_cast<T>(1 / of.student_sum),
@@ -148,30 +126,35 @@ Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
           static_cast<T>(of.teacher_max), static_cast<T>(1 / of.teacher_sum)};
 }
 
+// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
+// alone would round at the size of the difference (docs/maths.md, section 3).
+constexpr double kApart = 32;
+
 // `gain` multiplies the gradient of the weighted loss.
 template <class T>
 Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                   double gain) {
-  const double student_offset = row.offset(s.student_max);
-  const double teacher_offset = row.offset(s.teacher_max);
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double hard_gain = gain * in.hard_weight;
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
   for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
-  return {
-      Exponential<T>(row.factor, static_cast<T>(student_offset), student_scale),
-      Exponential<T>(row.factor, static_cast<T>(teacher_offset), teacher_scale),
-      s.student_scale,
-      s.teacher_scale,
-      Exponential<T>(row.hard_factor, static_cast<T>(row.hard_offset(s.student_max)), s.hard_scale),
-      static_cast<T>(row.factor * kLn2),
-      static_cast<T>((teacher_offset - student_offset) * kLn2 +
-                     std::log(student_scale / teacher_scale)),
-      static_cast<T>(gain * in.soft_weight * row.temperature),
-      static_cast<T>(row.power > 0 ? power_gain : hard_gain),
-      static_cast<T>(row.hard == Hard::kNone
-                         ? 0.0
-                         : -hard_gain * in.label_smoothing / static_cast<double>(in.classes))};
+  const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
+  const bool apart = distance > kApart || distance < -kApart;
+  const T inverse_temperature = static_cast<T>(1 / row.temperature);
+  const double shift = apart ? 0.0 : distance * static_cast<double>(inverse_temperature);
+  return {Exponential<T>(row.factor, s.student_max, student_scale),
+          Exponential<T>(row.factor, s.teacher_max, teacher_scale),
+          s.student_scale,
+          s.teacher_scale,
+          Exponential<T>(row.hard_factor, s.student_max, s.hard_scale),
+          inverse_temperature,
+          static_cast<T>(shift + std::log(student_scale / teacher_scale)),
+          apart,
+          static_cast<T>(gain * in.soft_weight * row.temperature),
+          static_cast<T>(row.power > 0 && !apart ? power_gain : hard_gain),
+          static_cast<T>(row.hard == Hard::kNone
+                             ? 0.0
+                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes))};
 }
 
 }  // namespace

@@ -14,13 +14,11 @@ namespace {
 
 template <class T>
 void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-              const Scales<T>& s, const Sums& sums) {
+              const Sums& sums) {
   double hard = 0;
   if (row.hard != Hard::kNone) {
-    // log sum exp(z) - max, in units of z; then the target's mean of max - z.
-    const double factor = row.power > 0 ? row.power * static_cast<double>(row.factor)
-                                        : static_cast<double>(row.hard_factor);
-    hard = (std::log2(of.hard_sum) - row.hard_residue(s.student_max)) / factor;
+    // log sum exp(z) - max; then the target's mean of max - z.
+    hard = std::log2(of.hard_sum) / row.hard_exponent();
     hard -= sums.student_logits;
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
@@ -79,7 +77,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, scales, sums);
+    put_loss(args, row, index, of, sums);
   }
   put_stats(args, index, scales);
 }
