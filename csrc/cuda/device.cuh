@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../numerics.h"
+#include "../kernels.h"
 
 namespace fastkd::cuda {
 
@@ -21,6 +21,27 @@ __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
+// Products that the compiler must not fuse with a sum: forward and backward kernels have to round
+// alike.
+__device__ __forceinline__ float mul_of(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double mul_of(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float add_of(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add_of(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float reciprocal_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ double reciprocal_of(double x) { return 1.0 / x; }
+// a / b for b that is neither 0 nor near the ends of the range, to half a unit in the last place
+// but for rare cases. The exact division calls a subroutine, around which registers spill.
+__device__ __forceinline__ float quotient_of(float a, float b) {
+  float r = reciprocal_of(b);
+  r = fmaf(fmaf(-b, r, 1.0f), r, r);
+  const float q = __fmul_rn(a, r);
+  return fmaf(fmaf(-b, q, a), r, q);
+}
+__device__ __forceinline__ double quotient_of(double a, double b) { return a / b; }
 __device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
 
@@ -35,7 +56,8 @@ __device__ __forceinline__ A lanes_max(A x) {
 template <int kLanes = 32, class A>
 __device__ __forceinline__ A lanes_sum(A x) {
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    x = add_of(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
 
@@ -43,12 +65,15 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// row_offset() with a division of 32 bits: that of 64 is a call, around which registers spill.
+// forward() and backward() refuse 2^32 rows.
+__device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
+  if (row < group_rows) return row * stride.row;
+  const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);
+  return group * stride.group + (row - group * group_rows) * stride.row;
+}
+
 // Everything below exists from sm_90 on; older targets compile empty bodies that no plan reaches.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kHasClusters = true;
-#else
-constexpr bool kHasClusters = false;
-#endif
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -90,7 +115,7 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 __device__ __forceinline__ void barrier_init(uint64_t* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
 }

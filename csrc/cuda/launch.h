@@ -54,9 +54,7 @@ struct Device {
   int processors = 0;
   int shared_per_block = 0;
   int major = 0;
-  DeviceLimits limits() const {
-    return {processors, shared_per_block, major >= 9 ? 16 : 1};
-  }
+  DeviceLimits limits() const { return {processors, shared_per_block, major >= 9 ? 16 : 1}; }
 };
 cudaError_t current_device(Device& device);
 

@@ -45,20 +45,20 @@ Plan registers(int64_t rows, int64_t classes, int element, const DeviceLimits& d
   return plan;
 }
 
-// How many CTAs share a row, measured on an H100 (docs/performance-log-cuda.md): slices of at most
-// a third of the ring keep the copies of the next rows in flight; few rows are spread wider.
+// How many CTAs share a row, measured on an H100 (docs/performance-log-cuda.md): two and a half
+// rows in the ring keep its groups busy and the copies of the next rows in flight; few rows are
+// spread wider.
 Plan ring(int64_t rows, int64_t classes, int element, const DeviceLimits& device) {
   Plan plan;
   const int stage = ring_stage_bytes(kRingWarps, kRingVectors);
-  const int stages =
-      std::min(kRingMaxStages, (device.shared_per_block - kRingStaticBytes) / stage);
+  const int stages = std::min(kRingMaxStages, (device.shared_per_block - kRingStaticBytes) / stage);
   const int64_t row_bytes = 2 * classes * element;
-  const int64_t stage_payload = stage - 2 * kVectorBytes;
+  const int64_t vectors = classes * element / kVectorBytes;
   const auto stages_of = [&](int cluster) {
-    return ceil_div(ceil_div(row_bytes, cluster), stage_payload);
+    return ceil_div(ceil_div(vectors, cluster), ring_stage_vectors(kRingWarps, kRingVectors));
   };
   int cluster = 1;
-  while (cluster < device.largest_cluster && 2 * stages_of(cluster) > stages + 1) cluster *= 2;
+  while (cluster < device.largest_cluster && 5 * stages_of(cluster) > 2 * stages) cluster *= 2;
   while (cluster < device.largest_cluster && rows * cluster * 2 <= device.processors &&
          row_bytes / cluster > 16384)
     cluster *= 2;
@@ -86,7 +86,7 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
   if (hot_dtypes(student, teacher)) {
     const int element = static_cast<int>(size_of(student));
     const int64_t widest = 256 * (kRegisterBytes / element);
-    const bool clusters = device.largest_cluster > 1;
+    const bool clusters = kRingPlanned && device.largest_cluster > 1;
     // A ring beats registers as soon as a row is long enough to amortise its barriers.
     if (classes <= (clusters ? widest / 2 : widest))
       return registers(rows, classes, element, device);

@@ -39,24 +39,26 @@ __device__ __forceinline__ void load_row(const RowOf<T>& row, int64_t label, int
   held.label_teacher = label >= 0 ? to_acc(row.teacher[label]) : 0;
 }
 
-template <class T>
+template <class T, int kPower>
 __device__ __forceinline__ Statistics<float> scan_row(const RowOf<T>& row, const Held& held,
                                                       const Temperature<float>& t, int lane,
                                                       int lanes) {
   Statistics<float> stats;
+  Tops tops;
 #pragma unroll
   for (int k = 0; k < kVectors; k++)
     if (lane + k * lanes < row.layout.vectors)
-      add_vector<T, kAtRunTime>(stats, held.student[k], held.teacher[k], t);
+      add_vector<T, kPower>(stats, tops, held.student[k], held.teacher[k], t);
+  stats.raise(tops.student, tops.teacher, t.slope);
   if (held.peeled >= 0) {
     stats.raise(held.peeled_student, held.peeled_teacher, t.slope);
-    stats.add<kAtRunTime>(held.peeled_student, held.peeled_teacher, t);
+    stats.add<kPower>(held.peeled_student, held.peeled_teacher, t);
   }
   stats.merge_lanes(t.slope);
   return stats;
 }
 
-template <class T, bool kExtra, class W>
+template <class T, int kPower, bool kExtra, class W>
 __device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held& held,
                                                  const W& writer, int64_t label, int lane,
                                                  int lanes) {
@@ -65,31 +67,28 @@ __device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held
   for (int k = 0; k < kVectors; k++) {
     const int i = lane + k * lanes;
     if (i >= row.layout.vectors) continue;
-    const uint4 g = write_vector<T, kAtRunTime, kExtra>(writer, held.student[k], held.teacher[k],
-                                                        sums);
+    const uint4 g = write_vector<T, kPower, kExtra>(writer, held.student[k], held.teacher[k], sums);
     if (row.grad != nullptr) __stcs(row.grad_vectors + i, g);
   }
   if (held.peeled >= 0) {
-    float g = writer.template write<kAtRunTime, kExtra>(held.peeled_student, held.peeled_teacher,
-                                                        sums);
+    float g = writer.template write<kPower, kExtra>(held.peeled_student, held.peeled_teacher, sums);
     if (held.peeled == label) g -= writer.label;
     if (row.grad != nullptr) row.grad[held.peeled] = from_acc<T>(g);
   }
   // The label's class is written again, by the thread that wrote its vector.
-  const int64_t inside = label - row.layout.begin;
-  const int64_t vector = inside / Vector<T>::kElements;
+  const int inside = static_cast<int>(label) - row.layout.begin;
+  const int vector = inside / Vector<T>::kElements;
   if (label >= 0 && inside >= 0 && vector < row.layout.vectors && vector % lanes == lane &&
       row.grad != nullptr)
-    row.grad[label] =
-        from_acc<T>(writer.template write<kAtRunTime, kExtra>(held.label_student,
-                                                              held.label_teacher, unused) -
-                    writer.label);
+    row.grad[label] = from_acc<T>(
+        writer.template write<kPower, kExtra>(held.label_student, held.label_teacher, unused) -
+        writer.label);
   sums.merge_lanes<32, kExtra>();
   return sums;
 }
 
 template <class T, class D, bool kExtra, bool kWarpPerRow>
-__global__ void __launch_bounds__(512, 2)
+__global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra ? 1 : 2)
     registers_kernel(const __grid_constant__ ForwardCall call) {
   __shared__ Exchange exchange;
   __shared__ double slots[32];
@@ -103,6 +102,7 @@ __global__ void __launch_bounds__(512, 2)
   float scale = 0;
   bool has_scale = false;
   int turn = 0;
+  Temperature<float> t = temperature_of<float>(args, 0);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * per_block; first < args.rows;
        first += static_cast<int64_t>(gridDim.x) * per_block, turn ^= 1) {
     const int64_t index = kWarpPerRow ? first + warp : first;
@@ -124,8 +124,10 @@ __global__ void __launch_bounds__(512, 2)
       if (!kWarpPerRow) __syncthreads();
       continue;
     }
-    const Temperature<float> t = temperature_of<float>(args, index);
-    Statistics<float> statistics = scan_row(row, held, t, lane, lanes);
+    if (args.row_temperature != nullptr) t = temperature_of<float>(args, index);
+    Statistics<float> statistics = t.power == 2
+                                       ? scan_row<T, 2>(row, held, t, lane, lanes)
+                                       : scan_row<T, kAtRunTime>(row, held, t, lane, lanes);
     if (!kWarpPerRow) {
       if (threadIdx.x % 32 == 0) exchange.statistics[turn][warp] = statistics;
       __syncthreads();
@@ -137,7 +139,9 @@ __global__ void __launch_bounds__(512, 2)
     }
     const RowStats<float> stats(statistics);
     const Writer<float, D, kFoldScales<T>> writer(args, t, stats, scale);
-    Sums<float> sums = write_row<T, kExtra>(row, held, writer, label, lane, lanes);
+    Sums<float> sums =
+        t.power == 2 ? write_row<T, 2, kExtra>(row, held, writer, label, lane, lanes)
+                     : write_row<T, kAtRunTime, kExtra>(row, held, writer, label, lane, lanes);
     if (!kWarpPerRow) {
       if (threadIdx.x % 32 == 0) exchange.sums[turn][warp] = sums;
       __syncthreads();
@@ -156,8 +160,8 @@ cudaError_t launch_as(const ForwardCall& call, const Plan& plan, Launch& launch,
   const auto kernel = plan.lanes == 32 ? registers_kernel<T, D, kExtra, true>
                                        : registers_kernel<T, D, kExtra, false>;
   int per_processor = 1;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_processor, kernel, plan.threads, 0))
+  if (const cudaError_t error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, 0))
     return error;
   const unsigned most = static_cast<unsigned>(per_processor * processors);
   if (launch.config.gridDim.x > most) launch.config.gridDim.x = most;

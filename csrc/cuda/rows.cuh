@@ -10,21 +10,41 @@ namespace fastkd::cuda {
 template <class T>
 constexpr bool kFoldScales = sizeof(T) == 2;
 
-template <class T, int kPower>
-__device__ __forceinline__ void add_vector(Statistics<float>& stats, uint4 student, uint4 teacher,
-                                           const Temperature<float>& t) {
+// The greatest logits so far. The maxima that the sums refer to follow only when they have fallen
+// behind by t.margin: some lane of a warp meets a new maximum in almost every vector, and a rescue
+// of the sums costs as much as two classes. Statistics::raise(tops...) ends a sweep.
+struct Tops {
+  float student = kLowest, teacher = kLowest;
+};
+
+// The classes of `kCount` vectors.
+template <class T, int kPower, int kCount>
+__device__ __forceinline__ void add_vectors(Statistics<float>& stats, Tops& tops,
+                                            const uint4 (&student)[kCount],
+                                            const uint4 (&teacher)[kCount],
+                                            const Temperature<float>& t) {
   constexpr int kElements = Vector<T>::kElements;
-  const float student_max = Vector<T>::max(student), teacher_max = Vector<T>::max(teacher);
-  if (student_max > stats.student_max || teacher_max > stats.teacher_max)
-    stats.raise(student_max, teacher_max, t.slope);
-  float z[kElements], w[kElements];
-  Vector<T>::load(student, z);
-  Vector<T>::load(teacher, w);
+  tops.student = fmaxf(tops.student, Vector<T>::template max<kCount>(student));
+  tops.teacher = fmaxf(tops.teacher, Vector<T>::template max<kCount>(teacher));
+  if (tops.student > stats.student_max + t.margin || tops.teacher > stats.teacher_max + t.margin)
+    stats.raise(tops.student, tops.teacher, t.slope);
 #pragma unroll
-  for (int i = 0; i < kElements; i++) stats.add<kPower>(z[i], w[i], t);
+  for (int k = 0; k < kCount; k++) {
+    float z[kElements], w[kElements];
+    Vector<T>::load(student[k], z);
+    Vector<T>::load(teacher[k], w);
+#pragma unroll
+    for (int i = 0; i < kElements; i++) stats.add<kPower>(z[i], w[i], t);
+  }
+}
+template <class T, int kPower>
+__device__ __forceinline__ void add_vector(Statistics<float>& stats, Tops& tops, uint4 student,
+                                           uint4 teacher, const Temperature<float>& t) {
+  const uint4 students[1] = {student}, teachers[1] = {teacher};
+  add_vectors<T, kPower, 1>(stats, tops, students, teachers, t);
 }
 
-template <class T, int kPower, bool kExtra, class W>
+template <class T, int kPower, bool kExtra, bool kUniform = kExtra, class W>
 __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, uint4 teacher,
                                               Sums<float>& sums) {
   constexpr int kElements = Vector<T>::kElements;
@@ -32,7 +52,8 @@ __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, ui
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
 #pragma unroll
-  for (int i = 0; i < kElements; i++) g[i] = writer.template write<kPower, kExtra>(z[i], w[i], sums);
+  for (int i = 0; i < kElements; i++)
+    g[i] = writer.template write<kPower, kExtra, kUniform>(z[i], w[i], sums);
   return Vector<T>::store(g);
 }
 
@@ -47,12 +68,15 @@ struct RowOf {
   const uint4* teacher_vectors;
   uint4* grad_vectors;
 
-  __device__ __forceinline__ RowOf(const Inputs& in, void* grads, RowStrides grad_stride, int64_t row)
+  __device__ __forceinline__ RowOf(const Inputs& in, void* grads, RowStrides grad_stride,
+                                   int64_t row)
       : student(static_cast<const T*>(in.student) +
-                row_offset(row, in.group_rows, in.student_stride)),
+                offset_of(row, in.group_rows, in.student_stride)),
         teacher(static_cast<const T*>(in.teacher) +
-                row_offset(row, in.group_rows, in.teacher_stride)),
-        grad(grads == nullptr ? nullptr : static_cast<T*>(grads) + row_offset(row, in.group_rows, grad_stride)),
+                offset_of(row, in.group_rows, in.teacher_stride)),
+        grad(grads == nullptr
+                 ? nullptr
+                 : static_cast<T*>(grads) + offset_of(row, in.group_rows, grad_stride)),
         layout(row_layout(student, teacher, grad == nullptr ? student : grad, in.classes)),
         student_vectors(vectors_of(student, layout.begin, layout.student_shift)),
         teacher_vectors(vectors_of(teacher, layout.begin, layout.teacher_shift)),

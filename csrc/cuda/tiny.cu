@@ -18,9 +18,11 @@ __device__ __forceinline__ Slice load_slice(const Inputs& in, int64_t row, int l
   for (int i = 0; i < kTinyPerLane; i++) {
     const int64_t k = lane + i * kLanes;
     const bool inside = k < in.classes;
-    s.z[i] = inside ? load_any<float>(in.student, in.student_dtype, row_offset(row, in.group_rows, in.student_stride) + k)
+    s.z[i] = inside ? load_any<float>(in.student, in.student_dtype,
+                                      offset_of(row, in.group_rows, in.student_stride) + k)
                     : -INFINITY;
-    s.w[i] = inside ? load_any<float>(in.teacher, in.teacher_dtype, row_offset(row, in.group_rows, in.teacher_stride) + k)
+    s.w[i] = inside ? load_any<float>(in.teacher, in.teacher_dtype,
+                                      offset_of(row, in.group_rows, in.teacher_stride) + k)
                     : -INFINITY;
   }
   return s;
@@ -36,8 +38,8 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
   if (real) {
     slice = load_slice<kLanes>(args, row, lane);
     if (label >= 0)
-      label_logit =
-          load_any<float>(args.student, args.student_dtype, row_offset(row, args.group_rows, args.student_stride) + label);
+      label_logit = load_any<float>(args.student, args.student_dtype,
+                                    offset_of(row, args.group_rows, args.student_stride) + label);
   }
   const Temperature<float> t = temperature_of<float>(args, real ? row : 0);
   Statistics<float> sums_of_exponentials;
@@ -60,7 +62,9 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
       g = writer.template write<kAtRunTime, true>(slice.z[i], slice.w[i], sums);
       if (k == label) g -= writer.label;
     }
-    if (args.grad != nullptr) store_any(args.grad, args.student_dtype, row_offset(row, args.group_rows, args.grad_stride) + k, g);
+    if (args.grad != nullptr)
+      store_any(args.grad, args.student_dtype,
+                offset_of(row, args.group_rows, args.grad_stride) + k, g);
   }
   sums.merge_lanes<kLanes, true>();
   if (lane != 0 || row < 0) return;
@@ -82,8 +86,8 @@ __global__ void __launch_bounds__(1024, 1) tiny_kernel(const __grid_constant__ F
   const int lane = threadIdx.x % kLanes;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (blockDim.x / kLanes);
   // The loop's bounds are those of the CTA: shuffles need whole warps.
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes);
-       first < args.rows; first += step) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes); first < args.rows;
+       first += step) {
     const int64_t mine = first + threadIdx.x / kLanes;
     const int64_t row = mine < args.rows ? mine : -1;
     const int64_t label = row < 0 ? -1 : label_of(args, row);

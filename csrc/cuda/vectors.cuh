@@ -78,10 +78,17 @@ struct Vector {
             pack(x[6], x[7], T())};
   }
   // NaN is dropped here; the sums of exponentials keep it.
-  static __device__ __forceinline__ float max(uint4 v) {
+  template <int kCount>
+  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
+    uint32_t pair = of_vector(v[0]);
+#pragma unroll
+    for (int k = 1; k < kCount; k++) pair = pair_max(pair, of_vector(v[k]), T());
     float low, high;
-    unpack(pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T()), low, high, T());
+    unpack(pair, low, high, T());
     return fmaxf(low, high);
+  }
+  static __device__ __forceinline__ uint32_t of_vector(uint4 v) {
+    return pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T());
   }
 };
 template <>
@@ -97,7 +104,14 @@ struct Vector<float> {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
-  static __device__ __forceinline__ float max(uint4 v) {
+  template <int kCount>
+  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
+    float all = of_vector(v[0]);
+#pragma unroll
+    for (int k = 1; k < kCount; k++) all = fmaxf(all, of_vector(v[k]));
+    return all;
+  }
+  static __device__ __forceinline__ float of_vector(uint4 v) {
     return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
                  fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
   }
@@ -131,10 +145,10 @@ constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
 // How one row falls into vectors. Only whole vectors of the gradient's grid that lie inside the
 // aligned part of all three tensors count, so no load leaves a row by rounding.
 struct RowLayout {
-  int64_t begin;       // first class in a vector: also the length of the head
-  int64_t vectors;     // whole vectors
-  int tail;            // classes after the last vector
-  int student_shift;   // bytes from an aligned address to the student's class `begin`
+  int begin;          // first class in a vector: also the length of the head
+  int64_t vectors;    // whole vectors
+  int tail;           // classes after the last vector
+  int student_shift;  // bytes from an aligned address to the student's class `begin`
   int teacher_shift;
 
   // The class that lane `lane` of the peeling warp works on, or -1.
@@ -157,7 +171,8 @@ __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teach
   if (first_s > begin || first_t > begin) begin += kElements;
   const int count = static_cast<int>(classes & kMask);
   const int last = max((s + count) & kMask, (t + count) & kMask);
-  const int64_t vectors = max(int64_t(0), (classes - last - begin) / kElements);
+  const int64_t inside = classes - last - begin;
+  const int64_t vectors = inside > 0 ? inside / kElements : 0;
   RowLayout layout;
   layout.begin = begin;
   layout.vectors = vectors;

@@ -1,4 +1,7 @@
-"""Reads what ``nvcc -Xptxas -v`` printed, prints a table of the kernels, and fails on register spills.
+"""Reads what ``nvcc -Xptxas -v`` printed, prints a table of the kernels, fails on spills.
+
+Kernels that also sum the terms (their third template argument is true) are not hot: they may
+spill a little.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """
@@ -11,6 +14,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+WITH_TERMS = re.compile(r"_kernel<[^,]+, [^,]+, true")
+SPILLS_WITH_TERMS = 64  # bytes
 
 
 class Kernel(NamedTuple):
@@ -51,7 +57,8 @@ def main() -> None:
         rows[short][kernel.arch] = kernel
     arches = sorted({kernel.arch for kernel in kernels})
     width = min(100, max(map(len, rows)))
-    print(f"{'registers (and bytes spilled) of each kernel':<{width}}", *(f"{a:>10}" for a in arches))
+    title = "registers (and bytes spilled) of each kernel"
+    print(f"{title:<{width}}", *(f"{arch:>10}" for arch in arches))
     for short, row in sorted(rows.items()):
         cells = []
         for arch in arches:
@@ -59,10 +66,14 @@ def main() -> None:
             text = "-" if kernel is None else str(kernel.registers)
             cells.append(text + (f" ({kernel.spills})" if kernel and kernel.spills else ""))
         print(f"{short[:width]:<{width}}", *(f"{cell:>10}" for cell in cells))
-    spilling = [kernel for kernel in kernels if kernel.spills]
-    print(f"{len(kernels)} kernels, {len(spilling)} spill registers")
+    spilling = [
+        label
+        for label, kernel in zip(named, kernels, strict=True)
+        if kernel.spills > (SPILLS_WITH_TERMS if WITH_TERMS.search(label) else 0)
+    ]
+    print(f"{len(kernels)} kernels, {len(spilling)} of them spill registers on a hot path")
     if spilling:
-        sys.exit(1)
+        sys.exit("\n".join(spilling))
 
 
 if __name__ == "__main__":

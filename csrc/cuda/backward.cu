@@ -1,0 +1,167 @@
+// The gradient for a grad_output that forward did not know: element by element, from the row
+// statistics that forward left. Where the gradient is in place already and grad_output is 1, the
+// kernel returns at once.
+#include "launch.h"
+#include "rows.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+struct BackwardCall {
+  BackwardArgs args;
+  bool filled;     // grad holds the gradient for grad_output = 1
+  bool rescales;   // then multiply it, instead of computing it anew
+  int log_pieces;  // a row is cut into 2^this many pieces, one CTA each: blockIdx.y
+};
+
+template <class A>
+__device__ __forceinline__ A grad_output_of(const BackwardArgs& args, int64_t row) {
+  return static_cast<const A*>(args.grad_output)[args.grad_output_per_row ? row : 0];
+}
+
+// The part of `count` things that belongs to one piece of a row.
+struct Piece {
+  int64_t low, high;
+  __device__ __forceinline__ Piece(int64_t count, int log_pieces) {
+    const int64_t per = (count + (int64_t(1) << log_pieces) - 1) >> log_pieces;
+    low = min(count, blockIdx.y * per);
+    high = min(count, low + per);
+  }
+};
+
+// Both inputs are T: 16 bytes at a time, exactly as the forward kernels do it.
+template <class T>
+struct Vectors {
+  using A = float;
+  static constexpr bool kFold = kFoldScales<T>;
+
+  template <class W>
+  static __device__ __forceinline__ void write(const BackwardArgs& args, int64_t index,
+                                               int64_t label, int log_pieces, const W& writer) {
+    const RowOf<T> row(args, args.grad, args.grad_stride, index);
+    const Piece part(row.layout.vectors, log_pieces);
+    Sums<float> unused;
+    const int64_t inside = label - row.layout.begin, of = inside / Vector<T>::kElements;
+    const bool mends = label >= 0 && inside >= 0 && of >= part.low && of < part.high &&
+                       (of - part.low) % blockDim.x == threadIdx.x;
+    const float label_student = mends ? to_acc(row.student[label]) : 0;  // before it is overwritten
+#pragma unroll 2
+    for (int64_t i = part.low + threadIdx.x; i < part.high; i += blockDim.x)
+      row.grad_vectors[i] = write_vector<T, kAtRunTime, false, true>(
+          writer, fetch(row.student_vectors, i, row.layout.student_shift),
+          fetch(row.teacher_vectors, i, row.layout.teacher_shift), unused);
+    if (mends)
+      row.grad[label] = from_acc<T>(writer.template write<kAtRunTime, false, true>(
+                                        label_student, to_acc(row.teacher[label]), unused) -
+                                    writer.label);
+    const int64_t i =
+        blockIdx.y == 0 && threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
+    if (i < 0) return;
+    const float g = writer.template write<kAtRunTime, false, true>(to_acc(row.student[i]),
+                                                                   to_acc(row.teacher[i]), unused);
+    row.grad[i] = from_acc<T>(i == label ? g - writer.label : g);
+  }
+};
+
+// Any dtypes, one class at a time.
+template <class Acc>
+struct Elements {
+  using A = Acc;
+  static constexpr bool kFold = false;
+
+  template <class W>
+  static __device__ __forceinline__ void write(const BackwardArgs& args, int64_t index,
+                                               int64_t label, int log_pieces, const W& writer) {
+    const Piece part(args.classes, log_pieces);
+    const int64_t student = offset_of(index, args.group_rows, args.student_stride);
+    const int64_t teacher = offset_of(index, args.group_rows, args.teacher_stride);
+    const int64_t grad = offset_of(index, args.group_rows, args.grad_stride);
+    Sums<A> unused;
+    for (int64_t i = part.low + threadIdx.x; i < part.high; i += blockDim.x) {
+      const A g = writer.template write<kAtRunTime, false, true>(
+          load_any<A>(args.student, args.student_dtype, student + i),
+          load_any<A>(args.teacher, args.teacher_dtype, teacher + i), unused);
+      store_any(args.grad, args.student_dtype, grad + i, i == label ? g - writer.label : g);
+    }
+  }
+};
+
+// grad *= factor, or grad = value.
+template <class A>
+__device__ __forceinline__ void rescale_piece(const BackwardArgs& args, int64_t index,
+                                              int log_pieces, A factor, bool fills, A value) {
+  const Piece part(args.classes, log_pieces);
+  const int64_t grad = offset_of(index, args.group_rows, args.grad_stride);
+  for (int64_t i = part.low + threadIdx.x; i < part.high; i += blockDim.x)
+    store_any(args.grad, args.student_dtype, grad + i,
+              fills ? value : load_any<A>(args.grad, args.student_dtype, grad + i) * factor);
+}
+
+template <class Rows, class D>
+__global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ BackwardCall call) {
+  using A = typename Rows::A;
+  const BackwardArgs& args = call.args;
+  if (call.filled && !args.grad_output_per_row && grad_output_of<A>(args, 0) == A(1)) return;
+  const A* stats_of_rows = static_cast<const A*>(args.stats);
+  const A scale = stats_of_rows[kStats * args.rows];
+  for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x) {
+    const A factor = grad_output_of<A>(args, index);
+    if (call.filled && factor == A(1)) continue;
+    const int64_t label = label_of(args, index);
+    const RowKind kind = kind_of(args, label);
+    if (kind != RowKind::kReal) {  // 0 stays 0 and NaN stays NaN, whatever grad_output is
+      if (!call.filled)
+        rescale_piece<A>(args, index, call.log_pieces, factor, true,
+                         static_cast<A>(fill_value(kind)));
+      continue;
+    }
+    if (call.rescales) {
+      rescale_piece<A>(args, index, call.log_pieces, factor, false, A(0));
+      continue;
+    }
+    RowStats<A> stats;
+    stats.load(stats_of_rows, args.rows, index);
+    const Writer<A, D, Rows::kFold> writer(args, temperature_of<A>(args, index), stats,
+                                           scale * factor);
+    Rows::write(args, index, label, call.log_pieces, writer);
+  }
+}
+
+template <class Rows>
+cudaError_t launch_as(const BackwardCall& call, int processors, cudaStream_t stream) {
+  const int64_t most = (static_cast<int64_t>(processors) * 8 >> call.log_pieces) + 1;
+  Launch launch(call.args.rows < most ? call.args.rows : most, 256, 0, stream);
+  launch.config.gridDim.y = 1u << call.log_pieces;
+  return visit(call.args.divergence, [&](auto divergence) {
+    return launch(backward_kernel<Rows, decltype(divergence)>, call);
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  BackwardCall call = {args, filled, false, 0};
+  call.rescales = filled && (size_of(args.student_dtype) > 2 || args.grad == args.student);
+  // Enough pieces to fill the device, of at least 4096 classes.
+  while (args.rows << call.log_pieces < device.processors * 8 &&
+         args.classes >> (call.log_pieces + 1) >= 4096)
+    call.log_pieces++;
+  if (computes_in_double(args.student_dtype, args.teacher_dtype))
+    return launch_as<Elements<double>>(call, device.processors, stream);
+  // As forward did, so that the gradient is the same bit for bit: rows that the tiny kernel takes
+  // do not fold the scales.
+  if (!hot_dtypes(args.student_dtype, args.teacher_dtype) || args.classes <= 32 * kTinyPerLane)
+    return launch_as<Elements<float>>(call, device.processors, stream);
+  switch (args.student_dtype) {
+    case DType::kBFloat16:
+      return launch_as<Vectors<__nv_bfloat16>>(call, device.processors, stream);
+    case DType::kFloat16:
+      return launch_as<Vectors<__half>>(call, device.processors, stream);
+    default:
+      return launch_as<Vectors<float>>(call, device.processors, stream);
+  }
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,115 @@
+// fastkd::cuda of kernels.h: which kernels a call takes. The plan itself is plan.cpp.
+#include <mutex>
+#include <vector>
+
+#include "launch.h"
+
+namespace fastkd::cuda {
+
+cudaError_t current_device(Device& device) {
+  static std::mutex mutex;
+  static std::vector<Device> known;
+  int ordinal = 0;
+  if (const cudaError_t error = cudaGetDevice(&ordinal)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() <= static_cast<size_t>(ordinal)) known.resize(static_cast<size_t>(ordinal) + 1);
+  Device& entry = known[static_cast<size_t>(ordinal)];
+  if (entry.processors == 0) {
+    Device d;
+    d.ordinal = ordinal;
+    if (const cudaError_t error = cudaDeviceGetAttribute(
+            &d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal))
+      return error;
+    if (const cudaError_t error =
+            cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, ordinal))
+      return error;
+    if (const cudaError_t error =
+            cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, ordinal))
+      return error;
+    entry = d;
+  }
+  device = entry;
+  return cudaSuccess;
+}
+
+namespace {
+
+template <class Args>
+Args with_groups(Args args) {
+  if (args.group_rows <= 0) args.group_rows = args.rows > 0 ? args.rows : 1;
+  return args;
+}
+
+// Every CTA counts the labels for itself where they are few: the ring's CTAs do so while their
+// first copies fly.
+bool counts_inside(const Plan& plan, int64_t rows) {
+  return rows <= (plan.family == Family::kRing ? kCountInside : kCountInside / 16);
+}
+
+cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
+  switch (plan.family) {
+    case Family::kTiny:
+      return launch_tiny(call, plan, stream);
+    case Family::kRegisters:
+      return launch_registers(call, plan, stream);
+    case Family::kRing: {
+      const cudaError_t error = launch_ring(call, plan, stream);
+      if (error != cudaErrorInvalidConfiguration && error != cudaErrorInvalidClusterSize)
+        return error;
+      // This device (a slice of one, say) holds no such cluster.
+      cudaGetLastError();
+      Plan fallback;
+      fallback.threads = fallback.lanes = 512;
+      return launch_streaming(call, fallback, stream);
+    }
+    case Family::kStreaming:
+    default:
+      return launch_streaming(call, plan, stream);
+  }
+}
+
+}  // namespace
+
+constexpr int64_t kMostRows = (int64_t(1) << 32) - 1;
+
+int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream_handle) {
+  if (args.rows > kMostRows) return cudaErrorInvalidValue;
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  ForwardCall call;
+  call.args = with_groups(args);
+  call.denominator = denominator;
+  call.total = args.reduction == Reduction::kNone ? nullptr : total;
+  const Plan plan =
+      make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype, device.limits());
+  call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
+  if (args.reduction == Reduction::kMean) {
+    if (denominator != nullptr) {
+      call.scale_source = ScaleSource::kDenominator;
+    } else if (args.labels == nullptr) {
+      call.args.scale = 1.0 / static_cast<double>(args.rows > 0 ? args.rows : 1);
+    } else {
+      call.scale_source = ScaleSource::kCount;
+    }
+  }
+  if (args.rows == 0 ||
+      (call.scale_source == ScaleSource::kCount && !counts_inside(plan, args.rows))) {
+    if (const cudaError_t error = launch_count(call, stream)) return error;
+    call.scale_source = ScaleSource::kStats;
+  }
+  if (args.rows > 0)
+    if (const cudaError_t error = launch_rows(call, plan, stream)) return error;
+  if (call.total == nullptr || call.finish_inside) return cudaSuccess;
+  return launch_finish(call, stream);
+}
+
+int backward(const BackwardArgs& args, bool filled, void* stream) {
+  if (args.rows > kMostRows) return cudaErrorInvalidValue;
+  if (args.rows == 0 || args.classes == 0) return cudaSuccess;
+  return launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream));
+}
+
+const char* describe(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,290 @@
+// The two trades of the ring that compute: closers and consumers. See ring.cuh.
+#pragma once
+#include "ring.cuh"
+
+namespace fastkd::cuda {
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+// Merges what the warps of a group say about their row with what the peers say; the sums (of the
+// group's row before) arrive at the first CTA alone. All lanes call it; `peeled` are this lane's
+// own.
+template <bool kExtra, class Shared>
+__device__ __forceinline__ RingMessage exchange(Shared& shared, int group, uint32_t turn, int warps,
+                                                Statistics<float> peeled, float slope, int rank,
+                                                int ranks) {
+  const int lane = threadIdx.x % 32, slot = turn & 1;
+  barrier_wait(&shared.scanned[group], turn & 1);
+  RingMessage mine = lane < warps ? shared.warps[group][lane] : RingMessage();
+  const float student_max = max_of(mine.statistics.student_max, peeled.student_max);
+  const float teacher_max = max_of(mine.statistics.teacher_max, peeled.teacher_max);
+  mine.statistics.raise(student_max, teacher_max, slope);
+  peeled.raise(student_max, teacher_max, slope);
+  mine.statistics.student_sum += peeled.student_sum;
+  mine.statistics.hard_sum += peeled.hard_sum;
+  mine.statistics.teacher_sum += peeled.teacher_sum;
+  mine.statistics.merge_lanes(slope);
+  mine.previous.template merge_lanes<32, kExtra>();
+  if (ranks == 1) return mine;
+  if (lane < ranks) {
+    const uint32_t to = peer_address(shared_address(&shared.peers[group][slot][rank]), lane);
+    const Statistics<float>& s = mine.statistics;
+    const Sums<float>& p = mine.previous;
+    peer_store(to, {s.student_max, s.student_sum, s.hard_sum, s.teacher_max});
+    peer_store(to + 16, {s.teacher_sum, p.value, p.logits, p.student_entropy});
+    if (kExtra) peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
+    peer_arrive(peer_address(shared_address(&shared.exchanged[group][slot]), lane));
+  }
+  barrier_wait_cluster(&shared.exchanged[group][slot], (turn >> 1) & 1);
+  RingMessage all = lane < ranks ? shared.peers[group][slot][lane] : RingMessage();
+  all.statistics.merge_lanes(slope);
+  if (rank == 0) all.previous.template merge_lanes<32, kExtra>();
+  return all;
+}
+
+// What the closer of the first CTA takes of a row itself: the label's logit for the loss, and one
+// class a lane of those that no vector covers. Read before anybody may write the row in place.
+template <class T>
+struct RingPeel {
+  T* grad = nullptr;  // [classes], or null
+  int64_t peeled = -1;
+  float student = 0, teacher = 0, label_logit = 0;
+
+  RingPeel() = default;
+  __device__ __forceinline__ RingPeel(const ForwardArgs& args, const RingInfo& info) {
+    const RowOf<T> row(args, args.grad, args.grad_stride, info.row);
+    grad = row.grad;
+    peeled = row.layout.peeled(threadIdx.x % 32, args.classes);
+    if (info.label >= 0) label_logit = to_acc(row.student[info.label]);
+    if (peeled < 0) return;
+    student = to_acc(row.student[peeled]);
+    teacher = to_acc(row.teacher[peeled]);
+  }
+  __device__ __forceinline__ Statistics<float> scan(const Temperature<float>& t) const {
+    Statistics<float> stats;
+    if (peeled < 0) return stats;
+    stats.raise(student, teacher, t.slope);
+    stats.add<kAtRunTime>(student, teacher, t);
+    return stats;
+  }
+  template <bool kExtra, class W>
+  __device__ __forceinline__ Sums<float> write(const W& writer, int64_t label) const {
+    Sums<float> sums;
+    if (peeled >= 0) {
+      float g = writer.template write<kAtRunTime, kExtra>(student, teacher, sums);
+      if (peeled == label) g -= writer.label;
+      if (grad != nullptr) grad[peeled] = from_acc<T>(g);
+    }
+    sums.template merge_lanes<32, kExtra>();
+    return sums;
+  }
+};
+
+template <bool kExtra, class Shared>
+__device__ __forceinline__ void close_pending(const ForwardArgs& args, Shared& shared, int group,
+                                              const RingPending& pending, Sums<float> sums) {
+  if (pending.row < 0) return;
+  sums.add(pending.peeled);
+  close_row(args, pending.row, pending.stats, sums, pending.label_logit);
+}
+
+// One row of one group; false when nothing follows.
+template <class T, class W, bool kExtra, class Shared>
+__device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& shared,
+                                          RingFollower<Shared>& rows, int group, int warps,
+                                          int rank, int ranks, float scale) {
+  const bool leader = rank == 0 && threadIdx.x % 32 == 0;
+  const RingInfo info = rows.info();
+  const bool ends = info.row < 0;
+  const Temperature<float> t = temperature_of<float>(args, ends ? 0 : info.row);
+  const RingPeel<T> peel = rank == 0 && !ends ? RingPeel<T>(args, info) : RingPeel<T>();
+  const RingMessage all =
+      exchange<kExtra>(shared, group, rows.turn, warps, peel.scan(t), t.slope, rank, ranks);
+  const RingPending before = shared.pending[group];
+  if (ends) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
+    if (leader) close_pending<kExtra>(args, shared, group, before, all.previous);
+    return false;
+  }
+  const RowStats<float> stats(all.statistics);
+  const W writer(args, t, stats, scale);
+  if (threadIdx.x % 32 == 0) {
+    shared.writers[group] = writer;
+    barrier_arrive(&shared.ready[group]);
+  }
+  if (rank != 0) return true;
+  const Sums<float> peeled = peel.template write<kExtra>(writer, info.label);
+  if (leader) {
+    close_pending<kExtra>(args, shared, group, before, all.previous);
+    shared.pending[group] = {stats, peel.label_logit, peeled, info.row};
+  }
+  __syncwarp();
+  return true;
+}
+
+// Closer number `closer` of `closers`: the groups closer, closer + closers, ..., in the order of
+// their rows.
+template <class T, class W, bool kExtra, class Shared>
+__device__ __forceinline__ void close_rows(const ForwardArgs& args, const RingShape& shape,
+                                           Shared& shared, int closer, int closers, int warps,
+                                           int rank, int ranks, float scale) {
+  static_assert(Shared::kPerCloser <= 2);
+  const int first = closer, second = closer + closers;
+  bool first_runs = true, second_runs = second < Shared::kGroupCount;
+  RingFollower<Shared> first_rows(shared, shape, first);
+  RingFollower<Shared> second_rows(shared, shape, second_runs ? second : 0);
+  while (first_runs || second_runs) {
+    if (first_runs)
+      first_runs =
+          close_one<T, W, kExtra>(args, shared, first_rows, first, warps, rank, ranks, scale);
+    first_rows.next();
+    if (second_runs)
+      second_runs =
+          close_one<T, W, kExtra>(args, shared, second_rows, second, warps, rank, ranks, scale);
+    second_rows.next();
+  }
+}
+
+// First sweep over one slice, as its stages arrive: the statistics of this thread's vectors.
+template <class T, int kPower, int kWarps, int kVectors, class Shared>
+__device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                        const RingFollower<Shared>& rows,
+                                                        const RingInfo& info,
+                                                        const Temperature<float>& t, int thread) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  Statistics<float> stats;
+  Tops tops;
+  const bool plain = (info.student_shift | info.teacher_shift) == 0;
+  RingCursor at = rows.start;
+  for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
+    barrier_wait(&rows.shared.full[at.stage], at.parity);
+    const Stage& stage = ring[at.stage];
+    if (plain && left >= Stage::kCount) {
+      uint4 students[kVectors], teachers[kVectors];
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) {
+        students[k] = stage.student[thread + k * Stage::kThreads];
+        teachers[k] = stage.teacher[thread + k * Stage::kThreads];
+      }
+      add_vectors<T, kPower>(stats, tops, students, teachers, t);
+    } else {
+#pragma unroll 1
+      for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
+        add_vector<T, kPower>(stats, tops, fetch(stage.student, i, info.student_shift),
+                              fetch(stage.teacher, i, info.teacher_shift), t);
+    }
+    at.advance(1, rows.shape.stages);
+  }
+  stats.raise(tops.student, tops.teacher, t.slope);
+  return stats;
+}
+
+// Second sweep: the whole slice is still there. Each stage is freed as it is done.
+template <class T, int kPower, bool kExtra, int kWarps, int kVectors, class W, class Shared>
+__device__ __forceinline__ Sums<float> write_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                   const RingFollower<Shared>& rows,
+                                                   const RingInfo& info, const W& writer,
+                                                   int thread) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  constexpr int kUnroll = kExtra ? 1 : kVectors;  // two vectors at once would spill with terms
+  Sums<float> sums;
+  const bool plain = (info.student_shift | info.teacher_shift) == 0 && info.grad != nullptr;
+  RingCursor at = rows.start;
+  uint4* grad = info.grad;
+  for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
+    const Stage& stage = ring[at.stage];
+    if (plain && left >= Stage::kCount) {
+#pragma unroll kUnroll
+      for (int k = 0; k < kVectors; k++) {
+        const int i = thread + k * Stage::kThreads;
+        __stcs(grad + i,
+               write_vector<T, kPower, kExtra>(writer, stage.student[i], stage.teacher[i], sums));
+      }
+    } else {
+#pragma unroll 1
+      for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads) {
+        const uint4 g =
+            write_vector<T, kPower, kExtra>(writer, fetch(stage.student, i, info.student_shift),
+                                            fetch(stage.teacher, i, info.teacher_shift), sums);
+        if (info.grad != nullptr) __stcs(grad + i, g);
+      }
+    }
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(&rows.shared.empty[at.stage]);
+    at.advance(1, rows.shape.stages);
+    grad += Stage::kCount;
+  }
+  return sums;
+}
+
+// Student and teacher logit of the label, for the thread that owns its vector.
+template <class T, int kWarps, int kVectors, class Shared>
+__device__ __forceinline__ float2 label_logits(const RingStage<T, kWarps, kVectors>* ring,
+                                               const RingFollower<Shared>& rows,
+                                               const RingInfo& info) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  RingCursor at = rows.start;
+  at.advance(info.label_vector / Stage::kCount, rows.shape.stages);
+  const int byte = info.label_vector % Stage::kCount * kVectorBytes +
+                   info.label_element * static_cast<int>(sizeof(T));
+  const char* student = reinterpret_cast<const char*>(ring[at.stage].student);
+  const char* teacher = reinterpret_cast<const char*>(ring[at.stage].teacher);
+  return {to_acc(*reinterpret_cast<const T*>(student + byte + info.student_shift)),
+          to_acc(*reinterpret_cast<const T*>(teacher + byte + info.teacher_shift))};
+}
+
+template <class T, class W, bool kExtra, int kWarps, int kVectors, class Shared>
+__device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape& shape,
+                                        Shared& shared,
+                                        const RingStage<T, kWarps, kVectors>* ring) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  const int group = threadIdx.x / Stage::kThreads, thread = threadIdx.x % Stage::kThreads;
+  RingFollower<Shared> rows(shared, shape, group);
+  RingMessage message;
+  Temperature<float> t = temperature_of<float>(args, 0);
+  const auto send = [&] {
+    message.statistics.merge_lanes(t.slope);
+    message.previous.template merge_lanes<32, kExtra>();
+    if (thread % 32 != 0) return;
+    shared.warps[group][thread / 32] = message;
+    barrier_arrive(&shared.scanned[group]);
+  };
+  while (true) {
+    const RingInfo info = rows.info();
+    if (info.row < 0) break;
+    if (args.row_temperature != nullptr) t = temperature_of<float>(args, info.row);
+    with_power(t.power, [&](auto power) {
+      message.statistics = scan_slice<T, power.value>(ring, rows, info, t, thread);
+    });
+    send();
+    // The label's class is written again at the end, by the thread that wrote its vector.
+    const bool has_label = info.label_vector >= 0 && info.grad != nullptr &&
+                           info.label_vector % Stage::kThreads == thread;
+    const float2 label = has_label ? label_logits(ring, rows, info) : float2{0, 0};
+    barrier_wait(&shared.ready[group], rows.turn & 1);
+    const W writer = shared.writers[group];
+    with_power(t.power, [&](auto power) {
+      message.previous = write_slice<T, power.value, kExtra>(ring, rows, info, writer, thread);
+    });
+    if (has_label) {
+      Sums<float> unused;
+      const float g = writer.template write<kAtRunTime, kExtra>(label.x, label.y, unused);
+      reinterpret_cast<T*>(info.grad + info.label_vector)[info.label_element] =
+          from_acc<T>(g - writer.label);
+    }
+    rows.next();
+  }
+  // Nothing follows: the sums of the last row, and the stages of the row that is none. They are
+  // freed when the closer has seen it too: other groups' last rows may take them, a turn later.
+  message.statistics = Statistics<float>();
+  send();
+  barrier_wait(&shared.ready[group], rows.turn & 1);
+  for (int c = 0; c < shape.chunks; c++, rows.start.advance(1, shape.stages)) {
+    barrier_wait(&shared.full[rows.start.stage], rows.start.parity);
+    if (thread % 32 == 0) barrier_arrive(&shared.empty[rows.start.stage]);
+  }
+}
+
+#endif
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,211 @@
+// A CTA per row, which it reads twice: for GPUs without clusters, rows that fit on no chip, fp64,
+// and students and teachers of different dtypes. The second read is served by L2 while the rows in
+// flight fit there.
+#include "launch.h"
+#include "rows.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+// How a thread walks its part of a row. Vectors<T>: both inputs are T, 16 bytes at a time.
+// Elements<A>: any dtypes, computed in A, one class at a time.
+template <class T>
+struct Vectors {
+  using A = float;
+  static constexpr bool kFold = kFoldScales<T>;
+  const ForwardArgs& args;
+  RowOf<T> row;
+
+  __device__ __forceinline__ Vectors(const ForwardArgs& a, int64_t index)
+      : args(a), row(a, a.grad, a.grad_stride, index) {}
+  __device__ __forceinline__ float student(int64_t i) const { return to_acc(row.student[i]); }
+  __device__ __forceinline__ float teacher(int64_t i) const { return to_acc(row.teacher[i]); }
+  __device__ __forceinline__ void store(int64_t i, float g) const {
+    if (row.grad != nullptr) row.grad[i] = from_acc<T>(g);
+  }
+  __device__ __forceinline__ bool owns(int64_t i) const {
+    const int64_t inside = i - row.layout.begin;
+    if (inside < 0 || i >= args.classes - row.layout.tail) return peeled() == i;
+    return inside / Vector<T>::kElements % blockDim.x == threadIdx.x;
+  }
+  __device__ __forceinline__ int64_t peeled() const {
+    return threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
+  }
+  __device__ __forceinline__ void scan(Statistics<float>& stats,
+                                       const Temperature<float>& t) const {
+    Tops tops;
+#pragma unroll 2
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
+      add_vector<T, kAtRunTime>(stats, tops,
+                                fetch(row.student_vectors, i, row.layout.student_shift),
+                                fetch(row.teacher_vectors, i, row.layout.teacher_shift), t);
+    stats.raise(tops.student, tops.teacher, t.slope);
+    const int64_t i = peeled();
+    if (i < 0) return;
+    stats.raise(student(i), teacher(i), t.slope);
+    stats.add<kAtRunTime>(student(i), teacher(i), t);
+  }
+  template <bool kExtra, class W>
+  __device__ __forceinline__ void write(const W& writer, Sums<float>& sums) const {
+#pragma unroll 2
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x) {
+      const uint4 g = write_vector<T, kAtRunTime, kExtra>(
+          writer, fetch_once(row.student_vectors, i, row.layout.student_shift),
+          fetch_once(row.teacher_vectors, i, row.layout.teacher_shift), sums);
+      if (row.grad != nullptr) __stcs(row.grad_vectors + i, g);
+    }
+    const int64_t i = peeled();
+    if (i >= 0) store(i, writer.template write<kAtRunTime, kExtra>(student(i), teacher(i), sums));
+  }
+  __device__ __forceinline__ void fill(float value) const {
+    fill_row(row, value, 0, row.layout.vectors, true, threadIdx.x, blockDim.x, args.classes);
+  }
+};
+
+template <class Acc>
+struct Elements {
+  using A = Acc;
+  static constexpr bool kFold = false;
+  const ForwardArgs& args;
+  int64_t student_offset, teacher_offset, grad_offset;
+
+  __device__ __forceinline__ Elements(const ForwardArgs& a, int64_t index)
+      : args(a),
+        student_offset(offset_of(index, a.group_rows, a.student_stride)),
+        teacher_offset(offset_of(index, a.group_rows, a.teacher_stride)),
+        grad_offset(offset_of(index, a.group_rows, a.grad_stride)) {}
+  __device__ __forceinline__ A student(int64_t i) const {
+    return load_any<A>(args.student, args.student_dtype, student_offset + i);
+  }
+  __device__ __forceinline__ A teacher(int64_t i) const {
+    return load_any<A>(args.teacher, args.teacher_dtype, teacher_offset + i);
+  }
+  __device__ __forceinline__ void store(int64_t i, A g) const {
+    if (args.grad != nullptr) store_any(args.grad, args.student_dtype, grad_offset + i, g);
+  }
+  __device__ __forceinline__ bool owns(int64_t i) const { return i % blockDim.x == threadIdx.x; }
+  __device__ __forceinline__ void scan(Statistics<A>& stats, const Temperature<A>& t) const {
+#pragma unroll 2
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) {
+      const A z = student(i), w = teacher(i);
+      stats.raise(z, w, t.slope);
+      stats.template add<kAtRunTime>(z, w, t);
+    }
+  }
+  template <bool kExtra, class W>
+  __device__ __forceinline__ void write(const W& writer, Sums<A>& sums) const {
+#pragma unroll 2
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
+      store(i, writer.template write<kAtRunTime, kExtra>(student(i), teacher(i), sums));
+  }
+  __device__ __forceinline__ void fill(A value) const {
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) store(i, value);
+  }
+};
+
+template <class A>
+struct Exchange {
+  Statistics<A> statistics[2][32];
+  Sums<A> sums[2][32];
+};
+
+// fp64 needs twice the registers.
+template <class Rows>
+constexpr int kStreamingThreads = sizeof(typename Rows::A) == 8 ? 256 : 512;
+
+template <class Rows, class D, bool kExtra>
+__global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
+    streaming_kernel(const __grid_constant__ ForwardCall call) {
+  using A = typename Rows::A;
+  __shared__ Exchange<A> exchange;
+  __shared__ double slots[32];
+  __shared__ int count;
+  const ForwardArgs& args = call.args;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const A scale = block_scale<A>(call, &count);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  int turn = 0;
+  for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x, turn ^= 1) {
+    const Rows row(args, index);
+    const int64_t label = label_of(args, index);
+    const RowKind kind = kind_of(args, label);
+    if (kind != RowKind::kReal) {
+      row.fill(static_cast<A>(fill_value(kind)));
+      if (threadIdx.x == 0) close_row_as(args, index, static_cast<A>(fill_value(kind)));
+      __syncthreads();
+      continue;
+    }
+    const Temperature<A> t = temperature_of<A>(args, index);
+    // Read before the barrier, since the gradient may overwrite them.
+    const A label_student = label >= 0 ? row.student(label) : A(0);
+    const A label_teacher = label >= 0 ? row.teacher(label) : A(0);
+    Statistics<A> statistics;
+    row.scan(statistics, t);
+    statistics.merge_lanes(t.slope);
+    if (lane == 0) exchange.statistics[turn][warp] = statistics;
+    __syncthreads();
+    statistics = lane < warps ? exchange.statistics[turn][lane] : Statistics<A>();
+    statistics.merge_lanes(t.slope);
+
+    const RowStats<A> stats(statistics);
+    const Writer<A, D, Rows::kFold> writer(args, t, stats, scale);
+    Sums<A> sums, unused;
+    row.template write<kExtra>(writer, sums);
+    if (label >= 0 && row.owns(label))
+      row.store(label,
+                writer.template write<kAtRunTime, kExtra>(label_student, label_teacher, unused) -
+                    writer.label);
+    sums.template merge_lanes<32, kExtra>();
+    if (lane == 0) exchange.sums[turn][warp] = sums;
+    __syncthreads();
+    if (warp != 0) continue;
+    sums = lane < warps ? exchange.sums[turn][lane] : Sums<A>();
+    sums.template merge_lanes<32, kExtra>();
+    if (lane == 0) close_row(args, index, stats, sums, label_student);
+  }
+  finish_inside(call, scale, slots);
+}
+
+template <class Rows>
+cudaError_t launch_as(const ForwardCall& call, Launch& launch, int processors) {
+  return visit(call.args.divergence, [&](auto divergence) {
+    using D = decltype(divergence);
+    const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
+    const auto kernel = extra ? streaming_kernel<Rows, D, true> : streaming_kernel<Rows, D, false>;
+    if (launch.config.blockDim.x > kStreamingThreads<Rows>)
+      launch.config.blockDim.x = kStreamingThreads<Rows>;
+    int per_processor = 1;
+    if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &per_processor, kernel, static_cast<int>(launch.config.blockDim.x), 0))
+      return error;
+    const int64_t most = static_cast<int64_t>(per_processor) * processors;
+    launch.config.gridDim.x = static_cast<unsigned>(call.args.rows < most ? call.args.rows : most);
+    return launch(kernel, call);
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  const ForwardArgs& args = call.args;
+  Launch launch(1, plan.threads, 0, stream);
+  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  if (computes_in_double(args.student_dtype, args.teacher_dtype))
+    return launch_as<Elements<double>>(call, launch, device.processors);
+  if (!hot_dtypes(args.student_dtype, args.teacher_dtype))
+    return launch_as<Elements<float>>(call, launch, device.processors);
+  switch (args.student_dtype) {
+    case DType::kBFloat16:
+      return launch_as<Vectors<__nv_bfloat16>>(call, launch, device.processors);
+    case DType::kFloat16:
+      return launch_as<Vectors<__half>>(call, launch, device.processors);
+    default:
+      return launch_as<Vectors<float>>(call, launch, device.processors);
+  }
+}
+
+}  // namespace fastkd::cuda

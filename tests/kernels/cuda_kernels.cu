@@ -1,0 +1,537 @@
+// Checks every family of CUDA kernels against a double-precision reference on the host. No torch.
+// Prints one line per failed case and a summary; the exit status is the number of failed cases.
+// `cuda_kernels --short` runs a reduced set, for compute-sanitizer.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+
+using namespace fastkd;
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+void check(int status, const char* what) {
+  if (status == 0) return;
+  std::printf("FAIL %s: %s (%d)\n", what, cuda::describe(status), status);
+  std::exit(99);
+}
+
+double load(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(p)[i];
+    case DType::kFloat16:
+      return __half2float(static_cast<const __half*>(p)[i]);
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+void store(void* p, DType dtype, int64_t i, double x) {
+  switch (dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = x;
+      break;
+    case DType::kFloat16:
+      static_cast<__half*>(p)[i] = __float2half_rn(static_cast<float>(x));
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(static_cast<float>(x));
+      break;
+    default:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+  }
+}
+
+// A stream of numbers that depends on the seed alone.
+struct Random {
+  uint64_t state;
+  double uniform() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<double>(state >> 11) / 9007199254740992.0;
+  }
+  double normal() {
+    return std::sqrt(-2 * std::log(uniform() + 1e-18)) * std::cos(6.283185307179586 * uniform());
+  }
+};
+
+struct Case {
+  int64_t rows = 3, classes = 100;
+  DType student = DType::kBFloat16, teacher = DType::kBFloat16;
+  double temperature = 2, hard_weight = 0.3, soft_weight = 0.7, smoothing = 0;
+  int student_offset = 0, teacher_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
+  int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // of a row, in elements
+  int64_t group_rows = 0;
+  bool labels = true, ignored = true, bad_label = false, row_temperature = false;
+  bool terms = false, in_place = false, infinities = false, nan = false;
+  Reduction reduction = Reduction::kMean;
+  double noise = 1;  // of the student about the teacher
+  const cuda::Plan* plan = nullptr;
+  std::string name;
+};
+
+// Host memory and its copy on the device, `offset` elements into an aligned block.
+struct Buffer {
+  std::vector<char> host;
+  char* device = nullptr;
+  int64_t offset = 0;
+  explicit Buffer(int64_t bytes, int64_t off = 0) : host(static_cast<size_t>(bytes)), offset(off) {
+    check(cudaMalloc(&device, static_cast<size_t>(bytes + off + 16)), "cudaMalloc");
+  }
+  ~Buffer() { cudaFree(device); }
+  Buffer(const Buffer&) = delete;
+  void* at() { return device + offset; }
+  void up() { check(cudaMemcpy(at(), host.data(), host.size(), cudaMemcpyHostToDevice), "up"); }
+  void down() { check(cudaMemcpy(host.data(), at(), host.size(), cudaMemcpyDeviceToHost), "down"); }
+};
+
+struct Reference {
+  double loss = 0, terms[kTerms] = {};
+  std::vector<double> grad;
+};
+
+Reference reference_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
+                        int64_t label, double t) {
+  const int64_t n = c.classes;
+  Reference r;
+  r.grad.assign(static_cast<size_t>(n), 0.0);
+  double ms = -kInfinity, mt = -kInfinity, zs = 0, z1 = 0, zt = 0, mean = 0;
+  bool poisoned = false;
+  for (int64_t i = 0; i < n; i++) {
+    ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]), mean += z[i] / n;
+    poisoned |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInfinity || w[i] == kInfinity;
+  }
+  if (poisoned || ms == -kInfinity || mt == -kInfinity) {
+    r.loss = NAN;
+    for (double& g : r.grad) g = NAN;
+    return r;
+  }
+  for (int64_t i = 0; i < n; i++)
+    zs += std::exp((z[i] - ms) / t), z1 += std::exp(z[i] - ms), zt += std::exp((w[i] - mt) / t);
+  double kl = 0, hs = 0, ht = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const double lq = (z[i] - ms) / t - std::log(zs), lp = (w[i] - mt) / t - std::log(zt);
+    const double q = std::exp(lq), p = std::exp(lp), d = lp - lq;
+    const double f =
+        std::fabs(d) < 1e-2
+            ? d * d * (0.5 - d / 6 + d * d / 24 - d * d * d / 120 + d * d * d * d / 720)
+            : d + std::expm1(-d);
+    kl += p == 0 ? q : q == 0 && z[i] == -kInfinity ? kInfinity : p * f;
+    if (q > 0) hs -= q * lq;
+    if (p > 0) ht -= p * lp;
+    if (z[i] == ms && w[i] == mt) r.terms[kAgreement] = 1;
+    double g = c.soft_weight * t * (q - p);
+    if (label >= 0)
+      g += c.hard_weight *
+           (std::exp(z[i] - ms) / z1 - c.smoothing / n - (i == label ? 1 - c.smoothing : 0));
+    r.grad[static_cast<size_t>(i)] = g;
+  }
+  const double lse = ms + std::log(z1);
+  double hard = 0;
+  if (label >= 0) {
+    hard = (1 - c.smoothing) * (lse - z[label]);
+    if (c.smoothing > 0) hard += c.smoothing * (lse - mean);
+  }
+  r.terms[kHard] = hard, r.terms[kSoft] = kl;
+  r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
+  r.loss = (c.hard_weight == 0 ? 0 : c.hard_weight * hard) +
+           (c.soft_weight == 0 ? 0 : c.soft_weight * t * t * kl);
+  return r;
+}
+
+bool close(double got, double want, double absolute, double relative) {
+  if (std::isnan(want)) return std::isnan(got);
+  if (std::isinf(want)) return got == want;
+  return std::fabs(got - want) <= absolute + relative * std::fabs(want);
+}
+
+// One case: forward, a second forward (bitwise the same), then backward in its three forms.
+struct Runner {
+  const Case& c;
+  int64_t group, student_row, teacher_row, grad_row, student_group, teacher_group, grad_group;
+  bool wide;
+  int acc;
+  int failures = 0;
+
+  explicit Runner(const Case& which) : c(which) {
+    group = c.group_rows > 0 ? c.group_rows : c.rows;
+    student_row = c.classes + c.student_pad, teacher_row = c.classes + c.teacher_pad;
+    grad_row = c.classes + c.grad_pad;
+    student_group = group * student_row + 5, teacher_group = group * teacher_row + 3;
+    grad_group = group * grad_row;
+    wide = computes_in_double(c.student, c.teacher);
+    acc = wide ? 8 : 4;
+  }
+  int64_t extent(int64_t row, int64_t of_group) const {
+    return (c.rows + group - 1) / group * of_group + row;
+  }
+  void fail(const char* what, int64_t row, int64_t i, double got, double want) {
+    if (failures++ < 3)
+      std::printf("FAIL %s [V=%lld %s]: %s row %lld class %lld: got %.9g, want %.9g\n",
+                  c.name.c_str(), static_cast<long long>(c.classes), plan_name().c_str(), what,
+                  static_cast<long long>(row), static_cast<long long>(i), got, want);
+  }
+  std::string plan_name() const {
+    cuda::Device device;
+    check(cuda::current_device(device), "device");
+    const cuda::Plan p =
+        c.plan ? *c.plan
+               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits());
+    return std::string(cuda::name_of(p.family)) + " " + std::to_string(p.cluster) + "x" +
+           std::to_string(p.threads);
+  }
+  double acc_of(const Buffer& b, int64_t i) const {
+    return load(b.host.data(), wide ? DType::kFloat64 : DType::kFloat32, i);
+  }
+  void run();
+};
+
+// What launch_ring refuses: a slice that the ring does not hold.
+bool fits(int64_t classes, DType dtype, int cluster, int stages) {
+  const int64_t vectors = classes * size_of(dtype) / cuda::kVectorBytes;
+  const int64_t slice = (vectors + cluster - 1) / cluster;
+  const int64_t stage = cuda::ring_stage_vectors(cuda::kRingWarps, cuda::kRingVectors);
+  return (slice + stage - 1) / stage <= stages;
+}
+
+int forward_with(const Case& c, const ForwardArgs& args, void* total) {
+  if (c.plan == nullptr) return cuda::forward(args, total, nullptr, nullptr);
+  cuda::ForwardCall call;
+  call.args = args;
+  call.total = total;
+  call.scale_source = args.labels != nullptr && args.reduction == Reduction::kMean
+                          ? cuda::ScaleSource::kCount
+                          : cuda::ScaleSource::kArgument;
+  if (args.labels == nullptr && args.reduction == Reduction::kMean)
+    call.args.scale = 1.0 / static_cast<double>(args.rows);
+  int status = c.plan->family == cuda::Family::kRing
+                   ? cuda::launch_ring(call, *c.plan, nullptr)
+                   : cuda::launch_streaming(call, *c.plan, nullptr);
+  if (status == 0 && total != nullptr) status = cuda::launch_finish(call, nullptr);
+  return status;
+}
+
+void Runner::run() {
+  const int64_t es = size_of(c.student), et = size_of(c.teacher);
+  Buffer student(extent(student_row, student_group) * es, c.student_offset * es);
+  Buffer teacher(extent(teacher_row, teacher_group) * et, c.teacher_offset * et);
+  Buffer grad(extent(grad_row, grad_group) * es, c.grad_offset * es);
+  Buffer labels(c.rows * 8), temperatures(c.rows * acc), loss(c.rows * acc);
+  Buffer terms(c.rows * acc * kTerms), stats((c.rows * kStats + 1) * acc);
+  Buffer total(acc * (1 + kTerms)), grad_output(acc * c.rows);
+  const DType acc_dtype = wide ? DType::kFloat64 : DType::kFloat32;
+  Random random{static_cast<uint64_t>(c.classes * 1000003 + c.rows)};
+  std::vector<Reference> want;
+  int64_t counted = 0;
+  for (int64_t r = 0; r < c.rows; r++) {
+    const int64_t so = row_offset(r, group, {student_row, student_group});
+    const int64_t to = row_offset(r, group, {teacher_row, teacher_group});
+    for (int64_t i = 0; i < c.classes; i++) {
+      double w = 3 * random.normal(), z = w + c.noise * random.normal();
+      if (c.infinities && i % 7 == 3) z = -kInfinity, w = r % 2 ? -kInfinity : w;
+      if (c.infinities && i % 11 == 5) w = -kInfinity;
+      if (c.infinities && r == 3) z = -kInfinity;
+      if (c.nan && r == 1 && i == c.classes / 2) z = NAN;
+      if (c.nan && r == 2 && i == c.classes - 1) w = NAN;
+      if (c.nan && r == 0 && i == 0) z = kInfinity;
+      store(student.host.data(), c.student, so + i, z);
+      store(teacher.host.data(), c.teacher, to + i, w);
+    }
+    int64_t label = r == 0   ? c.classes - 1
+                    : r == 1 ? 0
+                             : static_cast<int64_t>(random.uniform() * c.classes);
+    if (c.infinities) label = label / 77 * 77;  // of a class that is not masked
+    if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
+    if (c.bad_label && r == 2) label = c.classes;
+    reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
+    const double t = c.row_temperature ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
+    store(temperatures.host.data(), acc_dtype, r, t);
+    store(grad_output.host.data(), acc_dtype, r, 1.0);
+    std::vector<double> z(static_cast<size_t>(c.classes)), w(z.size());
+    for (int64_t i = 0; i < c.classes; i++) {
+      z[i] = load(student.host.data(), c.student, so + i);
+      w[i] = load(teacher.host.data(), c.teacher, to + i);
+    }
+    Reference ref;
+    if (c.labels && label == -100) {
+      ref.grad.assign(z.size(), 0.0);
+    } else if (c.labels && label == c.classes) {
+      counted++;
+      ref.loss = NAN;
+      ref.grad.assign(z.size(), NAN);
+    } else {
+      counted++;
+      ref = reference_row(c, z, w, c.labels ? label : -1, t);
+    }
+    want.push_back(ref);
+  }
+  student.up(), teacher.up(), labels.up(), temperatures.up(), grad_output.up();
+  check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
+  check(cudaMemset(loss.at(), 0xff, loss.host.size()), "poison");
+  check(cudaMemset(total.at(), 0xff, total.host.size()), "poison");
+
+  ForwardArgs args;
+  args.rows = c.rows, args.classes = c.classes, args.group_rows = group;
+  args.student = student.at(), args.student_stride = {student_row, student_group};
+  args.teacher = teacher.at(), args.teacher_stride = {teacher_row, teacher_group};
+  args.student_dtype = c.student, args.teacher_dtype = c.teacher;
+  args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
+  args.row_temperature = c.row_temperature ? temperatures.at() : nullptr;
+  args.temperature = c.temperature, args.hard_weight = c.hard_weight;
+  args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
+  args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
+  args.grad = c.in_place ? student.at() : grad.at();
+  args.grad_stride = c.in_place ? args.student_stride : RowStrides{grad_row, grad_group};
+  args.reduction = c.reduction;
+  check(forward_with(c, args, c.reduction == Reduction::kNone ? nullptr : total.at()),
+        c.name.c_str());
+  check(cudaDeviceSynchronize(), c.name.c_str());
+  Buffer& out = c.in_place ? student : grad;
+  const RowStrides out_stride = args.grad_stride;
+  out.down(), loss.down(), terms.down(), total.down(), stats.down();
+  const std::vector<char> first = out.host;
+  const double scale = c.reduction == Reduction::kMean ? 1.0 / (counted > 0 ? counted : 1) : 1.0;
+  if (!close(acc_of(stats, kStats * c.rows), scale, 0, 1e-6))
+    fail("scale", 0, 0, acc_of(stats, kStats * c.rows), scale);
+  const double eps = c.student == DType::kBFloat16  ? 4.0e-3
+                     : c.student == DType::kFloat16 ? 5.0e-4
+                     : c.student == DType::kFloat64 ? 1e-10
+                     : wide                         ? 2e-7
+                                                    : 2e-6;
+  const double tiny = c.student == DType::kFloat64   ? 1e-16
+                      : c.student == DType::kFloat16 ? 6e-8
+                                                     : 6e-7 * scale;
+  double sum = 0, term_sums[kTerms] = {};
+  const auto check_grad = [&](const std::vector<char>& got, double factor, const char* what,
+                              double slack = 1) {
+    for (int64_t r = 0; r < c.rows; r++)
+      for (int64_t i = 0; i < c.classes; i++) {
+        const double g = load(got.data(), c.student, row_offset(r, group, out_stride) + i);
+        const double w = want[r].grad[i] * scale * factor;
+        if (!close(g, w, slack * tiny * std::fmax(1.0, std::fabs(factor)), slack * eps))
+          return fail(what, r, i, g, w);
+      }
+  };
+  check_grad(first, 1, "grad");
+  const double loss_eps = wide ? 1e-12 : 3e-6;
+  for (int64_t r = 0; r < c.rows; r++) {
+    sum += want[r].loss;
+    if (!close(acc_of(loss, r), want[r].loss,
+               wide            ? 1e-13
+               : c.noise < 0.1 ? 1e-12
+                               : 2e-6,
+               loss_eps))
+      fail("loss", r, 0, acc_of(loss, r), want[r].loss);
+    for (int k = 0; k < kTerms; k++) {
+      term_sums[k] += want[r].terms[k];
+      if (c.terms && !std::isnan(want[r].loss) &&
+          !close(acc_of(terms, k * c.rows + r), want[r].terms[k], 2e-6, 1e-5))
+        fail("terms", r, k, acc_of(terms, k * c.rows + r), want[r].terms[k]);
+    }
+  }
+  if (c.reduction != Reduction::kNone) {
+    if (!close(acc_of(total, 0), sum * scale, 1e-6, 1e-5))
+      fail("total", 0, 0, acc_of(total, 0), sum * scale);
+    for (int k = 0; c.terms && k < kTerms && !std::isnan(sum); k++)
+      if (!close(acc_of(total, 1 + k), term_sums[k] * scale, 1e-5, 1e-5))
+        fail("total", 0, 1 + k, acc_of(total, 1 + k), term_sums[k] * scale);
+  }
+  // Once more.
+  if (c.in_place) {
+    std::vector<char> keep = first;
+  } else {
+    check(forward_with(c, args, c.reduction == Reduction::kNone ? nullptr : total.at()), "again");
+    out.down();
+    if (std::memcmp(first.data(), out.host.data(), first.size()) != 0) fail("repeat", 0, 0, 0, 0);
+  }
+  // Backward.
+  BackwardArgs back;
+  static_cast<Inputs&>(back) = args;
+  back.stats = stats.at(), back.grad = out.at(), back.grad_stride = out_stride;
+  back.grad_output = grad_output.at();
+  check(cuda::backward(back, true, nullptr), "backward 1");
+  out.down();
+  if (std::memcmp(first.data(), out.host.data(), first.size()) != 0)
+    fail("backward filled, 1", 0, 0, 0, 0);
+  if (!c.in_place) {
+    check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
+    check(cuda::backward(back, false, nullptr), "backward 2");
+    out.down();
+    int64_t differs = 0;
+    for (int64_t r = 0; r < c.rows && c.smoothing == 0; r++)
+      for (int64_t i = 0; i < c.classes; i++) {
+        const int64_t at = (row_offset(r, group, out_stride) + i) * es;
+        const double w = load(first.data(), c.student, at / es);
+        if (std::memcmp(&first[at], &out.host[at], es) != 0 && !std::isnan(w) && differs++ == 0)
+          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, at / es), w);
+      }
+    check_grad(out.host, 1, "backward anew");
+  }
+  store(grad_output.host.data(), acc_dtype, 0, 3.0);
+  grad_output.up();
+  check(cuda::backward(back, true, nullptr), "backward 3");
+  out.down();
+  check_grad(out.host, 3, "backward filled, 3", c.in_place ? 2.1 : 1);  // in place rounds twice
+  if (!c.in_place) {
+    for (int64_t r = 0; r < c.rows; r++) store(grad_output.host.data(), acc_dtype, r, 0.5);
+    grad_output.up();
+    back.grad_output_per_row = true;
+    check(cuda::backward(back, false, nullptr), "backward 4");
+    out.down();
+    check_grad(out.host, 0.5, "backward per row");
+  }
+  check(cudaDeviceSynchronize(), "end");
+}
+
+int total_failures = 0, total_cases = 0;
+void test(Case c, const char* name) {
+  c.name = name;
+  Runner runner(c);
+  runner.run();
+  total_failures += runner.failures != 0;
+  total_cases++;
+}
+
+constexpr DType kHot[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
+
+void sizes(bool brief) {
+  const std::vector<int64_t> all = {1,     2,     7,     31,    32,     33,     127,   128,  129,
+                                    255,   511,   512,   513,   1000,   1023,   1024,  1025, 2047,
+                                    2049,  4095,  4096,  4097,  5003,   8191,   8192,  8193, 16385,
+                                    27001, 32000, 50257, 65536, 128257, 151937, 262144};
+  const std::vector<int64_t> few = {3, 33, 129, 1001, 2049, 4097, 20001, 50257};
+  for (const int64_t classes : brief ? few : all)
+    for (const DType dtype : kHot) {
+      Case c;
+      c.classes = classes, c.student = c.teacher = dtype;
+      c.rows = classes > 20000 ? 5 : classes > 1024 ? 9 : 70;
+      if (brief) c.rows = 4;
+      test(c, "sizes");
+    }
+}
+void layouts() {
+  for (const int64_t classes : {100, 777, 3001, 9001, 40007})
+    for (const DType dtype : kHot)
+      for (int k = 0; k < 4; k++) {
+        Case c;
+        c.classes = classes, c.student = c.teacher = dtype, c.rows = 7;
+        c.student_offset = k, c.teacher_offset = 2 * k % 5, c.grad_offset = 3 * k % 4;
+        c.student_pad = k == 2 ? 3 : 0, c.teacher_pad = k == 3 ? 64 : k,
+        c.grad_pad = k == 1 ? 1 : 0;
+        c.group_rows = k == 3 ? 3 : 0;
+        test(c, "layouts");
+      }
+}
+void options() {
+  for (const int64_t classes : {10, 100, 1000, 3000, 10000, 33333}) {
+    for (const double t : {1.0, 1.5, 3.0, 4.0}) {
+      Case c;
+      c.classes = classes, c.temperature = t, c.rows = 40;
+      test(c, "temperature");
+      c.student = c.teacher = DType::kFloat32;
+      test(c, "temperature fp32");
+    }
+    Case c;
+    c.classes = classes, c.rows = 40;
+    Case d = c;
+    d.row_temperature = true, test(d, "row temperature");
+    d = c, d.bad_label = true, test(d, "bad label");
+    d = c, d.terms = true, d.smoothing = 0.1, test(d, "terms and smoothing");
+    d.student = d.teacher = DType::kFloat32, test(d, "terms and smoothing fp32");
+    d = c, d.labels = false, test(d, "no labels");
+    d = c, d.labels = false, d.temperature = 1.7, d.terms = true, test(d, "no labels, terms");
+    d = c, d.in_place = true, test(d, "in place");
+    d.student = d.teacher = DType::kFloat32, d.student_offset = 1, test(d, "in place fp32");
+    d = c, d.infinities = true, d.rows = 9, test(d, "infinities");
+    d.student = d.teacher = DType::kFloat32, test(d, "infinities fp32");
+    d = c, d.nan = true, d.rows = 9, d.ignored = false, test(d, "nan");
+    d = c, d.reduction = Reduction::kSum, test(d, "sum");
+    d = c, d.reduction = Reduction::kNone, test(d, "none");
+    d = c, d.hard_weight = 0, d.soft_weight = 1, test(d, "soft only");
+    d = c, d.hard_weight = 1, d.soft_weight = 0, test(d, "hard only");
+    d = c, d.student = d.teacher = DType::kFloat32, d.hard_weight = 0, d.noise = 1e-3,
+    test(d, "near");
+  }
+}
+void mixes() {
+  const DType all[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  for (const DType s : all)
+    for (const DType t : all)
+      for (const int64_t classes : {5, 100, 1000, 9999}) {
+        Case c;
+        c.classes = classes, c.student = s, c.teacher = t, c.rows = 20, c.terms = classes == 100;
+        test(c, "mixed dtypes");
+      }
+}
+void forced(bool brief) {
+  cuda::Device device;
+  check(cuda::current_device(device), "device");
+  cuda::Plan streaming;
+  streaming.threads = streaming.lanes = 512;
+  for (const int64_t classes : {1000, 9001, 50257})
+    for (const DType dtype : kHot) {
+      Case c;
+      c.plan = &streaming, c.classes = classes, c.student = c.teacher = dtype, c.teacher_offset = 1;
+      test(c, "streaming");
+    }
+  if (device.major < 9) return;
+  for (int cluster = 1; cluster <= 16; cluster *= 2)
+    for (const int64_t classes : {1000, 5003, 30011}) {
+      const int stage = cuda::ring_stage_bytes(cuda::kRingWarps, cuda::kRingVectors);
+      cuda::Plan ring;
+      ring.family = cuda::Family::kRing, ring.cluster = cluster;
+      for (const int stages : {2, 8, 12}) {
+        ring.stages = stages, ring.shared_bytes = stages * stage, ring.threads = cuda::kRingThreads;
+        if (!fits(classes, DType::kBFloat16, cluster, stages)) continue;
+        Case c;
+        c.plan = &ring, c.classes = classes, c.rows = brief ? 5 : 701, c.terms = cluster == 2;
+        test(c,
+             ("ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages")
+                 .c_str());
+      }
+    }
+}
+void many_rows() {
+  for (const int64_t classes : {10, 130, 1000, 2000, 5000}) {
+    Case c;
+    c.classes = classes, c.rows = classes < 1000 ? 40000 : 3000;
+    test(c, "many rows");
+  }
+  Case c;
+  c.rows = 0;
+  c.classes = 1000;
+  Buffer total(8), stats(8), loss(8);
+  ForwardArgs args;
+  args.classes = 1000, args.stats = stats.at(), args.loss = loss.at();
+  check(cuda::forward(args, total.at(), nullptr, nullptr), "no rows");
+  total.down();
+  if (load(total.host.data(), DType::kFloat32, 0) != 0)
+    total_failures++, std::printf("FAIL no rows\n");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("SKIP: no CUDA device\n");
+    return 0;
+  }
+  const bool brief = argc > 1 && std::strcmp(argv[1], "--short") == 0;
+  sizes(brief);
+  if (!brief) layouts(), options(), mixes(), many_rows();
+  forced(brief);
+  std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
+              total_cases);
+  return total_failures > 90 ? 90 : total_failures;
+}
