@@ -25,8 +25,8 @@ constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 // of its own.
 enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
 
-template <Hard kHard, class T>
-FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T>& own) {
+template <Hard kHard, class T, class S>
+FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T, S>& own) {
   if constexpr (kHard == Hard::kPower1) return tempered;
   if constexpr (kHard == Hard::kPower2) return tempered * tempered;
   if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
@@ -85,9 +85,9 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* logits) {
 
 // With kKeep the tempered exponentials are left in `kept`.
 template <Hard kHard, bool kKeep, class T, class S>
-Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T>& tempered_one,
-                         const Exponential<T>& own_one, T* kept) {
-  const Exponential<T> tempered = tempered_one, own = own_one;  // no store below can touch these
+Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>& tempered_one,
+                         const Exponential<T, S>& own_one, T* kept) {
+  const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     prefetch_next(logits + at);
@@ -104,11 +104,11 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T>& t
 }
 
 // The second sweep's constants of one row.
-template <class T>
+template <class T, class S>
 struct Coefficients {
-  Exponential<T> student, teacher;  // q and p themselves, or for kept rows
-  T student_scale, teacher_scale;   // q and p over the kept exponentials
-  Exponential<T> own;               // softmax(z), where it is no power of q
+  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
+  T student_scale, teacher_scale;      // q and p over the kept exponentials
+  Exponential<T, S> own;               // softmax(z), where it is no power of q
   T inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
   bool apart;   // d = ((w - max w) - (z - max z)) / t - log_ratio instead
@@ -123,11 +123,11 @@ enum class Way { kKept, kAnew, kApart };
 
 // Writes the gradient but for the label's share, and returns the sum of the divergence. grad may be
 // the student itself. student_kept and teacher_kept are read by Way::kKept alone.
-template <class D, Hard kHard, Way kWay, class T, class S>
-T write_gradient(const Coefficients<T>& coefficients, const S* student, const S* teacher,
-                 const T* student_kept, const T* teacher_kept, S* grad, int64_t count) {
+template <class D, Hard kHard, Way kWay, class T, class S, class L>
+T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const L* teacher,
+                 const T* student_kept, const T* teacher_kept, L* grad, int64_t count) {
   static_assert(D::kSlopeSumKnown, "a sweep that sums the slopes must come first");
-  const Coefficients<T> c = coefficients;
+  const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
 #pragma omp simd
@@ -144,7 +144,7 @@ T write_gradient(const Coefficients<T>& coefficients, const S* student, const S*
       values[i] += D::template value<T>(e);
       T g = c.uniform;
       if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(q, z, c.own);
-      grad[at + i] = narrow<S>(g + c.soft_gain * D::template gradient<T>(e));
+      grad[at + i] = narrow<L>(g + c.soft_gain * D::template gradient<T>(e));
     }
   }
   return sum_of(values);
@@ -157,8 +157,8 @@ struct Entropies {
 };
 
 // What only `terms` asks for; a sweep of its own, so that the others need not pay for it.
-template <class T>
-Entropies<T> sum_entropies(const Coefficients<T> c, T student_log_scale, T teacher_log_scale,
+template <class T, class S>
+Entropies<T> sum_entropies(const Coefficients<T, S> c, T student_log_scale, T teacher_log_scale,
                            T student_max, T teacher_max, const T* student, const T* teacher,
                            int64_t count) {
   T student_entropy = 0, teacher_entropy = 0;

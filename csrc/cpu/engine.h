@@ -76,9 +76,9 @@ struct Kept {
 };
 
 // Makes q and p of exponentials that are relative to other maxima than the row's.
-template <class T>
+template <class T, class S>
 void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
-                  Coefficients<T>* c) {
+                  Coefficients<T, S>* c) {
   const double student = row.rescale(student_max, s.student_max);
   const double teacher = row.rescale(teacher_max, s.teacher_max);
   c->student_scale = static_cast<T>(student * static_cast<double>(s.student_scale));
@@ -96,6 +96,10 @@ struct Engine {
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(
         at(grad, in.student_dtype, row_offset(row, in.group_rows, grad_stride) + index));
+  }
+
+  Coefficients<T, S> coefficients(const Row<T>& row, const Scales<T>& s, double gain) const {
+    return make_coefficients<S>(in, row, s, gain);
   }
 
   bool keeps(int64_t segment) const { return Kept<T>::kClasses > 0 && segment == segments() - 1; }
@@ -123,7 +127,7 @@ struct Engine {
   Pair<double> scan_blocks(const Row<T>& row, const Logits& logits, int64_t begin, int64_t end,
                            double* max, T* kept, double* maxima) const {
     alignas(64) S buffer[kBlock];
-    Exponential<T> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
+    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Pair<double> result = {0, 0};
     *max = kLowest;
     for_blocks(begin, end, [&](int64_t at, int64_t count) {
@@ -190,7 +194,7 @@ struct Engine {
   }
 
   // What only `terms` and label smoothing ask for, of the block that starts at `at`.
-  void sum_extras(const Row<T>& row, const Coefficients<T>& c, const Scales<T>& s, int64_t index,
+  void sum_extras(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s, int64_t index,
                   int64_t at, int64_t count, Sums* sums) const {
     alignas(64) T z[kBlock];
     alignas(64) T w[kBlock];
@@ -210,7 +214,7 @@ struct Engine {
 
   // One block of the second sweep, in the form that the row asks for.
   template <class L>
-  T differentiate(const Row<T>& row, const Coefficients<T>& c, Way way, const L* z, const L* w,
+  T differentiate(const Row<T>& row, const Coefficients<T, S>& c, Way way, const L* z, const L* w,
                   const T* student_kept, const T* teacher_kept, L* g, int64_t count) const {
     if (c.apart && row.gradient_hard == Hard::kNone) {
       return write_gradient<D, Hard::kNone, Way::kApart>(c, z, w, student_kept, teacher_kept, g,
@@ -229,7 +233,7 @@ struct Engine {
     });
   }
 
-  T write_block(const Row<T>& row, const Coefficients<T>& c, int64_t index, int64_t at,
+  T write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
                 int64_t count, const T* student_kept, const T* teacher_kept) const {
     alignas(64) S student[kBlock];
     alignas(64) S teacher[kBlock];
@@ -247,7 +251,7 @@ struct Engine {
   }
 
   // The label's element, where the one-hot target is taken off before the gradient is rounded.
-  T label_gradient(const Row<T>& row, const Coefficients<T>& c, T student, T teacher,
+  T label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student, T teacher,
                    double gain) const {
     alignas(64) T z[kLanes];
     alignas(64) T w[kLanes];
@@ -260,8 +264,8 @@ struct Engine {
   }
 
   // Sums are wanted by forward alone; null in backward.
-  void write(const Row<T>& row, Coefficients<T>* c, const Scales<T>& s, double gain, int64_t index,
-             int64_t segment, const Kept<T>& kept, Sums* sums) const {
+  void write(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, double gain,
+             int64_t index, int64_t segment, const Kept<T>& kept, Sums* sums) const {
     const int64_t begin = segment * kSegment, end = end_of(segment);
     const bool labelled = row.hard != Hard::kNone && begin <= row.label && row.label < end;
     const bool exact = in.student_dtype == kStorage<T>;

@@ -6,10 +6,11 @@
 // the polynomial's coefficients, which makes normalisation free. The maximum is subtracted before
 // anything is rounded, so that logits of any size are as accurate as small ones.
 //
-// Error of 2^x against the exact value at the same float x, scale 1: at most 1.0 ulp with FMA, 1.3
-// without, for -126 <= x < 128 (measured, tests/kernels). x < -126, and -inf, give exactly 0; x = 0
-// gives exactly 1; NaN gives NaN. From 128 on, and for +inf, the result is meaningless: the kernels
-// subtract the maximum first, and treat rows that hold a +inf before they use it.
+// Error of 2^x against the exact value at the same float x, scale 1, S = float: at most 1.0 ulp
+// with FMA, 1.3 without, for -126 <= x < 128 (measured, tests/kernels). x < -126, and -inf, give
+// exactly 0; x = 0 gives exactly 1; NaN gives NaN. From 128 on, and for +inf, the result is
+// meaningless: the kernels subtract the maximum first, and treat rows that hold a +inf before they
+// use it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,11 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
+// Stored in 16 bits, computed with as fp32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // What differs between the two compute types.
 template <class T>
 struct Format;
@@ -39,11 +45,6 @@ struct Format<float> {
   // Adding it leaves the nearest integer in the low bits: no rounding instruction is needed, which
   // the x86 baseline lacks.
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-  // Minimax for the relative error on |f| <= 1/2 with the first coefficient held at 1: 2.0e-9.
-  static constexpr int kCoefficients = 7;
-  static constexpr double kPolynomial[kCoefficients] = {
-      1.0,           6.931472029e-1, 2.402264791e-1, 5.550332471e-2, 9.618437357e-3,
-      1.33988744e-3, 1.535336195e-4};
 };
 
 template <>
@@ -52,34 +53,61 @@ struct Format<double> {
   static constexpr int kMantissa = 52;
   static constexpr double kMinExponent = -1022.0;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  // Taylor, ln(2)^n / n!: the first term left out is 4e-18 at |f| = 1/2.
-  static constexpr int kCoefficients = 14;
-  static constexpr double kPolynomial[kCoefficients] = {1.0,
-                                                        0.69314718055994530942,
-                                                        0.24022650695910071233,
-                                                        0.055504108664821579953,
-                                                        0.0096181291076284771619,
-                                                        0.0013333558146428443423,
-                                                        1.5403530393381609954e-4,
-                                                        1.5252733804059840280e-5,
-                                                        1.3215486790144309488e-6,
-                                                        1.0178086009239699728e-7,
-                                                        7.0549116208011233299e-9,
-                                                        4.4455382718708114976e-10,
-                                                        2.5678435993488205142e-11,
-                                                        1.3691488853904128881e-12};
 };
 
-template <class T>
+// The polynomial for 2^f, |f| <= 1/2, by what is stored: 16-bit gradients need less of it.
+template <class S>
+struct Polynomial;
+
+template <>
+struct Polynomial<float> {
+  // Minimax for the relative error with the first coefficient held at 1: 2.0e-9.
+  static constexpr int kCoefficients = 7;
+  static constexpr double kValues[kCoefficients] = {
+      1.0,           6.931472029e-1, 2.402264791e-1, 5.550332471e-2, 9.618437357e-3,
+      1.33988744e-3, 1.535336195e-4};
+};
+
+template <>
+struct Polynomial<BFloat16> {
+  // The same with one coefficient less: 9.1e-8.
+  static constexpr int kCoefficients = 6;
+  static constexpr double kValues[kCoefficients] = {
+      1.0, 6.931469776e-1, 2.402224243e-1, 5.550733743e-2, 9.67151264e-3, 1.32647272e-3};
+};
+
+template <>
+struct Polynomial<double> {
+  // Taylor, ln(2)^n / n!: the first term left out is 4e-18 at |f| = 1/2.
+  static constexpr int kCoefficients = 14;
+  static constexpr double kValues[kCoefficients] = {1.0,
+                                                    0.69314718055994530942,
+                                                    0.24022650695910071233,
+                                                    0.055504108664821579953,
+                                                    0.0096181291076284771619,
+                                                    0.0013333558146428443423,
+                                                    1.5403530393381609954e-4,
+                                                    1.5252733804059840280e-5,
+                                                    1.3215486790144309488e-6,
+                                                    1.0178086009239699728e-7,
+                                                    7.0549116208011233299e-9,
+                                                    4.4455382718708114976e-10,
+                                                    2.5678435993488205142e-11,
+                                                    1.3691488853904128881e-12};
+};
+
+// T computes, S is stored.
+template <class T, class S = T>
 struct Exponential {
   using F = Format<T>;
+  using P = Polynomial<S>;
   T factor;
   T max;
-  T coefficient[F::kCoefficients];
+  T coefficient[P::kCoefficients];
 
   Exponential(T factor, T max, double scale) : factor(factor), max(max) {
-    for (int i = 0; i < F::kCoefficients; ++i) {
-      coefficient[i] = static_cast<T>(F::kPolynomial[i] * scale);
+    for (int i = 0; i < P::kCoefficients; ++i) {
+      coefficient[i] = static_cast<T>(P::kValues[i] * scale);
     }
   }
 
@@ -87,8 +115,8 @@ struct Exponential {
     const T x = (logit - max) * factor;
     const T shifted = x + F::kRound;
     const T fraction = x - (shifted - F::kRound);
-    T power = coefficient[F::kCoefficients - 1];
-    for (int i = F::kCoefficients - 2; i >= 0; --i) power = power * fraction + coefficient[i];
+    T power = coefficient[P::kCoefficients - 1];
+    for (int i = P::kCoefficients - 2; i >= 0; --i) power = power * fraction + coefficient[i];
     using Bits = typename F::Bits;
     const Bits exponent = bits_as<Bits>(shifted) << F::kMantissa;
     const T scaled = bits_as<T>(static_cast<Bits>(bits_as<Bits>(power) + exponent));

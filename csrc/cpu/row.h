@@ -131,9 +131,9 @@ Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
 constexpr double kApart = 32;
 
 // `gain` multiplies the gradient of the weighted loss.
-template <class T>
-Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                  double gain) {
+template <class S, class T>
+Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
+                                     double gain) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double hard_gain = gain * in.hard_weight;
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
@@ -142,11 +142,11 @@ Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Sca
   const bool apart = distance > kApart || distance < -kApart;
   const T inverse_temperature = static_cast<T>(1 / row.temperature);
   const double shift = apart ? 0.0 : distance * static_cast<double>(inverse_temperature);
-  return {Exponential<T>(row.factor, s.student_max, student_scale),
-          Exponential<T>(row.factor, s.teacher_max, teacher_scale),
+  return {Exponential<T, S>(row.factor, s.student_max, student_scale),
+          Exponential<T, S>(row.factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
-          Exponential<T>(row.hard_factor, s.student_max, s.hard_scale),
+          Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
           inverse_temperature,
           static_cast<T>(shift + std::log(student_scale / teacher_scale)),
           apart,

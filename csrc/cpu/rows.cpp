@@ -85,7 +85,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
 // Gradient and sums of one segment; a constant where the row has no gradient.
 template <class T, class S, class D>
 void write_segment(const Engine<T, S, D>& engine, const Row<T>& row, const Scales<T>& scales,
-                   Coefficients<T>* c, double gain, int64_t index, int64_t segment,
+                   Coefficients<T, S>* c, double gain, int64_t index, int64_t segment,
                    const Kept<T>& kept, Sums* sums) {
   const int64_t begin = segment * kSegment, end = engine.end_of(segment);
   if (row.state == State::kIgnored) {
@@ -107,7 +107,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S, D>& engine, int64_t
   }
   const double gain = static_cast<T>(args.scale);
   const Scales<T> scales = make_scales(row, statistics);
-  Coefficients<T> c = make_coefficients(args, row, scales, gain);
+  auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
   // Backwards, because a long row's end is what the first sweep left in the cache.
   for (int64_t i = engine.segments(); i-- > 0;) {
@@ -128,7 +128,7 @@ void backward_row(const BackwardArgs& args, const Engine<T, S, D>& engine, int64
   const Scales<T> scales = get_stats<T>(args, index);
   Kept<T> kept;
   engine.keep(row, scales, index, &kept);
-  Coefficients<T> c = make_coefficients(args, row, scales, gain);
+  auto c = engine.coefficients(row, scales, gain);
   for (int64_t i = engine.segments(); i-- > 0;) {
     write_segment(engine, row, scales, &c, gain, index, i, kept, nullptr);
   }
@@ -191,7 +191,7 @@ void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const St
     const Row<T> row = make_row<T>(args, index, engine.terms);
     const double gain = static_cast<T>(args.scale);
     const Scales<T> scales = make_scales(row, merge_all(row, of_row, engine.segments()));
-    Coefficients<T> c = make_coefficients(args, row, scales, gain);
+    auto c = engine.coefficients(row, scales, gain);
     Kept<T> kept;
     if (engine.keeps(segment)) engine.keep(row, scales, index, &kept);
     *result = {};

@@ -10,9 +10,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
 struct Float16 {
   uint16_t bits;
 };
