@@ -109,6 +109,10 @@ namespace cpu {
 // number.
 constexpr int64_t kSegment = 16384;
 
+// Rows of up to so many classes are computed many at a time, each in a vector lane; longer ones
+// fill the vectors by themselves.
+constexpr int64_t kNarrow = 48;
+
 // Sums of one segment of one row, first sweep.
 struct Statistics {
   double student_max, student_sum, hard_sum, teacher_max, teacher_sum;

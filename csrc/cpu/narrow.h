@@ -9,8 +9,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Rows of up to so many classes come here; beyond, one row fills the vectors (rows.cpp).
-constexpr int64_t kNarrow = 48;
 constexpr int64_t kTileRows = 32;
 
 using Lanes = float[kTileRows];

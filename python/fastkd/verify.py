@@ -1,6 +1,4 @@
-"""Is the fused loss right on these tensors, and how much faster is it here? ``fastkd.verify``
-tells.
-"""
+"""Is the fused loss right on your tensors, and how much faster is it there?"""
 
 from __future__ import annotations
 

@@ -450,7 +450,7 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   check_stats(data, truths);
   check_backward(k, data);
   // Rows of few classes go another way, side by side; nobody cuts those into segments.
-  if (p.classes > 48) check_split(k, p, data, seed, terms);
+  if (p.classes > cpu::kNarrow) check_split(k, p, data, seed, terms);
 
   // The loss alone: the same bits without a gradient.
   const std::vector<unsigned char> loss = data.loss;
