@@ -12,10 +12,10 @@ from fastkd import reference
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
 # Widest rows that one kernel of the CUDA planner serves (csrc/cuda/plan.cpp): both tiny kernels,
-# warps and CTAs that hold a row in registers (fp32, 16-bit), the streaming kernel's CTAs, and the
-# ring's clusters of 1 to 16 CTAs (fp32 and 16-bit) up to what fits nowhere.
+# warps and CTAs that hold a row in registers (fp32, 16-bit), the streaming kernel, and, where the
+# ring is planned, its clusters of 1 to 16 CTAs (fp32, 16-bit) up to what fits nowhere (fp32).
 CUDA_SIZE_CLASSES = (
-    *(32, 128, 512, 1024, 2048, 4096, 8192, 14336, 28672, 57344, 114688, 229376, 425984, 458752),
+    *(32, 128, 512, 1024, 2048, 4096, 8192, 10240, 20480, 40960, 81920, 163840, 327680, 425984),
 )
 
 

@@ -98,7 +98,8 @@ __device__ __forceinline__ void rescale_piece(const BackwardArgs& args, int64_t 
 }
 
 template <class Rows, class D>
-__global__ void __launch_bounds__(256) backward_kernel(const __grid_constant__ BackwardCall call) {
+__global__ void __launch_bounds__(256, 2)
+    backward_kernel(const __grid_constant__ BackwardCall call) {
   using A = typename Rows::A;
   const BackwardArgs& args = call.args;
   if (call.filled && !args.grad_output_per_row && grad_output_of<A>(args, 0) == A(1)) return;

@@ -44,6 +44,8 @@ __device__ __forceinline__ float quotient_of(float a, float b) {
 __device__ __forceinline__ double quotient_of(double a, double b) { return a / b; }
 __device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float magnitude_of(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude_of(double x) { return fabs(x); }
 
 // Over groups of `kLanes` adjacent lanes. The order is fixed: bitwise the same from run to run.
 template <int kLanes = 32, class A>
@@ -66,7 +68,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 }
 
 // row_offset() with a division of 32 bits: that of 64 is a call, around which registers spill.
-// forward() and backward() refuse 2^32 rows.
+// forward() and backward() refuse 2^31 rows.
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
   if (row < group_rows) return row * stride.row;
   const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);

@@ -21,6 +21,13 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fo
 
 }  // namespace
 
+cudaError_t compiled_major(int& major) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<float>);
+  if (error == cudaSuccess) major = attributes.ptxVersion / 10;
+  return error;
+}
+
 cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream) {
   Launch launch(1, 1024, 0, stream);
   return computes_in_double(call.args.student_dtype, call.args.teacher_dtype)
@@ -33,7 +40,7 @@ cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream) {
   if (const cudaError_t error = current_device(device)) return error;
   Launch launch(call.args.terms == nullptr ? 1 : 1 + kTerms, call.args.rows <= 2048 ? 256 : 1024, 0,
                 stream);
-  if (device.major >= 9) launch.overlap();
+  launch.overlap(device);
   return computes_in_double(call.args.student_dtype, call.args.teacher_dtype)
              ? launch(finish_kernel<double>, call)
              : launch(finish_kernel<float>, call);

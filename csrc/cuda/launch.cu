@@ -26,6 +26,9 @@ cudaError_t current_device(Device& device) {
     if (const cudaError_t error =
             cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, ordinal))
       return error;
+    int compiled = 0;
+    if (const cudaError_t error = compiled_major(compiled)) return error;
+    if (compiled < d.major) d.major = compiled;
     entry = d;
   }
   device = entry;
@@ -46,7 +49,11 @@ bool counts_inside(const Plan& plan, int64_t rows) {
   return rows <= (plan.family == Family::kRing ? kCountInside : kCountInside / 16);
 }
 
-cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
+bool refuses_cluster(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
+}
+
+cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   switch (plan.family) {
     case Family::kTiny:
       return launch_tiny(call, plan, stream);
@@ -54,9 +61,7 @@ cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t 
       return launch_registers(call, plan, stream);
     case Family::kRing: {
       const cudaError_t error = launch_ring(call, plan, stream);
-      if (error != cudaErrorInvalidConfiguration && error != cudaErrorInvalidClusterSize)
-        return error;
-      // This device (a slice of one, say) holds no such cluster.
+      if (!refuses_cluster(error)) return error;
       cudaGetLastError();
       Plan fallback;
       fallback.threads = fallback.lanes = 512;
@@ -68,22 +73,36 @@ cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t 
   }
 }
 
-}  // namespace
+// A device (a slice of one, say) may hold no such cluster: then `call` and `plan` do without.
+cudaError_t launch_rows(ForwardCall& call, Plan& plan, cudaStream_t stream) {
+  const cudaError_t error = launch_family(call, plan, stream);
+  if (!call.finish_inside || plan.cluster == 1 || !refuses_cluster(error)) return error;
+  cudaGetLastError();
+  call.finish_inside = plan.finish_inside = false;
+  plan.cluster = 1;
+  return launch_family(call, plan, stream);
+}
 
-constexpr int64_t kMostRows = (int64_t(1) << 32) - 1;
+// The runtime remembers an error until it is asked for it: nobody else shall find ours.
+int reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
 
-int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream_handle) {
-  if (args.rows > kMostRows) return cudaErrorInvalidValue;
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
+
+cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denominator,
+                       cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
   ForwardCall call;
   call.args = with_groups(args);
   call.denominator = denominator;
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
-  const Plan plan =
+  Plan plan =
       make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype, device.limits());
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
+  if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
   if (args.reduction == Reduction::kMean) {
     if (denominator != nullptr) {
       call.scale_source = ScaleSource::kDenominator;
@@ -104,10 +123,17 @@ int forward(const ForwardArgs& args, void* total, const void* denominator, void*
   return launch_finish(call, stream);
 }
 
+}  // namespace
+
+int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream) {
+  if (args.rows > kMostRows) return cudaErrorInvalidValue;
+  return reported(forward_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
+}
+
 int backward(const BackwardArgs& args, bool filled, void* stream) {
   if (args.rows > kMostRows) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
-  return launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream));
+  return reported(launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream)));
 }
 
 const char* describe(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

@@ -17,6 +17,21 @@ cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
+// The major compute capability that the loaded code was compiled for.
+cudaError_t compiled_major(int& major);
+
+// The device that is current, asked once per device.
+struct Device {
+  int ordinal = 0;
+  int processors = 0;
+  int shared_per_block = 0;
+  int major = 0;  // of the code where that is older: compiled for 8.0, it knows no clusters
+  DeviceLimits limits() const {
+    return {processors, shared_per_block, major >= 9 ? 16 : 1, kRingPlanned};
+  }
+};
+cudaError_t current_device(Device& device);
+
 // A launch with its attributes; the arguments must be exactly the kernel's.
 struct Launch {
   cudaLaunchConfig_t config = {};
@@ -37,7 +52,8 @@ struct Launch {
     a.val.clusterDim.y = a.val.clusterDim.z = 1;
   }
   // The kernel may start while its predecessor ends: it must call wait_for_previous_kernel().
-  void overlap() {
+  void overlap(const Device& device) {
+    if (device.major < 9) return;
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
@@ -47,15 +63,5 @@ struct Launch {
     return cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 };
-
-// The device that is current, asked once per device.
-struct Device {
-  int ordinal = 0;
-  int processors = 0;
-  int shared_per_block = 0;
-  int major = 0;
-  DeviceLimits limits() const { return {processors, shared_per_block, major >= 9 ? 16 : 1}; }
-};
-cudaError_t current_device(Device& device);
 
 }  // namespace fastkd::cuda

@@ -45,7 +45,7 @@ Plan registers(int64_t rows, int64_t classes, int element, const DeviceLimits& d
   return plan;
 }
 
-// How many CTAs share a row, measured on an H100 (docs/performance-log-cuda.md): two and a half
+// How many CTAs share a row, measured on an H100 (docs/performance-log.md): two and a half
 // rows in the ring keep its groups busy and the copies of the next rows in flight; few rows are
 // spread wider.
 Plan ring(int64_t rows, int64_t classes, int element, const DeviceLimits& device) {
@@ -86,7 +86,7 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
   if (hot_dtypes(student, teacher)) {
     const int element = static_cast<int>(size_of(student));
     const int64_t widest = 256 * (kRegisterBytes / element);
-    const bool clusters = kRingPlanned && device.largest_cluster > 1;
+    const bool clusters = device.ring && device.largest_cluster > 1;
     // A ring beats registers as soon as a row is long enough to amortise its barriers.
     if (classes <= (clusters ? widest / 2 : widest))
       return registers(rows, classes, element, device);

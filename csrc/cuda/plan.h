@@ -19,6 +19,7 @@ struct DeviceLimits {
   int processors = 132;          // SMs
   int shared_per_block = 49152;  // bytes, with the opt-in
   int largest_cluster = 1;       // CTAs; 1 where there are no clusters (before sm_90)
+  bool ring = false;             // whether the ring may be planned (kRingPlanned)
 };
 
 struct Plan {

@@ -49,12 +49,12 @@ __device__ __forceinline__ Statistics<float> scan_row(const RowOf<T>& row, const
   for (int k = 0; k < kVectors; k++)
     if (lane + k * lanes < row.layout.vectors)
       add_vector<T, kPower>(stats, tops, held.student[k], held.teacher[k], t);
-  stats.raise(tops.student, tops.teacher, t.slope);
+  stats.raise(tops.student, tops.teacher, t);
   if (held.peeled >= 0) {
-    stats.raise(held.peeled_student, held.peeled_teacher, t.slope);
-    stats.add<kPower>(held.peeled_student, held.peeled_teacher, t);
+    stats.raise(held.peeled_student, held.peeled_teacher, t);
+    stats.add_any<kPower>(held.peeled_student, held.peeled_teacher, t);
   }
-  stats.merge_lanes(t.slope);
+  stats.merge_lanes(t);
   return stats;
 }
 
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       __syncthreads();
       const int other = threadIdx.x % 32;
       statistics = other < warps ? exchange.statistics[turn][other] : Statistics<float>();
-      statistics.merge_lanes(t.slope);
+      statistics.merge_lanes(t);
     } else {
       __syncwarp();  // in place: every lane has read the label's logit
     }
@@ -176,7 +176,7 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
   const int64_t blocks = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
   Launch launch(blocks < (1 << 20) ? blocks : 1 << 20, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
-  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
   return visit(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);

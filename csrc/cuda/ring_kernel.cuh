@@ -53,7 +53,7 @@ __global__ void __launch_bounds__((kRingThreadsOf<kGroups, kWarps>), kBlocks)
     } else {
       scale = known_scale<float>(call);
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0)
+    if (blockIdx.x == 0 && threadIdx.x == 0 && call.scale_source != ScaleSource::kStats)
       static_cast<float*>(args.stats)[kStats * args.rows] = scale;
     if (warp < kConsumers) {
       consume<T, W, kExtra>(args, shape, shared, ring);
@@ -82,15 +82,17 @@ cudaError_t launch_ring_as(const ForwardCall& call, const Plan& plan, cudaStream
   shape.chunks = static_cast<int>(slice > kStage ? (slice + kStage - 1) / kStage : 1);
   Launch launch(plan.cluster, (kRingThreadsOf<kGroups, kWarps>), plan.shared_bytes, stream);
   launch.cluster(plan.cluster);
-  if (shape.chunks > shape.stages) return cudaErrorInvalidConfiguration;  // it would never end
+  if (shape.chunks > shape.stages) return cudaErrorInvalidValue;  // it would never end
   int clusters = 0;
   if (const cudaError_t error = resident_clusters(reinterpret_cast<const void*>(kernel),
                                                   launch.config, plan.cluster, &clusters))
     return error;
-  if (clusters == 0) return cudaErrorInvalidConfiguration;
+  if (clusters == 0) return cudaErrorInvalidClusterSize;
   if (clusters > call.args.rows) clusters = static_cast<int>(call.args.rows);
   launch.config.gridDim.x = static_cast<unsigned>(clusters * plan.cluster);
-  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   return launch(kernel, call, shape);
 }
 

@@ -11,19 +11,19 @@ namespace fastkd::cuda {
 // own.
 template <bool kExtra, class Shared>
 __device__ __forceinline__ RingMessage exchange(Shared& shared, int group, uint32_t turn, int warps,
-                                                Statistics<float> peeled, float slope, int rank,
-                                                int ranks) {
+                                                Statistics<float> peeled,
+                                                const Temperature<float>& t, int rank, int ranks) {
   const int lane = threadIdx.x % 32, slot = turn & 1;
   barrier_wait(&shared.scanned[group], turn & 1);
   RingMessage mine = lane < warps ? shared.warps[group][lane] : RingMessage();
   const float student_max = max_of(mine.statistics.student_max, peeled.student_max);
   const float teacher_max = max_of(mine.statistics.teacher_max, peeled.teacher_max);
-  mine.statistics.raise(student_max, teacher_max, slope);
-  peeled.raise(student_max, teacher_max, slope);
+  mine.statistics.raise(student_max, teacher_max, t);
+  peeled.raise(student_max, teacher_max, t);
   mine.statistics.student_sum += peeled.student_sum;
   mine.statistics.hard_sum += peeled.hard_sum;
   mine.statistics.teacher_sum += peeled.teacher_sum;
-  mine.statistics.merge_lanes(slope);
+  mine.statistics.merge_lanes(t);
   mine.previous.template merge_lanes<32, kExtra>();
   if (ranks == 1) return mine;
   if (lane < ranks) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ RingMessage exchange(Shared& shared, int group, uint3
   }
   barrier_wait_cluster(&shared.exchanged[group][slot], (turn >> 1) & 1);
   RingMessage all = lane < ranks ? shared.peers[group][slot][lane] : RingMessage();
-  all.statistics.merge_lanes(slope);
+  all.statistics.merge_lanes(t);
   if (rank == 0) all.previous.template merge_lanes<32, kExtra>();
   return all;
 }
@@ -63,8 +63,8 @@ struct RingPeel {
   __device__ __forceinline__ Statistics<float> scan(const Temperature<float>& t) const {
     Statistics<float> stats;
     if (peeled < 0) return stats;
-    stats.raise(student, teacher, t.slope);
-    stats.add<kAtRunTime>(student, teacher, t);
+    stats.raise(student, teacher, t);
+    stats.add_any<kAtRunTime>(student, teacher, t);
     return stats;
   }
   template <bool kExtra, class W>
@@ -99,7 +99,7 @@ __device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& share
   const Temperature<float> t = temperature_of<float>(args, ends ? 0 : info.row);
   const RingPeel<T> peel = rank == 0 && !ends ? RingPeel<T>(args, info) : RingPeel<T>();
   const RingMessage all =
-      exchange<kExtra>(shared, group, rows.turn, warps, peel.scan(t), t.slope, rank, ranks);
+      exchange<kExtra>(shared, group, rows.turn, warps, peel.scan(t), t, rank, ranks);
   const RingPending before = shared.pending[group];
   if (ends) {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
@@ -175,7 +175,7 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
     }
     at.advance(1, rows.shape.stages);
   }
-  stats.raise(tops.student, tops.teacher, t.slope);
+  stats.raise(tops.student, tops.teacher, t);
   return stats;
 }
 
@@ -243,7 +243,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   RingMessage message;
   Temperature<float> t = temperature_of<float>(args, 0);
   const auto send = [&] {
-    message.statistics.merge_lanes(t.slope);
+    message.statistics.merge_lanes(t);
     message.previous.template merge_lanes<32, kExtra>();
     if (thread % 32 != 0) return;
     shared.warps[group][thread / 32] = message;

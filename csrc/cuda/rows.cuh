@@ -14,7 +14,7 @@ constexpr bool kFoldScales = sizeof(T) == 2;
 // behind by t.margin: some lane of a warp meets a new maximum in almost every vector, and a rescue
 // of the sums costs as much as two classes. Statistics::raise(tops...) ends a sweep.
 struct Tops {
-  float student = kLowest, teacher = kLowest;
+  float student = kLowest<float>, teacher = kLowest<float>;
 };
 
 // The classes of `kCount` vectors.
@@ -27,14 +27,21 @@ __device__ __forceinline__ void add_vectors(Statistics<float>& stats, Tops& tops
   tops.student = fmaxf(tops.student, Vector<T>::template max<kCount>(student));
   tops.teacher = fmaxf(tops.teacher, Vector<T>::template max<kCount>(teacher));
   if (tops.student > stats.student_max + t.margin || tops.teacher > stats.teacher_max + t.margin)
-    stats.raise(tops.student, tops.teacher, t.slope);
+    stats.raise(tops.student, tops.teacher, t);
+  const auto each = [&](auto&& add) {
 #pragma unroll
-  for (int k = 0; k < kCount; k++) {
-    float z[kElements], w[kElements];
-    Vector<T>::load(student[k], z);
-    Vector<T>::load(teacher[k], w);
+    for (int k = 0; k < kCount; k++) {
+      float z[kElements], w[kElements];
+      Vector<T>::load(student[k], z);
+      Vector<T>::load(teacher[k], w);
 #pragma unroll
-    for (int i = 0; i < kElements; i++) stats.add<kPower>(z[i], w[i], t);
+      for (int i = 0; i < kElements; i++) add(z[i], w[i]);
+    }
+  };
+  if (stats.beyond(t)) {  // rare: huge logits, or none yet that is not masked
+    each([&](float z, float w) { stats.add_any<kAtRunTime>(z, w, t); });
+  } else {
+    each([&](float z, float w) { stats.add<kPower>(z, w, t); });
   }
 }
 template <class T, int kPower>
@@ -51,9 +58,15 @@ __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, ui
   float z[kElements], w[kElements], g[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
+  if (writer.apart) {
 #pragma unroll
-  for (int i = 0; i < kElements; i++)
-    g[i] = writer.template write<kPower, kExtra, kUniform>(z[i], w[i], sums);
+    for (int i = 0; i < kElements; i++)
+      g[i] = writer.template write_as<true, kAtRunTime, kExtra, kUniform>(z[i], w[i], sums);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      g[i] = writer.template write_as<false, kPower, kExtra, kUniform>(z[i], w[i], sums);
+  }
   return Vector<T>::store(g);
 }
 

@@ -1,6 +1,6 @@
-# The CUDA kernels: plain C++17, no torch header.
+# The CUDA kernels: plain C++17, no torch header. The planner, plan.cpp, is a library of its own, because
+# it is built and tested without CUDA too.
 set(FASTKD_CUDA_SOURCES
-    csrc/cuda/plan.cpp
     csrc/cuda/launch.cu
     csrc/cuda/tiny.cu
     csrc/cuda/registers.cu

@@ -39,11 +39,11 @@ struct Vectors {
       add_vector<T, kAtRunTime>(stats, tops,
                                 fetch(row.student_vectors, i, row.layout.student_shift),
                                 fetch(row.teacher_vectors, i, row.layout.teacher_shift), t);
-    stats.raise(tops.student, tops.teacher, t.slope);
+    stats.raise(tops.student, tops.teacher, t);
     const int64_t i = peeled();
     if (i < 0) return;
-    stats.raise(student(i), teacher(i), t.slope);
-    stats.add<kAtRunTime>(student(i), teacher(i), t);
+    stats.raise(student(i), teacher(i), t);
+    stats.add_any<kAtRunTime>(student(i), teacher(i), t);
   }
   template <bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, Sums<float>& sums) const {
@@ -88,8 +88,8 @@ struct Elements {
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) {
       const A z = student(i), w = teacher(i);
-      stats.raise(z, w, t.slope);
-      stats.template add<kAtRunTime>(z, w, t);
+      stats.raise(z, w, t);
+      stats.template add_any<kAtRunTime>(z, w, t);
     }
   }
   template <bool kExtra, class W>
@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
     const A label_teacher = label >= 0 ? row.teacher(label) : A(0);
     Statistics<A> statistics;
     row.scan(statistics, t);
-    statistics.merge_lanes(t.slope);
+    statistics.merge_lanes(t);
     if (lane == 0) exchange.statistics[turn][warp] = statistics;
     __syncthreads();
     statistics = lane < warps ? exchange.statistics[turn][lane] : Statistics<A>();
-    statistics.merge_lanes(t.slope);
+    statistics.merge_lanes(t);
 
     const RowStats<A> stats(statistics);
     const Writer<A, D, Rows::kFold> writer(args, t, stats, scale);
@@ -193,7 +193,7 @@ cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStre
   const ForwardArgs& args = call.args;
   Launch launch(1, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
-  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   if (computes_in_double(args.student_dtype, args.teacher_dtype))
     return launch_as<Elements<double>>(call, launch, device.processors);
   if (!hot_dtypes(args.student_dtype, args.teacher_dtype))

@@ -42,14 +42,19 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
                                     offset_of(row, args.group_rows, args.student_stride) + label);
   }
   const Temperature<float> t = temperature_of<float>(args, real ? row : 0);
-  Statistics<float> sums_of_exponentials;
+  // A class a lane or four: the maxima of all come first.
+  Statistics<float> statistics;
+  float student_top = slice.z[0], teacher_top = slice.w[0];
 #pragma unroll
-  for (int i = 0; i < kTinyPerLane; i++) {
-    sums_of_exponentials.raise(slice.z[i], slice.w[i], t.slope);
-    sums_of_exponentials.add<kAtRunTime>(slice.z[i], slice.w[i], t);
+  for (int i = 1; i < kTinyPerLane; i++) {
+    student_top = max_of(student_top, slice.z[i]);
+    teacher_top = max_of(teacher_top, slice.w[i]);
   }
-  sums_of_exponentials.merge_lanes<kLanes>(t.slope);
-  const RowStats<float> stats(sums_of_exponentials);
+  statistics.raise(lanes_max<kLanes>(student_top), lanes_max<kLanes>(teacher_top), t);
+#pragma unroll
+  for (int i = 0; i < kTinyPerLane; i++) statistics.add_any<kAtRunTime>(slice.z[i], slice.w[i], t);
+  statistics.sum_lanes<kLanes>();
+  const RowStats<float> stats(statistics);
   const Writer<float, D, false> writer(args, t, stats, scale);
   Sums<float> sums;
   __syncwarp();  // in place: the label's logit is read before it is overwritten
@@ -106,7 +111,7 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
   const int64_t most = static_cast<int64_t>(device.processors) * (2048 / plan.threads);
   Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
-  if (call.scale_source == ScaleSource::kStats) launch.overlap();
+  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   return visit(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);
     return plan.lanes == 8 ? launch(tiny_kernel<D, 8>, call) : launch(tiny_kernel<D, 32>, call);

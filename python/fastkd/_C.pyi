@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,3 +14,13 @@ def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def use_isa(name: str) -> None: ...
 def exp2(values: npt.ArrayLike | Sequence[float]) -> npt.NDArray[np.float32]: ...
+def plan_cuda(
+    rows: int,
+    classes: int,
+    student_dtype: int,
+    teacher_dtype: int,
+    processors: int,
+    shared_per_block: int,
+    largest_cluster: int,
+    ring: bool = False,
+) -> dict[str, Any]: ...

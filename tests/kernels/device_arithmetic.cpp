@@ -1,0 +1,327 @@
+// The arithmetic of the CUDA kernels (csrc/cuda/row.cuh), compiled for the CPU: the element of a
+// divergence against long double, and whole rows, swept as a few threads would sweep them. What it
+// cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/row.cuh"
+
+using namespace fastkd;
+using namespace fastkd::cuda;
+
+namespace {
+
+using Real = long double;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+int failures = 0, checks = 0;
+void check(bool ok, const std::string& what, double got, double want) {
+  ++checks;
+  if (!ok && ++failures <= 40) {
+    std::printf("FAIL %s: got %.9g, want %.9g\n", what.c_str(), got, want);
+  }
+}
+bool close(double got, double want, double absolute, double relative) {
+  if (std::isnan(want)) return std::isnan(got);
+  if (std::isinf(want)) return got == want;
+  return std::fabs(got - want) <= absolute + relative * std::fabs(want);
+}
+
+// ---- one class
+
+template <class A>
+void elements() {
+  const Real eps = std::numeric_limits<A>::epsilon();
+  for (int power = 0; power >= -40; power -= 4) {
+    const A p = static_cast<A>(std::ldexp(0.75, power));
+    for (int sign = -1; sign <= 1; sign += 2) {
+      for (double size = 1e-8; size < 30; size *= 1.07) {
+        const A d = static_cast<A>(sign * size);
+        const Real exact_p = p, exact_d = d;
+        const A q = static_cast<A>(exact_p * std::exp(-exact_d));
+        const Element<A> e = device_element(p, q, d);
+        const Real diff = exact_p * std::expm1(-exact_d);
+        // f(d) by its series, where the direct form cancels even in long double.
+        Real f = exact_d + std::expm1(-exact_d);
+        if (size < 0.5) {
+          Real term = exact_d * exact_d / 2;
+          f = term;
+          for (int n = 3; n < 30; ++n) f += term *= -exact_d / n;
+        }
+        // Beyond the series, p d and q - p have each an error of their own.
+        const Real noise = size < 0.125 ? Real(0) : 2 * eps * (exact_p * size + exact_p + q);
+        const std::string at = "p " + std::to_string(p) + ", d " + std::to_string(d);
+        check(std::fabs(e.diff - diff) <= 3 * eps * std::fabs(diff) + noise, "diff at " + at,
+              e.diff, static_cast<double>(diff));
+        check(std::fabs(e.excess - exact_p * f) <= 3 * eps * exact_p * f + noise, "value at " + at,
+              e.excess, static_cast<double>(exact_p * f));
+      }
+    }
+  }
+  const A infinity = std::numeric_limits<A>::infinity(), nan = std::numeric_limits<A>::quiet_NaN();
+  const A p(0.25), q(0.5), zero(0);
+  const auto limit = [](Element<A> e, double value, double diff, const char* what) {
+    check(close(e.excess, value, 0, 0), std::string(what) + ", value", e.excess, value);
+    check(close(e.diff, diff, 0, 0), std::string(what) + ", diff", e.diff, diff);
+  };
+  limit(device_element(zero, q, -infinity), 0.5, 0.5, "masked by the teacher");
+  limit(device_element(p, zero, infinity), kInfinity, -0.25, "masked by the student");
+  limit(device_element(zero, zero, nan), 0, 0, "masked by both");
+  limit(device_element(zero, zero, infinity), kNaN, 0, "masked by the student, p underflows");
+  limit(device_element(zero, q, A(-1e4)), 0.5, 0.5, "p underflows");
+  limit(device_element(zero, zero, A(-1e4)), 0, 0, "both underflow");
+}
+
+// ---- one row
+
+struct Problem {
+  std::string name;
+  std::vector<double> z, w;  // as the compute type holds them
+  double t = 2;
+  int64_t label = 0;
+  double smoothing = 0;
+  double distance = 0;  // of the maxima, about
+};
+
+struct Answer {
+  double loss = 0, hard = 0, soft = 0;
+  std::vector<double> grad;
+};
+
+constexpr double kHardWeight = 0.3, kSoftWeight = 0.7;
+
+Answer exact_answer(const Problem& in) {
+  const size_t n = in.z.size();
+  const Real t = in.t;
+  Real mz = -kInfinity, mw = -kInfinity, sum = 0, hard_sum = 0, teacher_sum = 0, mean = 0;
+  for (size_t i = 0; i < n; ++i) {
+    mz = std::fmax(mz, Real(in.z[i])), mw = std::fmax(mw, Real(in.w[i]));
+  }
+  for (size_t i = 0; i < n; ++i) {
+    sum += std::exp((in.z[i] - mz) / t), hard_sum += std::exp(in.z[i] - mz);
+    teacher_sum += std::exp((in.w[i] - mw) / t);
+    mean += (in.z[i] - mz) / static_cast<Real>(n);
+  }
+  Answer answer;
+  Real soft = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const Real log_q = (in.z[i] - mz) / t - std::log(sum);
+    const Real log_p = (in.w[i] - mw) / t - std::log(teacher_sum);
+    const Real p = std::exp(log_p), q = std::exp(log_q), d = log_p - log_q;
+    soft += p == 0 ? q : p * (d + std::expm1(-d));
+    if (in.z[i] == -kInfinity && in.w[i] > -kInfinity) soft = kInfinity;
+    const Real target = in.smoothing / static_cast<Real>(n) +
+                        (static_cast<int64_t>(i) == in.label ? 1 - in.smoothing : 0);
+    answer.grad.push_back(static_cast<double>(
+        kHardWeight * (std::exp(in.z[i] - mz) / hard_sum - target) + kSoftWeight * t * (q - p)));
+  }
+  const Real rest = std::log(hard_sum);
+  Real hard = (1 - in.smoothing) * (rest - (in.z[in.label] - mz));
+  if (in.smoothing > 0) hard += in.smoothing * (rest - mean);
+  answer.hard = static_cast<double>(hard), answer.soft = static_cast<double>(soft);
+  answer.loss = static_cast<double>(kHardWeight * hard + kSoftWeight * t * t * soft);
+  return answer;
+}
+
+// `threads` threads take vectors of eight classes in turn: as add_vectors() of rows.cuh.
+template <class A, bool kFold>
+Answer answer_of(const Problem& in, int threads) {
+  const int64_t classes = static_cast<int64_t>(in.z.size());
+  A stats_of_row[kStats + 1], loss[1], terms[kTerms];
+  ForwardArgs args;
+  args.rows = 1, args.classes = args.group_rows = classes;
+  args.labels = &in.label, args.temperature = in.t, args.label_smoothing = in.smoothing;
+  args.hard_weight = kHardWeight, args.soft_weight = kSoftWeight;
+  args.loss = loss, args.terms = terms, args.stats = stats_of_row;
+  const Temperature<A> t = temperature_of<A>(args, 0);
+  std::vector<Statistics<A>> parts(static_cast<size_t>(threads));
+  for (int thread = 0; thread < threads; ++thread) {
+    Statistics<A>& part = parts[static_cast<size_t>(thread)];
+    A top_z = kLowest<A>, top_w = kLowest<A>;
+    for (int64_t begin = thread * 8; begin < classes; begin += threads * 8) {
+      const int64_t end = std::min<int64_t>(begin + 8, classes);
+      for (int64_t i = begin; i < end; ++i) {
+        top_z = max_of(top_z, static_cast<A>(in.z[static_cast<size_t>(i)]));
+        top_w = max_of(top_w, static_cast<A>(in.w[static_cast<size_t>(i)]));
+      }
+      if (top_z > part.student_max + t.margin || top_w > part.teacher_max + t.margin)
+        part.raise(top_z, top_w, t);
+      const bool beyond = part.beyond(t);
+      for (int64_t i = begin; i < end; ++i) {
+        const A z = static_cast<A>(in.z[static_cast<size_t>(i)]);
+        const A w = static_cast<A>(in.w[static_cast<size_t>(i)]);
+        beyond ? part.template add_any<kAtRunTime>(z, w, t)
+               : part.template add<kAtRunTime>(z, w, t);
+      }
+    }
+    part.raise(top_z, top_w, t);
+  }
+  Statistics<A> all;
+  for (const Statistics<A>& part : parts) all.raise(part.student_max, part.teacher_max, t);
+  for (Statistics<A> part : parts) {
+    part.raise(all.student_max, all.teacher_max, t);
+    all.student_sum += part.student_sum, all.hard_sum += part.hard_sum;
+    all.teacher_sum += part.teacher_sum;
+  }
+  const RowStats<A> stats(all);
+  const Writer<A, ForwardKL, kFold> writer(args, t, stats, A(1));
+  Sums<A> sums;
+  Answer answer;
+  for (int64_t i = 0; i < classes; ++i) {
+    A g =
+        writer.template write<kAtRunTime, true>(static_cast<A>(in.z[static_cast<size_t>(i)]),
+                                                static_cast<A>(in.w[static_cast<size_t>(i)]), sums);
+    if (i == in.label) g -= writer.label;
+    answer.grad.push_back(g);
+  }
+  close_row(args, 0, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
+  answer.loss = loss[0], answer.hard = terms[kHard], answer.soft = terms[kSoft];
+  return answer;
+}
+
+template <class A, bool kFold>
+void compare(const Problem& in, double loss_error, double grad_error) {
+  const Answer want = exact_answer(in);
+  double norm = 0;
+  for (double g : want.grad) norm += g * g;
+  norm = std::sqrt(norm);
+  for (int threads : {4, 32}) {  // a thread sums few classes, as on the device
+    const Answer got = answer_of<A, kFold>(in, threads);
+    const std::string at = in.name + ", t " + std::to_string(in.t) +
+                           (kFold            ? ", folded"
+                            : sizeof(A) == 8 ? ", double"
+                                             : "") +
+                           ", threads " + std::to_string(threads);
+    const double floor = std::numeric_limits<A>::epsilon();
+    // p d and q - p are rounded at the size of p; and d at that of maxima that differ a little.
+    const double noise = (kFold ? 1 : 0.5) + 0.1 * std::fmin(in.distance, 32);
+    check(close(got.hard, want.hard, 2 * floor, loss_error), at + ", hard", got.hard, want.hard);
+    check(close(got.soft, want.soft, noise * floor, loss_error), at + ", soft", got.soft,
+          want.soft);
+    check(close(got.loss, want.loss, 2 * floor, loss_error), at + ", loss", got.loss, want.loss);
+    double error = 0;
+    for (size_t i = 0; i < want.grad.size(); ++i) {
+      error += (got.grad[i] - want.grad[i]) * (got.grad[i] - want.grad[i]);
+    }
+    error = std::sqrt(error);
+    const double limit = grad_error * norm + 2 * floor * (1 + in.t);
+    check(error <= limit, at + ", gradient's error", error, limit);
+  }
+}
+
+void everywhere(const Problem& in) {
+  // What `t` does to the rounding of exponents is no fault of the kernels.
+  const double slack = in.t < 0.1 ? 8 : 1;
+  compare<float, false>(in, 1.5e-6 * slack, 1.5e-6 * slack);
+  compare<float, true>(in, 3e-6 * slack, 3e-6 * slack);
+  compare<double, false>(in, 1e-14 * slack, 1e-14 * slack);
+}
+
+Problem problem(const std::string& name, int classes, double student_offset, double teacher_offset,
+                double spread, double distance, double t) {
+  std::mt19937_64 random(7);
+  std::normal_distribution<double> normal;
+  Problem in;
+  in.name = name, in.t = t, in.label = classes / 3;
+  in.distance = std::fabs(student_offset - teacher_offset);
+  for (int i = 0; i < classes; ++i) {
+    const double w = spread * normal(random), z = w + distance * normal(random);
+    in.z.push_back(static_cast<float>(z + student_offset));
+    in.w.push_back(static_cast<float>(w + teacher_offset));
+  }
+  return in;
+}
+
+void rows() {
+  for (double t : {0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 20.0}) {
+    for (double offset : {0.0, 30.0, -100.0, 1e4, -1e4, 3e6, -1e7, 1e38, -1e38, 3e38}) {
+      const std::string at = " at " + std::to_string(static_cast<float>(offset));
+      everywhere(problem("both" + at, 300, offset, offset, 3, 1, t));
+      everywhere(problem("apart" + at, 300, offset, -offset, 3, 1, t));
+      everywhere(problem("teacher" + at, 300, 0, offset, 3, 1, t));
+    }
+    for (double distance : {1e-1, 1e-3, 1e-4}) {
+      Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, t);
+      everywhere(in);
+    }
+    Problem smooth = problem("smoothing", 300, 1e4, -2e4, 3, 1, t);
+    smooth.smoothing = 0.1;
+    everywhere(smooth);
+  }
+  for (double size : {1e4, 1e30, 2.5e37}) {
+    everywhere(problem("one-hot, " + std::to_string(static_cast<float>(size)), 100, 0, 0, size,
+                       size / 3, 1));
+  }
+  for (double t : {1e-3, 1e-2, 100.0, 1e4}) everywhere(problem("extreme", 100, 0, 0, 3, 1, t));
+}
+
+// Masks, and rows that hold no answer.
+void limits() {
+  for (double t : {1.0, 1.5, 2.0}) {
+    Problem in = problem("the teacher masks", 300, 0, 0, 3, 1, t);
+    for (size_t i = 0; i < 300; i += 3) in.w[i] = -kInfinity;
+    everywhere(in);
+    in.name = "both mask";
+    for (size_t i = 0; i < 300; i += 3) in.z[i] = -kInfinity;
+    in.label = 1;
+    everywhere(in);
+    in.name = "all but one masked by the teacher";
+    for (size_t i = 0; i < 299; ++i) in.w[i] = -kInfinity;
+    everywhere(in);
+
+    in = problem("the student masks", 300, 0, 0, 3, 1, t);
+    in.z[0] = -kInfinity;
+    everywhere(in);
+    in.name = "the student masks, and the teacher is almost sure";
+    in.w[0] = -1e4;
+    everywhere(in);
+
+    const auto is_nan = [](const Problem& bad) {
+      for (int threads : {1, 32}) {
+        const Answer got = answer_of<float, false>(bad, threads);
+        const Answer folded = answer_of<float, true>(bad, threads);
+        const Answer wide = answer_of<double, false>(bad, threads);
+        for (const Answer* answer : {&got, &folded, &wide}) {
+          check(std::isnan(answer->loss), bad.name + ", loss", answer->loss, kNaN);
+          for (double g : answer->grad) check(std::isnan(g), bad.name + ", gradient", g, kNaN);
+        }
+      }
+    };
+    for (size_t where : {size_t(0), size_t(150), size_t(299)}) {
+      for (double value : {kNaN, kInfinity}) {
+        Problem bad = problem("a bad student logit", 300, 0, 0, 3, 1, t);
+        bad.z[where] = value;
+        is_nan(bad);
+        bad = problem("a bad teacher logit", 300, 0, 0, 3, 1, t);
+        bad.w[where] = value;
+        is_nan(bad);
+      }
+    }
+    Problem bad = problem("no student class", 300, 0, 0, 3, 1, t);
+    for (double& z : bad.z) z = -kInfinity;
+    is_nan(bad);
+    bad = problem("no teacher class", 300, 0, 0, 3, 1, t);
+    for (double& w : bad.w) w = -kInfinity;
+    is_nan(bad);
+  }
+  for (double t : {0.0, -1.0, kInfinity, kNaN}) {
+    const Answer got = answer_of<float, false>(problem("no temperature", 20, 0, 0, 3, 1, t), 2);
+    check(std::isnan(got.loss) && std::isnan(got.grad[0]), "no temperature", got.loss, kNaN);
+  }
+}
+
+}  // namespace
+
+int main() {
+  elements<float>();
+  elements<double>();
+  rows();
+  limits();
+  std::printf("%s: %d of %d checks failed\n", failures ? "FAIL" : "PASS", failures, checks);
+  return failures != 0;
+}

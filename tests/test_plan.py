@@ -1,0 +1,174 @@
+"""The planner of the CUDA kernels: plain C++, asked here for devices that are not at hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+
+from fastkd import _C
+
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)  # csrc/dtypes.h
+DTYPES = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
+HOT = (FLOAT32, FLOAT16, BFLOAT16)
+
+
+class Device(NamedTuple):
+    """What the planner is told; shared memory is per CTA, with the opt-in."""
+
+    processors: int
+    shared: int
+    cluster: int
+    ring: bool = False
+
+
+DEVICES = {
+    "turing": Device(40, 65536, 1),
+    "ampere": Device(108, 166912, 1),
+    "ada": Device(142, 101376, 1),
+    "hopper": Device(132, 232448, 16),
+    "hopper, ring": Device(132, 232448, 16, ring=True),
+    "hopper, portable clusters": Device(132, 232448, 8, ring=True),
+    "a slice of one": Device(16, 232448, 4, ring=True),
+    "no shared memory": Device(132, 16384, 16, ring=True),
+}
+CLASSES = (
+    *(1, 2, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2048, 2049),
+    *(4095, 4096, 4097, 8191, 8192, 8193, 14336, 28673, 50257, 128257, 262144, 425985, 2**20),
+)
+ROWS = (1, 2, 7, 8, 9, 64, 65, 128, 129, 131, 132, 133, 1024, 8192, 2**20)
+
+
+def plan(
+    classes: int,
+    rows: int = 1024,
+    student: int = BFLOAT16,
+    teacher: int | None = None,
+    device: Device = DEVICES["hopper"],
+) -> dict[str, Any]:
+    teacher = student if teacher is None else teacher
+    return _C.plan_cuda(
+        rows, classes, student, teacher, device.processors, device.shared, device.cluster,
+        device.ring,
+    )  # fmt: skip
+
+
+def size_of(dtype: int) -> int:
+    return {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}[dtype]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("pair", [*((d, d) for d in DTYPES), (BFLOAT16, FLOAT32), (FLOAT32, 1)])
+def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
+    device = DEVICES[name]
+    for classes, rows in itertools.product(CLASSES, ROWS):
+        p = plan(classes, rows, *pair, device=device)
+        assert p["family"] in ("tiny", "registers", "ring", "streaming")
+        assert 32 <= p["threads"] <= 1024 and p["threads"] % 32 == 0
+        assert 0 <= p["shared_bytes"] <= device.shared
+        assert 1 <= p["cluster"] <= device.cluster
+        assert p["cluster"] & (p["cluster"] - 1) == 0 or p["finish_inside"]
+        blocks = -(-rows // p["rows_per_block"])
+        if p["finish_inside"]:  # the grid is that one cluster, and every row has its place
+            assert p["cluster"] == blocks <= 8
+        elif p["family"] != "ring":
+            assert p["cluster"] == 1
+        # A row fits where it is to live.
+        if p["family"] == "tiny":
+            assert p["lanes"] in (8, 32) and classes <= 4 * p["lanes"]
+            assert p["rows_per_block"] * p["lanes"] == p["threads"]
+        if p["family"] == "registers":
+            assert pair[0] == pair[1] != FLOAT64
+            assert classes * size_of(pair[0]) <= 64 * p["lanes"]
+            assert p["rows_per_block"] * p["lanes"] == p["threads"]
+            assert p["threads"] <= (512 if p["lanes"] == 32 else 256)
+        if p["family"] == "ring":
+            assert device.ring and pair[0] == pair[1] != FLOAT64
+            slice_bytes = -(-(2 * classes * size_of(pair[0])) // p["cluster"])
+            assert slice_bytes <= p["shared_bytes"] < device.shared - 10000
+            assert 2 <= p["stages"] <= 32
+
+
+@pytest.mark.parametrize("name", ["ampere", "hopper"])
+@pytest.mark.parametrize(("dtype", "warps", "ctas"), [(FLOAT32, 512, 4096), (BFLOAT16, 1024, 8192)])
+def test_size_classes_without_the_ring(name: str, dtype: int, warps: int, ctas: int) -> None:
+    def kind(classes: int, teacher: int = dtype) -> tuple[str, int]:
+        p = plan(classes, 4096, dtype, teacher, device=DEVICES[name])
+        return p["family"], p["lanes"]
+
+    assert kind(1) == kind(32) == ("tiny", 8)
+    assert kind(33) == kind(128) == ("tiny", 32)
+    assert kind(129) == kind(warps) == ("registers", 32)
+    assert kind(warps + 1) == ("registers", 64)
+    assert kind(ctas) == ("registers", 256)
+    assert kind(ctas + 1)[0] == "streaming"
+    assert kind(8193) == kind(262144) == ("streaming", 512)
+    # Dtypes that differ: tiny, then streaming; double never is tiny.
+    other = BFLOAT16 if dtype == FLOAT32 else FLOAT16
+    assert kind(128, other) == ("tiny", 32)
+    assert kind(129, other) == kind(1023, other) == ("streaming", 64)
+    assert kind(1024, other) == kind(8191, other) == ("streaming", 256)
+    assert kind(5, FLOAT64) == ("streaming", 64)
+
+
+@pytest.mark.parametrize(("dtype", "widest"), [(FLOAT32, 2048), (FLOAT16, 4096), (BFLOAT16, 4096)])
+def test_size_classes_with_the_ring(dtype: int, widest: int) -> None:
+    def chosen(classes: int, rows: int = 4096) -> tuple[str, int]:
+        p = plan(classes, rows, dtype, device=DEVICES["hopper, ring"])
+        return p["family"], p["cluster"]
+
+    assert chosen(widest)[0] == "registers"
+    assert chosen(widest + 1) == ("ring", 1)
+    # Two bytes an element: 227 KB hold two and a half rows of 22 thousand.
+    assert chosen(32000 // size_of(dtype)) == ("ring", 1)
+    assert chosen(128256)[0] == chosen(262144)[0] == "ring"
+    assert chosen(2**20)[0] == "streaming"  # fits nowhere
+    # The whole row in 16 CTAs, at most 26 stages of 256 vectors each.
+    largest = 16 * 26 * 256 * 16 // size_of(dtype)
+    assert chosen(largest) == ("ring", 16)
+    assert chosen(largest + 16 * 16)[0] == "streaming"
+
+
+def test_longer_rows_never_take_fewer_ctas() -> None:
+    device = DEVICES["hopper, ring"]
+    for dtype, rows in itertools.product(HOT, ROWS):
+        order = ("tiny", "registers", "ring", "streaming")
+        family, cluster = 0, 0
+        for classes in range(64, 2**19, 4096):
+            p = plan(classes, rows, dtype, device=device)
+            assert order.index(p["family"]) >= family
+            family = order.index(p["family"])
+            if p["family"] == "ring":
+                assert p["cluster"] >= cluster
+                cluster = p["cluster"]
+
+
+def test_few_rows_are_spread_over_the_device() -> None:
+    clusters = [
+        plan(131072, rows, device=DEVICES["hopper, ring"])["cluster"]
+        for rows in (1, 4, 8, 16, 33, 132, 4096)
+    ]
+    assert clusters == sorted(clusters, reverse=True)
+    assert clusters[0] == 16
+    for rows, cluster in zip((1, 4, 8), clusters, strict=False):
+        assert rows * cluster <= 132
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000, 8192, 128256])
+def test_a_small_grid_adds_up_its_own_total(classes: int) -> None:
+    with_clusters, without = DEVICES["hopper"], DEVICES["ampere"]
+    one = plan(classes, 1, device=without)
+    assert one["finish_inside"] and one["cluster"] == 1
+    eight = plan(classes, 8 * one["rows_per_block"], device=without)
+    assert not eight["finish_inside"]
+    per_block = plan(classes, 8, device=with_clusters)["rows_per_block"]
+    p = plan(classes, 8, device=with_clusters)
+    assert p["finish_inside"] and p["cluster"] == -(-8 // per_block)
+    assert not plan(classes, 8192, device=with_clusters)["finish_inside"]
+
+
+def test_dtypes_that_do_not_exist_are_refused() -> None:
+    for student, teacher in ((4, 0), (0, 4), (-1, 0)):
+        with pytest.raises(ValueError, match="dtype"):
+            plan(100, student=student, teacher=teacher)
