@@ -182,10 +182,12 @@ def scaling(results: Results, path: Path) -> None:
             _limit(axes, results, points, name)
             axes.set_xscale("log")
         axes.set_yscale("log")
+        if name == "threads":  # the lines cross the whole panel: room for the legend below them
+            axes.set_ylim(bottom=axes.get_ylim()[0] / 6)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.set_xlabel(_fixed(name, points))
         axes.set_ylabel("ms for a loss and its gradient")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower left" if name == "threads" else "best")
     _caption(figure, results)
     figure.savefig(path)
     plt.close(figure)
