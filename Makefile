@@ -61,26 +61,8 @@ cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architectur
 	@$(VENV)/bin/cmake --build $(CUDA_BUILD) --clean-first > $(CUDA_BUILD).log 2>&1 || (cat $(CUDA_BUILD).log; false)
 	$(RUN) tests/kernels/ptxas_table.py $(CUDA_BUILD).log
 
-# On a machine with a GPU, with PYTHON's own torch, and no network: nothing is installed but fastkd, in build/site.
-# OUT takes the logs and results; CUDAARCHS chooses the architectures (native: the GPU at hand).
-OUT ?= build/gpu-check
-SITE := $(CURDIR)/build/site
-gpu-check: export PYTHONPATH := $(SITE):$(PYTHONPATH)
-gpu-check: export PYTHONUNBUFFERED := 1
-gpu-check: export CUDAARCHS := $(or $(CUDAARCHS),native)
-gpu-check:  ## build, test, sanitize and measure the CUDA kernels on the GPU of this machine
-	@mkdir -p $(OUT) build && rm -rf $(SITE)
-	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(SITE) \
-	  -C cmake.define.FASTKD_CUDA=ON . 2>&1 | tee $(OUT)/build.log
-	$(PYTHON) -m fastkd info | tee $(OUT)/info.txt
-	cmake -S . -B $(CUDA_BUILD) -DFASTKD_TESTS=ON -DFASTKD_CUDA=ON > $(CUDA_BUILD).log
-	cmake --build $(CUDA_BUILD) -j > $(CUDA_BUILD).log 2>&1 || (tail -n 50 $(CUDA_BUILD).log; false)
-	-$(CUDA_BUILD)/cuda_kernels 2>&1 | tee $(OUT)/kernels.log | tail -n 20
-	-$(PYTHON) -m pytest -q -x --maxfail=20 tests -p no:cacheprovider 2>&1 | tee $(OUT)/pytest.log | tail -n 30
-	-for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; \
-	  timeout 120 compute-sanitizer --tool $$tool $(CUDA_BUILD)/cuda_kernels --short 2>&1 | tail -n 4; \
-	  done | tee $(OUT)/sanitizer.log
-	-$(PYTHON) -m benchmarks --device cuda --output $(OUT)/benchmarks 2>&1 | tee $(OUT)/benchmarks.log | tail -n 150
+gpu-check:  ## build, test, sanitize and measure the CUDA kernels on this machine's GPU, without network
+	PYTHON=$(PYTHON) .ci/gpu-check
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist

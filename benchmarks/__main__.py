@@ -224,6 +224,8 @@ def _run(chosen: argparse.Namespace) -> None:
         _redraw(chosen.redraw)
         return
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device cuda: torch {torch.__version__} finds no GPU here")
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore", module=r"torch\._inductor|torch\._dynamo")
