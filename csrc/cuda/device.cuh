@@ -1,6 +1,10 @@
 // What the hardware offers and C++ has no words for: exponentials, reductions within a warp, and
 // for sm_90 the barriers, bulk copies and clusters of the ring.
 #pragma once
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "fastkd's CUDA kernels need compute capability 8.0 or newer: choose it with CUDAARCHS"
+#endif
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -164,6 +164,18 @@ Tensor empty_grad(const Call& call) {
   return torch::stable::new_empty(call.student, call.student.sizes());
 }
 
+BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& grad_output,
+                           const Tensor& grad) {
+  BackwardArgs args;
+  static_cast<Inputs&>(args) = call.inputs;
+  args.stats = stats.const_data_ptr();
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_stride = strides_of(grad, call);
+  return args;
+}
+
 Tensor nothing(const Call& call) { return empty(call, {0}, call.acc); }
 
 }  // namespace fastkd::glue

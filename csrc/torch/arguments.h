@@ -52,6 +52,9 @@ Tensor empty_out(const Call& call, bool terms, bool per_row);
 Tensor empty_stats(const Call& call);  // acc [kStats * rows + 1]
 Tensor empty_grad(const Call& call);   // contiguous, the student's shape and dtype
 
+BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& grad_output,
+                           const Tensor& grad);
+
 inline int64_t acc_size(const Call& call) { return call.acc == ScalarType::Double ? 8 : 4; }
 
 // A result that an op has nothing to say in.

@@ -143,13 +143,7 @@ void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_out
     if (size_of(call.inputs.student_dtype) > 2 || grad.const_data_ptr() == call.inputs.student)
       return multiply_(grad, grad_output);
   }
-  BackwardArgs args;
-  static_cast<Inputs&>(args) = call.inputs;
-  args.stats = stats.const_data_ptr();
-  args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_per_row = grad_output.dim() == 1;
-  args.grad = grad.mutable_data_ptr();
-  args.grad_stride = strides_of(grad, call);
+  const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   const cpu::Kernels& kernels = cpu::kernels();
   torch::stable::parallel_for(0, args.rows, grain_rows(args), [&](int64_t begin, int64_t end) {
     kernels.backward(args, begin, end);

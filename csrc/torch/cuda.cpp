@@ -56,13 +56,7 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
 void Cuda::backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
                     const Tensor& grad, bool filled) {
   const DeviceGuard guard(call.student.get_device_index());
-  BackwardArgs args;
-  static_cast<Inputs&>(args) = call.inputs;
-  args.stats = stats.const_data_ptr();
-  args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_per_row = grad_output.dim() == 1;
-  args.grad = grad.mutable_data_ptr();
-  args.grad_stride = strides_of(grad, call);
+  const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   check(cuda::backward(args, filled, current_stream(call.student)));
 }
 

@@ -655,7 +655,8 @@ void test_exponential(const cpu::Kernels& k) {
     }
   }
   std::printf("  exp2: worst error %.3f ulp\n", worst);
-  check(worst <= 2.2, "ulp", worst, 2.2);
+  const double bound = std::string(k.name) == "default" ? 1.3 : 1.0;  // the x86 baseline has no FMA
+  check(worst <= bound, "ulp", worst, bound);
   const float edges[] = {
       0, -0.0f, -126.0001f, -1e30f, -static_cast<float>(kInf), static_cast<float>(kNan)};
   float results[6];
