@@ -20,14 +20,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-template <class To, class From>
-FASTKD_HOST_DEVICE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 // Stored in 16 bits, computed with as fp32.
 struct BFloat16 {
   uint16_t bits;

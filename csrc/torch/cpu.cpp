@@ -25,11 +25,12 @@ int64_t grain_rows(const Inputs& inputs) { return std::max<int64_t>(1, kGrain / 
 // count.
 int64_t count_rows(const Call& call) {
   const Inputs& in = call.inputs;
-  if (in.row_temperature) {
-    for (int64_t row = 0; row < in.rows; ++row) {
+  for (const RowSetting which : {kTemperature, kTeacherTemperature}) {
+    for (int64_t row = 0; in.row_settings && row < in.rows; ++row) {
+      const int64_t at = which * in.rows + row;
       const double t = call.acc == ScalarType::Double
-                           ? static_cast<const double*>(in.row_temperature)[row]
-                           : static_cast<const float*>(in.row_temperature)[row];
+                           ? static_cast<const double*>(in.row_settings)[at]
+                           : static_cast<const float*>(in.row_settings)[at];
       STD_TORCH_CHECK(t > 0 && std::isfinite(t), "temperature must be positive and finite; row ",
                       row, " has ", t);
     }
@@ -52,14 +53,26 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
   std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
-  for (int64_t row = begin; row < end; ++row) {
+  const auto for_segments = [&](auto&& work) {
     torch::stable::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) {
-      for (int64_t segment = first; segment < last; ++segment)
-        kernels.scan(args, row, segment, &statistics[static_cast<size_t>(segment)]);
+      for (int64_t segment = first; segment < last; ++segment) {
+        work(segment, static_cast<size_t>(segment));
+      }
     });
-    torch::stable::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) {
-      for (int64_t segment = first; segment < last; ++segment)
-        kernels.write(args, row, segment, statistics.data(), &sums[static_cast<size_t>(segment)]);
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    sums.assign(sums.size(), {});
+    for_segments(
+        [&](int64_t segment, size_t at) { kernels.scan(args, row, segment, &statistics[at]); });
+    double slope_sum = 0;
+    if (!is_one_sweep(args.divergence)) {
+      for_segments([&](int64_t segment, size_t at) {
+        kernels.balance(args, row, segment, statistics.data(), &sums[at]);
+      });
+      for (size_t at = sums.size(); at-- > 0;) slope_sum += sums[at].slope;
+    }
+    for_segments([&](int64_t segment, size_t at) {
+      kernels.write(args, row, segment, statistics.data(), slope_sum, &sums[at]);
     });
     kernels.close(args, row, statistics.data(), sums.data());
   }

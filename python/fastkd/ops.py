@@ -50,11 +50,13 @@ class Settings(NamedTuple):
     """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
 
     temperature: float
+    teacher_temperature: float
     hard_weight: float
     soft_weight: float
     label_smoothing: float
     ignore_index: int
     divergence: int
+    mix: float
     reduction: int
     normalizer: float
     with_terms: bool
@@ -85,7 +87,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +105,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -123,13 +125,13 @@ def differentiable_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     grad_output: Tensor,
 ) -> Tensor:
     """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
-    out = _reference(student, teacher, labels, temperatures, denominator, settings)
+    out = _reference(student, teacher, labels, row_settings, denominator, settings)
     (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
@@ -144,28 +146,28 @@ class _Loss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
         out, grad, stats = _loss(
-            student, teacher, labels, temperatures, denominator, *settings, True
+            student, teacher, labels, row_settings, denominator, *settings, True
         )
         ctx.settings = settings
-        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, stats)
+        ctx.save_for_backward(student, teacher, labels, row_settings, denominator, stats)
         # Not saved like the others: backward scales it in place and gives it away.
         ctx.grad = grad
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, teacher, labels, temperatures, denominator, stats = ctx.saved_tensors
+        student, teacher, labels, row_settings, denominator, stats = ctx.saved_tensors
         settings = ctx.settings
         if (
             torch.is_grad_enabled()
         ):  # create_graph=True: this gradient will be differentiated in turn
             grad = differentiable_gradient(
-                student, teacher, labels, temperatures, denominator, settings, grad_output
+                student, teacher, labels, row_settings, denominator, settings, grad_output
             )
             return grad, None, None, None, None, None
         if settings.with_terms:
@@ -189,8 +191,8 @@ class _Loss(torch.autograd.Function):
             student,
             teacher,
             labels,
-            temperatures,
-            *settings[:6],
+            row_settings,
+            *settings[:8],
             filled,
         )
         return grad, None, None, None, None, None
@@ -205,20 +207,20 @@ class _InplaceLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
-        out, stats = _loss_(student, teacher, labels, temperatures, denominator, *settings)
+        out, stats = _loss_(student, teacher, labels, row_settings, denominator, *settings)
         torch.autograd.graph.increment_version(student)
         ctx.settings = settings
         ctx.grad = student.detach()
-        ctx.save_for_backward(teacher, labels, temperatures, stats)
+        ctx.save_for_backward(teacher, labels, row_settings, stats)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        teacher, labels, temperatures, stats = ctx.saved_tensors
+        teacher, labels, row_settings, stats = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or grad is None:
             raise RuntimeError(
@@ -234,8 +236,8 @@ class _InplaceLoss(torch.autograd.Function):
             grad,
             teacher,
             labels,
-            temperatures,
-            *ctx.settings[:6],
+            row_settings,
+            *ctx.settings[:8],
             True,
         )
         return grad, None, None, None, None, None
@@ -248,7 +250,7 @@ def apply(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     inplace: bool,
@@ -256,10 +258,10 @@ def apply(
     """Runs the op on checked arguments; results are shaped as csrc/torch/library.cpp says."""
     if student.device.type not in _KERNEL_DEVICES:
         _warn_once(student.device.type)
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
+        return _reference(student, teacher, labels, row_settings, denominator, settings)
     if _is_transformed():
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
-    arguments = (student, teacher, labels, temperatures, denominator, settings)
+        return _reference(student, teacher, labels, row_settings, denominator, settings)
+    arguments = (student, teacher, labels, row_settings, denominator, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _, _ = _loss(*arguments[:5], *settings, False)
     elif inplace and not torch.compiler.is_compiling():
@@ -301,14 +303,14 @@ def _reference(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
     """The same result by differentiable PyTorch operations."""
     temperature: float | Tensor = settings.temperature
-    if temperatures is not None:
-        temperature = temperatures.reshape(student.shape[:-1])
+    if row_settings is not None:
+        temperature = row_settings.reshape(student.shape[:-1])
     normalizer: float | Tensor | None = (
         denominator if denominator is not None else settings.normalizer or None
     )
