@@ -37,11 +37,11 @@ namespace {
 // The numbers of a call, as the ops' schemas have them (library.cpp).
 struct Settings {
   double temperature, hard_weight, soft_weight, label_smoothing;
-  int64_t ignore_index, divergence, reduction;
+  int64_t ignore_index, divergence;
+  double mix;
+  int64_t reduction;
   bool with_terms;
 };
-
-constexpr double kMix = 0.5;  // divergences that read it take the Python path
 
 using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                   const std::optional<Tensor>&,
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
   static const auto loss = op<LossOp>("fastkd::loss");
   return loss.call(student, teacher, labels, std::nullopt, std::nullopt, settings.temperature,
                    settings.temperature, settings.hard_weight, settings.soft_weight,
-                   settings.label_smoothing, settings.ignore_index, settings.divergence, kMix,
-                   settings.reduction, 0.0, settings.with_terms, with_grad);
+                   settings.label_smoothing, settings.ignore_index, settings.divergence,
+                   settings.mix, settings.reduction, 0.0, settings.with_terms, with_grad);
 }
 
 // The backward pass of a call whose forward pass has written the gradient for grad_output = 1.
@@ -105,7 +105,7 @@ struct LossBackward : torch::autograd::Node {
                   label_tensor.defined() ? std::optional<Tensor>(label_tensor) : std::nullopt,
                   std::nullopt, settings.temperature, settings.temperature, settings.hard_weight,
                   settings.soft_weight, settings.label_smoothing, settings.ignore_index,
-                  settings.divergence, kMix, filled);
+                  settings.divergence, settings.mix, filled);
     return {result};
   }
 
@@ -121,7 +121,7 @@ struct LossBackward : torch::autograd::Node {
     const py::module_ ops = py::module_::import("fastkd.ops");
     const py::object numbers = ops.attr("Settings")(
         settings.temperature, settings.temperature, settings.hard_weight, settings.soft_weight,
-        settings.label_smoothing, settings.ignore_index, settings.divergence, kMix,
+        settings.label_smoothing, settings.ignore_index, settings.divergence, settings.mix,
         settings.reduction, 0.0, settings.with_terms);
     const Tensor label_tensor = labels.unpack();
     return ops
@@ -202,7 +202,8 @@ bool same_rows(const Tensor& labels, const Tensor& student) {
 }
 
 std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
-  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index)
+  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index), its
+  // mix
   constexpr double kMax = std::numeric_limits<double>::max();
   const auto temperature = number(options[0], std::numeric_limits<double>::min(), kMax);
   const auto smoothing = number(options[4], 0, 1);
@@ -223,6 +224,7 @@ std::optional<Settings> read_settings(const py::args& options, bool has_labels, 
                   *smoothing,
                   options[2].cast<int64_t>(),
                   options[5].cast<int64_t>(),
+                  options[6].is_none() ? 0.5 : options[6].cast<double>(),
                   reduction,
                   with_terms};
 }
