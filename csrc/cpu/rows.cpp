@@ -117,7 +117,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   Left<T> in_segment = engine.kept_of(last, kept);
   const auto left_of = [&](int64_t i) {
     if (i == last && engine.keeps(i)) return in_segment;
-    return one_sweep ? Left<T>{} : Left<T>{work, work + args.classes}.at(i * kSegment);
+    return one_sweep ? Left<T>{} : Left<T>{work, work + padded(args.classes)}.at(i * kSegment);
   };
   if (!one_sweep) {
     for (int64_t i = last; i >= 0; --i) {
@@ -176,7 +176,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
     using T = decltype(zero);
     std::unique_ptr<T[]> work;
     if (!engine.one_sweep() && !(engine.segments() == 1 && engine.keeps(0))) {
-      work.reset(new T[static_cast<size_t>(2 * args.classes + kLanes)]);
+      work.reset(new T[static_cast<size_t>(2 * padded(args.classes))]);
     }
     for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, work.get());
   });
