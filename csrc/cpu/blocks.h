@@ -53,9 +53,9 @@ FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
-// kLanes numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes of
-// 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes each
-// out of its pair, where keeping their order would cost a permutation.
+// kLanes numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
+// of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
+// each out of its pair, where keeping their order would cost a permutation.
 template <class T>
 FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
   return lanes;

@@ -113,8 +113,10 @@ struct Exponential {
     }
   }
 
-  FASTKD_HOST_DEVICE T operator()(T logit) const {
-    const T offset = logit - max;
+  FASTKD_HOST_DEVICE T operator()(T logit) const { return of(logit - max, factor, least); }
+
+  // The same for a factor of each lane.
+  FASTKD_HOST_DEVICE T of(T offset, T factor, T least) const {
     const T shifted = offset * factor + F::kRound;
     const T fraction = offset * factor - (shifted - F::kRound);
     T power = coefficient[P::kCoefficients - 1];

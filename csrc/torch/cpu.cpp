@@ -22,8 +22,8 @@ double number(const Tensor& tensor) {
              : static_cast<double>(*static_cast<const float*>(tensor.const_data_ptr()));
 }
 
-// Asks for huge pages under a gradient that is about to be written: allocators hand large tensors out
-// as pages that the kernel clears at the first touch, 4 KB at a time, which costs more than the
+// Asks for huge pages under a gradient that is about to be written: allocators hand large tensors
+// out as pages that the kernel clears at the first touch, 4 KB at a time, which costs more than the
 // gradient itself. Only whole huge pages inside, so that no neighbour is affected. Where the advice
 // is not taken nothing changes.
 void prefer_huge_pages(void* data, size_t bytes) {
