@@ -53,19 +53,72 @@ FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
-// NaN is passed over here; it makes the sums NaN.
-template <class T, class S>
-T maximum(const S* logits, int64_t count) {
+// kLanes numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
+// of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
+// each out of its pair, where keeping their order would cost a permutation.
+template <class T>
+FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
+  return lanes;
+}
+FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    uint32_t pair;
+    std::memcpy(&pair, lanes + 2 * i, sizeof(pair));
+    buffer[i] = bits_as<float>(pair << 16);
+    buffer[i + kLanes / 2] = bits_as<float>(pair & 0xffff0000u);
+  }
+  return buffer;
+}
+
+// Where kLanes results go, and their way from there to `lanes`.
+template <class T>
+FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {
+  return lanes;
+}
+FASTKD_HOST_DEVICE float* unpacked(BFloat16*, float* buffer) { return buffer; }
+template <class T>
+FASTKD_HOST_DEVICE void pack(const T*, T*) {}
+FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    const uint32_t first = rounded_bits(buffer[i]) >> 16;
+    const uint32_t pair = first | (rounded_bits(buffer[i + kLanes / 2]) & 0xffff0000u);
+    std::memcpy(lanes + 2 * i, &pair, sizeof(pair));
+  }
+}
+
+// NaN may be passed over here; it makes the sums NaN.
+template <class T>
+T maximum(const T* logits, int64_t count) {
   T lanes[kLanes];
   for (T& lane : lanes) lane = -kInfinity<T>;
   for (int64_t at = 0; at < count; at += kLanes) {
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T x = widen(logits[at + i]);
+      const T x = logits[at + i];
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
   }
   return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
+}
+
+// Sign and magnitude to two's complement and back: integers in the order of the numbers.
+FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
+  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+}
+inline float maximum(const BFloat16* logits, int64_t count) {
+  int16_t lanes[kLanes];
+  for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
+  for (int64_t at = 0; at < count; at += kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int16_t x = ordered(static_cast<int16_t>(logits[at + i].bits));
+      lanes[i] = x > lanes[i] ? x : lanes[i];
+    }
+  }
+  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
+  return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
 template <class T>
@@ -91,13 +144,14 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     prefetch_next(logits + at);
+    T buffer[kLanes];
+    const T* x = unpack(logits + at, buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T logit = widen(logits[at + i]);
-      const T e = tempered(logit);
+      const T e = tempered(x[i]);
       if constexpr (kKeep) kept[at + i] = e;
       sums[i] += e;
-      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, logit, own);
+      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, x[i], own);
     }
   }
   return {sum_of(sums), kHard == Hard::kNone ? T(0) : sum_of(hard_sums)};
@@ -155,9 +209,13 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
+    T* grad_lanes = unpacked(grad + at, grad_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T z = widen(student[at + i]), w = widen(teacher[at + i]);
+      const T z = student_lanes[i], w = teacher_lanes[i];
       T student_power = 0, teacher_power = 0;
       if constexpr (kWay == Way::kKept) {
         student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
@@ -167,8 +225,9 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
       values[i] += kl.value;
       T g = c.uniform;
       if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(e.q, z, c.own);
-      grad[at + i] = narrow<L>(g + c.soft_gain * kl.slope);
+      grad_lanes[i] = g + c.soft_gain * kl.slope;
     }
+    pack(grad_buffer, grad + at);
   }
   return sum_of(values);
 }
@@ -183,14 +242,17 @@ Evaluated<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
   const Constants k = constants;
   T values[kLanes] = {}, sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T z = widen(student[at + i]), w = widen(teacher[at + i]);
       T student_power = 0, teacher_power = 0;
       if constexpr (kWay == Way::kKept) {
         student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
       }
-      const Element<T> e = element_of<kWay>(c, z, w, student_power, teacher_power);
+      const Element<T> e =
+          element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
       const Evaluated<T> here = D::at(e, k);
       values[i] += here.value;
       sums[i] += here.slope;
@@ -205,14 +267,21 @@ template <Hard kHard, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
                       const T* slopes, L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], grad_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    T* grad_lanes = unpacked(grad + at, grad_buffer);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    T g = c.uniform;
-    if constexpr (kHard != Hard::kNone) {
-      g += c.hard_gain * hard_exponential<kHard>(q[i], static_cast<T>(widen(student[i])), c.own);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T here = q[at + i];
+      T g = c.uniform;
+      if constexpr (kHard != Hard::kNone) {
+        g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
+      }
+      const T slope = slopes[at + i] - here * c.student_share - c.constant_share;
+      grad_lanes[i] = g + c.soft_gain * slope;
     }
-    const T slope = slopes[i] - q[i] * c.student_share - c.constant_share;
-    grad[i] = narrow<L>(g + c.soft_gain * slope);
+    pack(grad_buffer, grad + at);
   }
 }
 

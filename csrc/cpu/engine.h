@@ -160,7 +160,7 @@ struct Engine {
     *max = kLowest;
     for_blocks(begin, end, [&](int64_t at, int64_t count) {
       const S* block = fetch(logits, at, count, buffer);
-      const double top = maximum<T>(block, padded(count));
+      const double top = maximum(block, padded(count));
       if (top > *max) {
         if (*max > kLowest) {
           result.tempered *= row.rescale(*max, top, static_cast<double>(factor));

@@ -38,7 +38,7 @@ struct Tile {
   alignas(64) float hard_power[kNarrow][kTileRows];     // exp(z - max z)
   alignas(64) Lanes student_max, student_scale, hard_scale, teacher_max, teacher_scale;
   alignas(64) Lanes student_sum, hard_sum, teacher_sum;
-  alignas(64) Lanes temperature, factor, teacher_temperature, teacher_factor;
+  alignas(64) Lanes temperature, factor, least, teacher_temperature, teacher_factor, teacher_least;
   alignas(64) Lanes hard_weight, soft_weight, gain, label_logit, value, slope;
   alignas(64) Lanes student_entropy, teacher_entropy, offsets, agreement;
   alignas(64) int32_t label[kTileRows];  // -1: none
@@ -65,7 +65,9 @@ struct NarrowEngine {
       tile.label[i] = tile.state[i] == State::kNormal ? static_cast<int32_t>(row.label) : -1;
       tile.temperature[i] = static_cast<float>(row.temperature);
       tile.factor[i] = row.factor;
+      tile.least[i] = Format<float>::kMinExponent / row.factor;
       tile.teacher_factor[i] = row.teacher_factor;
+      tile.teacher_least[i] = Format<float>::kMinExponent / row.teacher_factor;
       tile.teacher_temperature[i] = static_cast<float>(row.teacher_temperature);
       tile.hard_weight[i] = static_cast<float>(row.hard_weight);
       tile.soft_weight[i] = static_cast<float>(row.soft_weight);
@@ -92,33 +94,36 @@ struct NarrowEngine {
     }
   }
 
-  // Four classes at a time: a quarter of the roundings of one long chain.
+  // In fp64: where classes are few, the rounding of their sum would be most of the gradient's
+  // error.
   static void sum(const float (*values)[kTileRows], int64_t classes, Lanes& result) {
-    for (int64_t i = 0; i < kTileRows; ++i) result[i] = 0;
+    double sums[kTileRows] = {};
     int64_t c = 0;
-    for (; c + 4 <= classes; c += 4) {
+    for (; c + 2 <= classes; c += 2) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        result[i] += (values[c][i] + values[c + 1][i]) + (values[c + 2][i] + values[c + 3][i]);
+        sums[i] += static_cast<double>(values[c][i]) + static_cast<double>(values[c + 1][i]);
       }
     }
-    for (; c < classes; ++c) {
+    if (c < classes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kTileRows; ++i) result[i] += values[c][i];
+      for (int64_t i = 0; i < kTileRows; ++i) sums[i] += static_cast<double>(values[c][i]);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) result[i] = static_cast<float>(sums[i]);
   }
 
   // The exponentials, given the maxima, and their sums. Not inlined, like differentiate(): forward
   // and backward must run the same instructions to arrive at the same bits.
   __attribute__((noinline)) void exponentiate() {
-    const Exponential<float> exp2(1.0f, 0.0f, 1.0);
+    const Exponential<float> exponential(static_cast<float>(kLog2E), 0.0f, 1.0);
     for (int64_t c = 0; c < in.classes; ++c) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         const float z = tile.student[c][i] - tile.student_max[i];
         const float w = tile.teacher[c][i] - tile.teacher_max[i];
-        tile.student_power[c][i] = exp2(z * tile.factor[i]);
-        tile.teacher_power[c][i] = exp2(w * tile.teacher_factor[i]);
+        tile.student_power[c][i] = exponential.of(z, tile.factor[i], tile.least[i]);
+        tile.teacher_power[c][i] = exponential.of(w, tile.teacher_factor[i], tile.teacher_least[i]);
       }
     }
     sum(tile.student_power, in.classes, tile.student_sum);
@@ -127,8 +132,7 @@ struct NarrowEngine {
     for (int64_t c = 0; c < in.classes; ++c) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const float z = tile.student[c][i] - tile.student_max[i];
-        tile.hard_power[c][i] = exp2(z * static_cast<float>(kLog2E));
+        tile.hard_power[c][i] = exponential(tile.student[c][i] - tile.student_max[i]);
       }
     }
     sum(tile.hard_power, in.classes, tile.hard_sum);

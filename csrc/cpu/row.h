@@ -77,8 +77,10 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (row.label < 0 || row.label >= in.classes) row.state = State::kInvalid;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = Hard::kOwn;
-  // Speed is no aim in fp64: one form of the loops is enough there.
-  if (sizeof(T) == sizeof(float)) {
+  // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
+  // exp(z / t) times t: too much where the hard term is the greater part of the gradient.
+  const bool precise = row.hard_weight <= row.soft_weight * row.temperature || row.temperature == 1;
+  if (sizeof(T) == sizeof(float) && precise) {
     if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
     if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
     if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
