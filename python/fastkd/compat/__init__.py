@@ -1,8 +1,8 @@
 """Other libraries' distillation losses, number for number, over fastkd's fused pass.
 
 Libraries disagree on which term ``alpha`` weighs, on T squared, on what a mean divides by and on
-what is masked, mostly without saying so. Each module here is named after a library, and has its names
-and signatures with its conventions: switching is a changed import. ``docs/compat.md``, which
+what is masked, mostly without saying so. Each module here is named after a library, and has its
+names, its signatures and its conventions: switching is a changed import. ``docs/compat.md``, which
 ``python -m fastkd.compat`` writes, has the conventions side by side, and where an adapter differs
 from its library on purpose.
 

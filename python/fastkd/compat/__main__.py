@@ -32,14 +32,15 @@ The loss is the same number and the student's gradient the same tensor, up to ro
 every adapter against its library's own code where that can be installed (`make peers`), and against
 the formula written out where it cannot.
 
-In `fastkd.loss` itself `alpha` weighs the **hard** term, the soft term is multiplied by T², a mean is
-over the rows that are not ignored, and a row that is ignored counts in neither term.
+In `fastkd.loss` itself `alpha` weighs the **hard** term, the soft term is multiplied by T², a mean
+is over the rows that are not ignored, and a row that is ignored counts in neither term.
 """
 
 COMMON = """\
 ## What differs in all of them
 
-- The loss is float32 (float64 for float64 logits), also where the library returns the logits' dtype.
+- The loss is float32 (float64 for float64 logits), also where the library returns the dtype of the
+  logits.
 - The teacher gets no gradient. Teacher logits that require grad are an error: compute them under
   `torch.no_grad()`, or detach them.
 - A mean over no rows is 0 with a zero gradient, never NaN.

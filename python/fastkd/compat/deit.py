@@ -76,19 +76,18 @@ class DistillationLoss(nn.Module):
         self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor
     ) -> Tensor:
         """The loss of the model's outputs, a pair of class logits and distillation logits."""
-        pair = None if isinstance(outputs, Tensor) else outputs
-        logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+        logits, distilled = (outputs, None) if isinstance(outputs, Tensor) else outputs
         base = self.base_criterion(logits, labels)
         if self.distillation_type == "none":
             return base
-        if pair is None:
+        if distilled is None:
             raise ValueError(
                 "outputs must be a pair (class logits, distillation logits) with "
                 f"distillation_type={self.distillation_type!r}; got one tensor"
             )
         with torch.no_grad():
             teacher = self.teacher_model(inputs)
-        return base * (1 - self.alpha) + self._teachers_term(pair[1], teacher)
+        return base * (1 - self.alpha) + self._teachers_term(distilled, teacher)
 
     def _teachers_term(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.distillation_type == "hard":

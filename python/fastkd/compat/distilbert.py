@@ -14,15 +14,15 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses
+from fastkd import checks, losses, ops
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(
     peer="DistilBERT",
     before="from distiller import Distiller  # of the research project; its step()",
     after="from fastkd.compat.distilbert import step_loss",
-    weighs="`alpha_ce` the **soft** term, `alpha_mlm` or `alpha_clm` the hard term, `alpha_mse` the "
-    "squared error of the logits",
+    weighs="`alpha_ce` the **soft** term, `alpha_mlm` or `alpha_clm` the hard term, `alpha_mse` "
+    "the squared error of the logits",
     t_squared="yes; the squared error has no temperature",
     denominator="each term: its own rows; the squared error is summed over classes",
     mask="soft terms: `attention_mask`, or with `restrict_ce_to_mask` rows whose label is >= 0; "
@@ -92,8 +92,8 @@ def step_loss(
         t_logits,
         labels,
         temperature=positive("temperature", temperature),
-        hard_weight=_mean(hard) * (alpha_mlm or alpha_clm),
-        soft_weight=_mean(soft) * alpha_ce,
+        hard_weight=_mean(hard, s_logits) * (alpha_mlm or alpha_clm),
+        soft_weight=_mean(soft, s_logits) * alpha_ce,
         reduction="sum",
     )
     if alpha_mse:
@@ -109,7 +109,7 @@ def step_loss(
     return total
 
 
-def _mean(rows: Tensor) -> Tensor:
+def _mean(rows: Tensor, logits: Tensor) -> Tensor:
     """The weights with which a sum over rows is the mean over some of them."""
-    weights = rows.double()
+    weights = rows.to(ops.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -111,7 +111,7 @@ class Distiller(nn.Module):
     def compute_loss(
         self, x: Tensor, y: Tensor | None = None, y_pred: Tensor | None = None
     ) -> Tensor:
-        """The loss for inputs ``x`` and labels ``y``: class ids ``(N,)`` or probabilities ``(N, C)``.
+        """The loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities ``(N, C)``.
 
         Without ``y`` the soft term alone remains, with its weight. ``y_pred`` saves calling the
         student if its logits are at hand.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, losses
+from fastkd import checks, losses, ops
 from fastkd.compat.convention import Convention, generalized_jsd, kl_div_reduction
 
 CONVENTION = Convention(
@@ -36,10 +36,10 @@ CONVENTION = Convention(
         "the logits is the same.",
         "`LigerKLDIVLoss` clamps the target at `eps` before its logarithm, which changes the value "
         "where p < eps; here p log p is exact, 0 at 0, and another `eps` is refused.",
-        "`LigerTVDLoss` up to 0.5 had the subgradient -1/2 where p = q; here it is 0.",
+        "Older releases of `LigerTVDLoss` had the subgradient -1/2 where p = q; here it is 0.",
         "`reduction='none'`, one loss for each class, is refused.",
         "With every row ignored Liger divides by zero; here the loss is 0 with a zero gradient.",
-        "It runs on CPUs too, and needs no Triton.",
+        "These run on CPUs too, and need no Triton.",
     ),
 )
 
@@ -141,7 +141,7 @@ class LigerTVDLoss(nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """The loss of ``p``, the student's probabilities ``(..., C)``, and ``q``, the teacher's."""
-        wide = p.to(torch.promote_types(p.dtype, torch.float32))
+        wide = p.to(ops.accumulator(p))
         # A probability that is 0 has no logarithm whose gradient is finite; the least one has.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
         reduction, factor = kl_div_reduction(self.reduction, log_p)

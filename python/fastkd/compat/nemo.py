@@ -58,7 +58,7 @@ class KDLoss(nn.Module):
         super().__init__()
         if tp_group is not None:
             raise ValueError(
-                f"tp_group must be None: logits sharded over classes are not taken; got {tp_group!r}"
+                f"tp_group must be None: logits hold every class here; got {tp_group!r}"
             )
         self.ignore_index = ignore_index
         self.temperature = positive("temperature", temperature)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd import losses
+from fastkd import losses, ops
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(
@@ -53,11 +53,10 @@ def kd_mse_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor 
 
 
 def _soft(divergence: str, student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    t: float | Tensor
     if isinstance(temperature, Tensor):
-        # One for each row: 1 / T^2 as a weight, so that its product with the core's T^2 is 1.
-        t = temperature.detach().expand(student.shape[:-1])
-        return losses.loss(
-            student, teacher, temperature=t, soft_weight=t.pow(-2), divergence=divergence
-        )
-    t = positive("temperature", temperature)
+        t = temperature.detach().to(ops.accumulator(student))
+    else:
+        t = positive("temperature", temperature)
+    # 1 / T^2, so that its product with fastkd's T^2 is 1.
     return losses.loss(student, teacher, temperature=t, soft_weight=t**-2, divergence=divergence)

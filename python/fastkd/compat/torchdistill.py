@@ -31,6 +31,8 @@ CONVENTION = Convention(
     differences=(
         "`ignore_index` leaves a row out of both terms and of their denominators. torchdistill "
         "leaves it out of the hard term alone, and the padding's soft loss is trained on.",
+        "With a YAML configuration, `register_mid_level_loss(KDLoss)` puts the adapter where "
+        "torchdistill looks for its own class.",
         "`reduction='none'` is refused: torchdistill adds losses per class to losses per row.",
         "`LogitStdKDLoss` standardises over classes, whatever the shape (torchdistill over the "
         "last dimension, which are the classes of (N, C) alone); its `eps` is always 1e-7.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastkd import checks, losses
@@ -37,7 +38,7 @@ CONVENTION = Convention(
 
 
 class ForwardKLLoss(nn.Module):
-    """Mean over rows of -sum p log q: forward KL without the teacher's entropy, as torchtune has it.
+    """Mean over rows of -sum p log q: forward KL plus the teacher's entropy, a constant.
 
     Args:
         ignore_index: rows with this label are left out. Default -100.
@@ -62,7 +63,7 @@ class ForwardKLLoss(nn.Module):
         labels: Tensor,
         normalize: bool = True,
     ) -> Tensor:
-        """The loss of logits ``(..., C)`` and as many labels as rows; a sum if not ``normalize``."""
+        """The loss of logits ``(..., C)`` and as many labels as rows, or with False its sum."""
         return losses.loss(
             student_logits,
             teacher_logits,
@@ -113,7 +114,7 @@ class SymmetricKLLoss(nn.Module):
         labels: Tensor,
         normalize: bool = True,
     ) -> Tensor:
-        """The loss of logits ``(..., C)`` and as many labels as rows; a sum if not ``normalize``."""
+        """The loss of logits ``(..., C)`` and as many labels as rows, or with False its sum."""
         terms = losses.terms(
             student_logits,
             teacher_logits,
@@ -150,7 +151,7 @@ class _Chunked(nn.Module):
                 f"student_logits must be at most num_output_chunks={self.num_output_chunks} chunks "
                 f"of the labels' {labels.shape[1]} tokens in all; got chunks of {tokens} tokens"
             )
-        chunks = zip(student_logits, teacher_logits, labels.split(tokens, 1), strict=True)
+        chunks = zip(student_logits, teacher_logits, torch.split(labels, tokens, 1), strict=True)
         sums = [self.whole(*chunk, normalize=False) for chunk in chunks]
         valid = (labels != self.whole.ignore_index).sum()
         total: Tensor = sum(sums[1:], sums[0])
