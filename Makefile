@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 KERNEL_BUILD := build/kernels
 CUDA_BUILD := build/cuda
 
-.PHONY: help install demo test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.PHONY: help install peers demo test kernel-test bench lint fmt types cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
+
+peers: $(VENV)/installed  ## install the libraries that fastkd.compat is tested against
+	$(RUN) -m pip install --quiet --no-deps --group peers
 
 demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and show what it brought
 	$(RUN) examples/digits.py

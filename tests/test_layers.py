@@ -118,7 +118,15 @@ def test_the_reference_imports_torch_alone():
 
 @pytest.mark.parametrize(
     ("lower", "upper"),
-    [("ops", "losses"), ("checks", "losses"), ("checks", "ops"), ("reference", "ops")],
+    [
+        ("ops", "losses"),
+        ("checks", "losses"),
+        ("checks", "ops"),
+        ("reference", "ops"),
+        ("losses", "compat"),
+        ("ops", "compat"),
+        ("__init__", "compat"),
+    ],
 )
 def test_python_layers(lower, upper):
     names = imported(PACKAGE / f"{lower}.py")

@@ -57,6 +57,7 @@ def _compute(
         and mix is None
         and teacher_form == "logits"
         and teacher_weights is None
+        and ensemble == "probs"
         and standardize is False
         and classes is None
         and dim == -1
