@@ -12,6 +12,7 @@ from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.sparse import topk_loss
 from fastkd.verify import Verification, verify
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "divergences",
     "loss",
     "terms",
+    "topk_loss",
     "verify",
 ]
