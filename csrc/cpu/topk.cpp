@@ -128,7 +128,11 @@ struct TopkRow {
   // Calls fn(at, count) for blocks of the row: only the last, shorter than kLanes, needs padding.
   template <class Fn>
   void for_blocks(Fn&& fn) const {
-    Engine<T, S, ForwardKL>::for_blocks(0, args.classes, fn);
+    const int64_t full = args.classes / kLanes * kLanes;
+    for (int64_t at = 0; at < full; at += kBlock) {
+      fn(at, full - at < kBlock ? full - at : kBlock);
+    }
+    if (full < args.classes) fn(full, args.classes - full);
   }
 
   // Masks the listed classes of the block that starts at `at`. Returns where it lies afterwards:
