@@ -116,7 +116,7 @@ namespace cpu {
 // Rows longer than this are cut into segments, each with sums of its own that are merged in order:
 // this is what lets several threads share one row, and what makes the result independent of their
 // number.
-constexpr int64_t kSegment = 16384;
+constexpr int64_t kSegment = 32768;
 
 // Rows of up to so many classes are computed many at a time, each in a vector lane; longer ones
 // fill the vectors by themselves.

@@ -181,9 +181,9 @@ struct TopkRow {
 
   Summary summarise() const {
     Summary of;
-    sum_list(&of);
     of.rest = with_hard<T>(
         row.hard, [&](auto hard) { return scan_rest<decltype(hard)::value>(&of.offsets); });
+    sum_list(&of);  // from the cache
     const double max = of.rest.max > of.list.max ? of.rest.max : of.list.max;
     of.all.max = max;
     of.all.tempered =
