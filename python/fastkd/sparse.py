@@ -208,13 +208,13 @@ def _check_lists(
     classes = student.shape[-1]
     greatest, twice = indices.amax(-1), _twice(indices)
     mass = _mass(indices, log_probs.double())
-    checks._refuse(
+    checks.refuse(
         counts & (greatest >= classes),
         greatest,
         f"indices must be in [0, {classes}), or negative where there is nothing",
     )
-    checks._refuse(counts & (twice >= 0), twice, "indices must not list a class twice")
-    checks._refuse(
+    checks.refuse(counts & (twice >= 0), twice, "indices must not list a class twice")
+    checks.refuse(
         counts & ~(mass <= _MOST_MASS),
         mass,
         "log_probs must be logarithms of probabilities, which add up to at most 1 "
@@ -238,12 +238,13 @@ def _run(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and runs the op."""
-    checks.logits(student, student)
+    checks.logits(student, (student,))
     _lists(indices, log_probs, student)
     if labels is not None:
-        checks.indices(labels, student)
+        if checks.targets(labels, student):
+            raise ValueError("labels must be class indices here; got probabilities")
         labels = labels.long()
-    hard, soft = losses._weights(alpha, hard_weight, soft_weight, labels is not None)
+    hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
     acc = torch.float32
     if student.dtype is torch.float64 or log_probs.dtype is torch.float64:
         acc = torch.float64
@@ -254,7 +255,7 @@ def _run(
     elif reduction != "mean":
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
     elif isinstance(normalizer, Tensor):
-        denominator = losses._denominator(normalizer, student, acc)
+        denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
         normalizer = 0.0
     else:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
