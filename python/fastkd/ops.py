@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.objective import Objective
+from fastkd.rows import in_parts
 
 try:
     from fastkd import _C
@@ -291,9 +292,10 @@ def compute(
 ) -> Tensor:
     """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
     device = student.device.type
+    transformed = _is_transformed()
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
-    elif not _is_transformed():
+    elif not transformed:
         missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
@@ -304,7 +306,10 @@ def compute(
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-    terms = reference.terms(student, teachers, labels, **objective._asdict())
+    if transformed or torch.compiler.is_compiling():
+        terms = reference.terms(student, teachers, labels, **objective._asdict())
+    else:
+        terms = in_parts(student, teachers, labels, objective)
     return torch.stack(terms) if with_terms else terms.loss
 
 
