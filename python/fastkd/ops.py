@@ -267,18 +267,20 @@ FUSED: dict[str, frozenset[str]] = {
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     """The names in USES that apply to a call."""
-    weights = (objective.hard_weight, objective.soft_weight)
-    numbers = (objective.temperature, objective.teacher_temperature, *weights)
-    found = {objective.divergence}
+    o = objective
+    weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
+    temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
+    found = {o.divergence}
     if labels is not None and labels.is_floating_point():
         found.add("soft labels")
-    if objective.class_weight is not None:
+    if o.class_weight is not None:
         found.add("class_weight")
-    if any(isinstance(weight, Tensor) for weight in weights):
+    if weights:
         found.add("row weights")
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
+    learned = any(number.requires_grad for number in weights + temperatures)
+    if learned and torch.is_grad_enabled():
         found.add("learned")
-    if objective.standardize:
+    if o.standardize:
         found.add("standardize")
     return found
 
