@@ -1,5 +1,5 @@
 // The interface of the sparse loss: a teacher known by the log-probabilities of k classes of each
-// row (docs/maths.md, section 10). Otherwise as kernels.h.
+// row (docs/maths.md, section 13). Otherwise as kernels.h.
 #pragma once
 #include "kernels.h"
 

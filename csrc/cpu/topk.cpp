@@ -5,7 +5,7 @@
 // each apart, the rest's with the listed classes masked: so the rest's probability is a sum of
 // positive terms, not 1 minus something near 1. The gradient is dense but simple for the rest; the
 // listed classes, and the label, are computed apart in double and written over it.
-// docs/maths.md, section 10, derives the formulas.
+// docs/maths.md, section 13, derives the formulas.
 #include "../topk.h"
 
 #include "engine.h"

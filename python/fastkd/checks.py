@@ -132,16 +132,20 @@ def targets(value: object, student: Tensor) -> bool:
                 "labels get no gradient; got probabilities that require grad (.detach() them)"
             )
         return True
-    if value.dtype not in INTEGERS:
+    if value.is_floating_point():
         raise TypeError(
-            f"labels must be class indices of an integer dtype; got {value.dtype}, which "
-            f"would be probabilities if the shape were {tuple(student.shape)}, not "
-            f"{tuple(value.shape)}"
-            if value.is_floating_point()
-            else f"labels must be class indices of an integer dtype; got {value.dtype}"
+            f"labels must be class indices of an integer dtype; got {value.dtype}, which would be "
+            f"probabilities if the shape were {tuple(student.shape)}, not {tuple(value.shape)}"
         )
-    rows(value, "labels", student)
+    indices(value, student)
     return False
+
+
+def indices(value: Tensor, student: Tensor) -> None:
+    """Class indices, one for each row of logits."""
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
+    rows(value, "labels", student)
 
 
 def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:

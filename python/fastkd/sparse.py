@@ -1,7 +1,7 @@
 """The loss with a sparse teacher: the log-probabilities of a few classes of each row.
 
 ``topk_loss`` runs the fused op where there is a kernel, and :func:`_reference`, plain PyTorch, for
-second derivatives, under function transforms and on other devices. docs/maths.md, section 10.
+second derivatives, under function transforms and on other devices. docs/maths.md, section 13.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses, ops, reference
+from fastkd import checks, ops, reference
+from fastkd.reference.divergences import weighted
 
 TAILS = ("ghost", "renormalize", "ignore")
 _KERNEL_DEVICES = ("cpu", "meta")
@@ -245,6 +246,10 @@ def _run(
             raise ValueError("labels must be class indices here; got probabilities")
         labels = labels.long()
     hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
+    for name, weight in (("hard_weight", hard), ("soft_weight", soft)):
+        if isinstance(weight, Tensor):
+            raise TypeError(f"{name} must be a number; got {type(weight).__name__}")
+    assert not isinstance(hard, Tensor) and not isinstance(soft, Tensor)
     acc = torch.float32
     if student.dtype is torch.float64 or log_probs.dtype is torch.float64:
         acc = torch.float64
@@ -419,10 +424,13 @@ def _reference(
     log_q = F.log_softmax(student / settings.temperature, -1)
     soft = _divergence(log_q, indices, log_probs, TAILS[settings.tail])
     soft_weight = settings.soft_weight * settings.temperature**2
-    total = reference._weighted(soft_weight, soft, settings.soft_weight == 0)
+    total = weighted(soft_weight, soft)
     if labels is not None:
-        hard = reference._cross_entropy(student, labels, valid, settings.label_smoothing)
-        total = total + reference._weighted(settings.hard_weight, hard, settings.hard_weight == 0)
+        known = valid & (labels >= 0) & (labels < student.shape[-1])
+        index = labels.where(known, torch.zeros_like(labels))
+        hard = reference.cross_entropy(student, index, None, settings.label_smoothing)
+        hard = hard * torch.where(known | ~valid, 1.0, math.nan)
+        total = total + weighted(settings.hard_weight, hard)
     good = (indices < student.shape[-1]).all(-1) & (_twice(indices) < 0)
     good = good & (_mass(indices, log_probs) <= _MOST_MASS)
     total = total * torch.where(good | ~valid, 1.0, math.nan)
