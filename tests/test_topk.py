@@ -742,6 +742,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
     "alpha without labels": ({"alpha": 0.5, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels"),
     "alpha and hard_weight": ({"alpha": 0.5, "hard_weight": 1.0}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),
+    "weight of each row": ({"hard_weight": torch.ones(3)}, TypeError, "hard_weight must be a number; got Tensor"),
     "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"),
     "label_smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),

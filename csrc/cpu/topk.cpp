@@ -128,7 +128,11 @@ struct TopkRow {
   // Calls fn(at, count) for blocks of the row: only the last, shorter than kLanes, needs padding.
   template <class Fn>
   void for_blocks(Fn&& fn) const {
-    Engine<T, S, ForwardKL>::for_blocks(0, args.classes, fn);
+    const int64_t full = args.classes / kLanes * kLanes;
+    for (int64_t at = 0; at < full; at += kBlock) {
+      fn(at, full - at < kBlock ? full - at : kBlock);
+    }
+    if (full < args.classes) fn(full, args.classes - full);
   }
 
   // Masks the listed classes of the block that starts at `at`. Returns where it lies afterwards:
@@ -154,7 +158,7 @@ struct TopkRow {
     Mass mass;
     for_blocks([&](int64_t at, int64_t count) {
       const S* block = mask_listed(fetch(student, at, count, buffer), at, count, buffer);
-      const double top = maximum<T>(block, padded(count));
+      const double top = maximum(block, padded(count));
       if (top > mass.max) {
         mass.tempered *= shift(mass.max, top);
         mass.hard *= std::exp(mass.max - top);
@@ -167,7 +171,7 @@ struct TopkRow {
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
         copy_block(student, at, count, logits);
-        const T near = maximum<T>(logits, padded(count));
+        const T near = maximum(logits, padded(count));
         *offsets += static_cast<double>(sum_offsets(logits, static_cast<T>(origin(near)), count)) +
                     static_cast<double>(count) * origin(near);
       }
@@ -177,9 +181,9 @@ struct TopkRow {
 
   Summary summarise() const {
     Summary of;
-    sum_list(&of);
     of.rest = with_hard<T>(
         row.hard, [&](auto hard) { return scan_rest<decltype(hard)::value>(&of.offsets); });
+    sum_list(&of);  // from the cache
     const double max = of.rest.max > of.list.max ? of.rest.max : of.list.max;
     of.all.max = max;
     of.all.tempered =
@@ -284,13 +288,20 @@ struct TopkRow {
       const bool direct = args.student_dtype == kStorage<S> && count % kLanes == 0;
       S* grad = direct ? static_cast<S*>(grad_at(at)) : result;
       const int64_t end = padded(count);
+      for (int64_t lanes = 0; lanes < end; lanes += kLanes) {
+        T logits[kLanes], gradients[kLanes];
+        const T* z = unpack(block + lanes, logits);
+        T* g = unpacked(grad + lanes, gradients);
 #pragma omp simd
-      for (int64_t i = 0; i < end; ++i) {
-        const T logit = widen(block[i]);
-        const T e = tempered(logit);
-        T g = uniform + soft_gain * e;
-        if constexpr (kHard != Hard::kNone) g += hard_gain * hard_exponential<kHard>(e, logit, own);
-        grad[i] = narrow<S>(g);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const T e = tempered(z[i]);
+          T sum = uniform + soft_gain * e;
+          if constexpr (kHard != Hard::kNone) {
+            sum += hard_gain * hard_exponential<kHard>(e, z[i], own);
+          }
+          g[i] = sum;
+        }
+        pack(gradients, grad + lanes);
       }
       if (!direct) FASTKD_ISA::write(result, args.student_dtype, count, grad_at(at));
     });

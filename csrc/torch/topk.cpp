@@ -64,9 +64,10 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
                                      double hard_weight, double soft_weight, double label_smoothing,
                                      int64_t ignore_index, int64_t tail, int64_t reduction,
                                      double normalizer, bool with_grad) {
-  TopkCall topk =
-      prepare_topk(student, indices, log_probs, labels,
-                   {temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0}, tail);
+  TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail);
   const Call& call = topk.call;
   TopkArgs& args = topk.args;
   const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
@@ -79,6 +80,7 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
   const Tensor grad = filled ? empty_grad(call) : nothing(call);
   if (filled) {
     args.grad = grad.mutable_data_ptr();
+    prefer_huge_pages(args.grad, gradient_bytes(args));
     args.grad_stride = strides_of(grad, call);
   }
   run(args);
@@ -98,9 +100,10 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
                          double temperature, double hard_weight, double soft_weight,
                          double label_smoothing, int64_t ignore_index, int64_t tail,
                          int64_t reduction, double normalizer, bool filled) {
-  TopkCall topk =
-      prepare_topk(student, indices, log_probs, labels,
-                   {temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0}, tail);
+  TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail);
   const Call& call = topk.call;
   TopkArgs& args = topk.args;
   if (filled) {
@@ -113,6 +116,7 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();
+  prefer_huge_pages(args.grad, gradient_bytes(args));
   args.grad_stride = strides_of(grad, call);
   run(args);
 }

@@ -1,7 +1,8 @@
 """The native ops: loading them, their shapes for tracing, and their derivatives.
 
-``apply`` is the one way in. It runs the fused kernel where there is one, and
-:mod:`fastkd.reference` under function transforms and on devices without kernels.
+``compute`` is the one way in. It runs the fused kernel where there is one, and
+:mod:`fastkd.reference` for what is not fused, under function transforms and on devices without
+kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import checks, reference
+from fastkd.objective import Objective
 
 try:
     from fastkd import _C
@@ -33,7 +35,7 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
 DIVERGENCES: tuple[str, ...] = _C.divergences
 CUDA_KERNELS = bool(_C.cuda_architectures)
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if CUDA_KERNELS else {"cpu", "meta"})
@@ -50,11 +52,13 @@ class Settings(NamedTuple):
     """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
 
     temperature: float
+    teacher_temperature: float
     hard_weight: float
     soft_weight: float
     label_smoothing: float
     ignore_index: int
     divergence: int
+    mix: float
     reduction: int
     normalizer: float
     with_terms: bool
@@ -63,8 +67,9 @@ class Settings(NamedTuple):
 # ---- shapes for FakeTensor, meta and torch.compile
 
 
-def _acc(student: Tensor, teacher: Tensor) -> torch.dtype:
-    double = student.dtype == torch.float64 or teacher.dtype == torch.float64
+def accumulator(*logits: Tensor) -> torch.dtype:
+    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
+    double = any(tensor.dtype is torch.float64 for tensor in logits)
     return torch.float64 if double else torch.float32
 
 
@@ -72,12 +77,12 @@ def _fake_out(student: Tensor, teacher: Tensor, reduction: int, with_terms: bool
     shape = [_TERMS] if with_terms else []
     if REDUCTIONS[reduction] == "none":
         shape.append(student.numel() // student.shape[-1])
-    return student.new_empty(shape, dtype=_acc(student, teacher))
+    return student.new_empty(shape, dtype=accumulator(student, teacher))
 
 
 def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
     rows = student.numel() // student.shape[-1]
-    return student.new_empty([_STATS * rows + 1], dtype=_acc(student, teacher))
+    return student.new_empty([_STATS * rows + 1], dtype=accumulator(student, teacher))
 
 
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
@@ -85,7 +90,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +108,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -123,13 +128,13 @@ def differentiable_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     grad_output: Tensor,
 ) -> Tensor:
     """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
-    out = _reference(student, teacher, labels, temperatures, denominator, settings)
+    out = _reference(student, teacher, labels, row_settings, denominator, settings)
     (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
@@ -144,28 +149,28 @@ class _Loss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
         out, grad, stats = _loss(
-            student, teacher, labels, temperatures, denominator, *settings, True
+            student, teacher, labels, row_settings, denominator, *settings, True
         )
         ctx.settings = settings
-        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, stats)
+        ctx.save_for_backward(student, teacher, labels, row_settings, denominator, stats)
         # Not saved like the others: backward scales it in place and gives it away.
         ctx.grad = grad
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, teacher, labels, temperatures, denominator, stats = ctx.saved_tensors
+        student, teacher, labels, row_settings, denominator, stats = ctx.saved_tensors
         settings = ctx.settings
         if (
             torch.is_grad_enabled()
         ):  # create_graph=True: this gradient will be differentiated in turn
             grad = differentiable_gradient(
-                student, teacher, labels, temperatures, denominator, settings, grad_output
+                student, teacher, labels, row_settings, denominator, settings, grad_output
             )
             return grad, None, None, None, None, None
         if settings.with_terms:
@@ -189,8 +194,8 @@ class _Loss(torch.autograd.Function):
             student,
             teacher,
             labels,
-            temperatures,
-            *settings[:6],
+            row_settings,
+            *settings[:8],
             filled,
         )
         return grad, None, None, None, None, None
@@ -205,20 +210,20 @@ class _InplaceLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
-        out, stats = _loss_(student, teacher, labels, temperatures, denominator, *settings)
+        out, stats = _loss_(student, teacher, labels, row_settings, denominator, *settings)
         torch.autograd.graph.increment_version(student)
         ctx.settings = settings
         ctx.grad = student.detach()
-        ctx.save_for_backward(teacher, labels, temperatures, stats)
+        ctx.save_for_backward(teacher, labels, row_settings, stats)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        teacher, labels, temperatures, stats = ctx.saved_tensors
+        teacher, labels, row_settings, stats = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or grad is None:
             raise RuntimeError(
@@ -234,8 +239,8 @@ class _InplaceLoss(torch.autograd.Function):
             grad,
             teacher,
             labels,
-            temperatures,
-            *ctx.settings[:6],
+            row_settings,
+            *ctx.settings[:8],
             True,
         )
         return grad, None, None, None, None, None
@@ -243,23 +248,155 @@ class _InplaceLoss(torch.autograd.Function):
 
 # ---- the way in
 
+# What an objective may use beyond what every kernel has: how it is written, for the docs.
+USES = {
+    **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
+    "soft labels": "labels of probabilities",
+    "class_weight": "class_weight=",
+    "row weights": "hard_weight= or soft_weight= as a tensor",
+    "learned": "gradients of temperature= and of weights",
+    "standardize": "standardize=True",
+}
+# What of it the kernels have. All else is computed by fastkd.reference.
+FUSED: dict[str, frozenset[str]] = {
+    "cpu": frozenset({*DIVERGENCES, "row weights"}),
+    "cuda": frozenset({"forward_kl"}),
+}
 
-def apply(
+
+def uses(labels: Tensor | None, objective: Objective) -> set[str]:
+    """The names in USES that apply to a call."""
+    weights = (objective.hard_weight, objective.soft_weight)
+    numbers = (objective.temperature, objective.teacher_temperature, *weights)
+    found = {objective.divergence}
+    if labels is not None and labels.is_floating_point():
+        found.add("soft labels")
+    if objective.class_weight is not None:
+        found.add("class_weight")
+    if any(isinstance(weight, Tensor) for weight in weights):
+        found.add("row weights")
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
+        found.add("learned")
+    if objective.standardize:
+        found.add("standardize")
+    return found
+
+
+def compute(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    *,
+    with_terms: bool,
+    inplace: bool,
+) -> Tensor:
+    """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES:
+        _warn_once(device)
+    elif not _is_transformed():
+        missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
+        if not missing:
+            return _fused(student, teachers, labels, objective, with_terms, inplace)
+        if inplace:
+            raise ValueError(
+                "inplace=True needs a call that the kernels compute; they do not have "
+                f"{', '.join(USES[use] for use in sorted(missing))} on {device}"
+            )
+        if checks.may_look(student):
+            checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    terms = reference.terms(student, teachers, labels, **objective._asdict())
+    return torch.stack(terms) if with_terms else terms.loss
+
+
+def _fused(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+    inplace: bool,
+) -> Tensor:
+    """The same by the native ops, for what they have."""
+    o = objective
+    teacher, teacher_temperature = _teacher_of(student, teachers, o)
+    if labels is not None and labels.dtype is not torch.int64:
+        labels = labels.long()
+    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
+    numbers = (o.temperature, teacher_temperature, o.hard_weight, o.soft_weight)
+    row_settings = None
+    if any(isinstance(number, Tensor) for number in numbers):
+        row_settings = _row_settings(numbers, student, accumulator(student, teacher))
+        numbers = (1.0, 1.0, 1.0, 1.0)
+    settings = Settings(
+        *numbers,  # type: ignore[arg-type]
+        o.label_smoothing,
+        o.ignore_index,
+        DIVERGENCES.index(o.divergence),
+        0.5 if o.mix is None else o.mix,
+        REDUCTIONS.index(o.reduction),
+        0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
+        with_terms,
+    )
+    out = _apply(student, teacher, labels, row_settings, denominator, settings, inplace)
+    if o.reduction == "none" and student.dim() != 2:
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
+    return out
+
+
+def _row_settings(
+    numbers: tuple[float | Tensor, ...], student: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The four numbers that rows may have of their own, as the ops take them."""
+    rows = student.shape[:-1]
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.as_tensor(number, dtype=dtype, device=student.device).expand(rows)
+                for number in numbers
+            ]
+        ).flatten()
+
+
+def _teacher_of(
+    student: Tensor, teachers: tuple[Tensor, ...], objective: Objective
+) -> tuple[Tensor, float | Tensor]:
+    """One teacher's logits, and the temperature at which their softmax is p.
+
+    Teachers that are several, probabilities, and on CUDA a temperature that is not the student's,
+    cost one tensor of the teacher's size.
+    """
+    o = objective
+    same = o.teacher_temperature is o.temperature or (
+        isinstance(o.temperature, float) and o.teacher_temperature == o.temperature
+    )
+    plain = len(teachers) == 1 and o.teacher_form != "probs"
+    if plain and (same or student.device.type != "cuda"):
+        return teachers[0], o.teacher_temperature
+    dtype = accumulator(student, *teachers)
+    with torch.no_grad():
+        logits, _ = reference.softened_teacher(
+            [teacher.to(dtype) for teacher in teachers],
+            reference.column(o.teacher_temperature),
+            o.teacher_form,
+            o.teacher_weights,
+            o.ensemble,
+        )
+        return logits * reference.column(o.temperature), o.temperature
+
+
+def _apply(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     inplace: bool,
 ) -> Tensor:
-    """Runs the op on checked arguments; results are shaped as csrc/torch/library.cpp says."""
-    if student.device.type not in _KERNEL_DEVICES:
-        _warn_once(student.device.type)
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
-    if _is_transformed():
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
-    arguments = (student, teacher, labels, temperatures, denominator, settings)
+    """Runs an op; results are shaped as csrc/torch/library.cpp says."""
+    arguments = (student, teacher, labels, row_settings, denominator, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _, _ = _loss(*arguments[:5], *settings, False)
     elif inplace and not torch.compiler.is_compiling():
@@ -301,14 +438,16 @@ def _reference(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
     """The same result by differentiable PyTorch operations."""
-    temperature: float | Tensor = settings.temperature
-    if temperatures is not None:
-        temperature = temperatures.reshape(student.shape[:-1])
+    numbers: Any = settings[:4]
+    if row_settings is not None:
+        numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)
+    temperature, teacher_temperature, hard_weight, soft_weight = numbers
+    name = DIVERGENCES[settings.divergence]
     normalizer: float | Tensor | None = (
         denominator if denominator is not None else settings.normalizer or None
     )
@@ -317,13 +456,15 @@ def _reference(
         teacher,
         labels,
         temperature=temperature,
-        hard_weight=settings.hard_weight,
-        soft_weight=settings.soft_weight,
+        teacher_temperature=teacher_temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
         label_smoothing=settings.label_smoothing,
         ignore_index=settings.ignore_index,
         reduction=REDUCTIONS[settings.reduction],
         normalizer=normalizer,
-        divergence=DIVERGENCES[settings.divergence],
+        divergence=name,
+        mix=settings.mix if reference.DIVERGENCES[name].mix is not None else None,
     )
     if REDUCTIONS[settings.reduction] == "none":
         terms = reference.Terms(*(term.flatten() for term in terms))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses, ops, reference
+from fastkd import checks, ops, reference
 
 TAILS = ("ghost", "renormalize", "ignore")
 _KERNEL_DEVICES = ("cpu", "meta")
@@ -238,15 +238,17 @@ def _run(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and runs the op."""
-    checks.logits(student, student)
+    checks.logits(student, [student])
     _lists(indices, log_probs, student)
     if labels is not None:
-        checks.indices(labels, student)
+        if checks.targets(labels, student):
+            raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
         labels = labels.long()
-    hard, soft = losses._weights(alpha, hard_weight, soft_weight, labels is not None)
-    acc = torch.float32
-    if student.dtype is torch.float64 or log_probs.dtype is torch.float64:
-        acc = torch.float64
+    hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
+    if isinstance(hard, Tensor) or isinstance(soft, Tensor):
+        name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
+        raise TypeError(f"{name} must be a number; got Tensor")
+    acc = ops.accumulator(student, log_probs)
     reduction_index = checks.one_of("reduction", reduction, ops.REDUCTIONS)
     denominator = None
     if normalizer is None:
@@ -254,7 +256,7 @@ def _run(
     elif reduction != "mean":
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
     elif isinstance(normalizer, Tensor):
-        denominator = losses._denominator(normalizer, student, acc)
+        denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
         normalizer = 0.0
     else:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
@@ -418,11 +420,14 @@ def _reference(
     log_q = F.log_softmax(student / settings.temperature, -1)
     soft = _divergence(log_q, indices, log_probs, TAILS[settings.tail])
     soft_weight = settings.soft_weight * settings.temperature**2
-    total = reference._weighted(soft_weight, soft, settings.soft_weight == 0)
-    if labels is not None:
-        hard = reference._cross_entropy(student, labels, valid, settings.label_smoothing)
-        total = total + reference._weighted(settings.hard_weight, hard, settings.hard_weight == 0)
+    total = reference._weighted(soft_weight, soft)
     good = (indices < student.shape[-1]).all(-1) & (_twice(indices) < 0)
+    if labels is not None:
+        in_range = (labels >= 0) & (labels < student.shape[-1])
+        index = labels.where(in_range, torch.zeros_like(labels))
+        hard = reference._cross_entropy(student, index, None, settings.label_smoothing)
+        total = total + reference._weighted(settings.hard_weight, hard)
+        good = good & in_range
     good = good & (_mass(indices, log_probs) <= _MOST_MASS)
     total = total * torch.where(good | ~valid, 1.0, math.nan)
     total = total.where(valid, torch.zeros_like(total))
