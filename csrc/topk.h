@@ -9,7 +9,7 @@ namespace fastkd {
 enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 
 // Of Inputs, `teacher` is acc [rows, k], contiguous: log-probabilities, taken as they are. Its
-// stride, the rows' temperatures and the divergence are unused.
+// stride, the teacher's temperature, the rows' settings and the divergence are unused.
 struct TopkArgs : Inputs {
   int64_t k = 0;
   const int64_t* indices = nullptr;  // [rows, k] class of each log-probability; < 0: nothing there

@@ -96,8 +96,7 @@ struct Exponential {
   using P = Polynomial<S>;
   T factor;
   T max;
-  T least;  // of logit - max: what lies below it is 0, since the bits of scale * 2^x would wrap
-            // round
+  T least;  // of logit - max: what lies below it is 0, for the bits of scale * 2^x would wrap round
   T coefficient[P::kCoefficients];
 
   // scale >= 0; one above 1 is for exponents that are at most 0.

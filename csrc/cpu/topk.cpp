@@ -288,13 +288,20 @@ struct TopkRow {
       const bool direct = args.student_dtype == kStorage<S> && count % kLanes == 0;
       S* grad = direct ? static_cast<S*>(grad_at(at)) : result;
       const int64_t end = padded(count);
+      for (int64_t lanes = 0; lanes < end; lanes += kLanes) {
+        T logits[kLanes], gradients[kLanes];
+        const T* z = unpack(block + lanes, logits);
+        T* g = unpacked(grad + lanes, gradients);
 #pragma omp simd
-      for (int64_t i = 0; i < end; ++i) {
-        const T logit = widen(block[i]);
-        const T e = tempered(logit);
-        T g = uniform + soft_gain * e;
-        if constexpr (kHard != Hard::kNone) g += hard_gain * hard_exponential<kHard>(e, logit, own);
-        grad[i] = narrow<S>(g);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const T e = tempered(z[i]);
+          T sum = uniform + soft_gain * e;
+          if constexpr (kHard != Hard::kNone) {
+            sum += hard_gain * hard_exponential<kHard>(e, z[i], own);
+          }
+          g[i] = sum;
+        }
+        pack(gradients, grad + lanes);
       }
       if (!direct) FASTKD_ISA::write(result, args.student_dtype, count, grad_at(at));
     });

@@ -15,6 +15,9 @@ inline int64_t grain_rows(const Inputs& inputs) {
 
 double number(const Tensor& tensor);
 
+void prefer_huge_pages(void* data, size_t bytes);
+size_t gradient_bytes(const Inputs& inputs);
+
 // Checks what only the data can tell, before anything is written; returns the number of rows that
 // count.
 int64_t count_rows(const Call& call);

@@ -80,6 +80,7 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
   const Tensor grad = filled ? empty_grad(call) : nothing(call);
   if (filled) {
     args.grad = grad.mutable_data_ptr();
+    prefer_huge_pages(args.grad, gradient_bytes(args));
     args.grad_stride = strides_of(grad, call);
   }
   run(args);
@@ -115,6 +116,7 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();
+  prefer_huge_pages(args.grad, gradient_bytes(args));
   args.grad_stride = strides_of(grad, call);
   run(args);
 }

@@ -239,20 +239,17 @@ def _run(
     normalizer: float | Tensor | None,
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and runs the op."""
-    checks.logits(student, (student,))
+    checks.logits(student, [student])
     _lists(indices, log_probs, student)
     if labels is not None:
         if checks.targets(labels, student):
-            raise ValueError("labels must be class indices here; got probabilities")
+            raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
         labels = labels.long()
     hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
-    for name, weight in (("hard_weight", hard), ("soft_weight", soft)):
-        if isinstance(weight, Tensor):
-            raise TypeError(f"{name} must be a number; got {type(weight).__name__}")
-    assert not isinstance(hard, Tensor) and not isinstance(soft, Tensor)
-    acc = torch.float32
-    if student.dtype is torch.float64 or log_probs.dtype is torch.float64:
-        acc = torch.float64
+    if isinstance(hard, Tensor) or isinstance(soft, Tensor):
+        name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
+        raise TypeError(f"{name} must be a number; got Tensor")
+    acc = ops.accumulator(student, log_probs)
     reduction_index = checks.one_of("reduction", reduction, ops.REDUCTIONS)
     denominator = None
     if normalizer is None:
@@ -425,13 +422,13 @@ def _reference(
     soft = _divergence(log_q, indices, log_probs, TAILS[settings.tail])
     soft_weight = settings.soft_weight * settings.temperature**2
     total = weighted(soft_weight, soft)
-    if labels is not None:
-        known = valid & (labels >= 0) & (labels < student.shape[-1])
-        index = labels.where(known, torch.zeros_like(labels))
-        hard = reference.cross_entropy(student, index, None, settings.label_smoothing)
-        hard = hard * torch.where(known | ~valid, 1.0, math.nan)
-        total = total + weighted(settings.hard_weight, hard)
     good = (indices < student.shape[-1]).all(-1) & (_twice(indices) < 0)
+    if labels is not None:
+        in_range = (labels >= 0) & (labels < student.shape[-1])
+        index = labels.where(in_range, torch.zeros_like(labels))
+        hard = reference.cross_entropy(student, index, None, settings.label_smoothing)
+        total = total + weighted(settings.hard_weight, hard)
+        good = good & in_range
     good = good & (_mass(indices, log_probs) <= _MOST_MASS)
     total = total * torch.where(good | ~valid, 1.0, math.nan)
     total = total.where(valid, torch.zeros_like(total))
