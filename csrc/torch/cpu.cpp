@@ -17,6 +17,26 @@ double number(const Tensor& tensor) {
              : static_cast<double>(*static_cast<const float*>(tensor.const_data_ptr()));
 }
 
+// Asks for huge pages under a gradient that is about to be written: allocators hand large tensors
+// out as pages that the kernel clears at the first touch, 4 KB at a time, which costs more than the
+// gradient itself. Only whole huge pages inside, so that no neighbour is affected. Where the advice
+// is not taken nothing changes.
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (start + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+size_t gradient_bytes(const Inputs& inputs) {
+  return static_cast<size_t>(inputs.rows * inputs.classes * size_of(inputs.student_dtype));
+}
+
 int64_t count_rows(const Call& call) {
   const Inputs& in = call.inputs;
   for (const RowSetting which : {kTemperature, kTeacherTemperature}) {
@@ -57,26 +77,6 @@ double divisor(const Reducing& reducing, int64_t count) {
 }
 
 namespace {
-
-// Asks for huge pages under a gradient that is about to be written: allocators hand large tensors
-// out as pages that the kernel clears at the first touch, 4 KB at a time, which costs more than the
-// gradient itself. Only whole huge pages inside, so that no neighbour is affected. Where the advice
-// is not taken nothing changes.
-void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (start + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-size_t gradient_bytes(const Inputs& inputs) {
-  return static_cast<size_t>(inputs.rows * inputs.classes * size_of(inputs.student_dtype));
-}
 
 // Few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
