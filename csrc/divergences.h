@@ -31,16 +31,16 @@ enum class Divergence : int32_t {
 
 // How the gradient follows from the slopes.
 enum class Balance {
-  kNone,     // it is the slope: S is 0
-  kStudent,  // slope - q * S
-  kUniform,  // slope - S / classes
+  kNone,      // it is the slope: S is 0
+  kStudent,   // slope - q * S
+  kMean,      // slope / n, and
+  kCentered,  // (slope - S / n) / n, n the classes that student and teacher do not both mask
 };
 
 // What the divergences know before they see a class; made once a call.
 struct Constants {
   static constexpr int kTerms = 14;
   double mix = 0;
-  double inverse_classes = 0;
   // Mixtures: the series in d of value / (q d^2).
   double series[kTerms] = {};
 };
@@ -177,24 +177,23 @@ FASTKD_HOST_DEVICE T masked_as_zero(T x) {
 
 // mean (z / t - w / t)^2 over classes (Bucila et al. 2006; Ba and Caruana 2014).
 struct SquaredError {
-  static constexpr Balance kBalance = Balance::kNone;
+  static constexpr Balance kBalance = Balance::kMean;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
-    const T gap = masked_as_zero(e.gap), share = gap * static_cast<T>(k.inverse_classes);
-    return {gap * share, T(-2) * share};
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+    const T gap = masked_as_zero(e.gap);
+    return {gap * gap, T(-2) * gap};
   }
 };
 
-// The same with each row's mean taken off: d differs from the gap by a constant. S is -2 mean(d),
-// and what the mean takes off the value is mean(d)^2.
+// The same with each row's mean taken off: d differs from the gap by a constant. S is -2 n mean(d).
 struct CenteredSquaredError {
-  static constexpr Balance kBalance = Balance::kUniform;
+  static constexpr Balance kBalance = Balance::kCentered;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
-    const T d = masked_as_zero(e.d), share = d * static_cast<T>(k.inverse_classes);
-    return {d * share, T(-2) * share};
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+    const T d = masked_as_zero(e.d);
+    return {d * d, T(-2) * d};
   }
 };
 
@@ -239,18 +238,24 @@ inline Balance balance_of(Divergence id) {
   return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
 }
 
-// The divergence of a row from the sums over its classes.
-inline double divergence_of(Divergence id, double value, double slope, double teacher_entropy) {
-  if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
-  if (id == Divergence::kCenteredSquaredError) return value - slope * slope / 4;
-  return value;
+constexpr bool is_mean(Balance balance) {
+  return balance == Balance::kMean || balance == Balance::kCentered;
 }
 
-inline Constants make_constants(Divergence id, double mix, int64_t classes) {
+// The divergence of a row from the sums over its classes; `classes` is n of Balance.
+inline double divergence_of(Divergence id, double value, double slope, double classes,
+                            double teacher_entropy) {
+  if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
+  const Balance balance = balance_of(id);
+  if (!is_mean(balance)) return value;
+  const double mean = balance == Balance::kCentered ? slope / classes / 2 : 0.0;
+  return value / classes - mean * mean;
+}
+
+inline Constants make_constants(Divergence id, double mix) {
   constexpr int kTerms = Constants::kTerms, kPowers = kTerms + 2;
   Constants k;
   k.mix = mix;
-  k.inverse_classes = 1.0 / static_cast<double>(classes);
   if (id != Divergence::kJensenShannon && id != Divergence::kSkewedForwardKL &&
       id != Divergence::kSkewedReverseKL) {
     return k;

@@ -130,6 +130,7 @@ struct Statistics {
 struct Sums {
   double value;           // of the divergence
   double slope;           // of the divergence's slopes
+  double classes;         // that count for a mean: n of Balance (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;
   double agreement;  // > 0 where a class is the greatest of both
@@ -144,13 +145,13 @@ struct Kernels {
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
   // The same in steps, for a few rows that are longer than a segment: scan every segment of a row;
   // balance every segment, given the statistics of all, unless the divergence is_one_sweep(); write
-  // every segment, given the sums of all; then close the row. `segments` = ceil(classes / kSegment)
-  // entries each. balance and write add to the segment's own entry of the sums.
+  // every segment, given the total of those sums; then close the row. `segments` = ceil(classes /
+  // kSegment) entries each. balance and write add to the segment's own entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*balance)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                   Sums* of_segment);
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
-                double slope_sum, Sums* of_segment);
+                const Sums& of_balance, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
   // Test hook: out[i] = 2^in[i], the exponential that the kernels use.
   void (*exp2)(const float* in, float* out, int64_t count);

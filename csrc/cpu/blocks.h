@@ -232,15 +232,20 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
   return sum_of(values);
 }
 
+template <class T>
+struct SlopeSums {
+  T value, slope, classes;
+};
+
 // For the other divergences: sums value and slopes, and leaves q and the slopes for
 // balance_gradient. These may take the kept exponentials' place.
 template <class D, Way kWay, class T, class S, class L>
-Evaluated<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
+SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
                         const L* student, const L* teacher, const T* student_kept,
                         const T* teacher_kept, T* q, T* slopes, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   const Constants k = constants;
-  T values[kLanes] = {}, sums[kLanes] = {};
+  T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes];
     const T* student_lanes = unpack(student + at, student_buffer);
@@ -256,11 +261,12 @@ Evaluated<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       const Evaluated<T> here = D::at(e, k);
       values[i] += here.value;
       sums[i] += here.slope;
+      if constexpr (is_mean(D::kBalance)) classes[i] += e.gap == e.gap ? T(1) : T(0);
       q[at + i] = e.q;
       slopes[at + i] = here.slope;
     }
   }
-  return {sum_of(values), sum_of(sums)};
+  return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
 template <Hard kHard, class T, class S, class L>

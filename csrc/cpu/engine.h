@@ -262,7 +262,7 @@ struct Engine {
 
   // The same for the others: their slopes, then the gradient from these.
   template <class L>
-  Evaluated<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
+  SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
                       T* q, T* slope, int64_t count) const {
     return visit(in.divergence, [&](auto divergence) {
       const auto sum = [&](auto way) {
@@ -303,20 +303,24 @@ struct Engine {
       }
       const Left<T> to = left.exponentials() ? left.at(at - begin) : into.at(at - begin);
       const bool held = to.student != nullptr;
-      const Evaluated<T> of_block = slopes(*c, left.at(at - begin), z, w, held ? to.student : q,
+      const SlopeSums<T> of_block = slopes(*c, left.at(at - begin), z, w, held ? to.student : q,
                                            held ? to.teacher : slope, padded(count));
       sums->value += of_block.value;
       sums->slope += of_block.slope;
+      sums->classes += of_block.classes;
       ++block;
     });
   }
 
-  // What balances the slopes. `sum` was rounded to T, because backward reads it from `stats`.
-  void set_shares(Coefficients<T, S>* c, T sum) const {
+  // What balances the slopes. Their sum is rounded to T, because backward reads it from `stats`.
+  void set_shares(Coefficients<T, S>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
-    c->student_share = balance == Balance::kStudent ? sum : T(0);
-    c->constant_share =
-        balance == Balance::kUniform ? sum * static_cast<T>(constants.inverse_classes) : T(0);
+    c->student_share = balance == Balance::kStudent ? static_cast<T>(sums.slope) : T(0);
+    if (!is_mean(balance)) return;
+    c->soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) / sums.classes);
+    if (balance == Balance::kCentered) {
+      c->constant_share = static_cast<T>(sums.slope / sums.classes);
+    }
   }
 
   T write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,

@@ -39,7 +39,7 @@ struct Tile {
   alignas(64) Lanes student_max, student_scale, hard_scale, teacher_max, teacher_scale;
   alignas(64) Lanes student_sum, hard_sum, teacher_sum;
   alignas(64) Lanes temperature, factor, least, teacher_temperature, teacher_factor, teacher_least;
-  alignas(64) Lanes hard_weight, soft_weight, gain, label_logit, value, slope;
+  alignas(64) Lanes hard_weight, soft_weight, gain, label_logit, value, slope, classes_that_count;
   alignas(64) Lanes student_entropy, teacher_entropy, offsets, agreement;
   alignas(64) int32_t label[kTileRows];  // -1: none
   State state[kTileRows];
@@ -246,29 +246,34 @@ struct NarrowEngine {
   template <class D, bool kSeparate>
   __attribute__((noinline)) void balance_gradient(const RowConstants& c, bool slope_sums) {
     const Constants k = constants;
-    alignas(64) Lanes sums;
-    for (int64_t i = 0; i < kTileRows; ++i) tile.value[i] = sums[i] = 0;
+    alignas(64) Lanes sums, counts;
+    for (int64_t i = 0; i < kTileRows; ++i) tile.value[i] = sums[i] = counts[i] = 0;
     for (int64_t index = 0; index < in.classes; ++index) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<float> here = D::at(element_at<kSeparate>(c, index, i), k);
+        const Element<float> e = element_at<kSeparate>(c, index, i);
+        const Evaluated<float> here = D::at(e, k);
+        if (is_mean(D::kBalance)) counts[i] += e.gap == e.gap ? 1.0f : 0.0f;
         tile.value[i] += here.value;
         sums[i] += here.slope;
         tile.student[index][i] = here.slope;
       }
     }
-    for (int64_t i = 0; i < kTileRows && !slope_sums; ++i) tile.slope[i] = sums[i];
     const bool wanted = wants_hard_gradient();
-    const float constant_share =
-        D::kBalance == Balance::kUniform ? static_cast<float>(k.inverse_classes) : 0.0f;
+    alignas(64) Lanes factor;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      if (!slope_sums || is_mean(D::kBalance)) tile.slope[i] = sums[i];
+      tile.classes_that_count[i] = counts[i];
+      factor[i] = is_mean(D::kBalance) ? 1 / counts[i] : 1.0f;
+    }
     for (int64_t index = 0; index < in.classes; ++index) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        float share = constant_share;
+        float share = D::kBalance == Balance::kCentered ? factor[i] : 0.0f;
         if (D::kBalance == Balance::kStudent) {
           share = tile.student_power[index][i] * tile.student_scale[i];
         }
-        const float slope = tile.student[index][i] - tile.slope[i] * share;
+        const float slope = (tile.student[index][i] - tile.slope[i] * share) * factor[i];
         tile.student[index][i] = gradient_at(c, wanted, index, i, slope);
       }
     }
@@ -422,7 +427,7 @@ bool is_narrow(const Inputs& in) {
 // Calls fn(engine) for tiles of rows [begin, end).
 template <class Args, class Fn>
 void for_tiles(const Args& args, bool terms, int64_t begin, int64_t end, Fn&& fn) {
-  const Constants constants = make_constants(args.divergence, args.mix, args.classes);
+  const Constants constants = make_constants(args.divergence, args.mix);
   const bool weighs = args.hard_weight != 0 || args.row_settings != nullptr;
   Tile tile;
   for (int64_t first = begin; first < end; first += kTileRows) {

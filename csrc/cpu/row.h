@@ -120,6 +120,7 @@ void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
 inline void add(const Sums& other, Sums* into) {
   into->value += other.value;
   into->slope += other.slope;
+  into->classes += other.classes;
   into->student_logits += other.student_logits;
   into->student_entropy += other.student_entropy;
   into->teacher_entropy += other.teacher_entropy;

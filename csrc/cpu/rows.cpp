@@ -25,7 +25,8 @@ void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const S
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  const double value = divergence_of(args.divergence, sums.value, sums.slope, sums.teacher_entropy);
+  const double value =
+      divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   const double soft = value == value ? value : -kLowest;
   const double t = row.temperature;
   double loss = weighted(row.soft_weight * t * t, soft);
@@ -126,7 +127,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
                          &of_segment);
       add(of_segment, &sums);
     }
-    engine.set_shares(&c, static_cast<T>(sums.slope));
+    engine.set_shares(&c, sums);
     in_segment.student_max = in_segment.teacher_max = nullptr;  // q and slopes now
   }
   for (int64_t i = last; i >= 0; --i) {
@@ -148,7 +149,18 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
   Kept<T> kept;
   engine.keep(row, scales, index, &kept);
   auto c = engine.coefficients(row, scales, gain);
-  engine.set_shares(&c, static_cast<const T*>(args.stats)[kSlopeSum * args.rows + index]);
+  Sums sums = {};
+  sums.slope = static_cast<const T*>(args.stats)[kSlopeSum * args.rows + index];
+  if (is_mean(balance_of(args.divergence))) {
+    // The classes that count are not in `stats`.
+    sums.slope = 0;
+    for (int64_t i = engine.segments(); i-- > 0;) {
+      Sums of_segment = {};
+      engine.sum_segment(row, &c, scales, index, i, {}, {}, &of_segment);
+      add(of_segment, &sums);
+    }
+  }
+  engine.set_shares(&c, sums);
   for (int64_t i = engine.segments(); i-- > 0;) {
     write_segment(engine, row, scales, &c, gain, index, i, engine.kept_of(i, kept), nullptr);
   }
@@ -157,7 +169,7 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
 // Calls fn with the engine for the number types of `args`.
 template <class Args, class Fn>
 void with_engine(const Args& args, bool terms, Fn&& fn) {
-  const Constants constants = make_constants(args.divergence, args.mix, args.classes);
+  const Constants constants = make_constants(args.divergence, args.mix);
   if (computes_in_double(args.student_dtype, args.teacher_dtype)) {
     fn(Engine<double, double>{args, args.grad, args.grad_stride, terms, constants}, double{});
   } else if (args.student_dtype == DType::kBFloat16 && args.teacher_dtype == DType::kBFloat16) {
@@ -240,11 +252,10 @@ void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Stat
 }
 
 void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
-               double slope_sum, Sums* result) {
-  with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
-    using T = decltype(zero);
+               const Sums& of_balance, Sums* result) {
+  with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, segment, of_row);
-    engine.set_shares(&shared.c, static_cast<T>(slope_sum));
+    engine.set_shares(&shared.c, of_balance);
     write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
                   shared.left, result);
   });

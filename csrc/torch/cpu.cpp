@@ -95,15 +95,18 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
     sums.assign(sums.size(), {});
     for_segments(
         [&](int64_t segment, size_t at) { kernels.scan(args, row, segment, &statistics[at]); });
-    double slope_sum = 0;
+    cpu::Sums total = {};
     if (!is_one_sweep(args.divergence)) {
       for_segments([&](int64_t segment, size_t at) {
         kernels.balance(args, row, segment, statistics.data(), &sums[at]);
       });
-      for (size_t at = sums.size(); at-- > 0;) slope_sum += sums[at].slope;
+      for (size_t at = sums.size(); at-- > 0;) {
+        total.slope += sums[at].slope;
+        total.classes += sums[at].classes;
+      }
     }
     for_segments([&](int64_t segment, size_t at) {
-      kernels.write(args, row, segment, statistics.data(), slope_sum, &sums[at]);
+      kernels.write(args, row, segment, statistics.data(), total, &sums[at]);
     });
     kernels.close(args, row, statistics.data(), sums.data());
   }
