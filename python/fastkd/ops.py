@@ -258,9 +258,11 @@ USES = {
     "learned": "gradients of temperature= and of weights",
     "standardize": "standardize=True",
 }
-# What of it the kernels have. All else is computed by fastkd.reference.
+# What of it the kernels have. All else is computed by fastkd.reference. The kernels of the squared
+# errors are not used: their mean counts classes that both mask.
+_SQUARED = {"mse", "centered_mse"}
 FUSED: dict[str, frozenset[str]] = {
-    "cpu": frozenset({*DIVERGENCES, "row weights"}),
+    "cpu": frozenset({*DIVERGENCES, "row weights"} - _SQUARED),
     "cuda": frozenset({"forward_kl"}),
 }
 
