@@ -8,7 +8,7 @@
 // such that S is 0, so that value and gradient come from one sweep.
 //
 // To add one: a struct here, a line in Divergence, visit() and kDivergenceNames, and the function
-// of the same name in python/fastkd/reference.py. A test fails when the two lists differ.
+// of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists differ.
 #pragma once
 #include <cstdint>
 

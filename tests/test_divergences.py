@@ -1,0 +1,357 @@
+"""The divergences: their derivatives, what must hold whatever the logits, and masked classes."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from support import FP64, make
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import reference
+
+NAMES = fastkd.divergences()
+OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
+ROWS, CLASSES = 5, 6
+
+
+# ---- derivatives
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(device, name, standardize):
+    student, teacher, labels = make((3, 4), FP64, device=device, ignored=0.0, spread=1.0)
+    labels[1] = -100
+    t = torch.tensor(1.7, dtype=FP64, device=device, requires_grad=True)
+
+    def function(logits, temperature):
+        return fastkd.loss(
+            logits,
+            teacher,
+            labels,
+            temperature=temperature,
+            divergence=name,
+            standardize=standardize,
+        )
+
+    leaf = student.requires_grad_()
+    assert torch.autograd.gradcheck(function, (leaf, t))
+    assert torch.autograd.gradgradcheck(function, (leaf, t))
+
+
+# docs/maths.md, section 10: slopes of d = log p - log q, of p and q, of mix.
+SLOPES = {
+    "forward_kl": lambda d, p, q, b: -p,
+    "reverse_kl": lambda d, p, q, b: q * (1 - d),
+    "symmetric_kl": lambda d, p, q, b: -b * p + (1 - b) * q * (1 - d),
+    "jsd": lambda d, p, q, b: (1 - b) * q * (q / (b * p + (1 - b) * q)).log(),
+    "skewed_forward_kl": lambda d, p, q, b: -(1 - b) * p * q / (b * p + (1 - b) * q),
+    "skewed_reverse_kl": lambda d, p, q, b: (
+        q * (q / (b * q + (1 - b) * p)).log() + (1 - b) * p * q / (b * q + (1 - b) * p)
+    ),
+    "total_variation": lambda d, p, q, b: q * (q - p).sign() / 2,
+    "soft_cross_entropy": lambda d, p, q, b: -p,
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_gradient_follows_from_the_slopes(device, name):
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+    leaf, t = student.requires_grad_(), 1.7
+    mix = None if reference.DIVERGENCES[name].mix is None else 0.3
+    fastkd.loss(leaf, teacher, divergence=name, mix=mix, temperature=t, reduction="sum").backward()
+    log_p, log_q = (teacher / t).log_softmax(-1), (student.detach() / t).log_softmax(-1)
+    slope = SLOPES[name](log_p - log_q, log_p.exp(), log_q.exp(), mix)
+    expected = t * (slope - log_q.exp() * slope.sum(-1, keepdim=True))
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_gradient_of_dkd(device):
+    """docs/maths.md, section 10."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    leaf, t, mix = student.requires_grad_(), 1.7, 3.0
+    weights = {"hard_weight": 0.0, "soft_weight": 1.0}
+    options = {"divergence": "dkd", "mix": mix, "temperature": t, "reduction": "sum"}
+    fastkd.loss(leaf, teacher, labels, **options, **weights).backward()
+    own = F.one_hot(labels, CLASSES).bool()
+    p, q = (teacher / t).softmax(-1), (student.detach() / t).softmax(-1)
+    p_y, q_y = p[own].unsqueeze(-1), q[own].unsqueeze(-1)
+    p_rest, q_rest = p / (1 - p_y), q / (1 - q_y)
+    others = -(q_y - p_y) * q_rest + mix * (q_rest - p_rest)
+    torch.testing.assert_close(leaf.grad, t * torch.where(own, q_y - p_y, others))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_learnable_temperature(device, name, per_row):
+    """Its gradient is that of the formula, T^2 and the teacher's side included."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
+    shape = (ROWS,) if per_row else ()
+    t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
+    own = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
+    options = {"divergence": name, "reduction": "sum"}
+    fastkd.loss(
+        student, teacher, labels, temperature=t, teacher_temperature=own, **options
+    ).backward()
+    step = 1e-5
+    for leaf, key in ((t, "temperature"), (own, "teacher_temperature")):
+        for row in range(ROWS if per_row else 1):
+            moved = []
+            for sign in (1, -1):
+                numbers = {"temperature": t.detach(), "teacher_temperature": own.detach()}
+                bump = torch.zeros(shape, dtype=FP64)
+                bump[row if per_row else ...] = sign * step
+                numbers[key] = numbers[key].cpu() + bump
+                host = {k: v.cpu() for k, v in numbers.items()}
+                problem = (student.cpu(), [teacher.cpu()], labels.cpu())
+                moved.append(oracle.terms(*problem, **host, **options).loss)
+            slope = (moved[0] - moved[1]) / (2 * step)
+            ours = leaf.grad[row] if per_row else leaf.grad
+            assert float(ours) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
+
+
+def test_learnable_weights(device):
+    student, teacher, labels = make((ROWS, CLASSES), device=device, ignored=0.0)
+    hard = torch.full((ROWS,), 0.4, device=device, requires_grad=True)
+    soft = torch.tensor(0.6, device=device, requires_grad=True)
+    fastkd.loss(student, teacher, labels, hard_weight=hard, soft_weight=soft).backward()
+    rows = fastkd.terms(student, teacher, labels, reduction="none")
+    torch.testing.assert_close(hard.grad, rows.hard / ROWS)
+    torch.testing.assert_close(soft.grad, 4 * rows.soft.mean())
+
+
+def test_module_learns_its_temperature(device):
+    student, teacher, labels = make((ROWS, CLASSES), device=device)
+    criterion = fastkd.KDLoss(
+        temperature=torch.nn.Parameter(torch.tensor(3.0)), class_weight=torch.ones(CLASSES)
+    ).to(device)
+    assert dict(criterion.named_parameters()).keys() == {"temperature"}
+    assert criterion.class_weight.device.type == device.type
+    criterion(student, teacher, labels).backward()
+    assert criterion.temperature.grad.isfinite() and criterion.temperature.grad != 0
+    before = float(criterion(student, teacher, labels).detach())
+    with torch.no_grad():
+        criterion.temperature -= 1e-2 * criterion.temperature.grad.sign()
+    assert float(criterion(student, teacher, labels).detach()) < before
+
+
+# ---- properties
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
+def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
+    """The divergences of probabilities, and those of logits that leave a constant out."""
+    student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    # The cosine does not leave it out; the total variation's slope jumps where rounding tells p
+    # from q.
+    constant = 0.0 if name in ("cosine", "total_variation") else 3.0
+    leaf = (student + constant).requires_grad_()
+    options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(leaf, student, labels, **options)
+    torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=1e-12)
+    got.sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-12)
+
+
+def test_soft_cross_entropy_of_a_perfect_student_is_the_entropy(device):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    got = fastkd.terms(student, student, divergence="soft_cross_entropy", reduction="none")
+    torch.testing.assert_close(got.soft, got.teacher_entropy, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_negative_and_unmoved_by_a_constant(device, name):
+    student, teacher, labels = make((50, CLASSES), FP64, device=device, ignored=0.0, seed=5)
+    options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(student, teacher, labels, **options)
+    assert (got >= 0).all() and (got > 0).any()
+    moved = fastkd.loss(student + 5.0, teacher - 2.0, labels, **options)
+    if name in ("mse", "cosine"):
+        assert not torch.allclose(moved, got)
+    else:
+        torch.testing.assert_close(moved, got, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_standardized_logits_have_no_scale(device, name):
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
+    options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(student, teacher, labels, **options)
+    scaled = fastkd.loss(7.0 * student - 3.0, 0.2 * teacher + 1.0, labels, **options)
+    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)  # 1e-7 is added to the deviation
+
+
+def test_high_temperature_limit(device):
+    """T^2 KL -> the centred squared error over 2, as T grows (Hinton et al. 2015, section 2.1)."""
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+    limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
+    distances = [
+        abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
+    ]
+    for before, after in itertools.pairwise(distances):
+        assert after < before / 8  # of order 1 / T
+    assert distances[-1] < 1e-3 * float(limit)
+    at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
+    torch.testing.assert_close(at_its_own / 2, limit)  # T^2 takes back what 1 / T^2 takes
+
+
+def test_relations_between_divergences(device):
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+
+    def value(name: str, mix: float | None = None, swapped: bool = False) -> Tensor:
+        z, w = (teacher, student) if swapped else (student, teacher)
+        return fastkd.loss(z, w, divergence=name, mix=mix, reduction="none")
+
+    def same(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-13)
+
+    forward, reverse = value("forward_kl"), value("reverse_kl")
+    same(value("symmetric_kl", 1.0), forward)
+    same(value("symmetric_kl", 0.0), reverse)
+    same(value("symmetric_kl"), (forward + reverse) / 2)
+    same(value("forward_kl", swapped=True), reverse)
+    same(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
+    same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
+    same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
+    same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
+    # The generalised JSD over its weight tends to the forward KL, and likewise at the other end.
+    same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
+    same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
+    assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
+    assert (value("total_variation") <= 4).all()
+    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker
+
+
+def test_jsd_of_disjoint_teacher_and_student(device):
+    """What only one of the two allows costs the JSD a finite price: log 2 altogether."""
+    inf = float("inf")
+    student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
+    teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
+    got = fastkd.terms(student, teacher, divergence="jsd")
+    assert float(got.soft) == pytest.approx(torch.tensor(2.0).log().item())
+    assert float(fastkd.terms(student, teacher, divergence="total_variation").soft) == 1
+
+
+@pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
+    if form != "logits" and (standardize or name in OF_LOGITS):
+        pytest.skip("refused")
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
+    t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
+    kept = torch.tensor([0, 1, 2, 3, 5], device=device)
+    labels = labels.masked_fill(labels == 4, 0)
+    narrow = torch.searchsorted(kept, labels.clamp(min=0)).where(labels >= 0, labels)
+    student[:, 4] = teacher[:, 4] = -float("inf")
+    if form != "logits":
+        teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
+    options = {"divergence": name, "standardize": standardize, "teacher_form": form}
+    for temperature in (t, 1.5):  # one that learns is never fused
+        wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
+        got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
+        expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(wide.grad[:, kept], slim.grad, rtol=1e-10, atol=1e-13)
+        assert (wide.grad[:, 4] == 0).all()
+    assert t.grad.isfinite()
+
+
+INF = float("inf")
+# What a class costs that one of the two masks: (only the teacher, only the student).
+PRICES = {
+    "forward_kl": (None, INF),
+    "reverse_kl": (INF, None),
+    "symmetric_kl": (INF, INF),
+    "jsd": (None, None),
+    "skewed_forward_kl": (None, None),
+    "skewed_reverse_kl": (None, None),
+    "total_variation": (None, None),
+    "soft_cross_entropy": (None, INF),
+    "mse": (INF, INF),
+    "centered_mse": (INF, INF),
+    "dkd": (None, INF),
+}
+
+
+@pytest.mark.parametrize("name", PRICES)
+def test_a_class_that_one_masks(device, name):
+    """A finite price is that of a class of next to no probability, and has a finite gradient."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    labels = labels.masked_fill(labels == 2, 3)
+    options = {"divergence": name, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none"}
+    for masked, price in enumerate(PRICES[name]):
+        pair = [teacher.clone(), student.clone()]
+        pair[masked][:, 2] = -INF
+        leaf = pair[1].requires_grad_()
+        got = fastkd.loss(leaf, pair[0], labels, **options)
+        if price is not None:
+            assert (got == price).all()
+            continue
+        nearly = [x.detach().clamp(min=-600.0) for x in pair]
+        expected = fastkd.loss(nearly[1], nearly[0], labels, **options)
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+        assert leaf.grad.isfinite().all()
+
+
+def test_forward_gradient_where_the_student_alone_masks(device):
+    """+inf, with the finite gradient q - p."""
+    student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
+    for name in ("forward_kl", "soft_cross_entropy"):
+        student.grad = None
+        fastkd.loss(student, teacher, divergence=name, temperature=1.0).backward()
+        expected = student.detach().softmax(-1) - teacher.softmax(-1)
+        torch.testing.assert_close(student.grad, expected)
+
+
+def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
+    """The second part is left out; the first is that of a certain teacher, -log q_y."""
+    teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
+    student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
+    label = torch.tensor([0], device=device)
+    options = {"divergence": "dkd", "hard_weight": 0.0, "soft_weight": 1.0, "temperature": 1.0}
+    got = fastkd.loss(student, teacher, label, **options)
+    torch.testing.assert_close(got, F.cross_entropy(student, label))
+    got.backward()
+    assert student.grad.isfinite().all()
+
+
+def test_total_variation_has_slope_0_at_ties(device):
+    student = torch.zeros(2, 4, device=device, requires_grad=True)
+    fastkd.loss(student, torch.zeros(2, 4, device=device), divergence="total_variation").backward()
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_rows_without_spread_are_finite(device, name, standardize):
+    """All logits of a row equal, zero too: no divergence divides by nothing."""
+    student = torch.zeros(2, 4, device=device, requires_grad=True)
+    labels = torch.tensor([1, 2], device=device)
+    teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)
+    got = fastkd.loss(student, teacher, labels, divergence=name, standardize=standardize)
+    got.backward()
+    assert got.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_rows_may_hold_anything(device, name):
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    keep = torch.tensor([0, 1, 3, 4], device=device)
+    labels[2] = -100
+    expected = fastkd.loss(student[keep], teacher[keep], labels[keep], divergence=name)
+    student[2], teacher[2] = float("nan"), INF
+    leaf = student.requires_grad_()
+    for standardize in (False, True):
+        got = fastkd.loss(leaf, teacher, labels, divergence=name, standardize=standardize)
+        got.backward()
+        assert got.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[2] == 0).all()
+    got = fastkd.loss(leaf, teacher, labels, divergence=name)
+    torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-14)
