@@ -358,7 +358,7 @@ struct NarrowEngine {
     }
     // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
     const double value = divergence_of(args.divergence, tile.value[i], tile.slope[i],
-                                       tile.teacher_entropy[i] * kLn2);
+                                       tile.classes_that_count[i], tile.teacher_entropy[i] * kLn2);
     const double soft = value == value ? value : -kLowest;
     const double t = tile.temperature[i];
     const double total = weighted(static_cast<double>(tile.soft_weight[i]) * t * t, soft);
