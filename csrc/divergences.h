@@ -8,7 +8,8 @@
 // such that S is 0, so that value and gradient come from one sweep.
 //
 // To add one: a struct here, a line in Divergence, visit() and kDivergenceNames, and the function
-// of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists differ.
+// of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists
+// differ.
 #pragma once
 #include <cstdint>
 
@@ -31,10 +32,12 @@ enum class Divergence : int32_t {
 
 // How the gradient follows from the slopes.
 enum class Balance {
-  kNone,      // it is the slope: S is 0
-  kStudent,   // slope - q * S
-  kMean,      // slope / n, and
-  kCentered,  // (slope - S / n) / n, n the classes that student and teacher do not both mask
+  kNone,     // it is the slope: S is 0
+  kStudent,  // slope - q * S
+  // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
+  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0.
+  kMean,
+  kCentered,
 };
 
 // What the divergences know before they see a class; made once a call.
@@ -169,20 +172,13 @@ struct TotalVariation {
   }
 };
 
-// 0 in place of NaN, which the difference of two masked logits is.
-template <class T>
-FASTKD_HOST_DEVICE T masked_as_zero(T x) {
-  return x == x ? x : T(0);
-}
-
 // mean (z / t - w / t)^2 over classes (Bucila et al. 2006; Ba and Caruana 2014).
 struct SquaredError {
   static constexpr Balance kBalance = Balance::kMean;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
-    const T gap = masked_as_zero(e.gap);
-    return {gap * gap, T(-2) * gap};
+    return {e.gap * e.gap, T(-2) * e.gap};
   }
 };
 
@@ -192,8 +188,7 @@ struct CenteredSquaredError {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
-    const T d = masked_as_zero(e.d);
-    return {d * d, T(-2) * d};
+    return {e.d * e.d, T(-2) * e.d};
   }
 };
 

@@ -259,9 +259,10 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
       const Evaluated<T> here = D::at(e, k);
-      values[i] += here.value;
-      sums[i] += here.slope;
-      if constexpr (is_mean(D::kBalance)) classes[i] += e.gap == e.gap ? T(1) : T(0);
+      const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
+      values[i] += counts ? here.value : T(0);
+      sums[i] += counts ? here.slope : T(0);
+      if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
       q[at + i] = e.q;
       slopes[at + i] = here.slope;
     }
@@ -269,7 +270,7 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
-template <Hard kHard, class T, class S, class L>
+template <Hard kHard, bool kMean, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
                       const T* slopes, L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
@@ -284,7 +285,8 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
       if constexpr (kHard != Hard::kNone) {
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
       }
-      const T slope = slopes[at + i] - here * c.student_share - c.constant_share;
+      T slope = slopes[at + i] - here * c.student_share - c.constant_share;
+      if constexpr (kMean) slope = slope == slope ? slope : T(0);
       grad_lanes[i] = g + c.soft_gain * slope;
     }
     pack(grad_buffer, grad + at);

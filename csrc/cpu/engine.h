@@ -279,8 +279,11 @@ struct Engine {
                const T* slope, L* g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
+    const bool mean = is_mean(balance_of(in.divergence));
     with_hard<T>(hard, [&](auto has_hard) {
-      balance_gradient<decltype(has_hard)::value>(c, z, q, slope, g, count);
+      constexpr Hard kHard = decltype(has_hard)::value;
+      mean ? balance_gradient<kHard, true>(c, z, q, slope, g, count)
+           : balance_gradient<kHard, false>(c, z, q, slope, g, count);
     });
   }
 

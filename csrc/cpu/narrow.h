@@ -251,11 +251,11 @@ struct NarrowEngine {
     for (int64_t index = 0; index < in.classes; ++index) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Element<float> e = element_at<kSeparate>(c, index, i);
-        const Evaluated<float> here = D::at(e, k);
-        if (is_mean(D::kBalance)) counts[i] += e.gap == e.gap ? 1.0f : 0.0f;
-        tile.value[i] += here.value;
-        sums[i] += here.slope;
+        const Evaluated<float> here = D::at(element_at<kSeparate>(c, index, i), k);
+        const bool in_mean = !is_mean(D::kBalance) || here.slope == here.slope;
+        tile.value[i] += in_mean ? here.value : 0.0f;
+        sums[i] += in_mean ? here.slope : 0.0f;
+        counts[i] += in_mean ? 1.0f : 0.0f;
         tile.student[index][i] = here.slope;
       }
     }
@@ -273,7 +273,8 @@ struct NarrowEngine {
         if (D::kBalance == Balance::kStudent) {
           share = tile.student_power[index][i] * tile.student_scale[i];
         }
-        const float slope = (tile.student[index][i] - tile.slope[i] * share) * factor[i];
+        float slope = (tile.student[index][i] - tile.slope[i] * share) * factor[i];
+        if (is_mean(D::kBalance)) slope = slope == slope ? slope : 0.0f;
         tile.student[index][i] = gradient_at(c, wanted, index, i, slope);
       }
     }
