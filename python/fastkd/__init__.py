@@ -10,18 +10,21 @@ import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
+from fastkd.linear import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.verify import Verification, verify
 
 __all__ = [
     "KDLoss",
+    "LinearKDLoss",
     "Terms",
     "Verification",
     "__version__",
     "check_inputs",
     "check_logits",
     "divergences",
+    "linear_loss",
     "loss",
     "terms",
     "verify",

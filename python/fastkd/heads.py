@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import losses, ops, products
+from fastkd import ops, products
+from fastkd.objective import Objective
 
 
 class Inputs(NamedTuple):
@@ -26,11 +27,11 @@ class Inputs(NamedTuple):
     teacher_bias: Tensor | None
     teacher_logits: Tensor | None
     labels: Tensor | None
-    temperatures: Tensor | None
-    """One for each row, like the next three; they stand for the numbers of ``Call``."""
-    teacher_temperatures: Tensor | None
-    hard_weights: Tensor | None
-    soft_weights: Tensor | None
+    temperature: Tensor | None
+    """This and the next three: one number for each row, in place of that of ``Call``."""
+    teacher_temperature: Tensor | None
+    hard_weight: Tensor | None
+    soft_weight: Tensor | None
     class_weight: Tensor | None
     denominator: Tensor | None
     """What "mean" divides by."""
@@ -38,10 +39,8 @@ class Inputs(NamedTuple):
     """What each row's gradient is multiplied by: the grad_output of reduction="none"."""
 
 
-OF_ROWS = (
-    *("hidden", "teacher_hidden", "teacher_logits", "labels", "temperatures"),
-    *("teacher_temperatures", "hard_weights", "soft_weights", "grad_rows"),
-)
+_NUMBERS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
+_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "labels", *_NUMBERS, "grad_rows")
 
 
 class Call(NamedTuple):
@@ -49,14 +48,15 @@ class Call(NamedTuple):
 
     temperature: float
     teacher_temperature: float | None
+    """None: the student's."""
     hard_weight: float
     soft_weight: float
-    label_smoothing: float
     ignore_index: int
+    reduction: str
+    label_smoothing: float
     divergence: str
     mix: float | None
     standardize: bool
-    reduction: str
     student_softcap: float | None
     teacher_softcap: float | None
     student_scale: float
@@ -65,6 +65,7 @@ class Call(NamedTuple):
     """What the student's logits are computed in: its own, or autocast's."""
     teacher_dtype: torch.dtype
     accumulate: torch.dtype
+    """What the gradient of the weight is summed up in."""
     chunk: int
     hidden_grad: bool
     weight_grad: bool
@@ -81,6 +82,30 @@ class Call(NamedTuple):
         return self.reduction == "mean" and self.dtype is torch.float16
 
 
+def objective_of(inputs: Inputs, call: Call) -> Objective:
+    """What the loss of some rows is, for the core."""
+    numbers: dict[str, Any] = {}
+    for name in _NUMBERS:
+        tensor = getattr(inputs, name)
+        numbers[name] = getattr(call, name) if tensor is None else tensor
+    if numbers["teacher_temperature"] is None:
+        numbers["teacher_temperature"] = numbers["temperature"]
+    return Objective(
+        **numbers,
+        ignore_index=call.ignore_index,
+        reduction=call.reduction,
+        label_smoothing=call.label_smoothing,
+        class_weight=inputs.class_weight,
+        normalizer=inputs.denominator if call.reduction == "mean" else None,
+        divergence=call.divergence,
+        mix=call.mix,
+        teacher_form="logits",
+        teacher_weights=None,
+        ensemble="probs",
+        standardize=call.standardize,
+    )
+
+
 class Outputs(NamedTuple):
     """What a call gives; gradients that are not wanted are empty."""
 
@@ -92,9 +117,9 @@ class Outputs(NamedTuple):
     """float32 or float64."""
 
 
-def acc_dtype(dtype: torch.dtype, teacher_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses."""
-    return torch.float64 if torch.float64 in (dtype, teacher_dtype) else torch.float32
+def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of losses, of logits in these."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def empty_outputs(inputs: Inputs, call: Call) -> Outputs:
@@ -115,7 +140,9 @@ def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     This waits for a GPU, once. While a CUDA graph is captured nothing may wait: all rows are kept
     then, and the loss leaves the ignored ones out.
     """
-    if labels is None or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if labels is None or labels.is_floating_point():
+        return None
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     counted = (labels != ignore_index).nonzero().squeeze(1)
     return None if counted.numel() == labels.numel() else counted
@@ -173,18 +200,15 @@ class _Heads:
     def loss(self, logits: Tensor, part: Inputs) -> tuple[Tensor, Tensor | None]:
         """The loss of a chunk and, in its logits' memory where there are kernels for it, its
         gradient."""
-        call = self.call
-        options = loss_options(part, call)
-        if call.scales_late:
-            options["reduction"] = "sum"
-        elif call.reduction == "mean":
-            options["normalizer"] = part.denominator
-        teacher = self.teacher(part)
-        if not call.grads:
-            return losses.loss(logits, teacher, part.labels, **options), None
+        objective, teacher = objective_of(part, self.call), self.teacher(part)
+        if self.call.scales_late:
+            objective = objective._replace(reduction="sum", normalizer=None)
+        if not self.call.grads:
+            return _compute(logits, teacher, part.labels, objective, False), None
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            value = losses.loss(leaf.view_as(leaf), teacher, part.labels, inplace=True, **options)
+            fused = ops.is_fused(logits, part.labels, objective)
+            value = _compute(leaf.view_as(leaf), teacher, part.labels, objective, fused)
         (grad,) = torch.autograd.grad(value, leaf)
         return value.detach(), grad
 
@@ -218,29 +242,10 @@ class _Heads:
             )
 
 
-def loss_options(part: Inputs, call: Call) -> dict[str, Any]:
-    """Those of :func:`fastkd.loss` that are not left to their defaults."""
-    options: dict[str, Any] = {
-        "temperature": call.temperature if part.temperatures is None else part.temperatures,
-        "soft_weight": call.soft_weight if part.soft_weights is None else part.soft_weights,
-        "reduction": call.reduction,
-        "divergence": call.divergence,
-    }
-    if part.labels is not None:
-        options["hard_weight"] = call.hard_weight if part.hard_weights is None else part.hard_weights
-        options["ignore_index"] = call.ignore_index
-        options["label_smoothing"] = call.label_smoothing
-    if part.class_weight is not None:
-        options["class_weight"] = part.class_weight
-    if part.teacher_temperatures is not None:
-        options["teacher_temperature"] = part.teacher_temperatures
-    elif call.teacher_temperature is not None:
-        options["teacher_temperature"] = call.teacher_temperature
-    if call.mix is not None:
-        options["mix"] = call.mix
-    if call.standardize:
-        options["standardize"] = True
-    return options
+def _compute(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, inplace: bool
+) -> Tensor:
+    return ops.compute(student, (teacher,), labels, objective, with_terms=False, inplace=inplace)
 
 
 def soft_cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
@@ -280,9 +285,9 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
-        of_rows = {name: getattr(inputs, name) for name in OF_ROWS}
+        of_rows = {name: getattr(inputs, name) for name in _OF_ROWS}
         part = inputs._replace(
-            **{name: value[index] for name, value in of_rows.items() if value is not None}
+            **{name: value[index] for name, value in of_rows.items() if value is not None and value.dim()}
         )
         logits, slope = heads.student(part.hidden.to(call.dtype))
         value, grad = heads.loss(logits, part)
@@ -313,17 +318,18 @@ def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, T
     return empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
 
 
-_SCHEMA = """(Tensor?[] inputs, float temperature, float? teacher_temperature, float hard_weight,
-float soft_weight, float label_smoothing, int ignore_index, str divergence, float? mix,
-bool standardize, str reduction, float? student_softcap,
-float? teacher_softcap, float student_scale, float teacher_scale, ScalarType dtype,
-ScalarType teacher_dtype, ScalarType accumulate, SymInt chunk, bool hidden_grad, bool weight_grad,
-bool bias_grad) -> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"""
-
+_SCHEMA = (
+    "linear_loss(Tensor?[] inputs, float temperature, float? teacher_temperature, "
+    "float hard_weight, float soft_weight, int ignore_index, str reduction, "
+    "float label_smoothing, str divergence, float? mix, bool standardize, "
+    "float? student_softcap, float? teacher_softcap, float student_scale, float teacher_scale, "
+    "ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, SymInt chunk, "
+    "bool hidden_grad, bool weight_grad, bool bias_grad) "
+    "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
+)
 _library = torch.library.Library("fastkd", "FRAGMENT")
-_library.define("linear_loss" + _SCHEMA.replace("\n", " "), tags=())
-for _device in ("CPU", "CUDA"):
-    _library.impl("linear_loss", _op, _device)
+_library.define(_SCHEMA)
+_library.impl("linear_loss", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_library)
 
 

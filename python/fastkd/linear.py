@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import checks, heads, losses, ops, products
+from fastkd import checks, heads, losses, ops, products, reference
 from fastkd.chunks import AccumulateDtype, plan
 from fastkd.heads import Call, Inputs
+from fastkd.objective import Objective
 
 Pair = float | tuple[float | None, float | None] | None
 """A number for both heads, or one for the student's and one for the teacher's."""
@@ -30,14 +31,18 @@ def linear_loss(
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     temperature: float | Tensor = 2.0,
+    teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
-    hard_weight: float | None = None,
-    soft_weight: float | None = None,
+    hard_weight: float | Tensor | None = None,
+    soft_weight: float | Tensor | None = None,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     divergence: str = "forward_kl",
+    mix: float | None = None,
+    standardize: bool = False,
     softcap: Pair = None,
     logit_scale: Pair = None,
     chunk_size: int | Literal["auto"] = "auto",
@@ -66,20 +71,25 @@ def linear_loss(
         teacher_hidden: ``(..., E)``; E need not be D. Gets no gradient.
         teacher_weight: ``(C, E)`` of its dtype. Gets no gradient, whether it requires one or not;
             ``student_weight`` itself will do.
-        labels: ``(...)`` class indices. None: the soft term alone.
+        labels: as in :func:`fastkd.loss`, ``(...)`` class indices or ``(..., C)`` probabilities.
         student_bias: ``(C,)``.
         teacher_bias: ``(C,)``.
         teacher_logits: ``(..., C)``, in place of ``teacher_hidden`` and ``teacher_weight``.
-        temperature: as in :func:`fastkd.loss`, like the following ones up to ``divergence``.
+        temperature: as in :func:`fastkd.loss`, like all options down to ``standardize``; here none
+            of them gets a gradient. Numbers for each row have the shape ``(...)``.
+        teacher_temperature: the teacher's own.
         alpha: weight of the **hard** term.
         hard_weight: given instead of ``alpha``.
         soft_weight: given instead of ``alpha``.
         ignore_index: the label of rows that are left out.
         reduction: ``"none"`` gives ``(...)``, and its backward pass computes the logits again.
         label_smoothing: of the hard term.
+        class_weight: ``(C,)``, of the hard term.
         normalizer: what ``"mean"`` divides by instead of the number of rows that are not ignored.
-        divergence: one of :func:`fastkd.divergences`. Those without a kernel are differentiated
-            chunk by chunk by PyTorch; under torch.compile they need the memory of all logits.
+        divergence: one of :func:`fastkd.divergences`. What has no kernel is differentiated by
+            PyTorch, chunk by chunk.
+        mix: the mixture weight of the divergences that have one.
+        standardize: whether each row of logits is standardized first.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
             a pair ``(student's, teacher's)`` of which either may be None. It does not apply to
             ``teacher_logits``.
@@ -220,8 +230,9 @@ def _linear_loss(
             student_bias,
             *(None if value is None else value.detach() for value in given),
             labels,
+            *[None] * 7,
         ),
-        heads.acc_dtype(dtype, teacher_dtype),
+        (dtype, teacher_dtype),
     )
     student_cap, teacher_cap = _pair("softcap", softcap)
     student_scale, teacher_scale = _pair("logit_scale", logit_scale)
@@ -269,19 +280,73 @@ def _linear_loss(
 
 
 def _resolve(
-    options: dict[str, Any], inputs: Inputs, acc: torch.dtype
+    options: dict[str, Any], inputs: Inputs, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Inputs, dict[str, Any]]:
     """Rows flattened, and the core's options as tensors of ``Inputs`` and numbers of ``Call``."""
-    hidden, labels = inputs.hidden, inputs.labels
-    lead, classes = hidden.shape[:-1], inputs.weight.shape[0]
-    # A stand-in for the logits, without their memory.
-    logits = hidden.new_empty(()).detach().expand(*lead, classes)
+    lead, labels = inputs.hidden.shape[:-1], inputs.labels
+    classes = inputs.weight.shape[0]
+    # Stand-ins for the logits, without their memory.
+    student, teacher = (
+        torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(*lead, classes)
+        for dtype in dtypes
+    )
+    given = {**losses.DEFAULTS, **options}
+    objective = losses.prepare(student, teacher, labels, given).objective
+    if labels is not None and checks.may_look(labels):
+        checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    denominator = None
+    if objective.reduction == "mean":
+        objective, denominator = _denominators(
+            objective, labels, math.prod(lead), heads.acc_dtype(*dtypes), student.device
+        )
+    if objective.teacher_temperature is objective.temperature:
+        objective = objective._replace(teacher_temperature=None)  # type: ignore[arg-type]
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, value in objective._asdict().items():
+        if not isinstance(value, Tensor):
+            numbers[name] = value
+            continue
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} gets no gradient from linear_loss; got a tensor that requires grad "
+                "(.detach() it, or use fastkd.loss)"
+            )
+        tensors[name] = value.reshape(-1) if value.dim() > 0 else value
+        numbers[name] = 1.0
+    for name in ("hidden", "teacher_hidden", "teacher_logits"):
+        value = getattr(inputs, name)
+        if value is not None:
+            tensors[name] = value.reshape(math.prod(lead), value.shape[-1])
     if labels is not None:
-        checks.indices(labels, logits)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.check_rows(logits, labels, options["ignore_index"], 1.0)
-        labels = labels.long().reshape(-1)
-    return inputs, {}
+        soft = labels.is_floating_point()
+        tensors["labels"] = labels.reshape(-1, classes) if soft else labels.long().reshape(-1)
+    for name in ("class_weight", "normalizer", "teacher_form", "teacher_weights", "ensemble"):
+        numbers.pop(name, None)
+    return inputs._replace(denominator=denominator, **tensors), numbers
+
+
+def _denominators(
+    objective: Objective,
+    labels: Tensor | None,
+    rows: int,
+    acc: torch.dtype,
+    device: torch.device,
+) -> tuple[Objective, Tensor]:
+    """What "mean" divides by, on the device; the hard term's own becomes part of its weight."""
+    normalizer = objective.normalizer
+    if normalizer is not None:
+        value = torch.as_tensor(normalizer, dtype=acc, device=device)
+        return objective._replace(normalizer=None), value
+    if labels is None or labels.is_floating_point():
+        return objective, torch.full((), max(1, rows), dtype=acc, device=device)
+    valid = labels != objective.ignore_index
+    count = valid.sum().clamp(min=1).to(acc)
+    if objective.class_weight is not None:
+        weights = objective.class_weight[labels.long().where(valid, 0)].where(valid, 0).sum()
+        share = count / weights.where(weights != 0, 1.0)
+        objective = objective._replace(hard_weight=objective.hard_weight * share)
+    return objective, count
 
 
 def _check_head(
@@ -344,7 +409,7 @@ def _check_teacher(
                 "teacher_logits takes the place of teacher_hidden, teacher_weight and teacher_bias; "
                 "got both"
             )
-        checks.logits(like.new_empty(()).detach().expand(*lead, like.shape[0]), logits)
+        checks.logits(like.new_empty(()).detach().expand(*lead, like.shape[0]), [logits])
         return
     if hidden is None or weight is None:
         raise ValueError(
@@ -427,10 +492,8 @@ def plain(inputs: Inputs, call: Call) -> Tensor:
                 call.teacher_softcap,
             )
         assert teacher is not None
-        options = heads.loss_options(inputs, call)
-        if call.reduction == "mean":
-            options["normalizer"] = inputs.denominator
-        return losses.loss(student, teacher, inputs.labels, **options)
+        objective = heads.objective_of(inputs, call)
+        return reference.loss(student, teacher, inputs.labels, **objective._asdict())
 
 
 def _plain_logits(
@@ -482,10 +545,21 @@ class _LinearLoss(torch.autograd.Function):
                 scale = grad_output / inputs.denominator
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         finished = [
-            products.finished(grad, scale, of.dtype) if want and of is not None else None
+            _finished(grad, scale, of.dtype) if want and of is not None else None
             for grad, of, want in zip(grads, inputs, wanted, strict=False)
         ]
         return (None, *finished, *[None] * len(inputs[3:]))
+
+
+def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * grad in ``dtype``; ``grad`` is not used again."""
+    if scale is None:
+        return grad.to(dtype)
+    if torch.compiler.is_compiling():
+        return (grad * scale).to(dtype)
+    if grad.dtype == dtype:
+        return ops.scale_(grad, scale)
+    return products.finished(grad, scale, dtype)
 
 
 def _differentiable(inputs: Inputs, call: Call, grad_output: Tensor) -> list[Tensor | None]:

@@ -244,6 +244,21 @@ class _InplaceLoss(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad *= factor, which the device looks at itself: a factor of 1 costs next to nothing.
+
+    ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
+    """
+    if grad.device.type not in _KERNEL_DEVICES or not grad.is_contiguous():
+        return grad.mul_(factor)
+    row = grad.view(1, -1)  # a gradient in place of its logits, as after loss_, of one row
+    stats = factor.new_zeros(_STATS + 1)
+    _loss_backward_(
+        row, factor, stats, row, row, None, None, *Settings(1.0, 0.0, 1.0, 0.0, -100, 0, 0, 0, False)[:6], True
+    )
+    return grad
+
+
 # ---- the way in
 
 # What an objective may use beyond what every kernel has: how it is written, for the docs.
@@ -280,6 +295,14 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     return found
 
 
+def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
+    """Whether the kernels have all that a call uses, so that it may be in place."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES or is_transformed():
+        return False
+    return uses(labels, objective) <= FUSED["cuda" if device == "cuda" else "cpu"]
+
+
 def compute(
     student: Tensor,
     teachers: tuple[Tensor, ...],
@@ -293,7 +316,7 @@ def compute(
     device = student.device.type
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
-    elif not _is_transformed():
+    elif not is_transformed():
         missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
@@ -388,7 +411,7 @@ def _apply(
     return out  # type: ignore[no-any-return]
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return False
