@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 
 MIB = 2**20
-LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 32 * MIB}
+LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
 """How much the logits of a chunk, student's and teacher's, take if nobody says otherwise. On a GPU
 the products are as fast as one large one from about 2048 rows on; on a CPU from about 256."""
-LEAST_ROWS = {"cuda": 512, "cpu": 256}
+LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
 to the whole gradient of the student's, however few its rows are."""
 _MULTIPLE = 64  # rows of a tile of the matrix products

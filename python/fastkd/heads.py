@@ -7,6 +7,7 @@ term of the weight's. Nothing waits for the device but counting the rows that ar
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -306,12 +307,18 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
     return out
 
 
-# ---- the same as an op, which torch.compile takes as it is. Not a torch.library.custom_op: those
-# switch automatic differentiation off, which the loss of a chunk is differentiated by.
+# ---- the same as an op, which torch.compile takes as it is
+
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
 
 
 def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
+    """Whoever calls an op has switched off what the loss of a chunk is differentiated by."""
+    with contextlib.ExitStack() as stack:
+        for name in _AUTOGRAD_KEYS:
+            key = getattr(torch._C.DispatchKey, name)
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        return run(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
 
 
 def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
