@@ -148,12 +148,9 @@ def enough_classes(divergence: str, standardize: bool, soft_labels: bool, studen
     """What some options need of the classes and of the labels."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
-    for name, given in (
-        ('divergence="dkd"', divergence == "dkd"),
-        ("standardize=True", standardize),
-    ):
-        if given and student.shape[-1] < 2:
-            raise ValueError(f"{name} needs at least two classes; got {student.shape[-1]}")
+    what = "standardize=True" if standardize else f"divergence={divergence!r}"
+    if (standardize or divergence == "dkd") and student.shape[-1] < 2:
+        raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
 
 
 def rows(value: Tensor, name: str, student: Tensor) -> None:

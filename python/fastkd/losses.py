@@ -131,44 +131,73 @@ def loss(*args: Any, **options: Any) -> Tensor:
     (2015); T^2 keeps the soft gradients' size independent of T. Both logits are read once and the
     gradient is written in the same pass. Arithmetic is float32 inside whatever the inputs are
     (float64 if either is), and free of cancellation when the student is close to its teacher.
+    ``divergence=`` and the options below put other objectives in the place of the KL; those that
+    have no kernel yet are computed by PyTorch operations (``docs/objectives.md`` says which), and
+    :func:`fastkd.explain` says in words what a set of options means.
 
     Args:
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
             ``logits[:, :-1]`` and ``logits[..., :vocab]`` are used where they are; only
             non-adjacent classes cost a copy.
-        teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's.
-        labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
-            1.
-        temperature: T > 0, or a tensor of shape ``(...)`` with one T for each row. Default 2.
+        teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's; or a
+            sequence of such tensors, several teachers.
+        labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
+            cutmix), as :func:`torch.nn.functional.cross_entropy` has them. None: the soft term
+            alone, with weight 1.
+        temperature: T > 0, or a tensor, 0-d or of shape ``(...)`` with one T for each row. A tensor
+            that requires grad gets its gradient. Default 2.
+        teacher_temperature: the teacher's own temperature, likewise. Default T, or 1 if
+            ``teacher_form`` says that the teacher is softened already.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
-        hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
+        hard_weight: weight of the hard term, given instead of ``alpha``: a number, or a tensor
+            ``(...)`` with one for each row, which changes no denominator; 1 if only ``soft_weight``
             is given.
-        soft_weight: weight of the soft term, given instead of ``alpha``; 1 if only ``hard_weight``
-            is given.
+        soft_weight: weight of the soft term, likewise; 1 if only ``hard_weight`` is given.
         ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
-            their logits may hold anything, NaN too. Default -100.
+            their logits may hold anything, NaN too. Default -100. Probabilities have none.
         reduction: ``"mean"`` divides both terms by the number of rows that are not ignored (0 if
             there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
             backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
         label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
             has it.
-        normalizer: what ``"mean"`` divides by instead of the number of rows: a positive number, or
-            a tensor with one element (never waited for on CUDA). Pass the global token count under
-            gradient accumulation.
+        class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
+            :func:`torch.nn.functional.cross_entropy`. As there, ``"mean"`` then divides the hard
+            term by the sum of the labels' weights (by the rows if labels are probabilities).
+        normalizer: what ``"mean"`` divides both terms by instead: a positive number, or a tensor
+            with one element (never waited for on CUDA). Pass the global token count under gradient
+            accumulation.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
+        mix: the one number that some divergences have: ``"symmetric_kl"``, weight of the forward KL
+            (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
+            ``"skewed_reverse_kl"``, share of the other side (0.1); ``"dkd"``, weight of the classes
+            other than the label (8).
+        teacher_form: what ``teacher_logits`` holds: ``"logits"``, or ``"log_probs"`` or ``"probs"``
+            of a teacher that is softened already. They need not sum to 1 exactly: rows are
+            renormalised. Default ``"logits"``.
+        teacher_weights: a positive number for each of several teachers, divided by their sum.
+            Default equal ones.
+        ensemble: whether several teachers are mixed in ``"probs"`` (after softening) or in
+            ``"logits"``. Default ``"probs"``.
+        standardize: take each row's mean off the logits of both and divide by its standard
+            deviation (unbiased, + 1e-7) before anything of the soft term (Sun et al., "Logit
+            Standardization in Knowledge Distillation", CVPR 2024). Default False.
+        classes: use the first ``classes`` of both logits: padded vocabularies, or class counts that
+            differ. Default None, all of them.
+        dim: where the classes are: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
+            ``(N, d1, ...)``. Default -1.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
             Without effect where no gradient is asked for, under torch.compile and under function
-            transforms.
+            transforms; refused for what has no kernel.
         teacher_grad: what to do with a teacher that requires grad, since it gets none: ``"error"``
             or ``"ignore"``.
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
-        float64). Masked classes (logits of -inf) contribute what mathematics says: nothing where
-        the teacher masks, +inf with a finite gradient where only the student does. A row with NaN
-        or +inf among its logits gives NaN.
+        float64). Masked classes (logits of -inf) contribute what mathematics says: for the default
+        divergence nothing where the teacher masks, +inf with a finite gradient where only the
+        student does. A row with NaN or +inf among its logits gives NaN.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above; the message names the argument,
@@ -184,6 +213,8 @@ def loss(*args: Any, **options: Any) -> Tensor:
         >>> loss.backward()
         >>> student.grad.shape
         torch.Size([8, 10])
+        >>> fastkd.loss(student, [teacher, -teacher], labels, divergence="jsd", mix=0.1).shape
+        torch.Size([])
     """
     return _compute(False, *args, **options)
 
@@ -237,18 +268,21 @@ class KDLoss(nn.Module):
         unknown = sorted(options.keys() - DEFAULTS.keys())
         if unknown:
             raise TypeError(f"KDLoss has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
-        self.options: dict[str, Any] = {**DEFAULTS, **options}
-        resolve(self.options, has_labels=True, teachers=None)
+        resolve({**DEFAULTS, **options}, has_labels=True, teachers=None)
+        self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
         for name, value in options.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             elif isinstance(value, Tensor):
                 self.register_buffer(name, value, persistent=False)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given; tensors are where the module is."""
+        return {**self._numbers, **self._parameters, **self._buffers}
+
     def _options(self, labels: Tensor | None) -> dict[str, Any]:
-        tensors = {**self._parameters, **self._buffers}
-        without = {} if labels is not None else _HARD
-        return {**self.options, **tensors, **without}
+        return self.options if labels is not None else {**self.options, **_HARD}
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
@@ -264,11 +298,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that were given."""
-        return ", ".join(
-            f"{name}={value!r}"
-            for name, value in self.options.items()
-            if value is not DEFAULTS[name]
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})

@@ -152,7 +152,7 @@ def standardized(logits: Tensor) -> Tensor:
     freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
     # The norm, whose slope at 0 is 0, and not the root of a variance, which has none.
     length: Tensor = torch.linalg.vector_norm(centered.masked_fill(masked, 0), dim=-1, keepdim=True)
-    return centered / (length / freedom.sqrt() + 1e-7)
+    return _over(centered, length / freedom.to(logits.dtype).sqrt() + 1e-7)
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
@@ -167,10 +167,12 @@ def centered_mse(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """One minus the cosine of the angle between the rows."""
+    """One minus the cosine of the angle between the rows; 1 if either is all zeros."""
     absent = (teacher == -math.inf) & (student == -math.inf)
-    student, teacher = student.masked_fill(absent, 0), teacher.masked_fill(absent, 0)
-    return 1 - F.cosine_similarity(student, teacher, dim=-1)
+    rows = [logits.masked_fill(absent, 0) for logits in (teacher, student)]
+    squares = [row.square().sum(-1) for row in rows]
+    inverse = [square.masked_fill(square == 0, 1).rsqrt() for square in squares]
+    return 1 - (rows[0] * rows[1]).sum(-1) * inverse[0] * inverse[1]
 
 
 class Divergence(NamedTuple):
