@@ -83,5 +83,7 @@ def test_says_what_it_chose():
 
 
 def test_no_room():
-    with pytest.raises(ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
+    ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)

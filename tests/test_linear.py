@@ -379,9 +379,7 @@ def test_a_weight_that_is_tied(device):
         return weight.grad
 
     ours = step(lambda x, w: fastkd.linear_loss(x, w, x.detach() * 2, w, chunk_size=8))
-    right = step(
-        lambda x, w: fastkd.loss(F.linear(x, w), F.linear(x.detach() * 2, w.detach()))
-    )
+    right = step(lambda x, w: fastkd.loss(F.linear(x, w), F.linear(x.detach() * 2, w.detach())))
     torch.testing.assert_close(ours, right)
 
 

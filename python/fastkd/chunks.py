@@ -122,7 +122,9 @@ def plan(
         peak = _costs(accumulate).peak(chunk)
         if chunk >= rows:  # its logits of the teacher are gone when the gradients are made
             costs, own = _costs(accumulate), rows * classes * dtype.itemsize
-            peak = costs.throughout + max(rows * row, own + costs.sum, costs.sum + costs.weight_grad)
+            peak = costs.throughout + max(
+                rows * row, own + costs.sum, costs.sum + costs.weight_grad
+            )
         return Plan(rows, chunk, chunk * row, peak, accumulate)
 
     def _costs(accumulate: torch.dtype) -> _Costs:

@@ -217,9 +217,7 @@ class _Heads:
         """Gives back the teacher's buffer."""
         self.teacher_logits = None
 
-    def add_gradients(
-        self, grad: Tensor, part: Inputs, rows: slice | Tensor, first: bool
-    ) -> None:
+    def add_gradients(self, grad: Tensor, part: Inputs, rows: slice | Tensor, first: bool) -> None:
         """What a chunk's gradient says about its hidden states, the weight and the bias."""
         call, out, scale = self.call, self.out, self.call.student_scale
         factor = part.grad_rows
@@ -288,7 +286,11 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
             index = counted[index]
         of_rows = {name: getattr(inputs, name) for name in _OF_ROWS}
         part = inputs._replace(
-            **{name: value[index] for name, value in of_rows.items() if value is not None and value.dim()}
+            **{
+                name: value[index]
+                for name, value in of_rows.items()
+                if value is not None and value.dim()
+            }
         )
         logits, slope = heads.student(part.hidden.to(call.dtype))
         value, grad = heads.loss(logits, part)

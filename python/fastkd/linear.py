@@ -161,7 +161,8 @@ class LinearKDLoss(nn.Module):
         labels: Tensor | None = None,
         **tensors: Tensor | None,
     ) -> Tensor:
-        """The loss of :func:`fastkd.linear_loss`."""
+        """The loss of :func:`fastkd.linear_loss`; without labels, the soft term alone."""
+        options = {**self.options, **({} if labels is not None else losses.HARD)}
         return linear_loss(
             student_hidden,
             student_weight,
@@ -169,7 +170,7 @@ class LinearKDLoss(nn.Module):
             teacher_weight,
             labels,
             **tensors,  # type: ignore[arg-type]
-            **self.options,
+            **options,
         )
 
     def extra_repr(self) -> str:
@@ -270,7 +271,7 @@ def _linear_loss(
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
-    if ops.is_transformed():
+    if ops._is_transformed():
         out = plain(inputs, call)
     elif any(wants):
         out = _LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
@@ -381,7 +382,9 @@ def _check_head(
         if not isinstance(value, Tensor):
             continue
         if value.device != device:
-            raise ValueError(f"{name} must be on the student's device, {device}; got {value.device}")
+            raise ValueError(
+                f"{name} must be on the student's device, {device}; got {value.device}"
+            )
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(device.type):
             raise ValueError(
                 f"{name} must have {names[0]}'s dtype, {hidden.dtype}, unless autocast is on; got "

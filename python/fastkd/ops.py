@@ -249,13 +249,12 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
 
     ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
     """
-    if grad.device.type not in _KERNEL_DEVICES or not grad.is_contiguous():
+    if grad.device.type not in _KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
         return grad.mul_(factor)
     row = grad.view(1, -1)  # a gradient in place of its logits, as after loss_, of one row
     stats = factor.new_zeros(_STATS + 1)
-    _loss_backward_(
-        row, factor, stats, row, row, None, None, *Settings(1.0, 0.0, 1.0, 0.0, -100, 0, 0, 0, False)[:6], True
-    )
+    numbers = (1.0, 0.0, 1.0, 0.0, -100, 0)
+    _loss_backward_(row, factor, stats, row, row, None, None, *numbers, True)
     return grad
 
 
@@ -298,7 +297,7 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Whether the kernels have all that a call uses, so that it may be in place."""
     device = student.device.type
-    if device not in _KERNEL_DEVICES or is_transformed():
+    if device not in _KERNEL_DEVICES or _is_transformed():
         return False
     return uses(labels, objective) <= FUSED["cuda" if device == "cuda" else "cpu"]
 
@@ -316,7 +315,7 @@ def compute(
     device = student.device.type
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
-    elif not is_transformed():
+    elif not _is_transformed():
         missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
@@ -411,7 +410,7 @@ def _apply(
     return out  # type: ignore[no-any-return]
 
 
-def is_transformed() -> bool:
+def _is_transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return False

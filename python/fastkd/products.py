@@ -1,8 +1,8 @@
 """The matrix products of a linear head on some rows, written into memory that is there already.
 
-On CUDA they are cuBLAS's, 16-bit in and float32 out where a sum is float32. A CPU's BLAS has no
-such products, and where oneDNN lacks the processor's instructions torch falls back to loops that
-are fifty times slower; there, blocks of classes go through float32.
+On CUDA they are cuBLAS's, 16-bit in and float32 out where a sum is float32. On a CPU torch has no
+such products, and where oneDNN lacks the processor's instructions it falls back to loops that take
+fifty times as long as float32; in both cases blocks of classes go through float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _adds_to_float32(dtype: torch.dtype, device: torch.device) -> bool:
     total, factor = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.float32, dtype))
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError, NotImplementedError):  # torch <= 2.10, and every CPU
+    except (RuntimeError, TypeError, NotImplementedError):  # an older torch
         return False
     return True
 
@@ -43,8 +43,8 @@ def _upcasts(tensor: Tensor) -> bool:
 
 
 def _blocks(classes: int, width: int) -> Iterator[slice]:
-    """Classes whose rows of a float32 weight take a few MiB."""
-    step = max(64, _BLOCK_BYTES // (4 * width))
+    """Classes of which ``width`` float32 numbers each take a few MiB."""
+    step = max(64, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
 
@@ -55,7 +55,7 @@ def logits_(
     """out = scale * (hidden @ weight.T + bias): ``(rows, classes)``."""
     if _upcasts(out):
         wide = hidden.float()
-        for block in _blocks(*weight.shape):
+        for block in _blocks(len(weight), sum(hidden.shape)):
             part = wide @ weight[block].float().t()
             if bias is not None:
                 part += bias[block]
@@ -73,7 +73,7 @@ def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) ->
     """out = scale * grad @ weight: ``(rows, width)``."""
     if _upcasts(grad):
         total = torch.zeros(out.shape)
-        for block in _blocks(*weight.shape):
+        for block in _blocks(len(weight), sum(out.shape)):
             total.addmm_(grad[:, block].float(), weight[block].float())
         out.copy_(total.mul_(scale))
     elif scale != 1.0:
@@ -88,13 +88,13 @@ def add_weight_gradient_(
 ) -> Tensor:
     """total += scale * grad.T @ hidden: ``(classes, width)``; what it held is forgotten if ``first``.
 
-    ``total`` may be of a wider dtype than the factors: the product is then added before it is
-    rounded on CUDA and where it goes through float32, else after.
+    ``total`` may be of a wider dtype than the factors: what is added to it has not been rounded.
     """
     beta = 0 if first else 1
-    if _upcasts(grad):
+    on_cpu = grad.device.type == "cpu"
+    if _upcasts(grad) or (on_cpu and total.dtype != grad.dtype):
         wide = hidden.float()
-        for block in _blocks(*total.shape):
+        for block in _blocks(len(total), sum(hidden.shape)):
             narrow = grad[:, block].float().t()
             if total.dtype is torch.float32:
                 total[block].addmm_(narrow, wide, beta=beta, alpha=scale)
@@ -108,22 +108,18 @@ def add_weight_gradient_(
             total, grad.t(), hidden, out_dtype=total.dtype, beta=beta, alpha=scale, out=total
         )
     else:
-        for block in _blocks(*total.shape):
-            narrow = grad[:, block].t()
-            if grad.device.type == "cuda":
-                part = torch.mm(narrow, hidden, out_dtype=total.dtype)
-            else:
-                part = torch.mm(narrow, hidden)
+        for block in _blocks(len(total), sum(hidden.shape)):
+            part = torch.mm(grad[:, block].t(), hidden, out_dtype=total.dtype).mul_(scale)
             if first:
-                torch.mul(part, scale, out=total[block])
+                total[block] = part
             else:
-                total[block].add_(part, alpha=scale)
+                total[block] += part
     return total
 
 
 def finished(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale * total, rounded to ``dtype`` block by block."""
     result = torch.empty_like(total, dtype=dtype)
-    for block in _blocks(total.shape[0], max(1, total[:1].numel())):
+    for block in _blocks(len(total), total[:1].numel()):
         torch.mul(total[block], scale, out=result[block])
     return result
