@@ -97,7 +97,7 @@ def on_full_logits(
 
 
 def loss_in(z: Tensor, w: Tensor, labels: Tensor, options: dict) -> Tensor:
-    """The reference's loss; in 16 bits, where it would compute in float32, as tutorials write it."""
+    """The reference's loss; in 16 bits, which it would leave, the loss as tutorials write it."""
     if z.dtype in (FP32, FP64):
         options = {k: v.to(z.dtype) if is_real(v) else v for k, v in options.items()}
         return reference.loss(z, w, labels, **weights(options, True))
@@ -299,14 +299,15 @@ def peak_bytes(function) -> int:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    given = make_heads(dtype, rows=512, classes=8000, ignored=0.0)
-    small = 2**20  # blocks of products, row statistics, biases
-    for options in ({"chunk_size": 64}, {"max_workspace": 2**22}, {"chunk_size": 512}):
+    given = make_heads(dtype, rows=512, classes=32000, ignored=0.0)
+    for options in ({"chunk_size": 64}, {"max_workspace": 2**25}, {"chunk_size": 512}):
         chosen = chunks.plan(
-            512, 8000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
+            512, 32000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
         )
         peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
-        # Where rows are few the plan may be generous, since a buffer is freed or cast early.
+        small = 2**22  # a block of a product, biases, row statistics
+        if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
+            small += chosen.chunk * 32000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 

@@ -99,8 +99,8 @@ def plan(
         teacher_dtype: the teacher's logits'. Default: ``dtype``.
         weight_dtype: of the gradient of the student's weight. Default: ``dtype``.
         device: ``"cpu"`` or ``"cuda"``.
-        logits_per_row: tensors of logits that are alive at a time: 2 for a student and a teacher.
-        other_bytes: what else is alive throughout, such as the copies of weights that autocast makes.
+        logits_per_row: tensors of logits alive at a time: 2 for a student and a teacher.
+        other_bytes: what else is alive throughout, such as autocast's copies of weights.
         weight_grad: whether the student's weight gets a gradient.
         chunk_size: rows of a chunk, or ``"auto"``.
         max_workspace: bound for ``peak_bytes``. Default: as much as it takes to be fast.
@@ -111,9 +111,11 @@ def plan(
 
     Example:
         >>> import torch, fastkd
-        >>> print(fastkd.chunks.plan(4096, 128256, 2048, dtype=torch.bfloat16, device="cuda"))
-        1 x 4096 of 4096 rows: 2,004.0 MiB of logits at a time, weight gradient in bfloat16, at most \
-2,020.0 MiB beyond the inputs
+        >>> head = {"rows": 4096, "classes": 128256, "student_width": 2048}
+        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, device="cuda").peak_bytes // 2**20
+        2020
+        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=1600 * 2**20).chunk
+        1024
     """
     teacher_dtype, weight_dtype = teacher_dtype or dtype, weight_dtype or dtype
     row = math.ceil(classes * (dtype.itemsize * (logits_per_row - 1) + teacher_dtype.itemsize))

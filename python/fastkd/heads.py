@@ -265,6 +265,14 @@ def run(inputs: Inputs, call: Call) -> Outputs:
         return _run(inputs, call)
 
 
+def _rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of what has any."""
+    values = {name: getattr(inputs, name) for name in _OF_ROWS}
+    return {
+        name: value[index] for name, value in values.items() if value is not None and value.dim()
+    }
+
+
 def _run(inputs: Inputs, call: Call) -> Outputs:
     out = empty_outputs(inputs, call)
     counted = counted_rows(inputs.labels, call.ignore_index)
@@ -284,14 +292,7 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
-        of_rows = {name: getattr(inputs, name) for name in _OF_ROWS}
-        part = inputs._replace(
-            **{
-                name: value[index]
-                for name, value in of_rows.items()
-                if value is not None and value.dim()
-            }
-        )
+        part = inputs._replace(**_rows(inputs, index))
         logits, slope = heads.student(part.hidden.to(call.dtype))
         value, grad = heads.loss(logits, part)
         if call.reduction == "none":
@@ -336,7 +337,7 @@ _SCHEMA = (
     "bool hidden_grad, bool weight_grad, bool bias_grad) "
     "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
 )
-_library = torch.library.Library("fastkd", "FRAGMENT")
+_library: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(_SCHEMA)
 _library.impl("linear_loss", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_library)

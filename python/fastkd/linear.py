@@ -178,10 +178,11 @@ class LinearKDLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-_TENSORS = frozenset(
-    "student_hidden student_weight teacher_hidden teacher_weight labels student_bias teacher_bias "
-    "teacher_logits".split()
-)
+# The arguments of linear_loss that LinearKDLoss.forward takes.
+_TENSORS = {
+    *("student_hidden", "student_weight", "student_bias", "labels"),
+    *("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits"),
+}
 
 
 # ---- what a call means
@@ -231,7 +232,7 @@ def _linear_loss(
             student_bias,
             *(None if value is None else value.detach() for value in given),
             labels,
-            *[None] * 7,
+            *(None,) * 7,  # type: ignore[call-arg]
         ),
         (dtype, teacher_dtype),
     )
@@ -409,8 +410,8 @@ def _check_teacher(
     if logits is not None:
         if hidden is not None or weight is not None or bias is not None:
             raise ValueError(
-                "teacher_logits takes the place of teacher_hidden, teacher_weight and teacher_bias; "
-                "got both"
+                "teacher_logits takes the place of teacher_hidden, teacher_weight and "
+                "teacher_bias; got both"
             )
         checks.logits(like.new_empty(()).detach().expand(*lead, like.shape[0]), [logits])
         return
@@ -545,6 +546,7 @@ class _LinearLoss(torch.autograd.Function):
             if grads is None:  # retain_graph=True: the first call gave them away
                 _, *grads = _compute(inputs, call)
             if call.scales_late:
+                assert inputs.denominator is not None
                 scale = grad_output / inputs.denominator
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         finished = [
@@ -568,7 +570,7 @@ def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _differentiable(inputs: Inputs, call: Call, grad_output: Tensor) -> list[Tensor | None]:
     """The gradients of hidden states, weight and bias, differentiable in turn."""
     wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
-    of = [tensor for tensor, want in zip(inputs, wanted, strict=False) if want]
+    of = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
     grads = iter(torch.autograd.grad(plain(inputs, call), of, grad_output, create_graph=True))
     return [next(grads) if want else None for want in wanted]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 4 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +43,7 @@ def _upcasts(tensor: Tensor) -> bool:
 
 
 def _blocks(classes: int, width: int) -> Iterator[slice]:
-    """Classes of which ``width`` float32 numbers each take a few MiB."""
+    """Classes of which ``width`` float32 numbers each take two MiB."""
     step = max(64, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
@@ -86,7 +86,7 @@ def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) ->
 def add_weight_gradient_(
     total: Tensor, grad: Tensor, hidden: Tensor, scale: float, first: bool
 ) -> Tensor:
-    """total += scale * grad.T @ hidden: ``(classes, width)``; what it held is forgotten if ``first``.
+    """total += scale * grad.T @ hidden: ``(classes, width)``; ``first``: and total was 0.
 
     ``total`` may be of a wider dtype than the factors: what is added to it has not been rounded.
     """
