@@ -138,8 +138,9 @@ def test_compiled(options, fresh_compiler):
 
 
 @compiles
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
-def test_inductor(dtype, fresh_compiler):
+def test_inductor(fresh_compiler):
+    """The default backend; in float16, where the gradients are scaled last."""
+    dtype = FP16
     model = Model(dtype)
     for one, other in zip(
         step(model, torch.compile(model, fullgraph=True)), step(model), strict=True
@@ -209,7 +210,8 @@ DISTRIBUTED = """
     for name, wrap in (("ddp", torch.nn.parallel.DistributedDataParallel), ("fsdp", fully_shard)):
         model = Model(rows=20, normalizer=15 / 2)  # the mean over both of what counts
         inputs = [value[rank * 10 : rank * 10 + 10] for value in model.inputs]
-        wrap(model)(*inputs).backward()
+        wrapped = wrap(model)
+        wrapped(*inputs).backward()
         grads = [p.grad.full_tensor() if name == "fsdp" else p.grad for p in model.parameters()]
         if rank == 0:
             torch.save(grads, folder + "/" + name + ".pt")
