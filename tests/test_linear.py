@@ -313,6 +313,12 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
+def test_a_bound_holds_without_kernels_too():
+    given = make_heads(rows=512, classes=2000, ignored=0.0)
+    options = {"divergence": "jsd", "standardize": True, "max_workspace": 2**23}
+    assert peak_bytes(lambda: run(given, **options)) <= 2**23
+
+
 def test_a_quarter_of_the_memory_of_full_logits():
     given = make_heads(rows=512, classes=8000, ignored=0.0)
     ours = peak_bytes(lambda: run(given))

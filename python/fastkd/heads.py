@@ -107,6 +107,10 @@ def objective_of(inputs: Inputs, call: Call) -> Objective:
     )
 
 
+# What autograd keeps of a loss that is not fused, at most: tensors of its logits in float32.
+_REFERENCE_LOGITS = 24
+
+
 class Outputs(NamedTuple):
     """What a call gives; gradients that are not wanted are empty."""
 
@@ -239,6 +243,17 @@ class _Heads:
             products.add_weight_gradient_(
                 out.bias.unsqueeze(1), grad, factor.unsqueeze(1), scale, first
             )
+
+
+def logits_per_row(inputs: Inputs, call: Call) -> float:
+    """Tensors of logits, in the student's dtype, that are alive at a time."""
+    buffers = 2.0
+    if call.student_softcap is not None and call.grads:
+        buffers += 1
+    if not ops.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call)):
+        wide = acc_dtype(call.dtype, call.teacher_dtype)
+        buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
+    return buffers
 
 
 def _compute(

@@ -87,7 +87,7 @@ def linear_loss(
         class_weight: ``(C,)``, of the hard term.
         normalizer: what ``"mean"`` divides by instead of the number of rows that are not ignored.
         divergence: one of :func:`fastkd.divergences`. What has no kernel is differentiated by
-            PyTorch, chunk by chunk.
+            PyTorch, in smaller chunks, since that takes many buffers of a chunk's size.
         mix: the mixture weight of the divergences that have one.
         standardize: whether each row of logits is standardized first.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
@@ -240,6 +240,20 @@ def _linear_loss(
     student_scale, teacher_scale = _pair("logit_scale", logit_scale)
     tracked = torch.is_grad_enabled()
     wants = [tracked and t is not None and t.requires_grad for t in inputs[:3]]
+    call = Call(
+        **core,
+        student_softcap=student_cap,
+        teacher_softcap=teacher_cap,
+        student_scale=1.0 if student_scale is None else student_scale,
+        teacher_scale=1.0 if teacher_scale is None else teacher_scale,
+        dtype=dtype,
+        teacher_dtype=teacher_dtype,
+        accumulate=student_weight.dtype,
+        chunk=1,
+        hidden_grad=wants[0],
+        weight_grad=wants[1],
+        bias_grad=wants[2],
+    )
     chosen = plan(
         inputs.hidden.shape[0],
         classes,
@@ -248,7 +262,7 @@ def _linear_loss(
         teacher_dtype=teacher_dtype,
         weight_dtype=student_weight.dtype,
         device=student_hidden.device.type,
-        logits_per_row=2.0 + (student_cap is not None and any(wants)),
+        logits_per_row=heads.logits_per_row(inputs, call),
         other_bytes=sum(
             0 if weight is None or weight.dtype == to else weight.numel() * to.itemsize
             for weight, to in ((student_weight, dtype), (teacher_weight, teacher_dtype))
@@ -258,20 +272,7 @@ def _linear_loss(
         max_workspace=max_workspace,
         accumulate_dtype=accumulate_dtype,
     )
-    call = Call(
-        **core,
-        student_softcap=student_cap,
-        teacher_softcap=teacher_cap,
-        student_scale=1.0 if student_scale is None else student_scale,
-        teacher_scale=1.0 if teacher_scale is None else teacher_scale,
-        dtype=dtype,
-        teacher_dtype=teacher_dtype,
-        accumulate=chosen.accumulate,
-        chunk=max(1, chosen.chunk),
-        hidden_grad=wants[0],
-        weight_grad=wants[1],
-        bias_grad=wants[2],
-    )
+    call = call._replace(accumulate=chosen.accumulate, chunk=max(1, chosen.chunk))
     if ops._is_transformed():
         out = plain(inputs, call)
     elif any(wants):
