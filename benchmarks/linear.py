@@ -126,7 +126,7 @@ def fused_small(case: LinearCase) -> LossFunction:
     """fastkd.linear_loss within a bound, the weight's gradient summed in its own dtype."""
     if not case.small_mib:
         raise UnavailableError("not tried")
-    dtype = DTYPES[case.dtype]
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     return lambda given: fastkd.linear_loss(
         *given,
         temperature=TEMPERATURE,

@@ -442,7 +442,10 @@ BAD = {
     "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
     "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
-    "accumulate": ({"accumulate_dtype": FP16}, "accumulate_dtype must be 'auto'"),
+    "accumulate": (
+        {"accumulate_dtype": FP16},
+        "accumulate_dtype must be .auto. or torch.float32 for",
+    ),
     "teacher grad": (
         {"teacher_hidden": torch.zeros(ROWS, TEACHER_WIDTH, requires_grad=True)},
         "teacher_hidden requires grad",
