@@ -361,6 +361,9 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         return f"{name}: {bound[0]:.2f} within {bound[1]:.0f} MiB {verdict}"
 
     result = []
+    if found["small_mib"] and "fastkd, small" in lanes:
+        summed = "bfloat16" if found["dtype"] == "bf16" else "float32"
+        result.append(f"small: max_workspace of {found['small_mib']} MiB, dW summed in {summed}")
     for name, key in (("fastkd", "must"), ("fastkd, small", "small_must")):
         if found[key]:
             result.append(held(name, found[key]))
@@ -399,7 +402,9 @@ def table(found: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """All cases."""
-    parts = [f"{report.headline(results)}."]
+    load = results["environment"]["load at the start"]
+    busy = f" Other work was running (load {load}): times suffered." if load > 0.5 else ""
+    parts = [f"{report.headline(results)}.{busy}"]
     for found in results["cases"]:
         notes = "; ".join(verdicts(found))
         parts += [f"**{found['title']}**", table(found)] + ([f"{notes}."] if notes else [])
