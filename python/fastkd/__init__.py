@@ -11,6 +11,7 @@ import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.explain import explain
+from fastkd.linear import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.sparse import topk_loss
@@ -18,6 +19,7 @@ from fastkd.verify import Verification, verify
 
 __all__ = [
     "KDLoss",
+    "LinearKDLoss",
     "Terms",
     "Verification",
     "__version__",
@@ -25,6 +27,7 @@ __all__ = [
     "check_logits",
     "divergences",
     "explain",
+    "linear_loss",
     "loss",
     "terms",
     "topk_loss",

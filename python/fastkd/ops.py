@@ -247,6 +247,20 @@ class _InplaceLoss(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
+def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad *= factor, which the device looks at itself: a factor of 1 costs next to nothing.
+
+    ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
+    """
+    if grad.device.type not in _KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
+        return grad.mul_(factor)
+    row = grad.view(1, -1)  # a gradient in place of its logits, as after loss_, of one row
+    stats = factor.new_zeros(_STATS + 1)
+    numbers = (1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5)
+    _loss_backward_(row, factor, stats, row, row, None, None, *numbers, True)
+    return grad
+
+
 # ---- the way in
 
 # What an objective may use beyond what every kernel has: how it is written, for the docs.
@@ -283,6 +297,14 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     if o.standardize:
         found.add("standardize")
     return found
+
+
+def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
+    """Whether the kernels have all that a call uses, so that it may be in place."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES or _is_transformed():
+        return False
+    return uses(labels, objective) <= FUSED["cuda" if device == "cuda" else "cpu"]
 
 
 def compute(

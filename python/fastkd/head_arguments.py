@@ -1,0 +1,211 @@
+"""The arguments of :func:`fastkd.linear_loss`: checked, and as the loop takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastkd import checks, heads, losses
+from fastkd.heads import Inputs
+from fastkd.objective import Objective
+
+
+def resolve(
+    options: dict[str, Any], inputs: Inputs, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Inputs, dict[str, Any]]:
+    """Rows flattened, and the core's options as tensors of ``Inputs`` and numbers of ``Call``."""
+    lead, labels = inputs.hidden.shape[:-1], inputs.labels
+    classes = inputs.weight.shape[0]
+    # Stand-ins for the logits, without their memory.
+    student, teacher = (
+        torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(*lead, classes)
+        for dtype in dtypes
+    )
+    given = {**losses.DEFAULTS, **options}
+    objective = losses.prepare(student, teacher, labels, given).objective
+    if labels is not None and checks.may_look(labels):
+        checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    denominator = None
+    if objective.reduction == "mean":
+        objective, denominator = _denominators(
+            objective, labels, math.prod(lead), heads.acc_dtype(*dtypes), student.device
+        )
+    if objective.teacher_temperature is objective.temperature:
+        objective = objective._replace(teacher_temperature=None)  # type: ignore[arg-type]
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, value in objective._asdict().items():
+        if not isinstance(value, Tensor):
+            numbers[name] = value
+            continue
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} gets no gradient from linear_loss; got a tensor that requires grad "
+                "(.detach() it, or use fastkd.loss)"
+            )
+        tensors[name] = value.reshape(-1) if value.dim() > 0 else value
+        numbers[name] = 1.0
+    for name in ("hidden", "teacher_hidden", "teacher_logits"):
+        value = getattr(inputs, name)
+        if value is not None:
+            tensors[name] = value.reshape(math.prod(lead), value.shape[-1])
+    if labels is not None:
+        soft = labels.is_floating_point()
+        tensors["labels"] = labels.reshape(-1, classes) if soft else labels.long().reshape(-1)
+    for name in ("class_weight", "normalizer", "teacher_form", "teacher_weights", "ensemble"):
+        numbers.pop(name, None)
+    return inputs._replace(denominator=denominator, **tensors), numbers
+
+
+def _denominators(
+    objective: Objective,
+    labels: Tensor | None,
+    rows: int,
+    acc: torch.dtype,
+    device: torch.device,
+) -> tuple[Objective, Tensor]:
+    """What "mean" divides by, on the device; the hard term's own becomes part of its weight."""
+    normalizer = objective.normalizer
+    if normalizer is not None:
+        value = torch.as_tensor(normalizer, dtype=acc, device=device)
+        return objective._replace(normalizer=None), value
+    if labels is None or labels.is_floating_point():
+        return objective, torch.full((), max(1, rows), dtype=acc, device=device)
+    valid = labels != objective.ignore_index
+    count = valid.sum().clamp(min=1).to(acc)
+    if objective.class_weight is not None:
+        weights = objective.class_weight[labels.long().where(valid, 0)].where(valid, 0).sum()
+        share = count / weights.where(weights != 0, 1.0)
+        objective = objective._replace(hard_weight=objective.hard_weight * share)
+    return objective, count
+
+
+def check_head(
+    owner: str, hidden: object, weight: object, bias: object, like: Tensor | None = None
+) -> None:
+    """A head's tensors; ``like``: the other head's weight, which has as many classes."""
+    names = (f"{owner}_hidden", f"{owner}_weight", f"{owner}_bias")
+    for name, value in zip(names, (hidden, weight, bias), strict=True):
+        if value is None and name == names[2]:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        if value.dtype not in checks.FLOATS:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
+            )
+    assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[0]} must have shape (..., width) and {names[1]} (classes, width); got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{names[1]} must have at least one class; got {tuple(weight.shape)}")
+    if isinstance(bias, Tensor) and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{names[2]} must have shape {tuple(weight.shape[:1])}, one number for each class; got "
+            f"{tuple(bias.shape)}"
+        )
+    device = hidden.device if like is None else like.device
+    for name, value in zip(names, (hidden, weight, bias), strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        if value.device != device:
+            raise ValueError(
+                f"{name} must be on the student's device, {device}; got {value.device}"
+            )
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                f"{name} must have {names[0]}'s dtype, {hidden.dtype}, unless autocast is on; got "
+                f"{value.dtype}"
+            )
+    if like is not None and weight.shape[0] != like.shape[0]:
+        raise ValueError(
+            "teacher_weight and student_weight must have the same number of classes; got "
+            f"{weight.shape[0]} and {like.shape[0]}"
+        )
+
+
+def check_teacher(
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    lead: torch.Size,
+    like: Tensor,
+) -> None:
+    """One of the two ways to give the teacher."""
+    if logits is not None:
+        if hidden is not None or weight is not None or bias is not None:
+            raise ValueError(
+                "teacher_logits takes the place of teacher_hidden, teacher_weight and "
+                "teacher_bias; got both"
+            )
+        checks.logits(like.new_empty(()).detach().expand(*lead, like.shape[0]), [logits])
+        return
+    if hidden is None or weight is None:
+        raise ValueError(
+            "the teacher needs teacher_hidden and teacher_weight, or teacher_logits; got "
+            f"teacher_hidden={_kind(hidden)}, teacher_weight={_kind(weight)}, teacher_logits=None"
+        )
+    check_head("teacher", hidden, weight, bias, like)
+    if hidden.shape[:-1] != lead:
+        raise ValueError(
+            "teacher_hidden and student_hidden must have the same rows; got "
+            f"{tuple(hidden.shape[:-1])} and {tuple(lead)}"
+        )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else "a tensor"
+
+
+def compute_dtypes(
+    hidden: Tensor, outputs: Tensor, are_logits: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """What the student's and the teacher's logits are computed in: under autocast, its dtype."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden.dtype, outputs.dtype
+    fast = torch.get_autocast_dtype(device)
+    double = torch.float64  # which autocast leaves alone
+    student = double if hidden.dtype is double else fast
+    return student, outputs.dtype if are_logits or outputs.dtype is double else fast
+
+
+def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
+    """The student's and the teacher's, from one number or two."""
+    pair = value if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number or a pair (student's, teacher's); got {value!r}")
+    student, teacher = (
+        None if one is None else checks.number(name, one, 0.0, math.inf, open_low=True)
+        for one in pair
+    )
+    return student, teacher
+
+
+def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
+    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
+    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
+    if weight is torch.bfloat16:
+        accepted.append(weight)
+    if value != "auto" and value not in accepted:
+        listed = " or ".join(str(dtype) for dtype in accepted)
+        raise ValueError(
+            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
+        )
+
+
+def chunk_size(value: object) -> int | Literal["auto"]:
+    """A number of rows, or "auto"."""
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'chunk_size must be a positive number of rows or "auto"; got {value!r}')
+    return value

@@ -1,0 +1,122 @@
+"""The derivatives of :func:`fastkd.linear_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd import heads, ops, products, reference
+from fastkd.heads import Call, Inputs
+
+
+def compute(inputs: Inputs, call: Call) -> heads.Outputs:
+    """The loop, or, in a compiled graph, the op that stands for it."""
+    return (heads.compiled if torch.compiler.is_compiling() else heads.run)(inputs, call)
+
+
+def plain(inputs: Inputs, call: Call) -> Tensor:
+    """The same by differentiable operations on all rows at once: for second derivatives and
+    function transforms."""
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        hidden, teacher_hidden = inputs.hidden, inputs.teacher_hidden
+        labels = inputs.labels
+        if labels is not None and not labels.is_floating_point():
+            ignored = (labels == call.ignore_index).unsqueeze(1)  # they may hold anything
+            hidden = hidden.masked_fill(ignored, 0)
+        student = _plain_logits(
+            hidden, inputs.weight, inputs.bias, call.dtype, call.student_scale, call.student_softcap
+        )
+        teacher = inputs.teacher_logits
+        if teacher_hidden is not None:
+            assert inputs.teacher_weight is not None
+            teacher = _plain_logits(
+                teacher_hidden,
+                inputs.teacher_weight,
+                inputs.teacher_bias,
+                call.teacher_dtype,
+                call.teacher_scale,
+                call.teacher_softcap,
+            )
+        assert teacher is not None
+        objective = heads.objective_of(inputs, call)
+        return reference.loss(student, teacher, inputs.labels, **objective._asdict())
+
+
+def _plain_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), bias) * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class LinearLoss(torch.autograd.Function):
+    """The loop, whose forward pass has made the gradients already unless the reduction is
+    "none"."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Any:
+        """The loss; ``tensors`` are the fields of ``Inputs``."""
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        later = call.reduction == "none"
+        now = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
+        out, *grads = compute(inputs, now if later else call)
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        # Not saved like the others: backward scales them in place and gives them away.
+        ctx.grads = None if later else tuple(grads)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """The gradients of hidden states, weight and bias."""
+        call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph=True: this will be differentiated in turn
+            return (None, *_differentiable(inputs, call, grad_output), *[None] * len(inputs[3:]))
+        scale: Tensor | None = grad_output
+        if call.reduction == "none":
+            inputs = inputs._replace(grad_rows=grad_output.contiguous())
+            _, *grads = compute(inputs, call._replace(reduction="sum"))
+            scale = None
+        else:
+            grads = ctx.grads
+            if not torch.compiler.is_compiling():
+                ctx.grads = None
+            if grads is None:  # retain_graph=True: the first call gave them away
+                _, *grads = compute(inputs, call)
+            if call.scales_late:
+                assert inputs.denominator is not None
+                scale = grad_output / inputs.denominator
+        wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
+        finished = [
+            _finished(grad, scale, of.dtype) if want and of is not None else None
+            for grad, of, want in zip(grads, inputs, wanted, strict=False)
+        ]
+        return (None, *finished, *[None] * len(inputs[3:]))
+
+
+def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * grad in ``dtype``; ``grad`` is not used again."""
+    if scale is None:
+        return grad.to(dtype)
+    if torch.compiler.is_compiling():
+        return (grad * scale).to(dtype)
+    if grad.dtype == dtype:
+        return ops.scale_(grad, scale)
+    return products.finished(grad, scale, dtype)
+
+
+def _differentiable(inputs: Inputs, call: Call, grad_output: Tensor) -> list[Tensor | None]:
+    """The gradients of hidden states, weight and bias, differentiable in turn."""
+    wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
+    of = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
+    grads = iter(torch.autograd.grad(plain(inputs, call), of, grad_output, create_graph=True))
+    return [next(grads) if want else None for want in wanted]

@@ -1,0 +1,277 @@
+"""Distillation from hidden states: two linear heads and the loss, without keeping their logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import checks, head_arguments, head_gradients, heads, losses, ops
+from fastkd.chunks import AccumulateDtype, plan
+from fastkd.heads import Call, Inputs
+from fastkd.objective import TEACHER_GRADS
+
+Pair = float | tuple[float | None, float | None] | None
+"""A number for both heads, or one for the student's and one for the teacher's."""
+
+
+def linear_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    temperature: float | Tensor = 2.0,
+    teacher_temperature: float | Tensor | None = None,
+    alpha: float | None = None,
+    hard_weight: float | Tensor | None = None,
+    soft_weight: float | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    divergence: str = "forward_kl",
+    mix: float | None = None,
+    standardize: bool = False,
+    softcap: Pair = None,
+    logit_scale: Pair = None,
+    chunk_size: int | Literal["auto"] = "auto",
+    max_workspace: int | None = None,
+    accumulate_dtype: AccumulateDtype = "auto",
+    teacher_grad: Literal["error", "ignore"] = "error",
+) -> Tensor:
+    """:func:`fastkd.loss` of two linear heads, whose logits exist for some rows at a time.
+
+    ::
+
+        student_logits = student_hidden @ student_weight.T + student_bias
+        teacher_logits = teacher_hidden @ teacher_weight.T + teacher_bias
+        loss = fastkd.loss(student_logits, teacher_logits, labels, ...)
+
+    The gradients of ``student_hidden``, ``student_weight`` and ``student_bias`` are computed along
+    with the loss, chunk by chunk; what does not require grad costs nothing. Rows whose label is
+    ``ignore_index`` take part in no matrix product: counting the others waits for a GPU, once a
+    call (not while a CUDA graph is captured; all rows are computed then, and ignored ones must be
+    finite). Without labels nothing is waited for.
+
+    Args:
+        student_hidden: ``(..., D)`` float64, float32, bfloat16 or float16.
+        student_weight: ``(C, D)`` of the same dtype. Under autocast both are cast, and the gradient
+            of the weight is summed in its own dtype.
+        teacher_hidden: ``(..., E)``; E need not be D. Gets no gradient.
+        teacher_weight: ``(C, E)`` of its dtype. Gets no gradient, whether it requires one or not;
+            ``student_weight`` itself will do.
+        labels: as in :func:`fastkd.loss`, ``(...)`` class indices or ``(..., C)`` probabilities.
+        student_bias: ``(C,)``.
+        teacher_bias: ``(C,)``.
+        teacher_logits: ``(..., C)``, in place of ``teacher_hidden`` and ``teacher_weight``.
+        temperature: as in :func:`fastkd.loss`, like all options down to ``standardize``; here none
+            of them gets a gradient. Numbers for each row have the shape ``(...)``.
+        teacher_temperature: the teacher's own.
+        alpha: weight of the **hard** term.
+        hard_weight: given instead of ``alpha``.
+        soft_weight: given instead of ``alpha``.
+        ignore_index: the label of rows that are left out.
+        reduction: ``"none"`` gives ``(...)``, and its backward pass computes the logits again.
+        label_smoothing: of the hard term.
+        class_weight: ``(C,)``, of the hard term.
+        normalizer: what ``"mean"`` divides by instead of the number of rows that are not ignored.
+        divergence: one of :func:`fastkd.divergences`. What has no kernel is differentiated by
+            PyTorch, in smaller chunks, since that takes many buffers of a chunk's size.
+        mix: the mixture weight of the divergences that have one.
+        standardize: whether each row of logits is standardized first.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
+            a pair ``(student's, teacher's)`` of which either may be None. It does not apply to
+            ``teacher_logits``.
+        logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
+        chunk_size: rows of a chunk. ``"auto"`` leaves it to :func:`fastkd.chunks.plan`, which
+            ``max_workspace`` bounds.
+        max_workspace: bytes that may be in use at a time beyond the inputs, gradients included.
+        accumulate_dtype: what the gradient of the weight is summed in over chunks. ``"auto"`` is
+            float32 for 16-bit weights; torch.bfloat16, for weights that are, takes half of that
+            memory and rounds once for each chunk (docs/linear.md has the errors).
+        teacher_grad: what to do if ``teacher_hidden`` or ``teacher_logits`` requires grad:
+            ``"error"`` or ``"ignore"``.
+
+    Returns:
+        As :func:`fastkd.loss`. Second derivatives, function transforms (``torch.func``) and devices
+        without kernels are right too, but keep all logits.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above, before anything is computed.
+
+    Example:
+        >>> import torch, fastkd
+        >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.nn.Linear(8, 50)
+        >>> teacher_hidden, teacher_weight = torch.randn(6, 16), torch.randn(50, 16)
+        >>> labels = torch.tensor([3, 1, -100, 4, 1, 5])
+        >>> loss = fastkd.linear_loss(
+        ...     hidden, head.weight, teacher_hidden, teacher_weight, labels, student_bias=head.bias
+        ... )
+        >>> loss.backward()
+        >>> head.weight.grad.shape, hidden.grad[2].abs().sum()
+        (torch.Size([50, 8]), tensor(0.))
+    """
+    return _linear_loss(**locals())
+
+
+class LinearKDLoss(nn.Module):
+    """:func:`fastkd.linear_loss` as a module.
+
+    Options are those of :func:`fastkd.linear_loss`, checked when they are used. ``forward`` takes
+    the tensors: ``(student_hidden, student_weight, teacher_hidden=None, teacher_weight=None,
+    labels=None, *, student_bias=None, teacher_bias=None, teacher_logits=None)``. It owns none of
+    them, so a weight that is tied to an embedding, or sharded and gathered by the module that owns
+    it, gets its gradient as from any other layer.
+
+    Example:
+        >>> import torch, fastkd
+        >>> criterion = fastkd.LinearKDLoss(temperature=4.0, alpha=0.1, softcap=30.0)
+        >>> hidden, weight = torch.zeros(2, 4), torch.zeros(3, 4)
+        >>> criterion(hidden, weight, hidden, weight, torch.tensor([0, 2]))
+        tensor(0.1099)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        """Keeps the options."""
+        super().__init__()
+        accepted = inspect.signature(linear_loss).parameters
+        for name in options:
+            if name not in accepted or name in _TENSORS:
+                listed = ", ".join(sorted(accepted.keys() - _TENSORS))
+                raise TypeError(f"LinearKDLoss has no option {name!r}; it has {listed}")
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> Tensor:
+        """The loss of :func:`fastkd.linear_loss`; without labels, the soft term alone."""
+        options = {**self.options, **({} if labels is not None else losses.HARD)}
+        return linear_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            **tensors,  # type: ignore[arg-type]
+            **options,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+# The arguments of linear_loss that LinearKDLoss.forward takes.
+_TENSORS = {
+    *("student_hidden", "student_weight", "student_bias", "labels"),
+    *("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits"),
+}
+
+
+# ---- what a call means
+
+
+def _linear_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None,
+    softcap: Pair,
+    logit_scale: Pair,
+    chunk_size: int | Literal["auto"],
+    max_workspace: int | None,
+    accumulate_dtype: AccumulateDtype,
+    teacher_grad: str,
+    **options: Any,
+) -> Tensor:
+    """Checks the arguments, plans the chunks, and runs."""
+    head_arguments.check_head("student", student_hidden, student_weight, student_bias)
+    classes, lead = student_weight.shape[0], student_hidden.shape[:-1]
+    given = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    head_arguments.check_teacher(*given, lead, student_weight)
+    outputs = teacher_hidden if teacher_logits is None else teacher_logits
+    assert outputs is not None
+    if outputs.requires_grad and not checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS):
+        raise ValueError(
+            f"{'teacher_logits' if outputs is teacher_logits else 'teacher_hidden'} requires grad, "
+            "but the loss gives the teacher none: compute it under torch.no_grad(), .detach() it, "
+            'or pass teacher_grad="ignore"'
+        )
+    dtype, teacher_dtype = head_arguments.compute_dtypes(
+        student_hidden, outputs, teacher_logits is not None
+    )
+    head_arguments.check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
+    inputs, core = head_arguments.resolve(
+        options,
+        Inputs(
+            student_hidden,
+            student_weight,
+            student_bias,
+            *(None if value is None else value.detach() for value in given),
+            labels,
+            *(None,) * 7,  # type: ignore[call-arg]
+        ),
+        (dtype, teacher_dtype),
+    )
+    student_cap, teacher_cap = head_arguments.pair_of("softcap", softcap)
+    student_scale, teacher_scale = head_arguments.pair_of("logit_scale", logit_scale)
+    tracked = torch.is_grad_enabled()
+    wants = [tracked and t is not None and t.requires_grad for t in inputs[:3]]
+    call = Call(
+        **core,
+        student_softcap=student_cap,
+        teacher_softcap=teacher_cap,
+        student_scale=1.0 if student_scale is None else student_scale,
+        teacher_scale=1.0 if teacher_scale is None else teacher_scale,
+        dtype=dtype,
+        teacher_dtype=teacher_dtype,
+        accumulate=student_weight.dtype,
+        chunk=1,
+        hidden_grad=wants[0],
+        weight_grad=wants[1],
+        bias_grad=wants[2],
+    )
+    chosen = plan(
+        inputs.hidden.shape[0],
+        classes,
+        student_weight.shape[1],
+        dtype=dtype,
+        teacher_dtype=teacher_dtype,
+        weight_dtype=student_weight.dtype,
+        device=student_hidden.device.type,
+        logits_per_row=heads.logits_per_row(inputs, call),
+        other_bytes=sum(
+            0 if weight is None or weight.dtype == to else weight.numel() * to.itemsize
+            for weight, to in ((student_weight, dtype), (teacher_weight, teacher_dtype))
+        ),
+        weight_grad=wants[1],
+        chunk_size=head_arguments.chunk_size(chunk_size),
+        max_workspace=max_workspace,
+        accumulate_dtype=accumulate_dtype,
+    )
+    call = call._replace(accumulate=chosen.accumulate, chunk=max(1, chosen.chunk))
+    if ops._is_transformed():
+        out = head_gradients.plain(inputs, call)
+    elif any(wants):
+        out = head_gradients.LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
+    else:
+        out = head_gradients.compute(inputs, call).loss
+    return out.reshape(lead) if call.reduction == "none" else out
