@@ -8,6 +8,7 @@
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
+from fastkd import teachers
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.losses import KDLoss, divergences, loss, terms
@@ -23,6 +24,7 @@ __all__ = [
     "check_logits",
     "divergences",
     "loss",
+    "teachers",
     "terms",
     "verify",
 ]
