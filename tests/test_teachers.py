@@ -389,7 +389,7 @@ def test_other_data_are_refused(cache):
     loader = iter(DataLoader(DATA, 16))
     cache.check(batch=next(loader))
     swapped = next(loader)
-    with pytest.raises(ValueError, match=r"inputs of 16 of 16 samples .* such as id 31"):
+    with pytest.raises(ValueError, match=r"inputs of 16 of 16 samples .*such as id 31"):
         cache.check(batch=swapped._replace(ids=swapped.ids.flip(0)))
     with pytest.raises(ValueError, match="carry no ids"):
         cache.check(batch=swapped[:2])

@@ -168,16 +168,19 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
     return found
 
 
-def to(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``; tuples and mappings are gone through."""
+def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """``value`` with every tensor in it on ``device``, and floating-point ones as ``dtype``.
+
+    Tuples and mappings are gone through.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to(item, device) for key, item in value.items()}
+        return {key: to(item, device, dtype) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to(item, device) for item in value))
+        return type(value)(*(to(item, device, dtype) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(to(item, device) for item in value)
+        return type(value)(to(item, device, dtype) for item in value)
     return value
 
 
