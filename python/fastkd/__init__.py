@@ -13,10 +13,12 @@ from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.reports import Report, report
 from fastkd.verify import Verification, verify
 
 __all__ = [
     "KDLoss",
+    "Report",
     "Terms",
     "Verification",
     "__version__",
@@ -24,6 +26,7 @@ __all__ = [
     "check_logits",
     "divergences",
     "loss",
+    "report",
     "teachers",
     "terms",
     "verify",

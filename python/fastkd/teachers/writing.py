@@ -78,7 +78,7 @@ def precompute(
     done = _existing(folder, top_k, dtype, temperature, identity)
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, shard_bytes, done)
-    device = batches.device_of(teacher)
+    device, own = batches.device_of(teacher), batches.dtype_of(teacher)
     with batches.evaluating(teacher), writer:
         for batch in _bar(loader, progress):
             inputs, labels, ids = batches.split(batch)
@@ -90,7 +90,7 @@ def precompute(
             new = writer.lacks(ids.cpu())
             if not bool(new.any()):
                 continue
-            logits = batches.logits(teacher, batches.to(inputs, device))
+            logits = batches.logits(teacher, batches.to(inputs, device, own))
             _check_logits(logits, len(ids), top_k)
             positions = (-1,) if logits.dim() == 3 else tuple(logits.shape[1:-1])
             header = shard.Header(logits.shape[-1], top_k, temperature, dtype, positions, identity)
