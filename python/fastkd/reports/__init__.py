@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
 
 
@@ -39,14 +40,10 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         """A table for the terminal."""
-        from fastkd.reports import tables
-
         return tables.terminal(self)
 
     def markdown(self) -> str:
         """A Markdown document; it shows ``reliability.png`` and ``tradeoff.png`` beside it."""
-        from fastkd.reports import tables
-
         return tables.markdown(self)
 
     def json(self) -> str:
@@ -69,14 +66,10 @@ class Report(NamedTuple):
 
     def html(self) -> str:
         """One page with its pictures inside; opening it requests nothing from anywhere."""
-        from fastkd.reports import page
-
         return page.html(self)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Writes ``report.html``, ``report.md``, ``report.json`` and the pictures; the folder."""
-        from fastkd.reports import plots
-
         folder = pathlib.Path(folder)
         pictures = {name: plots.png(figure) for name, figure in plots.figures(self).items()}
         texts = {
@@ -178,8 +171,6 @@ def report(
         environment(places),
     )
     if show:
-        from fastkd.reports import tables
-
         tables.show(result)
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd import extras
@@ -33,8 +32,8 @@ def count(value: float) -> str:
         >>> count(999), count(1234), count(25_600_000)
         ('999', '1.23k', '25.6M')
     """
-    for unit, scale in (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9)):
-        if value < 999.5 * scale or unit == "G":
+    for unit, scale in (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
+        if value < 999.5 * scale or unit == "T":
             break
     return f"{value:.0f}" if not unit else f"{_digits(value / scale)}{unit}"
 
@@ -64,7 +63,7 @@ def duration(seconds: float) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def percent(share: float) -> str:
