@@ -10,13 +10,19 @@ import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
+from fastkd.hints import Hint
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.trainer import Evaluation, Step, Trainer
 from fastkd.verify import Verification, verify
 
 __all__ = [
+    "Evaluation",
+    "Hint",
     "KDLoss",
+    "Step",
     "Terms",
+    "Trainer",
     "Verification",
     "__version__",
     "check_inputs",

@@ -1,4 +1,4 @@
-"""What a batch of a loader is: the one place that the trainer, the teacher's cache and the report ask.
+"""What a loader's batch is: the one place that trainer, teacher's cache and report ask.
 
 A batch is one of
 
@@ -14,7 +14,9 @@ A batch is one of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +81,7 @@ class WithIds(Dataset[Any]):
 
     def __len__(self) -> int:
         """As many as the dataset has."""
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         """The sample, with its id."""
@@ -166,14 +168,37 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
     return found
 
 
-def to(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``; tuples and mappings are gone through."""
+def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """``value`` with every tensor in it on ``device``, and floating-point ones as ``dtype``.
+
+    Tuples and mappings are gone through.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to(item, device) for key, item in value.items()}
+        return {key: to(item, device, dtype) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to(item, device) for item in value))
+        return type(value)(*(to(item, device, dtype) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(to(item, device) for item in value)
+        return type(value)(to(item, device, dtype) for item in value)
     return value
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode and without gradients; each submodule's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is; the CPU if it has none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
