@@ -202,7 +202,8 @@ class Objective(nn.Module):
         if targets.is_floating_point():  # probabilities
             return torch.tensor(rows_of(targets, self.dim), device=targets.device)
         ignored: int = self.loss.options["ignore_index"]
-        return (targets != ignored).sum()
+        counted: Tensor = (targets != ignored).sum()
+        return counted
 
 
 def rows_of(logits: Tensor, dim: int) -> int:
