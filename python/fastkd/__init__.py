@@ -8,11 +8,13 @@
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
+from fastkd import teachers
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.hints import Hint
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.reports import Report, report
 from fastkd.trainer import Evaluation, Step, Trainer
 from fastkd.verify import Verification, verify
 
@@ -20,6 +22,7 @@ __all__ = [
     "Evaluation",
     "Hint",
     "KDLoss",
+    "Report",
     "Step",
     "Terms",
     "Trainer",
@@ -29,6 +32,8 @@ __all__ = [
     "check_logits",
     "divergences",
     "loss",
+    "report",
+    "teachers",
     "terms",
     "verify",
 ]

@@ -202,3 +202,8 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """In which its parameters are, if it has floating-point ones."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
