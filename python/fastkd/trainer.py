@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
-from fastkd import batches, checkpointing, checks, extras, objective
+from fastkd import batches, checkpointing, checks, extras, teaching
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
@@ -115,7 +115,7 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | objective.Cache,
+        teacher: nn.Module | Sequence[nn.Module] | teaching.Cache,
         optimizer: torch.optim.Optimizer,
         *,
         loss: KDLoss | None = None,
@@ -124,8 +124,8 @@ class Trainer:
         accumulate: int = 1,
         clip: float | None = None,
         ema: float | None = None,
-        forward: objective.Forward = objective.forward,
-        labels: objective.Labels = objective.labels,
+        forward: teaching.Forward = teaching.forward,
+        labels: teaching.Labels = teaching.labels,
         teacher_device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoints: str | pathlib.Path | None = None,
@@ -154,17 +154,17 @@ class Trainer:
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
-        self._objective = objective.Objective(student, loss, forward, labels)
+        self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
-        self._teacher: objective.Teacher
+        self._teacher: teaching.Teacher
         home = self.accelerator.device
-        if isinstance(teacher, objective.Cache):
+        if isinstance(teacher, teaching.Cache):
             if hints:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
-            self._teacher = objective.Cached(teacher, home)
+            self._teacher = teaching.Cached(teacher, home)
         else:
             teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-            self._teacher = objective.Modules(
+            self._teacher = teaching.Modules(
                 teachers,
                 student,
                 forward,
@@ -173,7 +173,7 @@ class Trainer:
                 [h.teacher for h in hints],
             )
         if hints:
-            self._objective.features = Features(student, [h.student for h in hints], "student")
+            self._student_loss.features = Features(student, [h.student for h in hints], "student")
         student.to(self.accelerator.device)
         if not hints:
             self._wrap([], [])
@@ -227,12 +227,12 @@ class Trainer:
         loader = self._prepare(loader)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
-        self._objective.train()
-        watch = Watch(objective.Values._fields)
+        self._student_loss.train()
+        watch = Watch(teaching.Values._fields)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._teacher.features)
-            if self._objective.features is not None:
-                stack.enter_context(self._objective.features)
+            if self._student_loss.features is not None:
+                stack.enter_context(self._student_loss.features)
             bar = stack.enter_context(self._bar(loader))
             for window in self._position.windows(loader, self._accumulate):
                 yield self._advance(window, watch, bar)
@@ -286,7 +286,7 @@ class Trainer:
         counts = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
         for batch in window:
             samples, targets = size(batch), self._labels(batch)
-            counts[0] += samples if targets is None else self._objective.valid_rows(targets)
+            counts[0] += samples if targets is None else self._student_loss.valid_rows(targets)
             counts[1] += samples
         everywhere: Tensor = self.accelerator.reduce(counts, "sum")
         share: Tensor = everywhere.clamp(min=1) / self.accelerator.num_processes
@@ -304,7 +304,7 @@ class Trainer:
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
-                sums += self._objective.sums(module, batch, self._teacher.answer(batch))
+                sums += self._student_loss.sums(module, batch, self._teacher.answer(batch))
         *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
         means = [total / rows if rows else math.nan for total in totals]
         loss, hard, soft, agreement, accuracy = means
@@ -337,7 +337,7 @@ class Trainer:
         rank = self.accelerator.process_index
         torch.save(self._position.state(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
-            projections = self._objective.hints.widths if self._objective.hints else []
+            projections = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
                 "step": self.step,
@@ -378,21 +378,23 @@ class Trainer:
 
     def _measure(self, batch: Any) -> nn.Module:
         """Finds the widths of the hints' features by one forward pass, and wraps."""
-        assert self._objective.features is not None
+        assert self._student_loss.features is not None
         with self.accelerator.autocast(), batches.evaluating(self.student):
-            self._objective.forward_student(batch)
-            ours, theirs = self._objective.features.take(), self._teacher(batch).features
+            self._student_loss.forward_student(batch)
+            ours, theirs = self._student_loss.features.take(), self._teacher(batch).features
         return self._wrap(widths(ours), widths(theirs))
 
     def _wrap(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> nn.Module:
         """Gives the model and the optimizer to Accelerate, once the hints' widths are known."""
         if self._hints:
             learned = HintLoss(self._hints, student_widths, teacher_widths)
-            dtype = objective.dtype_of(self.student) or torch.float32
+            dtype = teaching.dtype_of(self.student) or torch.float32
             learned.to(self.accelerator.device, torch.promote_types(dtype, torch.float32))
-            self._objective.hints = learned
+            self._student_loss.hints = learned
             self._optimizer.param_groups[0]["params"].extend(learned.parameters())
-        self._wrapped, self._optimizer = self.accelerator.prepare(self._objective, self._optimizer)
+        self._wrapped, self._optimizer = self.accelerator.prepare(
+            self._student_loss, self._optimizer
+        )
         if self._decay is not None:
             average = swa_utils.get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]
             self.ema = swa_utils.AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)

@@ -136,7 +136,7 @@ class Values(NamedTuple):
     hint: Tensor
 
 
-class Objective(nn.Module):
+class StudentLoss(nn.Module):
     """The student and the loss as one module, so that no logits leave what Accelerate wraps.
 
     It would convert them to float32, and DistributedDataParallel has to see the hints' projections.
