@@ -192,16 +192,19 @@ class StudentLoss(nn.Module):
         parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows)
         return torch.stack([part.double() for part in parts])
 
+    def _option(self, name: str) -> Any:
+        return self.loss.options.get(name, losses.DEFAULTS[name])
+
     @property
     def dim(self) -> int:
         """That of the classes."""
-        return int(self.loss.options.get("dim", -1))
+        return int(self._option("dim"))
 
     def valid_rows(self, targets: Tensor) -> Tensor:
         """How many rows a batch's labels do not ignore, 0-d int64."""
         if targets.is_floating_point():  # probabilities
             return torch.tensor(rows_of(targets, self.dim), device=targets.device)
-        ignored: int = self.loss.options["ignore_index"]
+        ignored: int = self._option("ignore_index")
         counted: Tensor = (targets != ignored).sum()
         return counted
 

@@ -462,10 +462,11 @@ def _check(
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
     for name, accepted in (("reduction", "mean"), ("normalizer", None)):
-        if loss.options[name] != accepted:
+        given = loss.options.get(name, accepted)
+        if given != accepted:
             raise ValueError(
                 f"loss must have {name}={accepted!r}, since the trainer divides by the rows of all "
-                f"batches of a step; got {loss.options[name]!r}"
+                f"batches of a step; got {given!r}"
             )
     for name, value in (("accumulate", accumulate), ("save_every", save_every)):
         if value is not None and (type(value) is not int or value < 1):
