@@ -285,7 +285,7 @@ class Trainer:
         size = extras.load("accelerate.utils", "train").find_batch_size
         counts = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
         for batch in window:
-            samples, targets = size(batch), self._labels(batch)
+            targets, samples = self._labels(batch), size(batch)
             counts[0] += samples if targets is None else self._student_loss.valid_rows(targets)
             counts[1] += samples
         everywhere: Tensor = self.accelerator.reduce(counts, "sum")
