@@ -11,7 +11,7 @@ import torch
 from support import FP32, make
 
 import fastkd
-from fastkd import ops
+from fastkd import losses, ops
 
 NAN, INF = math.nan, math.inf
 
@@ -32,7 +32,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no dimension": ({"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got ()"),
     "no class": ({"student_logits": Z(3, 0), "teacher_logits": Z(3, 0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got (3, 0)"),
     "labels of logits' rank": ({"labels": Z(3, 5, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (3, 5)"),
-    "one-hot labels": ({"labels": torch.eye(3, 5)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
     "column of labels": ({"labels": Z(3, 1, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,)"),
     "too few labels": ({"labels": Z(2, dtype=torch.int64)}, ValueError, "got (2,)"),
     "one label for all": ({"labels": torch.tensor(1)}, ValueError, "got ()"),
@@ -67,7 +66,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature None": ({"temperature": None}, TypeError, "temperature must be a number; got NoneType"),
     "temperature a bool": ({"temperature": True}, TypeError, "temperature must be a number; got bool"),
     "temperatures integers": ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, "temperature must be a number or a floating-point tensor; got torch.int64"),
-    "temperatures learned": ({"temperature": torch.ones(3, requires_grad=True)}, ValueError, "temperature gets no gradient; got a tensor that requires grad"),
     "one temperature 0": ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
     "one temperature NaN": ({"temperature": torch.tensor([1.0, 1.0, NAN])}, ValueError, "temperature must be positive and finite; row 2 has nan"),
     "the temperature's tensor negative": ({"temperature": torch.tensor(-3.0)}, ValueError, "temperature must be positive and finite; row 0 has -3.0"),
@@ -140,7 +138,7 @@ def test_the_table_is_of_mistakes():
     """The call that they change is a good one, and each option they change is an option."""
     assert fastkd.loss(**good()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *fastkd.loss.__kwdefaults__}
+        assert set(changed) <= {*good(), *losses.DEFAULTS}
 
 
 def test_valid_names_are_listed():

@@ -27,7 +27,7 @@ class Hint:
     linear map of the student's to the teacher's channels is learned along with the student (the
     regressor of FitNets), and thrown away with the trainer. All else has to agree.
 
-    Each loss is a mean over everything but the samples, then over the samples, in float32:
+    Each loss is a mean over everything but the samples, then over the samples, in float32 or wider:
 
     - ``"mse"``: (student - teacher)^2, after Romero et al., "FitNets: Hints for Thin Deep Nets"
       (2015);
@@ -162,7 +162,7 @@ class HintLoss(nn.Module):
         )
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The loss of each sample, ``(B,)`` float32."""
+        """The loss of each sample, ``(B,)``, float32 or wider."""
         total: Tensor | None = None
         for hint, project, ours, theirs in zip(
             self.hints, self.projections, student, teacher, strict=True
@@ -174,7 +174,8 @@ class HintLoss(nn.Module):
                     "may differ in channels alone; got (samples, positions..., channels) "
                     f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
                 )
-            loss = hint.weight * _distance(hint.loss, project(ours.float()), theirs.float())
+            wide = torch.promote_types(ours.dtype, torch.float32)
+            loss = hint.weight * _distance(hint.loss, project(ours.to(wide)), theirs.to(wide))
             total = loss if total is None else total + loss
         assert total is not None
         return total

@@ -1,210 +1,168 @@
-"""What a trainer minimises: the teacher's side of a batch, and the student with its loss."""
+"""A call's options, checked and made explicit: what the kernels and the reference both take."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastkd import batches, hints, losses
-from fastkd.reference import Terms
+from fastkd import checks, reference
 
-Forward = Callable[[nn.Module, Any], Tensor]
-"""``forward(model, batch)``: logits."""
-Labels = Callable[[Any], "Tensor | None"]
-"""``labels(batch)``: a label for each row of the logits."""
+TEACHER_GRADS = ("error", "ignore")
 
 
-@runtime_checkable
-class Cache(Protocol):
-    """What is asked of an offline teacher; :class:`fastkd.teachers.TeacherCache` is one."""
+class Objective(NamedTuple):
+    """The options of :func:`fastkd.reference.terms`, none of them left to a default."""
 
-    temperature: float
-
-    def lookup(self, ids: Tensor) -> Any:
-        """Log-probabilities ``(B, ..., C)`` of samples, or a pair ``(indices, log_probs)``."""
-
-
-def forward(model: nn.Module, batch: Any) -> Tensor:
-    """Logits for a batch of one of the forms of :mod:`fastkd.batches`."""
-    return batches.logits(model, batches.split(batch).inputs)
-
-
-def labels(batch: Any) -> Tensor | None:
-    """Its labels, if it has any."""
-    return batches.split(batch).labels
-
-
-class Lesson(NamedTuple):
-    """What the teacher says to a batch."""
-
-    logits: Any  # (..., C), or a list of them, or (indices, log_probs)
-    features: list[Tensor]
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor
+    hard_weight: float | Tensor
+    soft_weight: float | Tensor
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    class_weight: Tensor | None
+    normalizer: float | Tensor | None
+    divergence: str
+    mix: float | None
+    teacher_form: str
+    teacher_weights: tuple[float, ...] | None
+    ensemble: str
+    standardize: bool
 
 
-class Modules:
-    """One teacher or several: frozen, in evaluation mode, where and in the dtype that they are."""
+def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | None) -> Objective:
+    """The objective that the options of :func:`fastkd.loss` ask for.
 
-    def __init__(
-        self,
-        teachers: Sequence[nn.Module],
-        student: nn.Module,
-        forward: Forward,
-        device: torch.device,
-        home: torch.device,
-        names: Sequence[str],
-    ) -> None:
-        """``device``: where the teachers run; ``home``: where the student wants the answers."""
-        own = {parameter: name for name, parameter in student.named_parameters()}
-        for teacher in teachers:
-            for parameter in teacher.parameters():
-                if parameter in own:
-                    raise ValueError(
-                        "teacher is frozen, but the student shares its parameter "
-                        f"{own[parameter]!r}; give a copy.deepcopy of the teacher"
-                    )
-            teacher.requires_grad_(False).eval().to(device)
-        self._teachers, self._forward, self._device, self._home = teachers, forward, device, home
-        root = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
-        self.features = hints.Features(root, names, "teacher")
-        self._names = names
-
-    @torch.no_grad()
-    def answer(self, batch: Any) -> Any:
-        """The logits of the one, or a list of those of each."""
-        answers = [
-            self._forward(teacher, batches.to(batch, self._device, dtype_of(teacher))).to(
-                self._home
-            )
-            for teacher in self._teachers
-        ]
-        return answers[0] if len(answers) == 1 else answers
-
-    def __call__(self, batch: Any) -> Lesson:
-        """The same, and the features that hints want."""
-        answer = self.answer(batch)
-        features = [f.to(self._home) for f in self.features.take()] if self._names else []
-        return Lesson(answer, features)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """In which its parameters are, if it has floating-point ones."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-class Cached:
-    """An offline teacher, asked by the batch's ids."""
-
-    features = contextlib.nullcontext()
-
-    def __init__(self, cache: Cache, home: torch.device) -> None:
-        """``home``: where the student wants the answers."""
-        self._cache, self._home = cache, home
-
-    def answer(self, batch: Any) -> Any:
-        """What the cache has for these samples."""
-        ids = batches.split(batch).ids
-        if ids is None:
+    Checks what needs no logits to be checked; ``teachers``: how many, None for not known yet.
+    """
+    names = reference.DIVERGENCES
+    divergence = options["divergence"]
+    checks.one_of("divergence", divergence, tuple(names))
+    form = options["teacher_form"]
+    checks.one_of("teacher_form", form, reference.TEACHER_FORMS)
+    checks.one_of("ensemble", options["ensemble"], reference.ENSEMBLES)
+    checks.one_of("reduction", options["reduction"], reference.REDUCTIONS)
+    checks.one_of("teacher_grad", options["teacher_grad"], TEACHER_GRADS)
+    for name in ("standardize", "inplace"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} must be True or False; got {options[name]!r}")
+    checks.dim_and_classes(options["dim"], options["classes"])
+    temperature = checks.temperature("temperature", options["temperature"])
+    given = options["teacher_temperature"]
+    own = 1.0 if form != "logits" else temperature
+    if given is not None:
+        own = checks.temperature("teacher_temperature", given)
+    hard, soft = checks.weights(
+        options["alpha"], options["hard_weight"], options["soft_weight"], has_labels
+    )
+    class_weight = options["class_weight"]
+    if class_weight is not None:
+        checks.class_weight(class_weight)
+        if not has_labels:
             raise ValueError(
-                "a cached teacher is asked by sample ids, and this batch has none: wrap the "
-                "dataset in fastkd.teachers.WithIds"
+                "class_weight weighs the hard term, which needs labels; got labels=None"
             )
-        found = batches.to(self._cache.lookup(ids), self._home)
-        if isinstance(found, Tensor):  # the teacher's logits, up to a constant in each row
-            found = found.float() * self._cache.temperature
-        return found
+    normalizer = options["normalizer"]
+    if normalizer is not None and options["reduction"] != "mean":
+        raise ValueError(
+            f'normalizer goes with reduction="mean"; got reduction={options["reduction"]!r}'
+        )
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
+    ignore_index = options["ignore_index"]
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if names[divergence].needs_labels and not has_labels:
+        raise ValueError(f"divergence={divergence!r} needs labels (class indices); got labels=None")
+    result = Objective(
+        temperature,
+        own,
+        hard,
+        soft,
+        ignore_index,
+        options["reduction"],
+        checks.number("label_smoothing", options["label_smoothing"], 0.0, 1.0),
+        class_weight,
+        normalizer,
+        divergence,
+        _mix(divergence, options["mix"]),
+        form,
+        checks.teacher_weights(options["teacher_weights"], teachers),
+        options["ensemble"],
+        options["standardize"],
+    )
+    _check_logits_are_there(result, teachers)
+    return result
 
-    def __call__(self, batch: Any) -> Lesson:
-        """The same; there are no features."""
-        return Lesson(self.answer(batch), [])
+
+def _mix(divergence: str, mix: object) -> float | None:
+    """The mixture weight of a divergence that has one."""
+    kind = reference.DIVERGENCES[divergence]
+    if mix is None:
+        return kind.mix
+    if kind.mix is None:
+        those = ", ".join(
+            repr(name) for name, other in reference.DIVERGENCES.items() if other.mix is not None
+        )
+        raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
+    low, high = kind.mix_range
+    return checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
 
 
-Teacher = Modules | Cached
+def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:
+    """What compares logits needs the teacher's."""
+    comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
+    if not comparing and not objective.standardize:
+        return
+    what = f"divergence={objective.divergence!r}" if comparing else "standardize=True"
+    if objective.teacher_form != "logits":
+        raise ValueError(
+            f'{what} compares logits and needs teacher_form="logits"; got '
+            f"teacher_form={objective.teacher_form!r}"
+        )
+    if comparing and teachers is not None and teachers > 1 and objective.ensemble != "logits":
+        raise ValueError(
+            f'{what} compares logits: with several teachers it needs ensemble="logits"; got '
+            f"ensemble={objective.ensemble!r}"
+        )
 
 
-class Values(NamedTuple):
-    """What one forward pass gives: 0-d tensors, of which the loss alone carries a gradient."""
+def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
+    """The objective with its tensors as the student's rows and classes need them.
 
-    loss: Tensor
-    hard: Tensor
-    soft: Tensor
-    agreement: Tensor
-    hint: Tensor
-
-
-class Objective(nn.Module):
-    """The student and the loss as one module, so that no logits leave what Accelerate wraps.
-
-    It would convert them to float32, and DistributedDataParallel has to see the hints' projections.
+    Row tensors become ``(...)`` in ``dtype``, or stay 0-d.
     """
 
-    def __init__(
-        self, student: nn.Module, loss: losses.KDLoss, forward: Forward, labels: Labels
-    ) -> None:
-        """``self.hints`` is set once the widths of the features are known."""
-        super().__init__()
-        self.student, self.loss = student, loss
-        self.hints: hints.HintLoss | None = None
-        self.features: hints.Features | None = None
-        self._forward, self._labels = forward, labels
-
-    def forward(self, batch: Any, lesson: Lesson, rows: Tensor, samples: Tensor) -> Values:
-        """``rows`` and ``samples``: what sums over the batch's rows and samples are divided by.
-
-        Without labels ``rows`` counts samples too: each then weighs the same, and each of its rows.
-        """
-        logits = self.forward_student(batch)
-        targets = self._labels(batch)
-        if targets is None:
-            rows = rows * rows_of(logits, self.dim) / len(logits)
-        terms = self.terms(logits, lesson.logits, targets, normalizer=rows)
-        hint = torch.zeros_like(terms.loss)
-        if self.hints is not None and self.features is not None:
-            hint = self.hints(self.features.take(), lesson.features).sum() / samples
-        return Values(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
-
-    def forward_student(self, batch: Any) -> Tensor:
-        """The student's logits."""
-        return self._forward(self.student, batch)
-
-    def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
-        """The distillation loss and its terms."""
-        given = {**self.loss._options(targets), **options}
-        return losses.terms(logits, teacher, targets, **given)
-
-    def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Tensor:
-        """``(6,)``: sums over rows of loss, hard, soft, agreement, hits; and the rows."""
-        logits = self._forward(model, batch)
-        targets = self._labels(batch)
-        terms = self.terms(logits, teacher, targets, reduction="sum", normalizer=None)
-        if targets is None:
-            hits = torch.full((), math.nan, device=logits.device)
-            rows = torch.tensor(rows_of(logits, self.dim), device=logits.device)
+    def rows(name: str, value: float | Tensor, positive: bool) -> float | Tensor:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0:
+            value = value.to(student.device)
         else:
-            rows = self.valid_rows(targets)
-            if targets.is_floating_point():
-                targets = targets.argmax(self.dim)
-            hits = (logits.argmax(self.dim) == targets).sum()
-        parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows)
-        return torch.stack([part.double() for part in parts])
+            checks.rows(value, name, student)
+        if name != "temperature":  # whose data the kernels look at
+            checks.row_data(name, value, positive)
+        return value.to(dtype)
 
-    @property
-    def dim(self) -> int:
-        """That of the classes."""
-        return int(self.loss.options.get("dim", -1))
-
-    def valid_rows(self, targets: Tensor) -> Tensor:
-        """How many rows a batch's labels do not ignore, 0-d int64."""
-        if targets.is_floating_point():  # probabilities
-            return torch.tensor(rows_of(targets, self.dim), device=targets.device)
-        ignored: int = self.loss.options["ignore_index"]
-        return (targets != ignored).sum()
-
-
-def rows_of(logits: Tensor, dim: int) -> int:
-    """The number of rows."""
-    return logits.numel() // logits.shape[dim]
+    normalizer, class_weight = objective.normalizer, objective.class_weight
+    if isinstance(normalizer, Tensor):
+        normalizer = checks.normalizer(normalizer).to(device=student.device, dtype=dtype)
+    if class_weight is not None:
+        checks.classes(class_weight, "class_weight", student)
+        class_weight = class_weight.detach().to(dtype)
+    temperature = rows("temperature", objective.temperature, True)
+    same = objective.teacher_temperature is objective.temperature
+    return objective._replace(
+        temperature=temperature,
+        teacher_temperature=temperature
+        if same
+        else rows("teacher_temperature", objective.teacher_temperature, True),
+        hard_weight=rows("hard_weight", objective.hard_weight, False),
+        soft_weight=rows("soft_weight", objective.soft_weight, False),
+        normalizer=normalizer,
+        class_weight=class_weight,
+    )

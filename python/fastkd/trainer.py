@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
+import os
 import pathlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
-from fastkd import batches, checkpointing, checks, extras, objective
+from fastkd import batches, checkpointing, checks, extras, teaching
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
+from fastkd.position import Position
 from fastkd.watching import Watch
 
 FORMAT = 1  # of a checkpoint
@@ -52,16 +52,6 @@ class Evaluation(NamedTuple):
     rows: int
 
 
-@dataclass
-class _Place:
-    """Where a pass over the loader is: what decides its order, and the batches it has given."""
-
-    batches: int = 0
-    order: dict[str, Any] | None = None
-    rng: dict[str, Any] | None = None
-    """Only after a resumption: that of the checkpoint."""
-
-
 class Trainer:
     """Trains a student on a teacher's outputs; the same script on a laptop and on many GPUs.
 
@@ -91,7 +81,7 @@ class Trainer:
         labels: ``labels(batch)`` gives the labels, or None, likewise.
         teacher_device: where the teacher runs. Default: where the student does.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or how
-            batches are split. Default ``Accelerator()``.
+            batches are split. Default: one made without arguments.
         checkpoints: a folder, to write checkpoints in: at the end of each epoch of :meth:`fit`, and
             every ``save_every`` steps. The newest two are kept.
         save_every: in optimizer steps.
@@ -125,7 +115,7 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | objective.Cache,
+        teacher: nn.Module | Sequence[nn.Module] | teaching.Cache,
         optimizer: torch.optim.Optimizer,
         *,
         loss: KDLoss | None = None,
@@ -134,8 +124,8 @@ class Trainer:
         accumulate: int = 1,
         clip: float | None = None,
         ema: float | None = None,
-        forward: objective.Forward = objective.forward,
-        labels: objective.Labels = objective.labels,
+        forward: teaching.Forward = teaching.forward,
+        labels: teaching.Labels = teaching.labels,
         teacher_device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoints: str | pathlib.Path | None = None,
@@ -146,7 +136,13 @@ class Trainer:
         loss = KDLoss() if loss is None else loss
         hints = tuple(hints)
         _check(loss, accumulate, clip, ema, checkpoints, save_every)
-        self.accelerator = accelerator or extras.load("accelerate", "train").Accelerator()
+        self.accelerator = _accelerator() if accelerator is None else accelerator
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.accelerator.num_processes:
+            raise ValueError(
+                f"accelerator: {launched} processes were launched, but it knows of "
+                f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
+            )
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
         self.ema: swa_utils.AveragedModel | None = None
@@ -156,19 +152,19 @@ class Trainer:
         self._save_every, self._progress = save_every, progress
         self._labels = labels
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._place = _Place()
+        self._position = Position()
         self._resumed = False
-        self._objective = objective.Objective(student, loss, forward, labels)
+        self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
-        self._teacher: objective.Teacher
+        self._teacher: teaching.Teacher
         home = self.accelerator.device
-        if isinstance(teacher, objective.Cache):
+        if isinstance(teacher, teaching.Cache):
             if hints:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
-            self._teacher = objective.Cached(teacher, home)
+            self._teacher = teaching.Cached(teacher, home)
         else:
             teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-            self._teacher = objective.Modules(
+            self._teacher = teaching.Modules(
                 teachers,
                 student,
                 forward,
@@ -177,7 +173,7 @@ class Trainer:
                 [h.teacher for h in hints],
             )
         if hints:
-            self._objective.features = Features(student, [h.student for h in hints], "student")
+            self._student_loss.features = Features(student, [h.student for h in hints], "student")
         student.to(self.accelerator.device)
         if not hints:
             self._wrap([], [])
@@ -226,44 +222,27 @@ class Trainer:
                 "another folder"
             )
         self._resumed = True
+        if self._position.resumed is None:
+            self._position = Position()
         loader = self._prepare(loader)
-        self._objective.train()
-        watch = Watch(objective.Values._fields)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epoch)
+        self._student_loss.train()
+        watch = Watch(teaching.Values._fields)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._teacher.features)
-            if self._objective.features is not None:
-                stack.enter_context(self._objective.features)
+            if self._student_loss.features is not None:
+                stack.enter_context(self._student_loss.features)
             bar = stack.enter_context(self._bar(loader))
-            windows = self._windows(loader)
-            for window in windows:
+            for window in self._position.windows(loader, self._accumulate):
                 yield self._advance(window, watch, bar)
             self._show(watch.rest(), bar)
         self.epoch += 1
-        self._place = _Place()
-
-    def _windows(self, loader: Any) -> Iterator[list[Any]]:
-        """The batches of each optimizer step, from where the last checkpoint left off."""
-        place, self._place = self._place, _Place()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.epoch)
-        if place.order is not None:
-            checkpointing.set_order_state(loader, place.order)
-        self._place.order = checkpointing.order_state(loader)
-        iterator = iter(loader)
-        # Drawn again rather than skipped: datasets and workers have random states of their own.
-        for _ in itertools.islice(iterator, place.batches):
-            pass
-        if place.rng is not None:
-            checkpointing.set_rng_state(place.rng)
-        self._place.batches = place.batches
-        while window := list(itertools.islice(iterator, self._accumulate)):
-            if not isinstance(loader, DataLoader):
-                window = [batches.to(batch, self.accelerator.device) for batch in window]
-            self._place.batches += len(window)
-            yield window
+        self._position = Position()
 
     def _advance(self, window: list[Any], watch: Watch, bar: Any) -> Step:
         """One optimizer step."""
+        window = [batches.to(batch, self.accelerator.device) for batch in window]
         model = self._wrapped or self._measure(window[0])
         values = self._backward(model, window)
         number = self.step + 1
@@ -306,11 +285,12 @@ class Trainer:
         size = extras.load("accelerate.utils", "train").find_batch_size
         counts = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
         for batch in window:
-            samples, targets = size(batch), self._labels(batch)
-            counts[0] += samples if targets is None else self._objective.valid_rows(targets)
+            targets, samples = self._labels(batch), size(batch)
+            counts[0] += samples if targets is None else self._student_loss.valid_rows(targets)
             counts[1] += samples
         everywhere: Tensor = self.accelerator.reduce(counts, "sum")
-        return everywhere.clamp(min=1) / self.accelerator.num_processes
+        share: Tensor = everywhere.clamp(min=1) / self.accelerator.num_processes
+        return share
 
     # ---- evaluation
 
@@ -324,7 +304,7 @@ class Trainer:
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
-                sums += self._objective.sums(module, batch, self._teacher.answer(batch))
+                sums += self._student_loss.sums(module, batch, self._teacher.answer(batch))
         *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
         means = [total / rows if rows else math.nan for total in totals]
         loss, hard, soft, agreement, accuracy = means
@@ -355,15 +335,13 @@ class Trainer:
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
         rank = self.accelerator.process_index
-        place = {"order": self._place.order, "rng": checkpointing.rng_state()}
-        torch.save(place, folder / f"place-{rank}.pt")
+        torch.save(self._position.state(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
-            projections = self._objective.hints.widths if self._objective.hints else []
+            projections = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
                 "step": self.step,
                 "epoch": self.epoch,
-                "batches": self._place.batches,
                 "processes": self.accelerator.num_processes,
                 "hints": projections,
             }
@@ -392,27 +370,31 @@ class Trainer:
             self._wrap(*about["hints"])
         self.accelerator.load_state(str(found[-1]))
         self.step, self.epoch = about["step"], about["epoch"]
-        place = torch.load(found[-1] / f"place-{self.accelerator.process_index}.pt")
-        self._place = _Place(about["batches"], place["order"], place["rng"])
+        rank = self.accelerator.process_index
+        self._position.load(torch.load(found[-1] / f"position-{rank}.pt"))
         return True
 
     # ---- the parts of it
 
     def _measure(self, batch: Any) -> nn.Module:
         """Finds the widths of the hints' features by one forward pass, and wraps."""
-        assert self._objective.features is not None
+        assert self._student_loss.features is not None
         with self.accelerator.autocast(), batches.evaluating(self.student):
-            self._objective.forward_student(batch)
-            ours, theirs = self._objective.features.take(), self._teacher(batch).features
+            self._student_loss.forward_student(batch)
+            ours, theirs = self._student_loss.features.take(), self._teacher(batch).features
         return self._wrap(widths(ours), widths(theirs))
 
     def _wrap(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> nn.Module:
         """Gives the model and the optimizer to Accelerate, once the hints' widths are known."""
         if self._hints:
             learned = HintLoss(self._hints, student_widths, teacher_widths)
-            self._objective.hints = learned.to(self.accelerator.device)
+            dtype = teaching.dtype_of(self.student) or torch.float32
+            learned.to(self.accelerator.device, torch.promote_types(dtype, torch.float32))
+            self._student_loss.hints = learned
             self._optimizer.param_groups[0]["params"].extend(learned.parameters())
-        self._wrapped, self._optimizer = self.accelerator.prepare(self._objective, self._optimizer)
+        self._wrapped, self._optimizer = self.accelerator.prepare(
+            self._student_loss, self._optimizer
+        )
         if self._decay is not None:
             average = swa_utils.get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]
             self.ema = swa_utils.AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
@@ -441,7 +423,7 @@ class Trainer:
         steps = math.ceil(len(loader) / self._accumulate) if hasattr(loader, "__len__") else None
         return extras.load("tqdm", "train").tqdm(
             total=steps,
-            initial=self._place.batches // self._accumulate,
+            initial=self._position.batches // self._accumulate,
             desc=f"epoch {self.epoch + 1}",
             disable=not (self._progress and self.accelerator.is_main_process),
         )
@@ -462,6 +444,12 @@ class Trainer:
             self.accelerator.log(values, step=self.step if step is None else step)
 
 
+def _accelerator() -> Any:
+    """Accelerate's own choice; on machines with a CPU alone it has to be told, or each of several
+    processes would train for itself."""
+    return extras.load("accelerate", "train").Accelerator(cpu=not torch.accelerator.is_available())
+
+
 def _check(
     loss: KDLoss,
     accumulate: int,
@@ -474,10 +462,11 @@ def _check(
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
     for name, accepted in (("reduction", "mean"), ("normalizer", None)):
-        if loss.options[name] != accepted:
+        given = loss.options.get(name, accepted)
+        if given != accepted:
             raise ValueError(
                 f"loss must have {name}={accepted!r}, since the trainer divides by the rows of all "
-                f"batches of a step; got {loss.options[name]!r}"
+                f"batches of a step; got {given!r}"
             )
     for name, value in (("accumulate", accumulate), ("save_every", save_every)):
         if value is not None and (type(value) is not int or value < 1):
