@@ -60,6 +60,7 @@ def _part(allowed: Sequence[str]) -> Callable[[str, Any], Part]:
         if not isinstance(given, dict):
             raise ConfigError(f"{name} must be 'module:factory' or a mapping; got {value!r}")
         _known(f"{name}.", given, allowed)
+        given = {key: item for key, item in given.items() if item is not None}
         for key in ("factory", "weights", "cache"):
             if not isinstance(given.get(key, ""), str):
                 raise ConfigError(f"{name}.{key} must be text; got {given[key]!r}")

@@ -98,9 +98,10 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         checkpoints=output / "checkpoints" if chosen["checkpoints"] else None,
     )
+    held_out = None if validation is None else _loader(validation, chosen, shuffle=False)
+    torch.manual_seed(chosen["seed"])  # the order of the data, however the teacher was made
     if arguments.resume and trainer.resume():
         print(f"going on after step {trainer.step}")
-    held_out = None if validation is None else _loader(validation, chosen, shuffle=False)
     history = trainer.fit(loader, chosen["epochs"], validation=held_out)
     if trainer.accelerator.is_main_process:
         trained = student if trainer.ema is None else trainer.ema.module
@@ -125,6 +126,7 @@ def _teacher_and_data(chosen: dict[str, Any], loss: dict[str, Any]) -> tuple[Any
                 f"{name}: with teacher.cache it must be a data set, not a DataLoader, so that "
                 "samples can be given ids"
             )
+    temperature = float(loss.get("teacher_temperature") or loss["temperature"])
     whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
     if live is not None:
         cache = teachers.precompute(
@@ -132,11 +134,11 @@ def _teacher_and_data(chosen: dict[str, Any], loss: dict[str, Any]) -> tuple[Any
             _loader(whole, chosen, shuffle=False),
             part.cache,
             top_k=part.top_k,
-            temperature=float(loss["temperature"]),
+            temperature=temperature,
         )
     else:
         cache = teachers.TeacherCache(part.cache)
-    cache.check(ids=torch.arange(len(whole)), temperature=float(loss["temperature"]))
+    cache.check(ids=torch.arange(len(whole)), temperature=temperature)
     held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
     return cache, Subset(whole, range(len(train))), held_out
 
