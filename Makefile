@@ -22,7 +22,7 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench,test,dev]"
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,demo,bench,test,dev]"
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
