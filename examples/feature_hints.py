@@ -41,7 +41,7 @@ def train(
 def main() -> None:
     """Trains a teacher, a student without and a student with hints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10, help="of each network")
+    parser.add_argument("--epochs", type=int, default=5, help="of each network")
     parser.add_argument("--kind", choices=("mse", "cosine", "attention"), default="mse")
     options = parser.parse_args()
 
