@@ -1,5 +1,7 @@
 """linear_loss against float64 on full logits, and against what PyTorch makes of the same dtypes."""
 
+import pathlib
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -299,15 +301,15 @@ def peak_bytes(function) -> int:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    given = make_heads(dtype, rows=512, classes=32000, ignored=0.0)
-    for options in ({"chunk_size": 64}, {"max_workspace": 2**25}, {"chunk_size": 512}):
+    given = make_heads(dtype, rows=512, classes=16000, ignored=0.0)
+    for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         chosen = chunks.plan(
-            512, 32000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
+            512, 16000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
         )
         peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
         small = 2**22  # a block of a product, biases, row statistics
         if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
-            small += chosen.chunk * 32000 * dtype.itemsize
+            small += chosen.chunk * 16000 * dtype.itemsize
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
@@ -410,6 +412,13 @@ def test_module(device):
         without,
         fastkd.linear_loss(*arguments[:4], student_bias=given.bias, temperature=3.0, chunk_size=8),
     )
+
+
+def test_the_page_runs():
+    """The Python blocks of docs/linear.md, as a reader would type them."""
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "linear.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec("\n".join(blocks), {})
 
 
 # ---- bad input

@@ -255,7 +255,7 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
         return grad.mul_(factor)
     row = grad.view(1, -1)  # a gradient in place of its logits, as after loss_, of one row
     stats = factor.new_zeros(_STATS + 1)
-    numbers = (1.0, 0.0, 1.0, 0.0, -100, 0)
+    numbers = (1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5)
     _loss_backward_(row, factor, stats, row, row, None, None, *numbers, True)
     return grad
 
