@@ -403,8 +403,10 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     ],
 )
 def test_bad_arguments(options, error, words):
+    teacher = network(24, 1)
     with pytest.raises(error, match=words):
-        trainer_of(network(), network(24, 1), **options)
+        trainer_of(network(), teacher, **options)
+    assert teacher.training and teacher[0].weight.requires_grad
 
 
 def test_a_teacher_that_shares_parameters_is_refused():
@@ -412,6 +414,12 @@ def test_a_teacher_that_shares_parameters_is_refused():
     with pytest.raises(ValueError, match=r"shares its parameter '0.weight'"):
         trainer_of(student, nn.Sequential(student[0], nn.Linear(12, 10)))
     assert student[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("teacher", [[], ["teacher"], [network(), torch.zeros(3)]])
+def test_a_teacher_of_another_kind_is_refused(teacher):
+    with pytest.raises(TypeError, match=r"a sequence of modules or a TeacherCache; got \["):
+        trainer_of(network(), teacher)
 
 
 def test_saving_needs_a_folder():

@@ -12,6 +12,7 @@ from fastkd import teachers
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.hints import Hint
+from fastkd.linear import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.reports import Report, report
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Hint",
     "KDLoss",
+    "LinearKDLoss",
     "Report",
     "Step",
     "Terms",
@@ -31,6 +33,7 @@ __all__ = [
     "check_inputs",
     "check_logits",
     "divergences",
+    "linear_loss",
     "loss",
     "report",
     "teachers",

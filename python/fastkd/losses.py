@@ -68,6 +68,7 @@ def _compute(
             out = ops.EAGER.loss(
                 student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
                 alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+                reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
         except RuntimeError:
             _explain(student_logits, labels, ignore_index, temperature)
@@ -282,7 +283,7 @@ class KDLoss(nn.Module):
         return {**self._numbers, **self._parameters, **self._buffers}
 
     def _options(self, labels: Tensor | None) -> dict[str, Any]:
-        return self.options if labels is not None else {**self.options, **_HARD}
+        return self.options if labels is not None else {**self.options, **HARD}
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
@@ -303,7 +304,7 @@ class KDLoss(nn.Module):
 
 DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
 """The options of :func:`loss`, :func:`terms` and :class:`KDLoss`, and their defaults."""
-_HARD = {"alpha": None, "hard_weight": None, "class_weight": None}
+HARD = {"alpha": None, "hard_weight": None, "class_weight": None}
 
 
 def _check_and_compute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -51,7 +52,7 @@ class Modules:
 
     def __init__(
         self,
-        teachers: Sequence[nn.Module],
+        teacher: nn.Module | Sequence[nn.Module],
         student: nn.Module,
         forward: Forward,
         device: torch.device,
@@ -59,18 +60,23 @@ class Modules:
         names: Sequence[str],
     ) -> None:
         """``device``: where the teachers run; ``home``: where the student wants the answers."""
+        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        if not teachers or not all(isinstance(item, nn.Module) for item in teachers):
+            raise TypeError(
+                "teacher must be a module, a sequence of modules or a TeacherCache; got "
+                f"[{', '.join(type(item).__name__ for item in teachers)}]"
+            )
         own = {parameter: name for name, parameter in student.named_parameters()}
-        for teacher in teachers:
-            for parameter in teacher.parameters():
-                if parameter in own:
-                    raise ValueError(
-                        "teacher is frozen, but the student shares its parameter "
-                        f"{own[parameter]!r}; give a copy.deepcopy of the teacher"
-                    )
-            teacher.requires_grad_(False).eval().to(device)
-        self._teachers, self._forward, self._device, self._home = teachers, forward, device, home
+        for parameter in itertools.chain.from_iterable(item.parameters() for item in teachers):
+            if parameter in own:
+                raise ValueError(
+                    "teacher is frozen, but the student shares its parameter "
+                    f"{own[parameter]!r}; give a copy.deepcopy of the teacher"
+                )
         root = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
         self.features = hints.Features(root, names, "teacher")
+        root.requires_grad_(False).eval().to(device)
+        self._teachers, self._forward, self._device, self._home = teachers, forward, device, home
         self._names = names
 
     @torch.no_grad()

@@ -143,6 +143,8 @@ class Trainer:
                 f"accelerator: {launched} processes were launched, but it knows of "
                 f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
             )
+        if ema is not None and self.accelerator.distributed_type == "FSDP":
+            raise ValueError("ema cannot average parameters that FSDP has sharded")
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
         self.ema: swa_utils.AveragedModel | None = None
@@ -154,26 +156,21 @@ class Trainer:
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
+        self._watch = Watch(teaching.Values._fields)
+        self._bar: Any = None
         self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
-        self._teacher: teaching.Teacher
+        if hints:
+            self._student_loss.features = Features(student, [h.student for h in hints], "student")
         home = self.accelerator.device
+        self._teacher: teaching.Teacher
         if isinstance(teacher, teaching.Cache):
             if hints:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
             self._teacher = teaching.Cached(teacher, home)
         else:
-            teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
-            self._teacher = teaching.Modules(
-                teachers,
-                student,
-                forward,
-                torch.device(teacher_device or home),
-                home,
-                [h.teacher for h in hints],
-            )
-        if hints:
-            self._student_loss.features = Features(student, [h.student for h in hints], "student")
+            away, names = torch.device(teacher_device or home), [hint.teacher for hint in hints]
+            self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
         student.to(self.accelerator.device)
         if not hints:
             self._wrap([], [])
@@ -228,25 +225,24 @@ class Trainer:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
         self._student_loss.train()
-        watch = Watch(teaching.Values._fields)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._teacher.features)
             if self._student_loss.features is not None:
                 stack.enter_context(self._student_loss.features)
-            bar = stack.enter_context(self._bar(loader))
+            self._bar = stack.enter_context(self._bar_for(loader))
             for window in self._position.windows(loader, self._accumulate):
-                yield self._advance(window, watch, bar)
-            self._show(watch.rest(), bar)
+                yield self._advance(window)
+            self._show(self._watch.rest())
         self.epoch += 1
         self._position = Position()
 
-    def _advance(self, window: list[Any], watch: Watch, bar: Any) -> Step:
+    def _advance(self, window: list[Any]) -> Step:
         """One optimizer step."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         model = self._wrapped or self._measure(window[0])
         values = self._backward(model, window)
         number = self.step + 1
-        self._show(watch.add(number, values), bar)
+        self._show(self._watch.add(number, values))
         if self._clip is not None:
             self.accelerator.clip_grad_norm_(model.parameters(), self._clip)
         self._optimizer.step()
@@ -256,9 +252,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.student)
         self.step = number
-        bar.update()
+        self._bar.update()
         if self._save_every is not None and number % self._save_every == 0:
-            self._show(watch.rest(), bar)
             self.save()
         return Step(number, self.epoch, *values.unbind())
 
@@ -324,6 +319,7 @@ class Trainer:
             raise ValueError("checkpoints: no folder was given")
         if self._wrapped is None:
             raise RuntimeError("nothing to save before the first step")
+        self._show(self._watch.rest())
         return checkpointing.write(
             self._folder,
             self.step,
@@ -418,7 +414,7 @@ class Trainer:
                 config.even_batches = before
         return prepared[even]
 
-    def _bar(self, loader: Any) -> Any:
+    def _bar_for(self, loader: Any) -> Any:
         """A progress bar of this epoch's steps."""
         steps = math.ceil(len(loader) / self._accumulate) if hasattr(loader, "__len__") else None
         return extras.load("tqdm", "train").tqdm(
@@ -428,13 +424,13 @@ class Trainer:
             disable=not (self._progress and self.accelerator.is_main_process),
         )
 
-    def _show(self, known: Sequence[tuple[int, dict[str, float]]], bar: Any) -> None:
+    def _show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
         """Logs and displays values that have reached the host."""
         for step, values in known:
             if not self._hints:
                 del values["hint"]
             self._log(values, step)
-            bar.set_postfix({name: f"{v:.3g}" for name, v in values.items()}, refresh=False)
+            self._bar.set_postfix({name: f"{v:.3g}" for name, v in values.items()}, refresh=False)
 
     def _log(self, values: dict[str, float], step: int | None = None) -> None:
         """Passes values to Accelerate's trackers, if there are any."""

@@ -1,0 +1,462 @@
+"""``python -m benchmarks.linear``: two linear heads and their loss, time and memory.
+
+Every way to compute it is checked against float64, then all are timed in turns, and their times
+are given in those of the four matrix products that nobody can do without: the logits of student
+and teacher, and the gradients of hidden states and weight. Memory is what a step takes
+beyond its inputs; on a CPU it is measured in a process of its own (memory.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from benchmarks import environment, memory, report
+from benchmarks.cases import DTYPES
+from benchmarks.measure import time_in_turns
+from benchmarks.rivals import UnavailableError, _import
+from fastkd.chunks import MIB
+
+TEMPERATURE, ALPHA = 2.0, 0.5
+PAGE = Path(__file__).parent.parent / "docs" / "linear.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One shape, and what is asked of it: times in those of the products, memory in MiB."""
+
+    name: str
+    rows: int
+    student_width: int
+    teacher_width: int
+    classes: int
+    dtype: str
+    ignored: float = 0.0
+    """The share of rows whose label is ignored."""
+    small_mib: int = 0
+    """What the way that saves memory may take; 0: it is not tried."""
+    must: tuple[float, float] | None = None
+    """Time and memory that fastkd has to reach."""
+    small_must: tuple[float, float] | None = None
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        ignored = f", {self.ignored:.0%} of the rows ignored" if self.ignored else ""
+        return (
+            f"{self.name}: {self.rows} rows, {self.student_width} (teacher {self.teacher_width}) x "
+            f"{self.classes} {self.dtype}{ignored}"
+        )
+
+
+def cases(device: str) -> list[LinearCase]:
+    """Heads of language models on a GPU; on a CPU, one that is large for it."""
+    if device == "cuda":
+        llama = ("llama-3", 4096, 2048, 4096, 128256, "bf16")
+        qwen = ("qwen", 8192, 1024, 4096, 151936, "bf16")
+        return [
+            LinearCase(*llama, small_mib=1200, must=(1.18, 2100), small_must=(1.30, 1200)),
+            LinearCase(*qwen, small_mib=1200, must=(1.20, 2300), small_must=(1.35, 1200)),
+            LinearCase(*llama, ignored=0.6),
+        ]
+    head = ("llama-2", 512, 512, 512, 32000)
+    return [
+        LinearCase(*head, "fp32", small_mib=80),
+        LinearCase(*head, "bf16", small_mib=60),
+        LinearCase(*head, "fp32", ignored=0.6),
+    ]
+
+
+class Inputs(NamedTuple):
+    """The tensors of a case, in the order that fastkd and Liger take them."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+def make_inputs(case: LinearCase, device: str) -> Inputs:
+    """Logits with a standard deviation of 3, some classes standing out as in trained models."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(rows: int, width: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(rows, width, generator=generator, device=device)
+        return values.mul_(scale).to(DTYPES[case.dtype])
+
+    labels = torch.randint(case.classes, (case.rows,), generator=generator, device=device)
+    if case.ignored:
+        drawn = torch.rand(case.rows, generator=generator, device=device)
+        labels.masked_fill_(drawn < case.ignored, -100)
+    return Inputs(
+        draw(case.rows, case.student_width).requires_grad_(),
+        draw(case.classes, case.student_width, 3 * case.student_width**-0.5).requires_grad_(),
+        draw(case.rows, case.teacher_width),
+        draw(case.classes, case.teacher_width, 3 * case.teacher_width**-0.5),
+        labels,
+    )
+
+
+# ---- the ways to compute it
+
+LossFunction = Callable[[Inputs], Tensor]
+
+
+def fused(case: LinearCase) -> LossFunction:
+    """fastkd.linear_loss as it comes."""
+    return lambda given: fastkd.linear_loss(*given, temperature=TEMPERATURE, alpha=ALPHA)
+
+
+def fused_small(case: LinearCase) -> LossFunction:
+    """fastkd.linear_loss within a bound, the weight's gradient summed in its own dtype."""
+    if not case.small_mib:
+        raise UnavailableError("not tried")
+    dtype = DTYPES[case.dtype]
+    return lambda given: fastkd.linear_loss(
+        *given,
+        temperature=TEMPERATURE,
+        alpha=ALPHA,
+        max_workspace=case.small_mib * MIB,
+        accumulate_dtype=dtype,
+    )
+
+
+def _eager(given: Inputs, upcast: bool) -> Tensor:
+    with torch.no_grad():
+        teacher = F.linear(given.teacher_hidden, given.teacher_weight)
+    student = F.linear(given.hidden, given.weight)
+    valid = given.labels != -100
+    if not valid.all():
+        student, teacher = student[valid], teacher[valid]
+    if upcast:
+        student, teacher = student.float(), teacher.float()
+    log_q = F.log_softmax(student / TEMPERATURE, -1)
+    soft = F.kl_div(log_q, F.softmax(teacher / TEMPERATURE, -1), reduction="batchmean")
+    hard = F.cross_entropy(student, given.labels[valid])
+    return ALPHA * hard + (1 - ALPHA) * TEMPERATURE**2 * soft
+
+
+def eager(case: LinearCase) -> LossFunction:
+    """PyTorch as tutorials write it."""
+    return lambda given: _eager(given, upcast=False)
+
+
+def eager_upcast(case: LinearCase) -> LossFunction:
+    """The same on logits cast to float32."""
+    if case.dtype == "fp32":
+        raise UnavailableError("the same as eager in float32")
+    return lambda given: _eager(given, upcast=True)
+
+
+def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
+    liger = _import("liger_kernel.chunked_loss", "liger-kernel")
+    # Without T^2, which its weights can make up for; its beta of 0 is the forward KL.
+    criterion = liger.LigerFusedLinearJSDLoss(
+        weight_hard_loss=ALPHA,
+        weight_soft_loss=(1 - ALPHA) * TEMPERATURE**2,
+        beta=0.0,
+        temperature=TEMPERATURE,
+        compiled=compiled,
+        chunk_size=1024,
+    )
+    return lambda given: criterion(*given)
+
+
+def liger(case: LinearCase) -> LossFunction:
+    """Liger's chunked loss, compiled."""
+    return _liger_chunked(case, compiled=True)
+
+
+def liger_plain(case: LinearCase) -> LossFunction:
+    """Liger's chunked loss, not compiled."""
+    return _liger_chunked(case, compiled=False)
+
+
+LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
+    "fastkd": fused,
+    "fastkd, small": fused_small,
+    "eager": eager,
+    "eager fp32": eager_upcast,
+    "Liger chunked, compiled": liger,
+    "Liger chunked": liger_plain,
+}
+
+
+def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
+    """The four products of the rows that count, into memory that is there already."""
+    hidden, weight = given.hidden.detach(), given.weight.detach()
+    valid = given.labels != -100
+    hidden, teacher_hidden = hidden[valid], given.teacher_hidden[valid]
+    logits = torch.empty(len(hidden), case.classes, dtype=hidden.dtype, device=hidden.device)
+    teacher = torch.empty_like(logits)
+    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(teacher_hidden, given.teacher_weight.t(), out=teacher)
+        torch.mm(logits, weight, out=hidden_grad)
+        torch.mm(logits.t(), hidden, out=weight_grad)
+
+    return run
+
+
+# ---- measuring
+
+
+def step(function: LossFunction, given: Inputs) -> Tensor:
+    """Loss and gradients, which replace those of the step before."""
+    given.hidden.grad = given.weight.grad = None
+    loss = function(given)
+    loss.backward()
+    return loss
+
+
+def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
+    """The loss and its gradients in float64, some rows at a time."""
+    wide = [value.detach().double() for value in given[:4]]
+    hidden, weight = wide[0], wide[1].requires_grad_()
+    count = int((given.labels != -100).sum())
+    total, hidden_grads = 0.0, []
+    weight_grad = torch.zeros_like(wide[1])
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        leaf = hidden[part].clone().requires_grad_()
+        loss = fastkd.reference.loss(
+            F.linear(leaf, weight),
+            F.linear(wide[2][part], wide[3]),
+            given.labels[part],
+            temperature=TEMPERATURE,
+            hard_weight=ALPHA,
+            soft_weight=1 - ALPHA,
+            normalizer=float(count),
+        )
+        grads = torch.autograd.grad(loss, [leaf, weight])
+        total += loss.item()
+        hidden_grads.append(grads[0])
+        weight_grad += grads[1]
+    return total, torch.cat(hidden_grads), weight_grad
+
+
+def _distance(grad: Tensor | None, right: Tensor) -> float:
+    assert grad is not None
+    squares = sum(
+        (part.double() - exact).square().sum().item()
+        for part, exact in zip(grad.split(4096), right.split(4096), strict=True)
+    )
+    return float(squares**0.5 / right.norm().item())
+
+
+def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
+    """Memory of a step beyond its inputs."""
+    if device == "cuda":
+        function, given = LANES[name](case), make_inputs(case, device)
+        step(function, given)
+        given.hidden.grad = given.weight.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(function, given)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    command = [sys.executable, "-m", "benchmarks.linear", "--peak", json.dumps(asdict(case)), name]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=Path(__file__).parent.parent,
+            check=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+        )
+        return float(done.stdout.splitlines()[-1]) / MIB
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _peak_here(case: LinearCase, name: str) -> int:
+    """The same in this process, in bytes, as memory.py measures it."""
+    function, given = LANES[name](case), make_inputs(case, "cpu")
+    step(function, given)
+    given.hidden.grad = given.weight.grad = None
+    memory._settle()
+    before = memory._status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step(function, given)
+    return max(0, memory._status("VmHWM") - before)
+
+
+def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict[str, Any]:
+    """All ways checked, timed in turns, and their memory measured."""
+    given = make_inputs(case, device)
+    exact = truth(given)
+    records: dict[str, dict[str, Any]] = {}
+    lanes: dict[str, Callable[[], object]] = {"products alone": products_alone(case, given)}
+    for name in names:
+        try:
+            function = LANES[name](case)
+            loss = step(function, given)
+            records[name] = {
+                "status": "ok",
+                "loss_error": abs(loss.item() / exact[0] - 1),
+                "hidden_error": _distance(given.hidden.grad, exact[1]),
+                "weight_error": _distance(given.weight.grad, exact[2]),
+            }
+        except UnavailableError as reason:
+            if str(reason) not in ("not tried", "the same as eager in float32"):
+                records[name] = {"status": f"not available: {reason}"}
+            continue
+        except Exception as error:
+            records[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:120]}"}
+            continue
+        if max(records[name]["hidden_error"], records[name]["weight_error"]) > 0.25:
+            records[name]["status"] = "wrong answer"
+            continue
+        lanes[name] = lambda function=function: step(function, given)
+    del exact
+    gc.collect()
+    kind = "device" if device == "cuda" else "wall"
+    times = time_in_turns(lanes, device, kind, seconds)
+    del lanes
+    given.hidden.grad = given.weight.grad = None
+    gc.collect()
+    floor = times["products alone"]
+    for name, measured in times.items():
+        record = records.setdefault(name, {"status": "ok"})
+        record["times"] = asdict(measured)
+        record["of the products"] = measured.median / floor.median
+        if name in LANES:
+            record["peak_mib"] = peak_mib(case, name, device)
+    return {**asdict(case), "title": case.title, "lanes": records}
+
+
+# ---- showing
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """What was to be reached, and whether it was."""
+    lanes = found["lanes"]
+
+    def held(name: str, bound: tuple[float, float]) -> str:
+        record = lanes.get(name, {})
+        if "of the products" not in record or record.get("peak_mib") is None:
+            return f"{name}: not measured"
+        time, peak = record["of the products"], record["peak_mib"]
+        verdict = "reached" if time <= bound[0] and peak <= bound[1] else "missed"
+        return f"{name}: {bound[0]:.2f} within {bound[1]:.0f} MiB {verdict}"
+
+    result = []
+    for name, key in (("fastkd", "must"), ("fastkd, small", "small_must")):
+        if found[key]:
+            result.append(held(name, found[key]))
+    theirs = lanes.get("eager", {})
+    ours = lanes["fastkd"]
+    if "times" in theirs and "times" in ours and theirs.get("peak_mib") and ours.get("peak_mib"):
+        result.append(
+            f"in times of eager: {ours['times']['median'] / theirs['times']['median']:.2f} the "
+            f"time, {ours['peak_mib'] / theirs['peak_mib']:.2f} the memory"
+        )
+    return result
+
+
+def table(found: dict[str, Any]) -> str:
+    """A case as Markdown."""
+    lines = [
+        "| | time | of the products | MiB | loss error | dX error | dW error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, record in found["lanes"].items():
+        if record["status"] != "ok":
+            lines.append(f"| {name} | {record['status']} | | | | | |")
+            continue
+        cells = [
+            name,
+            report.duration(record["times"]["median"]),
+            f"{record['of the products']:.2f}",
+        ]
+        peak = record.get("peak_mib")
+        cells.append("" if peak is None else f"{peak:,.0f}")
+        for key in ("loss_error", "hidden_error", "weight_error"):
+            cells.append(f"{record[key]:.1e}" if key in record else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All cases."""
+    parts = [f"{report.headline(results)}."]
+    for found in results["cases"]:
+        notes = "; ".join(verdicts(found))
+        parts += [f"**{found['title']}**", table(found)] + ([f"{notes}."] if notes else [])
+    return "\n\n".join(parts) + "\n"
+
+
+def rewrite_page() -> str:
+    """Puts every saved run's tables between the page's marks."""
+    saved = sorted(report.RESULTS.glob("*/linear.json"))
+    body = "\n".join(markdown(json.loads(path.read_text())) for path in saved)
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{body}{END}{after}")
+    return f"{PAGE.name}: {len(saved)} runs"
+
+
+def main() -> None:
+    """Parses the command line and runs what it asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose title contains this")
+    parser.add_argument("--lanes", nargs="+", default=list(LANES), choices=LANES)
+    parser.add_argument("--seconds", type=float, help="of timing for each case")
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    parser.add_argument("--no-save", action="store_true", help="only show")
+    parser.add_argument("--docs", action="store_true", help="only rewrite the figures of the docs")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    if chosen.docs:
+        print(rewrite_page())
+        return
+    if chosen.peak:
+        fields = json.loads(chosen.peak[0])
+        print(_peak_here(LinearCase(**fields), chosen.peak[1]))
+        return
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {"environment": environment.describe(device), "cases": []}
+    for case in cases(device):
+        if chosen.only and chosen.only not in case.title:
+            continue
+        found = run(
+            case, device, chosen.seconds or (2.0 if device == "cuda" else 20.0), chosen.lanes
+        )
+        results["cases"].append(found)
+        print(f"{found['title']}\n{table(found)}\n" + "\n".join(verdicts(found)) + "\n", flush=True)
+    if chosen.no_save:
+        return
+    output = chosen.output or report.RESULTS / environment.slug(device)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "linear.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "linear.md").write_text("# Linear heads\n\n" + markdown(results))
+    print(f"saved under {output}")
+
+
+if __name__ == "__main__":
+    main()

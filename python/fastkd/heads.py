@@ -1,0 +1,348 @@
+"""The loop behind :func:`fastkd.linear_loss`: rows in chunks, gradients ready in the forward pass.
+
+For each chunk: the logits of both into buffers that every chunk reuses; the loss, which writes its
+gradient over the student's logits; and from that gradient the rows of the hidden states' and a
+term of the weight's. Nothing waits for the device but counting the rows that are not ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import ops, products
+from fastkd.objective import Objective
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call: rows flattened, classes last."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | None
+    labels: Tensor | None
+    temperature: Tensor | None
+    """This and the next three: one number for each row, in place of that of ``Call``."""
+    teacher_temperature: Tensor | None
+    hard_weight: Tensor | None
+    soft_weight: Tensor | None
+    class_weight: Tensor | None
+    denominator: Tensor | None
+    """What "mean" divides by."""
+    grad_rows: Tensor | None
+    """What each row's gradient is multiplied by: the grad_output of reduction="none"."""
+
+
+_NUMBERS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
+_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "labels", *_NUMBERS, "grad_rows")
+
+
+class Call(NamedTuple):
+    """The numbers and names of a call, in the order of the op's schema."""
+
+    temperature: float
+    teacher_temperature: float | None
+    """None: the student's."""
+    hard_weight: float
+    soft_weight: float
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    divergence: str
+    mix: float | None
+    standardize: bool
+    student_softcap: float | None
+    teacher_softcap: float | None
+    student_scale: float
+    teacher_scale: float
+    dtype: torch.dtype
+    """What the student's logits are computed in: its own, or autocast's."""
+    teacher_dtype: torch.dtype
+    accumulate: torch.dtype
+    """What the gradient of the weight is summed up in."""
+    chunk: int
+    hidden_grad: bool
+    weight_grad: bool
+    bias_grad: bool
+
+    @property
+    def grads(self) -> bool:
+        """Whether anything is differentiated."""
+        return self.hidden_grad or self.weight_grad or self.bias_grad
+
+    @property
+    def scales_late(self) -> bool:
+        """Whether the gradients wait for the denominator: a mean's underflow in float16."""
+        return self.reduction == "mean" and self.dtype is torch.float16
+
+
+def objective_of(inputs: Inputs, call: Call) -> Objective:
+    """What the loss of some rows is, for the core."""
+    numbers: dict[str, Any] = {}
+    for name in _NUMBERS:
+        tensor = getattr(inputs, name)
+        numbers[name] = getattr(call, name) if tensor is None else tensor
+    if numbers["teacher_temperature"] is None:
+        numbers["teacher_temperature"] = numbers["temperature"]
+    return Objective(
+        **numbers,
+        ignore_index=call.ignore_index,
+        reduction=call.reduction,
+        label_smoothing=call.label_smoothing,
+        class_weight=inputs.class_weight,
+        normalizer=inputs.denominator if call.reduction == "mean" else None,
+        divergence=call.divergence,
+        mix=call.mix,
+        teacher_form="logits",
+        teacher_weights=None,
+        ensemble="probs",
+        standardize=call.standardize,
+    )
+
+
+class Outputs(NamedTuple):
+    """What a call gives; gradients that are not wanted are empty."""
+
+    loss: Tensor
+    hidden: Tensor
+    weight: Tensor
+    """In ``Call.accumulate``."""
+    bias: Tensor
+    """float32 or float64."""
+
+
+def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of losses, of logits in these."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def empty_outputs(inputs: Inputs, call: Call) -> Outputs:
+    """Memory for what a call gives; all that tracing needs to know."""
+    hidden, weight = inputs.hidden, inputs.weight
+    acc = acc_dtype(call.dtype, call.teacher_dtype)
+    return Outputs(
+        hidden.new_empty(hidden.shape[:1] if call.reduction == "none" else (), dtype=acc),
+        hidden.new_empty(hidden.shape if call.hidden_grad else (0,)),
+        weight.new_empty(weight.shape if call.weight_grad else (0,), dtype=call.accumulate),
+        weight.new_empty(weight.shape[:1] if call.bias_grad else (0,), dtype=acc),
+    )
+
+
+def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The positions of the rows that are not ignored; None if that is all of them.
+
+    This waits for a GPU, once. While a CUDA graph is captured nothing may wait: all rows are kept
+    then, and the loss leaves the ignored ones out.
+    """
+    if labels is None or labels.is_floating_point():
+        return None
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    counted = (labels != ignore_index).nonzero().squeeze(1)
+    return None if counted.numel() == labels.numel() else counted
+
+
+class _Heads:
+    """The buffers of a call, and the steps of the loop."""
+
+    def __init__(self, inputs: Inputs, call: Call, out: Outputs, rows: int) -> None:
+        self.inputs, self.call, self.out, self.rows = inputs, call, out, rows
+        self.weight = inputs.weight.to(call.dtype)
+        self.bias = None if inputs.bias is None else inputs.bias.to(call.dtype)
+        shape = (min(call.chunk, rows), inputs.weight.shape[0])
+        device = inputs.hidden.device
+        self.logits = torch.empty(shape, dtype=call.dtype, device=device)
+        self.slope = None
+        if call.student_softcap is not None and call.grads:
+            self.slope = torch.empty_like(self.logits)
+        self.teacher_logits = self.teacher_weight = self.teacher_bias = None
+        if inputs.teacher_weight is not None:
+            self.teacher_weight = inputs.teacher_weight.to(call.teacher_dtype)
+            if inputs.teacher_bias is not None:
+                self.teacher_bias = inputs.teacher_bias.to(call.teacher_dtype)
+            self.teacher_logits = torch.empty(shape, dtype=call.teacher_dtype, device=device)
+
+    def student(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The student's logits, and what the soft cap multiplies their gradient by."""
+        call, rows = self.call, hidden.shape[0]
+        logits = products.logits_(
+            self.logits[:rows], hidden, self.weight, self.bias, call.student_scale
+        )
+        slope = None if self.slope is None else self.slope[:rows]
+        if call.student_softcap is not None:
+            soft_cap_(logits, call.student_softcap, slope)
+        return logits, slope
+
+    def teacher(self, part: Inputs) -> Tensor:
+        """The teacher's logits."""
+        if part.teacher_logits is not None:
+            return part.teacher_logits
+        assert part.teacher_hidden is not None
+        assert self.teacher_weight is not None and self.teacher_logits is not None
+        call = self.call
+        logits = products.logits_(
+            self.teacher_logits[: part.hidden.shape[0]],
+            part.teacher_hidden.to(call.teacher_dtype),
+            self.teacher_weight,
+            self.teacher_bias,
+            call.teacher_scale,
+        )
+        if call.teacher_softcap is not None:
+            soft_cap_(logits, call.teacher_softcap, None)
+        return logits
+
+    def loss(self, logits: Tensor, part: Inputs) -> tuple[Tensor, Tensor | None]:
+        """The loss of a chunk and, in its logits' memory where there are kernels for it, its
+        gradient."""
+        objective, teacher = objective_of(part, self.call), self.teacher(part)
+        if self.call.scales_late:
+            objective = objective._replace(reduction="sum", normalizer=None)
+        if not self.call.grads:
+            return _compute(logits, teacher, part.labels, objective, False), None
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            fused = ops.is_fused(logits, part.labels, objective)
+            value = _compute(leaf.view_as(leaf), teacher, part.labels, objective, fused)
+        (grad,) = torch.autograd.grad(value, leaf)
+        return value.detach(), grad
+
+    def drop_teacher(self) -> None:
+        """Gives back the teacher's buffer."""
+        self.teacher_logits = None
+
+    def add_gradients(self, grad: Tensor, part: Inputs, rows: slice | Tensor, first: bool) -> None:
+        """What a chunk's gradient says about its hidden states, the weight and the bias."""
+        call, out, scale = self.call, self.out, self.call.student_scale
+        factor = part.grad_rows
+        if call.hidden_grad:
+            direct = isinstance(rows, slice) and out.hidden.dtype == grad.dtype
+            into = out.hidden[rows] if direct else torch.empty_like(part.hidden, dtype=grad.dtype)
+            products.hidden_gradient_(into, grad, self.weight, scale)
+            if factor is not None:
+                into.mul_(factor.unsqueeze(1))
+            if not direct:
+                out.hidden[rows] = into.to(out.hidden.dtype)
+        if call.weight_grad:
+            hidden = part.hidden.to(call.dtype)
+            if factor is not None:
+                hidden = hidden * factor.unsqueeze(1).to(hidden.dtype)
+            products.add_weight_gradient_(out.weight, grad, hidden, scale, first)
+        if call.bias_grad:
+            factor = grad.new_ones(len(grad)) if factor is None else factor.to(grad.dtype)
+            products.add_weight_gradient_(
+                out.bias.unsqueeze(1), grad, factor.unsqueeze(1), scale, first
+            )
+
+
+def _compute(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, inplace: bool
+) -> Tensor:
+    return ops.compute(student, (teacher,), labels, objective, with_terms=False, inplace=inplace)
+
+
+def soft_cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
+    """logits = cap * tanh(logits / cap), and that function's derivative into ``slope``."""
+    logits.div_(cap)
+    if slope is not None:
+        # 1 / cosh^2: 1 - tanh^2 would lose what 16 bits leave of it.
+        torch.cosh(logits, out=slope).pow_(-2)
+    logits.tanh_().mul_(cap)
+
+
+def run(inputs: Inputs, call: Call) -> Outputs:
+    """The loss, and its gradients for a grad_output of 1.
+
+    With ``Call.scales_late`` the gradients lack the division by the denominator.
+    """
+    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
+        return _run(inputs, call)
+
+
+def _rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of what has any."""
+    values = {name: getattr(inputs, name) for name in _OF_ROWS}
+    return {
+        name: value[index] for name, value in values.items() if value is not None and value.dim()
+    }
+
+
+def _run(inputs: Inputs, call: Call) -> Outputs:
+    out = empty_outputs(inputs, call)
+    counted = counted_rows(inputs.labels, call.ignore_index)
+    rows = inputs.hidden.shape[0] if counted is None else counted.numel()
+    if counted is not None or rows == 0:
+        out.hidden.zero_()
+    if rows == 0:
+        out.weight.zero_()
+        out.bias.zero_()
+    if call.reduction != "none" or counted is not None or rows == 0:
+        out.loss.zero_()
+    if rows == 0:
+        return out
+    chunk = -(-rows // -(-rows // call.chunk))  # of equal size, now that the number is known
+    heads = _Heads(inputs, call._replace(chunk=chunk), out, rows)
+    for start in range(0, rows, chunk):
+        index: slice | Tensor = slice(start, min(rows, start + chunk))
+        if counted is not None:
+            index = counted[index]
+        part = inputs._replace(**_rows(inputs, index))
+        logits, slope = heads.student(part.hidden.to(call.dtype))
+        value, grad = heads.loss(logits, part)
+        if call.reduction == "none":
+            out.loss[index] = value
+        else:
+            out.loss.add_(value)
+        if grad is not None:
+            if chunk == rows:
+                heads.drop_teacher()
+            if slope is not None:
+                grad.mul_(slope)
+            heads.add_gradients(grad, part, index, start == 0)
+    if call.scales_late and inputs.denominator is not None:
+        out.loss.div_(inputs.denominator)
+    return out
+
+
+# ---- the same as an op, which torch.compile takes as it is
+
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
+
+
+def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whoever calls an op has switched off what the loss of a chunk is differentiated by."""
+    with contextlib.ExitStack() as stack:
+        for name in _AUTOGRAD_KEYS:
+            key = getattr(torch._C.DispatchKey, name)
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        return run(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
+
+
+def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
+
+
+_SCHEMA = (
+    "linear_loss(Tensor?[] inputs, float temperature, float? teacher_temperature, "
+    "float hard_weight, float soft_weight, int ignore_index, str reduction, "
+    "float label_smoothing, str divergence, float? mix, bool standardize, "
+    "float? student_softcap, float? teacher_softcap, float student_scale, float teacher_scale, "
+    "ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, SymInt chunk, "
+    "bool hidden_grad, bool weight_grad, bool bias_grad) "
+    "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
+)
+_library: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(_SCHEMA)
+_library.impl("linear_loss", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_library)
+
+
+def compiled(inputs: Inputs, call: Call) -> Outputs:
+    """:func:`run`, as an op."""
+    return Outputs(*torch.ops.fastkd.linear_loss(list(inputs), *call))

@@ -1,0 +1,89 @@
+"""The planner of linear_loss: which chunks, and what it says they cost."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import BF16, FP16, FP32, FP64
+
+from fastkd.chunks import MIB, plan
+
+HEADS = st.fixed_dictionaries(
+    {
+        "rows": st.integers(0, 20000),
+        "classes": st.integers(1, 200000),
+        "student_width": st.integers(1, 8192),
+        "dtype": st.sampled_from([FP64, FP32, BF16, FP16]),
+        "device": st.sampled_from(["cpu", "cuda"]),
+        "weight_grad": st.booleans(),
+        "logits_per_row": st.sampled_from([2.0, 3.0]),
+    }
+)
+
+
+@given(HEADS)
+def test_by_itself(sizes):
+    """Chunks cover the rows, and are no smaller than what makes products fast."""
+    chosen = plan(**sizes)
+    rows = sizes["rows"]
+    assert chosen.chunks * chosen.chunk >= rows
+    assert (chosen.chunks - 1) * chosen.chunk < max(1, rows)
+    assert chosen.chunk >= min(rows, 64)
+    assert chosen.peak_bytes >= chosen.logits_bytes or chosen.chunks <= 1
+
+
+@given(HEADS, st.integers(0, 4096))
+def test_keeps_to_max_workspace(sizes, mib):
+    """Or says what is too much; and it never takes smaller chunks than it has to."""
+    try:
+        chosen = plan(**sizes, max_workspace=mib * MIB)
+    except ValueError as error:
+        assert "max_workspace" in str(error)
+        smallest = plan(**sizes, chunk_size=1)
+        assert smallest.peak_bytes > mib * MIB
+        return
+    assert chosen.peak_bytes <= mib * MIB
+    if chosen.chunks > 1:
+        larger = plan(**sizes, chunk_size=-(-sizes["rows"] // (chosen.chunks - 1)) + 64)
+        assert larger.peak_bytes > mib * MIB
+
+
+# Shapes of Llama 3 and Qwen heads, and what a GPU of 80 GB is meant to spend on them beyond the
+# inputs, with the dtype that the gradient is summed in.
+TARGETS = [
+    ((4096, 128256, 2048), 2100, "auto"),
+    ((8192, 151936, 1024), 2300, "auto"),
+    ((4096, 128256, 2048), 1200, BF16),
+    ((8192, 151936, 1024), 1200, "auto"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "mib", "accumulate"), TARGETS, ids=str)
+def test_large_heads(sizes, mib, accumulate):
+    options = {"dtype": BF16, "device": "cuda", "accumulate_dtype": accumulate}
+    bound = None if mib > 2000 else mib * MIB
+    chosen = plan(*sizes, **options, max_workspace=bound)
+    assert chosen.peak_bytes <= mib * MIB
+    assert chosen.chunk >= 768
+
+
+def test_one_chunk_sums_nothing():
+    assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
+    assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
+    assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
+    # Scaled before it is rounded, since unscaled sums may be too large for it.
+    assert plan(512, 1000, 64, dtype=FP16).accumulate is FP32
+    assert plan(512, 1000, 64, dtype=BF16, weight_dtype=FP32).accumulate is FP32
+    assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64
+
+
+def test_says_what_it_chose():
+    text = str(plan(4096, 128256, 2048, dtype=BF16, device="cuda", chunk_size=1024))
+    assert "4 x 1024 of 4096 rows" in text and "501.0 MiB" in text and "float32" in text
+
+
+def test_no_room():
+    with pytest.raises(
+        ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
+    ):
+        plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)

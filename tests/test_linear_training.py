@@ -1,0 +1,244 @@
+"""linear_loss in what training puts around it: derivatives of derivatives, torch.compile,
+checkpointing, function transforms, several processes."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from support import BF16, FP16, FP32, FP64, name_of
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fastkd
+from fastkd import heads
+
+compiles = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+
+CALLS = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "soft cap, row temperatures": {"softcap": 5.0, "temperature": torch.linspace(1, 3, 21)},
+    "no kernel": {"divergence": "total_variation", "standardize": True},
+}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Model(nn.Module):
+    """A body, a head, and the loss at their end."""
+
+    def __init__(self, dtype=FP32, rows=21, classes=50, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 12), nn.Linear(12, classes)
+        self.criterion = fastkd.LinearKDLoss(chunk_size=8, **options)
+        self.teacher_weight = nn.Buffer(torch.randn(classes, 20))
+        self.to(dtype)
+        self.inputs = (
+            torch.randn(rows, 8, dtype=dtype),
+            torch.randn(rows, 20, dtype=dtype),
+            torch.randint(classes, (rows,)).masked_fill(torch.arange(rows) % 4 == 1, -100),
+        )
+
+    def forward(self, x, teacher_hidden, labels):
+        hidden = self.body(x).tanh()
+        return self.criterion(
+            hidden, self.head.weight, teacher_hidden, self.teacher_weight, labels,
+            student_bias=self.head.bias,
+        )  # fmt: skip
+
+
+def step(model, function=None):
+    """The loss, and the gradients of every parameter."""
+    model.zero_grad()
+    value = (model if function is None else function)(*model.inputs)
+    (value.sum() * 3).backward()
+    return [value.detach(), *(p.grad for p in model.parameters())]
+
+
+def assert_same_step(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_derivatives(options):
+    """First and second, by finite differences."""
+    torch.manual_seed(0)
+    options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    leaves = [torch.randn(s, dtype=FP64, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
+    teacher = [torch.randn(s, dtype=FP64) for s in ((5, 2), (4, 2))]
+    labels = torch.tensor([0, -100, 3, 1, 2])
+
+    def loss(x, w, b):
+        return fastkd.linear_loss(
+            x, w, *teacher, labels, student_bias=b, chunk_size=2, logit_scale=0.5, **options
+        )
+
+    assert gradcheck(loss, leaves)
+    assert gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name_of)
+def test_backward_twice(dtype):
+    """The first call gives its buffers away; the second makes new ones."""
+    model = Model(dtype)
+    value = model(*model.inputs)
+    first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(value, list(model.parameters()))
+    for one, copy, two in zip(first, kept, second, strict=True):
+        assert torch.equal(one, copy) and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_checkpointing(options, reentrant):
+    model = Model(**options)
+    model.inputs[0].requires_grad_()
+
+    def again(*inputs):
+        return checkpoint(model, *inputs, use_reentrant=reentrant)
+
+    assert_same_step(step(model, again), step(model))
+
+
+@compiles
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_compiled(options, fresh_compiler):
+    """In one graph, with the op and not what it stands for."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    model = Model(**options)
+    compiled = torch.compile(
+        model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
+    assert_same_step(step(model, compiled), step(model))
+    forward, backward = graphs
+    assert "fastkd.linear_loss.default" in forward
+    assert ("fastkd.linear_loss.default" in backward) == (options.get("reduction") == "none")
+
+
+@compiles
+def test_inductor(fresh_compiler):
+    """The default backend; in float16, where the gradients are scaled last."""
+    dtype = FP16
+    model = Model(dtype)
+    for one, other in zip(
+        step(model, torch.compile(model, fullgraph=True)), step(model), strict=True
+    ):
+        bound = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+
+
+@compiles
+def test_dynamic_rows(fresh_compiler):
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 9, 21):
+        inputs = [value[:rows] for value in model.inputs]
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction):
+    """torch's own checks of the op: schema, fake kernel, tracing."""
+    x, t, labels = Model().inputs
+    weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
+    inputs = heads.Inputs(x, weight, None, t, teacher_weight, None, None, labels, *(None,) * 7)
+    inputs = inputs._replace(denominator=torch.tensor(11.0))
+    grads = reduction == "mean"
+    call = heads.Call(
+        temperature=2.0, teacher_temperature=None, hard_weight=0.5, soft_weight=0.5,
+        ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
+        mix=None, standardize=False, student_softcap=None, teacher_softcap=None, student_scale=1.0,
+        teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32, chunk=8,
+        hidden_grad=grads, weight_grad=grads, bias_grad=False,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.fastkd.linear_loss.default,
+        (list(inputs), *call),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+def test_function_transforms():
+    model = Model(FP64)
+    x, t, labels = model.inputs
+    weight = model.head.weight.detach()[:, :8]
+
+    def loss(x, t, labels):
+        return fastkd.linear_loss(x, weight, t, model.teacher_weight, labels)
+
+    right = torch.autograd.grad(loss(x.requires_grad_(), t, labels), x)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach(), t, labels), right)
+    batch = [value[:20].unflatten(0, (4, 5)) for value in (x.detach(), t, labels)]
+    each = torch.stack([loss(*one) for one in zip(*batch, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(loss)(*batch), each)
+
+
+DISTRIBUTED = """
+    import sys, torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    sys.path.insert(0, {tests!r})
+    from test_linear_training import Model
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    store = "file://" + folder + "/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for name, wrap in (("ddp", torch.nn.parallel.DistributedDataParallel), ("fsdp", fully_shard)):
+        model = Model(rows=20, normalizer=15 / 2)  # the mean over both of what counts
+        inputs = [value[rank * 10 : rank * 10 + 10] for value in model.inputs]
+        wrapped = wrap(model)
+        wrapped(*inputs).backward()
+        grads = [p.grad.full_tensor() if name == "fsdp" else p.grad for p in model.parameters()]
+        if rank == 0:
+            torch.save(grads, folder + "/" + name + ".pt")
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    """Under DDP and FSDP the gradients are those of one process with all rows."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    model = Model(rows=20)
+    assert int((model.inputs[2] != -100).sum()) == 15
+    script = textwrap.dedent(DISTRIBUTED).format(tests=str(pathlib.Path(__file__).parent))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    assert not any(child.returncode for child in children), errors
+    model(*model.inputs).backward()
+    for name in ("ddp", "fsdp"):
+        for parameter, grad in zip(
+            model.parameters(), torch.load(tmp_path / f"{name}.pt"), strict=True
+        ):
+            torch.testing.assert_close(grad, parameter.grad)
