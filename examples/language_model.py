@@ -2,15 +2,17 @@
 
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/training.md]
 
-A teacher learns from the whole training text. Then the same small student is trained twice on a
-twentieth of it: alone, from the characters, and distilled, from the characters and the teacher's
-probabilities, by fastkd.linear_loss, which never keeps a batch's logits. First weights, batches,
+A teacher learns from the whole training text. Then the same small student is trained three times on
+a twentieth of it: alone, from the characters; distilled from the characters and the live teacher,
+by fastkd.linear_loss, which never keeps a batch's logits; and distilled from a cache of the
+teacher's 8 most probable characters at each place, by fastkd.topk_loss. First weights, batches,
 steps and optimizer are equal. What is compared is the loss on text that nobody has seen.
 """
 
 import argparse
 import pathlib
 import statistics
+import tempfile
 from collections.abc import Callable
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -18,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 
-LENGTH, BATCH = 64, 16
+LENGTH, BATCH, TOP_K = 64, 16, 8
 STUDENT_SHARE = 0.05  # of the training text
 
 
@@ -68,25 +71,31 @@ class LanguageModel(nn.Module):
 
 
 Loss = Callable[[LanguageModel, Tensor, Tensor], Tensor]
+"""Of a model, the numbers of some windows, ``(B,)``, and the windows, ``(B, LENGTH + 1)``."""
 
 
-def alone(model: LanguageModel, tokens: Tensor, labels: Tensor) -> Tensor:
+def windows_of(text: Tensor) -> Tensor:
+    """All windows of a text, one after the other, each with the character that comes next."""
+    return text[: (len(text) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+
+
+def alone(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
     """The next characters' cross entropy."""
-    return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def distilled(teacher: LanguageModel) -> Loss:
     """The next characters' cross entropy, and the divergence from the teacher."""
 
-    def loss(model: LanguageModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    def loss(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_hidden = teacher.hidden(tokens)
+            teacher_hidden = teacher.hidden(windows[:, :-1])
         return fastkd.linear_loss(
-            model.hidden(tokens),
+            model.hidden(windows[:, :-1]),
             model.head.weight,
             teacher_hidden,
             teacher.head.weight,
-            labels,
+            windows[:, 1:],
             student_bias=model.head.bias,
             teacher_bias=teacher.head.bias.detach(),
             temperature=1.0,
@@ -96,37 +105,63 @@ def distilled(teacher: LanguageModel) -> Loss:
     return loss
 
 
+def from_cache(cache: fastkd.teachers.TeacherCache) -> Loss:
+    """The same from a file: the teacher is not needed any more."""
+
+    def loss(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
+        indices, log_probs = cache.lookup(ids)
+        return fastkd.topk_loss(
+            model(windows[:, :-1]),
+            indices,
+            log_probs,
+            windows[:, 1:],
+            temperature=cache.temperature,
+            alpha=0.1,
+        )
+
+    return loss
+
+
 def train(model: LanguageModel, text: Tensor, loss_of: Loss, steps: int, seed: int) -> None:
     """On random windows of a text, by Adam with a rate that goes down to zero."""
     draw = torch.Generator().manual_seed(seed)
+    windows = windows_of(text)
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        starts = torch.randint(len(text) - LENGTH, (BATCH, 1), generator=draw)
-        windows = text[starts + torch.arange(LENGTH + 1)]
+        ids = torch.randint(len(windows), (BATCH,), generator=draw)
         optimizer.zero_grad()
-        loss_of(model, windows[:, :-1], windows[:, 1:]).backward()
+        loss_of(model, ids, windows[ids]).backward()
         optimizer.step()
         schedule.step()
 
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, text: Tensor) -> float:
-    """Nats for each character, on windows one after the other."""
-    windows = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
-    return alone(model, windows[:, :-1], windows[:, 1:]).item()
+    """Nats for each character."""
+    windows = windows_of(text)
+    return alone(model, torch.arange(len(windows)), windows).item()
 
 
-def experiment(seeds: int, steps: int) -> str:
-    """Trains all of them; the results as a Markdown table."""
+def experiment(seeds: int, steps: int, folder: str) -> str:
+    """Trains all of them, with a cache in a folder; the results as a Markdown table."""
     text = load()
     torch.manual_seed(0)
     teacher = LanguageModel(text.characters, 96)
     train(teacher, text.training, alone, steps, seed=0)
     teacher.eval()
-    losses: dict[str, list[float]] = {"student alone": [], "student distilled": []}
+    numbered = fastkd.teachers.WithIds(TensorDataset(windows_of(text.few)[:, :-1]))
+    cache = fastkd.teachers.precompute(
+        teacher, DataLoader(numbered, 64), folder, top_k=TOP_K, temperature=1.0, progress=False
+    )
+    ways = {
+        "student alone": alone,
+        "student distilled, linear_loss": distilled(teacher),
+        f"student distilled, cache of the top {TOP_K}": from_cache(cache),
+    }
+    losses: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(seeds):
-        for name, loss_of in zip(losses, (alone, distilled(teacher)), strict=True):
+        for name, loss_of in ways.items():
             torch.manual_seed(seed)
             student = LanguageModel(text.characters, 32)
             train(student, text.few, loss_of, steps, seed)
@@ -138,8 +173,15 @@ def experiment(seeds: int, steps: int) -> str:
         parameters = sum(parameter.numel() for parameter in size[name].parameters())
         each = ", ".join(f"{value:.3f}" for value in values)
         lines.append(f"| {name} | {parameters:,} | {statistics.mean(values):.3f} | {each} |")
-    wins = sum(d < a for a, d in zip(*losses.values(), strict=True))
-    lines += ["", f"After {steps} steps each, distilled beats alone in {wins} of {seeds} seeds."]
+    wins = [
+        sum(d < a for a, d in zip(losses["student alone"], values, strict=True))
+        for values in list(losses.values())[1:]
+    ]
+    lines += [
+        "",
+        f"After {steps} steps each, distilled beats alone in {wins[0]} of {seeds} seeds by "
+        f"linear_loss, and in {wins[1]} from the cache.",
+    ]
     return "\n".join(lines)
 
 
@@ -151,7 +193,8 @@ def main() -> None:
     parser.add_argument("--write", type=pathlib.Path, help="a file, between its markers")
     options = parser.parse_args()
     torch.set_num_threads(1)  # models this small gain little from a second one
-    table = experiment(options.seeds, options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        table = experiment(options.seeds, options.steps, folder)
     print(table)
     if options.write:
         begin, end = (f"<!-- language_model:{edge} -->" for edge in ("begin", "end"))

@@ -226,6 +226,38 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
         trainer_of(network(), cache, hints=[fastkd.Hint("0", "0")])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
+    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
+    labels = labels.masked_fill(torch.arange(64) % 5 == 0, -100) if masked else labels
+    data = fastkd.teachers.WithIds(TensorDataset(inputs, labels))
+    loader = DataLoader(data, 32)
+    cache = fastkd.teachers.precompute(
+        teacher, loader, tmp_path, top_k=4, temperature=3.0, dtype=torch.float32, progress=False
+    )
+    other = copy.deepcopy(student)
+    log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(4)
+    loss = fastkd.topk_loss(other(inputs), indices, log_probs.float(), labels, **LOSS)
+    loss.backward()
+    torch.optim.SGD(other.parameters(), 0.5).step()
+    (step,) = trainer_of(student, cache, accumulate=2).steps(loader)
+    assert float(step.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(0.3 * step.hard + 0.7 * 9 * step.soft) == pytest.approx(float(step.loss), rel=1e-6)
+    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    found, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
+    assert (found.hard, found.agreement) == (
+        pytest.approx(live.hard),
+        pytest.approx(live.agreement),
+    )
+    for options, words in (
+        ({"temperature": 2.0}, "the temperature at which it was written, 3; got temperature=2.0"),
+        ({"temperature": 3.0, "divergence": "jsd"}, "top 4 classes serves no divergence"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer_of(student, cache, loss=fastkd.KDLoss(**options))
+
+
 def test_the_teacher_is_frozen_and_keeps_its_dtype():
     student, teacher = network(dtype=torch.float32), network(24, 1, torch.bfloat16)
     seen = []

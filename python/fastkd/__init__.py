@@ -16,6 +16,7 @@ from fastkd.linear import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.reports import Report, report
+from fastkd.sparse import topk_loss
 from fastkd.trainer import Evaluation, Step, Trainer
 from fastkd.verify import Verification, verify
 
@@ -38,5 +39,6 @@ __all__ = [
     "report",
     "teachers",
     "terms",
+    "topk_loss",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, hints, losses
+from fastkd import batches, hints, losses, sparse
 from fastkd.reference import Terms
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -25,6 +26,7 @@ class Cache(Protocol):
     """What is asked of an offline teacher; :class:`fastkd.teachers.TeacherCache` is one."""
 
     temperature: float
+    top_k: int | None
 
     def lookup(self, ids: Tensor) -> Any:
         """Log-probabilities ``(B, ..., C)`` of samples, or a pair ``(indices, log_probs)``."""
@@ -107,9 +109,13 @@ class Cached:
 
     features = contextlib.nullcontext()
 
-    def __init__(self, cache: Cache, home: torch.device) -> None:
+    def __init__(self, cache: Cache, loss: losses.KDLoss, home: torch.device) -> None:
         """``home``: where the student wants the answers."""
         self._cache, self._home = cache, home
+        if cache.top_k is not None:
+            _check_topk(cache, loss)
+        elif loss.options.get("teacher_form", "logits") != "logits":
+            raise ValueError("loss: what form a cache has, it knows; leave out teacher_form")
 
     def answer(self, batch: Any) -> Any:
         """What the cache has for these samples."""
@@ -130,6 +136,20 @@ class Cached:
 
 
 Teacher = Modules | Cached
+
+
+def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
+    """Whether :func:`fastkd.topk_loss` can do what is asked of it."""
+    accepted = inspect.signature(sparse.topk_loss).parameters
+    for name in loss.options:
+        if name not in accepted:
+            raise ValueError(f"loss: a cache of the top {cache.top_k} classes serves no {name}")
+    temperature = loss.options.get("temperature", losses.DEFAULTS["temperature"])
+    if temperature != cache.temperature:
+        raise ValueError(
+            f"loss: a cache of the top {cache.top_k} classes serves the temperature at which it "
+            f"was written, {cache.temperature:g}; got temperature={temperature}"
+        )
 
 
 class Values(NamedTuple):
@@ -180,6 +200,8 @@ class StudentLoss(nn.Module):
     def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """The distillation loss and its terms."""
         given = {**self.loss._options(targets), **options}
+        if isinstance(teacher, tuple):
+            return topk_terms(logits, teacher, targets, given)
         return losses.terms(logits, teacher, targets, **given)
 
     def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Tensor:
@@ -218,3 +240,41 @@ class StudentLoss(nn.Module):
 def rows_of(logits: Tensor, dim: int) -> int:
     """The number of rows."""
     return logits.numel() // logits.shape[dim]
+
+
+def topk_terms(
+    logits: Tensor,
+    lists: tuple[Tensor, Tensor],
+    targets: Tensor | None,
+    options: dict[str, Any],
+) -> Terms:
+    """:func:`fastkd.topk_loss` and its terms; the entropies are not known, hence NaN.
+
+    The terms are read from the logits once more each, which is little beside a model's passes.
+    """
+    indices, log_probs = lists
+
+    def loss(**weights: Any) -> Tensor:
+        return sparse.topk_loss(logits, *lists, targets, **{**options, **weights})
+
+    def default(name: str) -> Any:
+        return options.get(name, losses.DEFAULTS[name])
+
+    total = loss()
+    hard = torch.zeros_like(total)
+    with torch.no_grad():
+        soft_weight = 1 / default("temperature") ** 2
+        if targets is None:
+            soft = loss(soft_weight=soft_weight)
+        else:
+            hard = loss(alpha=None, hard_weight=1.0, soft_weight=0.0)
+            soft = loss(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
+        best = indices.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+        agrees = logits.argmax(-1) == best
+        if targets is not None:
+            agrees &= targets != default("ignore_index")
+        agreement = agrees.sum().to(total.dtype)
+        if default("reduction") == "mean":
+            agreement = agreement / options["normalizer"]
+    unknown = torch.full_like(hard, math.nan)
+    return Terms(total, hard, soft, unknown, unknown, agreement)

@@ -167,7 +167,7 @@ class Trainer:
         if isinstance(teacher, teaching.Cache):
             if hints:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
-            self._teacher = teaching.Cached(teacher, home)
+            self._teacher = teaching.Cached(teacher, loss, home)
         else:
             away, names = torch.device(teacher_device or home), [hint.teacher for hint in hints]
             self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
