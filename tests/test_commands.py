@@ -198,6 +198,16 @@ def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
     assert "train: with teacher.cache it must be a data set" in error
 
 
+def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
+    """All ten of them, at the default temperature, so what differs is float16 alone."""
+    arguments = (monkeypatch, "distill", "--config", given, "--set", "loss={alpha: 0.1}")
+    run(*arguments, "--output", given.parent / "live")
+    cache = given.parent / "cache"
+    run(*arguments, "--set", f"teacher.cache={cache}", "--set", "teacher.top_k=10")
+    for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+
+
 def test_a_factory_may_return_a_loader(given, monkeypatch):
     name = next(given.parent.glob("parts_*.py")).stem
     run(monkeypatch, "distill", "--config", given, "--set", f"train={name}:batches")

@@ -145,7 +145,6 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(fastkd, "topk_loss"), reason="this build has no topk_loss")
 def test_a_top_k_cache_is_what_topk_loss_takes(tmp_path):
     """With all classes in it, the loss is that of the teacher; padding counts nothing."""
     cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from fastkd import extras, teachers
+from fastkd import extras, losses, teachers
 from fastkd.commands import config
 from fastkd.trainer import Trainer
 
@@ -126,7 +126,8 @@ def _teacher_and_data(chosen: dict[str, Any], loss: dict[str, Any]) -> tuple[Any
                 f"{name}: with teacher.cache it must be a data set, not a DataLoader, so that "
                 "samples can be given ids"
             )
-    temperature = float(loss.get("teacher_temperature") or loss["temperature"])
+    options = {**losses.DEFAULTS, **loss}
+    temperature = float(options["teacher_temperature"] or options["temperature"])
     whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
     if live is not None:
         cache = teachers.precompute(
