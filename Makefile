@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 KERNEL_BUILD := build/kernels
 CUDA_BUILD := build/cuda
 
-.PHONY: help install peers demo test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.PHONY: help install peers demo examples test kernel-test bench lint fmt types cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,7 +22,7 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench,test,dev]"
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,examples,demo,bench,test,dev]"
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
@@ -42,6 +42,10 @@ kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch o
 	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=OFF -DFASTKD_WERROR=ON > $(KERNEL_BUILD).log || (cat $(KERNEL_BUILD).log; false)
 	@$(VENV)/bin/cmake --build $(KERNEL_BUILD)
 	$(VENV)/bin/ctest --test-dir $(KERNEL_BUILD) --output-on-failure
+
+examples: $(VENV)/installed  ## run every script and notebook in examples/, in full
+	for script in $$(grep -l "__main__" examples/*.py); do echo "== $$script"; $(RUN) $$script || exit 1; done
+	$(RUN) -m pytest tests/test_examples.py -k notebook
 
 bench: $(VENV)/installed  ## measure fastkd against what you would use instead
 	$(RUN) -m benchmarks

@@ -21,9 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [
     "fastkd",
     *(
-        m.name
-        for m in pkgutil.walk_packages(fastkd.__path__, "fastkd.")
-        if not m.name.rpartition(".")[2].startswith("_")
+        module.name
+        for module in pkgutil.walk_packages(fastkd.__path__, "fastkd.")
+        if not module.name.rpartition(".")[2].startswith("_")
     ),
 ]
 

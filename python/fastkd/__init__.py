@@ -8,19 +8,28 @@
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
+from fastkd import teachers
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.explain import explain
+from fastkd.hints import Hint
 from fastkd.linear import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.reports import Report, report
 from fastkd.sparse import topk_loss
+from fastkd.trainer import Evaluation, Step, Trainer
 from fastkd.verify import Verification, verify
 
 __all__ = [
+    "Evaluation",
+    "Hint",
     "KDLoss",
     "LinearKDLoss",
+    "Report",
+    "Step",
     "Terms",
+    "Trainer",
     "Verification",
     "__version__",
     "check_inputs",
@@ -29,6 +38,8 @@ __all__ = [
     "explain",
     "linear_loss",
     "loss",
+    "report",
+    "teachers",
     "terms",
     "topk_loss",
     "verify",

@@ -1,4 +1,4 @@
-"""``python -m fastkd info``: what a bug report needs."""
+"""``python -m fastkd``: what a bug report needs, and training and reports without a script."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import fastkd
 from fastkd import _C
+from fastkd.commands import config, distill, report
 
 
 def info() -> dict[str, str]:
@@ -33,16 +34,30 @@ def info() -> dict[str, str]:
     return facts
 
 
-def main() -> None:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastkd", description=fastkd.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print versions, kernels and threads: what a bug report needs")
-    parser.parse_args()
+def _print_info(_: argparse.Namespace) -> None:
     facts = info()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def main() -> None:
+    """Parses the command line, and runs what it names."""
+    parser = argparse.ArgumentParser(prog="python -m fastkd", description=fastkd.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "info", help="print versions, kernels and threads: what a bug report needs"
+    )
+    command.set_defaults(run=_print_info)
+    distill.add(commands)
+    report.add(commands)
+    arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except (config.ConfigError, ImportError) as error:
+        if isinstance(error, ImportError) and "fastkd[" not in str(error):
+            raise
+        parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""What a loader's batch is: the one place that trainer, teacher's cache and report ask.
+
+A batch is one of
+
+- ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
+- ``(inputs, labels, ids)``, where ids are the samples' numbers in a teacher's cache: a
+  :class:`Labelled`, or any tuple of that form;
+- an :class:`Unlabelled`, ``(inputs, ids)``;
+- a mapping with ``"labels"`` and ``"ids"`` (both optional), all else being keyword arguments of the
+  models, as in Hugging Face's libraries.
+
+:class:`WithIds` adds the ids to a dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Labelled(NamedTuple):
+    """A sample, or a batch of them, as :class:`WithIds` gives it. ``default_collate`` keeps it."""
+
+    inputs: Any
+    labels: Any
+    ids: Any
+
+
+class Unlabelled(NamedTuple):
+    """A sample without labels, or a batch of them, as :class:`WithIds` gives it."""
+
+    inputs: Any
+    ids: Any
+
+
+class Batch(NamedTuple):
+    """A batch taken apart by :func:`split`."""
+
+    inputs: Any
+    """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
+    labels: Tensor | None
+    ids: Tensor | None
+    """``(B,)`` int64."""
+
+
+class WithIds(Dataset[Any]):
+    """A map-style dataset whose samples also carry their position in it, as their id.
+
+    ``(x, y)`` becomes ``Labelled(x, y, i)``; ``x`` or ``(x,)`` becomes ``Unlabelled(x, i)``; a
+    mapping gets the key ``"ids"``. Wrap the whole dataset first and take subsets of that, so that a
+    sample keeps its id whatever part of the data a run uses.
+
+    Raises:
+        TypeError: for a dataset without ``__len__`` and ``__getitem__`` (an iterable one has no
+            positions; let its samples carry ids of their own), or for a sample of another form.
+
+    Example:
+        >>> import torch, fastkd
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]))
+        >>> batch = next(iter(DataLoader(fastkd.teachers.WithIds(data), batch_size=3)))
+        >>> batch.labels, batch.ids
+        (tensor([0, 1, 1]), tensor([0, 1, 2]))
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        """Wraps ``dataset``."""
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                "dataset must be map-style, with __len__ and __getitem__; got "
+                f"{type(dataset).__name__}. Samples of an iterable dataset have no position: yield "
+                "(inputs, labels, id) from it yourself"
+            )
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """As many as the dataset has."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """The sample, with its id."""
+        index = range(len(self))[index]
+        item = self.dataset[index]
+        if isinstance(item, Mapping):
+            return {**item, "ids": index}
+        if not isinstance(item, (tuple, list)):
+            return Unlabelled(item, index)
+        if len(item) == 1:
+            return Unlabelled(item[0], index)
+        if len(item) == 2:
+            return Labelled(item[0], item[1], index)
+        raise TypeError(
+            "a sample must be x, (x,), (x, y) or a mapping, to be given an id; got "
+            f"{len(item)} values. Make x a tuple, or the sample a mapping"
+        )
+
+
+def split(batch: Any) -> Batch:
+    """A loader's batch, taken apart; see this module's head for what is accepted.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for ids that are not a ``(B,)`` integer tensor.
+
+    Example:
+        >>> import torch
+        >>> from fastkd import batches
+        >>> batches.split((torch.zeros(2, 3), torch.tensor([0, 1]))).labels
+        tensor([0, 1])
+    """
+    if isinstance(batch, Tensor):
+        return Batch(batch, None, None)
+    if isinstance(batch, Mapping):
+        rest = {key: value for key, value in batch.items() if key not in ("labels", "ids")}
+        return Batch(rest, batch.get("labels"), _ids(batch.get("ids")))
+    if isinstance(batch, Unlabelled):
+        return Batch(batch.inputs, None, _ids(batch.ids))
+    if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3:
+        inputs, labels, ids = (*batch, None, None)[:3]
+        return Batch(inputs, labels, _ids(ids))
+    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+    raise TypeError(
+        "a batch must be a tensor, (inputs, labels), (inputs, labels, ids) or a mapping; got "
+        f"{type(batch).__name__}{size}"
+    )
+
+
+def _ids(ids: Any) -> Tensor | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point:
+        what = (
+            f"{ids.dtype} of shape {tuple(ids.shape)}"
+            if isinstance(ids, Tensor)
+            else type(ids).__name__
+        )
+        raise ValueError(f"a batch's ids must be an integer tensor of shape (B,); got {what}")
+    return ids.long()
+
+
+def logits(model: nn.Module, inputs: Any) -> Tensor:
+    """What ``model`` says to a batch's inputs: its output, or that output's ``logits``.
+
+    A mapping is passed as keyword arguments, a tuple or list as positional ones.
+
+    Raises:
+        TypeError: if the output is neither a tensor nor has a tensor ``logits``.
+    """
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    found = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} must return logits as a tensor, or an output with .logits; "
+            f"got {type(output).__name__}"
+        )
+    return found
+
+
+def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """``value`` with every tensor in it on ``device``, and floating-point ones as ``dtype``.
+
+    Tuples and mappings are gone through.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to(item, device, dtype) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(item, device, dtype) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode and without gradients; each submodule's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter or buffer is; the CPU if it has none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """In which its parameters are, if it has floating-point ones."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

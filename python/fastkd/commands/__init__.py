@@ -1,0 +1,1 @@
+"""The command line, ``python -m fastkd``: what each command takes and does."""

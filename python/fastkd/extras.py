@@ -1,0 +1,23 @@
+"""Packages beyond torch, loaded where needed, so that ``import fastkd`` needs torch alone."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load(module: str, extra: str) -> Any:
+    """The module of that name.
+
+    Raises:
+        ImportError: if it is not installed; the message names the extra of fastkd that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:
+            raise  # installed, but broken: its own message says more
+        raise ImportError(
+            f"this needs {package}, which is not installed: pip install 'fastkd[{extra}]'"
+        ) from None

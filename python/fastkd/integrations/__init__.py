@@ -1,0 +1,1 @@
+"""fastkd in the training loops of other libraries, each in a module of its own."""

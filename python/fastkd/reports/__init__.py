@@ -1,0 +1,200 @@
+"""What distillation brought: size, speed, accuracy and calibration of a teacher and its students.
+
+:func:`report` measures, and the :class:`Report` it returns is a table in the terminal, Markdown,
+JSON, and one page of HTML that needs nothing else. Needs ``pip install fastkd[report]``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastkd.reports import page, plots, tables
+from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
+
+
+class Model(NamedTuple):
+    """What was measured of one model."""
+
+    name: str
+    size: Size
+    answers: Answers
+    latency: dict[str, dict[int, Latency]]
+    """By device, then by batch size."""
+
+
+class Report(NamedTuple):
+    """The models, the teacher first. ``print`` shows it; ``save`` writes it in every form."""
+
+    title: str
+    models: tuple[Model, ...]
+    environment: dict[str, str]
+
+    def __str__(self) -> str:
+        """A table for the terminal."""
+        return tables.terminal(self)
+
+    def markdown(self) -> str:
+        """A Markdown document; it shows ``reliability.png`` and ``tradeoff.png`` beside it."""
+        return tables.markdown(self)
+
+    def json(self) -> str:
+        """Everything that was measured; seconds, bytes, shares from 0 to 1, nats."""
+        models = [
+            {
+                "name": model.name,
+                **model.size._asdict(),
+                **model.answers._asdict(),
+                "bins": [row._asdict() for row in model.answers.bins],
+                "latency": {
+                    device: {batch: times._asdict() for batch, times in by_batch.items()}
+                    for device, by_batch in model.latency.items()
+                },
+            }
+            for model in self.models
+        ]
+        found = {"title": self.title, "environment": self.environment, "models": models}
+        return json.dumps(found, indent=2, allow_nan=False)
+
+    def html(self) -> str:
+        """One page with its pictures inside; opening it requests nothing from anywhere."""
+        return page.html(self)
+
+    def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Writes ``report.html``, ``report.md``, ``report.json`` and the pictures; the folder."""
+        folder = pathlib.Path(folder)
+        pictures = {name: plots.png(figure) for name, figure in plots.figures(self).items()}
+        texts = {
+            "report.html": self.html(),
+            "report.md": self.markdown(),
+            "report.json": self.json() + "\n",
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in pictures.items():
+            (folder / f"{name}.png").write_bytes(data)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return folder
+
+
+def report(
+    teacher: nn.Module,
+    students: nn.Module | Mapping[str, nn.Module],
+    loader: Iterable[Any],
+    *,
+    title: str = "Distillation report",
+    devices: Sequence[str | torch.device] | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    seconds: float = 1.0,
+    ignore_index: int = -100,
+    dim: int = -1,
+    show: bool = True,
+) -> Report:
+    """Measures a teacher and its students on the same data: is the student worth deploying?
+
+    - **Size**: parameters, and bytes of the weights in a safetensors file.
+    - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
+      interval, cross entropy in nats, agreement (the share of rows on which the model's most
+      probable class is the teacher's) and the expected calibration error,
+      ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
+      "On Calibration of Modern Neural Networks", 2017). Models answer where they are.
+    - **Latency** of a forward pass on each device, on inputs of the loader: median and 95th
+      percentile. Models take turns, in bursts, so that what changes meanwhile meets all of them.
+      Throughput is the largest batch over its median.
+
+    Nothing is changed: models are run in evaluation mode without gradients, put back, and copied to
+    devices where they are not.
+
+    Args:
+        teacher: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
+        students: one module, or several by name, such as ``{"alone": a, "distilled": b}``.
+        loader: held-out batches, as :mod:`fastkd.batches` has them, with labels ``(B, ...)`` or
+            without (then accuracy, cross entropy and calibration are left out).
+        title: heading.
+        devices: where to measure latency. Default: the CPU, and the GPU if there is one.
+        batch_sizes: of the latency. Default 1 and 32.
+        seconds: of timing for each model, device and batch size. Default 1.
+        ignore_index: rows with this label are left out. Default -100.
+        dim: of the classes in the logits. Default -1.
+        show: print the table.
+
+    Raises:
+        ValueError: for a loader without rows, models whose logits differ in shape, labels that do
+            not fit them, a student named ``teacher``, or
+            logits or a cross entropy that are not finite.
+
+    Example:
+        >>> import torch, fastkd
+        >>> data = [(torch.randn(64, 16), torch.randint(4, (64,)))]
+        >>> found = fastkd.report(
+        ...     torch.nn.Linear(16, 4), torch.nn.Linear(16, 4), data, seconds=0.01, show=False
+        ... )
+        >>> [model.name for model in found.models]
+        ['teacher', 'student']
+    """
+    named = {"student": students} if isinstance(students, nn.Module) else dict(students)
+    if "teacher" in named:
+        raise ValueError("students: no student may be named 'teacher'")
+    if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
+        raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
+    models = {"teacher": teacher, **named}
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name} must be a module; got {type(model).__name__}")
+    if devices is None:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    places = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    found, sample = answers(models, loader, ignore_index, dim, max(batch_sizes))
+    times = {
+        str(place): latencies(models, sample, place, tuple(batch_sizes), seconds)
+        for place in places
+    }
+    result = Report(
+        title,
+        tuple(
+            Model(
+                name,
+                size(model),
+                found[name],
+                {place: by_name[name] for place, by_name in times.items()},
+            )
+            for name, model in models.items()
+        ),
+        environment(places),
+    )
+    if show:
+        tables.show(result)
+    return result
+
+
+def environment(devices: Sequence[torch.device]) -> dict[str, str]:
+    """What the numbers depend on besides the models."""
+    import fastkd
+
+    found = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
+        "CPU": f"{_processor()}, {torch.get_num_threads()} threads",
+    }
+    for device in devices:
+        if device.type == "cuda":
+            found[f"GPU ({device})"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,280 @@
+"""What a trainer minimises: the teacher's side of a batch, and the student with its loss."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import batches, hints, losses, sparse
+from fastkd.reference import Terms
+
+Forward = Callable[[nn.Module, Any], Tensor]
+"""``forward(model, batch)``: logits."""
+Labels = Callable[[Any], "Tensor | None"]
+"""``labels(batch)``: a label for each row of the logits."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What is asked of an offline teacher; :class:`fastkd.teachers.TeacherCache` is one."""
+
+    temperature: float
+    top_k: int | None
+
+    def lookup(self, ids: Tensor) -> Any:
+        """Log-probabilities ``(B, ..., C)`` of samples, or a pair ``(indices, log_probs)``."""
+
+
+def forward(model: nn.Module, batch: Any) -> Tensor:
+    """Logits for a batch of one of the forms of :mod:`fastkd.batches`."""
+    return batches.logits(model, batches.split(batch).inputs)
+
+
+def labels(batch: Any) -> Tensor | None:
+    """Its labels, if it has any."""
+    return batches.split(batch).labels
+
+
+class Lesson(NamedTuple):
+    """What the teacher says to a batch."""
+
+    logits: Any  # (..., C), or a list of them, or (indices, log_probs)
+    features: list[Tensor]
+
+
+class Modules:
+    """One teacher or several: frozen, in evaluation mode, where and in the dtype that they are."""
+
+    def __init__(
+        self,
+        teacher: nn.Module | Sequence[nn.Module],
+        student: nn.Module,
+        forward: Forward,
+        device: torch.device,
+        home: torch.device,
+        names: Sequence[str],
+    ) -> None:
+        """``device``: where the teachers run; ``home``: where the student wants the answers."""
+        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        if not teachers or not all(isinstance(item, nn.Module) for item in teachers):
+            raise TypeError(
+                "teacher must be a module, a sequence of modules or a TeacherCache; got "
+                f"[{', '.join(type(item).__name__ for item in teachers)}]"
+            )
+        own = {parameter: name for name, parameter in student.named_parameters()}
+        for parameter in itertools.chain.from_iterable(item.parameters() for item in teachers):
+            if parameter in own:
+                raise ValueError(
+                    "teacher is frozen, but the student shares its parameter "
+                    f"{own[parameter]!r}; give a copy.deepcopy of the teacher"
+                )
+        root = teachers[0] if len(teachers) == 1 else nn.ModuleList(teachers)
+        self.features = hints.Features(root, names, "teacher")
+        root.requires_grad_(False).eval().to(device)
+        self._teachers, self._forward, self._device, self._home = teachers, forward, device, home
+        self._names = names
+
+    @torch.no_grad()
+    def answer(self, batch: Any) -> Any:
+        """The logits of the one, or a list of those of each."""
+        answers = [
+            self._forward(teacher, batches.to(batch, self._device, dtype_of(teacher))).to(
+                self._home
+            )
+            for teacher in self._teachers
+        ]
+        return answers[0] if len(answers) == 1 else answers
+
+    def __call__(self, batch: Any) -> Lesson:
+        """The same, and the features that hints want."""
+        answer = self.answer(batch)
+        features = [f.to(self._home) for f in self.features.take()] if self._names else []
+        return Lesson(answer, features)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """In which its parameters are, if it has floating-point ones."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+class Cached:
+    """An offline teacher, asked by the batch's ids."""
+
+    features = contextlib.nullcontext()
+
+    def __init__(self, cache: Cache, loss: losses.KDLoss, home: torch.device) -> None:
+        """``home``: where the student wants the answers."""
+        self._cache, self._home = cache, home
+        if cache.top_k is not None:
+            _check_topk(cache, loss)
+        elif loss.options.get("teacher_form", "logits") != "logits":
+            raise ValueError("loss: what form a cache has, it knows; leave out teacher_form")
+
+    def answer(self, batch: Any) -> Any:
+        """What the cache has for these samples."""
+        ids = batches.split(batch).ids
+        if ids is None:
+            raise ValueError(
+                "a cached teacher is asked by sample ids, and this batch has none: wrap the "
+                "dataset in fastkd.teachers.WithIds"
+            )
+        found = batches.to(self._cache.lookup(ids), self._home)
+        if isinstance(found, Tensor):  # the teacher's logits, up to a constant in each row
+            found = found.float() * self._cache.temperature
+        return found
+
+    def __call__(self, batch: Any) -> Lesson:
+        """The same; there are no features."""
+        return Lesson(self.answer(batch), [])
+
+
+Teacher = Modules | Cached
+
+
+def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
+    """Whether :func:`fastkd.topk_loss` can do what is asked of it."""
+    accepted = inspect.signature(sparse.topk_loss).parameters
+    for name in loss.options:
+        if name not in accepted:
+            raise ValueError(f"loss: a cache of the top {cache.top_k} classes serves no {name}")
+    temperature = loss.options.get("temperature", losses.DEFAULTS["temperature"])
+    if temperature != cache.temperature:
+        raise ValueError(
+            f"loss: a cache of the top {cache.top_k} classes serves the temperature at which it "
+            f"was written, {cache.temperature:g}; got temperature={temperature}"
+        )
+
+
+class Values(NamedTuple):
+    """What one forward pass gives: 0-d tensors, of which the loss alone carries a gradient."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    agreement: Tensor
+    hint: Tensor
+
+
+class StudentLoss(nn.Module):
+    """The student and the loss as one module, so that no logits leave what Accelerate wraps.
+
+    It would convert them to float32, and DistributedDataParallel has to see the hints' projections.
+    """
+
+    def __init__(
+        self, student: nn.Module, loss: losses.KDLoss, forward: Forward, labels: Labels
+    ) -> None:
+        """``self.hints`` is set once the widths of the features are known."""
+        super().__init__()
+        self.student, self.loss = student, loss
+        self.hints: hints.HintLoss | None = None
+        self.features: hints.Features | None = None
+        self._forward, self._labels = forward, labels
+
+    def forward(self, batch: Any, lesson: Lesson, rows: Tensor, samples: Tensor) -> Values:
+        """``rows`` and ``samples``: what sums over the batch's rows and samples are divided by.
+
+        Without labels ``rows`` counts samples too: each then weighs the same, and each of its rows.
+        """
+        logits = self.forward_student(batch)
+        targets = self._labels(batch)
+        if targets is None:
+            rows = rows * rows_of(logits, self.dim) / len(logits)
+        terms = self.terms(logits, lesson.logits, targets, normalizer=rows)
+        hint = torch.zeros_like(terms.loss)
+        if self.hints is not None and self.features is not None:
+            hint = self.hints(self.features.take(), lesson.features).sum() / samples
+        return Values(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
+
+    def forward_student(self, batch: Any) -> Tensor:
+        """The student's logits."""
+        return self._forward(self.student, batch)
+
+    def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
+        """The distillation loss and its terms."""
+        given = {**self.loss._options(targets), **options}
+        if isinstance(teacher, tuple):
+            return topk_terms(logits, teacher, targets, given)
+        return losses.terms(logits, teacher, targets, **given)
+
+    def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Tensor:
+        """``(6,)``: sums over rows of loss, hard, soft, agreement, hits; and the rows."""
+        logits = self._forward(model, batch)
+        targets = self._labels(batch)
+        terms = self.terms(logits, teacher, targets, reduction="sum", normalizer=None)
+        if targets is None:
+            hits = torch.full((), math.nan, device=logits.device)
+            rows = torch.tensor(rows_of(logits, self.dim), device=logits.device)
+        else:
+            rows = self.valid_rows(targets)
+            if targets.is_floating_point():
+                targets = targets.argmax(self.dim)
+            hits = (logits.argmax(self.dim) == targets).sum()
+        parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows)
+        return torch.stack([part.double() for part in parts])
+
+    def _option(self, name: str) -> Any:
+        return self.loss.options.get(name, losses.DEFAULTS[name])
+
+    @property
+    def dim(self) -> int:
+        """That of the classes."""
+        return int(self._option("dim"))
+
+    def valid_rows(self, targets: Tensor) -> Tensor:
+        """How many rows a batch's labels do not ignore, 0-d int64."""
+        if targets.is_floating_point():  # probabilities
+            return torch.tensor(rows_of(targets, self.dim), device=targets.device)
+        ignored: int = self._option("ignore_index")
+        counted: Tensor = (targets != ignored).sum()
+        return counted
+
+
+def rows_of(logits: Tensor, dim: int) -> int:
+    """The number of rows."""
+    return logits.numel() // logits.shape[dim]
+
+
+def topk_terms(
+    logits: Tensor,
+    lists: tuple[Tensor, Tensor],
+    targets: Tensor | None,
+    options: dict[str, Any],
+) -> Terms:
+    """:func:`fastkd.topk_loss` and its terms; the entropies are not known, hence NaN.
+
+    The terms are read from the logits once more each, which is little beside a model's passes.
+    """
+    indices, log_probs = lists
+
+    def loss(**weights: Any) -> Tensor:
+        return sparse.topk_loss(logits, *lists, targets, **{**options, **weights})
+
+    def default(name: str) -> Any:
+        return options.get(name, losses.DEFAULTS[name])
+
+    total = loss()
+    hard = torch.zeros_like(total)
+    with torch.no_grad():
+        soft_weight = 1 / default("temperature") ** 2
+        if targets is None:
+            soft = loss(soft_weight=soft_weight)
+        else:
+            hard = loss(alpha=None, hard_weight=1.0, soft_weight=0.0)
+            soft = loss(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
+        best = indices.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+        agrees = logits.argmax(-1) == best
+        if targets is not None:
+            agrees &= targets != default("ignore_index")
+        agreement = agrees.sum().to(total.dtype)
+        if default("reduction") == "mean":
+            agreement = agreement / options["normalizer"]
+    unknown = torch.full_like(hard, math.nan)
+    return Terms(total, hard, soft, unknown, unknown, agreement)

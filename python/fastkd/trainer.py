@@ -1,0 +1,475 @@
+"""A training loop for distillation, on Hugging Face Accelerate: ``pip install fastkd[train]``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader
+
+from fastkd import batches, checkpointing, checks, extras, teaching
+from fastkd.hints import Features, Hint, HintLoss, widths
+from fastkd.losses import KDLoss
+from fastkd.position import Position
+from fastkd.watching import Watch
+
+FORMAT = 1  # of a checkpoint
+
+
+class Step(NamedTuple):
+    """One optimizer step; its tensors are 0-d, over all processes, and waited for by nobody."""
+
+    number: int
+    """Counted from 1, over resumed runs too."""
+    epoch: int
+    """Counted from 0."""
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    agreement: Tensor
+    hint: Tensor
+    """The hints' part of the loss; 0 without hints."""
+
+
+class Evaluation(NamedTuple):
+    """Means over the rows of a whole data set, over all processes."""
+
+    loss: float
+    hard: float
+    soft: float
+    agreement: float
+    accuracy: float
+    """NaN without labels."""
+    rows: int
+
+
+class Trainer:
+    """Trains a student on a teacher's outputs; the same script on a laptop and on many GPUs.
+
+    Run it as ``python script.py``, ``accelerate launch script.py`` or ``torchrun ... script.py``. A
+    loader's batches are those of :mod:`fastkd.batches`: ``(inputs, labels)``, or a mapping with
+    ``"labels"`` whose other entries are keyword arguments of the models, and more; with several
+    processes, each trains on batches of the loader's size. Every mean is over the rows that count,
+    of all batches and processes that make an optimizer step together. ``docs/training.md`` says
+    more.
+
+    Args:
+        student: is trained in place.
+        teacher: a module, frozen and set to evaluation mode, asked without gradients in its own
+            dtype; a sequence of modules, whose answers ``loss`` mixes; or a
+            :class:`fastkd.teachers.TeacherCache`, asked by the batches' ids.
+        optimizer: over the student's parameters. Hints' projections join its first group.
+        loss: the distillation loss, with ``reduction="mean"`` and without ``normalizer``. Default
+            ``KDLoss()``.
+        hints: inner features to imitate.
+        scheduler: a learning rate schedule, stepped after each optimizer step.
+        accumulate: batches of each process that make one optimizer step; fewer at an epoch's end.
+            Default 1.
+        clip: the largest norm of the gradient; a greater one is scaled down to it.
+        ema: decay in (0, 1) of an exponential moving average of the student, kept in
+            ``trainer.ema`` (:class:`torch.optim.swa_utils.AveragedModel`) and evaluated instead.
+        forward: ``forward(model, batch)`` gives logits, for batches or models of another form.
+        labels: ``labels(batch)`` gives the labels, or None, likewise.
+        teacher_device: where the teacher runs. Default: where the student does.
+        accelerator: an ``accelerate.Accelerator``, for mixed precision, trackers, sharding, or how
+            batches are split. Default: one made without arguments.
+        checkpoints: a folder, to write checkpoints in: at the end of each epoch of :meth:`fit`, and
+            every ``save_every`` steps. The newest two are kept.
+        save_every: in optimizer steps.
+        progress: show a bar with both terms on the main process. Default True.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: passes over the loader done.
+        ema: the averaged student, or None.
+        accelerator: in use.
+
+    Raises:
+        ImportError: without Accelerate; names the extra to install.
+        TypeError, ValueError: for arguments that are not as above.
+
+    Example:
+        >>> import torch, fastkd
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))
+        >>> teacher, student = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
+        >>> trainer = fastkd.Trainer(
+        ...     student, teacher, torch.optim.Adam(student.parameters(), 0.1),
+        ...     loss=fastkd.KDLoss(temperature=4.0, alpha=0.1), progress=False,
+        ... )
+        >>> loader = DataLoader(data, batch_size=16, shuffle=True)
+        >>> history = trainer.fit(loader, epochs=5, validation=loader)
+        >>> trainer.step, history[-1].soft < history[0].soft
+        (20, True)
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module] | teaching.Cache,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: KDLoss | None = None,
+        hints: Sequence[Hint] = (),
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        accumulate: int = 1,
+        clip: float | None = None,
+        ema: float | None = None,
+        forward: teaching.Forward = teaching.forward,
+        labels: teaching.Labels = teaching.labels,
+        teacher_device: torch.device | str | None = None,
+        accelerator: Any = None,
+        checkpoints: str | pathlib.Path | None = None,
+        save_every: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Checks the arguments, moves the models to their devices and wraps them."""
+        loss = KDLoss() if loss is None else loss
+        hints = tuple(hints)
+        _check(loss, accumulate, clip, ema, checkpoints, save_every)
+        self.accelerator = _accelerator() if accelerator is None else accelerator
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.accelerator.num_processes:
+            raise ValueError(
+                f"accelerator: {launched} processes were launched, but it knows of "
+                f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
+            )
+        if ema is not None and self.accelerator.distributed_type == "FSDP":
+            raise ValueError("ema cannot average parameters that FSDP has sharded")
+        self.student, self.scheduler = student, scheduler
+        self.step = self.epoch = 0
+        self.ema: swa_utils.AveragedModel | None = None
+        self._optimizer, self._hints = optimizer, hints
+        self._accumulate, self._clip, self._decay = accumulate, clip, ema
+        self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
+        self._save_every, self._progress = save_every, progress
+        self._labels = labels
+        self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._position = Position()
+        self._resumed = False
+        self._watch = Watch(teaching.Values._fields)
+        self._bar: Any = None
+        self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
+        self._wrapped: nn.Module | None = None
+        if hints:
+            self._student_loss.features = Features(student, [h.student for h in hints], "student")
+        home = self.accelerator.device
+        self._teacher: teaching.Teacher
+        if isinstance(teacher, teaching.Cache):
+            if hints:
+                raise ValueError("hints need a live teacher, which has features; got a cache")
+            self._teacher = teaching.Cached(teacher, loss, home)
+        else:
+            away, names = torch.device(teacher_device or home), [hint.teacher for hint in hints]
+            self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
+        student.to(self.accelerator.device)
+        if not hints:
+            self._wrap([], [])
+
+    # ---- training
+
+    def fit(
+        self, loader: Iterable[Any], epochs: int = 1, *, validation: Iterable[Any] | None = None
+    ) -> list[Evaluation]:
+        """Trains until ``epochs`` passes over ``loader`` are done, those before a resumption too.
+
+        Args:
+            loader: a ``DataLoader``, or any iterable of batches that can be iterated again.
+            epochs: passes in all.
+            validation: evaluated after each epoch.
+
+        Returns:
+            The evaluations, one for each epoch that was trained here.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        evaluations = []
+        while self.epoch < epochs:
+            for _ in self.steps(loader):
+                pass
+            if validation is not None:
+                evaluations.append(self.evaluate(validation))
+                self._log({f"validation/{k}": v for k, v in evaluations[-1]._asdict().items()})
+            if self._folder is not None:
+                self.save()
+        return evaluations
+
+    def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
+        """One pass over ``loader``, as a generator of optimizer steps that have been taken.
+
+        After :meth:`resume` it is the rest of the pass that was interrupted.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the message names the step and the term.
+            FileExistsError: if the folder of checkpoints has some that were not resumed from.
+        """
+        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
+            raise FileExistsError(
+                f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
+                "another folder"
+            )
+        self._resumed = True
+        if self._position.resumed is None:
+            self._position = Position()
+        loader = self._prepare(loader)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epoch)
+        self._student_loss.train()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._teacher.features)
+            if self._student_loss.features is not None:
+                stack.enter_context(self._student_loss.features)
+            self._bar = stack.enter_context(self._bar_for(loader))
+            for window in self._position.windows(loader, self._accumulate):
+                yield self._advance(window)
+            self._show(self._watch.rest())
+        self.epoch += 1
+        self._position = Position()
+
+    def _advance(self, window: list[Any]) -> Step:
+        """One optimizer step."""
+        window = [batches.to(batch, self.accelerator.device) for batch in window]
+        model = self._wrapped or self._measure(window[0])
+        values = self._backward(model, window)
+        number = self.step + 1
+        self._show(self._watch.add(number, values))
+        if self._clip is not None:
+            self.accelerator.clip_grad_norm_(model.parameters(), self._clip)
+        self._optimizer.step()
+        if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self._optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.student)
+        self.step = number
+        self._bar.update()
+        if self._save_every is not None and number % self._save_every == 0:
+            self.save()
+        return Step(number, self.epoch, *values.unbind())
+
+    def _backward(self, model: nn.Module, window: list[Any]) -> Tensor:
+        """Gradients of a step; its values, ``(5,)``, over all processes."""
+        rows, samples = self._denominators(window).unbind()
+        total: Tensor | float = 0.0
+        for index, batch in enumerate(window, start=1):
+            last = index == len(window)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    lesson = self._teacher(batch)
+                values = model(batch, lesson, rows, samples)
+                self.accelerator.backward(values.loss)
+            total = total + torch.stack([value.detach() for value in values])
+        mean: Tensor = self.accelerator.reduce(total, "mean")
+        return mean
+
+    def _denominators(self, window: list[Any]) -> Tensor:
+        """What rows and samples are divided by, ``(2,)``: their number, for each process.
+
+        For each process, since gradients are averaged over processes.
+        """
+        size = extras.load("accelerate.utils", "train").find_batch_size
+        counts = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        for batch in window:
+            targets, samples = self._labels(batch), size(batch)
+            counts[0] += samples if targets is None else self._student_loss.valid_rows(targets)
+            counts[1] += samples
+        everywhere: Tensor = self.accelerator.reduce(counts, "sum")
+        share: Tensor = everywhere.clamp(min=1) / self.accelerator.num_processes
+        return share
+
+    # ---- evaluation
+
+    def evaluate(self, loader: Iterable[Any]) -> Evaluation:
+        """The student's, or its average's, loss and accuracy, in evaluation mode.
+
+        With several processes each takes its share of a ``DataLoader``, and no row counts twice.
+        """
+        module = self.student if self.ema is None else self.ema.module
+        sums = torch.zeros(6, dtype=torch.float64, device=self.accelerator.device)
+        with batches.evaluating(module), self.accelerator.autocast():
+            for batch in self._prepare(loader, even=False):
+                batch = batches.to(batch, self.accelerator.device)
+                sums += self._student_loss.sums(module, batch, self._teacher.answer(batch))
+        *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
+        means = [total / rows if rows else math.nan for total in totals]
+        loss, hard, soft, agreement, accuracy = means
+        return Evaluation(loss, hard, soft, agreement, accuracy, int(rows))
+
+    # ---- checkpoints
+
+    def save(self) -> pathlib.Path:
+        """Writes a checkpoint into the folder given as ``checkpoints``, whole or not at all.
+
+        Between the steps of :meth:`steps` or after them; every process has to call it.
+
+        Returns:
+            Its folder.
+        """
+        if self._folder is None:
+            raise ValueError("checkpoints: no folder was given")
+        if self._wrapped is None:
+            raise RuntimeError("nothing to save before the first step")
+        self._show(self._watch.rest())
+        return checkpointing.write(
+            self._folder,
+            self.step,
+            self._write,
+            main=self.accelerator.is_main_process,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+
+    def _write(self, folder: pathlib.Path) -> None:
+        self.accelerator.save_state(str(folder))
+        rank = self.accelerator.process_index
+        torch.save(self._position.state(), folder / f"position-{rank}.pt")
+        if self.accelerator.is_main_process:
+            projections = self._student_loss.hints.widths if self._student_loss.hints else []
+            about = {
+                "format": FORMAT,
+                "step": self.step,
+                "epoch": self.epoch,
+                "processes": self.accelerator.num_processes,
+                "hints": projections,
+            }
+            (folder / "trainer.json").write_text(json.dumps(about, indent=1))
+
+    def resume(self) -> bool:
+        """Goes back to the newest checkpoint; False if there is none.
+
+        Training then continues as if it had never been interrupted: the same batches, random
+        numbers and losses. The loader has to be made as it was.
+
+        Raises:
+            ValueError: if the checkpoint is of another number of processes, or of another version.
+        """
+        if self._folder is None:
+            raise ValueError("checkpoints: no folder was given")
+        self._resumed = True
+        found = checkpointing.all_of(self._folder)
+        if not found:
+            return False
+        about = json.loads((found[-1] / "trainer.json").read_text())
+        for name, ours in (("format", FORMAT), ("processes", self.accelerator.num_processes)):
+            if about[name] != ours:
+                raise ValueError(f"{found[-1]} has {name} {about[name]}, and this run {ours}")
+        if self._wrapped is None:
+            self._wrap(*about["hints"])
+        self.accelerator.load_state(str(found[-1]))
+        self.step, self.epoch = about["step"], about["epoch"]
+        rank = self.accelerator.process_index
+        self._position.load(torch.load(found[-1] / f"position-{rank}.pt"))
+        return True
+
+    # ---- the parts of it
+
+    def _measure(self, batch: Any) -> nn.Module:
+        """Finds the widths of the hints' features by one forward pass, and wraps."""
+        assert self._student_loss.features is not None
+        with self.accelerator.autocast(), batches.evaluating(self.student):
+            self._student_loss.forward_student(batch)
+            ours, theirs = self._student_loss.features.take(), self._teacher(batch).features
+        return self._wrap(widths(ours), widths(theirs))
+
+    def _wrap(self, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> nn.Module:
+        """Gives the model and the optimizer to Accelerate, once the hints' widths are known."""
+        if self._hints:
+            learned = HintLoss(self._hints, student_widths, teacher_widths)
+            dtype = teaching.dtype_of(self.student) or torch.float32
+            learned.to(self.accelerator.device, torch.promote_types(dtype, torch.float32))
+            self._student_loss.hints = learned
+            self._optimizer.param_groups[0]["params"].extend(learned.parameters())
+        self._wrapped, self._optimizer = self.accelerator.prepare(
+            self._student_loss, self._optimizer
+        )
+        if self._decay is not None:
+            average = swa_utils.get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]
+            self.ema = swa_utils.AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
+        for stateful in (self.scheduler, self.ema):
+            if stateful is not None:
+                self.accelerator.register_for_checkpointing(stateful)
+        wrapped: nn.Module = self._wrapped
+        return wrapped
+
+    def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
+        """The loader with each process's share; ``even``: samples fill up the last batches."""
+        if not isinstance(loader, DataLoader):
+            return loader
+        prepared = self._loaders.setdefault(loader, {})
+        if even not in prepared:
+            config = self.accelerator.dataloader_config
+            before, config.even_batches = config.even_batches, even and config.even_batches
+            try:
+                prepared[even] = self.accelerator.prepare_data_loader(loader)
+            finally:
+                config.even_batches = before
+        return prepared[even]
+
+    def _bar_for(self, loader: Any) -> Any:
+        """A progress bar of this epoch's steps."""
+        steps = math.ceil(len(loader) / self._accumulate) if hasattr(loader, "__len__") else None
+        return extras.load("tqdm", "train").tqdm(
+            total=steps,
+            initial=self._position.batches // self._accumulate,
+            desc=f"epoch {self.epoch + 1}",
+            disable=not (self._progress and self.accelerator.is_main_process),
+        )
+
+    def _show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
+        """Logs and displays values that have reached the host."""
+        for step, values in known:
+            if not self._hints:
+                del values["hint"]
+            self._log(values, step)
+            self._bar.set_postfix({name: f"{v:.3g}" for name, v in values.items()}, refresh=False)
+
+    def _log(self, values: dict[str, float], step: int | None = None) -> None:
+        """Passes values to Accelerate's trackers, if there are any."""
+        if self.accelerator.log_with:
+            if not self.accelerator.trackers:
+                self.accelerator.init_trackers("fastkd")
+            self.accelerator.log(values, step=self.step if step is None else step)
+
+
+def _accelerator() -> Any:
+    """Accelerate's own choice; on machines with a CPU alone it has to be told, or each of several
+    processes would train for itself."""
+    return extras.load("accelerate", "train").Accelerator(cpu=not torch.accelerator.is_available())
+
+
+def _check(
+    loss: KDLoss,
+    accumulate: int,
+    clip: float | None,
+    ema: float | None,
+    checkpoints: str | pathlib.Path | None,
+    save_every: int | None,
+) -> None:
+    """The arguments of :class:`Trainer`, as far as that needs no other package."""
+    if not isinstance(loss, KDLoss):
+        raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
+    for name, accepted in (("reduction", "mean"), ("normalizer", None)):
+        given = loss.options.get(name, accepted)
+        if given != accepted:
+            raise ValueError(
+                f"loss must have {name}={accepted!r}, since the trainer divides by the rows of all "
+                f"batches of a step; got {given!r}"
+            )
+    for name, value in (("accumulate", accumulate), ("save_every", save_every)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+    if clip is not None:
+        checks.number("clip", clip, 0.0, math.inf, open_low=True)
+    if ema is not None and not 0 < checks.number("ema", ema, 0.0, 1.0) < 1:
+        raise ValueError(f"ema must be in (0, 1); got {ema!r}")
+    if save_every is not None and checkpoints is None:
+        raise ValueError("save_every needs checkpoints, the folder to write in")

@@ -1,0 +1,361 @@
+"""The command line: a training and a report from a YAML file, and what is said of a bad one."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd import __main__ as command_line
+from fastkd.commands import config
+
+pytest.importorskip("accelerate")
+pytest.importorskip("yaml")
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+
+ROOT = pathlib.Path(__file__).parents[1]
+PARTS = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+asked = 0
+number = 3
+
+def data(first=0, last=200):
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32)
+    return TensorDataset(images[first:last], torch.tensor(labels)[first:last])
+
+def held_out():
+    return data(200, 300)
+
+def batches():
+    return DataLoader(data(), 50)
+
+class Asked(nn.Linear):
+    def forward(self, images):
+        global asked
+        asked += len(images)
+        return super().forward(images)
+
+def teacher():
+    torch.manual_seed(5)
+    made = Asked(64, 10)
+    images, labels = data(0, 1700).tensors
+    optimizer = torch.optim.Adam(made.parameters(), 0.05)
+    for _ in range(50):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(made(images), labels).backward()
+        optimizer.step()
+    return made
+
+def student(width=8):
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+def broken():
+    raise ZeroDivisionError
+
+def nothing():
+    return None
+"""
+CONFIG = """
+teacher: {module}:teacher
+student: {module}:student
+train: {module}:data
+validation: {module}:held_out
+output: {output}
+epochs: 3
+batch_size: 50
+loss: {{temperature: 4, alpha: 0.1}}
+optimizer: {{name: Adam, lr: 1e-2}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def given(tmp_path, request) -> pathlib.Path:
+    """A configuration beside the module that it names, unique to the test."""
+    module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]
+    (tmp_path / f"{module}.py").write_text(PARTS)
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(module=module, output=json.dumps(str(tmp_path / "out"))))
+    return file
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastkd", *map(str, arguments)])
+    command_line.main()
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def module_of(given: pathlib.Path):
+    return sys.modules[next(given.parent.glob("parts_*.py")).stem]
+
+
+def load(given: pathlib.Path, output: str = "out") -> nn.Module:
+    from safetensors.torch import load_model
+
+    student = module_of(given).student()
+    load_model(student, str(given.parent / output / "student.safetensors"))
+    return student
+
+
+# ---- distill
+
+
+def test_distill_then_report(given, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", given)
+    history = json.loads((given.parent / "out" / "history.json").read_text())
+    assert len(history) == 3 and history[-1]["soft"] < history[0]["soft"]
+    images, labels = module_of(given).held_out()[:]
+    with torch.no_grad():
+        accuracy = (load(given)(images).argmax(-1) == labels).float().mean().item()
+    assert history[-1]["accuracy"] == pytest.approx(accuracy)
+    assert f"accuracy {100 * accuracy:.1f} %" in capsys.readouterr().out
+    assert list((given.parent / "out" / "checkpoints").iterdir())
+
+    name = module_of(given).__name__
+    target = given.parent / "shown"
+    run(
+        *(monkeypatch, "report", "--config", given, "--seconds", 0, "--output", target),
+        *("--model", f"untrained={name}:student", "--title", "Digits"),
+    )
+    found = json.loads((target / "report.json").read_text())
+    by_name = {model["name"]: model for model in found["models"]}
+    assert list(by_name) == ["teacher", "distilled", "untrained"] and found["title"] == "Digits"
+    assert by_name["distilled"]["accuracy"] == pytest.approx(accuracy)
+    assert by_name["untrained"]["accuracy"] < accuracy
+    assert (target / "report.html").read_text().startswith("<!doctype html>")
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_report_without_a_configuration(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    monkeypatch.chdir(given.parent)
+    run(
+        *(monkeypatch, "report", "--teacher", f"{name}:teacher", "--data", f"{name}:held_out"),
+        *("--model", f"a={name}:student", "--seconds", 0),
+    )
+    assert "agrees with the teacher" in capsys.readouterr().out
+
+
+def test_flags_and_set_override_the_file(given, monkeypatch):
+    run(
+        *(monkeypatch, "distill", "--config", given, "--epochs", 1, "--output"),
+        *(given.parent / "2026", "--set", "student.options.width=5", "--set", "ema=0.5"),
+        *("--set", "schedule=cosine", "--set", "checkpoints=false", "--set", "clip=1e0"),
+    )
+    history = json.loads((given.parent / "2026" / "history.json").read_text())
+    assert len(history) == 1 and not (given.parent / "2026" / "checkpoints").exists()
+    from safetensors.torch import load_file
+
+    weights = load_file(given.parent / "2026" / "student.safetensors")
+    assert weights["0.weight"].shape == (5, 64)
+
+
+def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
+    arguments = (monkeypatch, "distill", "--config", given)
+    run(*arguments, "--output", given.parent / "whole", "--epochs", 4)
+    run(*arguments, "--epochs", 2)
+    run(*arguments, "--epochs", 4, "--resume")
+    for one, other in zip(load(given, "whole").parameters(), load(given).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", given, "--output", given.parent / "live")
+    cache = given.parent / "cache"
+    once = (monkeypatch, "distill", "--config", given, "--set", f"teacher.cache={cache}")
+    asked = module_of(given).asked
+    run(*once)
+    asked = module_of(given).asked - asked - 50 * 1700
+    assert asked == 300 and list(cache.glob("shard-*.safetensors"))
+    for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+    run(*once, "--set", "teacher.factory=null", "--output", given.parent / "again")
+    for one, other in zip(load(given, "again").parameters(), load(given).parameters(), strict=True):
+        assert torch.equal(one, other)
+    error = refused(
+        *once[:1], capsys, *once[1:], "--set", f"train={module_of(given).__name__}:batches"
+    )
+    assert "train: with teacher.cache it must be a data set" in error
+
+
+def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
+    """All ten of them, at the default temperature, so what differs is float16 alone."""
+    arguments = (monkeypatch, "distill", "--config", given, "--set", "loss={alpha: 0.1}")
+    run(*arguments, "--output", given.parent / "live")
+    cache = given.parent / "cache"
+    run(*arguments, "--set", f"teacher.cache={cache}", "--set", "teacher.top_k=10")
+    for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+
+
+def test_a_factory_may_return_a_loader(given, monkeypatch):
+    name = next(given.parent.glob("parts_*.py")).stem
+    run(monkeypatch, "distill", "--config", given, "--set", f"train={name}:batches")
+
+
+def test_the_example_runs(monkeypatch, tmp_path, capsys):
+    example = ROOT / "examples" / "digits.yaml"
+    run(monkeypatch, "distill", "--config", example, "--epochs", 5, "--output", tmp_path)
+    assert (tmp_path / "student.safetensors").exists()
+
+
+def test_help_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("info", "distill", "report"))
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"), [("distill", list(config.KEYS)), ("report", ["--config", "--model"])]
+)
+def test_help_names_every_key(monkeypatch, capsys, command, texts):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, command, "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in texts)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epoch=3", "epoch is no key of the configuration; did you mean epochs?"),
+        ("epochs=1.5", "epochs must be an integer of at least 1; got 1.5"),
+        ("epochs=true", "epochs must be an integer of at least 1; got True"),
+        ("seed=-1", "seed must be an integer of at least 0; got -1"),
+        ("ema=2", "ema must be a number between 0 and 1; got 2"),
+        ("clip=.nan", "clip must be a number between 0 and inf; got nan"),
+        ("schedule=linear", "schedule must be one of constant, cosine; got 'linear'"),
+        ("checkpoints=2", "checkpoints must be true or false; got 2"),
+        ("output=3", "output must be text; got 3"),
+        ("output=null", "output is missing: folder for"),
+        ("loss=3", "loss must be a mapping of names to values; got 3"),
+        ("loss.alhpa=1", "loss.alhpa is no key of the configuration; did you mean alpha?"),
+        ("loss.temperature=0", "loss: temperature must be positive"),
+        ("optimizer.name=open", "optimizer.name must be an optimizer of torch.optim; got 'open'"),
+        ("optimizer.name=__builtins__", "optimizer.name must be an optimizer of torch.optim"),
+        ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        ("optimizer.lrr=1", "optimizer: .*lrr"),
+        ("student=3", "student must be 'module:factory' or a mapping; got 3"),
+        ("student=os.system", "student must be 'module:factory'; got 'os.system'"),
+        ("student=os:system('x')", "student must be 'module:factory'; got"),
+        ("student=no_such_module:f", "student: there is no module 'no_such_module' to import"),
+        ("student=json:nothing", "student: json has no 'nothing'"),
+        ("student={module}:number", "student: .*:number is no function, but int"),
+        ("student={module}:nothing", "must return a torch.nn.Module; got NoneType"),
+        ("student.cache=x", "student.cache is no key of the configuration"),
+        ("student.options=[1]", "student.options must be a mapping"),
+        ("teacher={{}}", "teacher.factory is missing"),
+        ("teacher.top_k=0", "teacher.top_k must be an integer of at least 1"),
+        (
+            "teacher.weights=x.pt",
+            "teacher.weights must be a .safetensors file, since others may run",
+        ),
+        ("teacher.weights=x.safetensors", "teacher.weights: there is no file x.safetensors"),
+        ("train.weights=x", "train.weights is no key of the configuration; there are factory"),
+        ("batch_size=[", "batch_size: '\\[' is no YAML"),
+        ("x", "--set takes KEY=VALUE; got 'x'"),
+        ("epochs.x=1", "epochs.x: epochs is no mapping, but 3"),
+    ],
+)
+def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
+    name = next(given.parent.glob("parts_*.py")).stem
+    change = change.format(module=name) if "{" in change else change
+    error = refused(monkeypatch, capsys, "distill", "--config", given, "--set", change)
+    assert re.search(f"fastkd distill: .*{message}", error), error
+    assert not (given.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "must hold keys and values"),
+        ("", "must hold keys and values"),
+        ("a: [", "is no YAML"),
+        ("student: !!python/object/apply:os.system ['false']", "is no YAML.*python/object"),
+        ("[" * 100_000, "is no YAML"),
+        ("\x00", "is no YAML"),
+        ("teacher: m:f", "student is missing: module:factory of the student"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert re.search(message, refused(monkeypatch, capsys, "distill", "--config", file))
+
+
+def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
+    error = refused(monkeypatch, capsys, "distill", "--config", tmp_path / "none.yaml")
+    assert "config: cannot read" in error and "No such file" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--teacher is missing"),
+        (["--teacher", "json:loads"], "--data is missing"),
+        (["--teacher", "json:loads", "--data", "json:loads"], "--model is missing"),
+        (["--model", "json:loads"], "--model must be NAME=MODULE:FACTORY"),
+        (["--teacher", "json"], "--teacher must be 'module:factory'; got 'json'"),
+    ],
+)
+def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
+    assert message in refused(monkeypatch, capsys, "report", *arguments)
+
+
+def test_weights_of_another_model(given, monkeypatch, capsys):
+    from safetensors.torch import save_model
+
+    file = given.parent / "other.safetensors"
+    save_model(nn.Linear(3, 3), str(file))
+    error = refused(
+        monkeypatch, capsys, "distill", "--config", given, "--set", f"student.weights={file}"
+    )
+    assert "student.weights:" in error and "does not fit" in error
+    file.write_bytes(b"no weights")
+    error = refused(
+        monkeypatch, capsys, "distill", "--config", given, "--set", f"student.weights={file}"
+    )
+    assert "student.weights:" in error and "does not fit" in error
+
+
+def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch):
+    name = next(given.parent.glob("parts_*.py")).stem
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, "distill", "--config", given, "--set", f"student={name}:broken")
+
+
+def test_a_missing_package_is_named(given, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    monkeypatch.setattr(
+        config.extras.importlib,
+        "import_module",
+        lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name=name)),
+    )
+    error = refused(monkeypatch, capsys, "distill", "--config", given)
+    assert "this needs yaml, which is not installed: pip install 'fastkd[train]'" in error

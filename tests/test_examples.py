@@ -1,0 +1,65 @@
+"""Every example runs, in short, and says what its documentation says that it says."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+# What to run, what it has to be able to import, and a word of its last line.
+SCRIPTS = {
+    "plain_loop.py": (["--epochs", "2"], "sklearn", "student: test accuracy"),
+    "lightning_module.py": (["--epochs", "1"], "lightning", "student: test accuracy"),
+    "transformers_trainer.py": (["--steps", "2"], "transformers", "held-out distillation loss"),
+    "language_model.py": (["--steps", "2", "--seeds", "1"], "torch", "distilled beats alone in"),
+    "feature_hints.py": (["--epochs", "1"], "accelerate", "with a hint (mse)"),
+    "ensemble.py": (["--epochs", "1"], "accelerate", "all three"),
+}
+NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name):
+    arguments, needs, word = SCRIPTS[name]
+    pytest.importorskip(needs)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout.splitlines()[-1]
+
+
+def test_the_language_model_writes_between_its_markers(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text(
+        "before\n<!-- language_model:begin -->\nold\n<!-- language_model:end -->\nafter\n"
+    )
+    command = [sys.executable, str(EXAMPLES / "language_model.py"), "--steps", "1", "--seeds", "1"]
+    done = subprocess.run([*command, "--write", document], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert done.stdout in text
+    document.write_text("no markers\n")
+    done = subprocess.run([*command, "--write", document], capture_output=True, text=True)
+    assert done.returncode == 2 and document.read_text() == "no markers\n"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_notebook(name):
+    """From its first cell to its last; its pictures are made."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_there_are_notebooks():
+    assert "introduction.ipynb" in NOTEBOOKS and len(NOTEBOOKS) >= 2

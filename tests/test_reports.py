@@ -1,0 +1,363 @@
+"""The report: its figures against plain computation, and its page as a browser shows it."""
+
+import html.parser
+import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastkd
+from fastkd.reports import measure, plots, tables
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+digits = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+
+IMAGES = torch.tensor(digits[0] / 16, dtype=torch.float32)
+LABELS = torch.tensor(digits[1])
+LOADER = [(IMAGES[i : i + 100], LABELS[i : i + 100]) for i in range(0, len(IMAGES), 100)]
+HOSTILE = "<script>alert(1)</script> | **a** $x_2$ {title} & [link](https://example.org)"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+
+
+def model(width: int, seed: int = 0, epochs: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+    optimizer = torch.optim.Adam(made.parameters(), 3e-3)
+    for _ in range(epochs):
+        for images, labels in LOADER:
+            optimizer.zero_grad()
+            F.cross_entropy(made(images), labels).backward()
+            optimizer.step()
+    return made
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[nn.Module, dict[str, nn.Module]]:
+    return model(128, epochs=12), {"alone": model(8), "distilled": model(8, 1, 6)}
+
+
+@pytest.fixture(scope="module")
+def report(models) -> fastkd.Report:
+    return fastkd.report(*models, LOADER, seconds=0.02, show=False, title="Digits")
+
+
+def calibration_error(p: torch.Tensor, labels: torch.Tensor) -> float:
+    """As Guo et al. define it, a bin at a time."""
+    confidence, chosen = p.max(-1)
+    error = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            gap = (chosen == labels)[inside].double().mean() - confidence[inside].mean()
+            error += float(gap.abs()) * float(inside.double().mean())
+    return error
+
+
+# ---- figures
+
+
+def test_answers(models, report):
+    teacher, students = models
+    with torch.no_grad():
+        said = {name: m(IMAGES).double() for name, m in {"teacher": teacher, **students}.items()}
+    for found in report.models:
+        logits, answers = said[found.name], found.answers
+        right = (logits.argmax(-1) == LABELS).double().mean()
+        assert answers.rows == len(LABELS)
+        assert answers.accuracy == pytest.approx(float(right), abs=1e-9)
+        assert answers.accuracy_low < answers.accuracy < answers.accuracy_high
+        same = (logits.argmax(-1) == said["teacher"].argmax(-1)).double().mean()
+        assert answers.agreement == pytest.approx(float(same), abs=1e-9)
+        entropy = float(F.cross_entropy(logits, LABELS))
+        assert answers.cross_entropy == pytest.approx(entropy, rel=1e-5)
+        error = calibration_error(logits.softmax(-1), LABELS)
+        assert answers.calibration_error == pytest.approx(error, abs=1e-5)
+        assert sum(one.rows for one in answers.bins) == len(LABELS)
+
+
+def test_calibration_of_what_is_known():
+    """Sure and always right; then sure and right half of the time."""
+    logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
+    for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
+        found = fastkd.report(
+            nn.Identity(), nn.Identity(), [(logits, torch.tensor(labels))], seconds=0, show=False
+        )
+        assert found.models[1].answers.calibration_error == pytest.approx(error)
+        assert [one.rows for one in found.models[0].answers.bins] == [0] * 14 + [2]
+
+
+def test_wilson_interval_against_its_definition():
+    """Its ends are the shares at which the normal test just rejects."""
+    for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
+        for end in measure.wilson(share, rows):
+            gap = abs(share - end)
+            assert gap == pytest.approx(1.959964 * (end * (1 - end) / rows) ** 0.5, abs=1e-9)
+
+
+def test_ignored_rows_sequences_and_classes_elsewhere():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 6, 5), torch.randint(5, (4, 6))
+    labels[labels == 0] = -1
+    plain = fastkd.report(
+        nn.Identity(), nn.Identity(), [(logits, labels)], ignore_index=-1, seconds=0, show=False
+    )
+    answers = plain.models[1].answers
+    kept = labels != -1
+    assert answers.rows == int(kept.sum())
+    assert answers.accuracy == pytest.approx(
+        float((logits.argmax(-1) == labels)[kept].double().mean())
+    )
+    turned = [(logits.movedim(-1, 1), labels)]
+    moved = fastkd.report(
+        nn.Identity(), nn.Identity(), turned, ignore_index=-1, dim=1, seconds=0, show=False
+    )
+    assert moved.models[1].answers == answers
+
+
+def test_without_labels_only_agreement_is_left(models, tmp_path):
+    teacher, students = models
+    found = fastkd.report(
+        teacher, students, [images for images, _ in LOADER], seconds=0, show=False
+    )
+    answers = found.models[1].answers
+    assert answers.accuracy is answers.calibration_error is answers.cross_entropy is None
+    assert 0 < answers.agreement < 1
+    assert "accuracy" not in str(found) and "agree" in found.markdown()
+    assert {path.name for path in found.save(tmp_path).iterdir()} == {
+        *("report.html", "report.md", "report.json", "tradeoff.png")
+    }
+
+
+def test_size_counts_shared_weights_once(tmp_path):
+    made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    made[2].weight = made[0].weight
+    found = measure.size(made)
+    assert found.parameters == 64 + 8 + 16 + 8
+    assert found.bytes > 4 * (found.parameters + 16) + 8
+    assert found.bytes < 4 * (found.parameters + 16) + 8 + 1000  # the header
+
+
+class Slow(nn.Module):
+    """Waits, and remembers the batches it saw."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.seen = seconds, set()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        self.seen.add((len(x), self.training, torch.is_grad_enabled()))
+        return x * self.scale
+
+
+def test_latency(device):
+    quick, slow = Slow(0.001).to(device), Slow(0.004).to(device)
+    rows = torch.randn(20, 3)
+    found = fastkd.report(
+        slow, quick, [(rows, rows.argmax(-1))], seconds=0.01, devices=[device], show=False
+    )
+    times = {m.name: next(iter(m.latency.values())) for m in found.models}
+    assert quick.seen == {(20, False, False), (1, False, False), (32, False, False)}
+    assert quick.training and slow.training
+    for batch in (1, 32):
+        assert times["teacher"][batch].p50 > 0.004 > 0.001
+        assert times["teacher"][batch].p50 > times["student"][batch].p50 > 0.001
+        for name in times:
+            one = times[name][batch]
+            assert one.p95 >= one.p50 and one.throughput == pytest.approx(batch / one.p50)
+            assert one.calls >= 15
+
+
+def test_models_in_other_dtypes():
+    rows = torch.randn(8, 4)
+    found = fastkd.report(
+        nn.Linear(4, 3), nn.Linear(4, 3).bfloat16(), [(rows, torch.zeros(8).long())], seconds=0,
+        show=False,
+    )  # fmt: skip
+    assert found.models[1].size.bytes < found.models[0].size.bytes
+
+
+def test_mappings_of_inputs():
+    class Named(nn.Module):
+        def forward(self, a, b):
+            assert len(a) == len(b)
+            return a + b[:, :1]
+
+    batch = {"a": torch.randn(3, 4), "b": torch.randn(3, 2), "labels": torch.tensor([0, 1, 2])}
+    found = fastkd.report(Named(), Named(), [batch, batch], seconds=0, show=False)
+    assert found.models[0].answers.rows == 6
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loader": []}, "^loader: it has no rows"),
+        ({"loader": [(IMAGES[:2], torch.tensor([-100, -100]))]}, "^loader: it has no rows"),
+        ({"loader": [(IMAGES[:2], torch.tensor([0, 10]))]}, "^labels must be in 0 to 9"),
+        (
+            {"loader": [(IMAGES[:2], torch.tensor([0, 1, 2]))]},
+            r"^labels must be class ids of shape",
+        ),
+        ({"loader": [(IMAGES[:2], torch.rand(2))]}, r"^labels must be class ids .* torch.float32"),
+        ({"loader": [(IMAGES[:2] * torch.nan, LABELS[:2])]}, "^teacher: its logits.* not finite"),
+        ({"students": {"teacher": nn.Linear(64, 10)}}, "^students: no student may be named"),
+        ({"batch_sizes": (0,)}, "^batch_sizes must be positive"),
+        ({"batch_sizes": ()}, "^batch_sizes must be positive"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, message):
+    given = {"students": nn.Linear(64, 10), "loader": LOADER, "seconds": 0, "show": False, **change}
+    with pytest.raises(ValueError, match=message):
+        fastkd.report(nn.Linear(64, 10), given.pop("students"), given.pop("loader"), **given)
+
+
+def test_a_student_is_a_module():
+    with pytest.raises(TypeError, match=r"^small must be a module; got int"):
+        fastkd.report(nn.Linear(64, 10), {"small": 3}, LOADER)
+
+
+# ---- what is shown
+
+
+def test_terminal(models, capsys):
+    found = fastkd.report(*models, LOADER[:2], seconds=0)
+    shown = capsys.readouterr().out
+    for text in ("teacher", "alone", "distilled", "accuracy", "calibration error", "95th"):
+        assert text in shown and text in str(found)
+    assert f"{100 * found.models[1].answers.agreement:.1f} %" in shown
+
+
+def test_json_is_everything(report):
+    found = json.loads(report.json())
+    assert [m["name"] for m in found["models"]] == ["teacher", "alone", "distilled"]
+    first = found["models"][0]
+    assert first["parameters"] == 64 * 128 + 128 + 1280 + 10
+    assert first["latency"]["cpu"]["32"]["p95"] == report.models[0].latency["cpu"][32].p95
+    assert len(first["bins"]) == 15 and first["accuracy"] == report.models[0].answers.accuracy
+
+
+def test_markdown_is_one_table(report, tmp_path):
+    lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(tables.rows(report))
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
+    report.save(tmp_path)
+    for name in re.findall(r"\]\((.*?)\)", report.markdown()):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_in_words():
+    counts = [tables.count(n) for n in (0, 7, 999, 1000, 99_960, 999_600, 10**9, 10**13)]
+    assert counts == ["0", "7", "999", "1.00k", "100k", "1.00M", "1.00G", "10.0T"]
+    assert tables.size(999) == "999 B" and tables.size(1_000_000) == "1.00 MB"
+    assert tables.duration(1.5) == "1.50 s" and tables.duration(0.012) == "12.0 ms"
+
+
+@pytest.mark.parametrize("name", ["teachers", "report"])
+def test_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parents[1] / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.links, self.text, self.open = [], [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "content"):
+                self.links.append((tag, value))
+            self.links += [(tag, link) for link in re.findall(r"url\((.*?)\)", value or "")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_refers_to_nothing_outside_itself(report):
+    text = report.html()
+    page = Page(text)
+    assert "://" not in text and "@import" not in text and "//" not in text.replace("</", "")
+    assert not {"script", "link", "iframe", "img", "object", "base"} & set(page.tags)
+    assert all(link.startswith("#") for tag, link in page.links if tag != "meta")
+    assert "default-src 'none'" in text
+    assert page.tags.count("svg") == len(plots.figures(report)) == 2
+    ids = re.findall(r'\bid="(.*?)"', text)
+    assert len(ids) > 20 and {link[1:] for tag, link in page.links if tag != "meta"} <= set(ids)
+
+
+def test_names_are_text_everywhere(models, tmp_path):
+    teacher, students = models
+    named = {HOSTILE: students["alone"]}
+    found = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=HOSTILE, show=False)
+    page = Page(found.html())
+    assert "script" not in page.tags and "a" not in page.tags
+    assert page.text.count(HOSTILE) >= 4  # title, heading, card, table, pictures
+    assert "<script" not in re.sub(r"\\<", "", found.markdown())
+    assert HOSTILE.split()[0] in str(found)
+    found.save(tmp_path)
+
+
+def browse(page, *options: str) -> subprocess.CompletedProcess:
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--disable-background-networking", f"--user-data-dir={page.parent / 'profile'}"]
+    return subprocess.run(
+        [*command, *options, page.as_uri()], capture_output=True, timeout=120, check=True
+    )
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("dark", [False, True])
+def test_page_in_a_browser(report, tmp_path, dark):
+    """It is drawn, pictures too, on the paper that the reader's eyes prefer."""
+    image = pytest.importorskip("PIL.Image")
+    page, picture = tmp_path / "report.html", tmp_path / "page.png"
+    page.write_text(report.html(), encoding="utf-8")
+    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    browse(page, *scheme, "--window-size=1000,1700", f"--screenshot={picture}")
+    with image.open(io.BytesIO(picture.read_bytes())) as shot:
+        drawn = shot.convert("RGB")
+    assert (sum(drawn.getpixel((2, 2))) < 150) == dark
+    counts = {colour: n for n, colour in drawn.getcolors(2**24)}
+    for colour in plots.colours(report):
+        wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        near = [
+            n
+            for found, n in counts.items()
+            if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 30
+        ]
+        assert sum(near) > 500, colour
+    # The pictures' own text is light on dark, dark on light.
+    plot = drawn.crop((60, 800, 940, 1150)).convert("L")
+    darkest, lightest = plot.getextrema()
+    assert lightest > 200 and darkest < 80
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_page_is_understood_by_a_browser(report, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(report.html(), encoding="utf-8")
+    shown = Page(browse(page, "--dump-dom").stdout.decode())
+    assert shown.tags.count("svg") == 2 and shown.tags.count("tr") == 1 + len(tables.rows(report))
+    assert "distilled" in shown.text and "calibration error" in shown.text

@@ -1,0 +1,65 @@
+"""Resumption is exact, also after SIGKILL in a save; two processes are as good as one."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+import training_run
+
+SCRIPT = pathlib.Path(__file__).with_name("training_run.py")
+
+
+def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
+    """In processes of its own."""
+    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    before = [*distributed, str(processes)] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *before, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def run_here(*arguments: object) -> None:
+    training_run.main(list(map(str, arguments)))
+
+
+def losses(path: pathlib.Path) -> dict[str, str]:
+    """Of each step the last one written: a step after the last checkpoint is taken again."""
+    return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_in_a_save(workers, tmp_path):
+    """What a resumed run gives is what an uninterrupted one gives, to the last bit."""
+    straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
+    run_here(straight, "--workers", workers)
+    arguments = (out, "--workers", workers, "--checkpoints", checkpoints)
+    done = run(*arguments, "--die-in-save", 3 + workers)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (checkpoints / ".incomplete").is_dir()
+    assert 0 < len(losses(out)) < len(losses(straight))
+    run_here(*arguments)
+    assert losses(out) == losses(straight)
+    for ours, theirs in zip(torch.load(out), torch.load(straight), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    kept = [path.name for path in sorted(checkpoints.iterdir())]
+    assert kept == ["step-00000011", "step-00000012"]
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    """The same global batches; the rows that count differ between processes and batches."""
+    same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    run_here(one, "--batch", 16, *same)
+    done = run(two, "--batch", 8, *same, processes=2)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(torch.load(two), torch.load(one), strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(losses(two).values(), losses(one).values(), strict=True):
+        for a, b in zip(ours.split(), theirs.split(), strict=True):
+            assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-6)

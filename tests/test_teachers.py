@@ -1,0 +1,650 @@
+"""The teacher's cache: what is written is what is read, whatever is interrupted, lost or forged."""
+
+import json
+import os
+import pathlib
+import pickle
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import fastkd
+from fastkd import batches
+from fastkd.teachers import TeacherCache, WithIds, precompute, shard
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+digits = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+
+IMAGES = torch.tensor(digits[0] / 16, dtype=torch.float32)[:200]
+LABELS = torch.tensor(digits[1])[:200]
+DATA = WithIds(TensorDataset(IMAGES, LABELS))
+EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+class Counting(nn.Module):
+    """A teacher that knows how many samples it was asked about, and fails when told to."""
+
+    def __init__(self, classes: int = 10, fail_after: float = float("inf")) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
+        for parameter in self.layers[2].parameters():
+            parameter.data *= 8  # confident, as teachers are
+        self.samples, self.fail_after = 0, fail_after
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.samples >= self.fail_after:
+            raise InterruptedError
+        self.samples += len(images)
+        return self.layers(images)
+
+
+class Characters(nn.Module):
+    """A teacher of sequences."""
+
+    def __init__(self, vocabulary: int = 30) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(vocabulary, vocabulary)
+
+    def forward(self, input_ids: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        return 3 * self.table(input_ids)
+
+
+def write(teacher, path, *, loader=None, **options) -> TeacherCache:
+    loader = loader or DataLoader(DATA, batch_size=32)
+    return precompute(teacher, loader, path, progress=False, **options)
+
+
+def truth(teacher: nn.Module, temperature: float = 2.0) -> torch.Tensor:
+    with torch.no_grad():
+        return (teacher.double()(IMAGES.double()) / temperature).log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> TeacherCache:
+    return write(Counting(), tmp_path_factory.mktemp("cache"), top_k=4, shard_bytes=2000)
+
+
+# ---- what is written is what is read
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_all_classes(tmp_path, dtype):
+    cache = write(Counting(), tmp_path, dtype=dtype, temperature=3.0, shard_bytes=1000)
+    ids = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:77]
+    found, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
+    assert found.dtype == dtype and found.shape == (77, 10)
+    assert bool(((found - exact).abs() <= EPS[dtype] * exact.abs() * 1.001 + 1e-6).all())
+    assert len(list(tmp_path.iterdir())) > 1
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 10])
+def test_top_k(tmp_path, top_k):
+    cache = write(Counting(), tmp_path, top_k=top_k, dtype=torch.float32)
+    ids = torch.tensor([199, 0, 7, 7])
+    indices, log_probs = cache.lookup(ids)
+    values, places = truth(Counting())[ids].topk(top_k)
+    assert indices.dtype == torch.int64 and torch.equal(indices, places)
+    torch.testing.assert_close(log_probs.double(), values, rtol=1e-6, atol=1e-6)
+    assert (cache.top_k, cache.classes, cache.temperature) == (top_k, 10, 2.0)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("top_k", [None, 1, 3, 10])
+def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
+    cache = write(Counting(), tmp_path, top_k=top_k, dtype=dtype, shard_bytes=3000)
+    log_p = truth(Counting())
+    read = cache.lookup(torch.arange(200))
+    if top_k is None:
+        log_q, tail = read.double(), torch.zeros(1)
+    else:
+        indices, values = read
+        tail = log_p.exp().scatter(-1, indices, 0.0).sum(-1)
+        log_q = (tail / max(1, 10 - top_k)).log()[:, None].repeat(1, 10)
+        log_q.scatter_(-1, indices, values.double())
+    kl = (log_p.exp() * (log_p - log_q.log_softmax(-1))).sum(-1).mean()
+    assert cache.kl == pytest.approx(float(kl), rel=1e-3, abs=1e-12)
+    assert cache.tail == pytest.approx(float(tail.mean()), rel=1e-4, abs=1e-12)
+
+
+def test_masked_classes(tmp_path):
+    class Masked(Counting):
+        def forward(self, images):
+            logits = super().forward(images).clone()
+            logits[:, 3:] = -torch.inf
+            return logits
+
+    cache = write(Masked(), tmp_path, top_k=5)
+    _, log_probs = cache.lookup(torch.arange(200))
+    assert bool((log_probs[:, :3].exp().sum(-1) - 1).abs().max() < 1e-3)
+    assert bool((log_probs[:, 3:] == -torch.inf).all())
+    assert 0 <= cache.kl < 1e-5 and cache.tail == 0
+
+
+def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
+    """At another temperature, too: times T, its log-probabilities are logits up to a constant."""
+    cache = write(Counting(), tmp_path, dtype=torch.float32, temperature=2.0)
+    student, ids = torch.randn(64, 10), torch.arange(64)
+    with torch.no_grad():
+        logits = Counting()(IMAGES[:64])
+    for temperature in (1.0, 2.0, 5.0):
+        mine = fastkd.loss(
+            student, cache.lookup(ids) * cache.temperature, LABELS[:64], temperature=temperature
+        )
+        theirs = fastkd.loss(student, logits, LABELS[:64], temperature=temperature)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_top_k_cache_is_what_topk_loss_takes(tmp_path):
+    """With all classes in it, the loss is that of the teacher; padding counts nothing."""
+    cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
+    student, ids = torch.randn(64, 10), torch.arange(64)
+    with torch.no_grad():
+        logits = Counting()(IMAGES[:64])
+    mine = fastkd.topk_loss(student, *cache.lookup(ids), LABELS[:64], temperature=3.0)
+    theirs = fastkd.loss(student, logits, LABELS[:64], temperature=3.0)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+    text = write(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
+    batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
+    student = torch.randn(2, 9, 30)
+    found = text.lookup(batch.ids, student.shape[1:-1])
+    whole = fastkd.topk_loss(student, *found, batch.labels, reduction="sum")
+    rows = [(found[0][row, :n], found[1][row, :n], n) for row, n in ((0, 3), (1, 9))]
+    alone = [
+        fastkd.topk_loss(student[row, :n], *lists, TEXT[row], reduction="sum")
+        for row, (*lists, n) in enumerate(rows)
+    ]
+    torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
+
+
+# ---- sequences and images
+
+TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
+
+
+def padded(samples: list, length: int | None = None) -> batches.Labelled:
+    """Collates (tokens, tokens, id) by filling up at the end."""
+    length = length or max(1, max(len(item[0]) for item in samples))
+    inputs = torch.zeros(len(samples), length, dtype=torch.int64)
+    labels = torch.full((len(samples), length), -100)
+    for row, (tokens, _, _) in enumerate(samples):
+        inputs[row, : len(tokens)] = tokens
+        labels[row, : len(tokens)] = tokens
+    return batches.Labelled(inputs, labels, torch.tensor([item[2] for item in samples]))
+
+
+def sequences(batch_size: int) -> DataLoader:
+    data = WithIds([(tokens, tokens) for tokens in TEXT])
+    return DataLoader(data, batch_size=batch_size, collate_fn=padded)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
+    cache = write(
+        Characters(), tmp_path, loader=sequences(4), top_k=top_k, dtype=torch.float32, temperature=1
+    )
+    assert cache.positions == (-1,)
+    assert sum(len(part.log_probs) for part in cache._shards) == sum(map(len, TEXT))
+    order = [4, 2, 0]
+    found = cache.lookup(torch.tensor(order), shape=(12,))
+    log_probs = found if top_k is None else found[1]
+    assert log_probs.shape == (3, 12, top_k or 30)
+    for row, number in enumerate(order):
+        tokens = TEXT[number]
+        exact = Characters()(tokens).log_softmax(-1)
+        if top_k is not None:
+            exact, places = exact.topk(top_k)
+            assert torch.equal(found[0][row, : len(tokens)], places)
+            assert bool((found[0][row, len(tokens) :] == -1).all())
+            assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
+        else:  # padding is a distribution, too
+            rest = log_probs[row, len(tokens) :].exp().sum(-1)
+            torch.testing.assert_close(rest, torch.ones_like(rest))
+        torch.testing.assert_close(log_probs[row, : len(tokens)], exact)
+    assert cache.lookup(torch.tensor([0, 3]))[0].shape[-2:] == (5, top_k or 30)[-2:] or top_k
+    with pytest.raises(ValueError, match="up to 9 positions"):
+        cache.lookup(torch.tensor([0, 1]), shape=(8,))
+    assert cache.check(batch=padded([(TEXT[1], None, 1), (TEXT[3], None, 3)], 20)) is None
+    with pytest.raises(ValueError, match="such as id 3"):
+        cache.check(batch=padded([(TEXT[1], None, 1), (TEXT[3] + 1, None, 3)], 20))
+
+
+def test_a_mapping_s_attention_mask_is_heeded(tmp_path):
+    batch = {
+        "input_ids": torch.arange(8).view(2, 4),
+        "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+        "ids": torch.tensor([10, 3]),
+    }
+    cache = write(Characters(), tmp_path, loader=[batch])
+    assert cache._lengths.tolist() == [4, 2] and cache.ids.tolist() == [3, 10]
+    cache.check(batch=batch)
+
+
+def test_images_of_classes(tmp_path):
+    data = WithIds(TensorDataset(torch.arange(5 * 12).view(5, 3, 4) % 30))
+    cache = write(Characters(), tmp_path, loader=DataLoader(data, 2), top_k=2)
+    assert cache.positions == (3, 4)
+    indices, log_probs = cache.lookup(torch.tensor([4, 0]), shape=(3, 4))
+    assert indices.shape == log_probs.shape == (2, 3, 4, 2)
+    exact = Characters()(data[4].inputs).topk(2).indices
+    assert torch.equal(indices[0], exact)
+    with pytest.raises(ValueError, match=r"rows are \(3, 4\)"):
+        cache.lookup(torch.tensor([4]), shape=(4, 3))
+
+
+# ---- interruptions
+
+
+def same(one: TeacherCache, other: TeacherCache) -> None:
+    assert torch.equal(one.ids, other.ids)
+    for mine, theirs in zip(one.lookup(one.ids), other.lookup(one.ids), strict=True):
+        assert torch.equal(mine, theirs)
+    assert one.kl == pytest.approx(other.kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [InterruptedError, KeyboardInterrupt])
+def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
+    with pytest.raises(InterruptedError):
+        write(Counting(fail_after=96), tmp_path, top_k=4)
+    assert TeacherCache(tmp_path).ids.tolist() == list(range(96))
+    teacher = Counting()
+    resumed = write(teacher, tmp_path, top_k=4)
+    assert teacher.samples == 200 - 96
+    same(resumed, cache)
+    write(teacher, tmp_path, top_k=4)
+    assert teacher.samples == 200 - 96
+
+
+def test_batches_that_are_partly_there(tmp_path, cache):
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(2)).tolist()
+    write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, order[:70]), 32), top_k=4)
+    resumed = write(Counting(), tmp_path, top_k=4, loader=DataLoader(DATA, 32, shuffle=True))
+    assert sum(len(part.ids) for part in resumed._shards) == 200
+    assert torch.equal(resumed.lookup(cache.ids)[0], cache.lookup(cache.ids)[0])
+
+
+def test_samples_that_come_twice_are_kept_once(tmp_path):
+    cache = write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, [5, 5, 3, 5, 3]), 2))
+    assert cache.ids.tolist() == [3, 5]
+    assert sum(len(part.ids) for part in cache._shards) == 2
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_teachers import Counting, write
+
+class Slow(Counting):
+    def forward(self, images):
+        time.sleep(0.01)
+        return super().forward(images)
+
+import torch
+from torch.utils.data import DataLoader
+from test_teachers import DATA
+write(Slow(), {path!r}, top_k=4, shard_bytes=400, loader=DataLoader(DATA, 4))
+"""
+
+
+def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
+    script = KILLED.format(tests=str(pathlib.Path(__file__).parent), path=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("shard-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = TeacherCache(tmp_path)
+    assert 0 < len(left) < 200
+    indices, _ = left.lookup(left.ids)
+    assert torch.equal(indices, cache.lookup(left.ids)[0])
+    teacher = Counting()
+    resumed = write(teacher, tmp_path, top_k=4)
+    assert teacher.samples < 200 and len(resumed) == 200
+    assert torch.equal(resumed.lookup(cache.ids)[0], cache.lookup(cache.ids)[0])
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit("killed here")
+
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(SystemExit):
+        write(Counting(), tmp_path, shard_bytes=1000)
+    assert not list(tmp_path.glob(shard.PATTERN))
+
+
+def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
+    write(Counting(), tmp_path, top_k=4)
+    (tmp_path / ".1234.part").write_bytes(b"half")
+    same(TeacherCache(tmp_path), cache)
+
+
+def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
+    """As under a distributed sampler: both see the same next free name."""
+    halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
+    write(Counting(), tmp_path, loader=halves[0], top_k=4)
+    monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
+    with pytest.raises(FileNotFoundError):  # reading cannot see the files, either
+        write(Counting(), tmp_path, loader=halves[1], top_k=4)
+    monkeypatch.undo()
+    same(TeacherCache(tmp_path), cache)
+
+
+# ---- many readers
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read(cache, method):
+    ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))
+    loader = DataLoader(
+        ids,
+        batch_size=None,
+        collate_fn=cache.lookup,
+        num_workers=2,
+        multiprocessing_context=method,
+    )
+    for asked, (indices, log_probs) in zip(ids, loader, strict=True):
+        expected = cache.lookup(asked)
+        assert torch.equal(indices, expected[0]) and torch.equal(log_probs, expected[1])
+
+
+def test_pickled_it_is_a_path(cache):
+    assert len(pickle.dumps(cache)) < 500
+    same(pickle.loads(pickle.dumps(cache)), cache)
+
+
+def test_it_says_what_it_is(cache):
+    assert "200 samples, the top 4 of 10 classes, float16, temperature 2" in repr(cache)
+    assert len(cache) == 200
+
+
+# ---- what does not fit
+
+
+def test_another_teacher_is_refused(cache):
+    cache.check(teacher=Counting())
+    other = Counting()
+    other.layers[0].bias.data[0] += 1e-6
+    with pytest.raises(ValueError, match=r"^teacher: .* other weights"):
+        TeacherCache(cache.path, teacher=other)
+
+
+def test_the_teacher_s_wrappers_make_no_difference(cache):
+    assert fastkd.teachers.fingerprint(nn.DataParallel(Counting())) == cache.teacher
+    assert fastkd.teachers.fingerprint(torch.compile(Counting(), backend="eager")) == cache.teacher
+    assert fastkd.teachers.fingerprint(Counting().half()) != cache.teacher
+
+
+def test_another_number_of_classes_is_refused(cache):
+    with pytest.raises(ValueError, match=r"^classes: .* a teacher of 10 classes; got 11"):
+        TeacherCache(cache.path, classes=11)
+
+
+def test_another_temperature_is_refused_where_it_matters(cache, tmp_path):
+    cache.check(temperature=2.0)
+    with pytest.raises(ValueError, match=r"^temperature: .* at temperature 2, which cannot"):
+        cache.check(temperature=4.0)
+    write(Counting(), tmp_path).check(temperature=4.0)
+
+
+def test_missing_samples_are_named(cache):
+    with pytest.raises(ValueError, match=r"^ids: .* lacks 2 of the 3 .* 200; it holds 200"):
+        cache.lookup(torch.tensor([0, 200, -1]))
+    with pytest.raises(ValueError, match="lacks 1 of the 1"):
+        cache.check(ids=torch.tensor([2**62]))
+    with pytest.raises(TypeError, match=r"ids must be an integer tensor of shape \(B,\)"):
+        cache.lookup([0])
+
+
+def test_other_data_are_refused(cache):
+    loader = iter(DataLoader(DATA, 16))
+    cache.check(batch=next(loader))
+    swapped = next(loader)
+    with pytest.raises(ValueError, match=r"inputs of 16 of 16 samples .*such as id 31"):
+        cache.check(batch=swapped._replace(ids=swapped.ids.flip(0)))
+    with pytest.raises(ValueError, match="carry no ids"):
+        cache.check(batch=swapped[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 3}, "^top_k: .* with top_k 4"),
+        ({"dtype": torch.float32}, "^dtype: "),
+        ({"temperature": 1.0}, "^temperature: "),
+    ],
+)
+def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message):
+    before = sorted(cache.path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        write(Counting(), cache.path, **{"top_k": 4, **options})
+    with pytest.raises(ValueError, match=r"^teacher: "):
+        write(Counting(classes=11), cache.path, top_k=4)
+    assert sorted(cache.path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k must be a positive integer or None; got 0"),
+        ({"top_k": True}, "top_k must be"),
+        ({"top_k": 11}, "at most the number of classes, 10; got 11"),
+        ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32; got torch.int8"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"shard_bytes": 0}, "shard_bytes must be"),
+        ({"loader": [(IMAGES, LABELS)]}, "carry no sample ids"),
+        ({"loader": [(IMAGES, LABELS, LABELS[:3])]}, r"B = 3, one for each"),
+        ({"loader": [(IMAGES, LABELS, IMAGES)]}, "ids must be an integer tensor of shape"),
+        ({"loader": [(IMAGES * torch.nan, LABELS, LABELS)]}, "NaN or"),
+    ],
+)
+def test_bad_arguments_write_nothing(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(Counting(), tmp_path / "new", **options)
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no teacher's cache"):
+        TeacherCache(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        write(Counting(), tmp_path / "file")
+
+
+def test_the_teacher_is_left_as_it_was(tmp_path):
+    teacher = Counting().train()
+    teacher.layers[1].eval()
+    write(teacher, tmp_path)
+    assert teacher.training and not teacher.layers[1].training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# ---- forged and damaged files
+
+
+def parts_of(data: bytes) -> tuple[dict, bytes]:
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def joined(header: dict | bytes, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.fixture
+def forged(cache, tmp_path):
+    """Writes a file as a cache of one shard, and gives the whole shard's header and body."""
+    data = (cache.path / "shard-00000.safetensors").read_bytes()
+
+    def forge(new: bytes) -> pathlib.Path:
+        (tmp_path / "shard-00000.safetensors").write_bytes(new)
+        return tmp_path
+
+    return data, forge
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", "pickle", "does not say format"),
+        ("version", "2", "version 2 of the format"),
+        ("version", "9" * 5000, "its version is"),
+        ("classes", "0", "its classes is"),
+        ("classes", "-3", "its classes is"),
+        ("classes", "9" * 30, "its classes is"),
+        ("classes", "3", "its top_k is"),
+        ("top_k", "5", "log_probs is"),
+        ("top_k", "", "it holds the tensors"),
+        ("temperature", "nan", "its temperature is"),
+        ("temperature", "0", "its temperature is 0"),
+        ("positions", "[" * 190, "Expecting value|positions"),
+        ("positions", "[9, -1]", "its positions are"),
+        ("positions", "{}", "its positions are"),
+        ("positions", "[3, 4]", "not that of its positions"),
+        ("positions", json.dumps([2**31 - 1] * 4), "not that of its positions"),
+        ("kl", "", "its kl is|could not convert"),
+    ],
+)
+def test_forged_metadata(forged, key, value, message):
+    data, forge = forged
+    header, body = parts_of(data)
+    header["__metadata__"][key] = value
+    with pytest.raises(ValueError, match=f"no whole shard of a teacher's cache: .*({message})"):
+        TeacherCache(forge(joined(header, body)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, body: joined(b"\xff" * 40, body),
+        lambda header, body: struct.pack("<Q", 2**63) + body,
+        lambda header, body: struct.pack("<Q", 10**8 - 1) + body,
+        lambda header, body: b"",
+        lambda header, body: joined(b"[" * 100_000, body),
+        lambda header, body: joined({**header, "ids": {**header["ids"], "shape": [2**60]}}, body),
+        lambda header, body: joined({**header, "ids": {**header["ids"], "shape": [-1]}}, body),
+        lambda header, body: joined({**header, "ids": {**header["ids"], "dtype": "F64"}}, body),
+        lambda header, body: joined(
+            {**header, "log_probs": {**header["log_probs"], "data_offsets": [0, 2**62]}}, body
+        ),
+        lambda header, body: joined({k: v for k, v in header.items() if k != "ids"}, body),
+        lambda header, body: joined({"__metadata__": header["__metadata__"]}, b""),
+        lambda header, body: joined(header, body[:-1]),
+        lambda header, body: joined(header, body + b"\0"),
+        lambda header, body: pickle.dumps({"ids": [1]}),
+    ],
+)
+def test_forged_files(forged, change):
+    data, forge = forged
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is no whole shard"):
+        TeacherCache(forge(change(*parts_of(data))))
+
+
+def test_forged_lengths_and_classes(forged):
+    data, forge = forged
+    header, body = parts_of(data)
+    start, stop = header["lengths"]["data_offsets"]
+    count = (stop - start) // 8
+    for lengths in ([count + 1, -1] + [1] * (count - 2), [2**62] * count, [0] * count):
+        new = body[:start] + struct.pack(f"<{count}q", *lengths) + body[stop:]
+        with pytest.raises(ValueError, match="lengths do not add up"):
+            TeacherCache(forge(joined(header, new)))
+    start, stop = header["indices"]["data_offsets"]
+    new = body[:start] + struct.pack("<i", 10) + body[start + 4 :]
+    with pytest.raises(ValueError, match="names a class beyond its 10"):
+        TeacherCache(forge(joined(header, new))).lookup(torch.arange(5))
+
+
+def test_damaged_bytes_and_cut_files_never_crash(forged):
+    """In one process: a crash would end the tests."""
+    data, forge = forged
+    header_size = struct.unpack("<Q", data[:8])[0] + 8
+    rng, refused = random.Random(0), 0
+    for turn in range(400):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 8)):
+            damaged[rng.randrange(header_size if turn % 2 else len(data))] = rng.randrange(256)
+        new = bytes(damaged[: rng.randrange(len(data))] if turn % 5 == 0 else damaged)
+        try:
+            read = TeacherCache(forge(new))
+            read.lookup(read.ids)
+        except ValueError:
+            refused += 1
+    assert 200 < refused < 400
+
+
+def test_shards_of_two_caches_are_not_mixed(cache, tmp_path):
+    write(Counting(), tmp_path, top_k=3)
+    (tmp_path / "shard-00001.safetensors").write_bytes(
+        (cache.path / "shard-00000.safetensors").read_bytes()
+    )
+    with pytest.raises(ValueError, match=r"shard-00001.* its top_k is 4, there it is 3"):
+        TeacherCache(tmp_path)
+
+
+# ---- batches
+
+
+def test_samples_with_ids():
+    assert WithIds(TensorDataset(IMAGES))[-1].ids == 199
+    assert isinstance(WithIds([torch.zeros(2)])[0], batches.Unlabelled)
+    assert WithIds([{"x": 1}])[0] == {"x": 1, "ids": 0}
+    assert [sample.ids for sample in Subset(DATA, [4, 2])] == [4, 2]
+    with pytest.raises(IndexError):
+        DATA[200]
+    with pytest.raises(TypeError, match="got 3 values"):
+        WithIds([(1, 2, 3)])[0]
+    with pytest.raises(TypeError, match="must be map-style"):
+        WithIds(iter([1]))
+
+
+def test_batches_are_taken_apart():
+    x, y, ids = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([5, 6], dtype=torch.int32)
+    for batch, labels, numbers in [
+        (x, None, None),
+        ((x,), None, None),
+        ([x, y], y, None),
+        ((x, y, ids), y, ids),
+        (batches.Unlabelled(x, ids), None, ids),
+    ]:
+        found = batches.split(batch)
+        assert found.inputs is x and found.labels is labels
+        assert found.ids is None if numbers is None else torch.equal(found.ids, numbers.long())
+    assert batches.split({"a": x, "labels": y, "ids": ids}).inputs == {"a": x}
+    with pytest.raises(TypeError, match="got tuple of 4"):
+        batches.split((x, y, ids, x))
+    with pytest.raises(TypeError, match="got str"):
+        batches.split("x" * 5)
+
+
+def test_logits_of_models():
+    class Output(dict):
+        @property
+        def logits(self):
+            return self["logits"]
+
+    linear, x = nn.Linear(3, 2), torch.ones(1, 3)
+
+    class Wrapped(nn.Module):
+        def forward(self, x, scale=1.0):
+            return Output(logits=linear(x) * scale)
+
+    assert torch.equal(batches.logits(Wrapped(), {"x": x, "scale": 2.0}), linear(x) * 2)
+    assert torch.equal(batches.logits(Wrapped(), (x, 3.0)), linear(x) * 3)
+    with pytest.raises(TypeError, match="Identity must return logits as a tensor"):
+        batches.logits(nn.Identity(), [None])

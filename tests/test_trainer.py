@@ -1,0 +1,496 @@
+"""The training loop against loops written by hand, on real digits."""
+
+import copy
+import math
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastkd
+from fastkd import watching
+
+accelerate = pytest.importorskip("accelerate")
+
+LOSS = {"temperature": 3.0, "alpha": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """Accelerate keeps the process's precision for good."""
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def digits(count: int = 64, dtype: torch.dtype = torch.float64) -> TensorDataset:
+    images, labels = load_digits(return_X_y=True)
+    return TensorDataset(
+        torch.tensor(images[:count] / 16, dtype=dtype), torch.tensor(labels[:count])
+    )
+
+
+def network(width: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)).to(dtype)
+
+
+def trainer_of(student: nn.Module, teacher, **options) -> fastkd.Trainer:
+    options = {"loss": fastkd.KDLoss(**LOSS), "progress": False, **options}
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    return fastkd.Trainer(student, teacher, optimizer, **options)
+
+
+def by_hand(student: nn.Module, teacher, steps, **options) -> nn.Module:
+    """Trains a copy on batches; the average of several teachers' probabilities is the teacher."""
+    student = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    for inputs, labels in steps:
+        with torch.no_grad():
+            answer = teacher(inputs)
+        loss = fastkd.loss(student(inputs), answer, labels, **{**LOSS, **options})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def batches(data: TensorDataset, size: int = 16):
+    return list(DataLoader(data, size))
+
+
+class Wrapped(nn.Module):
+    """Takes keyword arguments and gives an output with logits, as transformers' models."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *, pixels):
+        return {"logits": self.model(pixels)}
+
+
+def test_a_loop_by_hand_gives_the_same_student():
+    student, teacher, data = network(), network(24, 1), digits()
+    expected = by_hand(student, teacher, 3 * batches(data))
+    trainer = trainer_of(student, teacher)
+    trainer.fit(DataLoader(data, 16), epochs=3)
+    assert (trainer.step, trainer.epoch) == (12, 3)
+    assert_same(student, expected)
+
+
+def test_mappings():
+    student, teacher, data = Wrapped(network()), Wrapped(network(24, 1)), digits()
+    expected = by_hand(student.model, teacher.model, batches(data))
+    trainer_of(student, teacher).fit([{"pixels": x, "labels": y} for x, y in batches(data)])
+    assert_same(student.model, expected)
+
+
+def test_anything_else_through_forward_and_labels():
+    student, teacher, data = network(), network(24, 1), digits()
+    expected = by_hand(student, teacher, batches(data))
+    trainer_of(
+        student,
+        teacher,
+        forward=lambda model, batch: model(batch["of"]["pixels"]),
+        labels=lambda batch: batch["of"]["digit"],
+    ).fit([{"of": {"pixels": x, "digit": y}} for x, y in batches(data)])
+    assert_same(student, expected)
+
+
+def test_without_labels():
+    student, teacher, data = network(), network(24, 1), digits()
+    steps = [(x, None) for x, _ in batches(data)]
+    expected = by_hand(student, teacher, steps, alpha=None)
+    evaluations = trainer_of(student, teacher).fit(
+        [(x,) for x, _ in steps], validation=[(x,) for x, _ in steps]
+    )
+    assert_same(student, expected)
+    assert math.isnan(evaluations[0].accuracy) and evaluations[0].rows == len(data)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulated_batches_are_one_batch(accumulate):
+    """Batches of different sizes, in each of which another share of the rows counts."""
+    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
+    labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
+    sizes = [5, 20, 3, 12, 24]
+    pieces = list(zip(inputs.split(sizes), labels.split(sizes), strict=True))
+    whole = [
+        tuple(torch.cat(part) for part in zip(*pieces[i : i + accumulate], strict=True))
+        for i in range(0, 5, accumulate)
+    ]
+    expected = by_hand(student, teacher, whole)
+    trainer = trainer_of(student, teacher, accumulate=accumulate)
+    steps = list(trainer.steps(pieces))
+    assert_same(student, expected)
+    assert [step.number for step in steps] == list(range(1, len(whole) + 1))
+
+
+def test_a_step_without_a_row_that_counts_changes_nothing():
+    student = network()
+    expected = copy.deepcopy(student)
+    inputs, labels = digits().tensors
+    (step,) = trainer_of(student, network(24, 1)).steps([(inputs, torch.full_like(labels, -100))])
+    assert_same(student, expected)
+    assert float(step.loss) == 0
+
+
+def test_values_of_a_step_are_those_of_terms():
+    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
+    with torch.no_grad():
+        terms = fastkd.terms(student(inputs), teacher(inputs), labels, **LOSS)
+    (step,) = trainer_of(student, teacher).steps([(inputs, labels)])
+    for name in ("loss", "hard", "soft", "agreement"):
+        assert float(getattr(step, name)) == pytest.approx(float(getattr(terms, name)), rel=1e-12)
+    assert float(step.hint) == 0
+
+
+def test_clipping_schedule_and_average():
+    student, teacher, data = network(), network(24, 1), digits()
+    other = copy.deepcopy(student)
+    average = torch.optim.swa_utils.AveragedModel(
+        other, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
+    )
+    optimizer = torch.optim.SGD(other.parameters(), 0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    for inputs, labels in batches(data):
+        optimizer.zero_grad()
+        fastkd.loss(other(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
+        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        assert norm > 0.1
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(other)
+    ours = torch.optim.SGD(student.parameters(), 0.5)
+    trainer = fastkd.Trainer(
+        student,
+        teacher,
+        ours,
+        loss=fastkd.KDLoss(**LOSS),
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(ours, 0.7),
+        clip=0.1,
+        ema=0.8,
+        progress=False,
+    )
+    trainer.fit(DataLoader(data, 16))
+    assert_same(student, other)
+    assert_same(trainer.ema.module, average.module)
+    inputs, labels = data.tensors
+    expected = (average.module(inputs).argmax(-1) == labels).double().mean()
+    assert trainer.evaluate([(inputs, labels)]).accuracy == pytest.approx(float(expected))
+
+
+def test_several_teachers_are_mixed_as_probabilities():
+    student, teachers, data = network(), [network(24, 1), network(24, 2)], digits()
+
+    def mixture(inputs):
+        return [teacher(inputs) for teacher in teachers]
+
+    weights = {"teacher_weights": (0.25, 0.75)}
+    expected = by_hand(student, mixture, batches(data), **weights)
+    inputs, labels = data.tensors
+    with torch.no_grad():
+        p = sum(
+            w * (t(inputs) / 3).softmax(-1) for w, t in zip((0.25, 0.75), teachers, strict=True)
+        )
+        z = student(inputs)
+        soft = (p * (p.log() - (z / 3).log_softmax(-1))).sum(-1).mean()
+        truth = 0.3 * F.cross_entropy(z, labels) + 0.7 * 9 * soft
+    trainer = trainer_of(student, teachers, loss=fastkd.KDLoss(**LOSS, **weights))
+    assert trainer.evaluate([(inputs, labels)]).loss == pytest.approx(float(truth), rel=1e-12)
+    trainer.fit(DataLoader(data, 16))
+    assert_same(student, expected)
+
+
+def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
+    student, teacher, data = network(), network(24, 1), digits()
+    expected = by_hand(student, teacher, batches(data))
+    numbered = fastkd.teachers.WithIds(data)
+    cache = fastkd.teachers.precompute(
+        teacher, DataLoader(numbered, 32), tmp_path, dtype=torch.float32, progress=False
+    )
+    trainer_of(student, cache).fit(DataLoader(numbered, 16))
+    for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="sample ids"):
+        trainer_of(network(), cache).fit(DataLoader(data, 16))
+    with pytest.raises(ValueError, match="live teacher"):
+        trainer_of(network(), cache, hints=[fastkd.Hint("0", "0")])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
+    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
+    labels = labels.masked_fill(torch.arange(64) % 5 == 0, -100) if masked else labels
+    data = fastkd.teachers.WithIds(TensorDataset(inputs, labels))
+    loader = DataLoader(data, 32)
+    cache = fastkd.teachers.precompute(
+        teacher, loader, tmp_path, top_k=4, temperature=3.0, dtype=torch.float32, progress=False
+    )
+    other = copy.deepcopy(student)
+    log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(4)
+    loss = fastkd.topk_loss(other(inputs), indices, log_probs.float(), labels, **LOSS)
+    loss.backward()
+    torch.optim.SGD(other.parameters(), 0.5).step()
+    (step,) = trainer_of(student, cache, accumulate=2).steps(loader)
+    assert float(step.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(0.3 * step.hard + 0.7 * 9 * step.soft) == pytest.approx(float(step.loss), rel=1e-6)
+    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    found, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
+    assert (found.hard, found.agreement) == (
+        pytest.approx(live.hard),
+        pytest.approx(live.agreement),
+    )
+    for options, words in (
+        ({"temperature": 2.0}, "the temperature at which it was written, 3; got temperature=2.0"),
+        ({"temperature": 3.0, "divergence": "jsd"}, "top 4 classes serves no divergence"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer_of(student, cache, loss=fastkd.KDLoss(**options))
+
+
+def test_the_teacher_is_frozen_and_keeps_its_dtype():
+    student, teacher = network(dtype=torch.float32), network(24, 1, torch.bfloat16)
+    seen = []
+    teacher.register_forward_hook(
+        lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype, module.training))
+    )
+    trainer_of(student, teacher).fit(DataLoader(digits(dtype=torch.float32), 32))
+    assert seen == [(torch.bfloat16, torch.bfloat16, False)] * 2
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_mixed_precision_keeps_logits_in_16_bits(monkeypatch):
+    student, teacher = network(dtype=torch.float32), network(24, 1, torch.float32)
+    seen = []
+    terms = fastkd.losses.terms
+    monkeypatch.setattr(
+        fastkd.losses, "terms", lambda s, *a, **k: (seen.append(s.dtype), terms(s, *a, **k))[1]
+    )
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    trainer = trainer_of(student, teacher, accelerator=accelerator)
+    first, *_, last = trainer.fit(
+        DataLoader(digits(dtype=torch.float32), 16),
+        8,
+        validation=batches(digits(dtype=torch.float32)),
+    )
+    assert set(seen) == {torch.bfloat16}
+    assert last.loss < first.loss
+    assert all(parameter.dtype is torch.float32 for parameter in student.parameters())
+
+
+def test_evaluation_is_over_rows_and_leaves_modes_alone():
+    student = nn.Sequential(network(), nn.Dropout(0.5))
+    teacher, (inputs, labels) = network(24, 1), digits().tensors
+    labels = labels.masked_fill(torch.arange(64) < 20, -100)
+    trainer = trainer_of(student, teacher)
+    student.train()
+    found = trainer.evaluate(list(zip(inputs.split(30), labels.split(30), strict=True)))
+    assert student[1].training
+    student.eval().requires_grad_(False)
+    terms = fastkd.terms(student(inputs), teacher(inputs), labels, **LOSS)
+    assert found.loss == pytest.approx(float(terms.loss))
+    assert found.hard == pytest.approx(float(terms.hard))
+    assert found.soft == pytest.approx(float(terms.soft))
+    assert found.agreement == pytest.approx(float(terms.agreement))
+    hits = (student(inputs).argmax(-1) == labels)[20:]
+    assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("term", ["hard and soft", "soft", "hint"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(term):
+    student, teacher, data = network(), network(24, 1), batches(digits())
+
+    def poison(module, inputs, output):
+        if trainer.step < 2:
+            return output
+        if term != "soft":
+            return output * math.nan
+        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student rules out
+        return output.scatter(1, wrong, -math.inf)
+
+    {"hard and soft": teacher[2], "soft": student[2], "hint": teacher[0]}[
+        term
+    ].register_forward_hook(poison)
+    if term == "hint":  # behind the hint all is well again
+        teacher[1].register_forward_hook(lambda module, inputs, output: output.nan_to_num())
+    before_hooks = hooks(student)
+    trainer = trainer_of(student, teacher, hints=[fastkd.Hint("0", "0")])
+    seen = []
+    with pytest.raises(FloatingPointError, match=f"loss of step 3 .* its {term} term"):
+        for step in trainer.steps(data):
+            seen.append(step.number)
+            before = copy.deepcopy(student)
+    assert seen == [1, 2]
+    assert_same(student, before)
+    assert hooks(student) == before_hooks
+
+
+def test_other_devices_are_read_a_step_late():
+    """As on a GPU: what has arrived is looked at when the next step is on its way."""
+
+    class Far:
+        def __init__(self, *values):
+            self.values = torch.tensor(values)
+            self.device = torch.device("cuda")
+
+        def to(self, device, non_blocking):
+            assert (device, non_blocking) == ("cpu", True)
+            return self.values
+
+    class Event:
+        def __init__(self, device):
+            self.recorded = False
+
+        def record(self):
+            self.recorded = True
+
+        def synchronize(self):
+            assert self.recorded
+
+    watch = watching.Watch(["loss", "hard", "soft", "hint"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watching, "Event", Event)
+        assert watch.add(1, Far(1.0, 2.0, 3.0, 0.0)) == []
+        assert watch.add(2, Far(math.inf, 2.0, math.inf, 0.0))[0][1]["hard"] == 2.0
+        with pytest.raises(FloatingPointError, match=r"step 2 .* its soft term"):
+            watch.add(3, Far(1.0, 2.0, 3.0, 0.0))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("how", ["to the end", "break", "error"])
+def test_hooks_go_whatever_happens(how):
+    student, teacher, data = network(), network(24, 1), batches(digits())
+    trainer = trainer_of(student, teacher, hints=[fastkd.Hint("1", "1")])
+    if how == "error":
+        data[1] = "no batch"
+        with pytest.raises(TypeError, match="a batch must be"):
+            trainer.fit(data)
+    else:
+        for _ in trainer.steps(data):
+            assert hooks(student) == hooks(teacher) == 1
+            if how == "break":
+                break
+    assert hooks(student) == hooks(teacher) == 0
+
+
+def test_after_a_break_the_next_pass_begins_anew():
+    student, data = network(), digits()
+    trainer = trainer_of(student, network(24, 1))
+    loader = DataLoader(data, 16)
+    next(trainer.steps(loader))
+    assert [step.number for step in trainer.steps(loader)] == [2, 3, 4, 5]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    loader = DataLoader(digits(), 32)
+    trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(loader)
+    trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
+    with pytest.raises(FileExistsError, match=r"resume\(\)"):
+        trainer.fit(loader)
+    assert trainer.step == 0
+    assert trainer.resume() and trainer.step == 2
+    trainer.fit(loader, epochs=2)
+    assert trainer.step == 4
+    assert not trainer_of(network(), network(24, 1), checkpoints=tmp_path / "none").resume()
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
+    about = tmp_path / "step-00000002" / "trainer.json"
+    about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
+    trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
+    with pytest.raises(ValueError, match="has format 2, and this run 1"):
+        trainer.resume()
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"loss": fastkd.KDLoss(reduction="sum")}, ValueError, "reduction='mean'.*got 'sum'"),
+        ({"loss": fastkd.KDLoss(normalizer=3.0)}, ValueError, "normalizer=None"),
+        ({"loss": F.cross_entropy}, TypeError, "loss must be a fastkd.KDLoss"),
+        ({"accumulate": 0}, ValueError, "accumulate must be an int of at least 1; got 0"),
+        ({"clip": -1.0}, ValueError, "clip must be positive"),
+        ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\); got 1.0"),
+        ({"save_every": 5}, ValueError, "save_every needs checkpoints"),
+        ({"hints": [fastkd.Hint("first", "0")]}, ValueError, "the student has no module 'first'"),
+        ({"hints": [fastkd.Hint("0", "x")]}, ValueError, "the teacher has no module 'x'"),
+    ],
+)
+def test_bad_arguments(options, error, words):
+    teacher = network(24, 1)
+    with pytest.raises(error, match=words):
+        trainer_of(network(), teacher, **options)
+    assert teacher.training and teacher[0].weight.requires_grad
+
+
+def test_a_teacher_that_shares_parameters_is_refused():
+    student = network()
+    with pytest.raises(ValueError, match=r"shares its parameter '0.weight'"):
+        trainer_of(student, nn.Sequential(student[0], nn.Linear(12, 10)))
+    assert student[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("teacher", [[], ["teacher"], [network(), torch.zeros(3)]])
+def test_a_teacher_of_another_kind_is_refused(teacher):
+    with pytest.raises(TypeError, match=r"a sequence of modules or a TeacherCache; got \["):
+        trainer_of(network(), teacher)
+
+
+def test_saving_needs_a_folder():
+    with pytest.raises(ValueError, match="checkpoints"):
+        trainer_of(network(), network(24, 1)).save()
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
+    accelerator = accelerate.Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched"):
+        trainer_of(network(), network(24, 1), accelerator=accelerator)
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"fastkd\[train\]"):
+        trainer_of(network(), network(24, 1))
+
+
+# ---- what is seen of it
+
+
+def test_the_bar_shows_both_terms(capsys):
+    trainer = trainer_of(network(), network(24, 1), progress=True)
+    trainer.fit(DataLoader(digits(), 16))
+    shown = capsys.readouterr().err
+    assert "epoch 1" in shown and "4/4" in shown and "hard=" in shown and "soft=" in shown
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = accelerate.Accelerator(log_with="tensorboard", project_dir=tmp_path, cpu=True)
+    trainer = trainer_of(network(), network(24, 1), accelerator=accelerator)
+    data = DataLoader(digits(), 16)
+    (evaluation,) = trainer.fit(data, validation=data)
+    accelerator.end_training()
+    written = EventAccumulator(str(tmp_path / "fastkd")).Reload()
+    assert [event.step for event in written.Scalars("soft")] == [1, 2, 3, 4]
+    assert written.Scalars("validation/loss")[0].value == pytest.approx(evaluation.loss, rel=1e-6)

@@ -1,0 +1,116 @@
+"""A training run in a process of its own, to be killed, or run by two: training_run.py OUT.
+
+Real digits, a student with dropout, hints with a projection, a shuffled loader, noise that the
+dataset draws, accumulation, a schedule, an average: whatever a resumption has to bring back.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+from collections.abc import Sequence
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fastkd
+from fastkd import checkpointing
+
+
+class Digits(Dataset):
+    """Sequences of 8 rows of 8 pixels; of each row the label, or -100 where it is blank."""
+
+    def __init__(self, count: int, noise: float) -> None:
+        images, labels = load_digits(return_X_y=True)
+        self.images = torch.tensor(images[:count] / 16).view(-1, 8, 8)
+        rows = torch.tensor(labels[:count]).unsqueeze(1).expand(-1, 8)
+        self.labels = rows.masked_fill(self.images.sum(-1) < 1.5, -100)
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        image = self.images[index]
+        if self.noise:
+            image = image + self.noise * torch.randn_like(image)
+        return image, self.labels[index]
+
+
+def network(width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(8, width, dtype=torch.float64),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, 10, dtype=torch.float64),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--accumulate", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--checkpoints", type=pathlib.Path)
+    parser.add_argument("--die-in-save", type=int, default=0, help="the save that SIGKILL ends")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    teacher, student = network(24, 0.0), network(16, options.dropout)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
+    trainer = fastkd.Trainer(
+        student,
+        teacher,
+        optimizer,
+        loss=fastkd.KDLoss(temperature=3.0, alpha=0.3),
+        hints=[fastkd.Hint("1", "1", weight=0.5)],
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95),
+        accumulate=options.accumulate,
+        clip=1.0,
+        ema=0.9,
+        checkpoints=options.checkpoints,
+        save_every=1 if options.checkpoints else None,
+        progress=False,
+    )
+    if options.checkpoints is not None:
+        trainer.resume()
+    torch.manual_seed(1 + trainer.step)  # not what a resumed run may depend on
+    if options.die_in_save:
+        die_in_save(options.die_in_save)
+
+    data = Digits(96, options.noise)
+    loader = DataLoader(data, options.batch, shuffle=options.shuffle, num_workers=options.workers)
+    main_process = trainer.accelerator.is_main_process
+    while trainer.epoch < options.epochs:
+        for step in trainer.steps(loader):
+            if main_process:
+                with options.out.with_suffix(".losses").open("a") as file:
+                    print(step.number, float(step.loss).hex(), float(step.hint).hex(), file=file)
+    if main_process:
+        torch.save([student.state_dict(), trainer.ema.module.state_dict()], options.out)
+
+
+def die_in_save(number: int) -> None:
+    """Kills this process in a save, between two of its files; odd ones just before the renaming."""
+    written = 0
+    synchronise = checkpointing._synchronise
+
+    def killing(path: pathlib.Path) -> None:
+        nonlocal written
+        written += path.name == checkpointing._INCOMPLETE if number % 2 else path.suffix == ".pt"
+        if written == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        synchronise(path)
+
+    checkpointing._synchronise = killing
+
+
+if __name__ == "__main__":
+    main()
