@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -263,6 +264,15 @@ def test_numbers_in_words():
     assert counts == ["0", "7", "999", "1.00k", "100k", "1.00M", "1.00G", "10.0T"]
     assert tables.size(999) == "999 B" and tables.size(1_000_000) == "1.00 MB"
     assert tables.duration(1.5) == "1.50 s" and tables.duration(0.012) == "12.0 ms"
+
+
+@pytest.mark.parametrize("name", ["teachers", "report"])
+def test_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parents[1] / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
 
 
 class Page(html.parser.HTMLParser):

@@ -145,6 +145,30 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(fastkd, "topk_loss"), reason="this build has no topk_loss")
+def test_a_top_k_cache_is_what_topk_loss_takes(tmp_path):
+    """With all classes in it, the loss is that of the teacher; padding counts nothing."""
+    cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
+    student, ids = torch.randn(64, 10), torch.arange(64)
+    with torch.no_grad():
+        logits = Counting()(IMAGES[:64])
+    mine = fastkd.topk_loss(student, *cache.lookup(ids), LABELS[:64], temperature=3.0)
+    theirs = fastkd.loss(student, logits, LABELS[:64], temperature=3.0)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+    text = write(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
+    batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
+    student = torch.randn(2, 9, 30)
+    found = text.lookup(batch.ids, student.shape[1:-1])
+    whole = fastkd.topk_loss(student, *found, batch.labels, reduction="sum")
+    rows = [(found[0][row, :n], found[1][row, :n], n) for row, n in ((0, 3), (1, 9))]
+    alone = [
+        fastkd.topk_loss(student[row, :n], *lists, TEXT[row], reduction="sum")
+        for row, (*lists, n) in enumerate(rows)
+    ]
+    torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
+
+
 # ---- sequences and images
 
 TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
@@ -322,6 +346,7 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
 # ---- many readers
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read(cache, method):
     ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))

@@ -56,7 +56,7 @@ REQUIRED = object()
 
 def _part(allowed: Sequence[str]) -> Callable[[str, Any], Part]:
     def read(name: str, value: Any) -> Part:
-        given = {"factory": value} if isinstance(value, str) else value
+        given: Any = {"factory": value} if isinstance(value, str) else value
         if not isinstance(given, dict):
             raise ConfigError(f"{name} must be 'module:factory' or a mapping; got {value!r}")
         _known(f"{name}.", given, allowed)

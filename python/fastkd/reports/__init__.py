@@ -107,7 +107,7 @@ def report(
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
       "On Calibration of Modern Neural Networks", 2017). Models answer where they are.
     - **Latency** of a forward pass on each device, on inputs of the loader: median and 95th
-      percentile. Models take turns, in bursts, so that a busy machine slows all of them alike.
+      percentile. Models take turns, in bursts, so that what changes meanwhile meets all of them.
       Throughput is the largest batch over its median.
 
     Nothing is changed: models are run in evaluation mode without gradients, put back, and copied to

@@ -140,7 +140,7 @@ def _reliability(report: Report) -> Any:
 def png(figure: Any) -> bytes:
     """A picture on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white", bbox_inches="tight")
     return buffer.getvalue()
 
 
@@ -153,7 +153,7 @@ def svg(figure: Any, salt: str) -> str:
     settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}
     with extras.load("matplotlib", "report").rc_context(settings):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=nothing, bbox_inches="tight")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

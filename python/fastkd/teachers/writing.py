@@ -17,8 +17,8 @@ from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import fingerprint, inputs_digests
 
-# Logits handled at a time, in float32; some five tensors of this size are alive at once.
-_CHUNK = 2**22
+# Logits handled at a time, in float32: some five tensors of this size are alive at once.
+_CHUNK = 2**20
 
 
 def precompute(
@@ -204,23 +204,24 @@ def _kept(rows: Tensor, header: shard.Header) -> _Kept:
 def _lost(log_p: Tensor, stored: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
     """``[R]``: KL(p || what a reader reconstructs of p), and the probability of what is not kept.
 
-    A reader knows what is stored and that the rest is shared by the other classes.
+    A reader knows what is stored, and that the other classes share the rest evenly: q, which adds
+    up to 1 + z. Then KL = sum p log(p / q) + log(1 + z). What is kept contributes
+    p (d + exp(-d) - 1) with d = log(p / q), which does not cancel where q is near p.
     """
     p = log_p.exp()
-    tail = torch.zeros_like(p[:, 0])
     if indices is None:
-        log_q = stored.float()
+        tail = lost_in_tail = torch.zeros_like(p[:, 0])
     else:
-        others = p.shape[-1] - indices.shape[-1]
-        tail = p.scatter(-1, indices, 0.0).sum(-1)
-        log_q = (tail / max(1, others)).log()[:, None].expand_as(p)
-        log_q = log_q.scatter(-1, indices, stored.float())
-    log_q = log_q.log_softmax(-1)
-    # p (d + exp(-d) - 1) adds up to the same as p d, without cancelling where q is near p.
-    d = log_p - log_q
-    near = p * (d + torch.expm1(-d))
-    far = torch.where(p > 0, p * d, p) + log_q.exp() - p
-    return torch.where(d.abs() < 1, near, far).sum(-1), tail
+        others = p.scatter(-1, indices, 0.0)
+        tail = others.sum(-1)
+        each = tail / max(1, p.shape[-1] - indices.shape[-1])
+        lost_in_tail = -torch.special.xlogy(tail, each) - torch.special.entr(others).sum(-1)
+        log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
+    d = torch.where(p > 0, log_p - stored.float(), 0.0)
+    excess = torch.expm1(-d)
+    z = (p * excess).sum(-1)
+    kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + lost_in_tail.clamp(min=0)
+    return kl, tail
 
 
 def _join(parts: list[_Kept]) -> _Kept:

@@ -1,0 +1,178 @@
+"""``python -m benchmarks.teachers``: what a teacher's cache weighs, loses and how fast it is read.
+
+Writes the tables of docs/teachers.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pydoc_data.topics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import environment
+from fastkd import teachers
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
+BATCH = 64
+SECONDS = 1.0  # of reading, for each case
+
+
+class Case(NamedTuple):
+    """A cache of a usual shape."""
+
+    name: str
+    samples: int
+    positions: tuple[int, ...]
+    classes: int
+    top_k: int | None
+    dtype: torch.dtype
+
+
+CASES = (
+    Case("CIFAR-100", 50_000, (), 100, None, torch.float16),
+    Case("ImageNet-1k", 20_000, (), 1000, None, torch.float16),
+    Case("ImageNet-1k", 20_000, (), 1000, None, torch.float32),
+    Case("ImageNet-1k", 20_000, (), 1000, 16, torch.float16),
+    Case("Llama-3, 256 tokens", 24, (256,), 128_256, 64, torch.float16),
+)
+
+
+class Canned(nn.Module):
+    """A teacher that costs nothing: random logits, the same for every batch."""
+
+    def __init__(self, case: Case) -> None:
+        """Draws them."""
+        super().__init__()
+        rows = 2 if case.positions else BATCH
+        torch.manual_seed(0)
+        self.logits = nn.Buffer(4 * torch.randn(rows, *case.positions, case.classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The first few of them."""
+        return self.logits[: len(inputs)]
+
+
+def measured(case: Case) -> list[str]:
+    """A row of the table of sizes and speeds."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = teachers.WithIds(TensorDataset(torch.zeros(case.samples, 1)))
+        loader = DataLoader(data, 2 if case.positions else BATCH)
+        began = time.perf_counter()
+        cache = teachers.precompute(
+            Canned(case), loader, folder, top_k=case.top_k, dtype=case.dtype, progress=False
+        )
+        written = case.samples / (time.perf_counter() - began)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir()) / case.samples
+        read = _reads(cache, case.samples)
+    kept = "all" if case.top_k is None else f"top {case.top_k}"
+    dtype = str(case.dtype).removeprefix("torch.")
+    return [
+        f"{case.name} ({case.classes:,} classes)",
+        f"{kept}, {dtype}",
+        f"{size:,.0f}",
+        f"{written:,.0f}",
+        f"{read:,.0f}",
+        f"{read * size / 1e6:,.0f} MB/s",
+    ]
+
+
+def _reads(cache: teachers.TeacherCache, samples: int) -> float:
+    """Samples read in a second, in random order, by one process."""
+    generator = torch.Generator().manual_seed(0)
+    size = min(BATCH, samples)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        for ids in torch.randperm(samples, generator=generator).split(size)[:64]:
+            cache.lookup(ids)
+            count += len(ids)
+    return count / (time.perf_counter() - began)
+
+
+def digits() -> tuple[str, nn.Module, Tensor]:
+    """A classifier of 1,797 images of digits, trained on all of them but asked about all."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    images = images.float() / 16
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(teacher.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(teacher(images), labels).backward()
+        optimizer.step()
+    return "digits, 10 classes", teacher, images
+
+
+def characters() -> tuple[str, nn.Module, Tensor]:
+    """A table of what follows each two characters in the text that comes with Python."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    alphabet = sorted(set(text))
+    codes = torch.tensor([alphabet.index(sign) for sign in text])
+    size = len(alphabet)
+    pairs = codes[:-2] * size + codes[1:-1]
+    counts = torch.full((size * size, size), 0.01)
+    counts.index_put_((pairs, codes[2:]), torch.ones(len(pairs)), accumulate=True)
+    teacher = nn.Embedding.from_pretrained(counts.log())
+    whole = pairs[: len(pairs) // 128 * 128].view(-1, 128)
+    return f"characters, {size} classes", teacher, whole[:400]
+
+
+def losses() -> Iterator[list[str]]:
+    """Rows of the table of what is lost."""
+    for name, teacher, inputs in (digits(), characters()):
+        loader = DataLoader(teachers.WithIds(TensorDataset(inputs)), BATCH)
+        for top_k in (None, 1, 2, 4, 8):
+            cells = [name, "all" if top_k is None else f"top {top_k}"]
+            for temperature in (1.0, 4.0):
+                with tempfile.TemporaryDirectory() as folder:
+                    cache = teachers.precompute(
+                        *(teacher, loader, folder),
+                        top_k=top_k,
+                        temperature=temperature,
+                        progress=False,
+                    )
+                cells += [f"{cache.kl:.2g}", f"{100 * cache.tail:.2g} %"]
+            yield cells
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * (len(heading) - 2)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main() -> None:
+    """Measures, shows and writes."""
+    speeds = table(
+        ["cache", "kept", "bytes a sample", "written, samples/s", "read, samples/s", "read"],
+        [measured(case) for case in CASES],
+    )
+    lost = table(
+        ["teacher", "kept", "KL lost, T = 1", "tail", "KL lost, T = 4", "tail"], list(losses())
+    )
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    facts = environment.describe("cpu")
+    where = f"{facts['device']}, torch {torch.__version__}, {date}."
+    found = {"speeds": f"{speeds}\n\n{where}", "losses": lost}
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, block in found.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+    Console().print(Markdown("\n\n".join(found.values())))
+
+
+if __name__ == "__main__":
+    main()
