@@ -189,7 +189,7 @@ def main() -> None:
     """Prints the results, and writes them into a document if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="students of each kind")
-    parser.add_argument("--steps", type=int, default=300, help="of every model")
+    parser.add_argument("--steps", type=int, default=200, help="of every model")
     parser.add_argument("--write", type=pathlib.Path, help="a file, between its markers")
     options = parser.parse_args()
     torch.set_num_threads(1)  # models this small gain little from a second one

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pathlib
+import re
 
 import pytest
 import torch
@@ -472,7 +474,16 @@ def test_without_accelerate_the_extra_is_named(monkeypatch):
         trainer_of(network(), network(24, 1))
 
 
-# ---- what is seen of it
+# ---- what is said and seen of it
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    run = [block for block in blocks if "..." not in block]
+    assert len(run) >= 2
+    exec("\n".join(run), {})
+    assert "Evaluation(" in capsys.readouterr().out
 
 
 def test_the_bar_shows_both_terms(capsys):

@@ -1,6 +1,7 @@
 """transformers.Trainer with the mixin: the right denominator, shift and scale."""
 
 import copy
+import doctest
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import fastkd  # noqa: E402
+from fastkd.integrations import transformers as integration  # noqa: E402
 from fastkd.integrations.transformers import DistillationMixin, causal_labels  # noqa: E402
 
 VOCABULARY = 32
@@ -93,6 +95,10 @@ def test_causal_labels_are_those_of_sliced_logits():
     ours = fastkd.loss(student, teacher, causal_labels({"labels": labels}))
     theirs = fastkd.loss(student[:, :-1], teacher[:, :-1], labels[:, 1:])
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_docstrings_run():
+    assert doctest.testmod(integration).attempted > 0 == doctest.testmod(integration).failed
 
 
 def test_what_the_trainer_divides_by_cannot_be_chosen(tmp_path):
