@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 KERNEL_BUILD := build/kernels
 CUDA_BUILD := build/cuda
 
-.PHONY: help install peers demo examples test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.PHONY: help install demo examples test kernel-test bench lint fmt types cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,18 +22,22 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,examples,demo,bench,test,dev]"
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[demo,bench]"
+	touch $@
+
+# What developers need beside it: the tests' and examples' libraries, linters, and the libraries that fastkd.compat
+# is tested against, whose own dependencies weigh gigabytes and are not needed.
+$(VENV)/complete: $(VENV)/installed
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,examples,test,dev]"
+	$(RUN) -m pip install --quiet --no-deps --group peers
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 
-peers: $(VENV)/installed  ## install the libraries that fastkd.compat is tested against
-	$(RUN) -m pip install --quiet --no-deps --group peers
-
 demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and show what it brought
 	$(RUN) examples/digits.py
 
-test: $(VENV)/installed kernel-test  ## run every test
+test: $(VENV)/complete kernel-test  ## run every test
 	$(RUN) -m pytest
 
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
@@ -43,20 +47,20 @@ kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch o
 	@$(VENV)/bin/cmake --build $(KERNEL_BUILD)
 	$(VENV)/bin/ctest --test-dir $(KERNEL_BUILD) --output-on-failure
 
-examples: $(VENV)/installed  ## run every script and notebook in examples/, in full
+examples: $(VENV)/complete  ## run every script and notebook in examples/, in full
 	for script in $$(grep -l "__main__" examples/*.py); do echo "== $$script"; $(RUN) $$script || exit 1; done
 	$(RUN) -m pytest tests/test_examples.py -k notebook
 
 bench: $(VENV)/installed  ## measure fastkd against what you would use instead
 	$(RUN) -m benchmarks
 
-lint: $(VENV)/installed  ## ruff, mypy and clang-format, changing nothing
+lint: $(VENV)/complete  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-fmt: $(VENV)/installed  ## let ruff and clang-format rewrite the sources
+fmt: $(VENV)/complete  ## let ruff and clang-format rewrite the sources
 	$(VENV)/bin/ruff check --fix-only .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')

@@ -23,7 +23,7 @@ def folder(package: str) -> pathlib.Path:
     """Where an installed package lies, without importing it; skips the test if it is not there."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed (make peers)")
+        pytest.skip(f"{package} is not installed (make test installs it)")
     return pathlib.Path(spec.submodule_search_locations[0])
 
 

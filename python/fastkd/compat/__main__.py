@@ -29,7 +29,7 @@ loss = generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.1)
 ```
 
 The loss is the same number and the student's gradient the same tensor, up to rounding; tests hold
-every adapter against its library's own code where that can be installed (`make peers`), and against
+every adapter against its library's own code where that can be installed (`make test`), and against
 the formula written out where it cannot.
 
 In `fastkd.loss` itself `alpha` weighs the **hard** term, the soft term is multiplied by T², a mean
