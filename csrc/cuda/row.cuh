@@ -78,7 +78,7 @@ template <class A>
 __device__ __forceinline__ Temperature<A> temperature_of(const Inputs& in, int64_t row) {
   Temperature<A> r;
   r.t = in.row_settings == nullptr ? static_cast<A>(in.temperature)
-                                      : static_cast<const A*>(in.row_settings)[row];
+                                   : static_cast<const A*>(in.row_settings)[row];
   // A temperature that is none makes its row NaN.
   if (!(r.t > A(0) && r.t - r.t == A(0))) r.t = static_cast<A>(__int_as_float(0x7fc00000));
   r.inverse = quotient_of(A(1), r.t);
@@ -305,7 +305,8 @@ constexpr float kLargestFolded = 64;
 // unit in the last place of the exponent: for 16-bit gradients.
 template <class A, class D, bool kFold>
 struct alignas(16) Writer {
-  static_assert(D::kBalance == Balance::kNone, "a slope sum needs one more sweep of the resident row");
+  static_assert(D::kBalance == Balance::kNone,
+                "a slope sum needs one more sweep of the resident row");
 
   Temperature<A> t;
   RowStats<A> stats;  // where `apart`, the scales are relative to the maxima themselves
