@@ -133,12 +133,12 @@ namespace {
 Tensor empty(const Call& call, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int32_t device_type = 0;
   int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
   int64_t strides[2] = {1, 1};
   if (shape.size() == 2) strides[0] = shape.begin()[1];
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides,
       dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       device_type, device_index, &handle));
