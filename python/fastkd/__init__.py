@@ -10,6 +10,7 @@ import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
+from fastkd.explain import explain
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.verify import Verification, verify
@@ -22,6 +23,7 @@ __all__ = [
     "check_inputs",
     "check_logits",
     "divergences",
+    "explain",
     "loss",
     "terms",
     "verify",

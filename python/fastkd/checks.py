@@ -26,24 +26,54 @@ def one_of(name: str, value: object, accepted: Sequence[str]) -> int:
     raise ValueError(f"{name} must be one of {listed}; got {value!r}")
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:
-    """``value`` as a float in [low, high], or (low, high] with ``open_low``; always finite."""
+def number(
+    name: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """``value`` as a float in [low, high], without the ends that are open; always finite."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
         value = float(value)
-    if (low < value if open_low else low <= value) and value <= high and value != math.inf:
+    above = low < value if open_low else low <= value
+    if above and (value < high if open_high else value <= high) and value != math.inf:
         return value
     if high == math.inf:
         accepted = "positive and finite" if open_low else f"finite and at least {low:g}"
     else:
-        accepted = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        accepted = f"in {left}{low:g}, {high:g}{right}"
     raise ValueError(f"{name} must be {accepted}; got {value!r}")
 
 
-def logits(student: object, teacher: object) -> None:
-    """Two tensors of logits that belong together."""
-    for name, value in (("student_logits", student), ("teacher_logits", teacher)):
+def dim_and_classes(dim: object, classes: object) -> None:
+    """Where the classes are, and how many of them count."""
+    if dim not in (-1, 1) or isinstance(dim, bool):
+        raise ValueError(
+            "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
+            + repr(dim)
+        )
+    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int)):
+        raise TypeError(f"classes must be an int or None; got {type(classes).__name__}")
+    if classes is not None and classes < 1:
+        raise ValueError(f"classes must be at least 1; got {classes}")
+
+
+def logits(
+    student: object, teachers: Sequence[object], dim: int = -1, classes: int | None = None
+) -> None:
+    """Tensors of logits that belong together; ``dim`` and ``classes`` are checked already."""
+    if not teachers:
+        raise ValueError("teacher_logits must be a tensor, or at least one; got an empty sequence")
+    named = [("student_logits", student)]
+    for i, teacher in enumerate(teachers):
+        named.append(("teacher_logits" if len(teachers) == 1 else f"teacher_logits[{i}]", teacher))
+    for name, value in named:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
         if value.dtype not in FLOATS:
@@ -52,33 +82,75 @@ def logits(student: object, teacher: object) -> None:
             )
         if value.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
-    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    if student.dim() == 0 or student.shape[-1] == 0:
+    assert isinstance(student, Tensor)
+    if student.dim() <= max(dim, 0) or student.shape[dim] == 0:
+        layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
         raise ValueError(
-            "student_logits must have shape (..., classes) with at least one class; got "
+            f"student_logits must have shape {layout} with at least one class; got "
             f"{tuple(student.shape)}"
         )
-    if student.shape != teacher.shape:
-        raise ValueError(
-            "student_logits and teacher_logits must have the same shape; got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            "student_logits and teacher_logits must be on the same device; got "
-            f"{student.device} and {teacher.device}"
-        )
+    for name, value in named[1:]:
+        assert isinstance(value, Tensor)
+        _same_shape(student, name, value, dim, classes)
+        if student.device != value.device:
+            raise ValueError(
+                f"student_logits and {name} must be on the same device; got "
+                f"{student.device} and {value.device}"
+            )
 
 
-def indices(value: object, student: Tensor) -> None:
-    """Class indices, one for each row of logits."""
+def _same_shape(student: Tensor, name: str, teacher: Tensor, dim: int, classes: int | None) -> None:
+    """The same rows, and the same classes or enough of them."""
+    shapes = [list(student.shape), list(teacher.shape)]
+    given = f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+    if shapes[0] == shapes[1] and (classes is None or classes <= student.shape[dim]):
+        return
+    rows = [shape[:dim] + shape[dim:][1:] for shape in shapes]
+    if rows[0] != rows[1] or teacher.dim() != student.dim():
+        raise ValueError(f"student_logits and {name} must have the same shape; {given}")
+    fewest = min(student.shape[dim], teacher.shape[dim])
+    if classes is None:
+        raise ValueError(
+            f"student_logits and {name} must have the same shape; {given}. If the first classes "
+            f"are the same and the rest is padding, classes={fewest} takes the first {fewest} of "
+            "both"
+        )
+    if classes > fewest:
+        raise ValueError(f"classes must be at most {fewest}, the fewest there are; got {classes}")
+
+
+def targets(value: object, student: Tensor) -> bool:
+    """Class indices, one for each row of logits, or probabilities (True)."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"labels must be a tensor of class indices, or None; got {type(value).__name__}"
         )
+    if value.is_floating_point() and value.shape == student.shape:
+        rows(value[..., 0], "labels", student)
+        if value.requires_grad:
+            raise ValueError(
+                "labels get no gradient; got probabilities that require grad (.detach() them)"
+            )
+        return True
     if value.dtype not in INTEGERS:
-        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
+        raise TypeError(
+            f"labels must be class indices of an integer dtype; got {value.dtype}, which "
+            f"would be probabilities if the shape were {tuple(student.shape)}, not "
+            f"{tuple(value.shape)}"
+            if value.is_floating_point()
+            else f"labels must be class indices of an integer dtype; got {value.dtype}"
+        )
     rows(value, "labels", student)
+    return False
+
+
+def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:
+    """What some options need of the classes and of the labels."""
+    if divergence == "dkd" and soft_labels:
+        raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
+    what = "standardize=True" if standardize else f"divergence={divergence!r}"
+    if (standardize or divergence == "dkd") and student.shape[-1] < 2:
+        raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
 
 
 def rows(value: Tensor, name: str, student: Tensor) -> None:
@@ -88,10 +160,128 @@ def rows(value: Tensor, name: str, student: Tensor) -> None:
             f"{name} must have one entry for each row of logits, shape {tuple(student.shape[:-1])} "
             f"for logits of shape {tuple(student.shape)}; got {tuple(value.shape)}"
         )
+    _same_device(value, name, student)
+
+
+def classes(value: Tensor, name: str, student: Tensor) -> None:
+    """A tensor with one entry for each class, on the logits' device."""
+    if value.shape != student.shape[-1:]:
+        raise ValueError(
+            f"{name} must have one entry for each class, shape {tuple(student.shape[-1:])}; got "
+            f"{tuple(value.shape)}"
+        )
+    _same_device(value, name, student)
+
+
+def _same_device(value: Tensor, name: str, student: Tensor) -> None:
     if value.device != student.device:
         raise ValueError(
             f"{name} must be on the logits' device, {student.device}; got {value.device}"
         )
+
+
+def temperature(name: str, value: object) -> float | Tensor:
+    """A positive number, or a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        return number(name, value, 0.0, math.inf, open_low=True)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
+    return value
+
+
+def weights(
+    alpha: object, hard: object, soft: object, has_labels: bool
+) -> tuple[float | Tensor, float | Tensor]:
+    """(hard_weight, soft_weight) from the two ways to give them."""
+    if hard is None and soft is None:
+        if not has_labels:
+            if alpha is None:
+                return 0.0, 1.0
+            raise ValueError(
+                f"alpha weighs the hard term, which needs labels; got alpha={alpha!r} and "
+                "labels=None. Leave alpha out (the soft term alone), or pass labels"
+            )
+        share = 0.5 if alpha is None else number("alpha", alpha, 0.0, 1.0)
+        return share, 1.0 - share
+    if alpha is not None:
+        raise ValueError(
+            f"alpha cannot be given together with hard_weight or soft_weight; got alpha={alpha!r}, "
+            f"hard_weight={hard!r}, soft_weight={soft!r}"
+        )
+    if not has_labels and hard is not None:
+        raise ValueError(f"hard_weight needs labels; got hard_weight={hard!r} and labels=None")
+    return _weight("hard_weight", hard), _weight("soft_weight", soft)
+
+
+def _weight(name: str, value: object) -> float | Tensor:
+    """A number of at least 0, 1 if not given, or a floating-point tensor."""
+    if value is None:
+        return 1.0
+    if not isinstance(value, Tensor):
+        return number(name, value, 0.0, math.inf)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
+    return value
+
+
+def class_weight(value: object) -> None:
+    """A tensor of one number for each class."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"class_weight must be a tensor or None; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"class_weight must be a floating-point tensor; got {value.dtype}")
+
+
+def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
+    """One positive number for each teacher; how many there are may not be known yet."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"teacher_weights must be a sequence of numbers or None; got {type(value).__name__}"
+        )
+    if teachers is not None and len(value) != teachers:
+        raise ValueError(
+            f"teacher_weights must have one number for each teacher in teacher_logits, {teachers}; "
+            f"got {len(value)}"
+        )
+    return tuple(
+        number(f"teacher_weights[{i}]", weight, 0.0, math.inf, open_low=True)
+        for i, weight in enumerate(value)
+    )
+
+
+def normalizer(value: Tensor) -> Tensor:
+    """The tensor that the mean divides by, 0-d."""
+    if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
+        raise ValueError(
+            "normalizer must be a positive number or a real tensor with one element; got "
+            f"{value.dtype} of shape {tuple(value.shape)}"
+        )
+    if may_look(value) and not value.item() > 0:
+        raise ValueError(f"normalizer must be positive; got {value.item()}")
+    return value.detach().reshape(())
+
+
+def may_look(value: Tensor) -> bool:
+    """Whether the data are there to be looked at, without waiting for a device or for a trace."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def row_data(name: str, value: Tensor, positive: bool) -> None:
+    """Looks at the numbers themselves, where it may."""
+    if not may_look(value):
+        return
+    value = value.detach()
+    above = value > 0 if positive else value >= 0
+    accepted = "positive and finite" if positive else "finite and at least 0"
+    _refuse(~(above & value.isfinite()), value, f"{name} must be {accepted}")
 
 
 def check_inputs(
@@ -128,10 +318,9 @@ def check_inputs(
         Traceback (most recent call last):
         ValueError: labels must be in [0, 3) or ignore_index=-100; row 1 has 3
     """
-    logits(student_logits, teacher_logits)
+    logits(student_logits, [teacher_logits])
     counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    if labels is not None:
-        indices(labels, student_logits)
+    if labels is not None and not targets(labels, student_logits):
         counts = labels != ignore_index
     if not isinstance(temperature, Tensor):
         number("temperature", temperature, 0.0, math.inf, open_low=True)
@@ -154,13 +343,14 @@ def check_rows(
     student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
 ) -> None:
     """Looks for a label out of range, or a row's temperature that is not positive and finite."""
-    if labels is not None:
+    if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
         _refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
     if isinstance(temperature, Tensor):
-        bad = ~((temperature > 0) & temperature.isfinite())
-        _refuse(bad, temperature, "temperature must be positive and finite")
+        value = temperature.detach()
+        bad = ~((value > 0) & value.isfinite())
+        _refuse(bad, value, "temperature must be positive and finite")
 
 
 def _refuse(bad: Tensor, value: Tensor, message: str) -> None:

@@ -2,33 +2,125 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, ops
+from fastkd import checks, ops, reference
+from fastkd.objective import Objective, fit, resolve
 from fastkd.reference import Terms
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Teacher = Tensor | Sequence[Tensor]
 
-def loss(
+
+def _compute(
+    with_terms: bool,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Teacher,
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 2.0,
+    teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
-    hard_weight: float | None = None,
-    soft_weight: float | None = None,
+    hard_weight: float | Tensor | None = None,
+    soft_weight: float | Tensor | None = None,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     divergence: str = "forward_kl",
+    mix: float | None = None,
+    teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    ensemble: Literal["probs", "logits"] = "probs",
+    standardize: bool = False,
+    classes: int | None = None,
+    dim: int = -1,
     inplace: bool = False,
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
+    """The one list of the options and their defaults; gives the loss, or all terms stacked."""
+    if (
+        ops.EAGER is not None
+        and divergence in ops.DIVERGENCES
+        and teacher_temperature is None
+        and hard_weight is None
+        and soft_weight is None
+        and class_weight is None
+        and normalizer is None
+        and mix is None
+        and teacher_form == "logits"
+        and teacher_weights is None
+        and ensemble == "probs"
+        and standardize is False
+        and classes is None
+        and dim == -1
+        and inplace is False
+        and not torch.compiler.is_compiling()
+    ):
+        # What is usual takes the shortest way; None comes back from what is not.
+        try:
+            out = ops.EAGER.loss(
+                student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
+                alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+            )  # fmt: skip
+        except RuntimeError:
+            _explain(student_logits, labels, ignore_index, temperature)
+            raise
+        if out is not None:
+            return out  # type: ignore[no-any-return]
+    options = dict(
+        temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
+        hard_weight=hard_weight, soft_weight=soft_weight, ignore_index=ignore_index,
+        reduction=reduction, label_smoothing=label_smoothing, class_weight=class_weight,
+        normalizer=normalizer, divergence=divergence, mix=mix, teacher_form=teacher_form,
+        teacher_weights=teacher_weights, ensemble=ensemble, standardize=standardize,
+        classes=classes, dim=dim, inplace=inplace, teacher_grad=teacher_grad,
+    )  # fmt: skip
+    return _check_and_compute(student_logits, teacher_logits, labels, options, with_terms)
+
+
+def _options_of(
+    function: Callable[Concatenate[bool, P], object],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Says, to type checkers and to help(), that the decorated one takes the same arguments."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+
+    def decorate(decorated: Callable[..., R]) -> Callable[P, R]:
+        returned = inspect.signature(decorated).return_annotation
+        decorated.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            parameters, return_annotation=returned
+        )
+        return decorated
+
+    return decorate
+
+
+def _keywords_of(
+    function: Callable[Concatenate[bool, Tensor, Teacher, Tensor | None, P], object],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """The same for a method that takes the options alone."""
+    all_of_them = inspect.signature(function).parameters.values()
+
+    def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        options = [each for each in all_of_them if each.kind is each.KEYWORD_ONLY]
+        method.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [itself, *options], return_annotation="None"
+        )
+        return method
+
+    return decorate
+
+
+@_options_of(_compute)
+def loss(*args: Any, **options: Any) -> Tensor:
     """Distillation loss in one fused pass; ``alpha`` weighs the **hard** term, the cross entropy.
 
     ::
@@ -40,44 +132,73 @@ def loss(
     (2015); T^2 keeps the soft gradients' size independent of T. Both logits are read once and the
     gradient is written in the same pass. Arithmetic is float32 inside whatever the inputs are
     (float64 if either is), and free of cancellation when the student is close to its teacher.
+    ``divergence=`` and the options below put other objectives in the place of the KL; those that
+    have no kernel yet are computed by PyTorch operations (``docs/objectives.md`` says which), and
+    :func:`fastkd.explain` says in words what a set of options means.
 
     Args:
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
             ``logits[:, :-1]`` and ``logits[..., :vocab]`` are used where they are; only
             non-adjacent classes cost a copy.
-        teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's.
-        labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
-            1.
-        temperature: T > 0, or a tensor of shape ``(...)`` with one T for each row. Default 2.
+        teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's; or a
+            sequence of such tensors, several teachers.
+        labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
+            cutmix), as :func:`torch.nn.functional.cross_entropy` has them. None: the soft term
+            alone, with weight 1.
+        temperature: T > 0, or a tensor, 0-d or of shape ``(...)`` with one T for each row. A tensor
+            that requires grad gets its gradient. Default 2.
+        teacher_temperature: the teacher's own temperature, likewise. Default T, or 1 if
+            ``teacher_form`` says that the teacher is softened already.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
-        hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
+        hard_weight: weight of the hard term, given instead of ``alpha``: a number, or a tensor
+            ``(...)`` with one for each row, which changes no denominator; 1 if only ``soft_weight``
             is given.
-        soft_weight: weight of the soft term, given instead of ``alpha``; 1 if only ``hard_weight``
-            is given.
+        soft_weight: weight of the soft term, likewise; 1 if only ``hard_weight`` is given.
         ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
-            their logits may hold anything, NaN too. Default -100.
+            their logits may hold anything, NaN too. Default -100. Probabilities have none.
         reduction: ``"mean"`` divides both terms by the number of rows that are not ignored (0 if
             there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
             backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
         label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
             has it.
-        normalizer: what ``"mean"`` divides by instead of the number of rows: a positive number, or
-            a tensor with one element (never waited for on CUDA). Pass the global token count under
-            gradient accumulation.
+        class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
+            :func:`torch.nn.functional.cross_entropy`. As there, ``"mean"`` then divides the hard
+            term by the sum of the labels' weights (by the rows if labels are probabilities).
+        normalizer: what ``"mean"`` divides both terms by instead: a positive number, or a tensor
+            with one element (never waited for on CUDA). Pass the global token count under gradient
+            accumulation.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
+        mix: the one number that some divergences have: ``"symmetric_kl"``, weight of the forward KL
+            (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
+            ``"skewed_reverse_kl"``, share of the other side (0.1); ``"dkd"``, weight of the classes
+            other than the label (8).
+        teacher_form: what ``teacher_logits`` holds: ``"logits"``, or ``"log_probs"`` or ``"probs"``
+            of a teacher that is softened already. They need not sum to 1 exactly: rows are
+            renormalised. Default ``"logits"``.
+        teacher_weights: a positive number for each of several teachers, divided by their sum.
+            Default equal ones.
+        ensemble: whether several teachers are mixed in ``"probs"`` (after softening) or in
+            ``"logits"``. Default ``"probs"``.
+        standardize: take each row's mean off the logits of both and divide by its standard
+            deviation (unbiased, + 1e-7) before anything of the soft term (Sun et al., "Logit
+            Standardization in Knowledge Distillation", CVPR 2024). Default False.
+        classes: use the first ``classes`` of both logits: padded vocabularies, or class counts that
+            differ. Default None, all of them.
+        dim: where the classes are: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
+            ``(N, d1, ...)``. Default -1.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
             Without effect where no gradient is asked for, under torch.compile and under function
-            transforms.
+            transforms; refused for what has no kernel.
         teacher_grad: what to do with a teacher that requires grad, since it gets none: ``"error"``
             or ``"ignore"``.
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
-        float64). Masked classes (logits of -inf) contribute what mathematics says: nothing where
-        the teacher masks, +inf with a finite gradient where only the student does. A row with NaN
-        or +inf among its logits gives NaN.
+        float64). Masked classes (logits of -inf) contribute what mathematics says: for the default
+        divergence nothing where the teacher masks, +inf with a finite gradient where only the
+        student does. A row with NaN or +inf among its logits gives NaN.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above; the message names the argument,
@@ -93,31 +214,14 @@ def loss(
         >>> loss.backward()
         >>> student.grad.shape
         torch.Size([8, 10])
+        >>> fastkd.loss(student, [teacher, -teacher], labels, divergence="jsd", mix=0.1).shape
+        torch.Size([])
     """
-    return _call(
-        student_logits, teacher_logits, labels, temperature, alpha, hard_weight, soft_weight,
-        ignore_index, reduction, label_smoothing, normalizer, divergence, inplace, teacher_grad,
-        False,
-    )  # fmt: skip
+    return _compute(False, *args, **options)
 
 
-def terms(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 2.0,
-    alpha: float | None = None,
-    hard_weight: float | None = None,
-    soft_weight: float | None = None,
-    ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    label_smoothing: float = 0.0,
-    normalizer: float | Tensor | None = None,
-    divergence: str = "forward_kl",
-    inplace: bool = False,
-    teacher_grad: Literal["error", "ignore"] = "error",
-) -> Terms:
+@_options_of(_compute)
+def terms(*args: Any, **options: Any) -> Terms:
     """The loss and what is worth logging about it, from one pass; arguments as in :func:`loss`.
 
     Returns:
@@ -132,18 +236,14 @@ def terms(
         >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields
         ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy', 'agreement')
     """
-    packed = _call(
-        student_logits, teacher_logits, labels, temperature, alpha, hard_weight, soft_weight,
-        ignore_index, reduction, label_smoothing, normalizer, divergence, inplace, teacher_grad,
-        True,
-    )  # fmt: skip
+    packed = _compute(True, *args, **options)
     total, *logged = packed.unbind(0)
     return Terms(total, *(term.detach() for term in logged))
 
 
 def divergences() -> tuple[str, ...]:
     """The names that ``divergence=`` accepts."""
-    return ops.DIVERGENCES
+    return tuple(reference.DIVERGENCES)
 
 
 class KDLoss(nn.Module):
@@ -151,7 +251,9 @@ class KDLoss(nn.Module):
 
     Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` takes
     ``(student_logits, teacher_logits, labels=None)``, and :meth:`terms` the same. Without labels
-    the soft term counts alone, whatever ``alpha`` is.
+    the soft term counts alone, whatever weighs the hard one. Options that are tensors are buffers
+    that follow the module to another device, and a ``temperature`` or a weight that is an
+    ``nn.Parameter`` is a parameter of the module and learns.
 
     Example:
         >>> import torch, fastkd
@@ -160,243 +262,129 @@ class KDLoss(nn.Module):
         tensor(0.1099)
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 2.0,
-        alpha: float | None = None,
-        hard_weight: float | None = None,
-        soft_weight: float | None = None,
-        ignore_index: int = -100,
-        reduction: Literal["mean", "sum", "none"] = "mean",
-        label_smoothing: float = 0.0,
-        normalizer: float | Tensor | None = None,
-        divergence: str = "forward_kl",
-        inplace: bool = False,
-        teacher_grad: Literal["error", "ignore"] = "error",
-    ) -> None:
+    @_keywords_of(_compute)
+    def __init__(self, **options: Any) -> None:
         """Keeps the options, having checked them."""
         super().__init__()
-        _weights(alpha, hard_weight, soft_weight, True)
-        if not isinstance(temperature, Tensor):
-            checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
-        checks.one_of("reduction", reduction, ops.REDUCTIONS)
-        checks.one_of("divergence", divergence, ops.DIVERGENCES)
-        checks.one_of("teacher_grad", teacher_grad, ("error", "ignore"))
-        checks.number("label_smoothing", label_smoothing, 0.0, 1.0)
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
-            "alpha": alpha,
-            "hard_weight": hard_weight,
-            "soft_weight": soft_weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "normalizer": normalizer,
-            "divergence": divergence,
-            "inplace": inplace,
-            "teacher_grad": teacher_grad,
-        }
+        unknown = sorted(options.keys() - DEFAULTS.keys())
+        if unknown:
+            raise TypeError(f"KDLoss has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+        resolve({**DEFAULTS, **options}, has_labels=True, teachers=None)
+        self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
+        for name, value in options.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given; tensors are where the module is."""
+        return {**self._numbers, **self._parameters, **self._buffers}
 
     def _options(self, labels: Tensor | None) -> dict[str, Any]:
-        if labels is not None:
-            return self.options
-        return {**self.options, "alpha": None, "hard_weight": None}
+        return self.options if labels is not None else {**self.options, **_HARD}
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+        self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Tensor:
         """The loss of :func:`fastkd.loss`."""
         return loss(student_logits, teacher_logits, labels, **self._options(labels))
 
     def terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+        self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Terms:
         """The loss and its terms, as :func:`fastkd.terms` gives them."""
         return terms(student_logits, teacher_logits, labels, **self._options(labels))
 
     def extra_repr(self) -> str:
         """The options that were given."""
-        return ", ".join(
-            f"{name}={value!r}" for name, value in self.options.items() if value is not None
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _weights(
-    alpha: float | None, hard: float | None, soft: float | None, has_labels: bool
-) -> tuple[float, float]:
-    """(hard_weight, soft_weight) from the two ways to give them."""
-    if hard is None and soft is None:
-        if not has_labels:
-            if alpha is None:
-                return 0.0, 1.0
-            raise ValueError(
-                f"alpha weighs the hard term, which needs labels; got alpha={alpha!r} and "
-                "labels=None. Leave alpha out (the soft term alone), or pass labels"
-            )
-        weight = 0.5 if alpha is None else checks.number("alpha", alpha, 0.0, 1.0)
-        return weight, 1.0 - weight
-    if alpha is not None:
-        raise ValueError(
-            f"alpha cannot be given together with hard_weight or soft_weight; got alpha={alpha!r}, "
-            f"hard_weight={hard!r}, soft_weight={soft!r}"
-        )
-    if not has_labels and hard is not None:
-        raise ValueError(f"hard_weight needs labels; got hard_weight={hard!r} and labels=None")
-    return (
-        1.0 if hard is None else checks.number("hard_weight", hard, 0.0, math.inf),
-        1.0 if soft is None else checks.number("soft_weight", soft, 0.0, math.inf),
-    )
+DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
+"""The options of :func:`loss`, :func:`terms` and :class:`KDLoss`, and their defaults."""
+_HARD = {"alpha": None, "hard_weight": None, "class_weight": None}
 
 
-def _temperatures(value: Tensor, student: Tensor, acc: torch.dtype) -> Tensor:
-    """One temperature for each row, as the ops take them."""
-    if not value.is_floating_point():
-        raise TypeError(
-            f"temperature must be a number or a floating-point tensor; got {value.dtype}"
-        )
-    if value.requires_grad:
-        raise ValueError(
-            "temperature gets no gradient; got a tensor that requires grad (.detach() it)"
-        )
-    if value.dim() == 0:
-        value = value.to(student.device).expand(student.shape[:-1])
-    checks.rows(value, "temperature", student)
-    return value.to(acc).reshape(-1)
-
-
-def _denominator(value: Tensor, student: Tensor, acc: torch.dtype) -> Tensor:
-    """The tensor that the mean divides by, as the ops take it."""
-    if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
-        raise ValueError(
-            "normalizer must be a positive number or a real tensor with one element; got "
-            f"{value.dtype} of shape {tuple(value.shape)}"
-        )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.item() > 0:
-        raise ValueError(f"normalizer must be positive; got {value.item()}")
-    return value.detach().to(device=student.device, dtype=acc).reshape(())
-
-
-def _call(
+def _check_and_compute(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Teacher,
     labels: Tensor | None,
-    temperature: float | Tensor,
-    alpha: float | None,
-    hard_weight: float | None,
-    soft_weight: float | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    normalizer: float | Tensor | None,
-    divergence: str,
-    inplace: bool,
-    teacher_grad: str,
+    options: dict[str, Any],
     with_terms: bool,
 ) -> Tensor:
-    """Runs the op; what only the data could tell (on the CPU) becomes an error that explains."""
+    """Checks the arguments, as far as that needs no data, and computes."""
+    call = prepare(student, teacher, labels, options)
+    inplace = options["inplace"]
+    if inplace:
+        _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:
-        return _run(
-            student, teacher, labels, temperature, alpha, hard_weight, soft_weight, ignore_index,
-            reduction, label_smoothing, normalizer, divergence, inplace, teacher_grad, with_terms,
-        )  # fmt: skip
+        return ops.compute(*call, with_terms=with_terms, inplace=inplace)
     except RuntimeError:
-        if not torch.compiler.is_compiling() and student.device.type == "cpu":
-            checks.check_rows(student, labels, ignore_index, temperature)
+        _explain(call.student, call.labels, call.objective.ignore_index, call.objective.temperature)
         raise
 
 
-def _run(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    temperature: float | Tensor,
-    alpha: float | None,
-    hard_weight: float | None,
-    soft_weight: float | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    normalizer: float | Tensor | None,
-    divergence: str,
-    inplace: bool,
-    teacher_grad: str,
-    with_terms: bool,
-) -> Tensor:
-    """Checks the arguments, as far as that needs no data, and runs the op."""
-    if (
-        ops.EAGER is not None
-        and hard_weight is None
-        and soft_weight is None
-        and normalizer is None
-        and not inplace
-        and divergence in ops.DIVERGENCES
-        and not torch.compiler.is_compiling()
-    ):
-        out = ops.EAGER.loss(
-            student, teacher, labels, with_terms, ops.CUDA_KERNELS, temperature, alpha,
-            ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
-        )  # fmt: skip
-        if out is not None:
-            return out  # type: ignore[no-any-return]
-    checks.logits(student, teacher)
-    if (
-        teacher.requires_grad
-        and checks.one_of("teacher_grad", teacher_grad, ("error", "ignore")) == 0
-    ):
+class Call(NamedTuple):
+    """A call to the loss, checked; the classes are last, and those that do not count are gone."""
+
+    student: Tensor
+    teachers: tuple[Tensor, ...]
+    labels: Tensor | None
+    objective: Objective
+
+
+def prepare(
+    student: Tensor, teacher: Teacher, labels: Tensor | None, options: Mapping[str, Any]
+) -> Call:
+    """Checks what :func:`loss` is given, with every option present; ``inplace`` aside."""
+    teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
+    dim, classes = options["dim"], options["classes"]
+    checks.dim_and_classes(dim, classes)
+    checks.logits(student, teachers, dim, classes)
+    objective = resolve(options, has_labels=labels is not None, teachers=len(teachers))
+    if any(teacher.requires_grad for teacher in teachers) and options["teacher_grad"] == "error":
         raise ValueError(
             "teacher_logits requires grad, but the loss gives the teacher none: compute it under "
             'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
         )
-    if labels is not None:
-        checks.indices(labels, student)
-        if labels.dtype is not torch.int64:
-            labels = labels.long()
-    hard, soft = _weights(alpha, hard_weight, soft_weight, labels is not None)
-    acc = torch.float32
-    if student.dtype is torch.float64 or teacher.dtype is torch.float64:
-        acc = torch.float64
-    temperatures = denominator = None
-    if isinstance(temperature, Tensor):
-        temperatures = _temperatures(temperature, student, acc)
-        temperature = 1.0
-    else:
-        temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
-    reduction_index = checks.one_of("reduction", reduction, ops.REDUCTIONS)
-    if normalizer is None:
-        normalizer = 0.0
-    elif reduction != "mean":
-        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
-    elif isinstance(normalizer, Tensor):
-        denominator = _denominator(normalizer, student, acc)
-        normalizer = 0.0
-    else:
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-    settings = ops.Settings(
-        temperature,
-        hard,
-        soft,
-        checks.number("label_smoothing", label_smoothing, 0.0, 1.0),
-        ignore_index,
-        checks.one_of("divergence", divergence, ops.DIVERGENCES),
-        reduction_index,
-        normalizer,
-        with_terms,
-    )
-    if inplace:
-        _check_inplace(student, teacher, reduction)
-    out = ops.apply(student, teacher.detach(), labels, temperatures, denominator, settings, inplace)
-    if reduction == "none" and student.dim() != 2:
-        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
-    return out
+    teachers = tuple(rows_last(teacher.detach(), dim, classes) for teacher in teachers)
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == student.dim():
+        labels = rows_last(labels, dim, None)
+    student = rows_last(student, dim, classes)
+    soft_labels = labels is not None and checks.targets(labels, student)
+    checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
+    objective = fit(objective, student, ops.accumulator(student, *teachers))
+    return Call(student, teachers, labels, objective)
 
 
-def _check_inplace(student: Tensor, teacher: Tensor, reduction: str) -> None:
+def rows_last(value: Tensor, dim: int, classes: int | None) -> Tensor:
+    """A view with the classes last, and those that count alone."""
+    if dim != -1:
+        value = value.movedim(dim, -1)
+    return value if classes is None else value[..., :classes]
+
+
+def _explain(
+    student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
+) -> None:
+    """Raises what a failure of the kernels is due to, where only the data can tell."""
+    if not torch.compiler.is_compiling() and student.device.type == "cpu":
+        checks.check_rows(student, labels, ignore_index, temperature)
+
+
+def _check_inplace(
+    student: Tensor, teachers: Sequence[Tensor], reduction: str, classes: int | None
+) -> None:
     if reduction == "none":
         raise ValueError(
             'inplace=True needs reduction="mean" or "sum"; got "none", which keeps no gradient'
+        )
+    if classes is not None:
+        raise ValueError(
+            "inplace=True cannot go with classes, whose gradient is as large as student_logits "
+            f"all the same; got classes={classes}"
         )
     if student.requires_grad and student.is_leaf:
         raise ValueError(
@@ -405,5 +393,6 @@ def _check_inplace(student: Tensor, teacher: Tensor, reduction: str) -> None:
         )
     if torch.compiler.is_compiling():
         return  # it has no effect
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr():
+    memory = student.untyped_storage().data_ptr()
+    if any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
         raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")

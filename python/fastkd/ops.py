@@ -1,7 +1,8 @@
 """The native ops: loading them, their shapes for tracing, and their derivatives.
 
-``apply`` is the one way in. It runs the fused kernel where there is one, and
-:mod:`fastkd.reference` under function transforms and on devices without kernels.
+``compute`` is the one way in. It runs the fused kernel where there is one, and
+:mod:`fastkd.reference` for what is not fused, under function transforms and on devices without
+kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import checks, reference
+from fastkd.objective import Objective
 
 try:
     from fastkd import _C
@@ -33,7 +35,7 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
 DIVERGENCES: tuple[str, ...] = _C.divergences
 CUDA_KERNELS = bool(_C.cuda_architectures)
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if CUDA_KERNELS else {"cpu", "meta"})
@@ -63,8 +65,9 @@ class Settings(NamedTuple):
 # ---- shapes for FakeTensor, meta and torch.compile
 
 
-def _acc(student: Tensor, teacher: Tensor) -> torch.dtype:
-    double = student.dtype == torch.float64 or teacher.dtype == torch.float64
+def accumulator(*logits: Tensor) -> torch.dtype:
+    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
+    double = any(tensor.dtype is torch.float64 for tensor in logits)
     return torch.float64 if double else torch.float32
 
 
@@ -72,12 +75,12 @@ def _fake_out(student: Tensor, teacher: Tensor, reduction: int, with_terms: bool
     shape = [_TERMS] if with_terms else []
     if REDUCTIONS[reduction] == "none":
         shape.append(student.numel() // student.shape[-1])
-    return student.new_empty(shape, dtype=_acc(student, teacher))
+    return student.new_empty(shape, dtype=accumulator(student, teacher))
 
 
 def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
     rows = student.numel() // student.shape[-1]
-    return student.new_empty([_STATS * rows + 1], dtype=_acc(student, teacher))
+    return student.new_empty([_STATS * rows + 1], dtype=accumulator(student, teacher))
 
 
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
@@ -243,8 +246,129 @@ class _InplaceLoss(torch.autograd.Function):
 
 # ---- the way in
 
+# What an objective may use beyond what every kernel has: how it is written, for the docs.
+USES = {
+    **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
+    "soft labels": "labels of probabilities",
+    "class_weight": "class_weight=",
+    "row weights": "hard_weight= or soft_weight= as a tensor",
+    "learned": "gradients of temperature= and of weights",
+    "standardize": "standardize=True",
+}
+# What of it the kernels have. All else is computed by fastkd.reference.
+FUSED: dict[str, frozenset[str]] = {
+    "cpu": frozenset({"forward_kl"}),
+    "cuda": frozenset({"forward_kl"}),
+}
 
-def apply(
+
+def uses(labels: Tensor | None, objective: Objective) -> set[str]:
+    """The names in USES that apply to a call."""
+    weights = (objective.hard_weight, objective.soft_weight)
+    numbers = (objective.temperature, objective.teacher_temperature, *weights)
+    found = {objective.divergence}
+    if labels is not None and labels.is_floating_point():
+        found.add("soft labels")
+    if objective.class_weight is not None:
+        found.add("class_weight")
+    if any(isinstance(weight, Tensor) for weight in weights):
+        found.add("row weights")
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
+        found.add("learned")
+    if objective.standardize:
+        found.add("standardize")
+    return found
+
+
+def compute(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    *,
+    with_terms: bool,
+    inplace: bool,
+) -> Tensor:
+    """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES:
+        _warn_once(device)
+    elif not _is_transformed():
+        missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
+        if not missing:
+            return _fused(student, teachers, labels, objective, with_terms, inplace)
+        if inplace:
+            raise ValueError(
+                "inplace=True needs a call that the kernels compute; they do not have "
+                f"{', '.join(USES[use] for use in sorted(missing))} on {device}"
+            )
+        if checks.may_look(student):
+            checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    terms = reference.terms(student, teachers, labels, **objective._asdict())
+    return torch.stack(terms) if with_terms else terms.loss
+
+
+def _fused(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+    inplace: bool,
+) -> Tensor:
+    """The same by the native ops, for what they have."""
+    o = objective
+    teacher = _teacher_of(student, teachers, o)
+    if labels is not None and labels.dtype is not torch.int64:
+        labels = labels.long()
+    temperatures = denominator = None
+    if isinstance(o.temperature, Tensor):
+        temperatures = o.temperature.detach().expand(student.shape[:-1]).reshape(-1)
+    if isinstance(o.normalizer, Tensor):
+        denominator = o.normalizer
+    assert not isinstance(o.hard_weight, Tensor) and not isinstance(o.soft_weight, Tensor)
+    settings = Settings(
+        o.temperature if temperatures is None else 1.0,  # type: ignore[arg-type]
+        o.hard_weight,
+        o.soft_weight,
+        o.label_smoothing,
+        o.ignore_index,
+        DIVERGENCES.index(o.divergence),
+        REDUCTIONS.index(o.reduction),
+        0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
+        with_terms,
+    )
+    out = _apply(student, teacher, labels, temperatures, denominator, settings, inplace)
+    if o.reduction == "none" and student.dim() != 2:
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
+    return out
+
+
+def _teacher_of(student: Tensor, teachers: tuple[Tensor, ...], objective: Objective) -> Tensor:
+    """One teacher's logits, whose softmax at the *student's* temperature is p.
+
+    Temperatures that differ, teachers that are several, and probabilities cost one tensor of the
+    teacher's size.
+    """
+    o = objective
+    same = o.teacher_temperature is o.temperature or (
+        isinstance(o.temperature, float) and o.teacher_temperature == o.temperature
+    )
+    if len(teachers) == 1 and same and o.teacher_form != "probs":
+        return teachers[0]
+    dtype = accumulator(student, *teachers)
+    with torch.no_grad():
+        logits, _ = reference.softened_teacher(
+            [teacher.to(dtype) for teacher in teachers],
+            reference.column(o.teacher_temperature),
+            o.teacher_form,
+            o.teacher_weights,
+            o.ensemble,
+        )
+        return logits * reference.column(o.temperature)
+
+
+def _apply(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -253,12 +377,7 @@ def apply(
     settings: Settings,
     inplace: bool,
 ) -> Tensor:
-    """Runs the op on checked arguments; results are shaped as csrc/torch/library.cpp says."""
-    if student.device.type not in _KERNEL_DEVICES:
-        _warn_once(student.device.type)
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
-    if _is_transformed():
-        return _reference(student, teacher, labels, temperatures, denominator, settings)
+    """Runs an op; results are shaped as csrc/torch/library.cpp says."""
     arguments = (student, teacher, labels, temperatures, denominator, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _, _ = _loss(*arguments[:5], *settings, False)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import losses, reference
+from fastkd import losses, ops, reference
+from fastkd.objective import Objective
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
 # tensor.
 _CHECKED = {"cpu": 2**24, "cuda": 2**27}
+# The options that may be a tensor with one number for each row.
+_OF_ROWS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 # What float32 arithmetic may cost, next to nothing else: logits far from zero lose digits before
 # any loss does.
 _FLOOR = {torch.float64: 1e-11}
@@ -83,76 +86,60 @@ class Verification(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The tensors as rows, and the options as numbers."""
+    """A checked call as rows, to be summed: what a mean divides by is in the weights."""
 
-    student: Tensor
-    teacher: Tensor
+    student: Tensor  # (rows, classes)
+    teachers: tuple[Tensor, ...]
     labels: Tensor | None
-    temperature: float | Tensor
-    hard_weight: float
-    soft_weight: float
-    label_smoothing: float
-    ignore_index: int
-    reduction: str
-    divisor: float | Tensor
-    divergence: str
+    objective: Objective
 
     def take(self, rows: Tensor | slice) -> _Problem:
-        """Some of the rows in float64, summed: whoever wants the mean divides."""
-        t = self.temperature
-        return self._replace(
-            student=self.student[rows].double(),
-            teacher=self.teacher[rows].double(),
-            labels=None if self.labels is None else self.labels[rows],
-            temperature=t[rows].double() if isinstance(t, Tensor) else t,
-            reduction="none" if self.reduction == "none" else "sum",
+        """Some of the rows in float64."""
+        objective = self.objective._asdict()
+        for name in _OF_ROWS:
+            if isinstance(objective[name], Tensor):
+                objective[name] = objective[name][rows].double()
+        return _Problem(
+            self.student[rows].double(),
+            tuple(teacher[rows].double() for teacher in self.teachers),
+            None if self.labels is None else self.labels[rows],
+            Objective(**objective),
         )
 
     def truth(self) -> Tensor:
         """The reference's loss."""
-        return reference.loss(
-            self.student,
-            self.teacher,
-            self.labels,
-            temperature=self.temperature,
-            hard_weight=self.hard_weight,
-            soft_weight=self.soft_weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            divergence=self.divergence,
-        )
+        return reference.loss(self.student, self.teachers, self.labels, **self.objective._asdict())
 
     def eager(self) -> Tensor:
         """The loss as one writes it in PyTorch without further thought, in the student's dtype."""
-        student, teacher = self.student, self.teacher.to(self.student.dtype)
-        t = self.temperature
-        t = t.to(student.dtype) if isinstance(t, Tensor) else t
-        column = t.unsqueeze(-1) if isinstance(t, Tensor) else t
-        log_q = F.log_softmax(student / column, -1)
-        if self.divergence == "forward_kl":
-            p = F.softmax(teacher / column, -1)
-            soft = F.kl_div(log_q, p, reduction="none").sum(-1)
-        else:
-            log_p = F.log_softmax(teacher / column, -1)
-            soft = reference.DIVERGENCES[self.divergence](log_p, log_q)
-        total = self.soft_weight * t**2 * soft
+        o = self.objective
+        plain = ops.uses(self.labels, o) == {"forward_kl"} and o.teacher_form == "logits"
+        if not plain or len(self.teachers) > 1:
+            return self.truth()
+        student, teacher = self.student, self.teachers[0].to(self.student.dtype)
+        t, t_teacher = (
+            value.to(student.dtype).unsqueeze(-1) if isinstance(value, Tensor) else value
+            for value in (o.temperature, o.teacher_temperature)
+        )
+        p = F.softmax(teacher / t_teacher, -1)
+        soft = F.kl_div(F.log_softmax(student / t, -1), p, reduction="none").sum(-1, keepdim=True)
+        total = (o.soft_weight * t**2 * soft).squeeze(-1)
         if self.labels is not None:
             hard = F.cross_entropy(
                 student,
-                self.labels,
-                ignore_index=self.ignore_index,
+                self.labels.long(),
+                ignore_index=o.ignore_index,
                 reduction="none",
-                label_smoothing=self.label_smoothing,
+                label_smoothing=o.label_smoothing,
             )
-            total = total + self.hard_weight * hard
-            total = total.where(self.labels != self.ignore_index, torch.zeros_like(total))
-        return total if self.reduction == "none" else total.sum() / self.divisor
+            total = total + o.hard_weight * hard
+            total = total.where(self.labels != o.ignore_index, torch.zeros_like(total))
+        return total if o.reduction == "none" else total.sum()
 
 
 def verify(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: losses.Teacher,
     labels: Tensor | None = None,
     *,
     repeats: int = 10,
@@ -164,9 +151,13 @@ def verify(
     Nothing is changed: the tensors get no gradient. Memory for one gradient is needed, and a few
     times that for eager PyTorch, which is left out if it does not fit.
 
-    Args: student_logits: ``(..., C)``, as for :func:`fastkd.loss`. teacher_logits: ``(..., C)``.
-    labels: ``(...)`` or None. repeats: how often each is timed. show: whether to print the result.
-    options: those of :func:`fastkd.loss`; ``inplace`` and ``teacher_grad`` make no difference here.
+    Args:
+        student_logits: as for :func:`fastkd.loss`.
+        teacher_logits: as for :func:`fastkd.loss`.
+        labels: as for :func:`fastkd.loss`.
+        repeats: how often each is timed.
+        show: whether to print the result.
+        options: those of :func:`fastkd.loss`; ``inplace`` and ``teacher_grad`` make no difference.
 
     Returns:
         A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.
@@ -178,14 +169,13 @@ def verify(
         >>> result.agrees
         True
     """
-    options = {
-        key: value for key, value in options.items() if key not in ("inplace", "teacher_grad")
-    }
-    student = student_logits.detach().requires_grad_()
-    teacher = teacher_logits.detach()
+    options = {**options, "inplace": False, "teacher_grad": "ignore"}
+    student, teacher = student_logits.detach().requires_grad_(), teacher_logits
     result = losses.loss(student, teacher, labels, **options)  # checks the arguments as well
     problem = _problem(student, teacher, labels, options)
-    ours = _gradient(result, student)
+    ours = losses.rows_last(
+        _gradient(result, student), options.get("dim", -1), options.get("classes")
+    )
     ours_rows = ours.reshape(problem.student.shape)
 
     count, classes = problem.student.shape
@@ -241,43 +231,46 @@ def verify(
 
 
 def _problem(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, options: dict[str, Any]
+    student: Tensor, teacher: losses.Teacher, labels: Tensor | None, options: dict[str, Any]
 ) -> _Problem:
     """Rows and numbers from the arguments of :func:`fastkd.loss`, which has accepted them."""
-    classes = student.shape[-1]
-    flat = None if labels is None else labels.reshape(-1).long()
-    hard, soft = losses._weights(
-        options.get("alpha"),
-        options.get("hard_weight"),
-        options.get("soft_weight"),
-        labels is not None,
+    student, teachers, labels, o = losses.prepare(
+        student, teacher, labels, {**losses.DEFAULTS, **options}
     )
-    t = options.get("temperature", 2.0)
-    if isinstance(t, Tensor):
-        t = t.expand(student.shape[:-1]).reshape(-1).to(student.device)
-    ignore_index = options.get("ignore_index", -100)
-    reduction = options.get("reduction", "mean")
-    divisor: float | Tensor = 1.0
-    if reduction == "mean":
-        divisor = options.get("normalizer")  # type: ignore[assignment]
-        if divisor is None:
-            rows = student.numel() // classes
-            divisor = max(1, rows if flat is None else int((flat != ignore_index).sum()))
-        elif isinstance(divisor, Tensor):
-            divisor = divisor.item()
+    shape, classes = student.shape[:-1], student.shape[-1]
+    rows = student.numel() // classes
+    soft_labels = labels is not None and labels.is_floating_point()
+    if labels is not None:
+        labels = labels.reshape(rows, classes) if soft_labels else labels.reshape(rows)
+    numbers = {name: getattr(o, name) for name in _OF_ROWS}
+    if o.reduction == "mean":
+        divisors = _divisors(rows, labels, o)
+        for name, divisor in zip(("hard_weight", "soft_weight"), divisors, strict=True):
+            numbers[name] = numbers[name] / divisor
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            numbers[name] = value.detach().expand(shape).reshape(rows)
     return _Problem(
-        student.detach().reshape(-1, classes),
-        teacher.reshape(-1, classes),
-        flat,
-        t,
-        hard,
-        soft,
-        options.get("label_smoothing", 0.0),
-        ignore_index,
-        reduction,
-        divisor,
-        options.get("divergence", "forward_kl"),
+        student.detach().reshape(rows, classes),
+        tuple(teacher.reshape(rows, classes) for teacher in teachers),
+        labels,
+        o._replace(
+            reduction="none" if o.reduction == "none" else "sum", normalizer=None, **numbers
+        ),
     )
+
+
+def _divisors(rows: int, labels: Tensor | None, o: Objective) -> tuple[float, float]:
+    """What the mean divides the hard and the soft term by."""
+    if o.normalizer is not None:
+        return float(o.normalizer), float(o.normalizer)
+    if labels is None or labels.is_floating_point():
+        return max(1, rows), max(1, rows)
+    valid = labels[labels != o.ignore_index].long()
+    count = max(1, len(valid))
+    if o.class_weight is None:
+        return count, count
+    return float(o.class_weight[valid].double().sum()) or 1.0, count
 
 
 def _gradient(loss: Tensor, student: Tensor) -> Tensor:
@@ -294,13 +287,13 @@ def _truth(problem: _Problem, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]
             for at in range(0, max(1, count), step)
         ]
     loss = torch.cat(parts)
-    if problem.reduction != "none":
-        loss = loss.sum() / problem.divisor
+    if problem.objective.reduction != "none":
+        loss = loss.sum()
     gradients = []
     for at in range(0, len(rows), step):
         part = problem.take(rows[at : at + step])
         leaf = part.student.requires_grad_()
-        gradients.append(_gradient(part.truth() / problem.divisor, leaf))
+        gradients.append(_gradient(part.truth(), leaf))
     return loss, torch.cat(gradients) if gradients else problem.student.double()
 
 

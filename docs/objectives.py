@@ -1,0 +1,143 @@
+"""Writes docs/objectives.md, from the code alone: ``python docs/objectives.py``."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastkd
+from fastkd import ops, reference
+from fastkd.losses import DEFAULTS, prepare
+
+PATH = pathlib.Path(__file__).with_suffix(".md")
+
+_INTRO = """\
+# Objectives
+
+<!-- Written by `python docs/objectives.py`; a test compares. -->
+
+For every row, with logits `z` of the student, `w` of the teacher and label `y`,
+
+    loss = hard_weight CE(softmax(z), y) + soft_weight T^2 D(p, q)
+    q = softmax(z / T)      p = softmax(w / T_t)      T_t = T unless given
+
+`alpha` is short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the
+divergences, their gradients and what masked classes cost; `fastkd.explain(**options)` says in words
+what a set of options means.
+"""
+
+_MATRIX = """
+## What goes together, and what is fused
+
+| | |
+|---|---|
+| ● | one fused pass, on the CPU and on CUDA |
+| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
+| ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
+| – | refused, with a message that says why |
+
+Temperatures that differ, teachers that are several and teachers given as probabilities cost one
+tensor of the teacher's size on the way to the fused pass. Other devices, function transforms
+(`torch.func`) and second derivatives are always PyTorch operations.
+"""
+
+_ROWS, _CLASSES = 2, 3
+
+
+def _cases() -> dict[str, dict[str, Any]]:
+    """The rows of the matrix: a call for each, arguments that are not options among them."""
+    logits, rows = torch.zeros(_ROWS, _CLASSES), torch.ones(_ROWS)
+    labels = torch.zeros(_ROWS, dtype=torch.int64)
+    return {
+        "class indices": {},
+        "probabilities as labels": {"labels": logits.softmax(-1)},
+        "no labels": {"labels": None},
+        "`label_smoothing`": {"label_smoothing": 0.1},
+        "`class_weight`": {"class_weight": torch.ones(_CLASSES)},
+        "weights of rows": {"hard_weight": rows, "soft_weight": rows},
+        "temperatures of rows": {"temperature": rows},
+        "`teacher_temperature`": {"teacher_temperature": 1.0},
+        "learned temperature": {"temperature": nn.Parameter(torch.tensor(2.0))},
+        '`teacher_form="log_probs"`': {"teacher_form": "log_probs"},
+        '`teacher_form="probs"`': {"teacher_form": "probs"},
+        'several teachers, `ensemble="probs"`': {"teacher_logits": [logits, logits]},
+        'several teachers, `ensemble="logits"`': {
+            "teacher_logits": [logits, logits],
+            "ensemble": "logits",
+        },
+        "`standardize`": {"standardize": True},
+        "`classes`": {"classes": 2},
+        "`dim=1`": {
+            "student_logits": logits.unsqueeze(-1),
+            "teacher_logits": logits.unsqueeze(-1),
+            "labels": labels.unsqueeze(-1),
+            "dim": 1,
+        },
+    }
+
+
+def _cell(divergence: str, case: dict[str, Any]) -> str:
+    """How a call is computed, or that it is refused."""
+    logits = torch.zeros(_ROWS, _CLASSES)
+    arguments = {
+        "student_logits": logits,
+        "teacher_logits": logits,
+        "labels": torch.zeros(_ROWS, dtype=torch.int64),
+        **case,
+    }
+    student, teacher, labels = (
+        arguments.pop(name) for name in ("student_logits", "teacher_logits", "labels")
+    )
+    try:
+        call = prepare(
+            student, teacher, labels, {**DEFAULTS, **arguments, "divergence": divergence}
+        )
+    except ValueError:
+        return "–"
+    used = ops.uses(call.labels, call.objective)
+    on_cpu, on_cuda = (used <= ops.FUSED[device] for device in ("cpu", "cuda"))
+    return "●" if on_cpu and on_cuda else "◐" if on_cpu else "○"
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *rest = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
+
+
+def objectives() -> str:
+    """The text of docs/objectives.md."""
+    listed = [["`divergence=`", "D", "`mix=`", "source"]]
+    for name, kind in reference.DIVERGENCES.items():
+        mix = ""
+        if kind.mix is not None:
+            low, high = kind.mix_range
+            ends = "()" if kind.mix_open else "[]" if high < float("inf") else "[)"
+            mix = f"{kind.mix:g}, in {ends[0]}{low:g}, {high:g}{ends[1]}; {kind.mix_meaning}"
+        listed.append([f"`{name}`", kind.formula.replace("|", "\\|"), mix, kind.source])
+    matrix = [["", *(f"`{name}`" for name in reference.DIVERGENCES)]]
+    for label, case in _cases().items():
+        matrix.append([label, *(_cell(name, case) for name in reference.DIVERGENCES)])
+    examples = (
+        {"temperature": 4.0, "alpha": 0.1},
+        {
+            "divergence": "jsd",
+            "mix": 0.1,
+            "soft_weight": 1.0,
+            "hard_weight": 0.0,
+            "teacher_form": "log_probs",
+            "reduction": "sum",
+        },
+    )
+    shown = [_INTRO, "## Divergences\n", _table(listed), _MATRIX, _table(matrix), "\n## In words"]
+    for options in examples:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        text = fastkd.explain(show=False, **options)
+        shown.append(f"\n```text\n>>> fastkd.explain({arguments})\n{text}\n```")
+    return "\n".join(shown) + "\n"
+
+
+if __name__ == "__main__":
+    PATH.write_text(objectives(), encoding="utf-8")

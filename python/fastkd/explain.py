@@ -1,0 +1,158 @@
+"""What a set of options means, in words."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from torch import Tensor
+
+from fastkd import reference
+from fastkd.losses import DEFAULTS
+from fastkd.objective import Objective, resolve
+
+
+def _number(value: float | Tensor) -> str:
+    """A number as one writes it, or what kind of tensor stands there."""
+    if not isinstance(value, Tensor):
+        return f"{value:g}"
+    learned = ", learned" if value.requires_grad else ""
+    return f"(one number for each row{learned})" if value.dim() else f"({value.item():g}{learned})"
+
+
+def _weights(options: dict[str, Any], objective: Objective) -> str:
+    if options["hard_weight"] is None and options["soft_weight"] is None:
+        share = "alpha" if options["alpha"] is not None else "alpha, 0.5 by default,"
+        return (
+            f"{share} weighs the hard term, the cross entropy; the soft term weighs 1 - alpha = "
+            f"{_number(objective.soft_weight)}. Without labels the soft term stands alone, with "
+            "weight 1."
+        )
+    return (
+        f"hard_weight {_number(objective.hard_weight)} weighs the cross entropy, soft_weight "
+        f"{_number(objective.soft_weight)} the divergence; they need not sum to 1."
+    )
+
+
+def _temperatures(objective: Objective) -> str:
+    t = _number(objective.temperature)
+    text = f"T = {t} softens the student"
+    if objective.teacher_form != "logits":
+        text += f"; the teacher comes as {objective.teacher_form}, softened already"
+        if objective.teacher_temperature != 1.0:
+            text += f", and is softened again at T_t = {_number(objective.teacher_temperature)}"
+    elif objective.teacher_temperature is objective.temperature:
+        text += " and the teacher"
+    else:
+        text += f", T_t = {_number(objective.teacher_temperature)} the teacher"
+    return (
+        f"{text}. The cross entropy is that of softmax(z), at temperature 1. T^2, the student's T, "
+        "multiplies the soft term alone."
+    )
+
+
+def _teacher(options: dict[str, Any], objective: Objective) -> str:
+    weights = options["teacher_weights"]
+    shares = "equal weights"
+    if weights:
+        shares = "weights " + ", ".join(f"{w / sum(weights):.3g}" for w in weights)
+    space = "probabilities, after softening" if objective.ensemble == "probs" else "logits"
+    return f"A sequence of teachers is mixed with {shares}, in {space}."
+
+
+def _hard(objective: Objective) -> str:
+    text = "Labels are class indices or probabilities, as in torch's cross_entropy"
+    if objective.label_smoothing:
+        text += f", smoothed by {objective.label_smoothing:g}"
+    if objective.class_weight is not None:
+        text += ", each class with its weight"
+    return text + "."
+
+
+def _reduction(objective: Objective) -> str:
+    if objective.reduction == "none":
+        return "One loss for each row, divided by nothing."
+    if objective.reduction == "sum":
+        return "The sum over the rows, divided by nothing."
+    if objective.normalizer is not None:
+        divisor = objective.normalizer
+        number = f"{float(divisor):g}"
+        return f"Both terms are summed over the rows and divided by the normalizer, {number}."
+    rows = f"the number of rows whose label is not {objective.ignore_index}"
+    if objective.class_weight is None:
+        return f"Both terms are summed over the rows and divided by {rows} (never by the classes)."
+    return (
+        f"The soft term is summed over the rows and divided by {rows}, the hard term by the sum of "
+        "those rows' class weights (by the number of rows where labels are probabilities)."
+    )
+
+
+def explain(*, show: bool = True, **options: Any) -> str:
+    """Says what a set of options means: weights, T^2, denominators, masks.
+
+    Args:
+        show: whether to print the text as well.
+        options: those of :func:`fastkd.loss`, checked as there.
+
+    Returns:
+        The objective as a formula and in words.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastkd.loss` does for the same options.
+
+    Example:
+        >>> import fastkd
+        >>> text = fastkd.explain(temperature=4.0, alpha=0.1)  # doctest: +ELLIPSIS
+        loss = 0.1 CE(softmax(z), y) + 0.9 T^2 D
+        D    = KL(p || q) = sum p log(p / q)   [forward_kl: Hinton, Vinyals and Dean 2015]
+        q    = softmax(z / T), p = softmax(w / T); z are the student's logits, w the teacher's
+        <BLANKLINE>
+        weights      alpha weighs the hard term, the cross entropy; the soft term weighs 1 - ...
+    """
+    unknown = sorted(options.keys() - DEFAULTS.keys())
+    if unknown:
+        raise TypeError(f"explain has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+    given = {**DEFAULTS, **options}
+    weights = given["teacher_weights"]
+    objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)
+    kind = reference.DIVERGENCES[objective.divergence]
+    p = {"logits": "softmax(w / T_t)", "log_probs": "exp(w)", "probs": "w"}[objective.teacher_form]
+    if objective.teacher_temperature is objective.temperature:
+        p = "softmax(w / T)"
+    what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
+    head = [
+        f"loss = {_number(objective.hard_weight)} CE(softmax(z), y) + "
+        f"{_number(objective.soft_weight)} T^2 D",
+        f"D    = {kind.formula}   [{objective.divergence}: {kind.source}]",
+        f"q    = softmax(z / T), p = {p}; z are the student's logits, w the teacher's"
+        + ("" if objective.teacher_form == "logits" else f" {what[objective.teacher_form]}"),
+    ]
+    words = {
+        "weights": _weights(given, objective),
+        "temperature": _temperatures(objective),
+        "teacher": _teacher(given, objective),
+        "labels": _hard(objective),
+        "reduction": _reduction(objective),
+        "masked rows": (
+            f"Rows labelled {objective.ignore_index} count nothing in either term and get a zero "
+            "gradient; their logits may hold anything. Probabilities mask no row."
+        ),
+    }
+    if kind.mix is not None:
+        words["mix"] = f"{objective.mix:g}, {kind.mix_meaning}."
+    if objective.standardize:
+        words["standardize"] = (
+            "In D, each row of z and of w has its mean taken off and is divided by its standard "
+            "deviation + 1e-7 first."
+        )
+    if given["classes"] is not None:
+        words["classes"] = f"The first {given['classes']} of both logits; the others get no part."
+    indent = " " * 13
+    lines = [
+        textwrap.fill(line, 100, initial_indent=f"{name:<13}", subsequent_indent=indent)
+        for name, line in words.items()
+    ]
+    text = "\n".join([*head, "", *lines])
+    if show:
+        print(text)
+    return text

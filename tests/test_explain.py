@@ -1,0 +1,88 @@
+"""fastkd.explain, and the page of docs that is written with it."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import reference
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "objectives.py"
+
+
+def said(**options) -> str:
+    """The text, without its line breaks."""
+    return " ".join(fastkd.explain(show=False, **options).split())
+
+
+def test_prints_what_it_returns(capsys):
+    text = fastkd.explain()
+    assert capsys.readouterr().out == text + "\n"
+    assert fastkd.explain(show=False) == text
+    assert capsys.readouterr().out == ""
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["loss = 0.5 CE(softmax(z), y) + 0.5 T^2 D", "alpha, 0.5 by default"]),
+        ({"alpha": 0.1}, ["loss = 0.1 CE(softmax(z), y) + 0.9 T^2 D"]),
+        ({"hard_weight": 1.0, "soft_weight": 3.0}, ["loss = 1 CE(softmax(z), y) + 3 T^2 D"]),
+        ({"hard_weight": torch.ones(4)}, ["(one number for each row) CE"]),
+        ({"temperature": 4.0}, ["T = 4 softens the student and the teacher."]),
+        ({"teacher_temperature": 1.0}, ["T = 2 softens the student, T_t = 1 the teacher."]),
+        (
+            {"temperature": torch.nn.Parameter(torch.tensor(3.0))},
+            ["T = (3, learned) softens the student and the teacher."],
+        ),
+        (
+            {"teacher_form": "probs"},
+            ["p = w;", "w the teacher's probabilities"],
+        ),
+        ({"teacher_form": "log_probs", "teacher_temperature": 2.0}, ["again at T_t = 2"]),
+        ({"ignore_index": 7}, ["whose label is not 7", "Rows labelled 7 count nothing"]),
+        ({"reduction": "sum"}, ["sum over the rows, divided by nothing"]),
+        ({"reduction": "none"}, ["One loss for each row"]),
+        ({"normalizer": 12}, ["divided by the normalizer, 12."]),
+        (
+            {"class_weight": torch.ones(3)},
+            ["the hard term by the sum of those rows' class"],
+        ),
+        ({"label_smoothing": 0.1}, ["smoothed by 0.1"]),
+        ({"teacher_weights": [1, 3]}, ["mixed with weights 0.25, 0.75, in probabilities"]),
+        ({"ensemble": "logits"}, ["mixed with equal weights, in logits"]),
+        ({"standardize": True}, ["divided by its standard deviation + 1e-7"]),
+        ({"classes": 10}, ["The first 10 of both logits"]),
+        ({"divergence": "dkd", "mix": 2}, ["mix 2, the weight of the other classes' KL."]),
+    ],
+    ids=str,
+)
+def test_says(options, words):
+    for expected in words:
+        assert expected in said(**options)
+
+
+@pytest.mark.parametrize("name", fastkd.divergences())
+def test_names_formula_and_source(name):
+    kind = reference.DIVERGENCES[name]
+    text = said(divergence=name)
+    assert kind.formula in text and kind.source in text
+    assert ("mix " in text.split("weights ")[1]) == (kind.mix is not None)
+
+
+def test_refuses_what_the_loss_refuses():
+    with pytest.raises(ValueError, match="mix belongs to"):
+        fastkd.explain(mix=0.5)
+    with pytest.raises(TypeError, match="explain has no option 'tau'; it has temperature"):
+        fastkd.explain(tau=2.0)
+
+
+def test_the_page_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("objectives", PAGE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = PAGE.with_suffix(".md").read_text(encoding="utf-8")
+    assert written == module.objectives(), "run python docs/objectives.py"

@@ -1,0 +1,622 @@
+"""Every divergence, teacher form, label kind, reduction and dtype against float64 in NumPy."""
+
+import itertools
+import re
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from support import BF16, DTYPES, FP16, FP32, FP64, compute_dtype, make
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import ops, reference
+
+NAMES = fastkd.divergences()
+OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
+ROWS, CLASSES = 5, 6
+# Of float32 (float64): what a sum of a few products of exponentials and logarithms may be off by,
+# relative to T^2 and to the logits' size.
+BOUND = {FP32: 4e-6, FP64: 1e-13}
+GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
+
+
+def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
+    """A teacher in a form: one tensor, or three."""
+    many = [
+        make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
+        for i in range(3 if form.startswith("three") else 1)
+    ]
+    if form == "log_probs":
+        many = [x.log_softmax(-1) for x in many]
+    if form == "probs":
+        many = [x.softmax(-1) for x in many]
+    many = [x.to(dtype) for x in many]
+    return many if len(many) > 1 else many[0]
+
+
+FORMS = {
+    "logits": {},
+    "log_probs": {"teacher_form": "log_probs"},
+    "probs": {"teacher_form": "probs"},
+    "three, probs": {"ensemble": "probs", "teacher_weights": [1.0, 2.0, 0.5]},
+    "three, logits": {"ensemble": "logits"},
+}
+
+
+def labels_of(kind: str, device: Any) -> Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "indices":
+        return torch.tensor([3, -100, 0, 5, 3], device=device)
+    return make((ROWS, CLASSES), FP64, labels=False, device=device, seed=9).student.softmax(-1)
+
+
+def refusal(name: str, form: str, kind: str) -> str | None:
+    """What is refused, and the words that say so."""
+    if name in OF_LOGITS and form in ("log_probs", "probs"):
+        return 'compares logits and needs teacher_form="logits"'
+    if name in OF_LOGITS and form == "three, probs":
+        return 'with several teachers it needs ensemble="logits"'
+    if name == "dkd" and kind == "none":
+        return "needs labels (class indices); got labels=None"
+    if name == "dkd" and kind == "probabilities":
+        return "needs class indices as labels; got probabilities"
+    return None
+
+
+def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> None:
+    """Every field, and the gradient, by fastkd.terms and by NumPy."""
+    weighed = {"hard_weight": 0.3, "soft_weight": 0.9} if labels is not None else {}
+    given = {**weighed, **options}
+    exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **given}
+    host = [x.cpu() for x in (teacher if isinstance(teacher, list) else [teacher])]
+    on_host = (student.cpu(), host, None if labels is None else labels.cpu())
+    exact = oracle.terms(*on_host, **exact_options)
+    leaf = student.detach().requires_grad_()
+    got = fastkd.terms(leaf, teacher, labels, **given)
+    acc = compute_dtype(student, host[0])
+    size = float(torch.as_tensor(options.get("temperature", 2.0)).max()) ** 2
+    size *= max(1.0, float(max(x.double().abs().max() for x in (student, *host)))) ** 2
+    for name, ours, theirs in zip(got._fields, got, exact, strict=True):
+        assert ours.dtype == acc, name
+        torch.testing.assert_close(
+            ours.detach().double().cpu(),
+            torch.as_tensor(theirs, dtype=FP64),
+            rtol=BOUND[acc],
+            atol=BOUND[acc] * size,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    got.loss.sum().backward()
+    assert leaf.grad.dtype == student.dtype
+    gradient = torch.from_numpy(oracle.gradient(*on_host, **exact_options))
+    bound = max(GRAD_BOUND[student.dtype], GRAD_BOUND[acc])
+    torch.testing.assert_close(
+        leaf.grad.double().cpu(),
+        gradient,
+        rtol=bound,
+        atol=bound * max(float(gradient.abs().max()), 1e-2),
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "indices", "probabilities"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_grid(device, name, form, kind):
+    labels = labels_of(kind, device)
+    message = refusal(name, form, kind)
+    # Each reduction and each dtype; all pairs of them would show nothing more.
+    for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
+        student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
+        teacher = teacher_of(form, dtype, device)
+        options = {"divergence": name, "reduction": reduction, **FORMS[form]}
+        if message is None:
+            check(student, teacher, labels, **options)
+            continue
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fastkd.loss(student, teacher, labels, **options)
+
+
+def rows(low: float, high: float) -> Tensor:
+    return torch.linspace(low, high, ROWS, dtype=FP64)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperatures": {"temperature": 3.0, "teacher_temperature": 1.5},
+    "0-d temperatures": {"temperature": torch.tensor(3.0), "teacher_temperature": 1.5},
+    "row temperatures": {"temperature": rows(1, 3), "teacher_temperature": rows(4, 0.5)},
+    "row weights": {"hard_weight": rows(0, 2), "soft_weight": rows(1, 0)},
+    "one weight a tensor": {"hard_weight": torch.tensor(0.7), "soft_weight": 2.0},
+    "smoothing": {"label_smoothing": 0.2},
+    "class weights": {"class_weight": torch.linspace(0, 2, CLASSES)},
+    "class weights and smoothing": {
+        "class_weight": torch.linspace(0.5, 2, CLASSES),
+        "label_smoothing": 0.3,
+    },
+    "normalizer": {"normalizer": 7.0, "class_weight": torch.linspace(0.5, 2, CLASSES)},
+    "standardize": {"standardize": True, "temperature": 1.5},
+    "ignore_index": {"ignore_index": 3},
+}
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "mse", "dkd"])
+def test_options(device, name, options, kind):
+    if name == "dkd" and kind == "probabilities":
+        pytest.skip("refused")
+    labels = labels_of(kind, device)
+    given = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in OPTIONS[options].items()
+    }
+    if options == "ignore_index" and kind == "indices":
+        labels = labels.abs().clamp(max=5)
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **given)
+
+
+@pytest.mark.parametrize("mix", [0.05, 0.7])
+@pytest.mark.parametrize("name", [n for n in NAMES if reference.DIVERGENCES[n].mix is not None])
+def test_mix(device, name, mix):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    teacher, labels = teacher_of("logits", FP64, device), labels_of("indices", device)
+    check(student, teacher, labels, divergence=name, mix=mix)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_teacher_temperature_softens_every_form(device, form):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    teacher = teacher_of(form, FP64, device)
+    for name in ("forward_kl", "jsd"):
+        check(student, teacher, None, divergence=name, teacher_temperature=1.7, **FORMS[form])
+
+
+def test_standardized_ensemble(device):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    for form in ("three, probs", "three, logits"):
+        teacher = teacher_of(form, FP64, device)
+        check(student, teacher, None, divergence="reverse_kl", standardize=True, **FORMS[form])
+
+
+def test_a_sequence_of_one_is_one_teacher(device):
+    student, teacher, labels = make((4, 7), device=device)
+    alone = fastkd.loss(student, teacher, labels)
+    assert torch.equal(fastkd.loss(student, (teacher,), labels), alone)
+    assert torch.equal(fastkd.loss(student, [teacher], labels, teacher_weights=[3.0]), alone)
+
+
+# ---- derivatives
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(device, name, standardize):
+    student, teacher, labels = make((3, 4), FP64, device=device, ignored=0.0, spread=1.0)
+    labels[1] = -100
+    t = torch.tensor(1.7, dtype=FP64, device=device, requires_grad=True)
+
+    def function(logits, temperature):
+        return fastkd.loss(
+            logits,
+            teacher,
+            labels,
+            temperature=temperature,
+            divergence=name,
+            standardize=standardize,
+        )
+
+    leaf = student.requires_grad_()
+    assert torch.autograd.gradcheck(function, (leaf, t))
+    assert torch.autograd.gradgradcheck(function, (leaf, t))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_learnable_temperature(device, name, per_row):
+    """Its gradient is that of the formula, T^2 and the teacher's side included."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
+    shape = (ROWS,) if per_row else ()
+    t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
+    own = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
+    options = {"divergence": name, "reduction": "sum"}
+    fastkd.loss(
+        student, teacher, labels, temperature=t, teacher_temperature=own, **options
+    ).backward()
+    step = 1e-5
+    for leaf, key in ((t, "temperature"), (own, "teacher_temperature")):
+        for row in range(ROWS if per_row else 1):
+            moved = []
+            for sign in (1, -1):
+                numbers = {"temperature": t.detach(), "teacher_temperature": own.detach()}
+                bump = torch.zeros(shape, dtype=FP64)
+                bump[row if per_row else ...] = sign * step
+                numbers[key] = numbers[key].cpu() + bump
+                host = {k: v.cpu() for k, v in numbers.items()}
+                problem = (student.cpu(), [teacher.cpu()], labels.cpu())
+                moved.append(oracle.terms(*problem, **host, **options).loss)
+            slope = (moved[0] - moved[1]) / (2 * step)
+            ours = leaf.grad[row] if per_row else leaf.grad
+            assert float(ours) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
+
+
+def test_learnable_weights(device):
+    student, teacher, labels = make((ROWS, CLASSES), device=device, ignored=0.0)
+    hard = torch.full((ROWS,), 0.4, device=device, requires_grad=True)
+    soft = torch.tensor(0.6, device=device, requires_grad=True)
+    fastkd.loss(student, teacher, labels, hard_weight=hard, soft_weight=soft).backward()
+    rows = fastkd.terms(student, teacher, labels, reduction="none")
+    torch.testing.assert_close(hard.grad, rows.hard / ROWS)
+    torch.testing.assert_close(soft.grad, 4 * rows.soft.mean())
+
+
+def test_module_learns_its_temperature(device):
+    student, teacher, labels = make((ROWS, CLASSES), device=device)
+    criterion = fastkd.KDLoss(
+        temperature=torch.nn.Parameter(torch.tensor(3.0)), class_weight=torch.ones(CLASSES)
+    ).to(device)
+    assert dict(criterion.named_parameters()).keys() == {"temperature"}
+    assert criterion.class_weight.device.type == device.type
+    criterion(student, teacher, labels).backward()
+    assert criterion.temperature.grad.isfinite() and criterion.temperature.grad != 0
+    before = float(criterion(student, teacher, labels).detach())
+    with torch.no_grad():
+        criterion.temperature -= 1e-2 * criterion.temperature.grad.sign()
+    assert float(criterion(student, teacher, labels).detach()) < before
+
+
+# ---- F.cross_entropy
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    labels = labels_of(kind, device)
+    weight = torch.linspace(0, 2, CLASSES, dtype=FP64, device=device) if weighted else None
+    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    got = fastkd.loss(
+        ours, student, labels, hard_weight=1.0, soft_weight=0.0, class_weight=weight, **options
+    )
+    expected = F.cross_entropy(theirs, labels, weight=weight, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    got.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_labels_without_weight_leave_zero(device):
+    """Where the labels' weights sum to 0 the mean is 0, and not 0 / 0."""
+    student, teacher, labels = make((3, 4), device=device)
+    weight = torch.zeros(4, device=device)
+    got = fastkd.loss(student, teacher, labels, class_weight=weight, alpha=1.0)
+    assert got == 0
+
+
+# ---- where the classes are
+
+
+@pytest.mark.parametrize("kind", ["none", "indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_classes_in_dimension_1(device, shape, name, reduction, kind):
+    student, teacher, _ = make(shape, device=device, labels=False)
+    last = (shape[0], *shape[2:], shape[1])
+    labels = None
+    if kind == "indices":
+        labels = make(last, device=device).labels
+    if kind == "probabilities":
+        labels = make(shape, device=device, seed=4).student.softmax(1)
+    options = {"divergence": name, "reduction": reduction}
+    ours, theirs = student.clone().requires_grad_(), student.movedim(1, -1).clone()
+    theirs.requires_grad_()
+    moved = labels.movedim(1, -1) if kind == "probabilities" else labels
+    got = fastkd.loss(ours, teacher, labels, dim=1, **options)
+    expected = fastkd.loss(theirs, teacher.movedim(1, -1).contiguous(), moved, **options)
+    torch.testing.assert_close(got, expected)
+    got.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad.movedim(-1, 1))
+    assert ours.grad.shape == shape
+
+
+def test_hard_term_in_dimension_1_is_cross_entropy(device):
+    student, teacher, _ = make((2, 5, 3, 4), FP64, device=device, labels=False)
+    labels = make((2, 3, 4, 5), FP64, device=device).labels
+    got = fastkd.loss(student, teacher, labels, dim=1, hard_weight=1.0, soft_weight=0.0)
+    torch.testing.assert_close(got, F.cross_entropy(student, labels))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("extra", [(0, 2), (3, 0), (1, 1)])
+def test_classes_restricts_both(device, extra, name):
+    student, teacher, labels = make((4, 7), device=device)
+    padded = [
+        F.pad(x, (0, more), value=50.0) for x, more in zip((student, teacher), extra, strict=True)
+    ]
+    leaf, plain = padded[0].requires_grad_(), student.clone().requires_grad_()
+    options = {"divergence": name, "class_weight": torch.ones(7, device=device)}
+    got = fastkd.loss(leaf, padded[1], labels, classes=7, **options)
+    expected = fastkd.loss(plain, teacher, labels, **options)
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    expected.backward()
+    torch.testing.assert_close(leaf.grad[:, :7], plain.grad)
+    assert (leaf.grad[:, 7:] == 0).all()
+
+
+def test_classes_in_dimension_1_restricted(device):
+    student, teacher, _ = make((2, 6, 3), device=device, labels=False)
+    got = fastkd.loss(student, teacher[:, :5], dim=1, classes=4)
+    torch.testing.assert_close(got, fastkd.loss(student[:, :4], teacher[:, :4], dim=1))
+
+
+# ---- properties
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
+def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
+    """The divergences of probabilities, and those of logits that leave a constant out."""
+    student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    # The cosine does not leave it out; the total variation's slope jumps where rounding tells p
+    # from q.
+    constant = 0.0 if name in ("cosine", "total_variation") else 3.0
+    leaf = (student + constant).requires_grad_()
+    options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(leaf, student, labels, **options)
+    torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=1e-12)
+    got.sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-12)
+
+
+def test_soft_cross_entropy_of_a_perfect_student_is_the_entropy(device):
+    student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
+    got = fastkd.terms(student, student, divergence="soft_cross_entropy", reduction="none")
+    torch.testing.assert_close(got.soft, got.teacher_entropy, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_negative_and_unmoved_by_a_constant(device, name):
+    student, teacher, labels = make((50, CLASSES), FP64, device=device, ignored=0.0, seed=5)
+    options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(student, teacher, labels, **options)
+    assert (got >= 0).all() and (got > 0).any()
+    moved = fastkd.loss(student + 5.0, teacher - 2.0, labels, **options)
+    if name in ("mse", "cosine"):
+        assert not torch.allclose(moved, got)
+    else:
+        torch.testing.assert_close(moved, got, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_standardized_logits_have_no_scale(device, name):
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
+    options = {"divergence": name, "standardize": True, "hard_weight": 0.0, "soft_weight": 1.0}
+    got = fastkd.loss(student, teacher, labels, **options)
+    scaled = fastkd.loss(7.0 * student - 3.0, 0.2 * teacher + 1.0, labels, **options)
+    torch.testing.assert_close(scaled, got, rtol=1e-5, atol=0)  # 1e-7 is added to the deviation
+
+
+def test_high_temperature_limit(device):
+    """T^2 KL -> the centred squared error over 2, as T grows (Hinton et al. 2015, section 2.1)."""
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+    limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
+    distances = [
+        abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
+    ]
+    for before, after in itertools.pairwise(distances):
+        assert after < before / 8  # of order 1 / T
+    assert distances[-1] < 1e-3 * float(limit)
+    at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
+    torch.testing.assert_close(at_its_own / 2, limit)  # T^2 takes back what 1 / T^2 takes
+
+
+def test_relations_between_divergences(device):
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+
+    def value(name: str, mix: float | None = None, swapped: bool = False) -> Tensor:
+        z, w = (teacher, student) if swapped else (student, teacher)
+        return fastkd.loss(z, w, divergence=name, mix=mix, reduction="none")
+
+    def same(a: Tensor, b: Tensor, rtol: float = 1e-10) -> None:
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-13)
+
+    forward, reverse = value("forward_kl"), value("reverse_kl")
+    same(value("symmetric_kl", 1.0), forward)
+    same(value("symmetric_kl", 0.0), reverse)
+    same(value("symmetric_kl"), (forward + reverse) / 2)
+    same(value("forward_kl", swapped=True), reverse)
+    same(value("jsd", 0.3), value("jsd", 0.7, swapped=True))
+    same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
+    same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
+    same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
+    # The generalised JSD over its weight tends to the forward KL, and likewise at the other end.
+    same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
+    same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
+    assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
+    assert (value("total_variation") <= 4).all()
+    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker
+
+
+def test_jsd_of_disjoint_teacher_and_student(device):
+    """What only one of the two allows costs the JSD a finite price: log 2 altogether."""
+    inf = float("inf")
+    student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
+    teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
+    got = fastkd.terms(student, teacher, divergence="jsd")
+    assert float(got.soft) == pytest.approx(torch.tensor(2.0).log().item())
+    assert float(fastkd.terms(student, teacher, divergence="total_variation").soft) == 1
+
+
+@pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
+    if form != "logits" and (standardize or name in OF_LOGITS):
+        pytest.skip("refused")
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
+    t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
+    kept = torch.tensor([0, 1, 2, 3, 5], device=device)
+    labels = labels.masked_fill(labels == 4, 0)
+    narrow = torch.searchsorted(kept, labels.clamp(min=0)).where(labels >= 0, labels)
+    student[:, 4] = teacher[:, 4] = -float("inf")
+    if form != "logits":
+        teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
+    options = {"divergence": name, "standardize": standardize, "teacher_form": form}
+    wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
+    got = fastkd.loss(wide, teacher, labels, temperature=t, **options)
+    expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    got.backward()
+    expected.backward()
+    assert t.grad.isfinite()
+    torch.testing.assert_close(wide.grad[:, kept], slim.grad, rtol=1e-10, atol=1e-13)
+    assert (wide.grad[:, 4] == 0).all()
+
+
+INF = float("inf")
+# What a class costs that one of the two masks: (only the teacher, only the student).
+PRICES = {
+    "forward_kl": (None, INF),
+    "reverse_kl": (INF, None),
+    "symmetric_kl": (INF, INF),
+    "jsd": (None, None),
+    "skewed_forward_kl": (None, None),
+    "skewed_reverse_kl": (None, None),
+    "total_variation": (None, None),
+    "soft_cross_entropy": (None, INF),
+    "mse": (INF, INF),
+    "centered_mse": (INF, INF),
+    "dkd": (None, INF),
+}
+
+
+@pytest.mark.parametrize("name", PRICES)
+def test_a_class_that_one_masks(device, name):
+    """A finite price is that of a class of next to no probability, and has a finite gradient."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    labels = labels.masked_fill(labels == 2, 3)
+    options = {"divergence": name, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none"}
+    for masked, price in enumerate(PRICES[name]):
+        pair = [teacher.clone(), student.clone()]
+        pair[masked][:, 2] = -INF
+        leaf = pair[1].requires_grad_()
+        got = fastkd.loss(leaf, pair[0], labels, **options)
+        if price is not None:
+            assert (got == price).all()
+            continue
+        nearly = [x.detach().clamp(min=-600.0) for x in pair]
+        expected = fastkd.loss(nearly[1], nearly[0], labels, **options)
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+        assert leaf.grad.isfinite().all()
+
+
+def test_forward_gradient_where_the_student_alone_masks(device):
+    """+inf, with the finite gradient q - p."""
+    student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
+    for name in ("forward_kl", "soft_cross_entropy"):
+        student.grad = None
+        fastkd.loss(student, teacher, divergence=name, temperature=1.0).backward()
+        expected = student.detach().softmax(-1) - teacher.softmax(-1)
+        torch.testing.assert_close(student.grad, expected)
+
+
+def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
+    """The second part is left out; the first is that of a certain teacher, -log q_y."""
+    teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
+    student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
+    label = torch.tensor([0], device=device)
+    options = {"divergence": "dkd", "hard_weight": 0.0, "soft_weight": 1.0, "temperature": 1.0}
+    got = fastkd.loss(student, teacher, label, **options)
+    torch.testing.assert_close(got, F.cross_entropy(student, label))
+    got.backward()
+    assert student.grad.isfinite().all()
+
+
+def test_total_variation_has_slope_0_at_ties(device):
+    student = torch.zeros(2, 4, device=device, requires_grad=True)
+    fastkd.loss(student, torch.zeros(2, 4, device=device), divergence="total_variation").backward()
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_rows_without_spread_are_finite(device, name, standardize):
+    """All logits of a row equal, zero too: no divergence divides by nothing."""
+    student = torch.zeros(2, 4, device=device, requires_grad=True)
+    labels = torch.tensor([1, 2], device=device)
+    teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)
+    got = fastkd.loss(student, teacher, labels, divergence=name, standardize=standardize)
+    got.backward()
+    assert got.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_rows_may_hold_anything(device, name):
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    keep = torch.tensor([0, 1, 3, 4], device=device)
+    labels[2] = -100
+    expected = fastkd.loss(student[keep], teacher[keep], labels[keep], divergence=name)
+    student[2], teacher[2] = float("nan"), INF
+    leaf = student.requires_grad_()
+    for standardize in (False, True):
+        got = fastkd.loss(leaf, teacher, labels, divergence=name, standardize=standardize)
+        got.backward()
+        assert got.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[2] == 0).all()
+    got = fastkd.loss(leaf, teacher, labels, divergence=name)
+    torch.testing.assert_close(got.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+# ---- what is fused
+
+
+@pytest.mark.parametrize("name", sorted(ops.FUSED["cpu"] & set(NAMES)))
+def test_fused_divergences_are_native(name):
+    assert name in ops.DIVERGENCES
+
+
+def test_every_use_has_words():
+    for fused in ops.FUSED.values():
+        assert fused <= ops.USES.keys()
+    assert set(NAMES) <= ops.USES.keys()
+
+
+FUSED_CALLS = {
+    "temperatures": {"temperature": 3.0, "teacher_temperature": 1.5},
+    "row temperatures": {"temperature": rows(1, 3).float(), "teacher_temperature": 2.0},
+    "log_probs": {"teacher_form": "log_probs"},
+    "probs": {"teacher_form": "probs"},
+    "two": {"ensemble": "probs", "teacher_weights": [2.0, 1.0]},
+    "two in logits": {"ensemble": "logits"},
+}
+
+
+@pytest.mark.parametrize("options", FUSED_CALLS)
+def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
+    """They become one teacher's logits, and nothing is left to PyTorch's operations."""
+    student, teacher, labels = make((ROWS, CLASSES), device=device)
+    given: dict[str, Any] = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()
+    }
+    teachers: Any = [teacher, student.flip(0)] if "two" in options else teacher
+    if options == "probs":
+        teachers = teacher.softmax(-1)
+    leaf = student.requires_grad_()
+    expected = reference.loss(
+        leaf.double(), [x.double() for x in teachers] if "two" in options else teachers.double(),
+        labels, **given,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(expected, leaf)
+    monkeypatch.setattr(reference, "terms", None)
+    got = fastkd.loss(leaf, teachers, labels, **given)
+    got.backward()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-6)
