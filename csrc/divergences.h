@@ -3,8 +3,9 @@
 // For D = sum_i value(p_i, q_i), let slope_i = q_i * d value / d q_i and S = sum_i slope_i. Then
 //   dD/dz_i = (slope_i - q_i * S) / t                                       (docs/maths.md, section
 //   2)
-// `kSlopeSumKnown` says that S is a constant of the divergence, so that `gradient` = slope - q * S
-// can be formed, without cancellation, in the same sweep that sums the value.
+// A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
+// stays. Each divergence chooses it such that nothing cancels where p is near q; for the forward KL
+// such that S is 0, so that value and gradient come from one sweep.
 //
 // To add one: a struct here, a line in Divergence, visit() and kDivergenceNames, and the function
 // of the same name in python/fastkd/reference.py. A test fails when the two lists differ.
@@ -15,21 +16,189 @@
 
 namespace fastkd {
 
-enum class Divergence : int32_t { kForwardKL = 0 };
+enum class Divergence : int32_t {
+  kForwardKL,
+  kSoftCrossEntropy,
+  kReverseKL,
+  kSymmetricKL,
+  kJensenShannon,
+  kSkewedForwardKL,
+  kSkewedReverseKL,
+  kTotalVariation,
+  kSquaredError,
+  kCenteredSquaredError,
+};
 
-// KL(p || q) = sum p log(p / q) (Hinton et al. 2015, equation 2 at temperature t).
+// How the gradient follows from the slopes.
+enum class Balance {
+  kNone,     // it is the slope: S is 0
+  kStudent,  // slope - q * S
+  kUniform,  // slope - S / classes
+};
+
+// What the divergences know before they see a class; made once a call.
+struct Constants {
+  static constexpr int kTerms = 14;
+  double mix = 0;
+  double inverse_classes = 0;
+  // Mixtures m = (1 - a) q + a p: series in d of value / (q d^2) and of log(m / q) / d.
+  double value_series[kTerms] = {};
+  double log_series[kTerms] = {};
+};
+
+namespace {
+
+template <class T>
+struct Evaluated {
+  T value, slope;
+};
+
+// KL(p || q) = sum p log(p / q) (Hinton et al. 2015, equation 2 at temperature t). The soft cross
+// entropy is the same plus the teacher's entropy, which has no gradient.
 struct ForwardKL {
-  static constexpr Divergence kId = Divergence::kForwardKL;
-  static constexpr const char* kName = "forward_kl";
-  static constexpr bool kSlopeSumKnown = true;  // slope = -p, S = -1
+  static constexpr Balance kBalance = Balance::kNone;
 
   template <class T>
-  static FASTKD_HOST_DEVICE T value(const Element<T>& e) {
-    return e.excess;  // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
+    // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
+    return {e.excess, e.diff};
   }
   template <class T>
-  static FASTKD_HOST_DEVICE T gradient(const Element<T>& e) {
-    return e.diff;
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+    return at(e);
+  }
+};
+
+// KL(q || p) = sum q log(q / p) (Gu et al. 2024, MiniLLM).
+struct ReverseKL {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+    const T slope = times_log(e.q, -e.d);
+    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
+    return {is_small(e.d) ? -e.diff * e.d - e.excess : slope - e.diff, slope};
+  }
+};
+
+// mix KL(p || q) + (1 - mix) KL(q || p).
+struct SymmetricKL {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T a = static_cast<T>(k.mix), b = static_cast<T>(1 - k.mix);
+    const Evaluated<T> reverse = ReverseKL::at(e, k);
+    return {weighted(a, e.excess) + weighted(b, reverse.value), a * e.diff + b * reverse.slope};
+  }
+};
+
+// log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
+template <class T>
+struct Mixture {
+  T m, log_over_q, log_over_p;
+};
+
+template <class T>
+FASTKD_HOST_DEVICE T series(const double (&coefficients)[Constants::kTerms], T x) {
+  constexpr int kUsed = sizeof(T) == sizeof(float) ? 7 : Constants::kTerms;
+  T sum = static_cast<T>(coefficients[kUsed - 1]);
+  for (int i = kUsed - 2; i >= 0; --i) sum = sum * x + static_cast<T>(coefficients[i]);
+  return sum;
+}
+
+template <class T>
+FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a, const Constants& k) {
+  const T m = (1 - a) * e.q + a * e.p;
+  const bool above = e.d > 0;
+  // Relative to the greater of the two, so that neither overflows nor rounds at the other's size.
+  const T log_greater = log_of(m / (above ? e.p : e.q));
+  const T small = e.d * series(k.log_series, e.d);
+  const T over_q = is_small(e.d) ? small : above ? log_greater + e.d : log_greater;
+  const T over_p = is_small(e.d) ? small - e.d : above ? log_greater : log_greater - e.d;
+  return {m, over_q, over_p};
+}
+
+// mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
+struct JensenShannon {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T a = static_cast<T>(k.mix);
+    const Mixture<T> mixed = mixture(e, a, k);
+    const T slope = -(1 - a) * times_log(e.q, mixed.log_over_q);
+    const T direct = slope - a * times_log(e.p, mixed.log_over_p);
+    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : direct, slope};
+  }
+};
+
+// KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).
+struct SkewedForwardKL {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T a = static_cast<T>(k.mix), b = 1 - a;
+    const Mixture<T> mixed = mixture(e, a, k);
+    const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
+    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : direct,
+            times_log(e.q, b * b * e.diff / mixed.m)};
+  }
+};
+
+// KL(q || m), m = mix q + (1 - mix) p (Ko et al. 2024, DistiLLM).
+struct SkewedReverseKL {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T b = static_cast<T>(k.mix), a = 1 - b;
+    const Mixture<T> mixed = mixture(e, a, k);
+    const T entropy = times_log(e.q, mixed.log_over_q);
+    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : -entropy - a * e.diff,
+            -entropy - times_log(e.q, a * b * e.diff / mixed.m)};
+  }
+};
+
+// 1/2 sum |p - q|; the subgradient at p = q is 0.
+struct TotalVariation {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+    const T size = e.diff < 0 ? -e.diff : e.diff;
+    const T half = T(0.5) * e.q;
+    return {T(0.5) * size, e.diff > 0 ? half : e.diff < 0 ? -half : T(0)};
+  }
+};
+
+// 0 in place of NaN, which the difference of two masked logits is.
+template <class T>
+FASTKD_HOST_DEVICE T masked_as_zero(T x) {
+  return x == x ? x : T(0);
+}
+
+// mean (z / t - w / t)^2 over classes (Bucila et al. 2006; Ba and Caruana 2014).
+struct SquaredError {
+  static constexpr Balance kBalance = Balance::kNone;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T gap = masked_as_zero(e.gap), share = gap * static_cast<T>(k.inverse_classes);
+    return {gap * share, T(-2) * share};
+  }
+};
+
+// The same with each row's mean taken off: d differs from the gap by a constant. S is -2 mean(d),
+// and what the mean takes off the value is mean(d)^2.
+struct CenteredSquaredError {
+  static constexpr Balance kBalance = Balance::kUniform;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+    const T d = masked_as_zero(e.d), share = d * static_cast<T>(k.inverse_classes);
+    return {d * share, T(-2) * share};
   }
 };
 
@@ -37,12 +206,80 @@ struct ForwardKL {
 template <class Fn>
 auto visit(Divergence id, Fn&& fn) {
   switch (id) {
+    case Divergence::kReverseKL:
+      return fn(ReverseKL{});
+    case Divergence::kSymmetricKL:
+      return fn(SymmetricKL{});
+    case Divergence::kJensenShannon:
+      return fn(JensenShannon{});
+    case Divergence::kSkewedForwardKL:
+      return fn(SkewedForwardKL{});
+    case Divergence::kSkewedReverseKL:
+      return fn(SkewedReverseKL{});
+    case Divergence::kTotalVariation:
+      return fn(TotalVariation{});
+    case Divergence::kSquaredError:
+      return fn(SquaredError{});
+    case Divergence::kCenteredSquaredError:
+      return fn(CenteredSquaredError{});
     case Divergence::kForwardKL:
+    case Divergence::kSoftCrossEntropy:
     default:
       return fn(ForwardKL{});
   }
 }
 
-constexpr const char* kDivergenceNames[] = {ForwardKL::kName};
+constexpr const char* kDivergenceNames[] = {
+    "forward_kl",        "soft_cross_entropy", "reverse_kl",      "symmetric_kl", "jsd",
+    "skewed_forward_kl", "skewed_reverse_kl",  "total_variation", "mse",          "centered_mse"};
 
+// The forward KL's gradient comes from the sweep that sums its value; the others' follows once
+// their slopes are summed.
+inline bool is_one_sweep(Divergence id) {
+  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
+}
+
+inline Balance balance_of(Divergence id) {
+  return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
+}
+
+// The divergence of a row from the sums over its classes.
+inline double divergence_of(Divergence id, double value, double slope, double teacher_entropy) {
+  if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
+  if (id == Divergence::kCenteredSquaredError) return value - slope * slope / 4;
+  return value;
+}
+
+inline Constants make_constants(Divergence id, double mix, int64_t classes) {
+  constexpr int kTerms = Constants::kTerms, kPowers = kTerms + 2;
+  Constants k;
+  k.mix = mix;
+  k.inverse_classes = 1.0 / static_cast<double>(classes);
+  if (id != Divergence::kJensenShannon && id != Divergence::kSkewedForwardKL &&
+      id != Divergence::kSkewedReverseKL) {
+    return k;
+  }
+  // Powers of d: e = exp(d), m = 1 - a + a e = m / q, and l = log m by m l' = m'.
+  const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
+  double e[kPowers], m[kPowers], l[kPowers];
+  e[0] = m[0] = 1, l[0] = 0;
+  for (int n = 1; n < kPowers; ++n) {
+    e[n] = e[n - 1] / n;
+    m[n] = a * e[n];
+    l[n] = m[n];
+    for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
+  }
+  for (int n = 0; n < kTerms; ++n) k.log_series[n] = l[n + 1];
+  for (int n = 2; n < kPowers; ++n) {
+    double e_l = 0, m_l = 0;  // of the products
+    for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
+    double& value = k.value_series[n - 2];
+    if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
+    if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
+    if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
+  }
+  return k;
+}
+
+}  // namespace
 }  // namespace fastkd

@@ -22,6 +22,9 @@ enum class Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2 };
 // The rows of `terms`, after the loss itself.
 enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kTerms };
 
+// The rows of `row_settings`.
+enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
+
 // The rows of `stats`: what one row must leave behind for its gradient to be written again, bit for
 // bit.
 enum Stat : int {
@@ -34,7 +37,7 @@ enum Stat : int {
   kStats
 };
 // kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
-// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is unused where it is known beforehand.
+// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence): rows of a group are `row` elements apart,
@@ -64,16 +67,20 @@ struct Inputs {
   RowStrides teacher_stride;
   DType teacher_dtype = DType::kFloat32;
 
-  const int64_t* labels = nullptr;        // [rows], or null: no hard term and no masked rows
-  const void* row_temperature = nullptr;  // acc [rows], or null: `temperature` for all
-  double temperature = 1.0;
+  const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
 
+  // Replaces the four numbers below by numbers of each row's own: acc [kRowSettings, rows], or
+  // null.
+  const void* row_settings = nullptr;
+  double temperature = 1.0;  // of the student; its square multiplies the divergence
+  double teacher_temperature = 1.0;
   double hard_weight = 0.5;
   double soft_weight = 0.5;
   double label_smoothing = 0.0;
   int64_t ignore_index =
       -100;  // rows with this label: loss, terms and gradient are zero, logits unread
   Divergence divergence = Divergence::kForwardKL;
+  double mix = 0.5;  // the divergence's own number, where it has one
 };
 
 // What a forward call writes. A label that is out of range makes its row's loss and gradient NaN.
@@ -133,11 +140,15 @@ struct Kernels {
   // Whole rows [begin, end).
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
-  // The same in three steps, for a few rows that are longer than a segment: scan every segment of a
-  // row; write every segment, given the statistics of all; then close the row. `segments` =
-  // ceil(classes / kSegment) entries each.
+  // The same in steps, for a few rows that are longer than a segment: scan every segment of a row;
+  // balance every segment, given the statistics of all, unless the divergence is_one_sweep(); write
+  // every segment, given the sums of all; then close the row. `segments` = ceil(classes / kSegment)
+  // entries each. balance and write add to the segment's own entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
-  void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row, Sums*);
+  void (*balance)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
+                  Sums* of_segment);
+  void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
+                double slope_sum, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
   // Test hook: out[i] = 2^in[i], the exponential that the kernels use.
   void (*exp2)(const float* in, float* out, int64_t count);

@@ -7,6 +7,9 @@
 //   diff   q - p, computed without cancellation         S = sum of slopes (docs/maths.md, section
 //   2)
 #pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define FASTKD_HOST_DEVICE __host__ __device__ __forceinline__
@@ -30,12 +33,19 @@ constexpr double kSeriesLimit = 0.25;
 // What a divergence sees of one class.
 template <class T>
 struct Element {
-  T p;       // teacher probability
-  T q;       // student probability
-  T d;       // log p - log q
-  T diff;    // q - p
-  T excess;  // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
+  T p;        // teacher probability
+  T q;        // student probability
+  T d;        // log p - log q
+  T diff;     // q - p
+  T excess;   // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
+  T gap = 0;  // w / t - z / t, set by who has the logits; d is the same less a constant of the row
 };
+
+// Whether the series is used.
+template <class T>
+FASTKD_HOST_DEVICE bool is_small(T d) {
+  return d * d < static_cast<T>(kSeriesLimit * kSeriesLimit);
+}
 
 // Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
 //   |d| <  1/4: f(d) by its series d^2 (1/2 - d/6 + d^2/24 - ...), and q - p = p (f(d) - d)
@@ -54,7 +64,7 @@ FASTKD_HOST_DEVICE Element<float> element(float p, float q, float d) {
   s = s * d - 1.6666642e-1f;
   s = s * d + 0.5f;
   const float square = d * d;
-  const bool small = square < static_cast<float>(kSeriesLimit * kSeriesLimit);
+  const bool small = is_small(d);
   const float direct = q - p;
   // Keeps p d = 0 where the teacher masks the class: d is -inf there, or NaN if the student does
   // too.
@@ -80,11 +90,40 @@ FASTKD_HOST_DEVICE Element<double> element(double p, double q, double d) {
   s = s * d - 1.0 / 6.0;
   s = s * d + 0.5;
   const double f = d * d * s;
-  const bool small = d < kSeriesLimit && d > -kSeriesLimit;
+  const bool small = is_small(d);
   const double direct = q - p;
   const double bounded = d > -1e30 ? d : -1e30;
   return {p, q, d, small ? p * (f - d) : direct, small ? p * f : p * bounded + direct};
 }
+
+template <class To, class From>
+FASTKD_HOST_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Natural logarithm of a positive normal number, within 3e-8 of itself plus an ulp of the power of
+// two's.
+FASTKD_HOST_DEVICE float log_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  // x = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
+  const uint32_t shifted = bits - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float r = bits_as<float>(bits - (shifted & 0xff800000u)) - 1.0f;
+  // Minimax for the relative error of log(1 + r) / r.
+  float s = r * 8.72235374e-2f - 1.43668474e-1f;
+  s = s * r + 1.49522693e-1f;
+  s = s * r - 1.65623927e-1f;
+  s = s * r + 1.99568333e-1f;
+  s = s * r - 2.50020741e-1f;
+  s = s * r + 3.33341856e-1f;
+  s = s * r - 4.9999988e-1f;
+  s = s * r + 1.0f;
+  return n * static_cast<float>(kLn2) + s * r;
+}
+FASTKD_HOST_DEVICE double log_of(double x) { return std::log(x); }
 
 // weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
 template <class T>
@@ -93,7 +132,7 @@ FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   return weight == T(0) && infinite ? T(0) : weight * value;
 }
 
-// x log x with 0 log 0 = 0; the caller has log x at hand.
+// x log y with 0 log y = 0, whatever y; the caller has log y at hand.
 template <class T>
 FASTKD_HOST_DEVICE T times_log(T x, T log_x) {
   return x == T(0) ? T(0) : x * log_x;

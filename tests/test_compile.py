@@ -226,21 +226,22 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 @pytest.mark.parametrize("labels", [True, False])
 def test_opcheck_loss(device, labels, reduction, dtype):
     student, teacher, index = make((6, 50), dtype, device=device, labels=labels)
-    t = torch.linspace(1, 2, 6, device=device)
+    rows = torch.linspace(1, 2, 4 * 6, device=device)
     for with_terms, with_grad in ((False, True), (True, False)):
         settings = ops.Settings(
-            2.0, 0.5, 0.5, 0.1, -100, 0, ops.REDUCTIONS.index(reduction), 0.0, with_terms
+            2.0, 2.0, 0.5, 0.5, 0.1, -100, 0, 0.5, ops.REDUCTIONS.index(reduction), 0.0, with_terms
         )
         torch.library.opcheck(
             torch.ops.fastkd.loss.default,
-            (student, teacher, index, t, None, *settings, with_grad),
+            (student, teacher, index, rows, None, *settings, with_grad),
             test_utils=CHECKS,
         )
 
 
 def test_opcheck_the_ops_that_write(device):
     student, teacher, labels = make((6, 50), device=device)
-    settings = ops.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, ops.REDUCTIONS.index("mean"), 0.0, False)
+    mean = ops.REDUCTIONS.index("mean")
+    settings = ops.Settings(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, mean, 0.0, False)
     torch.library.opcheck(
         torch.ops.fastkd.loss_.default,
         (student, teacher, labels, None, None, *settings),
@@ -252,5 +253,5 @@ def test_opcheck_the_ops_that_write(device):
         _, grad, stats = torch.ops.fastkd.loss.default(
             student, teacher, labels, None, None, *settings, True
         )
-        arguments = (grad, one * 3, stats, student, teacher, labels, None, *settings[:6], filled)
+        arguments = (grad, one * 3, stats, student, teacher, labels, None, *settings[:8], filled)
         torch.library.opcheck(torch.ops.fastkd.loss_backward_.default, arguments, test_utils=CHECKS)

@@ -53,19 +53,72 @@ FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
-// NaN is passed over here; it makes the sums NaN.
-template <class T, class S>
-T maximum(const S* logits, int64_t count) {
+// kLanes numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
+// of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
+// each out of its pair, where keeping their order would cost a permutation.
+template <class T>
+FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
+  return lanes;
+}
+FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    uint32_t pair;
+    std::memcpy(&pair, lanes + 2 * i, sizeof(pair));
+    buffer[i] = bits_as<float>(pair << 16);
+    buffer[i + kLanes / 2] = bits_as<float>(pair & 0xffff0000u);
+  }
+  return buffer;
+}
+
+// Where kLanes results go, and their way from there to `lanes`.
+template <class T>
+FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {
+  return lanes;
+}
+FASTKD_HOST_DEVICE float* unpacked(BFloat16*, float* buffer) { return buffer; }
+template <class T>
+FASTKD_HOST_DEVICE void pack(const T*, T*) {}
+FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    const uint32_t first = rounded_bits(buffer[i]) >> 16;
+    const uint32_t pair = first | (rounded_bits(buffer[i + kLanes / 2]) & 0xffff0000u);
+    std::memcpy(lanes + 2 * i, &pair, sizeof(pair));
+  }
+}
+
+// NaN may be passed over here; it makes the sums NaN.
+template <class T>
+T maximum(const T* logits, int64_t count) {
   T lanes[kLanes];
   for (T& lane : lanes) lane = -kInfinity<T>;
   for (int64_t at = 0; at < count; at += kLanes) {
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T x = widen(logits[at + i]);
+      const T x = logits[at + i];
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
   }
   return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
+}
+
+// Sign and magnitude to two's complement and back: integers in the order of the numbers.
+FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
+  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+}
+inline float maximum(const BFloat16* logits, int64_t count) {
+  int16_t lanes[kLanes];
+  for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
+  for (int64_t at = 0; at < count; at += kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int16_t x = ordered(static_cast<int16_t>(logits[at + i].bits));
+      lanes[i] = x > lanes[i] ? x : lanes[i];
+    }
+  }
+  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
+  return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
 template <class T>
@@ -91,63 +144,145 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     prefetch_next(logits + at);
+    T buffer[kLanes];
+    const T* x = unpack(logits + at, buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T logit = widen(logits[at + i]);
-      const T e = tempered(logit);
+      const T e = tempered(x[i]);
       if constexpr (kKeep) kept[at + i] = e;
       sums[i] += e;
-      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, logit, own);
+      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, x[i], own);
     }
   }
   return {sum_of(sums), kHard == Hard::kNone ? T(0) : sum_of(hard_sums)};
 }
 
-// The second sweep's constants of one row.
+// How the second sweep has its exponentials and d: exponentials kept by the first, or computed
+// anew; and then d from logits relative to the maxima, in rows where these are far apart, and in
+// rows whose student and teacher have temperatures of their own.
+enum class Way { kKept, kAnew, kApart, kSeparate };
+
+// The constants of one row for the sweeps after the first.
 template <class T, class S>
 struct Coefficients {
   Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
   T student_scale, teacher_scale;      // q and p over the kept exponentials
   Exponential<T, S> own;               // softmax(z), where it is no power of q
-  T inverse_temperature;
+  T inverse_temperature, teacher_inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
-  bool apart;   // d = ((w - max w) - (z - max z)) / t - log_ratio instead
-  T soft_gain;  // gradient = soft_gain * gradient(element) + hard_gain * exp(z) + uniform
+  T shift;      // of w / t - z / t when formed from logits relative to the maxima
+  Way way;      // for rows that are not kept
+  T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
   T hard_gain;
-  T uniform;  // label smoothing's share of the target
+  T uniform;         // label smoothing's share of the target
+  T student_share;   // of q, and
+  T constant_share;  // of 1, which balance the slopes (divergences.h)
+
+  bool apart() const { return way != Way::kAnew; }
 };
 
-// How the second sweep has its exponentials: kept by the first, or computed anew; and then, in rows
-// whose maxima are far apart, d from logits relative to those.
-enum class Way { kKept, kAnew, kApart };
+// One class, from its logits and, with Way::kKept, its exponentials.
+template <Way kWay, class T, class S>
+FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, T student_kept,
+                                         T teacher_kept) {
+  const T q = kWay == Way::kKept ? student_kept * c.student_scale : c.student(z);
+  const T p = kWay == Way::kKept ? teacher_kept * c.teacher_scale : c.teacher(w);
+  T gap;
+  if constexpr (kWay == Way::kSeparate) {
+    gap = (w - c.teacher.max) * c.teacher_inverse_temperature -
+          (z - c.student.max) * c.inverse_temperature;
+  } else if constexpr (kWay == Way::kApart) {
+    gap = ((w - c.teacher.max) - (z - c.student.max)) * c.inverse_temperature;
+  } else {
+    gap = (w - z) * c.inverse_temperature;
+  }
+  Element<T> e = element<T>(p, q, gap - c.log_ratio);
+  e.gap = gap + c.shift;
+  return e;
+}
 
-// Writes the gradient but for the label's share, and returns the sum of the divergence. grad may be
-// the student itself. student_kept and teacher_kept are read by Way::kKept alone.
-template <class D, Hard kHard, Way kWay, class T, class S, class L>
+// Writes the forward KL's gradient but for the label's share, and returns its sum. grad may be the
+// student itself. student_kept and teacher_kept are read by Way::kKept alone.
+template <Hard kHard, Way kWay, class T, class S, class L>
 T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const L* teacher,
                  const T* student_kept, const T* teacher_kept, L* grad, int64_t count) {
-  static_assert(D::kSlopeSumKnown, "a sweep that sums the slopes must come first");
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
+    T* grad_lanes = unpacked(grad + at, grad_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T z = widen(student[at + i]), w = widen(teacher[at + i]);
-      T q, p;
+      const T z = student_lanes[i], w = teacher_lanes[i];
+      T student_power = 0, teacher_power = 0;
       if constexpr (kWay == Way::kKept) {
-        q = student_kept[at + i] * c.student_scale, p = teacher_kept[at + i] * c.teacher_scale;
-      } else {
-        q = c.student(z), p = c.teacher(w);
+        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
       }
-      const T apart = kWay == Way::kApart ? (w - c.teacher.max) - (z - c.student.max) : w - z;
-      const Element<T> e = element<T>(p, q, apart * c.inverse_temperature - c.log_ratio);
-      values[i] += D::template value<T>(e);
+      const Element<T> e = element_of<kWay>(c, z, w, student_power, teacher_power);
+      const Evaluated<T> kl = ForwardKL::at(e);
+      values[i] += kl.value;
       T g = c.uniform;
-      if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(q, z, c.own);
-      grad[at + i] = narrow<L>(g + c.soft_gain * D::template gradient<T>(e));
+      if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(e.q, z, c.own);
+      grad_lanes[i] = g + c.soft_gain * kl.slope;
     }
+    pack(grad_buffer, grad + at);
   }
   return sum_of(values);
+}
+
+// For the other divergences: sums value and slopes, and leaves q and the slopes for
+// balance_gradient. These may take the kept exponentials' place.
+template <class D, Way kWay, class T, class S, class L>
+Evaluated<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
+                        const L* student, const L* teacher, const T* student_kept,
+                        const T* teacher_kept, T* q, T* slopes, int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  const Constants k = constants;
+  T values[kLanes] = {}, sums[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      T student_power = 0, teacher_power = 0;
+      if constexpr (kWay == Way::kKept) {
+        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
+      }
+      const Element<T> e =
+          element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
+      const Evaluated<T> here = D::at(e, k);
+      values[i] += here.value;
+      sums[i] += here.slope;
+      q[at + i] = e.q;
+      slopes[at + i] = here.slope;
+    }
+  }
+  return {sum_of(values), sum_of(sums)};
+}
+
+template <Hard kHard, class T, class S, class L>
+void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
+                      const T* slopes, L* grad, int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], grad_buffer[kLanes];
+    const T* student_lanes = unpack(student + at, student_buffer);
+    T* grad_lanes = unpacked(grad + at, grad_buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T here = q[at + i];
+      T g = c.uniform;
+      if constexpr (kHard != Hard::kNone) {
+        g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
+      }
+      const T slope = slopes[at + i] - here * c.student_share - c.constant_share;
+      grad_lanes[i] = g + c.soft_gain * slope;
+    }
+    pack(grad_buffer, grad + at);
+  }
 }
 
 template <class T>
@@ -167,7 +302,7 @@ Entropies<T> sum_entropies(const Coefficients<T, S> c, T student_log_scale, T te
   for (int64_t i = 0; i < count; ++i) {
     const T z = student[i], w = teacher[i];
     const T log_q = (z - student_max) * c.inverse_temperature + student_log_scale;
-    const T log_p = (w - teacher_max) * c.inverse_temperature + teacher_log_scale;
+    const T log_p = (w - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
     student_entropy -= times_log(c.student(z), log_q);
     teacher_entropy -= times_log(c.teacher(w), log_p);
     agreement |= (z == student_max) & (w == teacher_max);

@@ -14,6 +14,9 @@ constexpr DType kStorage<double> = DType::kFloat64;
 template <>
 constexpr DType kStorage<BFloat16> = DType::kBFloat16;
 
+template <auto kValue>
+constexpr std::integral_constant<decltype(kValue), kValue> constant{};
+
 // Calls fn with `hard` as a compile-time constant.
 template <class T, class Fn>
 FASTKD_HOST_DEVICE auto with_hard(Hard hard, Fn&& fn) {
@@ -75,23 +78,43 @@ struct Kept {
   double student_max[kBlocks], teacher_max[kBlocks];
 };
 
+// What an earlier sweep left of a block or segment: exponentials and the maxima of their blocks, or
+// q and the slopes, or nothing (null).
+template <class T>
+struct Left {
+  T* student = nullptr;  // exponentials, or q
+  T* teacher = nullptr;  // exponentials, or slopes
+  const double* student_max = nullptr;
+  const double* teacher_max = nullptr;
+
+  bool exponentials() const { return student_max != nullptr; }
+  bool slopes() const { return student != nullptr && student_max == nullptr; }
+  Left at(int64_t index) const {
+    if (student == nullptr) return {};
+    return {student + index, teacher + index, student_max, teacher_max};
+  }
+};
+
 // Makes q and p of exponentials that are relative to other maxima than the row's.
 template <class T, class S>
 void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
                   Coefficients<T, S>* c) {
   const double student = row.rescale(student_max, s.student_max);
-  const double teacher = row.rescale(teacher_max, s.teacher_max);
+  const double teacher = row.teacher_rescale(teacher_max, s.teacher_max);
   c->student_scale = static_cast<T>(student * static_cast<double>(s.student_scale));
   c->teacher_scale = static_cast<T>(teacher * static_cast<double>(s.teacher_scale));
 }
 
-// T computes, S is what the loops read and write, D is the divergence.
-template <class T, class S, class D>
+// T computes, S is what the loops read and write.
+template <class T, class S>
 struct Engine {
   const Inputs& in;
   void* grad;  // [rows, classes], or null
   RowStrides grad_stride;
   bool terms;
+  Constants constants;
+
+  bool one_sweep() const { return is_one_sweep(in.divergence); }
 
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(
@@ -103,6 +126,10 @@ struct Engine {
   }
 
   bool keeps(int64_t segment) const { return Kept<T>::kClasses > 0 && segment == segments() - 1; }
+  Left<T> kept_of(int64_t segment, Kept<T>& kept) const {
+    if (!keeps(segment)) return {};
+    return {kept.student, kept.teacher, kept.student_max, kept.teacher_max};
+  }
 
   // Calls fn(at, count) for blocks of [begin, end): whole ones, then what is left of full vectors,
   // then a tail shorter than kLanes, so that only the tail is ever padded.
@@ -123,19 +150,20 @@ struct Engine {
 
   // Maximum and sums in one go: the sums so far are rescaled when a block raises the maximum. With
   // kKeep, `kept` receives the exponentials and `maxima` what each block's are relative to.
+  // `factor` is the student's or the teacher's.
   template <Hard kHard, bool kKeep>
-  Pair<double> scan_blocks(const Row<T>& row, const Logits& logits, int64_t begin, int64_t end,
-                           double* max, T* kept, double* maxima) const {
+  Pair<double> scan_blocks(const Row<T>& row, T factor, const Logits& logits, int64_t begin,
+                           int64_t end, double* max, T* kept, double* maxima) const {
     alignas(64) S buffer[kBlock];
-    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
+    Exponential<T, S> tempered(factor, 0, 1), own(row.hard_factor, 0, 1);
     Pair<double> result = {0, 0};
     *max = kLowest;
     for_blocks(begin, end, [&](int64_t at, int64_t count) {
       const S* block = fetch(logits, at, count, buffer);
-      const double top = maximum<T>(block, padded(count));
+      const double top = maximum(block, padded(count));
       if (top > *max) {
         if (*max > kLowest) {
-          result.tempered *= row.rescale(*max, top);
+          result.tempered *= row.rescale(*max, top, static_cast<double>(factor));
           result.hard *= row.hard_rescale(*max, top);
         }
         tempered.max = own.max = static_cast<T>(top);
@@ -155,14 +183,14 @@ struct Engine {
                         Kept<T>* kept) const {
     Statistics result = kNoStatistics;
     const Pair<double> sums = with_hard<T>(row.hard, [&](auto hard) {
-      return scan_blocks<decltype(hard)::value, kKeep>(row, student_of(in, index), begin, end,
-                                                       &result.student_max, kept->student,
-                                                       kept->student_max);
+      return scan_blocks<decltype(hard)::value, kKeep>(row, row.factor, student_of(in, index),
+                                                       begin, end, &result.student_max,
+                                                       kept->student, kept->student_max);
     });
     result.student_sum = sums.tempered, result.hard_sum = sums.hard;
     result.teacher_sum =
-        scan_blocks<Hard::kNone, kKeep>(row, teacher_of(in, index), begin, end, &result.teacher_max,
-                                        kept->teacher, kept->teacher_max)
+        scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
+                                        &result.teacher_max, kept->teacher, kept->teacher_max)
             .tempered;
     return result;
   }
@@ -203,7 +231,7 @@ struct Engine {
       const double share = in.label_smoothing / static_cast<double>(in.classes);
       sums->student_logits += share * sum_offsets(z, s.student_max, count);
     }
-    if (!terms) return;
+    if (!terms && in.divergence != Divergence::kSoftCrossEntropy) return;
     copy_block(teacher_of(in, index), at, count, w);
     const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
                                          s.student_max, s.teacher_max, z, w, padded(count));
@@ -212,38 +240,107 @@ struct Engine {
     sums->agreement += e.agreement;
   }
 
-  // One block of the second sweep, in the form that the row asks for.
+  // One block of the forward KL's second sweep, in the form that the row asks for.
   template <class L>
-  T differentiate(const Row<T>& row, const Coefficients<T, S>& c, Way way, const L* z, const L* w,
-                  const T* student_kept, const T* teacher_kept, L* g, int64_t count) const {
-    if (c.apart && row.gradient_hard == Hard::kNone) {
-      return write_gradient<D, Hard::kNone, Way::kApart>(c, z, w, student_kept, teacher_kept, g,
-                                                         count);
-    }
-    if (c.apart) {
-      return write_gradient<D, Hard::kOwn, Way::kApart>(c, z, w, student_kept, teacher_kept, g,
-                                                        count);
-    }
-    return with_hard<T>(row.gradient_hard, [&](auto hard) {
-      constexpr Hard kHard = decltype(hard)::value;
-      return way == Way::kKept ? write_gradient<D, kHard, Way::kKept>(c, z, w, student_kept,
-                                                                      teacher_kept, g, count)
-                               : write_gradient<D, kHard, Way::kAnew>(c, z, w, student_kept,
-                                                                      teacher_kept, g, count);
+  T differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left, const L* z,
+                  const L* w, L* g, int64_t count) const {
+    const bool hard = row.gradient_hard != Hard::kNone;
+    const auto write = [&](auto has_hard, auto way) {
+      return write_gradient<decltype(has_hard)::value, decltype(way)::value>(
+          c, z, w, left.student, left.teacher, g, count);
+    };
+    const auto with_way = [&](auto has_hard) {
+      if (c.way == Way::kApart) return write(has_hard, constant<Way::kApart>);
+      return write(has_hard, constant<Way::kSeparate>);
+    };
+    if (c.apart()) return hard ? with_way(constant<Hard::kOwn>) : with_way(constant<Hard::kNone>);
+    return with_hard<T>(row.gradient_hard, [&](auto has_hard) {
+      return left.student != nullptr ? write(has_hard, constant<Way::kKept>)
+                                     : write(has_hard, constant<Way::kAnew>);
     });
   }
 
+  // The same for the others: their slopes, then the gradient from these.
+  template <class L>
+  Evaluated<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
+                      T* q, T* slope, int64_t count) const {
+    return visit(in.divergence, [&](auto divergence) {
+      const auto sum = [&](auto way) {
+        return sum_slopes<decltype(divergence), decltype(way)::value>(
+            c, constants, z, w, left.student, left.teacher, q, slope, count);
+      };
+      if (c.way == Way::kApart) return sum(constant<Way::kApart>);
+      if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
+      return left.student != nullptr ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
+    });
+  }
+  template <class L>
+  void balance(const Row<T>& row, const Coefficients<T, S>& c, const L* z, const T* q,
+               const T* slope, L* g, int64_t count) const {
+    const Hard hard =
+        c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
+    with_hard<T>(hard, [&](auto has_hard) {
+      balance_gradient<decltype(has_hard)::value>(c, z, q, slope, g, count);
+    });
+  }
+
+  // Sums value and slopes of one segment. Where `left` holds exponentials, they make way for q and
+  // slopes; `into` receives these for a segment of which nothing is left.
+  void sum_segment(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, int64_t index,
+                   int64_t segment, const Left<T>& left, const Left<T>& into, Sums* sums) const {
+    if (row.state != State::kNormal || !s.valid()) return;
+    alignas(64) S student[kBlock];
+    alignas(64) S teacher[kBlock];
+    alignas(64) T q[kBlock];
+    alignas(64) T slope[kBlock];
+    const int64_t begin = segment * kSegment;
+    int64_t block = 0;
+    for_blocks(begin, end_of(segment), [&](int64_t at, int64_t count) {
+      const S* z = fetch(student_of(in, index), at, count, student);
+      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      if (left.exponentials()) {
+        rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
+      }
+      const Left<T> to = left.exponentials() ? left.at(at - begin) : into.at(at - begin);
+      const bool held = to.student != nullptr;
+      const Evaluated<T> of_block = slopes(*c, left.at(at - begin), z, w, held ? to.student : q,
+                                           held ? to.teacher : slope, padded(count));
+      sums->value += of_block.value;
+      sums->slope += of_block.slope;
+      ++block;
+    });
+  }
+
+  // What balances the slopes. `sum` was rounded to T, because backward reads it from `stats`.
+  void set_shares(Coefficients<T, S>* c, T sum) const {
+    const Balance balance = balance_of(in.divergence);
+    c->student_share = balance == Balance::kStudent ? sum : T(0);
+    c->constant_share =
+        balance == Balance::kUniform ? sum * static_cast<T>(constants.inverse_classes) : T(0);
+  }
+
   T write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                int64_t count, const T* student_kept, const T* teacher_kept) const {
+                int64_t count, const Left<T>& left) const {
     alignas(64) S student[kBlock];
     alignas(64) S teacher[kBlock];
     alignas(64) S result[kBlock];
+    alignas(64) T q[kBlock];
+    alignas(64) T slope[kBlock];
     const S* z = fetch(student_of(in, index), at, count, student);
-    const S* w = fetch(teacher_of(in, index), at, count, teacher);
     const bool direct = grad != nullptr && in.student_dtype == kStorage<S> && count % kLanes == 0;
     S* g = direct ? static_cast<S*>(grad_at(index, at)) : result;
-    const Way way = student_kept != nullptr ? Way::kKept : Way::kAnew;
-    const T value = differentiate(row, c, way, z, w, student_kept, teacher_kept, g, padded(count));
+    T value = 0;
+    if (left.slopes()) {
+      balance(row, c, z, left.student, left.teacher, g, padded(count));
+    } else {
+      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      if (one_sweep()) {
+        value = differentiate(row, c, left, z, w, g, padded(count));
+      } else {
+        slopes(c, left, z, w, q, slope, padded(count));
+        balance(row, c, z, q, slope, g, padded(count));
+      }
+    }
     if (grad != nullptr && !direct) {
       FASTKD_ISA::write(result, in.student_dtype, count, grad_at(index, at));
     }
@@ -255,17 +352,24 @@ struct Engine {
                    double gain) const {
     alignas(64) T z[kLanes];
     alignas(64) T w[kLanes];
+    alignas(64) T q[kLanes];
+    alignas(64) T slope[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) z[i] = student, w[i] = teacher;
-    differentiate(row, c, Way::kAnew, z, w, z, w, z, kLanes);
-    return z[0] - onehot(gain);
+    if (one_sweep()) {
+      differentiate(row, c, {}, z, w, z, kLanes);
+    } else {
+      slopes(c, {}, z, w, q, slope, kLanes);
+      balance(row, c, z, q, slope, z, kLanes);
+    }
+    return z[0] - onehot(row, gain);
   }
-  T onehot(double gain) const {
-    return static_cast<T>(gain * in.hard_weight * (1 - in.label_smoothing));
+  T onehot(const Row<T>& row, double gain) const {
+    return static_cast<T>(gain * row.hard_weight * (1 - in.label_smoothing));
   }
 
   // Sums are wanted by forward alone; null in backward.
   void write(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, double gain,
-             int64_t index, int64_t segment, const Kept<T>& kept, Sums* sums) const {
+             int64_t index, int64_t segment, const Left<T>& left, Sums* sums) const {
     const int64_t begin = segment * kSegment, end = end_of(segment);
     const bool labelled = row.hard != Hard::kNone && begin <= row.label && row.label < end;
     const bool exact = in.student_dtype == kStorage<T>;
@@ -280,21 +384,24 @@ struct Engine {
             weighted(share, static_cast<double>(z) - static_cast<double>(s.student_max));
       }
     }
-    const bool keep = keeps(segment);
-    const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
+    const bool extras = sums != nullptr && (terms || in.label_smoothing != 0 ||
+                                            in.divergence == Divergence::kSoftCrossEntropy);
     double value = 0;
     int64_t block = 0;
     for_blocks(begin, end, [&](int64_t at, int64_t count) {
       if (extras) sum_extras(row, *c, s, index, at, count, sums);
-      if (keep) rescale_kept(row, s, kept.student_max[block], kept.teacher_max[block], c);
-      value += write_block(row, *c, index, at, count, keep ? kept.student + (at - begin) : nullptr,
-                           keep ? kept.teacher + (at - begin) : nullptr);
+      if (left.exponentials()) {
+        rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
+      }
+      if (grad != nullptr || one_sweep()) {
+        value += write_block(row, *c, index, at, count, left.at(at - begin));
+      }
       ++block;
     });
-    if (sums != nullptr) sums->value = value;
+    if (sums != nullptr) sums->value += value;
     if (!labelled || grad == nullptr) return;
     void* target = grad_at(index, row.label);
-    if (exact) label_grad = *static_cast<const T*>(target) - onehot(gain);
+    if (exact) label_grad = *static_cast<const T*>(target) - onehot(row, gain);
     FASTKD_ISA::write(&label_grad, in.student_dtype, 1, target);
   }
 };

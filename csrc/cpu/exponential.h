@@ -20,14 +20,6 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-template <class To, class From>
-FASTKD_HOST_DEVICE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 // Stored in 16 bits, computed with as fp32.
 struct BFloat16 {
   uint16_t bits;
@@ -103,24 +95,28 @@ struct Exponential {
   using P = Polynomial<S>;
   T factor;
   T max;
+  T least;  // of logit - max: what lies below it is 0
   T coefficient[P::kCoefficients];
 
-  Exponential(T factor, T max, double scale) : factor(factor), max(max) {
+  Exponential(T factor, T max, double scale)
+      : factor(factor), max(max), least(F::kMinExponent / factor) {
     for (int i = 0; i < P::kCoefficients; ++i) {
       coefficient[i] = static_cast<T>(P::kValues[i] * scale);
     }
   }
 
-  FASTKD_HOST_DEVICE T operator()(T logit) const {
-    const T x = (logit - max) * factor;
-    const T shifted = x + F::kRound;
-    const T fraction = x - (shifted - F::kRound);
+  FASTKD_HOST_DEVICE T operator()(T logit) const { return of(logit - max, factor, least); }
+
+  // The same for a factor of each lane.
+  FASTKD_HOST_DEVICE T of(T offset, T factor, T least) const {
+    const T shifted = offset * factor + F::kRound;
+    const T fraction = offset * factor - (shifted - F::kRound);
     T power = coefficient[P::kCoefficients - 1];
     for (int i = P::kCoefficients - 2; i >= 0; --i) power = power * fraction + coefficient[i];
     using Bits = typename F::Bits;
     const Bits exponent = bits_as<Bits>(shifted) << F::kMantissa;
     const T scaled = bits_as<T>(static_cast<Bits>(bits_as<Bits>(power) + exponent));
-    return x < F::kMinExponent ? T(0) : scaled;
+    return offset < least ? T(0) : scaled;
   }
 };
 

@@ -38,13 +38,13 @@ struct Tile {
   alignas(64) float hard_power[kNarrow][kTileRows];     // exp(z - max z)
   alignas(64) Lanes student_max, student_scale, hard_scale, teacher_max, teacher_scale;
   alignas(64) Lanes student_sum, hard_sum, teacher_sum;
-  alignas(64) Lanes temperature, factor, gain, label_logit, value;
+  alignas(64) Lanes temperature, factor, least, teacher_temperature, teacher_factor, teacher_least;
+  alignas(64) Lanes hard_weight, soft_weight, gain, label_logit, value, slope;
   alignas(64) Lanes student_entropy, teacher_entropy, offsets, agreement;
   alignas(64) int32_t label[kTileRows];  // -1: none
   State state[kTileRows];
 };
 
-template <class D>
 struct NarrowEngine {
   const Inputs& in;
   void* grad;  // [rows, classes], or null
@@ -52,6 +52,7 @@ struct NarrowEngine {
   int64_t first;  // row in lane 0
   int64_t count;  // rows, at most kTileRows
   bool hard;      // the hard term is wanted
+  const Constants& constants;
   Tile& tile;
 
   // Fills the tile; lanes without a row, and ignored rows, hold zeros.
@@ -63,7 +64,13 @@ struct NarrowEngine {
       tile.state[i] = present ? row.state : State::kIgnored;
       tile.label[i] = tile.state[i] == State::kNormal ? static_cast<int32_t>(row.label) : -1;
       tile.temperature[i] = static_cast<float>(row.temperature);
-      tile.factor[i] = static_cast<float>(kLog2E / row.temperature);
+      tile.factor[i] = row.factor;
+      tile.least[i] = Format<float>::kMinExponent / row.factor;
+      tile.teacher_factor[i] = row.teacher_factor;
+      tile.teacher_least[i] = Format<float>::kMinExponent / row.teacher_factor;
+      tile.teacher_temperature[i] = static_cast<float>(row.teacher_temperature);
+      tile.hard_weight[i] = static_cast<float>(row.hard_weight);
+      tile.soft_weight[i] = static_cast<float>(row.soft_weight);
       if (tile.state[i] == State::kIgnored) {
         for (int64_t c = 0; c < in.classes; ++c) tile.student[c][i] = tile.teacher[c][i] = 0;
         continue;
@@ -87,33 +94,36 @@ struct NarrowEngine {
     }
   }
 
-  // Four classes at a time: a quarter of the roundings of one long chain.
+  // In fp64: where classes are few, the rounding of their sum would be most of the gradient's
+  // error.
   static void sum(const float (*values)[kTileRows], int64_t classes, Lanes& result) {
-    for (int64_t i = 0; i < kTileRows; ++i) result[i] = 0;
+    double sums[kTileRows] = {};
     int64_t c = 0;
-    for (; c + 4 <= classes; c += 4) {
+    for (; c + 2 <= classes; c += 2) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        result[i] += (values[c][i] + values[c + 1][i]) + (values[c + 2][i] + values[c + 3][i]);
+        sums[i] += static_cast<double>(values[c][i]) + static_cast<double>(values[c + 1][i]);
       }
     }
-    for (; c < classes; ++c) {
+    if (c < classes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kTileRows; ++i) result[i] += values[c][i];
+      for (int64_t i = 0; i < kTileRows; ++i) sums[i] += static_cast<double>(values[c][i]);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) result[i] = static_cast<float>(sums[i]);
   }
 
   // The exponentials, given the maxima, and their sums. Not inlined, like differentiate(): forward
   // and backward must run the same instructions to arrive at the same bits.
   __attribute__((noinline)) void exponentiate() {
-    const Exponential<float> exp2(1.0f, 0.0f, 1.0);
+    const Exponential<float> exponential(static_cast<float>(kLog2E), 0.0f, 1.0);
     for (int64_t c = 0; c < in.classes; ++c) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         const float z = tile.student[c][i] - tile.student_max[i];
         const float w = tile.teacher[c][i] - tile.teacher_max[i];
-        tile.student_power[c][i] = exp2(z * tile.factor[i]);
-        tile.teacher_power[c][i] = exp2(w * tile.factor[i]);
+        tile.student_power[c][i] = exponential.of(z, tile.factor[i], tile.least[i]);
+        tile.teacher_power[c][i] = exponential.of(w, tile.teacher_factor[i], tile.teacher_least[i]);
       }
     }
     sum(tile.student_power, in.classes, tile.student_sum);
@@ -122,8 +132,7 @@ struct NarrowEngine {
     for (int64_t c = 0; c < in.classes; ++c) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const float z = tile.student[c][i] - tile.student_max[i];
-        tile.hard_power[c][i] = exp2(z * static_cast<float>(kLog2E));
+        tile.hard_power[c][i] = exponential(tile.student[c][i] - tile.student_max[i]);
       }
     }
     sum(tile.hard_power, in.classes, tile.hard_sum);
@@ -141,46 +150,126 @@ struct NarrowEngine {
     }
   }
 
-  // The divergence of each row, and the gradient over the student's logits. What needs the logits
-  // of the student comes before.
-  __attribute__((noinline)) void differentiate() {
-    static_assert(D::kSlopeSumKnown, "a sweep that sums the slopes must come first");
-    alignas(64) Lanes inverse_t, student_base, teacher_base, log_ratio;
+  // What the sweeps over classes need of each row.
+  struct RowConstants {
+    alignas(64) Lanes inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio, shift;
     alignas(64) Lanes soft_gain, hard_gain, onehot, uniform;
-    const bool wanted = hard && in.hard_weight != 0;
+  };
+
+  void make_constants_of_rows(RowConstants* c) const {
     const float smoothing = static_cast<float>(in.label_smoothing);
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const float t = tile.temperature[i];
-      inverse_t[i] = 1 / t;
+      const float t = tile.temperature[i], teacher_t = tile.teacher_temperature[i];
+      c->inverse_t[i] = 1 / t;
+      c->teacher_inverse_t[i] = 1 / teacher_t;
       const float distance = tile.teacher_max[i] - tile.student_max[i];
-      const bool apart =
-          distance > static_cast<float>(kApart) || distance < -static_cast<float>(kApart);
-      student_base[i] = apart ? tile.student_max[i] : 0.0f;
-      teacher_base[i] = apart ? tile.teacher_max[i] : 0.0f;
-      log_ratio[i] =
-          (apart ? 0.0f : distance * inverse_t[i]) +
+      const bool apart = t != teacher_t || distance > static_cast<float>(kApart) ||
+                         distance < -static_cast<float>(kApart);
+      c->student_base[i] = apart ? tile.student_max[i] : 0.0f;
+      c->teacher_base[i] = apart ? tile.teacher_max[i] : 0.0f;
+      const float shift = t == teacher_t ? distance * c->inverse_t[i]
+                                         : tile.teacher_max[i] * c->teacher_inverse_t[i] -
+                                               tile.student_max[i] * c->inverse_t[i];
+      c->shift[i] = apart ? shift : 0.0f;
+      c->log_ratio[i] =
+          (apart ? 0.0f : shift) +
           log2_of(tile.student_scale[i] / tile.teacher_scale[i]) * static_cast<float>(kLn2);
-      soft_gain[i] = tile.gain[i] * static_cast<float>(in.soft_weight) * t;
-      hard_gain[i] = wanted ? tile.gain[i] * static_cast<float>(in.hard_weight) : 0.0f;
-      onehot[i] = hard_gain[i] * (1 - smoothing);
-      uniform[i] = hard_gain[i] * smoothing / static_cast<float>(in.classes);
-      hard_gain[i] *= tile.hard_scale[i];
-      tile.value[i] = 0;
+      c->soft_gain[i] = tile.gain[i] * tile.soft_weight[i] * t;
+      const float hard_gain = hard ? tile.gain[i] * tile.hard_weight[i] : 0.0f;
+      c->onehot[i] = hard_gain * (1 - smoothing);
+      c->uniform[i] = hard_gain * smoothing / static_cast<float>(in.classes);
+      c->hard_gain[i] = hard_gain * tile.hard_scale[i];
     }
-    for (int64_t c = 0; c < in.classes; ++c) {
-      const int32_t index = static_cast<int32_t>(c);
+  }
+
+  // One class of one row; its teacher's temperature is the student's unless kSeparate.
+  template <bool kSeparate>
+  FASTKD_HOST_DEVICE Element<float> element_at(const RowConstants& c, int64_t index,
+                                               int64_t i) const {
+    const float z = tile.student[index][i] - c.student_base[i];
+    const float w = tile.teacher[index][i] - c.teacher_base[i];
+    const float q = tile.student_power[index][i] * tile.student_scale[i];
+    const float p = tile.teacher_power[index][i] * tile.teacher_scale[i];
+    const float gap =
+        kSeparate ? w * c.teacher_inverse_t[i] - z * c.inverse_t[i] : (w - z) * c.inverse_t[i];
+    Element<float> e = element<float>(p, q, gap - c.log_ratio[i]);
+    e.gap = gap + c.shift[i];
+    return e;
+  }
+
+  // Turns slope, in place of the student's logits, into the gradient.
+  FASTKD_HOST_DEVICE float gradient_at(const RowConstants& c, bool wanted, int64_t index, int64_t i,
+                                       float slope) const {
+    float g = c.soft_gain[i] * slope - c.uniform[i];
+    if (wanted) g += tile.hard_power[index][i] * c.hard_gain[i];
+    return g - (static_cast<int32_t>(index) == tile.label[i] ? c.onehot[i] : 0.0f);
+  }
+
+  bool wants_hard_gradient() const {
+    return hard && (in.hard_weight != 0 || in.row_settings != nullptr);
+  }
+  bool has_separate_temperatures() const {
+    return in.row_settings != nullptr || in.temperature != in.teacher_temperature;
+  }
+
+  // The divergence of each row, and the gradient over the student's logits. What needs the logits
+  // of the student comes before. `slope_sums`: tile.slope has them, from the forward pass.
+  void differentiate(bool slope_sums) {
+    RowConstants c;
+    make_constants_of_rows(&c);
+    const bool separate = has_separate_temperatures();
+    if (is_one_sweep(in.divergence)) {
+      return separate ? write_gradient<true>(c) : write_gradient<false>(c);
+    }
+    visit(in.divergence, [&](auto divergence) {
+      using D = decltype(divergence);
+      separate ? balance_gradient<D, true>(c, slope_sums)
+               : balance_gradient<D, false>(c, slope_sums);
+    });
+  }
+
+  template <bool kSeparate>
+  __attribute__((noinline)) void write_gradient(const RowConstants& c) {
+    const bool wanted = wants_hard_gradient();
+    for (int64_t i = 0; i < kTileRows; ++i) tile.value[i] = 0;
+    for (int64_t index = 0; index < in.classes; ++index) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const float z = tile.student[c][i], w = tile.teacher[c][i];
-        const float q = tile.student_power[c][i] * tile.student_scale[i];
-        const float p = tile.teacher_power[c][i] * tile.teacher_scale[i];
-        const float apart = (w - teacher_base[i]) - (z - student_base[i]);
-        const Element<float> e = element<float>(p, q, apart * inverse_t[i] - log_ratio[i]);
-        tile.value[i] += D::template value<float>(e);
-        float g = soft_gain[i] * D::template gradient<float>(e) - uniform[i];
-        if (wanted) g += tile.hard_power[c][i] * hard_gain[i];
-        tile.student[c][i] = g - (index == tile.label[i] ? onehot[i] : 0.0f);
+        const Evaluated<float> kl = ForwardKL::at(element_at<kSeparate>(c, index, i));
+        tile.value[i] += kl.value;
+        tile.student[index][i] = gradient_at(c, wanted, index, i, kl.slope);
+      }
+    }
+  }
+
+  template <class D, bool kSeparate>
+  __attribute__((noinline)) void balance_gradient(const RowConstants& c, bool slope_sums) {
+    const Constants k = constants;
+    alignas(64) Lanes sums;
+    for (int64_t i = 0; i < kTileRows; ++i) tile.value[i] = sums[i] = 0;
+    for (int64_t index = 0; index < in.classes; ++index) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const Evaluated<float> here = D::at(element_at<kSeparate>(c, index, i), k);
+        tile.value[i] += here.value;
+        sums[i] += here.slope;
+        tile.student[index][i] = here.slope;
+      }
+    }
+    for (int64_t i = 0; i < kTileRows && !slope_sums; ++i) tile.slope[i] = sums[i];
+    const bool wanted = wants_hard_gradient();
+    const float constant_share =
+        D::kBalance == Balance::kUniform ? static_cast<float>(k.inverse_classes) : 0.0f;
+    for (int64_t index = 0; index < in.classes; ++index) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        float share = constant_share;
+        if (D::kBalance == Balance::kStudent) {
+          share = tile.student_power[index][i] * tile.student_scale[i];
+        }
+        const float slope = tile.student[index][i] - tile.slope[i] * share;
+        tile.student[index][i] = gradient_at(c, wanted, index, i, slope);
       }
     }
   }
@@ -201,7 +290,7 @@ struct NarrowEngine {
         const float q = tile.student_power[c][i] * tile.student_scale[i];
         const float p = tile.teacher_power[c][i] * tile.teacher_scale[i];
         tile.student_entropy[i] -= times_log(q, z * tile.factor[i] + log_q[i]);
-        tile.teacher_entropy[i] -= times_log(p, w * tile.factor[i] + log_p[i]);
+        tile.teacher_entropy[i] -= times_log(p, w * tile.teacher_factor[i] + log_p[i]);
         tile.agreement[i] = z == 0 && w == 0 ? 1.0f : tile.agreement[i];
       }
     }
@@ -263,10 +352,13 @@ struct NarrowEngine {
               weighted(smoothing, mean);
     }
     // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
-    const double soft = tile.value[i] == tile.value[i] ? tile.value[i] : -kLowest;
+    const double value = divergence_of(args.divergence, tile.value[i], tile.slope[i],
+                                       tile.teacher_entropy[i] * kLn2);
+    const double soft = value == value ? value : -kLowest;
     const double t = tile.temperature[i];
-    const double total = weighted(args.soft_weight * t * t, soft);
-    *loss = static_cast<float>(hard ? total + weighted(args.hard_weight, cross) : total);
+    const double total = weighted(static_cast<double>(tile.soft_weight[i]) * t * t, soft);
+    const double hard_weight = tile.hard_weight[i];
+    *loss = static_cast<float>(hard ? total + weighted(hard_weight, cross) : total);
     if (terms == nullptr) return;
     terms[kHard * args.rows] = static_cast<float>(cross);
     terms[kSoft * args.rows] = static_cast<float>(soft);
@@ -284,7 +376,7 @@ struct NarrowEngine {
     stats[kHardScale * args.rows] = ignored ? 0 : tile.hard_scale[i];
     stats[kTeacherMax * args.rows] = ignored ? 0 : tile.teacher_max[i];
     stats[kTeacherScale * args.rows] = ignored ? 0 : tile.teacher_scale[i];
-    stats[kSlopeSum * args.rows] = 0;
+    stats[kSlopeSum * args.rows] = ignored || is_one_sweep(in.divergence) ? 0 : tile.slope[i];
     if (first + i == 0) stats[kStats * args.rows] = static_cast<float>(args.scale);
   }
 
@@ -293,8 +385,8 @@ struct NarrowEngine {
     scan();
     for (int64_t i = 0; i < kTileRows; ++i) tile.gain[i] = static_cast<float>(args.scale);
     sum_logits();
-    if (args.terms != nullptr) sum_terms();
-    differentiate();
+    if (args.terms != nullptr || in.divergence == Divergence::kSoftCrossEntropy) sum_terms();
+    differentiate(false);
     store_gradient();
     for (int64_t i = 0; i < count; ++i) {
       store_row(args, i);
@@ -314,10 +406,11 @@ struct NarrowEngine {
       tile.hard_scale[i] = stats[kHardScale * args.rows + row];
       tile.teacher_max[i] = stats[kTeacherMax * args.rows + row];
       tile.teacher_scale[i] = stats[kTeacherScale * args.rows + row];
+      tile.slope[i] = stats[kSlopeSum * args.rows + row];
       tile.gain[i] = scale * grad_output[args.grad_output_per_row ? row : 0];
     }
     exponentiate();
-    differentiate();
+    differentiate(true);
     store_gradient();
   }
 };
@@ -329,16 +422,15 @@ bool is_narrow(const Inputs& in) {
 // Calls fn(engine) for tiles of rows [begin, end).
 template <class Args, class Fn>
 void for_tiles(const Args& args, bool terms, int64_t begin, int64_t end, Fn&& fn) {
-  visit(args.divergence, [&](auto divergence) {
-    Tile tile;
-    for (int64_t first = begin; first < end; first += kTileRows) {
-      const int64_t count = end - first < kTileRows ? end - first : kTileRows;
-      const bool hard = args.labels != nullptr && (args.hard_weight != 0 || terms);
-      NarrowEngine<decltype(divergence)> engine{args, args.grad, args.grad_stride, first, count,
-                                                hard, tile};
-      fn(engine);
-    }
-  });
+  const Constants constants = make_constants(args.divergence, args.mix, args.classes);
+  const bool weighs = args.hard_weight != 0 || args.row_settings != nullptr;
+  Tile tile;
+  for (int64_t first = begin; first < end; first += kTileRows) {
+    const int64_t count = end - first < kTileRows ? end - first : kTileRows;
+    const bool hard = args.labels != nullptr && (weighs || terms);
+    NarrowEngine engine{args, args.grad, args.grad_stride, first, count, hard, constants, tile};
+    fn(engine);
+  }
 }
 
 }  // namespace

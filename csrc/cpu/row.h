@@ -21,19 +21,25 @@ struct Row {
   int64_t label = -1;
   Hard hard = Hard::kNone;           // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
-  double temperature = 1;
-  T factor = 0;       // of the tempered exponential
-  T hard_factor = 0;  // of exp(z)
-  int power = 0;      // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
+  double temperature = 1, teacher_temperature = 1;
+  double hard_weight = 0, soft_weight = 0;
+  T factor = 0;          // of the student's tempered exponential
+  T teacher_factor = 0;  // of the teacher's
+  T hard_factor = 0;     // of exp(z)
+  int power = 0;         // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
 
   // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
   // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
+  static double rescale(double from, double to, double exponent) {
+    return from == to ? 1.0 : std::exp2((from - to) * exponent);
+  }
   double rescale(double from, double to) const {
-    return from == to ? 1.0 : std::exp2((from - to) * static_cast<double>(factor));
+    return rescale(from, to, static_cast<double>(factor));
   }
-  double hard_rescale(double from, double to) const {
-    return from == to ? 1.0 : std::exp2((from - to) * hard_exponent());
+  double teacher_rescale(double from, double to) const {
+    return rescale(from, to, static_cast<double>(teacher_factor));
   }
+  double hard_rescale(double from, double to) const { return rescale(from, to, hard_exponent()); }
   // log2(exp(z)) / z as the sums have it.
   double hard_exponent() const {
     return power > 0 ? power * static_cast<double>(factor) : static_cast<double>(hard_factor);
@@ -41,13 +47,25 @@ struct Row {
 };
 
 template <class T>
+double row_setting(const Inputs& in, RowSetting which, int64_t index, double otherwise) {
+  if (in.row_settings == nullptr) return otherwise;
+  return static_cast<double>(static_cast<const T*>(in.row_settings)[which * in.rows + index]);
+}
+
+inline bool is_temperature(double t) { return t > 0 && finite(t); }
+
+template <class T>
 Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   Row<T> row;
-  row.temperature = in.row_temperature != nullptr
-                        ? static_cast<double>(static_cast<const T*>(in.row_temperature)[index])
-                        : in.temperature;
-  if (!(row.temperature > 0) || !finite(row.temperature)) row.state = State::kInvalid;
+  row.temperature = row_setting<T>(in, kTemperature, index, in.temperature);
+  row.teacher_temperature = row_setting<T>(in, kTeacherTemperature, index, in.teacher_temperature);
+  row.hard_weight = row_setting<T>(in, kHardWeight, index, in.hard_weight);
+  row.soft_weight = row_setting<T>(in, kSoftWeight, index, in.soft_weight);
+  if (!is_temperature(row.temperature) || !is_temperature(row.teacher_temperature)) {
+    row.state = State::kInvalid;
+  }
   row.factor = static_cast<T>(kLog2E / row.temperature);
+  row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
   if (in.labels == nullptr) return row;
   row.label = in.labels[index];
@@ -57,16 +75,18 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
     return row;
   }
   if (row.label < 0 || row.label >= in.classes) row.state = State::kInvalid;
-  if (in.hard_weight == 0 && !terms) return row;
+  if (row.hard_weight == 0 && !terms) return row;
   row.hard = Hard::kOwn;
-  // Speed is no aim in fp64: one form of the loops is enough there.
-  if (sizeof(T) == sizeof(float)) {
+  // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
+  // exp(z / t) times t: too much where the hard term is the greater part of the gradient.
+  const bool precise = row.hard_weight <= row.soft_weight * row.temperature || row.temperature == 1;
+  if (sizeof(T) == sizeof(float) && precise) {
     if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
     if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
     if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
     if (row.temperature == 4) row.hard = Hard::kPower4, row.power = 4;
   }
-  if (in.hard_weight != 0) row.gradient_hard = row.hard;
+  if (row.hard_weight != 0) row.gradient_hard = row.hard;
   return row;
 }
 
@@ -86,8 +106,8 @@ void merge_student(const Row<T>& row, double max, double sum, double hard_sum, S
 template <class T>
 void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) {
   const double top = max > into->teacher_max ? max : into->teacher_max;
-  into->teacher_sum =
-      into->teacher_sum * row.rescale(into->teacher_max, top) + sum * row.rescale(max, top);
+  into->teacher_sum = into->teacher_sum * row.teacher_rescale(into->teacher_max, top) +
+                      sum * row.teacher_rescale(max, top);
   into->teacher_max = top;
 }
 
@@ -138,26 +158,37 @@ template <class S, class T>
 Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                      double gain) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double hard_gain = gain * in.hard_weight;
+  const double hard_gain = gain * row.hard_weight;
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
   for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
-  const bool apart = distance > kApart || distance < -kApart;
+  const bool same = row.temperature == row.teacher_temperature;
+  const bool apart = !same || distance > kApart || distance < -kApart;
   const T inverse_temperature = static_cast<T>(1 / row.temperature);
-  const double shift = apart ? 0.0 : distance * static_cast<double>(inverse_temperature);
+  const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
+  const double shift =
+      same ? distance * static_cast<double>(inverse_temperature)
+           : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
+                 static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
   return {Exponential<T, S>(row.factor, s.student_max, student_scale),
-          Exponential<T, S>(row.factor, s.teacher_max, teacher_scale),
+          Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
           inverse_temperature,
-          static_cast<T>(shift + std::log(student_scale / teacher_scale)),
-          apart,
-          static_cast<T>(gain * in.soft_weight * row.temperature),
+          teacher_inverse_temperature,
+          static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
+          static_cast<T>(apart ? shift : 0.0),
+          !same   ? Way::kSeparate
+          : apart ? Way::kApart
+                  : Way::kAnew,
+          static_cast<T>(gain * row.soft_weight * row.temperature),
           static_cast<T>(row.power > 0 && !apart ? power_gain : hard_gain),
           static_cast<T>(row.hard == Hard::kNone
                              ? 0.0
-                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes))};
+                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
+          0,
+          0};
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 // them instead (engine.h). Both sweeps work on blocks in L1 (blocks.h), and rows are cut into
 // segments whose results are merged in a fixed order: the bits do not depend on who computes which.
 // docs/maths.md derives the formulas.
+#include <memory>
+
 #include "engine.h"
 #include "narrow.h"
 
@@ -23,10 +25,11 @@ void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const S
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  const double soft = sums.value == sums.value ? sums.value : -kLowest;
+  const double value = divergence_of(args.divergence, sums.value, sums.slope, sums.teacher_entropy);
+  const double soft = value == value ? value : -kLowest;
   const double t = row.temperature;
-  double loss = weighted(args.soft_weight * t * t, soft);
-  if (row.hard != Hard::kNone) loss += weighted(args.hard_weight, hard);
+  double loss = weighted(row.soft_weight * t * t, soft);
+  if (row.hard != Hard::kNone) loss += weighted(row.hard_weight, hard);
   static_cast<T*>(args.loss)[index] = static_cast<T>(loss);
   if (args.terms == nullptr) return;
   T* terms = static_cast<T*>(args.terms) + index;
@@ -45,7 +48,7 @@ void put_constant(const ForwardArgs& args, int64_t index, T value) {
 }
 
 template <class T>
-void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s) {
+void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, double slope_sum) {
   if (args.stats == nullptr) return;
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
@@ -53,7 +56,7 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s) {
   stats[kHardScale * args.rows] = s.hard_scale;
   stats[kTeacherMax * args.rows] = s.teacher_max;
   stats[kTeacherScale * args.rows] = s.teacher_scale;
-  stats[kSlopeSum * args.rows] = 0;
+  stats[kSlopeSum * args.rows] = static_cast<T>(slope_sum);
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
 }
 
@@ -71,7 +74,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
             const Sums& sums) {
   if (row.state == State::kIgnored) {
     put_constant(args, index, T(0));
-    return put_stats(args, index, Scales<T>{});
+    return put_stats(args, index, Scales<T>{}, 0);
   }
   const Scales<T> scales = make_scales(row, of);
   if (row.state == State::kInvalid || !scales.valid()) {
@@ -79,47 +82,63 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   } else {
     put_loss(args, row, index, of, sums);
   }
-  put_stats(args, index, scales);
+  put_stats(args, index, scales, sums.slope);
 }
 
 // Gradient and sums of one segment; a constant where the row has no gradient.
-template <class T, class S, class D>
-void write_segment(const Engine<T, S, D>& engine, const Row<T>& row, const Scales<T>& scales,
+template <class T, class S>
+void write_segment(const Engine<T, S>& engine, const Row<T>& row, const Scales<T>& scales,
                    Coefficients<T, S>* c, double gain, int64_t index, int64_t segment,
-                   const Kept<T>& kept, Sums* sums) {
+                   const Left<T>& left, Sums* sums) {
   const int64_t begin = segment * kSegment, end = engine.end_of(segment);
   if (row.state == State::kIgnored) {
     engine.fill(index, begin, end, T(0));
   } else if (row.state == State::kInvalid || !scales.valid()) {
     engine.fill(index, begin, end, kNaN<T>);
   } else {
-    engine.write(row, c, scales, gain, index, segment, kept, sums);
+    engine.write(row, c, scales, gain, index, segment, left, sums);
   }
 }
 
-template <class T, class S, class D>
-void forward_row(const ForwardArgs& args, const Engine<T, S, D>& engine, int64_t index) {
+// `work`: room for q and the slopes of a row longer than a segment, or null where one sweep does.
+template <class T, class S>
+void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index, T* work) {
   const Row<T> row = make_row<T>(args, index, engine.terms);
+  const int64_t last = engine.segments() - 1;
   Kept<T> kept;
   Statistics statistics = engine.scan(row, index, 0, &kept);
-  for (int64_t i = 1; i < engine.segments(); ++i) {
-    merge(row, engine.scan(row, index, i, &kept), &statistics);
-  }
+  for (int64_t i = 1; i <= last; ++i) merge(row, engine.scan(row, index, i, &kept), &statistics);
   const double gain = static_cast<T>(args.scale);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
-  // Backwards, because a long row's end is what the first sweep left in the cache.
-  for (int64_t i = engine.segments(); i-- > 0;) {
+  // Backwards, because a long row's end is what the sweep before left in the cache.
+  const bool one_sweep = engine.one_sweep();
+  Left<T> in_segment = engine.kept_of(last, kept);
+  const auto left_of = [&](int64_t i) {
+    if (i == last && engine.keeps(i)) return in_segment;
+    return one_sweep ? Left<T>{} : Left<T>{work, work + padded(args.classes)}.at(i * kSegment);
+  };
+  if (!one_sweep) {
+    for (int64_t i = last; i >= 0; --i) {
+      Sums of_segment = {};
+      engine.sum_segment(row, &c, scales, index, i, engine.kept_of(i, kept), left_of(i),
+                         &of_segment);
+      add(of_segment, &sums);
+    }
+    engine.set_shares(&c, static_cast<T>(sums.slope));
+    in_segment.student_max = in_segment.teacher_max = nullptr;  // q and slopes now
+  }
+  for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    write_segment(engine, row, scales, &c, gain, index, i, kept, &of_segment);
+    write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     add(of_segment, &sums);
   }
   finish(args, row, index, statistics, sums);
 }
 
-template <class T, class S, class D>
-void backward_row(const BackwardArgs& args, const Engine<T, S, D>& engine, int64_t index) {
+template <class T, class S>
+void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t index) {
   const Row<T> row = make_row<T>(args, index, false);
   const T grad_output =
       static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0];
@@ -129,24 +148,23 @@ void backward_row(const BackwardArgs& args, const Engine<T, S, D>& engine, int64
   Kept<T> kept;
   engine.keep(row, scales, index, &kept);
   auto c = engine.coefficients(row, scales, gain);
+  engine.set_shares(&c, static_cast<const T*>(args.stats)[kSlopeSum * args.rows + index]);
   for (int64_t i = engine.segments(); i-- > 0;) {
-    write_segment(engine, row, scales, &c, gain, index, i, kept, nullptr);
+    write_segment(engine, row, scales, &c, gain, index, i, engine.kept_of(i, kept), nullptr);
   }
 }
 
-// Calls fn with the engine for the number types and the divergence of `args`.
+// Calls fn with the engine for the number types of `args`.
 template <class Args, class Fn>
 void with_engine(const Args& args, bool terms, Fn&& fn) {
-  visit(args.divergence, [&](auto divergence) {
-    using D = decltype(divergence);
-    if (computes_in_double(args.student_dtype, args.teacher_dtype)) {
-      fn(Engine<double, double, D>{args, args.grad, args.grad_stride, terms}, double{});
-    } else if (args.student_dtype == DType::kBFloat16 && args.teacher_dtype == DType::kBFloat16) {
-      fn(Engine<float, BFloat16, D>{args, args.grad, args.grad_stride, terms}, float{});
-    } else {
-      fn(Engine<float, float, D>{args, args.grad, args.grad_stride, terms}, float{});
-    }
-  });
+  const Constants constants = make_constants(args.divergence, args.mix, args.classes);
+  if (computes_in_double(args.student_dtype, args.teacher_dtype)) {
+    fn(Engine<double, double>{args, args.grad, args.grad_stride, terms, constants}, double{});
+  } else if (args.student_dtype == DType::kBFloat16 && args.teacher_dtype == DType::kBFloat16) {
+    fn(Engine<float, BFloat16>{args, args.grad, args.grad_stride, terms, constants}, float{});
+  } else {
+    fn(Engine<float, float>{args, args.grad, args.grad_stride, terms, constants}, float{});
+  }
 }
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
@@ -154,8 +172,13 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
     return for_tiles(args, args.terms != nullptr, begin, end,
                      [&](auto& engine) { engine.forward(args); });
   }
-  with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
-    for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i);
+  with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
+    using T = decltype(zero);
+    std::unique_ptr<T[]> work;
+    if (!engine.one_sweep() && !(engine.segments() == 1 && engine.keeps(0))) {
+      work.reset(new T[static_cast<size_t>(2 * padded(args.classes))]);
+    }
+    for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, work.get());
   });
 }
 
@@ -184,18 +207,46 @@ Statistics merge_all(const Row<T>& row, const Statistics* of_row, int64_t segmen
   return result;
 }
 
+// The state of a row of which other threads compute other segments.
+template <class T, class S>
+struct SharedRow {
+  const Engine<T, S>& engine;
+  Row<T> row;
+  double gain;
+  Scales<T> scales;
+  Coefficients<T, S> c;
+  Kept<T> kept;
+  Left<T> left;
+
+  SharedRow(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index, int64_t segment,
+            const Statistics* of_row)
+      : engine(engine),
+        row(make_row<T>(args, index, engine.terms)),
+        gain(static_cast<T>(args.scale)),
+        scales(make_scales(row, merge_all(row, of_row, engine.segments()))),
+        c(engine.coefficients(row, scales, gain)),
+        left(engine.kept_of(segment, kept)) {
+    if (engine.keeps(segment)) engine.keep(row, scales, index, &kept);
+  }
+};
+
+void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
+             Sums* result) {
+  with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
+    SharedRow shared(args, engine, index, segment, of_row);
+    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left, {},
+                       result);
+  });
+}
+
 void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
-               Sums* result) {
+               double slope_sum, Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
     using T = decltype(zero);
-    const Row<T> row = make_row<T>(args, index, engine.terms);
-    const double gain = static_cast<T>(args.scale);
-    const Scales<T> scales = make_scales(row, merge_all(row, of_row, engine.segments()));
-    auto c = engine.coefficients(row, scales, gain);
-    Kept<T> kept;
-    if (engine.keeps(segment)) engine.keep(row, scales, index, &kept);
-    *result = {};
-    write_segment(engine, row, scales, &c, gain, index, segment, kept, result);
+    SharedRow shared(args, engine, index, segment, of_row);
+    engine.set_shares(&shared.c, static_cast<T>(slope_sum));
+    write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
+                  shared.left, result);
   });
 }
 
@@ -219,7 +270,7 @@ void exp2_all(const float* in, float* out, int64_t count) {
 
 Kernels make_kernels(const char* name);
 Kernels make_kernels(const char* name) {
-  return {name, forward, backward, scan, write_one, close, exp2_all};
+  return {name, forward, backward, scan, sum_one, write_one, close, exp2_all};
 }
 
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -50,11 +50,15 @@ template <>
 FASTKD_HOST_DEVICE double narrow(float x) {
   return x;
 }
+// The upper half is x as bf16. A NaN's payload could overflow here; rows with NaN never come here,
+// they are filled.
+FASTKD_HOST_DEVICE uint32_t rounded_bits(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
 template <>
 FASTKD_HOST_DEVICE BFloat16 narrow(float x) {
-  // A NaN's payload could overflow here; rows with NaN never come here, they are filled.
-  const uint32_t bits = bits_as<uint32_t>(x);
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  return {static_cast<uint16_t>(rounded_bits(x) >> 16)};
 }
 template <>
 FASTKD_HOST_DEVICE Float16 narrow(float x) {

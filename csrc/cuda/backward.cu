@@ -133,7 +133,7 @@ cudaError_t launch_as(const BackwardCall& call, int processors, cudaStream_t str
   const int64_t most = (static_cast<int64_t>(processors) * 8 >> call.log_pieces) + 1;
   Launch launch(call.args.rows < most ? call.args.rows : most, 256, 0, stream);
   launch.config.gridDim.y = 1u << call.log_pieces;
-  return visit(call.args.divergence, [&](auto divergence) {
+  return visit_supported(call.args.divergence, [&](auto divergence) {
     return launch(backward_kernel<Rows, decltype(divergence)>, call);
   });
 }

@@ -126,12 +126,12 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
 }  // namespace
 
 int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream) {
-  if (args.rows > kMostRows) return cudaErrorInvalidValue;
+  if (args.rows > kMostRows || !is_supported(args)) return cudaErrorInvalidValue;
   return reported(forward_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 int backward(const BackwardArgs& args, bool filled, void* stream) {
-  if (args.rows > kMostRows) return cudaErrorInvalidValue;
+  if (args.rows > kMostRows || !is_supported(args)) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
   return reported(launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream)));
 }

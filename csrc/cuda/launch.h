@@ -17,6 +17,16 @@ cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
+// What these kernels compute: the forward KL, with one temperature for student and teacher. Of
+// `row_settings` they read the temperatures alone; the rest must be as the numbers beside it say.
+inline bool is_supported(const Inputs& in) {
+  return in.divergence == Divergence::kForwardKL && in.temperature == in.teacher_temperature;
+}
+template <class Fn>
+auto visit_supported(Divergence, Fn&& fn) {
+  return fn(ForwardKL{});
+}
+
 // The major compute capability that the loaded code was compiled for.
 cudaError_t compiled_major(int& major);
 

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       if (!kWarpPerRow) __syncthreads();
       continue;
     }
-    if (args.row_temperature != nullptr) t = temperature_of<float>(args, index);
+    if (args.row_settings != nullptr) t = temperature_of<float>(args, index);
     Statistics<float> statistics = t.power == 2
                                        ? scan_row<T, 2>(row, held, t, lane, lanes)
                                        : scan_row<T, kAtRunTime>(row, held, t, lane, lanes);
@@ -178,7 +178,7 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
   if (plan.finish_inside) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
-  return visit(call.args.divergence, [&](auto divergence) {
+  return visit_supported(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);
     const auto with = [&](auto example) {
       using T = decltype(example);

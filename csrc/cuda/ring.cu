@@ -38,7 +38,7 @@ cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& conf
 
 cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
-  return visit(call.args.divergence, [&](auto divergence) {
+  return visit_supported(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);
     const auto with = [&](auto example) {
       using T = decltype(example);

@@ -252,7 +252,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   while (true) {
     const RingInfo info = rows.info();
     if (info.row < 0) break;
-    if (args.row_temperature != nullptr) t = temperature_of<float>(args, info.row);
+    if (args.row_settings != nullptr) t = temperature_of<float>(args, info.row);
     with_power(t.power, [&](auto power) {
       message.statistics = scan_slice<T, power.value>(ring, rows, info, t, thread);
     });

@@ -77,8 +77,8 @@ struct Temperature {
 template <class A>
 __device__ __forceinline__ Temperature<A> temperature_of(const Inputs& in, int64_t row) {
   Temperature<A> r;
-  r.t = in.row_temperature == nullptr ? static_cast<A>(in.temperature)
-                                      : static_cast<const A*>(in.row_temperature)[row];
+  r.t = in.row_settings == nullptr ? static_cast<A>(in.temperature)
+                                      : static_cast<const A*>(in.row_settings)[row];
   // A temperature that is none makes its row NaN.
   if (!(r.t > A(0) && r.t - r.t == A(0))) r.t = static_cast<A>(__int_as_float(0x7fc00000));
   r.inverse = quotient_of(A(1), r.t);
@@ -305,7 +305,7 @@ constexpr float kLargestFolded = 64;
 // unit in the last place of the exponent: for 16-bit gradients.
 template <class A, class D, bool kFold>
 struct alignas(16) Writer {
-  static_assert(D::kSlopeSumKnown, "a slope sum needs one more sweep of the resident row");
+  static_assert(D::kBalance == Balance::kNone, "a slope sum needs one more sweep of the resident row");
 
   Temperature<A> t;
   RowStats<A> stats;  // where `apart`, the scales are relative to the maxima themselves
@@ -399,7 +399,7 @@ struct alignas(16) Writer {
       p = mul_of(p, stats.teacher_scale);
     }
     const Element<A> e = device_element(p, q, d);
-    sums.value += D::value(e);
+    sums.value += D::at(e).value;
     A softmax;
     if (kPower == 0 || (kPower == kAtRunTime && t.power == 0)) {
       softmax = mul_of(hard, exp2_of(hard_exponent));
@@ -412,7 +412,7 @@ struct alignas(16) Writer {
     }
     if (kUniform) softmax = add_of(softmax, -uniform);
     if (kExtra) add_extra(z, w, p, q, sums);
-    return fma_of(soft, D::gradient(e), softmax);
+    return fma_of(soft, D::at(e).slope, softmax);
   }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, Sums<A>& sums) const {

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
 
 template <class Rows>
 cudaError_t launch_as(const ForwardCall& call, Launch& launch, int processors) {
-  return visit(call.args.divergence, [&](auto divergence) {
+  return visit_supported(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);
     const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
     const auto kernel = extra ? streaming_kernel<Rows, D, true> : streaming_kernel<Rows, D, false>;

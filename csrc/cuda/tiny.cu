@@ -112,7 +112,7 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
   Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
-  return visit(call.args.divergence, [&](auto divergence) {
+  return visit_supported(call.args.divergence, [&](auto divergence) {
     using D = decltype(divergence);
     return plan.lanes == 8 ? launch(tiny_kernel<D, 8>, call) : launch(tiny_kernel<D, 32>, call);
   });

@@ -58,20 +58,21 @@ void same_sizes(const Tensor& student, const Tensor& teacher) {
   STD_TORCH_CHECK(same, "student and teacher logits must have the same shape");
 }
 
-Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name) {
+Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name,
+                    int64_t entries) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.numel() == rows, name,
-                  " must have one entry for each row of logits: ", rows, ", not ", tensor.numel());
+  STD_TORCH_CHECK(tensor.numel() == entries * rows, name, " must have ", entries,
+                  " for each row of logits: ", entries * rows, ", not ", tensor.numel());
   return torch::stable::contiguous(tensor);
 }
 
 }  // namespace
 
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& temperatures, const Options& options, bool inplace) {
+             const std::optional<Tensor>& row_settings, const Options& options, bool inplace) {
   STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
   same_sizes(student, teacher);
-  Call call{{}, student, teacher, labels, temperatures, ScalarType::Float};
+  Call call{{}, student, teacher, labels, row_settings, ScalarType::Float};
   Inputs& in = call.inputs;
   in.student_dtype = dtype_of(student, "student logits");
   in.teacher_dtype = dtype_of(teacher, "teacher logits");
@@ -105,19 +106,22 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   in.teacher = call.teacher.const_data_ptr();
 
   if (labels) {
-    call.labels = checked_rows(*labels, ScalarType::Long, in.rows, "labels");
+    call.labels = checked_rows(*labels, ScalarType::Long, in.rows, "labels", 1);
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
   }
-  if (temperatures) {
-    call.temperatures = checked_rows(*temperatures, call.acc, in.rows, "temperature");
-    in.row_temperature = call.temperatures->const_data_ptr();
+  if (row_settings) {
+    call.row_settings =
+        checked_rows(*row_settings, call.acc, in.rows, "row_settings", kRowSettings);
+    in.row_settings = call.row_settings->const_data_ptr();
   }
   in.temperature = options.temperature;
+  in.teacher_temperature = options.teacher_temperature;
   in.hard_weight = labels ? options.hard_weight : 0.0;
   in.soft_weight = options.soft_weight;
   in.label_smoothing = options.label_smoothing;
   in.ignore_index = options.ignore_index;
   in.divergence = static_cast<Divergence>(options.divergence);
+  in.mix = options.mix;
   return call;
 }
 

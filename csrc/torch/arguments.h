@@ -18,11 +18,13 @@ using torch::stable::Tensor;
 // The scalar arguments of every op, in the order of the schema (library.cpp).
 struct Options {
   double temperature;
+  double teacher_temperature;
   double hard_weight;
   double soft_weight;
   double label_smoothing;
   int64_t ignore_index;
   int64_t divergence;
+  double mix;
 };
 
 DType dtype_of(const Tensor& tensor, const char* name);
@@ -35,13 +37,13 @@ struct Call {
   Tensor student;
   Tensor teacher;
   std::optional<Tensor> labels;
-  std::optional<Tensor> temperatures;
-  ScalarType acc;  // type of loss, terms, stats, temperatures and grad_output
+  std::optional<Tensor> row_settings;
+  ScalarType acc;  // type of loss, terms, stats, row_settings and grad_output
 };
 
 // `inplace`: the student must be used where it is, so a layout that would need a copy is an error.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& temperatures, const Options& options, bool inplace);
+             const std::optional<Tensor>& row_settings, const Options& options, bool inplace);
 
 // `tensor` has the student's shape and dtype, and is laid out like an existing grouping of `call`.
 RowStrides strides_of(const Tensor& tensor, const Call& call);

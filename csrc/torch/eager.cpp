@@ -37,7 +37,9 @@ namespace {
 // The numbers of a call, as the ops' schemas have them (library.cpp).
 struct Settings {
   double temperature, hard_weight, soft_weight, label_smoothing;
-  int64_t ignore_index, divergence, reduction;
+  int64_t ignore_index, divergence;
+  double mix;
+  int64_t reduction;
   bool with_terms;
 };
 
@@ -45,11 +47,11 @@ using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                   const std::optional<Tensor>&,
                                                   const std::optional<Tensor>&,
                                                   const std::optional<Tensor>&, double, double,
-                                                  double, double, int64_t, int64_t, int64_t, double,
-                                                  bool, bool);
+                                                  double, double, double, int64_t, int64_t, double,
+                                                  int64_t, double, bool, bool);
 using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
-                        double, double, int64_t, int64_t, bool);
+                        double, double, double, int64_t, int64_t, double, bool);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> op(const char* name) {
@@ -61,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
                                              const Settings& settings, bool with_grad) {
   static const auto loss = op<LossOp>("fastkd::loss");
   return loss.call(student, teacher, labels, std::nullopt, std::nullopt, settings.temperature,
-                   settings.hard_weight, settings.soft_weight, settings.label_smoothing,
-                   settings.ignore_index, settings.divergence, settings.reduction, 0.0,
-                   settings.with_terms, with_grad);
+                   settings.temperature, settings.hard_weight, settings.soft_weight,
+                   settings.label_smoothing, settings.ignore_index, settings.divergence,
+                   settings.mix, settings.reduction, 0.0, settings.with_terms, with_grad);
 }
 
 // The backward pass of a call whose forward pass has written the gradient for grad_output = 1.
@@ -101,8 +103,9 @@ struct LossBackward : torch::autograd::Node {
     const Tensor label_tensor = labels.unpack();
     backward.call(result, grad_output, stats, student_logits, teacher.unpack(),
                   label_tensor.defined() ? std::optional<Tensor>(label_tensor) : std::nullopt,
-                  std::nullopt, settings.temperature, settings.hard_weight, settings.soft_weight,
-                  settings.label_smoothing, settings.ignore_index, settings.divergence, filled);
+                  std::nullopt, settings.temperature, settings.temperature, settings.hard_weight,
+                  settings.soft_weight, settings.label_smoothing, settings.ignore_index,
+                  settings.divergence, settings.mix, filled);
     return {result};
   }
 
@@ -117,8 +120,9 @@ struct LossBackward : torch::autograd::Node {
     py::gil_scoped_acquire gil;
     const py::module_ ops = py::module_::import("fastkd.ops");
     const py::object numbers = ops.attr("Settings")(
-        settings.temperature, settings.hard_weight, settings.soft_weight, settings.label_smoothing,
-        settings.ignore_index, settings.divergence, settings.reduction, 0.0, settings.with_terms);
+        settings.temperature, settings.temperature, settings.hard_weight, settings.soft_weight,
+        settings.label_smoothing, settings.ignore_index, settings.divergence, settings.mix,
+        settings.reduction, 0.0, settings.with_terms);
     const Tensor label_tensor = labels.unpack();
     return ops
         .attr("differentiable_gradient")(
@@ -198,7 +202,8 @@ bool same_rows(const Tensor& labels, const Tensor& student) {
 }
 
 std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
-  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index)
+  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index), its
+  // mix
   constexpr double kMax = std::numeric_limits<double>::max();
   const auto temperature = number(options[0], std::numeric_limits<double>::min(), kMax);
   const auto smoothing = number(options[4], 0, 1);
@@ -219,6 +224,7 @@ std::optional<Settings> read_settings(const py::args& options, bool has_labels, 
                   *smoothing,
                   options[2].cast<int64_t>(),
                   options[5].cast<int64_t>(),
+                  options[6].is_none() ? 0.5 : options[6].cast<double>(),
                   reduction,
                   with_terms};
 }

@@ -10,12 +10,14 @@ namespace {
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> loss(
     const Tensor& student, const Tensor& teacher, std::optional<Tensor> labels,
-    std::optional<Tensor> temperatures, std::optional<Tensor> denominator, double temperature,
-    double hard_weight, double soft_weight, double label_smoothing, int64_t ignore_index,
-    int64_t divergence, int64_t reduction, double normalizer, bool with_terms, bool with_grad) {
-  const Call call = prepare(
-      student, teacher, labels, temperatures,
-      {temperature, hard_weight, soft_weight, label_smoothing, ignore_index, divergence}, false);
+    std::optional<Tensor> row_settings, std::optional<Tensor> denominator, double temperature,
+    double teacher_temperature, double hard_weight, double soft_weight, double label_smoothing,
+    int64_t ignore_index, int64_t divergence, double mix, int64_t reduction, double normalizer,
+    bool with_terms, bool with_grad) {
+  const Call call = prepare(student, teacher, labels, row_settings,
+                            {temperature, teacher_temperature, hard_weight, soft_weight,
+                             label_smoothing, ignore_index, divergence, mix},
+                            false);
   const bool filled = with_grad && static_cast<Reduction>(reduction) != Reduction::kNone;
   const Tensor grad = filled ? empty_grad(call) : nothing(call);
   const ForwardResult result =
@@ -26,16 +28,18 @@ std::tuple<Tensor, Tensor, Tensor> loss(
 
 template <class Backend>
 std::tuple<Tensor, Tensor> loss_(const Tensor& student, const Tensor& teacher,
-                                 std::optional<Tensor> labels, std::optional<Tensor> temperatures,
+                                 std::optional<Tensor> labels, std::optional<Tensor> row_settings,
                                  std::optional<Tensor> denominator, double temperature,
-                                 double hard_weight, double soft_weight, double label_smoothing,
-                                 int64_t ignore_index, int64_t divergence, int64_t reduction,
-                                 double normalizer, bool with_terms) {
+                                 double teacher_temperature, double hard_weight, double soft_weight,
+                                 double label_smoothing, int64_t ignore_index, int64_t divergence,
+                                 double mix, int64_t reduction, double normalizer,
+                                 bool with_terms) {
   STD_TORCH_CHECK(static_cast<Reduction>(reduction) != Reduction::kNone,
                   "inplace needs reduction mean or sum");
-  const Call call = prepare(
-      student, teacher, labels, temperatures,
-      {temperature, hard_weight, soft_weight, label_smoothing, ignore_index, divergence}, true);
+  const Call call = prepare(student, teacher, labels, row_settings,
+                            {temperature, teacher_temperature, hard_weight, soft_weight,
+                             label_smoothing, ignore_index, divergence, mix},
+                            true);
   const ForwardResult result =
       Backend::forward(call, {static_cast<Reduction>(reduction), normalizer, denominator},
                        with_terms, true, &student);
@@ -45,12 +49,14 @@ std::tuple<Tensor, Tensor> loss_(const Tensor& student, const Tensor& teacher,
 template <class Backend>
 void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& stats,
                     const Tensor& student, const Tensor& teacher, std::optional<Tensor> labels,
-                    std::optional<Tensor> temperatures, double temperature, double hard_weight,
-                    double soft_weight, double label_smoothing, int64_t ignore_index,
-                    int64_t divergence, bool filled) {
-  const Call call = prepare(
-      student, teacher, labels, temperatures,
-      {temperature, hard_weight, soft_weight, label_smoothing, ignore_index, divergence}, false);
+                    std::optional<Tensor> row_settings, double temperature,
+                    double teacher_temperature, double hard_weight, double soft_weight,
+                    double label_smoothing, int64_t ignore_index, int64_t divergence, double mix,
+                    bool filled) {
+  const Call call = prepare(student, teacher, labels, row_settings,
+                            {temperature, teacher_temperature, hard_weight, soft_weight,
+                             label_smoothing, ignore_index, divergence, mix},
+                            false);
   Backend::backward(call, stats, grad_output, grad, filled);
 }
 
@@ -58,27 +64,34 @@ void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor&
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // out: acc [], [1 + kTerms], [rows] or [1 + kTerms, rows]; grad: the student's shape, or [0]
-  // without `with_grad`; stats: acc [6 * rows + 1]. `denominator`: acc, one number, instead of the
-  // count of rows.
+  // without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
+  // temperature, teacher_temperature, hard_weight and soft_weight. `denominator`: acc, one number,
+  // instead of the count of rows.
   m.def(
-      "loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? temperatures, "
-      "Tensor? denominator, float temperature, float hard_weight, float soft_weight, "
-      "float label_smoothing, int ignore_index, int divergence, int reduction, float normalizer, "
+      "loss(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_settings, "
+      "Tensor? denominator, float temperature, float teacher_temperature, float hard_weight, float "
+      "soft_weight, "
+      "float label_smoothing, int ignore_index, int divergence, float mix, int reduction, float "
+      "normalizer, "
       "bool with_terms, "
       "bool with_grad) -> (Tensor out, Tensor grad, Tensor stats)");
   // The same with the gradient written over the student.
   m.def(
-      "loss_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? temperatures, "
-      "Tensor? denominator, float temperature, float hard_weight, float soft_weight, "
-      "float label_smoothing, int ignore_index, int divergence, int reduction, float normalizer, "
+      "loss_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? row_settings, "
+      "Tensor? denominator, float temperature, float teacher_temperature, float hard_weight, float "
+      "soft_weight, "
+      "float label_smoothing, int ignore_index, int divergence, float mix, int reduction, float "
+      "normalizer, "
       "bool with_terms) "
       "-> (Tensor out, Tensor stats)");
   // Fills grad with grad_output times the gradient of the loss whose stats these are. `filled`:
   // grad holds it for grad_output = 1 already. student and grad are the same tensor after loss_.
   m.def(
       "loss_backward_(Tensor(a!) grad, Tensor grad_output, Tensor stats, Tensor student, "
-      "Tensor teacher, Tensor? labels, Tensor? temperatures, float temperature, float hard_weight, "
-      "float soft_weight, float label_smoothing, int ignore_index, int divergence, bool filled) -> "
+      "Tensor teacher, Tensor? labels, Tensor? row_settings, float temperature, float "
+      "teacher_temperature, float hard_weight, "
+      "float soft_weight, float label_smoothing, int ignore_index, int divergence, float mix, bool "
+      "filled) -> "
       "()");
 }
 

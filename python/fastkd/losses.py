@@ -69,6 +69,7 @@ def _compute(
             out = ops.EAGER.loss(
                 student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
                 alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+                reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
         except RuntimeError:
             _explain(student_logits, labels, ignore_index, temperature)

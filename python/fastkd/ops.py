@@ -52,11 +52,13 @@ class Settings(NamedTuple):
     """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
 
     temperature: float
+    teacher_temperature: float
     hard_weight: float
     soft_weight: float
     label_smoothing: float
     ignore_index: int
     divergence: int
+    mix: float
     reduction: int
     normalizer: float
     with_terms: bool
@@ -88,7 +90,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +108,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     labels: Any,
-    temperatures: Any,
+    row_settings: Any,
     denominator: Any,
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -126,13 +128,13 @@ def differentiable_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     grad_output: Tensor,
 ) -> Tensor:
     """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
-    out = _reference(student, teacher, labels, temperatures, denominator, settings)
+    out = _reference(student, teacher, labels, row_settings, denominator, settings)
     (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
@@ -147,28 +149,28 @@ class _Loss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
         out, grad, stats = _loss(
-            student, teacher, labels, temperatures, denominator, *settings, True
+            student, teacher, labels, row_settings, denominator, *settings, True
         )
         ctx.settings = settings
-        ctx.save_for_backward(student, teacher, labels, temperatures, denominator, stats)
+        ctx.save_for_backward(student, teacher, labels, row_settings, denominator, stats)
         # Not saved like the others: backward scales it in place and gives it away.
         ctx.grad = grad
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, teacher, labels, temperatures, denominator, stats = ctx.saved_tensors
+        student, teacher, labels, row_settings, denominator, stats = ctx.saved_tensors
         settings = ctx.settings
         if (
             torch.is_grad_enabled()
         ):  # create_graph=True: this gradient will be differentiated in turn
             grad = differentiable_gradient(
-                student, teacher, labels, temperatures, denominator, settings, grad_output
+                student, teacher, labels, row_settings, denominator, settings, grad_output
             )
             return grad, None, None, None, None, None
         if settings.with_terms:
@@ -192,8 +194,8 @@ class _Loss(torch.autograd.Function):
             student,
             teacher,
             labels,
-            temperatures,
-            *settings[:6],
+            row_settings,
+            *settings[:8],
             filled,
         )
         return grad, None, None, None, None, None
@@ -208,20 +210,20 @@ class _InplaceLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         labels: Tensor | None,
-        temperatures: Tensor | None,
+        row_settings: Tensor | None,
         denominator: Tensor | None,
         settings: Settings,
     ) -> Any:
-        out, stats = _loss_(student, teacher, labels, temperatures, denominator, *settings)
+        out, stats = _loss_(student, teacher, labels, row_settings, denominator, *settings)
         torch.autograd.graph.increment_version(student)
         ctx.settings = settings
         ctx.grad = student.detach()
-        ctx.save_for_backward(teacher, labels, temperatures, stats)
+        ctx.save_for_backward(teacher, labels, row_settings, stats)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        teacher, labels, temperatures, stats = ctx.saved_tensors
+        teacher, labels, row_settings, stats = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or grad is None:
             raise RuntimeError(
@@ -237,8 +239,8 @@ class _InplaceLoss(torch.autograd.Function):
             grad,
             teacher,
             labels,
-            temperatures,
-            *ctx.settings[:6],
+            row_settings,
+            *ctx.settings[:8],
             True,
         )
         return grad, None, None, None, None, None
@@ -257,7 +259,7 @@ USES = {
 }
 # What of it the kernels have. All else is computed by fastkd.reference.
 FUSED: dict[str, frozenset[str]] = {
-    "cpu": frozenset({"forward_kl"}),
+    "cpu": frozenset({*DIVERGENCES, "row weights"}),
     "cuda": frozenset({"forward_kl"}),
 }
 
@@ -318,44 +320,60 @@ def _fused(
 ) -> Tensor:
     """The same by the native ops, for what they have."""
     o = objective
-    teacher = _teacher_of(student, teachers, o)
+    teacher, teacher_temperature = _teacher_of(student, teachers, o)
     if labels is not None and labels.dtype is not torch.int64:
         labels = labels.long()
-    temperatures = denominator = None
-    if isinstance(o.temperature, Tensor):
-        temperatures = o.temperature.detach().expand(student.shape[:-1]).reshape(-1)
-    if isinstance(o.normalizer, Tensor):
-        denominator = o.normalizer
-    assert not isinstance(o.hard_weight, Tensor) and not isinstance(o.soft_weight, Tensor)
+    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
+    numbers = (o.temperature, teacher_temperature, o.hard_weight, o.soft_weight)
+    row_settings = None
+    if any(isinstance(number, Tensor) for number in numbers):
+        row_settings = _row_settings(numbers, student, accumulator(student, teacher))
+        numbers = (1.0, 1.0, 1.0, 1.0)
     settings = Settings(
-        o.temperature if temperatures is None else 1.0,  # type: ignore[arg-type]
-        o.hard_weight,
-        o.soft_weight,
+        *numbers,  # type: ignore[arg-type]
         o.label_smoothing,
         o.ignore_index,
         DIVERGENCES.index(o.divergence),
+        0.5 if o.mix is None else o.mix,
         REDUCTIONS.index(o.reduction),
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    out = _apply(student, teacher, labels, temperatures, denominator, settings, inplace)
+    out = _apply(student, teacher, labels, row_settings, denominator, settings, inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out
 
 
-def _teacher_of(student: Tensor, teachers: tuple[Tensor, ...], objective: Objective) -> Tensor:
-    """One teacher's logits, whose softmax at the *student's* temperature is p.
+def _row_settings(
+    numbers: tuple[float | Tensor, ...], student: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The four numbers that rows may have of their own, as the ops take them."""
+    rows = student.shape[:-1]
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.as_tensor(number, dtype=dtype, device=student.device).expand(rows)
+                for number in numbers
+            ]
+        ).flatten()
 
-    Temperatures that differ, teachers that are several, and probabilities cost one tensor of the
-    teacher's size.
+
+def _teacher_of(
+    student: Tensor, teachers: tuple[Tensor, ...], objective: Objective
+) -> tuple[Tensor, float | Tensor]:
+    """One teacher's logits, and the temperature at which their softmax is p.
+
+    Teachers that are several, probabilities, and on CUDA a temperature that is not the student's,
+    cost one tensor of the teacher's size.
     """
     o = objective
     same = o.teacher_temperature is o.temperature or (
         isinstance(o.temperature, float) and o.teacher_temperature == o.temperature
     )
-    if len(teachers) == 1 and same and o.teacher_form != "probs":
-        return teachers[0]
+    plain = len(teachers) == 1 and o.teacher_form != "probs"
+    if plain and (same or student.device.type != "cuda"):
+        return teachers[0], o.teacher_temperature
     dtype = accumulator(student, *teachers)
     with torch.no_grad():
         logits, _ = reference.softened_teacher(
@@ -365,20 +383,20 @@ def _teacher_of(student: Tensor, teachers: tuple[Tensor, ...], objective: Object
             o.teacher_weights,
             o.ensemble,
         )
-        return logits * reference.column(o.temperature)
+        return logits * reference.column(o.temperature), o.temperature
 
 
 def _apply(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
     inplace: bool,
 ) -> Tensor:
     """Runs an op; results are shaped as csrc/torch/library.cpp says."""
-    arguments = (student, teacher, labels, temperatures, denominator, settings)
+    arguments = (student, teacher, labels, row_settings, denominator, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _, _ = _loss(*arguments[:5], *settings, False)
     elif inplace and not torch.compiler.is_compiling():
@@ -420,14 +438,16 @@ def _reference(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
-    temperatures: Tensor | None,
+    row_settings: Tensor | None,
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
     """The same result by differentiable PyTorch operations."""
-    temperature: float | Tensor = settings.temperature
-    if temperatures is not None:
-        temperature = temperatures.reshape(student.shape[:-1])
+    numbers: Any = settings[:4]
+    if row_settings is not None:
+        numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)
+    temperature, teacher_temperature, hard_weight, soft_weight = numbers
+    name = DIVERGENCES[settings.divergence]
     normalizer: float | Tensor | None = (
         denominator if denominator is not None else settings.normalizer or None
     )
@@ -436,13 +456,15 @@ def _reference(
         teacher,
         labels,
         temperature=temperature,
-        hard_weight=settings.hard_weight,
-        soft_weight=settings.soft_weight,
+        teacher_temperature=teacher_temperature,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
         label_smoothing=settings.label_smoothing,
         ignore_index=settings.ignore_index,
         reduction=REDUCTIONS[settings.reduction],
         normalizer=normalizer,
-        divergence=DIVERGENCES[settings.divergence],
+        divergence=name,
+        mix=settings.mix if reference.DIVERGENCES[name].mix is not None else None,
     )
     if REDUCTIONS[settings.reduction] == "none":
         terms = reference.Terms(*(term.flatten() for term in terms))

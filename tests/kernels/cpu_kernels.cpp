@@ -208,7 +208,8 @@ struct Problem {
   int64_t rows = 3, classes = 10;
   DType student = DType::kFloat32, teacher = DType::kFloat32;
   double temperature = 4;
-  bool row_temperature = false;
+  Divergence divergence = Divergence::kForwardKL;
+  bool row_settings = false;
   double hard_weight = 0.5, soft_weight = 0.5, smoothing = 0;
   bool labels = true, in_place = false;
   int64_t padding = 0, misalignment = 0, group_rows = 0;
@@ -223,7 +224,7 @@ std::string describe(const Problem& p, const char* isa) {
       "%s %lldx%lld types %d/%d t %g rows-t %d weights %g/%g eps %g labels %d in-place %d "
       "pad %lld off %lld groups %lld",
       isa, static_cast<long long>(p.rows), static_cast<long long>(p.classes),
-      static_cast<int>(p.student), static_cast<int>(p.teacher), p.temperature, p.row_temperature,
+      static_cast<int>(p.student), static_cast<int>(p.teacher), p.temperature, p.row_settings,
       p.hard_weight, p.soft_weight, p.smoothing, p.labels, p.in_place,
       static_cast<long long>(p.padding), static_cast<long long>(p.misalignment),
       static_cast<long long>(p.group_rows));
@@ -234,7 +235,7 @@ struct Data {
   Problem problem;
   Matrix student, teacher, grad;
   std::vector<int64_t> labels;
-  std::vector<unsigned char> loss, terms, stats, temperature;
+  std::vector<unsigned char> loss, terms, stats, settings;
   ForwardArgs args;
 
   explicit Data(const Problem& p, unsigned seed = 1)
@@ -257,9 +258,13 @@ struct Data {
     loss.assign(acc * rows, 0xa5);
     terms.assign(acc * rows * kTerms, 0xa5);
     stats.assign(acc * (rows * kStats + 1), 0xa5);
-    temperature.assign(acc * rows, 0);
+    settings.assign(acc * rows * kRowSettings, 0);
     for (size_t r = 0; r < rows; ++r) {
-      encode(0.5 + static_cast<double>(r), acc_type(), &temperature[acc * r]);
+      const double t = 0.5 + static_cast<double>(r);
+      const double of_row[kRowSettings] = {t, t, p.hard_weight, p.soft_weight};
+      for (size_t k = 0; k < kRowSettings; ++k) {
+        encode(of_row[k], acc_type(), &settings[acc * (k * rows + r)]);
+      }
     }
     refresh();
   }
@@ -279,8 +284,9 @@ struct Data {
     args.teacher = teacher.base(), args.teacher_stride = teacher.strides();
     args.student_dtype = p.student, args.teacher_dtype = p.teacher;
     args.labels = p.labels ? labels.data() : nullptr;
-    args.row_temperature = p.row_temperature ? temperature.data() : nullptr;
-    args.temperature = p.temperature;
+    args.row_settings = p.row_settings ? settings.data() : nullptr;
+    args.temperature = args.teacher_temperature = p.temperature;
+    args.divergence = p.divergence;
     args.hard_weight = p.hard_weight, args.soft_weight = p.soft_weight;
     args.label_smoothing = p.smoothing;
     args.loss = loss.data(), args.stats = stats.data(), args.terms = nullptr;
@@ -291,7 +297,7 @@ struct Data {
   Data(const Data& other) = delete;
 
   double temperature_of(int64_t row) const {
-    return problem.row_temperature ? acc(temperature, row) : problem.temperature;
+    return problem.row_settings ? acc(settings, row) : problem.temperature;
   }
   Truth truth(int64_t row) {
     std::vector<Real> z, w;
@@ -421,8 +427,15 @@ void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, uns
     std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
     std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
     for (int64_t s = segments; s-- > 0;) k.scan(data.args, r, s, &statistics[s]);
+    double slope_sum = 0;
+    if (!is_one_sweep(p.divergence)) {
+      for (int64_t s = 0; s < segments; ++s) {
+        k.balance(data.args, r, s, statistics.data(), &sums[static_cast<size_t>(s)]);
+      }
+      for (int64_t s = segments; s-- > 0;) slope_sum += sums[static_cast<size_t>(s)].slope;
+    }
     for (int64_t s = 0; s < segments; ++s) {
-      k.write(data.args, r, s, statistics.data(), &sums[static_cast<size_t>(s)]);
+      k.write(data.args, r, s, statistics.data(), slope_sum, &sums[static_cast<size_t>(s)]);
     }
     k.close(data.args, r, statistics.data(), sums.data());
   }
@@ -503,7 +516,7 @@ void test_options(const cpu::Kernels& k) {
         p.hard_weight = hard, p.soft_weight = 1 - hard, p.smoothing = smoothing;
         run(k, p);
         run(k, p, true);
-        p.row_temperature = true;
+        p.row_settings = true;
         run(k, p);
       }
     }

@@ -72,7 +72,7 @@ struct Case {
   int student_offset = 0, teacher_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
   int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // of a row, in elements
   int64_t group_rows = 0;
-  bool labels = true, ignored = true, bad_label = false, row_temperature = false;
+  bool labels = true, ignored = true, bad_label = false, row_settings = false;
   bool terms = false, in_place = false, infinities = false, nan = false;
   Reduction reduction = Reduction::kMean;
   double noise = 1;                           // of the student about the teacher
@@ -258,7 +258,7 @@ void Runner::run() {
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
-    const double t = c.row_temperature ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
+    const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
     store(temperatures.host.data(), acc_dtype, r, t);
     store(grad_output.host.data(), acc_dtype, r, 1.0);
     std::vector<double> z(static_cast<size_t>(c.classes)), w(z.size());
@@ -290,7 +290,7 @@ void Runner::run() {
   args.teacher = teacher.at(), args.teacher_stride = {teacher_row, teacher_group};
   args.student_dtype = c.student, args.teacher_dtype = c.teacher;
   args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
-  args.row_temperature = c.row_temperature ? temperatures.at() : nullptr;
+  args.row_settings = c.row_settings ? temperatures.at() : nullptr;
   args.temperature = c.temperature, args.hard_weight = c.hard_weight;
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
@@ -453,7 +453,7 @@ void options() {
     Case c;
     c.classes = classes, c.rows = 40;
     Case d = c;
-    d.row_temperature = true, test(d, "row temperature");
+    d.row_settings = true, test(d, "row temperature");
     d = c, d.bad_label = true, test(d, "bad label");
     d = c, d.terms = true, d.smoothing = 0.1, test(d, "terms and smoothing");
     d.student = d.teacher = DType::kFloat32, test(d, "terms and smoothing fp32");
