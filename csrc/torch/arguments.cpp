@@ -29,6 +29,7 @@ struct Level {
 // At most two levels are left when the kernels can walk the rows; three mean that they cannot.
 int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) {
   int count = 0;
+  if (student.numel() == 0) return count;  // contiguous() leaves the strides of no elements alone
   for (int64_t dim = student.dim() - 2; dim >= 0; --dim) {
     const int64_t size = student.size(dim);
     if (size == 1) continue;
