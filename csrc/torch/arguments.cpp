@@ -49,7 +49,7 @@ int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) 
 
 bool classes_adjacent(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
 }
 
 void same_sizes(const Tensor& student, const Tensor& teacher) {
