@@ -9,7 +9,7 @@ CUDA_BUILD := build/cuda
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
+.PHONY: help install peers demo test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
   versions package accuracy reliability bench lint fmt types cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -28,6 +28,9 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
+
+peers: $(VENV)/installed  ## install the libraries that fastkd.compat is tested against
+	$(RUN) -m pip install --quiet --no-deps --group peers
 
 demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and show what it brought
 	$(RUN) examples/digits.py

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python -m benchmarks --device cuda       on a GPU
   python -m benchmarks --rows 4096 --classes 32000 --dtype bf16 --temperature 2
   python -m benchmarks --only llama --rivals fastkd eager
+  python -m benchmarks --only "top 64"     the sparse teacher alone
   python -m benchmarks --readme            the README's section, from the newest saved results
 """
 
@@ -114,13 +115,17 @@ def _stream_speeds(device: str, found: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def _measure(
-    chosen: argparse.Namespace, device: str, selected: list[Any], standard: bool
+    chosen: argparse.Namespace,
+    device: str,
+    selected: list[Any],
+    sparse_teachers: list[Any],
+    standard: bool,
 ) -> dict[str, Any]:
     """Runs everything, showing each case as it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from benchmarks import cases, claims, environment, report, suite
+    from benchmarks import cases, claims, environment, report, sparse, suite
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     minutes = chosen.minutes or (4.0 if device == "cuda" else 6.0)
@@ -137,6 +142,7 @@ def _measure(
         "environment": environment.describe(device),
         "standard": standard,
         "cases": [],
+        "sparse": [],
         "duels": [],
         "scaling": {},
     }
@@ -154,7 +160,8 @@ def _measure(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(selected) + len(duels) + 2 * standard)
+        total = len(selected) + len(sparse_teachers) + len(duels) + 2 * standard
+        task = progress.add_task("", total=total)
 
         def say(text: str) -> None:
             progress.update(task, description=text)
@@ -170,6 +177,10 @@ def _measure(
             if found is not None:
                 results["cases"].append(found)
                 report.show_case(console, found)
+            progress.advance(task)
+        for one in sparse_teachers:
+            say(one.title)
+            results["sparse"].append(sparse.run(one, device, settings.seconds))
             progress.advance(task)
         for duel in duels:
             say(duel.name)
@@ -215,7 +226,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
     import torch
 
-    from benchmarks import cases, environment, plots, report
+    from benchmarks import cases, environment, plots, report, sparse
 
     if chosen.readme:
         print(report.rewrite_readme())
@@ -234,12 +245,14 @@ def _run(chosen: argparse.Namespace) -> None:
         selected = [_own_case(chosen)]
     else:
         selected = cases.full(device) if chosen.full else cases.default(device)
+    sparse_teachers = sparse.cases(device) if chosen.rows is None and not chosen.rivals else []
     if chosen.only:
         selected = [case for case in selected if chosen.only in case.title]
+        sparse_teachers = [case for case in sparse_teachers if chosen.only in case.title]
     if chosen.list:
-        _list(selected)
+        _list(selected + sparse_teachers)
         return
-    results = _measure(chosen, device, selected, standard)
+    results = _measure(chosen, device, selected, sparse_teachers, standard)
     if chosen.no_save or (not standard and chosen.output is None):
         return
     output = chosen.output or report.RESULTS / environment.slug(device)

@@ -174,6 +174,21 @@ def duel_rows(results: Results) -> Rows:
     return ["fastkd against itself", "time for each logit", "times"], rows
 
 
+def sparse_rows(results: Results) -> Rows:
+    """The sparse teacher against all of its logits."""
+    names = list(dict.fromkeys(name for one in results["sparse"] for name in one["lanes"]))
+    rows = [
+        [
+            one["title"],
+            *(duration(one["lanes"][name]["times"]["median"]) for name in names),
+            times(one["of the dense loss"], 2),
+            times(one["of PyTorch"], 2),
+        ]
+        for one in results["sparse"]
+    ]
+    return ["sparse teacher", *names, "of all classes", "of PyTorch"], rows
+
+
 def scaling_rows(points: Iterable[Results]) -> Rows:
     """One series."""
     rows = []
@@ -233,6 +248,8 @@ def show(console: Console, results: Results) -> None:
     console.print(_table(summary_rows(results)))
     for line in notes(results):
         console.print(line)
+    if results.get("sparse"):
+        console.print(_table(sparse_rows(results)))
     if results["duels"]:
         console.print(_table(duel_rows(results)))
     for name, points in results["scaling"].items():
@@ -314,6 +331,8 @@ def markdown(results: Results) -> str:
             f"{clock}, {case['sets']} sets of inputs\n",
             _markdown_table(case_rows(case)),
         ]
+    if results.get("sparse"):
+        parts += ["## The sparse teacher\n", _markdown_table(sparse_rows(results))]
     if results["duels"]:
         parts += ["## fastkd against itself\n", _markdown_table(duel_rows(results))]
     if results["scaling"]:

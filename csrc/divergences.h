@@ -41,9 +41,8 @@ struct Constants {
   static constexpr int kTerms = 14;
   double mix = 0;
   double inverse_classes = 0;
-  // Mixtures m = (1 - a) q + a p: series in d of value / (q d^2) and of log(m / q) / d.
-  double value_series[kTerms] = {};
-  double log_series[kTerms] = {};
+  // Mixtures: the series in d of value / (q d^2).
+  double series[kTerms] = {};
 };
 
 namespace {
@@ -96,27 +95,24 @@ struct SymmetricKL {
 // log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
 template <class T>
 struct Mixture {
-  T m, log_over_q, log_over_p;
+  T log_over_q, log_over_p;
 };
 
 template <class T>
-FASTKD_HOST_DEVICE T series(const double (&coefficients)[Constants::kTerms], T x) {
-  constexpr int kUsed = sizeof(T) == sizeof(float) ? 7 : Constants::kTerms;
-  T sum = static_cast<T>(coefficients[kUsed - 1]);
-  for (int i = kUsed - 2; i >= 0; --i) sum = sum * x + static_cast<T>(coefficients[i]);
-  return sum;
+FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a) {
+  // Relative to q, or to p where that is the greater by far, so that nothing overflows: m / q - 1 =
+  // a (p - q) / q.
+  const bool above = e.d > static_cast<T>(kSeriesLimit);
+  const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / (above ? e.p : e.q));
+  return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
 template <class T>
-FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a, const Constants& k) {
-  const T m = (1 - a) * e.q + a * e.p;
-  const bool above = e.d > 0;
-  // Relative to the greater of the two, so that neither overflows nor rounds at the other's size.
-  const T log_greater = log_of(m / (above ? e.p : e.q));
-  const T small = e.d * series(k.log_series, e.d);
-  const T over_q = is_small(e.d) ? small : above ? log_greater + e.d : log_greater;
-  const T over_p = is_small(e.d) ? small - e.d : above ? log_greater : log_greater - e.d;
-  return {m, over_q, over_p};
+FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const Constants& k) {
+  constexpr int kUsed = sizeof(T) == sizeof(float) ? 7 : Constants::kTerms;
+  T sum = static_cast<T>(k.series[kUsed - 1]);
+  for (int i = kUsed - 2; i >= 0; --i) sum = sum * e.d + static_cast<T>(k.series[i]);
+  return e.q * (e.d * e.d) * sum;
 }
 
 // mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
@@ -126,10 +122,10 @@ struct JensenShannon {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
     const T a = static_cast<T>(k.mix);
-    const Mixture<T> mixed = mixture(e, a, k);
+    const Mixture<T> mixed = mixture(e, a);
     const T slope = -(1 - a) * times_log(e.q, mixed.log_over_q);
     const T direct = slope - a * times_log(e.p, mixed.log_over_p);
-    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : direct, slope};
+    return {is_small(e.d) ? near_teacher(e, k) : direct, slope};
   }
 };
 
@@ -140,10 +136,10 @@ struct SkewedForwardKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
     const T a = static_cast<T>(k.mix), b = 1 - a;
-    const Mixture<T> mixed = mixture(e, a, k);
+    const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
-    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : direct,
-            times_log(e.q, b * b * e.diff / mixed.m)};
+    return {is_small(e.d) ? near_teacher(e, k) : direct,
+            times_log(e.q, b * b * e.diff / (b * e.q + a * e.p))};
   }
 };
 
@@ -154,10 +150,10 @@ struct SkewedReverseKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
     const T b = static_cast<T>(k.mix), a = 1 - b;
-    const Mixture<T> mixed = mixture(e, a, k);
+    const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
-    return {is_small(e.d) ? e.q * (e.d * e.d) * series(k.value_series, e.d) : -entropy - a * e.diff,
-            -entropy - times_log(e.q, a * b * e.diff / mixed.m)};
+    return {is_small(e.d) ? near_teacher(e, k) : -entropy - a * e.diff,
+            -entropy - times_log(e.q, a * b * e.diff / (b * e.q + a * e.p))};
   }
 };
 
@@ -269,11 +265,10 @@ inline Constants make_constants(Divergence id, double mix, int64_t classes) {
     l[n] = m[n];
     for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
   }
-  for (int n = 0; n < kTerms; ++n) k.log_series[n] = l[n + 1];
   for (int n = 2; n < kPowers; ++n) {
     double e_l = 0, m_l = 0;  // of the products
     for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
-    double& value = k.value_series[n - 2];
+    double& value = k.series[n - 2];
     if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];

@@ -109,12 +109,14 @@ struct BackwardArgs : Inputs {
   RowStrides grad_stride;
 };
 
+struct TopkArgs;  // topk.h
+
 namespace cpu {
 
 // Rows longer than this are cut into segments, each with sums of its own that are merged in order:
 // this is what lets several threads share one row, and what makes the result independent of their
 // number.
-constexpr int64_t kSegment = 16384;
+constexpr int64_t kSegment = 32768;
 
 // Rows of up to so many classes are computed many at a time, each in a vector lane; longer ones
 // fill the vectors by themselves.
@@ -152,6 +154,10 @@ struct Kernels {
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
   // Test hook: out[i] = 2^in[i], the exponential that the kernels use.
   void (*exp2)(const float* in, float* out, int64_t count);
+  // Whole rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) zeros, left as
+  // zeros. Returns the first row whose list is none: a class out of range or twice, or numbers that
+  // are no log-probabilities, its loss and gradient NaN; or -1.
+  int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
 };
 
 // The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.

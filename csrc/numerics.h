@@ -104,14 +104,13 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// Natural logarithm of a positive normal number, within 3e-8 of itself plus an ulp of the power of
-// two's.
-FASTKD_HOST_DEVICE float log_of(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  // x = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
-  const uint32_t shifted = bits - 0x3f3504f3u;
-  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
-  const float r = bits_as<float>(bits - (shifted & 0xff800000u)) - 1.0f;
+// log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
+FASTKD_HOST_DEVICE float log1p_of(float y) {
+  const uint32_t bits = bits_as<uint32_t>(1.0f + y);
+  // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
+  const uint32_t power = (bits - 0x3f3504f3u) & 0xff800000u;
+  const float n = static_cast<float>(static_cast<int32_t>(power) >> 23);
+  const float r = power == 0 ? y : bits_as<float>(bits - power) - 1.0f;
   // Minimax for the relative error of log(1 + r) / r.
   float s = r * 8.72235374e-2f - 1.43668474e-1f;
   s = s * r + 1.49522693e-1f;
@@ -123,7 +122,7 @@ FASTKD_HOST_DEVICE float log_of(float x) {
   s = s * r + 1.0f;
   return n * static_cast<float>(kLn2) + s * r;
 }
-FASTKD_HOST_DEVICE double log_of(double x) { return std::log(x); }
+FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
 // weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
 template <class T>

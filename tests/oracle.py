@@ -118,7 +118,17 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
     return (((1 - smoothing) * target + smoothing * smooth) * each).sum(-1)
 
 
-def terms(
+class Parts(NamedTuple):
+    """Rows' shares of the loss, rows of the other fields, and what the two terms are divided by."""
+
+    hard: Array
+    soft: Array
+    fields: list[Array]
+    of_hard: float
+    of_soft: float
+
+
+def parts(
     student: Any,
     teachers: Any,
     labels: Any = None,
@@ -138,8 +148,8 @@ def terms(
     teacher_weights: Any = None,
     ensemble: str = "probs",
     standardize: bool = False,
-) -> Fields:
-    """Every field, in float64."""
+) -> Parts:
+    """The rows of everything, in float64."""
     raw, y, given_weight = double(student), double_labels(labels), double(class_weight)
     many = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
     by_index = y is not None and y.ndim == 1
@@ -162,8 +172,6 @@ def terms(
     soft_part = double(soft_weight) * t**2 * soft
     rows = [hard_part, soft_part, hard, soft, entropy(q), entropy(p), agreement]
     rows = [np.where(valid, row, 0) for row in rows]
-    if reduction == "none":
-        return Fields(rows[0] + rows[1], *rows[2:])
     of_hard = of_soft = 1.0
     if reduction == "mean":
         of_hard = of_soft = max(valid.sum(), 1)
@@ -171,10 +179,17 @@ def terms(
             of_hard = given_weight[index][valid].sum()
         if normalizer is not None:
             of_hard = of_soft = normalizer
-    sums = [row.sum() for row in rows]
-    return Fields(
-        sums[0] / of_hard + sums[1] / of_soft, sums[2] / of_hard, *(s / of_soft for s in sums[3:])
-    )
+    return Parts(rows[0] / of_hard, rows[1] / of_soft, rows[2:], of_hard, of_soft)
+
+
+def terms(*arguments: Any, **options: Any) -> Fields:
+    """Every field, in float64."""
+    rows = parts(*arguments, **options)
+    if options.get("reduction") == "none":
+        return Fields(rows.hard + rows.soft, *rows.fields)
+    hard, *others = (field.sum() for field in rows.fields)
+    loss = rows.hard.sum() + rows.soft.sum()
+    return Fields(loss, hard / rows.of_hard, *(field / rows.of_soft for field in others))
 
 
 def double_labels(labels: Any) -> Any:
@@ -184,14 +199,17 @@ def double_labels(labels: Any) -> Any:
 
 
 def gradient(student: torch.Tensor, *arguments: Any, step: float = 1e-3, **options: Any) -> Array:
-    """Of the loss's sum, by central differences of the fourth order."""
+    """Of the loss's sum, by central differences of the fourth order.
+
+    Rows are independent, so all of them are moved at once, a class at a time.
+    """
     base = double(student)
     grad = np.zeros_like(base)
-    for place in np.ndindex(*base.shape):
+    for place in range(base.shape[-1]):
         for size, share in ((1, 2 / 3), (2, -1 / 12)):
             for sign in (1, -1):
                 moved = base.copy()
-                moved[place] += sign * size * step
-                value = terms(torch.from_numpy(moved), *arguments, **options).loss.sum()
-                grad[place] += sign * share * value / step
+                moved[:, place] += sign * size * step
+                rows = parts(torch.from_numpy(moved), *arguments, **options)
+                grad[:, place] += sign * share * (rows.hard + rows.soft) / step
     return grad

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BF16, DTYPES, FLOOR, FP16, FP32, ROUNDING, distance, make, name_of, truth
+from support import BF16, DTYPES, FLOOR, FP16, FP32, FP64, ROUNDING, distance, make, name_of, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
@@ -162,6 +162,58 @@ def test_export(device):
     for shape in ((6, 50), (9, 50)):
         problem = make(shape, device=device)
         assert torch.equal(program.module()(*problem), criterion(*problem))
+
+
+EVERY_OPTION = {
+    "labels and teachers": {
+        "divergence": "jsd",
+        "mix": 0.2,
+        "temperature": torch.tensor(3.0, requires_grad=True),
+        "teacher_form": "probs",
+        "teacher_weights": [1.0, 3.0],
+        "teacher_temperature": torch.linspace(1, 2, 6),
+        "hard_weight": torch.linspace(0, 1, 6),
+        "class_weight": torch.linspace(0.5, 2, 50),
+    },
+    "logits": {"divergence": "dkd", "standardize": True, "classes": 40},
+}
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_every_option_compiles(name):
+    """In one graph, also those that PyTorch operations compute."""
+    student, teacher, labels = make((6, 50))
+    labels, options = labels.clamp(max=39), EVERY_OPTION[name]
+    student.requires_grad_()
+    teachers = [teacher.softmax(-1), student.softmax(-1).detach()]
+    given = teachers if "teacher_weights" in options else teacher
+
+    def function(s, t, y):
+        return fastkd.loss(s, t, y, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for each in (function, compiled):
+        value = each(student, given, labels)
+        results.append((value, *torch.autograd.grad(value, student)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["jsd", "cosine"])
+def test_function_transforms_take_every_option(device, name):
+    student, teacher, _ = make((3, 6, 10), FP64, device=device, labels=False)
+    labels = make((3, 6, 10), device=device).labels
+    weights = torch.linspace(0, 1, 18, device=device).view(3, 6)
+
+    def function(s, t, y, w):
+        return fastkd.loss(s, t, y, divergence=name, hard_weight=w)
+
+    batched = torch.func.vmap(torch.func.grad(function))(student, teacher, labels, weights)
+    for got, *problem in zip(batched, student, teacher, labels, weights, strict=True):
+        leaf = problem[0].clone().requires_grad_()
+        function(leaf, *problem[1:]).backward()
+        torch.testing.assert_close(got, leaf.grad)
 
 
 # ---- shapes without data

@@ -348,6 +348,24 @@ def test_huge_differences(device, size, dtype):
     assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("classes", [49, 1500, 40000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+def test_probabilities_that_underflow(device, classes, temperature, dtype):
+    """Exponentials that are normal numbers until they are divided by the sum of many others."""
+    student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
+    depth = (690, 750) if dtype == FP64 else (70, 110)
+    student[:, 3] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)
+    teacher[:, classes // 2] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)
+    labels = torch.full((16,), 5, device=device)
+    exact = truth(student, teacher, labels, temperature=temperature)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, temperature=temperature)
+    value.backward()
+    assert_value(value, exact, compute_dtype(student, teacher))
+    assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2, 100.0, 1e4])
 def test_extreme_temperatures(device, temperature):
     student, teacher, labels = make((5, 100), FP32, device=device)

@@ -213,6 +213,48 @@ def test_gradcheck(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
+# docs/maths.md, section 10: slopes of d = log p - log q, of p and q, of mix.
+SLOPES = {
+    "forward_kl": lambda d, p, q, b: -p,
+    "reverse_kl": lambda d, p, q, b: q * (1 - d),
+    "symmetric_kl": lambda d, p, q, b: -b * p + (1 - b) * q * (1 - d),
+    "jsd": lambda d, p, q, b: (1 - b) * q * (q / (b * p + (1 - b) * q)).log(),
+    "skewed_forward_kl": lambda d, p, q, b: -(1 - b) * p * q / (b * p + (1 - b) * q),
+    "skewed_reverse_kl": lambda d, p, q, b: (
+        q * (q / (b * q + (1 - b) * p)).log() + (1 - b) * p * q / (b * q + (1 - b) * p)
+    ),
+    "total_variation": lambda d, p, q, b: q * (q - p).sign() / 2,
+    "soft_cross_entropy": lambda d, p, q, b: -p,
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_gradient_follows_from_the_slopes(device, name):
+    student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
+    leaf, t = student.requires_grad_(), 1.7
+    mix = None if reference.DIVERGENCES[name].mix is None else 0.3
+    fastkd.loss(leaf, teacher, divergence=name, mix=mix, temperature=t, reduction="sum").backward()
+    log_p, log_q = (teacher / t).log_softmax(-1), (student.detach() / t).log_softmax(-1)
+    slope = SLOPES[name](log_p - log_q, log_p.exp(), log_q.exp(), mix)
+    expected = t * (slope - log_q.exp() * slope.sum(-1, keepdim=True))
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_gradient_of_dkd(device):
+    """docs/maths.md, section 10."""
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
+    leaf, t, mix = student.requires_grad_(), 1.7, 3.0
+    weights = {"hard_weight": 0.0, "soft_weight": 1.0}
+    options = {"divergence": "dkd", "mix": mix, "temperature": t, "reduction": "sum"}
+    fastkd.loss(leaf, teacher, labels, **options, **weights).backward()
+    own = F.one_hot(labels, CLASSES).bool()
+    p, q = (teacher / t).softmax(-1), (student.detach() / t).softmax(-1)
+    p_y, q_y = p[own].unsqueeze(-1), q[own].unsqueeze(-1)
+    p_rest, q_rest = p / (1 - p_y), q / (1 - q_y)
+    others = -(q_y - p_y) * q_rest + mix * (q_rest - p_rest)
+    torch.testing.assert_close(leaf.grad, t * torch.where(own, q_y - p_y, others))
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learnable_temperature(device, name, per_row):

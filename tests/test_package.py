@@ -21,9 +21,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [
     "fastkd",
     *(
-        f"fastkd.{m.name}"
-        for m in pkgutil.iter_modules(fastkd.__path__)
-        if not m.name.startswith("_")
+        m.name
+        for m in pkgutil.walk_packages(fastkd.__path__, "fastkd.")
+        if not m.name.rpartition(".")[2].startswith("_")
     ),
 ]
 

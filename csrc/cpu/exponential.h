@@ -7,11 +7,12 @@
 // anything is rounded, so that logits of any size are as accurate as small ones.
 //
 // Error of 2^x against the exact value at the same float x, scale 1, S = float: at most 1.0 ulp
-// with FMA, 1.3 without, for -126 <= x < 128 (measured, tests/kernels). x < -126, and -inf, give
-// exactly 0; x = 0 gives exactly 1; NaN gives NaN. From 128 on, and for +inf, the result is
-// meaningless: the kernels subtract the maximum first, and treat rows that hold a +inf before they
-// use it.
+// with FMA, 1.3 without, for -126 <= x < 128 (measured, tests/kernels). What is below
+// 2^-126 with its scale, and x = -inf, give exactly 0; x = 0 gives exactly 1; NaN gives NaN. From
+// 128 on, and for +inf, the result is meaningless: the kernels subtract the maximum first, and
+// treat rows that hold a +inf before they use it.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -95,11 +96,14 @@ struct Exponential {
   using P = Polynomial<S>;
   T factor;
   T max;
-  T least;  // of logit - max: what lies below it is 0
+  T least;  // of logit - max: what lies below it is 0, for the bits of scale * 2^x would wrap round
   T coefficient[P::kCoefficients];
 
+  // scale >= 0; one above 1 is for exponents that are at most 0.
   Exponential(T factor, T max, double scale)
-      : factor(factor), max(max), least(F::kMinExponent / factor) {
+      : factor(factor),
+        max(max),
+        least((F::kMinExponent - static_cast<T>(scale < 1 ? std::ilogb(scale) : 0)) / factor) {
     for (int i = 0; i < P::kCoefficients; ++i) {
       coefficient[i] = static_cast<T>(P::kValues[i] * scale);
     }

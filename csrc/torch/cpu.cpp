@@ -1,6 +1,7 @@
 // The ops on CPU tensors: counts rows, splits the work among torch's threads, sums the row losses
 // in order.
-#include <algorithm>
+#include "cpu.h"
+
 #include <array>
 #include <cmath>
 #include <vector>
@@ -8,13 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "backends.h"
-
 namespace fastkd::glue {
-namespace {
-
-// Below this many classes of work in all, a second thread costs more than it brings.
-constexpr int64_t kGrain = 16384;
 
 double number(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double
@@ -42,10 +37,6 @@ size_t gradient_bytes(const Inputs& inputs) {
   return static_cast<size_t>(inputs.rows * inputs.classes * size_of(inputs.student_dtype));
 }
 
-int64_t grain_rows(const Inputs& inputs) { return std::max<int64_t>(1, kGrain / inputs.classes); }
-
-// Checks what only the data can tell, before anything is written; returns the number of rows that
-// count.
 int64_t count_rows(const Call& call) {
   const Inputs& in = call.inputs;
   for (const RowSetting which : {kTemperature, kTeacherTemperature}) {
@@ -69,6 +60,23 @@ int64_t count_rows(const Call& call) {
   }
   return count;
 }
+
+void multiply_(const Tensor& self, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
+                                    torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+}
+
+double divisor(const Reducing& reducing, int64_t count) {
+  if (reducing.reduction != Reduction::kMean) return 1.0;
+  if (reducing.denominator) return number(*reducing.denominator);
+  if (reducing.normalizer > 0) return reducing.normalizer;
+  return static_cast<double>(count > 0 ? count : 1);
+}
+
+namespace {
 
 // Few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
@@ -113,28 +121,6 @@ void run_forward(const ForwardArgs& args) {
     kernels.forward(args, begin, end);
   });
   forward_split(kernels, args, whole, args.rows);
-}
-
-template <class T>
-double ordered_sum(const T* values, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]);
-  return sum;
-}
-
-void multiply_(const Tensor& self, const Tensor& factor) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
-                                    torch::stable::detail::from(factor)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
-}
-
-double divisor(const Reducing& reducing, int64_t count) {
-  if (reducing.reduction != Reduction::kMean) return 1.0;
-  if (reducing.denominator) return number(*reducing.denominator);
-  if (reducing.normalizer > 0) return reducing.normalizer;
-  return static_cast<double>(count > 0 ? count : 1);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from fastkd.checks import check_inputs, check_logits
 from fastkd.explain import explain
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
+from fastkd.sparse import topk_loss
 from fastkd.verify import Verification, verify
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "explain",
     "loss",
     "terms",
+    "topk_loss",
     "verify",
 ]

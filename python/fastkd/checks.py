@@ -132,16 +132,20 @@ def targets(value: object, student: Tensor) -> bool:
                 "labels get no gradient; got probabilities that require grad (.detach() them)"
             )
         return True
-    if value.dtype not in INTEGERS:
+    if value.is_floating_point():
         raise TypeError(
-            f"labels must be class indices of an integer dtype; got {value.dtype}, which "
-            f"would be probabilities if the shape were {tuple(student.shape)}, not "
-            f"{tuple(value.shape)}"
-            if value.is_floating_point()
-            else f"labels must be class indices of an integer dtype; got {value.dtype}"
+            f"labels must be class indices of an integer dtype; got {value.dtype}, which would be "
+            f"probabilities if the shape were {tuple(student.shape)}, not {tuple(value.shape)}"
         )
-    rows(value, "labels", student)
+    indices(value, student)
     return False
+
+
+def indices(value: Tensor, student: Tensor) -> None:
+    """Class indices, one for each row of logits."""
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
+    rows(value, "labels", student)
 
 
 def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:
@@ -281,7 +285,7 @@ def row_data(name: str, value: Tensor, positive: bool) -> None:
     value = value.detach()
     above = value > 0 if positive else value >= 0
     accepted = "positive and finite" if positive else "finite and at least 0"
-    _refuse(~(above & value.isfinite()), value, f"{name} must be {accepted}")
+    refuse(~(above & value.isfinite()), value, f"{name} must be {accepted}")
 
 
 def check_inputs(
@@ -327,12 +331,12 @@ def check_inputs(
     check_rows(student_logits, labels, ignore_index, temperature)
     for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         greatest = value.amax(-1)  # NaN if any is
-        _refuse(
+        refuse(
             counts & ~(greatest < math.inf),
             greatest,
             f"{name} must not hold NaN or +inf",
         )
-        _refuse(
+        refuse(
             counts & (greatest == -math.inf),
             greatest,
             f"{name} must have at least one class above -inf in each row",
@@ -346,14 +350,14 @@ def check_rows(
     if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        _refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
+        refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
     if isinstance(temperature, Tensor):
         value = temperature.detach()
         bad = ~((value > 0) & value.isfinite())
-        _refuse(bad, value, "temperature must be positive and finite")
+        refuse(bad, value, "temperature must be positive and finite")
 
 
-def _refuse(bad: Tensor, value: Tensor, message: str) -> None:
+def refuse(bad: Tensor, value: Tensor, message: str) -> None:
     """Raises for the first row that is bad; the message ends with the row and its value."""
     if bad.any():
         row = int(bad.flatten().nonzero()[0])

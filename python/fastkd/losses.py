@@ -342,10 +342,9 @@ def prepare(
 ) -> Call:
     """Checks what :func:`loss` is given, with every option present; ``inplace`` aside."""
     teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
-    dim, classes = options["dim"], options["classes"]
-    checks.dim_and_classes(dim, classes)
-    checks.logits(student, teachers, dim, classes)
     objective = resolve(options, has_labels=labels is not None, teachers=len(teachers))
+    dim, classes = options["dim"], options["classes"]
+    checks.logits(student, teachers, dim, classes)
     if any(teacher.requires_grad for teacher in teachers) and options["teacher_grad"] == "error":
         raise ValueError(
             "teacher_logits requires grad, but the loss gives the teacher none: compute it under "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.objective import Objective
+from fastkd.rows import in_parts
 
 try:
     from fastkd import _C
@@ -266,18 +267,20 @@ FUSED: dict[str, frozenset[str]] = {
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     """The names in USES that apply to a call."""
-    weights = (objective.hard_weight, objective.soft_weight)
-    numbers = (objective.temperature, objective.teacher_temperature, *weights)
-    found = {objective.divergence}
+    o = objective
+    weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
+    temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
+    found = {o.divergence}
     if labels is not None and labels.is_floating_point():
         found.add("soft labels")
-    if objective.class_weight is not None:
+    if o.class_weight is not None:
         found.add("class_weight")
-    if any(isinstance(weight, Tensor) for weight in weights):
+    if weights:
         found.add("row weights")
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
+    learned = any(number.requires_grad for number in weights + temperatures)
+    if learned and torch.is_grad_enabled():
         found.add("learned")
-    if objective.standardize:
+    if o.standardize:
         found.add("standardize")
     return found
 
@@ -293,9 +296,10 @@ def compute(
 ) -> Tensor:
     """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
     device = student.device.type
+    transformed = _is_transformed()
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
-    elif not _is_transformed():
+    elif not transformed:
         missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
@@ -306,7 +310,10 @@ def compute(
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-    terms = reference.terms(student, teachers, labels, **objective._asdict())
+    if transformed or torch.compiler.is_compiling():
+        terms = reference.terms(student, teachers, labels, **objective._asdict())
+    else:
+        terms = in_parts(student, teachers, labels, objective)
     return torch.stack(terms) if with_terms else terms.loss
 
 

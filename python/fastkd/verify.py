@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from fastkd import losses, ops, reference
 from fastkd.objective import Objective
+from fastkd.rows import Rows, as_rows
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
 # tensor.
 _CHECKED = {"cpu": 2**24, "cuda": 2**27}
-# The options that may be a tensor with one number for each row.
-_OF_ROWS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 # What float32 arithmetic may cost, next to nothing else: logits far from zero lose digits before
 # any loss does.
 _FLOOR = {torch.float64: 1e-11}
@@ -85,56 +84,34 @@ class Verification(NamedTuple):
         )
 
 
-class _Problem(NamedTuple):
-    """A checked call as rows, to be summed: what a mean divides by is in the weights."""
-
-    student: Tensor  # (rows, classes)
-    teachers: tuple[Tensor, ...]
-    labels: Tensor | None
-    objective: Objective
-
-    def take(self, rows: Tensor | slice) -> _Problem:
-        """Some of the rows in float64."""
-        objective = self.objective._asdict()
-        for name in _OF_ROWS:
-            if isinstance(objective[name], Tensor):
-                objective[name] = objective[name][rows].double()
-        return _Problem(
-            self.student[rows].double(),
-            tuple(teacher[rows].double() for teacher in self.teachers),
-            None if self.labels is None else self.labels[rows],
-            Objective(**objective),
+def _eager(rows: Rows) -> Tensor:
+    """The loss as one writes it in PyTorch without further thought, in the student's dtype."""
+    o = rows.objective
+    if (
+        ops.uses(rows.labels, o) != {"forward_kl"}
+        or o.teacher_form != "logits"
+        or rows.teachers[1:]
+    ):
+        return rows.terms().loss
+    student, teacher = rows.student, rows.teachers[0].to(rows.student.dtype)
+    t, t_teacher = (
+        reference.column(value.to(student.dtype) if isinstance(value, Tensor) else value)
+        for value in (o.temperature, o.teacher_temperature)
+    )
+    p = F.softmax(teacher / t_teacher, -1)
+    soft = F.kl_div(F.log_softmax(student / t, -1), p, reduction="none").sum(-1, keepdim=True)
+    total = o.soft_weight * (t**2 * soft).squeeze(-1)
+    if rows.labels is not None:
+        hard = F.cross_entropy(
+            student,
+            rows.labels.long(),
+            ignore_index=o.ignore_index,
+            reduction="none",
+            label_smoothing=o.label_smoothing,
         )
-
-    def truth(self) -> Tensor:
-        """The reference's loss."""
-        return reference.loss(self.student, self.teachers, self.labels, **self.objective._asdict())
-
-    def eager(self) -> Tensor:
-        """The loss as one writes it in PyTorch without further thought, in the student's dtype."""
-        o = self.objective
-        plain = ops.uses(self.labels, o) == {"forward_kl"} and o.teacher_form == "logits"
-        if not plain or len(self.teachers) > 1:
-            return self.truth()
-        student, teacher = self.student, self.teachers[0].to(self.student.dtype)
-        t, t_teacher = (
-            value.to(student.dtype).unsqueeze(-1) if isinstance(value, Tensor) else value
-            for value in (o.temperature, o.teacher_temperature)
-        )
-        p = F.softmax(teacher / t_teacher, -1)
-        soft = F.kl_div(F.log_softmax(student / t, -1), p, reduction="none").sum(-1, keepdim=True)
-        total = (o.soft_weight * t**2 * soft).squeeze(-1)
-        if self.labels is not None:
-            hard = F.cross_entropy(
-                student,
-                self.labels.long(),
-                ignore_index=o.ignore_index,
-                reduction="none",
-                label_smoothing=o.label_smoothing,
-            )
-            total = total + o.hard_weight * hard
-            total = total.where(self.labels != o.ignore_index, torch.zeros_like(total))
-        return total if o.reduction == "none" else total.sum()
+        total = total + o.hard_weight * hard
+        total = total.where(rows.labels != o.ignore_index, torch.zeros_like(total))
+    return total if o.reduction == "none" else total.sum()
 
 
 def verify(
@@ -172,7 +149,7 @@ def verify(
     options = {**options, "inplace": False, "teacher_grad": "ignore"}
     student, teacher = student_logits.detach().requires_grad_(), teacher_logits
     result = losses.loss(student, teacher, labels, **options)  # checks the arguments as well
-    problem = _problem(student, teacher, labels, options)
+    problem = _rows(student, teacher, labels, options)
     ours = losses.rows_last(
         _gradient(result, student), options.get("dim", -1), options.get("classes")
     )
@@ -196,10 +173,10 @@ def verify(
         _gradient(losses.loss(student, teacher, labels, **options), student)
 
     def run_eager() -> None:
-        _gradient(eager.eager(), leaf)
+        _gradient(_eager(eager), leaf)
 
     try:
-        result = eager.eager()
+        result = _eager(eager)
         eager_loss_error = _distance(result, true_loss)
         eager_gradient_error = _distance(_gradient(result, leaf)[rows], true_gradient)
         seconds, eager_seconds = _time((run_ours, run_eager), repeats, student.is_cuda)
@@ -230,60 +207,30 @@ def verify(
     return found
 
 
-def _problem(
+def _rows(
     student: Tensor, teacher: losses.Teacher, labels: Tensor | None, options: dict[str, Any]
-) -> _Problem:
-    """Rows and numbers from the arguments of :func:`fastkd.loss`, which has accepted them."""
-    student, teachers, labels, o = losses.prepare(
-        student, teacher, labels, {**losses.DEFAULTS, **options}
-    )
-    shape, classes = student.shape[:-1], student.shape[-1]
-    rows = student.numel() // classes
-    soft_labels = labels is not None and labels.is_floating_point()
-    if labels is not None:
-        labels = labels.reshape(rows, classes) if soft_labels else labels.reshape(rows)
-    numbers = {name: getattr(o, name) for name in _OF_ROWS}
-    if o.reduction == "mean":
-        divisors = _divisors(rows, labels, o)
-        for name, divisor in zip(("hard_weight", "soft_weight"), divisors, strict=True):
-            numbers[name] = numbers[name] / divisor
+) -> Rows:
+    """Rows from the arguments of :func:`fastkd.loss`; its weights are numbers again."""
+    call = losses.prepare(student.detach(), teacher, labels, {**losses.DEFAULTS, **options})
+    rows, _ = as_rows(*call, torch.float64)
+    numbers = rows.objective._asdict()
     for name, value in numbers.items():
-        if isinstance(value, Tensor):
-            numbers[name] = value.detach().expand(shape).reshape(rows)
-    return _Problem(
-        student.detach().reshape(rows, classes),
-        tuple(teacher.reshape(rows, classes) for teacher in teachers),
-        labels,
-        o._replace(
-            reduction="none" if o.reduction == "none" else "sum", normalizer=None, **numbers
-        ),
-    )
-
-
-def _divisors(rows: int, labels: Tensor | None, o: Objective) -> tuple[float, float]:
-    """What the mean divides the hard and the soft term by."""
-    if o.normalizer is not None:
-        return float(o.normalizer), float(o.normalizer)
-    if labels is None or labels.is_floating_point():
-        return max(1, rows), max(1, rows)
-    valid = labels[labels != o.ignore_index].long()
-    count = max(1, len(valid))
-    if o.class_weight is None:
-        return count, count
-    return float(o.class_weight[valid].double().sum()) or 1.0, count
+        if isinstance(value, Tensor) and value.dim() == 0:
+            numbers[name] = float(value)
+    return rows._replace(objective=Objective(**numbers))
 
 
 def _gradient(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student, torch.ones_like(loss))[0]
 
 
-def _truth(problem: _Problem, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _truth(problem: Rows, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The loss over all rows, and the gradient of some, in float64, a chunk of rows at a time."""
     count, classes = problem.student.shape
     step = max(1, chunk // classes)
     with torch.no_grad():
         parts = [
-            problem.take(slice(at, at + step)).truth().reshape(-1)
+            problem.take(slice(at, at + step)).double().terms().loss.reshape(-1)
             for at in range(0, max(1, count), step)
         ]
     loss = torch.cat(parts)
@@ -291,9 +238,9 @@ def _truth(problem: _Problem, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]
         loss = loss.sum()
     gradients = []
     for at in range(0, len(rows), step):
-        part = problem.take(rows[at : at + step])
+        part = problem.take(rows[at : at + step]).double()
         leaf = part.student.requires_grad_()
-        gradients.append(_gradient(part.truth(), leaf))
+        gradients.append(_gradient(part.terms().loss, leaf))
     return loss, torch.cat(gradients) if gradients else problem.student.double()
 
 

@@ -494,9 +494,12 @@ void test_types(const cpu::Kernels& k) {
 
 // Every edge of a vector, of a block and of a segment, and one either side of it.
 void test_widths(const cpu::Kernels& k) {
+  constexpr int64_t kSegment = cpu::kSegment;
+  constexpr int64_t kWidths[] = {
+      1,  2,   3,   7,    10,   15,   16,   17,   31,    32,           33,       63,
+      65, 100, 511, 1000, 1023, 1024, 1025, 2049, 16384, kSegment - 1, kSegment, kSegment + 1};
   for (DType type : kTypes) {
-    for (int64_t n : {1,  2,   3,   7,    10,   15,   16,   17,   31,    32,    33,    63,
-                      65, 100, 511, 1000, 1023, 1024, 1025, 2049, 16383, 16384, 16385, 33000}) {
+    for (int64_t n : kWidths) {
       Problem p;
       p.student = p.teacher = type, p.classes = n, p.rows = n > 3000 ? 1 : 3;
       run(k, p);

@@ -1,0 +1,137 @@
+"""The sparse teacher: its k most probable classes instead of all logits, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from benchmarks.cases import Case, case
+from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turns
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
+
+
+class Lists(NamedTuple):
+    """What is kept of a teacher."""
+
+    indices: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """A case whose teacher is its k most probable classes."""
+
+    dense: Case
+    k: int = 64
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        return f"top {self.k} of {self.dense.title}"
+
+
+def cases(device: str) -> list[SparseCase]:
+    """Llama-3's vocabulary, in both of the dtypes that language models are trained in."""
+    return [
+        SparseCase(case("llama-3", device, dtype, temperature=2.0)) for dtype in ("fp32", "bf16")
+    ]
+
+
+def fused(sparse: SparseCase) -> Callable[[Tensor, Lists, Tensor], Tensor]:
+    """This package's sparse loss."""
+    options: dict[str, Any] = {
+        "temperature": sparse.dense.temperature,
+        "alpha": sparse.dense.alpha,
+        "tail": "ghost",
+    }
+    return lambda s, lists, y: fastkd.topk_loss(s, *lists, y, **options)
+
+
+def plain(sparse: SparseCase) -> Callable[[Tensor, Lists, Tensor], Tensor]:
+    """PyTorch as the libraries write it: logarithms gathered, and a ghost class appended."""
+    t, alpha = sparse.dense.temperature, sparse.dense.alpha
+
+    def with_ghost(log_probs: Tensor) -> Tensor:
+        kept = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+        return torch.cat([log_probs, torch.log(-torch.expm1(kept))], -1)
+
+    def loss(student: Tensor, lists: Lists, labels: Tensor) -> Tensor:
+        log_q = F.log_softmax(student.to(lists.log_probs.dtype) / t, -1).gather(-1, lists.indices)
+        soft = F.kl_div(
+            with_ghost(log_q), with_ghost(lists.log_probs), reduction="batchmean", log_target=True
+        )
+        return alpha * F.cross_entropy(student, labels) + (1 - alpha) * t**2 * soft
+
+    return loss
+
+
+def dense(sparse: SparseCase) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """This package's loss with all of the teacher's logits."""
+    options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
+    return lambda s, t, y: fastkd.loss(s, t, y, **options)
+
+
+def lists_of(sparse: SparseCase, teacher: Tensor) -> Lists:
+    """The teacher's k most probable classes."""
+    log_probs = F.log_softmax(teacher.float() / sparse.dense.temperature, -1)
+    found = log_probs.topk(sparse.k)
+    return Lists(found.indices, found.values)
+
+
+def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
+    """How far a step's loss and gradient are from float64, on some rows of its first inputs."""
+    given = step.sets[0]
+    lists = Lists(*(one[:rows] for one in given.teacher))  # type: ignore[misc]
+    few = Inputs(
+        given.student.detach()[:rows].clone().requires_grad_(),
+        lists,
+        given.labels[:rows],  # type: ignore[arg-type]
+    )
+    loss, gradient = step.run(few)
+    leaf = few.student.detach().double().requires_grad_()
+    wide = Lists(lists.indices, lists.log_probs.double())
+    exact = plain(sparse)(leaf, wide, few.labels)
+    (right,) = torch.autograd.grad(exact, leaf)
+    assert gradient is not None
+    off = (gradient.double() - right).norm() / right.norm()
+    return abs(loss.item() / exact.item() - 1), off.item()
+
+
+def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
+    """All ways checked, then timed side by side; times are those of loss and backward."""
+    sets = make_sets(sparse.dense, device)
+    short = [
+        Inputs(one.student, lists_of(sparse, one.teacher), one.labels)  # type: ignore[arg-type]
+        for one in sets
+    ]
+    steps = {
+        "fastkd.topk_loss": Step(sparse.dense, fused(sparse), short),  # type: ignore[arg-type]
+        "PyTorch": Step(sparse.dense, plain(sparse), short),  # type: ignore[arg-type]
+    }
+    lanes: dict[str, dict[str, Any]] = {}
+    for name, step in steps.items():
+        loss_error, gradient_error = errors(sparse, step)
+        if not max(loss_error, gradient_error) <= TOLERANCE[sparse.dense.dtype]:
+            raise RuntimeError(f"{name}: loss off by {loss_error}, gradient by {gradient_error}")
+        lanes[name] = {"loss_error": loss_error, "gradient_error": gradient_error}
+    steps["fastkd.loss, all classes"] = Step(sparse.dense, dense(sparse), sets)
+    kind = "device" if sparse.dense.elements >= WALL_LIMIT else "wall"
+    times = time_in_turns(dict(steps), device, kind, seconds)
+    for name, measured in times.items():
+        lanes.setdefault(name, {})["times"] = asdict(measured)
+    ours = times["fastkd.topk_loss"].median
+    return {
+        "title": sparse.title,
+        "k": sparse.k,
+        "lanes": lanes,
+        "of the dense loss": ours / times["fastkd.loss, all classes"].median,
+        "of PyTorch": ours / times["PyTorch"].median,
+    }

@@ -1,0 +1,36 @@
+// The interface of the sparse loss: a teacher known by the log-probabilities of k classes of each
+// row (docs/maths.md, section 13). Otherwise as kernels.h.
+#pragma once
+#include "kernels.h"
+
+namespace fastkd {
+
+// What becomes of the classes that the teacher's list leaves out.
+enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
+
+// Of Inputs, `teacher` is acc [rows, k], contiguous: log-probabilities, taken as they are. Its
+// stride, the teacher's temperature, the rows' settings and the divergence are unused.
+struct TopkArgs : Inputs {
+  int64_t k = 0;
+  const int64_t* indices = nullptr;  // [rows, k] class of each log-probability; < 0: nothing there
+  Tail tail = Tail::kGhost;
+
+  void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator; or null
+  void* grad = nullptr;  // [rows, classes] in the student's dtype, or null
+  RowStrides grad_stride;
+  double scale = 1.0;                 // multiplies the gradient
+  const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`;
+  bool grad_output_per_row = false;   // null: 1. Multiplies the gradient too
+};
+
+namespace cpu {
+
+// A row's probabilities may add up to so much: those of 16-bit log-probabilities are several
+// percent off.
+constexpr double kMostMass = 1.1;
+
+// Words that run_topk wants for one bit of each class.
+constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
+
+}  // namespace cpu
+}  // namespace fastkd

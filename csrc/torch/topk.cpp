@@ -1,0 +1,148 @@
+// The sparse loss as ops, on CPU tensors: schemas, checks, threads. Shapes for tracing, the
+// autograd formulas, and the formula for devices without this kernel are in
+// python/fastkd/sparse.py.
+#include "../topk.h"
+
+#include <atomic>
+#include <vector>
+
+#include "cpu.h"
+
+namespace fastkd::glue {
+namespace {
+
+struct TopkCall {
+  Call call;
+  Tensor indices, log_probs;
+  TopkArgs args;
+};
+
+TopkCall prepare_topk(const Tensor& student, const Tensor& indices, const Tensor& log_probs,
+                      const std::optional<Tensor>& labels, const Options& options, int64_t tail) {
+  // One tensor's rows are walked like those of two that are laid out alike.
+  TopkCall topk{prepare(student, student, labels, std::nullopt, options, false),
+                torch::stable::contiguous(indices),
+                torch::stable::contiguous(log_probs),
+                {}};
+  Call& call = topk.call;
+  Inputs& in = call.inputs;
+  in.teacher_dtype = dtype_of(log_probs, "log_probs");
+  call.acc = computes_in_double(in.student_dtype, in.teacher_dtype) ? ScalarType::Double
+                                                                    : ScalarType::Float;
+  STD_TORCH_CHECK(log_probs.scalar_type() == call.acc, "log_probs has the wrong dtype");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "indices has the wrong dtype");
+  STD_TORCH_CHECK(indices.dim() == student.dim() && log_probs.dim() == student.dim(),
+                  "indices and log_probs must have the rank of the student logits");
+  topk.args.k = indices.size(indices.dim() - 1);
+  STD_TORCH_CHECK(indices.numel() == in.rows * topk.args.k && log_probs.numel() == indices.numel(),
+                  "indices and log_probs must have k entries for each row of logits");
+  in.teacher = topk.log_probs.const_data_ptr();
+  static_cast<Inputs&>(topk.args) = in;
+  topk.args.indices = static_cast<const int64_t*>(topk.indices.const_data_ptr());
+  topk.args.tail = static_cast<Tail>(tail);
+  return topk;
+}
+
+void run(const TopkArgs& args) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  std::atomic<int64_t> first_bad{args.rows};
+  torch::stable::parallel_for(0, args.rows, grain_rows(args), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> listed(static_cast<size_t>(cpu::bitmap_words(args.classes)));
+    const int64_t bad = kernels.topk(args, begin, end, listed.data());
+    int64_t before = first_bad.load();
+    while (bad >= 0 && bad < before && !first_bad.compare_exchange_weak(before, bad)) continue;
+  });
+  STD_TORCH_CHECK(first_bad == args.rows,
+                  "indices must be different classes of the student's, or negative, and log_probs "
+                  "the logarithms of their probabilities; not so in row ",
+                  first_bad.load());
+}
+
+std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indices,
+                                     const Tensor& log_probs, std::optional<Tensor> labels,
+                                     std::optional<Tensor> denominator, double temperature,
+                                     double hard_weight, double soft_weight, double label_smoothing,
+                                     int64_t ignore_index, int64_t tail, int64_t reduction,
+                                     double normalizer, bool with_grad) {
+  TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail);
+  const Call& call = topk.call;
+  TopkArgs& args = topk.args;
+  const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
+  const bool per_row = reducing.reduction == Reduction::kNone;
+  args.scale = 1.0 / divisor(reducing, count_rows(call));
+  const Tensor out = empty_out(call, false, per_row);
+  const Tensor values = per_row ? out : empty_out(call, false, true);
+  args.loss = values.mutable_data_ptr();
+  const bool filled = with_grad && !per_row;
+  const Tensor grad = filled ? empty_grad(call) : nothing(call);
+  if (filled) {
+    args.grad = grad.mutable_data_ptr();
+    prefer_huge_pages(args.grad, gradient_bytes(args));
+    args.grad_stride = strides_of(grad, call);
+  }
+  run(args);
+  const auto finish = [&](auto zero) {
+    using T = decltype(zero);
+    if (per_row) return;
+    *static_cast<T*>(out.mutable_data_ptr()) =
+        static_cast<T>(ordered_sum(static_cast<const T*>(args.loss), args.rows) * args.scale);
+  };
+  call.acc == ScalarType::Double ? finish(0.0) : finish(0.0f);
+  return {out, grad};
+}
+
+void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& student,
+                         const Tensor& indices, const Tensor& log_probs,
+                         std::optional<Tensor> labels, std::optional<Tensor> denominator,
+                         double temperature, double hard_weight, double soft_weight,
+                         double label_smoothing, int64_t ignore_index, int64_t tail,
+                         int64_t reduction, double normalizer, bool filled) {
+  TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail);
+  const Call& call = topk.call;
+  TopkArgs& args = topk.args;
+  if (filled) {
+    if (number(grad_output) == 1.0) return;
+    // 16-bit gradients are computed anew instead, as in Cpu::backward.
+    if (size_of(args.student_dtype) > 2) return multiply_(grad, grad_output);
+  }
+  const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
+  args.scale = 1.0 / divisor(reducing, count_rows(call));
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad = grad.mutable_data_ptr();
+  prefer_huge_pages(args.grad, gradient_bytes(args));
+  args.grad_stride = strides_of(grad, call);
+  run(args);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
+  // indices [..., k] int64 and log_probs [..., k] acc; out: acc [] or [rows]; grad: the student's
+  // shape, or [0] where none is written.
+  m.def(
+      "topk_loss(Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, "
+      "Tensor? denominator, float temperature, float hard_weight, float soft_weight, "
+      "float label_smoothing, int ignore_index, int tail, int reduction, float normalizer, "
+      "bool with_grad) -> (Tensor out, Tensor grad)");
+  // Fills grad with grad_output times the gradient, from the logits once more; `filled`: grad holds
+  // it for grad_output = 1 already.
+  m.def(
+      "topk_loss_backward_(Tensor(a!) grad, Tensor grad_output, Tensor student, Tensor indices, "
+      "Tensor log_probs, Tensor? labels, Tensor? denominator, float temperature, "
+      "float hard_weight, float soft_weight, float label_smoothing, int ignore_index, int tail, "
+      "int reduction, float normalizer, bool filled) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("topk_loss", TORCH_BOX(&topk_loss));
+  m.impl("topk_loss_backward_", TORCH_BOX(&topk_loss_backward_));
+}
+
+}  // namespace fastkd::glue

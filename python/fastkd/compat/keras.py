@@ -1,0 +1,128 @@
+"""Keras' LogitsDistillation and Distiller, for models that give torch tensors.
+
+A Keras model on the torch backend is such a model, and so is any :class:`torch.nn.Module`.
+
+>>> import torch
+>>> from fastkd.compat.keras import Distiller, LogitsDistillation
+>>> teacher, student = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
+>>> distiller = Distiller(teacher, student, LogitsDistillation(temperature=10.0))
+>>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).backward()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import checks, losses
+from fastkd.compat.convention import Convention, positive
+
+CONVENTION = Convention(
+    peer="Keras",
+    before="from keras.distillation import Distiller, LogitsDistillation",
+    after="from fastkd.compat.keras import Distiller, LogitsDistillation",
+    weighs="`student_loss_weight` (`alpha` in the keras.io example) the hard term, 1 - it the soft",
+    t_squared="yes",
+    denominator="rows",
+    mask="none",
+    differences=(
+        "The hard term is the cross entropy from logits: compile Keras' Distiller with "
+        "`SparseCategoricalCrossentropy(from_logits=True)` (or `CategoricalCrossentropy`) to have "
+        "the same.",
+        "Keras' own `LogitsDistillation` (3.15) given the *name* `'kl_divergence'`, its default, "
+        "clips the logits and takes them for probabilities, without T². Here the name means what "
+        "Keras documents, and computes with `loss=keras.losses.KLDivergence()`.",
+        "Keras clips probabilities to [1e-7, 1] before their logarithms; here nothing is clipped.",
+        "One `LogitsDistillation` with the loss `kl_divergence`; neither features nor several "
+        "losses.",
+        "`compute_loss` is what is there of the training loop: no `compile`, no `fit`.",
+    ),
+)
+
+
+class LogitsDistillation:
+    """T^2 times the mean over rows of KL(teacher || student). **The teacher comes first.**
+
+    Args:
+        temperature: T > 0. Default 3.
+        loss: ``"kl_divergence"``, and no other.
+
+    Example:
+        >>> import torch
+        >>> teacher, student = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> LogitsDistillation(temperature=1.0).compute_loss(teacher, student)
+        tensor(0.4621)
+    """
+
+    def __init__(self, temperature: float = 3.0, loss: str = "kl_divergence") -> None:
+        """Keeps the options, having checked them."""
+        checks.one_of("loss", loss, ("kl_divergence",))
+        self.temperature = positive("temperature", temperature)
+
+    def compute_loss(self, teacher_outputs: Tensor, student_outputs: Tensor) -> Tensor:
+        """The loss of logits ``(..., C)``."""
+        return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
+
+
+class Distiller(nn.Module):
+    """student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
+
+    Args:
+        teacher: gives logits ``(N, C)``; called without gradient.
+        student: gives logits ``(N, C)``.
+        distillation_losses: a :class:`LogitsDistillation`.
+        student_loss_weight: weight of the **hard** term, in [0, 1]. Default 0.5.
+
+    Example:
+        >>> import torch
+        >>> teacher, student = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
+        >>> distiller = Distiller(teacher, student, LogitsDistillation(), student_loss_weight=0.1)
+        >>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        distillation_losses: LogitsDistillation,
+        student_loss_weight: float = 0.5,
+    ) -> None:
+        """Keeps the options, having checked them."""
+        super().__init__()
+        if not isinstance(distillation_losses, LogitsDistillation):
+            raise TypeError(
+                "distillation_losses must be one fastkd.compat.keras.LogitsDistillation; got "
+                f"{type(distillation_losses).__name__}"
+            )
+        self.teacher = teacher
+        self.student = student
+        self.distillation_losses = distillation_losses
+        self.student_loss_weight = checks.number(
+            "student_loss_weight", student_loss_weight, 0.0, 1.0
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        """The student's logits."""
+        return self.student(x)
+
+    def compute_loss(
+        self, x: Tensor, y: Tensor | None = None, y_pred: Tensor | None = None
+    ) -> Tensor:
+        """The loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities ``(N, C)``.
+
+        Without ``y`` the soft term alone remains, with its weight. ``y_pred`` saves calling the
+        student if its logits are at hand.
+        """
+        with torch.no_grad():
+            teacher_logits = self.teacher(x)
+        return losses.loss(
+            self(x) if y_pred is None else y_pred,
+            teacher_logits,
+            y,
+            temperature=self.distillation_losses.temperature,
+            hard_weight=None if y is None else self.student_loss_weight,
+            soft_weight=1.0 - self.student_loss_weight,
+        )

@@ -1,0 +1,112 @@
+"""timm's LogitDistillationTask: two models and two weights in, a dictionary of losses out.
+
+>>> import torch
+>>> from fastkd.compat.timm import LogitDistillationTask
+>>> task = LogitDistillationTask(torch.nn.Linear(2, 4), torch.nn.Linear(2, 4), task_loss_weight=0.3)
+>>> sorted(task(torch.zeros(3, 2), torch.tensor([0, 1, 2])))
+['kd_loss', 'loss', 'output', 'task_loss']
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import checks, losses
+from fastkd.compat.convention import Convention, positive
+
+CONVENTION = Convention(
+    peer="timm",
+    before="from timm.task import LogitDistillationTask",
+    after="from fastkd.compat.timm import LogitDistillationTask",
+    weighs="`task_loss_weight` the hard and `distill_loss_weight` the soft term; given the first "
+    "alone, the second is 1 - it; given none, both are 1",
+    t_squared="yes",
+    denominator="rows",
+    mask="none",
+    differences=(
+        "`teacher_model` is a module, not a name; it gets the student's input as it is, where timm "
+        "normalises it anew if the two models' mean and standard deviation differ.",
+        "Without `criterion` the cross entropy is computed in the same pass; the entries "
+        "`task_loss` and `kd_loss` are then for the log and carry no gradient.",
+        "`prepare_distributed` and `compile` are not there: wrap the student before.",
+    ),
+)
+
+
+class LogitDistillationTask(nn.Module):
+    """task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
+
+    Args:
+        student_model: gives logits ``(N, C)``; it is what is trained.
+        teacher_model: gives logits ``(N, C)``; called without gradient, always in evaluation mode.
+        criterion: called with logits and targets. Default: cross entropy, in the same pass.
+        distill_loss_weight: weight of the soft term.
+        task_loss_weight: weight of the hard term.
+        temperature: T > 0. Default 1.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
+        >>> task = LogitDistillationTask(student, teacher, task_loss_weight=0.3, temperature=4.0)
+        >>> task(torch.zeros(3, 2), torch.tensor([0, 1, 2]))["loss"].backward()
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        teacher_model: nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        distill_loss_weight: float | None = None,
+        task_loss_weight: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """Keeps the options, having checked them."""
+        super().__init__()
+        if distill_loss_weight is None:
+            distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
+        if task_loss_weight is None:
+            task_loss_weight = 1.0
+        self.trainable_module = student_model
+        self.teacher = teacher_model.eval()
+        self.criterion = criterion
+        self.distill_loss_weight = checks.number(
+            "distill_loss_weight", distill_loss_weight, 0.0, math.inf
+        )
+        self.task_loss_weight = checks.number("task_loss_weight", task_loss_weight, 0.0, math.inf)
+        self.temperature = positive("temperature", temperature)
+
+    def train(self, mode: bool = True) -> LogitDistillationTask:
+        """As any module's, but the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """``loss``, ``output`` (the student's logits), ``task_loss`` and ``kd_loss``."""
+        output = self.trainable_module(input)
+        with torch.no_grad():
+            teacher = self.teacher(input)
+        fused = self.criterion is None
+        terms = losses.terms(
+            output,
+            teacher,
+            target if fused else None,
+            temperature=self.temperature,
+            hard_weight=self.task_loss_weight if fused else None,
+            soft_weight=self.distill_loss_weight,
+        )
+        total, task_loss = terms.loss, terms.hard
+        if self.criterion is not None:
+            task_loss = self.criterion(output, target)
+            total = self.task_loss_weight * task_loss + total
+        return {
+            "loss": total,
+            "output": output,
+            "task_loss": task_loss,
+            "kd_loss": terms.soft * self.temperature**2,
+        }

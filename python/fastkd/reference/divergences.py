@@ -1,0 +1,259 @@
+"""The divergences: their definitions, and the table of their names, formulas and sources.
+
+Letters are those of docs/maths.md: p the teacher, q the student, z and w their logits. Rows are
+``(..., C)``, and a divergence gives one number for each, ``(...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def over(logits: Tensor, t: float | Tensor) -> Tensor:
+    """logits / t, such that masked classes say nothing about t (no 0 * inf in its gradient)."""
+    if not isinstance(t, Tensor):
+        return logits / t
+    masked = logits == -math.inf
+    return torch.where(masked, logits / t.detach(), logits.masked_fill(masked, 0) / t)
+
+
+# ---- divergences of probabilities; a class of probability 0 counts nothing where 0 log 0 would
+
+
+def log_ratio_sum(p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Sum of p (log_a - log_b) over classes, where classes with p = 0 count nothing."""
+    absent = p == 0
+    return (p * (log_a.masked_fill(absent, 0) - log_b.masked_fill(absent, 0))).sum(-1)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return log_ratio_sum(log_a.exp(), log_a, log_b)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b), 0 < weight < 1; 0 where both are 0, for nobody to use."""
+    mixed = weight * log_a.exp() + (1 - weight) * log_b.exp()
+    return mixed.masked_fill(mixed == 0, 1).log()
+
+
+def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+    """Weight * value, where a term that weighs nothing is left out even when it is infinite."""
+    nothing = value.isinf() & (weight == 0)
+    return value.masked_fill(nothing, 0) * weight
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The teacher's surprise at the student."""
+    return _kl(log_p, log_q)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The student's surprise at the teacher: it seeks the teacher's modes."""
+    return _kl(log_q, log_p)
+
+
+def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """``mix`` weighs the forward KL."""
+    return weighted(mix, _kl(log_p, log_q)) + weighted(1 - mix, _kl(log_q, log_p))
+
+
+def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """``mix`` weighs the teacher."""
+    log_m = _log_mixture(log_p, log_q, mix)
+    return mix * _kl(log_p, log_m) + (1 - mix) * _kl(log_q, log_m)
+
+
+def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """``mix`` is the teacher's share of what stands in for the student."""
+    return _kl(log_p, _log_mixture(log_p, log_q, mix))
+
+
+def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """``mix`` is the student's share of what stands in for the teacher."""
+    return _kl(log_q, _log_mixture(log_q, log_p, mix))
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Half of the L1 distance; its slope where p = q is taken to be 0."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The forward KL plus the teacher's entropy, which has no gradient for the student."""
+    return log_ratio_sum(log_p.exp(), torch.zeros_like(log_q), log_q)
+
+
+def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
+    """The KL of (label, the rest), plus ``mix`` times that of the other classes among themselves.
+
+    ``labels``: class indices, ``(...)``. The second part is 0 where the teacher masks every other
+    class.
+    """
+    index = labels.unsqueeze(-1)
+    # The same two for teacher and student: log-probabilities of (label, the rest), (..., 2), and of
+    # the other classes among themselves, (..., C), that of the label being -inf.
+    binary, others, alone = [], [], []
+    for log_probs in (log_p, log_q):
+        rest = log_probs.scatter(-1, index, -math.inf)
+        none = (rest == -math.inf).all(-1)
+        rest = rest.masked_fill(none.unsqueeze(-1), 0)
+        log_rest = rest.logsumexp(-1).masked_fill(none, -math.inf)
+        binary.append(torch.stack((log_probs.gather(-1, index).squeeze(-1), log_rest), -1))
+        others.append(F.log_softmax(rest, -1))
+        alone.append(none)
+    within = _kl(*others).masked_fill(alone[1], math.inf).masked_fill(alone[0], 0)
+    return _kl(*binary) + weighted(mix, within)
+
+
+# ---- divergences of logits; a class that both mask is as if it were not there
+
+
+def _gap(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """(student - teacher, 0 for classes that both mask; how many classes there are without)."""
+    absent = (teacher == -math.inf) & (student == -math.inf)
+    gap = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
+    return gap, (~absent).sum(-1, keepdim=True)
+
+
+def _centered(logits: Tensor) -> Tensor:
+    """Logits minus the mean of those that are not masked."""
+    masked = logits == -math.inf
+    total = logits.masked_fill(masked, 0).sum(-1, keepdim=True)
+    return logits - total / (~masked).sum(-1, keepdim=True)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each row minus its mean, over its standard deviation (unbiased) + 1e-7 (Sun et al. 2024)."""
+    centered = _centered(logits)
+    masked = logits == -math.inf
+    freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
+    # The norm, whose slope at 0 is 0, and not the root of a variance, which has none.
+    length: Tensor = torch.linalg.vector_norm(centered.masked_fill(masked, 0), dim=-1, keepdim=True)
+    return over(centered, length / freedom.to(logits.dtype).sqrt() + 1e-7)
+
+
+def mse(teacher: Tensor, student: Tensor) -> Tensor:
+    """The mean over classes of the squared difference."""
+    gap, count = _gap(teacher, student)
+    return gap.square().sum(-1) / count.squeeze(-1)
+
+
+def centered_mse(teacher: Tensor, student: Tensor) -> Tensor:
+    """The same once each row's mean has been taken off: adding a constant changes nothing."""
+    return mse(_centered(teacher), _centered(student))
+
+
+def cosine(teacher: Tensor, student: Tensor) -> Tensor:
+    """One minus the cosine of the angle between the rows; 1 if either is all zeros."""
+    absent = (teacher == -math.inf) & (student == -math.inf)
+    rows = [logits.masked_fill(absent, 0) for logits in (teacher, student)]
+    squares = [row.square().sum(-1) for row in rows]
+    inverse = [square.masked_fill(square == 0, 1).rsqrt() for square in squares]
+    return 1 - (rows[0] * rows[1]).sum(-1) * inverse[0] * inverse[1]
+
+
+class Divergence(NamedTuple):
+    """One choice of the soft term's D, before weight and T^2."""
+
+    compute: Callable[..., Tensor]
+    """Of (teacher, student), of the labels if it needs them, of ``mix`` if it has one."""
+    formula: str
+    source: str
+    compares: str = "probabilities"
+    """``"probabilities"``: it is given log p and log q; ``"logits"``: w / T_t and z / T."""
+    mix: float | None = None
+    """The default of ``mix``; None for those that have none."""
+    mix_meaning: str = ""
+    mix_range: tuple[float, float] = (0.0, 1.0)
+    mix_open: bool = False
+    """Whether the ends of the range are outside."""
+    needs_labels: bool = False
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(
+        forward_kl,
+        "KL(p || q) = sum p log(p / q)",
+        "Hinton, Vinyals and Dean 2015",
+    ),
+    "reverse_kl": Divergence(
+        reverse_kl,
+        "KL(q || p) = sum q log(q / p)",
+        "Gu, Dong, Wei and Huang 2024 (MiniLLM)",
+    ),
+    "symmetric_kl": Divergence(
+        symmetric_kl,
+        "mix KL(p || q) + (1 - mix) KL(q || p)",
+        "Jeffreys 1946; Kullback and Leibler 1951",
+        mix=0.5,
+        mix_meaning="the weight of the forward KL",
+    ),
+    "jsd": Divergence(
+        jsd,
+        "mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q",
+        "Lin 1991; Agarwal et al. 2024 (GKD)",
+        mix=0.5,
+        mix_meaning="the weight of the teacher",
+        mix_open=True,
+    ),
+    "skewed_forward_kl": Divergence(
+        skewed_forward_kl,
+        "KL(p || mix p + (1 - mix) q)",
+        "Ko, Kim, Chen and Yun 2024 (DistiLLM)",
+        mix=0.1,
+        mix_meaning="the teacher's share of the mixture",
+        mix_open=True,
+    ),
+    "skewed_reverse_kl": Divergence(
+        skewed_reverse_kl,
+        "KL(q || mix q + (1 - mix) p)",
+        "Ko, Kim, Chen and Yun 2024 (DistiLLM)",
+        mix=0.1,
+        mix_meaning="the student's share of the mixture",
+        mix_open=True,
+    ),
+    "total_variation": Divergence(
+        total_variation,
+        "1/2 sum |p - q|",
+        "Wen, Li, Du and Mou 2023 (f-distill)",
+    ),
+    "soft_cross_entropy": Divergence(
+        soft_cross_entropy,
+        "-sum p log q",
+        "Hinton, Vinyals and Dean 2015",
+    ),
+    "mse": Divergence(
+        mse,
+        "mean over classes of (z / T - w / T_t)^2",
+        "Bucila, Caruana and Niculescu-Mizil 2006; Ba and Caruana 2014",
+        compares="logits",
+    ),
+    "centered_mse": Divergence(
+        centered_mse,
+        "mean over classes of ((z - mean z) / T - (w - mean w) / T_t)^2",
+        "Hinton, Vinyals and Dean 2015, section 2.1",
+        compares="logits",
+    ),
+    "cosine": Divergence(
+        cosine,
+        "1 - z . w / (|z| |w|)",
+        "Sanh, Debut, Chaumond and Wolf 2019 (DistilBERT), there of hidden states",
+        compares="logits",
+    ),
+    "dkd": Divergence(
+        dkd,
+        "KL of (p_y, 1 - p_y) from (q_y, 1 - q_y) + mix KL of the other classes, renormalised",
+        "Zhao, Cui, Song, Qiu and Liang 2022 (DKD)",
+        mix=8.0,
+        mix_meaning="the weight of the other classes' KL",
+        mix_range=(0.0, math.inf),
+        needs_labels=True,
+    ),
+}
+"""Every divergence by its name."""

@@ -1,0 +1,138 @@
+"""A checked call as rows of logits, which can be taken in parts; the reference in such parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastkd import reference
+from fastkd.objective import Objective
+
+# The reference keeps about 14 tensors of the logits' size for its backward pass. Beyond this many
+# logits it is given parts, and each part is computed again in the backward pass.
+AT_ONCE = 2**24
+# The options that may be a tensor with one number for each row.
+_OF_ROWS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
+
+
+class Rows(NamedTuple):
+    """A call whose losses are to be summed: what a mean divides by is in the weights."""
+
+    student: Tensor  # (rows, classes)
+    teachers: tuple[Tensor, ...]
+    labels: Tensor | None
+    objective: Objective  # numbers of rows are (rows,), or 0-d
+
+    def terms(self) -> reference.Terms:
+        """The reference's."""
+        return reference.terms(self.student, self.teachers, self.labels, **self.objective._asdict())
+
+    def take(self, rows: Tensor | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(
+            self.student[rows],
+            tuple(teacher[rows] for teacher in self.teachers),
+            None if self.labels is None else self.labels[rows],
+            self._objective({name: value[rows] for name, value in self._numbers().items()}),
+        )
+
+    def split(self, step: int) -> Iterator[Rows]:
+        """Parts of at most ``step`` rows, whose gradients are put together once."""
+        students = _split(self.student, step)
+        teachers = zip(*(_split(teacher, step) for teacher in self.teachers), strict=True)
+        labels: Sequence[Tensor | None] = [None] * len(students)
+        if self.labels is not None:
+            labels = _split(self.labels, step)
+        numbers = {name: _split(value, step) for name, value in self._numbers().items()}
+        for i, (student, teacher, label) in enumerate(zip(students, teachers, labels, strict=True)):
+            objective = self._objective({name: parts[i] for name, parts in numbers.items()})
+            yield Rows(student, teacher, label, objective)
+
+    def double(self) -> Rows:
+        """In float64."""
+        return Rows(
+            self.student.double(),
+            tuple(teacher.double() for teacher in self.teachers),
+            self.labels,
+            self._objective({name: value.double() for name, value in self._numbers().items()}),
+        )
+
+    def _numbers(self) -> dict[str, Tensor]:
+        numbers = {name: getattr(self.objective, name) for name in _OF_ROWS}
+        return {k: v for k, v in numbers.items() if isinstance(v, Tensor) and v.dim()}
+
+    def _objective(self, numbers: dict[str, Tensor]) -> Objective:
+        return Objective(**{**self.objective._asdict(), **numbers})
+
+
+def _split(tensor: Tensor, step: int) -> tuple[Tensor, ...]:
+    return tensor.split(step)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def as_rows(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    dtype: torch.dtype,
+) -> tuple[Rows, tuple[float | Tensor, float | Tensor]]:
+    """(the call as rows, what the hard and the soft term have been divided by, in ``dtype``)."""
+    o, classes = objective._asdict(), student.shape[-1]
+    if labels is not None:
+        labels = labels.reshape(-1, classes) if labels.is_floating_point() else labels.reshape(-1)
+    for name in _OF_ROWS:
+        if isinstance(o[name], Tensor) and o[name].dim():
+            o[name] = o[name].reshape(-1).to(dtype)
+    divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
+    if objective.reduction == "mean":
+        divisors = _divisors(student.numel() // classes, labels, objective, dtype)
+        o.update(reduction="sum", normalizer=None)
+    o["hard_weight"] = o["hard_weight"] / divisors[0]
+    o["soft_weight"] = o["soft_weight"] / divisors[1]
+    teachers = tuple(teacher.reshape(-1, classes) for teacher in teachers)
+    return Rows(student.reshape(-1, classes), teachers, labels, Objective(**o)), divisors
+
+
+def _divisors(
+    rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor]:
+    """What the mean divides the hard and the soft term by."""
+    if o.normalizer is not None:
+        return o.normalizer, o.normalizer
+    if labels is None or labels.is_floating_point():
+        return max(rows, 1), max(rows, 1)
+    valid = labels != o.ignore_index
+    count = valid.sum().clamp(min=1).to(dtype)
+    if o.class_weight is None:
+        return count, count
+    # A label out of range makes its row NaN whatever it weighs.
+    classes = labels.clamp(0, len(o.class_weight) - 1)
+    weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
+    return weight.where(weight != 0, torch.ones_like(weight)), count
+
+
+def in_parts(
+    student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
+) -> reference.Terms:
+    """:func:`fastkd.reference.terms`, in memory that does not grow with the number of rows."""
+    if student.numel() <= AT_ONCE:
+        return reference.terms(student, teachers, labels, **objective._asdict())
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    for teacher in teachers:
+        dtype = torch.promote_types(dtype, teacher.dtype)
+    rows, (of_hard, of_soft) = as_rows(student, teachers, labels, objective, dtype)
+    step = max(1, AT_ONCE // student.shape[-1])
+    parts = [
+        checkpoint(Rows.terms, part, use_reentrant=False, preserve_rng_state=False)
+        for part in rows.split(step)
+    ]
+    fields = zip(*parts, strict=True)
+    if objective.reduction == "none":
+        shape = student.shape[:-1]
+        return reference.Terms(*(torch.cat(field).reshape(shape) for field in fields))
+    loss, hard, *others = (torch.stack(field).sum() for field in fields)
+    return reference.Terms(loss, hard / of_hard, *(field / of_soft for field in others))

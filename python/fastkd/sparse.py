@@ -1,0 +1,443 @@
+"""The loss with a sparse teacher: the log-probabilities of a few classes of each row.
+
+``topk_loss`` runs the fused op where there is a kernel, and :func:`_reference`, plain PyTorch, for
+second derivatives, under function transforms and on other devices. docs/maths.md, section 13.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd import checks, ops, reference
+from fastkd.reference.divergences import weighted
+
+TAILS = ("ghost", "renormalize", "ignore")
+_KERNEL_DEVICES = ("cpu", "meta")
+# What a row's probabilities may add up to, for rounding: 16-bit log-probabilities are several
+# percent off (kMostMass in csrc/topk.h).
+_MOST_MASS = 1.1
+
+_topk_loss = torch.ops.fastkd.topk_loss.default
+_topk_loss_backward_ = torch.ops.fastkd.topk_loss_backward_.default
+
+
+def topk_loss(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: Literal["ghost", "renormalize", "ignore"] = "ghost",
+    temperature: float = 2.0,
+    alpha: float | None = None,
+    hard_weight: float | None = None,
+    soft_weight: float | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Distillation from a teacher's k most probable classes; ``alpha`` weighs the **hard** term.
+
+    ::
+
+        loss = alpha * CE(student, labels) + (1 - alpha) * T^2 * D
+
+    With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
+    q = softmax(student / T) the student's, ``tail`` chooses D:
+
+    - ``"ghost"``: the other classes are one class more, on both sides. D is the forward KL of k + 1
+      classes, sum over K of p log(p / q) + p' log(p' / q'), with p' = 1 - sum over K of p, and q'
+      the student's probability of everything outside K. So the student learns how much to leave to
+      the rest, and not how to divide it. (Model-Optimizer, DistillKit's "symmetric_uniform", and
+      TRL's tail bucket.)
+    - ``"renormalize"``: both distributions are divided by their sum over K, and D is the forward KL
+      of the two. What the student gives to other classes is not looked at. (TRL without tail.)
+    - ``"ignore"``: D = sum over K of p log(p / q) as it stands, which may be negative. With
+      ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of the
+      teacher truncated to K and the student over all classes. (DistillKit's "zero".)
+
+    The objective is that of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
+    Network" (2015); T^2 keeps the soft gradients' size independent of T. On the CPU the student is
+    read once and its gradient is written in the same pass, and q' is a sum of its own, not what is
+    left of 1. Arithmetic is float32 inside whatever the inputs are (float64 if either is). On other
+    devices plain PyTorch operations are used.
+
+    Args:
+        student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
+            ``logits[:, :-1]`` are used where they are; only non-adjacent classes cost a copy.
+        indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
+            row. Negative ones are padding: their log-probabilities count nothing.
+        log_probs: ``(..., k)``, any of the same dtypes, not necessarily the student's: natural
+            logarithms of the teacher's probabilities at the temperature of the loss, such as
+            ``torch.log_softmax(teacher / T, -1).topk(k)`` gives. They are taken as they are,
+            neither softened nor normalised, and get no gradient.
+        labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
+            1.
+        tail: what becomes of the classes that are not listed, as above. Default ``"ghost"``.
+        temperature: T > 0 of the student. Default 2.
+        alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
+            with labels.
+        hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
+            is given.
+        soft_weight: weight of the soft term, given instead of ``alpha``; 1 if only ``hard_weight``
+            is given.
+        ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
+            their logits and lists may hold anything. Default -100.
+        reduction: ``"mean"`` divides both terms by the number of rows that are not ignored (0 if
+            there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
+            backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
+        label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
+            has it.
+        normalizer: what ``"mean"`` divides by instead of the number of rows: a positive number, or
+            a tensor with one element (never waited for on CUDA). Pass the global token count under
+            gradient accumulation.
+
+    Returns:
+        A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if the student's
+        logits or ``log_probs`` are float64). Listed classes that the student masks (logits of -inf)
+        give +inf with a finite gradient, unless the teacher gives them no probability. There is no
+        ghost class where no class above -inf is left for it. Where rounding has brought the listed
+        probabilities above 1, p' = 0. In both cases ``"ghost"`` adds the sum of q - p over its
+        classes, which is 0 otherwise, so that it is never negative. A row with NaN or +inf among
+        its logits gives NaN.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above; the message names the argument,
+            what was given, and what is accepted. A label or an index out of range, an index twice
+            in a row, and numbers that are no log-probabilities raise on the CPU; on other devices,
+            which are never waited for, they make that row's loss and gradient NaN.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student, teacher = torch.randn(8, 1000, requires_grad=True), torch.randn(8, 1000)
+        >>> log_probs, indices = torch.log_softmax(teacher / 2.0, -1).topk(64)
+        >>> fastkd.topk_loss(student, indices, log_probs, temperature=2.0).backward()
+        >>> student.grad.shape
+        torch.Size([8, 1000])
+    """
+    try:
+        return _run(
+            student_logits, indices, log_probs, labels, tail, temperature, alpha, hard_weight,
+            soft_weight, ignore_index, reduction, label_smoothing, normalizer,
+        )  # fmt: skip
+    except RuntimeError:
+        if not torch.compiler.is_compiling() and student_logits.device.type == "cpu":
+            checks.check_rows(student_logits, labels, ignore_index, temperature)
+            _check_lists(student_logits, indices, log_probs, labels, ignore_index)
+        raise
+
+
+class _Settings(NamedTuple):
+    """The numbers of a call, in the order of the ops' schemas (csrc/torch/topk.cpp)."""
+
+    temperature: float
+    hard_weight: float
+    soft_weight: float
+    label_smoothing: float
+    ignore_index: int
+    tail: int
+    reduction: int
+    normalizer: float
+
+
+# ---- arguments
+
+
+def _lists(indices: object, log_probs: object, student: Tensor) -> None:
+    """Two tensors with k entries for each row of logits."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor of class indices; got {type(indices).__name__}")
+    if indices.dtype not in checks.INTEGERS:
+        raise TypeError(f"indices must be class indices of an integer dtype; got {indices.dtype}")
+    if not isinstance(log_probs, Tensor):
+        raise TypeError(f"log_probs must be a tensor; got {type(log_probs).__name__}")
+    if log_probs.dtype not in checks.FLOATS:
+        raise TypeError(
+            f"log_probs must be float64, float32, bfloat16 or float16; got {log_probs.dtype}"
+        )
+    if log_probs.requires_grad:
+        raise ValueError(
+            "log_probs requires grad, but the loss gives the teacher none: compute it under "
+            "torch.no_grad(), or .detach() it"
+        )
+    rows = student.shape[:-1]
+    for name, value in (("indices", indices), ("log_probs", log_probs)):
+        if value.dim() != student.dim() or value.shape[:-1] != rows or value.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have k >= 1 entries for each row of logits, shape "
+                f"{(*rows, 'k')} for logits of shape {tuple(student.shape)}; got "
+                f"{tuple(value.shape)}".replace("'k'", "k")
+            )
+        if value.device != student.device:
+            raise ValueError(
+                f"{name} must be on the logits' device, {student.device}; got {value.device}"
+            )
+    if indices.shape != log_probs.shape:
+        raise ValueError(
+            "indices and log_probs must have the same shape; got "
+            f"{tuple(indices.shape)} and {tuple(log_probs.shape)}"
+        )
+
+
+def _twice(indices: Tensor) -> Tensor:
+    """Of each row, a class that it lists twice, or -1."""
+    ordered = indices.sort(-1).values
+    if ordered.shape[-1] == 1:
+        return torch.full_like(ordered[..., 0], -1)
+    again, minus_one = ordered[..., 1:], torch.full_like(ordered[..., 1:], -1)
+    return again.where((again >= 0) & (again == ordered[..., :-1]), minus_one).amax(-1)
+
+
+def _mass(indices: Tensor, log_probs: Tensor) -> Tensor:
+    """The teacher's probability of a row's list."""
+    return log_probs.exp().masked_fill(indices < 0, 0).sum(-1)
+
+
+def _check_lists(
+    student: Tensor, indices: Tensor, log_probs: Tensor, labels: Tensor | None, ignore_index: int
+) -> None:
+    """Names the first row whose list cannot be one."""
+    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if labels is not None:
+        counts = labels != ignore_index
+    classes = student.shape[-1]
+    greatest, twice = indices.amax(-1), _twice(indices)
+    mass = _mass(indices, log_probs.double())
+    checks.refuse(
+        counts & (greatest >= classes),
+        greatest,
+        f"indices must be in [0, {classes}), or negative where there is nothing",
+    )
+    checks.refuse(counts & (twice >= 0), twice, "indices must not list a class twice")
+    checks.refuse(
+        counts & ~(mass <= _MOST_MASS),
+        mass,
+        "log_probs must be logarithms of probabilities, which add up to at most 1 "
+        f"({_MOST_MASS} with rounding)",
+    )
+
+
+def _run(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    tail: str,
+    temperature: float,
+    alpha: float | None,
+    hard_weight: float | None,
+    soft_weight: float | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """Checks the arguments, as far as that needs no data, and runs the op."""
+    checks.logits(student, [student])
+    _lists(indices, log_probs, student)
+    if labels is not None:
+        if checks.targets(labels, student):
+            raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
+        labels = labels.long()
+    hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
+    if isinstance(hard, Tensor) or isinstance(soft, Tensor):
+        name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
+        raise TypeError(f"{name} must be a number; got Tensor")
+    acc = ops.accumulator(student, log_probs)
+    reduction_index = checks.one_of("reduction", reduction, ops.REDUCTIONS)
+    denominator = None
+    if normalizer is None:
+        normalizer = 0.0
+    elif reduction != "mean":
+        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
+    elif isinstance(normalizer, Tensor):
+        denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
+        normalizer = 0.0
+    else:
+        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    settings = _Settings(
+        checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
+        hard,
+        soft,
+        checks.number("label_smoothing", label_smoothing, 0.0, 1.0),
+        ignore_index,
+        checks.one_of("tail", tail, TAILS),
+        reduction_index,
+        normalizer,
+    )
+    out = _apply(student, indices.long(), log_probs.to(acc), labels, denominator, settings)
+    if reduction == "none" and student.dim() != 2:
+        out = out.reshape(student.shape[:-1])
+    return out
+
+
+def _apply(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    denominator: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """Runs the op on checked arguments."""
+    arguments = (student, indices, log_probs, labels, denominator)
+    if student.device.type not in _KERNEL_DEVICES or ops._is_transformed():
+        return _reference(*arguments, settings)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        out, _ = _topk_loss(*arguments, *settings, False)
+        return out  # type: ignore[no-any-return]
+    return _TopkLoss.apply(*arguments, settings)  # type: ignore[no-any-return,no-untyped-call]
+
+
+# ---- shapes for tracing, and derivatives
+
+
+@torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
+def _(student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_grad = rest
+    acc = torch.promote_types(log_probs.dtype, torch.float32)
+    per_row = ops.REDUCTIONS[reduction] == "none"
+    shape = [student.numel() // student.shape[-1]] if per_row else []
+    filled = with_grad and not per_row
+    out = student.new_empty(shape, dtype=acc)
+    return out, student.new_empty(student.shape) if filled else student.new_empty([0], dtype=acc)
+
+
+@torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]
+def _(grad: Tensor, *_: Any) -> None:
+    return None
+
+
+class _TopkLoss(torch.autograd.Function):
+    """The op, whose forward pass has written the gradient already unless the reduction is
+    "none"."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        indices: Tensor,
+        log_probs: Tensor,
+        labels: Tensor | None,
+        denominator: Tensor | None,
+        settings: _Settings,
+    ) -> Any:
+        arguments = (student, indices, log_probs, labels, denominator)
+        # The gradient is not saved like the others: backward scales it in place and gives it away.
+        out, ctx.grad = _topk_loss(*arguments, *settings, True)
+        ctx.settings = settings
+        ctx.save_for_backward(*arguments)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        student, indices, log_probs, labels, denominator = ctx.saved_tensors
+        others = (indices, log_probs, labels, denominator)
+        settings = ctx.settings
+        if torch.is_grad_enabled():  # create_graph=True: this is to be differentiated in turn
+            out = _reference(student, *others, settings)
+            (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+            return grad, None, None, None, None, None
+        filled = ops.REDUCTIONS[settings.reduction] != "none"
+        compiling = torch.compiler.is_compiling()
+        if compiling and filled and student.dtype is not torch.float16:
+            return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
+        grad, ctx.grad = ctx.grad, None
+        if grad is None or not filled or compiling:
+            # As in ops: fp16 may have underflowed, and the buffer is given away once.
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            filled = False
+        _topk_loss_backward_(grad, grad_output.contiguous(), student, *others, *settings, filled)
+        return grad, None, None, None, None, None
+
+
+# ---- the formula
+
+
+def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
+    """log of the sum of exp(log_q) where ``present``; -inf, with no gradient, for an empty sum."""
+    present = present & (log_q > -math.inf)
+    none = ~present.any(-1, keepdim=True)
+    kept = log_q.masked_fill(~present, -math.inf).masked_fill(none, 0)
+    return kept.logsumexp(-1).masked_fill(none.squeeze(-1), -math.inf)
+
+
+def _log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log_p - log_q), and 0 where p is."""
+    absent = p == 0
+    return p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))
+
+
+def _divergence(log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
+    """D of each row of student log-probabilities, by its definition."""
+    listed = indices >= 0
+    log_p = log_probs.masked_fill(~listed, -math.inf)
+    log_q_listed = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
+    mass = log_p.exp().sum(-1)
+    if tail == "renormalize":
+        total = _log_sum(log_q_listed, listed).unsqueeze(-1)
+        log_q_listed = log_q_listed - total.masked_fill(total == -math.inf, 0)
+        log_p = log_p - mass.log().unsqueeze(-1).masked_fill(mass.unsqueeze(-1) == 0, 0)
+    p = log_p.exp()
+    value = _log_ratio(p, log_p, log_q_listed).sum(-1)
+    if tail != "ghost":
+        return value
+    # One place more than there are classes, for what is none.
+    places = indices.masked_fill(~listed, log_q.shape[-1]).clamp(max=log_q.shape[-1])
+    others = torch.ones((*log_q.shape[:-1], log_q.shape[-1] + 1), device=log_q.device).bool()
+    others = others.scatter(-1, places, False)[..., :-1]
+    log_rest = _log_sum(log_q, others)
+    rest = (1 - mass).clamp(min=0).masked_fill(log_rest == -math.inf, 0)
+    value = value + _log_ratio(rest, rest.log(), log_rest)
+    # Where p adds up to 1, as it should, this adds nothing.
+    q = log_q_listed.exp().masked_fill(~listed, 0).sum(-1) + log_rest.exp()
+    return value + q - (mass + rest)
+
+
+def _reference(
+    student_logits: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    denominator: Tensor | None,
+    settings: _Settings,
+) -> Tensor:
+    """The same result by differentiable PyTorch operations."""
+    student = student_logits.to(log_probs.dtype)
+    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if labels is not None:
+        valid = labels != settings.ignore_index
+        # Masked rows are taken out before anything is computed, so that a NaN in them stays out.
+        student = student.where(valid.unsqueeze(-1), torch.zeros_like(student))
+        indices = indices.where(valid.unsqueeze(-1), torch.full_like(indices, -1))
+    log_q = F.log_softmax(student / settings.temperature, -1)
+    soft = _divergence(log_q, indices, log_probs, TAILS[settings.tail])
+    soft_weight = settings.soft_weight * settings.temperature**2
+    total = weighted(soft_weight, soft)
+    good = (indices < student.shape[-1]).all(-1) & (_twice(indices) < 0)
+    if labels is not None:
+        in_range = (labels >= 0) & (labels < student.shape[-1])
+        index = labels.where(in_range, torch.zeros_like(labels))
+        hard = reference.cross_entropy(student, index, None, settings.label_smoothing)
+        total = total + weighted(settings.hard_weight, hard)
+        good = good & in_range
+    good = good & (_mass(indices, log_probs) <= _MOST_MASS)
+    total = total * torch.where(good | ~valid, 1.0, math.nan)
+    total = total.where(valid, torch.zeros_like(total))
+    reduction = ops.REDUCTIONS[settings.reduction]
+    if reduction == "none":
+        return total.flatten()
+    if reduction == "sum":
+        return total.sum()
+    count: Tensor | float = valid.sum().clamp(min=1)
+    if denominator is not None:
+        count = denominator
+    return total.sum() / (settings.normalizer or count)

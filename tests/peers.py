@@ -1,0 +1,99 @@
+"""Other libraries' own code as the oracle of fastkd.compat, and what its tests share.
+
+A library's classes and functions are compiled from its installed source, alone: importing the
+library would bring along its dependencies, which are a hundred times its size, and their warnings.
+"""
+
+import ast
+import importlib.util
+import math
+import pathlib
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def folder(package: str) -> pathlib.Path:
+    """Where an installed package lies, without importing it; skips the test if it is not there."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{package} is not installed (make peers)")
+    return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def code(package: str, file: str, *names: str, **given: Any) -> SimpleNamespace:
+    """The named classes and functions (methods too) of a package's file, without their decorators.
+
+    ``given`` are the globals that they use beside torch, nn and F.
+    """
+    path = folder(package) / file
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, about escapes in their docstrings
+        tree = ast.parse(path.read_text())
+    found = {
+        node.name: node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
+    }
+    missing = set(names) - set(found)
+    assert not missing, f"{path} has no {missing} any more: the convention may have changed"
+    # Annotations stay text: they name what is imported in the file.
+    body: list[ast.stmt] = [
+        ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
+    ]
+    for node in sorted(found.values(), key=lambda node: node.lineno):
+        node.decorator_list = []
+        body.append(node)
+    module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
+    namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **given}
+    exec(compile(module, str(path), "exec"), namespace)
+    return SimpleNamespace(**{name: namespace[name] for name in names})
+
+
+# Relative and absolute; the libraries that compute in float32 whatever they get set the second.
+DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
+SINGLE = {"rtol": 2e-5, "atol": 2e-6}
+SHAPES = [(6, 5), (2, 4, 11)]
+MASKS = ["all count", "some ignored"]
+
+
+def draw(shape: tuple[int, ...], mask: str = "all count", ignore_index: int = -100):
+    """Logits of student and teacher in float64, and labels."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+    if mask == "some ignored":
+        labels[..., ::3] = ignore_index
+    return student, teacher, labels
+
+
+def agree(
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    student: Tensor,
+    tolerance: dict[str, float] = DOUBLE,
+) -> None:
+    """The same value and the same gradient for the student's logits."""
+    values, grads = [], []
+    for function in (ours, theirs):
+        leaf = student.clone().requires_grad_()
+        value = function(leaf)
+        weights = torch.arange(1.0, value.numel() + 1, dtype=value.dtype).view(value.shape)
+        (grad,) = torch.autograd.grad(value, leaf, weights)
+        values.append(value.detach().double())
+        grads.append(grad)
+    assert grads[1].abs().max() > 0
+    torch.testing.assert_close(values[0], values[1], **tolerance)
+    torch.testing.assert_close(grads[0], grads[1], **tolerance)
+
+
+def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of each row."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    return temperature**2 * (p * (p / q).log()).sum(-1)

@@ -1,0 +1,111 @@
+"""fastkd.compat as a whole: what all adapters promise, and the page that is written from them."""
+
+import pathlib
+import runpy
+
+import pytest
+import torch
+from peers import agree, draw
+from torch import nn
+
+from fastkd import compat
+from fastkd.compat import (
+    deit,
+    distilbert,
+    keras,
+    liger,
+    mdistiller,
+    modelopt,
+    nemo,
+    textbrewer,
+    torchdistill,
+    torchtune,
+    trl,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+KD = torchdistill.KDLoss("s", "output", "t", "output", temperature=2.0, alpha=0.3)
+SOFT = deit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft", 0.5, tau=2.0)
+
+# (student logits, teacher logits, labels) -> loss, for one adapter of each library.
+MASKING = {
+    "distilbert": lambda s, t, y: distilbert.step_loss(
+        s[None], t[None], y[None] >= 0, y[None], alpha_mlm=1.0, alpha_clm=0.0, alpha_mse=0.1
+    ),
+    "liger JSD": lambda s, t, y: liger.LigerJSD()(s.log_softmax(-1), t.log_softmax(-1), y),
+    "liger TVD": lambda s, t, y: liger.LigerTVDLoss()(s.softmax(-1), t.softmax(-1), y),
+    "nemo": nemo.KDLoss(temperature=2.0),
+    "torchdistill": lambda s, t, y: KD({"s": {"output": s}}, {"t": {"output": t}}, y),
+    "torchtune": torchtune.SymmetricKLLoss(0.3),
+    "trl": lambda s, t, y: trl.generalized_jsd_loss(s, t, y, 0.1, 2.0, "mean"),
+}
+OTHERS = {
+    "deit": lambda s, t, y: SOFT(t, (s, s), y),
+    "keras": lambda s, t, y: keras.LogitsDistillation().compute_loss(t, s),
+    "liger KL": lambda s, t, y: liger.LigerKLDIVLoss()(s.log_softmax(-1), t.softmax(-1)),
+    "mdistiller": lambda s, t, y: mdistiller.dkd_loss(s, t, y, 1.0, 8.0, 4.0),
+    "modelopt": lambda s, t, y: modelopt.LogitsDistillationLoss(2.0)(s, t),
+    "textbrewer": lambda s, t, y: textbrewer.kd_mse_loss(s, t, torch.full_like(y, 3).to(s)),
+}
+
+
+@pytest.mark.parametrize("name", MASKING)
+def test_without_a_row_that_counts_the_loss_is_zero(name):
+    student, teacher, labels = draw((6, 5))
+    student.requires_grad_()
+    loss = MASKING[name](student, teacher, labels.fill_(-100))
+    assert loss == 0
+    (grad,) = torch.autograd.grad(loss, student)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("name", [name for name in MASKING if "liger" not in name])
+def test_a_row_that_is_left_out_may_hold_anything(name):
+    student, teacher, labels = draw((6, 5), "some ignored")
+    clean = MASKING[name](student, teacher, labels)
+    student[labels == -100] = teacher[labels == -100] = torch.nan
+    assert MASKING[name](student, teacher, labels) == clean
+
+
+@pytest.mark.parametrize("name", [*MASKING, *OTHERS])
+def test_losses_are_float32_for_narrower_logits(name):
+    student, teacher, labels = draw((6, 5))
+    narrow = student.bfloat16().requires_grad_()
+    loss = {**MASKING, **OTHERS}[name](narrow, teacher.bfloat16(), labels)
+    assert loss.dtype is torch.float32
+    (grad,) = torch.autograd.grad(loss, narrow)
+    assert grad.dtype is torch.bfloat16 and grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.parametrize("name", [name for name in (*MASKING, *OTHERS) if name != "deit"])
+def test_a_teacher_that_requires_grad_is_refused(name):
+    student, teacher, labels = draw((6, 5))
+    with pytest.raises(ValueError, match="teacher_logits requires grad"):
+        {**MASKING, **OTHERS}[name](student, teacher.requires_grad_(), labels)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [*MASKING, *OTHERS])
+def test_cuda_agrees_with_the_cpu(name):
+    student, teacher, labels = draw((6, 5), "some ignored" if name in MASKING else "all count")
+    function = {**MASKING, **OTHERS}[name]
+    agree(
+        lambda s: function(s.cuda(), teacher.cuda(), labels.cuda()).cpu(),
+        lambda s: function(s, teacher, labels),
+        student,
+    )
+
+
+def test_every_adapter_has_a_record():
+    files = (ROOT / "python" / "fastkd" / "compat").glob("[!_]*.py")
+    modules = {f"fastkd.compat.{path.stem}" for path in files if path.stem != "convention"}
+    assert {record.after.split()[1] for record in compat.CONVENTIONS} == modules
+    for record in compat.CONVENTIONS:
+        exec(record.after, {})
+
+
+def test_the_page_is_what_the_records_say(capsys):
+    runpy.run_module("fastkd.compat", run_name="__main__")
+    assert capsys.readouterr().out == (ROOT / "docs" / "compat.md").read_text(), (
+        "run: python -m fastkd.compat > docs/compat.md"
+    )

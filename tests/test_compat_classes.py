@@ -1,0 +1,299 @@
+"""fastkd.compat against libraries for classifiers: their code, or the formula written out."""
+
+import copy
+import functools
+
+import peers
+import pytest
+import torch
+from peers import DOUBLE, SINGLE, agree, draw, kl_rows
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.compat import deit, keras, mdistiller, timm, torchdistill
+
+# torch's own words about what several libraries have as their default.
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+
+# ------------------------------------------------------------- torchdistill
+
+PATHS = ("head", "output", "classifier", "input")
+
+
+def filled(student: Tensor, teacher: Tensor):
+    return {"head": {"output": student}}, {"classifier": {"input": teacher}}
+
+
+@functools.cache
+def torchdistill_code():
+    return peers.code("torchdistill", "losses/mid_level.py", "KDLoss", "LogitStdKDLoss")
+
+
+@pytest.mark.parametrize("name", ["KDLoss", "LogitStdKDLoss"])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.3},
+        {"alpha": 0.3, "beta": 4.0, "label_smoothing": 0.1},
+        {"alpha": 0.3, "weight": torch.arange(1.0, 6.0, dtype=torch.float64)},
+        {"alpha": 0.0},
+        {"alpha": None, "beta": 0.5},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_torchdistill(name, reduction, options):
+    student, teacher, labels = draw((6, 5))
+    ours = getattr(torchdistill, name)(*PATHS, temperature=4.0, reduction=reduction, **options)
+    theirs = getattr(torchdistill_code(), name)(
+        *PATHS, temperature=4.0, reduction=reduction, **options
+    )
+    for targets in (labels, None):
+        agree(
+            lambda s, targets=targets: ours(*filled(s, teacher), targets),
+            lambda s, targets=targets: theirs(*filled(s, teacher), targets),
+            student,
+        )
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+def test_torchdistill_images_and_soft_targets(reduction):
+    """Per-pixel classes, where the two terms have different denominators; and mixup's targets."""
+    ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
+    theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
+    student, teacher, _ = draw((2, 5, 3, 4))
+    soft = torch.randn(2, 5, 3, 4, dtype=torch.float64).softmax(1)
+    for targets in (torch.arange(24).view(2, 3, 4) % 5, soft):
+        agree(
+            lambda s, targets=targets: ours(*filled(s, teacher), targets),
+            lambda s, targets=targets: theirs(*filled(s, teacher), targets),
+            student,
+        )
+
+
+def test_torchdistill_ignored_rows_are_out_of_both_terms():
+    """Documented difference: the soft term of ignored rows is trained on in torchdistill."""
+    student, teacher, labels = draw((6, 5), "some ignored")
+    kept = labels != -100
+    ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
+    theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3)
+    agree(
+        lambda s: ours(*filled(s, teacher), labels),
+        lambda s: theirs(*filled(s[kept], teacher[kept]), labels[kept]),
+        student,
+    )
+    assert ours(*filled(student, teacher), labels) != theirs(*filled(student, teacher), labels)
+
+
+def test_torchdistill_refuses():
+    with pytest.raises(TypeError, match="alpha and beta must not both be None"):
+        torchdistill.KDLoss(*PATHS, temperature=2.0)
+    with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
+        torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.5, reduction="none")
+    with pytest.raises(ValueError, match=r"beta must be .*; got -0\.5"):
+        torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=1.5)
+    with pytest.raises(ValueError, match=r"eps must be 1e-7; got 1e-05"):
+        torchdistill.LogitStdKDLoss(*PATHS, temperature=2.0, eps=1e-5, alpha=0.5)
+
+
+# --------------------------------------------------------------------- timm
+
+
+@functools.cache
+def timm_task():
+    as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
+    base = peers.code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
+    return peers.code(
+        "timm",
+        "task/distillation.py",
+        "DistillationTeacher",
+        "_resolve_teacher",
+        "LogitDistillationTask",
+        TrainingTask=base,
+        **as_it_is,
+        resolve_classification_loss=lambda criterion, device, criterion_kwargs: criterion,
+    ).LogitDistillationTask
+
+
+def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
+    """(teacher, student): linear, in float64, with what timm asks of a model."""
+    torch.manual_seed(0)
+    made = nn.Linear(3, classes).double(), nn.Linear(3, classes).double()
+    for model in made:
+        model.num_classes, model.in_chans = classes, 3
+        model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+    return made
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"task_loss_weight": 0.3},
+        {"distill_loss_weight": 0.7},
+        {"task_loss_weight": 2.0, "distill_loss_weight": 0.7},
+    ],
+    ids=lambda weights: ", ".join(weights) or "none",
+)
+def test_timm(weights, fused):
+    teacher, student = models()
+    images, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 5
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+    theirs = timm_task()(
+        copy.deepcopy(student),
+        teacher,
+        nn.CrossEntropyLoss() if fused else smooth,
+        temperature=4.0,
+        verbose=False,
+        **weights,
+    )
+    ours = timm.LogitDistillationTask(
+        student, teacher, None if fused else smooth, temperature=4.0, **weights
+    )
+    got, expected = ours(images, labels), theirs(images, labels)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], **DOUBLE)
+    got["loss"].backward()
+    expected["loss"].backward()
+    torch.testing.assert_close(student.weight.grad, theirs.trainable_module.weight.grad, **DOUBLE)
+    assert teacher.weight.grad is None
+
+
+def test_timm_teacher_stays_in_evaluation_mode():
+    task = timm.LogitDistillationTask(nn.Dropout(), nn.Dropout()).train()
+    assert task.trainable_module.training and not task.teacher.training
+
+
+# -------------------------------------------------------------------- Keras
+
+
+@pytest.fixture(scope="module")
+def keras_package(tmp_path_factory):
+    """Keras on the torch backend; it reads its backend from the environment when imported."""
+    peers.folder("keras")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "torch")
+        patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
+        import keras as package
+    assert package.backend.backend() == "torch"
+    return package
+
+
+def keras_loss(package, temperature: float):
+    """Keras' KL of softened probabilities: the instance, not the name (see the page)."""
+    return package.distillation.LogitsDistillation(temperature, package.losses.KLDivergence())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_keras_logits_distillation(keras_package, temperature):
+    student, teacher, _ = draw((6, 5))
+    theirs = keras_loss(keras_package, temperature)
+    ours = keras.LogitsDistillation(temperature)
+    agree(
+        lambda s: ours.compute_loss(teacher, s),
+        lambda s: theirs.compute_loss(teacher.float(), s.float()),
+        student,
+        SINGLE,
+    )
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_keras_distiller(keras_package, weight, with_labels):
+    torch.manual_seed(0)
+    teacher, student = (
+        keras_package.Sequential([keras_package.Input((3,)), keras_package.layers.Dense(5)])
+        for _ in range(2)
+    )
+    theirs = keras_package.distillation.Distiller(
+        teacher, student, keras_loss(keras_package, 3.0), student_loss_weight=weight
+    )
+    theirs.compile(loss=keras_package.losses.SparseCategoricalCrossentropy(from_logits=True))
+    ours = keras.Distiller(teacher, student, keras.LogitsDistillation(3.0), weight)
+    x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
+    torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
+    if with_labels or weight < 1:  # the gradient for logits, which both take as y_pred
+        agree(
+            lambda s: ours.compute_loss(x, y, s),
+            lambda s: theirs.compute_loss(x, y, s),
+            student(x).detach(),
+            SINGLE,
+        )
+
+
+def test_keras_refuses():
+    with pytest.raises(ValueError, match="loss must be one of 'kl_divergence'; got 'mse'"):
+        keras.LogitsDistillation(loss="mse")
+    teacher, student = models()
+    with pytest.raises(TypeError, match=r"distillation_losses must be one .*; got list"):
+        keras.Distiller(teacher, student, [keras.LogitsDistillation()])
+
+
+# ----------- DeiT and mdistiller, which are no packages: the formulas written out
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+def test_deit(kind, alpha):
+    teacher, _ = models()
+    heads, _, labels = draw((2, 6, 5))
+    labels, images = labels[0], torch.randn(6, 3, dtype=torch.float64)
+    base = nn.CrossEntropyLoss(label_smoothing=0.1)
+    given = teacher(images).detach()
+
+    def formula(heads: Tensor) -> Tensor:
+        if kind == "none":
+            return base(heads[0], labels)
+        theirs = {
+            "soft": kl_rows(heads[1], given, 3.0).sum() / heads[1].numel(),
+            "hard": F.cross_entropy(heads[1], given.argmax(-1)),
+        }[kind]
+        return (1 - alpha) * base(heads[0], labels) + alpha * theirs
+
+    ours = deit.DistillationLoss(base, teacher, kind, alpha, tau=3.0)
+    agree(lambda s: ours(images, (s[0], s[1]), labels), formula, heads)
+
+
+def test_deit_needs_two_heads():
+    teacher, _ = models()
+    loss = deit.DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 0.5, 3.0)
+    with pytest.raises(ValueError, match=r"outputs must be a pair .*; got one tensor"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_mdistiller_kd(temperature):
+    student, teacher, _ = draw((6, 5))
+    agree(
+        lambda s: mdistiller.kd_loss(s, teacher, temperature),
+        lambda s: kl_rows(s, teacher, temperature).mean(),
+        student,
+    )
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 8.0), (0.5, 0.0), (2.0, 2.0)])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_mdistiller_dkd(alpha, beta, temperature):
+    student, teacher, target = draw((6, 5))
+    others = torch.ones(6, 5, dtype=torch.bool).scatter(1, target[:, None], False)
+
+    def formula(student: Tensor) -> Tensor:
+        p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+        p_t, q_t = (x.gather(1, target[:, None]).squeeze(1) for x in (p, q))
+        tckd = p_t * (p_t / q_t).log() + (1 - p_t) * ((1 - p_t) / (1 - q_t)).log()
+        nckd = kl_rows(student[others].view(6, 4), teacher[others].view(6, 4), temperature)
+        return (alpha * temperature**2 * tckd + beta * nckd).mean()
+
+    agree(
+        lambda s: mdistiller.dkd_loss(s, teacher, target, alpha, beta, temperature),
+        formula,
+        student,
+    )
+
+
+def test_mdistiller_dkd_refuses_alpha_zero():
+    student, teacher, target = draw((6, 5))
+    with pytest.raises(ValueError, match=r"alpha must be positive and finite; got 0\.0"):
+        mdistiller.dkd_loss(student, teacher, target, 0.0, 8.0, 4.0)

@@ -1,0 +1,345 @@
+"""fastkd.compat against libraries for language models: their code, or the formula written out."""
+
+import functools
+import math
+
+import peers
+import pytest
+import torch
+from peers import MASKS, SHAPES, SINGLE, agree, draw, kl_rows
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
+
+# torch's own words about what several libraries have as their default.
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+
+# ---------------------------------------------------------------- torchtune
+
+TORCHTUNE = [
+    ("ForwardKLLoss", "ForwardKLWithChunkedOutputLoss", {}),
+    ("ReverseKLLoss", "ReverseKLWithChunkedOutputLoss", {}),
+    ("SymmetricKLLoss", "SymmetricKLWithChunkedOutputLoss", {}),
+    ("SymmetricKLLoss", "SymmetricKLWithChunkedOutputLoss", {"sym_kd_ratio": 0.3}),
+    ("SymmetricKLLoss", "SymmetricKLWithChunkedOutputLoss", {"sym_kd_ratio": 1.0}),
+    ("SymmetricKLLoss", "SymmetricKLWithChunkedOutputLoss", {"sym_kd_ratio": 0.0}),
+]
+
+
+@functools.cache
+def torchtune_code():
+    kinds = ("Forward", "Reverse", "Symmetric")
+    names = [f"{kind}{rest}" for kind in kinds for rest in ("KLLoss", "KLWithChunkedOutputLoss")]
+    return peers.code("torchtune", "modules/loss/kd_losses.py", *names)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("name", "_", "options"), TORCHTUNE)
+def test_torchtune(name, _, options, mask, normalize):
+    student, teacher, labels = draw((7, 5), mask, -7)
+    ours = getattr(torchtune, name)(**options, ignore_index=-7)
+    theirs = getattr(torchtune_code(), name)(**options, ignore_index=-7)
+    agree(
+        lambda s: ours(s, teacher, labels, normalize),
+        lambda s: theirs(s, teacher, labels, normalize),
+        student,
+        SINGLE,
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("_", "name", "options"), TORCHTUNE)
+def test_torchtune_chunked(_, name, options, mask):
+    student, teacher, labels = draw((2, 7, 5), mask)
+    ours = getattr(torchtune, name)(3, **options)
+    theirs = getattr(torchtune_code(), name)(3, **options)
+    agree(
+        lambda s: ours(s.chunk(3, 1), teacher.chunk(3, 1), labels),
+        lambda s: theirs(s.chunk(3, 1), teacher.chunk(3, 1), labels),
+        student,
+        SINGLE,
+    )
+
+
+@pytest.mark.parametrize(("whole", "chunked", "options"), TORCHTUNE)
+def test_torchtune_without_a_row_is_zero(whole, chunked, options):
+    student, teacher, labels = draw((2, 4, 5))
+    student.requires_grad_()
+    labels.fill_(-100)
+    chunks = student.chunk(2, 1), teacher.chunk(2, 1)
+    for loss in (
+        getattr(torchtune, whole)(**options)(student, teacher, labels),
+        getattr(torchtune, chunked)(2, **options)(*chunks, labels),
+    ):
+        assert loss == 0
+        (grad,) = torch.autograd.grad(loss, student, retain_graph=True)
+        assert not grad.any()
+
+
+def test_torchtune_chunks_that_do_not_fit_the_labels():
+    student, teacher, labels = draw((2, 4, 5))
+    loss = torchtune.ForwardKLWithChunkedOutputLoss(2)
+    with pytest.raises(ValueError, match=r"student_logits must be at most num_output_chunks=2"):
+        loss(student.chunk(4, 1), teacher.chunk(4, 1), labels)
+    with pytest.raises(ValueError, match=r"4 tokens in all; got chunks of \[2\] tokens"):
+        loss(student.chunk(2, 1)[:1], teacher.chunk(2, 1)[:1], labels)
+
+
+# ---------------------------------------------------------------------- TRL
+
+
+@functools.cache
+def trl_loss():
+    file = "experimental/gkd/gkd_trainer.py"
+    return peers.code("trl", file, "generalized_jsd_loss").generalized_jsd_loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("mask", [*MASKS, "no labels"])
+def test_trl(beta, temperature, reduction, mask):
+    student, teacher, labels = draw((2, 4, 11), mask)
+    options = {
+        "labels": None if mask == "no labels" else labels,
+        "beta": beta,
+        "temperature": temperature,
+        "reduction": reduction,
+    }
+    agree(
+        lambda s: trl.generalized_jsd_loss(s, teacher, **options),
+        lambda s: trl_loss()(s, teacher, **options),
+        student,
+    )
+
+
+@pytest.mark.parametrize("count", [12, torch.tensor(12)], ids=["number", "tensor"])
+@pytest.mark.parametrize("mask", [*MASKS, "no labels"])
+def test_trl_with_a_global_count(mask, count):
+    student, teacher, labels = draw((2, 4, 11), mask)
+    options = {"labels": None if mask == "no labels" else labels, "num_items_in_batch": count}
+    agree(
+        lambda s: trl.generalized_jsd_loss(s, teacher, **options),
+        lambda s: trl_loss()(s, teacher, **options),
+        student,
+    )
+
+
+def test_trl_refuses():
+    student, teacher, _ = draw((2, 3, 5))
+    with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
+        trl.generalized_jsd_loss(student, teacher, reduction="none")
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]; got 1\.5"):
+        trl.generalized_jsd_loss(student, teacher, beta=1.5)
+
+
+# -------------------------------------------------------------------- Liger
+# Its modules are Triton kernels, which need a GPU. The JSD of its chunked losses is PyTorch; KL is
+# torch's own function by its documentation, and TVD is written out.
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("mask", [*MASKS, "no labels"])
+def test_liger_jsd(beta, mask):
+    file = "chunked_loss/jsd_loss.py"
+    summed = peers.code("liger_kernel", file, "distillation_loss_fn", math=math)
+    student, teacher, labels = draw((7, 11), mask)
+    target = None if mask == "no labels" else labels
+    rows = int((labels != -100).sum())
+    ours = liger.LigerJSD(beta=beta)
+    agree(
+        lambda s: ours(s.log_softmax(-1), teacher.log_softmax(-1), target),
+        lambda s: summed.distillation_loss_fn(s, teacher, beta, target) / rows,
+        student,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_liger_kl(reduction, log_target):
+    student, teacher, _ = draw((7, 11))
+    target = teacher.log_softmax(-1) if log_target else teacher.softmax(-1)
+    ours = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
+    theirs = nn.KLDivLoss(reduction=reduction, log_target=log_target)
+    agree(
+        lambda s: ours(s.log_softmax(-1), target),
+        lambda s: theirs(s.log_softmax(-1), target),
+        student,
+    )
+
+
+def test_liger_kl_needs_no_eps():
+    """Documented difference: a target of 0, or smaller than eps, contributes what it should."""
+    student, teacher, _ = draw((7, 11))
+    teacher[:, 0], teacher[:, 1] = -math.inf, -60.0
+    agree(
+        lambda s: liger.LigerKLDIVLoss()(s.log_softmax(-1), teacher.softmax(-1)),
+        lambda s: F.kl_div(s.log_softmax(-1), teacher.softmax(-1), reduction="mean"),
+        student,
+    )
+    with pytest.raises(ValueError, match=r"eps has no use here.*; got 1e-05"):
+        liger.LigerKLDIVLoss(eps=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("mask", [*MASKS, "no labels"])
+def test_liger_tvd(reduction, mask):
+    student, teacher, labels = draw((7, 11), mask)
+    kept = labels != -100
+    divisor = {"batchmean": kept.sum(), "mean": kept.sum() * 11, "sum": 1}[reduction]
+    target = None if mask == "no labels" else labels
+    ours = liger.LigerTVDLoss(reduction=reduction)
+    agree(
+        lambda s: ours(s.softmax(-1), teacher.softmax(-1), target),
+        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1))[kept].abs().sum() / divisor,
+        student,
+    )
+
+
+def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
+    student, teacher, _ = draw((7, 11))
+    student[:, 0], student[:, 1] = -math.inf, -1000.0
+    agree(
+        lambda s: liger.LigerTVDLoss()(s.softmax(-1), teacher.softmax(-1)),
+        lambda s: 0.5 * (s.softmax(-1) - teacher.softmax(-1)).abs().sum() / 7,
+        student,
+    )
+
+
+def test_liger_tvd_pulls_nowhere_where_probabilities_are_equal():
+    """Documented difference: Liger had the subgradient -1/2 there."""
+    p = torch.full((2, 4), 0.25, requires_grad=True)
+    (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_takes_other_dtypes(dtype):
+    student, teacher, labels = (x.to(dtype) if x.is_floating_point() else x for x in draw((7, 11)))
+    p, q = teacher.softmax(-1), student.requires_grad_().softmax(-1)
+    for loss in (
+        liger.LigerJSD()(q.log(), p.log(), labels),
+        liger.LigerKLDIVLoss()(q.log(), p),
+        liger.LigerTVDLoss()(q, p, labels),
+    ):
+        assert loss.dtype is torch.float32 and loss.isfinite()
+        (grad,) = torch.autograd.grad(loss, student, retain_graph=True)
+        assert grad.dtype is dtype and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [liger.LigerKLDIVLoss, liger.LigerTVDLoss])
+def test_liger_refuses_losses_for_each_class(make):
+    with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
+        make(reduction="none")
+
+
+# --------------------------------------------------- TextBrewer, modelopt, NeMo
+
+
+@pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["1", "8", "tensor", "one for each row"])
+def test_textbrewer(name, shape, kind):
+    student, teacher, _ = draw(shape)
+    rows = math.prod(shape[:-1])
+    temperature = {
+        "1": 1,
+        "8": 8,
+        "tensor": torch.tensor(3.0),
+        "one for each row": torch.arange(1.0, rows + 1).double().view(shape[:-1]),
+    }[kind]
+    theirs = getattr(peers.code("textbrewer", "losses.py", name), name)
+    ours = getattr(textbrewer, name)
+    agree(
+        lambda s: ours(s, teacher, temperature), lambda s: theirs(s, teacher, temperature), student
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_modelopt(reduction, shape):
+    student, teacher, _ = draw(shape)
+    theirs = peers.code(
+        "modelopt", "torch/distill/losses.py", "LogitsDistillationLoss", Loss=nn.modules.loss._Loss
+    ).LogitsDistillationLoss(temperature=3.0, reduction=reduction)
+    ours = modelopt.LogitsDistillationLoss(temperature=3.0, reduction=reduction)
+    agree(lambda s: ours(s, teacher), lambda s: theirs(s, teacher), student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("count", [None, 24])
+@pytest.mark.parametrize("mask", MASKS)
+def test_nemo(temperature, count, mask):
+    student, teacher, labels = draw((2, 4, 11), mask)
+    names = ("KDLoss", "_forward_kl_from_log_probs", "_kl_forward_chunked")
+    theirs = peers.code(
+        "nemo_automodel", "components/loss/kd_loss.py", *names, _HAVE_DTENSOR=False
+    ).KDLoss(temperature=temperature, chunk_size=3)
+    ours = nemo.KDLoss(temperature=temperature, chunk_size=3)
+    agree(
+        lambda s: ours(s, teacher, labels, count),
+        lambda s: theirs(s, teacher, labels, count),
+        student,
+        SINGLE,
+    )
+
+
+def test_nemo_refuses_a_sharded_vocabulary():
+    with pytest.raises(ValueError, match="tp_group must be None"):
+        nemo.KDLoss(tp_group="group")
+
+
+# -------------------- DistilBERT, which is no package: the formula written out
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0},
+        {"alpha_ce": 0.5, "alpha_clm": 0.5},
+        {"alpha_ce": 0.5, "alpha_mlm": 0.0, "alpha_clm": 0.0, "alpha_mse": 0.1},
+        {"alpha_ce": 0.5, "alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_mse": 0.1},
+    ],
+    ids=["mlm", "clm", "mse", "mlm and mse"],
+)
+def test_distilbert(weights, restrict):
+    student, teacher, labels = draw((2, 6, 5), "some ignored")
+    attention = torch.ones(2, 6, dtype=torch.long)
+    attention[1, 4:] = 0  # among them a row with a label, and one without
+    rows = labels > -1 if restrict else attention.bool()
+
+    def formula(s: Tensor) -> Tensor:
+        given = {"alpha_mlm": 0.0, "alpha_mse": 0.0, **weights}
+        total = given["alpha_ce"] * kl_rows(s[rows], teacher[rows], 2.0).mean()
+        total = total + given["alpha_mlm"] * F.cross_entropy(s.flatten(0, 1), labels.flatten())
+        shifted = F.cross_entropy(s[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        total = total + given["alpha_clm"] * shifted
+        squared = (s[rows] - teacher[rows]).square().sum() / rows.sum()
+        return total + given["alpha_mse"] * squared
+
+    agree(
+        lambda s: distilbert.step_loss(
+            s, teacher, attention, labels, restrict_ce_to_mask=restrict, **weights
+        ),
+        formula,
+        student,
+    )
+
+
+def test_distilbert_padding_may_hold_anything():
+    student, teacher, labels = draw((2, 6, 5))
+    attention = torch.ones(2, 6)
+    attention[1, 4:], labels[1, 4:] = 0, -100
+    options = {"alpha_mlm": 2.0, "alpha_clm": 0.0, "alpha_mse": 0.1}
+    clean = distilbert.step_loss(student, teacher, attention, labels, **options)
+    student[1, 4:] = teacher[1, 4:] = math.nan
+    assert distilbert.step_loss(student, teacher, attention, labels, **options) == clean
+
+
+def test_distilbert_refuses_two_hard_terms():
+    student, teacher, labels = draw((2, 6, 5))
+    with pytest.raises(ValueError, match="alpha_mlm and alpha_clm must not both be positive"):
+        distilbert.step_loss(student, teacher, torch.ones(2, 6), labels, alpha_mlm=1.0)

@@ -1,0 +1,67 @@
+"""What is computed in parts is what is computed at once."""
+
+import pytest
+import torch
+from support import FP64, make
+
+import fastkd
+from fastkd import reference, rows
+from fastkd.losses import DEFAULTS, prepare
+
+ROWS, CLASSES = 7, 6
+OPTIONS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "normalizer": {"normalizer": torch.tensor(3.0)},
+    "class weights": {"class_weight": torch.linspace(0.5, 2, CLASSES)},
+    "row numbers": {
+        "temperature": torch.linspace(1, 3, ROWS),
+        "hard_weight": torch.linspace(0, 1, ROWS),
+        "soft_weight": torch.linspace(1, 0, ROWS),
+    },
+    "two teachers": {"ensemble": "logits"},
+}
+
+
+@pytest.mark.parametrize("kind", ["none", "indices", "probabilities"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_parts(monkeypatch, device, options, kind):
+    student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
+    if kind == "probabilities":
+        labels = teacher.flip(0).softmax(-1)
+    given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[options].items()}
+    if kind == "none":
+        labels = None
+        given = {k: v for k, v in given.items() if k not in ("class_weight", "hard_weight")}
+    teachers = [teacher, student.flip(1)] if options == "two teachers" else teacher
+    t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
+    leaf = student.requires_grad_()
+    call = prepare(leaf, teachers, labels, {**DEFAULTS, "teacher_temperature": t, **given})
+
+    def results(compute) -> tuple:
+        terms = compute(*call)
+        gradients = torch.autograd.grad(terms.loss.sum(), (leaf, t), create_graph=True)
+        second = torch.autograd.grad(gradients[0].square().sum(), leaf)
+        return (*terms, *gradients, *second)
+
+    expected = results(lambda *a: reference.terms(*a[:3], **a[3]._asdict()))
+    monkeypatch.setattr(rows, "AT_ONCE", 3 * CLASSES)
+    for ours, theirs in zip(results(rows.in_parts), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_is_that_of_the_parts(monkeypatch):
+    """What is kept between the passes is less than one tensor of the logits' size."""
+    student, teacher, labels = make((64, CLASSES))
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() >= student.numel():
+            kept.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(rows, "AT_ONCE", 8 * CLASSES)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fastkd.loss(student.requires_grad_(), teacher, labels, divergence="cosine").backward()
+    assert not kept

@@ -1,0 +1,68 @@
+"""fastkd.verify: its verdict on what is right, and on what is wrong."""
+
+import pytest
+import torch
+from support import BF16, FP16, FP32, FP64, make, name_of
+
+import fastkd
+from fastkd import losses
+
+ROWS, CLASSES = 6, 40
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=name_of)
+def test_agrees(device, dtype):
+    found = fastkd.verify(
+        *make((ROWS, CLASSES), dtype, device=device), repeats=1, show=False, temperature=3.0
+    )
+    assert found.agrees and found.rows_checked == ROWS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "jsd", "mix": 0.2},
+        {"divergence": "dkd", "alpha": 0.1},
+        {"temperature": torch.linspace(1, 3, ROWS), "teacher_temperature": 1.5},
+        {"hard_weight": torch.linspace(0, 1, ROWS), "soft_weight": torch.tensor(0.5)},
+        {"class_weight": torch.linspace(0.5, 2, CLASSES), "label_smoothing": 0.1},
+        {"normalizer": torch.tensor(9.0)},
+        {"classes": 30, "ignore_index": -1},
+        {"reduction": "none", "standardize": True},
+        {"reduction": "sum", "inplace": True},
+    ],
+    ids=str,
+)
+def test_agrees_whatever_the_options(options):
+    student, teacher, labels = make((ROWS, CLASSES))
+    labels = labels.clamp(min=-1, max=29) if "classes" in options else labels
+    found = fastkd.verify(student, teacher, labels, repeats=1, show=False, **options)
+    assert found.agrees, str(found)
+    assert student.grad is None
+
+
+def test_agrees_with_classes_in_dimension_1():
+    student, teacher, _ = make((2, 5, 3), labels=False)
+    labels = make((2, 3, 5)).labels
+    assert fastkd.verify(student, teacher, labels, dim=1, repeats=1, show=False).agrees
+
+
+def test_says_so_where_something_is_wrong(monkeypatch):
+    right = losses.loss
+    monkeypatch.setattr(losses, "loss", lambda *a, **k: 1.001 * right(*a, **k))
+    found = fastkd.verify(*make((ROWS, CLASSES)), repeats=1, show=False)
+    assert not found.agrees
+    assert found.loss_error == pytest.approx(1e-3, rel=1e-2)
+    assert found.gradient_error == pytest.approx(1e-3, rel=1e-2)
+    assert "DOES NOT AGREE" in str(found)
+
+
+def test_prints_a_table(capsys):
+    found = fastkd.verify(*make((ROWS, CLASSES)), repeats=1)
+    printed = capsys.readouterr().out
+    assert f"{ROWS} x {CLASSES}, float32, cpu" in printed and str(found) in printed
+
+
+def test_refuses_what_the_loss_refuses():
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        fastkd.verify(*make((ROWS, CLASSES)), temperature=-1.0)
