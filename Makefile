@@ -66,7 +66,7 @@ sanitize-python: $(VENV)/installed  ## the Python suite's core with an extension
 	$(RUN) -m reliability.sanitize
 
 fuzz: $(VENV)/installed  ## random calls against float64: make fuzz CASES=20000 SEED=7
-	$(RUN) -m tests.fuzz $(CASES) $(SEED)
+	$(RUN) tests/test_fuzz.py $(CASES) $(SEED)
 
 fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, under the sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)

@@ -405,5 +405,5 @@ def _check_inplace(
     if torch.compiler.is_compiling():
         return  # it has no effect
     memory = student.untyped_storage().data_ptr()
-    if any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
+    if memory and any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
         raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")
