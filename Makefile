@@ -5,10 +5,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
-KERNEL_BUILD := build/kernels
 CUDA_BUILD := build/cuda
+CLANG ?= clang++
+COMMA := ,
 
-.PHONY: help install demo examples test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
+  versions package accuracy reliability bench lint fmt types cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,12 +42,58 @@ demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and
 test: $(VENV)/complete kernel-test  ## run every test
 	$(RUN) -m pytest
 
+# $(call kernels,FOLDER,OPTIONS): builds the kernels with their own tests, which need no torch and no Python.
+define kernels
+@mkdir -p build
+@$(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+  -DFASTKD_TESTS=ON -DFASTKD_CUDA=OFF -DFASTKD_WERROR=ON $(2) > build/$(1).log || (cat build/$(1).log; false)
+@$(VENV)/bin/cmake --build build/$(1)
+endef
+
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
-	@mkdir -p build
-	@$(VENV)/bin/cmake -S . -B $(KERNEL_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=OFF -DFASTKD_WERROR=ON > $(KERNEL_BUILD).log || (cat $(KERNEL_BUILD).log; false)
-	@$(VENV)/bin/cmake --build $(KERNEL_BUILD)
-	$(VENV)/bin/ctest --test-dir $(KERNEL_BUILD) --output-on-failure
+	$(call kernels,kernels)
+	$(VENV)/bin/ctest --test-dir build/kernels --output-on-failure
+
+sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour and thread sanitizers
+	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread)
+	$(VENV)/bin/ctest --test-dir build/sanitize-threads --output-on-failure -R cpu_threads
+
+# valgrind shows programs a processor without AVX-512: those kernels are not tried here.
+valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitialised values, leaks
+	$(call kernels,kernels)
+	for test in "cpu_kernels" "cpu_threads" "cpu_fuzz 300" "device_arithmetic"; do \
+	  valgrind --quiet --error-exitcode=1 --leak-check=full build/kernels/$$test || exit 1; done
+
+sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
+	$(RUN) -m reliability.sanitize
+
+fuzz: $(VENV)/complete  ## random calls against float64: make fuzz CASES=20000 SEED=7
+	$(RUN) tests/test_fuzz.py $(CASES) $(SEED)
+
+fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, under the sanitizers
+	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
+	build/sanitize/cpu_fuzz $(CASES) $(SEED)
+
+libfuzzer: $(VENV)/created  ## the same by libFuzzer, which follows the code's branches: needs clang
+	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON)
+	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
+
+soak: $(VENV)/complete  ## 100,000 calls, and no memory kept
+	$(RUN) -m reliability.soak
+
+versions: $(VENV)/complete  ## the core tests on other Pythons and torches: hours of downloads the first time
+	$(RUN) -m reliability.versions $(PAIRS)
+
+package: $(VENV)/complete  ## sdist, auditwheel and cibuildwheel, tried as far as this machine allows
+	$(RUN) -m reliability.package
+
+accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's
+	$(RUN) -m benchmarks.accuracy
+
+reliability: $(VENV)/complete  ## run what docs/reliability.md lists, and write it
+	$(RUN) -m reliability
 
 examples: $(VENV)/complete  ## run every script and notebook in examples/, in full
 	for script in $$(grep -l "__main__" examples/*.py); do echo "== $$script"; $(RUN) $$script || exit 1; done

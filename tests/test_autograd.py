@@ -366,7 +366,7 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         value = fastkd.loss(hidden, teacher, labels, inplace=inplace)
         value.backward()
     events = profile.profiler.kineto_results.events()

@@ -111,8 +111,11 @@ void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) 
   into->teacher_max = top;
 }
 
+// Not inlined: were one of its products fused with the sum in one caller and the other in another,
+// a row that threads share would get other bits than a whole one. In fp32, rounding to it hides
+// the difference; in fp64 nothing does.
 template <class T>
-void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
+__attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
 }

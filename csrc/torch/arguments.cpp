@@ -29,6 +29,7 @@ struct Level {
 // At most two levels are left when the kernels can walk the rows; three mean that they cannot.
 int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) {
   int count = 0;
+  if (student.numel() == 0) return count;  // contiguous() leaves the strides of no elements alone
   for (int64_t dim = student.dim() - 2; dim >= 0; --dim) {
     const int64_t size = student.size(dim);
     if (size == 1) continue;
@@ -48,7 +49,7 @@ int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) 
 
 bool classes_adjacent(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
 }
 
 void same_sizes(const Tensor& student, const Tensor& teacher) {
@@ -137,12 +138,12 @@ namespace {
 Tensor empty(const Call& call, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int32_t device_type = 0;
   int32_t device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
   int64_t strides[2] = {1, 1};
   if (shape.size() == 2) strides[0] = shape.begin()[1];
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides,
       dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       device_type, device_index, &handle));

@@ -64,7 +64,7 @@ int64_t count_rows(const Call& call) {
 void multiply_(const Tensor& self, const Tensor& factor) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
                                     torch::stable::detail::from(factor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }

@@ -18,6 +18,7 @@
 
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <memory>
 #include <optional>
 #include <string>
@@ -78,6 +79,7 @@ struct LossBackward : torch::autograd::Node {
   std::string name() const override { return "FastKDLossBackward"; }
 
   void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     student.reset_data();
     teacher.reset_data();
     labels.reset_data();
@@ -92,9 +94,13 @@ struct LossBackward : torch::autograd::Node {
     if (settings.with_terms) grad_output = grad_output.select(0, 0);
     // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
     // which may not scale it again, starts anew.
-    const bool filled = grad.defined();
-    Tensor result = std::move(grad);
-    grad.reset();
+    Tensor result;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);  // threads may share the graph
+      result = std::move(grad);
+      grad.reset();
+    }
+    const bool filled = result.defined();
     // What the op would find out too, without the cost of calling it.
     if (filled && grad_output.is_cpu() && number(grad_output) == 1.0) return {result};
     const Tensor student_logits = student.unpack();

@@ -73,8 +73,8 @@ def _compute(
                 ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
                 reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
-        except RuntimeError:
-            _explain(student_logits, labels, ignore_index, temperature)
+        except RuntimeError as error:
+            _explain(error, student_logits, labels, ignore_index, temperature)
             raise
         if out is not None:
             return out  # type: ignore[no-any-return]
@@ -324,8 +324,9 @@ def _check_and_compute(
         _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:
         return ops.compute(*call, with_terms=with_terms, inplace=inplace)
-    except RuntimeError:
-        _explain(call.student, call.labels, call.objective.ignore_index, call.objective.temperature)
+    except RuntimeError as error:
+        told = call.objective.ignore_index, call.objective.temperature
+        _explain(error, call.student, call.labels, *told)
         raise
 
 
@@ -369,10 +370,20 @@ def rows_last(value: Tensor, dim: int, classes: int | None) -> Tensor:
 
 
 def _explain(
-    student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
+    error: RuntimeError,
+    student: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    temperature: float | Tensor,
 ) -> None:
-    """Raises what a failure of the kernels is due to, where only the data can tell."""
-    if not torch.compiler.is_compiling() and student.device.type == "cpu":
+    """Raises what a failure of the kernels is due to: what only the data tells, or no memory."""
+    if torch.compiler.is_compiling():
+        return
+    if "API call failed" in str(error):
+        # On its way through torch's stable ABI an error loses its type and its words: what asks for
+        # as much memory once more raises torch's own, which others catch (and halve their batches).
+        torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
+    if student.device.type == "cpu":
         checks.check_rows(student, labels, ignore_index, temperature)
 
 
@@ -396,5 +407,5 @@ def _check_inplace(
     if torch.compiler.is_compiling():
         return  # it has no effect
     memory = student.untyped_storage().data_ptr()
-    if any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
+    if memory and any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
         raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")

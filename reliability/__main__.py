@@ -1,0 +1,200 @@
+"""``python -m reliability [NAME ...]`` runs what docs/reliability.md lists, and writes it.
+
+Without names everything is run, which takes an hour and more. What a run found is kept in
+``results/NAME.json``; the document shows the last one of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = ROOT / "docs" / "reliability.md"
+HAND = ROOT / "reliability" / "findings.md"
+
+
+class Promise(NamedTuple):
+    """A promise and the command that tries it."""
+
+    promise: str
+    command: str
+
+
+TESTS = ".venv/bin/python -m pytest -q "
+PROMISES = {
+    "sanitize": Promise(
+        "The kernels, called in every way by their own tests, by threads and by hostile calls, have "
+        "no memory error, no undefined behaviour and no data race.",
+        "make sanitize",
+    ),
+    "valgrind": Promise(
+        "Nor do they read what nobody has written, or lose memory (AVX2 and baseline: valgrind has "
+        "no AVX-512).",
+        "make valgrind",
+    ),
+    "sanitize-python": Promise(
+        "Nor does the extension when called from Python.", "make sanitize-python"
+    ),
+    "fuzz-kernels": Promise(
+        "Random bytes as sizes, strides, options, labels and logits touch no memory but their own, "
+        "and whole rows, shared rows and backward agree.",
+        "make fuzz-kernels CASES=200000 SEED=1",
+    ),
+    "libfuzzer": Promise(
+        "The same, led by coverage (clang).", "make libfuzzer CLANG=clang++-14"
+    ),
+    "fuzz": Promise(
+        "Random calls from Python give what float64 gives: shapes, strides, alignments, dtypes, "
+        "masks, infinities, NaN, subnormals, every divergence, every way in.",
+        "make fuzz CASES=20000",
+    ),
+    "concurrency": Promise(
+        "Threads of Python, forked and spawned workers, OpenMP settings, graphs shared by threads: "
+        "the same bits; and the GIL is released while kernels run.",
+        TESTS + "tests/test_concurrency.py",
+    ),
+    "determinism": Promise(
+        "The same bits on every run and for every number of threads; a bound between instruction "
+        "sets.",
+        TESTS + "tests/test_determinism.py",
+    ),
+    "memory": Promise(
+        "No memory left is torch's own error, after which inputs are whole and calls work.",
+        TESTS + "tests/test_memory.py",
+    ),
+    "peak": Promise(
+        "Peak memory, by the allocator's own counts, is a gradient and a few numbers a row.",
+        TESTS + "tests/test_autograd.py -k memory",
+    ),
+    "soak": Promise("100,000 calls of each way in keep no memory.", "make soak"),
+    "security": Promise(
+        "What SECURITY.md says: nothing loaded is run, nobody is called.",
+        TESTS + "tests/test_security.py",
+    ),
+    "versions": Promise(
+        "The core tests pass on the oldest and the newest torch and on Python 3.10 to 3.13, each "
+        "from the sdist; a wheel built with one torch works with another.",
+        "make versions",
+    ),
+    "package": Promise(
+        "The sdist installs from its tarball without git; auditwheel accepts the wheel; "
+        "cibuildwheel reads its settings.",
+        "make package",
+    ),
+    "accuracy": Promise(
+        "Errors against float64 beside eager PyTorch's: [accuracy.md](accuracy.md).",
+        "make accuracy",
+    ),
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    """Runs a promise's command, shows what it prints, and keeps what it found."""
+    start, lines = time.monotonic(), []
+    with subprocess.Popen(
+        PROMISES[name].command, shell=True, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "passed": process.returncode == 0,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit or "unknown",
+        "seconds": round(time.monotonic() - start),
+        "found": found(lines),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def found(lines: list[str]) -> list[Any]:
+    """The figures that a command printed, and the closing lines of test runners."""
+    kept: list[Any] = []
+    for line in lines:
+        if line.startswith("figures: "):
+            kept.append(json.loads(line.removeprefix("figures: ")))
+        elif match := re.search(r"\d+ passed.*|\d+% tests passed.*", line):
+            kept.append(re.sub(r" in [\d.]+s.*", "", match[0]))
+        elif match := re.match(r"(stat::number_of_executed_units): *(\d+)", line):
+            kept.append({"cases": int(match[2])})
+    return kept
+
+
+def shown(value: Any) -> str:
+    """What was found, in words."""
+    if isinstance(value, dict):
+        pairs = {key: part for key, part in value.items() if not isinstance(part, list)}
+        return ", ".join(f"{key}: {part}" for key, part in pairs.items())
+    return str(value)
+
+
+def document() -> str:
+    """docs/reliability.md."""
+    lines = [
+        "# Reliability",
+        "",
+        "Written by `python -m reliability`, which runs these commands; the text below the tables is",
+        "[reliability/findings.md](../reliability/findings.md). Each line is a promise, the command",
+        "that tries it, and what its last run found.",
+        "",
+        "| Promise | Command | Last run | Found |",
+        "| --- | --- | --- | --- |",
+    ]
+    versions: list[dict[str, str]] = []
+    for name, (promise, command) in PROMISES.items():
+        path = RESULTS / f"{name}.json"
+        command = command.replace(".venv/bin/python -m ", "")
+        if not path.exists():
+            lines.append(f"| {promise} | `{command}` | not run yet | |")
+            continue
+        result = json.loads(path.read_text())
+        when = f"{result['date']}, {result['commit']}, {result['seconds']} s"
+        verdict = "" if result["passed"] else "**failed**; "
+        text = verdict + "; ".join(map(shown, result["found"]))
+        lines.append(f"| {promise} | `{command}` | {when} | {text} |")
+        for figures in result["found"]:
+            if isinstance(figures, dict) and "pairs" in figures:
+                versions = figures["pairs"]
+    if versions:
+        lines += ["", "## Pythons and torches", ""]
+        lines += ["| Python | torch | tried | core tests | a wheel built with another torch |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for row in versions:
+            cells = (row["python"], row["torch"], row["date"], row["result"])
+            lines.append(f"| {' | '.join(cells)} | {row.get('foreign', '')} |")
+    return "\n".join(lines) + "\n\n" + HAND.read_text()
+
+
+def main() -> int:
+    """Runs what is named, and writes the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROMISES)}")
+    parser.add_argument("--write", action="store_true", help="run nothing, only write")
+    chosen = parser.parse_args()
+    unknown = [name for name in chosen.names if name not in PROMISES]
+    if unknown:
+        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(PROMISES)}")
+    names = [] if chosen.write else chosen.names or list(PROMISES)
+    failed = [name for name in names if not run(name)["passed"]]
+    DOCUMENT.write_text(document())
+    print(f"wrote {DOCUMENT.relative_to(ROOT)}" + (f"; failed: {failed}" if failed else ""))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The Python suite's core on an extension built with the address and undefined-behaviour sanitizers.
+
+The extension goes into an environment of its own that sees this one's packages. The interpreter is
+not built with the sanitizers, so their libraries are loaded before it; leaks, of which interpreters
+have many at exit, are ``make soak``'s to find.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "sanitize-python"
+CORE = "loss terms bad_input determinism concurrency fuzz".split()
+
+
+def library(name: str) -> str:
+    """Where the compiler has one of its libraries."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    """Builds and tests; pytest's exit status."""
+    subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
+    python = FOLDER / "bin" / "python"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = FOLDER / "lib" / version / "site-packages"
+    here = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    (site / "packages.pth").write_text("\n".join(here) + "\n")
+    options = ["FASTKD_SANITIZE=address,undefined", "FASTKD_CUDA=OFF"]
+    install = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    install += ["--force-reinstall", f"--config-settings=build-dir={FOLDER / 'build'}"]
+    install += [f"--config-settings=cmake.define.{option}" for option in options]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run([*install, ROOT], check=True, env={**os.environ, "PATH": path})
+    environment = {
+        **os.environ,
+        # The C++ library too: the sanitizer wraps its exceptions, and has to find them.
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    tests = [f"tests/test_{name}.py" for name in CORE]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

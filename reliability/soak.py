@@ -1,0 +1,85 @@
+"""Very many calls, by every way in, failing ones too: what the process holds must not grow.
+
+``python -m reliability.soak [CALLS]``; an allocator may take some pages later than others, hence the
+margin, which is far below what the smallest tensor of a call would add up to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastkd
+from fastkd import ops
+
+MARGIN = 2 * 2**20
+ROWS, CLASSES = 16, 50  # 3,200 bytes of logits
+
+
+def resident() -> int:
+    """Bytes that the process has in memory, once what is free has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """Each way in, on small tensors."""
+    student = torch.randn(ROWS, CLASSES, requires_grad=True)
+    teacher, labels = torch.randn(ROWS, CLASSES), torch.randint(CLASSES, (ROWS,))
+    wrong = torch.full((ROWS,), CLASSES)
+
+    def refused() -> None:
+        try:
+            fastkd.loss(student, teacher, wrong)
+        except ValueError:
+            return
+        raise AssertionError("a label out of range was accepted")
+
+    def backward(**options: object) -> None:
+        fastkd.loss(student, teacher, labels, **options).sum().backward()  # type: ignore[arg-type]
+        student.grad = None
+
+    def in_python() -> None:
+        eager, ops.EAGER = ops.EAGER, None
+        backward()
+        ops.EAGER = eager
+
+    return {
+        "loss and backward": backward,
+        "the Python way in": in_python,
+        "a loss for each row": lambda: backward(reduction="none"),
+        "another divergence": lambda: backward(divergence="jsd"),
+        "in place": lambda: fastkd.loss(student * 1, teacher, labels, inplace=True).backward(),
+        "terms": lambda: fastkd.terms(student, teacher, labels),
+        "refused": refused,
+    }
+
+
+def main() -> int:
+    """Prints how much each way in has grown the process by."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    grown = {}
+    for name, call in calls().items():
+        for _ in range(max(500, count // 50)):
+            call()
+        before = resident()
+        for _ in range(count):
+            call()
+        grown[name] = resident() - before
+        print(f"{name}: {grown[name] / 1024:.0f} KiB after {count} calls", flush=True)
+    leaking = [name for name, growth in grown.items() if growth > MARGIN]
+    figures = {"calls": count, "largest growth, KiB": max(grown.values()) // 1024}
+    print("figures: " + json.dumps({**figures, "ways in": len(grown), "failures": len(leaking)}))
+    return int(bool(leaking))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The core tests on other Pythons and other torches, each pair in an environment of its own.
+
+A source distribution is built once, from which every pair builds its wheel with its own torch (no
+git, and nothing of this folder). The tests then run on the installed wheel. The wheel that the pair
+before built for the same Python meets this pair's torch too: it must work there as well, which is
+what the stable ABI promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "versions"
+# Every Python with the oldest and the newest torch, and the torches between with one Python.
+PAIRS = (
+    *("3.10:2.10.0", "3.10:2.15.0", "3.11:2.10.0", "3.11:2.11.0", "3.11:2.13.0", "3.11:2.14.1"),
+    *("3.11:2.15.0", "3.12:2.10.0", "3.12:2.15.0", "3.13:2.10.0", "3.13:2.15.0"),
+)
+CORE = "loss autograd numerics terms determinism bad_input compile package".split()
+# What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
+FOREIGN = "loss autograd terms".split()
+BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
+# torch.compile of older torches needs setuptools, and does not say so where Python has it not.
+TESTS = ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "setuptools"]
+
+
+class Pair(NamedTuple):
+    """A Python and a torch."""
+
+    python: str
+    torch: str
+
+    def __str__(self) -> str:
+        """What a report calls it."""
+        return f"Python {self.python}, torch {self.torch}"
+
+
+def uv(*arguments: str | Path, log: Path) -> None:
+    """Runs uv, whose environments share files: a CUDA build of torch takes 5 GB by itself."""
+    run([sys.executable, "-m", "uv", *map(str, arguments)], log)
+
+
+def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
+    """Runs a command; its output is added to the log and returned."""
+    # Not on the path of the tests: the folder's own packages, and another environment's.
+    environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    if done.returncode:
+        last = [line for line in done.stdout.strip().splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"{command[0]} gave {done.returncode}: {' '.join(last)}")
+    return done.stdout
+
+
+def interpreter(version: str) -> str | None:
+    """The path of a Python that runs and is of this version."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which(f"python{version}"), sys.executable]
+    candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *found]
+    for candidate in filter(None, candidates):
+        command = [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return candidate
+    return None
+
+
+def source_distribution() -> Path:
+    """The unpacked tarball of ``python -m build --sdist``."""
+    shutil.rmtree(FOLDER / "source", ignore_errors=True)
+    log = FOLDER / "sdist.log"
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(FOLDER / "source"), "."]
+    run(command, log)
+    (tarball,) = (FOLDER / "source").glob("*.tar.gz")
+    with tarfile.open(tarball) as archive:
+        archive.extractall(FOLDER / "source", filter="data")
+    return tarball.parent / tarball.name.removesuffix(".tar.gz")
+
+
+def tested(python: Path, names: list[str], source: Path, log: Path) -> str:
+    """Runs test files of the source distribution; the closing line of pytest."""
+    files = [f"tests/test_{name}.py" for name in names]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    closing = run(command, log, source).strip().splitlines()[-1]
+    return re.sub(r" in [\d.]+s.*|=", "", closing).strip()
+
+
+def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
+    """What happened, and the wheel that was built."""
+    row = {"python": pair.python, "torch": pair.torch}
+    row["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    executable = interpreter(pair.python)
+    if executable is None:
+        return {**row, "result": "not tried: no such interpreter here"}, None
+    name = f"{pair.python}-{pair.torch}"
+    folder, log = FOLDER / name, FOLDER / f"{name}.log"
+    log.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    python, wheels = folder / "bin" / "python", FOLDER / "wheels" / name
+    shutil.rmtree(wheels, ignore_errors=True)
+    wheel = None
+    try:
+        uv("venv", "--quiet", "--python", executable, folder, log=log)
+        install = ("pip", "install", "--quiet", "--python", python)
+        uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
+        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # there is no GPU to try it on
+        path = f"PATH={folder / 'bin'}:{os.environ['PATH']}"
+        build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", off]
+        run(["env", path, *build, "--python", str(python), "-o", str(wheels), str(source)], log)
+        (wheel,) = wheels.glob("*.whl")
+        uv(*install, "--no-deps", wheel, log=log)
+        row["result"] = tested(python, CORE, source, log)
+        if foreign is not None:
+            uv(*install, "--no-deps", "--reinstall", foreign, log=log)
+            row["foreign"] = f"built with {foreign.parent.name.split('-')[1]}: "
+            row["foreign"] += tested(python, FOREIGN, source, log)
+    except (RuntimeError, OSError) as error:
+        row["result" if "result" not in row else "foreign"] = f"FAILED: {error}"
+    shutil.rmtree(folder, ignore_errors=True)
+    return row, wheel
+
+
+def main() -> int:
+    """Tries the pairs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    source = source_distribution()
+    rows: list[dict[str, str]] = []
+    last: dict[str, Path] = {}
+    for text in parser.parse_args().pairs:
+        pair = Pair(*text.split(":"))
+        row, wheel = try_pair(pair, source, last.get(pair.python))
+        if wheel is not None:
+            last[pair.python] = wheel
+        print(f"{pair}: {row['result']}; {row.get('foreign', '')}", flush=True)
+        rows = keep(row)
+    failed = sum("FAILED" in str(row) for row in rows)
+    print("figures: " + json.dumps({"pairs": rows, "failed": failed}))
+    return int(failed > 0)
+
+
+def keep(row: dict[str, str]) -> list[dict[str, str]]:
+    """Adds to what earlier runs found, of which those of the same pair are forgotten."""
+    path = FOLDER / "rows.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    same = ("python", "torch")
+    rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
+    rows.sort(key=lambda row: [[int(n) for n in row[key].split(".")] for key in same])
+    path.write_text(json.dumps(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+// Hostile calls of the C interface of the CPU kernels: bytes become sizes, strides, options, labels
+// and the very bits of the logits. Whatever they are, nothing outside the given memory is touched
+// (every buffer is as small as it may be: AddressSanitizer sees one byte too many), padding stays
+// as it was, and what kernels.h promises of every call holds, on every instruction set.
+//
+// LLVMFuzzerTestOneInput is libFuzzer's entry; main(), left out with -DFASTKD_LIBFUZZER, feeds it
+// random and mutated inputs from a seed: fuzz [CASES [SEED]].
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace {
+
+using namespace fastkd;
+
+// Reads numbers off the input, and zeros once it is used up.
+struct Bytes {
+  const uint8_t* at;
+  const uint8_t* end;
+
+  template <class T>
+  T take() {
+    T value{};
+    if (end - at >= static_cast<std::ptrdiff_t>(sizeof(T))) {
+      std::memcpy(&value, at, sizeof(T));
+      at += sizeof(T);
+    } else {
+      at = end;
+    }
+    return value;
+  }
+  // In [low, high].
+  int64_t between(int64_t low, int64_t high) {
+    return low + take<uint32_t>() % static_cast<uint64_t>(high - low + 1);
+  }
+  bool coin() { return take<uint8_t>() & 1; }
+  template <class T, size_t N>
+  T one_of(const T (&options)[N]) {
+    return options[take<uint8_t>() % N];
+  }
+};
+
+constexpr uint8_t kGuard = 0xa5;
+
+// [rows, classes] at some alignment, exactly as long as its strides ask for.
+struct Matrix {
+  int64_t rows, classes, group_rows, size;
+  RowStrides stride;
+  int64_t offset, bytes;
+  std::unique_ptr<uint8_t[]> memory;
+
+  Matrix(Bytes& in, int64_t rows, int64_t classes, int64_t group_rows, DType dtype)
+      : rows(rows), classes(classes), group_rows(group_rows), size(size_of(dtype)) {
+    stride.row = classes + in.between(0, 3);
+    stride.group = group_rows * stride.row + in.between(0, 5);
+    offset = in.between(0, 7) * size;
+    bytes = offset + (rows == 0 ? 0 : (row_start(rows - 1) + classes) * size);
+    memory.reset(new uint8_t[static_cast<size_t>(bytes)]);
+    std::memset(memory.get(), kGuard, static_cast<size_t>(bytes));
+  }
+  int64_t row_start(int64_t row) const { return row_offset(row, group_rows, stride); }
+  uint8_t* base() const { return memory.get() + offset; }
+  uint8_t* row(int64_t row) const { return base() + row_start(row) * size; }
+
+  // The input's bytes, over and over; or numbers of moderate size.
+  void fill(Bytes& in, DType dtype, bool bits) {
+    const int64_t left = in.end - in.at;
+    std::mt19937 random(in.take<uint32_t>());
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < classes; ++i) {
+        const uint64_t word = random();
+        uint8_t* to = row(r) + i * size;
+        if (bits && left > 0) {
+          for (int64_t b = 0; b < size; ++b) to[b] = in.end[-1 - (i * size + b + r * 7) % left];
+        } else if (dtype == DType::kFloat64) {
+          const double x = static_cast<double>(word) / 1e9 - 2;
+          std::memcpy(to, &x, 8);
+        } else if (dtype == DType::kFloat32) {
+          const float x = static_cast<float>(word) / 1e9f - 2;
+          std::memcpy(to, &x, 4);
+        } else {  // sign, an exponent near zero, some mantissa: fp16 and bf16 differ in scale only
+          const uint16_t one = dtype == DType::kFloat16 ? 0x3c00 : 0x3f80;
+          const uint16_t x = static_cast<uint16_t>((word & 0x80ff) | one);
+          std::memcpy(to, &x, 2);
+        }
+      }
+    }
+  }
+  std::vector<uint8_t> copy() const { return {memory.get(), memory.get() + bytes}; }
+};
+
+const Inputs* in_hand = nullptr;  // what a failure is reported with
+
+void require(bool ok, const char* what, const char* isa) {
+  if (ok) return;
+  const Inputs& in = *in_hand;
+  std::fprintf(
+      stderr, "%s: %s; %lld x %lld, types %d and %d, t %g%s, weights %g and %g, smoothing %g, %s\n",
+      isa, what, static_cast<long long>(in.rows), static_cast<long long>(in.classes),
+      static_cast<int>(in.student_dtype), static_cast<int>(in.teacher_dtype), in.temperature,
+      in.row_temperature ? " (rows')" : "", in.hard_weight, in.soft_weight, in.label_smoothing,
+      in.labels ? "labels" : "no labels");
+  std::abort();
+}
+
+// The same bits, or both zero, or both NaN: the signs of those depend on the order of operands.
+bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DType dtype) {
+  const int64_t size = size_of(dtype);
+  const auto magnitude = [size](const uint8_t* at) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, at, static_cast<size_t>(size));  // little-endian, as all that is built for
+    return bits & ~(uint64_t{1} << (8 * size - 1));
+  };
+  const uint64_t infinity = dtype == DType::kFloat64   ? 0x7ff0000000000000
+                            : dtype == DType::kFloat32 ? 0x7f800000
+                            : dtype == DType::kFloat16 ? 0x7c00
+                                                       : 0x7f80;
+  for (int64_t i = 0; i < count; ++i, a += size, b += size) {
+    if (std::memcmp(a, b, static_cast<size_t>(size)) == 0) continue;
+    const uint64_t x = magnitude(a), y = magnitude(b);
+    if (!(x == 0 && y == 0) && !(x > infinity && y > infinity)) return false;
+  }
+  return true;
+}
+
+// Between the rows nothing was written.
+bool padding_is_whole(const Matrix& m) {
+  std::vector<bool> own(static_cast<size_t>(m.bytes), false);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const auto start = own.begin() + (m.row(r) - m.memory.get());
+    std::fill(start, start + m.classes * m.size, true);
+  }
+  for (int64_t i = 0; i < m.bytes; ++i) {
+    if (!own[static_cast<size_t>(i)] && m.memory[static_cast<size_t>(i)] != kGuard) return false;
+  }
+  return true;
+}
+
+struct Call {
+  DType student_dtype, teacher_dtype, acc;
+  int64_t rows, classes, group_rows;
+  bool in_place, with_terms, with_grad;
+  std::unique_ptr<Matrix> student, teacher;
+  std::vector<int64_t> labels;
+  std::unique_ptr<uint8_t[]> temperatures;
+  Inputs inputs;
+
+  explicit Call(Bytes& in) {
+    constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16,
+                                DType::kBFloat16};
+    constexpr double kTemperatures[] = {1, 2, 3, 4, 0.5, 7.3, 1e-3, 1e30, 0, -1, INFINITY, NAN};
+    constexpr double kWeights[] = {0, 0.5, 1, 3, 1e30};
+    constexpr int64_t kIgnore[] = {-100, 0, 1, -1, INT64_MIN, INT64_MAX};
+    student_dtype = in.one_of(kTypes), teacher_dtype = in.one_of(kTypes);
+    acc = computes_in_double(student_dtype, teacher_dtype) ? DType::kFloat64 : DType::kFloat32;
+    rows = in.between(0, 5), classes = in.between(1, 70);
+    const uint8_t size_class = in.take<uint8_t>();
+    if (size_class < 24) rows = in.between(0, 70);
+    if (size_class >= 232) classes = in.between(1000, 1100);
+    if (size_class == 255) classes = in.between(cpu::kSegment - 2, 2 * cpu::kSegment + 2);
+    group_rows = in.coin() ? std::max<int64_t>(rows, 1) : in.between(1, 3);
+    in_place = in.coin(), with_terms = in.coin(), with_grad = in.coin();
+    student.reset(new Matrix(in, rows, classes, group_rows, student_dtype));
+    teacher.reset(new Matrix(in, rows, classes, group_rows, teacher_dtype));
+    inputs.rows = rows, inputs.classes = classes, inputs.group_rows = group_rows;
+    inputs.student = student->base(), inputs.student_stride = student->stride;
+    inputs.teacher = teacher->base(), inputs.teacher_stride = teacher->stride;
+    inputs.student_dtype = student_dtype, inputs.teacher_dtype = teacher_dtype;
+    inputs.temperature = in.one_of(kTemperatures);
+    inputs.hard_weight = in.one_of(kWeights), inputs.soft_weight = in.one_of(kWeights);
+    inputs.label_smoothing = in.coin() ? 0.0 : 0.1;
+    inputs.ignore_index = in.one_of(kIgnore);
+    inputs.divergence = static_cast<Divergence>(in.take<uint8_t>() % std::size(kDivergenceNames));
+    if (in.coin()) take_labels(in);
+    if (in.coin()) take_temperatures(in);
+    student->fill(in, student_dtype, in.coin());
+    teacher->fill(in, teacher_dtype, in.coin());
+  }
+
+  void take_labels(Bytes& in) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint8_t kind = in.take<uint8_t>();
+      labels.push_back(kind < 32   ? in.take<int64_t>()
+                       : kind < 64 ? inputs.ignore_index
+                                   : in.between(0, classes - 1));
+    }
+    labels.shrink_to_fit();
+    inputs.labels = labels.data();
+  }
+  void take_temperatures(Bytes& in) {
+    const size_t size = static_cast<size_t>(size_of(acc));
+    temperatures.reset(new uint8_t[static_cast<size_t>(rows) * size]);
+    for (int64_t row = 0; row < rows; ++row) {
+      const double t = 0.5 + 0.1 * static_cast<double>(in.take<uint8_t>());
+      const float narrow = static_cast<float>(t);
+      std::memcpy(&temperatures[static_cast<size_t>(row) * size],
+                  acc == DType::kFloat64 ? static_cast<const void*>(&t) : &narrow, size);
+    }
+    inputs.row_temperature = temperatures.get();
+  }
+  int64_t acc_bytes(int64_t count) const { return count * size_of(acc); }
+  bool ignored(int64_t row) const {
+    return inputs.labels != nullptr && inputs.labels[row] == inputs.ignore_index;
+  }
+};
+
+// Buffers of one forward call, no byte longer than kernels.h asks for.
+struct Outputs {
+  std::unique_ptr<uint8_t[]> loss, terms, stats;
+  ForwardArgs args;
+
+  explicit Outputs(const Call& call) {
+    const auto allocate = [](int64_t bytes) {
+      std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>(bytes)]);
+      std::memset(memory.get(), 0, static_cast<size_t>(bytes));
+      return memory;
+    };
+    static_cast<Inputs&>(args) = call.inputs;
+    loss = allocate(call.acc_bytes(call.rows));
+    stats = allocate(call.acc_bytes(call.rows * kStats + 1));
+    args.loss = loss.get(), args.stats = stats.get(), args.scale = 0.25;
+    if (call.with_terms) {
+      terms = allocate(call.acc_bytes(call.rows * kTerms));
+      args.terms = terms.get();
+    }
+  }
+  bool same(const Outputs& other, const Call& call) const {
+    return same_numbers(loss.get(), other.loss.get(), call.rows, call.acc) &&
+           (!terms || same_numbers(terms.get(), other.terms.get(), call.rows * kTerms, call.acc));
+  }
+};
+
+bool is_zero(const uint8_t* at, int64_t bytes) {
+  return std::all_of(at, at + bytes, [](uint8_t byte) { return byte == 0; });
+}
+
+void split(const cpu::Kernels& k, const ForwardArgs& args) {
+  const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
+  std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
+  std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
+  for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t i = 0; i < segments; ++i) k.scan(args, row, i, &statistics[i]);
+    for (int64_t i = 0; i < segments; ++i) k.write(args, row, i, statistics.data(), &sums[i]);
+    k.close(args, row, statistics.data(), sums.data());
+  }
+}
+
+void check_isa(const cpu::Kernels& k, const Call& call, const Matrix& blank) {
+  const std::vector<uint8_t> student = call.student->copy(), teacher = call.teacher->copy();
+  const auto grad_of = [&] {
+    std::memset(blank.memory.get(), kGuard, static_cast<size_t>(blank.bytes));
+    return blank.base();
+  };
+  Outputs whole(call), pieces(call);
+  if (call.with_grad) whole.args.grad = grad_of(), whole.args.grad_stride = blank.stride;
+  k.forward(whole.args, 0, call.rows / 2);
+  k.forward(whole.args, call.rows / 2, call.rows);
+  require(padding_is_whole(blank), "padding of the gradient was written", k.name);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (!call.ignored(row)) continue;
+    require(is_zero(&whole.loss[static_cast<size_t>(call.acc_bytes(row))], call.acc_bytes(1)),
+            "the loss of an ignored row", k.name);
+    require(!call.with_grad || is_zero(blank.row(row), call.classes * blank.size),
+            "the gradient of an ignored row", k.name);
+  }
+  const std::vector<uint8_t> grad = blank.copy();
+  Matrix* const students = call.student.get();
+  if (call.classes > cpu::kNarrow) {
+    if (call.with_grad) pieces.args.grad = grad_of(), pieces.args.grad_stride = blank.stride;
+    split(k, pieces.args);
+    require(pieces.same(whole, call), "segments give other numbers than rows", k.name);
+    require(padding_is_whole(blank), "padding was written segment by segment", k.name);
+  }
+  if (call.with_grad && call.rows > 0) {
+    BackwardArgs args;
+    static_cast<Inputs&>(args) = call.inputs;
+    const double one = 1;
+    const float narrow_one = 1;
+    args.stats = whole.stats.get(), args.grad_stride = blank.stride, args.grad = grad_of();
+    args.grad_output = call.acc == DType::kFloat64 ? static_cast<const void*>(&one) : &narrow_one;
+    k.backward(args, 0, call.rows);
+    require(same_numbers(blank.memory.get() + blank.offset, grad.data() + blank.offset,
+                         (blank.bytes - blank.offset) / blank.size, call.student_dtype),
+            "backward gives another gradient than forward", k.name);
+  }
+  require(call.student->copy() == student && call.teacher->copy() == teacher,
+          "an input was written", k.name);
+  if (!call.in_place) return;
+  Outputs over(call);
+  over.args.grad = students->base(), over.args.grad_stride = students->stride;
+  k.forward(over.args, 0, call.rows);
+  require(over.same(whole, call), "in place the loss is another", k.name);
+  require(padding_is_whole(*students), "padding of the student was written", k.name);
+  std::copy(student.begin(), student.end(), students->memory.get());
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes in{data, data + size};
+  Call call(in);
+  in_hand = &call.inputs;
+  const Matrix blank(in, call.rows, call.classes, call.group_rows, call.student_dtype);
+  for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
+    check_isa(**k, call, blank);
+  }
+  return 0;
+}
+
+#ifndef FASTKD_LIBFUZZER
+int main(int count, char** arguments) {
+  const long cases = count > 1 ? std::atol(arguments[1]) : 3000;
+  const long seed = count > 2 ? std::atol(arguments[2]) : 1;
+  std::mt19937_64 random(static_cast<uint64_t>(seed));
+  std::vector<uint8_t> input;
+  for (long i = 0; i < cases; ++i) {
+    if (i % 4 == 0) {  // a new one; the three that follow change a few of its bytes
+      input.resize(200 + random() % 200);
+      for (uint8_t& byte : input) byte = static_cast<uint8_t>(random());
+    } else {
+      for (int edit = 0; edit < 8; ++edit) {
+        constexpr uint8_t kBytes[] = {0, 0xff, 0x7f, 0x80, 0x3c};
+        input[random() % input.size()] =
+            random() % 2 == 0 ? kBytes[random() % 5] : static_cast<uint8_t>(random());
+      }
+    }
+    LLVMFuzzerTestOneInput(input.data(), input.size());
+  }
+  std::printf("figures: {\"cases\": %ld, \"seed\": %ld, \"failures\": 0}\n", cases, seed);
+  return 0;
+}
+#endif

@@ -1,0 +1,166 @@
+// The CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them: rows handed out
+// whole, rows shared segment by segment, several calls side by side on the same inputs, and the
+// choice of an instruction set meanwhile. Every answer is that of one thread, bit for bit;
+// ThreadSanitizer (make sanitize-threads) sees to it that no two threads touched the same memory.
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+namespace {
+
+using namespace fastkd;
+
+constexpr int kThreads = 4;
+
+// A bounded team, which takes items off a counter like the threads of parallel_for.
+void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> team;
+  for (int i = 0; i < kThreads; ++i) {
+    team.emplace_back([&] {
+      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item);
+    });
+  }
+  for (std::thread& member : team) member.join();
+}
+
+struct Problem {
+  int64_t rows, classes;
+  std::vector<float> student, teacher;  // [rows, classes]
+  std::vector<int64_t> labels;          // [rows]
+
+  Problem(int64_t rows, int64_t classes) : rows(rows), classes(classes) {
+    std::mt19937 random(static_cast<unsigned>(classes));
+    std::normal_distribution<float> normal(0, 3);
+    student.resize(static_cast<size_t>(rows * classes));
+    teacher.resize(student.size());
+    for (float& x : student) x = normal(random);
+    for (float& x : teacher) x = normal(random);
+    for (int64_t row = 0; row < rows; ++row) labels.push_back(row % 3 == 2 ? -100 : row % classes);
+  }
+};
+
+// What one call writes, and where.
+struct Call {
+  std::vector<float> loss, terms, stats, grad;
+  ForwardArgs args;
+
+  explicit Call(const Problem& p) {
+    const size_t rows = static_cast<size_t>(p.rows);
+    loss.resize(rows), terms.resize(rows * kTerms), stats.resize(rows * kStats + 1);
+    grad.resize(p.student.size());
+    args.rows = args.group_rows = p.rows, args.classes = p.classes;
+    args.student = p.student.data(), args.teacher = p.teacher.data();
+    args.student_stride = args.teacher_stride = args.grad_stride = {p.classes, 0};
+    args.labels = p.labels.data();
+    args.temperature = 2, args.label_smoothing = 0.1;
+    args.loss = loss.data(), args.terms = terms.data(), args.stats = stats.data();
+    args.grad = grad.data(), args.scale = 0.5;
+  }
+  Call(const Call&) = delete;
+
+  bool operator==(const Call& other) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
+    return same(loss, other.loss) && same(terms, other.terms) && same(stats, other.stats) &&
+           same(grad, other.grad);
+  }
+};
+
+void rows_apart(const cpu::Kernels& k, const ForwardArgs& args) {
+  in_parallel(args.rows, [&](int64_t row) { k.forward(args, row, row + 1); });
+}
+
+void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
+  const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
+  std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
+  std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
+  for (int64_t row = 0; row < args.rows; ++row) {
+    in_parallel(segments,
+                [&](int64_t i) { k.scan(args, row, i, &statistics[static_cast<size_t>(i)]); });
+    in_parallel(segments, [&](int64_t i) {
+      k.write(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
+    });
+    k.close(args, row, statistics.data(), sums.data());
+  }
+}
+
+bool backward_is_the_same(const cpu::Kernels& k, const Call& alone) {
+  const float one = 1;
+  std::vector<float> grad(alone.grad.size());
+  BackwardArgs args;
+  static_cast<Inputs&>(args) = alone.args;
+  args.stats = alone.stats.data(), args.grad_output = &one;
+  args.grad = grad.data(), args.grad_stride = alone.args.grad_stride;
+  in_parallel(args.rows, [&](int64_t row) { k.backward(args, row, row + 1); });
+  return std::memcmp(grad.data(), alone.grad.data(), grad.size() * sizeof(float)) == 0;
+}
+
+int failures = 0;
+
+void check(bool ok, const char* what, const cpu::Kernels& k, const Problem& p) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAIL %s: %s, %lld x %lld\n", k.name, what, static_cast<long long>(p.rows),
+              static_cast<long long>(p.classes));
+}
+
+void test(const cpu::Kernels& k, const Problem& p) {
+  Call alone(p), apart(p);
+  k.forward(alone.args, 0, p.rows);
+  rows_apart(k, apart.args);
+  check(apart == alone, "rows apart", k, p);
+  check(backward_is_the_same(k, alone), "backward", k, p);
+  if (p.classes > cpu::kNarrow) {
+    Call shared(p);
+    rows_shared(k, shared.args);
+    check(shared == alone, "rows shared", k, p);
+  }
+  std::atomic<int> different{0};
+  in_parallel(8, [&](int64_t) {
+    Call mine(p);
+    k.forward(mine.args, 0, p.rows);
+    if (!(mine == alone)) ++different;
+  });
+  check(different == 0, "calls side by side", k, p);
+}
+
+// kernels() always gives one of those that there are, also while others choose.
+void test_selection(const Problem& p) {
+  int count = 0;
+  while (cpu::available()[count] != nullptr) ++count;
+  std::atomic<int> unknown{0};
+  in_parallel(400, [&](int64_t item) {
+    cpu::select(cpu::available()[item % count]->name);
+    const cpu::Kernels* chosen = &cpu::kernels();
+    bool known = false;
+    for (int i = 0; i < count; ++i) known |= cpu::available()[i] == chosen;
+    if (!known) ++unknown;
+  });
+  check(unknown == 0, "selection", cpu::kernels(), p);
+}
+
+}  // namespace
+
+int main() {
+  int calls = 0;
+  for (const auto& [rows, classes] : {std::pair<int64_t, int64_t>{70, 10},
+                                      {9, 1000},
+                                      {5, cpu::kSegment + 1},
+                                      {2, 5 * cpu::kSegment + 100}}) {
+    const Problem problem(rows, classes);
+    for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k, ++calls) {
+      test(**k, problem);
+    }
+    test_selection(problem);
+  }
+  std::printf("%d problems on %d threads, %d failures\n", calls, kThreads, failures);
+  return failures == 0 ? 0 : 1;
+}

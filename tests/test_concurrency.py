@@ -1,0 +1,178 @@
+"""Many threads of Python, forked processes, other people's OpenMP settings, and the GIL."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support import FP32, FP64, make
+from torch import Tensor
+
+import fastkd
+from fastkd import _C
+
+TEAM = 8
+
+
+def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
+def test_many_threads_at_once(device, way_in, shape):
+    """Each has its own problem, and gets the answer that it would get alone."""
+    problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
+    alone = [step(*problem) for problem in problems]
+    with ThreadPoolExecutor(TEAM) as pool:
+        together = list(pool.map(lambda i: step(*problems[i % TEAM]), range(5 * TEAM)))
+    for i, (value, grad) in enumerate(together):
+        assert torch.equal(value, alone[i % TEAM][0]) and torch.equal(grad, alone[i % TEAM][1])
+
+
+def test_threads_share_a_graph(device, way_in):
+    """Backward passes of one graph at once: the buffer of the first is no other's."""
+    for seed in range(20):
+        student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
+        leaf = student.requires_grad_()
+        value = fastkd.loss(leaf, teacher, labels)
+        expected = torch.autograd.grad(fastkd.loss(leaf, teacher, labels), leaf)[0]
+        start = threading.Barrier(TEAM)
+
+        def gradient(factor: float, value=value, leaf=leaf, start=start) -> Tensor:
+            start.wait()
+            outgoing = torch.full_like(value, factor)
+            return torch.autograd.grad(value, leaf, outgoing, retain_graph=True)[0]
+
+        with ThreadPoolExecutor(TEAM) as pool:
+            factors = [2.0**i for i in range(TEAM)]  # powers of two scale without rounding
+            for factor, grad in zip(factors, pool.map(gradient, factors), strict=True):
+                torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
+
+
+def seen_during(work: Callable[[], object]) -> bool:
+    """Whether another thread of Python runs while ``work`` does.
+
+    Nobody is made to hand the GIL over in that time: the other one runs only if it is released.
+    """
+    phase, seen, done = "before", set(), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(phase)
+            time.sleep(0)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    other = threading.Thread(target=watch)
+    try:
+        other.start()
+        time.sleep(0.01)
+        phase = "during"
+        work()
+        phase = "after"
+    finally:
+        done.set()
+        other.join()
+        sys.setswitchinterval(before)
+    return "during" in seen
+
+
+def test_the_gil_is_released(way_in):
+    student, teacher, labels = make((512, 20000))
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, reduction="none")
+    assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
+    assert seen_during(lambda: fastkd.loss(leaf, teacher, labels))
+    assert seen_during(lambda: value.sum().backward())
+
+
+DATASET = """
+import sys, torch, fastkd
+from torch.utils.data import DataLoader, Dataset
+
+def problem(seed, rows, classes):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, classes, generator=g) for _ in range(2)]
+
+class Losses(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return fastkd.loss(*problem(i, 64, 3000))
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    fastkd.loss(*problem(0, 64, 40000))  # both threads exist from here on
+    alone = [fastkd.loss(*problem(i, 64, 3000)) for i in range(8)]
+    loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context=sys.argv[1])
+    assert all(map(torch.equal, loader, alone))
+    print("equal")
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers(tmp_path, method):
+    """Processes forked after the parent's threads were at work; a script, as spawn needs one."""
+    script = tmp_path / "dataset.py"
+    script.write_text(DATASET)
+    command = [sys.executable, str(script), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+BITS = """
+import json, torch, fastkd
+from concurrent.futures import ThreadPoolExecutor
+def bits(seed):
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(5, 40000, generator=g) for _ in range(2))
+    return fastkd.loss(student, teacher, reduction="none").view(torch.int32).tolist()
+with ThreadPoolExecutor(3) as pool:
+    print(json.dumps([bits(0), *pool.map(bits, range(3))]))
+"""
+OPENMP = {
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "more threads than processors": {"OMP_NUM_THREADS": "7"},
+    "nested": {"OMP_NUM_THREADS": "2", "OMP_MAX_ACTIVE_LEVELS": "3", "OMP_DYNAMIC": "true"},
+    "limited": {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"},
+}
+
+
+def test_openmp_settings_change_no_bit():
+    """In several threads of Python, too, each of which opens a parallel region of its own."""
+    found = []
+    for settings in OPENMP.values():
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}
+        command = [sys.executable, "-c", BITS]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert all(answer == found[0] for answer in found)
+    assert found[0][0] == found[0][1]
+
+
+def test_a_forced_instruction_set_while_others_compute():
+    problem = make((50, 2000), FP64)
+    expected = {}
+    before = _C.isa()
+    try:
+        for name in _C.available_isas():
+            _C.use_isa(name)
+            expected[name] = float(fastkd.loss(*problem))
+
+        def choose(i: int) -> float:
+            _C.use_isa(_C.available_isas()[i % len(expected)])
+            return float(fastkd.loss(*problem))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(choose, range(60))) <= set(expected.values())
+    finally:
+        _C.use_isa(before)

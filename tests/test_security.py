@@ -1,0 +1,93 @@
+"""SECURITY.md's sentences: nothing that is loaded is run, and nobody is called."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fastkd
+
+PACKAGE = pathlib.Path(fastkd.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Modules that run what they load, open connections or start processes; and calls that do.
+REFUSED_MODULES = set(
+    "pickle marshal shelve dill cloudpickle socket ssl http urllib ftplib smtplib requests aiohttp "
+    "subprocess ctypes code codeop".split()
+)
+REFUSED_CALLS = {"eval", "exec", "compile", "__import__"}
+REFUSED_ATTRIBUTES = {
+    ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("torch", "load"),
+    ("torch", "hub"), ("os", "system"), ("os", "popen"), ("numpy", "load"), ("np", "load"),
+    ("joblib", "load"),
+}  # fmt: skip
+
+
+def breaches(source: str) -> list[str]:
+    """What a module does that SECURITY.md says is not done."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            names = []
+        found += [name for name in names if name.split(".")[0] in REFUSED_MODULES]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found += [node.func.id] if node.func.id in REFUSED_CALLS else []
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            pair = (node.value.id, node.attr)
+            found += [".".join(pair)] if pair in REFUSED_ATTRIBUTES else []
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_that_is_loaded_is_run(path):
+    assert breaches(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from urllib import request",
+        "import yaml; yaml.load(f)",
+        "torch.load(f)",
+        "eval('1')",
+    ],
+)
+def test_a_breach_would_be_found(source):
+    assert len(breaches(source)) == 1
+
+
+CALLED = """
+import sys
+calls = []
+def watch(event, arguments):
+    if event.startswith(("socket.", "urllib.", "subprocess.", "os.system", "os.exec", "pty.")):
+        calls.append((event, repr(arguments)[:200]))
+import torch
+sys.addaudithook(watch)
+import fastkd
+student = torch.randn(4, 10, requires_grad=True)
+fastkd.loss(student, torch.randn(4, 10), torch.tensor([0, 1, 2, 3])).backward()
+fastkd.terms(student, torch.randn(4, 10))
+print(calls)
+"""
+
+
+def test_nobody_is_called_at_import_or_later():
+    """By the interpreter's own audit of connections and processes."""
+    command = [sys.executable, "-c", CALLED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_dependencies_are_bounded_below_only():
+    for line in importlib.metadata.requires("fastkd") or []:
+        requirement = line.split(";")[0].strip()
+        assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?>=[\d.]+", requirement), line
