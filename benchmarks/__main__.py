@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,15 @@ def _measure(
             return found
 
         for case in selected:
-            found = attempt(case.title, lambda case=case: suite.run_case(case, settings, say))
+            found = attempt(case.title, partial(suite.run_case, case, settings, say))
             if found is not None:
                 results["cases"].append(found)
                 report.show_case(console, found)
-        runs = {"sparse": sparse.run, "divergences": divergences.run}
+        runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
         for name, run in runs.items():
             for one in sections[name]:
                 say(one.title)
-                found = attempt(one.title, lambda: run(one, device, settings.seconds))  # noqa: B023
+                found = attempt(one.title, partial(run, one, device, settings.seconds))
                 results[name] += [found] * (found is not None)
         for duel in duels:
             say(duel.name)

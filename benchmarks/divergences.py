@@ -153,7 +153,7 @@ def torchtune(dense: Case, name: str) -> LossFunction:
     """torchtune has no temperature, so it gets logits divided by it."""
     t = dense.temperature
     criterion = getattr(rivals._torchtune_losses(), _TORCHTUNE[name])()
-    return lambda s, w, y: t**2 * criterion(s / t, w / t, y)  # type: ignore[no-any-return]
+    return lambda s, w, y: t**2 * criterion(s / t, w / t, y)
 
 
 def liger(dense: Case, name: str) -> LossFunction:
@@ -164,7 +164,7 @@ def liger(dense: Case, name: str) -> LossFunction:
 
 def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
     """Every way to compute a divergence."""
-    found = {FUSED: fused, PLAIN: plain}
+    found: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
     if name in _TORCHTUNE:
         found["torchtune"] = torchtune
     if name == "jsd":
