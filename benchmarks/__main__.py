@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ EXAMPLES = """examples:
   python -m benchmarks --rows 4096 --classes 32000 --dtype bf16 --temperature 2
   python -m benchmarks --only llama --rivals fastkd eager
   python -m benchmarks --only "top 64"     the sparse teacher alone
+  python -m benchmarks --only divergences  the other divergences alone
   python -m benchmarks --readme            the README's section, from the newest saved results
 """
 
@@ -118,14 +122,14 @@ def _measure(
     chosen: argparse.Namespace,
     device: str,
     selected: list[Any],
-    sparse_teachers: list[Any],
+    sections: dict[str, list[Any]],
     standard: bool,
 ) -> dict[str, Any]:
     """Runs everything, showing each case as it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from benchmarks import cases, claims, environment, report, sparse, suite
+    from benchmarks import cases, claims, divergences, environment, report, sparse, suite
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     minutes = chosen.minutes or (4.0 if device == "cuda" else 6.0)
@@ -142,7 +146,7 @@ def _measure(
         "environment": environment.describe(device),
         "standard": standard,
         "cases": [],
-        "sparse": [],
+        **{name: [] for name in sections},
         "duels": [],
         "scaling": {},
     }
@@ -160,28 +164,32 @@ def _measure(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        total = len(selected) + len(sparse_teachers) + len(duels) + 2 * standard
+        total = len(selected) + sum(map(len, sections.values())) + len(duels) + 2 * standard
         task = progress.add_task("", total=total)
 
         def say(text: str) -> None:
             progress.update(task, description=text)
 
-        for case in selected:
+        def attempt(title: str, run: Callable[[], Any]) -> Any:
+            found = None
             try:
-                found = suite.run_case(case, settings, say)
+                found = run()
             except Exception as error:  # too large for this machine, say: the other cases go on
-                console.print(
-                    f"{case.title}: not measured, {type(error).__name__}: {str(error)[:200]}"
-                )
-                found = None
+                console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
+            progress.advance(task)
+            return found
+
+        for case in selected:
+            found = attempt(case.title, partial(suite.run_case, case, settings, say))
             if found is not None:
                 results["cases"].append(found)
                 report.show_case(console, found)
-            progress.advance(task)
-        for one in sparse_teachers:
-            say(one.title)
-            results["sparse"].append(sparse.run(one, device, settings.seconds))
-            progress.advance(task)
+        runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
+        for name, run in runs.items():
+            for one in sections[name]:
+                say(one.title)
+                found = attempt(one.title, partial(run, one, device, settings.seconds))
+                results[name] += [found] * (found is not None)
         for duel in duels:
             say(duel.name)
             results["duels"].append(suite.run_duel(duel, settings))
@@ -226,7 +234,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
     import torch
 
-    from benchmarks import cases, environment, plots, report, sparse
+    from benchmarks import cases, divergences, environment, plots, report, sparse
 
     if chosen.readme:
         print(report.rewrite_readme())
@@ -245,14 +253,21 @@ def _run(chosen: argparse.Namespace) -> None:
         selected = [_own_case(chosen)]
     else:
         selected = cases.full(device) if chosen.full else cases.default(device)
-    sparse_teachers = sparse.cases(device) if chosen.rows is None and not chosen.rivals else []
+    wanted = chosen.rows is None and not chosen.rivals
+    sections: dict[str, list[Any]] = {
+        "sparse": sparse.cases(device) if wanted else [],
+        "divergences": divergences.cases(device) if wanted else [],
+    }
     if chosen.only:
         selected = [case for case in selected if chosen.only in case.title]
-        sparse_teachers = [case for case in sparse_teachers if chosen.only in case.title]
+        sections = {
+            name: [case for case in found if chosen.only in case.title]
+            for name, found in sections.items()
+        }
     if chosen.list:
-        _list(selected + sparse_teachers)
+        _list([*selected, *itertools.chain.from_iterable(sections.values())])
         return
-    results = _measure(chosen, device, selected, sparse_teachers, standard)
+    results = _measure(chosen, device, selected, sections, standard)
     if chosen.no_save or (not standard and chosen.output is None):
         return
     output = chosen.output or report.RESULTS / environment.slug(device)

@@ -131,6 +131,22 @@ def _sparse(results: Results) -> Values:
     return {one["title"]: one["of the dense loss"] for one in results.get("sparse", [])}
 
 
+def _divergence(name: str, rival: str = "", **wanted: Any) -> Callable[[Results], Values]:
+    """Its time in those of the forward KL; with a rival, the rival's in its own."""
+
+    def values(results: Results) -> Values:
+        found = {}
+        for one in results.get("divergences", []):
+            if one["divergence"] != name or any(one[key] != wanted[key] for key in wanted):
+                continue
+            value = one["rivals"].get(rival) if rival else one["of the forward KL"]
+            if value is not None:
+                found[one["title"]] = value
+        return found
+
+    return values
+
+
 def _near(name: str, statistic: str) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
         near = results.get("close_to_the_teacher") or {}
@@ -262,6 +278,15 @@ def _cpu() -> list[Claim]:
             False,
             _in_times_of_a_sum(classes=10, rows=(8, 128)),
         ),
+        Claim("jsd, in times of forward_kl", 1.6, None, False, _divergence("jsd")),
+        Claim("reverse_kl, in times of forward_kl", 1.3, None, False, _divergence("reverse_kl")),
+        Claim(
+            "jsd, 128256 classes, against eager",
+            10,
+            None,
+            True,
+            _divergence("jsd", "PyTorch", classes=128256),
+        ),
         *_both_devices(),
     ]
 
@@ -318,6 +343,15 @@ def _cuda() -> list[Claim]:
             _in_times_of_a_sum(**bf16, rows=128, classes=(16, 1000)),
         ),
         Claim("half of the rows ignored, in times of none", 0.75, 0.6, False, _duel("half")),
+        Claim("jsd, in times of forward_kl", 1.25, None, False, _divergence("jsd")),
+        Claim("reverse_kl, in times of forward_kl", 1.1, None, False, _divergence("reverse_kl")),
+        Claim(
+            "jsd, 128256 classes, against Liger's",
+            10,
+            None,
+            True,
+            _divergence("jsd", "Liger", classes=128256),
+        ),
         *_both_devices(),
     ]
 

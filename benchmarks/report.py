@@ -26,6 +26,8 @@ it was timed. Rivals took turns in one process, on inputs that were out of the c
 medians. "Of stream" is the time that the memory needs for both logits (and the gradient), over the
 time taken; "peak" the extra memory, in tensors of logits. Errors are relative to float64, the
 gradient's in the 2-norm."""
+DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, the same in times of
+its forward KL, and how many times as long others take (PyTorch: eager, in float32)."""
 README_RIVALS = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
 
 
@@ -189,6 +191,28 @@ def sparse_rows(results: Results) -> Rows:
     return ["sparse teacher", *names, "of all classes", "of PyTorch"], rows
 
 
+def divergence_rows(results: Results) -> Rows:
+    """Each divergence beside the forward KL, and what others take for it."""
+    found = results["divergences"]
+    names = list(dict.fromkeys(name for one in found for name in one["rivals"]))
+    heading = ["", "fastkd", "of forward_kl", *names, "loss error", "grad. error", ""]
+    rows = []
+    for one in found:
+        ours = one["lanes"]["fastkd"]
+        rows.append(
+            [
+                one["title"].removeprefix("divergences: "),
+                duration(ours["times"]["median"]),
+                times(one["of the forward KL"], 2),
+                *(times(one["rivals"].get(name)) for name in names),
+                f"{ours['loss_error']:.0e}",
+                f"{ours['gradient_error']:.1e}",
+                "" if one["fused"] else "the reference formula: no kernel",
+            ]
+        )
+    return heading, rows
+
+
 def scaling_rows(points: Iterable[Results]) -> Rows:
     """One series."""
     rows = []
@@ -250,6 +274,8 @@ def show(console: Console, results: Results) -> None:
         console.print(line)
     if results.get("sparse"):
         console.print(_table(sparse_rows(results)))
+    if results.get("divergences"):
+        console.print(_table(divergence_rows(results), DIVERGENCES))
     if results["duels"]:
         console.print(_table(duel_rows(results)))
     for name, points in results["scaling"].items():
@@ -333,6 +359,12 @@ def markdown(results: Results) -> str:
         ]
     if results.get("sparse"):
         parts += ["## The sparse teacher\n", _markdown_table(sparse_rows(results))]
+    if results.get("divergences"):
+        parts += [
+            "## Divergences\n",
+            f"{DIVERGENCES}\n",
+            _markdown_table(divergence_rows(results)),
+        ]
     if results["duels"]:
         parts += ["## fastkd against itself\n", _markdown_table(duel_rows(results))]
     if results["scaling"]:

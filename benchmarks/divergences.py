@@ -1,0 +1,250 @@
+"""The other divergences: what each costs beside the forward KL, and beside what others run for it.
+
+The soft term alone is timed, so that no hard term hides a difference. What no kernel computes is
+measured too, and is marked: there fastkd runs its reference formula in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from benchmarks import rivals
+from benchmarks.cases import MODELS, Case, case
+from benchmarks.measure import WALL_LIMIT, Step, make_sets, time_in_turns
+from benchmarks.rivals import LossFunction, UnavailableError
+from fastkd import ops, reference
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
+SIGN_TOLERANCE = 1e-2
+"""The same for the total variation's gradient, which jumps where p = q: a class that rounding moves
+across counts with the other sign.
+"""
+FUSED, BASE, PLAIN = "fastkd", "forward_kl", "PyTorch"
+CHUNK = 2**21
+"""Logits that the check computes at once."""
+
+
+@dataclass(frozen=True)
+class DivergenceCase:
+    """A shape and a divergence, with its default ``mix``."""
+
+    dense: Case
+    name: str
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        one = self.dense
+        return f"divergences: {self.name}, {one.rows} x {one.classes} {one.dtype}"
+
+
+def cases(device: str) -> list[DivergenceCase]:
+    """Every divergence at 32000 classes, in both of the dtypes that language models are trained in,
+    and Jensen and Shannon's at 128256.
+    """
+
+    def dense(model: str, dtype: str) -> Case:
+        soft_alone: dict[str, Any] = {"temperature": 2.0, "alpha": 0.0}
+        if device == "cpu":
+            return Case(model, 64, MODELS[model].classes, dtype, **soft_alone)
+        return case(model, device, dtype, **soft_alone)
+
+    dtypes = ("fp32", "bf16")
+    return [
+        DivergenceCase(dense("llama-2", dtype), name)
+        for dtype in dtypes
+        for name in fastkd.divergences()
+    ] + [DivergenceCase(dense("llama-3", dtype), "jsd") for dtype in dtypes]
+
+
+def fused(dense: Case, name: str) -> LossFunction:
+    """This package's."""
+    options: dict[str, Any] = {"temperature": dense.temperature, "alpha": dense.alpha}
+    return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
+
+
+# ---- PyTorch as papers and libraries write it: of (student, teacher) / T in float32, (N,)
+
+Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    shares = torch.tensor([weight, 1 - weight], device=log_a.device).log()
+    return torch.logsumexp(torch.stack([log_a + shares[0], log_b + shares[1]]), 0)
+
+
+def _of_probabilities(compute: Callable[[Tensor, Tensor], Tensor]) -> Plain:
+    return lambda z, w, _: compute(F.log_softmax(w, -1), F.log_softmax(z, -1))
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = _log_mixture(log_p, log_q, 0.5)
+    return 0.5 * _kl(log_p, log_m) + 0.5 * _kl(log_q, log_m)
+
+
+def _dkd(z: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """As the paper's authors write it: the label's logit is pushed out of the other classes."""
+    chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, labels.unsqueeze(-1), True)
+
+    def of_label(logits: Tensor) -> Tensor:
+        probs = F.softmax(logits, -1)
+        parts = [(probs * chosen).sum(-1), (probs * ~chosen).sum(-1)]
+        return torch.stack(parts, -1)
+
+    target = F.kl_div(of_label(z).log(), of_label(w), reduction="none").sum(-1)
+    others = _kl(*(F.log_softmax(x - 1000.0 * chosen, -1) for x in (w, z)))
+    return target + 8 * others
+
+
+FORMULAS: dict[str, Plain] = {
+    "forward_kl": _of_probabilities(_kl),
+    "reverse_kl": _of_probabilities(lambda log_p, log_q: _kl(log_q, log_p)),
+    "symmetric_kl": _of_probabilities(
+        lambda log_p, log_q: 0.5 * _kl(log_p, log_q) + 0.5 * _kl(log_q, log_p)
+    ),
+    "jsd": _of_probabilities(_jsd),
+    "skewed_forward_kl": _of_probabilities(
+        lambda log_p, log_q: _kl(log_p, _log_mixture(log_p, log_q, 0.1))
+    ),
+    "skewed_reverse_kl": _of_probabilities(
+        lambda log_p, log_q: _kl(log_q, _log_mixture(log_q, log_p, 0.1))
+    ),
+    "total_variation": _of_probabilities(
+        lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    ),
+    "soft_cross_entropy": lambda z, w, _: F.cross_entropy(z, F.softmax(w, -1), reduction="none"),
+    "mse": lambda z, w, _: F.mse_loss(z, w, reduction="none").mean(-1),
+    "centered_mse": lambda z, w, _: F.mse_loss(
+        z - z.mean(-1, keepdim=True), w - w.mean(-1, keepdim=True), reduction="none"
+    ).mean(-1),
+    "cosine": lambda z, w, _: 1 - F.cosine_similarity(z, w, dim=-1),
+    "dkd": _dkd,
+}
+
+
+def plain(dense: Case, name: str) -> LossFunction:
+    """Eager PyTorch, in float32 as accuracy demands."""
+    t, formula = dense.temperature, FORMULAS[name]
+    return lambda s, w, y: t**2 * formula(s.float() / t, w.float() / t, y).mean()
+
+
+# ---- packages
+
+_TORCHTUNE = {
+    "reverse_kl": "ReverseKLLoss",
+    "symmetric_kl": "SymmetricKLLoss",  # half without the entropy: see `check`
+    "soft_cross_entropy": "ForwardKLLoss",  # it leaves the teacher's entropy out
+}
+
+
+def torchtune(dense: Case, name: str) -> LossFunction:
+    """torchtune has no temperature, so it gets logits divided by it."""
+    t = dense.temperature
+    criterion = getattr(rivals._torchtune_losses(), _TORCHTUNE[name])()
+    return lambda s, w, y: t**2 * criterion(s / t, w / t, y)
+
+
+def liger(dense: Case, name: str) -> LossFunction:
+    """LigerJSD, as among the rivals of the forward KL."""
+    loss = rivals.by_name("Liger JSD").make(dense)
+    return lambda s, w, y: dense.temperature**2 * loss(s, w, y)
+
+
+def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
+    """Every way to compute a divergence."""
+    found: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
+    if name in _TORCHTUNE:
+        found["torchtune"] = torchtune
+    if name == "jsd":
+        found["Liger"] = liger
+    return found
+
+
+# ---- measuring
+
+
+def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
+    """How far a step's loss and gradient on its first inputs are from float64."""
+    given, dense = step.sets[0], one.dense
+    loss, gradient = step.run(given)
+    assert gradient is not None
+    options = {"temperature": dense.temperature, "hard_weight": 0.0, "soft_weight": 1.0}
+    exact = squares = off = 0.0
+    rows = max(1, CHUNK // dense.classes)
+    for start in range(0, dense.rows, rows):
+        part = slice(start, start + rows)
+        leaf = given.student.detach()[part].double().requires_grad_()
+        truth = reference.loss(
+            leaf,
+            given.teacher[part].double(),
+            given.labels[part],
+            divergence=one.name,
+            normalizer=float(dense.rows),
+            **options,
+        )
+        (right,) = torch.autograd.grad(truth, leaf)
+        exact += truth.item()
+        squares += right.square().sum().item()
+        off += (gradient[part].double() - right).square().sum().item()
+    return abs(loss.item() / exact - 1), (off / squares) ** 0.5
+
+
+def check(one: DivergenceCase, lane: str, step: Step) -> dict[str, float]:
+    """A step's errors, if they are small enough for it to be timed."""
+    loss_error, gradient_error = errors(one, step)
+    limit = TOLERANCE[one.dense.dtype]
+    # torchtune's forward KL leaves the teacher's entropy out, which the gradient does not see.
+    another_value = lane == "torchtune" and one.name == "symmetric_kl"
+    right_loss = loss_error <= limit or another_value
+    if one.name == "total_variation":
+        limit = max(limit, SIGN_TOLERANCE)
+    if not (right_loss and gradient_error <= limit):
+        raise RuntimeError(f"{lane}: loss off by {loss_error}, gradient by {gradient_error}")
+    return {"loss_error": loss_error, "gradient_error": gradient_error}
+
+
+def run(one: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
+    """All ways checked, then timed side by side; times are those of loss and backward."""
+    sets = make_sets(one.dense, device)
+    lanes: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {}
+    for name, make in makers(one.name).items():
+        try:
+            step = Step(one.dense, make(one.dense, one.name), sets)
+        except UnavailableError:
+            continue  # said once, for the whole run, where the forward KL's rivals are
+        lanes[name] = check(one, name, step)
+        steps[name] = step
+    if one.name != BASE:
+        lanes[BASE], steps[BASE] = {}, Step(one.dense, fused(one.dense, BASE), sets)
+    kind = "device" if one.dense.elements >= WALL_LIMIT else "wall"
+    times = time_in_turns(dict(steps), device, kind, seconds)
+    for name, measured in times.items():
+        lanes[name]["times"] = asdict(measured)
+    ours = times[FUSED].median
+    base = times.get(BASE, times[FUSED]).median
+    return {
+        "title": one.title,
+        "divergence": one.name,
+        "classes": one.dense.classes,
+        "fused": one.name in ops.FUSED[device],
+        "lanes": lanes,
+        "of the forward KL": ours / base,
+        "rivals": {
+            name: measured.median / ours
+            for name, measured in times.items()
+            if name not in (FUSED, BASE)
+        },
+    }
