@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, weights
+from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes, weights
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,18 +284,6 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 
 # ---- memory
-
-
-def peak_bytes(function) -> int:
-    """Most memory that a CPU's allocator had handed out at a time, as the profiler saw it."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
