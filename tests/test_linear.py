@@ -429,6 +429,7 @@ BAD = {
     "softcap": ({"softcap": -1.0}, "softcap must be positive"),
     "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+    "budget": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
     "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
     "accumulate": (
         {"accumulate_dtype": FP16},
@@ -458,6 +459,25 @@ def test_bad_input(wrong, message):
     }
     with pytest.raises((ValueError, TypeError), match=message):
         fastkd.linear_loss(**{**arguments, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"alpha": 0.5, "hard_weight": 1.0}, "alpha cannot be given together"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
+        ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+        ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
+        ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or a floating"),
+        ({"tail": "cut"}, "tail must be one of"),
+    ],
+)
+def test_module_checks_options_when_it_is_made(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.LinearKDLoss(**wrong)
 
 
 def test_module_refuses_what_it_does_not_know():

@@ -261,6 +261,11 @@ def check_numbers(options: dict[str, Any]) -> None:
     checks.one_of("tail", options.get("tail", "ghost"), sparse.TAILS)
     chunk_size(options.get("chunk_size", "auto"))
     max_workspace(options.get("max_workspace"))
+    dtype = options.get("accumulate_dtype", "auto")
+    if dtype != "auto" and dtype not in checks.FLOATS:
+        raise ValueError(
+            f"accumulate_dtype must be 'auto' or a floating-point dtype; got {dtype!r}"
+        )
 
 
 def max_workspace(value: object) -> int | None:
