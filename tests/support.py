@@ -1,6 +1,7 @@
 """Problems, their truth in float64, torch's eager answer, and the bounds that tests hold."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -241,3 +242,15 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
     eps = torch.finfo(value.dtype).eps
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(value, expected, rtol=8 * eps, atol=8 * FLOOR[FP32] * largest)
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most memory that a CPU's allocator had handed out at a time, as the profiler saw it."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most

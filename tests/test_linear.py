@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, weights
+from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes, weights
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,18 +286,6 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 # ---- memory
 
 
-def peak_bytes(function) -> int:
-    """Most memory that a CPU's allocator had handed out at a time, as the profiler saw it."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
-
-
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
@@ -441,6 +429,7 @@ BAD = {
     "softcap": ({"softcap": -1.0}, "softcap must be positive"),
     "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+    "budget": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
     "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
     "accumulate": (
         {"accumulate_dtype": FP16},
@@ -470,6 +459,25 @@ def test_bad_input(wrong, message):
     }
     with pytest.raises((ValueError, TypeError), match=message):
         fastkd.linear_loss(**{**arguments, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"alpha": 0.5, "hard_weight": 1.0}, "alpha cannot be given together"),
+        ({"softcap": -1.0}, "softcap must be positive"),
+        ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
+        ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+        ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
+        ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or a floating"),
+        ({"tail": "cut"}, "tail must be one of"),
+    ],
+)
+def test_module_checks_options_when_it_is_made(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.LinearKDLoss(**wrong)
 
 
 def test_module_refuses_what_it_does_not_know():

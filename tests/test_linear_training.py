@@ -164,15 +164,15 @@ def test_opcheck(reduction):
     """torch's own checks of the op: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
-    inputs = heads.Inputs(x, weight, None, t, teacher_weight, None, None, labels, *(None,) * 7)
+    inputs = heads.Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
     inputs = inputs._replace(denominator=torch.tensor(11.0))
     grads = reduction == "mean"
     call = heads.Call(
         temperature=2.0, teacher_temperature=None, hard_weight=0.5, soft_weight=0.5,
         ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
-        mix=None, standardize=False, student_softcap=None, teacher_softcap=None, student_scale=1.0,
-        teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32, chunk=8,
-        hidden_grad=grads, weight_grad=grads, bias_grad=False,
+        mix=None, standardize=False, tail="ghost", student_softcap=None, teacher_softcap=None,
+        student_scale=1.0, teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32,
+        chunk=8, hidden_grad=grads, weight_grad=grads, bias_grad=False,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.fastkd.linear_loss.default,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd import checks, heads, losses
+from fastkd import checks, heads, losses, sparse
 from fastkd.heads import Inputs
 from fastkd.objective import Objective
 
@@ -20,6 +20,8 @@ def resolve(
     """Rows flattened, and the core's options as tensors of ``Inputs`` and numbers of ``Call``."""
     lead, labels = inputs.hidden.shape[:-1], inputs.labels
     classes = inputs.weight.shape[0]
+    if inputs.topk_indices is not None:
+        _check_sparse(options, labels)
     # Stand-ins for the logits, without their memory.
     student, teacher = (
         torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(*lead, classes)
@@ -29,6 +31,10 @@ def resolve(
     objective = losses.prepare(student, teacher, labels, given).objective
     if labels is not None and checks.may_look(labels):
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+    indices, log_probs = inputs.topk_indices, inputs.topk_log_probs
+    if indices is not None and log_probs is not None and checks.may_look(indices):
+        ignore_index = objective.ignore_index
+        sparse.check_list_data(student, indices, log_probs, labels, ignore_index, "topk_")
     denominator = None
     if objective.reduction == "mean":
         objective, denominator = _denominators(
@@ -49,7 +55,7 @@ def resolve(
             )
         tensors[name] = value.reshape(-1) if value.dim() > 0 else value
         numbers[name] = 1.0
-    for name in ("hidden", "teacher_hidden", "teacher_logits"):
+    for name in heads.OUTPUTS_OF_ROWS:
         value = getattr(inputs, name)
         if value is not None:
             tensors[name] = value.reshape(math.prod(lead), value.shape[-1])
@@ -131,27 +137,61 @@ def check_head(
         )
 
 
+# What a sparse teacher goes with, of the options that it does not go with otherwise.
+_SPARSE = {
+    **dict.fromkeys(("teacher_temperature", "class_weight", "mix")),
+    **{"divergence": "forward_kl", "standardize": False},
+}
+
+
+def _check_sparse(options: dict[str, Any], labels: Tensor | None) -> None:
+    """Refuses what :func:`fastkd.topk_loss` does not have."""
+    for name, accepted in _SPARSE.items():
+        if options[name] is not accepted and options[name] != accepted:
+            raise ValueError(
+                f"{name} must be {accepted!r} with topk_indices; got {options[name]!r}"
+            )
+    for name in ("temperature", "hard_weight", "soft_weight"):
+        if isinstance(options[name], Tensor):
+            raise TypeError(f"{name} must be a number with topk_indices; got a tensor")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels must be class indices with topk_indices; got {labels.dtype}")
+
+
 def check_teacher(
     hidden: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     logits: Tensor | None,
+    indices: Tensor | None,
+    log_probs: Tensor | None,
     lead: torch.Size,
     like: Tensor,
 ) -> None:
-    """One of the two ways to give the teacher."""
-    if logits is not None:
-        if hidden is not None or weight is not None or bias is not None:
+    """One of the three ways to give the teacher."""
+    has_head = hidden is not None or weight is not None or bias is not None
+    is_sparse = indices is not None or log_probs is not None
+    for name, given, others in (
+        ("teacher_logits takes", logits is not None, has_head),
+        ("topk_indices and topk_log_probs take", is_sparse, has_head or logits is not None),
+    ):
+        if given and others:
             raise ValueError(
-                "teacher_logits takes the place of teacher_hidden, teacher_weight and "
-                "teacher_bias; got both"
+                f"{name} the place of teacher_hidden, teacher_weight and teacher_bias, or of any "
+                "other teacher; got both"
             )
-        checks.logits(like.new_empty(()).detach().expand(*lead, like.shape[0]), [logits])
+    stand_in = like.new_empty(()).detach().expand(*lead, like.shape[0])
+    if logits is not None:
+        checks.logits(stand_in, [logits])
+        return
+    if is_sparse:
+        sparse.check_lists(indices, log_probs, stand_in, "topk_")
         return
     if hidden is None or weight is None:
         raise ValueError(
-            "the teacher needs teacher_hidden and teacher_weight, or teacher_logits; got "
-            f"teacher_hidden={_kind(hidden)}, teacher_weight={_kind(weight)}, teacher_logits=None"
+            "the teacher needs teacher_hidden and teacher_weight, or teacher_logits, or "
+            "topk_indices and topk_log_probs; got "
+            f"teacher_hidden={_kind(hidden)}, teacher_weight={_kind(weight)}, no other"
         )
     check_head("teacher", hidden, weight, bias, like)
     if hidden.shape[:-1] != lead:
@@ -163,6 +203,18 @@ def check_teacher(
 
 def _kind(value: object) -> str:
     return "None" if value is None else "a tensor"
+
+
+def outputs_of(
+    hidden: Tensor | None, logits: Tensor | None, log_probs: Tensor | None
+) -> tuple[str, Tensor]:
+    """What is known of the teacher's outputs, and its name; one of them is given."""
+    names = ("teacher_hidden", "teacher_logits", "topk_log_probs")
+    return next(
+        (name, value)
+        for name, value in zip(names, (hidden, logits, log_probs), strict=True)
+        if value is not None
+    )
 
 
 def compute_dtypes(
@@ -200,6 +252,29 @@ def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
         raise ValueError(
             f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
         )
+
+
+def check_numbers(options: dict[str, Any]) -> None:
+    """What a head adds to the core's options, as far as it needs no tensors."""
+    for name in ("softcap", "logit_scale"):
+        pair_of(name, options.get(name))
+    checks.one_of("tail", options.get("tail", "ghost"), sparse.TAILS)
+    chunk_size(options.get("chunk_size", "auto"))
+    max_workspace(options.get("max_workspace"))
+    dtype = options.get("accumulate_dtype", "auto")
+    if dtype != "auto" and dtype not in checks.FLOATS:
+        raise ValueError(
+            f"accumulate_dtype must be 'auto' or a floating-point dtype; got {dtype!r}"
+        )
+
+
+def max_workspace(value: object) -> int | None:
+    """A number of bytes, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"max_workspace must be a positive number of bytes or None; got {value!r}")
+    return value
 
 
 def chunk_size(value: object) -> int | Literal["auto"]:

@@ -40,8 +40,9 @@ def plain(inputs: Inputs, call: Call) -> Tensor:
                 call.teacher_scale,
                 call.teacher_softcap,
             )
-        assert teacher is not None
         objective = heads.objective_of(inputs, call)
+        if teacher is None:
+            return heads.loss_of(student, None, inputs, objective, call, False)
         return reference.loss(student, teacher, inputs.labels, **objective._asdict())
 
 

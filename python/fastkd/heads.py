@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import ops, products
+from fastkd import ops, products, sparse
 from fastkd.objective import Objective
 
 
@@ -27,6 +27,8 @@ class Inputs(NamedTuple):
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
     teacher_logits: Tensor | None
+    topk_indices: Tensor | None
+    topk_log_probs: Tensor | None
     labels: Tensor | None
     temperature: Tensor | None
     """This and the next three: one number for each row, in place of that of ``Call``."""
@@ -41,7 +43,9 @@ class Inputs(NamedTuple):
 
 
 _NUMBERS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
-_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "labels", *_NUMBERS, "grad_rows")
+OUTPUTS_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "topk_indices", "topk_log_probs")
+"""What of ``Inputs`` has, for each row, as many numbers as it likes."""
+_OF_ROWS = (*OUTPUTS_OF_ROWS, "labels", *_NUMBERS, "grad_rows")
 
 
 class Call(NamedTuple):
@@ -58,6 +62,8 @@ class Call(NamedTuple):
     divergence: str
     mix: float | None
     standardize: bool
+    tail: str
+    """Of a sparse teacher."""
     student_softcap: float | None
     teacher_softcap: float | None
     student_scale: float
@@ -162,10 +168,10 @@ class _Heads:
         self.bias = None if inputs.bias is None else inputs.bias.to(call.dtype)
         shape = (min(call.chunk, rows), inputs.weight.shape[0])
         device = inputs.hidden.device
-        self.logits = torch.empty(shape, dtype=call.dtype, device=device)
+        self.logits: Tensor | None = torch.empty(shape, dtype=call.dtype, device=device)
         self.slope = None
         if call.student_softcap is not None and call.grads:
-            self.slope = torch.empty_like(self.logits)
+            self.slope = torch.empty(shape, dtype=call.dtype, device=device)
         self.teacher_logits = self.teacher_weight = self.teacher_bias = None
         if inputs.teacher_weight is not None:
             self.teacher_weight = inputs.teacher_weight.to(call.teacher_dtype)
@@ -175,6 +181,7 @@ class _Heads:
 
     def student(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The student's logits, and what the soft cap multiplies their gradient by."""
+        assert self.logits is not None
         call, rows = self.call, hidden.shape[0]
         logits = products.logits_(
             self.logits[:rows], hidden, self.weight, self.bias, call.student_scale
@@ -184,11 +191,10 @@ class _Heads:
             soft_cap_(logits, call.student_softcap, slope)
         return logits, slope
 
-    def teacher(self, part: Inputs) -> Tensor:
-        """The teacher's logits."""
-        if part.teacher_logits is not None:
+    def teacher(self, part: Inputs) -> Tensor | None:
+        """The teacher's logits; None, if it is sparse."""
+        if part.teacher_hidden is None:
             return part.teacher_logits
-        assert part.teacher_hidden is not None
         assert self.teacher_weight is not None and self.teacher_logits is not None
         call = self.call
         logits = products.logits_(
@@ -203,23 +209,22 @@ class _Heads:
         return logits
 
     def loss(self, logits: Tensor, part: Inputs) -> tuple[Tensor, Tensor | None]:
-        """The loss of a chunk and, in its logits' memory where there are kernels for it, its
-        gradient."""
+        """The loss of a chunk and its gradient, in its logits' memory where a kernel does that."""
         objective, teacher = objective_of(part, self.call), self.teacher(part)
         if self.call.scales_late:
             objective = objective._replace(reduction="sum", normalizer=None)
         if not self.call.grads:
-            return _compute(logits, teacher, part.labels, objective, False), None
+            return loss_of(logits, teacher, part, objective, self.call, False), None
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            fused = ops.is_fused(logits, part.labels, objective)
-            value = _compute(leaf.view_as(leaf), teacher, part.labels, objective, fused)
+            inplace = teacher is not None and ops.is_fused(logits, part.labels, objective)
+            value = loss_of(leaf.view_as(leaf), teacher, part, objective, self.call, inplace)
         (grad,) = torch.autograd.grad(value, leaf)
         return value.detach(), grad
 
-    def drop_teacher(self) -> None:
-        """Gives back the teacher's buffer."""
-        self.teacher_logits = None
+    def drop_logits(self) -> None:
+        """Gives back the buffers, but for what holds the gradient."""
+        self.logits = self.teacher_logits = None
 
     def add_gradients(self, grad: Tensor, part: Inputs, rows: slice | Tensor, first: bool) -> None:
         """What a chunk's gradient says about its hidden states, the weight and the bias."""
@@ -247,19 +252,39 @@ class _Heads:
 
 def logits_per_row(inputs: Inputs, call: Call) -> float:
     """Tensors of logits, in the student's dtype, that are alive at a time."""
-    buffers = 2.0
+    buffers = 2.0  # the teacher's are one of them; of a sparse one, the gradient
+    if inputs.topk_indices is not None:
+        # Lists of 8-byte numbers: a chunk's, and as the kernel takes them.
+        lists = 4 * 8 * inputs.topk_indices.shape[-1]
+        buffers = 1 + call.grads + lists / (inputs.weight.shape[0] * call.dtype.itemsize)
+        fused = sparse.is_fused(inputs.hidden)
+    else:
+        fused = ops.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call))
     if call.student_softcap is not None and call.grads:
         buffers += 1
-    if not ops.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call)):
+    if not fused:
         wide = acc_dtype(call.dtype, call.teacher_dtype)
         buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
     return buffers
 
 
-def _compute(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, inplace: bool
+def loss_of(
+    student: Tensor,
+    teacher: Tensor | None,
+    part: Inputs,
+    objective: Objective,
+    call: Call,
+    inplace: bool,
 ) -> Tensor:
-    return ops.compute(student, (teacher,), labels, objective, with_terms=False, inplace=inplace)
+    """The loss of logits; without the teacher's, of its lists."""
+    if teacher is not None:
+        return ops.compute(
+            student, (teacher,), part.labels, objective, with_terms=False, inplace=inplace
+        )
+    assert part.topk_indices is not None and part.topk_log_probs is not None
+    return sparse.compute(
+        student, part.topk_indices, part.topk_log_probs, part.labels, objective, call.tail
+    )
 
 
 def soft_cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
@@ -310,13 +335,14 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
         part = inputs._replace(**_rows(inputs, index))
         logits, slope = heads.student(part.hidden.to(call.dtype))
         value, grad = heads.loss(logits, part)
+        del logits
         if call.reduction == "none":
             out.loss[index] = value
         else:
             out.loss.add_(value)
         if grad is not None:
             if chunk == rows:
-                heads.drop_teacher()
+                heads.drop_logits()
             if slope is not None:
                 grad.mul_(slope)
             heads.add_gradients(grad, part, index, start == 0)
@@ -347,9 +373,9 @@ _SCHEMA = (
     "linear_loss(Tensor?[] inputs, float temperature, float? teacher_temperature, "
     "float hard_weight, float soft_weight, int ignore_index, str reduction, "
     "float label_smoothing, str divergence, float? mix, bool standardize, "
-    "float? student_softcap, float? teacher_softcap, float student_scale, float teacher_scale, "
-    "ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, SymInt chunk, "
-    "bool hidden_grad, bool weight_grad, bool bias_grad) "
+    "str tail, float? student_softcap, float? teacher_softcap, float student_scale, "
+    "float teacher_scale, ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, "
+    "SymInt chunk, bool hidden_grad, bool weight_grad, bool bias_grad) "
     "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
 )
 _library: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]

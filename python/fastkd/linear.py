@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, head_arguments, head_gradients, heads, losses, ops
+from fastkd import checks, head_arguments, head_gradients, heads, losses, ops, sparse
 from fastkd.chunks import AccumulateDtype, plan
 from fastkd.heads import Call, Inputs
-from fastkd.objective import TEACHER_GRADS
+from fastkd.objective import TEACHER_GRADS, resolve
 
 Pair = float | tuple[float | None, float | None] | None
 """A number for both heads, or one for the student's and one for the teacher's."""
@@ -27,6 +27,9 @@ def linear_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
+    topk_indices: Tensor | None = None,
+    topk_log_probs: Tensor | None = None,
+    tail: Literal["ghost", "renormalize", "ignore"] = "ghost",
     temperature: float | Tensor = 2.0,
     teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
@@ -72,6 +75,12 @@ def linear_loss(
         student_bias: ``(C,)``.
         teacher_bias: ``(C,)``.
         teacher_logits: ``(..., C)``, in place of ``teacher_hidden`` and ``teacher_weight``.
+        topk_indices: ``(..., k)`` classes that a sparse teacher lists, in place of the others: the
+            loss is :func:`fastkd.topk_loss`, with its options (``temperature`` and weights are
+            numbers, ``labels`` class indices, and ``divergence`` is ``"forward_kl"``).
+        topk_log_probs: ``(..., k)`` of any dtype of logits: log-probabilities of these classes at
+            the temperature of the loss, taken as they are.
+        tail: what becomes of the classes that are not listed, as in :func:`fastkd.topk_loss`.
         temperature: as in :func:`fastkd.loss`, like all options down to ``standardize``; here none
             of them gets a gradient. Numbers for each row have the shape ``(...)``.
         teacher_temperature: the teacher's own.
@@ -88,8 +97,8 @@ def linear_loss(
         mix: the mixture weight of the divergences that have one.
         standardize: whether each row of logits is standardized first.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
-            a pair ``(student's, teacher's)`` of which either may be None. It does not apply to
-            ``teacher_logits``.
+            a pair ``(student's, teacher's)`` of which either may be None. It applies to no
+            teacher but one that is a head.
         logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
         chunk_size: rows of a chunk. ``"auto"`` leaves it to :func:`fastkd.chunks.plan`, which
             ``max_workspace`` bounds.
@@ -97,8 +106,8 @@ def linear_loss(
         accumulate_dtype: what the gradient of the weight is summed in over chunks. ``"auto"`` is
             float32 for 16-bit weights; torch.bfloat16, for weights that are, takes half of that
             memory and rounds once for each chunk (docs/linear.md has the errors).
-        teacher_grad: what to do if ``teacher_hidden`` or ``teacher_logits`` requires grad:
-            ``"error"`` or ``"ignore"``.
+        teacher_grad: what to do if ``teacher_hidden``, ``teacher_logits`` or ``topk_log_probs``
+            requires grad: ``"error"`` or ``"ignore"``.
 
     Returns:
         As :func:`fastkd.loss`. Second derivatives, function transforms (``torch.func``) and devices
@@ -125,11 +134,12 @@ def linear_loss(
 class LinearKDLoss(nn.Module):
     """:func:`fastkd.linear_loss` as a module.
 
-    Options are those of :func:`fastkd.linear_loss`, checked when they are used. ``forward`` takes
-    the tensors: ``(student_hidden, student_weight, teacher_hidden=None, teacher_weight=None,
-    labels=None, *, student_bias=None, teacher_bias=None, teacher_logits=None)``. It owns none of
-    them, so a weight that is tied to an embedding, or sharded and gathered by the module that owns
-    it, gets its gradient as from any other layer.
+    Options are those of :func:`fastkd.linear_loss`, checked when the module is made, as far as they
+    can be without the tensors. ``forward`` takes these: ``(student_hidden, student_weight,
+    teacher_hidden=None, teacher_weight=None, labels=None, *, student_bias=None, teacher_bias=None,
+    teacher_logits=None, topk_indices=None, topk_log_probs=None)``. It owns none of them, so a
+    weight that is tied to an embedding, or sharded and gathered by the module that owns it, gets
+    its gradient as from any other layer.
 
     Example:
         >>> import torch, fastkd
@@ -140,13 +150,16 @@ class LinearKDLoss(nn.Module):
     """
 
     def __init__(self, **options: Any) -> None:
-        """Keeps the options."""
+        """Keeps the options, having checked them."""
         super().__init__()
         accepted = inspect.signature(linear_loss).parameters
         for name in options:
             if name not in accepted or name in _TENSORS:
                 listed = ", ".join(sorted(accepted.keys() - _TENSORS))
                 raise TypeError(f"LinearKDLoss has no option {name!r}; it has {listed}")
+        given = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
+        resolve(given, has_labels=True, teachers=None)
+        head_arguments.check_numbers(options)
         self.options = options
 
     def forward(
@@ -179,6 +192,7 @@ class LinearKDLoss(nn.Module):
 _TENSORS = {
     *("student_hidden", "student_weight", "student_bias", "labels"),
     *("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits"),
+    *("topk_indices", "topk_log_probs"),
 }
 
 
@@ -194,6 +208,9 @@ def _linear_loss(
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_logits: Tensor | None,
+    topk_indices: Tensor | None,
+    topk_log_probs: Tensor | None,
+    tail: str,
     softcap: Pair,
     logit_scale: Pair,
     chunk_size: int | Literal["auto"],
@@ -205,18 +222,19 @@ def _linear_loss(
     """Checks the arguments, plans the chunks, and runs."""
     head_arguments.check_head("student", student_hidden, student_weight, student_bias)
     classes, lead = student_weight.shape[0], student_hidden.shape[:-1]
-    given = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    lists = (topk_indices, topk_log_probs)
+    given = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits, *lists)
     head_arguments.check_teacher(*given, lead, student_weight)
-    outputs = teacher_hidden if teacher_logits is None else teacher_logits
-    assert outputs is not None
+    if checks.one_of("tail", tail, sparse.TAILS) and topk_indices is None:
+        raise ValueError(f"tail belongs to topk_indices; got tail={tail!r} without them")
+    name, outputs = head_arguments.outputs_of(teacher_hidden, teacher_logits, topk_log_probs)
     if outputs.requires_grad and not checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS):
         raise ValueError(
-            f"{'teacher_logits' if outputs is teacher_logits else 'teacher_hidden'} requires grad, "
-            "but the loss gives the teacher none: compute it under torch.no_grad(), .detach() it, "
-            'or pass teacher_grad="ignore"'
+            f"{name} requires grad, but the loss gives the teacher none: compute it under "
+            'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
         )
     dtype, teacher_dtype = head_arguments.compute_dtypes(
-        student_hidden, outputs, teacher_logits is not None
+        student_hidden, outputs, teacher_hidden is None
     )
     head_arguments.check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
     inputs, core = head_arguments.resolve(
@@ -237,6 +255,7 @@ def _linear_loss(
     wants = [tracked and t is not None and t.requires_grad for t in inputs[:3]]
     call = Call(
         **core,
+        tail=tail,
         student_softcap=student_cap,
         teacher_softcap=teacher_cap,
         student_scale=1.0 if student_scale is None else student_scale,
@@ -254,7 +273,7 @@ def _linear_loss(
         classes,
         student_weight.shape[1],
         dtype=dtype,
-        teacher_dtype=teacher_dtype,
+        teacher_dtype=teacher_dtype if topk_indices is None else dtype,
         weight_dtype=student_weight.dtype,
         device=student_hidden.device.type,
         logits_per_row=heads.logits_per_row(inputs, call),
@@ -264,7 +283,7 @@ def _linear_loss(
         ),
         weight_grad=wants[1],
         chunk_size=head_arguments.chunk_size(chunk_size),
-        max_workspace=max_workspace,
+        max_workspace=head_arguments.max_workspace(max_workspace),
         accumulate_dtype=accumulate_dtype,
     )
     call = call._replace(accumulate=chosen.accumulate, chunk=max(1, chosen.chunk))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import checks, ops, reference
+from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
 
 TAILS = ("ghost", "renormalize", "ignore")
@@ -129,7 +130,7 @@ def topk_loss(
     except RuntimeError:
         if not torch.compiler.is_compiling() and student_logits.device.type == "cpu":
             checks.check_rows(student_logits, labels, ignore_index, temperature)
-            _check_lists(student_logits, indices, log_probs, labels, ignore_index)
+            check_list_data(student_logits, indices, log_probs, labels, ignore_index)
         raise
 
 
@@ -149,25 +150,25 @@ class _Settings(NamedTuple):
 # ---- arguments
 
 
-def _lists(indices: object, log_probs: object, student: Tensor) -> None:
-    """Two tensors with k entries for each row of logits."""
+def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str = "") -> None:
+    """Two tensors with k entries for each row of logits; ``prefix``: of their names."""
+    names = (f"{prefix}indices", f"{prefix}log_probs")
     if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a tensor of class indices; got {type(indices).__name__}")
+        raise TypeError(
+            f"{names[0]} must be a tensor of class indices; got {type(indices).__name__}"
+        )
     if indices.dtype not in checks.INTEGERS:
-        raise TypeError(f"indices must be class indices of an integer dtype; got {indices.dtype}")
+        raise TypeError(
+            f"{names[0]} must be class indices of an integer dtype; got {indices.dtype}"
+        )
     if not isinstance(log_probs, Tensor):
-        raise TypeError(f"log_probs must be a tensor; got {type(log_probs).__name__}")
+        raise TypeError(f"{names[1]} must be a tensor; got {type(log_probs).__name__}")
     if log_probs.dtype not in checks.FLOATS:
         raise TypeError(
-            f"log_probs must be float64, float32, bfloat16 or float16; got {log_probs.dtype}"
-        )
-    if log_probs.requires_grad:
-        raise ValueError(
-            "log_probs requires grad, but the loss gives the teacher none: compute it under "
-            "torch.no_grad(), or .detach() it"
+            f"{names[1]} must be float64, float32, bfloat16 or float16; got {log_probs.dtype}"
         )
     rows = student.shape[:-1]
-    for name, value in (("indices", indices), ("log_probs", log_probs)):
+    for name, value in zip(names, (indices, log_probs), strict=True):
         if value.dim() != student.dim() or value.shape[:-1] != rows or value.shape[-1] == 0:
             raise ValueError(
                 f"{name} must have k >= 1 entries for each row of logits, shape "
@@ -180,7 +181,7 @@ def _lists(indices: object, log_probs: object, student: Tensor) -> None:
             )
     if indices.shape != log_probs.shape:
         raise ValueError(
-            "indices and log_probs must have the same shape; got "
+            f"{names[0]} and {names[1]} must have the same shape; got "
             f"{tuple(indices.shape)} and {tuple(log_probs.shape)}"
         )
 
@@ -199,8 +200,13 @@ def _mass(indices: Tensor, log_probs: Tensor) -> Tensor:
     return log_probs.exp().masked_fill(indices < 0, 0).sum(-1)
 
 
-def _check_lists(
-    student: Tensor, indices: Tensor, log_probs: Tensor, labels: Tensor | None, ignore_index: int
+def check_list_data(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    prefix: str = "",
 ) -> None:
     """Names the first row whose list cannot be one."""
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
@@ -212,13 +218,13 @@ def _check_lists(
     checks.refuse(
         counts & (greatest >= classes),
         greatest,
-        f"indices must be in [0, {classes}), or negative where there is nothing",
+        f"{prefix}indices must be in [0, {classes}), or negative where there is nothing",
     )
-    checks.refuse(counts & (twice >= 0), twice, "indices must not list a class twice")
+    checks.refuse(counts & (twice >= 0), twice, f"{prefix}indices must not list a class twice")
     checks.refuse(
         counts & ~(mass <= _MOST_MASS),
         mass,
-        "log_probs must be logarithms of probabilities, which add up to at most 1 "
+        f"{prefix}log_probs must be logarithms of probabilities, which add up to at most 1 "
         f"({_MOST_MASS} with rounding)",
     )
 
@@ -240,7 +246,12 @@ def _run(
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and runs the op."""
     checks.logits(student, [student])
-    _lists(indices, log_probs, student)
+    check_lists(indices, log_probs, student)
+    if log_probs.requires_grad:
+        raise ValueError(
+            "log_probs requires grad, but the loss gives the teacher none: compute it under "
+            "torch.no_grad(), or .detach() it"
+        )
     if labels is not None:
         if checks.targets(labels, student):
             raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
@@ -279,6 +290,36 @@ def _run(
     return out
 
 
+def is_fused(student: Tensor) -> bool:
+    """Whether there is a kernel for a call."""
+    return student.device.type in _KERNEL_DEVICES and not ops._is_transformed()
+
+
+def compute(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    objective: Objective,
+    tail: str,
+) -> Tensor:
+    """The loss of checked rows, ``(rows, C)``; the objective's normalizer is a tensor or None."""
+    settings = _Settings(
+        objective.temperature,  # type: ignore[arg-type]
+        objective.hard_weight,  # type: ignore[arg-type]
+        objective.soft_weight,  # type: ignore[arg-type]
+        objective.label_smoothing,
+        objective.ignore_index,
+        TAILS.index(tail),
+        ops.REDUCTIONS.index(objective.reduction),
+        0.0,
+    )
+    denominator = objective.normalizer
+    assert denominator is None or isinstance(denominator, Tensor)
+    acc = ops.accumulator(student, log_probs)
+    return _apply(student, indices.long(), log_probs.to(acc), labels, denominator, settings)
+
+
 def _apply(
     student: Tensor,
     indices: Tensor,
@@ -289,7 +330,7 @@ def _apply(
 ) -> Tensor:
     """Runs the op on checked arguments."""
     arguments = (student, indices, log_probs, labels, denominator)
-    if student.device.type not in _KERNEL_DEVICES or ops._is_transformed():
+    if not is_fused(student):
         return _reference(*arguments, settings)
     if not (torch.is_grad_enabled() and student.requires_grad):
         out, _ = _topk_loss(*arguments, *settings, False)

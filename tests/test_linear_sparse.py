@@ -1,0 +1,429 @@
+"""linear_loss with a sparse teacher, against the definition on full logits in float64."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import chunks, sparse
+
+ROWS, WIDTH, CLASSES, K = 37, 24, 203, 9
+
+
+class Problem(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    indices: Tensor
+    log_probs: Tensor
+    labels: Tensor | None
+
+
+def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, width=WIDTH, ignored=0.3) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    teacher = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
+    log_probs, indices = torch.log_softmax(teacher, -1).topk(min(K, classes - 1))
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = -100
+    return Problem(
+        draw(rows, width).requires_grad_(),
+        draw(classes, width, scale=0.3).requires_grad_(),
+        draw(classes).requires_grad_(),
+        indices.to(device),
+        log_probs.to(device, dtype),
+        labels.to(device),
+    )
+
+
+def loss(given: Problem, **options) -> Tensor:
+    return fastkd.linear_loss(
+        given.hidden,
+        given.weight,
+        labels=given.labels,
+        student_bias=given.bias,
+        topk_indices=given.indices,
+        topk_log_probs=given.log_probs,
+        **options,
+    )
+
+
+def run(given: Problem, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the gradients of hidden states, weight and bias."""
+    value = loss(given, **options)
+    outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
+    return value.detach(), list(torch.autograd.grad(value, given[:3], outgoing))
+
+
+def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tensor:
+    """D of each row, as fastkd.topk_loss has it."""
+    log_q = log_q.gather(-1, indices)
+    if tail == "ignore":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if tail == "ghost":
+        log_q, log_p = (
+            torch.cat([value, (1 - value.exp().sum(-1, keepdim=True)).log()], -1)
+            for value in (log_q, log_p)
+        )
+    pair = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    return F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+
+
+def on_full_logits(
+    given: Problem,
+    outgoing: Tensor | None = None,
+    *,
+    dtype: torch.dtype = FP64,
+    tail: str = "ghost",
+    temperature: float = 2.0,
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same by PyTorch's own operations, products in ``dtype``, the loss in float32 at least."""
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given[:3]]
+    wide = torch.promote_types(dtype, FP32)
+    z = F.linear(*leaves).to(wide) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    log_q = torch.log_softmax(z / temperature, -1)
+    soft = divergence(log_q, given.indices, given.log_probs.to(wide), tail)
+    value = soft_weight * temperature**2 * soft
+    count: float | Tensor = len(z)
+    if given.labels is not None:
+        options = {"label_smoothing": label_smoothing, "reduction": "none"}
+        hard = F.cross_entropy(z, given.labels, **options)
+        valid = given.labels != -100
+        value, count = (value + hard_weight * hard).where(valid, 0.0), valid.sum()
+    if reduction != "none":
+        value = value.sum()
+    if reduction == "mean":
+        value = value / (count if normalizer is None else normalizer)
+    outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
+    return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sum": {"reduction": "sum"},
+    "renormalize": {"tail": "renormalize", "temperature": 1.0},
+    "ignore": {"tail": "ignore"},
+    "soft alone": {"soft_weight": 1.0, "hard_weight": 0.0},
+    "smoothing": {"label_smoothing": 0.1, "normalizer": 12.0},
+    "normalizer tensor": {"normalizer": torch.tensor(7)},
+    "soft cap": {"softcap": 3.0, "tail": "renormalize"},
+    "logit scale": {"logit_scale": 0.25},
+}
+
+
+@pytest.fixture(params=["kernel", "formula"])
+def way(request, monkeypatch):
+    """With the kernel, and as on a device that has none."""
+    if request.param == "formula":
+        monkeypatch.setattr(sparse, "_KERNEL_DEVICES", ())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
+def test_options(device, way, dtype, options):
+    """Loss and gradients, in several chunks of which the last is smaller, and in one."""
+    given = make(dtype, device)
+    exact, exact_grads = on_full_logits(given, **options)
+    bound = 64 * torch.finfo(dtype).eps
+    for size in (8, ROWS):
+        value, grads = run(given, chunk_size=size, **options)
+        assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
+        for grad, right in zip(grads, exact_grads, strict=True):
+            assert grad.dtype == dtype
+            assert distance(grad, right) <= bound * right.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_grad_output(device, dtype, reduction):
+    """What comes from above multiplies the gradients; of "none", each row's."""
+    given = make(dtype, device)
+    outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
+    options = {"reduction": reduction, "softcap": 5.0}
+    exact, exact_grads = on_full_logits(given, outgoing.to(device), **options)
+    value, grads = run(given, outgoing.to(device), chunk_size=8, **options)
+    bound = 16 * torch.finfo(dtype).eps
+    assert distance(value, exact) <= bound * exact.norm()
+    for grad, right in zip(grads, exact_grads, strict=True):
+        assert distance(grad, right) <= bound * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+def test_16_bit_errors(device, dtype):
+    """No more than 1.1 times those of logits cast to float32."""
+    given = make(dtype, device, rows=300, classes=1000)
+    _, exact = on_full_logits(given)
+    _, cast = on_full_logits(given, dtype=dtype)
+    for size in (8, 300):
+        _, grads = run(given, chunk_size=size)
+        for name, grad, right, own in zip("xwb", grads, exact, cast, strict=True):
+            assert distance(grad, right) <= 1.1 * distance(own, right), name
+
+
+def test_it_is_topk_loss(device):
+    """Of the student's logits, also with narrow lists, padding and batch dimensions."""
+    given = make(device=device)
+    indices = given.indices.int().clone()
+    indices[::2, -3:] = -1
+    log_probs = given.log_probs.to(BF16)
+    logits = F.linear(*given[:3])
+    expected = fastkd.topk_loss(logits, indices, log_probs, given.labels, reduction="none")
+    shape = (ROWS, 1)
+    value = loss(
+        given._replace(
+            hidden=given.hidden.unflatten(0, shape),
+            indices=indices.unflatten(0, shape),
+            log_probs=log_probs.unflatten(0, shape),
+            labels=given.labels.unflatten(0, shape),
+        ),
+        reduction="none",
+        chunk_size=8,
+    )
+    assert value.shape == shape
+    torch.testing.assert_close(value.flatten(), expected)
+
+
+def test_without_labels(device):
+    given = make(FP64, device)._replace(labels=None)
+    exact, exact_grads = on_full_logits(given, soft_weight=1.0)
+    value, grads = run(given, chunk_size=8)
+    torch.testing.assert_close(value, exact)
+    for grad, right in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+def test_ignored_rows_are_not_read(device):
+    given = make(device=device)
+    expected = run(given, chunk_size=8)
+    ignored = given.labels == -100
+    with torch.no_grad():
+        given.hidden[ignored] = float("nan")
+    given.indices[ignored] = CLASSES + 5
+    given.log_probs[ignored] = float("inf")
+    value, grads = run(given, chunk_size=8)
+    assert torch.equal(value, expected[0])
+    for grad, right in zip(grads, expected[1], strict=True):
+        assert torch.equal(grad, right)
+    value, grads = run(given._replace(labels=torch.full_like(given.labels, -100)))
+    assert not value.any() and not any(grad.any() for grad in grads)
+
+
+def test_no_gradient_where_none_is_asked_for(device):
+    given = make(device=device)
+    expected, _ = run(given)
+    with torch.no_grad():
+        assert torch.equal(loss(given), expected)
+    frozen = given._replace(weight=given.weight.detach(), bias=given.bias.detach())
+    loss(frozen).backward()
+    assert frozen.hidden.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+def test_autocast(device, dtype):
+    given = make(FP32, device, rows=300, classes=1000)
+    with torch.autocast(device.type, dtype=dtype):
+        value, grads = run(given, chunk_size=64)
+        _, eager = on_full_logits(given, dtype=FP32)
+    _, exact = on_full_logits(given)
+    assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
+    for grad, right, own in zip(grads, exact, eager, strict=True):
+        assert 0 < distance(grad, right) <= 1.1 * distance(own, right)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
+def test_peak_memory_is_what_the_plan_says(cap):
+    """The gradient is a tensor beside the logits, as a teacher's logits would be."""
+    given = make(rows=512, classes=16000, ignored=0.0)
+    for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
+        chosen = chunks.plan(
+            512, 16000, WIDTH, logits_per_row=2.0 if cap is None else 3.0, **options
+        )
+        peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
+        small = 2**22  # a block of a product, biases, lists
+        assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
+
+
+def test_a_bound_holds_without_the_kernel_too(monkeypatch):
+    given = make(rows=512, classes=2000, ignored=0.0)
+    monkeypatch.setattr(sparse, "_KERNEL_DEVICES", ())
+    assert peak_bytes(lambda: run(given, max_workspace=2**23)) <= 2**23
+
+
+# ---- derivatives, compilation
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tail", sparse.TAILS)
+def test_derivatives(tail, reduction):
+    """First and second, by finite differences."""
+    given = make(FP64, rows=5, classes=6, width=3)
+
+    def of(x, w, b):
+        leaves = given._replace(hidden=x, weight=w, bias=b)
+        return loss(leaves, tail=tail, reduction=reduction, chunk_size=2, softcap=5.0)
+
+    assert torch.autograd.gradcheck(of, given[:3])
+    assert torch.autograd.gradgradcheck(of, given[:3])
+
+
+def test_backward_twice():
+    given = make()
+    value = loss(given, chunk_size=8)
+    first = torch.autograd.grad(value, given[:3], retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(value, given[:3])
+    for one, copy, two in zip(first, kept, second, strict=True):
+        assert torch.equal(one, copy) and torch.equal(one, two)
+
+
+def test_function_transforms():
+    given = make(FP64, ignored=0.0)
+
+    def of(x, indices, log_probs, labels):
+        rows = given._replace(hidden=x, indices=indices, log_probs=log_probs, labels=labels)
+        return loss(rows._replace(weight=given.weight.detach(), bias=given.bias.detach()))
+
+    rows = (given.hidden.detach(), *given[3:])
+    _, (right, _, _) = run(given)
+    torch.testing.assert_close(torch.func.grad(of)(*rows), right)
+    batch = [value[:36].unflatten(0, (4, 9)) for value in rows]
+    each = torch.stack([of(*one) for one in zip(*batch, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(of)(*batch), each)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction):
+    torch._dynamo.reset()
+    given, graphs = make(), []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    def of(x, w, b):
+        leaves = given._replace(hidden=x, weight=w, bias=b)
+        return loss(leaves, reduction=reduction, tail="renormalize", chunk_size=8)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(of, fullgraph=True, backend=backend)
+    grads = [torch.autograd.grad(call(*given[:3]).sum(), given[:3]) for call in (compiled, of)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert "fastkd.linear_loss.default" in graphs[0]
+    torch._dynamo.reset()
+
+
+# ---- the module, bad input
+
+
+def test_module(device):
+    given = make(device=device)
+    module = fastkd.LinearKDLoss(tail="renormalize", temperature=1.0, alpha=0.2)
+    tensors = {
+        "labels": given.labels,
+        "student_bias": given.bias,
+        "topk_indices": given.indices,
+        "topk_log_probs": given.log_probs,
+    }
+    expected = loss(given, tail="renormalize", temperature=1.0, alpha=0.2)
+    assert torch.equal(module(given.hidden, given.weight, **tensors), expected)
+
+
+ROW = torch.ones(ROWS)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "half of it": ({"topk_log_probs": None}, "topk_log_probs must be a tensor; got NoneType"),
+    "no indices": ({"topk_indices": None}, "topk_indices must be a tensor of class indices"),
+    "a head too": (
+        {"teacher_hidden": torch.zeros(ROWS, 3), "teacher_weight": torch.zeros(CLASSES, 3)},
+        "topk_indices and topk_log_probs take the place of teacher_hidden",
+    ),
+    "logits too": (
+        {"teacher_logits": torch.zeros(ROWS, CLASSES)},
+        "topk_indices and topk_log_probs take the place of",
+    ),
+    "index dtype": ({"topk_indices": torch.zeros(ROWS, K)}, "topk_indices must be class indices"),
+    "rows": ({"topk_indices": torch.zeros(3, K).long()}, r"topk_indices must have k >= 1 entries"),
+    "k": (
+        {"topk_log_probs": torch.zeros(ROWS, K + 1)},
+        "topk_indices and topk_log_probs must have the same shape",
+    ),
+    "index": (
+        {"topk_indices": torch.full((ROWS, K), CLASSES)},
+        r"topk_indices must be in \[0, 203\).*row 0 has 203",
+    ),
+    "twice": (
+        {"topk_indices": torch.full((ROWS, K), 1)},
+        "topk_indices must not list a class twice; row 0 has 1",
+    ),
+    "probabilities": (
+        {"topk_log_probs": torch.full((ROWS, K), 0.5)},
+        "topk_log_probs must be logarithms of probabilities",
+    ),
+    "teacher grad": (
+        {"topk_log_probs": torch.full((ROWS, K), -9.0, requires_grad=True)},
+        "topk_log_probs requires grad",
+    ),
+    "tail": ({"tail": "cut"}, "tail must be one of"),
+    "tail of a head": (
+        {
+            **{"topk_indices": None, "topk_log_probs": None, "tail": "ignore"},
+            **{"teacher_logits": torch.zeros(ROWS, CLASSES)},
+        },
+        "tail belongs to topk_indices; got tail='ignore'",
+    ),
+    "divergence": ({"divergence": "jsd"}, "divergence must be 'forward_kl' with topk_indices"),
+    "standardize": ({"standardize": True}, "standardize must be False with topk_indices"),
+    "teacher temperature": ({"teacher_temperature": 2.0}, "teacher_temperature must be None with"),
+    "class weight": ({"class_weight": torch.ones(CLASSES)}, "class_weight must be None with"),
+    "row temperatures": ({"temperature": ROW}, "temperature must be a number with topk_indices"),
+    "row weights": ({"hard_weight": ROW}, "hard_weight must be a number with topk_indices"),
+    "soft labels": (
+        {"labels": torch.full((ROWS, CLASSES), 1 / CLASSES)},
+        "labels must be class indices with topk_indices",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
+def test_bad_input(wrong, message):
+    given = make()
+    arguments = {
+        "labels": given.labels.clamp(min=0),
+        "topk_indices": given.indices,
+        "topk_log_probs": given.log_probs,
+    }
+    fastkd.linear_loss(*given[:2], **arguments)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.linear_loss(*given[:2], **{**arguments, **wrong})
+
+
+def test_teacher_grad_may_be_ignored():
+    given = make()
+    expected, _ = run(given)
+    learned = given._replace(log_probs=given.log_probs.clone().requires_grad_())
+    loss(learned, teacher_grad="ignore").backward()
+    assert learned.log_probs.grad is None
+    assert torch.equal(loss(learned, teacher_grad="ignore"), expected)
