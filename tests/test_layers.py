@@ -31,6 +31,47 @@ LAYERS = {
     "cuda": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "cuda"},
     "torch": {"kernels.h", "topk.h", "torch"},
 }
+# What each part of the package may import of it, by folder or file: what stands above.
+IMPORTS = {
+    "_C": set(),
+    "_eager": set(),
+    "extras": set(),
+    "reference": set(),
+    "checks": set(),
+    "objective": {"checks", "reference"},
+    "rows": {"reference", "objective"},
+    "ops": {"_C", "_eager", "checks", "reference", "objective", "rows"},
+    "losses": {"checks", "reference", "objective", "ops"},
+    "sparse": {"checks", "reference", "ops"},
+    "explain": {"reference", "objective", "losses"},
+    "verify": {"reference", "objective", "rows", "ops", "losses"},
+    "compat": {"checks", "ops", "losses"},
+    "integrations": {"extras", "losses"},
+    # Linear heads.
+    "chunks": set(),
+    "products": set(),
+    "heads": {"objective", "ops", "products"},
+    "head_gradients": {"reference", "ops", "products", "heads"},
+    "head_arguments": {"checks", "objective", "losses", "heads"},
+    "linear": {
+        "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients",
+        "head_arguments",
+    },
+    # Training, and what is round it.
+    "batches": set(),
+    "checkpointing": set(),
+    "position": set(),
+    "watching": set(),
+    "hints": {"checks"},
+    "teachers": {"extras", "checks", "batches"},
+    "reports": {"_C", "extras", "batches"},
+    "teaching": {"reference", "losses", "sparse", "batches", "hints"},
+    "trainer": {
+        "extras", "checks", "losses", "batches", "checkpointing", "position", "watching", "hints",
+        "teaching",
+    },
+    "commands": {"extras", "losses", "teachers", "reports", "trainer"},
+}  # fmt: skip
 # The optional way in through torch's C++ autograd, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp"}
 
@@ -121,26 +162,33 @@ def test_the_reference_imports_torch_alone(path):
     assert all(name.startswith(("torch", "fastkd.reference.")) for name in others)
 
 
-@pytest.mark.parametrize(
-    ("lower", "upper"),
-    [
-        ("checks", "objective"),
-        ("checks", "ops"),
-        ("checks", "losses"),
-        ("objective", "ops"),
-        ("objective", "losses"),
-        ("ops", "losses"),
-        ("losses", "compat"),
-        ("ops", "compat"),
-        ("__init__", "compat"),
-        ("losses", "sparse"),
-        ("ops", "sparse"),
-    ],
-)
-def test_python_layers(lower, upper):
-    names = imported(PACKAGE / f"{lower}.py")
-    assert not {name for name in names if f"fastkd.{upper}" in name}
-    assert "fastkd.loss" not in names and "fastkd.*" not in names
+def python_part(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_place():
+    stubs = {path.stem for path in PACKAGE.glob("_*.pyi")}
+    assert {python_part(path) for path in MODULES} | stubs == {*IMPORTS, "__init__", "__main__"}
+
+
+def test_every_module_imports_what_stands_above_it():
+    known: set[str] = set()
+    for name, allowed in IMPORTS.items():
+        assert allowed <= known, f"{name}: {allowed - known} must stand above it"
+        known.add(name)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_python_layers(path):
+    own = python_part(path)
+    if own == "__main__":
+        return  # the command line sees everything
+    names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
+    parts = {name.split(".")[1] if "." in name else "" for name in names}
+    if own == "__init__":
+        assert not parts & {"compat", "integrations", "commands"}, "import these by their names"
+        return
+    assert parts <= {own, *IMPORTS[own]}, f"{own} imports {sorted(parts - {own, *IMPORTS[own]})}"
 
 
 def test_tests_and_benchmarks_do_not_import_each_other():

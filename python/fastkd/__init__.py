@@ -4,11 +4,16 @@
 >>> student = torch.randn(8, 10, requires_grad=True)
 >>> teacher, labels = torch.randn(8, 10), torch.randint(10, (8,))
 >>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
+
+``loss``, ``terms`` and ``KDLoss`` take logits, ``topk_loss`` a teacher's most probable classes, and
+``linear_loss`` hidden states and heads. ``Trainer``, ``Hint``, ``teachers`` and ``report`` are what
+training needs around them, ``explain``, ``verify`` and the checks what a reader of results does.
+``fastkd.compat`` and ``fastkd.integrations.transformers`` are imported by these names.
 """
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
-from fastkd import teachers
+from fastkd import chunks, teachers
 from fastkd._C import version as __version__
 from fastkd.checks import check_inputs, check_logits
 from fastkd.explain import explain
@@ -34,6 +39,7 @@ __all__ = [
     "__version__",
     "check_inputs",
     "check_logits",
+    "chunks",
     "divergences",
     "explain",
     "linear_loss",

@@ -43,7 +43,7 @@ def _print_info(_: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parses the command line, and runs what it names."""
-    parser = argparse.ArgumentParser(prog="python -m fastkd", description=fastkd.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastkd", description="Knowledge distillation.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "info", help="print versions, kernels and threads: what a bug report needs"

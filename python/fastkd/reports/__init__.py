@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastkd import _C
 from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
 
@@ -177,11 +178,9 @@ def report(
 
 def environment(devices: Sequence[torch.device]) -> dict[str, str]:
     """What the numbers depend on besides the models."""
-    import fastkd
-
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "fastkd": fastkd.__version__,
+        "fastkd": _C.version,
         "torch": torch.__version__,
         "CPU": f"{_processor()}, {torch.get_num_threads()} threads",
     }
