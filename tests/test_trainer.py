@@ -3,6 +3,7 @@
 import copy
 import math
 import pathlib
+import pickle
 import re
 
 import pytest
@@ -494,11 +495,77 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
+    about.write_text(about.read_text().replace('"format": 2', '"format": 3'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 2, and this run 1"):
+    with pytest.raises(ValueError, match="has format 3, and this run 2"):
         trainer.resume()
     assert trainer.step == 0
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, proof: pathlib.Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return pathlib.Path.write_text, (self.proof, "executed")
+
+
+def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
+    student = network()
+    optimizer = torch.optim.Adam(student.parameters())
+    options = {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), **options}
+    return fastkd.Trainer(
+        student, network(24, 1), optimizer, ema=0.9, checkpoints=folder, progress=False, **options
+    )
+
+
+def test_no_code_in_a_checkpoint_is_executed(tmp_path):
+    """Each of its pickled files in turn, and those that Accelerate would unpickle."""
+    folder, proof = tmp_path / "run", tmp_path / "proof"
+    scheduled_trainer(folder).fit(DataLoader(digits(), 32))
+    checkpoint = folder / "step-00000002"
+    files = {file.name for file in checkpoint.iterdir()}
+    pickled = files - {"model.safetensors", "trainer.json"}
+    assert pickled == {
+        "ema.pt",
+        "optimizer.bin",
+        "position-0.pt",
+        "random_states_0.pkl",
+        "scheduler.pt",
+    }
+    for name in sorted(pickled | {"custom_checkpoint_0.pkl", "shards/.metadata"}):
+        file = checkpoint / name
+        file.parent.mkdir(exist_ok=True)
+        before = file.read_bytes() if file.exists() else None
+        torch.save(Malicious(proof), tmp_path / "malicious")
+        file.write_bytes((tmp_path / "malicious").read_bytes())
+        if name == "random_states_0.pkl":  # left out; ours are in position-0.pt
+            assert scheduled_trainer(folder).resume()
+        else:
+            with pytest.raises((pickle.UnpicklingError, ValueError), match=r"weights|execute"):
+                scheduled_trainer(folder).resume()
+        assert not proof.exists(), name
+        file.unlink() if before is None else file.write_bytes(before)
+    assert scheduled_trainer(folder).resume()
+    torch.load(tmp_path / "malicious", weights_only=False)
+    assert proof.exists()  # so it would have been seen
+
+
+def test_what_could_not_be_resumed_is_not_saved(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(torch.optim.SGD([torch.zeros(1)], 0.1))
+    trainer = scheduled_trainer(tmp_path / "a", accelerator=accelerator)
+    with pytest.raises(ValueError, match="Register no objects with the accelerator"):
+        trainer.fit(DataLoader(digits(), 32))
+    assert not list((tmp_path / "a").glob("step-*"))
+
+    trainer = scheduled_trainer(tmp_path / "b")
+    trainer.scheduler.what = Malicious(tmp_path / "proof")
+    with pytest.raises(TypeError, match=r"scheduler.pt would hold .*pathlib.Path"):
+        trainer.fit(DataLoader(digits(), 32))
+    assert not list((tmp_path / "b").glob("step-*"))
 
 
 @pytest.mark.parametrize(

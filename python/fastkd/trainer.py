@@ -22,7 +22,7 @@ from fastkd.losses import KDLoss
 from fastkd.position import Position
 from fastkd.watching import Watch
 
-FORMAT = 1  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -332,9 +332,12 @@ class Trainer:
 
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
+        checkpointing.refuse_code(folder)
         rank = self.accelerator.process_index
-        torch.save(self._position.state(), folder / f"position-{rank}.pt")
+        checkpointing.put(self._position.state(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
+            for name, stateful in self._stateful.items():
+                checkpointing.put(stateful.state_dict(), folder / f"{name}.pt")
             projections = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
@@ -352,7 +355,9 @@ class Trainer:
         numbers and losses. The loader has to be made as it was.
 
         Raises:
-            ValueError: if the checkpoint is of another number of processes, or of another version.
+            ValueError: if the checkpoint is of another number of processes, of another version, or
+                has files that could execute code.
+            pickle.UnpicklingError: if a file holds code; none is executed.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
@@ -360,6 +365,7 @@ class Trainer:
         found = checkpointing.all_of(self._folder)
         if not found:
             return False
+        checkpointing.refuse_code(found[-1])
         about = json.loads((found[-1] / "trainer.json").read_text())
         for name, ours in (("format", FORMAT), ("processes", self.accelerator.num_processes)):
             if about[name] != ours:
@@ -367,10 +373,18 @@ class Trainer:
         if self._wrapped is None:
             self._wrap(*about["hints"])
         self.accelerator.load_state(str(found[-1]))
+        for name, stateful in self._stateful.items():
+            stateful.load_state_dict(checkpointing.get(found[-1] / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
         rank = self.accelerator.process_index
-        self._position.load(torch.load(found[-1] / f"position-{rank}.pt"))
+        self._position.load(checkpointing.get(found[-1] / f"position-{rank}.pt"))
         return True
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What Accelerate has no files for that are safe to read."""
+        own = {"scheduler": self.scheduler, "ema": self.ema}
+        return {name: stateful for name, stateful in own.items() if stateful is not None}
 
     # ---- the parts of it
 
@@ -396,9 +410,6 @@ class Trainer:
         if self._decay is not None:
             average = swa_utils.get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]
             self.ema = swa_utils.AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
-        for stateful in (self.scheduler, self.ema):
-            if stateful is not None:
-                self.accelerator.register_for_checkpointing(stateful)
         wrapped: nn.Module = self._wrapped
         return wrapped
 
