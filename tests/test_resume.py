@@ -1,5 +1,6 @@
 """Resumption is exact, also after SIGKILL in a save; two processes are as good as one."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -30,6 +31,11 @@ def run_here(*arguments: object) -> None:
 def losses(path: pathlib.Path) -> dict[str, str]:
     """Of each step the last one written: a step after the last checkpoint is taken again."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
+
+
+def evaluations(path: pathlib.Path) -> list[list[float]]:
+    """Of each held-out part the fields of the Evaluation; the rows that count come last."""
+    return json.loads(path.with_suffix(".evaluations").read_text())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -63,3 +69,8 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     for ours, theirs in zip(losses(two).values(), losses(one).values(), strict=True):
         for a, b in zip(ours.split(), theirs.split(), strict=True):
             assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-6)
+    pairs = zip(evaluations(two), evaluations(one), strict=True)
+    for found, expected in pairs:
+        assert found == pytest.approx(expected, rel=1e-9)
+    labels = training_run.Digits(96, 0.0).labels
+    assert [int(found[-1]) for found in evaluations(two)] == [int((labels[:count] != -100).sum()) for count in (37, 5)]

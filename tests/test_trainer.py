@@ -3,6 +3,7 @@
 import copy
 import math
 import pathlib
+import pickle
 import re
 
 import pytest
@@ -228,6 +229,62 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
         trainer_of(network(), cache, hints=[fastkd.Hint("0", "0")])
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim):
+    """Each sequence is padded to 8 rows, and none of these 16 is longer than 7."""
+    images, digit = load_digits(return_X_y=True)
+    inputs = torch.tensor(images[:16] / 16).view(16, 8, 8)
+    lengths = 4 + torch.arange(16) % 4
+    labels = torch.tensor(digit[:16]).unsqueeze(1).expand(-1, 8)
+    labels = labels.masked_fill(torch.arange(8) >= lengths.unsqueeze(1), -100)
+    data = fastkd.teachers.WithIds(TensorDataset(inputs, labels))
+    loader = DataLoader(data, 8)
+    torch.manual_seed(1)
+    teacher, student = nn.Linear(8, 10).double(), nn.Linear(8, 10).double()
+    options = {} if top_k else {"dim": dim}
+    cache = fastkd.teachers.precompute(
+        teacher, loader, tmp_path, top_k=top_k, temperature=3.0, dtype=torch.float32, progress=False
+    )
+
+    def forward(model, batch):
+        return model(batch[0]).movedim(-1, options.get("dim", -1))
+
+    def trainer(taught, by):
+        return trainer_of(
+            taught, by, forward=forward, accumulate=2, loss=fastkd.KDLoss(**LOSS, **options)
+        )
+
+    other = copy.deepcopy(student)
+    if top_k:
+        log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(top_k)
+        fastkd.topk_loss(other(inputs), indices, log_probs, labels, **LOSS).backward()
+        torch.optim.SGD(other.parameters(), 0.5).step()
+    else:
+        list(trainer(other, teacher).steps(loader))
+    learner = trainer(student, cache)
+    list(learner.steps(loader))
+    assert learner.evaluate(loader).rows == int(lengths.sum())
+    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_cache_of_other_classes_is_refused(tmp_path, top_k):
+    data = DataLoader(fastkd.teachers.WithIds(digits()), 32)
+    cache = fastkd.teachers.precompute(
+        network(24, 1), data, tmp_path, top_k=top_k, temperature=3.0, progress=False
+    )
+    student = nn.Linear(64, 12).double()
+    before = copy.deepcopy(student)
+    with pytest.raises(ValueError, match="a teacher of 10 classes; got 12"):
+        trainer_of(student, cache).fit(data)
+    assert_same(student, before)
+    if top_k is None:  # a padded vocabulary
+        trainer = trainer_of(student, cache, loss=fastkd.KDLoss(**LOSS, classes=10))
+        assert trainer.evaluate(data).rows == 64
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
@@ -253,7 +310,7 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
         pytest.approx(live.agreement),
     )
     for options, words in (
-        ({"temperature": 2.0}, "the temperature at which it was written, 3; got temperature=2.0"),
+        ({"temperature": 2.0}, "at temperature 3, which cannot be turned into those at 2"),
         ({"temperature": 3.0, "divergence": "jsd"}, "top 4 classes serves no divergence"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -269,6 +326,29 @@ def test_the_teacher_is_frozen_and_keeps_its_dtype():
     trainer_of(student, teacher).fit(DataLoader(digits(dtype=torch.float32), 32))
     assert seen == [(torch.bfloat16, torch.bfloat16, False)] * 2
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("weights", [{"alpha": 0.3}, {"hard_weight": 0.5, "soft_weight": 2.0}])
+def test_class_weights_divide_the_hard_term_as_cross_entropy_does(weights):
+    """By their sum over the rows of all accumulated batches, which differ in their classes."""
+    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
+    labels = labels.masked_fill(torch.arange(64) % 5 == 0, -100)
+    order = labels.argsort()
+    inputs, labels = inputs[order], labels[order]
+    class_weight = torch.arange(1, 11, dtype=torch.float64)
+    options = {"temperature": 3.0, **weights, "class_weight": class_weight}
+    hard = F.cross_entropy(student(inputs), labels, weight=class_weight).detach()
+    whole = by_hand(student, teacher, [(inputs, labels)], **{"alpha": None, **options})
+    with torch.no_grad():
+        truth = fastkd.loss(student(inputs), teacher(inputs), labels, **options)
+    pieces = list(zip(inputs.split(20), labels.split(20), strict=True))
+    trainer = trainer_of(student, teacher, loss=fastkd.KDLoss(**options), accumulate=4)
+    found = trainer.evaluate(pieces)
+    (step,) = trainer.steps(pieces)
+    for values in (found, step):
+        assert float(values.hard) == pytest.approx(float(hard), rel=1e-12)
+        assert float(values.loss) == pytest.approx(float(truth), rel=1e-12)
+    assert_same(student, whole)
 
 
 def test_mixed_precision_keeps_logits_in_16_bits(monkeypatch):
@@ -415,11 +495,77 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
+    about.write_text(about.read_text().replace('"format": 2', '"format": 3'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 2, and this run 1"):
+    with pytest.raises(ValueError, match="has format 3, and this run 2"):
         trainer.resume()
     assert trainer.step == 0
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, proof: pathlib.Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return pathlib.Path.write_text, (self.proof, "executed")
+
+
+def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
+    student = network()
+    optimizer = torch.optim.Adam(student.parameters())
+    options = {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), **options}
+    return fastkd.Trainer(
+        student, network(24, 1), optimizer, ema=0.9, checkpoints=folder, progress=False, **options
+    )
+
+
+def test_no_code_in_a_checkpoint_is_executed(tmp_path):
+    """Each of its pickled files in turn, and those that Accelerate would unpickle."""
+    folder, proof = tmp_path / "run", tmp_path / "proof"
+    scheduled_trainer(folder).fit(DataLoader(digits(), 32))
+    checkpoint = folder / "step-00000002"
+    files = {file.name for file in checkpoint.iterdir()}
+    pickled = files - {"model.safetensors", "trainer.json"}
+    assert pickled == {
+        "ema.pt",
+        "optimizer.bin",
+        "position-0.pt",
+        "random_states_0.pkl",
+        "scheduler.pt",
+    }
+    for name in sorted(pickled | {"custom_checkpoint_0.pkl", "shards/.metadata"}):
+        file = checkpoint / name
+        file.parent.mkdir(exist_ok=True)
+        before = file.read_bytes() if file.exists() else None
+        torch.save(Malicious(proof), tmp_path / "malicious")
+        file.write_bytes((tmp_path / "malicious").read_bytes())
+        if name == "random_states_0.pkl":  # left out; ours are in position-0.pt
+            assert scheduled_trainer(folder).resume()
+        else:
+            with pytest.raises((pickle.UnpicklingError, ValueError), match=r"weights|execute"):
+                scheduled_trainer(folder).resume()
+        assert not proof.exists(), name
+        file.unlink() if before is None else file.write_bytes(before)
+    assert scheduled_trainer(folder).resume()
+    torch.load(tmp_path / "malicious", weights_only=False)
+    assert proof.exists()  # so it would have been seen
+
+
+def test_what_could_not_be_resumed_is_not_saved(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.register_for_checkpointing(torch.optim.SGD([torch.zeros(1)], 0.1))
+    trainer = scheduled_trainer(tmp_path / "a", accelerator=accelerator)
+    with pytest.raises(ValueError, match="Register no objects with the accelerator"):
+        trainer.fit(DataLoader(digits(), 32))
+    assert not list((tmp_path / "a").glob("step-*"))
+
+    trainer = scheduled_trainer(tmp_path / "b")
+    trainer.scheduler.what = Malicious(tmp_path / "proof")
+    with pytest.raises(TypeError, match=r"scheduler.pt would hold .*pathlib.Path"):
+        trainer.fit(DataLoader(digits(), 32))
+    assert not list((tmp_path / "b").glob("step-*"))
 
 
 @pytest.mark.parametrize(
@@ -428,6 +574,11 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
         ({"loss": fastkd.KDLoss(reduction="sum")}, ValueError, "reduction='mean'.*got 'sum'"),
         ({"loss": fastkd.KDLoss(normalizer=3.0)}, ValueError, "normalizer=None"),
         ({"loss": F.cross_entropy}, TypeError, "loss must be a fastkd.KDLoss"),
+        (
+            {"loss": fastkd.KDLoss(class_weight=torch.ones(10), hard_weight=torch.ones(64))},
+            ValueError,
+            "class_weight needs one hard_weight",
+        ),
         ({"accumulate": 0}, ValueError, "accumulate must be an int of at least 1; got 0"),
         ({"clip": -1.0}, ValueError, "clip must be positive"),
         ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\); got 1.0"),

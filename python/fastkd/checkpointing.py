@@ -1,15 +1,20 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronised to the
-disk and renamed, so that whatever kills the process leaves the one before.
+disk and renamed, so that whatever kills the process leaves the one before. It holds numbers and no
+code: reading one made by somebody else executes nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 KEPT = 2
 _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
@@ -58,6 +63,43 @@ def write(
             shutil.rmtree(folder / _DISCARDED)
     barrier()
     return target
+
+
+def put(value: Any, file: pathlib.Path) -> None:
+    """Writes tensors, numbers, text, and containers of them, having made sure that they come back.
+
+    Raises:
+        TypeError: if there is anything else in it, such as a function.
+    """
+    torch.save(value, file)
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if foreign:
+        raise TypeError(
+            f"{file.name} would hold {', '.join(foreign)}, but a checkpoint may hold numbers, text "
+            "and tensors alone"
+        )
+
+
+def get(file: pathlib.Path) -> Any:
+    """What :func:`put` wrote; no code of the file's is executed.
+
+    Raises:
+        pickle.UnpicklingError: if there is some in it.
+    """
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def refuse_code(folder: pathlib.Path) -> None:
+    """Refuses a checkpoint with files that Accelerate would read in a way that executes code.
+
+    They are those of objects registered with it, and the index of what FSDP saved in shards.
+    """
+    for file in itertools.chain(folder.glob("custom_checkpoint_*.pkl"), folder.rglob(".metadata")):
+        raise ValueError(
+            f"{folder.name} has {file.relative_to(folder)}, which Accelerate reads by unpickling, "
+            "and that may execute any code. Register no objects with the accelerator, and give "
+            'FSDP state_dict_type="FULL_STATE_DICT"'
+        )
 
 
 def _synchronise(path: pathlib.Path) -> None:

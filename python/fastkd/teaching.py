@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, hints, losses, sparse
+from fastkd import batches, checks, hints, losses, sparse
 from fastkd.reference import Terms
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -28,8 +30,11 @@ class Cache(Protocol):
     temperature: float
     top_k: int | None
 
-    def lookup(self, ids: Tensor) -> Any:
-        """Log-probabilities ``(B, ..., C)`` of samples, or a pair ``(indices, log_probs)``."""
+    def lookup(self, ids: Tensor, shape: tuple[int, ...]) -> Any:
+        """Log-probabilities ``(B, *shape, C)`` of samples, or a pair ``(indices, log_probs)``."""
+
+    def check(self, *, classes: int | None = None, temperature: float | None = None) -> None:
+        """Refuses, by a ValueError, what it does not fit."""
 
 
 def forward(model: nn.Module, batch: Any) -> Tensor:
@@ -45,7 +50,7 @@ def labels(batch: Any) -> Tensor | None:
 class Lesson(NamedTuple):
     """What the teacher says to a batch."""
 
-    logits: Any  # (..., C), or a list of them, or (indices, log_probs)
+    logits: Any  # (..., C), a list of them, or a function of the student's that looks them up
     features: list[Tensor]
 
 
@@ -112,23 +117,33 @@ class Cached:
     def __init__(self, cache: Cache, loss: losses.KDLoss, home: torch.device) -> None:
         """``home``: where the student wants the answers."""
         self._cache, self._home = cache, home
+        options = {**losses.DEFAULTS, **loss.options}
+        self._dim, self._classes = options["dim"], options["classes"]
         if cache.top_k is not None:
             _check_topk(cache, loss)
-        elif loss.options.get("teacher_form", "logits") != "logits":
+        elif options["teacher_form"] != "logits":
             raise ValueError("loss: what form a cache has, it knows; leave out teacher_form")
 
-    def answer(self, batch: Any) -> Any:
-        """What the cache has for these samples."""
+    def answer(self, batch: Any) -> Callable[[Tensor], Any]:
+        """Looks these samples up once the student's logits tell how long the batch is."""
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(
                 "a cached teacher is asked by sample ids, and this batch has none: wrap the "
                 "dataset in fastkd.teachers.WithIds"
             )
-        found = batches.to(self._cache.lookup(ids), self._home)
-        if isinstance(found, Tensor):  # the teacher's logits, up to a constant in each row
-            found = found.float() * self._cache.temperature
-        return found
+        return functools.partial(self._look_up, ids)
+
+    def _look_up(self, ids: Tensor, student_logits: Tensor) -> Any:
+        """What the cache has for these samples, in the shape of the student's logits."""
+        shape = losses.rows_last(student_logits, self._dim, None).shape
+        if self._classes is None:  # else the loss cuts both to the same number
+            self._cache.check(classes=shape[-1])
+        found = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._home)
+        if not isinstance(found, Tensor):
+            return found
+        # the teacher's logits, up to a constant in each row
+        return (found.float() * self._cache.temperature).movedim(-1, self._dim)
 
     def __call__(self, batch: Any) -> Lesson:
         """The same; there are no features."""
@@ -145,11 +160,7 @@ def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
         if name not in accepted:
             raise ValueError(f"loss: a cache of the top {cache.top_k} classes serves no {name}")
     temperature = loss.options.get("temperature", losses.DEFAULTS["temperature"])
-    if temperature != cache.temperature:
-        raise ValueError(
-            f"loss: a cache of the top {cache.top_k} classes serves the temperature at which it "
-            f"was written, {cache.temperature:g}; got temperature={temperature}"
-        )
+    cache.check(temperature=checks.number("temperature", temperature, 0.0, math.inf))
 
 
 class Values(NamedTuple):
@@ -160,6 +171,35 @@ class Values(NamedTuple):
     soft: Tensor
     agreement: Tensor
     hint: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a step's sums are divided by, 0-d: a process's share of those over all of them.
+
+    No tuple: mixed precision under FSDP would round the tensors in it to 16 bits.
+    """
+
+    rows: Tensor
+    samples: Tensor
+    weight: Tensor
+    """The sum of the class weights of the rows' labels; the rows without ``class_weight``."""
+
+
+class Sums(NamedTuple):
+    """Over rows, 0-d."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    agreement: Tensor
+    hits: Tensor
+    rows: Tensor
+    weight: Tensor
+    """As in :class:`Counts`."""
+
+
+WEIGHTS = ("alpha", "hard_weight", "soft_weight")
 
 
 class StudentLoss(nn.Module):
@@ -178,19 +218,22 @@ class StudentLoss(nn.Module):
         self.features: hints.Features | None = None
         self._forward, self._labels = forward, labels
 
-    def forward(self, batch: Any, lesson: Lesson, rows: Tensor, samples: Tensor) -> Values:
-        """``rows`` and ``samples``: what sums over the batch's rows and samples are divided by.
+    def forward(self, batch: Any, lesson: Lesson, counts: Counts) -> Values:
+        """``counts``: what sums over the batch's rows and samples are divided by.
 
         Without labels ``rows`` counts samples too: each then weighs the same, and each of its rows.
         """
         logits = self.forward_student(batch)
         targets = self._labels(batch)
+        rows, options = counts.rows, {}
         if targets is None:
             rows = rows * rows_of(logits, self.dim) / len(logits)
-        terms = self.terms(logits, lesson.logits, targets, normalizer=rows)
+        elif self._class_weight is not None:  # so that the hard term's divisor is their sum
+            options["class_weight"] = self._class_weight * (rows / counts.weight)
+        terms = self.terms(logits, lesson.logits, targets, normalizer=rows, **options)
         hint = torch.zeros_like(terms.loss)
         if self.hints is not None and self.features is not None:
-            hint = self.hints(self.features.take(), lesson.features).sum() / samples
+            hint = self.hints(self.features.take(), lesson.features).sum() / counts.samples
         return Values(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
 
     def forward_student(self, batch: Any) -> Tensor:
@@ -200,41 +243,65 @@ class StudentLoss(nn.Module):
     def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """The distillation loss and its terms."""
         given = {**self.loss._options(targets), **options}
+        if callable(teacher):
+            teacher = teacher(logits)
         if isinstance(teacher, tuple):
             return topk_terms(logits, teacher, targets, given)
         return losses.terms(logits, teacher, targets, **given)
 
-    def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Tensor:
-        """``(6,)``: sums over rows of loss, hard, soft, agreement, hits; and the rows."""
+    def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Sums:
+        """Over a batch's rows; 0-d float64 tensors."""
         logits = self._forward(model, batch)
         targets = self._labels(batch)
         terms = self.terms(logits, teacher, targets, reduction="sum", normalizer=None)
         if targets is None:
             hits = torch.full((), math.nan, device=logits.device)
-            rows = torch.tensor(rows_of(logits, self.dim), device=logits.device)
+            rows = weight = torch.tensor(rows_of(logits, self.dim), device=logits.device)
         else:
-            rows = self.valid_rows(targets)
+            rows, weight = self.counted(targets)
             if targets.is_floating_point():
                 targets = targets.argmax(self.dim)
             hits = (logits.argmax(self.dim) == targets).sum()
-        parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows)
-        return torch.stack([part.double() for part in parts])
+        parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows, weight)
+        return Sums(*(part.double() for part in parts))
+
+    def means(self, sums: Sums) -> list[float]:
+        """Of loss, hard, soft, agreement and hits, from sums over a whole data set."""
+        loss, hard, soft, agreement, hits, rows, weight = (float(value) for value in sums)
+        if not rows:
+            return [math.nan] * 5
+        if self._class_weight is not None and weight:
+            ratio = rows / weight
+            alpha, hard_weight, soft_weight = map(self._option, WEIGHTS)
+            weighs, _ = checks.weights(alpha, hard_weight, soft_weight, True)
+            loss += float(weighs) * hard * (ratio - 1)
+            hard *= ratio
+        return [value / rows for value in (loss, hard, soft, agreement, hits)]
 
     def _option(self, name: str) -> Any:
         return self.loss.options.get(name, losses.DEFAULTS[name])
+
+    @property
+    def _class_weight(self) -> Tensor | None:
+        weight: Tensor | None = self._option("class_weight")
+        return weight
 
     @property
     def dim(self) -> int:
         """That of the classes."""
         return int(self._option("dim"))
 
-    def valid_rows(self, targets: Tensor) -> Tensor:
-        """How many rows a batch's labels do not ignore, 0-d int64."""
+    def counted(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows a batch's labels do not ignore, and the sum of their class weights; 0-d."""
         if targets.is_floating_point():  # probabilities
-            return torch.tensor(rows_of(targets, self.dim), device=targets.device)
-        ignored: int = self._option("ignore_index")
-        counted: Tensor = (targets != ignored).sum()
-        return counted
+            rows = torch.tensor(rows_of(targets, self.dim), device=targets.device)
+            return rows, rows
+        valid = targets != self._option("ignore_index")
+        if self._class_weight is None:
+            return valid.sum(), valid.sum()
+        classes = targets.long().clamp(0, len(self._class_weight) - 1)
+        weights = self._class_weight.to(targets.device)[classes]
+        return valid.sum(), weights.where(valid, 0).sum(dtype=torch.float64)
 
 
 def rows_of(logits: Tensor, dim: int) -> int:

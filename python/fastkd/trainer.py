@@ -22,7 +22,7 @@ from fastkd.losses import KDLoss
 from fastkd.position import Position
 from fastkd.watching import Watch
 
-FORMAT = 1  # of a checkpoint
+FORMAT = 2  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -259,33 +259,34 @@ class Trainer:
 
     def _backward(self, model: nn.Module, window: list[Any]) -> Tensor:
         """Gradients of a step; its values, ``(5,)``, over all processes."""
-        rows, samples = self._denominators(window).unbind()
+        counts = self._denominators(window)
         total: Tensor | float = 0.0
         for index, batch in enumerate(window, start=1):
             last = index == len(window)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
                     lesson = self._teacher(batch)
-                values = model(batch, lesson, rows, samples)
+                values = model(batch, lesson, counts)
                 self.accelerator.backward(values.loss)
             total = total + torch.stack([value.detach() for value in values])
         mean: Tensor = self.accelerator.reduce(total, "mean")
         return mean
 
-    def _denominators(self, window: list[Any]) -> Tensor:
-        """What rows and samples are divided by, ``(2,)``: their number, for each process.
-
-        For each process, since gradients are averaged over processes.
-        """
+    def _denominators(self, window: list[Any]) -> teaching.Counts:
+        """What a step's sums are divided by, for each process: gradients are averaged over them."""
         size = extras.load("accelerate.utils", "train").find_batch_size
-        counts = torch.zeros(2, dtype=torch.int64, device=self.accelerator.device)
+        counts = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
             targets, samples = self._labels(batch), size(batch)
-            counts[0] += samples if targets is None else self._student_loss.valid_rows(targets)
+            rows = weight = samples
+            if targets is not None:
+                rows, weight = self._student_loss.counted(targets)
+            counts[0] += rows
             counts[1] += samples
+            counts[2] += weight
         everywhere: Tensor = self.accelerator.reduce(counts, "sum")
-        share: Tensor = everywhere.clamp(min=1) / self.accelerator.num_processes
-        return share
+        everywhere = everywhere.where(everywhere != 0, 1.0)
+        return teaching.Counts(*(everywhere / self.accelerator.num_processes).unbind())
 
     # ---- evaluation
 
@@ -295,15 +296,16 @@ class Trainer:
         With several processes each takes its share of a ``DataLoader``, and no row counts twice.
         """
         module = self.student if self.ema is None else self.ema.module
-        sums = torch.zeros(6, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(
+            len(teaching.Sums._fields), dtype=torch.float64, device=self.accelerator.device
+        )
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
-                sums += self._student_loss.sums(module, batch, self._teacher.answer(batch))
-        *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
-        means = [total / rows if rows else math.nan for total in totals]
-        loss, hard, soft, agreement, accuracy = means
-        return Evaluation(loss, hard, soft, agreement, accuracy, int(rows))
+                found = self._student_loss.sums(module, batch, self._teacher.answer(batch))
+                sums += torch.stack(found)
+        everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
+        return Evaluation(*self._student_loss.means(everywhere), int(everywhere.rows))
 
     # ---- checkpoints
 
@@ -330,9 +332,12 @@ class Trainer:
 
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
+        checkpointing.refuse_code(folder)
         rank = self.accelerator.process_index
-        torch.save(self._position.state(), folder / f"position-{rank}.pt")
+        checkpointing.put(self._position.state(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
+            for name, stateful in self._stateful.items():
+                checkpointing.put(stateful.state_dict(), folder / f"{name}.pt")
             projections = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
@@ -350,7 +355,9 @@ class Trainer:
         numbers and losses. The loader has to be made as it was.
 
         Raises:
-            ValueError: if the checkpoint is of another number of processes, or of another version.
+            ValueError: if the checkpoint is of another number of processes, of another version, or
+                has files that could execute code.
+            pickle.UnpicklingError: if a file holds code; none is executed.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
@@ -358,6 +365,7 @@ class Trainer:
         found = checkpointing.all_of(self._folder)
         if not found:
             return False
+        checkpointing.refuse_code(found[-1])
         about = json.loads((found[-1] / "trainer.json").read_text())
         for name, ours in (("format", FORMAT), ("processes", self.accelerator.num_processes)):
             if about[name] != ours:
@@ -365,10 +373,18 @@ class Trainer:
         if self._wrapped is None:
             self._wrap(*about["hints"])
         self.accelerator.load_state(str(found[-1]))
+        for name, stateful in self._stateful.items():
+            stateful.load_state_dict(checkpointing.get(found[-1] / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
         rank = self.accelerator.process_index
-        self._position.load(torch.load(found[-1] / f"position-{rank}.pt"))
+        self._position.load(checkpointing.get(found[-1] / f"position-{rank}.pt"))
         return True
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What Accelerate has no files for that are safe to read."""
+        own = {"scheduler": self.scheduler, "ema": self.ema}
+        return {name: stateful for name, stateful in own.items() if stateful is not None}
 
     # ---- the parts of it
 
@@ -394,9 +410,6 @@ class Trainer:
         if self._decay is not None:
             average = swa_utils.get_ema_multi_avg_fn(self._decay)  # type: ignore[no-untyped-call]
             self.ema = swa_utils.AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
-        for stateful in (self.scheduler, self.ema):
-            if stateful is not None:
-                self.accelerator.register_for_checkpointing(stateful)
         wrapped: nn.Module = self._wrapped
         return wrapped
 
@@ -464,6 +477,9 @@ def _check(
                 f"loss must have {name}={accepted!r}, since the trainer divides by the rows of all "
                 f"batches of a step; got {given!r}"
             )
+    hard_weight = loss.options.get("hard_weight")
+    if loss.options.get("class_weight") is not None and getattr(hard_weight, "shape", ()):
+        raise ValueError("loss: class_weight needs one hard_weight, not one for each row")
     for name, value in (("accumulate", accumulate), ("save_every", save_every)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
