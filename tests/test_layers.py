@@ -42,7 +42,7 @@ IMPORTS = {
     "rows": {"reference", "objective"},
     "ops": {"_C", "_eager", "checks", "reference", "objective", "rows"},
     "losses": {"checks", "reference", "objective", "ops"},
-    "sparse": {"checks", "reference", "ops"},
+    "sparse": {"checks", "objective", "reference", "ops"},
     "explain": {"reference", "objective", "losses"},
     "verify": {"reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "ops", "losses"},
@@ -50,11 +50,11 @@ IMPORTS = {
     # Linear heads.
     "chunks": set(),
     "products": set(),
-    "heads": {"objective", "ops", "products"},
+    "heads": {"objective", "ops", "products", "sparse"},
     "head_gradients": {"reference", "ops", "products", "heads"},
-    "head_arguments": {"checks", "objective", "losses", "heads"},
+    "head_arguments": {"checks", "objective", "losses", "heads", "sparse"},
     "linear": {
-        "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients",
+        "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients", "sparse",
         "head_arguments",
     },
     # Training, and what is round it.
@@ -65,7 +65,7 @@ IMPORTS = {
     "hints": {"checks"},
     "teachers": {"extras", "checks", "batches"},
     "reports": {"_C", "extras", "batches"},
-    "teaching": {"reference", "losses", "sparse", "batches", "hints"},
+    "teaching": {"checks", "reference", "losses", "sparse", "batches", "hints"},
     "trainer": {
         "extras", "checks", "losses", "batches", "checkpointing", "position", "watching", "hints",
         "teaching",
