@@ -27,6 +27,30 @@ For every row, with logits `z` of the student, `w` of the teacher and label `y`,
 `alpha` is short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the
 divergences, their gradients and what masked classes cost; `fastkd.explain(**options)` says in words
 what a set of options means.
+
+## Options
+
+| option | default | |
+|---|---|---|
+| `temperature` | 2.0 | a number, or a tensor, of one for each row too; learns if it requires grad |
+| `teacher_temperature` | `temperature` | the teacher's own |
+| `alpha` | 0.5 | weight of the hard term |
+| `hard_weight`, `soft_weight` | | in place of `alpha`: numbers, or one for each row |
+| `ignore_index` | -100 | rows with this label count nothing, in either term |
+| `reduction` | `"mean"` | over rows; `"sum"`, or `"none"` for one loss a row |
+| `normalizer` | | what `"mean"` divides by, such as the global token count |
+| `label_smoothing`, `class_weight` | 0.0, `None` | of the hard term, as in `F.cross_entropy` |
+| `divergence`, `mix` | `"forward_kl"` | the soft term; `fastkd.divergences()` lists them |
+| `teacher_form` | `"logits"` | or `"log_probs"`, `"probs"` |
+| `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
+| `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
+| `classes` | `None` | the first so many of both: padded vocabularies |
+| `dim` | -1 | 1 for logits `(N, C, d1, ...)` |
+| `inplace` | `False` | write the gradient over the student's logits, to save their memory |
+| `teacher_grad` | `"error"` | `"ignore"`: accept a teacher that requires grad |
+
+Labels are class indices, or probabilities. `help(fastkd.loss)` says all of it, with shapes, dtypes
+and errors.
 """
 
 _MATRIX = """

@@ -2,12 +2,14 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 import torch
 
 import fastkd
 from fastkd import reference
+from fastkd.losses import DEFAULTS
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "objectives.py"
 
@@ -86,3 +88,5 @@ def test_the_page_is_what_the_code_says():
     spec.loader.exec_module(module)
     written = PAGE.with_suffix(".md").read_text(encoding="utf-8")
     assert written == module.objectives(), "run python docs/objectives.py"
+    table = written.partition("## Options")[2].partition("##")[0]
+    assert set(DEFAULTS) <= set(re.findall(r"`(\w+)`", table))

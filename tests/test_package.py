@@ -139,6 +139,20 @@ def test_readme_runs():
     assert done.returncode == 0, done.stderr
 
 
+def test_readme_lists_the_extras():
+    listed = {
+        extra: set(packages.split(", "))
+        for extra, packages in re.findall(
+            r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+        )
+    }
+    metadata: dict[str, set[str]] = {}
+    for line in importlib.metadata.requires("fastkd"):
+        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
+            metadata.setdefault(found[2], set()).add(found[1])
+    assert listed == metadata
+
+
 def test_another_isa_can_be_asked_for_by_the_environment():
     for name in _C.available_isas():
         done = subprocess.run(
