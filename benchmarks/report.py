@@ -199,6 +199,12 @@ def divergence_rows(results: Results) -> Rows:
     rows = []
     for one in found:
         ours = one["lanes"]["fastkd"]
+        remarks = [] if one["fused"] else ["the reference formula: no kernel"]
+        remarks += [
+            f"{name} {lane['status']}"
+            for name, lane in one["lanes"].items()
+            if lane["status"] != "ok"
+        ]
         rows.append(
             [
                 one["title"].removeprefix("divergences: "),
@@ -207,7 +213,7 @@ def divergence_rows(results: Results) -> Rows:
                 *(times(one["rivals"].get(name)) for name in names),
                 f"{ours['loss_error']:.0e}",
                 f"{ours['gradient_error']:.1e}",
-                "" if one["fused"] else "the reference formula: no kernel",
+                ", ".join(remarks),
             ]
         )
     return heading, rows

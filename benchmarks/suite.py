@@ -57,7 +57,7 @@ class Settings:
 
 
 @contextlib.contextmanager
-def _quiet_failures(record: dict[str, Any]) -> Iterator[None]:
+def quiet_failures(record: dict[str, Any]) -> Iterator[None]:
     """A rival that fails becomes a line of the report."""
     try:
         yield
@@ -102,7 +102,7 @@ def _prepare(
         record["status"] = "skipped: out of time"
         return record, None
     step = None
-    with _quiet_failures(record):
+    with quiet_failures(record):
         function = one.make(case)
         first = _owned(one, sets[:1])
         step = Step(case, function, first, one.non_leaf)
@@ -164,7 +164,7 @@ def run_case(
     say(f"{case.title}: timing")
     if device == "cuda":
         for name, step in steps.items():
-            with _quiet_failures(records[name]):
+            with quiet_failures(records[name]):
                 records[name]["peak_tensors"] = cuda_peak_tensors(step)
         steps = {name: step for name, step in steps.items() if records[name]["status"] == "ok"}
     lanes: dict[str, Callable[[], object]] = dict(steps)
@@ -217,7 +217,7 @@ def _time_what_works(
     working: dict[str, Callable[[], object]] = {}
     for name, lane in lanes.items():
         record = records.get(name, {"status": "ok"})
-        with _quiet_failures(record):
+        with quiet_failures(record):
             time_in_turns({name: lane}, device, kind, 0.0, least_rounds=1)
         if record["status"] == "ok":
             working[name] = lane
@@ -251,7 +251,7 @@ def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"
     steps: dict[str, Callable[[], object]] = {}
     result: dict[str, Any] = {"name": duel.name, "status": "ok"}
-    with _quiet_failures(result):
+    with quiet_failures(result):
         for name, case in (("first", duel.first), ("second", duel.second)):
             steps[name] = Step(case, rivals.fused(case), make_sets(case, device))
         times = time_in_turns(steps, device, kind, settings.seconds)
