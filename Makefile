@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 KERNEL_BUILD := build/kernels
 CUDA_BUILD := build/cuda
 
-.PHONY: help install demo examples test kernel-test bench lint fmt types cuda-compile gpu-check clean
+.PHONY: help install demo examples test kernel-test bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
