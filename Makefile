@@ -10,7 +10,7 @@ CLANG ?= clang++
 COMMA := ,
 
 .PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
-  versions package accuracy reliability bench lint fmt types cuda-compile gpu-check clean
+  versions package accuracy reliability bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
