@@ -408,6 +408,60 @@ def test_module(device):
     )
 
 
+def test_options_of_the_module_that_are_tensors():
+    """They are where the module is, and no part of its state."""
+    weight = torch.linspace(0.1, 2, CLASSES)
+    module = fastkd.LinearKDLoss(class_weight=weight).to("meta")
+    assert module.options["class_weight"].is_meta and not module.state_dict()
+    given = make_heads()
+    module = fastkd.LinearKDLoss(class_weight=weight)
+    arguments = (*given[:2], *given[3:5], given.labels)
+    assert torch.equal(module(*arguments), fastkd.linear_loss(*arguments, class_weight=weight))
+
+
+def test_layouts(device):
+    """Slices, transposed weights, narrow labels, another ignore_index: as if copied."""
+    given = make_heads(FP64, device)
+    expected, grads = run(given, chunk_size=8)
+    wide = torch.randn(ROWS, 2 * WIDTH, dtype=FP64, device=device)
+    wide[:, ::2] = given.hidden.detach()
+    x = wide[:, ::2].requires_grad_()
+    w = given.weight.detach().t().contiguous().t().requires_grad_()
+    b = given.bias.detach().clone().requires_grad_()
+    t = given.teacher_hidden.t().contiguous().t()
+    labels = given.labels.masked_fill(given.labels == -100, 255).short()
+    value = fastkd.linear_loss(
+        x, w, t, given.teacher_weight.t().contiguous().t(), labels, student_bias=b,
+        teacher_bias=given.teacher_bias.repeat(2)[:CLASSES], ignore_index=255, chunk_size=8,
+    )  # fmt: skip
+    value.backward()
+    torch.testing.assert_close(value.detach(), expected)
+    for leaf, right in zip((x, w, b), grads, strict=True):
+        torch.testing.assert_close(leaf.grad, right)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "teacher_dtype"), [(FP32, BF16), (BF16, FP32), (FP32, FP64), (FP16, BF16)]
+)
+def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
+    given = make_heads(dtype, device)
+    given = given._replace(
+        **{
+            name: getattr(given, name).to(teacher_dtype)
+            for name in ("teacher_hidden", "teacher_weight", "teacher_bias")
+        }
+    )
+    exact, exact_grads = on_full_logits(given, FP64)
+    value, grads = run(given, chunk_size=8)
+    bound = (2 if BF16 in (dtype, teacher_dtype) else 64) * max(
+        torch.finfo(kind).eps for kind in (dtype, teacher_dtype)
+    )
+    assert value.dtype == (FP64 if teacher_dtype == FP64 else FP32)
+    assert abs(value - exact) <= bound * abs(exact)
+    for grad, right in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype and distance(grad, right) <= bound * right.norm()
+
+
 def test_the_page_runs():
     """The Python blocks of docs/linear.md, as a reader would type them."""
     text = (pathlib.Path(__file__).parents[1] / "docs" / "linear.md").read_text()
@@ -429,6 +483,7 @@ BAD = {
     "softcap": ({"softcap": -1.0}, "softcap must be positive"),
     "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+    "teacher_grad": ({"teacher_grad": "maybe"}, "teacher_grad must be one of"),
     "budget": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
     "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
     "accumulate": (

@@ -346,6 +346,7 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
             if slope is not None:
                 grad.mul_(slope)
             heads.add_gradients(grad, part, index, start == 0)
+            del grad  # before the next chunk's, where it is not in the buffer of the logits
     if call.scales_late and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

@@ -139,7 +139,8 @@ class LinearKDLoss(nn.Module):
     teacher_hidden=None, teacher_weight=None, labels=None, *, student_bias=None, teacher_bias=None,
     teacher_logits=None, topk_indices=None, topk_log_probs=None)``. It owns none of them, so a
     weight that is tied to an embedding, or sharded and gathered by the module that owns it, gets
-    its gradient as from any other layer.
+    its gradient as from any other layer. Options that are tensors are buffers that follow the
+    module to another device.
 
     Example:
         >>> import torch, fastkd
@@ -160,7 +161,15 @@ class LinearKDLoss(nn.Module):
         given = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
         resolve(given, has_labels=True, teachers=None)
         head_arguments.check_numbers(options)
-        self.options = options
+        self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given; tensors are where the module is."""
+        return {**self._numbers, **self._buffers}
 
     def forward(
         self,
@@ -228,7 +237,8 @@ def _linear_loss(
     if checks.one_of("tail", tail, sparse.TAILS) and topk_indices is None:
         raise ValueError(f"tail belongs to topk_indices; got tail={tail!r} without them")
     name, outputs = head_arguments.outputs_of(teacher_hidden, teacher_logits, topk_log_probs)
-    if outputs.requires_grad and not checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS):
+    checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS)
+    if outputs.requires_grad and teacher_grad == "error":
         raise ValueError(
             f"{name} requires grad, but the loss gives the teacher none: compute it under "
             'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
