@@ -132,6 +132,14 @@ struct JensenShannon {
   }
 };
 
+// q (q - p) / (a q + b p), also where q is so small that a q underflows: then there is next to
+// nothing of it, and adding the least normal number, which is lost elsewhere, keeps 0 / 0 away.
+template <class T>
+FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, T a, T b) {
+  constexpr T kLeast = sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+  return e.q * (e.diff / (a * e.q + b * e.p + kLeast));
+}
+
 // KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).
 struct SkewedForwardKL {
   static constexpr Balance kBalance = Balance::kStudent;
@@ -142,7 +150,7 @@ struct SkewedForwardKL {
     const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
     return {is_small(e.d) ? near_teacher(e, k) : direct,
-            times_log(e.q, b * b * e.diff / (b * e.q + a * e.p))};
+            b * b * share_of_mixture(e, b, a)};
   }
 };
 
@@ -156,7 +164,7 @@ struct SkewedReverseKL {
     const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
     return {is_small(e.d) ? near_teacher(e, k) : -entropy - a * e.diff,
-            -entropy - times_log(e.q, a * b * e.diff / (b * e.q + a * e.p))};
+            -entropy - a * b * share_of_mixture(e, b, a)};
   }
 };
 

@@ -32,8 +32,8 @@ class Promise(NamedTuple):
 TESTS = ".venv/bin/python -m pytest -q "
 PROMISES = {
     "sanitize": Promise(
-        "The kernels, called in every way by their own tests, by threads and by hostile calls, have "
-        "no memory error, no undefined behaviour and no data race.",
+        "The kernels, called in every way by their own tests, by threads and by hostile calls, "
+        "have no memory error, no undefined behaviour and no data race.",
         "make sanitize",
     ),
     "valgrind": Promise(
@@ -49,9 +49,7 @@ PROMISES = {
         "and whole rows, shared rows and backward agree.",
         "make fuzz-kernels CASES=200000 SEED=1",
     ),
-    "libfuzzer": Promise(
-        "The same, led by coverage (clang).", "make libfuzzer CLANG=clang++-14"
-    ),
+    "libfuzzer": Promise("The same, led by coverage (clang).", "make libfuzzer CLANG=clang++-14"),
     "fuzz": Promise(
         "Random calls from Python give what float64 gives: shapes, strides, alignments, dtypes, "
         "masks, infinities, NaN, subnormals, every divergence, every way in.",
@@ -148,9 +146,9 @@ def document() -> str:
     lines = [
         "# Reliability",
         "",
-        "Written by `python -m reliability`, which runs these commands; the text below the tables is",
-        "[reliability/findings.md](../reliability/findings.md). Each line is a promise, the command",
-        "that tries it, and what its last run found.",
+        "Written by `python -m reliability`, which runs these commands; the text below the tables",
+        "is [reliability/findings.md](../reliability/findings.md). Each line is a promise, the",
+        "command that tries it, and what its last run found.",
         "",
         "| Promise | Command | Last run | Found |",
         "| --- | --- | --- | --- |",

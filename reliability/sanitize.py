@@ -1,4 +1,4 @@
-"""The Python suite's core on an extension built with the address and undefined-behaviour sanitizers.
+"""The Python suite's core on an extension built with AddressSanitizer and its sister.
 
 The extension goes into an environment of its own that sees this one's packages. The interpreter is
 not built with the sanitizers, so their libraries are loaded before it; leaks, of which interpreters
@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize-python"
-CORE = "loss terms bad_input determinism concurrency fuzz".split()
+CORE = ["loss", "terms", "bad_input", "determinism", "concurrency", "fuzz"]
 
 
 def library(name: str) -> str:

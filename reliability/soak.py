@@ -1,7 +1,7 @@
 """Very many calls, by every way in, failing ones too: what the process holds must not grow.
 
-``python -m reliability.soak [CALLS]``; an allocator may take some pages later than others, hence the
-margin, which is far below what the smallest tensor of a call would add up to.
+``python -m reliability.soak [CALLS]``; an allocator may take some pages later than others, hence
+the margin, which is far below what the smallest tensor of a call would add up to.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ PAIRS = (
     *("3.10:2.10.0", "3.10:2.15.0", "3.11:2.10.0", "3.11:2.11.0", "3.11:2.13.0", "3.11:2.14.1"),
     *("3.11:2.15.0", "3.12:2.10.0", "3.12:2.15.0", "3.13:2.10.0", "3.13:2.15.0"),
 )
-CORE = "loss autograd numerics terms determinism bad_input compile package".split()
+CORE = ["loss", "autograd", "numerics", "terms", "determinism", "bad_input", "compile", "package"]
 # What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
-FOREIGN = "loss autograd terms".split()
+FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
 # torch.compile of older torches needs setuptools, and does not say so where Python has it not.
 TESTS = ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "setuptools"]

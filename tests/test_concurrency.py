@@ -112,7 +112,8 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     fastkd.loss(*problem(0, 64, 40000))  # both threads exist from here on
     alone = [fastkd.loss(*problem(i, 64, 3000)) for i in range(8)]
-    loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context=sys.argv[1])
+    how = {"num_workers": 2, "multiprocessing_context": sys.argv[1]}
+    loader = DataLoader(Losses(), batch_size=None, **how)
     assert all(map(torch.equal, loader, alone))
     print("equal")
 """

@@ -14,10 +14,10 @@ import fastkd
 PACKAGE = pathlib.Path(fastkd.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Modules that run what they load, open connections or start processes; and calls that do.
-REFUSED_MODULES = set(
-    "pickle marshal shelve dill cloudpickle socket ssl http urllib ftplib smtplib requests aiohttp "
-    "subprocess ctypes code codeop".split()
-)
+REFUSED_MODULES = {
+    *("pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "codeop", "ctypes"),
+    *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "aiohttp", "subprocess"),
+}
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__"}
 REFUSED_ATTRIBUTES = {
     ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("torch", "load"),
