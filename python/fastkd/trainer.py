@@ -143,8 +143,8 @@ class Trainer:
                 f"accelerator: {launched} processes were launched, but it knows of "
                 f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
             )
-        if ema is not None and self.accelerator.distributed_type == "FSDP":
-            raise ValueError("ema cannot average parameters that FSDP has sharded")
+        if self._sharded:
+            _check_sharding(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
         self.ema: swa_utils.AveragedModel | None = None
@@ -193,6 +193,8 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
+        if validation is not None:
+            self._refuse_sharded()
         evaluations = []
         while self.epoch < epochs:
             for _ in self.steps(loader):
@@ -294,7 +296,11 @@ class Trainer:
         """The student's, or its average's, loss and accuracy, in evaluation mode.
 
         With several processes each takes its share of a ``DataLoader``, and no row counts twice.
+
+        Raises:
+            ValueError: under FSDP, where no process has the whole student.
         """
+        self._refuse_sharded()
         module = self.student if self.ema is None else self.ema.module
         sums = torch.zeros(
             len(teaching.Sums._fields), dtype=torch.float64, device=self.accelerator.device
@@ -306,6 +312,18 @@ class Trainer:
                 sums += torch.stack(found)
         everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
         return Evaluation(*self._student_loss.means(everywhere), int(everywhere.rows))
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.accelerator.distributed_type == "FSDP")
+
+    def _refuse_sharded(self) -> None:
+        if self._sharded:
+            raise ValueError(
+                "evaluation needs the whole student, and FSDP has sharded it: gather it by "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict, as "
+                "docs/training.md shows, and evaluate a copy"
+            )
 
     # ---- checkpoints
 
@@ -457,6 +475,17 @@ def _accelerator() -> Any:
     """Accelerate's own choice; on machines with a CPU alone it has to be told, or each of several
     processes would train for itself."""
     return extras.load("accelerate", "train").Accelerator(cpu=not torch.accelerator.is_available())
+
+
+def _check_sharding(accelerator: Any, ema: float | None) -> None:
+    """What of this can be done under FSDP."""
+    if not accelerator.is_fsdp2:
+        raise ValueError(
+            "accelerator: FSDP is supported in version 2; give "
+            "FullyShardedDataParallelPlugin(fsdp_version=2)"
+        )
+    if ema is not None:
+        raise ValueError("ema cannot average parameters that FSDP has sharded")
 
 
 def _check(
