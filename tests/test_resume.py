@@ -73,7 +73,9 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     for found, expected in pairs:
         assert found == pytest.approx(expected, rel=1e-9)
     labels = training_run.Digits(96, 0.0).labels
-    assert [int(found[-1]) for found in evaluations(two)] == [int((labels[:count] != -100).sum()) for count in (37, 5)]
+    assert [int(found[-1]) for found in evaluations(two)] == [
+        int((labels[:count] != -100).sum()) for count in (37, 5)
+    ]
 
 
 def test_two_processes_with_a_sharded_student(tmp_path):

@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fastkd
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with options.out.with_suffix(".losses").open("a") as file:
                     print(step.number, float(step.loss).hex(), float(step.hint).hex(), file=file)
     if options.fsdp:
+        assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         parameters = get_model_state_dict(student, options=whole)
         if main_process:
