@@ -73,4 +73,22 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     for found, expected in pairs:
         assert found == pytest.approx(expected, rel=1e-9)
     labels = training_run.Digits(96, 0.0).labels
-    assert [int(found[-1]) for found in evaluations(two)] == [int((labels[:count] != -100).sum()) for count in (37, 5)]
+    assert [int(found[-1]) for found in evaluations(two)] == [
+        int((labels[:count] != -100).sum()) for count in (37, 5)
+    ]
+
+
+def test_two_processes_with_a_sharded_student(tmp_path):
+    """FSDP, resumed half way, gives the parameters of one process."""
+    same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    run_here(one, "--batch", 16, *same)
+    for epochs in (1, 2):
+        arguments = ("--fsdp", "--epochs", epochs, "--checkpoints", tmp_path / "checkpoints")
+        done = run(two, "--batch", 8, *same, *arguments, processes=2)
+        assert done.returncode == 0, done.stderr
+    (ours,), (theirs, _) = torch.load(two), torch.load(one)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+    assert losses(two).keys() == losses(one).keys()

@@ -26,10 +26,23 @@ REFUSED_ATTRIBUTES = {
 }  # fmt: skip
 
 
+def is_restricted(node: ast.AST) -> bool:
+    """torch.load with the loader that builds tensors and plain containers alone."""
+    return (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+    )
+
+
 def breaches(source: str) -> list[str]:
     """What a module does that SECURITY.md says is not done."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    restricted = {id(node.func) for node in ast.walk(tree) if is_restricted(node)}
+    for node in ast.walk(tree):
+        if id(node) in restricted:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -57,6 +70,7 @@ def test_nothing_that_is_loaded_is_run(path):
         "from urllib import request",
         "import yaml; yaml.load(f)",
         "torch.load(f)",
+        "torch.load(f, weights_only=False)",
         "eval('1')",
     ],
 )

@@ -5,6 +5,7 @@ import math
 import pathlib
 import pickle
 import re
+import types
 
 import pytest
 import torch
@@ -617,6 +618,24 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched"):
         trainer_of(network(), network(24, 1), accelerator=accelerator)
+
+
+def test_what_sharding_cannot_do_is_refused():
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+    accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
+    options = {"accelerator": accelerator, "hints": [fastkd.Hint("0", "0")]}
+    with pytest.raises(ValueError, match="FSDP is supported in version 2"):
+        trainer_of(network(), network(24, 1), **options)
+    accelerator.state.fsdp_plugin.fsdp_version = 2
+    with pytest.raises(ValueError, match="ema cannot average"):
+        trainer_of(network(), network(24, 1), ema=0.5, **options)
+    trainer, data = trainer_of(network(), network(24, 1), **options), batches(digits())
+    with pytest.raises(ValueError, match="evaluation needs the whole student"):
+        trainer.evaluate(data)
+    with pytest.raises(ValueError, match="evaluation needs the whole student"):
+        trainer.fit(data, validation=data)
+    assert trainer.step == 0
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):

@@ -12,8 +12,11 @@ import signal
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fastkd
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--checkpoints", type=pathlib.Path)
     parser.add_argument("--die-in-save", type=int, default=0, help="the save that SIGKILL ends")
+    parser.add_argument("--fsdp", action="store_true")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -75,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95),
         accumulate=options.accumulate,
         clip=1.0,
-        ema=0.9,
+        ema=None if options.fsdp else 0.9,
+        accelerator=sharding_accelerator() if options.fsdp else None,
         checkpoints=options.checkpoints,
         save_every=1 if options.checkpoints else None,
         progress=False,
@@ -94,12 +99,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if main_process:
                 with options.out.with_suffix(".losses").open("a") as file:
                     print(step.number, float(step.loss).hex(), float(step.hint).hex(), file=file)
+    if options.fsdp:
+        assert all(isinstance(parameter, DTensor) for parameter in student.parameters())
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        parameters = get_model_state_dict(student, options=whole)
+        if main_process:
+            torch.save([parameters], options.out)
+        return
     # Shares of 3 and 2 batches, the last of them smaller; and a process with nothing to do.
     held_out = [range(37), range(5)]
     found = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
         options.out.with_suffix(".evaluations").write_text(json.dumps(found))
         torch.save([student.state_dict(), trainer.ema.module.state_dict()], options.out)
+
+
+def sharding_accelerator() -> Accelerator:
+    """As Accelerate makes it of this plugin on GPUs; on CPUs it would take no notice of it."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Linear"],
+        state_dict_type="FULL_STATE_DICT",
+    )
+    accelerator = Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
 
 
 def die_in_save(number: int) -> None:

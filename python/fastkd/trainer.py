@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
-from fastkd import batches, checkpointing, checks, extras, teaching
+from fastkd import batches, checkpointing, extras, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
@@ -135,16 +135,16 @@ class Trainer:
         """Checks the arguments, moves the models to their devices and wraps them."""
         loss = KDLoss() if loss is None else loss
         hints = tuple(hints)
-        _check(loss, accumulate, clip, ema, checkpoints, save_every)
-        self.accelerator = _accelerator() if accelerator is None else accelerator
+        trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
+        self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.accelerator.num_processes:
             raise ValueError(
                 f"accelerator: {launched} processes were launched, but it knows of "
                 f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
             )
-        if ema is not None and self.accelerator.distributed_type == "FSDP":
-            raise ValueError("ema cannot average parameters that FSDP has sharded")
+        if self._sharded:
+            trainer_arguments.check_sharding(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
         self.ema: swa_utils.AveragedModel | None = None
@@ -193,6 +193,8 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
+        if validation is not None:
+            self._refuse_sharded()
         evaluations = []
         while self.epoch < epochs:
             for _ in self.steps(loader):
@@ -294,7 +296,11 @@ class Trainer:
         """The student's, or its average's, loss and accuracy, in evaluation mode.
 
         With several processes each takes its share of a ``DataLoader``, and no row counts twice.
+
+        Raises:
+            ValueError: under FSDP, where no process has the whole student.
         """
+        self._refuse_sharded()
         module = self.student if self.ema is None else self.ema.module
         sums = torch.zeros(
             len(teaching.Sums._fields), dtype=torch.float64, device=self.accelerator.device
@@ -305,7 +311,20 @@ class Trainer:
                 found = self._student_loss.sums(module, batch, self._teacher.answer(batch))
                 sums += torch.stack(found)
         everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
-        return Evaluation(*self._student_loss.means(everywhere), int(everywhere.rows))
+        loss, hard, soft, agreement, accuracy = self._student_loss.means(everywhere)
+        return Evaluation(loss, hard, soft, agreement, accuracy, int(everywhere.rows))
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.accelerator.distributed_type == "FSDP")
+
+    def _refuse_sharded(self) -> None:
+        if self._sharded:
+            raise ValueError(
+                "evaluation needs the whole student, and FSDP has sharded it: gather it by "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict, as "
+                "docs/training.md shows, and evaluate a copy"
+            )
 
     # ---- checkpoints
 
@@ -451,41 +470,3 @@ class Trainer:
             if not self.accelerator.trackers:
                 self.accelerator.init_trackers("fastkd")
             self.accelerator.log(values, step=self.step if step is None else step)
-
-
-def _accelerator() -> Any:
-    """Accelerate's own choice; on machines with a CPU alone it has to be told, or each of several
-    processes would train for itself."""
-    return extras.load("accelerate", "train").Accelerator(cpu=not torch.accelerator.is_available())
-
-
-def _check(
-    loss: KDLoss,
-    accumulate: int,
-    clip: float | None,
-    ema: float | None,
-    checkpoints: str | pathlib.Path | None,
-    save_every: int | None,
-) -> None:
-    """The arguments of :class:`Trainer`, as far as that needs no other package."""
-    if not isinstance(loss, KDLoss):
-        raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
-    for name, accepted in (("reduction", "mean"), ("normalizer", None)):
-        given = loss.options.get(name, accepted)
-        if given != accepted:
-            raise ValueError(
-                f"loss must have {name}={accepted!r}, since the trainer divides by the rows of all "
-                f"batches of a step; got {given!r}"
-            )
-    hard_weight = loss.options.get("hard_weight")
-    if loss.options.get("class_weight") is not None and getattr(hard_weight, "shape", ()):
-        raise ValueError("loss: class_weight needs one hard_weight, not one for each row")
-    for name, value in (("accumulate", accumulate), ("save_every", save_every)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
-    if clip is not None:
-        checks.number("clip", clip, 0.0, math.inf, open_low=True)
-    if ema is not None and not 0 < checks.number("ema", ema, 0.0, 1.0) < 1:
-        raise ValueError(f"ema must be in (0, 1); got {ema!r}")
-    if save_every is not None and checkpoints is None:
-        raise ValueError("save_every needs checkpoints, the folder to write in")
