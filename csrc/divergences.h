@@ -149,8 +149,7 @@ struct SkewedForwardKL {
     const T a = static_cast<T>(k.mix), b = 1 - a;
     const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
-    return {is_small(e.d) ? near_teacher(e, k) : direct,
-            b * b * share_of_mixture(e, b, a)};
+    return {is_small(e.d) ? near_teacher(e, k) : direct, b * b * share_of_mixture(e, b, a)};
   }
 };
 

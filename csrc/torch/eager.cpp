@@ -18,8 +18,8 @@
 
 #include <cmath>
 #include <limits>
-#include <mutex>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>

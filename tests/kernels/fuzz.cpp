@@ -107,7 +107,7 @@ void require(bool ok, const char* what, const char* isa) {
       stderr, "%s: %s; %lld x %lld, types %d and %d, t %g%s, weights %g and %g, smoothing %g, %s\n",
       isa, what, static_cast<long long>(in.rows), static_cast<long long>(in.classes),
       static_cast<int>(in.student_dtype), static_cast<int>(in.teacher_dtype), in.temperature,
-      in.row_temperature ? " (rows')" : "", in.hard_weight, in.soft_weight, in.label_smoothing,
+      in.row_settings ? " (rows')" : "", in.hard_weight, in.soft_weight, in.label_smoothing,
       in.labels ? "labels" : "no labels");
   std::abort();
 }
@@ -151,7 +151,7 @@ struct Call {
   bool in_place, with_terms, with_grad;
   std::unique_ptr<Matrix> student, teacher;
   std::vector<int64_t> labels;
-  std::unique_ptr<uint8_t[]> temperatures;
+  std::unique_ptr<uint8_t[]> row_settings;
   Inputs inputs;
 
   explicit Call(Bytes& in) {
@@ -176,12 +176,14 @@ struct Call {
     inputs.teacher = teacher->base(), inputs.teacher_stride = teacher->stride;
     inputs.student_dtype = student_dtype, inputs.teacher_dtype = teacher_dtype;
     inputs.temperature = in.one_of(kTemperatures);
+    inputs.teacher_temperature = in.coin() ? inputs.temperature : in.one_of(kTemperatures);
+    inputs.mix = in.coin() ? 0.5 : 0.1;
     inputs.hard_weight = in.one_of(kWeights), inputs.soft_weight = in.one_of(kWeights);
     inputs.label_smoothing = in.coin() ? 0.0 : 0.1;
     inputs.ignore_index = in.one_of(kIgnore);
     inputs.divergence = static_cast<Divergence>(in.take<uint8_t>() % std::size(kDivergenceNames));
     if (in.coin()) take_labels(in);
-    if (in.coin()) take_temperatures(in);
+    if (in.coin()) take_row_settings(in);
     student->fill(in, student_dtype, in.coin());
     teacher->fill(in, teacher_dtype, in.coin());
   }
@@ -196,16 +198,17 @@ struct Call {
     labels.shrink_to_fit();
     inputs.labels = labels.data();
   }
-  void take_temperatures(Bytes& in) {
+  void take_row_settings(Bytes& in) {
     const size_t size = static_cast<size_t>(size_of(acc));
-    temperatures.reset(new uint8_t[static_cast<size_t>(rows) * size]);
-    for (int64_t row = 0; row < rows; ++row) {
-      const double t = 0.5 + 0.1 * static_cast<double>(in.take<uint8_t>());
-      const float narrow = static_cast<float>(t);
-      std::memcpy(&temperatures[static_cast<size_t>(row) * size],
-                  acc == DType::kFloat64 ? static_cast<const void*>(&t) : &narrow, size);
+    const int64_t count = kRowSettings * rows;
+    row_settings.reset(new uint8_t[static_cast<size_t>(count) * size]);
+    for (int64_t i = 0; i < count; ++i) {
+      const double setting = 0.5 + 0.1 * static_cast<double>(in.take<uint8_t>());
+      const float narrow = static_cast<float>(setting);
+      std::memcpy(&row_settings[static_cast<size_t>(i) * size],
+                  acc == DType::kFloat64 ? static_cast<const void*>(&setting) : &narrow, size);
     }
-    inputs.row_temperature = temperatures.get();
+    inputs.row_settings = row_settings.get();
   }
   int64_t acc_bytes(int64_t count) const { return count * size_of(acc); }
   bool ignored(int64_t row) const {
@@ -249,7 +252,18 @@ void split(const cpu::Kernels& k, const ForwardArgs& args) {
   std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t i = 0; i < segments; ++i) k.scan(args, row, i, &statistics[i]);
-    for (int64_t i = 0; i < segments; ++i) k.write(args, row, i, statistics.data(), &sums[i]);
+    sums.assign(sums.size(), {});
+    cpu::Sums total = {};
+    if (!is_one_sweep(args.divergence)) {
+      for (int64_t i = 0; i < segments; ++i) k.balance(args, row, i, statistics.data(), &sums[i]);
+      for (int64_t i = segments; i-- > 0;) {
+        total.slope += sums[i].slope;
+        total.classes += sums[i].classes;
+      }
+    }
+    for (int64_t i = 0; i < segments; ++i) {
+      k.write(args, row, i, statistics.data(), total, &sums[i]);
+    }
     k.close(args, row, statistics.data(), sums.data());
   }
 }

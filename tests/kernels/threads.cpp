@@ -32,6 +32,7 @@ void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
 
 struct Problem {
   int64_t rows, classes;
+  Divergence divergence = Divergence::kForwardKL;
   std::vector<float> student, teacher;  // [rows, classes]
   std::vector<int64_t> labels;          // [rows]
 
@@ -59,7 +60,8 @@ struct Call {
     args.student = p.student.data(), args.teacher = p.teacher.data();
     args.student_stride = args.teacher_stride = args.grad_stride = {p.classes, 0};
     args.labels = p.labels.data();
-    args.temperature = 2, args.label_smoothing = 0.1;
+    args.temperature = args.teacher_temperature = 2, args.label_smoothing = 0.1;
+    args.divergence = p.divergence;
     args.loss = loss.data(), args.terms = terms.data(), args.stats = stats.data();
     args.grad = grad.data(), args.scale = 0.5;
   }
@@ -85,8 +87,19 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     in_parallel(segments,
                 [&](int64_t i) { k.scan(args, row, i, &statistics[static_cast<size_t>(i)]); });
+    sums.assign(sums.size(), {});
+    cpu::Sums total = {};
+    if (!is_one_sweep(args.divergence)) {
+      in_parallel(segments, [&](int64_t i) {
+        k.balance(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
+      });
+      for (size_t i = sums.size(); i-- > 0;) {
+        total.slope += sums[i].slope;
+        total.classes += sums[i].classes;
+      }
+    }
     in_parallel(segments, [&](int64_t i) {
-      k.write(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
+      k.write(args, row, i, statistics.data(), total, &sums[static_cast<size_t>(i)]);
     });
     k.close(args, row, statistics.data(), sums.data());
   }
@@ -155,9 +168,13 @@ int main() {
                                       {9, 1000},
                                       {5, cpu::kSegment + 1},
                                       {2, 5 * cpu::kSegment + 100}}) {
-    const Problem problem(rows, classes);
-    for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k, ++calls) {
-      test(**k, problem);
+    Problem problem(rows, classes);
+    for (const Divergence divergence :
+         {Divergence::kForwardKL, Divergence::kJensenShannon, Divergence::kCenteredSquaredError}) {
+      problem.divergence = divergence;
+      for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k, ++calls) {
+        test(**k, problem);
+      }
     }
     test_selection(problem);
   }
