@@ -66,9 +66,10 @@ IMPORTS = {
     "teachers": {"extras", "checks", "batches"},
     "reports": {"_C", "extras", "batches"},
     "teaching": {"checks", "reference", "losses", "sparse", "batches", "hints"},
+    "trainer_arguments": {"extras", "checks", "losses"},
     "trainer": {
-        "extras", "checks", "losses", "batches", "checkpointing", "position", "watching", "hints",
-        "teaching",
+        "extras", "losses", "batches", "checkpointing", "position", "watching", "hints", "teaching",
+        "trainer_arguments",
     },
     "commands": {"extras", "losses", "teachers", "reports", "trainer"},
 }  # fmt: skip
