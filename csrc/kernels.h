@@ -161,6 +161,9 @@ struct Kernels {
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
 };
 
+// What balance left of all segments, added in the order that makes the bits those of a whole row.
+Sums total(const Sums* of_segments, int64_t segments);
+
 // The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.
 const Kernels& kernels();
 // Those that this processor can run, best first, null-terminated.

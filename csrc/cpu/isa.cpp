@@ -66,6 +66,15 @@ Registry& registry() {
 
 }  // namespace
 
+Sums total(const Sums* of_segments, int64_t segments) {
+  Sums result = {};
+  for (int64_t i = segments; i-- > 0;) {
+    result.slope += of_segments[i].slope;
+    result.classes += of_segments[i].classes;
+  }
+  return result;
+}
+
 const Kernels& kernels() { return *registry().chosen.load(std::memory_order_relaxed); }
 
 const Kernels* const* available() { return registry().best_first; }

@@ -7,6 +7,7 @@
 // segments whose results are merged in a fixed order: the bits do not depend on who computes which.
 // docs/maths.md derives the formulas.
 #include <memory>
+#include <new>
 
 #include "engine.h"
 #include "narrow.h"
@@ -101,7 +102,8 @@ void write_segment(const Engine<T, S>& engine, const Row<T>& row, const Scales<T
   }
 }
 
-// `work`: room for q and the slopes of a row longer than a segment, or null where one sweep does.
+// `work`: room for q and the slopes of a row longer than a segment. Null where one sweep does, or
+// where there is no memory: then they are computed twice.
 template <class T, class S>
 void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index, T* work) {
   const Row<T> row = make_row<T>(args, index, engine.terms);
@@ -118,7 +120,8 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   Left<T> in_segment = engine.kept_of(last, kept);
   const auto left_of = [&](int64_t i) {
     if (i == last && engine.keeps(i)) return in_segment;
-    return one_sweep ? Left<T>{} : Left<T>{work, work + padded(args.classes)}.at(i * kSegment);
+    if (work == nullptr) return Left<T>{};
+    return Left<T>{work, work + padded(args.classes)}.at(i * kSegment);
   };
   if (!one_sweep) {
     for (int64_t i = last; i >= 0; --i) {
@@ -188,7 +191,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
     using T = decltype(zero);
     std::unique_ptr<T[]> work;
     if (!engine.one_sweep() && !(engine.segments() == 1 && engine.keeps(0))) {
-      work.reset(new T[static_cast<size_t>(2 * padded(args.classes))]);
+      work.reset(new (std::nothrow) T[static_cast<size_t>(2 * padded(args.classes))]);
     }
     for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, work.get());
   });

@@ -95,18 +95,15 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
     sums.assign(sums.size(), {});
     for_segments(
         [&](int64_t segment, size_t at) { kernels.scan(args, row, segment, &statistics[at]); });
-    cpu::Sums total = {};
+    cpu::Sums balanced = {};
     if (!is_one_sweep(args.divergence)) {
       for_segments([&](int64_t segment, size_t at) {
         kernels.balance(args, row, segment, statistics.data(), &sums[at]);
       });
-      for (size_t at = sums.size(); at-- > 0;) {
-        total.slope += sums[at].slope;
-        total.classes += sums[at].classes;
-      }
+      balanced = cpu::total(sums.data(), segments);
     }
     for_segments([&](int64_t segment, size_t at) {
-      kernels.write(args, row, segment, statistics.data(), total, &sums[at]);
+      kernels.write(args, row, segment, statistics.data(), balanced, &sums[at]);
     });
     kernels.close(args, row, statistics.data(), sums.data());
   }

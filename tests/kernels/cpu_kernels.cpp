@@ -427,18 +427,15 @@ void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, uns
     std::vector<cpu::Statistics> statistics(static_cast<size_t>(segments));
     std::vector<cpu::Sums> sums(static_cast<size_t>(segments));
     for (int64_t s = segments; s-- > 0;) k.scan(data.args, r, s, &statistics[s]);
-    cpu::Sums total = {};
+    cpu::Sums balanced = {};
     if (!is_one_sweep(p.divergence)) {
       for (int64_t s = 0; s < segments; ++s) {
         k.balance(data.args, r, s, statistics.data(), &sums[static_cast<size_t>(s)]);
       }
-      for (int64_t s = segments; s-- > 0;) {
-        total.slope += sums[static_cast<size_t>(s)].slope;
-        total.classes += sums[static_cast<size_t>(s)].classes;
-      }
+      balanced = cpu::total(sums.data(), segments);
     }
     for (int64_t s = 0; s < segments; ++s) {
-      k.write(data.args, r, s, statistics.data(), total, &sums[static_cast<size_t>(s)]);
+      k.write(data.args, r, s, statistics.data(), balanced, &sums[static_cast<size_t>(s)]);
     }
     k.close(data.args, r, statistics.data(), sums.data());
   }

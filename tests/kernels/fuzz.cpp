@@ -253,16 +253,13 @@ void split(const cpu::Kernels& k, const ForwardArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t i = 0; i < segments; ++i) k.scan(args, row, i, &statistics[i]);
     sums.assign(sums.size(), {});
-    cpu::Sums total = {};
+    cpu::Sums balanced = {};
     if (!is_one_sweep(args.divergence)) {
       for (int64_t i = 0; i < segments; ++i) k.balance(args, row, i, statistics.data(), &sums[i]);
-      for (int64_t i = segments; i-- > 0;) {
-        total.slope += sums[i].slope;
-        total.classes += sums[i].classes;
-      }
+      balanced = cpu::total(sums.data(), segments);
     }
     for (int64_t i = 0; i < segments; ++i) {
-      k.write(args, row, i, statistics.data(), total, &sums[i]);
+      k.write(args, row, i, statistics.data(), balanced, &sums[i]);
     }
     k.close(args, row, statistics.data(), sums.data());
   }

@@ -88,18 +88,15 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
     in_parallel(segments,
                 [&](int64_t i) { k.scan(args, row, i, &statistics[static_cast<size_t>(i)]); });
     sums.assign(sums.size(), {});
-    cpu::Sums total = {};
+    cpu::Sums balanced = {};
     if (!is_one_sweep(args.divergence)) {
       in_parallel(segments, [&](int64_t i) {
         k.balance(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
       });
-      for (size_t i = sums.size(); i-- > 0;) {
-        total.slope += sums[i].slope;
-        total.classes += sums[i].classes;
-      }
+      balanced = cpu::total(sums.data(), segments);
     }
     in_parallel(segments, [&](int64_t i) {
-      k.write(args, row, i, statistics.data(), total, &sums[static_cast<size_t>(i)]);
+      k.write(args, row, i, statistics.data(), balanced, &sums[static_cast<size_t>(i)]);
     });
     k.close(args, row, statistics.data(), sums.data());
   }
