@@ -45,7 +45,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sparse student": ({"student_logits": Z(3, 5).to_sparse()}, TypeError, "student_logits must be a dense tensor; got layout torch.sparse_coo"),
     "student a list": ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor; got list"),
     "teacher None": ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor; got NoneType"),
-    "labels a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of class indices, or None; got list"),
+    "labels a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of class indices or probabilities, or None; got list"),
     "floating labels": ({"labels": Z(3)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
     "boolean labels": ({"labels": Z(3, dtype=torch.bool)}, TypeError, "labels must be class indices of an integer dtype; got torch.bool"),
     # devices

@@ -123,7 +123,8 @@ def targets(value: object, student: Tensor) -> bool:
     """Class indices, one for each row of logits, or probabilities (True)."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"labels must be a tensor of class indices, or None; got {type(value).__name__}"
+            "labels must be a tensor of class indices or probabilities, or None; got "
+            f"{type(value).__name__}"
         )
     if value.is_floating_point() and value.shape == student.shape:
         rows(value[..., 0], "labels", student)

@@ -299,12 +299,17 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     return found
 
 
+def _missing(device: str, labels: Tensor | None, objective: Objective) -> set[str]:
+    """What of a call the kernels of a device lack; meta tensors stand for those of a CPU."""
+    return uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
+
+
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Whether the kernels have all that a call uses, so that it may be in place."""
     device = student.device.type
     if device not in _KERNEL_DEVICES or _is_transformed():
         return False
-    return uses(labels, objective) <= FUSED["cuda" if device == "cuda" else "cpu"]
+    return not _missing(device, labels, objective)
 
 
 def compute(
@@ -322,7 +327,7 @@ def compute(
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
     elif not transformed:
-        missing = uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
+        missing = _missing(device, labels, objective)
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
         if inplace:
