@@ -85,18 +85,19 @@ __device__ __forceinline__ void close_pending(const ForwardArgs& args, Shared& s
                                               const RingPending& pending, Sums<float> sums) {
   if (pending.row < 0) return;
   sums.add(pending.peeled);
-  close_row(args, pending.row, pending.stats, sums, pending.label_logit);
+  close_row<Temperature<float>>(args, pending.row, pending.stats, sums, pending.label_logit);
 }
 
 // One row of one group; false when nothing follows.
 template <class T, class W, bool kExtra, class Shared>
-__device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& shared,
+__device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& shared,
                                           RingFollower<Shared>& rows, int group, int warps,
                                           int rank, int ranks, float scale) {
+  const ForwardArgs& args = call.args;
   const bool leader = rank == 0 && threadIdx.x % 32 == 0;
   const RingInfo info = rows.info();
   const bool ends = info.row < 0;
-  const Temperature<float> t = temperature_of<float>(args, ends ? 0 : info.row);
+  const Temperature<float> t(args, ends ? 0 : info.row);
   const RingPeel<T> peel = rank == 0 && !ends ? RingPeel<T>(args, info) : RingPeel<T>();
   const RingMessage all =
       exchange<kExtra>(shared, group, rows.turn, warps, peel.scan(t), t, rank, ranks);
@@ -107,7 +108,7 @@ __device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& share
     return false;
   }
   const RowStats<float> stats(all.statistics);
-  const W writer(args, t, stats, scale);
+  const W writer(call, info.row, t, stats, scale);
   if (threadIdx.x % 32 == 0) {
     shared.writers[group] = writer;
     barrier_arrive(&shared.ready[group]);
@@ -125,7 +126,7 @@ __device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& share
 // Closer number `closer` of `closers`: the groups closer, closer + closers, ..., in the order of
 // their rows.
 template <class T, class W, bool kExtra, class Shared>
-__device__ __forceinline__ void close_rows(const ForwardArgs& args, const RingShape& shape,
+__device__ __forceinline__ void close_rows(const ForwardCall& call, const RingShape& shape,
                                            Shared& shared, int closer, int closers, int warps,
                                            int rank, int ranks, float scale) {
   static_assert(Shared::kPerCloser <= 2);
@@ -136,11 +137,11 @@ __device__ __forceinline__ void close_rows(const ForwardArgs& args, const RingSh
   while (first_runs || second_runs) {
     if (first_runs)
       first_runs =
-          close_one<T, W, kExtra>(args, shared, first_rows, first, warps, rank, ranks, scale);
+          close_one<T, W, kExtra>(call, shared, first_rows, first, warps, rank, ranks, scale);
     first_rows.next();
     if (second_runs)
       second_runs =
-          close_one<T, W, kExtra>(args, shared, second_rows, second, warps, rank, ranks, scale);
+          close_one<T, W, kExtra>(call, shared, second_rows, second, warps, rank, ranks, scale);
     second_rows.next();
   }
 }
@@ -241,7 +242,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   const int group = threadIdx.x / Stage::kThreads, thread = threadIdx.x % Stage::kThreads;
   RingFollower<Shared> rows(shared, shape, group);
   RingMessage message;
-  Temperature<float> t = temperature_of<float>(args, 0);
+  Temperature<float> t(args, 0);
   const auto send = [&] {
     message.statistics.merge_lanes(t);
     message.previous.template merge_lanes<32, kExtra>();
@@ -252,7 +253,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   while (true) {
     const RingInfo info = rows.info();
     if (info.row < 0) break;
-    if (args.row_settings != nullptr) t = temperature_of<float>(args, info.row);
+    if (args.row_settings != nullptr) t = Temperature<float>(args, info.row);
     with_power(t.power, [&](auto power) {
       message.statistics = scan_slice<T, power.value>(ring, rows, info, t, thread);
     });

@@ -3,6 +3,7 @@
 // cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -133,12 +134,13 @@ template <class A, bool kFold>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
-  ForwardArgs args;
+  ForwardCall call;
+  ForwardArgs& args = call.args;
   args.rows = 1, args.classes = args.group_rows = classes;
   args.labels = &in.label, args.temperature = in.t, args.label_smoothing = in.smoothing;
   args.hard_weight = kHardWeight, args.soft_weight = kSoftWeight;
   args.loss = loss, args.terms = terms, args.stats = stats_of_row;
-  const Temperature<A> t = temperature_of<A>(args, 0);
+  const Temperature<A> t(args, 0);
   std::vector<Statistics<A>> parts(static_cast<size_t>(threads));
   for (int thread = 0; thread < threads; ++thread) {
     Statistics<A>& part = parts[static_cast<size_t>(thread)];
@@ -169,7 +171,7 @@ Answer answer_of(const Problem& in, int threads) {
     all.teacher_sum += part.teacher_sum;
   }
   const RowStats<A> stats(all);
-  const Writer<A, ForwardKL, kFold> writer(args, t, stats, A(1));
+  const Writer<A, kFold> writer(call, 0, t, stats, A(1));
   Sums<A> sums;
   Answer answer;
   for (int64_t i = 0; i < classes; ++i) {
@@ -179,7 +181,7 @@ Answer answer_of(const Problem& in, int threads) {
     if (i == in.label) g -= writer.label;
     answer.grad.push_back(g);
   }
-  close_row(args, 0, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
+  close_row<Temperature<A>>(args, 0, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
   answer.loss = loss[0], answer.hard = terms[kHard], answer.soft = terms[kSoft];
   return answer;
 }
@@ -315,6 +317,195 @@ void limits() {
   }
 }
 
+// ---- the divergences whose slopes are summed first, and a teacher with a temperature of its own
+
+struct Objective {
+  Divergence divergence;
+  double mix, t, teacher_t;
+};
+
+// By definition: D, and its derivative by q, from which the gradient follows.
+Answer exact_general(const Problem& in, const Objective& o) {
+  const size_t n = in.z.size();
+  const Real t = o.t, own = o.teacher_t, a = o.mix;
+  Real mz = -kInfinity, mw = -kInfinity, sum = 0, hard_sum = 0, teacher_sum = 0;
+  for (size_t i = 0; i < n; ++i) {
+    mz = std::fmax(mz, Real(in.z[i])), mw = std::fmax(mw, Real(in.w[i]));
+  }
+  for (size_t i = 0; i < n; ++i) {
+    sum += std::exp((in.z[i] - mz) / t), hard_sum += std::exp(in.z[i] - mz);
+    teacher_sum += std::exp((in.w[i] - mw) / own);
+  }
+  std::vector<Real> q(n), v(n, 0), gap(n);
+  Real value = 0, mean_gap = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const Real log_q = (in.z[i] - mz) / t - std::log(sum);
+    const Real log_p = (in.w[i] - mw) / own - std::log(teacher_sum);
+    const Real p = std::exp(log_p), ratio = std::exp(log_p - log_q);  // p / q
+    q[i] = std::exp(log_q);
+    gap[i] = in.z[i] / t - in.w[i] / own, mean_gap += gap[i] / static_cast<Real>(n);
+    // log(m / q) of the mixture with the share b of p
+    const auto log_m = [&](Real b) { return std::log1p(b * (ratio - 1)); };
+    const Real d = log_p - log_q, forward = p * d, reverse = -q[i] * d;
+    switch (o.divergence) {
+      case Divergence::kForwardKL:
+        value += forward, v[i] = -ratio;
+        break;
+      case Divergence::kSoftCrossEntropy:
+        value -= p * log_q, v[i] = -ratio;
+        break;
+      case Divergence::kReverseKL:
+        value += reverse, v[i] = -d;
+        break;
+      case Divergence::kSymmetricKL:
+        value += a * forward + (1 - a) * reverse, v[i] = -a * ratio - (1 - a) * d;
+        break;
+      case Divergence::kJensenShannon:
+        value += a * p * (d - log_m(a)) - (1 - a) * q[i] * log_m(a), v[i] = -(1 - a) * log_m(a);
+        break;
+      case Divergence::kSkewedForwardKL:
+        value += p * (d - log_m(a)), v[i] = -(1 - a) * ratio / (a * ratio + 1 - a);
+        break;
+      case Divergence::kSkewedReverseKL:
+        value -= q[i] * log_m(1 - a), v[i] = -log_m(1 - a) - a / (a + (1 - a) * ratio);
+        break;
+      case Divergence::kTotalVariation:
+        value += std::fabs(p - q[i]) / 2, v[i] = q[i] > p ? 0.5 : q[i] < p ? -0.5 : 0.0;
+        break;
+      default:
+        break;
+    }
+  }
+  const bool mean = is_mean(balance_of(o.divergence));
+  const Real centre = o.divergence == Divergence::kCenteredSquaredError ? mean_gap : Real(0);
+  Real of_all = 0;
+  for (size_t i = 0; i < n; ++i) {
+    of_all += q[i] * v[i];
+    if (mean) value += (gap[i] - centre) * (gap[i] - centre) / static_cast<Real>(n);
+  }
+  Answer answer;
+  for (size_t i = 0; i < n; ++i) {
+    const Real soft = mean ? 2 * (gap[i] - centre) / static_cast<Real>(n) : q[i] * (v[i] - of_all);
+    const Real target = in.smoothing / static_cast<Real>(n) +
+                        (static_cast<int64_t>(i) == in.label ? 1 - in.smoothing : 0);
+    answer.grad.push_back(static_cast<double>(
+        kHardWeight * (std::exp(in.z[i] - mz) / hard_sum - target) + kSoftWeight * t * soft));
+  }
+  answer.soft = static_cast<double>(value);
+  return answer;
+}
+
+template <class A>
+Answer general_of(const Problem& in, const Objective& o) {
+  const int64_t classes = static_cast<int64_t>(in.z.size());
+  A stats_of_row[kStats + 1], loss[1], terms[kTerms];
+  // As row settings, while the numbers beside them are others'.
+  const A settings[kRowSettings] = {static_cast<A>(o.t), static_cast<A>(o.teacher_t),
+                                    static_cast<A>(kHardWeight), static_cast<A>(kSoftWeight)};
+  ForwardCall call;
+  call.constants = make_constants(o.divergence, o.mix);
+  ForwardArgs& args = call.args;
+  args.rows = 1, args.classes = args.group_rows = classes;
+  args.labels = &in.label, args.label_smoothing = in.smoothing;
+  args.row_settings = settings, args.hard_weight = args.soft_weight = 7, args.temperature = 3;
+  args.divergence = o.divergence, args.mix = o.mix;
+  args.loss = loss, args.terms = terms, args.stats = stats_of_row;
+  const TwoTemperatures<A> t(args, 0);
+  const auto logits = [&](size_t i, A& z, A& w) {
+    z = static_cast<A>(in.z[i]), w = static_cast<A>(in.w[i]);
+  };
+  Statistics<A> statistics;
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    statistics.raise(z, w, t);
+    statistics.template add_any<kAtRunTime>(z, w, t);
+  }
+  const RowStats<A> stats(statistics);
+  GeneralWriter<A> writer(call, 0, t, stats, A(1));
+  GeneralSums<A> sums;
+  Answer answer;
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    writer.sum(z, w, true, sums);
+  }
+  writer.balance(sums.slope, sums.classes);
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    A g = writer.template write<kAtRunTime, true>(z, w, sums);
+    if (static_cast<int64_t>(i) == in.label) g -= writer.label;
+    answer.grad.push_back(g);
+  }
+  A label_logit, unused;
+  logits(static_cast<size_t>(in.label), label_logit, unused);
+  close_row<TwoTemperatures<A>>(args, 0, stats, sums, label_logit);
+  answer.soft = terms[kSoft];
+  check(close(stats_of_row[kSlopeSum], sums.slope, 0, 0) &&
+            close(stats_of_row[kClassCount], sums.classes, 0, 0),
+        "stats of " + in.name, stats_of_row[kSlopeSum], sums.slope);
+  return answer;
+}
+
+template <class A>
+void compare_general(const Problem& in, const Objective& o) {
+  const Answer want = exact_general(in, o), got = general_of<A>(in, o);
+  const std::string at = in.name + ", " + kDivergenceNames[static_cast<int>(o.divergence)] +
+                         ", t " + std::to_string(o.t) + " and " + std::to_string(o.teacher_t) +
+                         (sizeof(A) == 8 ? ", double" : "");
+  const double eps = std::numeric_limits<A>::epsilon();
+  // Logits divided by two temperatures are rounded at their own size before they are compared; and
+  // from a mean of squares the square of the mean is taken off.
+  const double size = o.t == o.teacher_t                                   ? 0
+                      : o.divergence == Divergence::kCenteredSquaredError ? 200
+                                                                           : 20;
+  check(close(got.soft, want.soft, (8 + size) * eps, 40 * eps), at + ", value", got.soft,
+        want.soft);
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < want.grad.size(); ++i) {
+    error += (got.grad[i] - want.grad[i]) * (got.grad[i] - want.grad[i]);
+    norm += want.grad[i] * want.grad[i];
+  }
+  const double limit = (30 + size) * eps * std::sqrt(norm) + 4 * eps * (1 + o.t);
+  check(std::sqrt(error) <= limit, at + ", gradient's error", std::sqrt(error), limit);
+}
+
+void divergences() {
+  for (int id = 0; id < static_cast<int>(std::size(kDivergenceNames)); ++id) {
+    const Divergence which = static_cast<Divergence>(id);
+    for (double mix : {0.1, 0.5, 0.9}) {
+      for (double t : {1.0, 1.5, 4.0}) {
+        for (double own : {1.0, t, 3.0}) {
+          const Objective o = {which, mix, t, own};
+          Problem in = problem("general", 300, 0, 0, 3, 1, t);
+          const auto all = [&](const char* name) {
+            in.name = name;
+            compare_general<float>(in, o);
+            compare_general<double>(in, o);
+          };
+          all("general");
+          in.smoothing = 0.1;
+          all("general, smoothing");
+          // Of far maxima the means of squares are those of large numbers.
+          if (is_mean(balance_of(which))) continue;
+          in = problem("general, apart", 300, 200, -200, 3, 1, t);
+          all("general, apart");
+        }
+      }
+    }
+    // Near the teacher, where direct forms cancel.
+    for (double distance : {1e-2, 1e-3}) {
+      const Objective o = {which, 0.3, 2, 2};
+      const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);
+      const double want = exact_general(in, o).soft, got = general_of<float>(in, o).soft;
+      // Rounding of d itself: half a unit in the last place of logits of up to 16.
+      const double error = which == Divergence::kSoftCrossEntropy ? 1e-6 : 1e-6 / distance * 0.05;
+      check(close(got, want, 1e-12, error), in.name + ", " + kDivergenceNames[id], got, want);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -322,6 +513,7 @@ int main() {
   elements<double>();
   rows();
   limits();
+  divergences();
   std::printf("%s: %d of %d checks failed\n", failures ? "FAIL" : "PASS", failures, checks);
   return failures != 0;
 }
