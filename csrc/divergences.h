@@ -236,7 +236,7 @@ constexpr const char* kDivergenceNames[] = {
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
-inline bool is_one_sweep(Divergence id) {
+FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }
 

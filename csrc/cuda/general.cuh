@@ -1,7 +1,8 @@
 // The sweeps of whatever the hot kernels leave out: divergences whose slopes must be summed before
 // their gradient is known, and a teacher with a temperature of its own. One more sweep of the
 // resident row, which costs arithmetic and no memory traffic. The divergence is looked up at run
-// time, once a vector: a kernel for each would be ten times the code.
+// time, once a vector, and whether logits are taken relative to the maxima is no branch here: a
+// kernel for each would be twenty times the code, and take as long to compile.
 // Derivations: docs/maths.md, section 2. Letters: numerics.h.
 #pragma once
 #include "writer.cuh"
@@ -39,6 +40,27 @@ struct ConstantsOf {
   }
 };
 
+// Calls fn with the struct of a divergence; all weighted sums of the two KLs are one.
+template <class Fn>
+__device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
+  switch (id) {
+    case Divergence::kJensenShannon:
+      return fn(JensenShannon{});
+    case Divergence::kSkewedForwardKL:
+      return fn(SkewedForwardKL{});
+    case Divergence::kSkewedReverseKL:
+      return fn(SkewedReverseKL{});
+    case Divergence::kTotalVariation:
+      return fn(TotalVariation{});
+    case Divergence::kSquaredError:
+      return fn(SquaredError{});
+    case Divergence::kCenteredSquaredError:
+      return fn(CenteredSquaredError{});
+    default:
+      return fn(SymmetricKL{});
+  }
+}
+
 template <class A>
 struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   using Base = Writer<A, false, TwoTemperatures<A>>;
@@ -47,6 +69,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   Divergence divergence;
   ConstantsOf<A> constants;
+  A student_base, teacher_base;             // taken off the logits first
   A student_share = 0, constant_share = 0;  // of q, and of 1, which balance the slopes
 
   template <class Call>
@@ -55,22 +78,38 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
                                            const RowStats<A>& row, A scale)
       : Base(call, index, temperature, row, scale),
         divergence(call.args.divergence),
-        constants(call.constants) {}
+        constants(call.constants),
+        student_base(this->apart ? row.student_max : A(0)),
+        teacher_base(this->apart ? row.teacher_max : A(0)) {
+    if (is_one_sweep(divergence)) constants.mix = A(1);
+    if (divergence == Divergence::kReverseKL) constants.mix = A(0);
+    if (!this->apart) return;
+    this->student_bias = this->teacher_bias = A(0);
+    this->hard_bias = A(0);
+  }
 
-  template <bool kApart, class D>
+  template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
-    Element<A> e = Base::template element<kApart>(z, w, hard_exponent);
+    const auto& t = this->t;
+    const A zs = z - student_base, ws = w - teacher_base;
+    const A apart = fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, this->shift));
+    const A d = t.same() ? fma_of(ws - zs, t.inverse, this->shift) : apart;
+    const A q = exp2_of(fma_of(zs, t.slope, this->student_bias));
+    const A p = exp2_of(fma_of(ws, t.teacher_slope(), this->teacher_bias));
+    hard_exponent = fma_of(zs, static_cast<A>(kLog2E), this->hard_bias);
+    Element<A> e =
+        device_element(mul_of(p, this->stats.teacher_scale), mul_of(q, this->stats.student_scale), d);
     if (D::kBalance == Balance::kMean)
-      e.gap = this->t.same() ? mul_of(w - z, this->t.inverse)
-                             : fma_of(w, this->t.teacher_inverse(), -mul_of(z, this->t.inverse));
+      e.gap = t.same() ? mul_of(w - z, t.inverse)
+                       : fma_of(w, t.teacher_inverse(), -mul_of(z, t.inverse));
     return e;
   }
 
   // Value and slope of one class. The extras ride along.
-  template <bool kApart, class D>
+  template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums& sums) const {
     A unused;
-    const Element<A> e = element<kApart, D>(z, w, unused);
+    const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = D::at(e, constants);
     // Classes that both mask take no part in a mean.
     const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
@@ -90,10 +129,10 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   }
 
   // The gradient of one class, but for what belongs to the label.
-  template <bool kApart, class D>
+  template <class D>
   __device__ __forceinline__ A write_as(A z, A w) const {
     A hard_exponent;
-    const Element<A> e = element<kApart, D>(z, w, hard_exponent);
+    const Element<A> e = element<D>(z, w, hard_exponent);
     A slope = D::at(e, constants).slope - e.q * student_share - constant_share;
     if (is_mean(D::kBalance) && slope != slope) slope = A(0);
     return fma_of(this->soft, slope,
@@ -102,17 +141,12 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   // The same for callers that have one class at a time.
   __device__ __forceinline__ void sum(A z, A w, bool extra, Sums& sums) const {
-    visit(divergence, [&](auto d) {
-      using D = decltype(d);
-      this->apart ? sum_as<true, D>(z, w, extra, sums) : sum_as<false, D>(z, w, extra, sums);
-    });
+    visit_general(divergence, [&](auto d) { this->template sum_as<decltype(d)>(z, w, extra, sums); });
   }
   template <int kPower, bool kExtra, bool kUniform = kExtra>
   __device__ __forceinline__ A write(A z, A w, Sums&) const {
-    return visit(divergence, [&](auto d) {
-      using D = decltype(d);
-      return this->apart ? write_as<true, D>(z, w) : write_as<false, D>(z, w);
-    });
+    return visit_general(divergence,
+                         [&](auto d) { return this->template write_as<decltype(d)>(z, w); });
   }
 };
 

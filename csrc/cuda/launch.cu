@@ -100,9 +100,8 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
   call.denominator = denominator;
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
   call.constants = make_constants(args.divergence, args.mix);
-  DeviceLimits limits = device.limits();
-  limits.ring = limits.ring && is_hot(args);
-  Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype, limits);
+  Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
+                        device.limits(), !is_hot(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
   if (args.reduction == Reduction::kMean) {

@@ -79,11 +79,11 @@ bool hot_dtypes(DType student, DType teacher) {
 }
 
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
-               const DeviceLimits& device) {
+               const DeviceLimits& device, bool general) {
   if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
     return tiny(rows, classes, device);
   Plan plan;
-  if (hot_dtypes(student, teacher)) {
+  if (hot_dtypes(student, teacher) && !general) {
     const int element = static_cast<int>(size_of(student));
     const int64_t widest = 256 * (kRegisterBytes / element);
     const bool clusters = device.ring && device.largest_cluster > 1;

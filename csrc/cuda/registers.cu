@@ -10,10 +10,9 @@ constexpr int kVectors = kRegisterBytes / kVectorBytes;
 
 // What the warps of a CTA tell each other. Two of each, used in turn: a row needs one barrier for
 // each exchange, not two.
-template <class S>
 struct Exchange {
   Statistics<float> statistics[2][32];
-  S sums[2][32];
+  Sums<float> sums[2][32];
 };
 
 // The row's data in one thread, and one peeled class in each lane of its first warp.
@@ -40,9 +39,10 @@ __device__ __forceinline__ void load_row(const RowOf<T>& row, int64_t label, int
   held.label_teacher = label >= 0 ? to_acc(row.teacher[label]) : 0;
 }
 
-template <class T, int kPower, class Temper>
+template <class T, int kPower>
 __device__ __forceinline__ Statistics<float> scan_row(const RowOf<T>& row, const Held& held,
-                                                      const Temper& t, int lane, int lanes) {
+                                                      const Temperature<float>& t, int lane,
+                                                      int lanes) {
   Statistics<float> stats;
   Tops tops;
 #pragma unroll
@@ -58,26 +58,11 @@ __device__ __forceinline__ Statistics<float> scan_row(const RowOf<T>& row, const
   return stats;
 }
 
-// The sweep between: its sums over the lanes of a warp.
-template <class T, class W>
-__device__ __forceinline__ typename W::Sums sum_row(const RowOf<T>& row, const Held& held,
-                                                    const W& writer, bool extra, int lane,
-                                                    int lanes) {
-  typename W::Sums sums;
-#pragma unroll
-  for (int k = 0; k < kVectors; k++)
-    if (lane + k * lanes < row.layout.vectors)
-      sum_vector<T>(writer, held.student[k], held.teacher[k], extra, sums);
-  if (held.peeled >= 0) writer.sum(held.peeled_student, held.peeled_teacher, extra, sums);
-  sums.template merge_lanes<32, true>();
-  return sums;
-}
-
 template <class T, int kPower, bool kExtra, class W>
-__device__ __forceinline__ typename W::Sums write_row(const RowOf<T>& row, const Held& held,
-                                                      const W& writer, int64_t label, int lane,
-                                                      int lanes) {
-  typename W::Sums sums, unused;
+__device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held& held,
+                                                 const W& writer, int64_t label, int lane,
+                                                 int lanes) {
+  Sums<float> sums, unused;
 #pragma unroll
   for (int k = 0; k < kVectors; k++) {
     const int i = lane + k * lanes;
@@ -98,25 +83,14 @@ __device__ __forceinline__ typename W::Sums write_row(const RowOf<T>& row, const
     row.grad[label] = from_acc<T>(
         writer.template write<kPower, kExtra>(held.label_student, held.label_teacher, unused) -
         writer.label);
-  if (!W::kGeneral) sums.template merge_lanes<32, kExtra>();
+  sums.merge_lanes<32, kExtra>();
   return sums;
 }
 
-// All warps of the CTA get the sum of all.
-template <class S>
-__device__ __forceinline__ S exchanged(S (&of_warps)[32], const S& mine, int warp, int warps) {
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) of_warps[warp] = mine;
-  __syncthreads();
-  S sums = lane < warps ? of_warps[lane] : S();
-  sums.template merge_lanes<32, true>();
-  return sums;
-}
-
-template <class T, class W, bool kExtra, bool kWarpPerRow>
+template <class T, bool kExtra, bool kWarpPerRow>
 __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra ? 1 : 2)
     registers_kernel(const __grid_constant__ ForwardCall call) {
-  __shared__ Exchange<typename W::Sums> exchange;
+  __shared__ Exchange exchange;
   __shared__ double slots[32];
   __shared__ int count;
   const ForwardArgs& args = call.args;
@@ -128,7 +102,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
   float scale = 0;
   bool has_scale = false;
   int turn = 0;
-  typename W::Temper t(args, 0);
+  Temperature<float> t(args, 0);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * per_block; first < args.rows;
        first += static_cast<int64_t>(gridDim.x) * per_block, turn ^= 1) {
     const int64_t index = kWarpPerRow ? first + warp : first;
@@ -150,7 +124,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       if (!kWarpPerRow) __syncthreads();
       continue;
     }
-    if (args.row_settings != nullptr) t = typename W::Temper(args, index);
+    if (args.row_settings != nullptr) t = Temperature<float>(args, index);
     Statistics<float> statistics = t.power == 2
                                        ? scan_row<T, 2>(row, held, t, lane, lanes)
                                        : scan_row<T, kAtRunTime>(row, held, t, lane, lanes);
@@ -164,36 +138,27 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       __syncwarp();  // in place: every lane has read the label's logit
     }
     const RowStats<float> stats(statistics);
-    W writer(call, index, t, stats, scale);
-    typename W::Sums sums;
-    if constexpr (W::kGeneral) {
-      sums = sum_row<T>(row, held, writer, wants_extra(args), lane, lanes);
-      if (!kWarpPerRow) sums = exchanged(exchange.sums[turn], sums, warp, warps);
-      writer.balance(sums.slope, sums.classes);
-      write_row<T, kAtRunTime, kExtra>(row, held, writer, label, lane, lanes);
-    } else {
-      sums = t.power == 2
-                 ? write_row<T, 2, kExtra>(row, held, writer, label, lane, lanes)
-                 : write_row<T, kAtRunTime, kExtra>(row, held, writer, label, lane, lanes);
-      if (!kWarpPerRow) {
-        if (threadIdx.x % 32 == 0) exchange.sums[turn][warp] = sums;
-        __syncthreads();
-        if (warp != 0) continue;
-        const int other = threadIdx.x % 32;
-        sums = other < warps ? exchange.sums[turn][other] : Sums<float>();
-        sums.template merge_lanes<32, kExtra>();
-      }
+    const Writer<float, kFoldScales<T>> writer(call, index, t, stats, scale);
+    Sums<float> sums =
+        t.power == 2 ? write_row<T, 2, kExtra>(row, held, writer, label, lane, lanes)
+                     : write_row<T, kAtRunTime, kExtra>(row, held, writer, label, lane, lanes);
+    if (!kWarpPerRow) {
+      if (threadIdx.x % 32 == 0) exchange.sums[turn][warp] = sums;
+      __syncthreads();
+      if (warp != 0) continue;
+      const int other = threadIdx.x % 32;
+      sums = other < warps ? exchange.sums[turn][other] : Sums<float>();
+      sums.merge_lanes<32, kExtra>();
     }
-    if (lane == 0)
-      close_row<typename W::Temper>(args, index, stats, sums, held.label_student);
+    if (lane == 0) close_row<Temperature<float>>(args, index, stats, sums, held.label_student);
   }
   finish_inside(call, scale, slots);
 }
 
-template <class T, class W, bool kExtra>
+template <class T, bool kExtra>
 cudaError_t launch_as(const ForwardCall& call, const Plan& plan, Launch& launch, int processors) {
-  const auto kernel = plan.lanes == 32 ? registers_kernel<T, W, kExtra, true>
-                                       : registers_kernel<T, W, kExtra, false>;
+  const auto kernel = plan.lanes == 32 ? registers_kernel<T, kExtra, true>
+                                       : registers_kernel<T, kExtra, false>;
   int per_processor = 1;
   if (const cudaError_t error =
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, 0))
@@ -212,14 +177,10 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
   Launch launch(blocks < (1 << 20) ? blocks : 1 << 20, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
-  const bool hot = is_hot(call.args), extra = wants_extra(call.args);
   const auto with = [&](auto example) {
     using T = decltype(example);
-    using Hot = Writer<float, kFoldScales<T>>;
-    if (!hot)
-      return launch_as<T, GeneralWriter<float>, true>(call, plan, launch, device.processors);
-    return extra ? launch_as<T, Hot, true>(call, plan, launch, device.processors)
-                 : launch_as<T, Hot, false>(call, plan, launch, device.processors);
+    return wants_extra(call.args) ? launch_as<T, true>(call, plan, launch, device.processors)
+                                  : launch_as<T, false>(call, plan, launch, device.processors);
   };
   switch (call.args.student_dtype) {
     case DType::kBFloat16:

@@ -62,13 +62,8 @@ __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, ui
     for (int i = 0; i < kElements; i++) g[i] = write(z[i], w[i]);
   };
   if constexpr (W::kGeneral) {
-    visit(writer.divergence, [&](auto d) {
-      using D = decltype(d);
-      if (writer.apart) {
-        each([&](float x, float y) { return writer.template write_as<true, D>(x, y); });
-      } else {
-        each([&](float x, float y) { return writer.template write_as<false, D>(x, y); });
-      }
+    visit_general(writer.divergence, [&](auto d) {
+      each([&](float x, float y) { return writer.template write_as<decltype(d)>(x, y); });
     });
   } else if (writer.apart) {
     each([&](float x, float y) {
@@ -90,18 +85,10 @@ __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4
   float z[kElements], w[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
-  visit(writer.divergence, [&](auto d) {
-    using D = decltype(d);
-    const auto each = [&](auto apart) {
+  visit_general(writer.divergence, [&](auto d) {
 #pragma unroll
-      for (int i = 0; i < kElements; i++)
-        writer.template sum_as<apart.value, D>(z[i], w[i], extra, sums);
-    };
-    if (writer.apart) {
-      each(PowerConstant<true>());
-    } else {
-      each(PowerConstant<false>());
-    }
+    for (int i = 0; i < kElements; i++)
+      writer.template sum_as<decltype(d)>(z[i], w[i], extra, sums);
   });
 }
 
