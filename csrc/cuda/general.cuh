@@ -83,6 +83,8 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
         teacher_base(this->apart ? row.teacher_max : A(0)) {
     if (is_one_sweep(divergence)) constants.mix = A(1);
     if (divergence == Divergence::kReverseKL) constants.mix = A(0);
+    // Comparisons drop NaN: a row that holds no answer shall have it in every class.
+    if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
     if (!this->apart) return;
     this->student_bias = this->teacher_bias = A(0);
     this->hard_bias = A(0);

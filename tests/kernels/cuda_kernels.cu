@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/launch.h"
+#include "truth.h"
 
 using namespace fastkd;
 
@@ -78,6 +79,9 @@ struct Case {
   double noise = 1;                           // of the student about the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
   bool underflows = false;  // a class that the student masks, of no teacher probability
+  Divergence divergence = Divergence::kForwardKL;
+  double mix = 0.3;
+  double teacher_temperature = 0;  // 0: the student's
   const cuda::Plan* plan = nullptr;
   std::string name;
 };
@@ -102,8 +106,29 @@ struct Reference {
   std::vector<double> grad;
 };
 
+// The soft term of everything but the forward KL with one temperature.
+void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
+                 double t, double soft_weight, Reference& r) {
+  const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own);
+  r.terms[kSoft] = static_cast<double>(exact.value);
+  r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
+  double top = -kInfinity, sum = 0, entropy = 0;
+  for (const double x : w) top = std::fmax(top, x);
+  for (const double x : w) sum += std::exp((x - top) / own);
+  for (const double x : w) {
+    const double log_p = (x - top) / own - std::log(sum);
+    if (log_p > -kInfinity) entropy -= std::exp(log_p) * log_p;
+  }
+  r.terms[kTeacherEntropy] = entropy;
+  for (size_t i = 0; i < z.size(); i++)
+    r.grad[i] += soft_weight * t * static_cast<double>(exact.grad[i]);
+}
+
 Reference reference_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
-                        int64_t label, double t) {
+                        int64_t label, double t, double hard_weight, double soft_weight) {
+  const bool general = c.divergence != Divergence::kForwardKL || c.teacher_temperature > 0;
+  const double kl_weight = general ? 0 : soft_weight;
   const int64_t n = c.classes;
   Reference r;
   r.grad.assign(static_cast<size_t>(n), 0.0);
@@ -132,9 +157,9 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     if (q > 0) hs -= q * lq;
     if (p > 0) ht -= p * lp;
     if (z[i] == ms && w[i] == mt) r.terms[kAgreement] = 1;
-    double g = c.soft_weight * t * (q - p);
+    double g = kl_weight * t * (q - p);
     if (label >= 0)
-      g += c.hard_weight *
+      g += hard_weight *
            (std::exp(z[i] - ms) / z1 - c.smoothing / n - (i == label ? 1 - c.smoothing : 0));
     r.grad[static_cast<size_t>(i)] = g;
   }
@@ -146,8 +171,9 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   }
   r.terms[kHard] = hard, r.terms[kSoft] = kl;
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
-  r.loss = (c.hard_weight == 0 ? 0 : c.hard_weight * hard) +
-           (c.soft_weight == 0 ? 0 : c.soft_weight * t * t * kl);
+  r.loss = (hard_weight == 0 ? 0 : hard_weight * hard) +
+           (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
+  if (general) general_row(c, z, w, t, soft_weight, r);
   return r;
 }
 
@@ -183,12 +209,15 @@ struct Runner {
                   c.name.c_str(), static_cast<long long>(c.classes), plan_name().c_str(), what,
                   static_cast<long long>(row), static_cast<long long>(i), got, want);
   }
+  bool general() const {
+    return c.teacher_temperature > 0 || !is_one_sweep(c.divergence);
+  }
   std::string plan_name() const {
     cuda::Device device;
     check(cuda::current_device(device), "device");
     const cuda::Plan p =
         c.plan ? *c.plan
-               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits());
+               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits(), general());
     return std::string(cuda::name_of(p.family)) + " " + std::to_string(p.cluster) + "x" +
            std::to_string(p.threads);
   }
@@ -211,6 +240,7 @@ int forward_with(const Case& c, const ForwardArgs& args, void* total) {
   cuda::ForwardCall call;
   call.args = args;
   call.total = total;
+  call.constants = make_constants(args.divergence, args.mix);
   call.scale_source = args.labels != nullptr && args.reduction == Reduction::kMean
                           ? cuda::ScaleSource::kCount
                           : cuda::ScaleSource::kArgument;
@@ -228,7 +258,7 @@ void Runner::run() {
   Buffer student(extent(student_row, student_group) * es, c.student_offset * es);
   Buffer teacher(extent(teacher_row, teacher_group) * et, c.teacher_offset * et);
   Buffer grad(extent(grad_row, grad_group) * es, c.grad_offset * es);
-  Buffer labels(c.rows * 8), temperatures(c.rows * acc), loss(c.rows * acc);
+  Buffer labels(c.rows * 8), settings(c.rows * acc * kRowSettings), loss(c.rows * acc);
   Buffer terms(c.rows * acc * kTerms), stats((c.rows * kStats + 1) * acc);
   Buffer total(acc * (1 + kTerms)), grad_output(acc * c.rows);
   const DType acc_dtype = wide ? DType::kFloat64 : DType::kFloat32;
@@ -259,7 +289,12 @@ void Runner::run() {
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
-    store(temperatures.host.data(), acc_dtype, r, t);
+    const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+    const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
+    const double soft_weight = c.soft_weight * (c.row_settings ? 1 + r % 3 : 1);
+    const double of_row[kRowSettings] = {t, own, hard_weight, soft_weight};
+    for (int k = 0; k < kRowSettings; k++)
+      store(settings.host.data(), acc_dtype, k * c.rows + r, of_row[k]);
     store(grad_output.host.data(), acc_dtype, r, 1.0);
     std::vector<double> z(static_cast<size_t>(c.classes)), w(z.size());
     for (int64_t i = 0; i < c.classes; i++) {
@@ -275,11 +310,11 @@ void Runner::run() {
       ref.grad.assign(z.size(), NAN);
     } else {
       counted++;
-      ref = reference_row(c, z, w, c.labels ? label : -1, t);
+      ref = reference_row(c, z, w, c.labels ? label : -1, t, hard_weight, soft_weight);
     }
     want.push_back(ref);
   }
-  student.up(), teacher.up(), labels.up(), temperatures.up(), grad_output.up();
+  student.up(), teacher.up(), labels.up(), settings.up(), grad_output.up();
   check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
   check(cudaMemset(loss.at(), 0xff, loss.host.size()), "poison");
   check(cudaMemset(total.at(), 0xff, total.host.size()), "poison");
@@ -290,8 +325,10 @@ void Runner::run() {
   args.teacher = teacher.at(), args.teacher_stride = {teacher_row, teacher_group};
   args.student_dtype = c.student, args.teacher_dtype = c.teacher;
   args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
-  args.row_settings = c.row_settings ? temperatures.at() : nullptr;
+  args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.temperature = args.teacher_temperature = c.temperature, args.hard_weight = c.hard_weight;
+  if (c.teacher_temperature > 0) args.teacher_temperature = c.teacher_temperature;
+  args.divergence = c.divergence, args.mix = c.mix;
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
   args.grad = c.in_place ? student.at() : grad.at();
@@ -520,6 +557,27 @@ void forced(bool brief) {
       }
     }
 }
+void divergences(bool brief) {
+  for (int id = 0; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++)
+    for (const int64_t classes : {7, 100, 1003, 20001}) {
+      Case c;
+      c.divergence = static_cast<Divergence>(id), c.classes = classes, c.rows = 5;
+      const std::string name = kDivergenceNames[id];
+      test(c, name.c_str());
+      Case d = c;
+      d.student = d.teacher = DType::kFloat32, d.terms = true, d.smoothing = 0.1;
+      d.student_offset = 1, test(d, (name + ", terms").c_str());
+      d = c, d.teacher_temperature = 3, d.terms = true;
+      test(d, (name + ", own temperature").c_str());
+      d = c, d.row_settings = true, d.terms = true, test(d, (name + ", settings of rows").c_str());
+      if (brief && classes > 2000) continue;
+      d = c, d.in_place = true, test(d, (name + ", in place").c_str());
+      d = c, d.student = DType::kFloat64, test(d, (name + ", fp64 and bf16").c_str());
+      d = c, d.student = d.teacher = DType::kFloat16, test(d, (name + ", fp16").c_str());
+      d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
+      d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
+    }
+}
 void many_rows() {
   for (const int64_t classes : {10, 130, 1000, 2000, 5000}) {
     Case c;
@@ -550,6 +608,7 @@ int main(int argc, char** argv) {
   sizes(brief);
   if (!brief) layouts(), options(), mixes(), many_rows();
   forced(brief);
+  divergences(brief);
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);
   return total_failures > 90 ? 90 : total_failures;

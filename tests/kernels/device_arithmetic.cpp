@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/row.cuh"
+#include "truth.h"
 
 using namespace fastkd;
 using namespace fastkd::cuda;
@@ -325,76 +326,22 @@ struct Objective {
   double mix, t, teacher_t;
 };
 
-// By definition: D, and its derivative by q, from which the gradient follows.
 Answer exact_general(const Problem& in, const Objective& o) {
-  const size_t n = in.z.size();
+  const auto exact = truth::divergence(o.divergence, o.mix, in.z, in.w, o.t, o.teacher_t);
   Answer answer;
-  const Real t = o.t, own = o.teacher_t, a = o.mix;
-  Real mz = -kInfinity, mw = -kInfinity, sum = 0, hard_sum = 0, teacher_sum = 0;
-  for (size_t i = 0; i < n; ++i) {
-    mz = std::fmax(mz, Real(in.z[i])), mw = std::fmax(mw, Real(in.w[i]));
+  Real top = -kInfinity, hard_sum = 0;
+  for (double z : in.z) top = std::fmax(top, Real(z));
+  for (double z : in.z) hard_sum += std::exp(z - top);
+  const Real n = static_cast<Real>(in.z.size());
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    const Real target =
+        in.smoothing / n + (static_cast<int64_t>(i) == in.label ? 1 - in.smoothing : 0);
+    answer.grad.push_back(
+        static_cast<double>(kHardWeight * (std::exp(in.z[i] - top) / hard_sum - target) +
+                            kSoftWeight * o.t * exact.grad[i]));
   }
-  for (size_t i = 0; i < n; ++i) {
-    sum += std::exp((in.z[i] - mz) / t), hard_sum += std::exp(in.z[i] - mz);
-    teacher_sum += std::exp((in.w[i] - mw) / own);
-  }
-  std::vector<Real> q(n), v(n, 0), gap(n);
-  Real value = 0, mean_gap = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const Real log_q = (in.z[i] - mz) / t - std::log(sum);
-    const Real log_p = (in.w[i] - mw) / own - std::log(teacher_sum);
-    const Real p = std::exp(log_p), ratio = std::exp(log_p - log_q);  // p / q
-    q[i] = std::exp(log_q);
-    gap[i] = in.z[i] / t - in.w[i] / own, mean_gap += gap[i] / static_cast<Real>(n);
-    // log(m / q) of the mixture with the share b of p
-    const auto log_m = [&](Real b) { return std::log1p(b * (ratio - 1)); };
-    const Real d = log_p - log_q, forward = p * d, reverse = -q[i] * d;
-    if (o.divergence == Divergence::kCenteredSquaredError)
-      answer.squares += static_cast<double>(d * d / static_cast<Real>(n));
-    switch (o.divergence) {
-      case Divergence::kForwardKL:
-        value += forward, v[i] = -ratio;
-        break;
-      case Divergence::kSoftCrossEntropy:
-        value -= p * log_q, v[i] = -ratio;
-        break;
-      case Divergence::kReverseKL:
-        value += reverse, v[i] = -d;
-        break;
-      case Divergence::kSymmetricKL:
-        value += a * forward + (1 - a) * reverse, v[i] = -a * ratio - (1 - a) * d;
-        break;
-      case Divergence::kJensenShannon:
-        value += a * p * (d - log_m(a)) - (1 - a) * q[i] * log_m(a), v[i] = -(1 - a) * log_m(a);
-        break;
-      case Divergence::kSkewedForwardKL:
-        value += p * (d - log_m(a)), v[i] = -(1 - a) * ratio / (a * ratio + 1 - a);
-        break;
-      case Divergence::kSkewedReverseKL:
-        value -= q[i] * log_m(1 - a), v[i] = -log_m(1 - a) - a / (a + (1 - a) * ratio);
-        break;
-      case Divergence::kTotalVariation:
-        value += std::fabs(p - q[i]) / 2, v[i] = q[i] > p ? 0.5 : q[i] < p ? -0.5 : 0.0;
-        break;
-      default:
-        break;
-    }
-  }
-  const bool mean = is_mean(balance_of(o.divergence));
-  const Real centre = o.divergence == Divergence::kCenteredSquaredError ? mean_gap : Real(0);
-  Real of_all = 0;
-  for (size_t i = 0; i < n; ++i) {
-    of_all += q[i] * v[i];
-    if (mean) value += (gap[i] - centre) * (gap[i] - centre) / static_cast<Real>(n);
-  }
-  for (size_t i = 0; i < n; ++i) {
-    const Real soft = mean ? 2 * (gap[i] - centre) / static_cast<Real>(n) : q[i] * (v[i] - of_all);
-    const Real target = in.smoothing / static_cast<Real>(n) +
-                        (static_cast<int64_t>(i) == in.label ? 1 - in.smoothing : 0);
-    answer.grad.push_back(static_cast<double>(
-        kHardWeight * (std::exp(in.z[i] - mz) / hard_sum - target) + kSoftWeight * t * soft));
-  }
-  answer.soft = static_cast<double>(value);
+  answer.soft = static_cast<double>(exact.value);
+  answer.squares = static_cast<double>(exact.squares);
   return answer;
 }
 
