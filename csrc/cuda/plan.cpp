@@ -83,14 +83,14 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
   if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
     return tiny(rows, classes, device);
   Plan plan;
-  if (hot_dtypes(student, teacher) && !general) {
+  if (hot_dtypes(student, teacher)) {
     const int element = static_cast<int>(size_of(student));
     const int64_t widest = 256 * (kRegisterBytes / element);
     const bool clusters = device.ring && device.largest_cluster > 1;
     // A ring beats registers as soon as a row is long enough to amortise its barriers.
-    if (classes <= (clusters ? widest / 2 : widest))
+    if (!general && classes <= (clusters ? widest / 2 : widest))
       return registers(rows, classes, element, device);
-    if (clusters) plan = ring(rows, classes, element, device);
+    if (clusters && classes > widest / 2) plan = ring(rows, classes, element, device);
   }
   if (plan.family == Family::kRing) return plan;
   plan.family = Family::kStreaming;

@@ -41,7 +41,10 @@ cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t 
   const auto with = [&](auto example) {
     using T = decltype(example);
     using W = Writer<float, kFoldScales<T>>;
-    // Terms take more registers than four groups leave to a thread.
+    // Terms and the sweep between take more registers than four groups leave to a thread.
+    if (!is_hot(call.args))
+      return launch_ring_as<T, GeneralWriter<float>, true, kRingGroups - 1, kRingWarps,
+                            kRingVectors>(call, plan, stream);
     return extra ? launch_ring_as<T, W, true, kRingGroups - 1, kRingWarps, kRingVectors>(
                        call, plan, stream)
                  : launch_ring_as<T, W, false, kRingGroups, kRingWarps, kRingVectors>(call, plan,

@@ -1,11 +1,14 @@
 // Checks every family of CUDA kernels against a double-precision reference on the host. No torch.
 // Prints one line per failed case and a summary; the exit status is the number of failed cases.
-// `cuda_kernels --short` runs a reduced set, for compute-sanitizer.
+// `cuda_kernels --short` runs a reduced set, for compute-sanitizer; `--at-most ROWS CLASSES` all
+// but the large cases, for the emulation of a GPU; `--random CASES SEED` random cases alone.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -135,7 +138,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   double ms = -kInfinity, mt = -kInfinity, zs = 0, z1 = 0, zt = 0, mean = 0;
   bool poisoned = false;
   for (int64_t i = 0; i < n; i++) {
-    ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]), mean += z[i] / n;
+    ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]);
     poisoned |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInfinity || w[i] == kInfinity;
   }
   if (poisoned || ms == -kInfinity || mt == -kInfinity) {
@@ -143,8 +146,10 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     for (double& g : r.grad) g = NAN;
     return r;
   }
-  for (int64_t i = 0; i < n; i++)
+  for (int64_t i = 0; i < n; i++) {
     zs += std::exp((z[i] - ms) / t), z1 += std::exp(z[i] - ms), zt += std::exp((w[i] - mt) / t);
+    mean += (z[i] - ms) / n;
+  }
   double kl = 0, hs = 0, ht = 0;
   for (int64_t i = 0; i < n; i++) {
     const double lq = (z[i] - ms) / t - std::log(zs), lp = (w[i] - mt) / t - std::log(zt);
@@ -163,11 +168,10 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
            (std::exp(z[i] - ms) / z1 - c.smoothing / n - (i == label ? 1 - c.smoothing : 0));
     r.grad[static_cast<size_t>(i)] = g;
   }
-  const double lse = ms + std::log(z1);
   double hard = 0;
-  if (label >= 0) {
-    hard = (1 - c.smoothing) * (lse - z[label]);
-    if (c.smoothing > 0) hard += c.smoothing * (lse - mean);
+  if (label >= 0) {  // relative to the maximum, which may be 1e38
+    hard = (1 - c.smoothing) * (std::log(z1) + (ms - z[label]));
+    if (c.smoothing > 0) hard += c.smoothing * (std::log(z1) - mean);
   }
   r.terms[kHard] = hard, r.terms[kSoft] = kl;
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
@@ -210,7 +214,8 @@ struct Runner {
                   static_cast<long long>(row), static_cast<long long>(i), got, want);
   }
   bool general() const {
-    return c.teacher_temperature > 0 || !is_one_sweep(c.divergence);
+    const bool same = c.teacher_temperature == 0 || (!c.row_settings && c.teacher_temperature == c.temperature);
+    return !same || !is_one_sweep(c.divergence);
   }
   std::string plan_name() const {
     cuda::Device device;
@@ -328,6 +333,7 @@ void Runner::run() {
   args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.temperature = args.teacher_temperature = c.temperature, args.hard_weight = c.hard_weight;
   if (c.teacher_temperature > 0) args.teacher_temperature = c.teacher_temperature;
+  if (c.teacher_temperature > 0 && c.row_settings) args.teacher_temperature = c.temperature + 1;
   args.divergence = c.divergence, args.mix = c.mix;
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
@@ -355,7 +361,7 @@ void Runner::run() {
                      : wide                         ? 2e-7
                                                     : 2e-6;
   const double tiny = c.student == DType::kFloat64   ? 1e-16
-                      : c.student == DType::kFloat16 ? 6e-8
+                      : c.student == DType::kFloat16 ? 3e-8 + 6e-7 * scale
                                                      : 6e-7 * scale;
   double sum = 0, term_sums[kTerms] = {};
   const auto check_grad = [&](const std::vector<char>& got, double factor, const char* what,
@@ -440,7 +446,10 @@ void Runner::run() {
 }
 
 int total_failures = 0, total_cases = 0;
+int64_t most_rows = int64_t(1) << 40, most_classes = most_rows;
 void test(Case c, const char* name) {
+  if (c.classes > most_classes) return;
+  c.rows = std::min(c.rows, most_rows);
   c.name = name;
   Runner runner(c);
   runner.run();
@@ -578,6 +587,50 @@ void divergences(bool brief) {
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
     }
 }
+// Options as they meet by chance, half of them in a ring.
+void random_cases(int64_t count, uint64_t seed) {
+  cuda::Device device;
+  check(cuda::current_device(device), "device");
+  Random random{seed};
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random.uniform() * n); };
+  const auto one_in = [&](int64_t n) { return below(n) == 0; };
+  const int64_t widths[] = {1, 5, 32, 100, 128, 129, 200, 777, 1000, 2049, 4097, 5003, 9001};
+  for (int64_t i = 0; i < count; i++) {
+    Case c;
+    cuda::Plan ring;
+    c.classes = widths[below(std::size(widths))] + below(3), c.rows = 1 + below(one_in(3) ? 70 : 9);
+    c.student = c.teacher = kHot[below(3)];
+    const double temperatures[] = {1, 1.5, 2, 3, 4, 20};
+    c.temperature = temperatures[below(6)];
+    c.student_offset = below(9), c.teacher_offset = below(9), c.grad_offset = below(9);
+    c.student_pad = below(4), c.teacher_pad = below(4), c.grad_pad = below(4);
+    if (one_in(4)) c.group_rows = 1 + below(c.rows);
+    c.labels = !one_in(4), c.ignored = one_in(2), c.bad_label = c.labels && one_in(4);
+    c.row_settings = one_in(4), c.terms = one_in(3), c.in_place = one_in(4);
+    c.infinities = c.classes > 100 && one_in(6), c.nan = one_in(6);
+    if (c.labels && one_in(4)) c.smoothing = c.infinities ? 0 : 0.1;
+    c.reduction = static_cast<Reduction>(below(3));
+    if (one_in(2)) {
+      // Of classes that one side masks some divergences are infinite: those that are not.
+      const Divergence finite[] = {Divergence::kForwardKL, Divergence::kJensenShannon,
+                                   Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL,
+                                   Divergence::kTotalVariation};
+      c.divergence = c.infinities ? finite[below(5)] : static_cast<Divergence>(below(10));
+      if (one_in(3) && !c.infinities) c.teacher_temperature = temperatures[below(6)];
+    }
+    if (device.major >= 9 && c.classes > 32 * cuda::kTinyPerLane && one_in(2)) {
+      ring.family = cuda::Family::kRing, ring.cluster = 1 << below(5);
+      ring.stages = static_cast<int>(1 + below(12)), ring.threads = cuda::kRingThreads;
+      ring.shared_bytes =
+          ring.stages * cuda::ring_stage_bytes(cuda::kRingWarps, cuda::kRingVectors);
+      if (fits(c.classes, c.student, ring.cluster, ring.stages)) c.plan = &ring;
+    } else if (one_in(4)) {
+      const DType all[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+      c.student = all[below(4)], c.teacher = all[below(4)];
+    }
+    test(c, ("random " + std::to_string(i) + " of seed " + std::to_string(seed)).c_str());
+  }
+}
 void many_rows() {
   for (const int64_t classes : {10, 130, 1000, 2000, 5000}) {
     Case c;
@@ -604,11 +657,17 @@ int main(int argc, char** argv) {
     std::printf("SKIP: no CUDA device\n");
     return 0;
   }
-  const bool brief = argc > 1 && std::strcmp(argv[1], "--short") == 0;
-  sizes(brief);
-  if (!brief) layouts(), options(), mixes(), many_rows();
-  forced(brief);
-  divergences(brief);
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const auto number = [&](int i) { return argc > i ? std::atoll(argv[i]) : 0; };
+  const bool brief = mode == "--short";
+  if (mode == "--at-most") most_rows = number(2), most_classes = number(3);
+  if (mode == "--random") {
+    random_cases(number(2), static_cast<uint64_t>(number(3)));
+  } else {
+    sizes(brief);
+    if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
+    forced(brief), divergences(brief);
+  }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);
   return total_failures > 90 ? 90 : total_failures;
