@@ -321,7 +321,7 @@ void Runner::run() {
                      : c.student == DType::kFloat64 ? 1e-10
                      : wide                         ? 2e-7
                                                     : 2e-6;
-  const double tiny = c.student == DType::kFloat64   ? 1e-16
+  const double tiny = c.student == DType::kFloat64   ? 1e-15
                       : c.student == DType::kFloat16 ? 6e-8
                                                      : 6e-7 * scale;
   double sum = 0, term_sums[kTerms] = {};
