@@ -9,9 +9,9 @@ namespace {
 
 struct BackwardCall {
   BackwardArgs args;
-  bool filled;     // grad holds the gradient for grad_output = 1
-  bool rescales;   // then multiply it, instead of computing it anew
-  int log_pieces;  // a row is cut into 2^this many pieces, one CTA each: blockIdx.y
+  bool filled;          // grad holds the gradient for grad_output = 1
+  bool rescales;        // then multiply it, instead of computing it anew
+  int log_pieces;       // a row is cut into 2^this many pieces, one CTA each: blockIdx.y
   Constants constants;  // of the divergence
 };
 

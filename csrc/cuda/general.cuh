@@ -33,8 +33,7 @@ template <class A>
 struct ConstantsOf {
   A mix, series[kSeriesTerms<A>];
 
-  __device__ __forceinline__ explicit ConstantsOf(const Constants& k)
-      : mix(static_cast<A>(k.mix)) {
+  __device__ __forceinline__ explicit ConstantsOf(const Constants& k) : mix(static_cast<A>(k.mix)) {
 #pragma unroll
     for (int i = 0; i < kSeriesTerms<A>; i++) series[i] = static_cast<A>(k.series[i]);
   }
@@ -99,8 +98,8 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     const A q = exp2_of(fma_of(zs, t.slope, this->student_bias));
     const A p = exp2_of(fma_of(ws, t.teacher_slope(), this->teacher_bias));
     hard_exponent = fma_of(zs, static_cast<A>(kLog2E), this->hard_bias);
-    Element<A> e =
-        device_element(mul_of(p, this->stats.teacher_scale), mul_of(q, this->stats.student_scale), d);
+    Element<A> e = device_element(mul_of(p, this->stats.teacher_scale),
+                                  mul_of(q, this->stats.student_scale), d);
     if (D::kBalance == Balance::kMean)
       e.gap = t.same() ? mul_of(w - z, t.inverse)
                        : fma_of(w, t.teacher_inverse(), -mul_of(z, t.inverse));
@@ -143,7 +142,8 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   // The same for callers that have one class at a time.
   __device__ __forceinline__ void sum(A z, A w, bool extra, Sums& sums) const {
-    visit_general(divergence, [&](auto d) { this->template sum_as<decltype(d)>(z, w, extra, sums); });
+    visit_general(divergence,
+                  [&](auto d) { this->template sum_as<decltype(d)>(z, w, extra, sums); });
   }
   template <int kPower, bool kExtra, bool kUniform = kExtra>
   __device__ __forceinline__ A write(A z, A w, Sums&) const {

@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
 
 template <class T, bool kExtra>
 cudaError_t launch_as(const ForwardCall& call, const Plan& plan, Launch& launch, int processors) {
-  const auto kernel = plan.lanes == 32 ? registers_kernel<T, kExtra, true>
-                                       : registers_kernel<T, kExtra, false>;
+  const auto kernel =
+      plan.lanes == 32 ? registers_kernel<T, kExtra, true> : registers_kernel<T, kExtra, false>;
   int per_processor = 1;
   if (const cudaError_t error =
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, 0))

@@ -45,8 +45,8 @@ cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t 
     if (!is_hot(call.args))
       return launch_ring_as<T, GeneralWriter<float>, true, kRingGroups - 1, kRingWarps,
                             kRingVectors>(call, plan, stream);
-    return extra ? launch_ring_as<T, W, true, kRingGroups - 1, kRingWarps, kRingVectors>(
-                       call, plan, stream)
+    return extra ? launch_ring_as<T, W, true, kRingGroups - 1, kRingWarps, kRingVectors>(call, plan,
+                                                                                         stream)
                  : launch_ring_as<T, W, false, kRingGroups, kRingWarps, kRingVectors>(call, plan,
                                                                                       stream);
   };

@@ -12,8 +12,8 @@
 //              2026-11)
 //   filler     one warp that writes rows that are ignored or have a bad label, which nobody reads
 // The sums of the second sweep ride in the exchange of the group's next row: a row costs one
-// exchange, and nobody waits for its loss. With a GeneralWriter there is a sweep between the two, and
-// its sums take an exchange of their own, since the gradient waits for them.
+// exchange, and nobody waits for its loss. With a GeneralWriter there is a sweep between the two,
+// and its sums take an exchange of their own, since the gradient waits for them.
 #pragma once
 #include "launch.h"
 #include "rows.cuh"
@@ -27,8 +27,8 @@ struct RingShape {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// What a warp, and then a CTA, tells the others about its part of a row. `sums`: of the same group's
-// row before; but with a GeneralWriter, of the row itself, which takes two exchanges.
+// What a warp, and then a CTA, tells the others about its part of a row. `sums`: of the same
+// group's row before; but with a GeneralWriter, of the row itself, which takes two exchanges.
 template <class S>
 struct alignas(16) RingMessage {
   Statistics<float> statistics;

@@ -235,9 +235,9 @@ __device__ __forceinline__ typename W::Sums sum_slice(const RingStage<T, kWarps,
 // Last sweep: the whole slice is still there. Each stage is freed as it is done.
 template <class T, int kPower, bool kExtra, int kWarps, int kVectors, class W, class Shared>
 __device__ __forceinline__ typename W::Sums write_slice(const RingStage<T, kWarps, kVectors>* ring,
-                                                   const RingFollower<Shared>& rows,
-                                                   const RingInfo& info, const W& writer,
-                                                   int thread) {
+                                                        const RingFollower<Shared>& rows,
+                                                        const RingInfo& info, const W& writer,
+                                                        int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
   constexpr int kUnroll = kExtra ? 1 : kVectors;  // two vectors at once would spill with terms
   typename W::Sums sums;

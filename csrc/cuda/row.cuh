@@ -1,5 +1,5 @@
-// The frame of a row, shared by every kernel that writes a gradient: which rows count, the scale, and
-// what is left behind when a row is closed. Derivations: docs/maths.md. Letters: numerics.h.
+// The frame of a row, shared by every kernel that writes a gradient: which rows count, the scale,
+// and what is left behind when a row is closed. Derivations: docs/maths.md. Letters: numerics.h.
 #pragma once
 #include "general.cuh"
 
@@ -88,7 +88,8 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row,
   // Added to whatever leaves a row that holds no answer.
   const A nan_or_0 = stats.valid() ? A(0) : static_cast<A>(fill_value(RowKind::kBad));
   soft += nan_or_0;
-  static_cast<A*>(args.loss)[row] = weighted(setting_of<A>(args, kHardWeight, row, args.hard_weight), hard) +
+  static_cast<A*>(args.loss)[row] =
+      weighted(setting_of<A>(args, kHardWeight, row, args.hard_weight), hard) +
       weighted(setting_of<A>(args, kSoftWeight, row, args.soft_weight) * t.t * t.t, soft);
   if (args.terms != nullptr) {
     A* terms = static_cast<A*>(args.terms);

@@ -34,9 +34,8 @@ __device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
 template <class A>
 __device__ __forceinline__ A setting_of(const Inputs& in, RowSetting which, int64_t row,
                                         double otherwise) {
-  return in.row_settings == nullptr
-             ? static_cast<A>(otherwise)
-             : static_cast<const A*>(in.row_settings)[which * in.rows + row];
+  return in.row_settings == nullptr ? static_cast<A>(otherwise)
+                                    : static_cast<const A*>(in.row_settings)[which * in.rows + row];
 }
 
 // The temperature of a row. `power`: softmax(z) is the power-th power of softmax(z / t) up to its
@@ -87,8 +86,8 @@ struct TwoTemperatures : Temperature<A> {
   TwoTemperatures() = default;
   __device__ __forceinline__ TwoTemperatures(const Inputs& in, int64_t row)
       : Temperature<A>(in, row) {
-    const A own = this->number_of(
-        setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
+    const A own =
+        this->number_of(setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
     own_inverse = quotient_of(A(1), own);
     own_slope = quotient_of(static_cast<A>(kLog2E), own);
     this->bound(own < this->t ? own : this->t, max_of(this->slope, own_slope));
@@ -156,8 +155,8 @@ struct Statistics {
       student_max = s;
     }
     if (w > teacher_max) {
-      teacher_sum =
-          mul_of(teacher_sum, exp2_of(reference_change(teacher_max, w, t.teacher_slope(), t.limit)));
+      teacher_sum = mul_of(teacher_sum,
+                           exp2_of(reference_change(teacher_max, w, t.teacher_slope(), t.limit)));
       teacher_max = w;
     }
   }

@@ -192,8 +192,7 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
       if (warp != 0) continue;
       sums.template merge_lanes<32, kExtra>();
     }
-    if (threadIdx.x == 0)
-      close_row<typename W::Temper>(args, index, stats, sums, label_student);
+    if (threadIdx.x == 0) close_row<typename W::Temper>(args, index, stats, sums, label_student);
   }
   finish_inside(call, scale, slots);
 }

@@ -61,8 +61,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   if constexpr (W::kGeneral) {
 #pragma unroll
     for (int i = 0; i < kTinyPerLane; i++)
-      if (real && lane + i * kLanes < args.classes)
-        writer.sum(slice.z[i], slice.w[i], true, sums);
+      if (real && lane + i * kLanes < args.classes) writer.sum(slice.z[i], slice.w[i], true, sums);
     sums.template merge_lanes<kLanes, true>();
     writer.balance(sums.slope, sums.classes);
   }

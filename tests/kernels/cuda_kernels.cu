@@ -175,8 +175,8 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   }
   r.terms[kHard] = hard, r.terms[kSoft] = kl;
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
-  r.loss = (hard_weight == 0 ? 0 : hard_weight * hard) +
-           (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
+  r.loss =
+      (hard_weight == 0 ? 0 : hard_weight * hard) + (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
   if (general) general_row(c, z, w, t, soft_weight, r);
   return r;
 }
@@ -214,15 +214,16 @@ struct Runner {
                   static_cast<long long>(row), static_cast<long long>(i), got, want);
   }
   bool general() const {
-    const bool same = c.teacher_temperature == 0 || (!c.row_settings && c.teacher_temperature == c.temperature);
+    const bool same =
+        c.teacher_temperature == 0 || (!c.row_settings && c.teacher_temperature == c.temperature);
     return !same || !is_one_sweep(c.divergence);
   }
   std::string plan_name() const {
     cuda::Device device;
     check(cuda::current_device(device), "device");
-    const cuda::Plan p =
-        c.plan ? *c.plan
-               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits(), general());
+    const cuda::Plan p = c.plan ? *c.plan
+                                : cuda::make_plan(c.rows, c.classes, c.student, c.teacher,
+                                                  device.limits(), general());
     return std::string(cuda::name_of(p.family)) + " " + std::to_string(p.cluster) + "x" +
            std::to_string(p.threads);
   }

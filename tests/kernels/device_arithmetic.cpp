@@ -183,7 +183,8 @@ Answer answer_of(const Problem& in, int threads) {
     if (i == in.label) g -= writer.label;
     answer.grad.push_back(g);
   }
-  close_row<Temperature<A>>(args, 0, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
+  close_row<Temperature<A>>(args, 0, stats, sums,
+                            static_cast<A>(in.z[static_cast<size_t>(in.label)]));
   answer.loss = loss[0], answer.hard = terms[kHard], answer.soft = terms[kSoft];
   return answer;
 }

@@ -17,7 +17,9 @@ struct Divergence {
 };
 
 // x log(y / z), where x log 0 is 0 for x = 0.
-inline Real x_log(Real x, Real y, Real z) { return x == 0 ? Real(0) : x * (std::log(y) - std::log(z)); }
+inline Real x_log(Real x, Real y, Real z) {
+  return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
+}
 
 // Student logits z at temperature t, teacher logits w at a temperature of its own.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
@@ -85,7 +87,7 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
   for (size_t i = 0; i < n; ++i) {
     const bool masked = std::isinf(z[i]) && std::isinf(w[i]);
     if (is_mean && !masked) result.value += (slope[i] - mean) * (slope[i] - mean) / counted;
-    result.grad.push_back(!is_mean  ? slope[i] - q[i] * of_all
+    result.grad.push_back(!is_mean ? slope[i] - q[i] * of_all
                           : masked ? Real(0)
                                    : 2 * (slope[i] - mean) / counted);
   }
