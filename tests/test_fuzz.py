@@ -166,14 +166,21 @@ def labels_of(
     return labels.int() if case.labels == "int32" else labels
 
 
+def is_fused(case: Case) -> bool:
+    """Whether kernels compute it, and not PyTorch's operations."""
+    return (
+        case.divergence in ops.DIVERGENCES
+        and case.labels != "probabilities"
+        and not (case.class_weight and case.labels != "none")
+    )
+
+
 def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, gradient), by one of the ways in."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
-    fused = case.divergence in ops.DIVERGENCES and case.labels != "probabilities"
-    fused = fused and "class_weight" not in options
     whole = case.reduction != "none" and case.layout == "contiguous" and not case.unused
-    if case.way == "inplace" and fused and whole:
+    if case.way == "inplace" and whole and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
     elif case.way == "terms":
@@ -244,6 +251,8 @@ def sensitivity(case: Case, problem: Problem) -> float:
     )
     largest, greatest = largest_of(student, teacher), float(t.max())
     in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
+    if not is_fused(case) and in_exponent > 1e30:
+        return math.inf  # a logit over its temperature is no float32, whatever it weighs
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
