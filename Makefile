@@ -9,7 +9,7 @@ CUDA_BUILD := build/cuda
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
+.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package accuracy reliability bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -69,8 +69,10 @@ valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitiali
 sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
 	$(RUN) -m reliability.sanitize
 
+FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py
 fuzz: $(VENV)/complete  ## random calls against float64: make fuzz CASES=20000 SEED=7
-	$(RUN) tests/test_fuzz.py $(CASES) $(SEED)
+	@failed=0; for fuzzer in $(FUZZERS); do echo "== $$fuzzer"; \
+	  $(RUN) $$fuzzer $(CASES) $(SEED) || failed=1; done; exit $$failed
 
 fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, under the sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
@@ -79,6 +81,10 @@ fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, und
 libfuzzer: $(VENV)/created  ## the same by libFuzzer, which follows the code's branches: needs clang
 	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
+
+fuzz-caches: $(VENV)/complete  ## libFuzzer on the reader of teachers' caches: make fuzz-caches SECONDS=600
+	$(RUN) -m pip install --quiet --group fuzz
+	$(RUN) -m reliability.caches $(SECONDS)
 
 soak: $(VENV)/complete  ## 100,000 calls, and no memory kept
 	$(RUN) -m reliability.soak

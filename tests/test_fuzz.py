@@ -179,7 +179,8 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, gradient), by one of the ways in."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
-    whole = case.reduction != "none" and case.layout == "contiguous" and not case.unused
+    whole = case.reduction != "none" and case.layout == "contiguous"
+    whole = whole and case.dim == -1 and not case.unused
     if case.way == "inplace" and whole and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)

@@ -1,5 +1,6 @@
 """Random sparse teachers held against the definition in float64, as in test_fuzz.py dense ones."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -211,6 +212,8 @@ REGRESSIONS = [
     # Logits as log_probs: beyond exp(709) their sum wrapped round, and was small enough.
     Case(odd=((1, 0, 0, 1e38),)),
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
+    # Outside the kernel a row without any probability was 0 where its list was empty.
+    Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
 ]
 
 
