@@ -283,6 +283,9 @@ REGRESSIONS = [
     # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
+    # The teacher's temperature of each row beside one number for the student.
+    Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
+    Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),
 ]
 
 

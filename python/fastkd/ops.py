@@ -403,7 +403,9 @@ def _teacher_of(
     """
     o = objective
     same = o.teacher_temperature is o.temperature or (
-        isinstance(o.temperature, float) and o.teacher_temperature == o.temperature
+        isinstance(o.temperature, float)
+        and isinstance(o.teacher_temperature, float)
+        and o.teacher_temperature == o.temperature
     )
     plain = len(teachers) == 1 and o.teacher_form != "probs"
     if plain and (same or student.device.type != "cuda"):
