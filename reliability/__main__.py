@@ -200,7 +200,7 @@ def document() -> str:
         "| --- | --- | --- | --- |",
     ]
     versions: list[dict[str, str]] = []
-    for name, (promise, command) in PROMISES.items():
+    for name, (promise, command, *_) in PROMISES.items():
         path = RESULTS / f"{name}.json"
         command = command.replace(".venv/bin/python -m ", "")
         if not path.exists():
