@@ -204,7 +204,7 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
     hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
     slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
-    if case.divergence == "cosine":  # its gradient grows as the logits shrink
+    if case.divergence == "cosine" and want.student.numel():  # grows as the logits shrink
         slope *= 1 + float((1 / want.student.norm(dim=-1).clamp(min=1e-12)).max()) ** 2
     if case.divergence == "dkd":
         slope *= 10  # mix weighs 8
