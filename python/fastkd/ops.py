@@ -354,6 +354,26 @@ def _fused(
 ) -> Tensor:
     """The same by the native ops, for what they have."""
     o = objective
+    arguments = _arguments(student, teachers, labels, o, with_terms)
+    out = _apply(student, *arguments, inplace)
+    if o.reduction == "none" and student.dim() != 2:
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
+    return out
+
+
+Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Settings]
+
+
+def _arguments(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+) -> Arguments:
+    """What the native ops take beside the student: teacher, labels, row settings, denominator and
+    numbers."""
+    o = objective
     teacher, teacher_temperature = _teacher_of(student, teachers, o)
     if labels is not None and labels.dtype is not torch.int64:
         labels = labels.long()
@@ -373,10 +393,29 @@ def _fused(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    out = _apply(student, teacher, labels, row_settings, denominator, settings, inplace)
-    if o.reduction == "none" and student.dim() != 2:
-        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
-    return out
+    return teacher, labels, row_settings, denominator, settings
+
+
+def statistics(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """All terms of each row, ``(6, rows)``, and what its gradient needs: kernels.h, ``Stat``."""
+    *arguments, settings = _arguments(student, (teacher,), labels, objective, True)
+    assert objective.reduction == "none"
+    out, _, stats = _loss(student, *arguments, *settings, True)
+    return out, stats
+
+
+def gradient_(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
+) -> None:
+    """Writes the gradient of rows with these statistics over the student's logits."""
+    arguments = _arguments(student, (teacher,), labels, objective, False)
+    teacher, labels, row_settings, _, settings = arguments
+    one = stats.new_ones(())
+    _loss_backward_(
+        student, one, stats, student, teacher, labels, row_settings, *settings[:8], False
+    )
 
 
 def _row_settings(
