@@ -19,7 +19,7 @@ the products are as fast as one large one from about 2048 rows on; on a CPU from
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
 to the whole gradient of the student's, however few its rows are."""
-CLASSES = {"cuda": 8192, "cpu": 2048}
+CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk, where it has all rows."""
 PADDING = 8
 """Classes that a chunk of classes has beside its own: 16 bytes, so that rows stay aligned."""
@@ -297,7 +297,7 @@ def class_chunks(
     while start < classes:
         left = classes - start
         room = (left if writes else classes) * grad_row - fixed
-        fit = max(0, room // (rows * item + (grad_row if writes else 0)))
+        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
         size = min(left, most, max(fit, beside))
         if _MULTIPLE < size < left:
             size -= size % _MULTIPLE

@@ -129,27 +129,30 @@ class _Loop:
         if call.teacher_softcap is not None:
             heads.soft_cap_(out, call.teacher_softcap, None)
 
-    def labels_in(self, part: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Labels as a chunk has them, and whether it has them: the label of a row whose own is in
-        another chunk is the first class that is masked."""
-        labels = self.inputs.labels
+    def labels_in(self, part: slice) -> Tensor | None:
+        """Labels as a chunk has them: the label of a row whose own is in another chunk is the first
+        of the classes that are masked."""
+        labels, size = self.inputs.labels, part.stop - part.start
         if labels is None:
-            return None, None
+            return None
         has = (labels >= part.start) & (labels < part.stop)
-        inside = torch.where(has, labels - part.start, part.stop - part.start)
-        ignored = labels == self.call.ignore_index  # of these there are any only under capture
-        return torch.where(ignored, labels, inside), has
+        inside = (labels - part.start).where(has, size)
+        # Of ignored rows there are any only while a graph is captured.
+        return inside.where(labels != self.call.ignore_index, labels)
 
     def statistics(self) -> RowStatistics:
         """The first pass over the classes."""
-        like = self.hidden.new_empty(
-            (), dtype=heads.acc_dtype(self.call.dtype, self.call.teacher_dtype)
-        )
+        acc = heads.acc_dtype(self.call.dtype, self.call.teacher_dtype)
+        like = self.hidden.new_empty((), dtype=acc)
         rows = RowStatistics(len(self.hidden), self.objective, like)
         for part, logits in self.chunks(writes=False):
-            labels, has = self.labels_in(part)
+            labels = self.labels_in(part)
             of_part = ops.statistics(logits.student, logits.teacher, labels, self.objective)
-            rows.add(*of_part, has)
+            label_logits = None
+            if labels is not None:
+                at = labels.clamp(0, logits.size).unsqueeze(1)
+                label_logits = logits.student.gather(1, at).squeeze(1)
+            rows.add(*of_part, label_logits)
         return rows
 
     def gradients(self, stats: Tensor, out: Outputs) -> None:
@@ -160,7 +163,7 @@ class _Loop:
         ones = self.hidden.new_ones(len(hidden), 1) if factor is None else factor[:, None]
         ones = ones.to(call.dtype)
         for part, logits in self.chunks(writes=True):
-            labels, _ = self.labels_in(part)
+            labels = self.labels_in(part)
             ops.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
             grad = logits.student[:, : logits.size]
             if logits.slope.numel():

@@ -71,31 +71,31 @@ class RowStatistics:
         # log2 of the sums of exp(z / t), exp(z) and exp(w / t).
         self.student_mass = self.hard_mass = self.teacher_mass = nothing.double()
         self.divergence = torch.zeros_like(self.student_mass)
-        self.label_term = torch.zeros_like(self.student_mass)  # less hard_mass, once it is known
+        self.label_logit = nothing.double()
 
-    def add(self, terms: Tensor, stats: Tensor, has_label: Tensor | None) -> None:
-        """Adds the classes that these are of, ``has_label``: the rows whose label is among them."""
+    def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
+        """Adds some classes. ``within``: their divergence as if there were no others;
+        ``label_logits``: the student's, of rows whose label is among them, else -inf."""
         stats = stats[:-1].view(6, -1)
         student_top, student_scale, hard_scale, teacher_top, teacher_scale, _ = stats
         student = self.student.tempered(student_top) - student_scale.double().log2()
         teacher = self.teacher.tempered(teacher_top) - teacher_scale.double().log2()
-        if has_label is not None:
+        if label_logits is not None:
             hard = self.student.plain(student_top) - hard_scale.double().log2()
-            term = terms[1].double() - _LN2 * hard
-            term = term.where(student > -math.inf, math.inf)
-            self.label_term = term.where(has_label, self.label_term)
             self.hard_mass = torch.logaddexp2(self.hard_mass, hard)
+            self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
         teachers = torch.stack([self.teacher_mass, teacher])
-        known = (student > -math.inf) & (teacher > -math.inf)  # else it is of no distributions
-        within = torch.stack([self.divergence, terms[2].double().where(known, 0.0)])
+        # Of a part that one of them masks there is no divergence yet, only between the parts.
+        known = (students > -math.inf) & (teachers > -math.inf)
+        parts = torch.stack([self.divergence, within.double()]).where(known, 0.0)
         self.student_mass = torch.logaddexp2(self.student_mass, student)
         self.teacher_mass = torch.logaddexp2(self.teacher_mass, teacher)
         self.divergence = _joined(
             self.objective.divergence,
             students - self.student_mass,
             teachers - self.teacher_mass,
-            within,
+            parts,
         )
         self.student_top = torch.maximum(self.student_top, student_top)
         self.teacher_top = torch.maximum(self.teacher_top, teacher_top)
@@ -108,7 +108,7 @@ class RowStatistics:
         soft_weight = o.soft_weight * o.temperature * o.temperature
         loss = _weighted(soft_weight, self.divergence.where(valid, math.nan))
         if labels is not None:
-            loss = loss + _weighted(o.hard_weight, self.label_term + _LN2 * self.hard_mass)
+            loss = loss + _weighted(o.hard_weight, _LN2 * self.hard_mass - self.label_logit)
             loss = loss.masked_fill(labels == o.ignore_index, 0.0)
         return loss.to(self.like.dtype)
 

@@ -399,11 +399,11 @@ def _arguments(
 def statistics(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """All terms of each row, ``(6, rows)``, and what its gradient needs: kernels.h, ``Stat``."""
+    """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
     *arguments, settings = _arguments(student, (teacher,), labels, objective, True)
     assert objective.reduction == "none"
-    out, _, stats = _loss(student, *arguments, *settings, True)
-    return out, stats
+    terms, _, stats = _loss(student, *arguments, *settings, True)
+    return terms[reference.Terms._fields.index("soft")], stats
 
 
 def gradient_(
