@@ -26,19 +26,16 @@ from fastkd.heads import Call, Inputs, Outputs
 
 def missing(inputs: Inputs, call: Call) -> list[str]:
     """What of a call chunks of classes do not have, as users write it."""
-    objective = heads.objective_of(inputs, call)
-    found = []
+    found = ops.lacking(inputs.hidden, inputs.labels, heads.objective_of(inputs, call))
     if inputs.topk_indices is not None:
         found.append("topk_indices")
-    if call.divergence not in DIVERGENCES:
+    if call.divergence not in DIVERGENCES and not found:
         found.append(f'divergence="{call.divergence}"')
     if call.label_smoothing:
         found.append(f"label_smoothing={call.label_smoothing}")
     other = call.teacher_temperature is not None or inputs.teacher_temperature is not None
     if other and inputs.hidden.is_cuda:
         found.append("a teacher_temperature of its own on cuda")
-    if not found and not ops.is_fused(inputs.hidden, inputs.labels, objective):
-        found.append("what the kernels do not compute (python -m fastkd explain)")
     return found
 
 
@@ -138,7 +135,8 @@ class _Loop:
         has = (labels >= part.start) & (labels < part.stop)
         inside = (labels - part.start).where(has, size)
         # Of ignored rows there are any only while a graph is captured.
-        return inside.where(labels != self.call.ignore_index, labels)
+        ignored: Tensor = labels == self.call.ignore_index
+        return torch.where(ignored, labels, inside)
 
     def statistics(self) -> RowStatistics:
         """The first pass over the classes."""

@@ -31,6 +31,7 @@ class References:
     """
 
     def __init__(self, temperature: float | Tensor, like: Tensor) -> None:
+        """Of the dtype of the kernel's statistics, and where they are: as ``like``."""
         self.t = _on_device(temperature, like)
         self.slope = _LOG2E / self.t
         self.one = torch.full_like(self.slope, _LOG2E)

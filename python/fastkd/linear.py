@@ -51,7 +51,7 @@ def linear_loss(
     accumulate_dtype: AccumulateDtype = "auto",
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
-    """:func:`fastkd.loss` of two linear heads, whose logits exist for a few rows or classes at a time.
+    """:func:`fastkd.loss` of two linear heads, whose logits exist in part at a time.
 
     ::
 

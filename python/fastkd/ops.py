@@ -312,6 +312,14 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
     return not _missing(device, labels, objective)
 
 
+def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+    """What of a call the kernels lack, as users write it."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES:
+        return [f"logits on {device}"]
+    return [USES[use] for use in sorted(_missing(device, labels, objective))]
+
+
 def compute(
     student: Tensor,
     teachers: tuple[Tensor, ...],
@@ -333,7 +341,7 @@ def compute(
         if inplace:
             raise ValueError(
                 "inplace=True needs a call that the kernels compute; they do not have "
-                f"{', '.join(USES[use] for use in sorted(missing))} on {device}"
+                f"{', '.join(lacking(student, labels, objective))} on {device}"
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
