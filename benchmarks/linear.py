@@ -391,7 +391,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if found[key]:
+        if found.get(key):  # runs of earlier versions do not have all
             result.append(held(name, found[key]))
     theirs = lanes.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):
@@ -455,10 +455,41 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def planned() -> str:
+    """What the planner says of the least memory on a GPU, where nothing was measured."""
+    lines = [
+        "Planned for a GPU by `fastkd.chunks.plan`, not measured (Liger: its fused kernel, H100):",
+        "",
+        '| `chunk_by="classes"` | chunks | most classes | MiB | if rows are ignored | Liger |',
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases("cuda"):
+        if case.smallest_must is None:
+            continue
+        dtype = DTYPES[case.dtype]
+        both, ignoring = (
+            fastkd.chunks.plan(
+                case.rows,
+                case.classes,
+                case.student_width,
+                dtype=dtype,
+                device="cuda",
+                chunk_by="classes",
+                copied_per_row=copied,
+            )
+            for copied in (0, (case.student_width + case.teacher_width) * dtype.itemsize)
+        )
+        lines.append(
+            f"| {case.title} | {both.chunks} | {both.chunk} | {both.peak_bytes / MIB:,.0f} "
+            f"| at most {ignoring.peak_bytes / MIB:,.0f} | {case.smallest_must[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def rewrite_page() -> str:
-    """Puts every saved run's tables between the page's marks."""
+    """Puts every saved run's tables, and what is planned, between the page's marks."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
-    body = "\n".join(markdown(json.loads(path.read_text())) for path in saved)
+    body = "\n".join([*(markdown(json.loads(path.read_text())) for path in saved), planned()])
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)

@@ -19,6 +19,8 @@ the products are as fast as one large one from about 2048 rows on; on a CPU from
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
 to the whole gradient of the student's, however few its rows are."""
+FEW_ROWS = {"cuda": 256, "cpu": 40}
+"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk, where it has all rows."""
 PADDING = 8
@@ -147,7 +149,7 @@ def plan(
         if chunk_by == "rows" or max_workspace is None or by_classes.peak_bytes > max_workspace:
             raise
         return by_classes
-    few = by_rows.chunk < min(rows, LEAST_ROWS[sizes.kind]) and chunk_size == "auto"
+    few = by_rows.chunk < min(rows, FEW_ROWS[sizes.kind]) and chunk_size == "auto"
     if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
         return by_classes
     return by_rows
