@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import fastkd
 from fastkd import chunks, heads
+from fastkd.class_statistics import RowStatistics
 
 BY_CLASSES: dict[str, Any] = {"chunk_by": "classes"}
 
@@ -165,6 +166,44 @@ def test_no_number(device, wrong):
         given.hidden[3, 0] = wrong
     value, _ = run(given, chunk_size=32, reduction="none", **BY_CLASSES)
     assert value[3].isnan() and value.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
+def test_references_of_the_cuda_kernels(temperature):
+    """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
+    parts with large maxima, far from zero, still add up to those of the whole."""
+    torch.manual_seed(0)
+    objective = heads.Objective(
+        temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
+        "logits", None, "probs", False,
+    )  # fmt: skip
+    rows = RowStatistics(50, objective, torch.empty(()))
+    rows.student.rounds = True
+    logits = (torch.randn(50, 96) * 4 + torch.linspace(-3000, 3000, 50)[:, None]).float()
+    log2e = torch.tensor(math.log2(math.e))
+    slope = log2e / temperature
+
+    def scale(z, top, factor, reference):
+        return (
+            (z.double() * factor.double() - reference.double()[:, None]).exp2().sum(1).reciprocal()
+        )
+
+    for z in logits.split(32, 1):
+        top = z.max(1).values
+        hard = scale(z, top, log2e, top * log2e)
+        if temperature == 3.0:  # a power of the tempered exponentials
+            hard = (3 * (z.double() * slope.double() - (top * slope).double()[:, None])).exp2()
+            hard = hard.sum(1).reciprocal()
+        tempered = scale(z, top, slope, top * slope)
+        stats = torch.stack([top, tempered, hard, top, tempered, top * 0]).float().flatten()
+        rows.add(torch.zeros(50), torch.cat([stats, stats.new_ones(1)]), top)
+    top, tempered, hard, *_ = rows.stats(torch.ones(()), True)[:-1].view(6, 50)
+    assert torch.equal(top, logits.max(1).values)
+    right = scale(logits, top, slope, top * slope)
+    torch.testing.assert_close(tempered.double(), right, rtol=2e-7, atol=0)
+    if temperature != 3.0:
+        right = scale(logits, top, log2e, top * log2e)
+        torch.testing.assert_close(hard.double(), right, rtol=2e-7, atol=0)
 
 
 # ---- what is not computed

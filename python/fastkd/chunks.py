@@ -19,7 +19,7 @@ the products are as fast as one large one from about 2048 rows on; on a CPU from
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
 to the whole gradient of the student's, however few its rows are."""
-FEW_ROWS = {"cuda": 256, "cpu": 40}
+FEW_ROWS = {"cuda": 256, "cpu": 32}
 """Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk, where it has all rows."""
@@ -145,9 +145,12 @@ def plan(
         return by_classes
     try:
         by_rows = _by_rows(sizes, summed, whole, chunk_size, max_workspace)
-    except ValueError:
-        if chunk_by == "rows" or max_workspace is None or by_classes.peak_bytes > max_workspace:
+    except ValueError as error:
+        if chunk_by == "rows":
             raise
+        if by_classes.peak_bytes > (max_workspace or 0):
+            take = f"chunks of classes take {by_classes.peak_bytes} bytes"
+            raise ValueError(f"{error}; {take}") from None
         return by_classes
     few = by_rows.chunk < min(rows, FEW_ROWS[sizes.kind]) and chunk_size == "auto"
     if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):

@@ -21,20 +21,21 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "soft_cross_entropy")
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
-_LARGEST_REFERENCE = 2.0**22  # kLargestReference of csrc/cuda/row.cuh
+_LARGEST_REFERENCE = 2.0**22  # kLargestReference of csrc/cuda
 
 
 class References:
     """What a kernel's sums of exponentials are relative to, as powers of 2, given the maximum.
 
-    That is the maximum times log2(e) / t; on CUDA as float32 rounds it (csrc/cuda/row.cuh).
+    That is the maximum times log2(e) / t; on CUDA as the compute type rounds it (kLargestReference).
     """
 
     def __init__(self, temperature: float | Tensor, like: Tensor) -> None:
         """Of the dtype of the kernel's statistics, and where they are: as ``like``."""
+        self.rounds = like.is_cuda
         self.t = _on_device(temperature, like)
-        self.slope = _LOG2E / self.t
-        self.one = torch.full_like(self.slope, _LOG2E)
+        self.one = torch.full_like(self.t, _LOG2E)
+        self.slope = self.one / self.t  # a number / tensor would round twice
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
 
     def tempered(self, top: Tensor) -> Tensor:
@@ -44,14 +45,14 @@ class References:
     def plain(self, top: Tensor) -> Tensor:
         """Of exp(z), which is a power of exp(z / t) where t is 1, 2, 3 or 4."""
         own = self._rounded(top, self.one)
-        if not top.is_cuda:
+        if not self.rounds:
             return own
         whole = (self.t == self.t.round()) & (self.t <= 4)
         return torch.where(whole, self.t * self.tempered(top), own)
 
     def _rounded(self, top: Tensor, factor: Tensor) -> Tensor:
         exact = top.double() * factor
-        if not top.is_cuda:
+        if not self.rounds:
             return exact
         return torch.where(top.abs() <= self.limit, (top * factor).double(), exact)
 
