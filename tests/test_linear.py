@@ -527,6 +527,7 @@ def test_bad_input(wrong, message):
         ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
         ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
         ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
+        ({"chunk_by": "columns"}, "chunk_by must be one of 'auto', 'rows', 'classes'"),
         ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or a floating"),
         ({"tail": "cut"}, "tail must be one of"),
     ],

@@ -27,7 +27,7 @@ _LARGEST_REFERENCE = 2.0**22  # kLargestReference of csrc/cuda
 class References:
     """What a kernel's sums of exponentials are relative to, as powers of 2, given the maximum.
 
-    That is the maximum times log2(e) / t; on CUDA as the compute type rounds it (kLargestReference).
+    That is the maximum times log2(e) / t; on CUDA (kLargestReference) as its type rounds it.
     """
 
     def __init__(self, temperature: float | Tensor, like: Tensor) -> None:
