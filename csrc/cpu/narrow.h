@@ -389,7 +389,8 @@ struct NarrowEngine {
   void forward(const ForwardArgs& args) {
     load();
     scan();
-    for (int64_t i = 0; i < kTileRows; ++i) tile.gain[i] = static_cast<float>(args.scale);
+    const float gain = static_cast<float>(args.scale) * static_cast<float>(args.grad_output);
+    for (int64_t i = 0; i < kTileRows; ++i) tile.gain[i] = gain;
     sum_logits();
     if (args.terms != nullptr || in.divergence == Divergence::kSoftCrossEntropy) sum_terms();
     differentiate(false);

@@ -102,6 +102,12 @@ void write_segment(const Engine<T, S>& engine, const Row<T>& row, const Scales<T
   }
 }
 
+// As backward_row() forms it from what put_stats() leaves, to the same bits.
+template <class T>
+double gain_of(const ForwardArgs& args) {
+  return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
+}
+
 // `work`: room for q and the slopes of a row longer than a segment. Null where one sweep does, or
 // where there is no memory: then they are computed twice.
 template <class T, class S>
@@ -111,7 +117,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   Kept<T> kept;
   Statistics statistics = engine.scan(row, index, 0, &kept);
   for (int64_t i = 1; i <= last; ++i) merge(row, engine.scan(row, index, i, &kept), &statistics);
-  const double gain = static_cast<T>(args.scale);
+  const double gain = gain_of<T>(args);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
@@ -237,7 +243,7 @@ struct SharedRow {
             const Statistics* of_row)
       : engine(engine),
         row(make_row<T>(args, index, engine.terms)),
-        gain(static_cast<T>(args.scale)),
+        gain(gain_of<T>(args)),
         scales(make_scales(row, merge_all(row, of_row, engine.segments()))),
         c(engine.coefficients(row, scales, gain)),
         left(engine.kept_of(segment, kept)) {
