@@ -11,6 +11,7 @@
 // of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists
 // differ.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "numerics.h"
@@ -44,8 +45,13 @@ enum class Balance {
 struct Constants {
   static constexpr int kTerms = 14;
   double mix = 0;
-  // Mixtures: the series in d of value / (q d^2).
-  double series[kTerms] = {};
+  double bound = 1e30;
+  // Mixtures m, for |d| <= kSeriesLimit: value / (q d^2) and (1 - mix) log(m / q) / d. In fp64 by
+  // powers of d; in fp32 so few terms do because they are economised.
+  double value[kTerms] = {};
+  double log[kTerms] = {};
+  float short_value[6] = {};
+  float short_log[5] = {};
 };
 
 namespace {
@@ -77,9 +83,9 @@ struct ReverseKL {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
-    const T slope = times_log(e.q, -e.d);
-    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
-    return {is_small(e.d) ? -e.diff * e.d - e.excess : slope - e.diff, slope};
+    const T product = e.q * bounded_above(e.d);
+    // q f(-d)
+    return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
 };
 
@@ -90,8 +96,10 @@ struct SymmetricKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
     const T a = static_cast<T>(k.mix), b = static_cast<T>(1 - k.mix);
-    const Evaluated<T> reverse = ReverseKL::at(e, k);
-    return {weighted(a, e.excess) + weighted(b, reverse.value), a * e.diff + b * reverse.slope};
+    const T slope = -(e.q * bounded_above(e.d));
+    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
+    const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
+    return {weighted(a, e.excess) + weighted(b, reverse), a * e.diff + b * slope};
   }
 };
 
@@ -110,12 +118,26 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a) {
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
+template <class T, class C, int kCount>
+FASTKD_HOST_DEVICE T polynomial(const C (&coefficients)[kCount], T d) {
+  T sum = static_cast<T>(coefficients[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) sum = sum * d + static_cast<T>(coefficients[i]);
+  return sum;
+}
+FASTKD_HOST_DEVICE float value_series(const Constants& k, float d) {
+  return polynomial(k.short_value, d);
+}
+FASTKD_HOST_DEVICE double value_series(const Constants& k, double d) {
+  return polynomial(k.value, d);
+}
+FASTKD_HOST_DEVICE float log_series(const Constants& k, float d) {
+  return polynomial(k.short_log, d);
+}
+FASTKD_HOST_DEVICE double log_series(const Constants& k, double d) { return polynomial(k.log, d); }
+
 template <class T>
 FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const Constants& k) {
-  constexpr int kUsed = sizeof(T) == sizeof(float) ? 7 : Constants::kTerms;
-  T sum = static_cast<T>(k.series[kUsed - 1]);
-  for (int i = kUsed - 2; i >= 0; --i) sum = sum * e.d + static_cast<T>(k.series[i]);
-  return e.q * (e.d * e.d) * sum;
+  return e.q * (e.d * e.d) * value_series(k, e.d);
 }
 
 // mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
@@ -124,11 +146,18 @@ struct JensenShannon {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
-    const T a = static_cast<T>(k.mix);
-    const Mixture<T> mixed = mixture(e, a);
-    const T slope = -(1 - a) * times_log(e.q, mixed.log_over_q);
-    const T direct = slope - a * times_log(e.p, mixed.log_over_p);
-    return {is_small(e.d) ? near_teacher(e, k) : direct, slope};
+    const T p = static_cast<T>(k.mix) * e.p, q = static_cast<T>(1 - k.mix) * e.q, m = p + q;
+    // Relative to the greater of the two, so that nothing overflows: log(m / q) is log + d where
+    // that is p, and log where it is q.
+    const T log = log_of(m / (e.p > e.q ? e.p : e.q));
+    const T bound = static_cast<T>(k.bound);
+    const T product = (e.d > 0 ? q : p) * bounded_above(bounded_below(e.d, -bound), bound);
+    const T slope = -(q * log) - (e.d > 0 ? product : T(0));
+    const T direct = -(m * log) - std::fabs(product);
+    const T near = e.q * e.d;
+    const bool small = is_small(e.d);
+    return {small ? near * e.d * value_series(k, e.d) : direct,
+            small ? -near * log_series(k, e.d) : slope};
   }
 };
 
@@ -254,6 +283,25 @@ inline double divergence_of(Divergence id, double value, double slope, double cl
   return value / classes - mean * mean;
 }
 
+// The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=
+// kSeriesLimit, as good as: its highest power is taken off time and again as the multiple of a
+// Chebyshev polynomial.
+template <int kMany, int kFew>
+void economise(const double (&many)[kMany], float (&few)[kFew]) {
+  double left[kMany];
+  for (int i = 0; i < kMany; ++i) left[i] = many[i] * std::pow(kSeriesLimit, i);
+  for (int n = kMany - 1; n >= kFew; --n) {
+    double term = left[n];  // of T_n / 2^(n - 1), from its highest power down
+    for (int i = n; i >= 0; i -= 2) {
+      left[i] -= term;
+      const int below = n - i;
+      term *= -static_cast<double>(i * (i - 1)) /
+              static_cast<double>((below + 2) * (2 * n - below - 2));
+    }
+  }
+  for (int i = 0; i < kFew; ++i) few[i] = static_cast<float>(left[i] / std::pow(kSeriesLimit, i));
+}
+
 inline Constants make_constants(Divergence id, double mix) {
   constexpr int kTerms = Constants::kTerms, kPowers = kTerms + 2;
   Constants k;
@@ -262,7 +310,7 @@ inline Constants make_constants(Divergence id, double mix) {
       id != Divergence::kSkewedReverseKL) {
     return k;
   }
-  // Powers of d: e = exp(d), m = 1 - a + a e = m / q, and l = log m by m l' = m'.
+  // Powers of d: e = exp(d), m = 1 - a + a e^d = m / q, and l = log m by m l' = m'.
   const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
   double e[kPowers], m[kPowers], l[kPowers];
   e[0] = m[0] = 1, l[0] = 0;
@@ -271,15 +319,18 @@ inline Constants make_constants(Divergence id, double mix) {
     m[n] = a * e[n];
     l[n] = m[n];
     for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
+    if (n <= kTerms) k.log[n - 1] = (1 - mix) * l[n];
   }
   for (int n = 2; n < kPowers; ++n) {
     double e_l = 0, m_l = 0;  // of the products
     for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
-    double& value = k.series[n - 2];
+    double& value = k.value[n - 2];
     if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
   }
+  economise(k.value, k.short_value);
+  economise(k.log, k.short_log);
   return k;
 }
 
