@@ -1,8 +1,9 @@
 // Memory for the gradients of plain CPU calls: what one call's gradient leaves is used by the next.
 //
 // Allocators give large blocks back to the system, and the fresh pages of the next one cost more
-// than computing the gradient that fills them (docs/performance-log.md). So one block is kept, of
-// at most kMostKept bytes; without it a call takes what torch gives it.
+// than computing the gradient that fills them; small pages cost once more, when a gradient that has
+// left the caches is written again (docs/performance-log.md). So one block of huge pages is kept,
+// of at most kMostKept bytes; a call that wants more takes what torch gives it.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
@@ -10,10 +11,14 @@
 
 #include <atomic>
 #include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastkd {
 namespace {
 
+constexpr size_t kHugePage = size_t{2} << 20;
 // What is smaller stays in malloc's own lists.
 constexpr size_t kLeastKept = size_t{64} << 10;
 // What is larger glibc, too, maps anew each time.
@@ -26,24 +31,34 @@ struct Block {
 
 std::atomic<Block*> spare_block{nullptr};
 
-void keep(void* block) {
-  Block* const before = spare_block.exchange(static_cast<Block*>(block));
+void keep(Block* block) {
+  Block* const before = spare_block.exchange(block);
   if (before == nullptr) return;
   std::free(before->data);
   delete before;
 }
 
-// At least `bytes`, and less than twice as many; null where there is no memory.
+// What a tensor calls that needs its memory no longer. torch's profiler is told as by torch's own
+// allocator: a gradient is memory in use, a spare block is not.
+void give_back(void* block) {
+  c10::profiledCPUMemoryReporter().Delete(static_cast<Block*>(block)->data);
+  keep(static_cast<Block*>(block));
+}
+
+// Whole huge pages of at least `bytes`, and not many more; null where there is no memory.
 Block* take(size_t bytes) {
+  const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   Block* const spare = spare_block.exchange(nullptr);
   if (spare != nullptr) {
-    if (bytes <= spare->bytes && spare->bytes < 2 * bytes) return spare;
+    if (whole <= spare->bytes && spare->bytes < 2 * whole) return spare;
     keep(spare);
   }
-  constexpr size_t kAlignment = 64;
-  const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  void* const data = std::aligned_alloc(kAlignment, whole);
-  return data != nullptr ? new Block{data, whole} : nullptr;
+  void* const data = std::aligned_alloc(kHugePage, whole);
+  if (data == nullptr) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(data, whole, MADV_HUGEPAGE);  // where the advice is not taken nothing changes
+#endif
+  return new Block{data, whole};
 }
 
 // A new contiguous tensor of the shape and dtype of `student`.
@@ -51,7 +66,8 @@ at::Tensor empty_gradient(const at::Tensor& student) {
   const size_t bytes = student.nbytes();
   Block* const block = bytes >= kLeastKept && bytes <= kMostKept ? take(bytes) : nullptr;
   if (block == nullptr) return at::empty_like(student, at::MemoryFormat::Contiguous);
-  c10::DataPtr data(block->data, block, &keep, c10::kCPU);
+  c10::profiledCPUMemoryReporter().New(block->data, bytes);
+  c10::DataPtr data(block->data, block, &give_back, c10::kCPU);
   c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data),
                        c10::GetCPUAllocator(), /*resizable=*/true);
   at::Tensor gradient = at::detail::make_tensor<c10::TensorImpl>(
