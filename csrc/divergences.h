@@ -52,6 +52,9 @@ struct Constants {
   double log[kTerms] = {};
   float short_value[6] = {};
   float short_log[5] = {};
+  // mix and 1 - mix, such that their sum is 1 in fp32 as well: log m is next to 0 where m is the
+  // greater of p and q, or near it.
+  float short_mix[2] = {};
 };
 
 namespace {
@@ -135,6 +138,13 @@ FASTKD_HOST_DEVICE float log_series(const Constants& k, float d) {
 }
 FASTKD_HOST_DEVICE double log_series(const Constants& k, double d) { return polynomial(k.log, d); }
 
+FASTKD_HOST_DEVICE float share(const Constants& k, bool of_student, float) {
+  return k.short_mix[of_student];
+}
+FASTKD_HOST_DEVICE double share(const Constants& k, bool of_student, double) {
+  return of_student ? 1 - k.mix : k.mix;
+}
+
 template <class T>
 FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const Constants& k) {
   return e.q * (e.d * e.d) * value_series(k, e.d);
@@ -146,7 +156,7 @@ struct JensenShannon {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
-    const T p = static_cast<T>(k.mix) * e.p, q = static_cast<T>(1 - k.mix) * e.q, m = p + q;
+    const T p = share(k, false, e.p) * e.p, q = share(k, true, e.q) * e.q, m = p + q;
     // Relative to the greater of the two, so that nothing overflows: log(m / q) is log + d where
     // that is p, and log where it is q.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
@@ -329,6 +339,9 @@ inline Constants make_constants(Divergence id, double mix) {
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
   }
+  const float greater = static_cast<float>(mix < 0.5 ? 1 - mix : mix);
+  k.short_mix[mix < 0.5] = greater;
+  k.short_mix[mix >= 0.5] = 1 - greater;
   economise(k.value, k.short_value);
   economise(k.log, k.short_log);
   return k;

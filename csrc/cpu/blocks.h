@@ -178,7 +178,7 @@ struct Coefficients {
   T uniform;         // label smoothing's share of the target
   T student_share;   // of q, and
   T constant_share;  // of 1, which balance the slopes (divergences.h)
-  T bound;           // what log(p / q) is bounded by from below; as a literal it is compiled to more
+  T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
 
   bool apart() const { return way != Way::kAnew; }
 };

@@ -85,7 +85,8 @@ struct Left {
 };
 
 // Room for a segment's exponentials. The last segment of a row keeps them for the second sweep,
-// which starts there: while they lie in L2, loading is cheaper than computing. Bounded by the stack.
+// which starts there: while they lie in L2, loading is cheaper than computing. Bounded by the
+// stack.
 template <class T>
 struct Kept {
   static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
@@ -254,9 +255,9 @@ struct Engine {
     alignas(64) S teacher[kBlock];
     const S* w = fetch(teacher_of(in, index), at, count, teacher);
     const T log_scale = std::log(s.teacher_scale);
-    sums->teacher_entropy -=
-        left.any() ? sum_p_log_p<true>(c, log_scale, w, left.teacher, padded(count))
-                   : sum_p_log_p<false>(c, log_scale, w, left.teacher, padded(count));
+    sums->teacher_entropy -= left.any()
+                                 ? sum_p_log_p<true>(c, log_scale, w, left.teacher, padded(count))
+                                 : sum_p_log_p<false>(c, log_scale, w, left.teacher, padded(count));
   }
 
   // One block of the forward KL's second sweep, in the form that the row asks for.

@@ -246,8 +246,7 @@ void scan(const ForwardArgs& args, int64_t index, int64_t segment, Statistics* r
     using T = decltype(zero);
     Kept<T> kept;
     const Row<T> row = make_row<T>(args, index, engine.terms);
-    *result =
-        engine.scan(row, index, segment, engine.keeps(segment) ? kept.left() : Left<T>{});
+    *result = engine.scan(row, index, segment, engine.keeps(segment) ? kept.left() : Left<T>{});
   });
 }
 
@@ -283,8 +282,7 @@ void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Stat
              Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, segment, of_row);
-    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left,
-                       result);
+    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left, result);
   });
 }
 

@@ -100,7 +100,7 @@ struct LossBackward : torch::autograd::Node {
   SavedVariable student, teacher, labels;
   Tensor grad;               // given away by the first call
   double grad_output = 1.0;  // that `grad` was written for
-  Tensor stats;  // for the following calls, and where scaling `grad` would not be exact
+  Tensor stats;              // for the following calls, and where scaling `grad` would not be exact
   Settings settings;
 
   std::string name() const override { return "FastKDLossBackward"; }

@@ -102,12 +102,14 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "normalizer, "
       "bool with_terms) "
       "-> (Tensor out, Tensor stats)");
-  // The same with the gradient, times grad_output, written into a contiguous `grad`: what plain calls
-  // on CPUs use (eager.cpp).
+  // The same with the gradient, times grad_output, written into a contiguous `grad`: what plain
+  // calls on CPUs use (eager.cpp).
   m.def(
-      "loss_into(Tensor(a!) grad, float grad_output, Tensor student, Tensor teacher, Tensor? labels, "
+      "loss_into(Tensor(a!) grad, float grad_output, Tensor student, Tensor teacher, Tensor? "
+      "labels, "
       "float temperature, float teacher_temperature, float hard_weight, float soft_weight, float "
-      "label_smoothing, int ignore_index, int divergence, float mix, int reduction, bool with_terms) "
+      "label_smoothing, int ignore_index, int divergence, float mix, int reduction, bool "
+      "with_terms) "
       "-> (Tensor out, Tensor stats)");
   // Fills grad with grad_output times the gradient of the loss whose stats these are. `filled`:
   // grad holds it for grad_output = 1 already. student and grad are the same tensor after loss_.
