@@ -4,9 +4,9 @@ The kernel keeps the most memory that a process ever had resident (VmHWM), and f
 (clear_refs, Linux). So each rival runs once to have loaded and compiled what it needs, freed memory
 goes back to the system, the peak is forgotten, the rival runs again, and the new peak less what was
 resident before is what it took. The first run's gradient is held until then: fastkd would use its
-memory again. The child's malloc gives every large tensor pages of its own, so
-that tensors are counted while they live: left to itself, glibc keeps holes between them, and eager
-PyTorch then takes up to twice as much.
+memory again. The child's malloc gives every large tensor pages of its own, so that tensors are
+counted while they live: left to itself, glibc keeps holes between them, and eager PyTorch then
+takes up to twice as much.
 """
 
 from __future__ import annotations
