@@ -123,7 +123,7 @@ constexpr int64_t kSegment = 32768;
 // whose classes are not adjacent; longer ones fill the vectors by themselves.
 constexpr int64_t kNarrow = 48;
 
-inline bool in_lanes(const Inputs& in) {
+FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
   if (in.student_stride.classes != 1 || in.teacher_stride.classes != 1) return true;
   return in.classes <= kNarrow && !computes_in_double(in.student_dtype, in.teacher_dtype);
 }
