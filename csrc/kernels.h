@@ -7,8 +7,9 @@
 // and, in the same pass through memory, its gradient with respect to the student's logits.
 //
 // "acc" is the compute type: float, or double when either input is fp64 (dtypes.h). Pointers marked
-// acc point to it. Either the classes of a row are adjacent, (..., C), and rows lie where they like;
-// or the rows of a group are, (N, C, H, W), and classes lie where they like. Any alignment works.
+// acc point to it. Either the classes of a row are adjacent, (..., C), and rows lie where they
+// like; or the rows of a group are, (N, C, H, W), and classes lie where they like. Any alignment
+// works.
 #pragma once
 #include <cstdint>
 
@@ -40,8 +41,8 @@ enum Stat : int {
 // kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
-// :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a group
-// are `row` elements apart, groups `group`. One of `row` and `classes` is 1.
+// :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
+// group are `row` elements apart, groups `group`. One of `row` and `classes` is 1.
 struct RowStrides {
   int64_t row = 0;
   int64_t group = 0;

@@ -80,7 +80,12 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     torch.testing.assert_close(
         torch.stack(got).detach().double(), exact, rtol=bound, atol=bound, equal_nan=True
     )
-    assert_grad(grad.movedim(1, -1), exact_grad, acc)
+    if acc is FP32:
+        assert_grad(grad.movedim(1, -1), exact_grad, acc)
+    else:  # the truth is float64 itself, and its rounding the greater part of the difference
+        atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
+        rtol = max(1e-12, torch.finfo(grad.dtype).eps)
+        torch.testing.assert_close(grad.movedim(1, -1).double(), exact_grad, rtol=rtol, atol=atol)
     return grad
 
 
@@ -236,6 +241,8 @@ def test_memory(layout, dtype):
     assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(layout, dynamic):

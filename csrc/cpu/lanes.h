@@ -42,9 +42,9 @@ struct LaneEngine {
   RowStrides grad_stride;
   bool hard;  // the hard term is wanted
   const Constants constants;
-  Row<T> shared;  // what rows have in common that have no settings of their own
-  int64_t first = 0;   // row in lane 0
-  int64_t count = 0;   // rows, at most kTileRows
+  Row<T> shared;      // what rows have in common that have no settings of their own
+  int64_t first = 0;  // row in lane 0
+  int64_t count = 0;  // rows, at most kTileRows
   Tile<T> tile;
 
   // Of each row: what it is given,
@@ -192,15 +192,17 @@ struct LaneEngine {
     Lanes<T>* const e = tile.hard_power + b.at;
     const int power = shared.power;
     for (int64_t c = 0; c < b.count; ++c) {
+      if (power == 0) {
+#pragma omp simd
+        for (int64_t i = 0; i < kTileRows; ++i) e[c][i] = exponential(z[c][i] - student_max[i]);
+        continue;
+      }
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const T tempered = q[c][i];
-        const T square = tempered * tempered;
-        e[c][i] = power == 1   ? tempered
-                  : power == 2 ? square
-                  : power == 3 ? square * tempered
-                  : power == 4 ? square * square
-                               : exponential(z[c][i] - student_max[i]);
+        const T tempered = q[c][i], square = tempered * tempered;
+        const T cube = square * tempered, fourth = square * square;
+        const T low = power == 1 ? tempered : square;
+        e[c][i] = power < 3 ? low : power == 3 ? cube : fourth;
       }
     }
   }
@@ -239,9 +241,10 @@ struct LaneEngine {
     alignas(64) Lanes<T> sums = {}, of_label = {};
     for (int64_t c = 0; c < b.count; ++c) {
       const int32_t index = static_cast<int32_t>(b.begin + c);
+      const T* const logits = tile.student[b.at + c];
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const T z = tile.student[b.at + c][i] - student_max[i];
+        const T z = logits[i] - student_max[i];
         sums[i] += z;
         of_label[i] = index == label[i] ? z : of_label[i];
       }
@@ -256,59 +259,72 @@ struct LaneEngine {
   // Before the sweeps that make the gradient.
   void prepare(bool slopes_known) {
     const T smoothing = static_cast<T>(in.label_smoothing);
-    const T classes = static_cast<T>(in.classes);
+    const T classes = static_cast<T>(in.classes), hard_share = hard ? T(1) : T(0);
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
       const T t = temperature[i], teacher_t = teacher_temperature[i];
       inverse_t[i] = 1 / t;
       teacher_inverse_t[i] = 1 / teacher_t;
       const T distance = teacher_max[i] - student_max[i];
-      const bool apart = t != teacher_t || distance > static_cast<T>(kApart) ||
-                         distance < -static_cast<T>(kApart);
+      const bool apart =
+          t != teacher_t || distance > static_cast<T>(kApart) || distance < -static_cast<T>(kApart);
       student_base[i] = apart ? student_max[i] : T(0);
       teacher_base[i] = apart ? teacher_max[i] : T(0);
-      const T between =
-          t == teacher_t
-              ? distance * inverse_t[i]
-              : teacher_max[i] * teacher_inverse_t[i] - student_max[i] * inverse_t[i];
+      const T together = distance * inverse_t[i];
+      const T each = teacher_max[i] * teacher_inverse_t[i] - student_max[i] * inverse_t[i];
+      const T between = t == teacher_t ? together : each;
       shift[i] = apart ? between : T(0);
       log_ratio[i] = (apart ? T(0) : between) +
                      log2_of(student_scale[i] / teacher_scale[i]) * static_cast<T>(kLn2);
       soft_gain[i] = gain[i] * soft_weight[i] * t;
-      const T hard_gain_of_row = hard ? gain[i] * hard_weight[i] : T(0);
+      const T hard_gain_of_row = hard_share * gain[i] * hard_weight[i];
       onehot[i] = hard_gain_of_row * (1 - smoothing);
       uniform[i] = hard_gain_of_row * smoothing / classes;
       hard_gain[i] = hard_gain_of_row * hard_scale[i];
-      computed[i] = computed[i] != 0 && finite(student_max[i]) && finite(student_scale[i]) &&
-                            finite(teacher_max[i]) && finite(teacher_scale[i])
-                        ? 1
-                        : 0;
-      if (!slopes_known) slope[i] = 0;
+      const T all = (student_max[i] - student_max[i]) + (student_scale[i] - student_scale[i]) +
+                    (teacher_max[i] - teacher_max[i]) + (teacher_scale[i] - teacher_scale[i]);
+      const int32_t finite_row = all == T(0) ? 1 : 0;  // NaN where any is not finite
+      computed[i] = computed[i] * finite_row;
+      slope[i] = slopes_known ? slope[i] : T(0);
       value[i] = slope_sum[i] = classes_that_count[i] = 0;
       student_entropy[i] = teacher_entropy[i] = 0;
       agreement[i] = 0;
     }
   }
 
-  // One class of one row; its teacher's temperature is the student's unless kSeparate.
+  // One class of all rows. The loops read through pointers of their own, and whatever they may
+  // choose, before they choose: compilers vectorise nothing else.
+  struct Column {
+    const T *z, *w, *q, *p, *hard;
+    T* result;  // over z
+  };
+  Column column(int64_t c) const {
+    return {tile.student[c],       tile.teacher[c],    tile.student_power[c],
+            tile.teacher_power[c], tile.hard_power[c], tile.student[c]};
+  }
+
+  // The teacher's temperature is the student's unless kSeparate.
   template <bool kSeparate>
-  FASTKD_HOST_DEVICE Element<T> element_at(int64_t c, int64_t i) const {
-    const T z = tile.student[c][i] - student_base[i];
-    const T w = tile.teacher[c][i] - teacher_base[i];
-    const T q = tile.student_power[c][i] * student_scale[i];
-    const T p = tile.teacher_power[c][i] * teacher_scale[i];
-    const T gap =
-        kSeparate ? w * teacher_inverse_t[i] - z * inverse_t[i] : (w - z) * inverse_t[i];
+  FASTKD_HOST_DEVICE Element<T> element_at(const Column& x, int64_t i) const {
+    const T z = x.z[i] - student_base[i];
+    const T w = x.w[i] - teacher_base[i];
+    const T q = x.q[i] * student_scale[i];
+    const T p = x.p[i] * teacher_scale[i];
+    const T gap = kSeparate ? w * teacher_inverse_t[i] - z * inverse_t[i] : (w - z) * inverse_t[i];
     Element<T> e = element<T>(p, q, gap - log_ratio[i]);
     e.gap = gap + shift[i];
     return e;
   }
 
-  FASTKD_HOST_DEVICE T gradient_at(bool wanted, int64_t c, int32_t index, int64_t i,
-                                   T slope_here) const {
-    T g = soft_gain[i] * slope_here - uniform[i];
-    if (wanted) g += tile.hard_power[c][i] * hard_gain[i];
-    return g - (index == label[i] ? onehot[i] : T(0));
+  template <bool kHard>
+  FASTKD_HOST_DEVICE T gradient_at(const Column& x, int32_t index, int64_t i, T slope_here) const {
+    T g = soft_gain[i] * slope_here;
+    if constexpr (kHard) {
+      const T hot = onehot[i];
+      g += x.hard[i] * hard_gain[i] - uniform[i];
+      g -= index == label[i] ? hot : T(0);
+    }
+    return g;
   }
 
   bool wants_hard_gradient() const {
@@ -329,12 +345,16 @@ struct LaneEngine {
   // forward pass.
   void differentiate(bool terms, bool slopes_known) {
     prepare(slopes_known);
-    const bool separate = has_separate_temperatures();
+    const bool separate = has_separate_temperatures(), hard_too = wants_hard_gradient();
     if (is_one_sweep(in.divergence)) {
       for_blocks([&](const Block& b) {
         revisit(b);
         if (terms || in.divergence == Divergence::kSoftCrossEntropy) sum_terms(b);
-        separate ? write_gradient<true>(b) : write_gradient<false>(b);
+        if (separate) {
+          hard_too ? write_gradient<true, true>(b) : write_gradient<true, false>(b);
+        } else {
+          hard_too ? write_gradient<false, true>(b) : write_gradient<false, false>(b);
+        }
         store(b);
       });
       return;
@@ -346,17 +366,17 @@ struct LaneEngine {
     });
   }
 
-  template <bool kSeparate>
+  template <bool kSeparate, bool kHard>
   __attribute__((noinline)) void write_gradient(const Block& b) {
-    const bool wanted = wants_hard_gradient();
     alignas(64) Lanes<T> values = {};
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const int32_t index = static_cast<int32_t>(b.begin + c - b.at);
+      const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<T> kl = ForwardKL::at(element_at<kSeparate>(c, i));
+        const Evaluated<T> kl = ForwardKL::at(element_at<kSeparate>(x, i));
         values[i] += kl.value;
-        tile.student[c][i] = gradient_at(wanted, c, index, i, kl.slope);
+        x.result[i] = gradient_at<kHard>(x, index, i, kl.slope);
       }
     }
 #pragma omp simd
@@ -378,12 +398,13 @@ struct LaneEngine {
       const T sum = static_cast<T>(slope_sum[i]);
       slope[i] = slopes_known && !is_mean(D::kBalance) ? slope[i] : sum;
     }
+    const bool hard_too = wants_hard_gradient();
     for_blocks([&](const Block& b) {
       if (!tile.resident) {
         revisit(b);
         find_slopes<D, kSeparate>(b, false);
       }
-      balance_gradient<D>(b);
+      hard_too ? balance_gradient<D, true>(b) : balance_gradient<D, false>(b);
       store(b);
     });
   }
@@ -394,14 +415,15 @@ struct LaneEngine {
     const Constants k = constants;
     alignas(64) Lanes<T> values = {}, sums = {}, counts = {};
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<T> here = D::at(element_at<kSeparate>(c, i), k);
+        const Evaluated<T> here = D::at(element_at<kSeparate>(x, i), k);
         const bool in_mean = !is_mean(D::kBalance) || here.slope == here.slope;
         values[i] += in_mean ? here.value : T(0);
         sums[i] += in_mean ? here.slope : T(0);
         counts[i] += in_mean ? T(1) : T(0);
-        tile.student[c][i] = here.slope;
+        x.result[i] = here.slope;
       }
     }
     if (!summed) return;
@@ -413,22 +435,22 @@ struct LaneEngine {
     }
   }
 
-  template <class D>
+  template <class D, bool kHard>
   __attribute__((noinline)) void balance_gradient(const Block& b) {
-    const bool wanted = wants_hard_gradient();
     alignas(64) Lanes<T> share;
     for (int64_t i = 0; i < kTileRows; ++i) {
       share[i] = is_mean(D::kBalance) ? static_cast<T>(1 / classes_that_count[i]) : T(1);
     }
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const int32_t index = static_cast<int32_t>(b.begin + c - b.at);
+      const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         T weight = D::kBalance == Balance::kCentered ? share[i] : T(0);
-        if (D::kBalance == Balance::kStudent) weight = tile.student_power[c][i] * student_scale[i];
-        T here = (tile.student[c][i] - slope[i] * weight) * share[i];
+        if (D::kBalance == Balance::kStudent) weight = x.q[i] * student_scale[i];
+        T here = (x.z[i] - slope[i] * weight) * share[i];
         if (is_mean(D::kBalance)) here = here == here ? here : T(0);
-        tile.student[c][i] = gradient_at(wanted, c, index, i, here);
+        x.result[i] = gradient_at<kHard>(x, index, i, here);
       }
     }
   }
@@ -442,12 +464,13 @@ struct LaneEngine {
       log_p[i] = log2_of(teacher_scale[i]);
     }
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const T z = tile.student[c][i] - student_max[i];
-        const T w = tile.teacher[c][i] - teacher_max[i];
-        const T q = tile.student_power[c][i] * student_scale[i];
-        const T p = tile.teacher_power[c][i] * teacher_scale[i];
+        const T z = x.z[i] - student_max[i];
+        const T w = x.w[i] - teacher_max[i];
+        const T q = x.q[i] * student_scale[i];
+        const T p = x.p[i] * teacher_scale[i];
         of_student[i] -= times_log(q, z * factor[i] + log_q[i]);
         of_teacher[i] -= times_log(p, w * teacher_factor[i] + log_p[i]);
         agreement[i] = z == 0 && w == 0 ? T(1) : agreement[i];

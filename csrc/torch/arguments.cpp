@@ -57,8 +57,7 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   in.rows = student.numel() / in.classes;
 
   call.grad_strides = grad ? strides_of(*grad) : gradient_strides(student, strided);
-  const Layout layout =
-      lay_out(&call.student, &call.teacher, call.grad_strides, strided, inplace);
+  const Layout layout = lay_out(&call.student, &call.teacher, call.grad_strides, strided, inplace);
   in.group_rows = layout.group_rows;
   in.student_stride = layout.student;
   in.teacher_stride = layout.teacher;

@@ -63,9 +63,9 @@ void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
-  // Classes are the last dimension, whatever their stride. out: acc [], [1 + kTerms], [rows] or [1 +
-  // kTerms, rows]; grad: the student's shape, laid out as gradient_strides (layout.h) says, or [0]
-  // without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
+  // Classes are the last dimension, whatever their stride. out: acc [], [1 + kTerms], [rows] or [1
+  // + kTerms, rows]; grad: the student's shape, laid out as gradient_strides (layout.h) says, or
+  // [0] without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
   // temperature, teacher_temperature, hard_weight and soft_weight. `denominator`: acc, one number,
   // instead of the count of rows.
   m.def(

@@ -114,8 +114,8 @@ void encode(double x, DType dtype, unsigned char* to) {
   std::memcpy(to, &stored, 2);
 }
 
-// ---- Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes. Or, of
-// `pixels`, [groups, classes, rows of a group]: (N, C, L).
+// ---- Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes. Or,
+// of `pixels`, [groups, classes, rows of a group]: (N, C, L).
 
 struct Matrix {
   int64_t rows, classes, group_rows, stride, class_stride, group;
@@ -248,8 +248,8 @@ struct Data {
                 p.student_pixels),
         teacher(p.rows, p.classes, p.teacher, 2 * p.padding, p.misalignment, p.group_rows,
                 p.teacher_pixels),
-        grad(p.rows, p.classes, p.student, p.in_place ? p.padding : 0, p.misalignment,
-             p.group_rows, p.student_pixels) {
+        grad(p.rows, p.classes, p.student, p.in_place ? p.padding : 0, p.misalignment, p.group_rows,
+             p.student_pixels) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
     for (int64_t r = 0; r < p.rows; ++r) {
