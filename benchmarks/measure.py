@@ -65,8 +65,10 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
     if case.ignored:
         skip = torch.rand(case.rows, generator=generator, device=device) < case.ignored
         labels.masked_fill_(skip, -100)
-    student = student.to(dtype).requires_grad_(case.gradient)
-    return Inputs(student, teacher.to(dtype), labels)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    if case.pixels:
+        student, teacher = (logits.t().contiguous().t() for logits in (student, teacher))
+    return Inputs(student.requires_grad_(case.gradient), teacher, labels)
 
 
 def make_sets(case: Case, device: str) -> list[Inputs]:

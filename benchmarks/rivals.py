@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,18 @@ def _import(module: str, package: str) -> Any:
         raise UnavailableError(f"{package} cannot be imported: {reason}") from error
 
 
+def _as_given(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
+    """A case's tensors as a program has them: of pixels, (1, C, P) logits and (1, P) labels."""
+    return (tensor.t()[None] if case.pixels else tensor for tensor in tensors)
+
+
 @rival("fastkd", "fastkd.loss")
 def fused(case: Case) -> LossFunction:
     """This package."""
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
-    return lambda s, t, y: fastkd.loss(s, t, y, **options)
+    if case.pixels:
+        options["dim"] = 1
+    return lambda s, t, y: fastkd.loss(*_as_given(case, s, t, y), **options)  # type: ignore[arg-type]
 
 
 @rival(
@@ -122,10 +129,11 @@ def eager(case: Case) -> LossFunction:
     temperature, alpha = case.temperature, case.alpha
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        student, teacher, labels = _as_given(case, student, teacher, labels)
         hard = F.cross_entropy(student, labels)
-        log_q = F.log_softmax(student / temperature, dim=-1)
-        p = F.softmax(teacher / temperature, dim=-1)
-        soft = F.kl_div(log_q, p, reduction="batchmean")
+        log_q = F.log_softmax(student / temperature, dim=1)
+        p = F.softmax(teacher / temperature, dim=1)
+        soft = F.kl_div(log_q, p, reduction="sum") / case.rows
         return alpha * hard + (1 - alpha) * temperature**2 * soft
 
     return kd

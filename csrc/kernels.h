@@ -7,8 +7,9 @@
 // and, in the same pass through memory, its gradient with respect to the student's logits.
 //
 // "acc" is the compute type: float, or double when either input is fp64 (dtypes.h). Pointers marked
-// acc point to it. Rows are `stride` elements apart, classes are adjacent; any stride and any
-// alignment works.
+// acc point to it. Either the classes of a row are adjacent, (..., C), and rows lie where they
+// like; or the rows of a group are, (N, C, H, W), and classes lie where they like. Any alignment
+// works.
 #pragma once
 #include <cstdint>
 
@@ -42,11 +43,12 @@ enum Stat : int {
 // Balance there, or 0.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
-// :-1] of a batch of sequences has one group a sequence): rows of a group are `row` elements apart,
-// groups `group`.
+// :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
+// group are `row` elements apart, groups `group`. One of `row` and `classes` is 1.
 struct RowStrides {
   int64_t row = 0;
   int64_t group = 0;
+  int64_t classes = 1;
 };
 
 FASTKD_HOST_DEVICE int64_t row_offset(int64_t row, int64_t group_rows, RowStrides stride) {
@@ -124,9 +126,14 @@ namespace cpu {
 // number.
 constexpr int64_t kSegment = 32768;
 
-// Rows of up to so many classes are computed many at a time, each in a vector lane; longer ones
-// fill the vectors by themselves.
+// Rows of up to so many classes are computed many at a time, each in a vector lane, and so are rows
+// whose classes are not adjacent; longer ones fill the vectors by themselves.
 constexpr int64_t kNarrow = 48;
+
+FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
+  if (in.student_stride.classes != 1 || in.teacher_stride.classes != 1) return true;
+  return in.classes <= kNarrow && !computes_in_double(in.student_dtype, in.teacher_dtype);
+}
 
 // Sums of one segment of one row, first sweep.
 struct Statistics {

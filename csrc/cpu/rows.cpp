@@ -10,7 +10,7 @@
 #include <new>
 
 #include "engine.h"
-#include "narrow.h"
+#include "lanes.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -213,7 +213,7 @@ void with_engine(const Args& args, bool terms, Fn&& fn) {
 }
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (is_narrow(args)) {
+  if (in_lanes(args)) {
     return for_tiles(args, args.terms != nullptr, begin, end,
                      [&](auto& engine) { engine.forward(args); });
   }
@@ -224,7 +224,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (is_narrow(args)) {
+  if (in_lanes(args)) {
     return for_tiles(args, false, begin, end, [&](auto& engine) { engine.backward(args); });
   }
   with_engine(args, false, [&](const auto& engine, auto zero) {

@@ -21,42 +21,15 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 
 namespace {
 
-// The leading dimensions of student and teacher, merged wherever both allow it, last one first.
-struct Level {
-  int64_t size, student, teacher;
-};
-
-// At most two levels are left when the kernels can walk the rows; three mean that they cannot.
-int merge_levels(const Tensor& student, const Tensor& teacher, Level levels[3]) {
-  int count = 0;
-  if (student.numel() == 0) return count;  // contiguous() leaves the strides of no elements alone
-  for (int64_t dim = student.dim() - 2; dim >= 0; --dim) {
-    const int64_t size = student.size(dim);
-    if (size == 1) continue;
-    const Level next{size, student.stride(dim), teacher.stride(dim)};
-    if (count > 0) {
-      Level& last = levels[count - 1];
-      if (next.student == last.student * last.size && next.teacher == last.teacher * last.size) {
-        last.size *= size;
-        continue;
-      }
-    }
-    if (count == 2) return 3;
-    levels[count++] = next;
-  }
-  return count;
-}
-
-bool classes_adjacent(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
-}
-
 void same_sizes(const Tensor& student, const Tensor& teacher) {
   bool same = student.dim() == teacher.dim();
   for (int64_t dim = 0; same && dim < student.dim(); ++dim)
     same = student.size(dim) == teacher.size(dim);
   STD_TORCH_CHECK(same, "student and teacher logits must have the same shape");
+}
+
+std::vector<int64_t> strides_of(const Tensor& tensor) {
+  return {tensor.strides().begin(), tensor.strides().end()};
 }
 
 Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name,
@@ -70,10 +43,11 @@ Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const 
 }  // namespace
 
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& row_settings, const Options& options, bool inplace) {
+             const std::optional<Tensor>& row_settings, const Options& options, bool strided,
+             const Tensor* grad, bool inplace) {
   STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
   same_sizes(student, teacher);
-  Call call{{}, student, teacher, labels, row_settings, ScalarType::Float};
+  Call call{{}, {}, {}, student, teacher, labels, row_settings, ScalarType::Float};
   Inputs& in = call.inputs;
   in.student_dtype = dtype_of(student, "student logits");
   in.teacher_dtype = dtype_of(teacher, "teacher logits");
@@ -82,27 +56,12 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   STD_TORCH_CHECK(in.classes > 0, "logits must have at least one class");
   in.rows = student.numel() / in.classes;
 
-  if (!classes_adjacent(call.teacher)) call.teacher = torch::stable::contiguous(call.teacher);
-  if (!inplace && !classes_adjacent(call.student))
-    call.student = torch::stable::contiguous(call.student);
-  Level levels[3];
-  int count = merge_levels(call.student, call.teacher, levels);
-  if (count == 3 || !classes_adjacent(call.student)) {
-    call.teacher = torch::stable::contiguous(call.teacher);
-    if (!inplace) call.student = torch::stable::contiguous(call.student);
-    count = merge_levels(call.student, call.teacher, levels);
-    STD_TORCH_CHECK(count < 3 && classes_adjacent(call.student),
-                    "inplace needs student logits that are laid out row by row");
-  }
-  in.group_rows = count == 0 ? 1 : levels[0].size;
-  if (count > 0) {
-    in.student_stride.row = levels[0].student;
-    in.teacher_stride.row = levels[0].teacher;
-  }
-  if (count > 1) {
-    in.student_stride.group = levels[1].student;
-    in.teacher_stride.group = levels[1].teacher;
-  }
+  call.grad_strides = grad ? strides_of(*grad) : gradient_strides(student, strided);
+  const Layout layout = lay_out(&call.student, &call.teacher, call.grad_strides, strided, inplace);
+  in.group_rows = layout.group_rows;
+  in.student_stride = layout.student;
+  in.teacher_stride = layout.teacher;
+  call.grad_stride = layout.grad;
   in.student = call.student.const_data_ptr();
   in.teacher = call.teacher.const_data_ptr();
 
@@ -124,12 +83,6 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   in.divergence = static_cast<Divergence>(options.divergence);
   in.mix = options.mix;
   return call;
-}
-
-RowStrides strides_of(const Tensor& tensor, const Call& call) {
-  if (tensor.const_data_ptr() == call.inputs.student) return call.inputs.student_stride;
-  const int64_t classes = call.inputs.classes;  // contiguous
-  return {classes, classes * call.inputs.group_rows};
 }
 
 namespace {
@@ -165,9 +118,7 @@ Tensor empty_stats(const Call& call) {
   return empty(call, {kStats * call.inputs.rows + 1}, call.acc);
 }
 
-Tensor empty_grad(const Call& call) {
-  return torch::stable::new_empty(call.student, call.student.sizes());
-}
+Tensor empty_grad(const Call& call) { return empty_strided(call.student, call.grad_strides); }
 
 BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& grad_output,
                            const Tensor& grad) {
@@ -177,7 +128,7 @@ BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& 
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();
-  args.grad_stride = strides_of(grad, call);
+  args.grad_stride = call.grad_stride;
   return args;
 }
 

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../kernels.h"
+#include "layout.h"
 
 namespace fastkd::glue {
 
@@ -30,10 +30,11 @@ struct Options {
 DType dtype_of(const Tensor& tensor, const char* name);
 
 // The inputs of a call and the tensors that keep them alive: a tensor whose rows the kernels cannot
-// walk (classes not adjacent, or rows in more than one level of groups) is replaced by a contiguous
-// copy.
+// walk is replaced by a copy (layout.h).
 struct Call {
   Inputs inputs;
+  RowStrides grad_stride;
+  std::vector<int64_t> grad_strides;  // of each dimension
   Tensor student;
   Tensor teacher;
   std::optional<Tensor> labels;
@@ -41,18 +42,17 @@ struct Call {
   ScalarType acc;  // type of loss, terms, stats, row_settings and grad_output
 };
 
-// `inplace`: the student must be used where it is, so a layout that would need a copy is an error.
+// `strided`: whether the kernels take classes that are not adjacent. `grad`: the gradient, where
+// there is one already. `inplace`: the student must be used where it is.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& row_settings, const Options& options, bool inplace);
-
-// `tensor` has the student's shape and dtype, and is laid out like an existing grouping of `call`.
-RowStrides strides_of(const Tensor& tensor, const Call& call);
+             const std::optional<Tensor>& row_settings, const Options& options, bool strided,
+             const Tensor* grad, bool inplace);
 
 // The shapes of the op's results. The sums over rows are 0-d; with terms they are a vector of 1 +
 // kTerms.
 Tensor empty_out(const Call& call, bool terms, bool per_row);
 Tensor empty_stats(const Call& call);  // acc [kStats * rows + 1]
-Tensor empty_grad(const Call& call);   // contiguous, the student's shape and dtype
+Tensor empty_grad(const Call& call);   // the student's shape and dtype
 
 BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& grad_output,
                            const Tensor& grad);

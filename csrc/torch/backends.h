@@ -18,6 +18,7 @@ struct ForwardResult {
 };
 
 struct Cpu {
+  static constexpr bool kStrided = true;  // takes classes that are not adjacent
   // `grad`: where to write the gradient times grad_output, or null. `with_stats`: a backward call
   // will follow.
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
@@ -28,6 +29,7 @@ struct Cpu {
 };
 
 struct Cuda {
+  static constexpr bool kStrided = false;
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
   static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,

@@ -115,7 +115,7 @@ void run_forward(const ForwardArgs& args) {
   // Every thread gets the same number of whole rows. What is left over is shared segment by segment
   // where that ends sooner than giving one more row to some of the threads.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
-  const int64_t rest = args.rows % threads;
+  const int64_t rest = cpu::in_lanes(args) ? 0 : args.rows % threads;
   const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
   torch::stable::parallel_for(0, whole, grain_rows(args), [&](int64_t begin, int64_t end) {
     kernels.forward(args, begin, end);
@@ -142,7 +142,7 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
   if (with_stats) args.stats = result.stats.mutable_data_ptr();
   if (grad) {
     args.grad = grad->mutable_data_ptr();
-    args.grad_stride = strides_of(*grad, call);
+    args.grad_stride = call.grad_stride;
     const bool fresh = args.grad != args.student;
     if (fresh) prefer_huge_pages(args.grad, gradient_bytes(args));
   }

@@ -44,7 +44,7 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
   args.stats = result.stats.mutable_data_ptr();
   if (grad) {
     args.grad = grad->mutable_data_ptr();
-    args.grad_stride = strides_of(*grad, call);
+    args.grad_stride = call.grad_stride;
   }
   check(cuda::forward(args, per_row ? nullptr : result.out.mutable_data_ptr(),
                       reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr,

@@ -299,7 +299,8 @@ py::object loss(const py::handle& student_object, const py::handle& teacher_obje
   const bool usual =
       is_logits(student) && is_logits(teacher) && has_kernels(student, cuda) &&
       student.device() == teacher.device() && student.dim() > 0 && student.size(-1) > 0 &&
-      student.sizes() == teacher.sizes() && !teacher.requires_grad() && !is_observed(student) &&
+      (student.stride(-1) == 1 || student.size(-1) == 1) && student.sizes() == teacher.sizes() &&
+      !teacher.requires_grad() && !is_observed(student) &&
       (!labels || (labels->scalar_type() == at::kLong && same_rows(*labels, student) &&
                    labels->device() == student.device()));
   if (!usual) return py::none();

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> loss(
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            false);
+                            Backend::kStrided, nullptr, false);
   const bool filled = with_grad && static_cast<Reduction>(reduction) != Reduction::kNone;
   const Tensor grad = filled ? empty_grad(call) : nothing(call);
   const ForwardResult result =
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> loss_(const Tensor& student, const Tensor& teacher,
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            true);
+                            Backend::kStrided, &student, true);
   const ForwardResult result =
       Backend::forward(call, {static_cast<Reduction>(reduction), normalizer, denominator},
                        with_terms, true, &student);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> loss_into(const Tensor& grad, double grad_output, con
   const Call call = prepare(student, teacher, labels, std::nullopt,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            false);
+                            Cpu::kStrided, &grad, false);
   const ForwardResult result =
       Cpu::forward(call, {static_cast<Reduction>(reduction), 0.0, std::nullopt}, with_terms, true,
                    &grad, grad_output);
@@ -74,15 +74,16 @@ void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor&
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            false);
+                            Backend::kStrided, &grad, false);
   Backend::backward(call, stats, grad_output, grad, filled);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
-  // out: acc [], [1 + kTerms], [rows] or [1 + kTerms, rows]; grad: the student's shape, or [0]
-  // without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
+  // Classes are the last dimension, whatever their stride. out: acc [], [1 + kTerms], [rows] or [1
+  // + kTerms, rows]; grad: the student's shape, laid out as gradient_strides (layout.h) says, or
+  // [0] without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
   // temperature, teacher_temperature, hard_weight and soft_weight. `denominator`: acc, one number,
   // instead of the count of rows.
   m.def(

@@ -18,9 +18,10 @@ struct TopkCall {
 };
 
 TopkCall prepare_topk(const Tensor& student, const Tensor& indices, const Tensor& log_probs,
-                      const std::optional<Tensor>& labels, const Options& options, int64_t tail) {
+                      const std::optional<Tensor>& labels, const Options& options, int64_t tail,
+                      const Tensor* grad) {
   // One tensor's rows are walked like those of two that are laid out alike.
-  TopkCall topk{prepare(student, student, labels, std::nullopt, options, false),
+  TopkCall topk{prepare(student, student, labels, std::nullopt, options, false, grad, false),
                 torch::stable::contiguous(indices),
                 torch::stable::contiguous(log_probs),
                 {}};
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
   TopkCall topk = prepare_topk(
       student, indices, log_probs, labels,
       {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
-      tail);
+      tail, nullptr);
   const Call& call = topk.call;
   TopkArgs& args = topk.args;
   const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
   if (filled) {
     args.grad = grad.mutable_data_ptr();
     prefer_huge_pages(args.grad, gradient_bytes(args));
-    args.grad_stride = strides_of(grad, call);
+    args.grad_stride = call.grad_stride;
   }
   run(args);
   const auto finish = [&](auto zero) {
@@ -103,7 +104,7 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
   TopkCall topk = prepare_topk(
       student, indices, log_probs, labels,
       {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
-      tail);
+      tail, &grad);
   const Call& call = topk.call;
   TopkArgs& args = topk.args;
   if (filled) {
@@ -117,7 +118,7 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();
   prefer_huge_pages(args.grad, gradient_bytes(args));
-  args.grad_stride = strides_of(grad, call);
+  args.grad_stride = call.grad_stride;
   run(args);
 }
 

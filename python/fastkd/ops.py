@@ -8,6 +8,7 @@ kernels.
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,22 @@ def _fake_out(student: Tensor, teacher: Tensor, reduction: int, with_terms: bool
     return student.new_empty(shape, dtype=accumulator(student, teacher))
 
 
+def empty_gradient(student: Tensor) -> Tensor:
+    """As the kernels lay a gradient out (gradient_strides in csrc/torch/layout.cpp).
+
+    Contiguous, or, where the student's classes are not adjacent but the other dimensions lie in
+    order, as in (N, C, H, W), dense in the student's own order.
+    """
+    *shape, classes = student.shape
+    place = len(shape)
+    *strides, of_classes = student.stride()
+    if student.device.type != "cuda" and student.numel() > 0 and classes > 1 and of_classes != 1:
+        rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
+        if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
+            place = next((dim for dim, stride in rows if stride < of_classes), place)
+    return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
+
+
 def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
     rows = student.numel() // student.shape[-1]
     return student.new_empty([_STATS * rows + 1], dtype=accumulator(student, teacher))
@@ -99,7 +116,7 @@ def _(
     out = _fake_out(student, teacher, reduction, with_terms)
     nothing = student.new_empty([0], dtype=out.dtype)
     filled = with_grad and REDUCTIONS[reduction] != "none"
-    grad = student.new_empty(student.shape) if filled else nothing
+    grad = empty_gradient(student) if filled else nothing
     needs_stats = with_grad or student.device.type == "cuda"
     return out, grad, _fake_stats(student, teacher) if needs_stats else nothing.clone()
 
@@ -199,7 +216,7 @@ class _Loss(torch.autograd.Function):
             # tell beforehand whether there is one.
             # With retain_graph=True the first call gave its buffer away; it may not be scaled
             # again.
-            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad = empty_gradient(student)
             filled = False
         _loss_backward_(
             grad,

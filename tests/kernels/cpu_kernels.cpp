@@ -114,34 +114,37 @@ void encode(double x, DType dtype, unsigned char* to) {
   std::memcpy(to, &stored, 2);
 }
 
-// ---- Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes.
+// ---- Rows in memory: [rows, classes], with a stride, at any alignment, between guard bytes. Or,
+// of `pixels`, [groups, classes, rows of a group]: (N, C, L).
 
 struct Matrix {
-  int64_t rows, classes, stride, group_rows, group;
+  int64_t rows, classes, group_rows, stride, class_stride, group;
   DType dtype;
   std::vector<unsigned char> bytes;
   int64_t start;
 
   Matrix(int64_t rows, int64_t classes, DType dtype, int64_t padding, int64_t misalignment,
-         int64_t group_rows = 0)
+         int64_t group_rows = 0, bool pixels = false)
       : rows(rows),
         classes(classes),
-        stride(classes + padding),
         group_rows(group_rows > 0 ? group_rows : std::max<int64_t>(rows, 1)),
-        group(this->group_rows * stride + (group_rows > 0 ? 5 : 0)),
+        stride(pixels ? 1 : classes + padding),
+        class_stride(pixels ? this->group_rows + padding : 1),
+        group((pixels ? classes * class_stride : this->group_rows * stride) +
+              (group_rows > 0 ? 5 : 0)),
         dtype(dtype),
         start(64 + misalignment * size_of(dtype)) {
     const int64_t groups = (rows + this->group_rows - 1) / this->group_rows;
     bytes.assign(static_cast<size_t>(start + (groups * group + 16) * size_of(dtype)), 0xa5);
   }
   unsigned char* at(int64_t row, int64_t i) {
-    const int64_t offset = row / group_rows * group + row % group_rows * stride + i;
+    const int64_t offset = row / group_rows * group + row % group_rows * stride + i * class_stride;
     return bytes.data() + start + offset * size_of(dtype);
   }
   double get(int64_t row, int64_t i) { return decode(at(row, i), dtype); }
   void set(int64_t row, int64_t i, double x) { encode(x, dtype, at(row, i)); }
   void* base() { return bytes.data() + start; }
-  RowStrides strides() const { return {stride, group}; }
+  RowStrides strides() const { return {stride, group, class_stride}; }
 };
 
 // ---- The definitions.
@@ -213,6 +216,7 @@ struct Problem {
   double hard_weight = 0.5, soft_weight = 0.5, smoothing = 0;
   bool labels = true, in_place = false;
   int64_t padding = 0, misalignment = 0, group_rows = 0;
+  bool student_pixels = false, teacher_pixels = false;
   double noise = 1;  // teacher = student + noise, sigma 3
   double shift = 0;  // added to every teacher logit
 };
@@ -222,12 +226,12 @@ std::string describe(const Problem& p, const char* isa) {
   std::snprintf(
       text, sizeof(text),
       "%s %lldx%lld types %d/%d t %g rows-t %d weights %g/%g eps %g labels %d in-place %d "
-      "pad %lld off %lld groups %lld",
+      "pad %lld off %lld groups %lld pixels %d/%d",
       isa, static_cast<long long>(p.rows), static_cast<long long>(p.classes),
       static_cast<int>(p.student), static_cast<int>(p.teacher), p.temperature, p.row_settings,
       p.hard_weight, p.soft_weight, p.smoothing, p.labels, p.in_place,
       static_cast<long long>(p.padding), static_cast<long long>(p.misalignment),
-      static_cast<long long>(p.group_rows));
+      static_cast<long long>(p.group_rows), p.student_pixels, p.teacher_pixels);
   return text;
 }
 
@@ -240,10 +244,12 @@ struct Data {
 
   explicit Data(const Problem& p, unsigned seed = 1)
       : problem(p),
-        student(p.rows, p.classes, p.student, p.padding, p.misalignment, p.group_rows),
-        teacher(p.rows, p.classes, p.teacher, 2 * p.padding, p.misalignment, p.group_rows),
-        grad(p.rows, p.classes, p.student, p.in_place ? p.padding : 0, p.misalignment,
-             p.group_rows) {
+        student(p.rows, p.classes, p.student, p.padding, p.misalignment, p.group_rows,
+                p.student_pixels),
+        teacher(p.rows, p.classes, p.teacher, 2 * p.padding, p.misalignment, p.group_rows,
+                p.teacher_pixels),
+        grad(p.rows, p.classes, p.student, p.in_place ? p.padding : 0, p.misalignment, p.group_rows,
+             p.student_pixels) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
     for (int64_t r = 0; r < p.rows; ++r) {
@@ -387,7 +393,7 @@ void check_backward(const cpu::Kernels& k, Data& data) {
   args.grad_stride = data.args.grad_stride;
   for (double gain : {1.0, 0.5}) {
     Matrix grad(data.problem.rows, data.problem.classes, data.problem.student, 0,
-                data.problem.misalignment, data.problem.group_rows);
+                data.problem.misalignment, data.problem.group_rows, data.problem.student_pixels);
     unsigned char grad_output[8];
     encode(gain, data.acc_type(), grad_output);
     args.grad_output = grad_output;
@@ -462,8 +468,8 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   for (int64_t r = 0; r < p.rows; ++r) check_row(data, truths, r, terms);
   check_stats(data, truths);
   check_backward(k, data);
-  // Rows of few classes go another way, side by side; nobody cuts those into segments.
-  if (p.classes > cpu::kNarrow) check_split(k, p, data, seed, terms);
+  // Rows in lanes go another way, side by side; nobody cuts those into segments.
+  if (!cpu::in_lanes(data.args)) check_split(k, p, data, seed, terms);
 
   // The loss alone: the same bits without a gradient.
   const std::vector<unsigned char> loss = data.loss;
@@ -576,6 +582,46 @@ void test_infinities(const cpu::Kernels& k) {
         data.teacher.set(7, 3000, kNan);
         data.student.set(8, 0, kInf);
         data.teacher.set(9, 1024, kInf);
+      });
+    }
+  }
+}
+
+// Pixels beside each other: fewer than a tile, whole tiles and more, in groups that tiles straddle;
+// classes of one block, of several, and of more than a tile keeps.
+void test_pixels(const cpu::Kernels& k) {
+  for (DType type : kTypes) {
+    for (int64_t classes : {1, 2, 19, 47, 48, 49, 150, 513, 1025}) {
+      Problem p;
+      p.student = p.teacher = type, p.classes = classes, p.rows = 70;
+      p.student_pixels = p.teacher_pixels = true;
+      p.temperature = classes % 2 ? 2 : 0.7;
+      run(k, p, classes % 2 == 0);
+      p.group_rows = 10, p.padding = 3, p.misalignment = 1, p.smoothing = 0.1;
+      run(k, p, true);
+      p.in_place = true;
+      run(k, p);
+      p.in_place = false, p.row_settings = true, p.group_rows = 35;
+      run(k, p);
+      p.student_pixels = false;
+      run(k, p);
+      p.student_pixels = true, p.teacher_pixels = false, p.row_settings = false;
+      p.student = DType::kFloat32, p.rows = 40;
+      run(k, p);
+      p.labels = false;
+      run(k, p, true);
+      if (classes < 19) continue;
+      p = Problem{};
+      p.student = p.teacher = type, p.classes = classes, p.rows = 10;
+      p.student_pixels = p.teacher_pixels = true;
+      run(k, p, true, [](Data& data) {
+        data.labels = {-100, 1, -1, data.problem.classes, 0, 1, 1, 1, 1, 1};
+        data.student.set(0, 3, kNan);
+        data.teacher.set(4, 5, -kInf);
+        data.student.set(5, 5, -kInf);
+        for (int64_t i = 0; i < data.problem.classes; ++i) data.student.set(6, i, -kInf);
+        data.student.set(7, 18, kNan);
+        data.teacher.set(8, 2, kInf);
       });
     }
   }
@@ -705,6 +751,7 @@ int main() {
     test_options(**k);
     test_labels(**k);
     test_infinities(**k);
+    test_pixels(**k);
     test_temperatures(**k);
     test_underflow(**k);
     test_cancellation(**k);

@@ -1,0 +1,616 @@
+// Many rows at a time, a row in each vector lane: rows of few classes, and rows whose classes are
+// not adjacent.
+//
+// A row of ten classes fills less than one vector, and what a row costs besides its classes (three
+// logarithms, scales, coefficients) would be most of its time. The pixels of (N, C, H, W) logits
+// are adjacent, their classes are not. Either way every step, logarithms included, runs over the
+// rows of a tile (tile.h), and no lane knows of another: the bits do not depend on which rows share
+// a tile.
+#pragma once
+#include "tile.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+// log2 of a positive normal number, within 2 ulp or 1e-7, whichever is more.
+FASTKD_HOST_DEVICE float log2_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  // x = 2^n m with m in [1/sqrt 2, sqrt 2)
+  const uint32_t shifted = bits - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float m = bits_as<float>(bits - (shifted & 0xff800000u));
+  // log m = 2 artanh s, s = (m - 1) / (m + 1), |s| <= 0.172: five terms of the series suffice.
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float s2 = s * s;
+  float series = s2 * (1.0f / 9.0f) + 1.0f / 7.0f;
+  series = series * s2 + 1.0f / 5.0f;
+  series = series * s2 + 1.0f / 3.0f;
+  series = series * s2 + 1.0f;
+  return n + series * s * static_cast<float>(2.0 * kLog2E);
+}
+FASTKD_HOST_DEVICE double log2_of(double x) { return std::log2(x); }
+
+// Classes [begin, begin + count), which lie from `at` on in the tile.
+struct Block {
+  int64_t begin, count, at;
+};
+
+template <class T>
+struct LaneEngine {
+  const Inputs& in;
+  void* grad;  // [rows, classes], or null
+  RowStrides grad_stride;
+  bool hard;  // the hard term is wanted
+  const Constants constants;
+  Row<T> shared;      // what rows have in common that have no settings of their own
+  int64_t first = 0;  // row in lane 0
+  int64_t count = 0;  // rows, at most kTileRows
+  Tile<T> tile;
+
+  // Of each row: what it is given,
+  alignas(64) Lanes<T> temperature, teacher_temperature, factor, teacher_factor, least,
+      teacher_least, hard_weight, soft_weight, gain;
+  alignas(64) int32_t label[kTileRows];  // -1: none
+  alignas(64) int32_t computed[kTileRows];
+  alignas(64) Lanes<T> otherwise;  // what a row gets that is not computed: 0, or NaN
+  // what the first sweep finds,
+  alignas(64) Lanes<T> student_max, teacher_max, student_scale, hard_scale, teacher_scale;
+  alignas(64) Lanes<double> student_sum, hard_sum, teacher_sum, offsets, label_logit;
+  // what the sweeps over classes need,
+  alignas(64) Lanes<T> inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio, shift;
+  alignas(64) Lanes<T> soft_gain, hard_gain, onehot, uniform;
+  // and what they sum.
+  alignas(64) Lanes<T> slope, agreement;
+  alignas(64) Lanes<double> value, slope_sum, classes_that_count, student_entropy, teacher_entropy;
+
+  template <class Args>
+  LaneEngine(const Args& args, bool terms)
+      : in(args),
+        grad(args.grad),
+        grad_stride(args.grad_stride),
+        hard(args.labels != nullptr &&
+             (args.hard_weight != 0 || args.row_settings != nullptr || terms)),
+        constants(make_constants(args.divergence, args.mix)),
+        tile(args.classes) {
+    const int64_t any_label = 0;
+    Inputs common = args;
+    common.labels = hard ? &any_label : nullptr;
+    common.ignore_index = -1;
+    common.row_settings = nullptr;
+    shared = make_row<T>(common, 0, true);
+    if (args.row_settings != nullptr) shared.power = 0;
+    for (int64_t i = 0; i < kTileRows; ++i) set_row(i, shared);
+  }
+
+  void set_row(int64_t i, const Row<T>& row) {
+    temperature[i] = static_cast<T>(row.temperature);
+    teacher_temperature[i] = static_cast<T>(row.teacher_temperature);
+    factor[i] = row.factor;
+    teacher_factor[i] = row.teacher_factor;
+    least[i] = Format<T>::kMinExponent / row.factor;
+    teacher_least[i] = Format<T>::kMinExponent / row.teacher_factor;
+    hard_weight[i] = static_cast<T>(row.hard_weight);
+    soft_weight[i] = static_cast<T>(row.soft_weight);
+  }
+
+  // Turns to rows [begin, begin + rows).
+  void start(int64_t begin, int64_t rows) {
+    first = begin, count = rows;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      label[i] = -1;
+      computed[i] = i < count && shared.state == State::kNormal;
+      otherwise[i] = kNaN<T>;
+    }
+    for (int64_t i = 0; i < count && in.row_settings != nullptr; ++i) {
+      const Row<T> row = make_row<T>(in, first + i, hard);
+      set_row(i, row);
+      computed[i] = row.state == State::kNormal;
+    }
+    for (int64_t i = 0; i < count && in.labels != nullptr; ++i) {
+      const int64_t given = in.labels[first + i];
+      const bool ignored = given == in.ignore_index;
+      if (ignored) otherwise[i] = 0;
+      if (ignored || given < 0 || given >= in.classes) {
+        computed[i] = 0;
+      } else {
+        label[i] = static_cast<int32_t>(given);
+      }
+    }
+  }
+
+  template <class Fn>
+  void for_blocks(Fn&& fn) {
+    for (int64_t begin = 0; begin < in.classes; begin += kNarrow) {
+      const int64_t left = in.classes - begin;
+      fn(Block{begin, left < kNarrow ? left : kNarrow, tile.resident ? begin : 0});
+    }
+  }
+
+  void load(const Block& b) {
+    const TileRows student{in.student_dtype, in.student_stride, in.group_rows, first, count};
+    const TileRows teacher{in.teacher_dtype, in.teacher_stride, in.group_rows, first, count};
+    student.load(in.student, b.begin, b.count, tile.student + b.at);
+    teacher.load(in.teacher, b.begin, b.count, tile.teacher + b.at);
+  }
+
+  void store(const Block& b) const {
+    if (grad == nullptr) return;
+    Lanes<T>* const values = tile.student + b.at;
+    for (int64_t c = 0; c < b.count; ++c) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        values[c][i] = computed[i] != 0 ? values[c][i] : otherwise[i];
+      }
+    }
+    const TileRows rows{in.student_dtype, grad_stride, in.group_rows, first, count};
+    rows.store(values, b.begin, b.count, grad);
+  }
+
+  static void maxima(const Lanes<T>* logits, int64_t classes, Lanes<T>& max) {
+    for (int64_t c = 0; c < classes; ++c) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        max[i] = logits[c][i] > max[i] ? logits[c][i] : max[i];
+      }
+    }
+  }
+
+  // In fp64: where classes are few, the rounding of their sum would be most of the gradient's
+  // error.
+  static void sum(const Lanes<T>* values, int64_t classes, Lanes<double>& sums) {
+    int64_t c = 0;
+    for (; c + 2 <= classes; c += 2) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        sums[i] += static_cast<double>(values[c][i]) + static_cast<double>(values[c + 1][i]);
+      }
+    }
+    if (c < classes) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) sums[i] += static_cast<double>(values[c][i]);
+    }
+  }
+
+  // The exponentials, given the maxima. Not inlined, like the sweeps below: forward and backward
+  // must run the same instructions to arrive at the same bits.
+  __attribute__((noinline)) void exponentiate(const Block& b) {
+    const Exponential<T> exponential(static_cast<T>(kLog2E), T(0), 1.0);
+    const Lanes<T>*const z = tile.student + b.at, *const w = tile.teacher + b.at;
+    Lanes<T>*const q = tile.student_power + b.at, *const p = tile.teacher_power + b.at;
+    for (int64_t c = 0; c < b.count; ++c) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        q[c][i] = exponential.of(z[c][i] - student_max[i], factor[i], least[i]);
+        p[c][i] = exponential.of(w[c][i] - teacher_max[i], teacher_factor[i], teacher_least[i]);
+      }
+    }
+    if (hard) exponentiate_hard(exponential, b);
+  }
+
+  void exponentiate_hard(const Exponential<T>& exponential, const Block& b) {
+    const Lanes<T>*const z = tile.student + b.at, *const q = tile.student_power + b.at;
+    Lanes<T>* const e = tile.hard_power + b.at;
+    const int power = shared.power;
+    for (int64_t c = 0; c < b.count; ++c) {
+      if (power == 0) {
+#pragma omp simd
+        for (int64_t i = 0; i < kTileRows; ++i) e[c][i] = exponential(z[c][i] - student_max[i]);
+        continue;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const T tempered = q[c][i], square = tempered * tempered;
+        const T cube = square * tempered, fourth = square * square;
+        const T low = power == 1 ? tempered : square;
+        e[c][i] = power < 3 ? low : power == 3 ? cube : fourth;
+      }
+    }
+  }
+
+  // Maxima, sums of exponentials, and what the cross entropy needs of the logits.
+  void scan() {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      student_max[i] = teacher_max[i] = -kInfinity<T>;
+      student_sum[i] = hard_sum[i] = teacher_sum[i] = offsets[i] = label_logit[i] = 0;
+    }
+    for_blocks([&](const Block& b) {
+      load(b);
+      maxima(tile.student + b.at, b.count, student_max);
+      maxima(tile.teacher + b.at, b.count, teacher_max);
+    });
+    for_blocks([&](const Block& b) {
+      if (!tile.resident) load(b);
+      exponentiate(b);
+      sum(tile.student_power + b.at, b.count, student_sum);
+      sum(tile.teacher_power + b.at, b.count, teacher_sum);
+      if (!hard) return;
+      sum(tile.hard_power + b.at, b.count, hard_sum);
+      sum_logits(b);
+    });
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      // Of the rounded sums: with few classes the forward KL's slopes are their differences.
+      student_scale[i] = 1 / static_cast<T>(student_sum[i]);
+      teacher_scale[i] = 1 / static_cast<T>(teacher_sum[i]);
+      hard_scale[i] = hard ? 1 / static_cast<T>(hard_sum[i]) : T(0);
+    }
+  }
+
+  // The label's logit, and the sum of all, below the maximum.
+  void sum_logits(const Block& b) {
+    alignas(64) Lanes<T> sums = {}, of_label = {};
+    for (int64_t c = 0; c < b.count; ++c) {
+      const int32_t index = static_cast<int32_t>(b.begin + c);
+      const T* const logits = tile.student[b.at + c];
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const T z = logits[i] - student_max[i];
+        sums[i] += z;
+        of_label[i] = index == label[i] ? z : of_label[i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      offsets[i] += static_cast<double>(sums[i]);
+      label_logit[i] += static_cast<double>(of_label[i]);
+    }
+  }
+
+  // Before the sweeps that make the gradient.
+  void prepare(bool slopes_known) {
+    const T smoothing = static_cast<T>(in.label_smoothing);
+    const T classes = static_cast<T>(in.classes), hard_share = hard ? T(1) : T(0);
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const T t = temperature[i], teacher_t = teacher_temperature[i];
+      inverse_t[i] = 1 / t;
+      teacher_inverse_t[i] = 1 / teacher_t;
+      const T distance = teacher_max[i] - student_max[i];
+      const bool apart =
+          t != teacher_t || distance > static_cast<T>(kApart) || distance < -static_cast<T>(kApart);
+      student_base[i] = apart ? student_max[i] : T(0);
+      teacher_base[i] = apart ? teacher_max[i] : T(0);
+      const T together = distance * inverse_t[i];
+      const T each = teacher_max[i] * teacher_inverse_t[i] - student_max[i] * inverse_t[i];
+      const T between = t == teacher_t ? together : each;
+      shift[i] = apart ? between : T(0);
+      log_ratio[i] = (apart ? T(0) : between) +
+                     log2_of(student_scale[i] / teacher_scale[i]) * static_cast<T>(kLn2);
+      soft_gain[i] = gain[i] * soft_weight[i] * t;
+      const T hard_gain_of_row = hard_share * gain[i] * hard_weight[i];
+      onehot[i] = hard_gain_of_row * (1 - smoothing);
+      uniform[i] = hard_gain_of_row * smoothing / classes;
+      hard_gain[i] = hard_gain_of_row * hard_scale[i];
+      const T all = (student_max[i] - student_max[i]) + (student_scale[i] - student_scale[i]) +
+                    (teacher_max[i] - teacher_max[i]) + (teacher_scale[i] - teacher_scale[i]);
+      const int32_t finite_row = all == T(0) ? 1 : 0;  // NaN where any is not finite
+      computed[i] = computed[i] * finite_row;
+      slope[i] = slopes_known ? slope[i] : T(0);
+      classes_that_count[i] = slopes_known ? classes_that_count[i] : 0;
+      value[i] = slope_sum[i] = 0;
+      student_entropy[i] = teacher_entropy[i] = 0;
+      agreement[i] = 0;
+    }
+  }
+
+  // One class of all rows. The loops read through pointers of their own, and whatever they may
+  // choose, before they choose: compilers vectorise nothing else.
+  struct Column {
+    const T *z, *w, *q, *p, *hard;
+    T* result;  // over z
+  };
+  Column column(int64_t c) const {
+    return {tile.student[c],       tile.teacher[c],    tile.student_power[c],
+            tile.teacher_power[c], tile.hard_power[c], tile.student[c]};
+  }
+
+  // The teacher's temperature is the student's unless kSeparate.
+  template <bool kSeparate>
+  FASTKD_HOST_DEVICE Element<T> element_at(const Column& x, int64_t i) const {
+    const T z = x.z[i] - student_base[i];
+    const T w = x.w[i] - teacher_base[i];
+    const T q = x.q[i] * student_scale[i];
+    const T p = x.p[i] * teacher_scale[i];
+    const T gap = kSeparate ? w * teacher_inverse_t[i] - z * inverse_t[i] : (w - z) * inverse_t[i];
+    Element<T> e = element<T>(p, q, gap - log_ratio[i]);
+    e.gap = gap + shift[i];
+    return e;
+  }
+
+  template <bool kHard>
+  FASTKD_HOST_DEVICE T gradient_at(const Column& x, int32_t index, int64_t i, T slope_here) const {
+    T g = soft_gain[i] * slope_here;
+    if constexpr (kHard) {
+      const T hot = onehot[i];
+      g += x.hard[i] * hard_gain[i] - uniform[i];
+      g -= index == label[i] ? hot : T(0);
+    }
+    return g;
+  }
+
+  bool wants_hard_gradient() const {
+    return hard && (in.hard_weight != 0 || in.row_settings != nullptr);
+  }
+  bool has_separate_temperatures() const {
+    return in.row_settings != nullptr || in.temperature != in.teacher_temperature;
+  }
+
+  // A block as the first sweep left it.
+  void revisit(const Block& b) {
+    if (tile.resident) return;
+    load(b);
+    exponentiate(b);
+  }
+
+  // The divergence of each row, and its gradient. `slopes_known`: `slope` has their sum, from the
+  // forward pass.
+  void differentiate(bool terms, bool slopes_known) {
+    prepare(slopes_known);
+    const bool separate = has_separate_temperatures(), hard_too = wants_hard_gradient();
+    if (is_one_sweep(in.divergence)) {
+      for_blocks([&](const Block& b) {
+        revisit(b);
+        if (terms || in.divergence == Divergence::kSoftCrossEntropy) sum_terms(b);
+        if (separate) {
+          hard_too ? write_gradient<true, true>(b) : write_gradient<true, false>(b);
+        } else {
+          hard_too ? write_gradient<false, true>(b) : write_gradient<false, false>(b);
+        }
+        store(b);
+      });
+      return;
+    }
+    visit(in.divergence, [&](auto divergence) {
+      using D = decltype(divergence);
+      separate ? differentiate_twice<D, true>(terms, slopes_known)
+               : differentiate_twice<D, false>(terms, slopes_known);
+    });
+  }
+
+  template <bool kSeparate, bool kHard>
+  __attribute__((noinline)) void write_gradient(const Block& b) {
+    alignas(64) Lanes<T> values = {};
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const int32_t index = static_cast<int32_t>(b.begin + c - b.at);
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const Evaluated<T> kl = ForwardKL::at(element_at<kSeparate>(x, i));
+        values[i] += kl.value;
+        x.result[i] = gradient_at<kHard>(x, index, i, kl.slope);
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) value[i] += static_cast<double>(values[i]);
+  }
+
+  // Slopes first; the gradient once they are summed.
+  template <class D, bool kSeparate>
+  void differentiate_twice(bool terms, bool slopes_known) {
+    if (!slopes_known || tile.resident) {
+      for_blocks([&](const Block& b) {
+        revisit(b);
+        if (terms) sum_terms(b);
+        find_slopes<D, kSeparate>(b, !slopes_known);
+      });
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const T sum = static_cast<T>(slope_sum[i]);
+      slope[i] = slopes_known ? slope[i] : sum;
+    }
+    const bool hard_too = wants_hard_gradient();
+    for_blocks([&](const Block& b) {
+      if (!tile.resident) {
+        revisit(b);
+        find_slopes<D, kSeparate>(b, false);
+      }
+      hard_too ? balance_gradient<D, true>(b) : balance_gradient<D, false>(b);
+      store(b);
+    });
+  }
+
+  // The slopes, over the student's logits.
+  template <class D, bool kSeparate>
+  __attribute__((noinline)) void find_slopes(const Block& b, bool summed) {
+    const ConstantsOf<T> k = constants_in<T>(constants);
+    alignas(64) Lanes<T> values = {}, sums = {}, counts = {};
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const Evaluated<T> here = D::at(element_at<kSeparate>(x, i), k);
+        const bool in_mean = !is_mean(D::kBalance) || here.slope == here.slope;
+        values[i] += in_mean ? here.value : T(0);
+        sums[i] += in_mean ? here.slope : T(0);
+        counts[i] += is_mean(D::kBalance) && in_mean ? T(1) : T(0);
+        x.result[i] = here.slope;
+      }
+    }
+    if (!summed) return;
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      value[i] += static_cast<double>(values[i]);
+      slope_sum[i] += static_cast<double>(sums[i]);
+      classes_that_count[i] += static_cast<double>(counts[i]);
+    }
+  }
+
+  template <class D, bool kHard>
+  __attribute__((noinline)) void balance_gradient(const Block& b) {
+    alignas(64) Lanes<T> share;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      share[i] = is_mean(D::kBalance) ? static_cast<T>(1 / classes_that_count[i]) : T(1);
+    }
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const int32_t index = static_cast<int32_t>(b.begin + c - b.at);
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        T weight = D::kBalance == Balance::kCentered ? share[i] : T(0);
+        if (D::kBalance == Balance::kStudent) weight = x.q[i] * student_scale[i];
+        T here = (x.z[i] - slope[i] * weight) * share[i];
+        if (is_mean(D::kBalance)) here = here == here ? here : T(0);
+        x.result[i] = gradient_at<kHard>(x, index, i, here);
+      }
+    }
+  }
+
+  // What only `terms` ask for, in bits.
+  void sum_terms(const Block& b) {
+    alignas(64) Lanes<T> log_q, log_p, of_student = {}, of_teacher = {};
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      log_q[i] = log2_of(student_scale[i]);
+      log_p[i] = log2_of(teacher_scale[i]);
+    }
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const T z = x.z[i] - student_max[i];
+        const T w = x.w[i] - teacher_max[i];
+        const T q = x.q[i] * student_scale[i];
+        const T p = x.p[i] * teacher_scale[i];
+        of_student[i] -= times_log(q, z * factor[i] + log_q[i]);
+        of_teacher[i] -= times_log(p, w * teacher_factor[i] + log_p[i]);
+        agreement[i] = z == 0 && w == 0 ? T(1) : agreement[i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      student_entropy[i] += static_cast<double>(of_student[i]);
+      teacher_entropy[i] += static_cast<double>(of_teacher[i]);
+    }
+  }
+
+  // The divergence itself, in place of the sum of its values.
+  void close_divergence() {
+    const bool is_mean_of_classes = is_mean(balance_of(in.divergence));
+    const bool centered = balance_of(in.divergence) == Balance::kCentered;
+    const double entropies = in.divergence == Divergence::kSoftCrossEntropy ? kLn2 : 0.0;
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const double n = classes_that_count[i];
+      const double mean = centered ? static_cast<double>(slope[i]) / n / 2 : 0.0;
+      const double result = is_mean_of_classes ? value[i] / n - mean * mean
+                                               : value[i] + weighted(entropies, teacher_entropy[i]);
+      // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
+      value[i] = result == result ? result : -kLowest;
+    }
+  }
+
+  template <class Number>
+  void put(void* base, int64_t rows_before, const Lanes<Number>& values) const {
+    alignas(64) Lanes<T> result;
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      result[i] = computed[i] != 0 ? static_cast<T>(values[i]) : otherwise[i];
+    }
+    std::memcpy(static_cast<T*>(base) + rows_before + first, result,
+                static_cast<size_t>(count) * sizeof(T));
+  }
+
+  void store_losses(const ForwardArgs& args) {
+    close_divergence();
+    const double smoothing = args.label_smoothing, classes = static_cast<double>(args.classes);
+    alignas(64) Lanes<double> cross, total;
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const double log_sum = static_cast<double>(log2_of(static_cast<T>(hard_sum[i]))) * kLn2;
+      cross[i] = hard ? log_sum - weighted(1 - smoothing, label_logit[i]) -
+                            weighted(smoothing, offsets[i] / classes)
+                      : 0.0;
+      const double t = static_cast<double>(temperature[i]);
+      const double soft = weighted(static_cast<double>(soft_weight[i]) * t * t, value[i]);
+      total[i] = soft + (hard ? weighted(static_cast<double>(hard_weight[i]), cross[i]) : 0.0);
+    }
+    put(args.loss, 0, total);
+    if (args.terms == nullptr) return;
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      student_entropy[i] *= kLn2;
+      teacher_entropy[i] *= kLn2;
+      total[i] = static_cast<double>(agreement[i]);
+    }
+    put(args.terms, kHard * args.rows, cross);
+    put(args.terms, kSoft * args.rows, value);
+    put(args.terms, kStudentEntropy * args.rows, student_entropy);
+    put(args.terms, kTeacherEntropy * args.rows, teacher_entropy);
+    put(args.terms, kAgreement * args.rows, total);
+  }
+
+  void store_stats(const ForwardArgs& args) const {
+    if (args.stats == nullptr) return;
+    put(args.stats, kStudentMax * args.rows, student_max);
+    put(args.stats, kStudentScale * args.rows, student_scale);
+    put(args.stats, kHardScale * args.rows, hard_scale);
+    put(args.stats, kTeacherMax * args.rows, teacher_max);
+    put(args.stats, kTeacherScale * args.rows, teacher_scale);
+    put(args.stats, kSlopeSum * args.rows, slope);
+    put(args.stats, kClassCount * args.rows, classes_that_count);
+    if (first == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
+  }
+
+  void forward(const ForwardArgs& args) {
+    scan();
+    const T all = static_cast<T>(args.scale) * static_cast<T>(args.grad_output);
+    for (int64_t i = 0; i < kTileRows; ++i) gain[i] = all;
+    differentiate(args.terms != nullptr, false);
+    store_losses(args);
+    store_stats(args);
+  }
+
+  void get_stats(const BackwardArgs& args) {
+    const T* stats = static_cast<const T*>(args.stats);
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t row = first + (i < count ? i : 0);
+      student_max[i] = stats[kStudentMax * args.rows + row];
+      student_scale[i] = stats[kStudentScale * args.rows + row];
+      hard_scale[i] = stats[kHardScale * args.rows + row];
+      teacher_max[i] = stats[kTeacherMax * args.rows + row];
+      teacher_scale[i] = stats[kTeacherScale * args.rows + row];
+      slope[i] = stats[kSlopeSum * args.rows + row];
+      classes_that_count[i] = static_cast<double>(stats[kClassCount * args.rows + row]);
+    }
+  }
+
+  void backward(const BackwardArgs& args) {
+    get_stats(args);
+    const T scale = static_cast<const T*>(args.stats)[kStats * args.rows];
+    const T* grad_output = static_cast<const T*>(args.grad_output);
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t row = first + (i < count ? i : 0);
+      gain[i] = scale * grad_output[args.grad_output_per_row ? row : 0];
+    }
+    if (tile.resident) {
+      for_blocks([&](const Block& b) {
+        load(b);
+        exponentiate(b);
+      });
+    }
+    differentiate(false, true);
+  }
+};
+
+template <class T, class Args, class Fn>
+void for_tiles_of(const Args& args, bool terms, int64_t begin, int64_t end, Fn&& fn) {
+  LaneEngine<T> engine(args, terms);
+  for (int64_t first = begin; first < end; first += kTileRows) {
+    engine.start(first, end - first < kTileRows ? end - first : kTileRows);
+    fn(engine);
+  }
+}
+
+// Calls fn(engine), having turned it to one tile of rows [begin, end) after the other.
+template <class Args, class Fn>
+void for_tiles(const Args& args, bool terms, int64_t begin, int64_t end, Fn&& fn) {
+  if (computes_in_double(args.student_dtype, args.teacher_dtype)) {
+    for_tiles_of<double>(args, terms, begin, end, fn);
+  } else {
+    for_tiles_of<float>(args, terms, begin, end, fn);
+  }
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA

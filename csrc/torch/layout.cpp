@@ -1,0 +1,131 @@
+#include "layout.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <optional>
+
+namespace fastkd::glue {
+namespace {
+
+constexpr int kTensors = 3;  // student, teacher, grad
+using Strides = std::array<int64_t, kTensors>;
+
+// Leading dimensions, merged wherever all tensors allow it.
+struct Level {
+  int64_t size = 1;
+  Strides strides = {};
+};
+
+bool classes_adjacent(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
+}
+
+// The dimension that the classes lie before in memory, where the others lie in order; or the last.
+int64_t place_of_classes(const Tensor& student) {
+  const int64_t last = student.dim() - 1;
+  int64_t place = last, before = -1;
+  for (int64_t dim = 0; dim < last; ++dim) {
+    if (student.size(dim) == 1) continue;
+    const int64_t stride = student.stride(dim);
+    if (before >= 0 && stride > before) return last;
+    if (place == last && stride < student.stride(last)) place = dim;
+    before = stride;
+  }
+  return place;
+}
+
+// Two levels at most: rows of a group, last dimension first, and groups. Nothing where there are
+// more, or where neither the classes nor the rows of a group are adjacent.
+std::optional<Layout> walk(const Tensor& student, const Tensor& teacher,
+                           const std::vector<int64_t>& grad_strides, bool strided) {
+  const auto strides_of = [&](int64_t dim) {
+    return Strides{student.stride(dim), teacher.stride(dim), grad_strides[dim]};
+  };
+  const int64_t last = student.dim() - 1;
+  std::array<Level, 2> levels;
+  int count = 0;
+  // contiguous() leaves the strides of no elements alone
+  for (int64_t dim = student.numel() == 0 ? -1 : last - 1; dim >= 0; --dim) {
+    const int64_t size = student.size(dim);
+    if (size == 1) continue;
+    const Strides strides = strides_of(dim);
+    bool merges = count > 0;
+    for (int i = 0; i < kTensors && merges; ++i) {
+      const Level& inner = levels[count - 1];
+      merges = strides[i] == inner.strides[i] * inner.size;
+    }
+    if (merges) {
+      levels[count - 1].size *= size;
+    } else if (count < 2) {
+      levels[count++] = {size, strides};
+    } else {
+      return std::nullopt;
+    }
+  }
+  Layout layout;
+  layout.group_rows = levels[0].size;
+  const Strides classes = strides_of(last);
+  RowStrides* const all[kTensors] = {&layout.student, &layout.teacher, &layout.grad};
+  for (int i = 0; i < kTensors; ++i) {
+    const bool adjacent = student.numel() == 0 || student.size(last) == 1 || classes[i] == 1;
+    if (!adjacent && (!strided || (count > 0 && levels[0].strides[i] != 1))) return std::nullopt;
+    *all[i] = {levels[0].strides[i], levels[1].strides[i], adjacent ? 1 : classes[i]};
+  }
+  return layout;
+}
+
+Tensor copied(const Tensor& tensor, const std::vector<int64_t>& strides) {
+  Tensor copy = empty_strided(tensor, strides);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+}  // namespace
+
+std::vector<int64_t> gradient_strides(const Tensor& student, bool strided) {
+  const int64_t last = student.dim() - 1;
+  const bool in_place = strided && !classes_adjacent(student);
+  const int64_t place = in_place ? place_of_classes(student) : last;
+  std::vector<int64_t> strides(static_cast<size_t>(student.dim()));
+  int64_t next = 1;
+  const auto put = [&](int64_t dim) {
+    strides[static_cast<size_t>(dim)] = next;
+    next *= student.size(dim);
+  };
+  if (place == last) put(last);
+  for (int64_t dim = last - 1; dim >= 0; --dim) {
+    put(dim);
+    if (dim == place) put(last);
+  }
+  return strides;
+}
+
+Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides) {
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(student.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(student.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(student.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(student.dim(), student.sizes().data(),
+                                                  strides.data(), dtype, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
+               bool strided, bool inplace) {
+  if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
+  *teacher = copied(*teacher, grad_strides);
+  if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
+  STD_TORCH_CHECK(!inplace,
+                  "inplace needs student logits that are laid out row by row, or class by class");
+  *student = copied(*student, grad_strides);
+  const auto layout = walk(*student, *teacher, grad_strides, strided);
+  STD_TORCH_CHECK(layout, "grad must be laid out as the op that computed the loss returned it");
+  return *layout;
+}
+
+}  // namespace fastkd::glue

@@ -1,0 +1,33 @@
+// Which layouts the kernels take where they lie, which are copied, and how a gradient is laid out.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../kernels.h"
+
+namespace fastkd::glue {
+
+using torch::stable::Tensor;
+
+// The strides of a new gradient: contiguous, or, where the student's classes are not adjacent but
+// the other dimensions lie in order, as in (N, C, H, W), dense in the student's own order
+// (empty_gradient in python/fastkd/ops.py is the same). `strided`: whether the kernels take classes
+// that are not adjacent.
+std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
+
+struct Layout {
+  int64_t group_rows = 1;
+  RowStrides student, teacher, grad;
+};
+
+// Finds how the rows of three tensors of the student's sizes can be walked together, and replaces
+// student or teacher by a copy, laid out like the gradient, where they cannot. `inplace`: the
+// student must be used where it is, so a layout that would need its copy is an error.
+Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
+               bool strided, bool inplace);
+
+// A new tensor of the student's sizes, dtype and device.
+Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides);
+
+}  // namespace fastkd::glue

@@ -1,0 +1,286 @@
+"""Logits whose classes are not adjacent, (N, C, H, W) and (N, C, L): the kernels' answers, where
+the gradient lies, and that nothing is copied."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import ops, reference
+from tests.support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    assert_grad,
+    compute_dtype,
+    name_of,
+    weights,
+)
+
+# (N, classes, ...): few pixels, several tiles of them and an odd rest, groups that tiles straddle,
+# classes of several blocks, more classes than a tile keeps, and one class.
+SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
+# Those that the kernels take where they lie come first.
+LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
+
+
+def make(
+    shape: tuple[int, ...], layout: str = "plain", dtype: torch.dtype = FP32, seed: int = 0
+) -> Tensor:
+    """Random logits, the same for every layout, laid out in one of the ways that programs do."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(dtype)
+    n, classes, *pixels = shape
+    if layout == "channels last":
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "classes outside":
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
+    whole = {
+        "plain": values.new_empty(shape),
+        "fewer classes": values.new_empty((n, classes + 2, *pixels))[:, :classes],
+        "crop": values.new_empty((n, classes, *(x + 3 for x in pixels)))[
+            (slice(None), slice(None), *(slice(2, -1) for _ in pixels))
+        ],
+        "spread": values.new_empty((*shape[:-1], 2 * shape[-1]))[..., ::2],
+    }[layout]
+    return whole.copy_(values)
+
+
+def make_labels(shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    rows = (shape[0], *shape[2:])
+    labels = torch.randint(shape[1], rows, generator=generator)
+    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100)
+
+
+def truth(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(terms, gradient of the loss's sum), classes last, by the reference in float64."""
+    rows = student.detach().double().movedim(1, -1).contiguous().requires_grad_()
+    options = weights(options, labels is not None)
+    terms = reference.terms(rows, teacher.double().movedim(1, -1), labels, **options)
+    (grad,) = torch.autograd.grad(terms.loss.sum(), rows)
+    return torch.stack(terms).detach(), grad
+
+
+def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
+    """All terms and the gradient against the truth; the gradient."""
+    student = student.detach().requires_grad_()
+    options.setdefault("temperature", 2.0)
+    got = fastkd.terms(student, teacher, labels, dim=1, **options)
+    (grad,) = torch.autograd.grad(got.loss.sum(), student)
+    exact, exact_grad = truth(student, teacher, labels, **options)
+    acc = compute_dtype(student, teacher)
+    bound = 1e-12 if acc is FP64 else 3e-6
+    torch.testing.assert_close(
+        torch.stack(got).detach().double(), exact, rtol=bound, atol=bound, equal_nan=True
+    )
+    if grad.dtype is not FP64:
+        assert_grad(grad.movedim(1, -1), exact_grad, acc)
+    else:  # the truth is float64 itself, and its rounding the greater part of the difference
+        atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
+        torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
+    return grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_dtype_and_instruction_set(isa, shape, dtype):
+    student, teacher = make(shape, dtype=dtype), make(shape, dtype=dtype, seed=1)
+    check(student, teacher, make_labels(shape))
+    check(student, make(shape, dtype=FP32, seed=1), None)
+    check(student, make(shape, dtype=FP64, seed=1), make_labels(shape), temperature=3.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
+@pytest.mark.parametrize("name", ops.DIVERGENCES)
+def test_every_divergence(name, shape, reduction):
+    options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
+    for dtype in (FP32, FP64):
+        student, teacher = make(shape, dtype=dtype), make(shape, dtype=dtype, seed=1)
+        check(student, teacher, make_labels(shape), **options)
+
+
+@pytest.mark.parametrize("ours", LAYOUTS)
+@pytest.mark.parametrize("theirs", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (3, 60, 9)], ids=str)
+def test_any_two_layouts(shape, ours, theirs):
+    labels = make_labels(shape)
+    student, teacher = make(shape, ours), make(shape, theirs, seed=1)
+    grad = check(student, teacher, labels)
+    expected = torch.empty_like(student)
+    if ours == "spread":  # neither its classes nor its pixels are adjacent
+        expected = make(shape, "plain")
+    assert grad.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_numbers_of_rows(name):
+    """Temperatures and weights of each pixel."""
+    shape = (2, 19, 5, 7)
+    rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)) + 0.5
+    student, teacher = make(shape), make(shape, seed=1)
+    options = {"temperature": rows, "hard_weight": rows.flip(0), "soft_weight": rows.square()}
+    student.requires_grad_()
+    value = fastkd.loss(student, teacher, make_labels(shape), dim=1, divergence=name, **options)
+    (grad,) = torch.autograd.grad(value, student)
+    double = {key: number.double() for key, number in options.items()}
+    exact, exact_grad = truth(student, teacher, make_labels(shape), divergence=name, **double)
+    torch.testing.assert_close(value.detach().double(), exact[0], rtol=3e-6, atol=0)
+    assert_grad(grad.movedim(1, -1), exact_grad, FP32)
+
+
+def test_labels():
+    """Ignored pixels may hold anything; a label that is out of range is named."""
+    shape = (2, 19, 3, 4)
+    student, teacher, labels = make(shape), make(shape, seed=1), make_labels(shape)
+    student.movedim(1, -1)[labels == -100] = torch.nan
+    grad = torch.autograd.grad(
+        fastkd.loss(student.requires_grad_(), teacher, labels, dim=1), student
+    )[0]
+    assert grad.isfinite().all()
+    assert (grad.movedim(1, -1)[labels == -100] == 0).all()
+    labels[1, 0, 0] = 19
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 19\).*row 12 has 19"):
+        fastkd.loss(student, teacher, labels, dim=1)
+
+
+def test_masked_classes_and_rows_without_an_answer():
+    shape = (1, 5, 2, 4)
+    student, teacher = make(shape), make(shape, seed=1)
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both: nothing
+    teacher[0, 1, 0, 1] = -torch.inf  # the teacher: nothing of it
+    student[0, 1, 0, 2] = -torch.inf  # the student alone: +inf
+    student[0, :, 0, 3] = -torch.inf  # no class at all, NaN, +inf: NaN
+    student[0, 2, 1, 0] = torch.nan
+    teacher[0, 2, 1, 1] = torch.inf
+    losses = fastkd.loss(student, teacher, dim=1, reduction="none")
+    rows = [x.movedim(1, -1).contiguous() for x in (student, teacher)]
+    torch.testing.assert_close(losses, fastkd.loss(*rows, reduction="none"), equal_nan=True)
+    assert losses.isnan().tolist() == [[[False, False, False, True], [True, True, False, False]]]
+    assert losses[0, 0, 2] == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
+def test_backward_again(shape, name, dtype):
+    """A second backward pass, which computes anew from the statistics, gives the same bits."""
+    student, teacher = make(shape, dtype=dtype).requires_grad_(), make(shape, dtype=dtype, seed=1)
+    value = fastkd.loss(student, teacher, make_labels(shape), dim=1, divergence=name)
+    first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.stride() == second.stride() == student.stride()
+    third = torch.autograd.grad(value * 3, student)[0]
+    torch.testing.assert_close(third, first * 3, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_second_derivatives():
+    shape = (2, 4, 3)
+    teacher, labels = make(shape, dtype=FP64, seed=1), make_labels(shape)
+    for layout in ("plain", "crop"):
+        student = make(shape, layout, FP64).requires_grad_()
+        assert torch.autograd.gradgradcheck(
+            lambda x: fastkd.loss(x, teacher, labels, dim=1), (student,)
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_inplace(shape, name):
+    plain, over = make(shape).requires_grad_(), make(shape).requires_grad_()
+    teacher, labels = make(shape, seed=1), make_labels(shape)
+    value = fastkd.loss(plain, teacher, labels, dim=1, divergence=name)
+    value.backward()
+    hidden = over * 1
+    seen = []
+    hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    again = fastkd.loss(hidden, teacher, labels, dim=1, divergence=name, inplace=True)
+    again.backward()
+    assert torch.equal(again, value)
+    assert torch.equal(over.grad, plain.grad)
+    assert seen == [hidden.data_ptr()]
+    with pytest.raises(RuntimeError, match="inplace"):
+        fastkd.loss((plain * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", [(3, 19, 50, 41), (2, 60, 1000)], ids=str)
+def test_any_number_of_threads(shape):
+    student, teacher, labels = make(shape).requires_grad_(), make(shape, seed=1), make_labels(shape)
+    results = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        value = fastkd.loss(student, teacher, labels, dim=1, divergence="jsd")
+        results.append((value, torch.autograd.grad(value, student)[0]))
+    for value, grad in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels last", "fewer classes"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_memory(layout, dtype):
+    """One gradient, and a few numbers a row: neither logits nor gradient are copied."""
+    shape = (2, 150, 50, 40)
+    student, teacher = make(shape, layout, dtype).requires_grad_(), make(shape, layout, dtype, 1)
+    labels = make_labels(shape)
+    student.grad = torch.zeros_like(student)
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        value = fastkd.loss(student, teacher, labels, dim=1)
+        (grad,) = torch.autograd.grad(value, student)
+    events = profile.profiler.kineto_results.events()
+    taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+    assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(layout, dynamic):
+    shape = (2, 19, 5, 7)
+    student, teacher = make(shape, layout).requires_grad_(), make(shape, layout, seed=1)
+    labels = make_labels(shape)
+
+    def step(x: Tensor) -> Tensor:
+        return fastkd.loss(x * 1, teacher, labels, dim=1) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    results = [(f(student), torch.autograd.grad(f(student), student)[0]) for f in (step, compiled)]
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_for_tracing(layout, reduction):
+    """The fakes know the gradient's strides."""
+    shape = (2, 19, 5, 7)
+    student, teacher = make(shape, layout).movedim(1, -1), make(shape, "plain", seed=1)
+    settings = ops.Settings(
+        *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), ops.REDUCTIONS.index(reduction), 0.0, False
+    )
+    arguments = (student, teacher.movedim(1, -1), make_labels(shape), None, None, *settings, True)
+    torch.library.opcheck(
+        torch.ops.fastkd.loss.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+    _, grad, _ = torch.ops.fastkd.loss.default(*arguments)
+    if reduction == "mean":
+        assert grad.stride() == ops.empty_gradient(student).stride()
+
+
+def test_transposed_logits():
+    """(C, N).t() is a layout of pixels, too."""
+    student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
+    value = fastkd.loss(student.t(), teacher.t(), labels)
+    expected = fastkd.loss(student.t().contiguous(), teacher.t().contiguous(), labels)
+    torch.testing.assert_close(value, expected)
