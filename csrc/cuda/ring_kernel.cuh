@@ -12,7 +12,7 @@ __global__ void __launch_bounds__((kRingThreadsOf<kGroups, kWarps>), kBlocks)
   using W = Writer<float, D, kFoldScales<T>>;
   using Shared = RingShared<W, kGroups, kWarps>;
   static_assert(sizeof(Shared) <= kRingStaticBytes);
-  __shared__ alignas(Shared) unsigned char shared_bytes[sizeof(Shared)];
+  __shared__ __align__(alignof(Shared)) unsigned char shared_bytes[sizeof(Shared)];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   auto* ring = reinterpret_cast<RingStage<T, kWarps, kVectors>*>(dynamic);
   const ForwardArgs& args = call.args;

@@ -3,11 +3,7 @@
 // Derivations: docs/maths.md. Letters: numerics.h.
 #pragma once
 #include "../kernels.h"
-#if defined(__CUDACC__)
 #include "device.cuh"
-#else
-#include "host.h"
-#endif
 
 namespace fastkd::cuda {
 

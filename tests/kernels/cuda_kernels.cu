@@ -291,7 +291,7 @@ void Runner::run() {
   args.student_dtype = c.student, args.teacher_dtype = c.teacher;
   args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
   args.row_settings = c.row_settings ? temperatures.at() : nullptr;
-  args.temperature = c.temperature, args.hard_weight = c.hard_weight;
+  args.temperature = args.teacher_temperature = c.temperature, args.hard_weight = c.hard_weight;
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
   args.grad = c.in_place ? student.at() : grad.at();
