@@ -222,6 +222,8 @@ __device__ __forceinline__ void run_row(const Rows& row, const TopkCall& call, i
                                     hard ? static_cast<double>(row.logit(label)) : 0.0));
 }
 
+}  // namespace
+
 constexpr int kTopkThreads = 512;
 constexpr int kTopkStaticBytes = 6144;  // at most, for the exchange
 
@@ -229,8 +231,8 @@ template <class Rows>
 __global__ void __launch_bounds__(kTopkThreads, 1)
     topk_kernel(const __grid_constant__ TopkCall call) {
   using A = typename Rows::A;
-  extern __shared__ __align__(16) unsigned char dynamic[];  // vectors of the row, then the map
-  __shared__ alignas(Exchange<A>) unsigned char exchanged[sizeof(Exchange<A>)];
+  extern __shared__ __align__(128) unsigned char dynamic[];  // vectors of the row, then the map
+  alignas(Exchange<A>) __shared__ unsigned char exchanged[sizeof(Exchange<A>)];
   __shared__ int count;
   static_assert(sizeof(exchanged) + sizeof(count) <= kTopkStaticBytes);
   Exchange<A>& exchange = *reinterpret_cast<Exchange<A>*>(exchanged);
@@ -257,6 +259,8 @@ __global__ void __launch_bounds__(kTopkThreads, 1)
       static_cast<A*>(args.loss)[index] = static_cast<A>(fill_value(kind));
   }
 }
+
+namespace {
 
 // grad *= grad_output, where the gradient may be rounded again.
 template <class A>
@@ -299,8 +303,9 @@ cudaError_t launch_rows(TopkCall call, int64_t vectors, cudaStream_t stream) {
   if (call.forward.scale_source == ScaleSource::kStats) launch.overlap(device);
   const auto kernel = topk_kernel<Rows>;
   // Always the same number, since several threads may launch.
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(room)))
+  if (const cudaError_t error =
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(room)))
     return error;
   int per_processor = 1;
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
