@@ -307,7 +307,12 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
     const double got = load(loss.host.data(), acc, r);
-    if (!close(got, want[r].loss, wide ? 1e-13 : c.noise < 0.1 ? 1e-12 : 1e-6, wide ? 1e-12 : 3e-6))
+    // A rounding of the student's probabilities moves the divergence D by its gradient, which is
+    // about sqrt(D): a near student's loss is small, and has to be right all the same. Not so where
+    // it is no KL: there p - q is added up.
+    const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
+    const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
+    if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
       fail("loss", r, 0, got, want[r].loss);
   }
   if (sum_at != nullptr && !close(load(total.host.data(), acc, 0), sum * scale, 1e-6, 1e-5))
