@@ -29,7 +29,9 @@ LAYERS = {
     "topk.h": {"kernels.h"},
     "topk_row.h": {"numerics.h", "topk.h"},
     "cpu": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cpu"},
-    "cuda": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cuda"},
+    "cuda": {
+        *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cuda"),
+    },
     "torch": {"kernels.h", "topk.h", "torch"},
 }
 # What each part of the package may import of it, by folder or file: what stands above.

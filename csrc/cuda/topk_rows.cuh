@@ -124,13 +124,11 @@ template <class A>
 struct RestWriter {
   Exponents<A> exponents;
   A soft, hard, uniform;
-  int power;
 
   RestWriter() = default;
   __device__ __forceinline__ RestWriter(const topk::Gains& gains, const Rest<A>& rest,
                                         const Temperature<A>& t)
-      : uniform(static_cast<A>(gains.uniform)), power(t.power) {
-    soft = hard = A(0);
+      : soft(0), hard(0), uniform(static_cast<A>(gains.uniform)) {
     if (rest.nothing()) return;
     exponents = Exponents<A>(rest.max, t);
     soft = static_cast<A>(gains.rest * rest.to_max(t));
