@@ -40,9 +40,13 @@ enum class Balance {
   kCentered,
 };
 
+// How much of a series is used in T.
+template <class T>
+constexpr int kSeriesTerms = sizeof(T) == sizeof(float) ? 7 : 14;
+
 // What the divergences know before they see a class; made once a call.
 struct Constants {
-  static constexpr int kTerms = 14;
+  static constexpr int kTerms = kSeriesTerms<double>;
   double mix = 0;
   // Mixtures: the series in d of value / (q d^2).
   double series[kTerms] = {};
@@ -65,8 +69,8 @@ struct ForwardKL {
     // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
     return {e.excess, e.diff};
   }
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
     return at(e);
   }
 };
@@ -75,8 +79,8 @@ struct ForwardKL {
 struct ReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
     const T slope = times_log(e.q, -e.d);
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     return {is_small(e.d) ? -e.diff * e.d - e.excess : slope - e.diff, slope};
@@ -87,8 +91,8 @@ struct ReverseKL {
 struct SymmetricKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
     const T a = static_cast<T>(k.mix), b = static_cast<T>(1 - k.mix);
     const Evaluated<T> reverse = ReverseKL::at(e, k);
     return {weighted(a, e.excess) + weighted(b, reverse.value), a * e.diff + b * reverse.slope};
@@ -110,9 +114,9 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a) {
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
-template <class T>
-FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const Constants& k) {
-  constexpr int kUsed = sizeof(T) == sizeof(float) ? 7 : Constants::kTerms;
+template <class T, class K>
+FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const K& k) {
+  constexpr int kUsed = kSeriesTerms<T>;
   T sum = static_cast<T>(k.series[kUsed - 1]);
   for (int i = kUsed - 2; i >= 0; --i) sum = sum * e.d + static_cast<T>(k.series[i]);
   return e.q * (e.d * e.d) * sum;
@@ -122,8 +126,8 @@ FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const Constants& k) {
 struct JensenShannon {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
     const T a = static_cast<T>(k.mix);
     const Mixture<T> mixed = mixture(e, a);
     const T slope = -(1 - a) * times_log(e.q, mixed.log_over_q);
@@ -144,8 +148,8 @@ FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, T a, T b) {
 struct SkewedForwardKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
     const T a = static_cast<T>(k.mix), b = 1 - a;
     const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
@@ -157,8 +161,8 @@ struct SkewedForwardKL {
 struct SkewedReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants& k) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
     const T b = static_cast<T>(k.mix), a = 1 - b;
     const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
@@ -171,8 +175,8 @@ struct SkewedReverseKL {
 struct TotalVariation {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
     const T size = e.diff < 0 ? -e.diff : e.diff;
     const T half = T(0.5) * e.q;
     return {T(0.5) * size, e.diff > 0 ? half : e.diff < 0 ? -half : T(0)};
@@ -183,8 +187,8 @@ struct TotalVariation {
 struct SquaredError {
   static constexpr Balance kBalance = Balance::kMean;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
     return {e.gap * e.gap, T(-2) * e.gap};
   }
 };
@@ -193,15 +197,15 @@ struct SquaredError {
 struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const Constants&) {
+  template <class T, class K>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
     return {e.d * e.d, T(-2) * e.d};
   }
 };
 
 // Calls fn(ForwardKL{}) and so on for the divergence that `id` names; returns fn's answer.
 template <class Fn>
-auto visit(Divergence id, Fn&& fn) {
+FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   switch (id) {
     case Divergence::kReverseKL:
       return fn(ReverseKL{});
@@ -232,25 +236,25 @@ constexpr const char* kDivergenceNames[] = {
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
-inline bool is_one_sweep(Divergence id) {
+FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }
 
-inline Balance balance_of(Divergence id) {
+FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {
   return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
 }
 
-constexpr bool is_mean(Balance balance) {
+FASTKD_HOST_DEVICE constexpr bool is_mean(Balance balance) {
   return balance == Balance::kMean || balance == Balance::kCentered;
 }
 
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.
-inline double divergence_of(Divergence id, double value, double slope, double classes,
-                            double teacher_entropy) {
+template <class T>
+FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T teacher_entropy) {
   if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
   const Balance balance = balance_of(id);
   if (!is_mean(balance)) return value;
-  const double mean = balance == Balance::kCentered ? slope / classes / 2 : 0.0;
+  const T mean = balance == Balance::kCentered ? slope / classes / 2 : T(0);
   return value / classes - mean * mean;
 }
 

@@ -34,10 +34,12 @@ enum Stat : int {
   kTeacherMax,
   kTeacherScale,
   kSlopeSum,
+  kClassCount,
   kStats
 };
 // kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
-// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h.
+// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
+// Balance there, or 0.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence): rows of a group are `row` elements apart,
@@ -70,7 +72,8 @@ struct Inputs {
   const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
 
   // Replaces the four numbers below by numbers of each row's own: acc [kRowSettings, rows], or
-  // null.
+  // null. Of the four, where they are replaced, this much is looked at: if the two temperatures
+  // are equal, so are the two of each row.
   const void* row_settings = nullptr;
   double temperature = 1.0;  // of the student; its square multiplies the divergence
   double teacher_temperature = 1.0;

@@ -18,7 +18,7 @@ struct TopkArgs : Inputs {
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* stats = nullptr;  // on CUDA acc [kStats, rows] followed by one more acc, the scale, which
                           // is all that is written of it
-  void* grad = nullptr;  // [rows, classes] in the student's dtype, or null; not the student itself
+  void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
   Reduction reduction = Reduction::kMean;  // it and `scale`: as ForwardArgs has them
   double scale = 1.0;

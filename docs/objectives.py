@@ -59,14 +59,13 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, probabilities, and on CUDA a teacher temperature of its own cost one tensor of the
-teacher's size on the way to the fused pass. Other devices, function transforms (`torch.func`) and
-second derivatives are always PyTorch operations; so that memory stays bounded, these take large
-batches in parts, and compute each part again in the backward pass.
+Several teachers, and probabilities, cost one tensor of the teacher's size on the way to the fused
+pass. Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
+operations; so that memory stays bounded, these take large batches in parts, and compute each part
+again in the backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3
@@ -122,9 +121,7 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         )
     except ValueError:
         return "–"
-    used = ops.uses(call.labels, call.objective)
-    on_cpu, on_cuda = (used <= ops.FUSED[device] for device in ("cpu", "cuda"))
-    return "●" if on_cpu and on_cuda else "◐" if on_cpu else "○"
+    return "●" if ops.uses(call.labels, call.objective) <= ops.FUSED else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -9,9 +9,10 @@ namespace {
 
 struct BackwardCall {
   BackwardArgs args;
-  bool filled;     // grad holds the gradient for grad_output = 1
-  bool rescales;   // then multiply it, instead of computing it anew
-  int log_pieces;  // a row is cut into 2^this many pieces, one CTA each: blockIdx.y
+  bool filled;          // grad holds the gradient for grad_output = 1
+  bool rescales;        // then multiply it, instead of computing it anew
+  int log_pieces;       // a row is cut into 2^this many pieces, one CTA each: blockIdx.y
+  Constants constants;  // of the divergence
 };
 
 template <class A>
@@ -40,12 +41,13 @@ struct Vectors {
                                                int64_t label, int log_pieces, const W& writer) {
     const RowOf<T> row(args, args.grad, args.grad_stride, index);
     const Piece part(row.layout.vectors, log_pieces);
-    Sums<float> unused;
+    typename W::Sums unused;
     const int64_t inside = label - row.layout.begin, of = inside / Vector<T>::kElements;
     const bool mends = label >= 0 && inside >= 0 && of >= part.low && of < part.high &&
                        (of - part.low) % blockDim.x == threadIdx.x;
     const float label_student = mends ? to_acc(row.student[label]) : 0;  // before it is overwritten
-#pragma unroll 2
+    constexpr int kUnroll = W::kGeneral ? 1 : 2;
+#pragma unroll kUnroll
     for (int64_t i = part.low + threadIdx.x; i < part.high; i += blockDim.x)
       row.grad_vectors[i] = write_vector<T, kAtRunTime, false, true>(
           writer, fetch(row.student_vectors, i, row.layout.student_shift),
@@ -76,7 +78,7 @@ struct Elements {
     const int64_t student = offset_of(index, args.group_rows, args.student_stride);
     const int64_t teacher = offset_of(index, args.group_rows, args.teacher_stride);
     const int64_t grad = offset_of(index, args.group_rows, args.grad_stride);
-    Sums<A> unused;
+    typename W::Sums unused;
     for (int64_t i = part.low + threadIdx.x; i < part.high; i += blockDim.x) {
       const A g = writer.template write<kAtRunTime, false, true>(
           load_any<A>(args.student, args.student_dtype, student + i),
@@ -97,7 +99,7 @@ __device__ __forceinline__ void rescale_piece(const BackwardArgs& args, int64_t 
               fills ? value : load_any<A>(args.grad, args.student_dtype, grad + i) * factor);
 }
 
-template <class Rows, class D>
+template <class Rows, class W>
 __global__ void __launch_bounds__(256, 2)
     backward_kernel(const __grid_constant__ BackwardCall call) {
   using A = typename Rows::A;
@@ -122,8 +124,10 @@ __global__ void __launch_bounds__(256, 2)
     }
     RowStats<A> stats;
     stats.load(stats_of_rows, args.rows, index);
-    const Writer<A, D, Rows::kFold> writer(args, temperature_of<A>(args, index), stats,
-                                           scale * factor);
+    W writer(call, index, typename W::Temper(args, index), stats, scale * factor);
+    if constexpr (W::kGeneral)
+      writer.balance(stats_of_rows[kSlopeSum * args.rows + index],
+                     stats_of_rows[kClassCount * args.rows + index]);
     Rows::write(args, index, label, call.log_pieces, writer);
   }
 }
@@ -133,9 +137,9 @@ cudaError_t launch_as(const BackwardCall& call, int processors, cudaStream_t str
   const int64_t most = (static_cast<int64_t>(processors) * 8 >> call.log_pieces) + 1;
   Launch launch(call.args.rows < most ? call.args.rows : most, 256, 0, stream);
   launch.config.gridDim.y = 1u << call.log_pieces;
-  return visit_supported(call.args.divergence, [&](auto divergence) {
-    return launch(backward_kernel<Rows, decltype(divergence)>, call);
-  });
+  using A = typename Rows::A;
+  return is_hot(call.args) ? launch(backward_kernel<Rows, Writer<A, Rows::kFold>>, call)
+                           : launch(backward_kernel<Rows, GeneralWriter<A>>, call);
 }
 
 }  // namespace
@@ -143,7 +147,7 @@ cudaError_t launch_as(const BackwardCall& call, int processors, cudaStream_t str
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
-  BackwardCall call = {args, filled, false, 0};
+  BackwardCall call = {args, filled, false, 0, make_constants(args.divergence, args.mix)};
   call.rescales = filled && (size_of(args.student_dtype) > 2 || args.grad == args.student);
   // Enough pieces to fill the device, of at least 4096 classes.
   while (args.rows << call.log_pieces < device.processors * 8 &&

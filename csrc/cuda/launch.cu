@@ -115,8 +115,9 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
   ForwardCall call;
   call.args = with_groups(args);
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
-  Plan plan =
-      make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype, device.limits());
+  call.constants = make_constants(args.divergence, args.mix);
+  Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
+                        device.limits(), !is_hot(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
   if (const cudaError_t error =
@@ -131,12 +132,12 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
 }  // namespace
 
 int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream) {
-  if (args.rows > kMostRows || !is_supported(args)) return cudaErrorInvalidValue;
+  if (args.rows > kMostRows) return cudaErrorInvalidValue;
   return reported(forward_on(args, total, denominator, static_cast<cudaStream_t>(stream)));
 }
 
 int backward(const BackwardArgs& args, bool filled, void* stream) {
-  if (args.rows > kMostRows || !is_supported(args)) return cudaErrorInvalidValue;
+  if (args.rows > kMostRows) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.classes == 0) return cudaSuccess;
   return reported(launch_backward(with_groups(args), filled, static_cast<cudaStream_t>(stream)));
 }

@@ -21,15 +21,16 @@ cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
 
-// What these kernels compute: the forward KL, with one temperature for student and teacher. Of
-// `row_settings` they read the temperatures alone; the rest must be as the numbers beside it say.
-inline bool is_supported(const Inputs& in) {
-  return in.divergence == Divergence::kForwardKL && in.temperature == in.teacher_temperature;
+// Whether the hot kernels have it: the forward KL, alone or with the teacher's entropy, with one
+// temperature for student and teacher. All else is general.cuh's.
+inline bool is_hot(const Inputs& in) {
+  return is_one_sweep(in.divergence) && in.temperature == in.teacher_temperature;
 }
-template <class Fn>
-auto visit_supported(Divergence, Fn&& fn) {
-  return fn(ForwardKL{});
-}
+// A type as an argument.
+template <class T>
+struct TypeOf {
+  using Type = T;
+};
 
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
 // The runtime remembers an error until it is asked for it: nobody else shall find ours.

@@ -79,7 +79,7 @@ bool hot_dtypes(DType student, DType teacher) {
 }
 
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
-               const DeviceLimits& device) {
+               const DeviceLimits& device, bool general) {
   if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
     return tiny(rows, classes, device);
   Plan plan;
@@ -88,9 +88,9 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
     const int64_t widest = 256 * (kRegisterBytes / element);
     const bool clusters = device.ring && device.largest_cluster > 1;
     // A ring beats registers as soon as a row is long enough to amortise its barriers.
-    if (classes <= (clusters ? widest / 2 : widest))
+    if (!general && classes <= (clusters ? widest / 2 : widest))
       return registers(rows, classes, element, device);
-    if (clusters) plan = ring(rows, classes, element, device);
+    if (clusters && classes > widest / 2) plan = ring(rows, classes, element, device);
   }
   if (plan.family == Family::kRing) return plan;
   plan.family = Family::kStreaming;

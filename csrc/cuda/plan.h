@@ -64,8 +64,9 @@ constexpr int64_t kCountInside = 32768;
 constexpr bool kRingPlanned = false;
 
 bool hot_dtypes(DType student, DType teacher);
+// `general`: for what the hot kernels leave out (general.cuh), which registers do not have.
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
-               const DeviceLimits& device);
+               const DeviceLimits& device, bool general = false);
 const char* name_of(Family family);
 
 }  // namespace fastkd::cuda

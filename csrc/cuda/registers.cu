@@ -87,7 +87,7 @@ __device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held
   return sums;
 }
 
-template <class T, class D, bool kExtra, bool kWarpPerRow>
+template <class T, bool kExtra, bool kWarpPerRow>
 __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra ? 1 : 2)
     registers_kernel(const __grid_constant__ ForwardCall call) {
   __shared__ Exchange exchange;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
   float scale = 0;
   bool has_scale = false;
   int turn = 0;
-  Temperature<float> t = temperature_of<float>(args, 0);
+  Temperature<float> t(args, 0);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * per_block; first < args.rows;
        first += static_cast<int64_t>(gridDim.x) * per_block, turn ^= 1) {
     const int64_t index = kWarpPerRow ? first + warp : first;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       if (!kWarpPerRow) __syncthreads();
       continue;
     }
-    if (args.row_settings != nullptr) t = temperature_of<float>(args, index);
+    if (args.row_settings != nullptr) t = Temperature<float>(args, index);
     Statistics<float> statistics = t.power == 2
                                        ? scan_row<T, 2>(row, held, t, lane, lanes)
                                        : scan_row<T, kAtRunTime>(row, held, t, lane, lanes);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       __syncwarp();  // in place: every lane has read the label's logit
     }
     const RowStats<float> stats(statistics);
-    const Writer<float, D, kFoldScales<T>> writer(args, t, stats, scale);
+    const Writer<float, kFoldScales<T>> writer(call, index, t, stats, scale);
     Sums<float> sums =
         t.power == 2 ? write_row<T, 2, kExtra>(row, held, writer, label, lane, lanes)
                      : write_row<T, kAtRunTime, kExtra>(row, held, writer, label, lane, lanes);
@@ -150,15 +150,15 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       sums = other < warps ? exchange.sums[turn][other] : Sums<float>();
       sums.merge_lanes<32, kExtra>();
     }
-    if (lane == 0) close_row(args, index, stats, sums, held.label_student);
+    if (lane == 0) close_row<Temperature<float>>(args, index, stats, sums, held.label_student);
   }
   finish_inside(call, scale, slots);
 }
 
-template <class T, class D, bool kExtra>
+template <class T, bool kExtra>
 cudaError_t launch_as(const ForwardCall& call, const Plan& plan, Launch& launch, int processors) {
-  const auto kernel = plan.lanes == 32 ? registers_kernel<T, D, kExtra, true>
-                                       : registers_kernel<T, D, kExtra, false>;
+  const auto kernel =
+      plan.lanes == 32 ? registers_kernel<T, kExtra, true> : registers_kernel<T, kExtra, false>;
   int per_processor = 1;
   if (const cudaError_t error =
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, 0))
@@ -177,23 +177,19 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
   Launch launch(blocks < (1 << 20) ? blocks : 1 << 20, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
-  const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
-  return visit_supported(call.args.divergence, [&](auto divergence) {
-    using D = decltype(divergence);
-    const auto with = [&](auto example) {
-      using T = decltype(example);
-      return extra ? launch_as<T, D, true>(call, plan, launch, device.processors)
-                   : launch_as<T, D, false>(call, plan, launch, device.processors);
-    };
-    switch (call.args.student_dtype) {
-      case DType::kBFloat16:
-        return with(__nv_bfloat16());
-      case DType::kFloat16:
-        return with(__half());
-      default:
-        return with(float());
-    }
-  });
+  const auto with = [&](auto example) {
+    using T = decltype(example);
+    return wants_extra(call.args) ? launch_as<T, true>(call, plan, launch, device.processors)
+                                  : launch_as<T, false>(call, plan, launch, device.processors);
+  };
+  switch (call.args.student_dtype) {
+    case DType::kBFloat16:
+      return with(__nv_bfloat16());
+    case DType::kFloat16:
+      return with(__half());
+    default:
+      return with(float());
+  }
 }
 
 }  // namespace fastkd::cuda

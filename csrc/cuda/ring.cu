@@ -37,26 +37,27 @@ cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& conf
 }
 
 cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
-  const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
-  return visit_supported(call.args.divergence, [&](auto divergence) {
-    using D = decltype(divergence);
-    const auto with = [&](auto example) {
-      using T = decltype(example);
-      // Terms take more registers than four groups leave to a thread.
-      return extra ? launch_ring_as<T, D, true, kRingGroups - 1, kRingWarps, kRingVectors>(
-                         call, plan, stream)
-                   : launch_ring_as<T, D, false, kRingGroups, kRingWarps, kRingVectors>(call, plan,
-                                                                                        stream);
-    };
-    switch (call.args.student_dtype) {
-      case DType::kBFloat16:
-        return with(__nv_bfloat16());
-      case DType::kFloat16:
-        return with(__half());
-      default:
-        return with(float());
-    }
-  });
+  const bool extra = wants_extra(call.args);
+  const auto with = [&](auto example) {
+    using T = decltype(example);
+    using W = Writer<float, kFoldScales<T>>;
+    // Terms and the sweep between take more registers than four groups leave to a thread.
+    if (!is_hot(call.args))
+      return launch_ring_as<T, GeneralWriter<float>, true, kRingGroups - 1, kRingWarps,
+                            kRingVectors>(call, plan, stream);
+    return extra ? launch_ring_as<T, W, true, kRingGroups - 1, kRingWarps, kRingVectors>(call, plan,
+                                                                                         stream)
+                 : launch_ring_as<T, W, false, kRingGroups, kRingWarps, kRingVectors>(call, plan,
+                                                                                      stream);
+  };
+  switch (call.args.student_dtype) {
+    case DType::kBFloat16:
+      return with(__nv_bfloat16());
+    case DType::kFloat16:
+      return with(__half());
+    default:
+      return with(float());
+  }
 }
 
 }  // namespace fastkd::cuda

@@ -12,7 +12,8 @@
 //              2026-11)
 //   filler     one warp that writes rows that are ignored or have a bad label, which nobody reads
 // The sums of the second sweep ride in the exchange of the group's next row: a row costs one
-// exchange, and nobody waits for its loss.
+// exchange, and nobody waits for its loss. With a GeneralWriter there is a sweep between the two,
+// and its sums take an exchange of their own, since the gradient waits for them.
 #pragma once
 #include "launch.h"
 #include "rows.cuh"
@@ -26,13 +27,13 @@ struct RingShape {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// What a warp, and then a CTA, tells the others about its part of a row. `previous`: the sums of
-// the same group's row before.
+// What a warp, and then a CTA, tells the others about its part of a row. `sums`: of the same
+// group's row before; but with a GeneralWriter, of the row itself, which takes two exchanges.
+template <class S>
 struct alignas(16) RingMessage {
   Statistics<float> statistics;
-  Sums<float> previous;
+  S sums;
 };
-static_assert(sizeof(RingMessage) % 16 == 0);
 
 // What the producer tells the consumers about a row in the ring, so that they need not work it out
 // a thread at a time.
@@ -67,8 +68,9 @@ struct RingShared {
   static constexpr int kPerCloser = (kGroups + kRingClosers<kGroups> - 1) / kRingClosers<kGroups>;
   W writers[kGroups];
   RingInfo infos[kRingMaxStages + 1];  // of the rows in the ring
-  RingMessage warps[kGroups][kWarps];
-  RingMessage peers[kGroups][2][kLargestCluster];
+  using Message = RingMessage<typename W::Sums>;
+  Message warps[kGroups][kWarps];
+  Message peers[kGroups][2][kLargestCluster];
   RingPending pending[kGroups];
   int count;
 };
@@ -217,7 +219,7 @@ struct RingFollower {
   RingCursor start;  // of the row
   int slot;          // of shared.infos
   int64_t sequence;
-  uint32_t turn = 0;  // the how-manieth row of the group
+  uint32_t turn = 0;  // the how-manieth exchange of the group
 
   __device__ __forceinline__ RingFollower(Shared& s, const RingShape& of, int group)
       : shared(s), shape(of), slot(group), sequence(group) {

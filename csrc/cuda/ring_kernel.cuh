@@ -4,12 +4,11 @@
 
 namespace fastkd::cuda {
 
-template <class T, class D, bool kExtra, int kGroups, int kWarps, int kVectors, int kBlocks>
+template <class T, class W, bool kExtra, int kGroups, int kWarps, int kVectors, int kBlocks>
 __global__ void __launch_bounds__((kRingThreadsOf<kGroups, kWarps>), kBlocks)
     ring_kernel(const __grid_constant__ ForwardCall call, const __grid_constant__ RingShape shape) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char dynamic[];
-  using W = Writer<float, D, kFoldScales<T>>;
   using Shared = RingShared<W, kGroups, kWarps>;
   static_assert(sizeof(Shared) <= kRingStaticBytes);
   __shared__ __align__(alignof(Shared)) unsigned char shared_bytes[sizeof(Shared)];
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__((kRingThreadsOf<kGroups, kWarps>), kBlocks)
     if (warp < kConsumers) {
       consume<T, W, kExtra>(args, shape, shared, ring);
     } else {
-      close_rows<T, W, kExtra>(args, shape, shared, warp - kConsumers, kClosers, kWarps, rank,
+      close_rows<T, W, kExtra>(call, shape, shared, warp - kConsumers, kClosers, kWarps, rank,
                                ranks, scale);
     }
   }
@@ -71,9 +70,9 @@ __global__ void __launch_bounds__((kRingThreadsOf<kGroups, kWarps>), kBlocks)
 cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& config, int cluster,
                               int* clusters);
 
-template <class T, class D, bool kExtra, int kGroups, int kWarps, int kVectors, int kBlocks = 1>
+template <class T, class W, bool kExtra, int kGroups, int kWarps, int kVectors, int kBlocks = 1>
 cudaError_t launch_ring_as(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
-  const auto kernel = ring_kernel<T, D, kExtra, kGroups, kWarps, kVectors, kBlocks>;
+  const auto kernel = ring_kernel<T, W, kExtra, kGroups, kWarps, kVectors, kBlocks>;
   constexpr int kStage = ring_stage_vectors(kWarps, kVectors);
   const int64_t vectors = call.args.classes / Vector<T>::kElements;
   const int64_t slice = (vectors + plan.cluster - 1) / plan.cluster;

@@ -6,39 +6,47 @@ namespace fastkd::cuda {
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 
-// Merges what the warps of a group say about their row with what the peers say; the sums (of the
-// group's row before) arrive at the first CTA alone. All lanes call it; `peeled` are this lane's
-// own.
-template <bool kExtra, class Shared>
-__device__ __forceinline__ RingMessage exchange(Shared& shared, int group, uint32_t turn, int warps,
-                                                Statistics<float> peeled,
-                                                const Temperature<float>& t, int rank, int ranks) {
+// Merges what the warps of a group say about their row with what the peers say. Sums of the group's
+// row before arrive at the first CTA alone. All lanes call it; `peeled` is this lane's own.
+template <class W, bool kExtra, class Shared>
+__device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int group,
+                                                             uint32_t turn, int warps,
+                                                             typename Shared::Message peeled,
+                                                             const typename W::Temper& t, int rank,
+                                                             int ranks) {
+  using Message = typename Shared::Message;
   const int lane = threadIdx.x % 32, slot = turn & 1;
   barrier_wait(&shared.scanned[group], turn & 1);
-  RingMessage mine = lane < warps ? shared.warps[group][lane] : RingMessage();
-  const float student_max = max_of(mine.statistics.student_max, peeled.student_max);
-  const float teacher_max = max_of(mine.statistics.teacher_max, peeled.teacher_max);
+  Message mine = lane < warps ? shared.warps[group][lane] : Message();
+  Statistics<float>& own = peeled.statistics;
+  const float student_max = max_of(mine.statistics.student_max, own.student_max);
+  const float teacher_max = max_of(mine.statistics.teacher_max, own.teacher_max);
   mine.statistics.raise(student_max, teacher_max, t);
-  peeled.raise(student_max, teacher_max, t);
-  mine.statistics.student_sum += peeled.student_sum;
-  mine.statistics.hard_sum += peeled.hard_sum;
-  mine.statistics.teacher_sum += peeled.teacher_sum;
+  own.raise(student_max, teacher_max, t);
+  mine.statistics.student_sum += own.student_sum;
+  mine.statistics.hard_sum += own.hard_sum;
+  mine.statistics.teacher_sum += own.teacher_sum;
   mine.statistics.merge_lanes(t);
-  mine.previous.template merge_lanes<32, kExtra>();
+  if constexpr (W::kGeneral) mine.sums.add(peeled.sums);
+  mine.sums.template merge_lanes<32, kExtra>();
   if (ranks == 1) return mine;
   if (lane < ranks) {
     const uint32_t to = peer_address(shared_address(&shared.peers[group][slot][rank]), lane);
     const Statistics<float>& s = mine.statistics;
-    const Sums<float>& p = mine.previous;
+    const auto& p = mine.sums;
     peer_store(to, {s.student_max, s.student_sum, s.hard_sum, s.teacher_max});
     peer_store(to + 16, {s.teacher_sum, p.value, p.logits, p.student_entropy});
-    if (kExtra) peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
+    if constexpr (W::kGeneral) {
+      peer_store(to + 32, {p.teacher_entropy, p.agreement, p.slope, p.classes});
+    } else if (kExtra) {
+      peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
+    }
     peer_arrive(peer_address(shared_address(&shared.exchanged[group][slot]), lane));
   }
   barrier_wait_cluster(&shared.exchanged[group][slot], (turn >> 1) & 1);
-  RingMessage all = lane < ranks ? shared.peers[group][slot][lane] : RingMessage();
+  Message all = lane < ranks ? shared.peers[group][slot][lane] : Message();
   all.statistics.merge_lanes(t);
-  if (rank == 0) all.previous.template merge_lanes<32, kExtra>();
+  if (W::kGeneral || rank == 0) all.sums.template merge_lanes<32, kExtra>();
   return all;
 }
 
@@ -60,22 +68,29 @@ struct RingPeel {
     student = to_acc(row.student[peeled]);
     teacher = to_acc(row.teacher[peeled]);
   }
-  __device__ __forceinline__ Statistics<float> scan(const Temperature<float>& t) const {
+  template <class Temper>
+  __device__ __forceinline__ Statistics<float> scan(const Temper& t) const {
     Statistics<float> stats;
     if (peeled < 0) return stats;
     stats.raise(student, teacher, t);
     stats.add_any<kAtRunTime>(student, teacher, t);
     return stats;
   }
+  template <class W>
+  __device__ __forceinline__ typename W::Sums sum(const W& writer, bool extra) const {
+    typename W::Sums sums;
+    if (peeled >= 0) writer.sum(student, teacher, extra, sums);
+    return sums;
+  }
   template <bool kExtra, class W>
-  __device__ __forceinline__ Sums<float> write(const W& writer, int64_t label) const {
-    Sums<float> sums;
+  __device__ __forceinline__ typename W::Sums write(const W& writer, int64_t label) const {
+    typename W::Sums sums;
     if (peeled >= 0) {
       float g = writer.template write<kAtRunTime, kExtra>(student, teacher, sums);
       if (peeled == label) g -= writer.label;
       if (grad != nullptr) grad[peeled] = from_acc<T>(g);
     }
-    sums.template merge_lanes<32, kExtra>();
+    if (!W::kGeneral) sums.template merge_lanes<32, kExtra>();
     return sums;
   }
 };
@@ -85,38 +100,56 @@ __device__ __forceinline__ void close_pending(const ForwardArgs& args, Shared& s
                                               const RingPending& pending, Sums<float> sums) {
   if (pending.row < 0) return;
   sums.add(pending.peeled);
-  close_row(args, pending.row, pending.stats, sums, pending.label_logit);
+  close_row<Temperature<float>>(args, pending.row, pending.stats, sums, pending.label_logit);
+}
+
+template <class W, class Shared>
+__device__ __forceinline__ void publish(Shared& shared, int group, const W& writer) {
+  if (threadIdx.x % 32 != 0) return;
+  shared.writers[group] = writer;
+  barrier_arrive(&shared.ready[group]);
 }
 
 // One row of one group; false when nothing follows.
 template <class T, class W, bool kExtra, class Shared>
-__device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& shared,
+__device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& shared,
                                           RingFollower<Shared>& rows, int group, int warps,
                                           int rank, int ranks, float scale) {
+  const ForwardArgs& args = call.args;
   const bool leader = rank == 0 && threadIdx.x % 32 == 0;
   const RingInfo info = rows.info();
   const bool ends = info.row < 0;
-  const Temperature<float> t = temperature_of<float>(args, ends ? 0 : info.row);
+  const typename W::Temper t(args, ends ? 0 : info.row);
   const RingPeel<T> peel = rank == 0 && !ends ? RingPeel<T>(args, info) : RingPeel<T>();
-  const RingMessage all =
-      exchange<kExtra>(shared, group, rows.turn, warps, peel.scan(t), t, rank, ranks);
+  const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums) {
+    return exchange<W, kExtra>(shared, group, rows.turn, warps, {statistics, sums}, t, rank, ranks);
+  };
+  auto all = merged(peel.scan(t), {});
   const RingPending before = shared.pending[group];
   if (ends) {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
-    if (leader) close_pending<kExtra>(args, shared, group, before, all.previous);
+    if constexpr (!W::kGeneral)
+      if (leader) close_pending<kExtra>(args, shared, group, before, all.sums);
     return false;
   }
   const RowStats<float> stats(all.statistics);
-  const W writer(args, t, stats, scale);
-  if (threadIdx.x % 32 == 0) {
-    shared.writers[group] = writer;
-    barrier_arrive(&shared.ready[group]);
+  W writer(call, info.row, t, stats, scale);
+  publish(shared, group, writer);
+  if constexpr (W::kGeneral) {
+    rows.turn++;
+    all = merged({}, peel.sum(writer, wants_extra(args)));
+    writer.balance(all.sums.slope, all.sums.classes);
+    publish(shared, group, writer);
   }
   if (rank != 0) return true;
-  const Sums<float> peeled = peel.template write<kExtra>(writer, info.label);
+  const auto peeled = peel.template write<kExtra>(writer, info.label);
   if (leader) {
-    close_pending<kExtra>(args, shared, group, before, all.previous);
-    shared.pending[group] = {stats, peel.label_logit, peeled, info.row};
+    if constexpr (W::kGeneral) {
+      close_row<typename W::Temper>(args, info.row, stats, all.sums, peel.label_logit);
+    } else {
+      close_pending<kExtra>(args, shared, group, before, all.sums);
+      shared.pending[group] = {stats, peel.label_logit, peeled, info.row};
+    }
   }
   __syncwarp();
   return true;
@@ -125,7 +158,7 @@ __device__ __forceinline__ bool close_one(const ForwardArgs& args, Shared& share
 // Closer number `closer` of `closers`: the groups closer, closer + closers, ..., in the order of
 // their rows.
 template <class T, class W, bool kExtra, class Shared>
-__device__ __forceinline__ void close_rows(const ForwardArgs& args, const RingShape& shape,
+__device__ __forceinline__ void close_rows(const ForwardCall& call, const RingShape& shape,
                                            Shared& shared, int closer, int closers, int warps,
                                            int rank, int ranks, float scale) {
   static_assert(Shared::kPerCloser <= 2);
@@ -136,21 +169,21 @@ __device__ __forceinline__ void close_rows(const ForwardArgs& args, const RingSh
   while (first_runs || second_runs) {
     if (first_runs)
       first_runs =
-          close_one<T, W, kExtra>(args, shared, first_rows, first, warps, rank, ranks, scale);
+          close_one<T, W, kExtra>(call, shared, first_rows, first, warps, rank, ranks, scale);
     first_rows.next();
     if (second_runs)
       second_runs =
-          close_one<T, W, kExtra>(args, shared, second_rows, second, warps, rank, ranks, scale);
+          close_one<T, W, kExtra>(call, shared, second_rows, second, warps, rank, ranks, scale);
     second_rows.next();
   }
 }
 
 // First sweep over one slice, as its stages arrive: the statistics of this thread's vectors.
-template <class T, int kPower, int kWarps, int kVectors, class Shared>
+template <class T, int kPower, int kWarps, int kVectors, class Shared, class Temper>
 __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarps, kVectors>* ring,
                                                         const RingFollower<Shared>& rows,
-                                                        const RingInfo& info,
-                                                        const Temperature<float>& t, int thread) {
+                                                        const RingInfo& info, const Temper& t,
+                                                        int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
   Statistics<float> stats;
   Tops tops;
@@ -179,15 +212,35 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
   return stats;
 }
 
-// Second sweep: the whole slice is still there. Each stage is freed as it is done.
+// The sweep between.
+template <class T, int kWarps, int kVectors, class W, class Shared>
+__device__ __forceinline__ typename W::Sums sum_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                      const RingFollower<Shared>& rows,
+                                                      const RingInfo& info, const W& writer,
+                                                      bool extra, int thread) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  typename W::Sums sums;
+  RingCursor at = rows.start;
+  for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
+    const Stage& stage = ring[at.stage];
+#pragma unroll 1
+    for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
+      sum_vector<T>(writer, fetch(stage.student, i, info.student_shift),
+                    fetch(stage.teacher, i, info.teacher_shift), extra, sums);
+    at.advance(1, rows.shape.stages);
+  }
+  return sums;
+}
+
+// Last sweep: the whole slice is still there. Each stage is freed as it is done.
 template <class T, int kPower, bool kExtra, int kWarps, int kVectors, class W, class Shared>
-__device__ __forceinline__ Sums<float> write_slice(const RingStage<T, kWarps, kVectors>* ring,
-                                                   const RingFollower<Shared>& rows,
-                                                   const RingInfo& info, const W& writer,
-                                                   int thread) {
+__device__ __forceinline__ typename W::Sums write_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                        const RingFollower<Shared>& rows,
+                                                        const RingInfo& info, const W& writer,
+                                                        int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
   constexpr int kUnroll = kExtra ? 1 : kVectors;  // two vectors at once would spill with terms
-  Sums<float> sums;
+  typename W::Sums sums;
   const bool plain = (info.student_shift | info.teacher_shift) == 0 && info.grad != nullptr;
   RingCursor at = rows.start;
   uint4* grad = info.grad;
@@ -240,34 +293,52 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   using Stage = RingStage<T, kWarps, kVectors>;
   const int group = threadIdx.x / Stage::kThreads, thread = threadIdx.x % Stage::kThreads;
   RingFollower<Shared> rows(shared, shape, group);
-  RingMessage message;
-  Temperature<float> t = temperature_of<float>(args, 0);
+  typename Shared::Message message;
+  typename W::Temper t(args, 0);
   const auto send = [&] {
     message.statistics.merge_lanes(t);
-    message.previous.template merge_lanes<32, kExtra>();
+    message.sums.template merge_lanes<32, kExtra>();
     if (thread % 32 != 0) return;
     shared.warps[group][thread / 32] = message;
     barrier_arrive(&shared.scanned[group]);
   };
+  const auto received = [&] {
+    barrier_wait(&shared.ready[group], rows.turn & 1);
+    return shared.writers[group];
+  };
+  // Copies of the loops for each power, where their speed is all that counts.
+  const auto sweep = [&](auto&& fn) {
+    if constexpr (W::kGeneral) {
+      fn(PowerConstant<kAtRunTime>());
+    } else {
+      with_power(t.power, fn);
+    }
+  };
   while (true) {
     const RingInfo info = rows.info();
     if (info.row < 0) break;
-    if (args.row_settings != nullptr) t = temperature_of<float>(args, info.row);
-    with_power(t.power, [&](auto power) {
+    if (args.row_settings != nullptr) t = typename W::Temper(args, info.row);
+    sweep([&](auto power) {
       message.statistics = scan_slice<T, power.value>(ring, rows, info, t, thread);
     });
+    if constexpr (W::kGeneral) message.sums = {};
     send();
+    if constexpr (W::kGeneral) {
+      message.sums = sum_slice<T>(ring, rows, info, received(), wants_extra(args), thread);
+      message.statistics = {};
+      rows.turn++;
+      send();
+    }
     // The label's class is written again at the end, by the thread that wrote its vector.
     const bool has_label = info.label_vector >= 0 && info.grad != nullptr &&
                            info.label_vector % Stage::kThreads == thread;
     const float2 label = has_label ? label_logits(ring, rows, info) : float2{0, 0};
-    barrier_wait(&shared.ready[group], rows.turn & 1);
-    const W writer = shared.writers[group];
-    with_power(t.power, [&](auto power) {
-      message.previous = write_slice<T, power.value, kExtra>(ring, rows, info, writer, thread);
+    const W writer = received();
+    sweep([&](auto power) {
+      message.sums = write_slice<T, power.value, kExtra>(ring, rows, info, writer, thread);
     });
     if (has_label) {
-      Sums<float> unused;
+      typename W::Sums unused;
       const float g = writer.template write<kAtRunTime, kExtra>(label.x, label.y, unused);
       reinterpret_cast<T*>(info.grad + info.label_vector)[info.label_element] =
           from_acc<T>(g - writer.label);

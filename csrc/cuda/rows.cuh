@@ -18,11 +18,10 @@ struct Tops {
 };
 
 // The classes of `kCount` vectors.
-template <class T, int kPower, int kCount>
+template <class T, int kPower, int kCount, class Temper>
 __device__ __forceinline__ void add_vectors(Statistics<float>& stats, Tops& tops,
                                             const uint4 (&student)[kCount],
-                                            const uint4 (&teacher)[kCount],
-                                            const Temperature<float>& t) {
+                                            const uint4 (&teacher)[kCount], const Temper& t) {
   constexpr int kElements = Vector<T>::kElements;
   tops.student = fmaxf(tops.student, Vector<T>::template max<kCount>(student));
   tops.teacher = fmaxf(tops.teacher, Vector<T>::template max<kCount>(teacher));
@@ -44,30 +43,53 @@ __device__ __forceinline__ void add_vectors(Statistics<float>& stats, Tops& tops
     each([&](float z, float w) { stats.add<kPower>(z, w, t); });
   }
 }
-template <class T, int kPower>
+template <class T, int kPower, class Temper>
 __device__ __forceinline__ void add_vector(Statistics<float>& stats, Tops& tops, uint4 student,
-                                           uint4 teacher, const Temperature<float>& t) {
+                                           uint4 teacher, const Temper& t) {
   const uint4 students[1] = {student}, teachers[1] = {teacher};
   add_vectors<T, kPower, 1>(stats, tops, students, teachers, t);
 }
 
 template <class T, int kPower, bool kExtra, bool kUniform = kExtra, class W>
 __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, uint4 teacher,
-                                              Sums<float>& sums) {
+                                              typename W::Sums& sums) {
   constexpr int kElements = Vector<T>::kElements;
   float z[kElements], w[kElements], g[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
-  if (writer.apart) {
+  const auto each = [&](auto&& write) {
 #pragma unroll
-    for (int i = 0; i < kElements; i++)
-      g[i] = writer.template write_as<true, kAtRunTime, kExtra, kUniform>(z[i], w[i], sums);
+    for (int i = 0; i < kElements; i++) g[i] = write(z[i], w[i]);
+  };
+  if constexpr (W::kGeneral) {
+    visit_general(writer.divergence, [&](auto d) {
+      each([&](float x, float y) { return writer.template write_as<decltype(d)>(x, y); });
+    });
+  } else if (writer.apart) {
+    each([&](float x, float y) {
+      return writer.template write_as<true, kAtRunTime, kExtra, kUniform>(x, y, sums);
+    });
   } else {
-#pragma unroll
-    for (int i = 0; i < kElements; i++)
-      g[i] = writer.template write_as<false, kPower, kExtra, kUniform>(z[i], w[i], sums);
+    each([&](float x, float y) {
+      return writer.template write_as<false, kPower, kExtra, kUniform>(x, y, sums);
+    });
   }
   return Vector<T>::store(g);
+}
+
+// The sweep between, of a GeneralWriter.
+template <class T, class W>
+__device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4 teacher,
+                                           bool extra, typename W::Sums& sums) {
+  constexpr int kElements = Vector<T>::kElements;
+  float z[kElements], w[kElements];
+  Vector<T>::load(student, z);
+  Vector<T>::load(teacher, w);
+  visit_general(writer.divergence, [&](auto d) {
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      writer.template sum_as<decltype(d)>(z[i], w[i], extra, sums);
+  });
 }
 
 // Pointers to the three tensors' parts of one row, and how they fall into vectors.

@@ -31,8 +31,8 @@ struct Vectors {
   __device__ __forceinline__ int64_t peeled() const {
     return threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
   }
-  __device__ __forceinline__ void scan(Statistics<float>& stats,
-                                       const Temperature<float>& t) const {
+  template <class Temper>
+  __device__ __forceinline__ void scan(Statistics<float>& stats, const Temper& t) const {
     Tops tops;
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
@@ -45,9 +45,19 @@ struct Vectors {
     stats.raise(student(i), teacher(i), t);
     stats.add_any<kAtRunTime>(student(i), teacher(i), t);
   }
+  template <class W>
+  __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
+      sum_vector<T>(writer, fetch(row.student_vectors, i, row.layout.student_shift),
+                    fetch(row.teacher_vectors, i, row.layout.teacher_shift), extra, sums);
+    const int64_t i = peeled();
+    if (i >= 0) writer.sum(student(i), teacher(i), extra, sums);
+  }
   template <bool kExtra, class W>
-  __device__ __forceinline__ void write(const W& writer, Sums<float>& sums) const {
-#pragma unroll 2
+  __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
+    constexpr int kUnroll = W::kGeneral ? 1 : 2;
+#pragma unroll kUnroll
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x) {
       const uint4 g = write_vector<T, kAtRunTime, kExtra>(
           writer, fetch_once(row.student_vectors, i, row.layout.student_shift),
@@ -84,7 +94,8 @@ struct Elements {
     if (args.grad != nullptr) store_any(args.grad, args.student_dtype, grad_offset + i, g);
   }
   __device__ __forceinline__ bool owns(int64_t i) const { return i % blockDim.x == threadIdx.x; }
-  __device__ __forceinline__ void scan(Statistics<A>& stats, const Temperature<A>& t) const {
+  template <class Temper>
+  __device__ __forceinline__ void scan(Statistics<A>& stats, const Temper& t) const {
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) {
       const A z = student(i), w = teacher(i);
@@ -92,9 +103,16 @@ struct Elements {
       stats.template add_any<kAtRunTime>(z, w, t);
     }
   }
+  template <class W>
+  __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
+      writer.sum(student(i), teacher(i), extra, sums);
+  }
   template <bool kExtra, class W>
-  __device__ __forceinline__ void write(const W& writer, Sums<A>& sums) const {
-#pragma unroll 2
+  __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
+    constexpr int kUnroll = W::kGeneral ? 1 : 2;
+#pragma unroll kUnroll
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
       store(i, writer.template write<kAtRunTime, kExtra>(student(i), teacher(i), sums));
   }
@@ -103,21 +121,21 @@ struct Elements {
   }
 };
 
-template <class A>
+template <class A, class S>
 struct Exchange {
   Statistics<A> statistics[2][32];
-  Sums<A> sums[2][32];
+  S sums[2][32];
 };
 
 // fp64 needs twice the registers.
 template <class Rows>
 constexpr int kStreamingThreads = sizeof(typename Rows::A) == 8 ? 256 : 512;
 
-template <class Rows, class D, bool kExtra>
+template <class Rows, class W, bool kExtra>
 __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
     streaming_kernel(const __grid_constant__ ForwardCall call) {
   using A = typename Rows::A;
-  __shared__ Exchange<A> exchange;
+  __shared__ Exchange<A, typename W::Sums> exchange;
   __shared__ double slots[32];
   __shared__ int count;
   const ForwardArgs& args = call.args;
@@ -136,7 +154,7 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
       __syncthreads();
       continue;
     }
-    const Temperature<A> t = temperature_of<A>(args, index);
+    const typename W::Temper t(args, index);
     // Read before the barrier, since the gradient may overwrite them.
     const A label_student = label >= 0 ? row.student(label) : A(0);
     const A label_teacher = label >= 0 ? row.teacher(label) : A(0);
@@ -149,40 +167,58 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
     statistics.merge_lanes(t);
 
     const RowStats<A> stats(statistics);
-    const Writer<A, D, Rows::kFold> writer(args, t, stats, scale);
-    Sums<A> sums, unused;
-    row.template write<kExtra>(writer, sums);
+    W writer(call, index, t, stats, scale);
+    typename W::Sums sums, unused;
+    const auto exchanged = [&] {
+      if (lane == 0) exchange.sums[turn][warp] = sums;
+      __syncthreads();
+      sums = lane < warps ? exchange.sums[turn][lane] : typename W::Sums();
+    };
+    if constexpr (W::kGeneral) {
+      row.sum(writer, wants_extra(args), sums);
+      sums.template merge_lanes<32, true>();
+      exchanged();
+      sums.template merge_lanes<32, true>();
+      writer.balance(sums.slope, sums.classes);
+    }
+    row.template write<kExtra>(writer, W::kGeneral ? unused : sums);
     if (label >= 0 && row.owns(label))
       row.store(label,
                 writer.template write<kAtRunTime, kExtra>(label_student, label_teacher, unused) -
                     writer.label);
-    sums.template merge_lanes<32, kExtra>();
-    if (lane == 0) exchange.sums[turn][warp] = sums;
-    __syncthreads();
-    if (warp != 0) continue;
-    sums = lane < warps ? exchange.sums[turn][lane] : Sums<A>();
-    sums.template merge_lanes<32, kExtra>();
-    if (lane == 0) close_row(args, index, stats, sums, label_student);
+    if constexpr (!W::kGeneral) {
+      sums.template merge_lanes<32, kExtra>();
+      exchanged();
+      if (warp != 0) continue;
+      sums.template merge_lanes<32, kExtra>();
+    }
+    if (threadIdx.x == 0) close_row<typename W::Temper>(args, index, stats, sums, label_student);
   }
   finish_inside(call, scale, slots);
 }
 
+template <class Rows, class W, bool kExtra>
+cudaError_t launch_with(const ForwardCall& call, Launch& launch, int processors) {
+  const auto kernel = streaming_kernel<Rows, W, kExtra>;
+  if (launch.config.blockDim.x > kStreamingThreads<Rows>)
+    launch.config.blockDim.x = kStreamingThreads<Rows>;
+  int per_processor = 1;
+  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &per_processor, kernel, static_cast<int>(launch.config.blockDim.x), 0))
+    return error;
+  const int64_t most = static_cast<int64_t>(per_processor) * processors;
+  launch.config.gridDim.x = static_cast<unsigned>(call.args.rows < most ? call.args.rows : most);
+  return launch(kernel, call);
+}
+
 template <class Rows>
 cudaError_t launch_as(const ForwardCall& call, Launch& launch, int processors) {
-  return visit_supported(call.args.divergence, [&](auto divergence) {
-    using D = decltype(divergence);
-    const bool extra = call.args.terms != nullptr || call.args.label_smoothing != 0;
-    const auto kernel = extra ? streaming_kernel<Rows, D, true> : streaming_kernel<Rows, D, false>;
-    if (launch.config.blockDim.x > kStreamingThreads<Rows>)
-      launch.config.blockDim.x = kStreamingThreads<Rows>;
-    int per_processor = 1;
-    if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &per_processor, kernel, static_cast<int>(launch.config.blockDim.x), 0))
-      return error;
-    const int64_t most = static_cast<int64_t>(per_processor) * processors;
-    launch.config.gridDim.x = static_cast<unsigned>(call.args.rows < most ? call.args.rows : most);
-    return launch(kernel, call);
-  });
+  using A = typename Rows::A;
+  using Hot = Writer<A, Rows::kFold>;
+  if (!is_hot(call.args))
+    return launch_with<Rows, GeneralWriter<A>, true>(call, launch, processors);
+  return wants_extra(call.args) ? launch_with<Rows, Hot, true>(call, launch, processors)
+                                : launch_with<Rows, Hot, false>(call, launch, processors);
 }
 
 }  // namespace

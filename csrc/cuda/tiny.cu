@@ -29,9 +29,10 @@ __device__ __forceinline__ Slice load_slice(const Inputs& in, int64_t row, int l
 }
 
 // All lanes of a warp call this together, also those without a row (kind kIgnored, row < 0).
-template <class D, int kLanes>
-__device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, RowKind kind,
+template <class W, int kLanes>
+__device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, RowKind kind,
                                         int64_t label, float scale, int lane) {
+  const ForwardArgs& args = call.args;
   const bool real = kind == RowKind::kReal && row >= 0;
   Slice slice = {};
   float label_logit = 0;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
       label_logit = load_any<float>(args.student, args.student_dtype,
                                     offset_of(row, args.group_rows, args.student_stride) + label);
   }
-  const Temperature<float> t = temperature_of<float>(args, real ? row : 0);
+  const typename W::Temper t(args, real ? row : 0);
   // A class a lane or four: the maxima of all come first.
   Statistics<float> statistics;
   float student_top = slice.z[0], teacher_top = slice.w[0];
@@ -55,8 +56,15 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
   for (int i = 0; i < kTinyPerLane; i++) statistics.add_any<kAtRunTime>(slice.z[i], slice.w[i], t);
   statistics.sum_lanes<kLanes>();
   const RowStats<float> stats(statistics);
-  const Writer<float, D, false> writer(args, t, stats, scale);
-  Sums<float> sums;
+  W writer(call, real ? row : 0, t, stats, scale);
+  typename W::Sums sums;
+  if constexpr (W::kGeneral) {
+#pragma unroll
+    for (int i = 0; i < kTinyPerLane; i++)
+      if (real && lane + i * kLanes < args.classes) writer.sum(slice.z[i], slice.w[i], true, sums);
+    sums.template merge_lanes<kLanes, true>();
+    writer.balance(sums.slope, sums.classes);
+  }
   __syncwarp();  // in place: the label's logit is read before it is overwritten
 #pragma unroll
   for (int i = 0; i < kTinyPerLane; i++) {
@@ -71,16 +79,16 @@ __device__ __forceinline__ void run_row(const ForwardArgs& args, int64_t row, Ro
       store_any(args.grad, args.student_dtype,
                 offset_of(row, args.group_rows, args.grad_stride) + k, g);
   }
-  sums.merge_lanes<kLanes, true>();
+  if constexpr (!W::kGeneral) sums.template merge_lanes<kLanes, true>();
   if (lane != 0 || row < 0) return;
   if (real) {
-    close_row(args, row, stats, sums, label_logit);
+    close_row<typename W::Temper>(args, row, stats, sums, label_logit);
   } else {
     close_row_as(args, row, fill_value(kind));
   }
 }
 
-template <class D, int kLanes>
+template <class W, int kLanes>
 __global__ void __launch_bounds__(1024, 1) tiny_kernel(const __grid_constant__ ForwardCall call) {
   __shared__ int count;
   __shared__ double slots[32];
@@ -96,7 +104,7 @@ __global__ void __launch_bounds__(1024, 1) tiny_kernel(const __grid_constant__ F
     const int64_t mine = first + threadIdx.x / kLanes;
     const int64_t row = mine < args.rows ? mine : -1;
     const int64_t label = row < 0 ? -1 : label_of(args, row);
-    run_row<D, kLanes>(args, row, row < 0 ? RowKind::kIgnored : kind_of(args, label), label, scale,
+    run_row<W, kLanes>(call, row, row < 0 ? RowKind::kIgnored : kind_of(args, label), label, scale,
                        lane);
   }
   finish_inside(call, scale, slots);
@@ -112,10 +120,12 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
   Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
   if (plan.finish_inside) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
-  return visit_supported(call.args.divergence, [&](auto divergence) {
-    using D = decltype(divergence);
-    return plan.lanes == 8 ? launch(tiny_kernel<D, 8>, call) : launch(tiny_kernel<D, 32>, call);
-  });
+  const auto with = [&](auto writer) {
+    using W = typename decltype(writer)::Type;
+    return plan.lanes == 8 ? launch(tiny_kernel<W, 8>, call) : launch(tiny_kernel<W, 32>, call);
+  };
+  return is_hot(call.args) ? with(TypeOf<Writer<float, false>>())
+                           : with(TypeOf<GeneralWriter<float>>());
 }
 
 }  // namespace fastkd::cuda

@@ -174,7 +174,7 @@ __device__ __forceinline__ void run_row(const Rows& row, const TopkCall& call, i
   using A = typename Rows::A;
   const ForwardArgs& args = call.forward.args;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  const Temperature<A> t = temperature_of<A>(args, index);
+  const Temperature<A> t(args, index);
   const List<A> list{call, index};
   double greatest = topk::kNothing;
   list.each([&](int64_t id, double) {

@@ -49,7 +49,6 @@ def _compute(
     if (
         ops.EAGER is not None
         and divergence in ops.DIVERGENCES
-        and divergence in ops.FUSED["cpu"]
         and teacher_temperature is None
         and hard_weight is None
         and soft_weight is None
@@ -66,10 +65,9 @@ def _compute(
         and not torch.compiler.is_compiling()
     ):
         # What is usual takes the shortest way; None comes back from what is not.
-        cuda = ops.CUDA_KERNELS and divergence in ops.FUSED["cuda"]
         try:
             out = ops.EAGER.loss(
-                student_logits, teacher_logits, labels, with_terms, cuda, temperature, alpha,
+                student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature, alpha,
                 ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
                 reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip

@@ -42,7 +42,7 @@ CUDA_KERNELS = bool(_C.cuda_architectures)
 _KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if CUDA_KERNELS else {"cpu", "meta"})
 _warned: set[str] = set()
 _TERMS = len(reference.Terms._fields)
-_STATS = 6
+_STATS = 7
 
 _loss = torch.ops.fastkd.loss.default
 _loss_ = torch.ops.fastkd.loss_.default
@@ -273,10 +273,7 @@ USES = {
     "standardize": "standardize=True",
 }
 # What of it the kernels have. All else is computed by fastkd.reference.
-FUSED: dict[str, frozenset[str]] = {
-    "cpu": frozenset({*DIVERGENCES, "row weights"}),
-    "cuda": frozenset({"forward_kl"}),
-}
+FUSED = frozenset({*DIVERGENCES, "row weights"})
 
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
@@ -299,9 +296,9 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     return found
 
 
-def _missing(device: str, labels: Tensor | None, objective: Objective) -> set[str]:
-    """What of a call the kernels of a device lack; meta tensors stand for those of a CPU."""
-    return uses(labels, objective) - FUSED["cuda" if device == "cuda" else "cpu"]
+def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
+    """What of a call the kernels lack."""
+    return uses(labels, objective) - FUSED
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -309,7 +306,7 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
     device = student.device.type
     if device not in _KERNEL_DEVICES or _is_transformed():
         return False
-    return not _missing(device, labels, objective)
+    return not _missing(labels, objective)
 
 
 def compute(
@@ -327,7 +324,7 @@ def compute(
     if device not in _KERNEL_DEVICES:
         _warn_once(device)
     elif not transformed:
-        missing = _missing(device, labels, objective)
+        missing = _missing(labels, objective)
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
         if inplace:
@@ -362,7 +359,8 @@ def _fused(
     row_settings = None
     if any(isinstance(number, Tensor) for number in numbers):
         row_settings = _row_settings(numbers, student, accumulator(student, teacher))
-        numbers = (1.0, 1.0, 1.0, 1.0)
+        # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
+        numbers = (1.0, 1.0 if _same_temperature(o) else 2.0, 1.0, 1.0)
     settings = Settings(
         *numbers,  # type: ignore[arg-type]
         o.label_smoothing,
@@ -393,20 +391,21 @@ def _row_settings(
         ).flatten()
 
 
+def _same_temperature(objective: Objective) -> bool:
+    """Whether student and teacher are known to have the same temperature in every row."""
+    mine, own = objective.temperature, objective.teacher_temperature
+    return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
+
+
 def _teacher_of(
     student: Tensor, teachers: tuple[Tensor, ...], objective: Objective
 ) -> tuple[Tensor, float | Tensor]:
     """One teacher's logits, and the temperature at which their softmax is p.
 
-    Teachers that are several, probabilities, and on CUDA a temperature that is not the student's,
-    cost one tensor of the teacher's size.
+    Teachers that are several, and probabilities, cost one tensor of the teacher's size.
     """
     o = objective
-    same = o.teacher_temperature is o.temperature or (
-        isinstance(o.temperature, float) and o.teacher_temperature == o.temperature
-    )
-    plain = len(teachers) == 1 and o.teacher_form != "probs"
-    if plain and (same or student.device.type != "cuda"):
+    if len(teachers) == 1 and o.teacher_form != "probs":
         return teachers[0], o.teacher_temperature
     dtype = accumulator(student, *teachers)
     with torch.no_grad():

@@ -1,14 +1,18 @@
 // Checks every family of CUDA kernels against a double-precision reference on the host. No torch.
 // Prints one line per failed case and a summary; the exit status is the number of failed cases.
-// `cuda_kernels --short` runs a reduced set, for compute-sanitizer.
+// `cuda_kernels --short` runs a reduced set, for compute-sanitizer; `--at-most ROWS CLASSES` all
+// but the large cases, for the emulation of a GPU; `--random CASES SEED` random cases alone.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/launch.h"
 #include "device_support.h"
+#include "truth.h"
 
 using namespace fastkd;
 
@@ -22,11 +26,14 @@ struct Case {
   int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // of a row, in elements
   int64_t group_rows = 0;
   bool labels = true, ignored = true, bad_label = false, row_settings = false;
-  bool terms = false, in_place = false, infinities = false, nan = false;
+  bool terms = false, in_place = false, no_grad = false, infinities = false, nan = false;
   Reduction reduction = Reduction::kMean;
   double noise = 1;                           // of the student about the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
   bool underflows = false;  // a class that the student masks, of no teacher probability
+  Divergence divergence = Divergence::kForwardKL;
+  double mix = 0.3;
+  double teacher_temperature = 0;  // 0: the student's
   const cuda::Plan* plan = nullptr;
   std::string name;
 };
@@ -36,15 +43,36 @@ struct Reference {
   std::vector<double> grad;
 };
 
+// The soft term of everything but the forward KL with one temperature.
+void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
+                 double t, double soft_weight, Reference& r) {
+  const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own);
+  r.terms[kSoft] = static_cast<double>(exact.value);
+  r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
+  double top = -kInfinity, sum = 0, entropy = 0;
+  for (const double x : w) top = std::fmax(top, x);
+  for (const double x : w) sum += std::exp((x - top) / own);
+  for (const double x : w) {
+    const double log_p = (x - top) / own - std::log(sum);
+    if (log_p > -kInfinity) entropy -= std::exp(log_p) * log_p;
+  }
+  r.terms[kTeacherEntropy] = entropy;
+  for (size_t i = 0; i < z.size(); i++)
+    r.grad[i] += soft_weight * t * static_cast<double>(exact.grad[i]);
+}
+
 Reference reference_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
-                        int64_t label, double t) {
+                        int64_t label, double t, double hard_weight, double soft_weight) {
+  const bool general = c.divergence != Divergence::kForwardKL || c.teacher_temperature > 0;
+  const double kl_weight = general ? 0 : soft_weight;
   const int64_t n = c.classes;
   Reference r;
   r.grad.assign(static_cast<size_t>(n), 0.0);
   double ms = -kInfinity, mt = -kInfinity, zs = 0, z1 = 0, zt = 0, mean = 0;
   bool poisoned = false;
   for (int64_t i = 0; i < n; i++) {
-    ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]), mean += z[i] / n;
+    ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]);
     poisoned |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInfinity || w[i] == kInfinity;
   }
   if (poisoned || ms == -kInfinity || mt == -kInfinity) {
@@ -52,8 +80,10 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     for (double& g : r.grad) g = NAN;
     return r;
   }
-  for (int64_t i = 0; i < n; i++)
+  for (int64_t i = 0; i < n; i++) {
     zs += std::exp((z[i] - ms) / t), z1 += std::exp(z[i] - ms), zt += std::exp((w[i] - mt) / t);
+    mean += (z[i] - ms) / n;
+  }
   double kl = 0, hs = 0, ht = 0;
   for (int64_t i = 0; i < n; i++) {
     const double lq = (z[i] - ms) / t - std::log(zs), lp = (w[i] - mt) / t - std::log(zt);
@@ -66,22 +96,22 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     if (q > 0) hs -= q * lq;
     if (p > 0) ht -= p * lp;
     if (z[i] == ms && w[i] == mt) r.terms[kAgreement] = 1;
-    double g = c.soft_weight * t * (q - p);
+    double g = kl_weight * t * (q - p);
     if (label >= 0)
-      g += c.hard_weight *
+      g += hard_weight *
            (std::exp(z[i] - ms) / z1 - c.smoothing / n - (i == label ? 1 - c.smoothing : 0));
     r.grad[static_cast<size_t>(i)] = g;
   }
-  const double lse = ms + std::log(z1);
   double hard = 0;
-  if (label >= 0) {
-    hard = (1 - c.smoothing) * (lse - z[label]);
-    if (c.smoothing > 0) hard += c.smoothing * (lse - mean);
+  if (label >= 0) {  // relative to the maximum, which may be 1e38
+    hard = (1 - c.smoothing) * (std::log(z1) + (ms - z[label]));
+    if (c.smoothing > 0) hard += c.smoothing * (std::log(z1) - mean);
   }
   r.terms[kHard] = hard, r.terms[kSoft] = kl;
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
-  r.loss = (c.hard_weight == 0 ? 0 : c.hard_weight * hard) +
-           (c.soft_weight == 0 ? 0 : c.soft_weight * t * t * kl);
+  r.loss =
+      (hard_weight == 0 ? 0 : hard_weight * hard) + (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
+  if (general) general_row(c, z, w, t, soft_weight, r);
   return r;
 }
 
@@ -111,12 +141,17 @@ struct Runner {
                   c.name.c_str(), static_cast<long long>(c.classes), plan_name().c_str(), what,
                   static_cast<long long>(row), static_cast<long long>(i), got, want);
   }
+  bool general() const {
+    const bool same =
+        c.teacher_temperature == 0 || (!c.row_settings && c.teacher_temperature == c.temperature);
+    return !same || !is_one_sweep(c.divergence);
+  }
   std::string plan_name() const {
     cuda::Device device;
     check(cuda::current_device(device), "device");
-    const cuda::Plan p =
-        c.plan ? *c.plan
-               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits());
+    const cuda::Plan p = c.plan ? *c.plan
+                                : cuda::make_plan(c.rows, c.classes, c.student, c.teacher,
+                                                  device.limits(), general());
     return std::string(cuda::name_of(p.family)) + " " + std::to_string(p.cluster) + "x" +
            std::to_string(p.threads);
   }
@@ -139,6 +174,7 @@ int forward_with(const Case& c, const ForwardArgs& args, void* total) {
   cuda::ForwardCall call;
   call.args = args;
   call.total = total;
+  call.constants = make_constants(args.divergence, args.mix);
   call.scale_source = args.labels != nullptr && args.reduction == Reduction::kMean
                           ? cuda::ScaleSource::kCount
                           : cuda::ScaleSource::kArgument;
@@ -156,7 +192,7 @@ void Runner::run() {
   Buffer student(extent(student_row, student_group) * es, c.student_offset * es);
   Buffer teacher(extent(teacher_row, teacher_group) * et, c.teacher_offset * et);
   Buffer grad(extent(grad_row, grad_group) * es, c.grad_offset * es);
-  Buffer labels(c.rows * 8), temperatures(c.rows * acc), loss(c.rows * acc);
+  Buffer labels(c.rows * 8), settings(c.rows * acc * kRowSettings), loss(c.rows * acc);
   Buffer terms(c.rows * acc * kTerms), stats((c.rows * kStats + 1) * acc);
   Buffer total(acc * (1 + kTerms)), grad_output(acc * c.rows);
   const DType acc_dtype = wide ? DType::kFloat64 : DType::kFloat32;
@@ -187,7 +223,12 @@ void Runner::run() {
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
-    store(temperatures.host.data(), acc_dtype, r, t);
+    const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+    const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
+    const double soft_weight = c.soft_weight * (c.row_settings ? 1 + r % 3 : 1);
+    const double of_row[kRowSettings] = {t, own, hard_weight, soft_weight};
+    for (int k = 0; k < kRowSettings; k++)
+      store(settings.host.data(), acc_dtype, k * c.rows + r, of_row[k]);
     store(grad_output.host.data(), acc_dtype, r, 1.0);
     std::vector<double> z(static_cast<size_t>(c.classes)), w(z.size());
     for (int64_t i = 0; i < c.classes; i++) {
@@ -203,11 +244,11 @@ void Runner::run() {
       ref.grad.assign(z.size(), NAN);
     } else {
       counted++;
-      ref = reference_row(c, z, w, c.labels ? label : -1, t);
+      ref = reference_row(c, z, w, c.labels ? label : -1, t, hard_weight, soft_weight);
     }
     want.push_back(ref);
   }
-  student.up(), teacher.up(), labels.up(), temperatures.up(), grad_output.up();
+  student.up(), teacher.up(), labels.up(), settings.up(), grad_output.up();
   check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
   check(cudaMemset(loss.at(), 0xff, loss.host.size()), "poison");
   check(cudaMemset(total.at(), 0xff, total.host.size()), "poison");
@@ -218,11 +259,14 @@ void Runner::run() {
   args.teacher = teacher.at(), args.teacher_stride = {teacher_row, teacher_group};
   args.student_dtype = c.student, args.teacher_dtype = c.teacher;
   args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
-  args.row_settings = c.row_settings ? temperatures.at() : nullptr;
+  args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.temperature = args.teacher_temperature = c.temperature, args.hard_weight = c.hard_weight;
+  if (c.teacher_temperature > 0) args.teacher_temperature = c.teacher_temperature;
+  if (c.teacher_temperature > 0 && c.row_settings) args.teacher_temperature = c.temperature + 1;
+  args.divergence = c.divergence, args.mix = c.mix;
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
-  args.grad = c.in_place ? student.at() : grad.at();
+  args.grad = c.no_grad ? nullptr : c.in_place ? student.at() : grad.at();
   args.grad_stride = c.in_place ? args.student_stride : RowStrides{grad_row, grad_group};
   args.reduction = c.reduction;
   const int status = forward_with(c, args, c.reduction == Reduction::kNone ? nullptr : total.at());
@@ -245,8 +289,8 @@ void Runner::run() {
                      : c.student == DType::kFloat64 ? 1e-10
                      : wide                         ? 2e-7
                                                     : 2e-6;
-  const double tiny = c.student == DType::kFloat64   ? 1e-16
-                      : c.student == DType::kFloat16 ? 6e-8
+  const double tiny = c.student == DType::kFloat64   ? 1e-15
+                      : c.student == DType::kFloat16 ? 3e-8 + 6e-7 * scale
                                                      : 6e-7 * scale;
   double sum = 0, term_sums[kTerms] = {};
   const auto check_grad = [&](const std::vector<char>& got, double factor, const char* what,
@@ -259,7 +303,7 @@ void Runner::run() {
           return fail(what, r, i, g, w);
       }
   };
-  check_grad(first, 1, "grad");
+  if (!c.no_grad) check_grad(first, 1, "grad");
   const double loss_eps = wide ? 1e-12 : 3e-6;
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
@@ -331,7 +375,10 @@ void Runner::run() {
 }
 
 int total_failures = 0, total_cases = 0;
+int64_t most_rows = int64_t(1) << 40, most_classes = most_rows;
 void test(Case c, const char* name) {
+  if (c.classes > most_classes) return;
+  c.rows = std::min(c.rows, most_rows);
   c.name = name;
   Runner runner(c);
   runner.run();
@@ -448,6 +495,72 @@ void forced(bool brief) {
       }
     }
 }
+void divergences(bool brief) {
+  for (int id = 0; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++)
+    for (const int64_t classes : {7, 100, 1003, 20001}) {
+      Case c;
+      c.divergence = static_cast<Divergence>(id), c.classes = classes, c.rows = 5;
+      const std::string name = kDivergenceNames[id];
+      test(c, name.c_str());
+      Case d = c;
+      d.student = d.teacher = DType::kFloat32, d.terms = true, d.smoothing = 0.1;
+      d.student_offset = 1, test(d, (name + ", terms").c_str());
+      d = c, d.teacher_temperature = 3, d.terms = true;
+      test(d, (name + ", own temperature").c_str());
+      d = c, d.row_settings = true, d.terms = true, test(d, (name + ", settings of rows").c_str());
+      if (brief && classes > 2000) continue;
+      d = c, d.in_place = true, test(d, (name + ", in place").c_str());
+      d = c, d.student = DType::kFloat64, test(d, (name + ", fp64 and bf16").c_str());
+      d = c, d.student = d.teacher = DType::kFloat16, test(d, (name + ", fp16").c_str());
+      d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
+      d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
+    }
+}
+// Options as they meet by chance, half of them in a ring.
+void random_cases(int64_t count, uint64_t seed) {
+  cuda::Device device;
+  check(cuda::current_device(device), "device");
+  Random random{seed};
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random.uniform() * n); };
+  const auto one_in = [&](int64_t n) { return below(n) == 0; };
+  const int64_t widths[] = {1, 5, 32, 100, 128, 129, 200, 777, 1000, 2049, 4097, 5003, 9001};
+  for (int64_t i = 0; i < count; i++) {
+    Case c;
+    cuda::Plan ring;
+    c.classes = widths[below(std::size(widths))] + below(3), c.rows = 1 + below(one_in(3) ? 70 : 9);
+    c.student = c.teacher = kHot[below(3)];
+    const double temperatures[] = {1, 1.5, 2, 3, 4, 20};
+    c.temperature = temperatures[below(6)];
+    c.student_offset = below(9), c.teacher_offset = below(9), c.grad_offset = below(9);
+    c.student_pad = below(4), c.teacher_pad = below(4), c.grad_pad = below(4);
+    if (one_in(4)) c.group_rows = 1 + below(c.rows);
+    c.labels = !one_in(4), c.ignored = one_in(2), c.bad_label = c.labels && one_in(4);
+    c.row_settings = one_in(4), c.terms = one_in(3), c.in_place = one_in(4);
+    c.no_grad = !c.in_place && one_in(5);
+    c.infinities = c.classes > 100 && one_in(6), c.nan = one_in(6);
+    if (c.labels && one_in(4)) c.smoothing = c.infinities ? 0 : 0.1;
+    c.reduction = static_cast<Reduction>(below(3));
+    if (one_in(2)) {
+      // Of classes that one side masks some divergences are infinite: those that are not.
+      const Divergence finite[] = {Divergence::kForwardKL, Divergence::kJensenShannon,
+                                   Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL,
+                                   Divergence::kTotalVariation};
+      c.divergence = c.infinities ? finite[below(5)] : static_cast<Divergence>(below(10));
+      if (one_in(3) && !c.infinities) c.teacher_temperature = temperatures[below(6)];
+    }
+    if (device.major >= 9 && c.classes > 32 * cuda::kTinyPerLane && one_in(2)) {
+      ring.family = cuda::Family::kRing, ring.cluster = 1 << below(5);
+      ring.stages = static_cast<int>(1 + below(12)), ring.threads = cuda::kRingThreads;
+      ring.shared_bytes =
+          ring.stages * cuda::ring_stage_bytes(cuda::kRingWarps, cuda::kRingVectors);
+      if (fits(c.classes, c.student, ring.cluster, ring.stages)) c.plan = &ring;
+    } else if (one_in(4)) {
+      const DType all[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+      c.student = all[below(4)], c.teacher = all[below(4)];
+    }
+    test(c, ("random " + std::to_string(i) + " of seed " + std::to_string(seed)).c_str());
+  }
+}
 void many_rows() {
   for (const int64_t classes : {10, 130, 1000, 2000, 5000}) {
     Case c;
@@ -474,10 +587,17 @@ int main(int argc, char** argv) {
     std::printf("SKIP: no CUDA device\n");
     return 0;
   }
-  const bool brief = argc > 1 && std::strcmp(argv[1], "--short") == 0;
-  sizes(brief);
-  if (!brief) layouts(), options(), mixes(), many_rows();
-  forced(brief);
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const auto number = [&](int i) { return argc > i ? std::atoll(argv[i]) : 0; };
+  const bool brief = mode == "--short";
+  if (mode == "--at-most") most_rows = number(2), most_classes = number(3);
+  if (mode == "--random") {
+    random_cases(number(2), static_cast<uint64_t>(number(3)));
+  } else {
+    sizes(brief);
+    if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
+    forced(brief), divergences(brief);
+  }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);
   return total_failures > 90 ? 90 : total_failures;

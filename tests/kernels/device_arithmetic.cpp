@@ -3,12 +3,14 @@
 // cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
 #include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/row.cuh"
+#include "truth.h"
 
 using namespace fastkd;
 using namespace fastkd::cuda;
@@ -90,6 +92,7 @@ struct Problem {
 
 struct Answer {
   double loss = 0, hard = 0, soft = 0;
+  double squares = 0;  // that a centred mean is the difference of
   std::vector<double> grad;
 };
 
@@ -133,12 +136,13 @@ template <class A, bool kFold>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
-  ForwardArgs args;
+  ForwardCall call;
+  ForwardArgs& args = call.args;
   args.rows = 1, args.classes = args.group_rows = classes;
   args.labels = &in.label, args.temperature = in.t, args.label_smoothing = in.smoothing;
   args.hard_weight = kHardWeight, args.soft_weight = kSoftWeight;
   args.loss = loss, args.terms = terms, args.stats = stats_of_row;
-  const Temperature<A> t = temperature_of<A>(args, 0);
+  const Temperature<A> t(args, 0);
   std::vector<Statistics<A>> parts(static_cast<size_t>(threads));
   for (int thread = 0; thread < threads; ++thread) {
     Statistics<A>& part = parts[static_cast<size_t>(thread)];
@@ -169,7 +173,7 @@ Answer answer_of(const Problem& in, int threads) {
     all.teacher_sum += part.teacher_sum;
   }
   const RowStats<A> stats(all);
-  const Writer<A, ForwardKL, kFold> writer(args, t, stats, A(1));
+  const Writer<A, kFold> writer(call, 0, t, stats, A(1));
   Sums<A> sums;
   Answer answer;
   for (int64_t i = 0; i < classes; ++i) {
@@ -179,7 +183,8 @@ Answer answer_of(const Problem& in, int threads) {
     if (i == in.label) g -= writer.label;
     answer.grad.push_back(g);
   }
-  close_row(args, 0, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
+  close_row<Temperature<A>>(args, 0, stats, sums,
+                            static_cast<A>(in.z[static_cast<size_t>(in.label)]));
   answer.loss = loss[0], answer.hard = terms[kHard], answer.soft = terms[kSoft];
   return answer;
 }
@@ -315,6 +320,141 @@ void limits() {
   }
 }
 
+// ---- the divergences whose slopes are summed first, and a teacher with a temperature of its own
+
+struct Objective {
+  Divergence divergence;
+  double mix, t, teacher_t;
+};
+
+Answer exact_general(const Problem& in, const Objective& o) {
+  const auto exact = truth::divergence(o.divergence, o.mix, in.z, in.w, o.t, o.teacher_t);
+  Answer answer;
+  Real top = -kInfinity, hard_sum = 0;
+  for (double z : in.z) top = std::fmax(top, Real(z));
+  for (double z : in.z) hard_sum += std::exp(z - top);
+  const Real n = static_cast<Real>(in.z.size());
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    const Real target =
+        in.smoothing / n + (static_cast<int64_t>(i) == in.label ? 1 - in.smoothing : 0);
+    answer.grad.push_back(
+        static_cast<double>(kHardWeight * (std::exp(in.z[i] - top) / hard_sum - target) +
+                            kSoftWeight * o.t * exact.grad[i]));
+  }
+  answer.soft = static_cast<double>(exact.value);
+  answer.squares = static_cast<double>(exact.squares);
+  return answer;
+}
+
+template <class A>
+Answer general_of(const Problem& in, const Objective& o) {
+  const int64_t classes = static_cast<int64_t>(in.z.size());
+  A stats_of_row[kStats + 1], loss[1], terms[kTerms];
+  // As row settings, while the numbers beside them are others'.
+  const A settings[kRowSettings] = {static_cast<A>(o.t), static_cast<A>(o.teacher_t),
+                                    static_cast<A>(kHardWeight), static_cast<A>(kSoftWeight)};
+  ForwardCall call;
+  call.constants = make_constants(o.divergence, o.mix);
+  ForwardArgs& args = call.args;
+  args.rows = 1, args.classes = args.group_rows = classes;
+  args.labels = &in.label, args.label_smoothing = in.smoothing;
+  args.row_settings = settings, args.hard_weight = args.soft_weight = 7, args.temperature = 3;
+  args.divergence = o.divergence, args.mix = o.mix;
+  args.loss = loss, args.terms = terms, args.stats = stats_of_row;
+  const TwoTemperatures<A> t(args, 0);
+  const auto logits = [&](size_t i, A& z, A& w) {
+    z = static_cast<A>(in.z[i]), w = static_cast<A>(in.w[i]);
+  };
+  Statistics<A> statistics;
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    statistics.raise(z, w, t);
+    statistics.template add_any<kAtRunTime>(z, w, t);
+  }
+  const RowStats<A> stats(statistics);
+  GeneralWriter<A> writer(call, 0, t, stats, A(1));
+  GeneralSums<A> sums;
+  Answer answer;
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    writer.sum(z, w, true, sums);
+  }
+  writer.balance(sums.slope, sums.classes);
+  for (size_t i = 0; i < in.z.size(); ++i) {
+    A z, w;
+    logits(i, z, w);
+    A g = writer.template write<kAtRunTime, true>(z, w, sums);
+    if (static_cast<int64_t>(i) == in.label) g -= writer.label;
+    answer.grad.push_back(g);
+  }
+  A label_logit, unused;
+  logits(static_cast<size_t>(in.label), label_logit, unused);
+  close_row<TwoTemperatures<A>>(args, 0, stats, sums, label_logit);
+  answer.soft = terms[kSoft];
+  check(close(stats_of_row[kSlopeSum], sums.slope, 0, 0) &&
+            close(stats_of_row[kClassCount], sums.classes, 0, 0),
+        "stats of " + in.name, stats_of_row[kSlopeSum], sums.slope);
+  return answer;
+}
+
+template <class A>
+void compare_general(const Problem& in, const Objective& o) {
+  const Answer want = exact_general(in, o), got = general_of<A>(in, o);
+  const std::string at = in.name + ", " + kDivergenceNames[static_cast<int>(o.divergence)] +
+                         ", t " + std::to_string(o.t) + " and " + std::to_string(o.teacher_t) +
+                         (sizeof(A) == 8 ? ", double" : "");
+  const double eps = std::numeric_limits<A>::epsilon();
+  // Logits divided by two temperatures are rounded at their own size before they are compared; and
+  // from a mean of squares the square of the mean is taken off.
+  const double size = (o.t == o.teacher_t ? 0 : 20) + 20 * want.squares;
+  check(close(got.soft, want.soft, (8 + size) * eps, 40 * eps), at + ", value", got.soft,
+        want.soft);
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < want.grad.size(); ++i) {
+    error += (got.grad[i] - want.grad[i]) * (got.grad[i] - want.grad[i]);
+    norm += want.grad[i] * want.grad[i];
+  }
+  const double limit = 50 * eps * std::sqrt(norm) + 4 * eps * (1 + o.t);
+  check(std::sqrt(error) <= limit, at + ", gradient's error", std::sqrt(error), limit);
+}
+
+void divergences() {
+  for (int id = 0; id < static_cast<int>(std::size(kDivergenceNames)); ++id) {
+    const Divergence which = static_cast<Divergence>(id);
+    for (double mix : {0.1, 0.5, 0.9}) {
+      for (double t : {1.0, 1.5, 4.0}) {
+        for (double own : {1.0, t, 3.0}) {
+          const Objective o = {which, mix, t, own};
+          Problem in = problem("general", 300, 0, 0, 3, 1, t);
+          const auto all = [&](const char* name) {
+            in.name = name;
+            compare_general<float>(in, o);
+            compare_general<double>(in, o);
+          };
+          all("general");
+          in.smoothing = 0.1;
+          all("general, smoothing");
+          // Of far maxima the means of squares are those of large numbers.
+          if (is_mean(balance_of(which))) continue;
+          in = problem("general, apart", 300, 200, -200, 3, 1, t);
+          all("general, apart");
+        }
+      }
+    }
+    // Near the teacher, where direct forms cancel.
+    for (double distance : {1e-2, 1e-3}) {
+      const Objective o = {which, 0.3, 2, 2};
+      const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);
+      const double want = exact_general(in, o).soft, got = general_of<float>(in, o).soft;
+      // Rounding of d itself: half a unit in the last place of logits of up to 16.
+      const double error = which == Divergence::kSoftCrossEntropy ? 1e-6 : 1e-6 / distance * 0.05;
+      check(close(got, want, 1e-12, error), in.name + ", " + kDivergenceNames[id], got, want);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -322,6 +462,7 @@ int main() {
   elements<double>();
   rows();
   limits();
+  divergences();
   std::printf("%s: %d of %d checks failed\n", failures ? "FAIL" : "PASS", failures, checks);
   return failures != 0;
 }

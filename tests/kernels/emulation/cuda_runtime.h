@@ -43,7 +43,7 @@ inline void __syncthreads(EMULATION_PLACE) { emulation::meet_block(place); }
 inline void __syncwarp(unsigned mask = ~0u, EMULATION_PLACE) {
   emulation::meet_warp("__syncwarp", mask, 0, place);
 }
-inline void __nanosleep(unsigned, EMULATION_PLACE) { emulation::yield(true, place); }
+inline void __nanosleep(unsigned, EMULATION_PLACE) { emulation::yield("__nanosleep", place); }
 inline void __threadfence() {}
 
 namespace emulation {

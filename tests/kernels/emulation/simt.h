@@ -35,8 +35,8 @@ void run(const Launch& launch, const std::function<void()>& kernel);
 [[noreturn]] void fail(const char* format, ...);
 int rank_in_cluster();
 int ranks_in_cluster();
-// Other threads may go on now; nothing happens outside of kernels.
-void yield(bool sleeps, Place place);
+// Other threads may go on now.
+void yield(const char* what, Place place);
 
 // The warp's lanes of `mask` come together; `mine`, up to 8 bytes, can be read by all of them. The
 // result is the array of 32, valid until the next meeting.

@@ -1,0 +1,243 @@
+// The first sweep over a row: temperatures, and the sums of exponentials of student and teacher.
+// Derivations: docs/maths.md. Letters: numerics.h.
+#pragma once
+#include "../kernels.h"
+#include "device.cuh"
+
+namespace fastkd::cuda {
+
+// Sums of exponentials are relative to 2^r, where r belongs to the maximum m. Up to t.limit, r is
+// m * slope rounded: 2^(z * slope - r) is then one fused multiply-add and the exponential, and as r
+// itself is exact, logits of any offset are as accurate as small ones, as long as sums that change
+// their maximum are rescaled by the difference of the r, not of the m. Beyond, where m * slope may
+// be off by more than the exponential can take, or overflow, r is m * slope itself, and exponents
+// are (z - m) * slope.
+constexpr double kLargestReference = 4194304;  // 2^22
+
+// m * factor - r.
+template <class A>
+__device__ __forceinline__ A reference_error(A m, A factor, A limit) {
+  return m <= limit && m >= -limit ? fma_of(m, factor, -mul_of(m, factor)) : A(0);
+}
+// r of `from` less r of `to`. Never NaN for numbers, and never so low that its powers could be.
+template <class A>
+__device__ __forceinline__ A reference_change(A from, A to, A factor, A limit) {
+  const A errors = reference_error(to, factor, limit) - reference_error(from, factor, limit);
+  return max_of(fma_of(from - to, factor, errors), A(-4096));
+}
+// z * factor - r, for any m.
+template <class A>
+__device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
+  return m <= limit && m >= -limit ? fma_of(z, factor, -mul_of(m, factor)) : mul_of(z - m, factor);
+}
+
+template <class A>
+__device__ __forceinline__ A setting_of(const Inputs& in, RowSetting which, int64_t row,
+                                        double otherwise) {
+  return in.row_settings == nullptr ? static_cast<A>(otherwise)
+                                    : static_cast<const A*>(in.row_settings)[which * in.rows + row];
+}
+
+// The temperature of a row. `power`: softmax(z) is the power-th power of softmax(z / t) up to its
+// scale, which saves the third exponential; 0 where it is none of 1, 2, 3, 4. Without labels there
+// is no hard term, and 1 costs least. A power's error is that of exp(z / t) times t: too much where
+// the hard term is the greater part of the gradient.
+template <class A>
+struct Temperature {
+  A t, inverse;
+  A slope;   // log2(e) / t
+  A margin;  // how far a logit may lie above a running maximum: its exponentials stay below 2^16
+  A limit;   // maxima beyond it have no rounded product as their reference
+  int power;
+
+  Temperature() = default;
+  __device__ __forceinline__ Temperature(const Inputs& in, int64_t row)
+      : t(number_of(setting_of<A>(in, kTemperature, row, in.temperature))),
+        inverse(quotient_of(A(1), t)),
+        slope(quotient_of(static_cast<A>(kLog2E), t)) {
+    bound(t, slope);
+    const A hard = setting_of<A>(in, kHardWeight, row, in.hard_weight);
+    const A soft = setting_of<A>(in, kSoftWeight, row, in.soft_weight);
+    const bool whole = t == A(1) || t == A(2) || t == A(3) || t == A(4);
+    const bool precise = hard <= soft * t || t == A(1);
+    power = in.labels == nullptr ? 1 : whole && precise ? static_cast<int>(t) : 0;
+  }
+  // The teacher's.
+  __device__ __forceinline__ A teacher_inverse() const { return inverse; }
+  __device__ __forceinline__ A teacher_slope() const { return slope; }
+  __device__ __forceinline__ bool same() const { return true; }
+
+ protected:
+  // A temperature that is none makes its row NaN.
+  static __device__ __forceinline__ A number_of(A x) {
+    return x > A(0) && x - x == A(0) ? x : static_cast<A>(__int_as_float(0x7fc00000));
+  }
+  __device__ __forceinline__ void bound(A least, A steepest) {
+    margin = A(11) * (least < A(1) ? least : A(1));
+    limit = quotient_of(A(kLargestReference), max_of(steepest, static_cast<A>(kLog2E)));
+  }
+};
+
+// A teacher with a temperature of its own.
+template <class A>
+struct TwoTemperatures : Temperature<A> {
+  A own_inverse, own_slope;
+
+  TwoTemperatures() = default;
+  __device__ __forceinline__ TwoTemperatures(const Inputs& in, int64_t row)
+      : Temperature<A>(in, row) {
+    const A own =
+        this->number_of(setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
+    own_inverse = quotient_of(A(1), own);
+    own_slope = quotient_of(static_cast<A>(kLog2E), own);
+    this->bound(own < this->t ? own : this->t, max_of(this->slope, own_slope));
+  }
+  __device__ __forceinline__ A teacher_inverse() const { return own_inverse; }
+  __device__ __forceinline__ A teacher_slope() const { return own_slope; }
+  __device__ __forceinline__ bool same() const { return own_slope == this->slope; }
+};
+
+// kPower as a template argument: 1, 2, kThreeOrFour (`four` tells which), or 0 for "by its own
+// exponential". Four copies of the hot loops; 3 and 4 share one.
+constexpr int kThreeOrFour = 3;
+constexpr int kAtRunTime = -1;  // all of them in one copy, for kernels that are not bound by issue
+
+// e = 2^(slope * x), raised such that it is 2^(log2(e) x).
+template <int kPower, class A>
+__device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
+  if (kPower == 1) return e;
+  if (kPower == 2) return e * e;
+  if (kPower == kThreeOrFour) return e * e * (power == 4 ? e * e : e);
+  if (kPower == 0) return exp2_of(x_times_log2e);
+  if (power == 0) return exp2_of(x_times_log2e);
+  const A squared = power >= 2 ? e * e : e;
+  return power >= 3 ? squared * (power == 4 ? squared : e) : squared;
+}
+
+// Calls fn with the power as a constant.
+template <int kPower>
+struct PowerConstant {
+  static constexpr int value = kPower;
+};
+template <class Fn>
+__device__ __forceinline__ void with_power(int power, Fn&& fn) {
+  if (power == 2) {
+    fn(PowerConstant<2>());
+  } else if (power == 1) {
+    fn(PowerConstant<1>());
+  } else if (power == 0) {
+    fn(PowerConstant<0>());
+  } else {
+    fn(PowerConstant<kThreeOrFour>());
+  }
+}
+
+// Running sums of the first sweep. The maxima begin at the least number: no exponent ever becomes
+// inf - inf, a row that is masked throughout has the sum 0, and with it NaN results.
+template <class A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.4028234663852886e38f);
+template <class A>
+struct Statistics {
+  A student_max = kLowest<A>, student_sum = 0, hard_sum = 0;
+  A teacher_max = kLowest<A>, teacher_sum = 0;
+
+  // Makes (s, w) part of the maxima. The products are rounded for themselves: fused into the sums
+  // of a butterfly they would leave the lanes with different last bits (seen 2026-11).
+  template <class Temper>
+  __device__ __forceinline__ void raise(A s, A w, const Temper& t) {
+    if (s > student_max) {
+      const A change = reference_change(student_max, s, t.slope, t.limit);
+      const A hard_change = t.power > 0
+                                ? change * static_cast<A>(t.power)
+                                : reference_change(student_max, s, static_cast<A>(kLog2E), t.limit);
+      student_sum = mul_of(student_sum, exp2_of(change));
+      hard_sum = mul_of(hard_sum, exp2_of(hard_change));
+      student_max = s;
+    }
+    if (w > teacher_max) {
+      teacher_sum = mul_of(teacher_sum,
+                           exp2_of(reference_change(teacher_max, w, t.teacher_slope(), t.limit)));
+      teacher_max = w;
+    }
+  }
+  // Whether add() would be wrong, for the size of the maxima; add_any() never is.
+  template <class Temper>
+  __device__ __forceinline__ bool beyond(const Temper& t) const {
+    return max_of(magnitude_of(student_max), magnitude_of(teacher_max)) > t.limit;
+  }
+  // One class, at most t.margin above the maxima.
+  template <int kPower, class Temper>
+  __device__ __forceinline__ void add(A z, A w, const Temper& t) {
+    add_exponents<kPower>(fma_of(z, t.slope, -mul_of(student_max, t.slope)),
+                          kPower > 0 ? A(0) : fma_of(z, A(kLog2E), -mul_of(student_max, A(kLog2E))),
+                          fma_of(w, t.teacher_slope(), -mul_of(teacher_max, t.teacher_slope())), t);
+  }
+  template <int kPower, class Temper>
+  __device__ __forceinline__ void add_any(A z, A w, const Temper& t) {
+    add_exponents<kPower>(
+        exponent_of(z, student_max, t.slope, t.limit),
+        kPower > 0 ? A(0) : exponent_of(z, student_max, static_cast<A>(kLog2E), t.limit),
+        exponent_of(w, teacher_max, t.teacher_slope(), t.limit), t);
+  }
+  template <int kPower, class Temper>
+  __device__ __forceinline__ void add_exponents(A student, A hard, A teacher, const Temper& t) {
+    const A e = exp2_of(student);
+    student_sum += e;
+    hard_sum += power_of<kPower>(e, hard, t.power);
+    teacher_sum += exp2_of(teacher);
+  }
+  // All lanes of a group get the statistics of the group.
+  template <int kLanes = 32, class Temper>
+  __device__ __forceinline__ void merge_lanes(const Temper& t) {
+    raise(lanes_max<kLanes>(student_max), lanes_max<kLanes>(teacher_max), t);
+    sum_lanes<kLanes>();
+  }
+  // The same where all lanes have the maxima of the group.
+  template <int kLanes>
+  __device__ __forceinline__ void sum_lanes() {
+    student_sum = lanes_sum<kLanes>(student_sum);
+    hard_sum = lanes_sum<kLanes>(hard_sum);
+    teacher_sum = lanes_sum<kLanes>(teacher_sum);
+  }
+};
+// What is left of the first sweep when it is done: the row's entry in `stats`.
+template <class A>
+struct RowStats {
+  A student_max, student_scale, hard_scale, teacher_max, teacher_scale;
+
+  RowStats() = default;
+  __device__ __forceinline__ explicit RowStats(const Statistics<A>& s)
+      : student_max(s.student_max),
+        student_scale(reciprocal_of(s.student_sum)),
+        hard_scale(reciprocal_of(s.hard_sum)),
+        teacher_max(s.teacher_max),
+        teacher_scale(reciprocal_of(s.teacher_sum)) {}
+
+  // Not so where a logit is NaN or +inf, or all of them are -inf.
+  __device__ __forceinline__ bool valid() const {
+    const A zero(0);
+    return student_max * zero + student_scale * zero + teacher_max * zero + teacher_scale * zero ==
+           zero;
+  }
+
+  // `slope` and `classes`: of GeneralSums, or 0.
+  __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
+                                        A classes) const {
+    stats[kStudentMax * rows + row] = student_max;
+    stats[kStudentScale * rows + row] = student_scale;
+    stats[kHardScale * rows + row] = hard_scale;
+    stats[kTeacherMax * rows + row] = teacher_max;
+    stats[kTeacherScale * rows + row] = teacher_scale;
+    stats[kSlopeSum * rows + row] = slope;
+    stats[kClassCount * rows + row] = classes;
+  }
+  __device__ __forceinline__ void load(const A* stats, int64_t rows, int64_t row) {
+    student_max = stats[kStudentMax * rows + row];
+    student_scale = stats[kStudentScale * rows + row];
+    hard_scale = stats[kHardScale * rows + row];
+    teacher_max = stats[kTeacherMax * rows + row];
+    teacher_scale = stats[kTeacherScale * rows + row];
+  }
+};
+
+}  // namespace fastkd::cuda

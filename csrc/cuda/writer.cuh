@@ -1,0 +1,222 @@
+// The second sweep over a row: value and gradient of the forward KL and the hard term.
+// Derivations: docs/maths.md. Letters: numerics.h.
+#pragma once
+#include "statistics.cuh"
+
+namespace fastkd::cuda {
+
+// Running sums of the second sweep.
+template <class A>
+struct Sums {
+  A value = 0;
+  A logits = 0;  // the mean over all classes of z - max z
+  A student_entropy = 0, teacher_entropy = 0;
+  A agreement = 0;
+
+  template <int kLanes, bool kExtra>
+  __device__ __forceinline__ void merge_lanes() {
+    value = lanes_sum<kLanes>(value);
+    if (!kExtra) return;
+    logits = lanes_sum<kLanes>(logits);
+    student_entropy = lanes_sum<kLanes>(student_entropy);
+    teacher_entropy = lanes_sum<kLanes>(teacher_entropy);
+    agreement = lanes_max<kLanes>(agreement);
+  }
+  __device__ __forceinline__ void add(const Sums& other) {
+    value += other.value;
+    logits += other.logits;
+    student_entropy += other.student_entropy;
+    teacher_entropy += other.teacher_entropy;
+    agreement = max_of(agreement, other.agreement);
+  }
+};
+// element() of numerics.h in fewer instructions: a series of four terms for |d| < 1/8, a polynomial
+// through Chebyshev nodes that is off by 9e-8 of the value at most, and predicates instead of
+// selects (27 instead of 30 issue slots a class in the second sweep on an H100). Limits as there: a
+// class that the student alone masks is +inf, or NaN where its p has underflowed to 0.
+__device__ __forceinline__ Element<float> device_element(float p, float q, float d) {
+  float s = fma_of(d, -8.336434121e-3f, 4.168837335e-2f);
+  s = fma_of(s, d, -1.666666606e-1f);
+  s = fma_of(s, d, 0.4999999576f);
+  const float f = mul_of(mul_of(d, d), s);
+  const float slope = add_of(f, -d);
+#if defined(__CUDACC__)
+  float diff, excess;
+  asm("{\n"
+      ".reg .pred small;\n"
+      ".reg .f32 size, bounded;\n"
+      "abs.f32 size, %4;\n"
+      "setp.lt.f32 small, size, 0f3E000000;\n"  // 1/8
+      "max.f32 bounded, %4, 0fF149F2CA;\n"      // -1e30, also for NaN: p d = 0 where p is masked
+      "sub.rn.f32 %0, %3, %2;\n"
+      "sub.rn.f32 %1, %3, %2;\n"
+      "@small mul.rn.f32 %0, %2, %6;\n"
+      "@small mul.rn.f32 %1, %2, %5;\n"
+      "@!small fma.rn.f32 %1, %2, bounded, %1;\n"
+      "}"
+      : "=&f"(diff), "=&f"(excess)
+      : "f"(p), "f"(q), "f"(d), "f"(f), "f"(slope));
+#else  // for the test of it on the CPU
+  const bool small = magnitude_of(d) < 0.125f;
+  const float diff = small ? mul_of(p, slope) : q - p;
+  const float excess = small ? mul_of(p, f) : fma_of(p, max_of(d, -1e30f), q - p);
+#endif
+  return {p, q, d, diff, excess};
+}
+__device__ __forceinline__ Element<double> device_element(double p, double q, double d) {
+  return element(p, q, d);
+}
+
+// Beyond these, in powers of 2, a row's second sweep goes the longer way. The distance of the two
+// references: d would round at its size (docs/maths.md, section 3). And with the scales in the
+// exponents, the size of a reference: the exponents would.
+constexpr float kLargestDistance = 16;
+constexpr float kApart = 32;  // in logits
+constexpr float kLargestFolded = 64;
+
+// What the second sweep needs of a row, and the sweep's one step. kFold: the scales of the two
+// softmaxes ride in the exponents, which saves two multiplications and costs an error of half a
+// unit in the last place of the exponent: for 16-bit gradients.
+template <class A, bool kFold, class Temper_ = Temperature<A>>
+struct alignas(16) Writer {
+  using Temper = Temper_;
+  using Sums = cuda::Sums<A>;
+  static constexpr bool kGeneral = false;
+
+  Temper t;
+  RowStats<A> stats;  // where `apart`, the scales are relative to the maxima themselves
+  bool apart;         // logits are taken relative to the maxima before anything else is done
+  A student_bias, teacher_bias, hard_bias;  // of the exponents
+  A shift;                                  // of d
+  A soft, hard, label, uniform;  // factors of the gradient's parts; label and uniform subtract
+  A student_log, teacher_log;    // of the two scales, relative to the maxima
+  A share;                       // 1 / classes
+
+  // `scale` includes grad_output.
+  template <class Call>
+  __device__ __forceinline__ Writer(const Call& call, int64_t index, const Temper& temperature,
+                                    const RowStats<A>& row, A scale)
+      : t(temperature), stats(row) {
+    const Inputs& in = call.args;
+    const A ln_2 = static_cast<A>(kLn2), log2_e = static_cast<A>(kLog2E);
+    const A student_error = reference_error(row.student_max, t.slope, t.limit);
+    const A teacher_error = reference_error(row.teacher_max, t.teacher_slope(), t.limit);
+    const A student_reference = mul_of(row.student_max, t.slope);
+    const A teacher_reference = mul_of(row.teacher_max, t.teacher_slope());
+    const A distance = student_reference - teacher_reference;
+    const A largest = max_of(magnitude_of(student_reference), magnitude_of(teacher_reference));
+    apart = max_of(magnitude_of(row.student_max), magnitude_of(row.teacher_max)) > t.limit ||
+            !(magnitude_of(distance) <= A(kLargestDistance)) ||
+            magnitude_of(row.student_max - row.teacher_max) > A(kApart) ||
+            (kFold && largest > A(kLargestFolded)) || !t.same();
+    student_log = ln_2 * (log2_of(row.student_scale) + student_error);
+    teacher_log = ln_2 * (log2_of(row.teacher_scale) + teacher_error);
+    student_bias = add_of(-student_reference, kFold ? log2_of(row.student_scale) : A(0));
+    teacher_bias = add_of(-teacher_reference, kFold ? log2_of(row.teacher_scale) : A(0));
+    hard_bias = -mul_of(row.student_max, log2_e);
+
+    soft = mul_of(mul_of(scale, setting_of<A>(in, kSoftWeight, index, in.soft_weight)), t.t);
+    const A weight = in.labels == nullptr
+                         ? A(0)
+                         : mul_of(scale, setting_of<A>(in, kHardWeight, index, in.hard_weight));
+    hard = weight == A(0) ? A(0) : mul_of(weight, row.hard_scale);
+    const A student_sum = reciprocal_of(row.student_scale);
+    const A factor = hard == A(0) ? A(1) : student_sum;  // 0 stays 0 where the sum is infinite
+    if (t.power >= 1) hard = mul_of(hard, factor);
+    if (t.power >= 2) hard = mul_of(hard, factor);
+    if (t.power >= 3) hard = mul_of(hard, factor);
+    if (t.power >= 4) hard = mul_of(hard, factor);
+    const A smoothing = static_cast<A>(in.label_smoothing);
+    share = quotient_of(A(1), static_cast<A>(in.classes));
+    uniform = smoothing == A(0)
+                  ? A(0)
+                  : mul_of(weight, quotient_of(smoothing, static_cast<A>(in.classes)));
+    label = mul_of(weight, A(1) - smoothing);
+
+    if (apart) {
+      stats.student_scale = mul_of(row.student_scale, exp2_of(student_error));
+      stats.teacher_scale = mul_of(row.teacher_scale, exp2_of(teacher_error));
+      if (t.power == 0)
+        hard = mul_of(hard, exp2_of(reference_error(row.student_max, log2_e, t.limit)));
+    }
+    // d must belong to the very p and q that are formed below: their sum of p d + q - p is then off
+    // by the square of what they are off by.
+    if (kFold && !apart) {
+      shift = mul_of(teacher_bias - student_bias, ln_2);
+    } else {  // one logarithm: where the two sums are near, it does not cancel
+      const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
+      const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
+      const A of_sums = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
+      const A errors = fma_of(teacher_error - student_error, ln_2, of_sums);
+      shift = apart ? of_sums : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
+    }
+  }
+
+  // p, q and d of one class, and the exponent of its exp(z) where no power of q serves.
+  template <bool kApart>
+  __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
+    A d, q, p;
+    if (kApart) {
+      const A zs = z - stats.student_max, ws = w - stats.teacher_max;
+      d = t.same() ? fma_of(ws - zs, t.inverse, shift)
+                   : fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, shift));
+      q = exp2_of(mul_of(zs, t.slope));
+      p = exp2_of(mul_of(ws, t.teacher_slope()));
+      hard_exponent = mul_of(zs, static_cast<A>(kLog2E));
+    } else {
+      d = fma_of(w - z, t.inverse, shift);
+      q = exp2_of(fma_of(z, t.slope, student_bias));
+      p = exp2_of(fma_of(w, t.slope, teacher_bias));
+      hard_exponent = fma_of(z, static_cast<A>(kLog2E), hard_bias);
+    }
+    if (kApart || !kFold) {
+      q = mul_of(q, stats.student_scale);
+      p = mul_of(p, stats.teacher_scale);
+    }
+    return device_element(p, q, d);
+  }
+
+  // The hard term's part of the gradient, but for what belongs to the label.
+  template <int kPower, bool kUniform>
+  __device__ __forceinline__ A hard_part(A q, A hard_exponent) const {
+    A softmax;
+    if (kPower == 0 || (kPower == kAtRunTime && t.power == 0)) {
+      softmax = mul_of(hard, exp2_of(hard_exponent));
+    } else {
+      softmax = mul_of(hard, q);
+      if (kPower == 2 || (kPower < 0 && t.power >= 2) || kPower == kThreeOrFour)
+        softmax = mul_of(softmax, q);
+      if (kPower == kThreeOrFour || (kPower == kAtRunTime && t.power >= 3))
+        softmax = mul_of(softmax, t.power == 4 ? mul_of(q, q) : q);
+    }
+    return kUniform ? add_of(softmax, -uniform) : softmax;
+  }
+
+  // The gradient of one class, but for what belongs to the label.
+  template <int kPower, bool kExtra, bool kUniform = kExtra>
+  __device__ __forceinline__ A write(A z, A w, Sums& sums) const {
+    return apart ? write_as<true, kAtRunTime, kExtra, kUniform>(z, w, sums)
+                 : write_as<false, kPower, kExtra, kUniform>(z, w, sums);
+  }
+  // The same where the caller knows `apart`, which the whole row has in common.
+  template <bool kApart, int kPower, bool kExtra, bool kUniform>
+  __device__ __forceinline__ A write_as(A z, A w, Sums& sums) const {
+    A hard_exponent;
+    const Element<A> e = element<kApart>(z, w, hard_exponent);
+    sums.value += ForwardKL::at(e).value;
+    const A softmax = hard_part<kPower, kUniform>(e.q, hard_exponent);
+    if (kExtra) add_extra(z, w, e.p, e.q, sums);
+    return fma_of(soft, ForwardKL::at(e).slope, softmax);
+  }
+
+  __device__ __forceinline__ void add_extra(A z, A w, A p, A q, cuda::Sums<A>& sums) const {
+    const A zs = z - stats.student_max;
+    sums.logits = fma_of(zs, share, sums.logits);
+    sums.student_entropy -= times_log(q, fma_of(zs, t.inverse, student_log));
+    sums.teacher_entropy -=
+        times_log(p, fma_of(w - stats.teacher_max, t.teacher_inverse(), teacher_log));
+    if (z == stats.student_max && w == stats.teacher_max) sums.agreement = A(1);
+  }
+};
+
+}  // namespace fastkd::cuda

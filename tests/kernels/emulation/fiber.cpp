@@ -1,0 +1,50 @@
+#include "fiber.h"
+
+namespace emulation {
+#if defined(__x86_64__)
+
+// What a function must preserve goes on the stack that is left, and is taken from the one that is
+// taken up. swapcontext() does the same, and two system calls.
+extern "C" void emulation_switch(void** left_at, void* taken_up);
+asm(R"(
+.text
+emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
+  // As emulation_switch leaves it: six registers, and where to go on. `entry` finds the stack
+  // aligned as after a call.
+  void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; i++) *--top = nullptr;
+  left_at = top;
+}
+void Fiber::switch_to(Fiber& to) { emulation_switch(&left_at, to.left_at); }
+
+#else
+
+void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = bytes;
+  makecontext(&context, entry, 0);
+}
+void Fiber::switch_to(Fiber& to) { swapcontext(&context, &to.context); }
+
+#endif
+}  // namespace emulation

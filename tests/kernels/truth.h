@@ -1,0 +1,97 @@
+// The divergences by definition, for the tests of the CUDA kernels: straightforward and in long
+// double. Not for students near their teachers, where these forms cancel.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "../../csrc/divergences.h"
+
+namespace truth {
+
+using Real = long double;
+
+struct Divergence {
+  Real value = 0;
+  std::vector<Real> grad;  // of the value by z / t
+  Real squares = 0;        // the mean of squares that a centred mean is the difference of
+};
+
+// x log(y / z), where x log 0 is 0 for x = 0.
+inline Real x_log(Real x, Real y, Real z) {
+  return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
+}
+
+// Student logits z at temperature t, teacher logits w at a temperature of its own.
+inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
+                             const std::vector<double>& w, Real t, Real own) {
+  using fastkd::Divergence;
+  const size_t n = z.size();
+  const Real infinity = HUGE_VALL;
+  Real mz = -infinity, mw = -infinity, student_sum = 0, teacher_sum = 0;
+  for (size_t i = 0; i < n; ++i) mz = std::fmax(mz, Real(z[i])), mw = std::fmax(mw, Real(w[i]));
+  for (size_t i = 0; i < n; ++i) {
+    student_sum += std::exp((z[i] - mz) / t), teacher_sum += std::exp((w[i] - mw) / own);
+  }
+  const bool is_mean = id == Divergence::kSquaredError || id == Divergence::kCenteredSquaredError;
+  truth::Divergence result;
+  std::vector<Real> q(n), slope(n, 0);
+  Real counted = 0, mean = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const Real log_q = (z[i] - mz) / t - std::log(student_sum);
+    const Real log_p = (w[i] - mw) / own - std::log(teacher_sum);
+    const Real p = std::exp(log_p);
+    q[i] = std::exp(log_q);
+    const Real forward = p == 0 ? 0 : p * (log_p - log_q);
+    const Real reverse = q[i] == 0 ? 0 : q[i] * (log_q - log_p);
+    const Real m = a * p + (1 - a) * q[i], other = a * q[i] + (1 - a) * p;
+    const Real gap = z[i] / t - w[i] / own;
+    switch (id) {
+      case Divergence::kForwardKL:
+        result.value += forward, slope[i] = -p;
+        break;
+      case Divergence::kSoftCrossEntropy:
+        result.value -= p == 0 ? 0 : p * log_q, slope[i] = -p;
+        break;
+      case Divergence::kReverseKL:
+        result.value += reverse, slope[i] = reverse;
+        break;
+      case Divergence::kSymmetricKL:
+        result.value += a * forward + (1 - a) * reverse, slope[i] = (1 - a) * reverse - a * p;
+        break;
+      case Divergence::kJensenShannon:
+        slope[i] = (1 - a) * x_log(q[i], q[i], m);
+        result.value += a * x_log(p, p, m) + slope[i];
+        break;
+      case Divergence::kSkewedForwardKL:
+        result.value += x_log(p, p, m), slope[i] = q[i] == 0 ? 0 : -(1 - a) * p * q[i] / m;
+        break;
+      case Divergence::kSkewedReverseKL:
+        result.value += x_log(q[i], q[i], other);
+        slope[i] = q[i] == 0 ? 0 : x_log(q[i], q[i], other) - a * q[i] * q[i] / other;
+        break;
+      case Divergence::kTotalVariation:
+        result.value += std::fabs(p - q[i]) / 2, slope[i] = q[i] * ((q[i] > p) - (q[i] < p)) / 2;
+        break;
+      case Divergence::kSquaredError:
+      case Divergence::kCenteredSquaredError:
+        if (gap != gap) break;  // both mask the class
+        counted += 1, mean += gap, slope[i] = gap;
+        result.squares += (log_p - log_q) * (log_p - log_q);
+        break;
+    }
+  }
+  mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
+  result.squares = id == Divergence::kCenteredSquaredError ? result.squares / counted : 0;
+  Real of_all = 0;
+  for (size_t i = 0; i < n; ++i) of_all += slope[i];
+  for (size_t i = 0; i < n; ++i) {
+    const bool masked = std::isinf(z[i]) && std::isinf(w[i]);
+    if (is_mean && !masked) result.value += (slope[i] - mean) * (slope[i] - mean) / counted;
+    result.grad.push_back(!is_mean ? slope[i] - q[i] * of_all
+                          : masked ? Real(0)
+                                   : 2 * (slope[i] - mean) / counted);
+  }
+  return result;
+}
+
+}  // namespace truth
