@@ -23,7 +23,7 @@ PARTS = """
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 asked = 0
 number = 3
@@ -38,6 +38,13 @@ def held_out():
 
 def batches():
     return DataLoader(data(), 50)
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*data().tensors))
+
+def stream():
+    return DataLoader(Stream(), 50)
 
 class Asked(nn.Linear):
     def forward(self, images):
@@ -156,7 +163,7 @@ def test_report_without_a_configuration(given, monkeypatch, capsys):
     assert "agrees with the teacher" in capsys.readouterr().out
 
 
-def test_flags_and_set_override_the_file(given, monkeypatch):
+def test_flags_and_set_override_the_file(given, monkeypatch, capsys):
     run(
         *(monkeypatch, "distill", "--config", given, "--epochs", 1, "--output"),
         *(given.parent / "2026", "--set", "student.options.width=5", "--set", "ema=0.5"),
@@ -168,6 +175,9 @@ def test_flags_and_set_override_the_file(given, monkeypatch):
 
     weights = load_file(given.parent / "2026" / "student.safetensors")
     assert weights["0.weight"].shape == (5, 64)
+    described = ("--set", "student.options.width=5", "--set", f"output={given.parent / '2026'}")
+    run(monkeypatch, "report", "--config", given, *described, "--seconds", 0)
+    assert "385" in capsys.readouterr().out.replace(" ", "").partition("parameters")[2][:40]
 
 
 def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
@@ -177,6 +187,71 @@ def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
     run(*arguments, "--epochs", 4, "--resume")
     for one, other in zip(load(given, "whole").parameters(), load(given).parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_history_goes_on_where_a_run_was_interrupted(given, monkeypatch, capsys):
+    arguments = (monkeypatch, "distill", "--config", given)
+    run(*arguments, "--epochs", 1)
+    run(*arguments, "--resume")
+    run(*arguments, "--resume")  # nothing is left to do
+    history = json.loads((given.parent / "out" / "history.json").read_text())
+    assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
+    assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
+
+
+def test_another_run_s_checkpoints(given, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", given, "--epochs", 1)
+    again = (monkeypatch, capsys, "distill", "--config", given)
+    assert re.search("output: .* holds the checkpoints of another run", refused(*again))
+    error = refused(*again, "--resume", "--set", "checkpoints=false")
+    assert "--resume needs checkpoints, and checkpoints is false" in error
+
+
+@pytest.mark.parametrize("change", ["teacher.top_k=4", "loss.temperature=3"])
+def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
+    cached = ("distill", "--config", given, "--set", f"teacher.cache={given.parent / 'cache'}")
+    run(monkeypatch, *cached, "--set", "teacher.top_k=5", "--set", "checkpoints=false")
+    changed = ("--set", "teacher.top_k=5", "--set", change, "--set", "checkpoints=false")
+    error = refused(monkeypatch, capsys, *cached, *changed)
+    assert re.search(r"fastkd distill: teacher.cache: .* holds a cache with", error)
+    without = (*changed, "--set", "teacher.factory=null", "--set", f"teacher.cache={given.parent}")
+    error = refused(monkeypatch, capsys, *cached, *without)
+    assert re.search(r"fastkd distill: teacher.cache: .* holds no teacher's cache", error)
+
+
+def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    streamed = ("distill", "--config", given, "--set", f"train={name}:stream")
+    run(monkeypatch, *streamed)
+    error = refused(
+        *(monkeypatch, capsys, *streamed, "--output", given.parent / "b"),
+        *("--set", "schedule=cosine"),
+    )
+    assert "schedule: cosine ends with the last step" in error
+
+
+def test_two_processes(given):
+    """Each asks the teacher about half of the data, and the schedule ends with the last step."""
+    cache = given.parent / "cache"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    changes = (f"teacher.cache={cache}", "schedule=cosine")
+    overrides = [part for change in changes for part in ("--set", change)]
+    done = subprocess.run(
+        [sys.executable, *launch, "fastkd", "distill", "--config", str(given), *overrides],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    from fastkd import teachers
+    from fastkd.teachers import shard
+
+    assert len(teachers.TeacherCache(cache)) == 300
+    assert [len(shard.read(file).ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
+    (last,) = (given.parent / "out" / "checkpoints").glob("step-00000006")
+    schedule = torch.load(last / "scheduler.pt")
+    assert schedule["_last_lr"] == [pytest.approx(0.0, abs=1e-12)]
+    history = json.loads((given.parent / "out" / "history.json").read_text())
+    assert [each["rows"] for each in history] == [100] * 3
 
 
 def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
@@ -193,7 +268,8 @@ def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
     for one, other in zip(load(given, "again").parameters(), load(given).parameters(), strict=True):
         assert torch.equal(one, other)
     error = refused(
-        *once[:1], capsys, *once[1:], "--set", f"train={module_of(given).__name__}:batches"
+        *(*once[:1], capsys, *once[1:], "--output", given.parent / "none"),
+        *("--set", f"train={module_of(given).__name__}:batches"),
     )
     assert "train: with teacher.cache it must be a data set" in error
 

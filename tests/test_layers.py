@@ -69,12 +69,14 @@ IMPORTS = {
     "teachers": {"extras", "checks", "batches"},
     "reports": {"_C", "extras", "batches"},
     "teaching": {"checks", "reference", "losses", "sparse", "batches", "hints"},
-    "trainer_arguments": {"extras", "checks", "losses"},
+    "trainer_arguments": {"extras", "checks", "losses", "hints"},
     "trainer": {
         "extras", "losses", "batches", "checkpointing", "position", "watching", "hints", "teaching",
         "trainer_arguments",
     },
-    "commands": {"extras", "losses", "teachers", "reports", "trainer"},
+    "commands": {
+        "extras", "losses", "teachers", "reports", "trainer", "trainer_arguments", "checkpointing",
+    },
 }  # fmt: skip
 # The optional way in through torch's C++ autograd, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp"}

@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastkd
 from fastkd import watching
@@ -496,9 +496,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 2', '"format": 3'))
+    about.write_text(about.read_text().replace('"format": 3', '"format": 4'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 3, and this run 2"):
+    with pytest.raises(ValueError, match="has format 4, and this run 3"):
         trainer.resume()
     assert trainer.step == 0
 
@@ -586,6 +586,7 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
         ({"save_every": 5}, ValueError, "save_every needs checkpoints"),
         ({"hints": [fastkd.Hint("first", "0")]}, ValueError, "the student has no module 'first'"),
         ({"hints": [fastkd.Hint("0", "x")]}, ValueError, "the teacher has no module 'x'"),
+        ({"hints": [("0", "0")]}, TypeError, "hints must be fastkd.Hint objects; got tuple"),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -595,6 +596,58 @@ def test_bad_arguments(options, error, words):
     assert teacher.training and teacher[0].weight.requires_grad
 
 
+def test_what_would_not_be_trained_is_refused():
+    student, teacher = network(), network(24, 1)
+    others = torch.optim.SGD(copy.deepcopy(student).parameters(), 0.5)
+    with pytest.raises(ValueError, match="optimizer has none of the student's parameters"):
+        fastkd.Trainer(student, teacher, others)
+    with pytest.raises(TypeError, match=r"student must be a torch\.nn\.Module; got function"):
+        fastkd.Trainer(lambda images: images, teacher, others)
+    with pytest.raises(TypeError, match=r"optimizer must be one of torch\.optim's kind; got list"):
+        fastkd.Trainer(student, teacher, list(student.parameters()))
+
+
+def test_an_accelerator_that_would_divide_losses_is_refused():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    try:
+        with pytest.raises(ValueError, match=r"gradient_accumulation_steps=1; got 4.*accumulate"):
+            trainer_of(network(), network(24, 1), accelerator=accelerator)
+    finally:
+        accelerate.state.GradientState._reset_state()
+
+
+class Stream(IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(zip(*digits(40).tensors, strict=True))
+
+
+def test_streams(capsys):
+    trainer = trainer_of(network(), network(24, 1), progress=True)
+    (found,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
+    assert trainer.step == 3 and found.rows == 40 and "3it" in capsys.readouterr().err
+
+
+def test_a_loader_without_batches_is_refused():
+    trainer = trainer_of(network(), network(24, 1))
+    once = iter(batches(digits()))
+    with pytest.raises(ValueError, match="loader gave no batch: it is empty, or an iterator"):
+        trainer.fit(once, 2)
+    assert trainer.epoch == 1
+    with pytest.raises(TypeError, match="got the data set TensorDataset, which gives single"):
+        trainer.fit(digits(), 2)
+
+
+def test_batches_that_nobody_understands():
+    trainer = trainer_of(Wrapped(network()), Wrapped(network(24, 1)))
+    images, labels = batches(digits())[0]
+    with pytest.raises(TypeError, match=r"here \['images'\], and Wrapped does not take them: "):
+        trainer.fit([{"images": images, "labels": labels}])
+    with pytest.raises(TypeError, match="labels must be a tensor; got ndarray"):
+        trainer.fit([{"pixels": images, "labels": labels.numpy()}])
+
+
 def test_a_teacher_that_shares_parameters_is_refused():
     student = network()
     with pytest.raises(ValueError, match=r"shares its parameter '0.weight'"):
@@ -602,9 +655,10 @@ def test_a_teacher_that_shares_parameters_is_refused():
     assert student[0].weight.requires_grad
 
 
-@pytest.mark.parametrize("teacher", [[], ["teacher"], [network(), torch.zeros(3)]])
+@pytest.mark.parametrize("teacher", [[], ["teacher"], [network(), torch.zeros(3)], None, "a"])
 def test_a_teacher_of_another_kind_is_refused(teacher):
-    with pytest.raises(TypeError, match=r"a sequence of modules or a TeacherCache; got \["):
+    kinds = {type(None): "NoneType", str: "str"}.get(type(teacher), r"\[")
+    with pytest.raises(TypeError, match=f"a list of modules or a TeacherCache; got {kinds}"):
         trainer_of(network(), teacher)
 
 
@@ -656,11 +710,25 @@ def test_the_code_of_the_documentation_runs(capsys):
     assert "Evaluation(" in capsys.readouterr().out
 
 
-def test_the_bar_shows_both_terms(capsys):
-    trainer = trainer_of(network(), network(24, 1), progress=True)
-    trainer.fit(DataLoader(digits(), 16))
+def test_one_bar_shows_both_terms(capsys, tmp_path):
+    trainer = trainer_of(network(), network(24, 1), progress=True, checkpoints=tmp_path)
+    trainer.fit(DataLoader(digits(), 16), 2)
     shown = capsys.readouterr().err
-    assert "epoch 1" in shown and "4/4" in shown and "hard=" in shown and "soft=" in shown
+    assert "epoch 2" in shown and "8/8" in shown and "hard=" in shown and "soft=" in shown
+    assert shown.count("\n") == 1
+
+    trainer = trainer_of(network(), network(24, 1), progress=True, checkpoints=tmp_path)
+    trainer.resume()
+    for step in trainer.steps(DataLoader(digits(), 16)):
+        if step.number == 10:
+            trainer.save()
+            break
+    assert "0/4" in capsys.readouterr().err
+    trainer = trainer_of(network(), network(24, 1), progress=True, checkpoints=tmp_path)
+    trainer.resume()
+    trainer.fit(DataLoader(digits(), 16), 3)
+    shown = capsys.readouterr().err
+    assert "10/12" in shown and "12/12" in shown and "epoch 3" in shown
 
 
 def test_tensorboard(tmp_path):

@@ -358,8 +358,9 @@ struct NarrowEngine {
               weighted(smoothing, mean);
     }
     // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
-    const double value = divergence_of(args.divergence, tile.value[i], tile.slope[i],
-                                       tile.classes_that_count[i], tile.teacher_entropy[i] * kLn2);
+    const double value =
+        divergence_of<double>(args.divergence, tile.value[i], tile.slope[i],
+                              tile.classes_that_count[i], tile.teacher_entropy[i] * kLn2);
     const double soft = value == value ? value : -kLowest;
     const double t = tile.temperature[i];
     const double total = weighted(static_cast<double>(tile.soft_weight[i]) * t * t, soft);

@@ -15,6 +15,7 @@ A batch is one of
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -150,10 +151,15 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
     A mapping is passed as keyword arguments, a tuple or list as positional ones.
 
     Raises:
-        TypeError: if the output is neither a tensor nor has a tensor ``logits``.
+        TypeError: if the output is neither a tensor nor has a tensor ``logits``, or if the model
+            does not take what a mapping has; the message names both.
     """
     if isinstance(inputs, Mapping):
-        output = model(**inputs)
+        try:
+            output = model(**inputs)
+        except TypeError as error:
+            _check_keywords(model, inputs, error)
+            raise
     elif isinstance(inputs, (tuple, list)):
         output = model(*inputs)
     else:
@@ -166,6 +172,18 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
             f"got {type(output).__name__}"
         )
     return found
+
+
+def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
+    """Whether it failed since the keywords are not the model's, or for reasons of its own."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError as reason:
+        raise TypeError(
+            f"a batch that is a mapping gives the model keyword arguments, here {sorted(inputs)}, "
+            f"and {type(model).__name__} does not take them: {reason}. Only 'labels' and 'ids' are "
+            "taken out of it before; rename its keys, or yield tuples"
+        ) from error
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -44,7 +44,13 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
 
 def labels(batch: Any) -> Tensor | None:
     """Its labels, if it has any."""
-    return batches.split(batch).labels
+    found = batches.split(batch).labels
+    if found is not None and not isinstance(found, Tensor):
+        raise TypeError(
+            f"a batch's labels must be a tensor; got {type(found).__name__}. For batches of "
+            "another form there are the trainer's forward= and labels="
+        )
+    return found
 
 
 class Lesson(NamedTuple):
@@ -67,11 +73,13 @@ class Modules:
         names: Sequence[str],
     ) -> None:
         """``device``: where the teachers run; ``home``: where the student wants the answers."""
-        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        several = isinstance(teacher, (list, tuple, nn.ModuleList))
+        teachers: list[Any] = list(teacher) if several else [teacher]  # type: ignore[arg-type]
         if not teachers or not all(isinstance(item, nn.Module) for item in teachers):
+            kinds = ", ".join(type(item).__name__ for item in teachers)
             raise TypeError(
-                "teacher must be a module, a sequence of modules or a TeacherCache; got "
-                f"[{', '.join(type(item).__name__ for item in teachers)}]"
+                "teacher must be a module, a list of modules or a TeacherCache; got "
+                f"{f'[{kinds}]' if several else kinds}"
             )
         own = {parameter: name for name, parameter in student.named_parameters()}
         for parameter in itertools.chain.from_iterable(item.parameters() for item in teachers):
@@ -90,7 +98,7 @@ class Modules:
     def answer(self, batch: Any) -> Any:
         """The logits of the one, or a list of those of each."""
         answers = [
-            self._forward(teacher, batches.to(batch, self._device, dtype_of(teacher))).to(
+            self._forward(teacher, batches.to(batch, self._device, batches.dtype_of(teacher))).to(
                 self._home
             )
             for teacher in self._teachers
@@ -102,11 +110,6 @@ class Modules:
         answer = self.answer(batch)
         features = [f.to(self._home) for f in self.features.take()] if self._names else []
         return Lesson(answer, features)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """In which its parameters are, if it has floating-point ones."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 class Cached:

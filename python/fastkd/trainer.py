@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import pathlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd import batches, checkpointing, extras, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
@@ -22,7 +21,7 @@ from fastkd.losses import KDLoss
 from fastkd.position import Position
 from fastkd.watching import Watch
 
-FORMAT = 2  # of a checkpoint
+FORMAT = 3  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -65,7 +64,7 @@ class Trainer:
     Args:
         student: is trained in place.
         teacher: a module, frozen and set to evaluation mode, asked without gradients in its own
-            dtype; a sequence of modules, whose answers ``loss`` mixes; or a
+            dtype; a list of modules, whose answers ``loss`` mixes; or a
             :class:`fastkd.teachers.TeacherCache`, asked by the batches' ids.
         optimizer: over the student's parameters. Hints' projections join its first group.
         loss: the distillation loss, with ``reduction="mean"`` and without ``normalizer``. Default
@@ -136,17 +135,12 @@ class Trainer:
         loss = KDLoss() if loss is None else loss
         hints = tuple(hints)
         trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
+        trainer_arguments.check_models(student, optimizer, hints)
         self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched != self.accelerator.num_processes:
-            raise ValueError(
-                f"accelerator: {launched} processes were launched, but it knows of "
-                f"{self.accelerator.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
-            )
-        if self._sharded:
-            trainer_arguments.check_sharding(self.accelerator, ema)
+        trainer_arguments.check_accelerator(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
+        self._history: list[Evaluation] = []
         self.ema: swa_utils.AveragedModel | None = None
         self._optimizer, self._hints = optimizer, hints
         self._accumulate, self._clip, self._decay = accumulate, clip, ema
@@ -188,23 +182,24 @@ class Trainer:
             validation: evaluated after each epoch.
 
         Returns:
-            The evaluations, one for each epoch that was trained here.
+            The evaluations of ``validation`` after each epoch, before a resumption too.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
         if validation is not None:
             self._refuse_sharded()
-        evaluations = []
-        while self.epoch < epochs:
-            for _ in self.steps(loader):
-                pass
-            if validation is not None:
-                evaluations.append(self.evaluate(validation))
-                self._log({f"validation/{k}": v for k, v in evaluations[-1]._asdict().items()})
-            if self._folder is not None:
-                self.save()
-        return evaluations
+        with self._bar_over(self._prepare(loader), 0, epochs):
+            while self.epoch < epochs:
+                for _ in self.steps(loader):
+                    pass
+                if validation is not None:
+                    found = self.evaluate(validation)
+                    self._history.append(found)
+                    self._log({f"validation/{k}": v for k, v in found._asdict().items()})
+                if self._folder is not None:
+                    self.save()
+        return list(self._history)
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """One pass over ``loader``, as a generator of optimizer steps that have been taken.
@@ -231,10 +226,17 @@ class Trainer:
             stack.enter_context(self._teacher.features)
             if self._student_loss.features is not None:
                 stack.enter_context(self._student_loss.features)
-            self._bar = stack.enter_context(self._bar_for(loader))
+            if self._bar is None:
+                stack.enter_context(self._bar_over(loader, self.epoch, 1))
+            self._bar.set_description(f"epoch {self.epoch + 1}")
             for window in self._position.windows(loader, self._accumulate):
                 yield self._advance(window)
             self._show(self._watch.rest())
+        if not self._position.batches:
+            raise ValueError(
+                "loader gave no batch: it is empty, or an iterator that has been iterated before; "
+                "give a DataLoader, or a list of batches"
+            )
         self.epoch += 1
         self._position = Position()
 
@@ -364,6 +366,7 @@ class Trainer:
                 "epoch": self.epoch,
                 "processes": self.accelerator.num_processes,
                 "hints": projections,
+                "history": self._history,
             }
             (folder / "trainer.json").write_text(json.dumps(about, indent=1))
 
@@ -395,6 +398,7 @@ class Trainer:
         for name, stateful in self._stateful.items():
             stateful.load_state_dict(checkpointing.get(found[-1] / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
+        self._history = [Evaluation(*found) for found in about["history"]]
         rank = self.accelerator.process_index
         self._position.load(checkpointing.get(found[-1] / f"position-{rank}.pt"))
         return True
@@ -419,7 +423,7 @@ class Trainer:
         """Gives the model and the optimizer to Accelerate, once the hints' widths are known."""
         if self._hints:
             learned = HintLoss(self._hints, student_widths, teacher_widths)
-            dtype = teaching.dtype_of(self.student) or torch.float32
+            dtype = batches.dtype_of(self.student) or torch.float32
             learned.to(self.accelerator.device, torch.promote_types(dtype, torch.float32))
             self._student_loss.hints = learned
             self._optimizer.param_groups[0]["params"].extend(learned.parameters())
@@ -434,6 +438,11 @@ class Trainer:
 
     def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
         """The loader with each process's share; ``even``: samples fill up the last batches."""
+        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+            raise TypeError(
+                f"loader must give batches; got the data set {type(loader).__name__}, which gives "
+                "single samples: put it into a torch.utils.data.DataLoader"
+            )
         if not isinstance(loader, DataLoader):
             return loader
         prepared = self._loaders.setdefault(loader, {})
@@ -446,15 +455,24 @@ class Trainer:
                 config.even_batches = before
         return prepared[even]
 
-    def _bar_for(self, loader: Any) -> Any:
-        """A progress bar of this epoch's steps."""
-        steps = math.ceil(len(loader) / self._accumulate) if hasattr(loader, "__len__") else None
-        return extras.load("tqdm", "train").tqdm(
-            total=steps,
-            initial=self._position.batches // self._accumulate,
-            desc=f"epoch {self.epoch + 1}",
+    @contextlib.contextmanager
+    def _bar_over(self, loader: Any, first: int, passes: int) -> Iterator[None]:
+        """A progress bar of the steps of some passes, the ``first`` of which may lie behind."""
+        try:
+            steps = math.ceil(len(loader) / self._accumulate)
+        except TypeError:  # how long an iterable dataset or a generator is, nobody knows
+            steps = 0
+        resumed = 0 if self._position.resumed is None else self._position.batches
+        done = steps * (self.epoch - first) + resumed // self._accumulate
+        with extras.load("tqdm", "train").tqdm(
+            total=steps * passes or None,
+            initial=done,
             disable=not (self._progress and self.accelerator.is_main_process),
-        )
+        ) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
 
     def _show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
         """Logs and displays values that have reached the host."""
@@ -462,7 +480,9 @@ class Trainer:
             if not self._hints:
                 del values["hint"]
             self._log(values, step)
-            self._bar.set_postfix({name: f"{v:.3g}" for name, v in values.items()}, refresh=False)
+            if self._bar is not None:
+                shown = {name: f"{value:.3g}" for name, value in values.items()}
+                self._bar.set_postfix(shown, refresh=False)
 
     def _log(self, values: dict[str, float], step: int | None = None) -> None:
         """Passes values to Accelerate's trackers, if there are any."""

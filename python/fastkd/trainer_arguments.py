@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import checks, extras
+from fastkd.hints import Hint
 from fastkd.losses import KDLoss
 
 
-def accelerator() -> Any:
+def accelerator(**options: Any) -> Any:
     """Accelerate's own choice; on machines with a CPU alone it has to be told, or each of several
     processes would train for itself."""
-    return extras.load("accelerate", "train").Accelerator(cpu=not torch.accelerator.is_available())
+    accelerate = extras.load("accelerate", "train")
+    return accelerate.Accelerator(cpu=not torch.accelerator.is_available(), **options)
 
 
-def check_sharding(sharding: Any, ema: float | None) -> None:
-    """What of this can be done under FSDP."""
-    if not sharding.is_fsdp2:
+def check_accelerator(given: Any, ema: float | None) -> None:
+    """What the accelerator decides must be what the trainer does."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != given.num_processes:
+        raise ValueError(
+            f"accelerator: {launched} processes were launched, but it knows of "
+            f"{given.num_processes}; for several on CPUs it is Accelerator(cpu=True)"
+        )
+    if given.gradient_accumulation_steps != 1:  # it would divide every loss by them
+        raise ValueError(
+            "accelerator must have gradient_accumulation_steps=1; got "
+            f"{given.gradient_accumulation_steps}. Give Trainer(accumulate=...) instead"
+        )
+    if given.distributed_type != "FSDP":
+        return
+    if not given.is_fsdp2:
         raise ValueError(
             "accelerator: FSDP is supported in version 2; give "
             "FullyShardedDataParallelPlugin(fsdp_version=2)"
         )
     if ema is not None:
         raise ValueError("ema cannot average parameters that FSDP has sharded")
+
+
+def check_models(
+    student: nn.Module, optimizer: torch.optim.Optimizer, hints: Sequence[Hint]
+) -> None:
+    """That there is something to train, and something that trains it."""
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a torch.nn.Module; got {type(student).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be one of torch.optim's kind; got {type(optimizer).__name__}"
+        )
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if stepped.isdisjoint(student.parameters()):
+        raise ValueError(
+            "optimizer has none of the student's parameters, which would stay as they are; make it "
+            "of student.parameters()"
+        )
+    for hint in hints:
+        if not isinstance(hint, Hint):
+            raise TypeError(f"hints must be fastkd.Hint objects; got {type(hint).__name__}")
 
 
 def check(

@@ -7,6 +7,7 @@ configuration file, in the working folder, and where Python finds any other.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -165,6 +166,18 @@ KEYS: dict[str, Key] = {
 # ---- reading
 
 
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that changes what a file says."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="instead of what the file says; KEY may be an inner one, such as loss.temperature",
+    )
+
+
 def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration in a YAML file, changed by ``KEY=VALUE`` texts, with every key checked.
 
@@ -286,7 +299,7 @@ def _load(name: str, model: nn.Module, path: pathlib.Path) -> None:
             f"{name}.weights must be a .safetensors file, since others may run code; got {path}"
         )
     if not path.is_file():
-        raise ConfigError(f"{name}.weights: there is no file {path}")
+        raise ConfigError(f"{name}.weights: there is no file {path} (distill writes the student's)")
     errors = (extras.load("safetensors", "train").SafetensorError, RuntimeError)
     try:
         extras.load("safetensors.torch", "train").load_model(model, str(path))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import pathlib
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from fastkd import extras, losses, teachers
+from fastkd import checkpointing, extras, losses, teachers, trainer_arguments
 from fastkd.commands import config
+from fastkd.teachers import writing
 from fastkd.trainer import Trainer
 
 DESCRIPTION = """Trains a student on a teacher's answers, as a YAML file says:
@@ -43,14 +47,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=pathlib.Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="instead of what the file says; KEY may be an inner one, such as loss.temperature",
-    )
+    config.add_set(parser)
     for name in FLAGS:
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="VALUE", help=f"instead of the file's {name}"
@@ -78,41 +75,59 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = config.read(arguments.config, overrides)
     config.importable(arguments.config.parent)
     output = pathlib.Path(chosen["output"])
+    checkpoints = _checkpoints(output, chosen, arguments.resume)
+    accelerator = trainer_arguments.accelerator(mixed_precision=chosen["mixed_precision"])
     torch.manual_seed(chosen["seed"])
     student = config.make_model("student", chosen["student"])
     loss = config.make_loss(chosen["loss"])
     optimizer = config.make_optimizer(chosen["optimizer"], student)
-    teacher, train, validation = _teacher_and_data(chosen, loss.options)
+    teacher, train, validation = _teacher_and_data(chosen, loss.options, accelerator)
     loader = _loader(train, chosen, shuffle=True)
     trainer = Trainer(
         student,
         teacher,
         optimizer,
         loss=loss,
-        scheduler=_scheduler(optimizer, chosen, loader),
+        scheduler=_scheduler(optimizer, chosen, loader, accelerator.num_processes),
         accumulate=chosen["accumulate"],
         clip=chosen["clip"],
         ema=chosen["ema"],
-        accelerator=extras.load("accelerate", "train").Accelerator(
-            mixed_precision=chosen["mixed_precision"]
-        ),
-        checkpoints=output / "checkpoints" if chosen["checkpoints"] else None,
+        accelerator=accelerator,
+        checkpoints=checkpoints,
     )
     held_out = None if validation is None else _loader(validation, chosen, shuffle=False)
     torch.manual_seed(chosen["seed"])  # the order of the data, however the teacher was made
     if arguments.resume and trainer.resume():
-        print(f"going on after step {trainer.step}")
+        accelerator.print(f"going on after step {trainer.step}")
     history = trainer.fit(loader, chosen["epochs"], validation=held_out)
-    if trainer.accelerator.is_main_process:
+    if accelerator.is_main_process:
         trained = student if trainer.ema is None else trainer.ema.module
         _write(output, trained, [found._asdict() for found in history])
         if history:
             last = history[-1]
-            print(f"accuracy {100 * last.accuracy:.1f} %, agreement {100 * last.agreement:.1f} %")
+            right = "" if math.isnan(last.accuracy) else f"accuracy {100 * last.accuracy:.1f} %, "
+            print(f"{right}agreement {100 * last.agreement:.1f} %")
         print(f"wrote {output / 'student.safetensors'}; python -m fastkd report shows it")
 
 
-def _teacher_and_data(chosen: dict[str, Any], loss: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> pathlib.Path | None:
+    """The folder of checkpoints, if it is as it has to be."""
+    if not chosen["checkpoints"]:
+        if resume:
+            raise config.ConfigError("--resume needs checkpoints, and checkpoints is false")
+        return None
+    folder = output / "checkpoints"
+    if checkpointing.all_of(folder) and not resume:
+        raise config.ConfigError(
+            f"output: {folder} holds the checkpoints of another run. Go on with it by --resume, "
+            "choose another --output, or delete them"
+        )
+    return folder
+
+
+def _teacher_and_data(
+    chosen: dict[str, Any], loss: dict[str, Any], accelerator: Any
+) -> tuple[Any, Any, Any]:
     """The teacher, live or cached, and the data; with a cache, samples that carry their ids."""
     part: config.Part = chosen["teacher"]
     train = config.make("train", chosen["train"])
@@ -126,22 +141,41 @@ def _teacher_and_data(chosen: dict[str, Any], loss: dict[str, Any]) -> tuple[Any
                 f"{name}: with teacher.cache it must be a data set, not a DataLoader, so that "
                 "samples can be given ids"
             )
-    options = {**losses.DEFAULTS, **loss}
-    temperature = float(options["teacher_temperature"] or options["temperature"])
+    defaults = {**losses.DEFAULTS, **loss}
+    temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
     whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
     if live is not None:
-        cache = teachers.precompute(
-            live,
-            _loader(whole, chosen, shuffle=False),
+        options: dict[str, Any] = {"top_k": part.top_k, "temperature": temperature}
+        options["dtype"] = torch.float16
+        with _blaming_the_cache():
+            writing.existing(
+                pathlib.Path(part.cache), **options, teacher=teachers.fingerprint(live)
+            )
+        # Each process asks it about its share.
+        first, step = accelerator.process_index, accelerator.num_processes
+        share = Subset(whole, range(first, len(whole), step))
+        teachers.precompute(
+            live.to(accelerator.device),
+            _loader(share, chosen, shuffle=False),
             part.cache,
-            top_k=part.top_k,
-            temperature=temperature,
+            **options,
+            progress=accelerator.is_main_process,
         )
-    else:
+        accelerator.wait_for_everyone()
+    with _blaming_the_cache():
         cache = teachers.TeacherCache(part.cache)
-    cache.check(ids=torch.arange(len(whole)), temperature=temperature)
+        cache.check(ids=torch.arange(len(whole)), temperature=temperature)
     held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
     return cache, Subset(whole, range(len(train))), held_out
+
+
+@contextlib.contextmanager
+def _blaming_the_cache() -> Iterator[None]:
+    """A cache that does not fit is the configuration's fault."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise config.ConfigError(f"teacher.cache: {error}") from None
 
 
 def _loader(data: Any, chosen: dict[str, Any], *, shuffle: bool) -> Any:
@@ -152,11 +186,18 @@ def _loader(data: Any, chosen: dict[str, Any], *, shuffle: bool) -> Any:
 
 
 def _scheduler(
-    optimizer: torch.optim.Optimizer, chosen: dict[str, Any], loader: Any
+    optimizer: torch.optim.Optimizer, chosen: dict[str, Any], loader: Any, processes: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     if chosen["schedule"] == "constant":
         return None
-    steps = chosen["epochs"] * -(-len(loader) // chosen["accumulate"])
+    try:
+        batches = math.ceil(len(loader) / processes)  # of each
+    except TypeError:
+        raise config.ConfigError(
+            "schedule: cosine ends with the last step, and how many there are, an iterable data "
+            "set does not say; constant does without"
+        ) from None
+    steps = chosen["epochs"] * math.ceil(batches / chosen["accumulate"])
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 

@@ -20,7 +20,8 @@ DESCRIPTION = """Compares students with their teacher: size, latency, accuracy, 
       --model small=my_models:small@small.safetensors --data my_data:test_set
 
 With a configuration of `distill`, the teacher, the validation data and the student that was written
-to its output are taken from there.
+to its output are taken from there; what flags told distill, such as --output runs/second, is given
+here as --set output=runs/second.
 """
 MODEL = "MODULE:FACTORY[@FILE.safetensors]"
 
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=pathlib.Path, metavar="FILE", help="as for distill")
+    config.add_set(parser)
     parser.add_argument("--teacher", metavar=MODEL)
     parser.add_argument("--data", metavar="MODULE:FACTORY", help="held-out data set")
     parser.add_argument(
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     teacher, data, students = None, None, {}
     folder = pathlib.Path.cwd()
     if arguments.config is not None:
-        chosen = config.read(arguments.config, [])
+        chosen = config.read(arguments.config, arguments.overrides)
         folder = arguments.config.parent
         teacher, data = chosen["teacher"], chosen["validation"]
         trained = pathlib.Path(chosen["output"]) / "student.safetensors"

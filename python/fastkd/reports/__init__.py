@@ -128,9 +128,9 @@ def report(
         show: print the table.
 
     Raises:
-        ValueError: for a loader without rows, models whose logits differ in shape, labels that do
-            not fit them, a student named ``teacher``, or
-            logits or a cross entropy that are not finite.
+        ValueError: for a loader without rows, models whose logits differ in rows, labels that do
+            not fit them, a student named ``teacher``, or logits or a cross entropy that are not
+            finite.
 
     Example:
         >>> import torch, fastkd
@@ -141,7 +141,12 @@ def report(
         >>> [model.name for model in found.models]
         ['teacher', 'student']
     """
-    named = {"student": students} if isinstance(students, nn.Module) else dict(students)
+    named = {"student": students} if isinstance(students, nn.Module) else students
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            "students must be a module, or a mapping of names to modules such as "
+            f"{{'distilled': module}}; got {type(students).__name__}"
+        )
     if "teacher" in named:
         raise ValueError("students: no student may be named 'teacher'")
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
@@ -178,11 +183,12 @@ def report(
 
 def environment(devices: Sequence[torch.device]) -> dict[str, str]:
     """What the numbers depend on besides the models."""
+    threads = torch.get_num_threads()
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{_processor()}, {torch.get_num_threads()} threads",
+        "CPU": f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}",
     }
     for device in devices:
         if device.type == "cuda":

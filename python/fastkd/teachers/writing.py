@@ -75,7 +75,7 @@ def precompute(
     temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
     folder = pathlib.Path(path)
     identity = fingerprint(teacher)
-    done = _existing(folder, top_k, dtype, temperature, identity)
+    done = existing(folder, top_k, dtype, temperature, identity)
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, shard_bytes, done)
     device, own = batches.device_of(teacher), batches.dtype_of(teacher)
@@ -119,10 +119,14 @@ def _check_logits(logits: Tensor, samples: int, top_k: int | None) -> None:
         )
 
 
-def _existing(
+def existing(
     folder: pathlib.Path, top_k: int | None, dtype: torch.dtype, temperature: float, teacher: str
 ) -> TeacherCache | None:
-    """The cache that an earlier run left, if it is one to go on with."""
+    """The cache that an earlier run left, if it is one to go on with.
+
+    Raises:
+        ValueError: if it is another; the message names what differs.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder; {folder} is a file")
     if not any(folder.glob(shard.PATTERN)):
