@@ -9,7 +9,7 @@ CUDA_BUILD := build/cuda
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer soak \
+.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package accuracy reliability bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -42,12 +42,13 @@ demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and
 test: $(VENV)/complete kernel-test  ## run every test
 	$(RUN) -m pytest
 
-# $(call kernels,FOLDER,OPTIONS): builds the kernels with their own tests, which need no torch and no Python.
+# $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,
+# or the one that is named alone.
 define kernels
 @mkdir -p build
 @$(VENV)/bin/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
   -DFASTKD_TESTS=ON -DFASTKD_CUDA=OFF -DFASTKD_WERROR=ON $(2) > build/$(1).log || (cat build/$(1).log; false)
-@$(VENV)/bin/cmake --build build/$(1)
+@$(VENV)/bin/cmake --build build/$(1) $(if $(3),--target $(3))
 endef
 
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
@@ -57,7 +58,7 @@ kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch o
 sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour and thread sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
-	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread)
+	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread,cpu_threads)
 	$(VENV)/bin/ctest --test-dir build/sanitize-threads --output-on-failure -R cpu_threads
 
 # valgrind shows programs a processor without AVX-512: those kernels are not tried here.
@@ -69,24 +70,32 @@ valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitiali
 sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
 	$(RUN) -m reliability.sanitize
 
+FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py
 fuzz: $(VENV)/complete  ## random calls against float64: make fuzz CASES=20000 SEED=7
-	$(RUN) tests/test_fuzz.py $(CASES) $(SEED)
+	@failed=0; for fuzzer in $(FUZZERS); do echo "== $$fuzzer"; \
+	  $(RUN) $$fuzzer $(CASES) $(SEED) || failed=1; done; exit $$failed
 
 fuzz-kernels: $(VENV)/created  ## hostile calls of the kernels' C interface, under the sanitizers
-	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
+	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined,cpu_fuzz)
 	build/sanitize/cpu_fuzz $(CASES) $(SEED)
 
 libfuzzer: $(VENV)/created  ## the same by libFuzzer, which follows the code's branches: needs clang
-	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON)
+	$(call kernels,libfuzzer,-DCMAKE_CXX_COMPILER=$(CLANG) -DFASTKD_SANITIZE=fuzzer-no-link$(COMMA)address -DFASTKD_LIBFUZZER=ON,cpu_fuzz)
 	build/libfuzzer/cpu_fuzz -max_total_time=60 -max_len=600 -print_final_stats=1
+
+fuzz-caches: $(VENV)/complete  ## libFuzzer on the reader of teachers' caches: make fuzz-caches SECONDS=600
+	$(RUN) -m pip install --quiet --group fuzz
+	$(RUN) -m reliability.caches $(SECONDS)
 
 soak: $(VENV)/complete  ## 100,000 calls, and no memory kept
 	$(RUN) -m reliability.soak
 
-versions: $(VENV)/complete  ## the core tests on other Pythons and torches: hours of downloads the first time
+versions: $(VENV)/complete  ## the core tests on other Pythons and torches: gigabytes of downloads the first time
+	$(RUN) -m pip install --quiet --group package
 	$(RUN) -m reliability.versions $(PAIRS)
 
 package: $(VENV)/complete  ## sdist, auditwheel and cibuildwheel, tried as far as this machine allows
+	$(RUN) -m pip install --quiet --group package
 	$(RUN) -m reliability.package
 
 accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's

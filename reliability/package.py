@@ -28,10 +28,14 @@ WORKS = (
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Runs a command outside the project's folder; its output, or an error with its end."""
+    """Runs a command outside the project's folder; its output, or an error with its end.
+
+    The tools are this environment's own, whether it is activated or not.
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         list(map(str, command)), cwd=FOLDER, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, **environment},
+        stderr=subprocess.STDOUT, env={**os.environ, "PATH": path, **environment},
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{command[0]} gave {done.returncode}:\n{done.stdout[-3000:]}")

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize-python"
-CORE = ["loss", "terms", "bad_input", "determinism", "concurrency", "fuzz"]
+CORE = ["loss", "terms", "bad_input", "determinism", "concurrency", "fuzz", "topk", "fuzz_topk"]
 
 
 def library(name: str) -> str:

@@ -52,12 +52,25 @@ def calls() -> dict[str, Callable[[], object]]:
         backward()
         ops.EAGER = eager
 
+    log_probs, indices = torch.log_softmax(teacher, -1).topk(8)
+    hidden, weight = torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12)
+
+    def sparse() -> None:
+        fastkd.topk_loss(student, indices, log_probs, labels).backward()
+        student.grad = None
+
+    def heads() -> None:
+        fastkd.linear_loss(hidden, weight, labels=labels, teacher_logits=teacher).backward()
+        hidden.grad = None
+
     return {
         "loss and backward": backward,
         "the Python way in": in_python,
         "a loss for each row": lambda: backward(reduction="none"),
         "another divergence": lambda: backward(divergence="jsd"),
         "in place": lambda: fastkd.loss(student * 1, teacher, labels, inplace=True).backward(),
+        "a sparse teacher": sparse,
+        "linear heads": heads,
         "terms": lambda: fastkd.terms(student, teacher, labels),
         "refused": refused,
     }

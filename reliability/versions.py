@@ -22,11 +22,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# Every Python with the oldest and the newest torch, and the torches between with one Python.
-PAIRS = (
-    *("3.10:2.10.0", "3.10:2.15.0", "3.11:2.10.0", "3.11:2.11.0", "3.11:2.13.0", "3.11:2.14.1"),
-    *("3.11:2.15.0", "3.12:2.10.0", "3.12:2.15.0", "3.13:2.10.0", "3.13:2.15.0"),
-)
+# The oldest and the newest torch with the oldest and the newest Python, and what lies between once
+# each: a torch takes gigabytes for each Python. Other pairs can be named.
+PAIRS = ("3.10:2.10.0", "3.10:2.15.0", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = ["loss", "autograd", "numerics", "terms", "determinism", "bad_input", "compile", "package"]
 # What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
 FOREIGN = ["loss", "autograd", "terms"]
@@ -56,6 +54,10 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     # Not on the path of the tests: the folder's own packages, and another environment's.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
+    if shutil.which(
+        "ccache"
+    ):  # the kernels, which know neither Python nor torch, are compiled once
+        environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
 
-from fastkd.chunks import MIB, plan
+from fastkd.chunks import MIB, buffer_bytes, class_chunks, plan
 
 HEADS = st.fixed_dictionaries(
     {
@@ -32,20 +32,42 @@ def test_by_itself(sizes):
     assert chosen.peak_bytes >= chosen.logits_bytes or chosen.chunks <= 1
 
 
-@given(HEADS, st.integers(0, 4096))
-def test_keeps_to_max_workspace(sizes, mib):
+@given(HEADS, st.integers(0, 4096), st.sampled_from(["auto", "rows"]))
+def test_keeps_to_max_workspace(sizes, mib, chunk_by):
     """Or says what is too much; and it never takes smaller chunks than it has to."""
     try:
-        chosen = plan(**sizes, max_workspace=mib * MIB)
+        chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
         assert "max_workspace" in str(error)
-        smallest = plan(**sizes, chunk_size=1)
-        assert smallest.peak_bytes > mib * MIB
+        assert plan(**sizes, chunk_size=1).peak_bytes > mib * MIB
+        if chunk_by == "auto":
+            assert plan(**sizes, chunk_by="classes", chunk_size=64).peak_bytes > mib * MIB
         return
     assert chosen.peak_bytes <= mib * MIB
-    if chosen.chunks > 1:
+    if chosen.chunk_by == "classes":
+        assert chunk_by == "auto"
+    elif chosen.chunks > 1:
         larger = plan(**sizes, chunk_size=-(-sizes["rows"] // (chosen.chunks - 1)) + 64)
         assert larger.peak_bytes > mib * MIB
+
+
+@given(HEADS, st.integers(1, 9000), st.booleans())
+def test_chunks_of_classes(sizes, most, writes):
+    """They cover all classes, and where logits lie in the gradient it is not written yet."""
+    rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
+    item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
+    grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
+    classes = min(classes, 500 * most)  # a bound for the test's time
+    end = 0
+    for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
+        assert chunk.start == end and 0 < chunk.size <= most
+        end += chunk.size
+        if chunk.inside:
+            written = end * grad_row if writes else 0
+            assert written + buffer_bytes(rows, chunk.size, item) <= classes * grad_row
+        elif sizes["weight_grad"]:
+            assert chunk.size <= 64
+    assert end == classes
 
 
 # Shapes of Llama 3 and Qwen heads, and what a GPU of 80 GB is meant to spend on them beyond the
@@ -65,6 +87,23 @@ def test_large_heads(sizes, mib, accumulate):
     chosen = plan(*sizes, **options, max_workspace=bound)
     assert chosen.peak_bytes <= mib * MIB
     assert chosen.chunk >= 768
+
+
+# What Liger's fused loss takes on them: docs/linear.md.
+@pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
+def test_the_least_memory(sizes, mib):
+    """Chunks of classes take the two gradients and little more, with few small chunks."""
+    chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
+    rows, classes, width = sizes
+    assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
+    assert chosen.peak_bytes < mib * MIB
+    assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
+    found = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
+    assert len(found) == chosen.chunks
+    # Of 10 classes 9 are in chunks of at least 512.
+    assert sum(chunk.size for chunk in found if chunk.size >= 512) > 0.9 * classes
+    with pytest.raises(ValueError, match="takes less than"):
+        plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)
 
 
 def test_one_chunk_sums_nothing():

@@ -92,8 +92,9 @@ def test_the_gil_is_released(way_in):
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
     assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
-    assert seen_during(lambda: fastkd.loss(leaf, teacher, labels))
-    assert seen_during(lambda: value.sum().backward())
+    # Several times each: where processors are shared the watch may not get one in time.
+    assert any(seen_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20))
+    assert any(seen_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20))
 
 
 DATASET = """

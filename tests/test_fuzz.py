@@ -1,22 +1,32 @@
 """Random calls held against the reference in float64: sizes, layouts, dtypes, options, odd numbers.
 
-``make fuzz CASES=20000 SEED=7`` runs this file as a program, in batches of 500 from consecutive
-seeds, each printed when it fails, with the case that hypothesis has shrunk it to. Such a case is
-then added to REGRESSIONS, fix and all.
+``make fuzz CASES=20000 SEED=7`` runs this file as a program, and its sisters for sparse teachers,
+linear heads and caches: in batches of 500 from consecutive seeds, each printed when it fails, with
+the case that hypothesis has shrunk it to. Such a case is then added to REGRESSIONS, fix and all.
+What has no kernel on any device and is PyTorch's arithmetic throughout (several teachers,
+standardize) is not in here: test_objectives.py has it.
 """
 
-import json
 import math
-import os
-import sys
-import time
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as conftest.py, for the program
-
-import hypothesis
 import pytest
 import torch
+from fuzzing import (
+    LAYOUTS,
+    SMOOTHING,
+    TEMPERATURES,
+    WEIGHTS,
+    close,
+    laid_out,
+    largest_of,
+    odd_numbers,
+    program,
+    rarely,
+    same_bits,
+    settled,
+    sprinkle,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64, compute_dtype
@@ -24,9 +34,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _C, ops, reference
-
-ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
-BATCH = 500
 
 
 class Case(NamedTuple):
@@ -45,16 +52,22 @@ class Case(NamedTuple):
     divergence: str = "forward_kl"
     temperature: float = 2.0
     own: float | None = None  # the teacher's temperature
-    per_row: bool = False
+    per_row: frozenset[str] = frozenset()  # which options are tensors with a number for each row
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
     reduction: str = "mean"
+    normalizer: float | None = None
+    class_weight: bool = False
+    mix: float | None = None  # where the divergence has one
+    ignore_index: int = -100
+    unused: int = 0  # classes beyond ``classes=``
+    dim: int = -1
     way: str = "loss"
     isa: str = "default"
     threads: int = 1
 
 
-LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "odd bytes", "same")
+ROW_SETTINGS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 WAYS = ("loss", "terms", "module", "python", "inplace")
 CASES = st.builds(
     Case,
@@ -66,52 +79,27 @@ CASES = st.builds(
     spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 1e4]),
     apart=st.sampled_from([0.0, 1e-4, 1e-2, 1.0, 100.0]),
     seed=st.integers(0, 2**31),
-    odd=st.lists(
-        st.tuples(
-            st.integers(0, 1), st.integers(0, 4), st.integers(0, 2**14), st.sampled_from(ODD)
-        ),
-        max_size=4,
-    ).map(tuple),
-    layout=st.sampled_from(LAYOUTS),
+    odd=odd_numbers(2),
+    layout=st.sampled_from([*LAYOUTS, "same"]),
     labels=st.sampled_from(["indices", "none", "probabilities", "int32"]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     divergence=st.sampled_from(["forward_kl", *fastkd.divergences()]),
-    temperature=st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0)),
+    temperature=TEMPERATURES,
     own=st.one_of(st.none(), st.floats(0.25, 30.0)),
-    per_row=st.booleans(),
-    weights=st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2),
-    smoothing=st.sampled_from(
-        [0.0, 0.1, 0.9]
-    ),  # at 1 the reference has 0 * inf where -inf is the label
+    per_row=rarely(frozenset(), st.frozensets(st.sampled_from(ROW_SETTINGS))),
+    weights=WEIGHTS,
+    smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
+    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    class_weight=rarely(False, st.booleans()),
+    mix=rarely(None, st.sampled_from([0.1, 0.5, 0.9])),
+    ignore_index=rarely(-100, st.integers(-1, 3)),
+    unused=rarely(0, st.integers(1, 9)),
+    dim=rarely(-1, st.just(1)),
     way=st.sampled_from(WAYS),
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
 )
-
-
-def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers, elsewhere in memory; what surrounds them is NaN."""
-    shape = values.shape
-    if layout == "odd bytes" and values.device.type == "cpu" and values.numel():
-        size = values.element_size()
-        memory = bytearray(values.numel() * size + 1)
-        view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
-        return view.view(shape).copy_(values)
-    if layout == "sliced":  # as logits[..., :vocabulary] and logits[:, :-1] are
-        more = [n + (1 if i else 0) for i, n in enumerate(shape)]
-        base = values.new_full(more, math.nan)
-        view = base[tuple(slice(0, n) for n in shape)]
-    elif layout == "rows apart":
-        view = values.new_full((*shape[:-1], 2, shape[-1]), math.nan)[..., 1, :]
-    elif layout == "transposed" and len(shape) > 2:
-        order = [shape[1], shape[0], *shape[2:]]
-        view = values.new_full(order, math.nan).transpose(0, 1)
-    elif layout == "classes apart":
-        view = values.new_full((*shape, 2), math.nan)[..., 0]
-    else:
-        return values.clone(memory_format=torch.contiguous_format)
-    return view.copy_(values)
 
 
 class Problem(NamedTuple):
@@ -128,52 +116,72 @@ def build(case: Case, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(case.seed)
     if case.divergence == "dkd":  # refuses a single class
         case = case._replace(classes=max(case.classes, 2))
-    shape = (*case.leading, case.classes)
-    rows = math.prod(case.leading)
+    shape = (*case.leading, case.classes + case.unused)
     student = torch.randn(shape, generator=generator, dtype=FP64) * case.spread
     teacher = student + torch.randn(shape, generator=generator, dtype=FP64) * case.apart
     values = [student.to(case.dtypes[0]), teacher.to(case.dtypes[1])]
-    for which, row, index, value in case.odd:
-        if rows:
-            values[which].view(rows, -1)[row % rows, index % case.classes] = value
-    student, teacher = (laid_out(x.to(device), case.layout) for x in values)
+    sprinkle(values, case.odd)
+    dim = case.dim if case.leading else -1
+    student, teacher = (laid_out(x.movedim(-1, dim).to(device), case.layout) for x in values)
     if case.layout == "same" and case.dtypes[0] is case.dtypes[1] and case.way != "inplace":
         teacher = student
-    labels = None
-    if case.labels == "probabilities" and case.divergence != "dkd":
-        labels = torch.rand(shape, generator=generator).softmax(-1).to(device)
-    elif case.labels != "none" or case.divergence == "dkd":
-        labels = torch.randint(case.classes, case.leading, generator=generator)
-        gone = torch.rand(case.leading, generator=generator) < case.ignored
-        labels = labels.masked_fill(gone, -100).to(device)
-        if case.labels == "int32":
-            labels = labels.int()
-    t: float | Tensor = case.temperature
-    if case.per_row:
-        t = torch.full(case.leading, t, dtype=FP64).to(device) * torch.linspace(
-            1, 2, max(rows, 1), dtype=FP64, device=device
-        )[:rows].view(case.leading)
-    exact: dict[str, Any] = {"temperature": t, "reduction": case.reduction}
-    exact["divergence"] = case.divergence
+    labels = labels_of(case, generator, device, dim)
+    options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
+    options |= {"temperature": case.temperature, "dim": dim}
     if case.own is not None:
-        exact["teacher_temperature"] = case.own
-    options = dict(exact)
+        options["teacher_temperature"] = case.own
     if labels is not None:
-        exact |= {"label_smoothing": case.smoothing}
-        options |= {"label_smoothing": case.smoothing}
+        options |= {"label_smoothing": case.smoothing, "ignore_index": case.ignore_index}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
-    hard, soft = case.weights if labels is not None else (0.0, 1.0)
-    exact |= {"hard_weight": hard, "soft_weight": soft}
+        if case.class_weight:
+            weight = torch.rand(case.classes, generator=generator, dtype=FP64) + 0.1
+            options["class_weight"] = weight.to(device)
+    if case.normalizer is not None and case.reduction == "mean":
+        options["normalizer"] = case.normalizer
+    if case.mix is not None and reference.DIVERGENCES[case.divergence].mix is not None:
+        options["mix"] = case.mix
+    if case.unused:
+        options["classes"] = case.classes
+    rows = math.prod(case.leading)
+    growing = torch.linspace(1, 2, max(rows, 1), dtype=FP64)[:rows].view(case.leading).to(device)
+    for name in case.per_row & options.keys():
+        options[name] = options[name] * growing
+    exact = dict(options)
+    if labels is None:
+        exact |= {"hard_weight": 0.0, "soft_weight": 1.0}
     return Problem(student, teacher, labels, options, exact)
+
+
+def labels_of(
+    case: Case, generator: torch.Generator, device: torch.device, dim: int
+) -> Tensor | None:
+    if case.labels == "probabilities" and case.divergence != "dkd":
+        shape = (*case.leading, case.classes)
+        return torch.rand(shape, generator=generator).softmax(-1).movedim(-1, dim).to(device)
+    if case.labels == "none" and case.divergence != "dkd":
+        return None
+    labels = torch.randint(case.classes, case.leading, generator=generator)
+    gone = torch.rand(case.leading, generator=generator) < case.ignored
+    labels = labels.masked_fill(gone, case.ignore_index).to(device)
+    return labels.int() if case.labels == "int32" else labels
+
+
+def is_fused(case: Case) -> bool:
+    """Whether kernels compute it, and not PyTorch's operations."""
+    return (
+        case.divergence in ops.DIVERGENCES
+        and case.labels != "probabilities"
+        and not (case.class_weight and case.labels != "none")
+    )
 
 
 def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, gradient), by one of the ways in."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
-    fused = case.divergence in ops.DIVERGENCES and case.labels != "probabilities"
     whole = case.reduction != "none" and case.layout == "contiguous"
-    if case.way == "inplace" and fused and whole:
+    whole = whole and case.dim == -1 and not case.unused
+    if case.way == "inplace" and whole and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
     elif case.way == "terms":
@@ -192,6 +200,7 @@ def check(case: Case, device: torch.device) -> None:
     """The call gives what the reference gives in float64, as far as the dtypes carry."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
+    dim = exact["dim"]
     before = [None if x is None else x.clone() for x in problem[:3]]
     value, grad = compute(case, problem)
     for tensor, copy in zip(problem[:3], before, strict=True):
@@ -202,37 +211,27 @@ def check(case: Case, device: torch.device) -> None:
     want = reference.loss(leaf, teacher.double(), host, **exact)
     (gradient,) = torch.autograd.grad(want.sum(), leaf)
 
+    size = sensitivity(case, problem)
+    if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
+        bool(x.isfinite().all()) for x in (student, teacher)
+    ):
+        return  # their infinities are not written down; the call has come back, which is all
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
-    t = float(torch.as_tensor(exact["temperature"]).max()) if math.prod(case.leading) else 1.0
-    least = min(case.temperature, case.own or case.temperature)
-    hard, soft = exact["hard_weight"], exact["soft_weight"]
-    finite = [x.double().nan_to_num(0, 0, 0).abs() for x in (student, teacher)]
-    largest = max([float(x.max()) for x in finite if x.numel()], default=0.0)
-    # What a rounding of a logit over its temperature becomes in the loss and in its gradient.
-    size = hard * (1 + largest) + soft * t * t * (1 + largest / least)
-    if reference.DIVERGENCES[case.divergence].compares == "logits":
-        size *= 1 + largest / least
-        if not all(bool(x.isfinite().all()) for x in (student, teacher)):
-            return  # their infinities are not written down; the call has come back, which is all
-    if case.divergence == "cosine" and leaf.numel():  # its gradient grows as the logits shrink
-        size *= 1 + float(1 / leaf.detach().norm(dim=-1).clamp(min=1e-30).min())
-    if case.divergence == "dkd":
-        size *= 10  # mix weighs 8
     assert value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == want.shape and grad.shape == student.shape
     if size > 1e30:  # float32 overflows where float64 does not: no number is held to another
         return
     # A class that the student alone masks makes the loss infinite; float64 says so unless the
     # teacher's probability of it underflows.
-    alone = ((student == -math.inf) & (teacher > -math.inf)).any(-1)
+    alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return
     count = max(1, want.numel() if case.reduction == "none" else rows.loss.numel())
     close(value, want.detach(), 8 * eps, 64 * eps * size * count, "loss")
     if case.divergence == "total_variation":
         return  # the gradient jumps where p = q: roundings of the two fall on either side
-    told = rows.loss.isfinite().unsqueeze(-1) & gradient.isfinite()
+    told = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
         grad.where(told, torch.zeros_like(grad)),
@@ -243,39 +242,35 @@ def check(case: Case, device: torch.device) -> None:
     )
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(a, 7.0), torch.nan_to_num(b, 7.0)) and torch.equal(
-        a.isnan(), b.isnan()
+def sensitivity(case: Case, problem: Problem) -> float:
+    """What a rounding of a logit over its temperature becomes in the loss and in its gradient."""
+    student, teacher, exact = problem.student, problem.teacher, problem.exact
+    if not student.numel():
+        return 1.0
+    t, own, hard, soft = (
+        torch.as_tensor(exact.get(name, exact["temperature"]), dtype=FP64) for name in ROW_SETTINGS
     )
-
-
-def close(got: Tensor, want: Tensor, relative: float, absolute: float, what: str) -> None:
-    """NaN where NaN is due, an infinity where one is due, else within the bounds."""
-    # Beyond, the dtype may say inf.
-    largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
-    huge = want.abs() > largest
-    got = got.double()
-    fits = (got - want).abs() <= relative * want.abs() + absolute
-    fits |= (got == want) | (got.isnan() & want.isnan()) | huge
-    if not bool(fits.all()):
-        at = int((~fits).flatten().nonzero()[0])
-        pair = (float(got.flatten()[at]), float(want.flatten()[at]))
-        raise AssertionError(f"{what}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
+    largest, greatest = largest_of(student, teacher), float(t.max())
+    in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
+    if not is_fused(case) and in_exponent > 1e30:
+        return math.inf  # a logit over its temperature is no float32, whatever it weighs
+    size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
+    size /= exact.get("normalizer", 1.0)
+    if case.class_weight:
+        size *= 10  # what the mean of the hard term is divided by, a tenth for each row and more
+    if reference.DIVERGENCES[case.divergence].compares == "logits":
+        size *= in_exponent
+    if case.divergence == "cosine":  # its gradient grows as the logits shrink
+        counted = student.double().movedim(exact["dim"], -1)[..., : case.classes]
+        size *= 1 + float(1 / counted.norm(dim=-1).clamp(min=1e-30).min())
+    if case.divergence == "dkd":
+        size *= 10  # mix weighs 8
+    return size
 
 
 def run(case: Case, device: torch.device) -> None:
-    """Checks a case with its instruction set, threads and way in; puts those back."""
-    isa, threads, eager = _C.isa(), torch.get_num_threads(), ops.EAGER
-    _C.use_isa(case.isa)
-    torch.set_num_threads(case.threads)
-    if case.way == "python":
-        ops.EAGER = None
-    try:
+    with settled(case.isa, case.threads, in_python=case.way == "python"):
         check(case, device)
-    finally:
-        ops.EAGER = eager
-        torch.set_num_threads(threads)
-        _C.use_isa(isa)
 
 
 # What was found, and fixed.
@@ -288,6 +283,9 @@ REGRESSIONS = [
     # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
+    # The teacher's temperature of each row beside one number for the student.
+    Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
+    Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),
 ]
 
 
@@ -303,26 +301,5 @@ def test_regressions(device, case):
     run(case, device)
 
 
-def main() -> None:
-    cases = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    failures = []
-    for seed in range(first, first + math.ceil(cases / BATCH)):
-        fuzz = hypothesis.seed(seed)(given(case=CASES)(lambda case: run(case, device)))
-        try:
-            settings(
-                max_examples=BATCH, deadline=None, database=None, derandomize=False,
-                suppress_health_check=list(hypothesis.HealthCheck), print_blob=False,
-            )(fuzz)()  # fmt: skip
-        except Exception as error:
-            notes = "\n".join(getattr(error, "__notes__", []))
-            print(f"seed {seed}: {type(error).__name__}: {error}\n{notes}", flush=True)
-            failures.append(seed)
-    figures = {"cases": cases, "first seed": first, "failures": len(failures)}
-    print("figures: " + json.dumps(figures | {"device": device.type}))
-    sys.exit(bool(failures))
-
-
 if __name__ == "__main__":
-    main()
+    program(CASES, run)

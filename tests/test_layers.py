@@ -54,11 +54,14 @@ IMPORTS = {
     "chunks": set(),
     "products": set(),
     "heads": {"objective", "ops", "products", "sparse"},
-    "head_gradients": {"reference", "ops", "products", "heads"},
-    "head_arguments": {"checks", "objective", "losses", "heads", "sparse"},
+    "class_statistics": {"objective"},
+    "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
+    "head_loops": {"class_loop", "heads"},
+    "head_gradients": {"reference", "ops", "products", "heads", "head_loops"},
+    "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
     "linear": {
         "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients", "sparse",
-        "head_arguments",
+        "head_arguments", "class_loop",
     },
     # Training, and what is round it.
     "batches": set(),

@@ -291,6 +291,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
     given = make_heads(dtype, rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
+        options["chunk_by"] = "rows"
         chosen = chunks.plan(
             512, 16000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
         )
@@ -526,6 +527,7 @@ def test_bad_input(wrong, message):
         ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
         ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
         ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
+        ({"chunk_by": "columns"}, "chunk_by must be one of 'auto', 'rows', 'classes'"),
         ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or a floating"),
         ({"tail": "cut"}, "tail must be one of"),
     ],

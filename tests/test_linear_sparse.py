@@ -254,7 +254,12 @@ def test_peak_memory_is_what_the_plan_says(cap):
     given = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         chosen = chunks.plan(
-            512, 16000, WIDTH, logits_per_row=2.0 if cap is None else 3.0, **options
+            512,
+            16000,
+            WIDTH,
+            logits_per_row=2.0 if cap is None else 3.0,
+            chunk_by="rows",
+            **options,
         )
         peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
         small = 2**22  # a block of a product, biases, lists

@@ -24,6 +24,8 @@ CALLS = {
     "mean": {},
     "none": {"reduction": "none"},
     "soft cap, row temperatures": {"softcap": 5.0, "temperature": torch.linspace(1, 3, 21)},
+    "classes": {"chunk_by": "classes"},
+    "classes, none": {"chunk_by": "classes", "reduction": "none", "softcap": 5.0},
     "no kernel": {"divergence": "total_variation", "standardize": True},
 }
 
@@ -159,8 +161,9 @@ def test_dynamic_rows(fresh_compiler):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("by_classes", [False, True], ids=["rows", "classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction):
+def test_opcheck(reduction, by_classes):
     """torch's own checks of the op: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
@@ -172,7 +175,7 @@ def test_opcheck(reduction):
         ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
         mix=None, standardize=False, tail="ghost", student_softcap=None, teacher_softcap=None,
         student_scale=1.0, teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32,
-        chunk=8, hidden_grad=grads, weight_grad=grads, bias_grad=False,
+        chunk=8, by_classes=by_classes, hidden_grad=grads, weight_grad=grads, bias_grad=False,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.fastkd.linear_loss.default,

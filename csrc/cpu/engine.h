@@ -38,11 +38,11 @@ struct Logits {
   const void* at(int64_t index) const { return FASTKD_ISA::at(base, dtype, index); }
 };
 
-Logits student_of(const Inputs& in, int64_t row) {
+inline Logits student_of(const Inputs& in, int64_t row) {
   return {at(in.student, in.student_dtype, row_offset(row, in.group_rows, in.student_stride)),
           in.student_dtype};
 }
-Logits teacher_of(const Inputs& in, int64_t row) {
+inline Logits teacher_of(const Inputs& in, int64_t row) {
   return {at(in.teacher, in.teacher_dtype, row_offset(row, in.group_rows, in.teacher_stride)),
           in.teacher_dtype};
 }

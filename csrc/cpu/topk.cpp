@@ -89,7 +89,8 @@ struct TopkRow {
       for (int64_t i = 0; i < count; ++i) {
         tempered_sum += tempered(z[i]);
         hard_sum += own(z[i]);
-        teacher_sum += plain(log_p[i]);
+        // e is too much already, and beyond 2^1024 the exponential's bits wrap round.
+        teacher_sum += plain(log_p[i] > 1 ? 1 : log_p[i]);
       }
     });
     into->list = {max, tempered_sum, hard_sum};

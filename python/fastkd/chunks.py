@@ -1,4 +1,4 @@
-"""How many rows of a linear head's logits exist at a time, and what that costs in memory.
+"""How much of two linear heads' logits exists at a time, and what that costs in memory.
 
 :func:`plan` is arithmetic on sizes: it looks at no tensor and at no device, and the same sizes give
 the same plan anywhere.
@@ -7,6 +7,7 @@ the same plan anywhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,55 +19,49 @@ the products are as fast as one large one from about 2048 rows on; on a CPU from
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
 to the whole gradient of the student's, however few its rows are."""
-_MULTIPLE = 64  # rows of a tile of the matrix products
+FEW_ROWS = {"cuda": 256, "cpu": 32}
+"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
+CLASSES = {"cuda": 8192, "cpu": 4096}
+"""Most classes of a chunk, where it has all rows."""
+PADDING = 8
+"""Classes that a chunk of classes has beside its own: 16 bytes, so that rows stay aligned."""
+ALIGNMENT = 256
+_LAST = 64  # classes of a chunk for which no room is left in the weight's gradient
+_MULTIPLE = 64  # rows or classes of a tile of the matrix products
 _HALF = (torch.bfloat16, torch.float16)
 
 AccumulateDtype = torch.dtype | Literal["auto"]
+ChunkBy = Literal["auto", "rows", "classes"]
 
 
 class Plan(NamedTuple):
-    """Rows in chunks; ``print`` it."""
+    """Rows or classes in chunks; ``print`` it."""
 
     rows: int
     """Rows of hidden states, ignored ones among them."""
     chunk: int
-    """Rows whose logits exist at a time."""
+    """Rows whose logits exist at a time; or classes, at most."""
     logits_bytes: int
-    """Size of the buffers for the logits of a chunk."""
+    """Size of the logits of a chunk."""
     peak_bytes: int
     """Most memory in use at a time beyond the inputs, gradients included."""
     accumulate: torch.dtype
     """What the gradient of the student's weight is summed up in."""
-
-    @property
-    def chunks(self) -> int:
-        """How many there are, if no row is ignored."""
-        return -(-self.rows // self.chunk) if self.rows else 0
+    chunks: int
+    """How many there are, if no row is ignored."""
+    chunk_by: Literal["rows", "classes"] = "rows"
 
     def __str__(self) -> str:
         """The plan in words."""
+        each = f"{self.chunks} x {self.chunk} of {self.rows} rows"
+        if self.chunk_by == "classes":
+            each = f"{self.chunks} chunks of up to {self.chunk} classes, of all {self.rows} rows"
         return (
-            f"{self.chunks} x {self.chunk} of {self.rows} rows: "
+            f"{each}: "
             f"{self.logits_bytes / MIB:,.1f} MiB of logits at a time, weight gradient in "
             f"{str(self.accumulate).removeprefix('torch.')}, at most "
             f"{self.peak_bytes / MIB:,.1f} MiB beyond the inputs"
         )
-
-
-class _Costs(NamedTuple):
-    """Bytes, as far as they depend on the sizes alone."""
-
-    row: int
-    """Of logits, for each row of a chunk."""
-    throughout: int
-    """The gradient of the hidden states, and the like."""
-    sum: int
-    """The sum of the weight's gradients over chunks."""
-    weight_grad: int
-    """The gradient that is handed back, where it is not that sum itself; else 0."""
-
-    def peak(self, chunk: int) -> int:
-        return self.throughout + self.sum + max(chunk * self.row, self.weight_grad)
 
 
 def plan(
@@ -79,17 +74,21 @@ def plan(
     weight_dtype: torch.dtype | None = None,
     device: str = "cpu",
     logits_per_row: float = 2.0,
-    other_bytes: int = 0,
+    cast_per_class: int = 0,
+    copied_per_row: int = 0,
     weight_grad: bool = True,
+    chunk_by: ChunkBy = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_workspace: int | None = None,
     accumulate_dtype: AccumulateDtype = "auto",
 ) -> Plan:
-    """Chooses how :func:`fastkd.linear_loss` goes through its rows.
+    """Chooses how :func:`fastkd.linear_loss` goes through its logits.
 
-    One chunk, if its logits fit; else the fewest equal chunks that do. The gradient of a 16-bit
-    weight is then summed in float32, and rounded once at the end; with one bfloat16 chunk there is
-    nothing to sum. (In float16 the sum is float32 always: it is scaled before it is rounded.)
+    One chunk of rows, if its logits fit; else the fewest equal ones that do. The gradient of a
+    16-bit weight is then summed in float32, and rounded once at the end; with one bfloat16 chunk
+    there is nothing to sum. (In float16 the sum is float32 always: it is scaled before it is
+    rounded.) Chunks of classes, which compute the logits twice, sum nothing of it either; they are
+    chosen where ``max_workspace`` leaves room for only a few rows at a time.
 
     Args:
         rows: rows of hidden states.
@@ -100,9 +99,12 @@ def plan(
         weight_dtype: of the gradient of the student's weight. Default: ``dtype``.
         device: ``"cpu"`` or ``"cuda"``.
         logits_per_row: tensors of logits alive at a time: 2 for a student and a teacher.
-        other_bytes: what else is alive throughout, such as autocast's copies of weights.
+        cast_per_class: bytes of autocast's copies of the weights, for each class.
+        copied_per_row: bytes of the hidden states that chunks of classes copy, for each row:
+            where some rows are ignored, the others; and autocast's.
         weight_grad: whether the student's weight gets a gradient.
-        chunk_size: rows of a chunk, or ``"auto"``.
+        chunk_by: ``"rows"`` or ``"classes"``; ``"auto"`` chooses.
+        chunk_size: rows of a chunk, or most classes if ``chunk_by="classes"``; or ``"auto"``.
         max_workspace: bound for ``peak_bytes``. Default: as much as it takes to be fast.
         accumulate_dtype: ``"auto"``, or a dtype for the sum.
 
@@ -116,52 +118,196 @@ def plan(
         2020
         >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=1600 * 2**20).chunk
         1024
+        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=560 * 2**20).chunk_by
+        'classes'
     """
     teacher_dtype, weight_dtype = teacher_dtype or dtype, weight_dtype or dtype
-    row = math.ceil(classes * (dtype.itemsize * (logits_per_row - 1) + teacher_dtype.itemsize))
+    sizes = _Sizes(
+        rows,
+        classes,
+        student_width,
+        dtype.itemsize,
+        math.ceil(classes * (dtype.itemsize * (logits_per_row - 1) + teacher_dtype.itemsize)),
+        cast_per_class,
+        copied_per_row,
+        weight_grad,
+        weight_dtype,
+        "cuda" if device == "cuda" else "cpu",
+    )
+    summed, whole = _sums(weight_dtype, accumulate_dtype)
+    by_classes = _by_classes(sizes, whole, chunk_size, max_workspace)
+    if chunk_by == "classes":
+        if max_workspace is not None and by_classes.peak_bytes > max_workspace:
+            raise ValueError(
+                f"max_workspace={max_workspace} is too small for chunks of classes: the gradients "
+                f"and the logits of a few classes take {by_classes.peak_bytes} bytes"
+            )
+        return by_classes
+    try:
+        by_rows = _by_rows(sizes, summed, whole, chunk_size, max_workspace)
+    except ValueError as error:
+        if chunk_by == "rows":
+            raise
+        if by_classes.peak_bytes > (max_workspace or 0):
+            take = f"chunks of classes take {by_classes.peak_bytes} bytes"
+            raise ValueError(f"{error}; {take}") from None
+        return by_classes
+    few = by_rows.chunk < min(rows, FEW_ROWS[sizes.kind]) and chunk_size == "auto"
+    if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
+        return by_classes
+    return by_rows
+
+
+class _Sizes(NamedTuple):
+    """What a plan depends on, in bytes where it says nothing else."""
+
+    rows: int  # a number
+    classes: int  # a number
+    width: int  # a number
+    item: int
+    """A logit of the student."""
+    row: int
+    """The logits of a row, of student and teacher and what comes between."""
+    cast_per_class: int
+    copied_per_row: int
+    weight_grad: bool
+    weight_dtype: torch.dtype
+    kind: str
+
+    def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
+        """The weight's gradient until it is finished, and the one that is handed back, where it is
+        not that one itself; else 0."""
+        size = self.classes * self.width if self.weight_grad else 0
+        cast = 0 if accumulate == self.weight_dtype else size * self.weight_dtype.itemsize
+        return size * accumulate.itemsize, cast
+
+
+def _by_rows(
+    sizes: _Sizes,
+    summed: torch.dtype,
+    whole: torch.dtype,
+    chunk_size: int | Literal["auto"],
+    max_workspace: int | None,
+) -> Plan:
+    """Chunks of rows. Gradients of the weight are ``whole`` of one chunk, else ``summed``."""
+    rows, row = sizes.rows, sizes.row
+    throughout = rows * sizes.width * sizes.item + sizes.classes * sizes.cast_per_class
+
+    def several(chunk: int) -> int:
+        total, cast = sizes.weight_bytes(summed)
+        return throughout + total + max(chunk * row, cast)
 
     def finished(chunk: int, accumulate: torch.dtype) -> Plan:
-        peak = _costs(accumulate).peak(chunk)
+        total, cast = sizes.weight_bytes(accumulate)
+        peak = throughout + total + max(chunk * row, cast)
         if chunk >= rows:  # its logits of the teacher are gone when the gradients are made
-            costs, own = _costs(accumulate), rows * classes * dtype.itemsize
-            peak = costs.throughout + max(
-                rows * row, own + costs.sum, costs.sum + costs.weight_grad
-            )
-        return Plan(rows, chunk, chunk * row, peak, accumulate)
+            own = rows * sizes.classes * sizes.item
+            peak = throughout + max(rows * row, own + total, total + cast)
+        return Plan(rows, chunk, chunk * row, peak, accumulate, -(-rows // chunk) if rows else 0)
 
-    def _costs(accumulate: torch.dtype) -> _Costs:
-        size = classes * student_width if weight_grad else 0
-        cast = 0 if accumulate == weight_dtype else size * weight_dtype.itemsize
-        throughout = rows * student_width * dtype.itemsize + other_bytes
-        return _Costs(row, throughout, size * accumulate.itemsize, cast)
-
-    summed, whole = _sums(weight_dtype, accumulate_dtype)
     least = max(1, rows)
     if chunk_size != "auto":
         chunk = min(least, chunk_size)
         return finished(chunk, whole if chunk >= rows else summed)
     one = finished(least, whole)
     if max_workspace is None:
-        kind = "cuda" if device == "cuda" else "cpu"
-        most = max(LEAST_ROWS[kind], LOGITS_BYTES[kind] // row)
-        if rows <= most:
-            return one
-        return finished(_equal(rows, most), summed)
+        most = max(LEAST_ROWS[sizes.kind], LOGITS_BYTES[sizes.kind] // row)
+        return one if rows <= most else finished(_equal(rows, most), summed)
     if one.peak_bytes <= max_workspace:
         return one
-    costs = _costs(summed)
-    most = (max_workspace - costs.throughout - costs.sum) // row
-    if most < 1 or costs.peak(1) > max_workspace:
+    most = (max_workspace - throughout - sizes.weight_bytes(summed)[0]) // row
+    if most < 1 or several(1) > max_workspace:
         raise ValueError(
             f"max_workspace={max_workspace} is too small: the gradients of the hidden states and "
-            f"of the weight and one row of logits take {costs.peak(1)} bytes"
+            f"of the weight and one row of logits take {several(1)} bytes"
             + (
-                f". accumulate_dtype={weight_dtype} takes less than {summed}"
-                if summed != weight_dtype
+                f". accumulate_dtype={sizes.weight_dtype} takes less than {summed}"
+                if summed != sizes.weight_dtype
                 else ""
             )
         )
     return finished(_equal(rows, most), summed)
+
+
+def _by_classes(
+    sizes: _Sizes,
+    accumulate: torch.dtype,
+    chunk_size: int | Literal["auto"],
+    max_workspace: int | None,
+) -> Plan:
+    """Chunks of classes, in ``max_workspace`` if they fit."""
+    rows, classes = sizes.rows, sizes.classes
+    item = -(-sizes.row // classes)
+    total, cast = sizes.weight_bytes(accumulate)
+    wide = max(4, sizes.item)  # what the gradient of the hidden states is summed in
+    throughout = total + rows * (sizes.width * wide + sizes.copied_per_row + _NUMBERS_OF_A_ROW)
+    if sizes.copied_per_row:
+        throughout += rows * sizes.width * sizes.item
+
+    def finished(chunk: int) -> Plan:
+        own = buffer_bytes(rows, chunk_beside(chunk, sizes.weight_grad), item)
+        peak = throughout + max(own + chunk * sizes.cast_per_class, cast)
+        grad = total // classes
+        count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
+        logits = buffer_bytes(rows, chunk, item)
+        return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
+
+    if chunk_size != "auto":
+        return finished(min(classes, chunk_size))
+    chunk = min(classes, CLASSES[sizes.kind])
+    if sizes.weight_grad:  # no more than what its gradient has room for
+        chunk = next(class_chunks(rows, classes, chunk, item, total // classes, writes=False)).size
+    chosen = finished(chunk)
+    while max_workspace is not None and chosen.peak_bytes > max_workspace and chunk > _LAST:
+        chunk = max(_LAST, chunk // 2)
+        chosen = finished(chunk)
+    return chosen
+
+
+# Losses, labels, statistics.
+_NUMBERS_OF_A_ROW = 128
+
+
+class ClassChunk(NamedTuple):
+    """Some classes, and where their logits lie."""
+
+    start: int
+    size: int
+    inside: bool
+    """In the gradient of the weight, in the part that is not written yet; else beside it."""
+
+
+def buffer_bytes(rows: int, classes: int, item: int) -> int:
+    """Memory for the logits of a chunk of classes, ``item`` bytes for each class of a row."""
+    return rows * (classes + PADDING) * item + 4 * ALIGNMENT
+
+
+def chunk_beside(chunk: int, weight_grad: bool) -> int:
+    """Classes of the chunks whose logits do not lie in the gradient of the weight."""
+    return min(chunk, _LAST) if weight_grad else chunk
+
+
+def class_chunks(
+    rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
+) -> Iterator[ClassChunk]:
+    """Chunks of at most ``most`` classes, and of as many as their logits have room for.
+
+    The gradient of the weight, of ``grad_row`` bytes for each class, is memory that every call
+    needs in the end: until its rows are written, the logits of other classes lie there. ``writes``:
+    the rows of each chunk are written, so that what is left shrinks. The last chunks are small.
+    """
+    start = 0
+    fixed = buffer_bytes(rows, 0, item) + ALIGNMENT
+    beside = chunk_beside(most, grad_row > 0)
+    while start < classes:
+        left = classes - start
+        room = (left if writes else classes) * grad_row - fixed
+        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
+        size = min(left, most, max(fit, beside))
+        if _MULTIPLE < size < left:
+            size -= size % _MULTIPLE
+        yield ClassChunk(start, size, size <= fit)
+        start += size
 
 
 def _sums(

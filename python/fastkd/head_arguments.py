@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, heads, losses, sparse
+from fastkd.chunks import ChunkBy
 from fastkd.heads import Inputs
 from fastkd.objective import Objective
 
@@ -259,6 +260,7 @@ def check_numbers(options: dict[str, Any]) -> None:
     for name in ("softcap", "logit_scale"):
         pair_of(name, options.get(name))
     checks.one_of("tail", options.get("tail", "ghost"), sparse.TAILS)
+    chunk_by(options.get("chunk_by", "auto"), [])
     chunk_size(options.get("chunk_size", "auto"))
     max_workspace(options.get("max_workspace"))
     dtype = options.get("accumulate_dtype", "auto")
@@ -266,6 +268,39 @@ def check_numbers(options: dict[str, Any]) -> None:
         raise ValueError(
             f"accumulate_dtype must be 'auto' or a floating-point dtype; got {dtype!r}"
         )
+
+
+def cast_per_class(inputs: Inputs, dtype: torch.dtype, teacher_dtype: torch.dtype) -> int:
+    """Bytes of autocast's copies of the weights, for each class."""
+    return sum(
+        0 if weight is None or weight.dtype == to else weight.shape[1] * to.itemsize
+        for weight, to in ((inputs.weight, dtype), (inputs.teacher_weight, teacher_dtype))
+    )
+
+
+def copied_per_row(inputs: Inputs, dtype: torch.dtype, teacher_dtype: torch.dtype) -> int:
+    """Bytes of the hidden states that are copied if all rows are computed at once, at most: without
+    those that are ignored, and in another dtype."""
+    labels = inputs.labels
+    ignores = labels is not None and not labels.is_floating_point()
+    return sum(
+        hidden.shape[1] * (ignores * hidden.itemsize + (hidden.dtype != to) * to.itemsize)
+        for hidden, to in ((inputs.hidden, dtype), (inputs.teacher_hidden, teacher_dtype))
+        if hidden is not None
+    )
+
+
+def chunk_by(value: object, missing: list[str]) -> ChunkBy:
+    """``"rows"`` where chunks of classes lack what a call has, unless they are asked for."""
+    names: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
+    chosen = names[checks.one_of("chunk_by", value, names)]
+    if not missing:
+        return chosen
+    if chosen == "classes":
+        raise ValueError(
+            f'chunk_by must be "auto" or "rows" with {" and ".join(missing)}; got "classes"'
+        )
+    return "rows"
 
 
 def max_workspace(value: object) -> int | None:
@@ -282,5 +317,7 @@ def chunk_size(value: object) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'chunk_size must be a positive number of rows or "auto"; got {value!r}')
+        raise ValueError(
+            f'chunk_size must be a positive number of rows or classes, or "auto"; got {value!r}'
+        )
     return value

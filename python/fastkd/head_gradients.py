@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import heads, ops, products, reference
+from fastkd import head_loops, heads, ops, products, reference
 from fastkd.heads import Call, Inputs
 
 
 def compute(inputs: Inputs, call: Call) -> heads.Outputs:
     """The loop, or, in a compiled graph, the op that stands for it."""
-    return (heads.compiled if torch.compiler.is_compiling() else heads.run)(inputs, call)
+    return (head_loops.compiled if torch.compiler.is_compiling() else head_loops.run)(inputs, call)
 
 
 def plain(inputs: Inputs, call: Call) -> Tensor:

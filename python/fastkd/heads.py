@@ -7,7 +7,6 @@ term of the weight's. Nothing waits for the device but counting the rows that ar
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +73,8 @@ class Call(NamedTuple):
     accumulate: torch.dtype
     """What the gradient of the weight is summed up in."""
     chunk: int
+    """Rows of a chunk, or, if ``by_classes``, most classes."""
+    by_classes: bool
     hidden_grad: bool
     weight_grad: bool
     bias_grad: bool
@@ -242,11 +243,11 @@ class _Heads:
             hidden = part.hidden.to(call.dtype)
             if factor is not None:
                 hidden = hidden * factor.unsqueeze(1).to(hidden.dtype)
-            products.add_weight_gradient_(out.weight, grad, hidden, scale, first)
+            products.add_product_(out.weight, grad.t(), hidden, scale, first)
         if call.bias_grad:
             factor = grad.new_ones(len(grad)) if factor is None else factor.to(grad.dtype)
-            products.add_weight_gradient_(
-                out.bias.unsqueeze(1), grad, factor.unsqueeze(1), scale, first
+            products.add_product_(
+                out.bias.unsqueeze(1), grad.t(), factor.unsqueeze(1), scale, first
             )
 
 
@@ -296,16 +297,7 @@ def soft_cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
     logits.tanh_().mul_(cap)
 
 
-def run(inputs: Inputs, call: Call) -> Outputs:
-    """The loss, and its gradients for a grad_output of 1.
-
-    With ``Call.scales_late`` the gradients lack the division by the denominator.
-    """
-    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
-        return _run(inputs, call)
-
-
-def _rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
+def rows_of(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
     """Some rows of what has any."""
     values = {name: getattr(inputs, name) for name in _OF_ROWS}
     return {
@@ -313,26 +305,24 @@ def _rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
     }
 
 
-def _run(inputs: Inputs, call: Call) -> Outputs:
+def run_by_rows(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
+    """The loss, and its gradients for a grad_output of 1, of at least one row that counts.
+
+    With ``Call.scales_late`` the gradients lack the division by the denominator.
+    """
     out = empty_outputs(inputs, call)
-    counted = counted_rows(inputs.labels, call.ignore_index)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
-    if counted is not None or rows == 0:
+    if counted is not None:
         out.hidden.zero_()
-    if rows == 0:
-        out.weight.zero_()
-        out.bias.zero_()
-    if call.reduction != "none" or counted is not None or rows == 0:
+    if call.reduction != "none" or counted is not None:
         out.loss.zero_()
-    if rows == 0:
-        return out
     chunk = -(-rows // -(-rows // call.chunk))  # of equal size, now that the number is known
     heads = _Heads(inputs, call._replace(chunk=chunk), out, rows)
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
-        part = inputs._replace(**_rows(inputs, index))
+        part = inputs._replace(**rows_of(inputs, index))
         logits, slope = heads.student(part.hidden.to(call.dtype))
         value, grad = heads.loss(logits, part)
         del logits
@@ -350,41 +340,3 @@ def _run(inputs: Inputs, call: Call) -> Outputs:
     if call.scales_late and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out
-
-
-# ---- the same as an op, which torch.compile takes as it is
-
-_AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
-
-
-def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whoever calls an op has switched off what the loss of a chunk is differentiated by."""
-    with contextlib.ExitStack() as stack:
-        for name in _AUTOGRAD_KEYS:
-            key = getattr(torch._C.DispatchKey, name)
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        return run(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
-
-
-def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
-
-
-_SCHEMA = (
-    "linear_loss(Tensor?[] inputs, float temperature, float? teacher_temperature, "
-    "float hard_weight, float soft_weight, int ignore_index, str reduction, "
-    "float label_smoothing, str divergence, float? mix, bool standardize, "
-    "str tail, float? student_softcap, float? teacher_softcap, float student_scale, "
-    "float teacher_scale, ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, "
-    "SymInt chunk, bool hidden_grad, bool weight_grad, bool bias_grad) "
-    "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
-)
-_library: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA)
-_library.impl("linear_loss", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_library)
-
-
-def compiled(inputs: Inputs, call: Call) -> Outputs:
-    """:func:`run`, as an op."""
-    return Outputs(*torch.ops.fastkd.linear_loss(list(inputs), *call))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, head_arguments, head_gradients, heads, losses, ops, sparse
-from fastkd.chunks import AccumulateDtype, plan
+from fastkd import checks, class_loop, head_arguments, head_gradients, heads, losses, ops, sparse
+from fastkd.chunks import AccumulateDtype, ChunkBy, plan
 from fastkd.heads import Call, Inputs
 from fastkd.objective import TEACHER_GRADS, resolve
 
@@ -45,12 +45,13 @@ def linear_loss(
     standardize: bool = False,
     softcap: Pair = None,
     logit_scale: Pair = None,
+    chunk_by: ChunkBy = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     max_workspace: int | None = None,
     accumulate_dtype: AccumulateDtype = "auto",
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
-    """:func:`fastkd.loss` of two linear heads, whose logits exist for some rows at a time.
+    """:func:`fastkd.loss` of two linear heads, whose logits exist in part at a time.
 
     ::
 
@@ -100,8 +101,13 @@ def linear_loss(
             a pair ``(student's, teacher's)`` of which either may be None. It applies to no
             teacher but one that is a head.
         logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
-        chunk_size: rows of a chunk. ``"auto"`` leaves it to :func:`fastkd.chunks.plan`, which
-            ``max_workspace`` bounds.
+        chunk_by: what of the logits exists at a time: some ``"rows"``, or some ``"classes"`` of all
+            rows, which takes the least memory, computes the logits twice, and has no label
+            smoothing, no sparse teacher, and of divergences the KLs and the soft cross entropy
+            (docs/linear.md). ``"auto"``: classes where ``max_workspace`` leaves room for a few rows
+            only, if they have what the call needs.
+        chunk_size: rows of a chunk, or most classes with ``chunk_by="classes"``. ``"auto"`` leaves
+            it to :func:`fastkd.chunks.plan`, which ``max_workspace`` bounds.
         max_workspace: bytes that may be in use at a time beyond the inputs, gradients included.
         accumulate_dtype: what the gradient of the weight is summed in over chunks. ``"auto"`` is
             float32 for 16-bit weights; torch.bfloat16, for weights that are, takes half of that
@@ -222,6 +228,7 @@ def _linear_loss(
     tail: str,
     softcap: Pair,
     logit_scale: Pair,
+    chunk_by: ChunkBy,
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
     accumulate_dtype: AccumulateDtype,
@@ -274,10 +281,14 @@ def _linear_loss(
         teacher_dtype=teacher_dtype,
         accumulate=student_weight.dtype,
         chunk=1,
+        by_classes=False,
         hidden_grad=wants[0],
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
+    if ops._is_transformed():
+        out = head_gradients.plain(inputs, call)
+        return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(
         inputs.hidden.shape[0],
         classes,
@@ -287,19 +298,20 @@ def _linear_loss(
         weight_dtype=student_weight.dtype,
         device=student_hidden.device.type,
         logits_per_row=heads.logits_per_row(inputs, call),
-        other_bytes=sum(
-            0 if weight is None or weight.dtype == to else weight.numel() * to.itemsize
-            for weight, to in ((student_weight, dtype), (teacher_weight, teacher_dtype))
-        ),
+        cast_per_class=head_arguments.cast_per_class(inputs, dtype, teacher_dtype),
+        copied_per_row=head_arguments.copied_per_row(inputs, dtype, teacher_dtype),
         weight_grad=wants[1],
+        chunk_by=head_arguments.chunk_by(chunk_by, class_loop.missing(inputs, call)),
         chunk_size=head_arguments.chunk_size(chunk_size),
         max_workspace=head_arguments.max_workspace(max_workspace),
         accumulate_dtype=accumulate_dtype,
     )
-    call = call._replace(accumulate=chosen.accumulate, chunk=max(1, chosen.chunk))
-    if ops._is_transformed():
-        out = head_gradients.plain(inputs, call)
-    elif any(wants):
+    call = call._replace(
+        accumulate=chosen.accumulate,
+        chunk=max(1, chosen.chunk),
+        by_classes=chosen.chunk_by == "classes",
+    )
+    if any(wants):
         out = head_gradients.LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
         out = head_gradients.compute(inputs, call).loss

@@ -309,6 +309,14 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
     return not _missing(labels, objective)
 
 
+def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+    """What of a call the kernels lack, as users write it."""
+    device = student.device.type
+    if device not in _KERNEL_DEVICES:
+        return [f"logits on {device}"]
+    return [USES[use] for use in sorted(_missing(device, labels, objective))]
+
+
 def compute(
     student: Tensor,
     teachers: tuple[Tensor, ...],
@@ -330,7 +338,7 @@ def compute(
         if inplace:
             raise ValueError(
                 "inplace=True needs a call that the kernels compute; they do not have "
-                f"{', '.join(USES[use] for use in sorted(missing))} on {device}"
+                f"{', '.join(lacking(student, labels, objective))} on {device}"
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
@@ -350,6 +358,26 @@ def _fused(
     inplace: bool,
 ) -> Tensor:
     """The same by the native ops, for what they have."""
+    o = objective
+    arguments = _arguments(student, teachers, labels, o, with_terms)
+    out = _apply(student, *arguments, inplace)
+    if o.reduction == "none" and student.dim() != 2:
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
+    return out
+
+
+Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Settings]
+
+
+def _arguments(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+) -> Arguments:
+    """What the native ops take beside the student: teacher, labels, row settings, denominator and
+    numbers."""
     o = objective
     teacher, teacher_temperature = _teacher_of(student, teachers, o)
     if labels is not None and labels.dtype is not torch.int64:
@@ -371,10 +399,29 @@ def _fused(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    out = _apply(student, teacher, labels, row_settings, denominator, settings, inplace)
-    if o.reduction == "none" and student.dim() != 2:
-        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
-    return out
+    return teacher, labels, row_settings, denominator, settings
+
+
+def statistics(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
+    *arguments, settings = _arguments(student, (teacher,), labels, objective, True)
+    assert objective.reduction == "none"
+    terms, _, stats = _loss(student, *arguments, *settings, True)
+    return terms[reference.Terms._fields.index("soft")], stats
+
+
+def gradient_(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
+) -> None:
+    """Writes the gradient of rows with these statistics over the student's logits."""
+    arguments = _arguments(student, (teacher,), labels, objective, False)
+    teacher, labels, row_settings, _, settings = arguments
+    one = stats.new_ones(())
+    _loss_backward_(
+        student, one, stats, student, teacher, labels, row_settings, *settings[:8], False
+    )
 
 
 def _row_settings(

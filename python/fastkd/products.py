@@ -43,7 +43,7 @@ def _upcasts(tensor: Tensor) -> bool:
 
 
 def _blocks(classes: int, width: int) -> Iterator[slice]:
-    """Classes of which ``width`` float32 numbers each take two MiB."""
+    """Rows of which ``width`` float32 numbers each take two MiB."""
     step = max(64, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
@@ -83,33 +83,29 @@ def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) ->
     return out
 
 
-def add_weight_gradient_(
-    total: Tensor, grad: Tensor, hidden: Tensor, scale: float, first: bool
-) -> Tensor:
-    """total += scale * grad.T @ hidden: ``(classes, width)``; ``first``: and total was 0.
+def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> Tensor:
+    """total += scale * left @ right; ``first``: and total was 0.
 
     ``total`` may be of a wider dtype than the factors: what is added to it has not been rounded.
     """
     beta = 0 if first else 1
-    on_cpu = grad.device.type == "cpu"
-    if _upcasts(grad) or (on_cpu and total.dtype != grad.dtype):
-        wide = hidden.float()
-        for block in _blocks(len(total), sum(hidden.shape)):
-            narrow = grad[:, block].float().t()
+    on_cpu = left.device.type == "cpu"
+    if _upcasts(left) or (on_cpu and total.dtype != left.dtype):
+        wide = right.float()
+        for block in _blocks(len(total), sum(right.shape)):
+            narrow = left[block].float()
             if total.dtype is torch.float32:
                 total[block].addmm_(narrow, wide, beta=beta, alpha=scale)
             else:
                 part = (narrow @ wide).mul_(scale)
                 total[block] = part if first else part.add_(total[block])
-    elif total.dtype == grad.dtype:
-        torch.addmm(total, grad.t(), hidden, beta=beta, alpha=scale, out=total)
-    elif _adds_to_float32(grad.dtype, grad.device):
-        torch.addmm(
-            total, grad.t(), hidden, out_dtype=total.dtype, beta=beta, alpha=scale, out=total
-        )
+    elif total.dtype == left.dtype:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
+    elif _adds_to_float32(left.dtype, left.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
     else:
-        for block in _blocks(len(total), sum(hidden.shape)):
-            part = torch.mm(grad[:, block].t(), hidden, out_dtype=total.dtype).mul_(scale)
+        for block in _blocks(len(total), sum(right.shape)):
+            part = torch.mm(left[block], right, out_dtype=total.dtype).mul_(scale)
             if first:
                 total[block] = part
             else:
@@ -123,3 +119,12 @@ def finished(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     for block in _blocks(len(total), total[:1].numel()):
         torch.mul(total[block], scale, out=result[block])
     return result
+
+
+def narrowed(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total`` rounded to ``dtype``, in the first part of its own memory."""
+    flat = total.view(-1)
+    result = flat.view(dtype)[: flat.numel()]
+    for block in _blocks(flat.numel(), 1):  # what it overwrites has been read
+        result[block] = flat[block].to(dtype)
+    return result.view(total.shape)

@@ -471,6 +471,9 @@ def _reference(
         total = total + weighted(settings.hard_weight, hard)
         good = good & in_range
     good = good & (_mass(indices, log_probs) <= _MOST_MASS)
+    good = (
+        good & ~log_q[..., 0].isnan()
+    )  # all are, where a logit is NaN or +inf, or none is above -inf
     total = total * torch.where(good | ~valid, 1.0, math.nan)
     total = total.where(valid, torch.zeros_like(total))
     reduction = ops.REDUCTIONS[settings.reduction]

@@ -1,0 +1,137 @@
+"""What the fuzzers share: odd numbers, places in memory, what counts as close, and the program."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as conftest.py, for the programs
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from support import FP32
+from torch import Tensor
+
+from fastkd import _C, ops
+
+ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
+BATCH = 500
+LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "odd bytes")
+TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
+WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
+# At 1 the reference has 0 * inf where -inf is the label.
+SMOOTHING = st.sampled_from([0.0, 0.1, 0.9])
+
+
+def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
+    """(which tensor, row, column, value) of a few entries."""
+    place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
+    return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
+
+
+def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Options of which each is left alone in most cases, so that they meet in few at a time."""
+    return st.one_of(st.just(usual), st.just(usual), others)
+
+
+def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]) -> None:
+    """Writes odd numbers into contiguous matrices, wherever these have an entry."""
+    for which, row, column, value in odd:
+        matrix = values[which].view(-1, values[which].shape[-1])
+        if len(matrix):
+            matrix[row % len(matrix), column % matrix.shape[1]] = value
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same numbers, elsewhere in memory; what surrounds them is NaN."""
+    shape = values.shape
+    if layout == "odd bytes" and values.device.type == "cpu" and values.numel():
+        size = values.element_size()
+        memory = bytearray(values.numel() * size + 1)
+        view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
+        return view.view(shape).copy_(values)
+    if layout == "sliced":  # as logits[..., :vocabulary] and logits[:, :-1] are
+        more = [n + (1 if i else 0) for i, n in enumerate(shape)]
+        base = values.new_full(more, math.nan)
+        view = base[tuple(slice(0, n) for n in shape)]
+    elif layout == "rows apart":
+        view = values.new_full((*shape[:-1], 2, shape[-1]), math.nan)[..., 1, :]
+    elif layout == "transposed" and len(shape) > 2:
+        order = [shape[1], shape[0], *shape[2:]]
+        view = values.new_full(order, math.nan).transpose(0, 1)
+    elif layout == "classes apart":
+        view = values.new_full((*shape, 2), math.nan)[..., 0]
+    else:
+        return values.clone(memory_format=torch.contiguous_format)
+    return view.copy_(values)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.equal(torch.nan_to_num(a, 7.0), torch.nan_to_num(b, 7.0)) and torch.equal(
+        a.isnan(), b.isnan()
+    )
+
+
+def close(got: Tensor, want: Tensor, relative: float, absolute: float, what: str) -> None:
+    """NaN where NaN is due, an infinity where one is due, else within the bounds."""
+    # Beyond, the dtype may say inf.
+    largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
+    huge = want.abs() > largest
+    got = got.double()
+    fits = (got - want).abs() <= relative * want.abs() + absolute
+    fits |= (got == want) | (got.isnan() & want.isnan()) | huge
+    if not bool(fits.all()):
+        at = int((~fits).flatten().nonzero()[0])
+        pair = (float(got.flatten()[at]), float(want.flatten()[at]))
+        raise AssertionError(f"{what}[{at}] is {pair[0]!r}, float64 says {pair[1]!r}")
+
+
+def largest_of(*tensors: Tensor) -> float:
+    """The greatest finite magnitude."""
+    finite = [x.double().nan_to_num(0, 0, 0).abs() for x in tensors if x.numel()]
+    return max([float(x.max()) for x in finite], default=0.0)
+
+
+@contextmanager
+def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
+    """With an instruction set, a number of threads and a way in; puts those back."""
+    before, count, eager = _C.isa(), torch.get_num_threads(), ops.EAGER
+    _C.use_isa(isa)
+    torch.set_num_threads(threads)
+    if in_python:
+        ops.EAGER = None
+    try:
+        yield
+    finally:
+        ops.EAGER = eager
+        torch.set_num_threads(count)
+        _C.use_isa(before)
+
+
+def program(cases: st.SearchStrategy[Any], run: Callable[[Any, torch.device], None]) -> None:
+    """``FILE [CASES [SEED]]``: batches from consecutive seeds, printed with what fails."""
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
+    first = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    failures = []
+    for seed in range(first, first + math.ceil(count / BATCH)):
+        fuzz = hypothesis.seed(seed)(hypothesis.given(case=cases)(lambda case: run(case, device)))
+        try:
+            hypothesis.settings(
+                max_examples=min(BATCH, count), deadline=None, database=None, derandomize=False,
+                suppress_health_check=list(hypothesis.HealthCheck), print_blob=False,
+            )(fuzz)()  # fmt: skip
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", []))
+            print(f"seed {seed}: {type(error).__name__}: {error}\n{notes}", flush=True)
+            failures.append(seed)
+    figures = {"cases": count, "first seed": first, "failures": len(failures)}
+    print("figures: " + json.dumps(figures | {"device": device.type}))
+    sys.exit(bool(failures))

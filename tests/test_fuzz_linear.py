@@ -1,0 +1,266 @@
+"""Random linear heads: linear_loss held against the reference on full logits, in float64."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from fuzzing import (
+    LAYOUTS,
+    SMOOTHING,
+    TEMPERATURES,
+    WEIGHTS,
+    close,
+    laid_out,
+    largest_of,
+    odd_numbers,
+    program,
+    rarely,
+    same_bits,
+    settled,
+    sprinkle,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import BF16, FP32, FP64
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import _C, reference
+
+NAMES = ("student_hidden", "student_weight", "student_bias")
+
+
+class Case(NamedTuple):
+    """A call, in numbers that print as they are typed."""
+
+    leading: tuple[int, ...] = (3,)
+    classes: int = 10
+    widths: tuple[int, int] = (4, 6)
+    dtype: torch.dtype = FP32
+    spread: float = 1.0
+    seed: int = 0
+    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student's or teacher's hidden states, ...)
+    layout: str = "contiguous"
+    labels: str = "indices"
+    ignored: float = 0.2
+    biases: tuple[bool, bool] = (True, False)
+    masked: bool = False  # a class that both biases take out
+    teacher: str = "head"
+    divergence: str = "forward_kl"
+    temperature: float = 2.0
+    own: float | None = None
+    per_row: bool = False
+    weights: tuple[float, float] = (0.5, 0.5)
+    smoothing: float = 0.0
+    reduction: str = "mean"
+    normalizer: float | None = None
+    softcap: float | None = None
+    logit_scale: float | None = None
+    chunk: int | None = None
+    isa: str = "default"
+    threads: int = 1
+
+
+CASES = st.builds(
+    Case,
+    leading=st.lists(st.integers(0, 6), max_size=2).map(tuple),
+    classes=st.one_of(st.integers(1, 70), st.sampled_from([127, 1000])),
+    widths=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    dtype=st.sampled_from([FP32, FP64, BF16]),
+    spread=st.sampled_from([0.0, 1e-2, 1.0, 3.0]),
+    seed=st.integers(0, 2**31),
+    odd=rarely((), odd_numbers(2)),
+    layout=st.sampled_from(LAYOUTS),
+    labels=st.sampled_from(["indices", "none", "probabilities", "int32"]),
+    ignored=st.sampled_from([0.0, 0.2, 1.0]),
+    biases=st.tuples(st.booleans(), st.booleans()),
+    masked=rarely(False, st.booleans()),
+    teacher=st.sampled_from(["head", "head", "logits"]),
+    divergence=st.sampled_from(
+        ["forward_kl", *(n for n in fastkd.divergences() if n != "total_variation")]
+    ),
+    temperature=TEMPERATURES,
+    own=rarely(None, st.floats(0.25, 30.0)),
+    per_row=rarely(False, st.booleans()),
+    weights=WEIGHTS,
+    smoothing=SMOOTHING,
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    softcap=rarely(None, st.floats(1.0, 50.0)),
+    logit_scale=rarely(None, st.floats(0.1, 2.0)),
+    chunk=st.one_of(st.none(), st.integers(1, 7)),
+    isa=st.sampled_from(_C.available_isas()),
+    threads=st.integers(1, 3),
+)
+
+
+def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """(Tensors, options) of the call."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(case.dtype)
+
+    hiddens = [draw(*case.leading, width, scale=case.spread) for width in case.widths]
+    sprinkle(hiddens, case.odd)
+    hidden, teacher_hidden = (laid_out(x.to(device), case.layout) for x in hiddens)
+    weight, teacher_weight = (draw(case.classes, width) for width in case.widths)
+    biases = [draw(case.classes) if given else None for given in case.biases]
+    if case.masked and case.classes > 1:
+        for bias in biases:
+            if bias is not None and all(case.biases):
+                bias[case.seed % case.classes] = -math.inf
+    tensors: dict[str, Tensor | None] = {"student_hidden": hidden, "student_weight": weight}
+    tensors |= {"student_bias": biases[0]}
+    if case.teacher == "head":
+        tensors |= {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        tensors |= {"teacher_bias": biases[1]}
+    else:
+        tensors |= {"teacher_logits": draw(*case.leading, case.classes)}
+    tensors = {k: None if v is None else v.to(device) for k, v in tensors.items()}
+    tensors["labels"] = labels_of(case, generator, device)
+    options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
+    options |= {"temperature": case.temperature, "chunk_size": case.chunk or "auto"}
+    options |= {"softcap": case.softcap, "logit_scale": case.logit_scale}
+    options |= {"teacher_temperature": case.own}
+    if case.per_row:
+        rows = math.prod(case.leading)
+        growing = torch.linspace(1, 2, max(rows, 1))[:rows].view(case.leading).to(device)
+        options["temperature"] = growing.double() * case.temperature
+    if tensors["labels"] is not None:
+        options |= {"label_smoothing": case.smoothing}
+        options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
+    if case.normalizer is not None and case.reduction == "mean":
+        options["normalizer"] = case.normalizer
+    return tensors, options
+
+
+def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    if case.labels == "probabilities" and case.divergence != "dkd":
+        return torch.rand((*case.leading, case.classes), generator=generator).softmax(-1).to(device)
+    if case.labels == "none" and case.divergence != "dkd":
+        return None
+    labels = torch.randint(case.classes, case.leading, generator=generator)
+    gone = torch.rand(case.leading, generator=generator) < case.ignored
+    labels = labels.masked_fill(gone, -100).to(device)
+    return labels.int() if case.labels == "int32" else labels
+
+
+class Exact(NamedTuple):
+    loss: Tensor
+    grads: list[Tensor]
+    student: Tensor  # logits
+    teacher: Tensor
+
+
+def exact(
+    case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]
+) -> tuple[Exact, Tensor]:
+    """The same on full logits in float64, and which rows count. The others are zeros there."""
+    wide = {k: None if v is None else v.detach().double() for k, v in tensors.items()}
+    leaves = [wide[name].requires_grad_() for name in NAMES if wide[name] is not None]
+    labels = tensors["labels"]
+    counted = torch.ones(case.leading, dtype=torch.bool, device=wide["student_hidden"].device)
+    if labels is not None and not labels.is_floating_point():
+        labels = labels.long()
+        counted = labels != -100
+
+    def logits(which: str, softcap: float | None, scale: float | None) -> Tensor:
+        hidden = wide[f"{which}_hidden"]
+        hidden = hidden.where(counted.unsqueeze(-1), torch.zeros_like(hidden))
+        z = F.linear(hidden, wide[f"{which}_weight"], wide[f"{which}_bias"]) * (scale or 1.0)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    both = (case.softcap, case.logit_scale)
+    student = logits("student", *both)
+    teacher = wide["teacher_logits"] if case.teacher == "logits" else logits("teacher", *both)
+    given = {k: v for k, v in options.items() if k not in ("chunk_size", "softcap", "logit_scale")}
+    if labels is None:
+        given |= {"hard_weight": 0.0, "soft_weight": 1.0}
+    value = reference.loss(student, teacher, labels, **given)
+    grads = torch.autograd.grad(value.sum(), leaves)
+    return Exact(value.detach(), list(grads), student.detach(), teacher.detach()), counted
+
+
+def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
+    """What one rounding in each logit's products becomes in a row's loss, and in the sum over
+    classes of its gradient's magnitudes.
+
+    A logit is off by eps times the magnitudes that were added up for it. With logits over their
+    temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the
+    slopes of every divergence, and its square the slopes' own.
+    """
+    sums = 1.0
+    for side, width in zip(("student", "teacher"), case.widths, strict=True):
+        hidden, weight, bias = (
+            largest_of(*(x for x in [tensors.get(f"{side}_{name}")] if x is not None))
+            for name in ("hidden", "weight", "bias")
+        )
+        sums = max(sums, (width * hidden * weight + bias) * (case.logit_scale or 1.0))
+    t = case.temperature * (2 if case.per_row else 1)
+    least = min(case.temperature, case.own or case.temperature)
+    ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
+    hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
+    slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
+    if case.divergence == "cosine" and want.student.numel():  # grows as the logits shrink
+        slope *= 1 + float((1 / want.student.norm(dim=-1).clamp(min=1e-12)).max()) ** 2
+    if case.divergence == "dkd":
+        slope *= 10  # mix weighs 8
+    return slope / (case.normalizer or 1.0)
+
+
+def check(case: Case, device: torch.device) -> None:
+    if case.divergence == "dkd":  # refuses a single class
+        case = case._replace(classes=max(case.classes, 2))
+    if case.reduction != "mean":
+        case = case._replace(normalizer=None)
+    tensors, options = build(case, device)
+    before = {k: None if v is None else v.clone() for k, v in tensors.items()}
+    given = dict(tensors)
+    for name in NAMES:
+        given[name] = None if given[name] is None else given[name].detach().requires_grad_()
+    value = fastkd.linear_loss(**given, **options)
+    value.sum().backward()
+    for name, tensor in tensors.items():
+        assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
+    want, counted = exact(case, tensors, options)
+    assert value.shape == want.loss.shape
+    # Rows of odd numbers count nothing where they are ignored, and else concern only themselves.
+    hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
+    usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
+    tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
+    for name in tame:
+        if name.endswith("_hidden"):
+            tame[name][~usual | ~counted] = 0
+    slope, eps = sensitivity(case, tame, want), torch.finfo(case.dtype).eps
+    rows = max(1, math.prod(case.leading))
+    if bool(usual.all()):
+        count = 1 if case.reduction == "none" else rows
+        close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
+        gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
+        gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
+        names = [name for name in NAMES if given[name] is not None]
+        for name, gradient in zip(names, want.grads, strict=True):
+            gain = gains[name] * (case.logit_scale or 1.0)
+            close(given[name].grad, gradient, 8 * eps, 16 * slope * eps * gain, name)
+    elif case.reduction == "none":
+        got, true = value.detach()[usual], want.loss[usual]
+        close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
+
+
+def run(case: Case, device: torch.device) -> None:
+    with settled(case.isa, case.threads, in_python=False):
+        check(case, device)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
+@settings(max_examples=150)
+@given(case=CASES)
+def test_fuzz_linear(device, case):
+    run(case, device)
+
+
+if __name__ == "__main__":
+    program(CASES, run)

@@ -1,0 +1,401 @@
+"""linear_loss with classes in chunks: against float64, and against rows in chunks; memory."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes
+from test_linear import (
+    CLASSES,
+    ROWS,
+    WIDTH,
+    Heads,
+    Products,
+    leaves_of,
+    make_heads,
+    on_full_logits,
+    run,
+)
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import chunks, heads
+from fastkd.class_statistics import RowStatistics
+
+BY_CLASSES: dict[str, Any] = {"chunk_by": "classes"}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sum": {"reduction": "sum"},
+    "soft alone": {"soft_weight": 1.0, "hard_weight": 0.0},
+    "hard alone": {"alpha": 1.0},
+    "temperature 1": {"temperature": 1.0},
+    "temperatures": {"temperature": 3.0, "teacher_temperature": 1.5, "alpha": 0.1},
+    "not whole": {"temperature": 2.5},
+    "normalizer tensor": {"normalizer": torch.tensor(7)},
+    "soft cap": {"softcap": 3.0},
+    "pairs": {"softcap": (4.0, None), "logit_scale": (0.5, 2.0)},
+    "row temperatures": {"temperature": torch.linspace(1, 4, ROWS)},
+    "row weights": {"hard_weight": torch.linspace(0, 1, ROWS), "soft_weight": 0.5},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "soft_cross_entropy": {"divergence": "soft_cross_entropy", "temperature": 1.5},
+}
+
+
+def skip_what_cuda_lacks(device: torch.device, options: dict[str, Any]) -> None:
+    if device.type == "cuda" and options.keys() & {"teacher_temperature", "divergence"}:
+        pytest.skip("chunks of classes need kernels for it")
+    if device.type == "cuda" and isinstance(options.get("hard_weight"), torch.Tensor):
+        pytest.skip("chunks of classes need kernels for it")
+
+
+def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("size", [16, "auto"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
+def test_options(device, dtype, options, size):
+    """Loss and gradients of every option that it has, in chunks of which the last is smaller."""
+    skip_what_cuda_lacks(device, options)
+    given, options = make_heads(dtype, device), on(device, options)
+    exact, exact_grads = on_full_logits(given, FP64, **options)
+    value, grads = run(given, chunk_size=size, **BY_CLASSES, **options)
+    bound = 64 * torch.finfo(dtype).eps
+    assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
+    for grad, right in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype and grad.is_contiguous()
+        assert distance(grad, right) <= bound * right.norm()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_grad_output(device, dtype, reduction):
+    given = make_heads(dtype, device)
+    outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
+    options = {"reduction": reduction, "softcap": 5.0}
+    exact, exact_grads = on_full_logits(given, FP64, outgoing.to(device), **options)
+    value, grads = run(given, outgoing.to(device), chunk_size=32, **BY_CLASSES, **options)
+    bound = 16 * torch.finfo(dtype).eps
+    assert distance(value, exact) <= bound * exact.norm()
+    for grad, right in zip(grads, exact_grads, strict=True):
+        assert distance(grad, right) <= bound * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
+def test_16_bit_errors(device, dtype):
+    """No more than PyTorch's in 16 bits, nor 1.1 times those of logits cast to float32; and what is
+    rounded once is as good as rows that are summed in float32."""
+    given = make_heads(dtype, device, rows=300, classes=1000)
+    _, exact = on_full_logits(given, FP64)
+    _, grads = run(given, chunk_size=64, **BY_CLASSES)
+    _, by_rows = run(given, chunk_size=64)
+    _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
+    _, eager = on_full_logits(given, dtype)
+    rivals = (upcast, eager, by_rows)
+    for name, grad, right, *others in zip("xwb", grads, exact, *rivals, strict=True):
+        error = distance(grad, right)
+        of_cast, of_eager, of_rows = (distance(other, right) for other in others)
+        assert error <= of_eager and error <= 1.1 * of_cast, name
+        assert error <= 1.01 * of_rows, name
+
+
+def test_float16_under_a_loss_scale(device):
+    given = make_heads(FP16, device, rows=300, classes=1000)
+    outgoing = torch.tensor(2.0**13, device=device)
+    _, exact = on_full_logits(given, FP64, outgoing, normalizer=1e5)
+    _, grads = run(given, outgoing, normalizer=1e5, chunk_size=64, **BY_CLASSES)
+    for grad, right in zip(grads, exact, strict=True):
+        assert distance(grad, right) <= 2e-3 * right.norm()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("size", [1e-2, 1e-4])
+def test_near_the_teacher(device, divergence, size):
+    """Nothing cancels between chunks: the loss of a student that all but equals its teacher."""
+    skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
+    torch.manual_seed(0)
+    teacher = torch.randn(8, 5000, device=device) * 3
+    weight = (teacher + size * torch.randn_like(teacher)).t().contiguous()
+    hidden = torch.eye(8, device=device)
+    options = {"reduction": "none", "temperature": 1.0, "divergence": divergence}
+    value = fastkd.linear_loss(hidden, weight, teacher_logits=teacher, **BY_CLASSES, **options)
+    exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
+    assert exact.max() < size**2
+    # It goes with the square of the gap, of which what rounds the statistics is an error.
+    bound = torch.finfo(FP32).eps / size
+    torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
+
+
+MASKS = {
+    "both": (slice(32, 96), slice(32, 96)),
+    "teacher": (None, slice(32, 96)),
+    "student": (slice(32, 96), None),
+    "apart": (slice(0, 40), slice(30, 80)),
+    "student throughout": (slice(None), None),
+    "teacher throughout": (None, slice(None)),
+}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+def test_masked_classes(device, masks, divergence):
+    """Chunks that a mask covers, for one or both; everything is as with rows in chunks."""
+    skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
+    given = make_heads(FP64, device)
+    with torch.no_grad():
+        for bias, mask in zip((given.bias, given.teacher_bias), masks, strict=True):
+            if mask is not None:
+                bias[mask] = -math.inf
+    for reduction in ("none", "sum"):
+        options = {"divergence": divergence, "reduction": reduction}
+        value, grads = run(given, chunk_size=32, **BY_CLASSES, **options)
+        expected, right = run(given, chunk_size=8, **options)
+        torch.testing.assert_close(value, expected, equal_nan=True)
+        for one, other in zip(grads, right, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_no_number(device, wrong):
+    """A row of hidden states that holds no number is NaN, and no other row is."""
+    given = make_heads(device=device, ignored=0.0)
+    with torch.no_grad():
+        given.hidden[3, 0] = wrong
+    value, _ = run(given, chunk_size=32, reduction="none", **BY_CLASSES)
+    assert value[3].isnan() and value.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
+def test_references_of_the_cuda_kernels(temperature):
+    """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
+    parts with large maxima, far from zero, still add up to those of the whole."""
+    torch.manual_seed(0)
+    objective = heads.Objective(
+        temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
+        "logits", None, "probs", False,
+    )  # fmt: skip
+    rows = RowStatistics(50, objective, torch.empty(()))
+    rows.student.rounds = True
+    logits = (torch.randn(50, 96) * 4 + torch.linspace(-3000, 3000, 50)[:, None]).float()
+    log2e = torch.tensor(math.log2(math.e))
+    slope = log2e / temperature
+
+    def scale(z, top, factor, reference):
+        return (
+            (z.double() * factor.double() - reference.double()[:, None]).exp2().sum(1).reciprocal()
+        )
+
+    for z in logits.split(32, 1):
+        top = z.max(1).values
+        hard = scale(z, top, log2e, top * log2e)
+        if temperature == 3.0:  # a power of the tempered exponentials
+            hard = (3 * (z.double() * slope.double() - (top * slope).double()[:, None])).exp2()
+            hard = hard.sum(1).reciprocal()
+        tempered = scale(z, top, slope, top * slope)
+        stats = torch.stack([top, tempered, hard, top, tempered, top * 0]).float().flatten()
+        rows.add(torch.zeros(50), torch.cat([stats, stats.new_ones(1)]), top)
+    top, tempered, hard, *_ = rows.stats(torch.ones(()), True)[:-1].view(6, 50)
+    assert torch.equal(top, logits.max(1).values)
+    right = scale(logits, top, slope, top * slope)
+    torch.testing.assert_close(tempered.double(), right, rtol=2e-7, atol=0)
+    if temperature != 3.0:
+        right = scale(logits, top, log2e, top * log2e)
+        torch.testing.assert_close(hard.double(), right, rtol=2e-7, atol=0)
+
+
+# ---- what is not computed
+
+
+def test_ignored_rows_take_part_in_no_product(device):
+    given = make_heads(device=device, ignored=0.6)
+    counted = int((given.labels != -100).sum())
+    with torch.no_grad():
+        given.hidden[given.labels == -100] = float("nan")
+        given.teacher_hidden[given.labels == -100] = float("inf")
+    with Products() as products:
+        value, grads = run(given, chunk_size=32, **BY_CLASSES)
+    assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][given.labels == -100].any()
+    assert counted < 32
+    assert all(counted in shape or shape[1] in (1, WIDTH) for shape in products.shapes)
+
+
+def test_all_rows_ignored(device):
+    given = make_heads(device=device, ignored=1.0)
+    value, grads = run(given, **BY_CLASSES)
+    assert value == 0 and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
+def test_frozen_parts_cost_nothing(device, frozen):
+    given = make_heads(device=device)
+    expected = dict(zip("xwb", run(given, chunk_size=8)[1], strict=True))
+    for name, leaf in leaves_of(given):
+        leaf.requires_grad_(frozen not in (name, "all"))
+    with Products() as products:
+        value = fastkd.linear_loss(
+            *given[:2], *given[3:5], given.labels, student_bias=given.bias,
+            teacher_bias=given.teacher_bias, chunk_size=1000, **BY_CLASSES,
+        )  # fmt: skip
+    counted = int((given.labels != -100).sum())
+    widths = {"hidden": (counted, WIDTH), "weight": WIDTH, "bias": 1}
+    for name, shape in widths.items():
+        found = any(
+            one == shape or (one[0] != counted and one[1] == shape) for one in products.shapes
+        )
+        assert found == (frozen not in (name, "all")), name
+    if frozen == "all":
+        assert not value.requires_grad
+        return
+    value.backward()
+    for (name, leaf), right in zip(leaves_of(given), expected.values(), strict=True):
+        assert (leaf.grad is None) == (name == frozen)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, right)
+
+
+def test_without_gradients_the_logits_are_computed_once(device):
+    given = make_heads(device=device)
+    with torch.no_grad(), Products() as products:
+        fastkd.linear_loss(*given[:2], *given[3:5], chunk_size=CLASSES, **BY_CLASSES)
+    assert len(products.shapes) == 2
+    with Products() as products:
+        run(given, chunk_size=1000, reduction="none", **BY_CLASSES)
+    forward = [shape for shape in products.shapes if shape[1] != WIDTH]
+    assert len(forward) >= 2
+
+
+def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
+    given = make_heads(device=device)
+    expected = run(given, chunk_size=8)
+    monkeypatch.setattr(heads, "counted_rows", lambda labels, ignore_index: None)
+    value, grads = run(given, chunk_size=32, **BY_CLASSES)
+    torch.testing.assert_close(value, expected[0])
+    for grad, right in zip(grads, expected[1], strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+# ---- memory
+
+
+def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
+    """Of which the gradient of the weight is the greatest part, as of language models."""
+    torch.manual_seed(0)
+    given = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
+    return given._replace(
+        hidden=torch.randn(rows, width).to(dtype).requires_grad_(),
+        weight=(torch.randn(classes, width) / 8).to(dtype).requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_peak_memory_is_what_the_plan_says(dtype, cap):
+    """The gradients and next to nothing: a third of what rows in chunks take by themselves."""
+    given = wide_heads(dtype)
+    rows, width = given.hidden.shape
+    classes = len(given.weight)
+    chosen = chunks.plan(
+        rows, classes, width, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0,
+        copied_per_row=0, **BY_CLASSES,
+    )  # fmt: skip
+    gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
+    assert gradients < chosen.peak_bytes < 1.1 * gradients
+    small = 2**18  # biases
+    if dtype == BF16:  # factors of a product, in float32 or as oneDNN packs them
+        small += 2**21 + 4 * chosen.chunk * width
+    peak = peak_bytes(lambda: run(given, softcap=cap, **BY_CLASSES))
+    assert gradients <= peak <= chosen.peak_bytes + small
+
+
+def test_ignored_rows_are_not_copied_with_the_teachers_logits():
+    given = wide_heads(FP32)
+    given.labels[::2] = -100
+    teacher_logits = torch.randn(256, 8000)
+
+    def step():
+        return fastkd.linear_loss(
+            given.hidden, given.weight, labels=given.labels, teacher_logits=teacher_logits,
+            **BY_CLASSES,
+        )  # fmt: skip
+
+    peak = peak_bytes(lambda: step().backward())
+    assert peak < (8000 + 4 * 256) * 256 * 4 + 2**20
+    by_rows = fastkd.linear_loss(
+        given.hidden, given.weight, labels=given.labels, teacher_logits=teacher_logits
+    )
+    torch.testing.assert_close(step(), by_rows)
+
+
+def test_a_bound_that_rows_cannot_keep_to():
+    """The gradients fit, the logits of more than a few rows do not: classes are in chunks."""
+    given = wide_heads(FP32)
+    bound = 10 * 2**20
+    with Products() as products:
+        value, grads = run(given, max_workspace=bound)
+    assert sum(shape[0] == 256 and shape[1] != 256 for shape in products.shapes) > 4
+    assert peak_bytes(lambda: run(given, max_workspace=bound)) <= bound
+    expected, right = run(given)
+    torch.testing.assert_close(value, expected)
+    for one, other in zip(grads, right, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"max_workspace=1048576 is too small"):
+        run(given, max_workspace=2**20)
+    with pytest.raises(ValueError, match=r"too small for chunks of classes"):
+        run(given, max_workspace=2**20, **BY_CLASSES)
+    # What chunks of classes lack takes rows, however few.
+    run(given, max_workspace=bound, label_smoothing=0.1)
+
+
+# ---- other ways in
+
+
+def test_tied_weights_and_autocast(device):
+    """The student's weight is the teacher's too, float32, and the products are in bfloat16."""
+    given = make_heads(device=device)
+    teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
+
+    def step(**options):
+        leaf = given.weight.detach().requires_grad_()
+        with torch.autocast(device.type, dtype=BF16):
+            value = fastkd.linear_loss(
+                given.hidden, leaf, teacher_hidden, leaf, given.labels, **options
+            )
+        value.backward()
+        assert leaf.grad.dtype == FP32
+        return value.detach(), leaf.grad
+
+    value, grad = step(chunk_size=32, **BY_CLASSES)
+    expected, right = step(chunk_size=8)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
+    assert distance(grad, right) <= 2e-3 * right.norm()
+
+
+LACKS = {
+    "label_smoothing": ({"label_smoothing": 0.1}, "label_smoothing=0.1"),
+    "divergence": ({"divergence": "jsd"}, 'divergence="jsd"'),
+    "standardize": ({"standardize": True}, "standardize=True"),
+    "class weight": ({"class_weight": torch.ones(CLASSES)}, "class_weight="),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
+def test_what_it_lacks(options, message):
+    given = make_heads()
+    with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
+        run(given, **BY_CLASSES, **options)
+
+
+def test_lists_of_a_sparse_teacher():
+    given = make_heads()
+    teacher = F.linear(given.teacher_hidden, given.teacher_weight).log_softmax(-1)
+    log_probs, indices = teacher.topk(4)
+    with pytest.raises(ValueError, match="with topk_indices"):
+        fastkd.linear_loss(
+            given.hidden, given.weight, topk_indices=indices, topk_log_probs=log_probs, **BY_CLASSES
+        )
+    with pytest.raises(ValueError, match="chunk_by must be one of 'auto', 'rows', 'classes'"):
+        run(given, chunk_by="columns")
