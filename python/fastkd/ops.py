@@ -117,6 +117,19 @@ def _(
     return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
 
 
+@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
+def _(
+    grad: Tensor,
+    grad_output: float,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_terms = settings
+    return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
+
+
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, *_: Any) -> None:
     return None
@@ -311,10 +324,9 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
 
 def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
     """What of a call the kernels lack, as users write it."""
-    device = student.device.type
-    if device not in _KERNEL_DEVICES:
-        return [f"logits on {device}"]
-    return [USES[use] for use in sorted(_missing(device, labels, objective))]
+    if student.device.type not in _KERNEL_DEVICES:
+        return [f"logits on {student.device.type}"]
+    return [USES[use] for use in sorted(_missing(labels, objective))]
 
 
 def compute(
