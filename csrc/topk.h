@@ -15,22 +15,35 @@ struct TopkArgs : Inputs {
   const int64_t* indices = nullptr;  // [rows, k] class of each log-probability; < 0: nothing there
   Tail tail = Tail::kGhost;
 
-  void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator; or null
-  void* grad = nullptr;  // [rows, classes] in the student's dtype, or null
+  void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
+  void* stats = nullptr;  // on CUDA acc [kStats, rows] followed by one more acc, the scale, which
+                          // is all that is written of it
+  void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
-  double scale = 1.0;                 // multiplies the gradient
+  Reduction reduction = Reduction::kMean;  // it and `scale`: as ForwardArgs has them
+  double scale = 1.0;
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`;
   bool grad_output_per_row = false;   // null: 1. Multiplies the gradient too
 };
-
-namespace cpu {
 
 // A row's probabilities may add up to so much: those of 16-bit log-probabilities are several
 // percent off.
 constexpr double kMostMass = 1.1;
 
+namespace cpu {
+
 // Words that run_topk wants for one bit of each class.
 constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 }  // namespace cpu
+
+namespace cuda {
+
+// As forward() and backward() of kernels.h. A row whose list is none (cpu::Kernels::topk) gets the
+// loss and the gradient NaN. topk_backward() writes the gradient alone, from the logits once more;
+// `filled` as there.
+int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
+int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
+
+}  // namespace cuda
 }  // namespace fastkd

@@ -71,6 +71,53 @@ def test_nothing_waits_for_the_device(no_waiting, classes, call):
         CALLS["none"](*problem)
 
 
+def lists_of(problem, k: int = 20) -> tuple[Tensor, Tensor]:
+    found = (problem.teacher.float() / 2).log_softmax(-1).topk(k)
+    return found.indices, found.values
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [30, 1000, 32000])
+def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
+    problem = make((64, classes), BF16, device="cuda")
+    lists = lists_of(problem)
+    lists[0][3] = classes  # a mistake, which only data can tell
+    with no_waiting:
+        for scale in (1.0, 3.0):
+            leaf = problem.student.detach().requires_grad_()
+            value = fastkd.topk_loss(leaf, *lists, problem.labels, reduction=reduction)
+            value.backward(torch.full_like(value, scale))
+
+
+@pytest.mark.parametrize("classes", [30, 1000, 128256])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_sparse_teacher_in_a_graph(classes, reduction):
+    static = make((32, classes), BF16, device="cuda")
+    lists = lists_of(static)
+    leaf = static.student.requires_grad_()
+
+    def forward_backward(student: Tensor) -> tuple[Tensor, Tensor]:
+        value = fastkd.topk_loss(student, *lists, static.labels, reduction=reduction)
+        return value, torch.autograd.grad(value, student, torch.full_like(value, 2))[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward_backward(leaf)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, grad = forward_backward(leaf)
+    for seed in range(1, 4):
+        fresh = make((32, classes), BF16, device="cuda", seed=seed)
+        with torch.no_grad():
+            for old, new in zip((*static, *lists), (*fresh, *lists_of(fresh)), strict=True):
+                old.copy_(new)
+        graph.replay()
+        expected = forward_backward(fresh.student.requires_grad_())
+        assert torch.equal(value, expected[0]) and torch.equal(grad, expected[1])
+
+
 def test_the_watch_sees_waiting(no_waiting):
     with pytest.raises(RuntimeError, match="synchroniz"), no_waiting:
         torch.ones(1, device="cuda").item()

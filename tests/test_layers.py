@@ -27,8 +27,11 @@ LAYERS = {
     "divergences.h": {"numerics.h"},
     "kernels.h": {"divergences.h", "dtypes.h"},
     "topk.h": {"kernels.h"},
-    "cpu": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "cpu"},
-    "cuda": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "cuda"},
+    "topk_row.h": {"numerics.h", "topk.h"},
+    "cpu": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cpu"},
+    "cuda": {
+        *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cuda"),
+    },
     "torch": {"kernels.h", "topk.h", "torch"},
 }
 # What each part of the package may import of it, by folder or file: what stands above.

@@ -35,6 +35,31 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
+int reported(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+cudaError_t launch_scale(ForwardCall& call, const void* denominator, bool counts_inside,
+                         cudaStream_t stream) {
+  const ForwardArgs& args = call.args;
+  call.denominator = denominator;
+  if (args.reduction == Reduction::kMean) {
+    if (denominator != nullptr) {
+      call.scale_source = ScaleSource::kDenominator;
+    } else if (args.labels == nullptr) {
+      call.args.scale = 1.0 / static_cast<double>(args.rows > 0 ? args.rows : 1);
+    } else {
+      call.scale_source = ScaleSource::kCount;
+    }
+  }
+  if (args.rows > 0 && (call.scale_source != ScaleSource::kCount || counts_inside))
+    return cudaSuccess;
+  const cudaError_t error = launch_count(call, stream);
+  call.scale_source = ScaleSource::kStats;
+  return error;
+}
+
 namespace {
 
 template <class Args>
@@ -83,41 +108,21 @@ cudaError_t launch_rows(ForwardCall& call, Plan& plan, cudaStream_t stream) {
   return launch_family(call, plan, stream);
 }
 
-// The runtime remembers an error until it is asked for it: nobody else shall find ours.
-int reported(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
-
-constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
-
 cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denominator,
                        cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
   ForwardCall call;
   call.args = with_groups(args);
-  call.denominator = denominator;
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
   call.constants = make_constants(args.divergence, args.mix);
   Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
                         device.limits(), !is_hot(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
-  if (args.reduction == Reduction::kMean) {
-    if (denominator != nullptr) {
-      call.scale_source = ScaleSource::kDenominator;
-    } else if (args.labels == nullptr) {
-      call.args.scale = 1.0 / static_cast<double>(args.rows > 0 ? args.rows : 1);
-    } else {
-      call.scale_source = ScaleSource::kCount;
-    }
-  }
-  if (args.rows == 0 ||
-      (call.scale_source == ScaleSource::kCount && !counts_inside(plan, args.rows))) {
-    if (const cudaError_t error = launch_count(call, stream)) return error;
-    call.scale_source = ScaleSource::kStats;
-  }
+  if (const cudaError_t error =
+          launch_scale(call, denominator, counts_inside(plan, args.rows), stream))
+    return error;
   if (args.rows > 0)
     if (const cudaError_t error = launch_rows(call, plan, stream)) return error;
   if (call.total == nullptr || call.finish_inside) return cudaSuccess;

@@ -11,6 +11,10 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
 cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+// Settles where the kernels find the scale. `counts_inside`: the labels are so few that every CTA
+// may count them.
+cudaError_t launch_scale(ForwardCall& call, const void* denominator, bool counts_inside,
+                         cudaStream_t stream);
 // One CTA: leaves the scale in `stats`, for calls with too many labels to count in passing.
 cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
 // Adds up `total` from the row losses and the scale in `stats`.
@@ -27,6 +31,10 @@ template <class T>
 struct TypeOf {
   using Type = T;
 };
+
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
+// The runtime remembers an error until it is asked for it: nobody else shall find ours.
+int reported(cudaError_t error);
 
 // The major compute capability that the loaded code was compiled for.
 cudaError_t compiled_major(int& major);

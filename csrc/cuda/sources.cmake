@@ -7,4 +7,5 @@ set(FASTKD_CUDA_SOURCES
     csrc/cuda/ring.cu
     csrc/cuda/streaming.cu
     csrc/cuda/backward.cu
+    csrc/cuda/topk.cu
     csrc/cuda/finish.cu)

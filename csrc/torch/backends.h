@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 
+#include "../topk.h"
 #include "arguments.h"
 
 namespace fastkd::glue {
@@ -17,6 +18,13 @@ struct ForwardResult {
   Tensor stats;  // acc [kStats * rows + 1]; may be empty when no gradient is asked for
 };
 
+// The arguments of a sparse loss, and the tensors that keep them alive.
+struct TopkCall {
+  Call call;
+  Tensor indices, log_probs;
+  TopkArgs args;
+};
+
 struct Cpu {
   static constexpr bool kStrided = true;  // takes classes that are not adjacent
   // `grad`: where to write the gradient times grad_output, or null. `with_stats`: a backward call
@@ -26,6 +34,10 @@ struct Cpu {
   // `filled`: grad holds the gradient for grad_output = 1 already.
   static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
                        const Tensor& grad, bool filled);
+  // The same of the sparse loss; returns `out`.
+  static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
+  static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
+                            const Tensor& grad, bool filled);
 };
 
 struct Cuda {
@@ -34,6 +46,10 @@ struct Cuda {
                                bool with_stats, const Tensor* grad);
   static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
                        const Tensor& grad, bool filled);
+  // The same of the sparse loss; returns `out`.
+  static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
+  static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
+                            const Tensor& grad, bool filled);
 };
 
 }  // namespace fastkd::glue

@@ -24,6 +24,19 @@ void check(int status) {
   STD_TORCH_CHECK(status == 0, "fastkd's CUDA kernel failed to launch: ", cuda::describe(status));
 }
 
+template <class Args>
+void set_reduction(Args& args, const Reducing& reducing) {
+  args.reduction = reducing.reduction;
+  if (args.reduction == Reduction::kMean && !reducing.denominator && reducing.normalizer > 0) {
+    args.reduction = Reduction::kSum;
+    args.scale = 1.0 / reducing.normalizer;
+  }
+}
+
+const void* denominator_of(const Reducing& reducing) {
+  return reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr;
+}
+
 }  // namespace
 
 ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool terms,
@@ -31,11 +44,7 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
   const DeviceGuard guard(call.student.get_device_index());
   ForwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;
-  args.reduction = reducing.reduction;
-  if (args.reduction == Reduction::kMean && !reducing.denominator && reducing.normalizer > 0) {
-    args.reduction = Reduction::kSum;
-    args.scale = 1.0 / reducing.normalizer;
-  }
+  set_reduction(args, reducing);
   const bool per_row = args.reduction == Reduction::kNone;
   ForwardResult result{empty_out(call, terms, per_row), empty_stats(call)};
   const Tensor values = per_row ? result.out : empty_out(call, terms, true);
@@ -47,8 +56,7 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
     args.grad_stride = call.grad_stride;
   }
   check(cuda::forward(args, per_row ? nullptr : result.out.mutable_data_ptr(),
-                      reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr,
-                      current_stream(call.student)));
+                      denominator_of(reducing), current_stream(call.student)));
   return result;
 }
 
@@ -57,6 +65,40 @@ void Cuda::backward(const Call& call, const Tensor& stats, const Tensor& grad_ou
   const DeviceGuard guard(call.student.get_device_index());
   const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   check(cuda::backward(args, filled, current_stream(call.student)));
+}
+
+Tensor Cuda::topk(TopkCall topk, const Reducing& reducing, const Tensor* grad) {
+  const Call& call = topk.call;
+  const DeviceGuard guard(call.student.get_device_index());
+  TopkArgs& args = topk.args;
+  set_reduction(args, reducing);
+  const bool per_row = args.reduction == Reduction::kNone;
+  const Tensor out = empty_out(call, false, per_row), stats = empty_stats(call);
+  const Tensor values = per_row ? out : empty_out(call, false, true);
+  args.loss = values.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
+  if (grad) {
+    args.grad = grad->mutable_data_ptr();
+    args.grad_stride = call.grad_stride;
+  }
+  check(cuda::topk(args, per_row ? nullptr : out.mutable_data_ptr(), denominator_of(reducing),
+                   current_stream(call.student)));
+  return out;
+}
+
+void Cuda::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
+                         const Tensor& grad, bool filled) {
+  const Call& call = topk.call;
+  const DeviceGuard guard(call.student.get_device_index());
+  TopkArgs& args = topk.args;
+  set_reduction(args, reducing);
+  const Tensor stats = empty_stats(call);
+  args.stats = stats.mutable_data_ptr();
+  args.grad_output = grad_output.const_data_ptr();
+  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad = grad.mutable_data_ptr();
+  args.grad_stride = call.grad_stride;
+  check(cuda::topk_backward(args, filled, denominator_of(reducing), current_stream(call.student)));
 }
 
 }  // namespace fastkd::glue

@@ -1,8 +1,6 @@
-// The sparse loss as ops, on CPU tensors: schemas, checks, threads. Shapes for tracing, the
-// autograd formulas, and the formula for devices without this kernel are in
+// The sparse loss as ops: schemas, checks, and for CPU tensors the threads. Shapes for tracing, the
+// autograd formulas, and the formula for devices without these kernels are in
 // python/fastkd/sparse.py.
-#include "../topk.h"
-
 #include <atomic>
 #include <vector>
 
@@ -10,12 +8,6 @@
 
 namespace fastkd::glue {
 namespace {
-
-struct TopkCall {
-  Call call;
-  Tensor indices, log_probs;
-  TopkArgs args;
-};
 
 TopkCall prepare_topk(const Tensor& student, const Tensor& indices, const Tensor& log_probs,
                       const std::optional<Tensor>& labels, const Options& options, int64_t tail,
@@ -59,28 +51,50 @@ void run(const TopkArgs& args) {
                   first_bad.load());
 }
 
+template <class Backend>
 std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indices,
                                      const Tensor& log_probs, std::optional<Tensor> labels,
                                      std::optional<Tensor> denominator, double temperature,
                                      double hard_weight, double soft_weight, double label_smoothing,
                                      int64_t ignore_index, int64_t tail, int64_t reduction,
                                      double normalizer, bool with_grad) {
-  TopkCall topk = prepare_topk(
+  const TopkCall topk = prepare_topk(
       student, indices, log_probs, labels,
       {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
       tail, nullptr);
+  const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
+  const bool filled = with_grad && reducing.reduction != Reduction::kNone;
+  const Tensor grad = filled ? empty_grad(topk.call) : nothing(topk.call);
+  return {Backend::topk(topk, reducing, filled ? &grad : nullptr), grad};
+}
+
+template <class Backend>
+void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& student,
+                         const Tensor& indices, const Tensor& log_probs,
+                         std::optional<Tensor> labels, std::optional<Tensor> denominator,
+                         double temperature, double hard_weight, double soft_weight,
+                         double label_smoothing, int64_t ignore_index, int64_t tail,
+                         int64_t reduction, double normalizer, bool filled) {
+  const TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail, &grad);
+  Backend::topk_backward(topk, {static_cast<Reduction>(reduction), normalizer, denominator},
+                         grad_output, grad, filled);
+}
+
+}  // namespace
+
+Tensor Cpu::topk(TopkCall topk, const Reducing& reducing, const Tensor* grad) {
   const Call& call = topk.call;
   TopkArgs& args = topk.args;
-  const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
   const bool per_row = reducing.reduction == Reduction::kNone;
   args.scale = 1.0 / divisor(reducing, count_rows(call));
   const Tensor out = empty_out(call, false, per_row);
   const Tensor values = per_row ? out : empty_out(call, false, true);
   args.loss = values.mutable_data_ptr();
-  const bool filled = with_grad && !per_row;
-  const Tensor grad = filled ? empty_grad(call) : nothing(call);
-  if (filled) {
-    args.grad = grad.mutable_data_ptr();
+  if (grad) {
+    args.grad = grad->mutable_data_ptr();
     prefer_huge_pages(args.grad, gradient_bytes(args));
     args.grad_stride = call.grad_stride;
   }
@@ -92,37 +106,25 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
         static_cast<T>(ordered_sum(static_cast<const T*>(args.loss), args.rows) * args.scale);
   };
   call.acc == ScalarType::Double ? finish(0.0) : finish(0.0f);
-  return {out, grad};
+  return out;
 }
 
-void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& student,
-                         const Tensor& indices, const Tensor& log_probs,
-                         std::optional<Tensor> labels, std::optional<Tensor> denominator,
-                         double temperature, double hard_weight, double soft_weight,
-                         double label_smoothing, int64_t ignore_index, int64_t tail,
-                         int64_t reduction, double normalizer, bool filled) {
-  TopkCall topk = prepare_topk(
-      student, indices, log_probs, labels,
-      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
-      tail, &grad);
-  const Call& call = topk.call;
+void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
+                        const Tensor& grad, bool filled) {
   TopkArgs& args = topk.args;
   if (filled) {
     if (number(grad_output) == 1.0) return;
     // 16-bit gradients are computed anew instead, as in Cpu::backward.
     if (size_of(args.student_dtype) > 2) return multiply_(grad, grad_output);
   }
-  const Reducing reducing{static_cast<Reduction>(reduction), normalizer, denominator};
-  args.scale = 1.0 / divisor(reducing, count_rows(call));
+  args.scale = 1.0 / divisor(reducing, count_rows(topk.call));
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();
   prefer_huge_pages(args.grad, gradient_bytes(args));
-  args.grad_stride = call.grad_stride;
+  args.grad_stride = topk.call.grad_stride;
   run(args);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // indices [..., k] int64 and log_probs [..., k] acc; out: acc [] or [rows]; grad: the student's
@@ -142,8 +144,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("topk_loss", TORCH_BOX(&topk_loss));
-  m.impl("topk_loss_backward_", TORCH_BOX(&topk_loss_backward_));
+  m.impl("topk_loss", TORCH_BOX(&topk_loss<Cpu>));
+  m.impl("topk_loss_backward_", TORCH_BOX(&topk_loss_backward_<Cpu>));
 }
+
+#if FASTKD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
+  m.impl("topk_loss", TORCH_BOX(&topk_loss<Cuda>));
+  m.impl("topk_loss_backward_", TORCH_BOX(&topk_loss_backward_<Cuda>));
+}
+#endif
 
 }  // namespace fastkd::glue

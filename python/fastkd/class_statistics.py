@@ -30,10 +30,13 @@ class References:
     That is the maximum times log2(e) / t; on CUDA (kLargestReference) as its type rounds it.
     """
 
-    def __init__(self, temperature: float | Tensor, like: Tensor) -> None:
+    def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
         """Of the dtype of the kernel's statistics, and where they are: as ``like``."""
         self.rounds = like.is_cuda
         self.t = _on_device(temperature, like)
+        hard = _on_device(objective.hard_weight, like)
+        soft = _on_device(objective.soft_weight, like)
+        self.precise = (hard <= soft * self.t) | (self.t == 1)
         self.one = torch.full_like(self.t, _LOG2E)
         self.slope = self.one / self.t  # a number / tensor would round twice
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
@@ -43,12 +46,13 @@ class References:
         return self._rounded(top, self.slope)
 
     def plain(self, top: Tensor) -> Tensor:
-        """Of exp(z), which is a power of exp(z / t) where t is 1, 2, 3 or 4."""
+        """Of exp(z), which is a power of exp(z / t) where t is 1, 2, 3 or 4, and that is precise
+        enough."""
         own = self._rounded(top, self.one)
         if not self.rounds:
             return own
         whole = (self.t == self.t.round()) & (self.t <= 4)
-        return torch.where(whole, self.t * self.tempered(top), own)
+        return torch.where(whole & self.precise, self.t * self.tempered(top), own)
 
     def _rounded(self, top: Tensor, factor: Tensor) -> Tensor:
         exact = top.double() * factor
@@ -64,10 +68,10 @@ class RowStatistics:
         """``like``: of the dtype of losses and statistics, on the rows' device."""
         o = self.objective = objective
         self.like = like
-        self.student = References(o.temperature, like)
+        self.student = References(o.temperature, o, like)
         self.teacher = self.student
         if o.teacher_temperature is not o.temperature:
-            self.teacher = References(o.teacher_temperature, like)
+            self.teacher = References(o.teacher_temperature, o, like)
         nothing = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = nothing, nothing
         # log2 of the sums of exp(z / t), exp(z) and exp(w / t).
@@ -78,8 +82,8 @@ class RowStatistics:
     def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
         """Adds some classes. ``within``: their divergence as if there were no others;
         ``label_logits``: the student's, of rows whose label is among them, else -inf."""
-        stats = stats[:-1].view(6, -1)
-        student_top, student_scale, hard_scale, teacher_top, teacher_scale, _ = stats
+        stats = stats[:-1].view(-1, len(self.student_top))
+        student_top, student_scale, hard_scale, teacher_top, teacher_scale, *_ = stats
         student = self.student.tempered(student_top) - student_scale.double().log2()
         teacher = self.teacher.tempered(teacher_top) - teacher_scale.double().log2()
         if label_logits is not None:
@@ -129,6 +133,7 @@ class RowStatistics:
             self.teacher_top,
             teacher.exp2(),
             slopes,
+            zeros,  # of classes that count for a mean, which is none of these
             scale.reshape(1),
         ]
         return torch.cat([row.to(self.like.dtype) for row in rows])

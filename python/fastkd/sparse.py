@@ -18,7 +18,7 @@ from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
 
 TAILS = ("ghost", "renormalize", "ignore")
-_KERNEL_DEVICES = ("cpu", "meta")
+_KERNEL_DEVICES = ops._KERNEL_DEVICES
 # What a row's probabilities may add up to, for rounding: 16-bit log-probabilities are several
 # percent off (kMostMass in csrc/topk.h).
 _MOST_MASS = 1.1
@@ -64,10 +64,10 @@ def topk_loss(
       teacher truncated to K and the student over all classes. (DistillKit's "zero".)
 
     The objective is that of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
-    Network" (2015); T^2 keeps the soft gradients' size independent of T. On the CPU the student is
-    read once and its gradient is written in the same pass, and q' is a sum of its own, not what is
-    left of 1. Arithmetic is float32 inside whatever the inputs are (float64 if either is). On other
-    devices plain PyTorch operations are used.
+    Network" (2015); T^2 keeps the soft gradients' size independent of T. On the CPU, and on CUDA in
+    a build with CUDA kernels, the student is read once and its gradient is written in the same
+    pass, and q' is a sum of its own, not what is left of 1. Arithmetic is float32 inside whatever
+    the inputs are (float64 if either is). On other devices plain PyTorch operations are used.
 
     Args:
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as

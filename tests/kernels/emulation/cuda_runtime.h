@@ -82,6 +82,16 @@ inline int atomicAdd(int* to, int x) {
   *to += x;
   return before;
 }
+inline unsigned atomicOr(unsigned* to, unsigned x) {
+  const unsigned before = *to;
+  *to |= x;
+  return before;
+}
+inline unsigned atomicAnd(unsigned* to, unsigned x) {
+  const unsigned before = *to;
+  *to &= x;
+  return before;
+}
 
 // ---- what a thread does alone
 
