@@ -3,9 +3,10 @@
 The kernel keeps the most memory that a process ever had resident (VmHWM), and forgets it when asked
 (clear_refs, Linux). So each rival runs once to have loaded and compiled what it needs, freed memory
 goes back to the system, the peak is forgotten, the rival runs again, and the new peak less what was
-resident before is what it took. The child's malloc gives every large tensor pages of its own, so
-that tensors are counted while they live: left to itself, glibc keeps holes between them, and eager
-PyTorch then takes up to twice as much.
+resident before is what it took. The first run's gradient is held until then: fastkd would use its
+memory again. The child's malloc gives every large tensor pages of its own, so that tensors are
+counted while they live: left to itself, glibc keeps holes between them, and eager PyTorch then
+takes up to twice as much.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
         try:
             inputs = measure.make_inputs(case, "cpu", 0)
             step = measure.Step(case, one.make(case), [inputs], one.non_leaf)
-            step()
+            held = step.run(inputs)
             step.sets = [measure.make_inputs(case, "cpu", 1)]
             del inputs
             _settle()
@@ -52,6 +53,7 @@ def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
             Path("/proc/self/clear_refs").write_text("5")
             step()
             result[name] = max(0, _status("VmHWM") - before) / case.tensor_bytes
+            del held
         except Exception:
             result[name] = None
     return result

@@ -11,6 +11,7 @@
 // of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists
 // differ.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "numerics.h"
@@ -40,19 +41,35 @@ enum class Balance {
   kCentered,
 };
 
-// How much of a series is used in T.
+// What the divergences know before they see a class, in the compute type.
 template <class T>
-constexpr int kSeriesTerms = sizeof(T) == sizeof(float) ? 7 : 14;
-
-// What the divergences know before they see a class; made once a call.
+struct ConstantsOf {
+  static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
+  // mix and 1 - mix, such that their sum is 1 in T as well: the logarithm of a mixture is next to 0
+  // where it is the greater of p and q, or near it.
+  T mix = 0, rest = 1;
+  T bound = T(1e30);
+  // Mixtures m, for |d| <= kSeriesLimit: value / (q d^2) and (1 - mix) log(m / q) / d. In fp64 by
+  // powers of d; in fp32 so few terms do because they are economised.
+  T value[kIsDouble ? 14 : 6] = {};
+  T log[kIsDouble ? 14 : 5] = {};
+};
+// The same for both compute types; made once a call.
 struct Constants {
-  static constexpr int kTerms = kSeriesTerms<double>;
-  double mix = 0;
-  // Mixtures: the series in d of value / (q d^2).
-  double series[kTerms] = {};
+  ConstantsOf<double> wide;
+  ConstantsOf<float> narrow;
 };
 
 namespace {
+
+template <class T>
+FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
+  if constexpr (ConstantsOf<T>::kIsDouble) {
+    return k.wide;
+  } else {
+    return k.narrow;
+  }
+}
 
 template <class T>
 struct Evaluated {
@@ -69,8 +86,8 @@ struct ForwardKL {
     // sum p d = sum (p d + q - p), and every term of the second sum is >= 0
     return {e.excess, e.diff};
   }
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
     return at(e);
   }
 };
@@ -79,11 +96,11 @@ struct ForwardKL {
 struct ReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
-    const T slope = times_log(e.q, -e.d);
-    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
-    return {is_small(e.d) ? -e.diff * e.d - e.excess : slope - e.diff, slope};
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+    const T product = e.q * bounded_above(e.d);
+    // q f(-d)
+    return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
 };
 
@@ -91,11 +108,13 @@ struct ReverseKL {
 struct SymmetricKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
-    const T a = static_cast<T>(k.mix), b = static_cast<T>(1 - k.mix);
-    const Evaluated<T> reverse = ReverseKL::at(e, k);
-    return {weighted(a, e.excess) + weighted(b, reverse.value), a * e.diff + b * reverse.slope};
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+    const T a = k.mix, b = k.rest;
+    const T slope = -(e.q * bounded_above(e.d));
+    // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
+    const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
+    return {weighted(a, e.excess) + weighted(b, reverse), a * e.diff + b * slope};
   }
 };
 
@@ -114,25 +133,34 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a) {
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
-template <class T, class K>
-FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const K& k) {
-  constexpr int kUsed = kSeriesTerms<T>;
-  T sum = static_cast<T>(k.series[kUsed - 1]);
-  for (int i = kUsed - 2; i >= 0; --i) sum = sum * e.d + static_cast<T>(k.series[i]);
-  return e.q * (e.d * e.d) * sum;
+template <class T, int kCount>
+FASTKD_HOST_DEVICE T polynomial(const T (&coefficients)[kCount], T d) {
+  T sum = coefficients[kCount - 1];
+  for (int i = kCount - 2; i >= 0; --i) sum = sum * d + coefficients[i];
+  return sum;
+}
+template <class T>
+FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const ConstantsOf<T>& k) {
+  return e.q * (e.d * e.d) * polynomial(k.value, e.d);
 }
 
 // mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
 struct JensenShannon {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
-    const T a = static_cast<T>(k.mix);
-    const Mixture<T> mixed = mixture(e, a);
-    const T slope = -(1 - a) * times_log(e.q, mixed.log_over_q);
-    const T direct = slope - a * times_log(e.p, mixed.log_over_p);
-    return {is_small(e.d) ? near_teacher(e, k) : direct, slope};
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+    const T p = k.mix * e.p, q = k.rest * e.q, m = p + q;
+    // Relative to the greater of the two, so that nothing overflows: log(m / q) is log + d where
+    // that is p, and log where it is q.
+    const T log = log_of(m / (e.p > e.q ? e.p : e.q));
+    const T product = (e.d > 0 ? q : p) * bounded_above(bounded_below(e.d, -k.bound), k.bound);
+    const T slope = -(q * log) - (e.d > 0 ? product : T(0));
+    const T direct = -(m * log) - std::fabs(product);
+    const T near = e.q * e.d;
+    const bool small = is_small(e.d);
+    return {small ? near * e.d * polynomial(k.value, e.d) : direct,
+            small ? -near * polynomial(k.log, e.d) : slope};
   }
 };
 
@@ -148,9 +176,9 @@ FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, T a, T b) {
 struct SkewedForwardKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
-    const T a = static_cast<T>(k.mix), b = 1 - a;
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+    const T a = k.mix, b = k.rest;
     const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
     return {is_small(e.d) ? near_teacher(e, k) : direct, b * b * share_of_mixture(e, b, a)};
@@ -161,9 +189,9 @@ struct SkewedForwardKL {
 struct SkewedReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K& k) {
-    const T b = static_cast<T>(k.mix), a = 1 - b;
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+    const T b = k.mix, a = k.rest;
     const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
     return {is_small(e.d) ? near_teacher(e, k) : -entropy - a * e.diff,
@@ -175,8 +203,8 @@ struct SkewedReverseKL {
 struct TotalVariation {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
     const T size = e.diff < 0 ? -e.diff : e.diff;
     const T half = T(0.5) * e.q;
     return {T(0.5) * size, e.diff > 0 ? half : e.diff < 0 ? -half : T(0)};
@@ -187,8 +215,8 @@ struct TotalVariation {
 struct SquaredError {
   static constexpr Balance kBalance = Balance::kMean;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
     return {e.gap * e.gap, T(-2) * e.gap};
   }
 };
@@ -197,8 +225,8 @@ struct SquaredError {
 struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 
-  template <class T, class K>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const K&) {
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
     return {e.d * e.d, T(-2) * e.d};
   }
 };
@@ -258,15 +286,38 @@ FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T
   return value / classes - mean * mean;
 }
 
+// The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=
+// kSeriesLimit, as good as: its highest power is taken off time and again as the multiple of a
+// Chebyshev polynomial.
+template <int kMany, int kFew>
+void economise(const double (&many)[kMany], float (&few)[kFew]) {
+  double left[kMany];
+  for (int i = 0; i < kMany; ++i) left[i] = many[i] * std::pow(kSeriesLimit, i);
+  for (int n = kMany - 1; n >= kFew; --n) {
+    double term = left[n];  // of T_n / 2^(n - 1), from its highest power down
+    for (int i = n; i >= 0; i -= 2) {
+      left[i] -= term;
+      const int below = n - i;
+      term *= -static_cast<double>(i * (i - 1)) /
+              static_cast<double>((below + 2) * (2 * n - below - 2));
+    }
+  }
+  for (int i = 0; i < kFew; ++i) few[i] = static_cast<float>(left[i] / std::pow(kSeriesLimit, i));
+}
+
 inline Constants make_constants(Divergence id, double mix) {
-  constexpr int kTerms = Constants::kTerms, kPowers = kTerms + 2;
-  Constants k;
-  k.mix = mix;
+  constexpr int kTerms = 14, kPowers = kTerms + 2;
+  Constants both;
+  ConstantsOf<double>& k = both.wide;
+  k.mix = mix, k.rest = 1 - mix;
+  const float greater = static_cast<float>(mix < 0.5 ? k.rest : mix);
+  both.narrow.mix = mix < 0.5 ? 1 - greater : greater;
+  both.narrow.rest = mix < 0.5 ? greater : 1 - greater;
   if (id != Divergence::kJensenShannon && id != Divergence::kSkewedForwardKL &&
       id != Divergence::kSkewedReverseKL) {
-    return k;
+    return both;
   }
-  // Powers of d: e = exp(d), m = 1 - a + a e = m / q, and l = log m by m l' = m'.
+  // Powers of d: e = exp(d), m = 1 - a + a e^d = m / q, and l = log m by m l' = m'.
   const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
   double e[kPowers], m[kPowers], l[kPowers];
   e[0] = m[0] = 1, l[0] = 0;
@@ -275,16 +326,19 @@ inline Constants make_constants(Divergence id, double mix) {
     m[n] = a * e[n];
     l[n] = m[n];
     for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
+    if (n <= kTerms) k.log[n - 1] = (1 - mix) * l[n];
   }
   for (int n = 2; n < kPowers; ++n) {
     double e_l = 0, m_l = 0;  // of the products
     for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
-    double& value = k.series[n - 2];
+    double& value = k.value[n - 2];
     if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
   }
-  return k;
+  economise(k.value, both.narrow.value);
+  economise(k.log, both.narrow.log);
+  return both;
 }
 
 }  // namespace

@@ -101,6 +101,9 @@ struct ForwardArgs : Inputs {
   // `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
+  // Multiplies the gradient once more, but nothing else: the grad_output that backward would be
+  // called with. CPU only.
+  double grad_output = 1.0;
 };
 
 // Writes grad = d(sum_i grad_output_i * scale * loss_i)/d student from the stats that forward left.

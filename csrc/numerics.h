@@ -44,37 +44,18 @@ struct Element {
 // Whether the series is used.
 template <class T>
 FASTKD_HOST_DEVICE bool is_small(T d) {
-  return d * d < static_cast<T>(kSeriesLimit * kSeriesLimit);
+  return std::fabs(d) < static_cast<T>(kSeriesLimit);
 }
 
-// Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
-//   |d| <  1/4: f(d) by its series d^2 (1/2 - d/6 + d^2/24 - ...), and q - p = p (f(d) - d)
-//   |d| >= 1/4: f(d) p = p d + (q - p) directly
-// Masked classes (logits of -inf): where the teacher masks, p d = 0 and the value is q; where the
-// student alone does, d = +inf, the value is +inf and diff = -p stays finite. If p has underflowed
-// to 0 there, the value is NaN, which in a row of clean sums can only mean +inf.
-template <class T>
-FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d);
-
-template <>
-FASTKD_HOST_DEVICE Element<float> element(float p, float q, float d) {
-  // Minimax for the relative error of f(d) / d^2 on |d| <= 1/4: 2.8e-8.
+// f(d) / d^2 = 1/2 - d/6 + d^2/24 - ... for |d| <= 1/4.
+FASTKD_HOST_DEVICE float series_of(float d) {
+  // Minimax for the relative error: 2.8e-8.
   float s = d * 1.3895343e-3f - 8.3488394e-3f;
   s = s * d + 4.1666716e-2f;
   s = s * d - 1.6666642e-1f;
-  s = s * d + 0.5f;
-  const float square = d * d;
-  const bool small = is_small(d);
-  const float direct = q - p;
-  // Keeps p d = 0 where the teacher masks the class: d is -inf there, or NaN if the student does
-  // too.
-  const float bounded = d > -1e30f ? d : -1e30f;
-  return {p, q, d, small ? p * (square * s - d) : direct,
-          small ? p * (square * s) : p * bounded + direct};
+  return s * d + 0.5f;
 }
-
-template <>
-FASTKD_HOST_DEVICE Element<double> element(double p, double q, double d) {
+FASTKD_HOST_DEVICE double series_of(double d) {
   // Truncated after d^14 / 14!: below 1e-19 of the sum at |d| = 1/4.
   double s = 1.0 / 87178291200.0;
   s = s * d - 1.0 / 6227020800.0;
@@ -88,12 +69,33 @@ FASTKD_HOST_DEVICE Element<double> element(double p, double q, double d) {
   s = s * d - 1.0 / 120.0;
   s = s * d + 1.0 / 24.0;
   s = s * d - 1.0 / 6.0;
-  s = s * d + 0.5;
-  const double f = d * d * s;
+  return s * d + 0.5;
+}
+
+// Keeps x d = 0 where x = 0 because a class is masked: d is infinite there, or NaN if both mask it.
+// At least -1e30, or at most 1e30; NaN becomes the bound.
+template <class T>
+FASTKD_HOST_DEVICE T bounded_below(T d, T bound = T(-1e30)) {
+  return d > bound ? d : bound;
+}
+template <class T>
+FASTKD_HOST_DEVICE T bounded_above(T d, T bound = T(1e30)) {
+  return d < bound ? d : bound;
+}
+
+// Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
+//   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
+//   |d| >= 1/4: f(d) p = p d + (q - p) directly
+// Masked classes (logits of -inf): where the teacher masks, p d = 0 and the value is q; where the
+// student alone does, d = +inf, the value is +inf and diff = -p stays finite. If p has underflowed
+// to 0 there, the value is NaN, which in a row of clean sums can only mean +inf.
+template <class T>
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, T bound = T(-1e30)) {
+  const T product = p * bounded_below(d, bound);
+  const T near = product * (d * series_of(d));
+  const T direct = q - p;
   const bool small = is_small(d);
-  const double direct = q - p;
-  const double bounded = d > -1e30 ? d : -1e30;
-  return {p, q, d, small ? p * (f - d) : direct, small ? p * f : p * bounded + direct};
+  return {p, q, d, small ? near - product : direct, small ? near : product + direct};
 }
 
 template <class To, class From>
@@ -104,14 +106,8 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
-FASTKD_HOST_DEVICE float log1p_of(float y) {
-  const uint32_t bits = bits_as<uint32_t>(1.0f + y);
-  // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
-  const uint32_t power = (bits - 0x3f3504f3u) & 0xff800000u;
-  const float n = static_cast<float>(static_cast<int32_t>(power) >> 23);
-  const float r = power == 0 ? y : bits_as<float>(bits - power) - 1.0f;
-  // Minimax for the relative error of log(1 + r) / r.
+// log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
+FASTKD_HOST_DEVICE float log1p_of_mantissa(float r) {
   float s = r * 8.72235374e-2f - 1.43668474e-1f;
   s = s * r + 1.49522693e-1f;
   s = s * r - 1.65623927e-1f;
@@ -120,9 +116,30 @@ FASTKD_HOST_DEVICE float log1p_of(float y) {
   s = s * r + 3.33341856e-1f;
   s = s * r - 4.9999988e-1f;
   s = s * r + 1.0f;
-  return n * static_cast<float>(kLn2) + s * r;
+  return s * r;
+}
+
+// log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
+FASTKD_HOST_DEVICE float log1p_of(float y) {
+  const uint32_t bits = bits_as<uint32_t>(1.0f + y);
+  // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
+  const uint32_t power = (bits - 0x3f3504f3u) & 0xff800000u;
+  const float n = static_cast<float>(static_cast<int32_t>(power) >> 23);
+  const float r = power == 0 ? y : bits_as<float>(bits - power) - 1.0f;
+  return n * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
+
+// log x for a normal x > 0, within 3e-8 plus an ulp of the power of two's; some finite number for
+// 0 and NaN.
+FASTKD_HOST_DEVICE float log_of(float x) {
+  // x = 2^n (1 + r), as above
+  const uint32_t shifted = bits_as<uint32_t>(x) - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float r = bits_as<float>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  return n * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+}
+FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 
 // weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
 template <class T>

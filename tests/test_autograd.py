@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import reference
+from fastkd import _C, ops, reference
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 REDUCTIONS = ["mean", "sum", "none"]
@@ -375,6 +375,49 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
         tensors += 1.0  # of the product that the logits come from
     assert taken <= tensors * student.nbytes + 8192
     assert taken >= tensors * student.nbytes  # the profiler saw what there is to see
+
+
+def test_a_gradient_in_use_is_not_written_over():
+    """What one call's gradient leaves is used by the next, but not before it is left."""
+
+    def gradient(seed: int) -> Tensor:
+        student, teacher, labels = make((16, 20000), seed=seed)
+        leaf = student.requires_grad_()
+        fastkd.loss(leaf, teacher, labels).backward()
+        return leaf.grad
+
+    alone = [gradient(seed).clone() for seed in range(3)]
+    held = [gradient(seed) for seed in range(3)]
+    for one, other in zip(alone, held, strict=True):
+        assert torch.equal(one, other)
+    addresses = {one.data_ptr() for one in held}
+    assert len(addresses) == 3
+    del one, other, held
+    again = gradient(1)
+    assert torch.equal(again, alone[1])
+    if ops.EAGER is not None:
+        assert again.data_ptr() in addresses
+    again.resize_(40, 20000)  # as any tensor can be
+    assert torch.equal(again[:16], alone[1])
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (6, 1000), (3, _C.segment + 5)], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, divergence):
+    """16-bit gradients are written for the grad_output of the call before, or else anew."""
+    student, teacher, labels = make(shape, dtype)
+
+    def gradients(factor: float) -> list[Tensor]:
+        leaf = student.clone().requires_grad_()
+        value = fastkd.loss(leaf, teacher, labels, divergence=divergence)
+        factors = [torch.tensor(one) for one in (factor, factor, 3.0)]
+        return [torch.autograd.grad(value, leaf, one, retain_graph=True)[0] for one in factors]
+
+    for factor in (1.0, 1024.0, 0.25):
+        first, second = gradients(factor), gradients(factor)
+        assert torch.equal(first[0], first[1]) and torch.equal(first[0], second[0])
+        assert torch.equal(first[2], second[2])
 
 
 # ---- torch.func and forward mode

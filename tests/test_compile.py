@@ -299,6 +299,12 @@ def test_opcheck_the_ops_that_write(device):
         (student, teacher, labels, None, None, *settings),
         test_utils=CHECKS,
     )
+    if device.type == "cpu":
+        torch.library.opcheck(
+            torch.ops.fastkd.loss_into.default,
+            (torch.empty_like(teacher), 3.0, student, teacher, labels, *settings[:9], False),
+            test_utils=CHECKS,
+        )
     student = make((6, 50), device=device).student
     one = torch.ones((), device=device)
     for filled in (False, True):

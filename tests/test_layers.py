@@ -79,7 +79,7 @@ IMPORTS = {
     },
 }  # fmt: skip
 # The optional way in through torch's C++ autograd, which has no stable interface.
-UNSTABLE = {"torch/eager.cpp"}
+UNSTABLE = {"torch/eager.cpp", "torch/gradients.h"}
 
 
 def part(path: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""Memory: none is kept, and where there is none left torch's own error says so."""
+"""Memory: calls do not gather it, and where there is none left torch's own error says so."""
 
 import json
 import pathlib

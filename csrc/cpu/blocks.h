@@ -174,9 +174,11 @@ struct Coefficients {
   Way way;      // for rows that are not kept
   T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
   T hard_gain;
+  T kept_hard_gain;  // for powers of kept exponentials
   T uniform;         // label smoothing's share of the target
   T student_share;   // of q, and
   T constant_share;  // of 1, which balance the slopes (divergences.h)
+  T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
 
   bool apart() const { return way != Way::kAnew; }
 };
@@ -196,7 +198,7 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   } else {
     gap = (w - z) * c.inverse_temperature;
   }
-  Element<T> e = element<T>(p, q, gap - c.log_ratio);
+  Element<T> e = element<T>(p, q, gap - c.log_ratio, c.bound);
   e.gap = gap + c.shift;
   return e;
 }
@@ -224,7 +226,13 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
       const Evaluated<T> kl = ForwardKL::at(e);
       values[i] += kl.value;
       T g = c.uniform;
-      if constexpr (kHard != Hard::kNone) g += c.hard_gain * hard_exponential<kHard>(e.q, z, c.own);
+      // A power of what was kept, not of q: then q is used only for q - p, and costs no product.
+      constexpr bool kOfKept = kWay == Way::kKept && kHard != Hard::kOwn;
+      const T hard_gain = kOfKept ? c.kept_hard_gain : c.hard_gain;
+      const T tempered = kOfKept ? student_power : e.q;
+      if constexpr (kHard != Hard::kNone) {
+        g += hard_gain * hard_exponential<kHard>(tempered, z, c.own);
+      }
       grad_lanes[i] = g + c.soft_gain * kl.slope;
     }
     pack(grad_buffer, grad + at);
@@ -237,14 +245,14 @@ struct SlopeSums {
   T value, slope, classes;
 };
 
-// For the other divergences: sums value and slopes, and leaves q and the slopes for
-// balance_gradient. These may take the kept exponentials' place.
+// For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
+// perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
 template <class D, Way kWay, class T, class S, class L>
 SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
                         const L* student, const L* teacher, const T* student_kept,
                         const T* teacher_kept, T* q, T* slopes, int64_t count) {
   const Coefficients<T, S> c = coefficients;
-  const Constants k = constants;
+  const ConstantsOf<T> k = constants_in<T>(constants);
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes];
@@ -263,16 +271,17 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       values[i] += counts ? here.value : T(0);
       sums[i] += counts ? here.slope : T(0);
       if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
-      q[at + i] = e.q;
+      if constexpr (kWay != Way::kKept) q[at + i] = e.q;
       slopes[at + i] = here.slope;
     }
   }
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
+// `q_scale` makes q of what is given for it.
 template <Hard kHard, bool kMean, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
-                      const T* slopes, L* grad, int64_t count) {
+                      T q_scale, const T* slopes, L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], grad_buffer[kLanes];
@@ -280,7 +289,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
     T* grad_lanes = unpacked(grad + at, grad_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const T here = q[at + i];
+      const T here = q[at + i] * q_scale;
       T g = c.uniform;
       if constexpr (kHard != Hard::kNone) {
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
@@ -291,6 +300,25 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
     }
     pack(grad_buffer, grad + at);
   }
+}
+
+// The sum of p log p alone, which the soft cross entropy asks for.
+template <bool kKept, class T, class S, class L>
+T sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale, const L* teacher,
+              const T* teacher_kept, int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  T sums[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T buffer[kLanes];
+    const T* w = unpack(teacher + at, buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const T p = kKept ? teacher_kept[at + i] * c.teacher_scale : c.teacher(w[i]);
+      const T log_p = (w[i] - c.teacher.max) * c.teacher_inverse_temperature + log_scale;
+      sums[i] += p * bounded_below(log_p, c.bound);
+    }
+  }
+  return sum_of(sums);
 }
 
 template <class T>

@@ -66,33 +66,36 @@ const S* fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer) {
   return buffer;
 }
 
-// The last segment of a row keeps the exponentials of the first sweep for the second, which starts
-// there: while they lie in L2, loading is cheaper than computing. Bounded by the stack.
+// What the first sweep left of a segment: exponentials, and what those of each block are relative
+// to, the greatest logit of the segment so far; or nothing (null). With `slopes` the teacher's have
+// been replaced by slopes.
+template <class T>
+struct Left {
+  T* student = nullptr;
+  T* teacher = nullptr;
+  double* student_max = nullptr;
+  double* teacher_max = nullptr;
+  bool slopes = false;
+
+  bool any() const { return student != nullptr; }
+  Left at(int64_t index) const {
+    if (!any()) return {};
+    return {student + index, teacher + index, student_max, teacher_max, slopes};
+  }
+};
+
+// Room for a segment's exponentials. The last segment of a row keeps them for the second sweep,
+// which starts there: while they lie in L2, loading is cheaper than computing. Bounded by the
+// stack.
 template <class T>
 struct Kept {
   static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
   alignas(64) T student[kClasses + kLanes];
   alignas(64) T teacher[kClasses + kLanes];
-  // What each block's exponentials are relative to: the greatest logit of the segment so far.
   static constexpr int64_t kBlocks = kSegment / kBlock + 1;
   double student_max[kBlocks], teacher_max[kBlocks];
-};
 
-// What an earlier sweep left of a block or segment: exponentials and the maxima of their blocks, or
-// q and the slopes, or nothing (null).
-template <class T>
-struct Left {
-  T* student = nullptr;  // exponentials, or q
-  T* teacher = nullptr;  // exponentials, or slopes
-  const double* student_max = nullptr;
-  const double* teacher_max = nullptr;
-
-  bool exponentials() const { return student_max != nullptr; }
-  bool slopes() const { return student != nullptr && student_max == nullptr; }
-  Left at(int64_t index) const {
-    if (student == nullptr) return {};
-    return {student + index, teacher + index, student_max, teacher_max};
-  }
+  Left<T> left() { return {student, teacher, student_max, teacher_max}; }
 };
 
 // Makes q and p of exponentials that are relative to other maxima than the row's.
@@ -103,6 +106,9 @@ void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, dou
   const double teacher = row.teacher_rescale(teacher_max, s.teacher_max);
   c->student_scale = static_cast<T>(student * static_cast<double>(s.student_scale));
   c->teacher_scale = static_cast<T>(teacher * static_cast<double>(s.teacher_scale));
+  double power = static_cast<double>(c->hard_gain);
+  for (int i = 0; i < row.power; ++i) power *= static_cast<double>(c->student_scale);
+  c->kept_hard_gain = static_cast<T>(power);
 }
 
 // T computes, S is what the loops read and write.
@@ -125,10 +131,10 @@ struct Engine {
     return make_coefficients<S>(in, row, s, gain);
   }
 
-  bool keeps(int64_t segment) const { return Kept<T>::kClasses > 0 && segment == segments() - 1; }
-  Left<T> kept_of(int64_t segment, Kept<T>& kept) const {
-    if (!keeps(segment)) return {};
-    return {kept.student, kept.teacher, kept.student_max, kept.teacher_max};
+  // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
+  // a segment. Of the divergences that take another sweep still, all segments do.
+  bool keeps(int64_t segment) const {
+    return Kept<T>::kClasses > 0 && (segment == segments() - 1 || !one_sweep());
   }
 
   // Calls fn(at, count) for blocks of [begin, end): whole ones, then what is left of full vectors,
@@ -179,36 +185,39 @@ struct Engine {
   }
 
   template <bool kKeep>
-  Statistics scan_range(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
-                        Kept<T>* kept) const {
+  Statistics scan_range(const Row<T>& row, int64_t index, int64_t segment,
+                        const Left<T>& into) const {
+    const int64_t begin = segment * kSegment, end = end_of(segment);
     Statistics result = kNoStatistics;
     const Pair<double> sums = with_hard<T>(row.hard, [&](auto hard) {
       return scan_blocks<decltype(hard)::value, kKeep>(row, row.factor, student_of(in, index),
                                                        begin, end, &result.student_max,
-                                                       kept->student, kept->student_max);
+                                                       into.student, into.student_max);
     });
     result.student_sum = sums.tempered, result.hard_sum = sums.hard;
     result.teacher_sum =
         scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
-                                        &result.teacher_max, kept->teacher, kept->teacher_max)
+                                        &result.teacher_max, into.teacher, into.teacher_max)
             .tempered;
     return result;
   }
 
-  Statistics scan(const Row<T>& row, int64_t index, int64_t segment, Kept<T>* kept) const {
+  // Leaves the exponentials in `into` where that is room for them.
+  Statistics scan(const Row<T>& row, int64_t index, int64_t segment, const Left<T>& into) const {
     if (row.state != State::kNormal) return kNoStatistics;
-    const int64_t begin = segment * kSegment, end = end_of(segment);
-    return keeps(segment) ? scan_range<true>(row, index, begin, end, kept)
-                          : scan_range<false>(row, index, begin, end, kept);
+    return into.any() ? scan_range<true>(row, index, segment, into)
+                      : scan_range<false>(row, index, segment, into);
   }
 
-  // What scan() keeps of the last segment, once more, for who has only the statistics.
-  void keep(const Row<T>& row, const Scales<T>& s, int64_t index, Kept<T>* kept) const {
-    const int64_t last = segments() - 1;
-    if (!keeps(last) || row.state != State::kNormal || !s.valid()) return;
+  // What scan() leaves of a segment, once more, for who has only the statistics.
+  Left<T> keep(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
+               Kept<T>* kept) const {
+    if (!keeps(segment)) return {};
+    if (row.state != State::kNormal || !s.valid()) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
-    scan_range<true>(tempered_only, index, last * kSegment, in.classes, kept);
+    scan_range<true>(tempered_only, index, segment, kept->left());
+    return kept->left();
   }
 
   void fill(int64_t index, int64_t begin, int64_t end, T value) const {
@@ -231,13 +240,24 @@ struct Engine {
       const double share = in.label_smoothing / static_cast<double>(in.classes);
       sums->student_logits += share * sum_offsets(z, s.student_max, count);
     }
-    if (!terms && in.divergence != Divergence::kSoftCrossEntropy) return;
+    if (!terms) return;
     copy_block(teacher_of(in, index), at, count, w);
     const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
                                          s.student_max, s.teacher_max, z, w, padded(count));
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
+  }
+
+  // The teacher's entropy, where the divergence has it and nobody asks for more.
+  void sum_entropy(const Coefficients<T, S>& c, const Scales<T>& s, int64_t index, int64_t at,
+                   int64_t count, const Left<T>& left, Sums* sums) const {
+    alignas(64) S teacher[kBlock];
+    const S* w = fetch(teacher_of(in, index), at, count, teacher);
+    const T log_scale = std::log(s.teacher_scale);
+    sums->teacher_entropy -= left.any()
+                                 ? sum_p_log_p<true>(c, log_scale, w, left.teacher, padded(count))
+                                 : sum_p_log_p<false>(c, log_scale, w, left.teacher, padded(count));
   }
 
   // One block of the forward KL's second sweep, in the form that the row asks for.
@@ -255,8 +275,8 @@ struct Engine {
     };
     if (c.apart()) return hard ? with_way(constant<Hard::kOwn>) : with_way(constant<Hard::kNone>);
     return with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-      return left.student != nullptr ? write(has_hard, constant<Way::kKept>)
-                                     : write(has_hard, constant<Way::kAnew>);
+      return left.any() ? write(has_hard, constant<Way::kKept>)
+                        : write(has_hard, constant<Way::kAnew>);
     });
   }
 
@@ -271,26 +291,26 @@ struct Engine {
       };
       if (c.way == Way::kApart) return sum(constant<Way::kApart>);
       if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
-      return left.student != nullptr ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
+      return left.any() ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
     });
   }
   template <class L>
-  void balance(const Row<T>& row, const Coefficients<T, S>& c, const L* z, const T* q,
+  void balance(const Row<T>& row, const Coefficients<T, S>& c, const L* z, const T* q, T q_scale,
                const T* slope, L* g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
     const bool mean = is_mean(balance_of(in.divergence));
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      mean ? balance_gradient<kHard, true>(c, z, q, slope, g, count)
-           : balance_gradient<kHard, false>(c, z, q, slope, g, count);
+      mean ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
+           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
   }
 
-  // Sums value and slopes of one segment. Where `left` holds exponentials, they make way for q and
-  // slopes; `into` receives these for a segment of which nothing is left.
+  // Sums value and slopes of one segment. Where `left` holds exponentials, the teacher's make way
+  // for the slopes.
   void sum_segment(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, int64_t index,
-                   int64_t segment, const Left<T>& left, const Left<T>& into, Sums* sums) const {
+                   int64_t segment, const Left<T>& left, Sums* sums) const {
     if (row.state != State::kNormal || !s.valid()) return;
     alignas(64) S student[kBlock];
     alignas(64) S teacher[kBlock];
@@ -301,13 +321,10 @@ struct Engine {
     for_blocks(begin, end_of(segment), [&](int64_t at, int64_t count) {
       const S* z = fetch(student_of(in, index), at, count, student);
       const S* w = fetch(teacher_of(in, index), at, count, teacher);
-      if (left.exponentials()) {
-        rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
-      }
-      const Left<T> to = left.exponentials() ? left.at(at - begin) : into.at(at - begin);
-      const bool held = to.student != nullptr;
-      const SlopeSums<T> of_block = slopes(*c, left.at(at - begin), z, w, held ? to.student : q,
-                                           held ? to.teacher : slope, padded(count));
+      const Left<T> here = left.at(at - begin);
+      if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
+      const SlopeSums<T> of_block =
+          slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, padded(count));
       sums->value += of_block.value;
       sums->slope += of_block.slope;
       sums->classes += of_block.classes;
@@ -337,15 +354,17 @@ struct Engine {
     const bool direct = grad != nullptr && in.student_dtype == kStorage<S> && count % kLanes == 0;
     S* g = direct ? static_cast<S*>(grad_at(index, at)) : result;
     T value = 0;
-    if (left.slopes()) {
-      balance(row, c, z, left.student, left.teacher, g, padded(count));
+    const T* const student_like = left.any() ? left.student : q;
+    const T q_scale = left.any() ? c.student_scale : T(1);
+    if (left.slopes) {
+      balance(row, c, z, student_like, q_scale, left.teacher, g, padded(count));
     } else {
       const S* w = fetch(teacher_of(in, index), at, count, teacher);
       if (one_sweep()) {
         value = differentiate(row, c, left, z, w, g, padded(count));
       } else {
         slopes(c, left, z, w, q, slope, padded(count));
-        balance(row, c, z, q, slope, g, padded(count));
+        balance(row, c, z, student_like, q_scale, slope, g, padded(count));
       }
     }
     if (grad != nullptr && !direct) {
@@ -366,7 +385,7 @@ struct Engine {
       differentiate(row, c, {}, z, w, z, kLanes);
     } else {
       slopes(c, {}, z, w, q, slope, kLanes);
-      balance(row, c, z, q, slope, z, kLanes);
+      balance(row, c, z, q, T(1), slope, z, kLanes);
     }
     return z[0] - onehot(row, gain);
   }
@@ -391,17 +410,18 @@ struct Engine {
             weighted(share, static_cast<double>(z) - static_cast<double>(s.student_max));
       }
     }
-    const bool extras = sums != nullptr && (terms || in.label_smoothing != 0 ||
-                                            in.divergence == Divergence::kSoftCrossEntropy);
+    const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
+    const bool entropy =
+        sums != nullptr && !terms && in.divergence == Divergence::kSoftCrossEntropy;
     double value = 0;
     int64_t block = 0;
     for_blocks(begin, end, [&](int64_t at, int64_t count) {
       if (extras) sum_extras(row, *c, s, index, at, count, sums);
-      if (left.exponentials()) {
-        rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
-      }
+      const Left<T> here = left.at(at - begin);
+      if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
+      if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
       if (grad != nullptr || one_sweep()) {
-        value += write_block(row, *c, index, at, count, left.at(at - begin));
+        value += write_block(row, *c, index, at, count, here);
       }
       ++block;
     });

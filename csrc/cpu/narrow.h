@@ -245,7 +245,7 @@ struct NarrowEngine {
 
   template <class D, bool kSeparate>
   __attribute__((noinline)) void balance_gradient(const RowConstants& c, bool slope_sums) {
-    const Constants k = constants;
+    const ConstantsOf<float> k = constants_in<float>(constants);
     alignas(64) Lanes sums, counts;
     for (int64_t i = 0; i < kTileRows; ++i) tile.value[i] = sums[i] = counts[i] = 0;
     for (int64_t index = 0; index < in.classes; ++index) {
@@ -390,7 +390,8 @@ struct NarrowEngine {
   void forward(const ForwardArgs& args) {
     load();
     scan();
-    for (int64_t i = 0; i < kTileRows; ++i) tile.gain[i] = static_cast<float>(args.scale);
+    const float gain = static_cast<float>(args.scale) * static_cast<float>(args.grad_output);
+    for (int64_t i = 0; i < kTileRows; ++i) tile.gain[i] = gain;
     sum_logits();
     if (args.terms != nullptr || in.divergence == Divergence::kSoftCrossEntropy) sum_terms();
     differentiate(false);

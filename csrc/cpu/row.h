@@ -185,11 +185,13 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
                   : Way::kAnew,
           static_cast<T>(gain * row.soft_weight * row.temperature),
           static_cast<T>(row.power > 0 && !apart ? power_gain : hard_gain),
+          0,
           static_cast<T>(row.hard == Hard::kNone
                              ? 0.0
                              : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
           0,
-          0};
+          0,
+          T(-1e30)};
 }
 
 }  // namespace

@@ -102,55 +102,91 @@ void write_segment(const Engine<T, S>& engine, const Row<T>& row, const Scales<T
   }
 }
 
-// `work`: room for q and the slopes of a row longer than a segment. Null where one sweep does, or
-// where there is no memory: then they are computed twice.
+// As backward_row() forms it from what put_stats() leaves, to the same bits.
+template <class T>
+double gain_of(const ForwardArgs& args) {
+  return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
+}
+
+// Where the segments of a row leave their exponentials. Divergences that take another sweep keep
+// all of them: in memory for a whole row, which may be missing (then they are computed anew,
+// segment by segment, to the same bits).
+template <class T>
+struct Room {
+  Kept<T> last;
+  std::unique_ptr<T[]> exponentials;  // of the other segments, the student's and the teacher's
+  std::unique_ptr<double[]> maxima;
+
+  template <class S>
+  explicit Room(const Engine<T, S>& engine) {
+    const int64_t others = engine.segments() - 1;
+    if (others == 0 || !engine.keeps(0)) return;
+    const size_t size = static_cast<size_t>(2 * others);
+    exponentials.reset(new (std::nothrow) T[size * kSegment]);
+    maxima.reset(new (std::nothrow) double[size * Kept<T>::kBlocks]);
+  }
+
+  template <class S>
+  Left<T> of(const Engine<T, S>& engine, int64_t segment) {
+    if (!engine.keeps(segment)) return {};
+    if (segment == engine.segments() - 1) return last.left();
+    if (exponentials == nullptr || maxima == nullptr) return {};
+    T* const student = exponentials.get() + 2 * segment * kSegment;
+    double* const student_max = maxima.get() + 2 * segment * Kept<T>::kBlocks;
+    return {student, student + kSegment, student_max, student_max + Kept<T>::kBlocks};
+  }
+};
+
 template <class T, class S>
-void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index, T* work) {
+void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index,
+                 Room<T>& room) {
   const Row<T> row = make_row<T>(args, index, engine.terms);
   const int64_t last = engine.segments() - 1;
-  Kept<T> kept;
-  Statistics statistics = engine.scan(row, index, 0, &kept);
-  for (int64_t i = 1; i <= last; ++i) merge(row, engine.scan(row, index, i, &kept), &statistics);
-  const double gain = static_cast<T>(args.scale);
+  Statistics statistics = engine.scan(row, index, 0, room.of(engine, 0));
+  for (int64_t i = 1; i <= last; ++i) {
+    merge(row, engine.scan(row, index, i, room.of(engine, i)), &statistics);
+  }
+  const double gain = gain_of<T>(args);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
+  // What was kept of a segment, or is kept anew.
+  const auto left_of = [&](int64_t i) {
+    const Left<T> left = room.of(engine, i);
+    return left.any() ? left : engine.keep(row, scales, index, i, &room.last);
+  };
+  const bool spare = last == 0 || room.of(engine, 0).any();  // not all in the place of the last
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
-  const bool one_sweep = engine.one_sweep();
-  Left<T> in_segment = engine.kept_of(last, kept);
-  const auto left_of = [&](int64_t i) {
-    if (i == last && engine.keeps(i)) return in_segment;
-    if (work == nullptr) return Left<T>{};
-    return Left<T>{work, work + padded(args.classes)}.at(i * kSegment);
-  };
-  if (!one_sweep) {
+  if (!engine.one_sweep()) {
     for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
-      engine.sum_segment(row, &c, scales, index, i, engine.kept_of(i, kept), left_of(i),
-                         &of_segment);
+      engine.sum_segment(row, &c, scales, index, i, left_of(i), &of_segment);
       add(of_segment, &sums);
     }
     engine.set_shares(&c, sums);
-    in_segment.student_max = in_segment.teacher_max = nullptr;  // q and slopes now
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
+    Left<T> left = room.of(engine, i);
+    if (!engine.one_sweep()) {
+      left.slopes = left.any() && spare;
+      if (!left.slopes) left = engine.keep(row, scales, index, i, &room.last);
+    }
+    write_segment(engine, row, scales, &c, gain, index, i, left, &of_segment);
     add(of_segment, &sums);
   }
   finish(args, row, index, statistics, sums);
 }
 
 template <class T, class S>
-void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t index) {
+void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t index,
+                  Kept<T>& kept) {
   const Row<T> row = make_row<T>(args, index, false);
   const T grad_output =
       static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0];
   const double scale = static_cast<const T*>(args.stats)[kStats * args.rows];
   const double gain = scale * static_cast<double>(grad_output);
   const Scales<T> scales = get_stats<T>(args, index);
-  Kept<T> kept;
-  engine.keep(row, scales, index, &kept);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
   sums.slope = static_cast<const T*>(args.stats)[kSlopeSum * args.rows + index];
@@ -159,13 +195,15 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
     sums.slope = 0;
     for (int64_t i = engine.segments(); i-- > 0;) {
       Sums of_segment = {};
-      engine.sum_segment(row, &c, scales, index, i, {}, {}, &of_segment);
+      const Left<T> left = engine.keep(row, scales, index, i, &kept);
+      engine.sum_segment(row, &c, scales, index, i, left, &of_segment);
       add(of_segment, &sums);
     }
   }
   engine.set_shares(&c, sums);
   for (int64_t i = engine.segments(); i-- > 0;) {
-    write_segment(engine, row, scales, &c, gain, index, i, engine.kept_of(i, kept), nullptr);
+    const Left<T> left = engine.keep(row, scales, index, i, &kept);
+    write_segment(engine, row, scales, &c, gain, index, i, left, nullptr);
   }
 }
 
@@ -188,12 +226,8 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
                      [&](auto& engine) { engine.forward(args); });
   }
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
-    using T = decltype(zero);
-    std::unique_ptr<T[]> work;
-    if (!engine.one_sweep() && !(engine.segments() == 1 && engine.keeps(0))) {
-      work.reset(new (std::nothrow) T[static_cast<size_t>(2 * padded(args.classes))]);
-    }
-    for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, work.get());
+    Room<decltype(zero)> room(engine);
+    for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, room);
   });
 }
 
@@ -201,8 +235,9 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
   if (is_narrow(args)) {
     return for_tiles(args, false, begin, end, [&](auto& engine) { engine.backward(args); });
   }
-  with_engine(args, false, [&](const auto& engine, auto) {
-    for (int64_t i = begin; i < end; ++i) backward_row(args, engine, i);
+  with_engine(args, false, [&](const auto& engine, auto zero) {
+    Kept<decltype(zero)> kept;
+    for (int64_t i = begin; i < end; ++i) backward_row(args, engine, i, kept);
   });
 }
 
@@ -211,7 +246,7 @@ void scan(const ForwardArgs& args, int64_t index, int64_t segment, Statistics* r
     using T = decltype(zero);
     Kept<T> kept;
     const Row<T> row = make_row<T>(args, index, engine.terms);
-    *result = engine.scan(row, index, segment, &kept);
+    *result = engine.scan(row, index, segment, engine.keeps(segment) ? kept.left() : Left<T>{});
   });
 }
 
@@ -237,20 +272,17 @@ struct SharedRow {
             const Statistics* of_row)
       : engine(engine),
         row(make_row<T>(args, index, engine.terms)),
-        gain(static_cast<T>(args.scale)),
+        gain(gain_of<T>(args)),
         scales(make_scales(row, merge_all(row, of_row, engine.segments()))),
         c(engine.coefficients(row, scales, gain)),
-        left(engine.kept_of(segment, kept)) {
-    if (engine.keeps(segment)) engine.keep(row, scales, index, &kept);
-  }
+        left(engine.keep(row, scales, index, segment, &kept)) {}
 };
 
 void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
              Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, segment, of_row);
-    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left, {},
-                       result);
+    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left, result);
   });
 }
 

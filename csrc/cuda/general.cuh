@@ -28,17 +28,6 @@ struct GeneralSums : Sums<A> {
   }
 };
 
-// Constants of divergences.h in the compute type.
-template <class A>
-struct ConstantsOf {
-  A mix, series[kSeriesTerms<A>];
-
-  __device__ __forceinline__ explicit ConstantsOf(const Constants& k) : mix(static_cast<A>(k.mix)) {
-#pragma unroll
-    for (int i = 0; i < kSeriesTerms<A>; i++) series[i] = static_cast<A>(k.series[i]);
-  }
-};
-
 // Calls fn with the struct of a divergence; all weighted sums of the two KLs are one.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
@@ -77,11 +66,11 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
                                            const RowStats<A>& row, A scale)
       : Base(call, index, temperature, row, scale),
         divergence(call.args.divergence),
-        constants(call.constants),
+        constants(constants_in<A>(call.constants)),
         student_base(this->apart ? row.student_max : A(0)),
         teacher_base(this->apart ? row.teacher_max : A(0)) {
-    if (is_one_sweep(divergence)) constants.mix = A(1);
-    if (divergence == Divergence::kReverseKL) constants.mix = A(0);
+    if (is_one_sweep(divergence)) constants.mix = A(1), constants.rest = A(0);
+    if (divergence == Divergence::kReverseKL) constants.mix = A(0), constants.rest = A(1);
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
     if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
     if (!this->apart) return;

@@ -126,11 +126,12 @@ void run_forward(const ForwardArgs& args) {
 }  // namespace
 
 ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool terms, bool with_stats,
-                           const Tensor* grad) {
+                           const Tensor* grad, double grad_output) {
   ForwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;
   const int64_t rows = args.rows;
   args.scale = 1.0 / divisor(reducing, count_rows(call));
+  args.grad_output = grad_output;
   args.reduction = reducing.reduction;
   const bool per_row = reducing.reduction == Reduction::kNone;
   ForwardResult result{empty_out(call, terms, per_row),

@@ -16,6 +16,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -26,6 +27,8 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+
+#include "gradients.h"
 
 namespace py = pybind11;
 using at::Tensor;
@@ -50,6 +53,10 @@ using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                   const std::optional<Tensor>&, double, double,
                                                   double, double, double, int64_t, int64_t, double,
                                                   int64_t, double, bool, bool);
+using LossIntoOp = std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, const Tensor&,
+                                              const std::optional<Tensor>&, double, double, double,
+                                              double, double, int64_t, int64_t, double, int64_t,
+                                              bool);
 using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
                         double, double, double, int64_t, int64_t, double, bool);
@@ -69,11 +76,31 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
                    settings.mix, settings.reduction, 0.0, settings.with_terms, with_grad);
 }
 
-// The backward pass of a call whose forward pass has written the gradient for grad_output = 1.
+std::tuple<Tensor, Tensor> call_loss_into(const Tensor& grad, double grad_output,
+                                          const Tensor& student, const Tensor& teacher,
+                                          const std::optional<Tensor>& labels,
+                                          const Settings& settings) {
+  static const auto loss_into = op<LossIntoOp>("fastkd::loss_into");
+  return loss_into.call(grad, grad_output, student, teacher, labels, settings.temperature,
+                        settings.temperature, settings.hard_weight, settings.soft_weight,
+                        settings.label_smoothing, settings.ignore_index, settings.divergence,
+                        settings.mix, settings.reduction, settings.with_terms);
+}
+
+// 16-bit gradients cannot be scaled afterwards (Cpu::backward), and under a GradScaler, or where
+// gradients are accumulated, grad_output is not 1. It seldom changes: so the forward pass writes
+// them for the grad_output that the last one met. Where that was wrong they are computed anew, to
+// the same bits.
+std::atomic<double> last_grad_output{1.0};
+
+bool is_16_bit(const Tensor& tensor) { return tensor.element_size() == 2; }
+
+// The backward pass of a call whose forward pass has written the gradient.
 struct LossBackward : torch::autograd::Node {
   SavedVariable student, teacher, labels;
-  Tensor grad;   // given away by the first call
-  Tensor stats;  // for the following ones, and where scaling `grad` would not be exact
+  Tensor grad;               // given away by the first call
+  double grad_output = 1.0;  // that `grad` was written for
+  Tensor stats;              // for the following calls, and where scaling `grad` would not be exact
   Settings settings;
 
   std::string name() const override { return "FastKDLossBackward"; }
@@ -88,10 +115,10 @@ struct LossBackward : torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
-    Tensor grad_output = std::move(grad_outputs[0]);
-    if (!grad_output.defined()) return {Tensor()};
-    if (at::GradMode::is_enabled()) return {differentiable(grad_output)};  // create_graph=True
-    if (settings.with_terms) grad_output = grad_output.select(0, 0);
+    Tensor factor = std::move(grad_outputs[0]);
+    if (!factor.defined()) return {Tensor()};
+    if (at::GradMode::is_enabled()) return {differentiable(factor)};  // create_graph=True
+    if (settings.with_terms) factor = factor.select(0, 0);
     // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
     // which may not scale it again, starts anew.
     Tensor result;
@@ -100,14 +127,20 @@ struct LossBackward : torch::autograd::Node {
       result = std::move(grad);
       grad.reset();
     }
-    const bool filled = result.defined();
-    // What the op would find out too, without the cost of calling it.
-    if (filled && grad_output.is_cpu() && number(grad_output) == 1.0) return {result};
+    if (factor.is_cpu()) {
+      const double wanted = number(factor);
+      if (result.defined() && is_16_bit(result) && wanted != 0 && std::isfinite(wanted)) {
+        last_grad_output = wanted;
+      }
+      // What the op would find out too, without the cost of calling it.
+      if (result.defined() && wanted == grad_output) return {result};
+    }
     const Tensor student_logits = student.unpack();
-    if (!filled) result = at::empty_like(student_logits, at::MemoryFormat::Contiguous);
+    const bool filled = result.defined() && grad_output == 1.0;
+    if (!result.defined()) result = empty_like(student_logits);
     static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
     const Tensor label_tensor = labels.unpack();
-    backward.call(result, grad_output, stats, student_logits, teacher.unpack(),
+    backward.call(result, factor, stats, student_logits, teacher.unpack(),
                   label_tensor.defined() ? std::optional<Tensor>(label_tensor) : std::nullopt,
                   std::nullopt, settings.temperature, settings.temperature, settings.hard_weight,
                   settings.soft_weight, settings.label_smoothing, settings.ignore_index,
@@ -116,13 +149,18 @@ struct LossBackward : torch::autograd::Node {
   }
 
  private:
+  static Tensor empty_like(const Tensor& logits) {
+    return logits.is_cpu() ? empty_gradient(logits)
+                           : at::empty_like(logits, at::MemoryFormat::Contiguous);
+  }
+
   static double number(const Tensor& scalar) {
     return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
                                                : *scalar.const_data_ptr<float>();
   }
 
   // The gradient by differentiable operations: fastkd.ops.differentiable_gradient.
-  Tensor differentiable(const Tensor& grad_output) {
+  Tensor differentiable(const Tensor& factor) {
     py::gil_scoped_acquire gil;
     const py::module_ ops = py::module_::import("fastkd.ops");
     const py::object numbers = ops.attr("Settings")(
@@ -134,7 +172,7 @@ struct LossBackward : torch::autograd::Node {
         .attr("differentiable_gradient")(
             student.unpack(), teacher.unpack(),
             label_tensor.defined() ? py::cast(label_tensor) : py::none(), py::none(), py::none(),
-            numbers, grad_output)
+            numbers, factor)
         .cast<Tensor>();
   }
 };
@@ -163,7 +201,14 @@ Tensor differentiable_loss(const Tensor& student, const Tensor& teacher,
   Tensor out;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
+    if (student.is_cpu()) {
+      node->grad = empty_gradient(student);
+      if (is_16_bit(student)) node->grad_output = last_grad_output;
+      std::tie(out, node->stats) =
+          call_loss_into(node->grad, node->grad_output, student, teacher, labels, settings);
+    } else {
+      std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
+    }
   }
   torch::autograd::set_history(out, pointer);
   return out;

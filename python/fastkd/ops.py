@@ -117,6 +117,19 @@ def _(
     return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
 
 
+@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
+def _(
+    grad: Tensor,
+    grad_output: float,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_terms = settings
+    return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
+
+
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, *_: Any) -> None:
     return None
