@@ -335,11 +335,12 @@ struct Engine {
   // What balances the slopes. Their sum is rounded to T, because backward reads it from `stats`.
   void set_shares(Coefficients<T, S>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
-    c->student_share = balance == Balance::kStudent ? static_cast<T>(sums.slope) : T(0);
+    const T slope = static_cast<T>(sums.slope);
+    c->student_share = balance == Balance::kStudent ? slope : T(0);
     if (!is_mean(balance)) return;
     c->soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) / sums.classes);
     if (balance == Balance::kCentered) {
-      c->constant_share = static_cast<T>(sums.slope / sums.classes);
+      c->constant_share = static_cast<T>(static_cast<double>(slope) / sums.classes);
     }
   }
 

@@ -384,6 +384,8 @@ struct NarrowEngine {
     stats[kTeacherMax * args.rows] = ignored ? 0 : tile.teacher_max[i];
     stats[kTeacherScale * args.rows] = ignored ? 0 : tile.teacher_scale[i];
     stats[kSlopeSum * args.rows] = ignored || is_one_sweep(in.divergence) ? 0 : tile.slope[i];
+    stats[kClassCount * args.rows] =
+        ignored || !is_mean(balance_of(in.divergence)) ? 0 : tile.classes_that_count[i];
     if (first + i == 0) stats[kStats * args.rows] = static_cast<float>(args.scale);
   }
 

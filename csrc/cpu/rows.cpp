@@ -50,7 +50,7 @@ void put_constant(const ForwardArgs& args, int64_t index, T value) {
 }
 
 template <class T>
-void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, double slope_sum) {
+void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const Sums& sums) {
   if (args.stats == nullptr) return;
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
@@ -58,7 +58,8 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, doubl
   stats[kHardScale * args.rows] = s.hard_scale;
   stats[kTeacherMax * args.rows] = s.teacher_max;
   stats[kTeacherScale * args.rows] = s.teacher_scale;
-  stats[kSlopeSum * args.rows] = static_cast<T>(slope_sum);
+  stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
+  stats[kClassCount * args.rows] = static_cast<T>(sums.classes);
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
 }
 
@@ -76,7 +77,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
             const Sums& sums) {
   if (row.state == State::kIgnored) {
     put_constant(args, index, T(0));
-    return put_stats(args, index, Scales<T>{}, 0);
+    return put_stats(args, index, Scales<T>{}, Sums{});
   }
   const Scales<T> scales = make_scales(row, of);
   if (row.state == State::kInvalid || !scales.valid()) {
@@ -84,7 +85,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   } else {
     put_loss(args, row, index, of, sums);
   }
-  put_stats(args, index, scales, sums.slope);
+  put_stats(args, index, scales, sums);
 }
 
 // Gradient and sums of one segment; a constant where the row has no gradient.
@@ -189,17 +190,8 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
   const Scales<T> scales = get_stats<T>(args, index);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
-  sums.slope = static_cast<const T*>(args.stats)[kSlopeSum * args.rows + index];
-  if (is_mean(balance_of(args.divergence))) {
-    // The classes that count are not in `stats`.
-    sums.slope = 0;
-    for (int64_t i = engine.segments(); i-- > 0;) {
-      Sums of_segment = {};
-      const Left<T> left = engine.keep(row, scales, index, i, &kept);
-      engine.sum_segment(row, &c, scales, index, i, left, &of_segment);
-      add(of_segment, &sums);
-    }
-  }
+  const T* stats = static_cast<const T*>(args.stats) + index;
+  sums.slope = stats[kSlopeSum * args.rows], sums.classes = stats[kClassCount * args.rows];
   engine.set_shares(&c, sums);
   for (int64_t i = engine.segments(); i-- > 0;) {
     const Left<T> left = engine.keep(row, scales, index, i, &kept);

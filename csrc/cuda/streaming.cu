@@ -127,12 +127,12 @@ struct Exchange {
   S sums[2][32];
 };
 
-// fp64 needs twice the registers.
-template <class Rows>
-constexpr int kStreamingThreads = sizeof(typename Rows::A) == 8 ? 256 : 512;
+// fp64 needs twice the registers, and so does the sweep between.
+template <class Rows, class W>
+constexpr int kStreamingThreads = sizeof(typename Rows::A) == 8 || W::kGeneral ? 256 : 512;
 
 template <class Rows, class W, bool kExtra>
-__global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
+__global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     streaming_kernel(const __grid_constant__ ForwardCall call) {
   using A = typename Rows::A;
   __shared__ Exchange<A, typename W::Sums> exchange;
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(kStreamingThreads<Rows>, 1)
 template <class Rows, class W, bool kExtra>
 cudaError_t launch_with(const ForwardCall& call, Launch& launch, int processors) {
   const auto kernel = streaming_kernel<Rows, W, kExtra>;
-  if (launch.config.blockDim.x > kStreamingThreads<Rows>)
-    launch.config.blockDim.x = kStreamingThreads<Rows>;
+  if (launch.config.blockDim.x > kStreamingThreads<Rows, W>)
+    launch.config.blockDim.x = kStreamingThreads<Rows, W>;
   int per_processor = 1;
   if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &per_processor, kernel, static_cast<int>(launch.config.blockDim.x), 0))

@@ -324,10 +324,9 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
 
 def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
     """What of a call the kernels lack, as users write it."""
-    device = student.device.type
-    if device not in _KERNEL_DEVICES:
-        return [f"logits on {device}"]
-    return [USES[use] for use in sorted(_missing(device, labels, objective))]
+    if student.device.type not in _KERNEL_DEVICES:
+        return [f"logits on {student.device.type}"]
+    return [USES[use] for use in sorted(_missing(labels, objective))]
 
 
 def compute(
