@@ -352,6 +352,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   barrier_wait(&shared.ready[group], rows.turn & 1);
   for (int c = 0; c < shape.chunks; c++, rows.start.advance(1, shape.stages)) {
     barrier_wait(&shared.full[rows.start.stage], rows.start.parity);
+    __syncwarp();  // a lane that is behind would take the stage's next turn for this one, and wait
     if (thread % 32 == 0) barrier_arrive(&shared.empty[rows.start.stage]);
   }
 }

@@ -105,10 +105,12 @@ Warp* ready_warp() {
   }
   return nullptr;
 }
-// Every lane that can, from a random one on, upwards or downwards.
+// Every lane that can, from a random one on, upwards or downwards; now and then only a few of them,
+// so that lanes of a warp drift apart.
 void run(Warp& warp) {
   const unsigned first = static_cast<unsigned>(draw(64));
-  for (unsigned i = 0; i < 32; i++) {
+  const unsigned lanes = static_cast<unsigned>(draw(8) == 0 ? 1 + draw(31) : 32);
+  for (unsigned i = 0; i < lanes; i++) {
     Thread* thread = warp.lanes[(first & 32 ? first - i : first + i) % 32];
     if (thread == nullptr || !is_ready(*thread)) continue;
     put_in_place(*thread->cta);
