@@ -195,7 +195,9 @@ def test_references_of_the_cuda_kernels(temperature):
             hard = (3 * (z.double() * slope.double() - (top * slope).double()[:, None])).exp2()
             hard = hard.sum(1).reciprocal()
         tempered = scale(z, top, slope, top * slope)
-        stats = torch.stack([top, tempered, hard, top, tempered, top * 0, top * 0]).float().flatten()
+        nothing = top * 0
+        stats = torch.stack([top, tempered, hard, top, tempered, nothing, nothing])
+        stats = stats.float().flatten()
         rows.add(torch.zeros(50), torch.cat([stats, stats.new_ones(1)]), top)
     top, tempered, hard, *_ = rows.stats(torch.ones(()), True)[:-1].view(7, 50)
     assert torch.equal(top, logits.max(1).values)

@@ -67,8 +67,8 @@ def _compute(
         # What is usual takes the shortest way; None comes back from what is not.
         try:
             out = ops.EAGER.loss(
-                student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature, alpha,
-                ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+                student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
+                alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
                 reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
         except RuntimeError as error:
