@@ -22,7 +22,7 @@ Plan tiny(int64_t rows, int64_t classes, const DeviceLimits& device) {
   plan.lanes = classes <= 8 * kTinyPerLane ? 8 : 32;
   // Few rows: larger CTAs, so that eight of them hold all rows.
   const int64_t threads = rows * plan.lanes;
-  plan.threads = threads <= 8 * 256 ? 256 : threads <= 8 * 512 ? 512 : threads <= 8192 ? 1024 : 256;
+  plan.threads = threads > 8 * 256 && threads <= 8 * kTinyThreads ? kTinyThreads : 256;
   plan.rows_per_block = plan.threads / plan.lanes;
   finish_inside_if_small(plan, rows, device);
   return plan;

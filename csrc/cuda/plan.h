@@ -36,6 +36,7 @@ struct Plan {
 // Sizes that planner and kernels must agree on.
 constexpr int kVectorBytes = 16;
 constexpr int kTinyPerLane = 4;     // classes held by a lane
+constexpr int kTinyThreads = 512;   // of a CTA at most: with 1024 the kernels would spill
 constexpr int kRegisterBytes = 64;  // of one input, held by a thread: 16 registers
 constexpr int kRingGroups = 4;      // groups of warps that take turns with the rows
 constexpr int kRingWarps = 4;       // per group

@@ -89,7 +89,8 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
 }
 
 template <class W, int kLanes>
-__global__ void __launch_bounds__(1024, 1) tiny_kernel(const __grid_constant__ ForwardCall call) {
+__global__ void __launch_bounds__(kTinyThreads, 1)
+    tiny_kernel(const __grid_constant__ ForwardCall call) {
   __shared__ int count;
   __shared__ double slots[32];
   const ForwardArgs& args = call.args;

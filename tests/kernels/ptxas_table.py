@@ -1,7 +1,7 @@
 """Reads what ``nvcc -Xptxas -v`` printed, prints a table of the kernels, fails on spills.
 
-Kernels that also sum the terms (their third template argument is true) are not hot: they may
-spill a little.
+Kernels that also sum the terms (their first argument that is true or false is true) are not hot:
+they may spill a little.
 
 Usage: python tests/kernels/ptxas_table.py BUILD_LOG
 """
@@ -15,7 +15,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-WITH_TERMS = re.compile(r"_kernel<[^,]+, [^,]+, true")
 SPILLS_WITH_TERMS = 64  # bytes
 
 
@@ -41,6 +40,15 @@ def parse(log: str) -> list[Kernel]:
             kernels.append(Kernel(name, arch, int(match[1]), stack, spills))
             name = ""
     return kernels
+
+
+def has_terms(label: str) -> bool:
+    """Whether a kernel also sums the terms."""
+    arguments = label.partition("_kernel<")[2]
+    while "<" in arguments:  # those of its arguments say nothing
+        arguments = re.sub(r"<[^<>]*>", "", arguments, count=1)
+    flags = re.findall(r"\b(true|false)\b", arguments)
+    return flags[:1] == ["true"]
 
 
 def main() -> None:
@@ -69,7 +77,7 @@ def main() -> None:
     spilling = [
         label
         for label, kernel in zip(named, kernels, strict=True)
-        if kernel.spills > (SPILLS_WITH_TERMS if WITH_TERMS.search(label) else 0)
+        if kernel.spills > (SPILLS_WITH_TERMS if has_terms(label) else 0)
     ]
     print(f"{len(kernels)} kernels, {len(spilling)} of them spill registers on a hot path")
     if spilling:
