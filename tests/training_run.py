@@ -147,5 +147,5 @@ def die_in_save(number: int) -> None:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
-        # Left to the interpreter's end, gloo's threads now and then ended the process with an abort.
+        # At the interpreter's end, gloo's threads now and then ended the process with an abort.
         torch.distributed.destroy_process_group()
