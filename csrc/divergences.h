@@ -98,7 +98,7 @@ struct ReverseKL {
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    const T product = e.q * bounded_above(e.d);
+    const T product = times_log(e.q, bounded_above(e.d));
     // q f(-d)
     return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
@@ -111,7 +111,7 @@ struct SymmetricKL {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
     const T a = k.mix, b = k.rest;
-    const T slope = -(e.q * bounded_above(e.d));
+    const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
     return {weighted(a, e.excess) + weighted(b, reverse), a * e.diff + b * slope};

@@ -283,6 +283,36 @@ REGRESSIONS = [
     # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
+    # A class that the teacher masks and whose student probability underflows, of no weight: NaN.
+    Case(
+        (1,),
+        16,
+        spread=1e4,
+        odd=((1, 0, 0, -math.inf),),
+        divergence="reverse_kl",
+        weights=(0.0, 0.0),
+    ),
+    Case(
+        (1,),
+        2,
+        spread=0.0,
+        odd=((0, 0, 0, 1e38), (1, 0, 1, -math.inf)),
+        divergence="reverse_kl",
+        temperature=1.0,
+        weights=(0.0, 0.0),
+    ),
+    # Exponentials of many classes, one after the other: their sum's rounding was in the gradient.
+    Case(
+        (),
+        32768,
+        (FP64, FP32),
+        spread=3.0,
+        apart=100.0,
+        layout="classes apart",
+        divergence="reverse_kl",
+        temperature=0.25,
+        weights=(0.0, 0.3),
+    ),
     # The teacher's temperature of each row beside one number for the student.
     Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),

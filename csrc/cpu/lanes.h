@@ -158,17 +158,20 @@ struct LaneEngine {
   // In fp64: where classes are few, the rounding of their sum would be most of the gradient's
   // error.
   static void sum(const Lanes<T>* values, int64_t classes, Lanes<double>& sums) {
+    alignas(64) Lanes<double> of_block = {};  // so that rows of many classes round less
     int64_t c = 0;
     for (; c + 2 <= classes; c += 2) {
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        sums[i] += static_cast<double>(values[c][i]) + static_cast<double>(values[c + 1][i]);
+        of_block[i] += static_cast<double>(values[c][i]) + static_cast<double>(values[c + 1][i]);
       }
     }
     if (c < classes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kTileRows; ++i) sums[i] += static_cast<double>(values[c][i]);
+      for (int64_t i = 0; i < kTileRows; ++i) of_block[i] += static_cast<double>(values[c][i]);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) sums[i] += of_block[i];
   }
 
   // The exponentials, given the maxima. Not inlined, like the sweeps below: forward and backward
