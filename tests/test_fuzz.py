@@ -254,10 +254,8 @@ def sensitivity(case: Case, problem: Problem) -> float:
     in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
     if not is_fused(case) and in_exponent > 1e30:
         return math.inf  # a logit over its temperature is no float32, whatever it weighs
-    if not is_fused(case):
-        in_exponent += math.log(
-            case.classes
-        )  # logarithms of probabilities are rounded at that size
+    if not is_fused(case):  # logarithms of probabilities are rounded at their size
+        in_exponent += math.log(case.classes)
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
