@@ -148,6 +148,14 @@ FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   return weight == T(0) && infinite ? T(0) : weight * value;
 }
 
+// The soft term's part of a gradient: none where its weight is 0, whatever the slope. An infinite
+// divergence's may be infinite or NaN.
+template <class T>
+FASTKD_HOST_DEVICE T soft_part(T gain, T slope) {
+  const T part = gain * slope;
+  return gain == T(0) ? T(0) : part;
+}
+
 // x log y with 0 log y = 0, whatever y; the caller has log y at hand.
 template <class T>
 FASTKD_HOST_DEVICE T times_log(T x, T log_x) {

@@ -303,6 +303,23 @@ REGRESSIONS = [
         temperature=1.0,
         weights=(0.0, 0.0),
     ),
+    # An infinite divergence of no weight, whose slopes are infinite: NaN.
+    Case(
+        (1,),
+        2,
+        odd=((1, 0, 0, 1e38),),
+        divergence="reverse_kl",
+        temperature=0.25,
+        weights=(0.0, 0.0),
+    ),
+    Case(
+        (1,),
+        1000,
+        odd=((1, 0, 0, 1e38),),
+        divergence="reverse_kl",
+        temperature=0.25,
+        weights=(0.0, 0.0),
+    ),
     # Exponentials of many classes, one after the other: their sum's rounding was in the gradient.
     Case(
         (),

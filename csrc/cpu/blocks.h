@@ -296,7 +296,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
       }
       T slope = slopes[at + i] - here * c.student_share - c.constant_share;
       if constexpr (kMean) slope = slope == slope ? slope : T(0);
-      grad_lanes[i] = g + c.soft_gain * slope;
+      grad_lanes[i] = g + soft_part(c.soft_gain, slope);
     }
     pack(grad_buffer, grad + at);
   }

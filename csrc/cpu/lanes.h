@@ -322,7 +322,7 @@ struct LaneEngine {
 
   template <bool kHard>
   FASTKD_HOST_DEVICE T gradient_at(const Column& x, int32_t index, int64_t i, T slope_here) const {
-    T g = soft_gain[i] * slope_here;
+    T g = soft_part(soft_gain[i], slope_here);
     if constexpr (kHard) {
       const T hot = onehot[i];
       g += x.hard[i] * hard_gain[i] - uniform[i];

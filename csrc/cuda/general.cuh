@@ -125,8 +125,8 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     const Element<A> e = element<D>(z, w, hard_exponent);
     A slope = D::at(e, constants).slope - e.q * student_share - constant_share;
     if (is_mean(D::kBalance) && slope != slope) slope = A(0);
-    return fma_of(this->soft, slope,
-                  this->template hard_part<kAtRunTime, true>(e.q, hard_exponent));
+    return soft_part(this->soft, slope) +
+           this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
   }
 
   // The same for callers that have one class at a time.
