@@ -127,23 +127,30 @@ struct Pair {
 };
 
 // The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
-// that one fetches for the other. What lies beyond a row is harmless to prefetch.
-template <class S>
-FASTKD_HOST_DEVICE void prefetch_next(const S* logits) {
-  const uintptr_t next = reinterpret_cast<uintptr_t>(logits) + kBlock * sizeof(S);
+// that one fetches for the other; and so does each store of a gradient. A row's last block fetches
+// what is wanted only after the row's second sweep: into L2, for L1 is full of what that sweep
+// reads. What lies beyond a row is harmless to prefetch.
+enum class Into { kL1, kL2 };
+FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
+  return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
+}
+template <Into kInto, class S>
+FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(block) + kBlock * sizeof(S);
   for (uintptr_t i = 0; i < kLanes * sizeof(S); i += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(next + i));
+    __builtin_prefetch(reinterpret_cast<const void*>(next + i), 0, kInto == Into::kL1 ? 3 : 2);
   }
 }
 
 // With kKeep the tempered exponentials are left in `kept`.
 template <Hard kHard, bool kKeep, class T, class S>
 Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>& tempered_one,
-                         const Exponential<T, S>& own_one, T* kept) {
+                         const Exponential<T, S>& own_one, T* kept, Into next) {
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
-    prefetch_next(logits + at);
+    next == Into::kL1 ? prefetch_next<Into::kL1>(logits + at)
+                      : prefetch_next<Into::kL2>(logits + at);
     T buffer[kLanes];
     const T* x = unpack(logits + at, buffer);
 #pragma omp simd
@@ -215,6 +222,7 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
     const T* student_lanes = unpack(student + at, student_buffer);
     const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
     T* grad_lanes = unpacked(grad + at, grad_buffer);
+    prefetch_next<Into::kL2>(grad + at);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T z = student_lanes[i], w = teacher_lanes[i];
@@ -287,6 +295,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
     T student_buffer[kLanes], grad_buffer[kLanes];
     const T* student_lanes = unpack(student + at, student_buffer);
     T* grad_lanes = unpacked(grad + at, grad_buffer);
+    prefetch_next<Into::kL2>(grad + at);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T here = q[at + i] * q_scale;

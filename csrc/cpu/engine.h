@@ -175,8 +175,8 @@ struct Engine {
         tempered.max = own.max = static_cast<T>(top);
         *max = top;
       }
-      const Pair<T> sums =
-          sum_exponentials<kHard, kKeep>(block, padded(count), tempered, own, kept);
+      const Pair<T> sums = sum_exponentials<kHard, kKeep>(block, padded(count), tempered, own, kept,
+                                                          next_of(at, in.classes));
       if constexpr (kKeep) kept += count, *maxima++ = *max;
       result.tempered += sums.tempered;
       result.hard += sums.hard;
