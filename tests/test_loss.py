@@ -110,7 +110,7 @@ def test_temperatures(device, temperature, dtype):
     ids=str,
 )
 def test_options(device, options, dtype):
-    student, teacher, labels = make((12, 77), dtype, device=device)
+    student, teacher, labels = make((12, 141), dtype, device=device)
     if "ignore_index" in options:
         labels = labels.masked_fill(labels == -100, options["ignore_index"])
     check(student, teacher, labels, temperature=options.pop("temperature", 2.0), **options)
@@ -131,7 +131,7 @@ def test_normalizer_may_be_a_tensor(device, shape, dtype):
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
     ):
-        problem = make((12, 77), dtype, device=device)
+        problem = make((12, 141), dtype, device=device)
         value = fastkd.loss(*problem, normalizer=normalizer)
         exact = truth(*problem, normalizer=23)
         assert_value(value, exact, compute_dtype(*problem[:2]))

@@ -489,7 +489,7 @@ void test_types(const cpu::Kernels& k) {
     for (DType teacher : kTypes) {
       for (double t : {1.0, 2.0, 3.0, 4.0, 0.7}) {
         Problem p;
-        p.student = student, p.teacher = teacher, p.temperature = t, p.classes = 77;
+        p.student = student, p.teacher = teacher, p.temperature = t, p.classes = cpu::kNarrow + 29;
         run(k, p, t == 2);
         p.classes = 1056, p.misalignment = 1, p.smoothing = 0.1;
         run(k, p, t == 0.7);
@@ -500,10 +500,12 @@ void test_types(const cpu::Kernels& k) {
 
 // Every edge of a vector, of a block and of a segment, and one either side of it.
 void test_widths(const cpu::Kernels& k) {
-  constexpr int64_t kSegment = cpu::kSegment;
+  constexpr int64_t kNarrow = cpu::kNarrow, kSegment = cpu::kSegment;
   constexpr int64_t kWidths[] = {
-      1,  2,   3,   7,    10,   15,   16,   17,   31,    32,           33,       63,
-      65, 100, 511, 1000, 1023, 1024, 1025, 2049, 16384, kSegment - 1, kSegment, kSegment + 1};
+      1,        2,           3,    7,    10,          15,      16,          17,    31,
+      32,       33,          63,   65,   100,         127,     129,         511,   1000,
+      1023,     1024,        1025, 2049, kNarrow - 1, kNarrow, kNarrow + 1, 16384, kSegment - 1,
+      kSegment, kSegment + 1};
   for (DType type : kTypes) {
     for (int64_t n : kWidths) {
       Problem p;
@@ -591,7 +593,8 @@ void test_infinities(const cpu::Kernels& k) {
 // classes of one block, of several, and of more than a tile keeps.
 void test_pixels(const cpu::Kernels& k) {
   for (DType type : kTypes) {
-    for (int64_t classes : {1, 2, 19, 47, 48, 49, 150, 513, 1025}) {
+    for (int64_t classes : {int64_t{1}, int64_t{2}, int64_t{19}, cpu::kNarrow - 1, cpu::kNarrow,
+                            cpu::kNarrow + 1, int64_t{150}, int64_t{513}, int64_t{1025}}) {
       Problem p;
       p.student = p.teacher = type, p.classes = classes, p.rows = 70;
       p.student_pixels = p.teacher_pixels = true;
