@@ -117,7 +117,8 @@ struct BackwardArgs : Inputs {
   RowStrides grad_stride;
 };
 
-struct TopkArgs;  // topk.h
+struct TopkArgs;     // topk.h
+struct MixtureArgs;  // mixture.h
 
 namespace cpu {
 
@@ -173,6 +174,8 @@ struct Kernels {
   // zeros. Returns the first row whose list is none: a class out of range or twice, or numbers that
   // are no log-probabilities, its loss and gradient NaN; or -1.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
+  // Rows [begin, end) of a mixture of teachers.
+  void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
 // What balance left of all segments, added in the order that makes the bits those of a whole row.

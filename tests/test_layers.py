@@ -28,11 +28,15 @@ LAYERS = {
     "kernels.h": {"divergences.h", "dtypes.h"},
     "topk.h": {"kernels.h"},
     "topk_row.h": {"numerics.h", "topk.h"},
-    "cpu": {"numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cpu"},
+    "mixture.h": {"kernels.h"},
+    "cpu": {
+        *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h"),
+        *("mixture.h", "cpu"),
+    },
     "cuda": {
         *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cuda"),
     },
-    "torch": {"kernels.h", "topk.h", "torch"},
+    "torch": {"kernels.h", "mixture.h", "topk.h", "torch"},
 }
 # What each part of the package may import of it, by folder or file: what stands above.
 IMPORTS = {
@@ -43,7 +47,9 @@ IMPORTS = {
     "checks": set(),
     "objective": {"checks", "reference"},
     "rows": {"reference", "objective"},
-    "ops": {"_C", "_eager", "checks", "reference", "objective", "rows"},
+    "native": {"_C"},
+    "mixture": {"native", "reference", "objective"},
+    "ops": {"native", "_eager", "checks", "reference", "objective", "rows", "mixture"},
     "losses": {"checks", "reference", "objective", "ops"},
     "sparse": {"checks", "objective", "reference", "ops"},
     "explain": {"reference", "objective", "losses"},

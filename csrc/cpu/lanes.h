@@ -7,28 +7,11 @@
 // rows of a tile (tile.h), and no lane knows of another: the bits do not depend on which rows share
 // a tile.
 #pragma once
+#include "logarithm.h"
 #include "tile.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
-
-// log2 of a positive normal number, within 2 ulp or 1e-7, whichever is more.
-FASTKD_HOST_DEVICE float log2_of(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  // x = 2^n m with m in [1/sqrt 2, sqrt 2)
-  const uint32_t shifted = bits - 0x3f3504f3u;
-  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
-  const float m = bits_as<float>(bits - (shifted & 0xff800000u));
-  // log m = 2 artanh s, s = (m - 1) / (m + 1), |s| <= 0.172: five terms of the series suffice.
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float s2 = s * s;
-  float series = s2 * (1.0f / 9.0f) + 1.0f / 7.0f;
-  series = series * s2 + 1.0f / 5.0f;
-  series = series * s2 + 1.0f / 3.0f;
-  series = series * s2 + 1.0f;
-  return n + series * s * static_cast<float>(2.0 * kLog2E);
-}
-FASTKD_HOST_DEVICE double log2_of(double x) { return std::log2(x); }
 
 // Classes [begin, begin + count), which lie from `at` on in the tile.
 struct Block {

@@ -307,10 +307,12 @@ void exp2_all(const float* in, float* out, int64_t count) {
 }  // namespace
 
 int64_t run_topk(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed);  // topk.cpp
+void run_mixture(const MixtureArgs& args, int64_t begin, int64_t end);  // mixture.cpp
 
 Kernels make_kernels(const char* name);
 Kernels make_kernels(const char* name) {
-  return {name, forward, backward, scan, sum_one, write_one, close, exp2_all, run_topk};
+  return {name,      forward, backward, scan,     sum_one,
+          write_one, close,   exp2_all, run_topk, run_mixture};
 }
 
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -32,6 +32,8 @@ std::vector<int64_t> strides_of(const Tensor& tensor) {
   return {tensor.strides().begin(), tensor.strides().end()};
 }
 
+}  // namespace
+
 Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name,
                     int64_t entries) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
@@ -39,8 +41,6 @@ Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const 
                   " for each row of logits: ", entries * rows, ", not ", tensor.numel());
   return torch::stable::contiguous(tensor);
 }
-
-}  // namespace
 
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& row_settings, const Options& options, bool strided,

@@ -29,6 +29,10 @@ struct Options {
 
 DType dtype_of(const Tensor& tensor, const char* name);
 
+// The same, contiguous, if it has `entries` for each row, of this dtype; or an error.
+Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name,
+                    int64_t entries);
+
 // The inputs of a call and the tensors that keep them alive: a tensor whose rows the kernels cannot
 // walk is replaced by a copy (layout.h).
 struct Call {

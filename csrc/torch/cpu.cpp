@@ -117,7 +117,7 @@ void run_forward(const ForwardArgs& args) {
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::in_lanes(args) ? 0 : args.rows % threads;
   const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
-  torch::stable::parallel_for(0, whole, grain_rows(args), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, whole, grain_rows(args.classes), [&](int64_t begin, int64_t end) {
     kernels.forward(args, begin, end);
   });
   forward_split(kernels, args, whole, args.rows);
@@ -171,9 +171,9 @@ void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_out
   const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   if (!filled) prefer_huge_pages(args.grad, gradient_bytes(args));
   const cpu::Kernels& kernels = cpu::kernels();
-  torch::stable::parallel_for(0, args.rows, grain_rows(args), [&](int64_t begin, int64_t end) {
-    kernels.backward(args, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, args.rows, grain_rows(args.classes),
+      [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
 }
 
 }  // namespace fastkd::glue

@@ -9,9 +9,7 @@ namespace fastkd::glue {
 // Below this many classes of work in all, a second thread costs more than it brings.
 constexpr int64_t kGrain = 16384;
 
-inline int64_t grain_rows(const Inputs& inputs) {
-  return std::max<int64_t>(1, kGrain / inputs.classes);
-}
+inline int64_t grain_rows(int64_t classes) { return std::max<int64_t>(1, kGrain / classes); }
 
 double number(const Tensor& tensor);
 

@@ -39,12 +39,13 @@ TopkCall prepare_topk(const Tensor& student, const Tensor& indices, const Tensor
 void run(const TopkArgs& args) {
   const cpu::Kernels& kernels = cpu::kernels();
   std::atomic<int64_t> first_bad{args.rows};
-  torch::stable::parallel_for(0, args.rows, grain_rows(args), [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> listed(static_cast<size_t>(cpu::bitmap_words(args.classes)));
-    const int64_t bad = kernels.topk(args, begin, end, listed.data());
-    int64_t before = first_bad.load();
-    while (bad >= 0 && bad < before && !first_bad.compare_exchange_weak(before, bad)) continue;
-  });
+  torch::stable::parallel_for(
+      0, args.rows, grain_rows(args.classes), [&](int64_t begin, int64_t end) {
+        std::vector<uint64_t> listed(static_cast<size_t>(cpu::bitmap_words(args.classes)));
+        const int64_t bad = kernels.topk(args, begin, end, listed.data());
+        int64_t before = first_bad.load();
+        while (bad >= 0 && bad < before && !first_bad.compare_exchange_weak(before, bad)) continue;
+      });
   STD_TORCH_CHECK(first_bad == args.rows,
                   "indices must be different classes of the student's, or negative, and log_probs "
                   "the logarithms of their probabilities; not so in row ",

@@ -166,3 +166,15 @@ def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
         normalizer=normalizer,
         class_weight=class_weight,
     )
+
+
+def row_numbers(numbers: tuple[float | Tensor, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers that rows may have of their own, one after the other, as the ops take them."""
+    rows = logits.shape[:-1]
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.as_tensor(number, dtype=dtype, device=logits.device).expand(rows)
+                for number in numbers
+            ]
+        ).flatten()

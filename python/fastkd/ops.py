@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, reference
-from fastkd.objective import Objective
+from fastkd.mixture import one_teacher
+from fastkd.native import _C
+from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts
-
-try:
-    from fastkd import _C
-except ImportError as error:  # pragma: no cover - needs a broken installation
-    raise ImportError(
-        f"fastkd's native library could not be loaded ({error}). It needs torch >= 2.10 (this is "
-        f"{torch.__version__}); if it was built for another Python, reinstall it."
-    ) from error
 
 
 def _load_eager() -> Any:
@@ -408,14 +402,14 @@ def _arguments(
     """What the native ops take beside the student: teacher, labels, row settings, denominator and
     numbers."""
     o = objective
-    teacher, teacher_temperature = _teacher_of(student, teachers, o)
+    teacher, teacher_temperature = one_teacher(teachers, o, accumulator(student, *teachers))
     if labels is not None and labels.dtype is not torch.int64:
         labels = labels.long()
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
     numbers = (o.temperature, teacher_temperature, o.hard_weight, o.soft_weight)
     row_settings = None
     if any(isinstance(number, Tensor) for number in numbers):
-        row_settings = _row_settings(numbers, student, accumulator(student, teacher))
+        row_settings = row_numbers(numbers, student, accumulator(student, teacher))
         # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
         numbers = (1.0, 1.0 if _same_temperature(o) else 2.0, 1.0, 1.0)
     settings = Settings(
@@ -453,46 +447,10 @@ def gradient_(
     )
 
 
-def _row_settings(
-    numbers: tuple[float | Tensor, ...], student: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The four numbers that rows may have of their own, as the ops take them."""
-    rows = student.shape[:-1]
-    with torch.no_grad():
-        return torch.stack(
-            [
-                torch.as_tensor(number, dtype=dtype, device=student.device).expand(rows)
-                for number in numbers
-            ]
-        ).flatten()
-
-
 def _same_temperature(objective: Objective) -> bool:
     """Whether student and teacher are known to have the same temperature in every row."""
     mine, own = objective.temperature, objective.teacher_temperature
     return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
-
-
-def _teacher_of(
-    student: Tensor, teachers: tuple[Tensor, ...], objective: Objective
-) -> tuple[Tensor, float | Tensor]:
-    """One teacher's logits, and the temperature at which their softmax is p.
-
-    Teachers that are several, and probabilities, cost one tensor of the teacher's size.
-    """
-    o = objective
-    if len(teachers) == 1 and o.teacher_form != "probs":
-        return teachers[0], o.teacher_temperature
-    dtype = accumulator(student, *teachers)
-    with torch.no_grad():
-        logits, _ = reference.softened_teacher(
-            [teacher.to(dtype) for teacher in teachers],
-            reference.column(o.teacher_temperature),
-            o.teacher_form,
-            o.teacher_weights,
-            o.ensemble,
-        )
-        return logits * reference.column(o.temperature), o.temperature
 
 
 def _apply(

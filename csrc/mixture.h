@@ -1,0 +1,36 @@
+// The interface of the mixing of teachers: several, or probabilities, become the logits of one.
+// Otherwise as kernels.h.
+#pragma once
+#include "kernels.h"
+
+namespace fastkd {
+
+// What several teachers are mixed in: the probabilities that they give, or their logits.
+enum class Ensemble : int32_t { kProbs = 0, kLogits = 1 };
+
+struct MixedTeacher {
+  const void* logits = nullptr;  // [rows, classes], or probabilities; classes are adjacent
+  DType dtype = DType::kFloat32;
+  int64_t group_rows = 0;
+  RowStrides stride;
+  double share = 1.0;  // the shares of all add up to 1
+};
+
+// Writes logits w such that softmax(w / temperature) is the mixture of softmax(logits /
+// teacher_temperature); the logits of probabilities are their logarithms. A row in which a teacher
+// has NaN, +inf or no class at all becomes NaN.
+struct MixtureArgs {
+  int64_t rows = 0;
+  int64_t classes = 0;
+  const MixedTeacher* teachers = nullptr;  // [count]
+  int64_t count = 0;
+  bool probabilities = false;
+  Ensemble ensemble = Ensemble::kProbs;
+  double temperature = 1.0;
+  double teacher_temperature = 1.0;
+  const void* row_temperatures = nullptr;  // acc [2, rows]: replaces the two; or null
+  bool in_double = false;                  // what acc is
+  void* mixed = nullptr;                   // acc [rows, classes], contiguous
+};
+
+}  // namespace fastkd
