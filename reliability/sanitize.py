@@ -17,7 +17,17 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize-python"
-CORE = ["loss", "terms", "bad_input", "determinism", "concurrency", "fuzz", "topk", "fuzz_topk"]
+CORE = [
+    "loss",
+    "terms",
+    "bad_input",
+    "determinism",
+    "concurrency",
+    "fuzz",
+    "topk",
+    "fuzz_topk",
+    "mixture",
+]
 
 
 def library(name: str) -> str:
