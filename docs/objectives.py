@@ -82,6 +82,10 @@ def _cases() -> dict[str, dict[str, Any]]:
         "no labels": {"labels": None},
         "`label_smoothing`": {"label_smoothing": 0.1},
         "`class_weight`": {"class_weight": torch.ones(_CLASSES)},
+        "`class_weight`, `label_smoothing`": {
+            "class_weight": torch.ones(_CLASSES),
+            "label_smoothing": 0.1,
+        },
         "weights of rows": {"hard_weight": rows, "soft_weight": rows},
         "temperatures of rows": {"temperature": rows},
         "`teacher_temperature`": {"teacher_temperature": 1.0},

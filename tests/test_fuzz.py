@@ -171,7 +171,7 @@ def is_fused(case: Case) -> bool:
     return (
         case.divergence in ops.DIVERGENCES
         and case.labels != "probabilities"
-        and not (case.class_weight and case.labels != "none")
+        and not (case.class_weight and case.labels != "none" and case.smoothing)
     )
 
 

@@ -218,6 +218,30 @@ def test_labels_without_weight_leave_zero(device):
     assert got == 0
 
 
+def test_class_weights_in_place_and_of_pixels(device):
+    """Weights of classes become weights of rows, wherever the kernels take those."""
+    student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
+    labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
+    labels[0, 0] = -100
+    options: dict[str, Any] = {
+        "class_weight": torch.linspace(0, 2, 7, device=device),
+        "hard_weight": torch.linspace(0.5, 1, 30, device=device).view(2, 5, 3),
+        "soft_weight": 0.5,
+    }
+    results = []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        given = leaf * 1
+        got = fastkd.terms(given, teacher, labels, dim=1, inplace=inplace, **options)
+        got.loss.backward()
+        results.append((torch.stack(got), leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    leaf = student.clone().requires_grad_()
+    exact = reference.terms(leaf, teacher, labels, dim=1, **options)
+    exact.loss.backward()
+    torch.testing.assert_close(results[0], (torch.stack(exact), leaf.grad))
+
+
 # ---- where the classes are
 
 

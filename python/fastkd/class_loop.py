@@ -29,6 +29,8 @@ def missing(inputs: Inputs, call: Call) -> list[str]:
     found = ops.lacking(inputs.hidden, inputs.labels, heads.objective_of(inputs, call))
     if inputs.topk_indices is not None:
         found.append("topk_indices")
+    if inputs.class_weight is not None and not call.label_smoothing:
+        found.append("class_weight=")
     if call.divergence not in DIVERGENCES and not found:
         found.append(f'divergence="{call.divergence}"')
     if call.label_smoothing:

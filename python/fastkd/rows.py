@@ -89,7 +89,7 @@ def as_rows(
             o[name] = o[name].reshape(-1).to(dtype)
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if objective.reduction == "mean":
-        divisors = _divisors(student.numel() // classes, labels, objective, dtype)
+        divisors = divisors_of(student.numel() // classes, labels, objective, dtype)
         o.update(reduction="sum", normalizer=None)
     o["hard_weight"] = o["hard_weight"] / divisors[0]
     o["soft_weight"] = o["soft_weight"] / divisors[1]
@@ -97,7 +97,7 @@ def as_rows(
     return Rows(student.reshape(-1, classes), teachers, labels, Objective(**o)), divisors
 
 
-def _divisors(
+def divisors_of(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
     """What the mean divides the hard and the soft term by."""
