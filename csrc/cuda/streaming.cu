@@ -228,7 +228,7 @@ cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStre
   if (const cudaError_t error = current_device(device)) return error;
   const ForwardArgs& args = call.args;
   Launch launch(1, plan.threads, 0, stream);
-  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (plan.cluster > 1) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   if (computes_in_double(args.student_dtype, args.teacher_dtype))
     return launch_as<Elements<double>>(call, launch, device.processors);
