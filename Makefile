@@ -130,7 +130,7 @@ cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architectur
 	$(RUN) tests/kernels/ptxas_table.py $(CUDA_BUILD).log
 
 gpu-check:  ## build, test, sanitize and measure the CUDA kernels on this machine's GPU, without network
-	PYTHON=$(PYTHON) .ci/gpu-check
+	PYTHON=$(PYTHON) .ci/gpu-check $(STEPS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist

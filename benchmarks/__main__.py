@@ -96,11 +96,21 @@ def _list(cases: list[Any]) -> None:
 def _redraw(folder: Path) -> None:
     import json
 
-    from benchmarks import claims, plots, report
+    from benchmarks import claims, report
 
     results = json.loads((folder / "results.json").read_text())
     results["claims"] = claims.evaluate(results) if results.get("standard") else []
     report.save(results, folder)
+    _draw(results, folder)
+
+
+def _draw(results: dict[str, Any], folder: Path) -> None:
+    """The plots; where matplotlib is missing `--redraw` draws them elsewhere."""
+    try:
+        from benchmarks import plots
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error}")
+        return
     plots.draw(results, folder)
 
 
@@ -234,7 +244,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
     import torch
 
-    from benchmarks import cases, divergences, environment, plots, report, sparse
+    from benchmarks import cases, divergences, environment, report, sparse
 
     if chosen.readme:
         print(report.rewrite_readme())
@@ -272,7 +282,7 @@ def _run(chosen: argparse.Namespace) -> None:
         return
     output = chosen.output or report.RESULTS / environment.slug(device)
     report.save(results, output)
-    plots.draw(results, output)
+    _draw(results, output)
     print(f"saved under {output}")
 
 

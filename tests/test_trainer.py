@@ -9,7 +9,6 @@ import types
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,6 +17,7 @@ import fastkd
 from fastkd import watching
 
 accelerate = pytest.importorskip("accelerate")
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 LOSS = {"temperature": 3.0, "alpha": 0.3}
 

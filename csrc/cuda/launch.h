@@ -63,8 +63,8 @@ struct Launch {
     config.stream = stream;
     config.attrs = attributes;
   }
+  // Clusters of one, too, where the driver is asked how many there is room for.
   void cluster(int size) {
-    if (size <= 1) return;
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = static_cast<unsigned>(size);

@@ -175,7 +175,7 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
   if (const cudaError_t error = current_device(device)) return error;
   const int64_t blocks = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
   Launch launch(blocks < (1 << 20) ? blocks : 1 << 20, plan.threads, 0, stream);
-  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (plan.cluster > 1) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   const auto with = [&](auto example) {
     using T = decltype(example);

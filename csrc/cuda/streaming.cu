@@ -12,7 +12,7 @@ namespace {
 template <class T>
 struct Vectors {
   using A = float;
-  static constexpr bool kFold = kFoldScales<T>;
+  static constexpr bool kFold = kFoldScales<T>, kPowers = true;
   const ForwardArgs& args;
   RowOf<T> row;
 
@@ -31,19 +31,18 @@ struct Vectors {
   __device__ __forceinline__ int64_t peeled() const {
     return threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
   }
-  template <class Temper>
+  template <int kPower, class Temper>
   __device__ __forceinline__ void scan(Statistics<float>& stats, const Temper& t) const {
     Tops tops;
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
-      add_vector<T, kAtRunTime>(stats, tops,
-                                fetch(row.student_vectors, i, row.layout.student_shift),
-                                fetch(row.teacher_vectors, i, row.layout.teacher_shift), t);
+      add_vector<T, kPower>(stats, tops, fetch(row.student_vectors, i, row.layout.student_shift),
+                            fetch(row.teacher_vectors, i, row.layout.teacher_shift), t);
     stats.raise(tops.student, tops.teacher, t);
     const int64_t i = peeled();
     if (i < 0) return;
     stats.raise(student(i), teacher(i), t);
-    stats.add_any<kAtRunTime>(student(i), teacher(i), t);
+    stats.add_any<kPower>(student(i), teacher(i), t);
   }
   template <class W>
   __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
@@ -54,18 +53,18 @@ struct Vectors {
     const int64_t i = peeled();
     if (i >= 0) writer.sum(student(i), teacher(i), extra, sums);
   }
-  template <bool kExtra, class W>
+  template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
     constexpr int kUnroll = W::kGeneral ? 1 : 2;
 #pragma unroll kUnroll
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x) {
-      const uint4 g = write_vector<T, kAtRunTime, kExtra>(
+      const uint4 g = write_vector<T, kPower, kExtra>(
           writer, fetch_once(row.student_vectors, i, row.layout.student_shift),
           fetch_once(row.teacher_vectors, i, row.layout.teacher_shift), sums);
       if (row.grad != nullptr) __stcs(row.grad_vectors + i, g);
     }
     const int64_t i = peeled();
-    if (i >= 0) store(i, writer.template write<kAtRunTime, kExtra>(student(i), teacher(i), sums));
+    if (i >= 0) store(i, writer.template write<kPower, kExtra>(student(i), teacher(i), sums));
   }
   __device__ __forceinline__ void fill(float value) const {
     fill_row(row, value, 0, row.layout.vectors, true, threadIdx.x, blockDim.x, args.classes);
@@ -75,7 +74,7 @@ struct Vectors {
 template <class Acc>
 struct Elements {
   using A = Acc;
-  static constexpr bool kFold = false;
+  static constexpr bool kFold = false, kPowers = false;
   const ForwardArgs& args;
   int64_t student_offset, teacher_offset, grad_offset;
 
@@ -94,13 +93,13 @@ struct Elements {
     if (args.grad != nullptr) store_any(args.grad, args.student_dtype, grad_offset + i, g);
   }
   __device__ __forceinline__ bool owns(int64_t i) const { return i % blockDim.x == threadIdx.x; }
-  template <class Temper>
+  template <int kPower, class Temper>
   __device__ __forceinline__ void scan(Statistics<A>& stats, const Temper& t) const {
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) {
       const A z = student(i), w = teacher(i);
       stats.raise(z, w, t);
-      stats.template add_any<kAtRunTime>(z, w, t);
+      stats.template add_any<kPower>(z, w, t);
     }
   }
   template <class W>
@@ -109,12 +108,12 @@ struct Elements {
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
       writer.sum(student(i), teacher(i), extra, sums);
   }
-  template <bool kExtra, class W>
+  template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
     constexpr int kUnroll = W::kGeneral ? 1 : 2;
 #pragma unroll kUnroll
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
-      store(i, writer.template write<kAtRunTime, kExtra>(student(i), teacher(i), sums));
+      store(i, writer.template write<kPower, kExtra>(student(i), teacher(i), sums));
   }
   __device__ __forceinline__ void fill(A value) const {
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) store(i, value);
@@ -158,8 +157,16 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     // Read before the barrier, since the gradient may overwrite them.
     const A label_student = label >= 0 ? row.student(label) : A(0);
     const A label_teacher = label >= 0 ? row.teacher(label) : A(0);
+    // Copies of the loops for each power, where their speed is all that counts.
+    const auto sweep = [&](auto&& fn) {
+      if constexpr (Rows::kPowers && !W::kGeneral && !kExtra) {
+        with_power(t.power, fn);
+      } else {
+        fn(PowerConstant<kAtRunTime>());
+      }
+    };
     Statistics<A> statistics;
-    row.scan(statistics, t);
+    sweep([&](auto power) { row.template scan<power.value>(statistics, t); });
     statistics.merge_lanes(t);
     if (lane == 0) exchange.statistics[turn][warp] = statistics;
     __syncthreads();
@@ -181,7 +188,9 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
       sums.template merge_lanes<32, true>();
       writer.balance(sums.slope, sums.classes);
     }
-    row.template write<kExtra>(writer, W::kGeneral ? unused : sums);
+    sweep([&](auto power) {
+      row.template write<power.value, kExtra>(writer, W::kGeneral ? unused : sums);
+    });
     if (label >= 0 && row.owns(label))
       row.store(label,
                 writer.template write<kAtRunTime, kExtra>(label_student, label_teacher, unused) -
@@ -228,7 +237,7 @@ cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStre
   if (const cudaError_t error = current_device(device)) return error;
   const ForwardArgs& args = call.args;
   Launch launch(1, plan.threads, 0, stream);
-  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (plan.cluster > 1) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   if (computes_in_double(args.student_dtype, args.teacher_dtype))
     return launch_as<Elements<double>>(call, launch, device.processors);

@@ -119,7 +119,7 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
   const int64_t wanted = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
   const int64_t most = static_cast<int64_t>(device.processors) * (2048 / plan.threads);
   Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
-  if (plan.finish_inside) launch.cluster(plan.cluster);
+  if (plan.cluster > 1) launch.cluster(plan.cluster);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   const auto with = [&](auto writer) {
     using W = typename decltype(writer)::Type;

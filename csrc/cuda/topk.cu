@@ -339,7 +339,8 @@ cudaError_t launch_topk(const TopkCall& call, cudaStream_t stream) {
 cudaError_t launch_rescale(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;
   Launch launch(args.rows < 65536 ? args.rows : 65536, 256, 0, stream);
-  launch.config.gridDim.y = static_cast<unsigned>(ceil_div(args.classes, 8192));
+  const int64_t pieces = ceil_div(args.classes, 8192);
+  launch.config.gridDim.y = static_cast<unsigned>(pieces < 65535 ? pieces : 65535);
   return computes_in_double(args.student_dtype, args.teacher_dtype)
              ? launch(rescale_kernel<double>, call)
              : launch(rescale_kernel<float>, call);

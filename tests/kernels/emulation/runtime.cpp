@@ -8,6 +8,7 @@ namespace {
 constexpr int kProcessors = 4;
 constexpr int kDynamicUnasked = 48 * 1024;  // bytes of shared memory that need no attribute
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
+constexpr unsigned kMostInY = 65535;  // CTAs of a grid
 
 struct Granted {
   int dynamic_bytes = kDynamicUnasked;
@@ -15,11 +16,12 @@ struct Granted {
 };
 std::map<const void*, Granted> granted;
 
+// 0 where the launch says nothing of clusters.
 int cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; i++)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
       return static_cast<int>(config.attrs[i].val.clusterDim.x);
-  return 1;
+  return 0;
 }
 
 // Device memory, by its first byte.
@@ -85,7 +87,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
   const int cluster = cluster_of(*config);
-  if (cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
+  // One that is not given is an error as well (cuda_runtime_api.h).
+  if (cluster == 0 || cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   *clusters = std::max(1, kProcessors / cluster);
   return cudaSuccess;
 }
@@ -94,12 +97,12 @@ namespace emulation {
 
 cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Launch& launch) {
   launch.grid = config.gridDim, launch.block = config.blockDim;
-  launch.cluster = cluster_of(config), launch.dynamic_bytes = config.dynamicSmemBytes;
+  launch.cluster = std::max(1, cluster_of(config)), launch.dynamic_bytes = config.dynamicSmemBytes;
   const unsigned cluster = static_cast<unsigned>(launch.cluster);
   if (launch.cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   if (launch.grid.x % cluster != 0 || launch.grid.x == 0 || launch.grid.y == 0 ||
-      launch.grid.z != 1 || launch.block.x == 0 || launch.block.x > kMostThreads ||
-      launch.block.y != 1 || launch.block.z != 1)
+      launch.grid.y > kMostInY || launch.grid.z != 1 || launch.block.x == 0 ||
+      launch.block.x > kMostThreads || launch.block.y != 1 || launch.block.z != 1)
     return cudaErrorInvalidConfiguration;
   if (static_cast<int>(launch.dynamic_bytes) > granted[kernel].dynamic_bytes)
     return cudaErrorInvalidValue;

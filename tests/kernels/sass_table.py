@@ -1,0 +1,221 @@
+"""Counts the instructions of the kernels' sweeps, per class, on the shortest way through them.
+
+A sweep is a loop, or in the registers kernels the whole row. Of the ways round it the shortest is
+taken that loads student and teacher, computes two exponentials a class and, in the second sweep,
+stores the gradient: aligned rows whose maxima neither rise nor lie far apart, T = 1. Beside the
+slots that are issued stand the shares of three pipes, and the bound that follows from each.
+
+Usage: cuobjdump -sass -arch sm_90a build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+import subprocess
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+from ptxas_table import has_terms
+
+# What a processor (SM) of compute capability 9.0 does in a cycle: thread instructions issued, and
+# results of each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
+ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
+PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and what it copies
+PIPES = {
+    "mufu": r"MUFU",
+    "fma": r"FFMA|FMUL|FADD|HFMA2|IMAD",
+    "alu": r"FMNMX|HMNMX2|FSETP|FSEL|ISETP|SEL|LOP3|PLOP3|SHF|PRMT|IADD3|LEA|F2FP|VIADD|IABS|MOV",
+}
+ELEMENT = {"float": 4, "__nv_bfloat16": 2}
+EXPONENTIALS = 2  # of a class
+
+
+class Need(NamedTuple):
+    """What a walk must have met."""
+
+    exponentials: int
+    loads: int
+    stores: int
+
+
+class Instruction(NamedTuple):
+    address: int
+    opcode: str
+    predicated: bool
+    target: int | None
+
+
+def kernels(text: str) -> dict[str, list[Instruction]]:
+    """Each kernel's instructions, by its name."""
+    functions = re.split(r"\n\s*Function : ", text)[1:]
+    mangled = "\n".join(function.partition("\n")[0].strip() for function in functions)
+    names = subprocess.run(
+        ["c++filt", "-p"], input=mangled, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = {}
+    for name, function in zip(names, functions, strict=True):
+        code = []
+        for address, guard, opcode, rest in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", function
+        ):
+            target = re.search(r"(0x[0-9a-f]+)\s*$", rest) if opcode.startswith("BRA") else None
+            conditional = bool(guard) or "P" in rest.partition("0x")[0] or ".DIV" in opcode
+            code.append(
+                Instruction(
+                    int(address, 16), opcode, conditional, int(target[1], 16) if target else None
+                )
+            )
+        found[re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", name)] = code
+    return found
+
+
+class Block(NamedTuple):
+    """Instructions that are always issued together, and where the code goes on."""
+
+    opcodes: list[str]
+    met: Need
+    after: list[int]
+
+
+def blocks_of(code: list[Instruction], load: str) -> list[Block]:
+    """The code cut where it branches or is branched to; what leaves it goes nowhere."""
+    starts = {code[0].address, *(i.target for i in code if i.target is not None)}
+    starts |= {
+        after.address
+        for i, after in itertools.pairwise(code)
+        if i.target is not None or i.opcode in ("EXIT", "RET")
+    }
+    firsts = [i for i, instruction in enumerate(code) if instruction.address in starts]
+    number = {code[i].address: n for n, i in enumerate(firsts)}
+    blocks = []
+    for n, first in enumerate(firsts):
+        part = code[first : firsts[n + 1] if n + 1 < len(firsts) else len(code)]
+        last = part[-1]
+        after = [n + 1] if last.target is None or last.predicated else []
+        if last.target in number:
+            after.append(number[last.target])
+        opcodes = [instruction.opcode for instruction in part]
+        met = Need(
+            opcodes.count("MUFU.EX2"),
+            sum(opcode.startswith(load) and "128" in opcode for opcode in opcodes),
+            sum(opcode.startswith("STG") and "128" in opcode for opcode in opcodes),
+        )
+        blocks.append(Block(opcodes, met, [] if last.opcode in ("EXIT", "RET") else after))
+    return blocks
+
+
+def shortest(code: list[Instruction], need: Need, load: str) -> Counter[str] | None:
+    """The opcodes of the shortest way from the first instruction to the last that meets it all."""
+    blocks = blocks_of(code, load)
+    there_is = zip(*(block.met for block in blocks), strict=True)
+    if any(sum(found) < wanted for found, wanted in zip(there_is, need, strict=True)):
+        return None
+    start = (0, Need(0, 0, 0))
+    lengths = {start: 0}
+    before: dict[tuple[int, Need], tuple[int, Need]] = {}
+    queue = [(0, start)]
+    while queue:
+        length, state = heapq.heappop(queue)
+        if length > lengths[state]:
+            continue
+        at, so_far = state
+        block = blocks[at]
+        now = Need(*(min(sum(n), most) for *n, most in zip(so_far, block.met, need, strict=True)))
+        if at == len(blocks) - 1:
+            if now != need:
+                continue
+            way = Counter(block.opcodes)
+            while state in before:
+                state = before[state]
+                way.update(blocks[state[0]].opcodes)
+            return way
+        length += len(block.opcodes)
+        for following in block.after:
+            there = (following, now)
+            if following < len(blocks) and length < lengths.get(there, length + 1):
+                lengths[there], before[there] = length, state
+                heapq.heappush(queue, (length, there))
+    return None
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between a branch back and its target."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    return [
+        code[index[end.target] : i + 1]
+        for i, end in enumerate(code)
+        if end.target is not None and end.target <= end.address
+    ]
+
+
+def sweep(code: list[Instruction], element: int, load: str, stores: bool) -> Counter | None:
+    """Opcodes per class of the loop that takes fewest; one or two vectors each time round."""
+    best = None
+    for body in loops(code):
+        if len(body) > 2500:
+            continue
+        for vectors in (1, 2):
+            classes = vectors * 16 // element
+            need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
+            way = shortest(body, need, load)
+            if way is None or (not stores and any(o.startswith("STG") for o in way)):
+                continue  # of another sweep
+            per_class = Counter({opcode: n / classes for opcode, n in way.items()})
+            if best is None or per_class.total() < best.total():
+                best = per_class
+    return best
+
+
+def row(code: list[Instruction], element: int) -> Counter | None:
+    """The same of a registers kernel, where a thread holds 64 bytes of each input."""
+    classes = 64 // element
+    need = Need(2 * EXPONENTIALS * classes, 8, 4)
+    ways = [shortest(body, need, "LDG") for body in loops(code) if len(body) > 2500]
+    found = min((way for way in ways if way), key=Counter.total, default=None)
+    return found and Counter({opcode: n / classes for opcode, n in found.items()})
+
+
+def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
+    """Counts, and how many times as fast as memory each bound lets the sweep be."""
+    pipes = {
+        pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
+        for pipe, opcodes in PIPES.items()
+    }
+    slots = per_class.total()
+    memory = bytes_moved / BYTES_PER_NS * PROCESSORS * GIGAHERTZ  # cycles of a processor
+    shares = {"issue": slots / ISSUED, **{pipe: n / RATES[pipe] for pipe, n in pipes.items()}}
+    cells = [f"{slots:.1f}", *(f"{n:.1f}" for n in pipes.values())]
+    cells += [f"{100 * cycles / memory:.0f} %" for cycles in shares.values()]
+    return f"| {name} | {what} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    header = ["kernel", "sweep", "slots", *PIPES, *(f"{x} of DRAM" for x in ("issue", *PIPES))]
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for name, code in sorted(kernels(sys.stdin.read()).items()):
+        hot = re.match(
+            r"(ring|streaming|registers)_kernel<(?:Vectors<)?(float|__nv_bfloat16)\W(.*)", name
+        )
+        if hot is None or "GeneralWriter" in name or has_terms(name):
+            continue
+        family, dtype, rest = hot.groups()
+        element = ELEMENT[dtype]
+        if family == "registers":
+            lanes = "a warp" if ", true>" in rest else "a CTA"
+            found = {f"both, {lanes} a row": row(code, element)}
+        else:
+            load = "LDS" if family == "ring" else "LDG"
+            first, second = (sweep(code, element, load, stores) for stores in (False, True))
+            both = first + second if first and second else None
+            found = {"first": first, "second": second, "both": both}
+        for what, counts in found.items():
+            if counts is None:
+                sys.exit(f"{name}: not found: {what}")
+            print(line(f"{family} {dtype.removeprefix('__nv_')}", what, counts, 3 * element))
+
+
+if __name__ == "__main__":
+    main()
