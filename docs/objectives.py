@@ -63,9 +63,9 @@ _MATRIX = """
 | – | refused, with a message that says why |
 
 Several teachers, and probabilities, cost one tensor of the teacher's size on the way to the fused
-pass; `dim=1` on CUDA a copy of each of the logits. Other devices, function transforms
-(`torch.func`) and second derivatives are always PyTorch operations; so that memory stays bounded,
-these take large batches in parts, and compute each part again in the backward pass.
+pass. Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
+operations; so that memory stays bounded, these take large batches in parts, and compute each part
+again in the backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3
