@@ -62,10 +62,11 @@ __device__ __forceinline__ void with_power_in(int power, Fn&& fn) {
   }
 }
 
-// CTAs that a processor is to hold, for which registers are left.
+// CTAs that a processor is to hold, for which registers are left. With chunks of eight a third
+// would make the loops spill (232 bytes, sm_100).
 template <class E, bool kExtra>
 constexpr int kResident = sizeof(typename E::A) == 8 ? 1
-                          : kExtra                   ? 2
+                          : kExtra || E::kChunk > 4  ? 2
                                                      : 3;
 
 template <class E, class W, bool kExtra>
