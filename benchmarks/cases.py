@@ -199,6 +199,8 @@ def _default_cuda() -> list[Case]:
         case("cifar-100", "cuda", "bf16", 2.0, compiled="no"),
         case("imagenet-21k", "cuda", "bf16", 2.0, compiled="no"),
         case("segmentation", "cuda", "bf16", 2.0),
+        case("segmentation", "cuda", "bf16", 2.0, compiled="no", pixels=True),
+        case("segmentation", "cuda", "fp32", 2.0, compiled="no", pixels=True),
         llm("llama-2", gradient=False, compiled="no"),
         llm("llama-3", gradient=False, compiled="no"),
     ]

@@ -261,6 +261,45 @@ def test_more_than_2_to_the_31_elements(reduction):
     torch.cuda.empty_cache()
 
 
+def test_pixels_beyond_2_to_the_31_elements():
+    """Planes so far apart that 32 bits do not count the elements between the classes of a pixel."""
+    classes, pixels = 19, 2**27
+    assert classes * pixels > 2**31
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("CUDA: needs 24 GB of free memory")
+    student = torch.empty(1, classes, pixels, dtype=BF16, device="cuda").normal_(std=2)
+    teacher = torch.empty_like(student).normal_(std=2)
+    labels = torch.randint(classes, (1, pixels), device="cuda")
+    labels[:, 4096:-4096] = -100
+    hidden = student.requires_grad_() * 1
+    value = fastkd.loss(hidden, teacher, labels, dim=1, reduction="sum", inplace=True)
+    (grad,) = torch.autograd.grad(value, hidden)
+    some = torch.tensor([0, 1, 4095, pixels - 4096, pixels - 1], device="cuda")
+    rows = [x.detach()[0, :, some].t() for x in (student, teacher)]
+    exact = truth(*rows, labels[0, some], reduction="sum")
+    limit = ROUNDING * distance(exact.grad.to(BF16), exact.grad)
+    assert distance(grad[0, :, some].t(), exact.grad) <= limit
+    del grad, hidden, value, student, teacher
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
+def test_peak_memory_of_pixels(inplace, tensors, dtype):
+    """One gradient, and less than 100 bytes a pixel: neither logits nor gradient are copied."""
+    student, teacher = (torch.randn(2, 150, 64, 64, device="cuda").to(dtype) for _ in range(2))
+    labels = torch.randint(150, (2, 64, 64), device="cuda")
+    hidden = student.requires_grad_() * 1
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value = fastkd.loss(hidden, teacher, labels, dim=1, inplace=inplace)
+    (grad,) = torch.autograd.grad(value, hidden)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert grad.stride() == student.stride()
+    assert taken <= tensors * student.nbytes + 100 * labels.numel()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("classes", [1000, 32000])

@@ -29,11 +29,15 @@ LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop",
 
 
 def make(
-    shape: tuple[int, ...], layout: str = "plain", dtype: torch.dtype = FP32, seed: int = 0
+    shape: tuple[int, ...],
+    layout: str = "plain",
+    dtype: torch.dtype = FP32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Random logits, the same for every layout, laid out in one of the ways that programs do."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(dtype)
+    values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(device, dtype)
     n, classes, *pixels = shape
     if layout == "channels last":
         return values.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -50,11 +54,11 @@ def make(
     return whole.copy_(values)
 
 
-def make_labels(shape: tuple[int, ...]) -> Tensor:
+def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(7)
     rows = (shape[0], *shape[2:])
     labels = torch.randint(shape[1], rows, generator=generator)
-    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100)
+    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100).to(device)
 
 
 def truth(
@@ -88,31 +92,51 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     return grad
 
 
+def check_dtypes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """A student of this dtype with teachers of its own and of others."""
+
+    def teacher(dtype: torch.dtype) -> Tensor:
+        return make(shape, dtype=dtype, seed=1, device=device)
+
+    student, labels = make(shape, dtype=dtype, device=device), make_labels(shape, device)
+    check(student, teacher(dtype), labels)
+    check(student, teacher(FP32), None)
+    check(student, teacher(FP64), labels, temperature=3.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_dtype_and_instruction_set(isa, shape, dtype):
-    student, teacher = make(shape, dtype=dtype), make(shape, dtype=dtype, seed=1)
-    check(student, teacher, make_labels(shape))
-    check(student, make(shape, dtype=FP32, seed=1), None)
-    check(student, make(shape, dtype=FP64, seed=1), make_labels(shape), temperature=3.5)
+    check_dtypes(shape, dtype, "cpu")
+
+
+# Many pixels, and a class more than one thread, two, ... take.
+CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, *CUDA_SHAPES], ids=str)
+def test_every_dtype_on_cuda(shape, dtype):
+    check_dtypes(shape, dtype, "cuda")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 @pytest.mark.parametrize("name", ops.DIVERGENCES)
-def test_every_divergence(name, shape, reduction):
+def test_every_divergence(device, name, shape, reduction):
     options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
     for dtype in (FP32, FP64):
-        student, teacher = make(shape, dtype=dtype), make(shape, dtype=dtype, seed=1)
-        check(student, teacher, make_labels(shape), **options)
+        student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
+        check(student, teacher, make_labels(shape, device), **options)
 
 
 @pytest.mark.parametrize("ours", LAYOUTS)
 @pytest.mark.parametrize("theirs", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (3, 60, 9)], ids=str)
-def test_any_two_layouts(shape, ours, theirs):
-    labels = make_labels(shape)
-    student, teacher = make(shape, ours), make(shape, theirs, seed=1)
+def test_any_two_layouts(device, shape, ours, theirs):
+    labels = make_labels(shape, device)
+    student, teacher = make(shape, ours, device=device), make(shape, theirs, seed=1, device=device)
     grad = check(student, teacher, labels)
     expected = torch.empty_like(student)
     if ours == "spread":  # neither its classes nor its pixels are adjacent
@@ -121,17 +145,18 @@ def test_any_two_layouts(shape, ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-def test_numbers_of_rows(name):
+def test_numbers_of_rows(device, name):
     """Temperatures and weights of each pixel."""
     shape = (2, 19, 5, 7)
-    rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)) + 0.5
-    student, teacher = make(shape), make(shape, seed=1)
+    rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
+    student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
+    labels = make_labels(shape, device)
     options = {"temperature": rows, "hard_weight": rows.flip(0), "soft_weight": rows.square()}
     student.requires_grad_()
-    value = fastkd.loss(student, teacher, make_labels(shape), dim=1, divergence=name, **options)
+    value = fastkd.loss(student, teacher, labels, dim=1, divergence=name, **options)
     (grad,) = torch.autograd.grad(value, student)
     double = {key: number.double() for key, number in options.items()}
-    exact, exact_grad = truth(student, teacher, make_labels(shape), divergence=name, **double)
+    exact, exact_grad = truth(student, teacher, labels, divergence=name, **double)
     torch.testing.assert_close(value.detach().double(), exact[0], rtol=3e-6, atol=0)
     assert_grad(grad.movedim(1, -1), exact_grad, FP32)
 
@@ -151,9 +176,9 @@ def test_labels():
         fastkd.loss(student, teacher, labels, dim=1)
 
 
-def test_masked_classes_and_rows_without_an_answer():
+def test_masked_classes_and_rows_without_an_answer(device):
     shape = (1, 5, 2, 4)
-    student, teacher = make(shape), make(shape, seed=1)
+    student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
     student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both: nothing
     teacher[0, 1, 0, 1] = -torch.inf  # the teacher: nothing of it
     student[0, 1, 0, 2] = -torch.inf  # the student alone: +inf
@@ -170,10 +195,11 @@ def test_masked_classes_and_rows_without_an_answer():
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
-def test_backward_again(shape, name, dtype):
+def test_backward_again(device, shape, name, dtype):
     """A second backward pass, which computes anew from the statistics, gives the same bits."""
-    student, teacher = make(shape, dtype=dtype).requires_grad_(), make(shape, dtype=dtype, seed=1)
-    value = fastkd.loss(student, teacher, make_labels(shape), dim=1, divergence=name)
+    student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
+    student.requires_grad_()
+    value = fastkd.loss(student, teacher, make_labels(shape, device), dim=1, divergence=name)
     first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert first.stride() == second.stride() == student.stride()
@@ -193,9 +219,9 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-def test_inplace(shape, name):
-    plain, over = make(shape).requires_grad_(), make(shape).requires_grad_()
-    teacher, labels = make(shape, seed=1), make_labels(shape)
+def test_inplace(device, shape, name):
+    plain, over = (make(shape, device=device).requires_grad_() for _ in range(2))
+    teacher, labels = make(shape, seed=1, device=device), make_labels(shape, device)
     value = fastkd.loss(plain, teacher, labels, dim=1, divergence=name)
     value.backward()
     hidden = over * 1
@@ -244,10 +270,11 @@ def test_memory(layout, dtype):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(layout, dynamic):
+def test_compiled(device, layout, dynamic):
     shape = (2, 19, 5, 7)
-    student, teacher = make(shape, layout).requires_grad_(), make(shape, layout, seed=1)
-    labels = make_labels(shape)
+    student, teacher = (make(shape, layout, seed=seed, device=device) for seed in (0, 1))
+    student.requires_grad_()
+    labels = make_labels(shape, device)
 
     def step(x: Tensor) -> Tensor:
         return fastkd.loss(x * 1, teacher, labels, dim=1) * 2
@@ -260,14 +287,15 @@ def test_compiled(layout, dynamic):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_shapes_for_tracing(layout, reduction):
+def test_shapes_for_tracing(device, layout, reduction):
     """The fakes know the gradient's strides."""
     shape = (2, 19, 5, 7)
-    student, teacher = make(shape, layout).movedim(1, -1), make(shape, "plain", seed=1)
+    student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
+    student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
     settings = ops.Settings(
         *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), ops.REDUCTIONS.index(reduction), 0.0, False
     )
-    arguments = (student, teacher.movedim(1, -1), make_labels(shape), None, None, *settings, True)
+    arguments = (student, teacher, make_labels(shape, device), None, None, *settings, True)
     torch.library.opcheck(
         torch.ops.fastkd.loss.default,
         arguments,

@@ -46,11 +46,12 @@ def plan(
     student: int = BFLOAT16,
     teacher: int | None = None,
     device: Device = DEVICES["hopper"],
+    strided: bool = False,
 ) -> dict[str, Any]:
     teacher = student if teacher is None else teacher
     return _C.plan_cuda(
         rows, classes, student, teacher, device.processors, device.shared, device.cluster,
-        device.ring,
+        device.ring, strided,
     )  # fmt: skip
 
 
@@ -62,9 +63,10 @@ def size_of(dtype: int) -> int:
 @pytest.mark.parametrize("pair", [*((d, d) for d in DTYPES), (BFLOAT16, FLOAT32), (FLOAT32, 1)])
 def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
     device = DEVICES[name]
-    for classes, rows in itertools.product(CLASSES, ROWS):
-        p = plan(classes, rows, *pair, device=device)
-        assert p["family"] in ("tiny", "registers", "ring", "streaming")
+    for classes, rows, strided in itertools.product(CLASSES, ROWS, (False, True)):
+        p = plan(classes, rows, *pair, device=device, strided=strided)
+        assert p["family"] in ("tiny", "registers", "ring", "streaming", "strided")
+        assert (p["family"] == "strided") == strided
         assert 32 <= p["threads"] <= 1024 and p["threads"] % 32 == 0
         assert 0 <= p["shared_bytes"] <= device.shared
         assert 1 <= p["cluster"] <= device.cluster
@@ -78,6 +80,10 @@ def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
         if p["family"] == "tiny":
             assert p["lanes"] in (8, 32) and classes <= 4 * p["lanes"]
             assert p["rows_per_block"] * p["lanes"] == p["threads"]
+        if strided:  # whole warps of neighbouring rows
+            assert (
+                p["rows_per_block"] * p["lanes"] == p["threads"] and p["rows_per_block"] % 32 == 0
+            )
         if p["family"] == "registers":
             assert pair[0] == pair[1] != FLOAT64
             assert classes * size_of(pair[0]) <= 64 * p["lanes"]
@@ -153,6 +159,22 @@ def test_few_rows_are_spread_over_the_device() -> None:
     assert clusters[0] == 16
     for rows, cluster in zip((1, 4, 8), clusters, strict=False):
         assert rows * cluster <= 132
+
+
+def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
+    def sharing(classes: int, rows: int) -> int:
+        return plan(classes, rows, strided=True)["lanes"]
+
+    many = 2**20
+    assert sharing(1, many) == sharing(24, many) == 1
+    assert sharing(25, many) == sharing(48, many) == 2
+    assert sharing(49, many) == 4
+    assert sharing(97, many) == sharing(2**20, many) == 8
+    # Few rows, so that the device has more threads.
+    assert sharing(19, 512 * 512) == sharing(19, 132 * 512) == 1
+    assert sharing(19, 132 * 512 - 1) == 2
+    assert sharing(19, 1) == 4
+    assert sharing(8, 1) == 1
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 8192, 128256])

@@ -1,8 +1,7 @@
 // The gradient for a grad_output that forward did not know: element by element, from the row
 // statistics that forward left. Where the gradient is in place already and grad_output is 1, the
 // kernel returns at once.
-#include "launch.h"
-#include "rows.cuh"
+#include "strided.cuh"
 
 namespace fastkd::cuda {
 namespace {
@@ -132,6 +131,52 @@ __global__ void __launch_bounds__(256, 2)
   }
 }
 
+// The same of rows whose classes are not adjacent, as strided.cu walks them.
+template <class E, class W>
+__global__ void __launch_bounds__(kStridedThreads, (sizeof(typename E::A) == 8 ? 1 : 2))
+    strided_backward_kernel(const __grid_constant__ BackwardCall call, const int parts) {
+  using A = typename E::A;
+  const BackwardArgs& args = call.args;
+  if (call.filled && !args.grad_output_per_row && grad_output_of<A>(args, 0) == A(1)) return;
+  const A* stats_of_rows = static_cast<const A*>(args.stats);
+  const A scale = stats_of_rows[kStats * args.rows];
+  const Place place(parts);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * place.rows;
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * place.rows + place.row; index < args.rows;
+       index += step) {
+    const A factor = grad_output_of<A>(args, index);
+    const int64_t label = label_of(args, index);
+    const RowKind kind = kind_of(args, label);
+    if (call.filled && (factor == A(1) || kind != RowKind::kReal)) continue;
+    const StridedRow<E> row(args, place, index, label, kind, true);
+    if (call.rescales) {
+      row.rescale(factor);
+      continue;
+    }
+    RowStats<A> stats;
+    stats.load(stats_of_rows, args.rows, index);
+    W writer(call, index, typename W::Temper(args, index), stats, scale * factor);
+    if constexpr (W::kGeneral)
+      writer.balance(stats_of_rows[kSlopeSum * args.rows + index],
+                     stats_of_rows[kClassCount * args.rows + index]);
+    typename W::Sums unused;
+    row.template write<kAtRunTime, false, true>(writer, unused);
+  }
+}
+
+template <class E>
+cudaError_t launch_strided_as(const BackwardCall& call, const Device& device, cudaStream_t stream) {
+  const BackwardArgs& args = call.args;
+  const Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
+                              device.limits(), !is_hot(args), true);
+  const int64_t wanted = (args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const int64_t most = static_cast<int64_t>(device.processors) * 8;
+  Launch launch(wanted < most ? wanted : most, plan.threads, 0, stream);
+  using A = typename E::A;
+  return is_hot(args) ? launch(strided_backward_kernel<E, Writer<A, E::kFold>>, call, plan.lanes)
+                      : launch(strided_backward_kernel<E, GeneralWriter<A>>, call, plan.lanes);
+}
+
 template <class Rows>
 cudaError_t launch_as(const BackwardCall& call, int processors, cudaStream_t stream) {
   const int64_t most = (static_cast<int64_t>(processors) * 8 >> call.log_pieces) + 1;
@@ -149,6 +194,10 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
   if (const cudaError_t error = current_device(device)) return error;
   BackwardCall call = {args, filled, false, 0, make_constants(args.divergence, args.mix)};
   call.rescales = filled && (size_of(args.student_dtype) > 2 || args.grad == args.student);
+  if (is_strided(args))
+    return with_elements(args, [&](auto elements) {
+      return launch_strided_as<typename decltype(elements)::Type>(call, device, stream);
+    });
   // Enough pieces to fill the device, of at least 4096 classes.
   while (args.rows << call.log_pieces < device.processors * 8 &&
          args.classes >> (call.log_pieces + 1) >= 4096)

@@ -92,6 +92,8 @@ cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_
       fallback.threads = fallback.lanes = 512;
       return launch_streaming(call, fallback, stream);
     }
+    case Family::kStrided:
+      return launch_strided(call, plan, stream);
     case Family::kStreaming:
     default:
       return launch_streaming(call, plan, stream);
@@ -117,7 +119,7 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
   call.constants = make_constants(args.divergence, args.mix);
   Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
-                        device.limits(), !is_hot(args));
+                        device.limits(), !is_hot(args), is_strided(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
   if (const cudaError_t error =

@@ -11,6 +11,7 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
 cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_strided(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 // Settles where the kernels find the scale. `counts_inside`: the labels are so few that every CTA
 // may count them.
 cudaError_t launch_scale(ForwardCall& call, const void* denominator, bool counts_inside,
@@ -25,6 +26,12 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
 // temperature for student and teacher. All else is general.cuh's.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.temperature == in.teacher_temperature;
+}
+// Whether some row's classes are not adjacent: rows that the strided kernels take.
+template <class Args>
+bool is_strided(const Args& args) {
+  return args.student_stride.classes != 1 || args.teacher_stride.classes != 1 ||
+         (args.grad != nullptr && args.grad_stride.classes != 1);
 }
 // A type as an argument.
 template <class T>

@@ -72,6 +72,24 @@ Plan ring(int64_t rows, int64_t classes, int element, const DeviceLimits& device
   return plan;
 }
 
+// The threads that a processor holds read 6 KB of fp32 logits for each class that one of them
+// takes: kStridedClasses are what L1 keeps until the second sweep.
+Plan strided(int64_t rows, int64_t classes, const DeviceLimits& device) {
+  Plan plan;
+  plan.family = Family::kStrided;
+  plan.threads = kStridedThreads;
+  plan.lanes = 1;
+  const auto shares = [&](int lanes) {
+    if (classes > lanes * kStridedClasses) return true;
+    return rows * lanes < static_cast<int64_t>(device.processors) * kStridedFill &&
+           classes > lanes * kStridedFewest;
+  };
+  while (plan.lanes < kStridedParts && shares(plan.lanes)) plan.lanes *= 2;
+  plan.rows_per_block = plan.threads / plan.lanes;
+  finish_inside_if_small(plan, rows, device);
+  return plan;
+}
+
 }  // namespace
 
 bool hot_dtypes(DType student, DType teacher) {
@@ -79,7 +97,8 @@ bool hot_dtypes(DType student, DType teacher) {
 }
 
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
-               const DeviceLimits& device, bool general) {
+               const DeviceLimits& device, bool general, bool is_strided) {
+  if (is_strided) return strided(rows, classes, device);
   if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
     return tiny(rows, classes, device);
   Plan plan;
@@ -108,6 +127,8 @@ const char* name_of(Family family) {
       return "registers";
     case Family::kRing:
       return "ring";
+    case Family::kStrided:
+      return "strided";
     case Family::kStreaming:
     default:
       return "streaming";

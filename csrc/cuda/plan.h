@@ -1,11 +1,13 @@
 // Which kernel runs a problem, and with what shape. Plain C++: no CUDA, no torch, so that a test
 // can ask for the plan of any problem on any device.
 //
-// Four families, by where a row lives between the two sweeps over it:
+// Five families. Where classes are adjacent, by where a row lives between the two sweeps over it:
 //   tiny       a few lanes a row, a few classes a lane; any dtypes
 //   registers  a warp or a CTA a row, 16-byte vectors held in registers; equal 2- and 4-byte dtypes
 //   ring       a cluster of 1 to 16 CTAs a row, the row's slices in shared memory; the same, sm_90+
 //   streaming  a CTA a row, read twice (the second time from L2 where it fits); everything else
+// And where they are not:
+//   strided    a thread a row, or up to eight, and a warp for rows that are adjacent; any dtypes
 #pragma once
 #include <cstdint>
 
@@ -13,7 +15,7 @@
 
 namespace fastkd::cuda {
 
-enum class Family : int32_t { kTiny, kRegisters, kRing, kStreaming };
+enum class Family : int32_t { kTiny, kRegisters, kRing, kStreaming, kStrided };
 
 struct DeviceLimits {
   int processors = 132;          // SMs
@@ -54,6 +56,11 @@ constexpr int ring_stage_bytes(int warps, int vectors) {
   return 2 * (ring_stage_vectors(warps, vectors) + 1) * kVectorBytes;
 }
 constexpr int kRingStaticBytes = 12288;  // at most, for barriers and exchanges
+constexpr int kStridedThreads = 256;
+constexpr int kStridedParts = 8;     // threads that share a row, at most
+constexpr int kStridedClasses = 24;  // of a row, that one thread takes before others share it
+constexpr int kStridedFill = 512;    // threads of a processor, below which more share a row
+constexpr int kStridedFewest = 8;    // classes that are left to each of them then
 
 // Rows of which the largest number of labels is counted by every CTA for itself; beyond, a kernel
 // of its own counts them first.
@@ -66,8 +73,9 @@ constexpr bool kRingPlanned = false;
 
 bool hot_dtypes(DType student, DType teacher);
 // `general`: for what the hot kernels leave out (general.cuh), which registers do not have.
+// `strided`: the classes of some tensor are not adjacent.
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
-               const DeviceLimits& device, bool general = false);
+               const DeviceLimits& device, bool general = false, bool strided = false);
 const char* name_of(Family family);
 
 }  // namespace fastkd::cuda

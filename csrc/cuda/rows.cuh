@@ -1,5 +1,5 @@
-// The two sweeps over a row of 16-byte vectors, as the registers, ring, streaming and backward
-// kernels run them.
+// The sweeps over a row of 16-byte vectors, as the registers, ring, streaming and backward kernels
+// run them, and over a few classes at a time, as the strided ones do too.
 #pragma once
 #include "row.cuh"
 #include "vectors.cuh"
@@ -15,6 +15,12 @@ constexpr bool kFoldScales = sizeof(T) == 2;
 // of the sums costs as much as two classes. Statistics::raise(tops...) ends a sweep.
 struct Tops {
   float student = kLowest<float>, teacher = kLowest<float>;
+};
+
+// How many of some classes that are loaded together are there: all, or an int.
+template <int kCount>
+struct All {
+  __device__ __forceinline__ constexpr operator int() const { return kCount; }
 };
 
 // The classes of `kCount` vectors.
@@ -50,6 +56,30 @@ __device__ __forceinline__ void add_vector(Statistics<float>& stats, Tops& tops,
   add_vectors<T, kPower, 1>(stats, tops, students, teachers, t);
 }
 
+// The gradients of the first `count` of some classes, but for what belongs to the label.
+template <int kPower, bool kExtra, bool kUniform, int kMost, class A, class Count, class W>
+__device__ __forceinline__ void write_classes(const W& writer, const A (&z)[kMost],
+                                              const A (&w)[kMost], Count count, A (&g)[kMost],
+                                              typename W::Sums& sums) {
+  const auto each = [&](auto&& write) {
+#pragma unroll
+    for (int i = 0; i < kMost; i++)
+      if (i < count) g[i] = write(z[i], w[i]);
+  };
+  if constexpr (W::kGeneral) {
+    visit_general(writer.divergence, [&](auto d) {
+      each([&](A x, A y) { return writer.template write_as<decltype(d)>(x, y); });
+    });
+  } else if (writer.apart) {
+    each([&](A x, A y) {
+      return writer.template write_as<true, kAtRunTime, kExtra, kUniform>(x, y, sums);
+    });
+  } else {
+    each([&](A x, A y) {
+      return writer.template write_as<false, kPower, kExtra, kUniform>(x, y, sums);
+    });
+  }
+}
 template <class T, int kPower, bool kExtra, bool kUniform = kExtra, class W>
 __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, uint4 teacher,
                                               typename W::Sums& sums) {
@@ -57,27 +87,21 @@ __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, ui
   float z[kElements], w[kElements], g[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
-  const auto each = [&](auto&& write) {
-#pragma unroll
-    for (int i = 0; i < kElements; i++) g[i] = write(z[i], w[i]);
-  };
-  if constexpr (W::kGeneral) {
-    visit_general(writer.divergence, [&](auto d) {
-      each([&](float x, float y) { return writer.template write_as<decltype(d)>(x, y); });
-    });
-  } else if (writer.apart) {
-    each([&](float x, float y) {
-      return writer.template write_as<true, kAtRunTime, kExtra, kUniform>(x, y, sums);
-    });
-  } else {
-    each([&](float x, float y) {
-      return writer.template write_as<false, kPower, kExtra, kUniform>(x, y, sums);
-    });
-  }
+  write_classes<kPower, kExtra, kUniform>(writer, z, w, All<kElements>(), g, sums);
   return Vector<T>::store(g);
 }
 
 // The sweep between, of a GeneralWriter.
+template <int kMost, class A, class Count, class W>
+__device__ __forceinline__ void sum_classes(const W& writer, const A (&z)[kMost],
+                                            const A (&w)[kMost], Count count, bool extra,
+                                            typename W::Sums& sums) {
+  visit_general(writer.divergence, [&](auto d) {
+#pragma unroll
+    for (int i = 0; i < kMost; i++)
+      if (i < count) writer.template sum_as<decltype(d)>(z[i], w[i], extra, sums);
+  });
+}
 template <class T, class W>
 __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4 teacher,
                                            bool extra, typename W::Sums& sums) {
@@ -85,11 +109,7 @@ __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4
   float z[kElements], w[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
-  visit_general(writer.divergence, [&](auto d) {
-#pragma unroll
-    for (int i = 0; i < kElements; i++)
-      writer.template sum_as<decltype(d)>(z[i], w[i], extra, sums);
-  });
+  sum_classes(writer, z, w, All<kElements>(), extra, sums);
 }
 
 // Pointers to the three tensors' parts of one row, and how they fall into vectors.

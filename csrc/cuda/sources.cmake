@@ -6,6 +6,7 @@ set(FASTKD_CUDA_SOURCES
     csrc/cuda/registers.cu
     csrc/cuda/ring.cu
     csrc/cuda/streaming.cu
+    csrc/cuda/strided.cu
     csrc/cuda/backward.cu
     csrc/cuda/topk.cu
     csrc/cuda/finish.cu)

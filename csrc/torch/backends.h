@@ -26,7 +26,6 @@ struct TopkCall {
 };
 
 struct Cpu {
-  static constexpr bool kStrided = true;  // takes classes that are not adjacent
   // `grad`: where to write the gradient times grad_output, or null. `with_stats`: a backward call
   // will follow.
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
@@ -41,7 +40,6 @@ struct Cpu {
 };
 
 struct Cuda {
-  static constexpr bool kStrided = false;
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
   static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> loss(
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            Backend::kStrided, nullptr, false);
+                            true, nullptr, false);
   const bool filled = with_grad && static_cast<Reduction>(reduction) != Reduction::kNone;
   const Tensor grad = filled ? empty_grad(call) : nothing(call);
   const ForwardResult result =
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> loss_(const Tensor& student, const Tensor& teacher,
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            Backend::kStrided, &student, true);
+                            true, &student, true);
   const ForwardResult result =
       Backend::forward(call, {static_cast<Reduction>(reduction), normalizer, denominator},
                        with_terms, true, &student);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> loss_into(const Tensor& grad, double grad_output, con
   const Call call = prepare(student, teacher, labels, std::nullopt,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            Cpu::kStrided, &grad, false);
+                            true, &grad, false);
   const ForwardResult result =
       Cpu::forward(call, {static_cast<Reduction>(reduction), 0.0, std::nullopt}, with_terms, true,
                    &grad, grad_output);
@@ -74,7 +74,7 @@ void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor&
   const Call call = prepare(student, teacher, labels, row_settings,
                             {temperature, teacher_temperature, hard_weight, soft_weight,
                              label_smoothing, ignore_index, divergence, mix},
-                            Backend::kStrided, &grad, false);
+                            true, &grad, false);
   Backend::backward(call, stats, grad_output, grad, filled);
 }
 

@@ -39,7 +39,8 @@ py::array_t<float> exp2_of(
 
 // Which kernel the CUDA backend would take on a device that need not be at hand.
 py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher_dtype,
-                   int processors, int shared_per_block, int largest_cluster, bool ring) {
+                   int processors, int shared_per_block, int largest_cluster, bool ring,
+                   bool strided) {
   const auto dtype = [](int index) {
     if (index < 0 || index > static_cast<int>(fastkd::DType::kBFloat16))
       throw py::value_error("no dtype has the index " + std::to_string(index));
@@ -50,8 +51,8 @@ py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher
   device.shared_per_block = shared_per_block;
   device.largest_cluster = largest_cluster;
   device.ring = ring;
-  const fastkd::cuda::Plan plan =
-      fastkd::cuda::make_plan(rows, classes, dtype(student_dtype), dtype(teacher_dtype), device);
+  const fastkd::cuda::Plan plan = fastkd::cuda::make_plan(
+      rows, classes, dtype(student_dtype), dtype(teacher_dtype), device, false, strided);
   py::dict result;
   result["family"] = fastkd::cuda::name_of(plan.family);
   result["lanes"] = plan.lanes;
@@ -81,5 +82,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp2", &exp2_of, py::arg("values"));
   m.def("plan_cuda", &plan_cuda, py::arg("rows"), py::arg("classes"), py::arg("student_dtype"),
         py::arg("teacher_dtype"), py::arg("processors"), py::arg("shared_per_block"),
-        py::arg("largest_cluster"), py::arg("ring") = false);
+        py::arg("largest_cluster"), py::arg("ring") = false, py::arg("strided") = false);
 }

@@ -139,8 +139,8 @@ def loss(*args: Any, **options: Any) -> Tensor:
 
     Args:
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
-            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are used where they are, and on CPUs so
-            are ``(N, C, H, W)`` and ``(N, C, L)`` with ``dim=1``, whose gradient is laid out like
+            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are used where they are, and so are
+            ``(N, C, H, W)`` and ``(N, C, L)`` with ``dim=1``, whose gradient is laid out like
             them. A copy is what logits cost of which neither classes nor pixels are adjacent, and
             spatial crops.
         teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's; or a

@@ -85,7 +85,7 @@ def empty_gradient(student: Tensor) -> Tensor:
     *shape, classes = student.shape
     place = len(shape)
     *strides, of_classes = student.stride()
-    if student.device.type != "cuda" and student.numel() > 0 and classes > 1 and of_classes != 1:
+    if student.numel() > 0 and classes > 1 and of_classes != 1:
         rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
         if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
             place = next((dim for dim, stride in rows if stride < of_classes), place)

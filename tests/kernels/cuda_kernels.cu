@@ -25,6 +25,7 @@ struct Case {
   int student_offset = 0, teacher_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
   int64_t student_pad = 0, teacher_pad = 0, grad_pad = 0;       // of a row, in elements
   int64_t group_rows = 0;
+  bool student_pixels = false, teacher_pixels = false;  // rows adjacent instead of classes
   bool labels = true, ignored = true, bad_label = false, row_settings = false;
   bool terms = false, in_place = false, no_grad = false, infinities = false, nan = false;
   Reduction reduction = Reduction::kMean;
@@ -118,22 +119,29 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
 // One case: forward, a second forward (bitwise the same), then backward in its three forms.
 struct Runner {
   const Case& c;
-  int64_t group, student_row, teacher_row, grad_row, student_group, teacher_group, grad_group;
+  int64_t group;
+  RowStrides student_stride, teacher_stride, grad_stride;
   bool wide;
   int acc;
   int failures = 0;
 
   explicit Runner(const Case& which) : c(which) {
     group = c.group_rows > 0 ? c.group_rows : c.rows;
-    student_row = c.classes + c.student_pad, teacher_row = c.classes + c.teacher_pad;
-    grad_row = c.classes + c.grad_pad;
-    student_group = group * student_row + 5, teacher_group = group * teacher_row + 3;
-    grad_group = group * grad_row;
+    student_stride = stride_of(c.student_pixels, c.student_pad, 5);
+    teacher_stride = stride_of(c.teacher_pixels, c.teacher_pad, 3);
+    grad_stride = stride_of(c.student_pixels, c.grad_pad, 0);
     wide = computes_in_double(c.student, c.teacher);
     acc = wide ? 8 : 4;
   }
-  int64_t extent(int64_t row, int64_t of_group) const {
-    return (c.rows + group - 1) / group * of_group + row;
+  RowStrides stride_of(bool pixels, int64_t pad, int64_t pad_of_group) const {
+    if (pixels) return {1, c.classes * (group + pad) + pad_of_group, group + pad};
+    return {c.classes + pad, group * (c.classes + pad) + pad_of_group};
+  }
+  int64_t extent(RowStrides stride) const {
+    return (c.rows + group - 1) / group * stride.group + stride.row;
+  }
+  int64_t at(int64_t row, int64_t i, RowStrides stride) const {
+    return row_offset(row, group, stride) + i * stride.classes;
   }
   void fail(const char* what, int64_t row, int64_t i, double got, double want) {
     if (failures++ < 3)
@@ -149,9 +157,10 @@ struct Runner {
   std::string plan_name() const {
     cuda::Device device;
     check(cuda::current_device(device), "device");
-    const cuda::Plan p = c.plan ? *c.plan
-                                : cuda::make_plan(c.rows, c.classes, c.student, c.teacher,
-                                                  device.limits(), general());
+    const cuda::Plan p =
+        c.plan ? *c.plan
+               : cuda::make_plan(c.rows, c.classes, c.student, c.teacher, device.limits(),
+                                 general(), c.student_pixels || c.teacher_pixels);
     return std::string(cuda::name_of(p.family)) + " " + std::to_string(p.cluster) + "x" +
            std::to_string(p.threads);
   }
@@ -189,9 +198,9 @@ int forward_with(const Case& c, const ForwardArgs& args, void* total) {
 
 void Runner::run() {
   const int64_t es = size_of(c.student), et = size_of(c.teacher);
-  Buffer student(extent(student_row, student_group) * es, c.student_offset * es);
-  Buffer teacher(extent(teacher_row, teacher_group) * et, c.teacher_offset * et);
-  Buffer grad(extent(grad_row, grad_group) * es, c.grad_offset * es);
+  Buffer student(extent(student_stride) * es, c.student_offset * es);
+  Buffer teacher(extent(teacher_stride) * et, c.teacher_offset * et);
+  Buffer grad(extent(grad_stride) * es, c.grad_offset * es);
   Buffer labels(c.rows * 8), settings(c.rows * acc * kRowSettings), loss(c.rows * acc);
   Buffer terms(c.rows * acc * kTerms), stats((c.rows * kStats + 1) * acc);
   Buffer total(acc * (1 + kTerms)), grad_output(acc * c.rows);
@@ -200,8 +209,6 @@ void Runner::run() {
   std::vector<Reference> want;
   int64_t counted = 0;
   for (int64_t r = 0; r < c.rows; r++) {
-    const int64_t so = row_offset(r, group, {student_row, student_group});
-    const int64_t to = row_offset(r, group, {teacher_row, teacher_group});
     for (int64_t i = 0; i < c.classes; i++) {
       double w = 3 * random.normal(), z = w + c.noise * random.normal();
       z += c.student_base, w += c.teacher_base;
@@ -212,8 +219,8 @@ void Runner::run() {
       if (c.nan && r == 1 && i == c.classes / 2) z = NAN;
       if (c.nan && r == 2 && i == c.classes - 1) w = NAN;
       if (c.nan && r == 0 && i == 0) z = kInfinity;
-      store(student.host.data(), c.student, so + i, z);
-      store(teacher.host.data(), c.teacher, to + i, w);
+      store(student.host.data(), c.student, at(r, i, student_stride), z);
+      store(teacher.host.data(), c.teacher, at(r, i, teacher_stride), w);
     }
     int64_t label = r == 0   ? c.classes - 1
                     : r == 1 ? 0
@@ -232,8 +239,8 @@ void Runner::run() {
     store(grad_output.host.data(), acc_dtype, r, 1.0);
     std::vector<double> z(static_cast<size_t>(c.classes)), w(z.size());
     for (int64_t i = 0; i < c.classes; i++) {
-      z[i] = load(student.host.data(), c.student, so + i);
-      w[i] = load(teacher.host.data(), c.teacher, to + i);
+      z[i] = load(student.host.data(), c.student, at(r, i, student_stride));
+      w[i] = load(teacher.host.data(), c.teacher, at(r, i, teacher_stride));
     }
     Reference ref;
     if (c.labels && label == -100) {
@@ -255,8 +262,8 @@ void Runner::run() {
 
   ForwardArgs args;
   args.rows = c.rows, args.classes = c.classes, args.group_rows = group;
-  args.student = student.at(), args.student_stride = {student_row, student_group};
-  args.teacher = teacher.at(), args.teacher_stride = {teacher_row, teacher_group};
+  args.student = student.at(), args.student_stride = student_stride;
+  args.teacher = teacher.at(), args.teacher_stride = teacher_stride;
   args.student_dtype = c.student, args.teacher_dtype = c.teacher;
   args.labels = c.labels ? static_cast<const int64_t*>(labels.at()) : nullptr;
   args.row_settings = c.row_settings ? settings.at() : nullptr;
@@ -267,7 +274,7 @@ void Runner::run() {
   args.soft_weight = c.soft_weight, args.label_smoothing = c.smoothing;
   args.loss = loss.at(), args.stats = stats.at(), args.terms = c.terms ? terms.at() : nullptr;
   args.grad = c.no_grad ? nullptr : c.in_place ? student.at() : grad.at();
-  args.grad_stride = c.in_place ? args.student_stride : RowStrides{grad_row, grad_group};
+  args.grad_stride = c.in_place ? student_stride : grad_stride;
   args.reduction = c.reduction;
   const int status = forward_with(c, args, c.reduction == Reduction::kNone ? nullptr : total.at());
   // Of one CTA there is room for everywhere.
@@ -298,7 +305,7 @@ void Runner::run() {
                               double slack = 1) {
     for (int64_t r = 0; r < c.rows; r++)
       for (int64_t i = 0; i < c.classes; i++) {
-        const double g = load(got.data(), c.student, row_offset(r, group, out_stride) + i);
+        const double g = load(got.data(), c.student, at(r, i, out_stride));
         const double w = want[r].grad[i] * scale * factor;
         if (!close(g, w, slack * tiny * std::fmax(1.0, std::fabs(factor)), slack * eps))
           return fail(what, r, i, g, w);
@@ -352,10 +359,10 @@ void Runner::run() {
     int64_t differs = 0;
     for (int64_t r = 0; r < c.rows && c.smoothing == 0; r++)
       for (int64_t i = 0; i < c.classes; i++) {
-        const int64_t at = (row_offset(r, group, out_stride) + i) * es;
-        const double w = load(first.data(), c.student, at / es);
-        if (std::memcmp(&first[at], &out.host[at], es) != 0 && !std::isnan(w) && differs++ == 0)
-          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, at / es), w);
+        const int64_t of = at(r, i, out_stride), byte = of * es;
+        const double w = load(first.data(), c.student, of);
+        if (std::memcmp(&first[byte], &out.host[byte], es) != 0 && !std::isnan(w) && differs++ == 0)
+          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, of), w);
       }
     check_grad(out.host, 1, "backward anew");
   }
@@ -379,7 +386,7 @@ int total_failures = 0, total_cases = 0;
 int64_t most_rows = int64_t(1) << 40, most_classes = most_rows;
 void test(Case c, const char* name) {
   if (c.classes > most_classes) return;
-  c.rows = std::min(c.rows, most_rows);
+  if (!c.student_pixels && !c.teacher_pixels) c.rows = std::min(c.rows, most_rows);
   c.name = name;
   Runner runner(c);
   runner.run();
@@ -549,7 +556,10 @@ void random_cases(int64_t count, uint64_t seed) {
       c.divergence = c.infinities ? finite[below(5)] : static_cast<Divergence>(below(10));
       if (one_in(3) && !c.infinities) c.teacher_temperature = temperatures[below(6)];
     }
-    if (device.major >= 9 && c.classes > 32 * cuda::kTinyPerLane && one_in(2)) {
+    if (one_in(3))
+      c.student_pixels = !one_in(4), c.teacher_pixels = !c.student_pixels || !one_in(4);
+    if (device.major >= 9 && !c.student_pixels && !c.teacher_pixels &&
+        c.classes > 32 * cuda::kTinyPerLane && one_in(2)) {
       ring.family = cuda::Family::kRing, ring.cluster = 1 << below(5);
       ring.stages = static_cast<int>(1 + below(12)), ring.threads = cuda::kRingThreads;
       ring.shared_bytes =
@@ -561,6 +571,88 @@ void random_cases(int64_t count, uint64_t seed) {
     }
     test(c, ("random " + std::to_string(i) + " of seed " + std::to_string(seed)).c_str());
   }
+}
+// Offsets that 32 bits do not count. Of two groups the first is ignored, so that only the second
+// need be there.
+void far_pixels() {
+  constexpr int64_t kClasses = 19, kStep = 3, kFar = (int64_t(1) << 32) + 5;
+  Buffer student(kClasses * kStep * 4), teacher(student.host.size()), grad(2 * kClasses * 4);
+  Buffer labels(2 * 8), loss(2 * 4), stats((2 * kStats + 1) * 4);
+  Random random{1};
+  for (Buffer* logits : {&student, &teacher}) {
+    for (int64_t i = 0; i < kClasses * kStep; i++)
+      store(logits->host.data(), DType::kFloat32, i, random.normal());
+    logits->up();
+  }
+  reinterpret_cast<int64_t*>(labels.host.data())[0] = -100;
+  reinterpret_cast<int64_t*>(labels.host.data())[1] = 7;
+  labels.up();
+  std::vector<char> near;
+  for (const int64_t group : {int64_t(0), kFar}) {
+    const auto from = [&](Buffer& b) {
+      return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(b.at()) -
+                                     static_cast<uintptr_t>(group) * 4);
+    };
+    ForwardArgs args;
+    args.rows = 2, args.classes = kClasses, args.group_rows = 1;
+    args.student = from(student), args.teacher = from(teacher), args.grad = grad.at();
+    args.student_stride = args.teacher_stride = {1, group, kStep};
+    args.grad_stride = {1, kClasses, 1};
+    args.labels = static_cast<const int64_t*>(labels.at());
+    args.loss = loss.at(), args.stats = stats.at(), args.reduction = Reduction::kNone;
+    check(cuda::forward(args, nullptr, nullptr, nullptr), "far pixels");
+    loss.down(), grad.down();
+    std::vector<char> all = loss.host;
+    all.insert(all.end(), grad.host.begin(), grad.host.end());
+    if (group == 0) near = all;
+    total_failures += near != all || load(loss.host.data(), DType::kFloat32, 1) == 0;
+  }
+  total_cases++;
+}
+// Classes that are not adjacent: pixels.
+void pixels(bool brief) {
+  for (const int64_t classes : {3, 19}) {  // more tiles than the device holds at a time
+    Case c;
+    c.student_pixels = c.teacher_pixels = true, c.rows = 2500, c.group_rows = 700;
+    c.classes = classes, test(c, "many pixels");
+    c.divergence = Divergence::kJensenShannon, test(c, "many pixels, JSD");
+  }
+  far_pixels();
+  if (brief) return;
+  const DType all[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
+  for (const int64_t classes : {1, 2, 4, 19, 33, 150, 1003})
+    for (const DType dtype : all) {
+      Case c;
+      c.student_pixels = c.teacher_pixels = true;
+      c.classes = classes, c.student = c.teacher = dtype;
+      c.rows = 90, c.group_rows = 37;
+      test(c, "pixels");
+      Case d = c;
+      d.student_pad = 3, d.teacher_pad = 1, d.student_offset = 1, d.terms = true, d.smoothing = 0.1;
+      test(d, "pixels, terms and smoothing");
+      d = c, d.bad_label = true, test(d, "pixels, bad label");
+      // Of one class the gradient is what the weights round at, and these are many times larger.
+      d.row_settings = classes > 1, test(d, "pixels, settings of rows");
+      d = c, d.in_place = true, d.student_pad = 5, test(d, "pixels, in place");
+      d = c, d.labels = false, d.reduction = Reduction::kSum, test(d, "pixels, no labels");
+      d = c, d.teacher_pixels = false, d.reduction = Reduction::kNone;
+      test(d, "pixels, and a teacher of rows");
+      d = c, d.student_pixels = false, test(d, "rows, and a teacher of pixels");
+      d = c, d.no_grad = true, d.teacher = DType::kFloat32, test(d, "pixels, mixed, no gradient");
+      d = c, d.nan = true, d.ignored = false, test(d, "pixels, nan");
+      d = c, d.underflows = true, test(d, "pixels, masked, and of no teacher probability");
+      d = c, d.temperature = 1.5, d.student_base = 1e4, test(d, "pixels, apart");
+      d = c, d.infinities = true, d.smoothing = 0, test(d, "pixels, infinities");
+      for (int id = 1; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++) {
+        // In more rows some p and q are nearer than fp32 can tell, where total variation has a
+        // bend.
+        d = c, d.divergence = static_cast<Divergence>(id), d.rows = 40, d.group_rows = 13;
+        const std::string name = std::string("pixels, ") + kDivergenceNames[id];
+        test(d, name.c_str());
+        d.in_place = true, d.teacher_temperature = 3, d.terms = true;
+        test(d, (name + ", own temperature, in place").c_str());
+      }
+    }
 }
 void many_rows() {
   for (const int64_t classes : {10, 130, 1000, 2000, 5000}) {
@@ -597,7 +689,7 @@ int main(int argc, char** argv) {
   } else {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
-    forced(brief), divergences(brief);
+    forced(brief), divergences(brief), pixels(brief);
   }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);

@@ -7,7 +7,7 @@
 #include "grid.h"
 
 namespace fastkd::cuda {
-// The ring's `extern __shared__`.
+// The kernels' `extern __shared__`.
 alignas(128) thread_local unsigned char dynamic[emulation::kMostDynamicBytes];
 }  // namespace fastkd::cuda
 
