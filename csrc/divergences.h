@@ -29,7 +29,11 @@ enum class Divergence : int32_t {
   kTotalVariation,
   kSquaredError,
   kCenteredSquaredError,
+  kDecoupled,
 };
+// The first so many have CUDA kernels.
+constexpr int kCudaDivergences = static_cast<int>(Divergence::kDecoupled);
+constexpr bool has_cuda_kernels(Divergence id) { return static_cast<int>(id) < kCudaDivergences; }
 
 // How the gradient follows from the slopes.
 enum class Balance {
@@ -231,6 +235,55 @@ struct CenteredSquaredError {
   }
 };
 
+// The two outcomes "the label" and "another class" of decoupled distillation (Zhao et al. 2022):
+// the logarithm of their odds, and exp(-|log|).
+template <class T>
+struct Odds {
+  T log, minor;
+
+  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? T(1) : minor) / (1 + minor); }
+  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : T(1)) / (1 + minor); }
+  FASTKD_HOST_DEVICE T log_label() const { return bounded_above(log, T(0)) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T log_rest() const { return bounded_above(-log, T(0)) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T entropy() const {
+    return -times_log(label(), log_label()) - times_log(rest(), log_rest());
+  }
+};
+
+// exp(x) - 1 where is_small(x)
+template <class T>
+FASTKD_HOST_DEVICE T expm1_of_small(T x) {
+  return x + x * x * series_of(-x);
+}
+
+template <class T>
+struct BinaryKL {
+  T value;
+  T diff;  // q_y - p_y
+};
+
+// The KL of these two outcomes. `difference` is that of the two logarithms, which may be known
+// better than they are; with it nothing cancels where p_y is near q_y.
+template <class T>
+FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& student,
+                                         T difference) {
+  const T p = teacher.label(), q = student.label(), p_rest = teacher.rest(),
+          q_rest = student.rest();
+  const bool small = is_small(difference), likely = teacher.log > 0;
+  // log(p / q) and log(p_rest / q_rest): far apart, that of the likelier outcome, and the other
+  // from it.
+  const T of_likely =
+      likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
+  const T d = small    ? log1p_of(p_rest * expm1_of_small(difference))
+              : likely ? of_likely
+                       : of_likely + difference;
+  const T d_rest = small    ? log1p_of(p * expm1_of_small(-difference))
+                   : likely ? of_likely - difference
+                            : of_likely;
+  const Element<T> label = element(p, q, d), rest = element(p_rest, q_rest, d_rest);
+  return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
+}
+
 // Calls fn(ForwardKL{}) and so on for the divergence that `id` names; returns fn's answer.
 template <class Fn>
 FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
@@ -253,19 +306,29 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
       return fn(CenteredSquaredError{});
     case Divergence::kForwardKL:
     case Divergence::kSoftCrossEntropy:
+    case Divergence::kDecoupled:  // among the classes that are not the label
     default:
       return fn(ForwardKL{});
   }
 }
 
-constexpr const char* kDivergenceNames[] = {
-    "forward_kl",        "soft_cross_entropy", "reverse_kl",      "symmetric_kl", "jsd",
-    "skewed_forward_kl", "skewed_reverse_kl",  "total_variation", "mse",          "centered_mse"};
+constexpr const char* kDivergenceNames[] = {"forward_kl",
+                                            "soft_cross_entropy",
+                                            "reverse_kl",
+                                            "symmetric_kl",
+                                            "jsd",
+                                            "skewed_forward_kl",
+                                            "skewed_reverse_kl",
+                                            "total_variation",
+                                            "mse",
+                                            "centered_mse",
+                                            "dkd"};
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
-  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
+  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
+         id == Divergence::kDecoupled;
 }
 
 FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {

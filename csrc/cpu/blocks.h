@@ -2,6 +2,8 @@
 // cache, and is vectorised by the compiler. Letters as in numerics.h; docs/maths.md derives the
 // formulas.
 #pragma once
+#include <type_traits>
+
 #include "../divergences.h"
 #include "../kernels.h"
 #include "storage.h"
@@ -20,6 +22,13 @@ template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
 template <class T>
 constexpr T kNaN = static_cast<T>(__builtin_nan(""));
+
+template <auto kValue>
+constexpr std::integral_constant<decltype(kValue), kValue> constant{};
+
+inline bool holds(int64_t begin, int64_t count, int64_t index) {
+  return begin <= index && index < begin + count;
+}
 
 // How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
 // of its own.
@@ -186,6 +195,10 @@ struct Coefficients {
   T student_share;   // of q, and
   T constant_share;  // of 1, which balance the slopes (divergences.h)
   T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
+  // Of a row whose sums leave its label out (label.h): adds rest_gain * q to other classes'
+  // gradient
+  T rest_gain = 0;
+  T label_gradient = 0;  // the label's
 
   bool apart() const { return way != Way::kAnew; }
 };
@@ -210,13 +223,20 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   return e;
 }
 
-// Writes the forward KL's gradient but for the label's share, and returns its sum. grad may be the
-// student itself. student_kept and teacher_kept are read by Way::kKept alone.
-template <Hard kHard, Way kWay, class T, class S, class L>
-T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const L* teacher,
-                 const T* student_kept, const T* teacher_kept, L* grad, int64_t count) {
+template <class T>
+struct SlopeSums {
+  T value, slope, classes;
+};
+
+// Writes the forward KL's gradient but for the label's share, and returns its sum; and that of q -
+// p with kDecoupled, where it is of the classes other than the label. grad may be the student
+// itself. student_kept and teacher_kept are read by Way::kKept alone.
+template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
+SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients, const L* student,
+                            const L* teacher, const T* student_kept, const T* teacher_kept, L* grad,
+                            int64_t count) {
   const Coefficients<T, S> c = coefficients;
-  T values[kLanes] = {};
+  T values[kLanes] = {}, diffs[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
     const T* student_lanes = unpack(student + at, student_buffer);
@@ -233,7 +253,9 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
       const Element<T> e = element_of<kWay>(c, z, w, student_power, teacher_power);
       const Evaluated<T> kl = ForwardKL::at(e);
       values[i] += kl.value;
+      if constexpr (kDecoupled) diffs[i] += kl.slope;
       T g = c.uniform;
+      if constexpr (kDecoupled) g += c.rest_gain * e.q;
       // A power of what was kept, not of q: then q is used only for q - p, and costs no product.
       constexpr bool kOfKept = kWay == Way::kKept && kHard != Hard::kOwn;
       const T hard_gain = kOfKept ? c.kept_hard_gain : c.hard_gain;
@@ -245,13 +267,8 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
     }
     pack(grad_buffer, grad + at);
   }
-  return sum_of(values);
+  return {sum_of(values), kDecoupled ? sum_of(diffs) : T(0), T(0)};
 }
-
-template <class T>
-struct SlopeSums {
-  T value, slope, classes;
-};
 
 // For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.

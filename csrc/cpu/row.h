@@ -19,7 +19,8 @@ template <class T>
 struct Row {
   State state = State::kNormal;
   int64_t label = -1;
-  Hard hard = Hard::kNone;           // in the sums
+  int64_t left_out = -1;    // the label where the sums are of the other classes (kDecoupled)
+  Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
@@ -67,7 +68,11 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.factor = static_cast<T>(kLog2E / row.temperature);
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
-  if (in.labels == nullptr) return row;
+  const bool decoupled = in.divergence == Divergence::kDecoupled;
+  if (in.labels == nullptr) {
+    if (decoupled) row.state = State::kInvalid;
+    return row;
+  }
   row.label = in.labels[index];
   if (row.label == in.ignore_index) {
     row.state = State::kIgnored;
@@ -75,6 +80,7 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
     return row;
   }
   if (row.label < 0 || row.label >= in.classes) row.state = State::kInvalid;
+  if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = Hard::kOwn;
   // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
@@ -118,6 +124,8 @@ template <class T>
 __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
+  into->student_label += other.student_label;
+  into->teacher_label += other.teacher_label;
 }
 
 inline void add(const Sums& other, Sums* into) {
@@ -135,11 +143,18 @@ inline void add(const Sums& other, Sums* into) {
 template <class T>
 struct Scales {
   T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
+  T student_label = 0, teacher_label = 0;  // as in Statistics
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   bool valid() const {
     return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
-           finite(teacher_scale);
+           finite(teacher_scale) && valid_label(student_label, student_scale) &&
+           valid_label(teacher_label, teacher_scale);
+  }
+
+ private:
+  static bool valid_label(T logit, T scale_of_others) {
+    return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
   }
 };
 
@@ -147,23 +162,44 @@ struct Scales {
 // the unrounded quotients, so that backward arrived at other bits.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
-  return {static_cast<T>(of.student_max), static_cast<T>(1 / of.student_sum),
-          row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
-          static_cast<T>(of.teacher_max), static_cast<T>(1 / of.teacher_sum)};
+  Scales<T> s = {static_cast<T>(of.student_max),
+                 static_cast<T>(1 / of.student_sum),
+                 row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
+                 static_cast<T>(of.teacher_max),
+                 static_cast<T>(1 / of.teacher_sum),
+                 static_cast<T>(of.student_label),
+                 static_cast<T>(of.teacher_label)};
+  if (row.left_out < 0) return s;
+  if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
+  if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
+  return s;
 }
 
 // Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
 
-// `gain` multiplies the gradient of the weighted loss.
-template <class S, class T>
-Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                     double gain) {
+// How the sweeps form d = log p - log q from two logits (element_of).
+template <class T>
+struct Gaps {
+  Way way;  // for rows that are not kept
+  T inverse_temperature, teacher_inverse_temperature, log_ratio, shift;
+
+  // The same of one class, in double.
+  double between(const Scales<T>& s, double z, double w) const {
+    const double student_max = s.student_max, teacher_max = s.teacher_max;
+    const double inverse = inverse_temperature, teacher_inverse = teacher_inverse_temperature;
+    const double gap = way == Way::kSeparate
+                           ? (w - teacher_max) * teacher_inverse - (z - student_max) * inverse
+                       : way == Way::kApart ? ((w - teacher_max) - (z - student_max)) * inverse
+                                            : (w - z) * inverse;
+    return gap - static_cast<double>(log_ratio);
+  }
+};
+
+template <class T>
+Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double hard_gain = gain * row.hard_weight;
-  double power_gain = hard_gain * static_cast<double>(s.hard_scale);
-  for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
   const bool same = row.temperature == row.teacher_temperature;
   const bool apart = !same || distance > kApart || distance < -kApart;
@@ -173,20 +209,35 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
       same ? distance * static_cast<double>(inverse_temperature)
            : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
                  static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
+  return {!same   ? Way::kSeparate
+          : apart ? Way::kApart
+                  : Way::kAnew,
+          inverse_temperature, teacher_inverse_temperature,
+          static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
+          static_cast<T>(apart ? shift : 0.0)};
+}
+
+// `gain` multiplies the gradient of the weighted loss.
+template <class S, class T>
+Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
+                                     double gain) {
+  const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
+  const double hard_gain = gain * row.hard_weight;
+  double power_gain = hard_gain * static_cast<double>(s.hard_scale);
+  for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
+  const Gaps<T> gaps = make_gaps(row, s);
   return {Exponential<T, S>(row.factor, s.student_max, student_scale),
           Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          inverse_temperature,
-          teacher_inverse_temperature,
-          static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
-          static_cast<T>(apart ? shift : 0.0),
-          !same   ? Way::kSeparate
-          : apart ? Way::kApart
-                  : Way::kAnew,
+          gaps.inverse_temperature,
+          gaps.teacher_inverse_temperature,
+          gaps.log_ratio,
+          gaps.shift,
+          gaps.way,
           static_cast<T>(gain * row.soft_weight * row.temperature),
-          static_cast<T>(row.power > 0 && !apart ? power_gain : hard_gain),
+          static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
           0,
           static_cast<T>(row.hard == Hard::kNone
                              ? 0.0

@@ -17,13 +17,15 @@ namespace {
 
 template <class T>
 void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-              const Sums& sums) {
+              const Scales<T>& scales, Sums sums) {
   double hard = 0;
   if (row.hard != Hard::kNone) {
     // log sum exp(z) - max; then the target's mean of max - z.
-    hard = std::log2(of.hard_sum) / row.hard_exponent();
+    hard =
+        row.left_out >= 0 ? log_sum(row, scales, of) : std::log2(of.hard_sum) / row.hard_exponent();
     hard -= sums.student_logits;
   }
+  if (row.left_out >= 0) include_label(args, row, scales, &sums);
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
   const double value =
@@ -64,11 +66,16 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
 }
 
 template <class T>
-Scales<T> get_stats(const BackwardArgs& args, int64_t index) {
+Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) {
   const T* stats = static_cast<const T*>(args.stats) + index;
-  return {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
-          stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
-          stats[kTeacherScale * args.rows]};
+  Scales<T> s = {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
+                 stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
+                 stats[kTeacherScale * args.rows]};
+  if (row.left_out < 0) return s;
+  const Logits student = student_of(args, index), teacher = teacher_of(args, index);
+  s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
+  s.teacher_label = read_one<T>(teacher.base, teacher.dtype, row.left_out);
+  return s;
 }
 
 // The last step of a row: its loss, terms and stats.
@@ -83,7 +90,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, sums);
+    put_loss(args, row, index, of, scales, sums);
   }
   put_stats(args, index, scales, sums);
 }
@@ -187,7 +194,7 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
       static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0];
   const double scale = static_cast<const T*>(args.stats)[kStats * args.rows];
   const double gain = scale * static_cast<double>(grad_output);
-  const Scales<T> scales = get_stats<T>(args, index);
+  const Scales<T> scales = get_stats(args, row, index);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
   const T* stats = static_cast<const T*>(args.stats) + index;

@@ -78,6 +78,8 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         counted += 1, mean += gap, slope[i] = gap;
         result.squares += (log_p - log_q) * (log_p - log_q);
         break;
+      case Divergence::kDecoupled:  // has no CUDA kernel
+        break;
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
