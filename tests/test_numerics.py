@@ -70,7 +70,9 @@ def test_dkd_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    assert float((rows.detach() / exact.loss - 1).abs().max()) <= 4e-6
+    # What rounding does to a row's sum of exponentials counts by its square alone.
+    floor = torch.finfo(FP32).eps ** 2 / 2
+    torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=9 * floor)
     rows.sum().backward()
     # As of the KL: a unit in the last place of what the probabilities are multiplied by.
     others = teacher.double().softmax(-1)
