@@ -178,16 +178,21 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>
 // rows whose student and teacher have temperatures of their own.
 enum class Way { kKept, kAnew, kApart, kSeparate };
 
-// The constants of one row for the sweeps after the first.
-template <class T, class S>
-struct Coefficients {
-  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
-  T student_scale, teacher_scale;      // q and p over the kept exponentials
-  Exponential<T, S> own;               // softmax(z), where it is no power of q
+// How the sweeps form d from two logits.
+template <class T>
+struct Gaps {
   T inverse_temperature, teacher_inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
   T shift;      // of w / t - z / t when formed from logits relative to the maxima
   Way way;      // for rows that are not kept
+};
+
+// The constants of one row for the sweeps after the first.
+template <class T, class S>
+struct Coefficients : Gaps<T> {
+  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
+  T student_scale, teacher_scale;      // q and p over the kept exponentials
+  Exponential<T, S> own;               // softmax(z), where it is no power of q
   T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
   T hard_gain;
   T kept_hard_gain;  // for powers of kept exponentials
@@ -200,7 +205,7 @@ struct Coefficients {
   T rest_gain = 0;
   T label_gradient = 0;  // the label's
 
-  bool apart() const { return way != Way::kAnew; }
+  bool apart() const { return this->way != Way::kAnew; }
 };
 
 // One class, from its logits and, with Way::kKept, its exponentials.

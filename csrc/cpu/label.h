@@ -20,13 +20,27 @@ struct LabelOdds {
   double difference;  // of their logarithms, within what rounding did to the sums
 };
 
+// d as element_of() forms it, in double.
 template <class T>
-LabelOdds label_odds(const Row<T>& row, const Scales<T>& s) {
+double difference_of(const Gaps<T>& gaps, const Scales<T>& s, double z, double w) {
+  const double inverse = gaps.inverse_temperature;
+  const double from_max = z - static_cast<double>(s.student_max);
+  const double teacher_from_max = w - static_cast<double>(s.teacher_max);
+  const double separate =
+      teacher_from_max * static_cast<double>(gaps.teacher_inverse_temperature) - from_max * inverse;
+  const double gap = gaps.way == Way::kSeparate ? separate
+                     : gaps.way == Way::kApart  ? (teacher_from_max - from_max) * inverse
+                                                : (w - z) * inverse;
+  return gap - static_cast<double>(gaps.log_ratio);
+}
+
+template <class T>
+LabelOdds label_odds(const Row<T>& row, const Scales<T>& s, const Gaps<T>& gaps) {
   const double z = s.student_label, w = s.teacher_label;
   const Odds<double> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
   const Odds<double> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
   const bool both = s.student_scale > 0 && s.teacher_scale > 0;
-  return {student, teacher, both ? make_gaps(row, s).between(s, z, w) : teacher.log - student.log};
+  return {student, teacher, both ? difference_of(gaps, s, z, w) : teacher.log - student.log};
 }
 
 // The weight of the KL among the other classes: none where the teacher allows none of them.
@@ -40,7 +54,7 @@ double mix_of(const Inputs& in, const Scales<T>& s) {
 template <class S, class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T, S>* c) {
-  const LabelOdds odds = label_odds(row, s);
+  const LabelOdds odds = label_odds(row, s, *c);
   const double soft = gain * row.soft_weight * row.temperature;
   const double diff = soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
   c->soft_gain = static_cast<T>(soft * mix_of(in, s));
@@ -67,15 +81,16 @@ double log_sum(const Row<T>& row, const Scales<T>& s, const Statistics& of) {
 
 // Makes of the other classes' sums those of all classes, with the divergence as their value.
 template <class T>
-void include_label(const Inputs& in, const Row<T>& row, const Scales<T>& s, Sums* sums) {
-  const LabelOdds odds = label_odds(row, s);
+void include_label(const ForwardArgs& args, const Row<T>& row, const Scales<T>& s, Sums* sums) {
+  const LabelOdds odds = label_odds(row, s, make_gaps(row, s));
   // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
   // exponentials, and so to that of the odds.
   const double difference = odds.difference + std::log1p(sums->slope);
   // NaN as in put_loss (rows.cpp).
   const double within = sums->value == sums->value ? sums->value : -kLowest;
   sums->value =
-      binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);
+      binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(args, s), within);
+  if (args.terms == nullptr) return;
   sums->student_entropy = odds.student.entropy() + odds.student.rest() * sums->student_entropy;
   sums->teacher_entropy = odds.teacher.entropy() + odds.teacher.rest() * sums->teacher_entropy;
   const bool student_others = s.student_scale > 0, teacher_others = s.teacher_scale > 0;

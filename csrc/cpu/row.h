@@ -179,24 +179,6 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
 
-// How the sweeps form d = log p - log q from two logits (element_of).
-template <class T>
-struct Gaps {
-  Way way;  // for rows that are not kept
-  T inverse_temperature, teacher_inverse_temperature, log_ratio, shift;
-
-  // The same of one class, in double.
-  double between(const Scales<T>& s, double z, double w) const {
-    const double student_max = s.student_max, teacher_max = s.teacher_max;
-    const double inverse = inverse_temperature, teacher_inverse = teacher_inverse_temperature;
-    const double gap = way == Way::kSeparate
-                           ? (w - teacher_max) * teacher_inverse - (z - student_max) * inverse
-                       : way == Way::kApart ? ((w - teacher_max) - (z - student_max)) * inverse
-                                            : (w - z) * inverse;
-    return gap - static_cast<double>(log_ratio);
-  }
-};
-
 template <class T>
 Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
@@ -209,12 +191,12 @@ Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
       same ? distance * static_cast<double>(inverse_temperature)
            : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
                  static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
-  return {!same   ? Way::kSeparate
-          : apart ? Way::kApart
-                  : Way::kAnew,
-          inverse_temperature, teacher_inverse_temperature,
+  return {inverse_temperature, teacher_inverse_temperature,
           static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
-          static_cast<T>(apart ? shift : 0.0)};
+          static_cast<T>(apart ? shift : 0.0),
+          !same   ? Way::kSeparate
+          : apart ? Way::kApart
+                  : Way::kAnew};
 }
 
 // `gain` multiplies the gradient of the weighted loss.
@@ -226,16 +208,12 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
   for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
   const Gaps<T> gaps = make_gaps(row, s);
-  return {Exponential<T, S>(row.factor, s.student_max, student_scale),
+  return {gaps,
+          Exponential<T, S>(row.factor, s.student_max, student_scale),
           Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          gaps.inverse_temperature,
-          gaps.teacher_inverse_temperature,
-          gaps.log_ratio,
-          gaps.shift,
-          gaps.way,
           static_cast<T>(gain * row.soft_weight * row.temperature),
           static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
           0,
