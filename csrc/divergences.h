@@ -30,6 +30,7 @@ enum class Divergence : int32_t {
   kSquaredError,
   kCenteredSquaredError,
   kDecoupled,
+  kCosine,
 };
 // The first so many have CUDA kernels.
 constexpr int kCudaDivergences = static_cast<int>(Divergence::kDecoupled);
@@ -43,6 +44,9 @@ enum class Balance {
   // both mask. Of those that they do, value and slope are NaN, and the gradient is 0.
   kMean,
   kCentered,
+  // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
+  // slopes of classes that both mask are NaN, too.
+  kUnit,
 };
 
 // What the divergences know before they see a class, in the compute type.
@@ -235,6 +239,18 @@ struct CenteredSquaredError {
   }
 };
 
+// 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019): nothing
+// cancels where the two are near each other. Its p and q are the elements of v and u.
+struct Cosine {
+  static constexpr Balance kBalance = Balance::kUnit;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+    const T residual = e.q - e.p;
+    return {T(0.5) * residual * residual, residual};
+  }
+};
+
 // The two outcomes "the label" and "another class" of decoupled distillation (Zhao et al. 2022):
 // the logarithm of their odds, and exp(-|log|).
 template <class T>
@@ -284,7 +300,8 @@ FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& 
   return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
 }
 
-// Calls fn(ForwardKL{}) and so on for the divergence that `id` names; returns fn's answer.
+// Calls fn(ForwardKL{}) and so on for the divergence that `id` names, but Cosine, whose p and q are
+// no probabilities; returns fn's answer.
 template <class Fn>
 FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   switch (id) {
@@ -322,7 +339,8 @@ constexpr const char* kDivergenceNames[] = {"forward_kl",
                                             "total_variation",
                                             "mse",
                                             "centered_mse",
-                                            "dkd"};
+                                            "dkd",
+                                            "cosine"};
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
@@ -332,11 +350,17 @@ FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
 }
 
 FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {
+  if (id == Divergence::kCosine) return Cosine::kBalance;
   return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
 }
 
 FASTKD_HOST_DEVICE constexpr bool is_mean(Balance balance) {
   return balance == Balance::kMean || balance == Balance::kCentered;
+}
+
+// Whether classes that both mask have slopes of NaN.
+FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
+  return is_mean(balance) || balance == Balance::kUnit;
 }
 
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.

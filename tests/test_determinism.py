@@ -20,8 +20,8 @@ SHAPES = [
     (2, 2 * S),
     (7, S + 1),
 ]
-# One, one more for the sum of the slopes, one that leaves the label out.
-SWEEPS = ["forward_kl", "jsd", "dkd"]
+# One; one more for the sum of the slopes; one that leaves the label out; squares, and two more.
+SWEEPS = ["forward_kl", "jsd", "dkd", "cosine"]
 
 
 def run(

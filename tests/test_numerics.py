@@ -81,6 +81,25 @@ def test_dkd_near_the_teacher(device, classes, kl):
     assert distance(leaf.grad, exact.grad) <= 2 * FLOOR[FP32] * 9 * float(others.norm())
 
 
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("classes", [10, 100, CLASSES])
+def test_cosine_near_the_teacher(device, classes, distance):
+    if device.type == "cuda":
+        pytest.skip("by PyTorch operations")
+    student, teacher = near(distance**2 / 2, device, rows=16, classes=classes)
+    leaf, exact_leaf = student.requires_grad_(), student.detach().double().requires_grad_()
+    rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
+    u = F.normalize(exact_leaf, dim=-1)
+    exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
+    # The rounding of u and v: by their distance, where 1 - c would be off by a unit of 1.
+    off = (rows.detach().double() - exact.detach()).abs()
+    assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
+    rows.sum().backward()
+    exact.sum().backward()
+    length = exact_leaf.detach().norm(dim=-1).min()
+    assert_grad(leaf.grad, exact_leaf.grad, FP32, weight=float(1 / length))
+
+
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):

@@ -175,8 +175,9 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>
 
 // How the second sweep has its exponentials and d: exponentials kept by the first, or computed
 // anew; and then d from logits relative to the maxima, in rows where these are far apart, and in
-// rows whose student and teacher have temperatures of their own.
-enum class Way { kKept, kAnew, kApart, kSeparate };
+// rows whose student and teacher have temperatures of their own. kUnit has none: p and q are those
+// of Cosine.
+enum class Way { kKept, kAnew, kApart, kSeparate, kUnit };
 
 // How the sweeps form d from two logits.
 template <class T>
@@ -202,8 +203,9 @@ struct Coefficients : Gaps<T> {
   T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
   // Of a row whose sums leave its label out (label.h): adds rest_gain * q to other classes'
   // gradient
-  T rest_gain = 0;
-  T label_gradient = 0;  // the label's
+  T rest_gain;
+  T label_gradient;                    // the label's
+  T student_inverse, teacher_inverse;  // 1 / |z|, 1 / |w|
 
   bool apart() const { return this->way != Way::kAnew; }
 };
@@ -212,6 +214,9 @@ struct Coefficients : Gaps<T> {
 template <Way kWay, class T, class S>
 FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, T student_kept,
                                          T teacher_kept) {
+  if constexpr (kWay == Way::kUnit) {
+    return {w * c.teacher_inverse, z * c.student_inverse, T(0), T(0), T(0)};
+  }
   const T q = kWay == Way::kKept ? student_kept * c.student_scale : c.student(z);
   const T p = kWay == Way::kKept ? teacher_kept * c.teacher_scale : c.teacher(w);
   T gap;
@@ -297,9 +302,10 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
       const Evaluated<T> here = D::at(e, k);
-      const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
+      const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+      const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);
-      sums[i] += counts ? here.slope : T(0);
+      sums[i] += counts ? summed : T(0);
       if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
       if constexpr (kWay != Way::kKept) q[at + i] = e.q;
       slopes[at + i] = here.slope;
@@ -308,8 +314,9 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
-// `q_scale` makes q of what is given for it.
-template <Hard kHard, bool kMean, class T, class S, class L>
+// `q_scale` makes q of what is given for it. With kMasked slopes may be NaN, where the gradient is
+// 0.
+template <Hard kHard, bool kMasked, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
                       T q_scale, const T* slopes, L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
@@ -326,7 +333,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
       }
       T slope = slopes[at + i] - here * c.student_share - c.constant_share;
-      if constexpr (kMean) slope = slope == slope ? slope : T(0);
+      if constexpr (kMasked) slope = slope == slope ? slope : T(0);
       grad_lanes[i] = g + soft_part(c.soft_gain, slope);
     }
     pack(grad_buffer, grad + at);
@@ -357,6 +364,28 @@ struct Entropies {
   T student, teacher;
   int agreement;
 };
+
+struct Squares {
+  double student = 0, teacher = 0;
+};
+
+// Of the classes that are not masked by both, in double: logits may be of any size.
+template <class T, class L>
+Squares sum_squares(const L* student, const L* teacher, int64_t count) {
+  double of_student[kLanes] = {}, of_teacher[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes];
+    const T* z = unpack(student + at, student_buffer);
+    const T* w = unpack(teacher + at, teacher_buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
+      const double x = masked ? T(0) : z[i], y = masked ? T(0) : w[i];
+      of_student[i] += x * x, of_teacher[i] += y * y;
+    }
+  }
+  return {sum_of(of_student), sum_of(of_teacher)};
+}
 
 // What only `terms` asks for; a sweep of its own, so that the others need not pay for it.
 template <class T, class S>

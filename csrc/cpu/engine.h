@@ -135,6 +135,7 @@ struct Engine {
   // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
   // a segment. Of the divergences that take another sweep still, all segments do.
   bool keeps(int64_t segment) const {
+    if (in.divergence == Divergence::kCosine) return false;
     return Kept<T>::kClasses > 0 && (segment == segments() - 1 || !one_sweep());
   }
 
@@ -204,6 +205,16 @@ struct Engine {
         scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
                                         &result.teacher_max, into.teacher, into.teacher_max)
             .tempered;
+    if (row.unit) {
+      alignas(64) S student[kBlock];
+      alignas(64) S teacher[kBlock];
+      for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
+        const S* z = fetch(student_of(in, index), at, count, student);
+        const S* w = fetch(teacher_of(in, index), at, count, teacher);
+        const Squares squares = sum_squares<T>(z, w, padded(count));
+        result.student_squares += squares.student, result.teacher_squares += squares.teacher;
+      });
+    }
     if (holds(begin, end - begin, row.left_out)) {
       const Logits student = student_of(in, index), teacher = teacher_of(in, index);
       result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
@@ -300,14 +311,16 @@ struct Engine {
   template <class L>
   SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
                       T* q, T* slope, int64_t count) const {
+    const auto sum = [&](auto divergence, auto way) {
+      return sum_slopes<decltype(divergence), decltype(way)::value>(
+          c, constants, z, w, left.student, left.teacher, q, slope, count);
+    };
+    if (in.divergence == Divergence::kCosine) return sum(Cosine{}, constant<Way::kUnit>);
     return visit(in.divergence, [&](auto divergence) {
-      const auto sum = [&](auto way) {
-        return sum_slopes<decltype(divergence), decltype(way)::value>(
-            c, constants, z, w, left.student, left.teacher, q, slope, count);
-      };
-      if (c.way == Way::kApart) return sum(constant<Way::kApart>);
-      if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
-      return left.any() ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
+      if (c.way == Way::kApart) return sum(divergence, constant<Way::kApart>);
+      if (c.way == Way::kSeparate) return sum(divergence, constant<Way::kSeparate>);
+      return left.any() ? sum(divergence, constant<Way::kKept>)
+                        : sum(divergence, constant<Way::kAnew>);
     });
   }
   template <class L>
@@ -315,11 +328,11 @@ struct Engine {
                const T* slope, L* g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
-    const bool mean = is_mean(balance_of(in.divergence));
+    const bool masked = leaves_out_masked(balance_of(in.divergence));
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      mean ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
-           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
+      masked ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
+             : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
   }
 
@@ -346,13 +359,14 @@ struct Engine {
       sums->classes += of_block.classes;
       ++block;
     });
+    if (begin == 0) sums->value += s.nothing, sums->slope += s.nothing;
   }
 
   // What balances the slopes. Their sum is rounded to T, because backward reads it from `stats`.
   void set_shares(Coefficients<T, S>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
-    c->student_share = balance == Balance::kStudent ? slope : T(0);
+    c->student_share = balance == Balance::kStudent || balance == Balance::kUnit ? slope : T(0);
     if (!is_mean(balance)) return;
     c->soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) / sums.classes);
     if (balance == Balance::kCentered) {

@@ -41,6 +41,7 @@ struct LaneEngine {
   void* grad;  // [rows, classes], or null
   RowStrides grad_stride;
   bool hard;       // the hard term is wanted
+  bool unit;       // the divergence is of unit vectors (kCosine)
   bool decoupled;  // the sums are of the classes other than the label (kDecoupled; label.h)
   const Constants constants;
   Row<T> shared;      // what rows have in common that have no settings of their own
@@ -57,6 +58,9 @@ struct LaneEngine {
   // what the first sweep finds,
   alignas(64) Lanes<T> student_max, teacher_max, student_scale, hard_scale, teacher_scale;
   alignas(64) Lanes<double> student_sum, hard_sum, teacher_sum, offsets, label_logit;
+  alignas(64) Lanes<double> student_squares, teacher_squares;  // and as in Scales (row.h):
+  alignas(64) Lanes<T> student_inverse, teacher_inverse;
+  alignas(64) Lanes<double> nothing;
   // what the sweeps over classes need,
   alignas(64) Lanes<T> inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio, shift;
   alignas(64) Lanes<T> soft_gain, hard_gain, onehot, uniform;
@@ -75,6 +79,7 @@ struct LaneEngine {
         grad_stride(args.grad_stride),
         hard(args.labels != nullptr &&
              (args.hard_weight != 0 || args.row_settings != nullptr || terms)),
+        unit(args.divergence == Divergence::kCosine),
         decoupled(args.divergence == Divergence::kDecoupled),
         constants(make_constants(args.divergence, args.mix)),
         tile(args.classes) {
@@ -245,6 +250,7 @@ struct LaneEngine {
     for (int64_t i = 0; i < kTileRows; ++i) {
       student_max[i] = teacher_max[i] = -kInfinity<T>;
       student_sum[i] = hard_sum[i] = teacher_sum[i] = offsets[i] = label_logit[i] = 0;
+      student_squares[i] = teacher_squares[i] = nothing[i] = 0;
     }
     for_blocks([&](const Block& b) {
       load(b);
@@ -260,6 +266,7 @@ struct LaneEngine {
       exponentiate(b);
       sum(tile.student_power + b.at, b.count, student_sum);
       sum(tile.teacher_power + b.at, b.count, teacher_sum);
+      if (unit) sum_squares(b);
       if (!hard) return;
       sum(tile.hard_power + b.at, b.count, hard_sum);
       sum_logits(b);
@@ -271,9 +278,38 @@ struct LaneEngine {
       teacher_scale[i] = 1 / static_cast<T>(teacher_sum[i]);
       hard_scale[i] = hard ? 1 / static_cast<T>(hard_sum[i]) : T(0);
     }
+    if (unit) set_inverses();
     for (int64_t i = 0; i < kTileRows && decoupled; ++i) {
       if (student_sum[i] == 0) student_scale[i] = hard_scale[i] = 0;
       if (teacher_sum[i] == 0) teacher_scale[i] = 0;
+    }
+  }
+
+  void sum_squares(const Block& b) {
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const T z = x.z[i], w = x.w[i];
+        const bool masked = z == -kInfinity<T> && w == -kInfinity<T>;
+        const double counted = masked ? T(0) : z, teacher_counted = masked ? T(0) : w;
+        student_squares[i] += counted * counted;
+        teacher_squares[i] += teacher_counted * teacher_counted;
+      }
+    }
+  }
+
+  // As set_inverses() of row.h.
+  void set_inverses() {
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const bool no_student = student_squares[i] == 0, no_teacher = teacher_squares[i] == 0;
+      const double t = static_cast<double>(temperature[i]);
+      const double length = std::sqrt(student_squares[i]);
+      const double teacher_length = std::sqrt(teacher_squares[i]);
+      student_inverse[i] = static_cast<T>(1 / (no_student ? t : length));
+      teacher_inverse[i] = static_cast<T>(1 / (no_teacher ? 1.0 : teacher_length));
+      nothing[i] = (no_student ? 0.5 : 0.0) + (no_teacher ? 0.5 : 0.0);
     }
   }
 
@@ -334,6 +370,12 @@ struct LaneEngine {
       agreement[i] = 0;
     }
     if (decoupled) decouple();
+    for (int64_t i = 0; i < kTileRows && unit; ++i) {
+      soft_gain[i] *= temperature[i] * student_inverse[i];
+      const bool exist = student_inverse[i] > 0 && finite(student_inverse[i]) &&
+                         teacher_inverse[i] > 0 && finite(teacher_inverse[i]);
+      if (!exist) computed[i] = 0;
+    }
   }
 
   Odds<T> odds_of(T log) const {
@@ -451,6 +493,7 @@ struct LaneEngine {
       });
       return;
     }
+    if (unit) return differentiate_twice<Cosine, false>(terms, slopes_known);
     visit(in.divergence, [&](auto divergence) {
       using D = decltype(divergence);
       separate ? differentiate_twice<D, true>(terms, slopes_known)
@@ -494,7 +537,8 @@ struct LaneEngine {
     }
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const T sum = static_cast<T>(slope_sum[i]);
+      value[i] += unit ? nothing[i] : 0.0;
+      const T sum = static_cast<T>(slope_sum[i] + (unit ? nothing[i] : 0.0));
       slope[i] = slopes_known ? slope[i] : sum;
     }
     const bool hard_too = wants_hard_gradient();
@@ -517,11 +561,18 @@ struct LaneEngine {
       const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<T> here = D::at(element_at<kSeparate>(x, i), k);
-        const bool in_mean = !is_mean(D::kBalance) || here.slope == here.slope;
-        values[i] += in_mean ? here.value : T(0);
-        sums[i] += in_mean ? here.slope : T(0);
-        counts[i] += is_mean(D::kBalance) && in_mean ? T(1) : T(0);
+        Element<T> e;
+        if constexpr (D::kBalance == Balance::kUnit) {
+          e = {x.w[i] * teacher_inverse[i], x.z[i] * student_inverse[i], T(0), T(0), T(0)};
+        } else {
+          e = element_at<kSeparate>(x, i);
+        }
+        const Evaluated<T> here = D::at(e, k);
+        const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
+        const bool counted = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+        values[i] += counted ? here.value : T(0);
+        sums[i] += counted ? summed : T(0);
+        counts[i] += is_mean(D::kBalance) && counted ? T(1) : T(0);
         x.result[i] = here.slope;
       }
     }
@@ -547,8 +598,9 @@ struct LaneEngine {
       for (int64_t i = 0; i < kTileRows; ++i) {
         T weight = D::kBalance == Balance::kCentered ? share[i] : T(0);
         if (D::kBalance == Balance::kStudent) weight = x.q[i] * student_scale[i];
+        if (D::kBalance == Balance::kUnit) weight = x.z[i] + x.w[i] * teacher_inverse[i];
         T here = (x.z[i] - slope[i] * weight) * share[i];
-        if (is_mean(D::kBalance)) here = here == here ? here : T(0);
+        if (leaves_out_masked(D::kBalance)) here = here == here ? here : T(0);
         x.result[i] = gradient_at<kHard>(x, index, i, here);
       }
     }
@@ -677,10 +729,10 @@ struct LaneEngine {
   void store_stats(const ForwardArgs& args) const {
     if (args.stats == nullptr) return;
     put(args.stats, kStudentMax * args.rows, student_max);
-    put(args.stats, kStudentScale * args.rows, student_scale);
+    put(args.stats, kStudentScale * args.rows, unit ? student_inverse : student_scale);
     put(args.stats, kHardScale * args.rows, hard_scale);
     put(args.stats, kTeacherMax * args.rows, teacher_max);
-    put(args.stats, kTeacherScale * args.rows, teacher_scale);
+    put(args.stats, kTeacherScale * args.rows, unit ? teacher_inverse : teacher_scale);
     put(args.stats, kSlopeSum * args.rows, slope);
     put(args.stats, kClassCount * args.rows, classes_that_count);
     if (first == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
@@ -704,6 +756,8 @@ struct LaneEngine {
       hard_scale[i] = stats[kHardScale * args.rows + row];
       teacher_max[i] = stats[kTeacherMax * args.rows + row];
       teacher_scale[i] = stats[kTeacherScale * args.rows + row];
+      student_inverse[i] = student_scale[i];
+      teacher_inverse[i] = teacher_scale[i];
       slope[i] = stats[kSlopeSum * args.rows + row];
       classes_that_count[i] = static_cast<double>(stats[kClassCount * args.rows + row]);
     }

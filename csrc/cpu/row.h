@@ -22,6 +22,7 @@ struct Row {
   int64_t left_out = -1;    // the label where the sums are of the other classes (kDecoupled)
   Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
+  bool unit = false;                 // the divergence is of unit vectors (kCosine)
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
   T factor = 0;          // of the student's tempered exponential
@@ -68,6 +69,7 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.factor = static_cast<T>(kLog2E / row.temperature);
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
+  row.unit = in.divergence == Divergence::kCosine;
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -86,7 +88,7 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
   // exp(z / t) times t: too much where the hard term is the greater part of the gradient.
   const bool precise = row.hard_weight <= row.soft_weight * row.temperature || row.temperature == 1;
-  if (sizeof(T) == sizeof(float) && precise) {
+  if (sizeof(T) == sizeof(float) && precise && !row.unit) {
     if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
     if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
     if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
@@ -126,6 +128,8 @@ __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
   into->student_label += other.student_label;
   into->teacher_label += other.teacher_label;
+  into->student_squares += other.student_squares;
+  into->teacher_squares += other.teacher_squares;
 }
 
 inline void add(const Sums& other, Sums* into) {
@@ -143,13 +147,16 @@ inline void add(const Sums& other, Sums* into) {
 template <class T>
 struct Scales {
   T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  T student_label = 0, teacher_label = 0;  // as in Statistics
+  T student_label = 0, teacher_label = 0;      // as in Statistics
+  T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
+  double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   bool valid() const {
     return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
            finite(teacher_scale) && valid_label(student_label, student_scale) &&
-           valid_label(teacher_label, teacher_scale);
+           valid_label(teacher_label, teacher_scale) && student_inverse > 0 &&
+           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse);
   }
 
  private:
@@ -157,6 +164,17 @@ struct Scales {
     return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
   }
 };
+
+// The cosine's, where a row of zeros has the inverse that leaves its gradient by z / t alone, and
+// is at a right angle to everything: 1/2 |u - v|^2 lacks 1/2 for each.
+template <class T>
+void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
+  const bool no_student = of.student_squares == 0, no_teacher = of.teacher_squares == 0;
+  s->student_inverse =
+      static_cast<T>(1 / (no_student ? row.temperature : std::sqrt(of.student_squares)));
+  s->teacher_inverse = static_cast<T>(no_teacher ? 1 : 1 / std::sqrt(of.teacher_squares));
+  s->nothing = 0.5 * (no_student + no_teacher);
+}
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
 // the unrounded quotients, so that backward arrived at other bits.
@@ -169,6 +187,7 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
                  static_cast<T>(1 / of.teacher_sum),
                  static_cast<T>(of.student_label),
                  static_cast<T>(of.teacher_label)};
+  if (row.unit) set_inverses(row, of, &s);
   if (row.left_out < 0) return s;
   if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
   if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
@@ -208,13 +227,15 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
   double power_gain = hard_gain * static_cast<double>(s.hard_scale);
   for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
   const Gaps<T> gaps = make_gaps(row, s);
+  double soft_gain = gain * row.soft_weight * row.temperature;
+  if (row.unit) soft_gain *= row.temperature * static_cast<double>(s.student_inverse);
   return {gaps,
           Exponential<T, S>(row.factor, s.student_max, student_scale),
           Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          static_cast<T>(gain * row.soft_weight * row.temperature),
+          static_cast<T>(soft_gain),
           static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
           0,
           static_cast<T>(row.hard == Hard::kNone
@@ -222,7 +243,11 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
                              : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
           0,
           0,
-          T(-1e30)};
+          T(-1e30),
+          0,
+          0,
+          s.student_inverse,
+          s.teacher_inverse};
 }
 
 }  // namespace

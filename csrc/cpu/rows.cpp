@@ -56,10 +56,11 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
   if (args.stats == nullptr) return;
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
-  stats[kStudentScale * args.rows] = s.student_scale;
+  const bool unit = args.divergence == Divergence::kCosine;
+  stats[kStudentScale * args.rows] = unit ? s.student_inverse : s.student_scale;
   stats[kHardScale * args.rows] = s.hard_scale;
   stats[kTeacherMax * args.rows] = s.teacher_max;
-  stats[kTeacherScale * args.rows] = s.teacher_scale;
+  stats[kTeacherScale * args.rows] = unit ? s.teacher_inverse : s.teacher_scale;
   stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
   stats[kClassCount * args.rows] = static_cast<T>(sums.classes);
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
@@ -71,6 +72,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
   Scales<T> s = {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
+  if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
   if (row.left_out < 0) return s;
   const Logits student = student_of(args, index), teacher = teacher_of(args, index);
   s.student_label = read_one<T>(student.base, student.dtype, row.left_out);

@@ -179,6 +179,11 @@ Soft forward_kl(const std::vector<Real>& log_p, const std::vector<Real>& log_q) 
   return soft;
 }
 
+std::vector<Real> over(std::vector<Real> logits, Real t) {
+  for (Real& x : logits) x /= t;
+  return logits;
+}
+
 // Its two divergences are forward KLs: of (label, the rest), and of the other classes.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
@@ -205,6 +210,24 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
+// Of logits over their temperatures; classes that both mask are left out.
+Soft cosine(std::vector<Real> w, std::vector<Real> z) {
+  Real dot = 0, student = 0, teacher = 0;
+  for (size_t i = 0; i < z.size(); ++i) {
+    if (z[i] == -kInf && w[i] == -kInf) z[i] = w[i] = 0;
+    dot += z[i] * w[i], student += z[i] * z[i], teacher += w[i] * w[i];
+  }
+  const Real length = student > 0 ? std::sqrt(student) : 1;
+  const Real teacher_length = teacher > 0 ? std::sqrt(teacher) : 1;
+  const Real c = dot / (length * teacher_length);
+  Soft soft;
+  soft.value = 1 - c;
+  for (size_t i = 0; i < z.size(); ++i) {
+    soft.grad.push_back((c * z[i] / length - w[i] / teacher_length) / length);
+  }
+  return soft;
+}
+
 Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::vector<Real>& w,
                 Real t, int64_t label, bool labelled) {
   Truth truth = {};
@@ -221,6 +244,9 @@ Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::
   truth.nan |= !any_z || !any_w || !(t > 0) || std::isinf(t);
   truth.nan |= labelled && (label < 0 || label >= static_cast<int64_t>(n));
   truth.nan |= !labelled && args.divergence == Divergence::kDecoupled;
+  for (size_t i = 0; i < n && args.divergence == Divergence::kCosine; ++i) {
+    truth.nan |= std::isinf(z[i]) != std::isinf(w[i]);
+  }
   if (truth.nan) return truth;
   const auto log_q = log_softmax(z, t), log_p = log_softmax(w, t), log_1 = log_softmax(z, 1);
   const Real max_z = *std::max_element(z.begin(), z.end());
@@ -228,7 +254,8 @@ Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::
   const Real eps = args.label_smoothing;
   const Soft soft = args.divergence == Divergence::kDecoupled
                         ? decoupled(log_p, log_q, static_cast<size_t>(label), args.mix)
-                        : forward_kl(log_p, log_q);
+                    : args.divergence == Divergence::kCosine ? cosine(over(w, t), over(z, t))
+                                                             : forward_kl(log_p, log_q);
   truth.soft = soft.value;
   for (size_t i = 0; i < n; ++i) {
     const Real p = std::exp(log_p[i]), q = std::exp(log_q[i]);
@@ -414,6 +441,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
   for (int64_t r = 0; r < data.problem.rows; ++r) {
     const Truth& truth = truths[static_cast<size_t>(r)];
     if (truth.nan || truth.ignored || data.problem.in_place) continue;
+    if (data.problem.divergence == Divergence::kCosine) continue;  // it leaves others
     Real max = -kInf, sum = 0;
     const auto counts = [&](int64_t i) {
       return data.problem.divergence != Divergence::kDecoupled ||
@@ -715,6 +743,7 @@ void test_cancellation(const cpu::Kernels& k) {
       const double got = data.acc(data.loss, r), want = static_cast<double>(truth.loss);
       check(std::fabs(got / want - 1) < 4e-7, "loss", got, want);
       if (r == 0) std::printf("  KL %.2e: relative error %.1e\n", want / 16, got / want - 1);
+      if (p.divergence == Divergence::kCosine) continue;  // its gradient is no probability's
       for (int64_t i = 0; i < p.classes; ++i) {
         const double exact = static_cast<double>(truth.grad[static_cast<size_t>(i)]);
         const double p = static_cast<double>(truth.teacher[static_cast<size_t>(i)]);
@@ -799,7 +828,8 @@ int main() {
   for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
     std::printf("%s\n", (*k)->name);
     test_exponential(**k);
-    for (const Divergence divergence : {Divergence::kForwardKL, Divergence::kDecoupled}) {
+    for (const Divergence divergence :
+         {Divergence::kForwardKL, Divergence::kDecoupled, Divergence::kCosine}) {
       tested = divergence;
       test_types(**k);
       test_widths(**k);
@@ -808,7 +838,7 @@ int main() {
       test_infinities(**k);
       test_pixels(**k);
       test_temperatures(**k);
-      test_underflow(**k);
+      if (divergence != Divergence::kCosine) test_underflow(**k);
       test_cancellation(**k);
       test_rounding(**k);
     }

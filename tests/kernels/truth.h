@@ -78,7 +78,8 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         counted += 1, mean += gap, slope[i] = gap;
         result.squares += (log_p - log_q) * (log_p - log_q);
         break;
-      case Divergence::kDecoupled:  // has no CUDA kernel
+      case Divergence::kDecoupled:
+      case Divergence::kCosine:  // have no CUDA kernels
         break;
     }
   }
