@@ -357,6 +357,16 @@ REGRESSIONS = [
         own=8.0,
         weights=(0.0, 0.3),
     ),
+    # A row whose length has no inverse in float32: NaN.
+    Case(
+        (1,),
+        2,
+        spread=0.0,
+        apart=0.0,
+        odd=((0, 0, 0, 1e-40),),
+        divergence="cosine",
+        weights=(0.0, 0.0),
+    ),
     # The teacher's temperature of each row beside one number for the student.
     Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),

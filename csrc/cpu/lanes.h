@@ -303,7 +303,8 @@ struct LaneEngine {
   void set_inverses() {
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const bool no_student = student_squares[i] == 0, no_teacher = teacher_squares[i] == 0;
+      const bool no_student = is_nothing<T>(student_squares[i]);
+      const bool no_teacher = is_nothing<T>(teacher_squares[i]);
       const double t = static_cast<double>(temperature[i]);
       const double length = std::sqrt(student_squares[i]);
       const double teacher_length = std::sqrt(teacher_squares[i]);
