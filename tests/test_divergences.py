@@ -325,13 +325,17 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
 
 @pytest.mark.parametrize("classes", [6, 100])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_cosine_of_zeros(device, classes, reduction):
-    """At a right angle to everything, with the slope that the formula has of z / T alone."""
+@pytest.mark.parametrize("nothing", [0.0, 1e-40])
+def test_cosine_of_zeros(device, classes, reduction, nothing):
+    """At a right angle to everything, with the slope that the formula has of z / T alone; so are
+    rows whose length has no inverse.
+    """
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0
+    near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
     options = {"divergence": "cosine", "temperature": 3.0, "reduction": reduction}
-    leaf, other = student.clone().requires_grad_(), student.double().requires_grad_()
-    got = fastkd.loss(leaf, teacher, **options)
+    leaf, other = near_student.requires_grad_(), student.double().requires_grad_()
+    got = fastkd.loss(leaf, near_teacher, **options)
     weigh = {"hard_weight": 0.0, "soft_weight": 1.0}
     expected = reference.loss(other, teacher.double(), **options, **weigh)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
