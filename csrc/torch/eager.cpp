@@ -28,7 +28,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../divergences.h"
+#include "../kernels.h"
 #include "gradients.h"
 
 namespace py = pybind11;
