@@ -29,7 +29,12 @@ enum class Divergence : int32_t {
   kTotalVariation,
   kSquaredError,
   kCenteredSquaredError,
+  kDecoupled,
+  kCosine,
 };
+// The first so many have CUDA kernels.
+constexpr int kCudaDivergences = static_cast<int>(Divergence::kDecoupled);
+constexpr bool has_cuda_kernels(Divergence id) { return static_cast<int>(id) < kCudaDivergences; }
 
 // How the gradient follows from the slopes.
 enum class Balance {
@@ -39,6 +44,9 @@ enum class Balance {
   // both mask. Of those that they do, value and slope are NaN, and the gradient is 0.
   kMean,
   kCentered,
+  // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
+  // slopes of classes that both mask are NaN, too.
+  kUnit,
 };
 
 // What the divergences know before they see a class, in the compute type.
@@ -231,7 +239,69 @@ struct CenteredSquaredError {
   }
 };
 
-// Calls fn(ForwardKL{}) and so on for the divergence that `id` names; returns fn's answer.
+// 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019): nothing
+// cancels where the two are near each other. Its p and q are the elements of v and u.
+struct Cosine {
+  static constexpr Balance kBalance = Balance::kUnit;
+
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+    const T residual = e.q - e.p;
+    return {T(0.5) * residual * residual, residual};
+  }
+};
+
+// The two outcomes "the label" and "another class" of decoupled distillation (Zhao et al. 2022):
+// the logarithm of their odds, and exp(-|log|).
+template <class T>
+struct Odds {
+  T log, minor;
+
+  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? T(1) : minor) / (1 + minor); }
+  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : T(1)) / (1 + minor); }
+  FASTKD_HOST_DEVICE T log_label() const { return bounded_above(log, T(0)) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T log_rest() const { return bounded_above(-log, T(0)) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T entropy() const {
+    return -times_log(label(), log_label()) - times_log(rest(), log_rest());
+  }
+};
+
+// exp(x) - 1 where is_small(x)
+template <class T>
+FASTKD_HOST_DEVICE T expm1_of_small(T x) {
+  return x + x * x * series_of(-x);
+}
+
+template <class T>
+struct BinaryKL {
+  T value;
+  T diff;  // q_y - p_y
+};
+
+// The KL of these two outcomes. `difference` is that of the two logarithms, which may be known
+// better than they are; with it nothing cancels where p_y is near q_y.
+template <class T>
+FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& student,
+                                         T difference) {
+  const T p = teacher.label(), q = student.label(), p_rest = teacher.rest(),
+          q_rest = student.rest();
+  const bool small = is_small(difference), likely = teacher.log > 0;
+  // log(p / q) and log(p_rest / q_rest): far apart, that of the likelier outcome, and the other
+  // from it.
+  const T of_likely =
+      likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
+  const T d = small    ? log1p_of(p_rest * expm1_of_small(difference))
+              : likely ? of_likely
+                       : of_likely + difference;
+  const T d_rest = small    ? log1p_of(p * expm1_of_small(-difference))
+                   : likely ? of_likely - difference
+                            : of_likely;
+  const Element<T> label = element(p, q, d), rest = element(p_rest, q_rest, d_rest);
+  return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
+}
+
+// Calls fn(ForwardKL{}) and so on for the divergence that `id` names, but Cosine, whose p and q are
+// no probabilities; returns fn's answer.
 template <class Fn>
 FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   switch (id) {
@@ -253,27 +323,44 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
       return fn(CenteredSquaredError{});
     case Divergence::kForwardKL:
     case Divergence::kSoftCrossEntropy:
+    case Divergence::kDecoupled:  // among the classes that are not the label
     default:
       return fn(ForwardKL{});
   }
 }
 
-constexpr const char* kDivergenceNames[] = {
-    "forward_kl",        "soft_cross_entropy", "reverse_kl",      "symmetric_kl", "jsd",
-    "skewed_forward_kl", "skewed_reverse_kl",  "total_variation", "mse",          "centered_mse"};
+constexpr const char* kDivergenceNames[] = {"forward_kl",
+                                            "soft_cross_entropy",
+                                            "reverse_kl",
+                                            "symmetric_kl",
+                                            "jsd",
+                                            "skewed_forward_kl",
+                                            "skewed_reverse_kl",
+                                            "total_variation",
+                                            "mse",
+                                            "centered_mse",
+                                            "dkd",
+                                            "cosine"};
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
-  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
+  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
+         id == Divergence::kDecoupled;
 }
 
 FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {
+  if (id == Divergence::kCosine) return Cosine::kBalance;
   return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
 }
 
 FASTKD_HOST_DEVICE constexpr bool is_mean(Balance balance) {
   return balance == Balance::kMean || balance == Balance::kCentered;
+}
+
+// Whether classes that both mask have slopes of NaN.
+FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
+  return is_mean(balance) || balance == Balance::kUnit;
 }
 
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.

@@ -40,7 +40,9 @@ enum Stat : int {
 };
 // kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
 // kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
-// Balance there, or 0.
+// Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
+// other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
+// is the divergence.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
@@ -87,6 +89,7 @@ struct Inputs {
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.5;  // the divergence's own number, where it has one
 };
+// kDecoupled needs labels: without, its rows are as if their labels were out of range.
 
 // What a forward call writes. A label that is out of range makes its row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
@@ -140,11 +143,15 @@ FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
 // Sums of one segment of one row, first sweep.
 struct Statistics {
   double student_max, student_sum, hard_sum, teacher_max, teacher_sum;
+  // The label's logits where the sums leave it out (kDecoupled) and it is of this segment, or 0.
+  double student_label = 0, teacher_label = 0;
+  double student_squares = 0, teacher_squares = 0;  // sums of z^2 and w^2 (kCosine), or 0
 };
 // Sums of one segment of one row, second sweep.
 struct Sums {
   double value;           // of the divergence
-  double slope;           // of the divergence's slopes
+  double slope;           // of the divergence's slopes, of q - p (kDecoupled), or
+                          // `value` (kCosine)
   double classes;         // that count for a mean: n of Balance (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;

@@ -59,6 +59,7 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
+| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
@@ -126,7 +127,10 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         )
     except ValueError:
         return "–"
-    return "●" if ops.uses(call.labels, call.objective) <= ops.FUSED else "○"
+    used = ops.uses(call.labels, call.objective)
+    if not used <= ops.FUSED["cpu"]:
+        return "○"
+    return "●" if used <= ops.FUSED["cuda"] else "◐"
 
 
 def _table(rows: list[list[str]]) -> str:

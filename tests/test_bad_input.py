@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dim 0": ({"dim": 0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got 0"),
     "dim 1 of rows": ({"student_logits": Z(5), "teacher_logits": Z(5), "dim": 1}, ValueError, "student_logits must have shape (N, classes, ...) with at least one class; got (5,)"),
     # inplace
-    "inplace not fused": ({"inplace": True, "divergence": "cosine"}, ValueError, "inplace=True needs a call that the kernels compute; they do not have divergence=\"cosine\" on cpu"),
+    "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace=True needs a call that the kernels compute; they do not have standardize=True on cpu"),
     "inplace with classes": ({"inplace": True, "classes": 4}, ValueError, "inplace=True cannot go with classes"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
     "normalizer a word": ({"normalizer": "tokens"}, TypeError, "normalizer must be a number; got str"),

@@ -20,11 +20,16 @@ SHAPES = [
     (2, 2 * S),
     (7, S + 1),
 ]
+# One; one more for the sum of the slopes; one that leaves the label out; squares, and two more.
+SWEEPS = ["forward_kl", "jsd", "dkd", "cosine"]
 
 
-def run(student: Tensor, teacher: Tensor, labels: Tensor, reduction: str) -> list[Tensor]:
+def run(
+    student: Tensor, teacher: Tensor, labels: Tensor, reduction: str, divergence: str = "forward_kl"
+) -> list[Tensor]:
     leaf = student.detach().requires_grad_()
-    got = fastkd.terms(leaf, teacher, labels, reduction=reduction, label_smoothing=0.1)
+    options = {"reduction": reduction, "divergence": divergence}
+    got = fastkd.terms(leaf, teacher, labels, label_smoothing=0.1, **options)
     got.loss.backward(
         torch.linspace(0.5, 2, got.loss.numel(), device=student.device, dtype=got.loss.dtype).view(
             got.loss.shape
@@ -47,13 +52,14 @@ def test_bitwise_repeatable(device, shape, reduction, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_for_any_number_of_threads(shape, reduction, dtype):
+@pytest.mark.parametrize("divergence", SWEEPS)
+def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
     problem = make(shape, dtype, ignored=0.1)
     torch.set_num_threads(1)
-    alone = run(*problem, reduction)
+    alone = run(*problem, reduction, divergence)
     for count in (2, 3, 8):
         torch.set_num_threads(count)
-        for ours, theirs in zip(run(*problem, reduction), alone, strict=True):
+        for ours, theirs in zip(run(*problem, reduction, divergence), alone, strict=True):
             assert torch.equal(ours, theirs), f"{count} threads"
 
 
@@ -90,15 +96,16 @@ def test_threads_are_used(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(16, 10), (8, 1000), (2, 20000)], ids=str)
-def test_instruction_sets_agree(shape, dtype):
+@pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
+def test_instruction_sets_agree(divergence, shape, dtype):
     """Each differs from the best one by rounding alone."""
     problem = make(shape, dtype)
-    best, before = run(*problem, "mean"), _C.isa()
+    best, before = run(*problem, "mean", divergence), _C.isa()
     bound = 1e-13 if dtype is FP64 else 2e-6
     try:
         for name in _C.available_isas():
             _C.use_isa(name)
-            grad, *terms = run(*problem, "mean")
+            grad, *terms = run(*problem, "mean", divergence)
             for ours, theirs in zip(terms, best[1:], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
             # A rounding to 16 bits may fall to either side: one unit in the last place.
@@ -126,13 +133,17 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
 
 @pytest.mark.parametrize("classes", [2, 20, 32, 33, 39, 64, 1003, S + 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_the_gradient_written_in_backward_is_the_one_written_in_forward(device, dtype, classes):
+@pytest.mark.parametrize("divergence", SWEEPS)
+def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
+    device, divergence, dtype, classes
+):
     """By reduction="none" and by a second backward pass: from a few numbers a row, bit for bit."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
-    total = fastkd.loss(a, teacher, labels, reduction="sum")
+    total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)
     (first,) = torch.autograd.grad(total, a, retain_graph=True)
     (second,) = torch.autograd.grad(total, a)
-    fastkd.loss(b, teacher, labels, reduction="none").sum().backward()
+    rows = fastkd.loss(b, teacher, labels, reduction="none", divergence=divergence)
+    rows.sum().backward()
     assert_same(second, first)
     assert_same(b.grad, first)

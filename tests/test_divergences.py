@@ -323,6 +323,27 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("classes", [6, 100])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("nothing", [0.0, 1e-40])
+def test_cosine_of_zeros(device, classes, reduction, nothing):
+    """At a right angle to everything, with the slope that the formula has of z / T alone; so are
+    rows whose length has no inverse.
+    """
+    student, teacher, _ = make((4, classes), device=device, labels=False)
+    student[:2], teacher[1:3] = 0, 0
+    near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
+    options = {"divergence": "cosine", "temperature": 3.0, "reduction": reduction}
+    leaf, other = near_student.requires_grad_(), student.double().requires_grad_()
+    got = fastkd.loss(leaf, near_teacher, **options)
+    weigh = {"hard_weight": 0.0, "soft_weight": 1.0}
+    expected = reference.loss(other, teacher.double(), **options, **weigh)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+    got.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_total_variation_has_slope_0_at_ties(device):
     student = torch.zeros(2, 4, device=device, requires_grad=True)
     fastkd.loss(student, torch.zeros(2, 4, device=device), divergence="total_variation").backward()

@@ -166,10 +166,10 @@ def labels_of(
     return labels.int() if case.labels == "int32" else labels
 
 
-def is_fused(case: Case) -> bool:
+def is_fused(case: Case, device: torch.device) -> bool:
     """Whether kernels compute it, and not PyTorch's operations."""
     return (
-        case.divergence in ops.DIVERGENCES
+        case.divergence in ops.FUSED[device.type]
         and case.labels != "probabilities"
         and not (case.class_weight and case.labels != "none" and case.smoothing)
     )
@@ -181,7 +181,7 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     leaf = student.detach().requires_grad_()
     whole = case.reduction != "none" and case.layout == "contiguous"
     whole = whole and case.dim == -1 and not case.unused
-    if case.way == "inplace" and whole and is_fused(case):
+    if case.way == "inplace" and whole and is_fused(case, leaf.device):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
     elif case.way == "terms":
@@ -252,9 +252,10 @@ def sensitivity(case: Case, problem: Problem) -> float:
     )
     largest, greatest = largest_of(student, teacher), float(t.max())
     in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
-    if not is_fused(case) and in_exponent > 1e30:
+    fused = is_fused(case, student.device)
+    if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature is no float32, whatever it weighs
-    if not is_fused(case):  # logarithms of probabilities are rounded at their size, and as their
+    if not fused:  # logarithms of probabilities are rounded at their size, and as their
         # sum, to which PyTorch adds one class after another in each of eight lanes
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
@@ -264,8 +265,14 @@ def sensitivity(case: Case, problem: Problem) -> float:
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
     if case.divergence == "cosine":  # its gradient grows as the logits shrink
-        counted = student.double().movedim(exact["dim"], -1)[..., : case.classes]
-        size *= 1 + float(1 / counted.norm(dim=-1).clamp(min=1e-30).min())
+        lengths = [
+            logits.double().movedim(exact["dim"], -1)[..., : case.classes].norm(dim=-1)
+            for logits in (student, teacher)
+        ]
+        least = 1 / torch.finfo(compute_dtype(student, teacher)).max
+        if any(bool(((length > 0) & (length <= least)).any()) for length in lengths):
+            return math.inf  # a length without an inverse counts as none
+        size *= 1 + float(1 / lengths[0].clamp(min=1e-30).min())
     if case.divergence == "dkd":
         size *= 10  # mix weighs 8
     return size

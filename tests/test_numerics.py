@@ -58,6 +58,68 @@ def test_divergence_near_the_teacher(device, kl):
     assert error <= distance(theirs, exact.grad)
 
 
+@pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("classes", [10, 100, CLASSES])
+def test_dkd_near_the_teacher(device, classes, kl):
+    """Both of its divergences are small, and so is each row's difference of the labels' odds."""
+    if device.type == "cuda":
+        pytest.skip("by PyTorch operations")
+    student, teacher = near(kl, device, rows=16, classes=classes)
+    labels = torch.arange(16) % classes
+    options = {"temperature": 1.0, "divergence": "dkd", "hard_weight": 0.0, "soft_weight": 1.0}
+    exact = truth(student, teacher, labels, reduction="none", **options)
+    leaf = student.requires_grad_()
+    rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
+    # What rounding does to a row's sum of exponentials counts by its square alone.
+    floor = torch.finfo(FP32).eps ** 2 / 2
+    torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=9 * floor)
+    rows.sum().backward()
+    # As of the KL: a unit in the last place of what the probabilities are multiplied by.
+    others = teacher.double().softmax(-1)
+    share = 1 - others.gather(-1, labels.unsqueeze(-1))
+    others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
+    assert distance(leaf.grad, exact.grad) <= 2 * FLOOR[FP32] * 9 * float(others.norm())
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("classes", [10, 100, CLASSES])
+def test_cosine_near_the_teacher(device, classes, distance):
+    if device.type == "cuda":
+        pytest.skip("by PyTorch operations")
+    student, teacher = near(distance**2 / 2, device, rows=16, classes=classes)
+    leaf, exact_leaf = student.requires_grad_(), student.detach().double().requires_grad_()
+    rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
+    u = F.normalize(exact_leaf, dim=-1)
+    exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
+    # The rounding of u and v: by their distance, where 1 - c would be off by a unit of 1.
+    off = (rows.detach().double() - exact.detach()).abs()
+    assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
+    rows.sum().backward()
+    exact.sum().backward()
+    length = exact_leaf.detach().norm(dim=-1).min()
+    assert_grad(leaf.grad, exact_leaf.grad, FP32, weight=float(1 / length))
+
+
+@pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
+    """Where a label's exponential, relative to the greatest of the others, is no float."""
+    student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
+    labels = torch.tensor([0, 3, 5, classes - 1], device=device)
+    signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
+    rows = torch.arange(4, device=device)
+    student[rows, labels] += gap * signs[0]
+    teacher[rows, labels] += gap * signs[1]
+    options = {"divergence": "dkd", "reduction": "none", "temperature": 1.0}
+    exact = truth(student, teacher, labels, label_smoothing=0.1, **options)
+    leaf = student.requires_grad_()
+    got = fastkd.terms(leaf, teacher, labels, label_smoothing=0.1, **options)
+    for ours, theirs in zip(got, exact.terms, strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, rtol=2e-6, atol=2e-6)
+    got.loss.sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2e-6, atol=4e-6)
+
+
 @pytest.mark.parametrize("log_target", [False, True])
 def test_kl_div_is_off_where_this_is_not(log_target):
     """What the bound above is worth: torch's own, on the same numbers, is off by more than 10 %."""

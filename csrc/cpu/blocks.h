@@ -2,6 +2,8 @@
 // cache, and is vectorised by the compiler. Letters as in numerics.h; docs/maths.md derives the
 // formulas.
 #pragma once
+#include <type_traits>
+
 #include "../divergences.h"
 #include "../kernels.h"
 #include "storage.h"
@@ -20,6 +22,13 @@ template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
 template <class T>
 constexpr T kNaN = static_cast<T>(__builtin_nan(""));
+
+template <auto kValue>
+constexpr std::integral_constant<decltype(kValue), kValue> constant{};
+
+inline bool holds(int64_t begin, int64_t count, int64_t index) {
+  return begin <= index && index < begin + count;
+}
 
 // How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
 // of its own.
@@ -166,19 +175,25 @@ Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>
 
 // How the second sweep has its exponentials and d: exponentials kept by the first, or computed
 // anew; and then d from logits relative to the maxima, in rows where these are far apart, and in
-// rows whose student and teacher have temperatures of their own.
-enum class Way { kKept, kAnew, kApart, kSeparate };
+// rows whose student and teacher have temperatures of their own. kUnit has none: p and q are those
+// of Cosine.
+enum class Way { kKept, kAnew, kApart, kSeparate, kUnit };
 
-// The constants of one row for the sweeps after the first.
-template <class T, class S>
-struct Coefficients {
-  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
-  T student_scale, teacher_scale;      // q and p over the kept exponentials
-  Exponential<T, S> own;               // softmax(z), where it is no power of q
+// How the sweeps form d from two logits.
+template <class T>
+struct Gaps {
   T inverse_temperature, teacher_inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
   T shift;      // of w / t - z / t when formed from logits relative to the maxima
   Way way;      // for rows that are not kept
+};
+
+// The constants of one row for the sweeps after the first.
+template <class T, class S>
+struct Coefficients : Gaps<T> {
+  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
+  T student_scale, teacher_scale;      // q and p over the kept exponentials
+  Exponential<T, S> own;               // softmax(z), where it is no power of q
   T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
   T hard_gain;
   T kept_hard_gain;  // for powers of kept exponentials
@@ -186,14 +201,22 @@ struct Coefficients {
   T student_share;   // of q, and
   T constant_share;  // of 1, which balance the slopes (divergences.h)
   T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
+  // Of a row whose sums leave its label out (label.h): adds rest_gain * q to other classes'
+  // gradient
+  T rest_gain;
+  T label_gradient;                    // the label's
+  T student_inverse, teacher_inverse;  // 1 / |z|, 1 / |w|
 
-  bool apart() const { return way != Way::kAnew; }
+  bool apart() const { return this->way != Way::kAnew; }
 };
 
 // One class, from its logits and, with Way::kKept, its exponentials.
 template <Way kWay, class T, class S>
 FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, T student_kept,
                                          T teacher_kept) {
+  if constexpr (kWay == Way::kUnit) {
+    return {w * c.teacher_inverse, z * c.student_inverse, T(0), T(0), T(0)};
+  }
   const T q = kWay == Way::kKept ? student_kept * c.student_scale : c.student(z);
   const T p = kWay == Way::kKept ? teacher_kept * c.teacher_scale : c.teacher(w);
   T gap;
@@ -210,13 +233,20 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   return e;
 }
 
-// Writes the forward KL's gradient but for the label's share, and returns its sum. grad may be the
-// student itself. student_kept and teacher_kept are read by Way::kKept alone.
-template <Hard kHard, Way kWay, class T, class S, class L>
-T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const L* teacher,
-                 const T* student_kept, const T* teacher_kept, L* grad, int64_t count) {
+template <class T>
+struct SlopeSums {
+  T value, slope, classes;
+};
+
+// Writes the forward KL's gradient but for the label's share, and returns its sum; and that of q -
+// p with kDecoupled, where it is of the classes other than the label. grad may be the student
+// itself. student_kept and teacher_kept are read by Way::kKept alone.
+template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
+SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients, const L* student,
+                            const L* teacher, const T* student_kept, const T* teacher_kept, L* grad,
+                            int64_t count) {
   const Coefficients<T, S> c = coefficients;
-  T values[kLanes] = {};
+  T values[kLanes] = {}, diffs[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
     const T* student_lanes = unpack(student + at, student_buffer);
@@ -233,7 +263,9 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
       const Element<T> e = element_of<kWay>(c, z, w, student_power, teacher_power);
       const Evaluated<T> kl = ForwardKL::at(e);
       values[i] += kl.value;
+      if constexpr (kDecoupled) diffs[i] += kl.slope;
       T g = c.uniform;
+      if constexpr (kDecoupled) g += c.rest_gain * e.q;
       // A power of what was kept, not of q: then q is used only for q - p, and costs no product.
       constexpr bool kOfKept = kWay == Way::kKept && kHard != Hard::kOwn;
       const T hard_gain = kOfKept ? c.kept_hard_gain : c.hard_gain;
@@ -245,13 +277,8 @@ T write_gradient(const Coefficients<T, S>& coefficients, const L* student, const
     }
     pack(grad_buffer, grad + at);
   }
-  return sum_of(values);
+  return {sum_of(values), kDecoupled ? sum_of(diffs) : T(0), T(0)};
 }
-
-template <class T>
-struct SlopeSums {
-  T value, slope, classes;
-};
 
 // For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
@@ -275,9 +302,10 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
       const Evaluated<T> here = D::at(e, k);
-      const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
+      const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+      const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);
-      sums[i] += counts ? here.slope : T(0);
+      sums[i] += counts ? summed : T(0);
       if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
       if constexpr (kWay != Way::kKept) q[at + i] = e.q;
       slopes[at + i] = here.slope;
@@ -286,8 +314,9 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
-// `q_scale` makes q of what is given for it.
-template <Hard kHard, bool kMean, class T, class S, class L>
+// `q_scale` makes q of what is given for it. With kMasked slopes may be NaN, where the gradient is
+// 0.
+template <Hard kHard, bool kMasked, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
                       T q_scale, const T* slopes, L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
@@ -304,7 +333,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
       }
       T slope = slopes[at + i] - here * c.student_share - c.constant_share;
-      if constexpr (kMean) slope = slope == slope ? slope : T(0);
+      if constexpr (kMasked) slope = slope == slope ? slope : T(0);
       grad_lanes[i] = g + soft_part(c.soft_gain, slope);
     }
     pack(grad_buffer, grad + at);
@@ -335,6 +364,28 @@ struct Entropies {
   T student, teacher;
   int agreement;
 };
+
+struct Squares {
+  double student = 0, teacher = 0;
+};
+
+// Of the classes that are not masked by both, in double: logits may be of any size.
+template <class T, class L>
+Squares sum_squares(const L* student, const L* teacher, int64_t count) {
+  double of_student[kLanes] = {}, of_teacher[kLanes] = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    T student_buffer[kLanes], teacher_buffer[kLanes];
+    const T* z = unpack(student + at, student_buffer);
+    const T* w = unpack(teacher + at, teacher_buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
+      const double x = masked ? T(0) : z[i], y = masked ? T(0) : w[i];
+      of_student[i] += x * x, of_teacher[i] += y * y;
+    }
+  }
+  return {sum_of(of_student), sum_of(of_teacher)};
+}
 
 // What only `terms` asks for; a sweep of its own, so that the others need not pay for it.
 template <class T, class S>

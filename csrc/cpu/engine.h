@@ -1,8 +1,6 @@
 // The two sweeps of one row, block by block and segment by segment.
 #pragma once
-#include <type_traits>
-
-#include "row.h"
+#include "label.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -13,9 +11,6 @@ template <>
 constexpr DType kStorage<double> = DType::kFloat64;
 template <>
 constexpr DType kStorage<BFloat16> = DType::kBFloat16;
-
-template <auto kValue>
-constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
 // Calls fn with `hard` as a compile-time constant.
 template <class T, class Fn>
@@ -56,13 +51,17 @@ void copy_block(const Logits& logits, int64_t begin, int64_t count, T* buffer) {
   for (int64_t i = count; i < padded(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// The block itself where the loops can read it in place, or else a copy in `buffer`.
+// The block itself where the loops can read it in place, or else a copy in `buffer`; the class that
+// is left out of sums is masked.
 template <class S>
-const S* fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer) {
-  if (logits.dtype == kStorage<S> && count % kLanes == 0) {
+const S* fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer,
+               int64_t left_out = -1) {
+  const bool masks = holds(begin, count, left_out);
+  if (logits.dtype == kStorage<S> && count % kLanes == 0 && !masks) {
     return static_cast<const S*>(logits.at(begin));
   }
   copy_block(logits, begin, count, buffer);
+  if (masks) buffer[left_out - begin] = narrow<S>(-__builtin_huge_valf());
   return buffer;
 }
 
@@ -92,7 +91,7 @@ struct Kept {
   static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
   alignas(64) T student[kClasses + kLanes];
   alignas(64) T teacher[kClasses + kLanes];
-  static constexpr int64_t kBlocks = kSegment / kBlock + 1;
+  static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts it
   double student_max[kBlocks], teacher_max[kBlocks];
 
   Left<T> left() { return {student, teacher, student_max, teacher_max}; }
@@ -128,22 +127,29 @@ struct Engine {
   }
 
   Coefficients<T, S> coefficients(const Row<T>& row, const Scales<T>& s, double gain) const {
-    return make_coefficients<S>(in, row, s, gain);
+    Coefficients<T, S> c = make_coefficients<S>(in, row, s, gain);
+    if (row.left_out >= 0) decouple(in, row, s, gain, &c);
+    return c;
   }
 
   // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
   // a segment. Of the divergences that take another sweep still, all segments do.
   bool keeps(int64_t segment) const {
+    if (in.divergence == Divergence::kCosine) return false;
     return Kept<T>::kClasses > 0 && (segment == segments() - 1 || !one_sweep());
   }
 
   // Calls fn(at, count) for blocks of [begin, end): whole ones, then what is left of full vectors,
-  // then a tail shorter than kLanes, so that only the tail is ever padded.
+  // then a tail shorter than kLanes, so that only the tail is ever padded. The vector with a class
+  // that is left out of sums is a block of its own, so that only that is ever copied to mask it.
   template <class Fn>
-  static FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, Fn&& fn) {
+  static FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
     const int64_t full = begin + (end - begin) / kLanes * kLanes;
-    for (int64_t at = begin; at < full; at += kBlock) {
-      fn(at, full - at < kBlock ? full - at : kBlock);
+    const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
+    for (int64_t at = begin, next; at < full; at = next) {
+      next = full - at < kBlock ? full : at + kBlock;
+      if (holds(at, next - at, alone)) next = at < alone ? alone : alone + kLanes;
+      fn(at, next - at);
     }
     if (full < end) fn(full, end - full);
   }
@@ -164,8 +170,8 @@ struct Engine {
     Exponential<T, S> tempered(factor, 0, 1), own(row.hard_factor, 0, 1);
     Pair<double> result = {0, 0};
     *max = kLowest;
-    for_blocks(begin, end, [&](int64_t at, int64_t count) {
-      const S* block = fetch(logits, at, count, buffer);
+    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
+      const S* block = fetch(logits, at, count, buffer, row.left_out);
       const double top = maximum(block, padded(count));
       if (top > *max) {
         if (*max > kLowest) {
@@ -199,6 +205,21 @@ struct Engine {
         scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
                                         &result.teacher_max, into.teacher, into.teacher_max)
             .tempered;
+    if (row.unit) {
+      alignas(64) S student[kBlock];
+      alignas(64) S teacher[kBlock];
+      for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
+        const S* z = fetch(student_of(in, index), at, count, student);
+        const S* w = fetch(teacher_of(in, index), at, count, teacher);
+        const Squares squares = sum_squares<T>(z, w, padded(count));
+        result.student_squares += squares.student, result.teacher_squares += squares.teacher;
+      });
+    }
+    if (holds(begin, end - begin, row.left_out)) {
+      const Logits student = student_of(in, index), teacher = teacher_of(in, index);
+      result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
+      result.teacher_label = read_one<double>(teacher.base, teacher.dtype, row.left_out);
+    }
     return result;
   }
 
@@ -242,6 +263,9 @@ struct Engine {
     }
     if (!terms) return;
     copy_block(teacher_of(in, index), at, count, w);
+    if (holds(at, count, row.left_out)) {
+      z[row.left_out - at] = w[row.left_out - at] = -kInfinity<T>;
+    }
     const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
                                          s.student_max, s.teacher_max, z, w, padded(count));
     sums->student_entropy += e.student;
@@ -262,12 +286,15 @@ struct Engine {
 
   // One block of the forward KL's second sweep, in the form that the row asks for.
   template <class L>
-  T differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left, const L* z,
-                  const L* w, L* g, int64_t count) const {
+  SlopeSums<T> differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+                             const L* z, const L* w, L* g, int64_t count) const {
     const bool hard = row.gradient_hard != Hard::kNone;
     const auto write = [&](auto has_hard, auto way) {
-      return write_gradient<decltype(has_hard)::value, decltype(way)::value>(
-          c, z, w, left.student, left.teacher, g, count);
+      constexpr Hard kHard = decltype(has_hard)::value;
+      constexpr Way kWay = decltype(way)::value;
+      return row.left_out < 0
+                 ? write_gradient<kHard, kWay, false>(c, z, w, left.student, left.teacher, g, count)
+                 : write_gradient<kHard, kWay, true>(c, z, w, left.student, left.teacher, g, count);
     };
     const auto with_way = [&](auto has_hard) {
       if (c.way == Way::kApart) return write(has_hard, constant<Way::kApart>);
@@ -284,14 +311,16 @@ struct Engine {
   template <class L>
   SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
                       T* q, T* slope, int64_t count) const {
+    const auto sum = [&](auto divergence, auto way) {
+      return sum_slopes<decltype(divergence), decltype(way)::value>(
+          c, constants, z, w, left.student, left.teacher, q, slope, count);
+    };
+    if (in.divergence == Divergence::kCosine) return sum(Cosine{}, constant<Way::kUnit>);
     return visit(in.divergence, [&](auto divergence) {
-      const auto sum = [&](auto way) {
-        return sum_slopes<decltype(divergence), decltype(way)::value>(
-            c, constants, z, w, left.student, left.teacher, q, slope, count);
-      };
-      if (c.way == Way::kApart) return sum(constant<Way::kApart>);
-      if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
-      return left.any() ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
+      if (c.way == Way::kApart) return sum(divergence, constant<Way::kApart>);
+      if (c.way == Way::kSeparate) return sum(divergence, constant<Way::kSeparate>);
+      return left.any() ? sum(divergence, constant<Way::kKept>)
+                        : sum(divergence, constant<Way::kAnew>);
     });
   }
   template <class L>
@@ -299,11 +328,11 @@ struct Engine {
                const T* slope, L* g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
-    const bool mean = is_mean(balance_of(in.divergence));
+    const bool masked = leaves_out_masked(balance_of(in.divergence));
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      mean ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
-           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
+      masked ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
+             : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
   }
 
@@ -318,7 +347,7 @@ struct Engine {
     alignas(64) T slope[kBlock];
     const int64_t begin = segment * kSegment;
     int64_t block = 0;
-    for_blocks(begin, end_of(segment), [&](int64_t at, int64_t count) {
+    for_blocks(begin, end_of(segment), -1, [&](int64_t at, int64_t count) {
       const S* z = fetch(student_of(in, index), at, count, student);
       const S* w = fetch(teacher_of(in, index), at, count, teacher);
       const Left<T> here = left.at(at - begin);
@@ -330,13 +359,14 @@ struct Engine {
       sums->classes += of_block.classes;
       ++block;
     });
+    if (begin == 0) sums->value += s.nothing, sums->slope += s.nothing;
   }
 
   // What balances the slopes. Their sum is rounded to T, because backward reads it from `stats`.
   void set_shares(Coefficients<T, S>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
-    c->student_share = balance == Balance::kStudent ? slope : T(0);
+    c->student_share = balance == Balance::kStudent || balance == Balance::kUnit ? slope : T(0);
     if (!is_mean(balance)) return;
     c->soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) / sums.classes);
     if (balance == Balance::kCentered) {
@@ -344,25 +374,25 @@ struct Engine {
     }
   }
 
-  T write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                int64_t count, const Left<T>& left) const {
+  SlopeSums<T> write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index,
+                           int64_t at, int64_t count, const Left<T>& left) const {
     alignas(64) S student[kBlock];
     alignas(64) S teacher[kBlock];
     alignas(64) S result[kBlock];
     alignas(64) T q[kBlock];
     alignas(64) T slope[kBlock];
-    const S* z = fetch(student_of(in, index), at, count, student);
+    const S* z = fetch(student_of(in, index), at, count, student, row.left_out);
     const bool direct = grad != nullptr && in.student_dtype == kStorage<S> && count % kLanes == 0;
     S* g = direct ? static_cast<S*>(grad_at(index, at)) : result;
-    T value = 0;
+    SlopeSums<T> sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
     if (left.slopes) {
       balance(row, c, z, student_like, q_scale, left.teacher, g, padded(count));
     } else {
-      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      const S* w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
-        value = differentiate(row, c, left, z, w, g, padded(count));
+        sums = differentiate(row, c, left, z, w, g, padded(count));
       } else {
         slopes(c, left, z, w, q, slope, padded(count));
         balance(row, c, z, student_like, q_scale, slope, g, padded(count));
@@ -371,7 +401,7 @@ struct Engine {
     if (grad != nullptr && !direct) {
       FASTKD_ISA::write(result, in.student_dtype, count, grad_at(index, at));
     }
-    return value;
+    return sums;
   }
 
   // The label's element, where the one-hot target is taken off before the gradient is rounded.
@@ -398,14 +428,16 @@ struct Engine {
   void write(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, double gain,
              int64_t index, int64_t segment, const Left<T>& left, Sums* sums) const {
     const int64_t begin = segment * kSegment, end = end_of(segment);
-    const bool labelled = row.hard != Hard::kNone && begin <= row.label && row.label < end;
+    const bool decoupled = row.left_out >= 0;
+    const bool labelled =
+        (row.hard != Hard::kNone || decoupled) && holds(begin, end - begin, row.label);
     const bool exact = in.student_dtype == kStorage<T>;
     T label_grad = 0;
     if (labelled) {
       const T z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
       const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
-      if (!exact) label_grad = label_gradient(row, *c, z, w, gain);
-      if (sums != nullptr) {
+      if (!exact && !decoupled) label_grad = label_gradient(row, *c, z, w, gain);
+      if (sums != nullptr && row.hard != Hard::kNone) {
         const double share = 1 - in.label_smoothing;
         sums->student_logits +=
             weighted(share, static_cast<double>(z) - static_cast<double>(s.student_max));
@@ -414,22 +446,27 @@ struct Engine {
     const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
     const bool entropy =
         sums != nullptr && !terms && in.divergence == Divergence::kSoftCrossEntropy;
-    double value = 0;
+    double value = 0, slope = 0;
     int64_t block = 0;
-    for_blocks(begin, end, [&](int64_t at, int64_t count) {
+    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
       if (extras) sum_extras(row, *c, s, index, at, count, sums);
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
       if (grad != nullptr || one_sweep()) {
-        value += write_block(row, *c, index, at, count, here);
+        const SlopeSums<T> of_block = write_block(row, *c, index, at, count, here);
+        value += of_block.value, slope += of_block.slope;
       }
       ++block;
     });
-    if (sums != nullptr) sums->value += value;
+    if (sums != nullptr) sums->value += value, sums->slope += slope;
     if (!labelled || grad == nullptr) return;
     void* target = grad_at(index, row.label);
-    if (exact) label_grad = *static_cast<const T*>(target) - onehot(row, gain);
+    if (decoupled) {
+      label_grad = c->label_gradient;
+    } else if (exact) {
+      label_grad = *static_cast<const T*>(target) - onehot(row, gain);
+    }
     FASTKD_ISA::write(&label_grad, in.student_dtype, 1, target);
   }
 };

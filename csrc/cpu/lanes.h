@@ -23,7 +23,9 @@ struct LaneEngine {
   const Inputs& in;
   void* grad;  // [rows, classes], or null
   RowStrides grad_stride;
-  bool hard;  // the hard term is wanted
+  bool hard;       // the hard term is wanted
+  bool unit;       // the divergence is of unit vectors (kCosine)
+  bool decoupled;  // the sums are of the classes other than the label (kDecoupled; label.h)
   const Constants constants;
   Row<T> shared;      // what rows have in common that have no settings of their own
   int64_t first = 0;  // row in lane 0
@@ -39,9 +41,16 @@ struct LaneEngine {
   // what the first sweep finds,
   alignas(64) Lanes<T> student_max, teacher_max, student_scale, hard_scale, teacher_scale;
   alignas(64) Lanes<double> student_sum, hard_sum, teacher_sum, offsets, label_logit;
+  alignas(64) Lanes<double> student_squares, teacher_squares;  // and as in Scales (row.h):
+  alignas(64) Lanes<T> student_inverse, teacher_inverse;
+  alignas(64) Lanes<double> nothing;
   // what the sweeps over classes need,
   alignas(64) Lanes<T> inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio, shift;
   alignas(64) Lanes<T> soft_gain, hard_gain, onehot, uniform;
+  // what they need where the sums leave the label out: its logits, its odds against the other
+  // classes, at temperature 1 last, the difference of the first two's logarithms, and its gradient,
+  alignas(64) Lanes<T> label_student, label_teacher, log_odds, teacher_log_odds, hard_log_odds;
+  alignas(64) Lanes<T> odds_difference, rest_gain, label_gradient;
   // and what they sum.
   alignas(64) Lanes<T> slope, agreement;
   alignas(64) Lanes<double> value, slope_sum, classes_that_count, student_entropy, teacher_entropy;
@@ -53,11 +62,13 @@ struct LaneEngine {
         grad_stride(args.grad_stride),
         hard(args.labels != nullptr &&
              (args.hard_weight != 0 || args.row_settings != nullptr || terms)),
+        unit(args.divergence == Divergence::kCosine),
+        decoupled(args.divergence == Divergence::kDecoupled),
         constants(make_constants(args.divergence, args.mix)),
         tile(args.classes) {
     const int64_t any_label = 0;
     Inputs common = args;
-    common.labels = hard ? &any_label : nullptr;
+    common.labels = args.labels != nullptr ? &any_label : nullptr;
     common.ignore_index = -1;
     common.row_settings = nullptr;
     shared = make_row<T>(common, 0, true);
@@ -99,6 +110,27 @@ struct LaneEngine {
         label[i] = static_cast<int32_t>(given);
       }
     }
+    if (decoupled) read_labels();
+  }
+
+  void read_labels() {
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      label_student[i] = label_teacher[i] = 0;
+      if (label[i] < 0) continue;
+      const auto offset = [&](const RowStrides& stride) {
+        return row_offset(first + i, in.group_rows, stride) + label[i] * stride.classes;
+      };
+      label_student[i] = read_one<T>(in.student, in.student_dtype, offset(in.student_stride));
+      label_teacher[i] = read_one<T>(in.teacher, in.teacher_dtype, offset(in.teacher_stride));
+    }
+  }
+
+  // Where each row's label lies in a block, for the rows that have theirs there: fn(lane, class).
+  template <class Fn>
+  void for_labels(const Block& b, Fn&& fn) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (holds(b.begin, b.count, label[i])) fn(i, b.at + label[i] - b.begin);
+    }
   }
 
   template <class Fn>
@@ -114,6 +146,9 @@ struct LaneEngine {
     const TileRows teacher{in.teacher_dtype, in.teacher_stride, in.group_rows, first, count};
     student.load(in.student, b.begin, b.count, tile.student + b.at);
     teacher.load(in.teacher, b.begin, b.count, tile.teacher + b.at);
+    if (!decoupled) return;
+    for_labels(
+        b, [&](int64_t i, int64_t c) { tile.student[c][i] = tile.teacher[c][i] = -kInfinity<T>; });
   }
 
   void store(const Block& b) const {
@@ -198,17 +233,23 @@ struct LaneEngine {
     for (int64_t i = 0; i < kTileRows; ++i) {
       student_max[i] = teacher_max[i] = -kInfinity<T>;
       student_sum[i] = hard_sum[i] = teacher_sum[i] = offsets[i] = label_logit[i] = 0;
+      student_squares[i] = teacher_squares[i] = nothing[i] = 0;
     }
     for_blocks([&](const Block& b) {
       load(b);
       maxima(tile.student + b.at, b.count, student_max);
       maxima(tile.teacher + b.at, b.count, teacher_max);
     });
+    for (int64_t i = 0; i < kTileRows && decoupled; ++i) {
+      if (student_max[i] == -kInfinity<T>) student_max[i] = 0;
+      if (teacher_max[i] == -kInfinity<T>) teacher_max[i] = 0;
+    }
     for_blocks([&](const Block& b) {
       if (!tile.resident) load(b);
       exponentiate(b);
       sum(tile.student_power + b.at, b.count, student_sum);
       sum(tile.teacher_power + b.at, b.count, teacher_sum);
+      if (unit) sum_squares(b);
       if (!hard) return;
       sum(tile.hard_power + b.at, b.count, hard_sum);
       sum_logits(b);
@@ -220,6 +261,40 @@ struct LaneEngine {
       teacher_scale[i] = 1 / static_cast<T>(teacher_sum[i]);
       hard_scale[i] = hard ? 1 / static_cast<T>(hard_sum[i]) : T(0);
     }
+    if (unit) set_inverses();
+    for (int64_t i = 0; i < kTileRows && decoupled; ++i) {
+      if (student_sum[i] == 0) student_scale[i] = hard_scale[i] = 0;
+      if (teacher_sum[i] == 0) teacher_scale[i] = 0;
+    }
+  }
+
+  void sum_squares(const Block& b) {
+    for (int64_t c = b.at; c < b.at + b.count; ++c) {
+      const Column x = column(c);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const T z = x.z[i], w = x.w[i];
+        const bool masked = z == -kInfinity<T> && w == -kInfinity<T>;
+        const double counted = masked ? T(0) : z, teacher_counted = masked ? T(0) : w;
+        student_squares[i] += counted * counted;
+        teacher_squares[i] += teacher_counted * teacher_counted;
+      }
+    }
+  }
+
+  // As set_inverses() of row.h.
+  void set_inverses() {
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const bool no_student = is_nothing<T>(student_squares[i]);
+      const bool no_teacher = is_nothing<T>(teacher_squares[i]);
+      const double t = static_cast<double>(temperature[i]);
+      const double length = std::sqrt(student_squares[i]);
+      const double teacher_length = std::sqrt(teacher_squares[i]);
+      student_inverse[i] = static_cast<T>(1 / (no_student ? t : length));
+      teacher_inverse[i] = static_cast<T>(1 / (no_teacher ? 1.0 : teacher_length));
+      nothing[i] = (no_student ? 0.5 : 0.0) + (no_teacher ? 0.5 : 0.0);
+    }
   }
 
   // The label's logit, and the sum of all, below the maximum.
@@ -230,7 +305,8 @@ struct LaneEngine {
       const T* const logits = tile.student[b.at + c];
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const T z = logits[i] - student_max[i];
+        const T own = label_student[i], other = logits[i];
+        const T z = (decoupled && index == label[i] ? own : other) - student_max[i];
         sums[i] += z;
         of_label[i] = index == label[i] ? z : of_label[i];
       }
@@ -276,6 +352,55 @@ struct LaneEngine {
       value[i] = slope_sum[i] = 0;
       student_entropy[i] = teacher_entropy[i] = 0;
       agreement[i] = 0;
+    }
+    if (decoupled) decouple();
+    for (int64_t i = 0; i < kTileRows && unit; ++i) {
+      soft_gain[i] *= temperature[i] * student_inverse[i];
+      const bool exist = student_inverse[i] > 0 && finite(student_inverse[i]) &&
+                         teacher_inverse[i] > 0 && finite(teacher_inverse[i]);
+      if (!exist) computed[i] = 0;
+    }
+  }
+
+  Odds<T> odds_of(T log) const {
+    const Exponential<T> exponential(static_cast<T>(kLog2E), T(0), 1.0);
+    return {log, exponential(-std::fabs(log))};
+  }
+
+  // As decouple() of label.h.
+  __attribute__((noinline)) void decouple() {
+    const T smoothing = static_cast<T>(in.label_smoothing), mix = static_cast<T>(in.mix);
+    const T over_target = smoothing - smoothing / static_cast<T>(in.classes);
+    const T hard_share = hard ? T(1) : T(0);
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const T z = label_student[i], w = label_teacher[i];
+      const T student = student_scale[i], teacher = teacher_scale[i];
+      const T above = z - student_max[i], teacher_above = w - teacher_max[i];
+      const T log = above * inverse_t[i] + log2_of(student) * static_cast<T>(kLn2);
+      const T teacher_log =
+          teacher_above * teacher_inverse_t[i] + log2_of(teacher) * static_cast<T>(kLn2);
+      const T hard_log = above + log2_of(hard_scale[i]) * static_cast<T>(kLn2);
+      log_odds[i] = student == T(0) ? kInfinity<T> : log;
+      teacher_log_odds[i] = teacher == T(0) ? kInfinity<T> : teacher_log;
+      hard_log_odds[i] = hard_scale[i] == T(0) ? kInfinity<T> : hard_log;
+      const T from_z = z - student_base[i], from_w = w - teacher_base[i];
+      const T together = (from_w - from_z) * inverse_t[i];
+      const T each = from_w * teacher_inverse_t[i] - from_z * inverse_t[i];
+      const T d = (temperature[i] == teacher_temperature[i] ? together : each) - log_ratio[i];
+      const T of_logs = teacher_log_odds[i] - log_odds[i];
+      odds_difference[i] = student == T(0) || teacher == T(0) ? of_logs : d;
+      const bool exists = (student > T(0) || z > -kInfinity<T>)&(
+          teacher > T(0) || w > -kInfinity<T>)&(z < kInfinity<T>)&(w < kInfinity<T>);
+      computed[i] = exists ? computed[i] : 0;
+      const T diff =
+          binary_kl(odds_of(teacher_log_odds[i]), odds_of(log_odds[i]), odds_difference[i]).diff *
+          soft_gain[i];
+      const T rest = odds_of(hard_log_odds[i]).rest();
+      rest_gain[i] = -diff;
+      label_gradient[i] = diff + hard_share * gain[i] * hard_weight[i] * (over_target - rest);
+      soft_gain[i] = teacher == T(0) ? T(0) : soft_gain[i] * mix;
+      hard_gain[i] = hard_gain[i] * rest;
     }
   }
 
@@ -337,15 +462,22 @@ struct LaneEngine {
       for_blocks([&](const Block& b) {
         revisit(b);
         if (terms || in.divergence == Divergence::kSoftCrossEntropy) sum_terms(b);
-        if (separate) {
-          hard_too ? write_gradient<true, true>(b) : write_gradient<true, false>(b);
-        } else {
-          hard_too ? write_gradient<false, true>(b) : write_gradient<false, false>(b);
-        }
+        const auto write = [&](auto is_decoupled) {
+          constexpr bool kDecoupled = decltype(is_decoupled)::value;
+          if (separate) {
+            hard_too ? write_gradient<true, true, kDecoupled>(b)
+                     : write_gradient<true, false, kDecoupled>(b);
+          } else {
+            hard_too ? write_gradient<false, true, kDecoupled>(b)
+                     : write_gradient<false, false, kDecoupled>(b);
+          }
+        };
+        decoupled ? write(constant<true>) : write(constant<false>);
         store(b);
       });
       return;
     }
+    if (unit) return differentiate_twice<Cosine, false>(terms, slopes_known);
     visit(in.divergence, [&](auto divergence) {
       using D = decltype(divergence);
       separate ? differentiate_twice<D, true>(terms, slopes_known)
@@ -353,21 +485,28 @@ struct LaneEngine {
     });
   }
 
-  template <bool kSeparate, bool kHard>
+  template <bool kSeparate, bool kHard, bool kDecoupled>
   __attribute__((noinline)) void write_gradient(const Block& b) {
-    alignas(64) Lanes<T> values = {};
+    alignas(64) Lanes<T> values = {}, diffs = {};
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const int32_t index = static_cast<int32_t>(b.begin + c - b.at);
       const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<T> kl = ForwardKL::at(element_at<kSeparate>(x, i));
+        const Element<T> e = element_at<kSeparate>(x, i);
+        const Evaluated<T> kl = ForwardKL::at(e);
         values[i] += kl.value;
-        x.result[i] = gradient_at<kHard>(x, index, i, kl.slope);
+        T g = gradient_at<kHard>(x, index, i, kl.slope);
+        if constexpr (kDecoupled) diffs[i] += kl.slope, g += rest_gain[i] * e.q;
+        x.result[i] = g;
       }
     }
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) value[i] += static_cast<double>(values[i]);
+    if (!kDecoupled) return;
+    for_labels(b, [&](int64_t i, int64_t c) { tile.student[c][i] = label_gradient[i]; });
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) slope_sum[i] += static_cast<double>(diffs[i]);
   }
 
   // Slopes first; the gradient once they are summed.
@@ -382,7 +521,8 @@ struct LaneEngine {
     }
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const T sum = static_cast<T>(slope_sum[i]);
+      value[i] += unit ? nothing[i] : 0.0;
+      const T sum = static_cast<T>(slope_sum[i] + (unit ? nothing[i] : 0.0));
       slope[i] = slopes_known ? slope[i] : sum;
     }
     const bool hard_too = wants_hard_gradient();
@@ -405,11 +545,18 @@ struct LaneEngine {
       const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const Evaluated<T> here = D::at(element_at<kSeparate>(x, i), k);
-        const bool in_mean = !is_mean(D::kBalance) || here.slope == here.slope;
-        values[i] += in_mean ? here.value : T(0);
-        sums[i] += in_mean ? here.slope : T(0);
-        counts[i] += is_mean(D::kBalance) && in_mean ? T(1) : T(0);
+        Element<T> e;
+        if constexpr (D::kBalance == Balance::kUnit) {
+          e = {x.w[i] * teacher_inverse[i], x.z[i] * student_inverse[i], T(0), T(0), T(0)};
+        } else {
+          e = element_at<kSeparate>(x, i);
+        }
+        const Evaluated<T> here = D::at(e, k);
+        const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
+        const bool counted = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+        values[i] += counted ? here.value : T(0);
+        sums[i] += counted ? summed : T(0);
+        counts[i] += is_mean(D::kBalance) && counted ? T(1) : T(0);
         x.result[i] = here.slope;
       }
     }
@@ -435,8 +582,9 @@ struct LaneEngine {
       for (int64_t i = 0; i < kTileRows; ++i) {
         T weight = D::kBalance == Balance::kCentered ? share[i] : T(0);
         if (D::kBalance == Balance::kStudent) weight = x.q[i] * student_scale[i];
+        if (D::kBalance == Balance::kUnit) weight = x.z[i] + x.w[i] * teacher_inverse[i];
         T here = (x.z[i] - slope[i] * weight) * share[i];
-        if (is_mean(D::kBalance)) here = here == here ? here : T(0);
+        if (leaves_out_masked(D::kBalance)) here = here == here ? here : T(0);
         x.result[i] = gradient_at<kHard>(x, index, i, here);
       }
     }
@@ -484,6 +632,41 @@ struct LaneEngine {
       // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
       value[i] = result == result ? result : -kLowest;
     }
+    if (decoupled) include_label();
+  }
+
+  // As include_label() of label.h.
+  void include_label() {
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const Odds<T> student = odds_of(log_odds[i]), teacher = odds_of(teacher_log_odds[i]);
+      const T difference = odds_difference[i] + log1p_of(static_cast<T>(slope_sum[i]));
+      const T binary = binary_kl(teacher, student, difference).value;
+      const bool student_others = student_scale[i] > T(0), teacher_others = teacher_scale[i] > T(0);
+      const double of_others = teacher_others ? in.mix : 0.0;
+      const double both = static_cast<double>(binary) + weighted(of_others, value[i]);
+      value[i] = both == both ? both : -kLowest;
+      // in bits, as sum_terms() leaves them
+      const T of_student = student.entropy(), of_teacher = teacher.entropy();
+      student_entropy[i] = static_cast<double>(of_student) * kLog2E +
+                           static_cast<double>(student.rest()) * student_entropy[i];
+      teacher_entropy[i] = static_cast<double>(of_teacher) * kLog2E +
+                           static_cast<double>(teacher.rest()) * teacher_entropy[i];
+      const T z = label_student[i], w = label_teacher[i];
+      const bool label_is_greatest =
+          (!student_others | (z >= student_max[i])) & (!teacher_others | (w >= teacher_max[i]));
+      const bool others_are = student_others & teacher_others & (student_max[i] >= z) &
+                              (teacher_max[i] >= w) & (agreement[i] > T(0));
+      agreement[i] = label_is_greatest | others_are ? T(1) : T(0);
+    }
+  }
+
+  // log(sum exp z) - max z of all classes, from the other classes' sum; as log_sum() of label.h.
+  double with_label(int64_t i, double log_sum) const {
+    const T minor = odds_of(hard_log_odds[i]).minor;
+    const T above = label_student[i] - student_max[i];
+    const double greater = hard_log_odds[i] > T(0) ? static_cast<double>(above) : log_sum;
+    return greater + static_cast<double>(log1p_of(minor));
   }
 
   template <class Number>
@@ -503,7 +686,8 @@ struct LaneEngine {
     alignas(64) Lanes<double> cross, total;
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const double log_sum = static_cast<double>(log2_of(static_cast<T>(hard_sum[i]))) * kLn2;
+      const double of_sum = static_cast<double>(log2_of(static_cast<T>(hard_sum[i]))) * kLn2;
+      const double log_sum = decoupled ? with_label(i, of_sum) : of_sum;
       cross[i] = hard ? log_sum - weighted(1 - smoothing, label_logit[i]) -
                             weighted(smoothing, offsets[i] / classes)
                       : 0.0;
@@ -529,10 +713,10 @@ struct LaneEngine {
   void store_stats(const ForwardArgs& args) const {
     if (args.stats == nullptr) return;
     put(args.stats, kStudentMax * args.rows, student_max);
-    put(args.stats, kStudentScale * args.rows, student_scale);
+    put(args.stats, kStudentScale * args.rows, unit ? student_inverse : student_scale);
     put(args.stats, kHardScale * args.rows, hard_scale);
     put(args.stats, kTeacherMax * args.rows, teacher_max);
-    put(args.stats, kTeacherScale * args.rows, teacher_scale);
+    put(args.stats, kTeacherScale * args.rows, unit ? teacher_inverse : teacher_scale);
     put(args.stats, kSlopeSum * args.rows, slope);
     put(args.stats, kClassCount * args.rows, classes_that_count);
     if (first == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
@@ -556,6 +740,8 @@ struct LaneEngine {
       hard_scale[i] = stats[kHardScale * args.rows + row];
       teacher_max[i] = stats[kTeacherMax * args.rows + row];
       teacher_scale[i] = stats[kTeacherScale * args.rows + row];
+      student_inverse[i] = student_scale[i];
+      teacher_inverse[i] = teacher_scale[i];
       slope[i] = stats[kSlopeSum * args.rows + row];
       classes_that_count[i] = static_cast<double>(stats[kClassCount * args.rows + row]);
     }

@@ -2,6 +2,7 @@
 // the constants of the second sweep.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "blocks.h"
 
@@ -19,8 +20,10 @@ template <class T>
 struct Row {
   State state = State::kNormal;
   int64_t label = -1;
-  Hard hard = Hard::kNone;           // in the sums
+  int64_t left_out = -1;    // the label where the sums are of the other classes (kDecoupled)
+  Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
+  bool unit = false;                 // the divergence is of unit vectors (kCosine)
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
   T factor = 0;          // of the student's tempered exponential
@@ -67,7 +70,12 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.factor = static_cast<T>(kLog2E / row.temperature);
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
-  if (in.labels == nullptr) return row;
+  row.unit = in.divergence == Divergence::kCosine;
+  const bool decoupled = in.divergence == Divergence::kDecoupled;
+  if (in.labels == nullptr) {
+    if (decoupled) row.state = State::kInvalid;
+    return row;
+  }
   row.label = in.labels[index];
   if (row.label == in.ignore_index) {
     row.state = State::kIgnored;
@@ -75,12 +83,13 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
     return row;
   }
   if (row.label < 0 || row.label >= in.classes) row.state = State::kInvalid;
+  if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = Hard::kOwn;
   // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
   // exp(z / t) times t: too much where the hard term is the greater part of the gradient.
   const bool precise = row.hard_weight <= row.soft_weight * row.temperature || row.temperature == 1;
-  if (sizeof(T) == sizeof(float) && precise) {
+  if (sizeof(T) == sizeof(float) && precise && !row.unit) {
     if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
     if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
     if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
@@ -118,6 +127,10 @@ template <class T>
 __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
+  into->student_label += other.student_label;
+  into->teacher_label += other.teacher_label;
+  into->student_squares += other.student_squares;
+  into->teacher_squares += other.teacher_squares;
 }
 
 inline void add(const Sums& other, Sums* into) {
@@ -135,35 +148,68 @@ inline void add(const Sums& other, Sums* into) {
 template <class T>
 struct Scales {
   T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
+  T student_label = 0, teacher_label = 0;      // as in Statistics
+  T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
+  double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   bool valid() const {
     return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
-           finite(teacher_scale);
+           finite(teacher_scale) && valid_label(student_label, student_scale) &&
+           valid_label(teacher_label, teacher_scale) && student_inverse > 0 &&
+           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse);
+  }
+
+ private:
+  static bool valid_label(T logit, T scale_of_others) {
+    return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
   }
 };
+
+// Whether a row's length has no inverse in T.
+template <class T>
+FASTKD_HOST_DEVICE bool is_nothing(double squares) {
+  constexpr double kLeast = 1 / static_cast<double>(std::numeric_limits<T>::max());
+  return squares <= kLeast * kLeast;
+}
+
+// The cosine's, where a row of zeros has the inverse that leaves its gradient by z / t alone, and
+// is at a right angle to everything: 1/2 |u - v|^2 lacks 1/2 for each.
+template <class T>
+void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
+  const bool no_student = is_nothing<T>(of.student_squares);
+  const bool no_teacher = is_nothing<T>(of.teacher_squares);
+  s->student_inverse =
+      static_cast<T>(1 / (no_student ? row.temperature : std::sqrt(of.student_squares)));
+  s->teacher_inverse = static_cast<T>(no_teacher ? 1 : 1 / std::sqrt(of.teacher_squares));
+  s->nothing = 0.5 * (no_student + no_teacher);
+}
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
 // the unrounded quotients, so that backward arrived at other bits.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
-  return {static_cast<T>(of.student_max), static_cast<T>(1 / of.student_sum),
-          row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
-          static_cast<T>(of.teacher_max), static_cast<T>(1 / of.teacher_sum)};
+  Scales<T> s = {static_cast<T>(of.student_max),
+                 static_cast<T>(1 / of.student_sum),
+                 row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
+                 static_cast<T>(of.teacher_max),
+                 static_cast<T>(1 / of.teacher_sum),
+                 static_cast<T>(of.student_label),
+                 static_cast<T>(of.teacher_label)};
+  if (row.unit) set_inverses(row, of, &s);
+  if (row.left_out < 0) return s;
+  if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
+  if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
+  return s;
 }
 
 // Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
 
-// `gain` multiplies the gradient of the weighted loss.
-template <class S, class T>
-Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                     double gain) {
+template <class T>
+Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double hard_gain = gain * row.hard_weight;
-  double power_gain = hard_gain * static_cast<double>(s.hard_scale);
-  for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
   const bool same = row.temperature == row.teacher_temperature;
   const bool apart = !same || distance > kApart || distance < -kApart;
@@ -173,27 +219,44 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
       same ? distance * static_cast<double>(inverse_temperature)
            : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
                  static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
-  return {Exponential<T, S>(row.factor, s.student_max, student_scale),
-          Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
-          s.student_scale,
-          s.teacher_scale,
-          Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          inverse_temperature,
-          teacher_inverse_temperature,
+  return {inverse_temperature, teacher_inverse_temperature,
           static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
           static_cast<T>(apart ? shift : 0.0),
           !same   ? Way::kSeparate
           : apart ? Way::kApart
-                  : Way::kAnew,
-          static_cast<T>(gain * row.soft_weight * row.temperature),
-          static_cast<T>(row.power > 0 && !apart ? power_gain : hard_gain),
+                  : Way::kAnew};
+}
+
+// `gain` multiplies the gradient of the weighted loss.
+template <class S, class T>
+Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
+                                     double gain) {
+  const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
+  const double hard_gain = gain * row.hard_weight;
+  double power_gain = hard_gain * static_cast<double>(s.hard_scale);
+  for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
+  const Gaps<T> gaps = make_gaps(row, s);
+  double soft_gain = gain * row.soft_weight * row.temperature;
+  if (row.unit) soft_gain *= row.temperature * static_cast<double>(s.student_inverse);
+  return {gaps,
+          Exponential<T, S>(row.factor, s.student_max, student_scale),
+          Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
+          s.student_scale,
+          s.teacher_scale,
+          Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
+          static_cast<T>(soft_gain),
+          static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
           0,
           static_cast<T>(row.hard == Hard::kNone
                              ? 0.0
                              : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
           0,
           0,
-          T(-1e30)};
+          T(-1e30),
+          0,
+          0,
+          s.student_inverse,
+          s.teacher_inverse};
 }
 
 }  // namespace

@@ -17,13 +17,15 @@ namespace {
 
 template <class T>
 void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-              const Sums& sums) {
+              const Scales<T>& scales, Sums sums) {
   double hard = 0;
   if (row.hard != Hard::kNone) {
     // log sum exp(z) - max; then the target's mean of max - z.
-    hard = std::log2(of.hard_sum) / row.hard_exponent();
+    hard =
+        row.left_out >= 0 ? log_sum(row, scales, of) : std::log2(of.hard_sum) / row.hard_exponent();
     hard -= sums.student_logits;
   }
+  if (row.left_out >= 0) include_label(args, row, scales, &sums);
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
   const double value =
@@ -54,21 +56,28 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
   if (args.stats == nullptr) return;
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
-  stats[kStudentScale * args.rows] = s.student_scale;
+  const bool unit = args.divergence == Divergence::kCosine;
+  stats[kStudentScale * args.rows] = unit ? s.student_inverse : s.student_scale;
   stats[kHardScale * args.rows] = s.hard_scale;
   stats[kTeacherMax * args.rows] = s.teacher_max;
-  stats[kTeacherScale * args.rows] = s.teacher_scale;
+  stats[kTeacherScale * args.rows] = unit ? s.teacher_inverse : s.teacher_scale;
   stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
   stats[kClassCount * args.rows] = static_cast<T>(sums.classes);
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
 }
 
 template <class T>
-Scales<T> get_stats(const BackwardArgs& args, int64_t index) {
+Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) {
   const T* stats = static_cast<const T*>(args.stats) + index;
-  return {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
-          stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
-          stats[kTeacherScale * args.rows]};
+  Scales<T> s = {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
+                 stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
+                 stats[kTeacherScale * args.rows]};
+  if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
+  if (row.left_out < 0) return s;
+  const Logits student = student_of(args, index), teacher = teacher_of(args, index);
+  s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
+  s.teacher_label = read_one<T>(teacher.base, teacher.dtype, row.left_out);
+  return s;
 }
 
 // The last step of a row: its loss, terms and stats.
@@ -83,7 +92,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, sums);
+    put_loss(args, row, index, of, scales, sums);
   }
   put_stats(args, index, scales, sums);
 }
@@ -187,7 +196,7 @@ void backward_row(const BackwardArgs& args, const Engine<T, S>& engine, int64_t 
       static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0];
   const double scale = static_cast<const T*>(args.stats)[kStats * args.rows];
   const double gain = scale * static_cast<double>(grad_output);
-  const Scales<T> scales = get_stats<T>(args, index);
+  const Scales<T> scales = get_stats(args, row, index);
   auto c = engine.coefficients(row, scales, gain);
   Sums sums = {};
   const T* stats = static_cast<const T*>(args.stats) + index;

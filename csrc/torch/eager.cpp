@@ -28,6 +28,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../kernels.h"
 #include "gradients.h"
 
 namespace py = pybind11;
@@ -248,6 +249,11 @@ bool is_observed(const Tensor& student) {
          c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined();
 }
 
+bool suits(Divergence divergence, const Tensor& student, const std::optional<Tensor>& labels) {
+  if (student.is_cuda() && !has_cuda_kernels(divergence)) return false;
+  return divergence != Divergence::kDecoupled || (labels && student.size(-1) > 1);
+}
+
 bool same_rows(const Tensor& labels, const Tensor& student) {
   return labels.sizes() == student.sizes().slice(0, student.dim() - 1);
 }
@@ -305,7 +311,9 @@ py::object loss(const py::handle& student_object, const py::handle& teacher_obje
                    labels->device() == student.device()));
   if (!usual) return py::none();
   const auto settings = read_settings(options, has_labels, with_terms);
-  if (!settings) return py::none();
+  if (!settings || !suits(static_cast<Divergence>(settings->divergence), student, labels)) {
+    return py::none();
+  }
   Tensor out;
   {
     py::gil_scoped_release no_gil;

@@ -504,7 +504,7 @@ void forced(bool brief) {
     }
 }
 void divergences(bool brief) {
-  for (int id = 0; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++)
+  for (int id = 0; id < kCudaDivergences; id++)
     for (const int64_t classes : {7, 100, 1003, 20001}) {
       Case c;
       c.divergence = static_cast<Divergence>(id), c.classes = classes, c.rows = 5;

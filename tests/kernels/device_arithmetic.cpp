@@ -421,7 +421,7 @@ void compare_general(const Problem& in, const Objective& o) {
 }
 
 void divergences() {
-  for (int id = 0; id < static_cast<int>(std::size(kDivergenceNames)); ++id) {
+  for (int id = 0; id < kCudaDivergences; ++id) {
     const Divergence which = static_cast<Divergence>(id);
     for (double mix : {0.1, 0.5, 0.9}) {
       for (double t : {1.0, 1.5, 4.0}) {

@@ -167,7 +167,8 @@ int main() {
                                       {2, 5 * cpu::kSegment + 100}}) {
     Problem problem(rows, classes);
     for (const Divergence divergence :
-         {Divergence::kForwardKL, Divergence::kJensenShannon, Divergence::kCenteredSquaredError}) {
+         {Divergence::kForwardKL, Divergence::kDecoupled, Divergence::kCosine,
+          Divergence::kJensenShannon, Divergence::kCenteredSquaredError}) {
       problem.divergence = divergence;
       for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k, ++calls) {
         test(**k, problem);

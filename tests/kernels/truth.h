@@ -78,6 +78,9 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         counted += 1, mean += gap, slope[i] = gap;
         result.squares += (log_p - log_q) * (log_p - log_q);
         break;
+      case Divergence::kDecoupled:
+      case Divergence::kCosine:  // have no CUDA kernels
+        break;
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
