@@ -240,11 +240,13 @@ struct SlopeSums {
 
 // Writes the forward KL's gradient but for the label's share, and returns its sum; and that of q -
 // p with kDecoupled, where it is of the classes other than the label. grad may be the student
-// itself. student_kept and teacher_kept are read by Way::kKept alone.
+// itself. student_kept and teacher_kept are read by Way::kKept alone. Not inlined: a function of
+// all its forms saves more registers than a row of few blocks has time for.
 template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
-SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients, const L* student,
-                            const L* teacher, const T* student_kept, const T* teacher_kept, L* grad,
-                            int64_t count) {
+__attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients,
+                                                      const L* student, const L* teacher,
+                                                      const T* student_kept, const T* teacher_kept,
+                                                      L* grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {}, diffs[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {

@@ -190,6 +190,19 @@ struct Engine {
     return result;
   }
 
+  // The sums of squares of a range. Not inlined, for most divergences have none.
+  __attribute__((noinline)) void square(int64_t index, int64_t begin, int64_t end,
+                                        Statistics* result) const {
+    alignas(64) S student[kBlock];
+    alignas(64) S teacher[kBlock];
+    for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
+      const S* z = fetch(student_of(in, index), at, count, student);
+      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      const Squares squares = sum_squares<T>(z, w, padded(count));
+      result->student_squares += squares.student, result->teacher_squares += squares.teacher;
+    });
+  }
+
   template <bool kKeep>
   Statistics scan_range(const Row<T>& row, int64_t index, int64_t segment,
                         const Left<T>& into) const {
@@ -205,16 +218,7 @@ struct Engine {
         scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
                                         &result.teacher_max, into.teacher, into.teacher_max)
             .tempered;
-    if (row.unit) {
-      alignas(64) S student[kBlock];
-      alignas(64) S teacher[kBlock];
-      for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
-        const S* z = fetch(student_of(in, index), at, count, student);
-        const S* w = fetch(teacher_of(in, index), at, count, teacher);
-        const Squares squares = sum_squares<T>(z, w, padded(count));
-        result.student_squares += squares.student, result.teacher_squares += squares.teacher;
-      });
-    }
+    if (row.unit) square(index, begin, end, &result);
     if (holds(begin, end - begin, row.left_out)) {
       const Logits student = student_of(in, index), teacher = teacher_of(in, index);
       result.student_label = read_one<double>(student.base, student.dtype, row.left_out);

@@ -71,7 +71,8 @@ __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, con
 
 // log(sum exp z) - max z, of all classes, from the other classes' sum.
 template <class T>
-double log_sum(const Row<T>& row, const Scales<T>& s, const Statistics& of) {
+__attribute__((noinline)) double log_sum(const Row<T>& row, const Scales<T>& s,
+                                         const Statistics& of) {
   const double label = static_cast<double>(s.student_label) - static_cast<double>(s.student_max);
   if (of.hard_sum == 0) return label;
   const double others = std::log2(of.hard_sum) / row.hard_exponent();
@@ -81,7 +82,8 @@ double log_sum(const Row<T>& row, const Scales<T>& s, const Statistics& of) {
 
 // Makes of the other classes' sums those of all classes, with the divergence as their value.
 template <class T>
-void include_label(const ForwardArgs& args, const Row<T>& row, const Scales<T>& s, Sums* sums) {
+__attribute__((noinline)) void include_label(const ForwardArgs& args, const Row<T>& row,
+                                             const Scales<T>& s, Sums* sums) {
   const LabelOdds odds = label_odds(row, s, make_gaps(row, s));
   // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
   // exponentials, and so to that of the odds.

@@ -176,7 +176,7 @@ FASTKD_HOST_DEVICE bool is_nothing(double squares) {
 // The cosine's, where a row of zeros has the inverse that leaves its gradient by z / t alone, and
 // is at a right angle to everything: 1/2 |u - v|^2 lacks 1/2 for each.
 template <class T>
-void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
+__attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
   const bool no_student = is_nothing<T>(of.student_squares);
   const bool no_teacher = is_nothing<T>(of.teacher_squares);
   s->student_inverse =
