@@ -65,9 +65,9 @@ _MATRIX = """
 
 Several teachers, and probabilities, cost one tensor of the teacher's size on the way to the fused
 pass; a kernel writes it on the CPU, where their classes are adjacent, PyTorch operations elsewhere.
-Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch operations;
-so that memory stays bounded, these take large batches in parts, and compute each part again in the
-backward pass.
+Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
+operations; so that memory stays bounded, these take large batches in parts, and compute each part
+again in the backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3
