@@ -99,6 +99,11 @@ def largest_of(*tensors: Tensor) -> float:
     return max([float(x.max()) for x in finite], default=0.0)
 
 
+def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a row's length, computed in ``dtype``, counts as none for want of an inverse."""
+    return bool(((lengths > 0) & (lengths <= 1 / torch.finfo(dtype).max)).any())
+
+
 @contextmanager
 def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
     """With an instruction set, a number of threads and a way in; puts those back."""

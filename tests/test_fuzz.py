@@ -18,6 +18,7 @@ from fuzzing import (
     TEMPERATURES,
     WEIGHTS,
     close,
+    lacks_inverse,
     laid_out,
     largest_of,
     odd_numbers,
@@ -269,9 +270,8 @@ def sensitivity(case: Case, problem: Problem) -> float:
             logits.double().movedim(exact["dim"], -1)[..., : case.classes].norm(dim=-1)
             for logits in (student, teacher)
         ]
-        least = 1 / torch.finfo(compute_dtype(student, teacher)).max
-        if any(bool(((length > 0) & (length <= least)).any()) for length in lengths):
-            return math.inf  # a length without an inverse counts as none
+        if any(lacks_inverse(each, compute_dtype(student, teacher)) for each in lengths):
+            return math.inf
         size *= 1 + float(1 / lengths[0].clamp(min=1e-30).min())
     if case.divergence == "dkd":
         size *= 10  # mix weighs 8

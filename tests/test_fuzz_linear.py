@@ -11,6 +11,7 @@ from fuzzing import (
     TEMPERATURES,
     WEIGHTS,
     close,
+    lacks_inverse,
     laid_out,
     largest_of,
     odd_numbers,
@@ -205,6 +206,9 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
     slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
     if case.divergence == "cosine" and want.student.numel():  # grows as the logits shrink
+        lengths = torch.stack([x.norm(dim=-1) for x in (want.student, want.teacher)])
+        if lacks_inverse(lengths, FP64 if case.dtype == FP64 else FP32):
+            return math.inf
         slope *= 1 + float((1 / want.student.norm(dim=-1).clamp(min=1e-12)).max()) ** 2
     if case.divergence == "dkd":
         slope *= 10  # mix weighs 8
