@@ -18,7 +18,7 @@ from fastkd import checks, reference
 from fastkd.mixture import one_teacher
 from fastkd.native import _C
 from fastkd.objective import Objective, row_numbers
-from fastkd.rows import divisors_of, in_parts
+from fastkd.rows import in_parts, label_weights
 
 
 def _load_eager() -> Any:
@@ -385,46 +385,21 @@ def _fused(
     with_terms: bool,
     inplace: bool,
 ) -> Tensor:
-    """The same by the native ops, for what they have."""
-    o = objective
+    """The same by the native ops, for what they have; weights of classes as weights of rows."""
+    o, hard = objective, None
     if o.class_weight is not None:
-        return _class_weighted(student, teachers, labels, o, with_terms, inplace)
+        weight = label_weights(student, labels, o)
+        o = o._replace(class_weight=None)
+        if with_terms:  # what they show of the hard term has these weights, which the ops' has not
+            alone = o._replace(hard_weight=weight, soft_weight=0.0)
+            with torch.no_grad():
+                hard = _fused(student, teachers, labels, alone, False, False)
+        o = o._replace(hard_weight=o.hard_weight * weight)
     arguments = _arguments(student, teachers, labels, o, with_terms)
     out = _apply(student, *arguments, inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
-    return out
-
-
-def _class_weighted(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    with_terms: bool,
-    inplace: bool,
-) -> Tensor:
-    """The same with weights of classes: a row's is its label's, times what the divisors differ by.
-
-    The terms show the hard term with these weights, which takes another forward pass.
-    """
-    o = objective
-    assert labels is not None and o.class_weight is not None
-    weight = o.class_weight[labels.long().clamp(0, len(o.class_weight) - 1)]
-    if o.reduction == "mean":
-        of_hard, of_soft = divisors_of(
-            student.numel() // student.shape[-1], labels, o, weight.dtype
-        )
-        weight = weight * (of_soft / of_hard)
-    o = o._replace(class_weight=None)
-    hard = None
-    if with_terms:
-        with torch.no_grad():
-            alone = o._replace(hard_weight=weight, soft_weight=0.0)
-            hard = _fused(student, teachers, labels, alone, False, False).unsqueeze(0)
-    o = o._replace(hard_weight=o.hard_weight * weight)
-    out = _fused(student, teachers, labels, o, with_terms, inplace)
-    return out if hard is None else torch.cat((out[:1], hard, out[2:]))
+    return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
 Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Settings]

@@ -89,7 +89,7 @@ def as_rows(
             o[name] = o[name].reshape(-1).to(dtype)
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if objective.reduction == "mean":
-        divisors = divisors_of(student.numel() // classes, labels, objective, dtype)
+        divisors = _divisors(student.numel() // classes, labels, objective, dtype)
         o.update(reduction="sum", normalizer=None)
     o["hard_weight"] = o["hard_weight"] / divisors[0]
     o["soft_weight"] = o["soft_weight"] / divisors[1]
@@ -97,7 +97,7 @@ def as_rows(
     return Rows(student.reshape(-1, classes), teachers, labels, Objective(**o)), divisors
 
 
-def divisors_of(
+def _divisors(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
     """What the mean divides the hard and the soft term by."""
@@ -113,6 +113,21 @@ def divisors_of(
     classes = labels.clamp(0, len(o.class_weight) - 1)
     weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
     return weight.where(weight != 0, torch.ones_like(weight)), count
+
+
+def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
+    """The rows' class weights, times what the hard term's divisor differs by from the soft one's.
+
+    So that, divided by the latter, their hard terms make up the mean that the objective asks for.
+    """
+    o = objective
+    assert labels is not None and o.class_weight is not None
+    weight = o.class_weight[labels.long().clamp(0, len(o.class_weight) - 1)]
+    if o.reduction != "mean":
+        return weight
+    rows = student.numel() // student.shape[-1]
+    of_hard, of_soft = _divisors(rows, labels, o, weight.dtype)
+    return weight * (of_soft / of_hard)
 
 
 def in_parts(
