@@ -42,8 +42,13 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """The name of the device's folder of results."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The name of the device's folder of results. Processors that share a name (a virtual machine's
+    often is no more than its maker's) differ at least in the kernels that they run.
+    """
+    name = device_name(device)
+    if device == "cpu":
+        name += " " + info()["CPU kernels"].partition(" ")[0]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _output(*command: str) -> str:
