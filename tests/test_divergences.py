@@ -311,6 +311,20 @@ def test_forward_gradient_where_the_student_alone_masks(device):
         torch.testing.assert_close(student.grad, expected)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("classes", [3, 200])
+def test_squared_error_where_the_student_alone_masks(device, classes, reduction):
+    """+inf, with an infinite gradient for that class alone."""
+    student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
+    student[0, 1] = -INF
+    student.requires_grad_()
+    options = {"divergence": "mse", "temperature": 1.0, "reduction": reduction}
+    value = fastkd.loss(student, torch.zeros_like(student), **options)
+    value.sum().backward()
+    assert value.flatten()[0] == INF
+    torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
+
+
 def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
     """The second part is left out; the first is that of a certain teacher, -log q_y."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)

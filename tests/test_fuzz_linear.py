@@ -274,6 +274,8 @@ def test_regressions(device, teacher):
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
+    # An infinite slope of one class: 0 in all classes of the row, where rows are in lanes.
+    run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
 
 
 if __name__ == "__main__":

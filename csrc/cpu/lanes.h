@@ -583,7 +583,9 @@ struct LaneEngine {
         T weight = D::kBalance == Balance::kCentered ? share[i] : T(0);
         if (D::kBalance == Balance::kStudent) weight = x.q[i] * student_scale[i];
         if (D::kBalance == Balance::kUnit) weight = x.z[i] + x.w[i] * teacher_inverse[i];
-        T here = (x.z[i] - slope[i] * weight) * share[i];
+        // Not 0 times a sum of slopes that may be infinite.
+        T here = D::kBalance == Balance::kMean ? x.z[i] : x.z[i] - slope[i] * weight;
+        here *= share[i];
         if (leaves_out_masked(D::kBalance)) here = here == here ? here : T(0);
         x.result[i] = gradient_at<kHard>(x, index, i, here);
       }
