@@ -30,7 +30,8 @@ struct MixtureArgs {
   double teacher_temperature = 1.0;
   const void* row_temperatures = nullptr;  // acc [2, rows]: replaces the two; or null
   bool in_double = false;                  // what acc is
-  void* mixed = nullptr;                   // acc [rows, classes], contiguous
+  void* mixed = nullptr;                   // acc [rows, classes], contiguous, from `first_row` on
+  int64_t first_row = 0;
 };
 
 }  // namespace fastkd

@@ -63,8 +63,9 @@ _MATRIX = """
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, and probabilities, cost one tensor of the teacher's size on the way to the fused
-pass; a kernel writes it on the CPU, where their classes are adjacent, PyTorch operations elsewhere.
+Several teachers, and probabilities, are mixed on the CPU as the fused pass goes, a few rows at a time
+in the cache, where the classes of each are adjacent; elsewhere PyTorch operations write a tensor of the
+teacher's size first.
 Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
 operations; so that memory stays bounded, these take large batches in parts, and compute each part
 again in the backward pass.

@@ -44,7 +44,7 @@ PROMISES = {
         "The kernels, called in every way by their own tests, by threads and by hostile calls, "
         "have no memory error, no undefined behaviour and no data race.",
         "make sanitize",
-        minutes=20,
+        minutes=40,
     ),
     "valgrind": Promise(
         "Nor do they read what nobody has written, or lose memory (AVX2 and baseline: valgrind has "

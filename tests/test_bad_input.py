@@ -11,7 +11,7 @@ import torch
 from support import FP32, make
 
 import fastkd
-from fastkd import losses, ops
+from fastkd import losses, shapes
 
 NAN, INF = math.nan, math.inf
 
@@ -201,7 +201,7 @@ def test_valid_names_are_listed():
     for name in fastkd.divergences():
         with pytest.raises(ValueError, match=f"'{name}'"):
             fastkd.loss(**good(), divergence="no such thing")
-    for name in ops.REDUCTIONS:
+    for name in shapes.REDUCTIONS:
         with pytest.raises(ValueError, match=f"'{name}'"):
             fastkd.loss(**good(), reduction="no such thing")
 

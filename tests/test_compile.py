@@ -6,7 +6,7 @@ from support import BF16, DTYPES, FLOOR, FP16, FP32, FP64, ROUNDING, distance, m
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
-from fastkd import ops
+from fastkd import shapes
 
 pytestmark = [
     # What torch's own compiler and exporter warn about on some versions.
@@ -274,14 +274,24 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-@pytest.mark.parametrize("reduction", ops.REDUCTIONS)
+@pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 @pytest.mark.parametrize("labels", [True, False])
 def test_opcheck_loss(device, labels, reduction, dtype):
     student, teacher, index = make((6, 50), dtype, device=device, labels=labels)
     rows = torch.linspace(1, 2, 4 * 6, device=device)
     for with_terms, with_grad in ((False, True), (True, False)):
-        settings = ops.Settings(
-            2.0, 2.0, 0.5, 0.5, 0.1, -100, 0, 0.5, ops.REDUCTIONS.index(reduction), 0.0, with_terms
+        settings = shapes.Settings(
+            2.0,
+            2.0,
+            0.5,
+            0.5,
+            0.1,
+            -100,
+            0,
+            0.5,
+            shapes.REDUCTIONS.index(reduction),
+            0.0,
+            with_terms,
         )
         torch.library.opcheck(
             torch.ops.fastkd.loss.default,
@@ -292,8 +302,8 @@ def test_opcheck_loss(device, labels, reduction, dtype):
 
 def test_opcheck_the_ops_that_write(device):
     student, teacher, labels = make((6, 50), device=device)
-    mean = ops.REDUCTIONS.index("mean")
-    settings = ops.Settings(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, mean, 0.0, False)
+    mean = shapes.REDUCTIONS.index("mean")
+    settings = shapes.Settings(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, mean, 0.0, False)
     torch.library.opcheck(
         torch.ops.fastkd.loss_.default,
         (student, teacher, labels, None, None, *settings),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fastkd
-from fastkd import _C, ops, reference
+from fastkd import _C, derivatives, reference
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -48,13 +48,18 @@ IMPORTS = {
     "objective": {"checks", "reference"},
     "rows": {"reference", "objective"},
     "native": {"_C"},
+    "shapes": {"native", "reference"},
     "mixture": {"native", "reference", "objective"},
-    "ops": {"native", "_eager", "checks", "reference", "objective", "rows", "mixture"},
-    "losses": {"checks", "reference", "objective", "ops"},
-    "sparse": {"checks", "objective", "reference", "ops"},
+    "derivatives": {"native", "reference", "shapes", "mixture"},
+    "ops": {
+        "native", "_eager", "checks", "reference", "objective", "rows", "shapes", "mixture",
+        "derivatives",
+    },
+    "losses": {"checks", "reference", "objective", "shapes", "derivatives", "ops"},
+    "sparse": {"checks", "objective", "reference", "shapes", "derivatives", "ops"},
     "explain": {"reference", "objective", "losses"},
     "verify": {"reference", "objective", "rows", "ops", "losses"},
-    "compat": {"checks", "ops", "losses"},
+    "compat": {"checks", "shapes", "losses"},
     "integrations": {"extras", "losses"},
     # Linear heads.
     "chunks": set(),
@@ -63,7 +68,7 @@ IMPORTS = {
     "class_statistics": {"objective"},
     "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
     "head_loops": {"class_loop", "heads"},
-    "head_gradients": {"reference", "ops", "products", "heads", "head_loops"},
+    "head_gradients": {"reference", "derivatives", "products", "heads", "head_loops"},
     "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
     "linear": {
         "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients", "sparse",
@@ -241,5 +246,5 @@ print(sorted(name for name in new if not name.startswith("_")))
 
 def test_cpp_and_python_know_the_same_divergences():
     assert tuple(reference.DIVERGENCES) == fastkd.divergences()
-    assert _C.divergences == ops.DIVERGENCES
-    assert set(ops.DIVERGENCES) <= set(reference.DIVERGENCES)
+    assert _C.divergences == derivatives.DIVERGENCES
+    assert set(derivatives.DIVERGENCES) <= set(reference.DIVERGENCES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import ops, reference
+from fastkd import derivatives, reference, shapes
 from tests.support import (
     BF16,
     DTYPES,
@@ -123,7 +123,7 @@ def test_every_dtype_on_cuda(shape, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
-@pytest.mark.parametrize("name", ops.DIVERGENCES)
+@pytest.mark.parametrize("name", derivatives.DIVERGENCES)
 def test_every_divergence(device, name, shape, reduction):
     options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
     for dtype in (FP32, FP64):
@@ -292,8 +292,8 @@ def test_shapes_for_tracing(device, layout, reduction):
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
-    settings = ops.Settings(
-        *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), ops.REDUCTIONS.index(reduction), 0.0, False
+    settings = shapes.Settings(
+        *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), shapes.REDUCTIONS.index(reduction), 0.0, False
     )
     arguments = (student, teacher, make_labels(shape, device), None, None, *settings, True)
     torch.library.opcheck(
@@ -303,7 +303,7 @@ def test_shapes_for_tracing(device, layout, reduction):
     )
     _, grad, _ = torch.ops.fastkd.loss.default(*arguments)
     if reduction == "mean":
-        assert grad.stride() == ops.empty_gradient(student).stride()
+        assert grad.stride() == shapes.empty_gradient(student).stride()
 
 
 def test_transposed_logits():

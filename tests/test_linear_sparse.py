@@ -130,7 +130,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def way(request, monkeypatch):
     """With the kernel, and as on a device that has none."""
     if request.param == "formula":
-        monkeypatch.setattr(sparse, "_KERNEL_DEVICES", ())
+        monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -268,7 +268,7 @@ def test_peak_memory_is_what_the_plan_says(cap):
 
 def test_a_bound_holds_without_the_kernel_too(monkeypatch):
     given = make(rows=512, classes=2000, ignored=0.0)
-    monkeypatch.setattr(sparse, "_KERNEL_DEVICES", ())
+    monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
     assert peak_bytes(lambda: run(given, max_workspace=2**23)) <= 2**23
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from support import BF16, DTYPES, FP32, FP64
+from support import BF16, DTYPES, FP32, FP64, peak_bytes
 from torch import Tensor
 
 import fastkd
-from fastkd import losses, mixture, objective
+from fastkd import losses, mixture, objective, shapes
 
 INF = math.inf
 # Of log p, beside its own size; of p, absolute.
@@ -28,13 +28,21 @@ def teachers_of(form: str, shape: tuple[int, ...], dtype: torch.dtype, count: in
     return [logits.to(dtype) for logits in many]
 
 
-def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """The mixture's logits at temperature 1, in float64."""
+def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
+    """The mixture as one teacher."""
     given = {**losses.DEFAULTS, **options}
     resolved = objective.resolve(given, has_labels=False, teachers=len(teachers))
     resolved = objective.fit(resolved, teachers[0], dtype)
-    logits, temperature = mixture.one_teacher(tuple(teachers), resolved, dtype)
+    mixing = mixture.mixing(tuple(teachers), resolved, dtype)
+    assert mixing is not None
+    return mixture.mixed(tuple(teachers), *mixing, dtype)
+
+
+def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
+    """The mixture's logits at temperature 1, in float64."""
+    logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
+    temperature = options.get("temperature", losses.DEFAULTS["temperature"])
     if isinstance(temperature, Tensor):
         temperature = temperature.double().unsqueeze(-1)
     return logits.double() / temperature
@@ -94,7 +102,8 @@ def test_layouts():
     dense = mixed(wide)
     given = {**losses.DEFAULTS}
     resolved = objective.resolve(given, has_labels=False, teachers=2)
-    by_torch, _ = mixture.one_teacher(tuple(pixels), resolved, FP32)
+    assert mixture.mixing(tuple(pixels), resolved, FP32) is None
+    by_torch = mixture.mixed_by_operations(tuple(pixels), resolved, FP32)
     torch.testing.assert_close(by_torch.double() / 2.0, dense, rtol=0, atol=4e-6)
 
 
@@ -145,12 +154,31 @@ def test_same_bits_for_any_number_of_threads():
         assert torch.equal(mixed(teachers), one)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("of_rows", [None, torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])])
+def test_opcheck(of_rows):
     teachers = teachers_of("logits", (3, 40), FP32, 2)
-    rows = torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])
-    for of_rows in (None, rows):
-        arguments = (teachers, [0.25, 0.75], False, 0, of_rows, 2.0, 3.0, False)
-        torch.library.opcheck(torch.ops.fastkd.mixture.default, arguments)
+    mixing = (teachers, of_rows, [0.25, 0.75], False, 0, 2.0, 3.0)
+    ops = torch.ops.fastkd
+    torch.library.opcheck(ops.mixture.default, (*mixing, False))
+    student, grad = torch.zeros(3, 40), torch.zeros(3, 40)
+    numbers = (2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5)
+    labels = torch.tensor([0, 1, 2])
+    for reduction, out in (("mean", grad), ("mean", None), ("none", None)):
+        options = (
+            labels,
+            None,
+            None,
+            *numbers,
+            shapes.REDUCTIONS.index(reduction),
+            0.0,
+            False,
+            True,
+        )
+        arguments = (out, student, *mixing, *options)
+        torch.library.opcheck(ops.ensemble_loss_into.default, arguments)
+        _, stats = ops.ensemble_loss_into(*arguments)
+        backward = (grad, torch.ones(()), stats, student, *mixing, labels, None, *numbers, False)
+        torch.library.opcheck(ops.ensemble_loss_backward_.default, backward)
 
 
 def test_the_op_refuses_what_it_cannot_read():
@@ -158,9 +186,13 @@ def test_the_op_refuses_what_it_cannot_read():
     a, b = torch.zeros(3, 4), torch.zeros(3, 5)
     for teachers, shares in (([], []), ([a], [0.5, 0.5]), ([a, b], [0.5, 0.5])):
         with pytest.raises(RuntimeError):
-            op(teachers, shares, False, 0, None, 1.0, 1.0, False)
+            op(teachers, None, shares, False, 0, 1.0, 1.0, False)
     with pytest.raises(RuntimeError):
-        op([a], [1.0], False, 0, torch.zeros(3), 1.0, 1.0, False)
+        op([a], torch.zeros(3), [1.0], False, 0, 1.0, 1.0, False)
+    with pytest.raises(RuntimeError, match="same shape"):
+        ensemble = torch.ops.fastkd.ensemble_loss_into.default
+        options = (None, None, None, 2.0, 2.0, 0.0, 1.0, 0.0, -100, 0, 0.5, 2, 0.0, False, False)
+        ensemble(None, a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
 
 
 def test_no_rows():
@@ -172,3 +204,128 @@ def test_a_mixture_of_one_teacher_with_itself_is_that_teacher():
     (teacher,) = teachers_of("logits", (8, 100), FP32, 1)
     alone = fastkd.loss(student, teacher, temperature=3.0)
     torch.testing.assert_close(fastkd.loss(student, [teacher, teacher], temperature=3.0), alone)
+
+
+# ---- in place of a call's teacher, some rows at a time
+
+SHAPES = [(70, 10), (300, 100), (3, 1000), (37, 5000), (3, 140_000)]
+
+
+def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -> list[Tensor]:
+    """The loss and the gradient of scale times its sum."""
+    leaf = student.clone().requires_grad_()
+    inplace = options.get("inplace", False)
+    labels = torch.arange(student.shape[0]) % student.shape[-1]
+    labels[::5] = -100
+    value = fastkd.loss(leaf * 1 if inplace else leaf, teacher, labels, **options)
+    (scale * value.sum()).backward()
+    assert leaf.grad is not None
+    return [value.detach(), leaf.grad]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", [
+    {}, {"reduction": "none"}, {"divergence": "jsd"}, {"divergence": "dkd"}, {"inplace": True},
+    {"scale": 128.0}, {"teacher_form": "probs"}, {"divergence": "mse", "ensemble": "logits"},
+])  # fmt: skip
+def test_as_a_teacher_that_was_mixed_before(shape, options):
+    """The same bits, for any dtype, and for any number of threads."""
+    threads = torch.get_num_threads()
+    dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
+    mixes = {k: v for k, v in options.items() if k in ("teacher_form", "ensemble")}
+    given = {k: v for k, v in options.items() if k not in mixes}
+    for dtype in dtypes:
+        teachers = teachers_of(options.get("teacher_form", "logits"), shape, dtype, 2)
+        acc = FP64 if dtype == FP64 else FP32
+        student = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        before = mixed_logits(teachers, acc, temperature=3.0, **mixes)
+        expected = call(student, before, temperature=3.0, **given)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            got = call(student, teachers, temperature=3.0, **options)
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_numbers_of_rows():
+    """Temperatures and weights of rows, which the mixture and the loss share."""
+    generator = torch.Generator().manual_seed(2)
+    student = torch.randn(70, 300, generator=generator)
+    teachers = teachers_of("logits", (70, 300), FP32, 2)
+    own, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
+    before = mixed_logits(teachers, temperature=mine, teacher_temperature=own)
+    given = {"temperature": mine, "soft_weight": own, "hard_weight": 0.5}
+    expected = call(student, before, **given)
+    got = call(student, teachers, teacher_temperature=own, **given)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(ValueError, match="temperature"):
+        call(student, teachers, teacher_temperature=own * -1)
+
+
+def test_pixels():
+    """A student whose classes lie in dim 1, beside teachers whose classes are adjacent."""
+    student = torch.randn(2, 19, 5, 7, generator=torch.Generator().manual_seed(3))
+    teachers = [x.movedim(-1, 1) for x in teachers_of("logits", (2, 5, 7, 19), FP32, 2)]
+    got = fastkd.loss(student, teachers, dim=1)
+    copies = [x.contiguous() for x in teachers]
+    torch.testing.assert_close(got, fastkd.loss(student, copies, dim=1))
+
+
+def test_a_double_teacher_makes_the_loss_double():
+    student = torch.randn(3, 40, generator=torch.Generator().manual_seed(4))
+    first, second = teachers_of("logits", (3, 40), FP32, 2)
+    got, grad = call(student, [first, second.double()])
+    assert got.dtype == FP64 and grad.dtype == FP32
+    torch.testing.assert_close(got, call(student.double(), [first, second])[0])
+
+
+def test_no_tensor_of_the_teachers_size():
+    shape = (256, 8192)
+    student = torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    teachers = teachers_of("logits", shape, FP32, 3)
+    for inplace, tensors in ((False, 1), (True, 0)):
+        logits = student * 1
+
+        def run(logits: Tensor = logits, inplace: bool = inplace) -> None:
+            value = fastkd.loss(logits, teachers, inplace=inplace)
+            torch.autograd.grad(value, logits)
+
+        taken = peak_bytes(run) - tensors * student.nbytes
+        assert 0 < taken < student.nbytes / 4
+
+
+def test_again_and_differentiated_twice():
+    student = torch.randn(3, 40, dtype=FP64, generator=torch.Generator().manual_seed(6))
+    student.requires_grad_()
+    teachers = teachers_of("logits", (3, 40), FP64, 2)
+    value = fastkd.loss(student, teachers)
+    (first,) = torch.autograd.grad(value, student, retain_graph=True)
+    assert torch.equal(
+        torch.autograd.grad(value, student, 2 * torch.ones_like(value))[0], 2 * first
+    )
+    assert torch.autograd.gradgradcheck(lambda z: fastkd.loss(z, teachers), student)
+    value = fastkd.loss(student * 1, teachers, inplace=True)
+    torch.autograd.grad(value, student, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(value, student)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction):
+    student = torch.randn(30, 40, generator=torch.Generator().manual_seed(7))
+    teachers = teachers_of("logits", (30, 40), FP32, 2)
+    of_rows = torch.linspace(1, 2, 30)
+
+    def function(z: Tensor, first: Tensor, second: Tensor, t: Tensor) -> Tensor:
+        return fastkd.loss(z, [first, second], temperature=t, reduction=reduction).sum() * 3
+
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        leaf = student.clone().requires_grad_()
+        value = run(leaf, *teachers, of_rows)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(*results)

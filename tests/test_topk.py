@@ -160,7 +160,7 @@ def check(problem: Problem, tail: str = "ghost", **options: Any) -> None:
 @pytest.fixture
 def formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain PyTorch formula instead of the kernel."""
-    monkeypatch.setattr(sparse, "_KERNEL_DEVICES", ())
+    monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
 
 
 # ---- against the definition

@@ -34,7 +34,7 @@ class Mixer {
       T* const sums = block(args_.count);
       linear ? average(row, at, count, static_cast<T>(t / teacher_t), sums)
              : mix_block(row, at, count, factor, static_cast<T>(kLn2 * t), sums);
-      std::memcpy(static_cast<T*>(args_.mixed) + row * args_.classes + at, sums,
+      std::memcpy(static_cast<T*>(args_.mixed) + (row - args_.first_row) * args_.classes + at, sums,
                   static_cast<size_t>(count) * sizeof(T));
     }
   }

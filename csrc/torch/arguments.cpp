@@ -42,12 +42,19 @@ Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const 
   return torch::stable::contiguous(tensor);
 }
 
+void take_row_settings(Call* call, const std::optional<Tensor>& row_settings) {
+  if (!row_settings) return;
+  call->row_settings =
+      checked_rows(*row_settings, call->acc, call->inputs.rows, "row_settings", kRowSettings);
+  call->inputs.row_settings = call->row_settings->const_data_ptr();
+}
+
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& row_settings, const Options& options, bool strided,
              const Tensor* grad, bool inplace) {
   STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
   same_sizes(student, teacher);
-  Call call{{}, {}, {}, student, teacher, labels, row_settings, ScalarType::Float};
+  Call call{{}, {}, {}, student, teacher, labels, std::nullopt, ScalarType::Float};
   Inputs& in = call.inputs;
   in.student_dtype = dtype_of(student, "student logits");
   in.teacher_dtype = dtype_of(teacher, "teacher logits");
@@ -69,11 +76,7 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
     call.labels = checked_rows(*labels, ScalarType::Long, in.rows, "labels", 1);
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
   }
-  if (row_settings) {
-    call.row_settings =
-        checked_rows(*row_settings, call.acc, in.rows, "row_settings", kRowSettings);
-    in.row_settings = call.row_settings->const_data_ptr();
-  }
+  take_row_settings(&call, row_settings);
   in.temperature = options.temperature;
   in.teacher_temperature = options.teacher_temperature;
   in.hard_weight = labels ? options.hard_weight : 0.0;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../mixture.h"
 #include "layout.h"
 
 namespace fastkd::glue {
@@ -43,8 +44,12 @@ struct Call {
   Tensor teacher;
   std::optional<Tensor> labels;
   std::optional<Tensor> row_settings;
-  ScalarType acc;  // type of loss, terms, stats, row_settings and grad_output
+  ScalarType acc;                        // type of loss, terms, stats, row_settings and grad_output
+  const MixtureArgs* mixture = nullptr;  // stands for the teacher: on CPUs, `mixed` yet to be set
 };
+
+// Settings of rows of their own, which replace four of the options.
+void take_row_settings(Call* call, const std::optional<Tensor>& row_settings);
 
 // `strided`: whether the kernels take classes that are not adjacent. `grad`: the gradient, where
 // there is one already. `inplace`: the student must be used where it is.

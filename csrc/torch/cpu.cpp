@@ -37,18 +37,19 @@ size_t gradient_bytes(const Inputs& inputs) {
   return static_cast<size_t>(inputs.rows * inputs.classes * size_of(inputs.student_dtype));
 }
 
+void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
+  for (int64_t at = 0; at < 2 * rows; ++at) {
+    const double t = in_double ? static_cast<const double*>(of_rows)[at]
+                               : static_cast<const float*>(of_rows)[at];
+    STD_TORCH_CHECK(t > 0 && std::isfinite(t), "temperature must be positive and finite; row ",
+                    at % rows, " has ", t);
+  }
+}
+
 int64_t count_rows(const Call& call) {
   const Inputs& in = call.inputs;
-  for (const RowSetting which : {kTemperature, kTeacherTemperature}) {
-    for (int64_t row = 0; in.row_settings && row < in.rows; ++row) {
-      const int64_t at = which * in.rows + row;
-      const double t = call.acc == ScalarType::Double
-                           ? static_cast<const double*>(in.row_settings)[at]
-                           : static_cast<const float*>(in.row_settings)[at];
-      STD_TORCH_CHECK(t > 0 && std::isfinite(t), "temperature must be positive and finite; row ",
-                      row, " has ", t);
-    }
-  }
+  static_assert(kTemperature == 0 && kTeacherTemperature == 1);
+  if (in.row_settings) check_temperatures(in.row_settings, in.rows, call.acc == ScalarType::Double);
   if (!in.labels) return in.rows;
   int64_t count = 0;
   for (int64_t row = 0; row < in.rows; ++row) {
@@ -77,6 +78,71 @@ double divisor(const Reducing& reducing, int64_t count) {
 }
 
 namespace {
+
+// What a mixture of teachers is written into, rows after rows before they are read, has room for so
+// many classes for each thread: it is to stay in the second level of the caches.
+constexpr int64_t kMixedClasses = 65536;
+
+// Runs rows of a call, on one thread or on all. A mixture takes the teacher's place a few rows at a
+// time.
+class Runner {
+ public:
+  explicit Runner(const Call& call)
+      : mixture_(call.mixture),
+        classes_(call.inputs.classes),
+        row_bytes_(classes_ * acc_size(call)),
+        step_(std::max<int64_t>(1, kMixedClasses / classes_)) {
+    if (step_ > kTile) step_ -= step_ % kTile;
+    if (mixture_ == nullptr) return;
+    room_ = torch::stable::empty({torch::stable::get_num_threads(), step_, classes_}, call.acc);
+  }
+
+  // Calls run(args, begin, end) for whole rows [0, rows), on all threads.
+  template <class Args, class Run>
+  void on_all_threads(const Args& args, int64_t rows, const Run& run) const {
+    const int64_t grain = grain_rows(classes_);
+    if (mixture_ == nullptr) {
+      torch::stable::parallel_for(0, rows, grain,
+                                  [&](int64_t begin, int64_t end) { run(args, begin, end); });
+      return;
+    }
+    const int64_t threads = std::min(room_.size(0), (rows + grain - 1) / grain);
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t thread = first; thread < last; ++thread)
+        on_thread(thread, args, rows * thread / threads, rows * (thread + 1) / threads, run);
+    });
+  }
+
+  // The same for rows [begin, end), on the calling thread.
+  template <class Args, class Run>
+  void here(const Args& args, int64_t begin, int64_t end, const Run& run) const {
+    mixture_ == nullptr ? run(args, begin, end) : on_thread(0, args, begin, end, run);
+  }
+
+ private:
+  static constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
+
+  template <class Args, class Run>
+  void on_thread(int64_t thread, Args args, int64_t begin, int64_t end, const Run& run) const {
+    MixtureArgs mixture = *mixture_;
+    char* const room = static_cast<char*>(room_.mutable_data_ptr()) + thread * step_ * row_bytes_;
+    mixture.mixed = room;
+    for (int64_t at = begin; at < end; at += step_) {
+      const int64_t last = std::min(at + step_, end);
+      mixture.first_row = at;
+      cpu::kernels().mixture(mixture, at, last);
+      // Where row 0 would be.
+      const uintptr_t first =
+          reinterpret_cast<uintptr_t>(room) - static_cast<size_t>(at * row_bytes_);
+      args.teacher = reinterpret_cast<const void*>(first);
+      run(args, at, last);
+    }
+  }
+
+  const MixtureArgs* mixture_;
+  int64_t classes_, row_bytes_, step_;
+  Tensor room_;
+};
 
 // Few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
@@ -109,7 +175,7 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
   }
 }
 
-void run_forward(const ForwardArgs& args) {
+void run_forward(const ForwardArgs& args, const Runner& runner) {
   const cpu::Kernels& kernels = cpu::kernels();
   const int64_t threads = torch::stable::get_num_threads();
   // Every thread gets the same number of whole rows. What is left over is shared segment by segment
@@ -117,10 +183,11 @@ void run_forward(const ForwardArgs& args) {
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::in_lanes(args) ? 0 : args.rows % threads;
   const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
-  torch::stable::parallel_for(0, whole, grain_rows(args.classes), [&](int64_t begin, int64_t end) {
-    kernels.forward(args, begin, end);
-  });
-  forward_split(kernels, args, whole, args.rows);
+  runner.on_all_threads(args, whole, kernels.forward);
+  runner.here(args, whole, args.rows,
+              [&](const ForwardArgs& with_teacher, int64_t begin, int64_t end) {
+                forward_split(kernels, with_teacher, begin, end);
+              });
 }
 
 }  // namespace
@@ -146,7 +213,7 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
     const bool fresh = args.grad != args.student;
     if (fresh) prefer_huge_pages(args.grad, gradient_bytes(args));
   }
-  run_forward(args);
+  run_forward(args, Runner(call));
   const auto finish = [&](auto zero) {
     using T = decltype(zero);
     if (per_row) return;
@@ -170,10 +237,7 @@ void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_out
   }
   const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   if (!filled) prefer_huge_pages(args.grad, gradient_bytes(args));
-  const cpu::Kernels& kernels = cpu::kernels();
-  torch::stable::parallel_for(
-      0, args.rows, grain_rows(args.classes),
-      [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+  Runner(call).on_all_threads(args, args.rows, cpu::kernels().backward);
 }
 
 }  // namespace fastkd::glue

@@ -1,6 +1,7 @@
 // What the ops on CPU tensors share.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "backends.h"
 
@@ -16,6 +17,9 @@ double number(const Tensor& tensor);
 void prefer_huge_pages(void* data, size_t bytes);
 size_t gradient_bytes(const Inputs& inputs);
 
+// An error if one of acc [2, rows] is no temperature.
+void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
+
 // Checks what only the data can tell, before anything is written; returns the number of rows that
 // count.
 int64_t count_rows(const Call& call);
@@ -23,6 +27,29 @@ int64_t count_rows(const Call& call);
 double divisor(const Reducing& reducing, int64_t count);
 
 void multiply_(const Tensor& self, const Tensor& factor);
+
+// Several teachers, or probabilities, as the ops take them.
+struct Teachers {
+  std::vector<Tensor> tensors;  // each (..., C), of one shape
+  std::vector<double> shares;
+  bool probabilities;
+  int64_t ensemble;
+  std::optional<Tensor> row_temperatures;  // acc [2, rows], which replaces the two numbers
+  double temperature, teacher_temperature;
+};
+
+// What mixes them, and what it reads.
+struct Mixture {
+  MixtureArgs args;
+  std::vector<MixedTeacher> teachers;
+  std::vector<Tensor> kept;
+};
+Mixture make_mixture(const Teachers& teachers, bool in_double);
+
+// As prepare(), with a mixture, which must outlive the call, for the teacher.
+Call prepare_mixed(const Tensor& student, const Mixture& mixture,
+                   const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
+                   const Options& options, const Tensor* grad, bool inplace);
 
 template <class T>
 double ordered_sum(const T* values, int64_t count) {

@@ -160,16 +160,16 @@ struct LossBackward : torch::autograd::Node {
                                                : *scalar.const_data_ptr<float>();
   }
 
-  // The gradient by differentiable operations: fastkd.ops.differentiable_gradient.
+  // The gradient by differentiable operations: fastkd.derivatives.differentiable_gradient.
   Tensor differentiable(const Tensor& factor) {
     py::gil_scoped_acquire gil;
-    const py::module_ ops = py::module_::import("fastkd.ops");
-    const py::object numbers = ops.attr("Settings")(
+    const py::module_ derivatives = py::module_::import("fastkd.derivatives");
+    const py::object numbers = derivatives.attr("Settings")(
         settings.temperature, settings.temperature, settings.hard_weight, settings.soft_weight,
         settings.label_smoothing, settings.ignore_index, settings.divergence, settings.mix,
         settings.reduction, 0.0, settings.with_terms);
     const Tensor label_tensor = labels.unpack();
-    return ops
+    return derivatives
         .attr("differentiable_gradient")(
             student.unpack(), teacher.unpack(),
             label_tensor.defined() ? py::cast(label_tensor) : py::none(), py::none(), py::none(),

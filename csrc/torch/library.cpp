@@ -1,5 +1,6 @@
 // The ops: their schemas, written once, and the step from boxed arguments to a backend (cpu.cpp,
-// cuda.cpp). Shapes for tracing and the autograd formulas are in python/fastkd/ops.py.
+// cuda.cpp). Shapes for tracing are in python/fastkd/shapes.py, the autograd
+// formulas in derivatives.py.
 #include <torch/csrc/stable/library.h>
 
 #include "backends.h"
@@ -83,7 +84,7 @@ void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor&
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // Classes are the last dimension, whatever their stride. out: acc [], [1 + kTerms], [rows] or [1
   // + kTerms, rows]; grad: the student's shape, laid out as gradient_strides (layout.h) says, or
-  // [0] without `with_grad`; stats: acc [6 * rows + 1]; row_settings: acc [4, rows], which replaces
+  // [0] without `with_grad`; stats: acc [7 * rows + 1]; row_settings: acc [4, rows], which replaces
   // temperature, teacher_temperature, hard_weight and soft_weight. `denominator`: acc, one number,
   // instead of the count of rows.
   m.def(

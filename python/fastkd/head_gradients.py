@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import head_loops, heads, ops, products, reference
+from fastkd import derivatives, head_loops, heads, products, reference
 from fastkd.heads import Call, Inputs
 
 
@@ -111,7 +111,7 @@ def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return (grad * scale).to(dtype)
     if grad.dtype == dtype:
-        return ops.scale_(grad, scale)
+        return derivatives.scale_(grad, scale)
     return products.finished(grad, scale, dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, ops, reference
+from fastkd import checks, derivatives, ops, reference, shapes
 from fastkd.objective import Objective, fit, resolve
 from fastkd.reference import Terms
 
@@ -48,7 +48,7 @@ def _compute(
     """The one list of the options and their defaults; gives the loss, or all terms stacked."""
     if (
         ops.EAGER is not None
-        and divergence in ops.DIVERGENCES
+        and divergence in derivatives.DIVERGENCES
         and teacher_temperature is None
         and hard_weight is None
         and soft_weight is None
@@ -68,7 +68,8 @@ def _compute(
         try:
             out = ops.EAGER.loss(
                 student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
-                alpha, ignore_index, reduction, label_smoothing, ops.DIVERGENCES.index(divergence),
+                alpha, ignore_index, reduction, label_smoothing,
+                derivatives.DIVERGENCES.index(divergence),
                 reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
         except RuntimeError as error:
@@ -358,7 +359,7 @@ def prepare(
     student = rows_last(student, dim, classes)
     soft_labels = labels is not None and checks.targets(labels, student)
     checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
-    objective = fit(objective, student, ops.accumulator(student, *teachers))
+    objective = fit(objective, student, shapes.accumulator(student, *teachers))
     return Call(student, teachers, labels, objective)
 
 

@@ -1,9 +1,8 @@
-"""Several teachers, or probabilities, as the logits of one, which is what the kernels take."""
+"""Several teachers, or probabilities, in place of one, whose logits are what the kernels take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,29 +13,60 @@ from fastkd.objective import Objective, row_numbers
 _mixture = torch.ops.fastkd.mixture.default
 
 
-@torch.library.register_fake("fastkd::mixture")  # type: ignore[untyped-decorator]
-def _(teachers: Sequence[Tensor], *settings: Any) -> Tensor:
-    *_, in_double = settings
-    dtype = torch.float64 if in_double else torch.float32
-    return teachers[0].new_empty(teachers[0].shape, dtype=dtype)
+class Mixing(NamedTuple):
+    """How, as the ops take it beside the teachers and the temperatures of rows
+    (csrc/torch/mixture.cpp). The mixture's softmax is taken at the student's temperature.
+    """
+
+    shares: tuple[float, ...]
+    probabilities: bool
+    ensemble: int
+    temperature: float
+    teacher_temperature: float
 
 
-def one_teacher(
+def is_one(teachers: tuple[Tensor, ...], objective: Objective) -> bool:
+    """Whether the kernels take the teacher as it is."""
+    return len(teachers) == 1 and objective.teacher_form != "probs"
+
+
+def mixing(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
-) -> tuple[Tensor, float | Tensor]:
-    """A teacher's logits, and the temperature at which their softmax is p.
-
-    Teachers that are several, and probabilities, cost one tensor in ``dtype`` of the teacher's
-    size: written by a kernel on CPUs where the classes of all are adjacent, by PyTorch operations
-    elsewhere.
+) -> tuple[Mixing, Tensor | None] | None:
+    """How a kernel mixes these, and the temperatures of rows; None where it cannot: it is for CPUs,
+    and wants the classes of all adjacent.
     """
     o = objective
-    if len(teachers) == 1 and o.teacher_form != "probs":
-        return teachers[0], o.teacher_temperature
-    adjacent = all(teacher.stride(-1) == 1 for teacher in teachers)
+    if teachers[0].device.type not in ("cpu", "meta"):
+        return None
+    if any(teacher.stride(-1) != 1 for teacher in teachers):
+        return None
+    weights = o.teacher_weights or (1.0,) * len(teachers)
+    shares = tuple(weight / sum(weights) for weight in weights)
+    how = (shares, o.teacher_form == "probs", reference.ENSEMBLES.index(o.ensemble))
+    mine, own = o.temperature, o.teacher_temperature
+    if isinstance(mine, Tensor) or isinstance(own, Tensor):
+        return Mixing(*how, 1.0, 1.0), row_numbers((mine, own), teachers[0], dtype)
+    return Mixing(*how, mine, own), None
+
+
+def mixed(
+    teachers: tuple[Tensor, ...],
+    how: Mixing,
+    row_temperatures: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The logits of the mixture, by the kernel, as one tensor in ``dtype``."""
+    in_double = dtype is torch.float64
+    return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
+
+
+def mixed_by_operations(
+    teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
+) -> Tensor:
+    """The same by PyTorch operations."""
+    o = objective
     with torch.no_grad():
-        if teachers[0].device.type in ("cpu", "meta") and adjacent:
-            return _mix(teachers, o, dtype), o.temperature
         logits, _ = reference.softened_teacher(
             [teacher.to(dtype) for teacher in teachers],
             reference.column(o.teacher_temperature),
@@ -44,24 +74,4 @@ def one_teacher(
             o.teacher_weights,
             o.ensemble,
         )
-        return logits * reference.column(o.temperature), o.temperature
-
-
-def _mix(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype) -> Tensor:
-    """The same by the kernel."""
-    o = objective
-    weights = o.teacher_weights or (1.0,) * len(teachers)
-    temperatures = (o.temperature, o.teacher_temperature)
-    of_rows = None
-    if any(isinstance(temperature, Tensor) for temperature in temperatures):
-        of_rows = row_numbers(temperatures, teachers[0], dtype)
-        temperatures = (1.0, 1.0)
-    return _mixture(  # type: ignore[no-any-return]
-        list(teachers),
-        [weight / sum(weights) for weight in weights],
-        o.teacher_form == "probs",
-        reference.ENSEMBLES.index(o.ensemble),
-        of_rows,
-        *temperatures,
-        dtype is torch.float64,
-    )
+        return logits * reference.column(o.temperature)

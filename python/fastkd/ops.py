@@ -1,24 +1,22 @@
-"""The native ops: loading them, their shapes for tracing, and their derivatives.
-
-``compute`` is the one way in. It runs the fused kernel where there is one, and
-:mod:`fastkd.reference` for what is not fused, under function transforms and on devices without
-kernels.
+"""``compute``, the one way in: native ops for what they have; :mod:`fastkd.reference` for what is
+not fused, under function transforms and on devices without kernels.
 """
 
 from __future__ import annotations
 
 import warnings
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import checks, reference
-from fastkd.mixture import one_teacher
+from fastkd import checks, derivatives, mixture, reference
+from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES
+from fastkd.mixture import Mixing
 from fastkd.native import _C
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_weights
+from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
 
 def _load_eager() -> Any:
@@ -31,262 +29,13 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
-DIVERGENCES: tuple[str, ...] = _C.divergences
 CUDA_KERNELS = bool(_C.cuda_architectures)
-_KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if CUDA_KERNELS else {"cpu", "meta"})
 _ON_CUDA = DIVERGENCES[: _C.cuda_divergences]
 _warned: set[str] = set()
-_TERMS = len(reference.Terms._fields)
-_STATS = 7
 
 _loss = torch.ops.fastkd.loss.default
-_loss_ = torch.ops.fastkd.loss_.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-
-class Settings(NamedTuple):
-    """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
-
-    temperature: float
-    teacher_temperature: float
-    hard_weight: float
-    soft_weight: float
-    label_smoothing: float
-    ignore_index: int
-    divergence: int
-    mix: float
-    reduction: int
-    normalizer: float
-    with_terms: bool
-
-
-# ---- shapes for FakeTensor, meta and torch.compile
-
-
-def accumulator(*logits: Tensor) -> torch.dtype:
-    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
-    double = any(tensor.dtype is torch.float64 for tensor in logits)
-    return torch.float64 if double else torch.float32
-
-
-def _fake_out(student: Tensor, teacher: Tensor, reduction: int, with_terms: bool) -> Tensor:
-    shape = [_TERMS] if with_terms else []
-    if REDUCTIONS[reduction] == "none":
-        shape.append(student.numel() // student.shape[-1])
-    return student.new_empty(shape, dtype=accumulator(student, teacher))
-
-
-def empty_gradient(student: Tensor) -> Tensor:
-    """As the kernels lay a gradient out (gradient_strides in csrc/torch/layout.cpp).
-
-    Contiguous, or, where the student's classes are not adjacent but the other dimensions lie in
-    order, as in (N, C, H, W), dense in the student's own order.
-    """
-    *shape, classes = student.shape
-    place = len(shape)
-    *strides, of_classes = student.stride()
-    if student.numel() > 0 and classes > 1 and of_classes != 1:
-        rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
-        if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
-            place = next((dim for dim, stride in rows if stride < of_classes), place)
-    return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
-
-
-def _fake_stats(student: Tensor, teacher: Tensor) -> Tensor:
-    rows = student.numel() // student.shape[-1]
-    return student.new_empty([_STATS * rows + 1], dtype=accumulator(student, teacher))
-
-
-@torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    row_settings: Any,
-    denominator: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, _, with_terms, with_grad = settings
-    out = _fake_out(student, teacher, reduction, with_terms)
-    nothing = student.new_empty([0], dtype=out.dtype)
-    filled = with_grad and REDUCTIONS[reduction] != "none"
-    grad = empty_gradient(student) if filled else nothing
-    needs_stats = with_grad or student.device.type == "cuda"
-    return out, grad, _fake_stats(student, teacher) if needs_stats else nothing.clone()
-
-
-@torch.library.register_fake("fastkd::loss_")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    row_settings: Any,
-    denominator: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_terms = settings
-    return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
-
-
-@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor,
-    grad_output: float,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
-    *_, reduction, with_terms = settings
-    return _fake_out(student, teacher, reduction, with_terms), _fake_stats(student, teacher)
-
-
-@torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
-def _(grad: Tensor, *_: Any) -> None:
-    return None
-
-
-# ---- derivatives
-
-
-def differentiable_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-    grad_output: Tensor,
-) -> Tensor:
-    """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
-    out = _reference(student, teacher, labels, row_settings, denominator, settings)
-    (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
-    return gradient
-
-
-class _Loss(torch.autograd.Function):
-    """The op, whose forward pass has written the gradient already unless the reduction is
-    "none"."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        row_settings: Tensor | None,
-        denominator: Tensor | None,
-        settings: Settings,
-    ) -> Any:
-        out, grad, stats = _loss(
-            student, teacher, labels, row_settings, denominator, *settings, True
-        )
-        ctx.settings = settings
-        ctx.save_for_backward(student, teacher, labels, row_settings, denominator, stats)
-        # Not saved like the others: backward scales it in place and gives it away.
-        ctx.grad = grad
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, teacher, labels, row_settings, denominator, stats = ctx.saved_tensors
-        settings = ctx.settings
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: this gradient will be differentiated in turn
-            grad = differentiable_gradient(
-                student, teacher, labels, row_settings, denominator, settings, grad_output
-            )
-            return grad, None, None, None, None, None
-        if settings.with_terms:
-            grad_output = grad_output[0]  # the other terms carry no gradient
-        filled = REDUCTIONS[settings.reduction] != "none"
-        compiling = torch.compiler.is_compiling()
-        if compiling and filled and student.dtype is not torch.float16:
-            return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
-        grad, ctx.grad = ctx.grad, None
-        if grad is None or not filled or compiling:
-            # In fp16 a scale cannot bring back what has underflowed, and a compiled graph cannot
-            # tell beforehand whether there is one.
-            # With retain_graph=True the first call gave its buffer away; it may not be scaled
-            # again.
-            grad = empty_gradient(student)
-            filled = False
-        _loss_backward_(
-            grad,
-            grad_output.contiguous(),
-            stats,
-            student,
-            teacher,
-            labels,
-            row_settings,
-            *settings[:8],
-            filled,
-        )
-        return grad, None, None, None, None, None
-
-
-class _InplaceLoss(torch.autograd.Function):
-    """The op that writes the gradient over the student's logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        row_settings: Tensor | None,
-        denominator: Tensor | None,
-        settings: Settings,
-    ) -> Any:
-        out, stats = _loss_(student, teacher, labels, row_settings, denominator, *settings)
-        torch.autograd.graph.increment_version(student)
-        ctx.settings = settings
-        ctx.grad = student.detach()
-        ctx.save_for_backward(teacher, labels, row_settings, stats)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        teacher, labels, row_settings, stats = ctx.saved_tensors
-        grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or grad is None:
-            raise RuntimeError(
-                "inplace=True: the logits were overwritten by their gradient, which can be had "
-                "once. For second derivatives or a second backward pass use inplace=False"
-            )
-        if ctx.settings.with_terms:
-            grad_output = grad_output[0]
-        _loss_backward_(
-            grad,
-            grad_output.contiguous(),
-            stats,
-            grad,
-            teacher,
-            labels,
-            row_settings,
-            *ctx.settings[:8],
-            True,
-        )
-        return grad, None, None, None, None, None
-
-
-def scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad *= factor, which the device looks at itself: a factor of 1 costs next to nothing.
-
-    ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
-    """
-    if grad.device.type not in _KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
-        return grad.mul_(factor)
-    row = grad.view(1, -1)  # a gradient in place of its logits, as after loss_, of one row
-    stats = factor.new_zeros(_STATS + 1)
-    numbers = (1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5)
-    _loss_backward_(row, factor, stats, row, row, None, None, *numbers, True)
-    return grad
-
-
-# ---- the way in
 
 # What an objective may use beyond what every kernel has: how it is written, for the docs.
 USES = {
@@ -333,14 +82,14 @@ def _missing(student: Tensor, labels: Tensor | None, objective: Objective) -> se
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Whether the kernels have all that a call uses, so that it may be in place."""
     device = student.device.type
-    if device not in _KERNEL_DEVICES or _is_transformed():
+    if device not in KERNEL_DEVICES or _is_transformed():
         return False
     return not _missing(student, labels, objective)
 
 
 def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
     """What of a call the kernels lack, as users write it."""
-    if student.device.type not in _KERNEL_DEVICES:
+    if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
     return [USES[use] for use in sorted(_missing(student, labels, objective))]
 
@@ -357,7 +106,7 @@ def compute(
     """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
     device = student.device.type
     transformed = _is_transformed()
-    if device not in _KERNEL_DEVICES:
+    if device not in KERNEL_DEVICES:
         _warn_once(device)
     elif not transformed:
         missing = _missing(student, labels, objective)
@@ -395,14 +144,22 @@ def _fused(
             with torch.no_grad():
                 hard = _fused(student, teachers, labels, alone, False, False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    arguments = _arguments(student, teachers, labels, o, with_terms)
-    out = _apply(student, *arguments, inplace)
+    out = derivatives.loss(student, *_arguments(student, teachers, labels, o, with_terms), inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
-Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Settings]
+class Arguments(NamedTuple):
+    """What ``derivatives.loss`` takes beside the student."""
+
+    teachers: tuple[Tensor, ...]
+    labels: Tensor | None
+    row_settings: Tensor | None
+    denominator: Tensor | None
+    row_temperatures: Tensor | None
+    settings: Settings
+    mixing: Mixing | None
 
 
 def _arguments(
@@ -412,17 +169,22 @@ def _arguments(
     objective: Objective,
     with_terms: bool,
 ) -> Arguments:
-    """What the native ops take beside the student: teacher, labels, row settings, denominator and
-    numbers."""
-    o = objective
-    teacher, teacher_temperature = one_teacher(teachers, o, accumulator(student, *teachers))
+    """An objective as the native ops take it."""
+    o, how, row_temperatures = objective, None, None
+    if not mixture.is_one(teachers, o):
+        acc = accumulator(student, *teachers)
+        if (kernel := mixture.mixing(teachers, o, acc)) is not None:
+            how, row_temperatures = kernel
+        else:
+            teachers = (mixture.mixed_by_operations(teachers, o, acc),)
+        o = o._replace(teacher_temperature=o.temperature)
     if labels is not None and labels.dtype is not torch.int64:
         labels = labels.long()
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    numbers = (o.temperature, teacher_temperature, o.hard_weight, o.soft_weight)
+    numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
     row_settings = None
     if any(isinstance(number, Tensor) for number in numbers):
-        row_settings = row_numbers(numbers, student, accumulator(student, teacher))
+        row_settings = row_numbers(numbers, student, accumulator(student, *teachers))
         # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
         numbers = (1.0, 1.0 if _same_temperature(o) else 2.0, 1.0, 1.0)
     settings = Settings(
@@ -435,16 +197,17 @@ def _arguments(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    return teacher, labels, row_settings, denominator, settings
+    return Arguments(teachers, labels, row_settings, denominator, row_temperatures, settings, how)
 
 
 def statistics(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
-    *arguments, settings = _arguments(student, (teacher,), labels, objective, True)
     assert objective.reduction == "none"
-    terms, _, stats = _loss(student, *arguments, *settings, True)
+    call = _arguments(student, (teacher,), labels, objective, True)
+    options = (call.labels, call.row_settings, call.denominator)
+    terms, _, stats = _loss(student, teacher, *options, *call.settings, True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
@@ -452,38 +215,15 @@ def gradient_(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
 ) -> None:
     """Writes the gradient of rows with these statistics over the student's logits."""
-    arguments = _arguments(student, (teacher,), labels, objective, False)
-    teacher, labels, row_settings, _, settings = arguments
-    one = stats.new_ones(())
-    _loss_backward_(
-        student, one, stats, student, teacher, labels, row_settings, *settings[:8], False
-    )
+    call = _arguments(student, (teacher,), labels, objective, False)
+    options = (call.labels, call.row_settings, *call.settings[:8], False)
+    _loss_backward_(student, stats.new_ones(()), stats, student, teacher, *options)
 
 
 def _same_temperature(objective: Objective) -> bool:
     """Whether student and teacher are known to have the same temperature in every row."""
     mine, own = objective.temperature, objective.teacher_temperature
     return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
-
-
-def _apply(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-    inplace: bool,
-) -> Tensor:
-    """Runs an op; results are shaped as csrc/torch/library.cpp says."""
-    arguments = (student, teacher, labels, row_settings, denominator, settings)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        out, _, _ = _loss(*arguments[:5], *settings, False)
-    elif inplace and not torch.compiler.is_compiling():
-        out = _InplaceLoss.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        out = _Loss.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out  # type: ignore[no-any-return]
 
 
 def _is_transformed() -> bool:
@@ -512,40 +252,3 @@ def _warn_once(device_type: str) -> None:
         RuntimeWarning,
         stacklevel=5,
     )
-
-
-def _reference(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """The same result by differentiable PyTorch operations."""
-    numbers: Any = settings[:4]
-    if row_settings is not None:
-        numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)
-    temperature, teacher_temperature, hard_weight, soft_weight = numbers
-    name = DIVERGENCES[settings.divergence]
-    normalizer: float | Tensor | None = (
-        denominator if denominator is not None else settings.normalizer or None
-    )
-    terms = reference.terms(
-        student,
-        teacher,
-        labels,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        label_smoothing=settings.label_smoothing,
-        ignore_index=settings.ignore_index,
-        reduction=REDUCTIONS[settings.reduction],
-        normalizer=normalizer,
-        divergence=name,
-        mix=settings.mix if reference.DIVERGENCES[name].mix is not None else None,
-    )
-    if REDUCTIONS[settings.reduction] == "none":
-        terms = reference.Terms(*(term.flatten() for term in terms))
-    return torch.stack(terms) if settings.with_terms else terms.loss

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, ops, reference
+from fastkd import checks, ops, reference, shapes
+from fastkd.derivatives import KERNEL_DEVICES
 from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
 
 TAILS = ("ghost", "renormalize", "ignore")
-_KERNEL_DEVICES = ops._KERNEL_DEVICES
 # What a row's probabilities may add up to, for rounding: 16-bit log-probabilities are several
 # percent off (kMostMass in csrc/topk.h).
 _MOST_MASS = 1.1
@@ -260,8 +260,8 @@ def _run(
     if isinstance(hard, Tensor) or isinstance(soft, Tensor):
         name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
         raise TypeError(f"{name} must be a number; got Tensor")
-    acc = ops.accumulator(student, log_probs)
-    reduction_index = checks.one_of("reduction", reduction, ops.REDUCTIONS)
+    acc = shapes.accumulator(student, log_probs)
+    reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
     denominator = None
     if normalizer is None:
         normalizer = 0.0
@@ -292,7 +292,7 @@ def _run(
 
 def is_fused(student: Tensor) -> bool:
     """Whether there is a kernel for a call."""
-    return student.device.type in _KERNEL_DEVICES and not ops._is_transformed()
+    return student.device.type in KERNEL_DEVICES and not ops._is_transformed()
 
 
 def compute(
@@ -311,12 +311,12 @@ def compute(
         objective.label_smoothing,
         objective.ignore_index,
         TAILS.index(tail),
-        ops.REDUCTIONS.index(objective.reduction),
+        shapes.REDUCTIONS.index(objective.reduction),
         0.0,
     )
     denominator = objective.normalizer
     assert denominator is None or isinstance(denominator, Tensor)
-    acc = ops.accumulator(student, log_probs)
+    acc = shapes.accumulator(student, log_probs)
     return _apply(student, indices.long(), log_probs.to(acc), labels, denominator, settings)
 
 
@@ -345,7 +345,7 @@ def _apply(
 def _(student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_grad = rest
     acc = torch.promote_types(log_probs.dtype, torch.float32)
-    per_row = ops.REDUCTIONS[reduction] == "none"
+    per_row = shapes.REDUCTIONS[reduction] == "none"
     shape = [student.numel() // student.shape[-1]] if per_row else []
     filled = with_grad and not per_row
     out = student.new_empty(shape, dtype=acc)
@@ -387,7 +387,7 @@ class _TopkLoss(torch.autograd.Function):
             out = _reference(student, *others, settings)
             (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
             return grad, None, None, None, None, None
-        filled = ops.REDUCTIONS[settings.reduction] != "none"
+        filled = shapes.REDUCTIONS[settings.reduction] != "none"
         compiling = torch.compiler.is_compiling()
         if compiling and filled and student.dtype is not torch.float16:
             return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
@@ -476,7 +476,7 @@ def _reference(
     )  # all are, where a logit is NaN or +inf, or none is above -inf
     total = total * torch.where(good | ~valid, 1.0, math.nan)
     total = total.where(valid, torch.zeros_like(total))
-    reduction = ops.REDUCTIONS[settings.reduction]
+    reduction = shapes.REDUCTIONS[settings.reduction]
     if reduction == "none":
         return total.flatten()
     if reduction == "sum":

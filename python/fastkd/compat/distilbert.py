@@ -14,7 +14,7 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses, ops
+from fastkd import checks, losses, shapes
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(
@@ -111,5 +111,5 @@ def step_loss(
 
 def _mean(rows: Tensor, logits: Tensor) -> Tensor:
     """The weights with which a sum over rows is the mean over some of them."""
-    weights = rows.to(ops.accumulator(logits))
+    weights = rows.to(shapes.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, losses, ops
+from fastkd import checks, losses, shapes
 from fastkd.compat.convention import Convention, generalized_jsd, kl_div_reduction
 
 CONVENTION = Convention(
@@ -141,7 +141,7 @@ class LigerTVDLoss(nn.Module):
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         """The loss of ``p``, the student's probabilities ``(..., C)``, and ``q``, the teacher's."""
-        wide = p.to(ops.accumulator(p))
+        wide = p.to(shapes.accumulator(p))
         # A probability that is 0 has no logarithm whose gradient is finite; the least one has.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
         reduction, factor = kl_div_reduction(self.reduction, log_p)

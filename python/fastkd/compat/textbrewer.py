@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd import losses, ops
+from fastkd import losses, shapes
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(
@@ -55,7 +55,7 @@ def kd_mse_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor 
 def _soft(divergence: str, student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
     t: float | Tensor
     if isinstance(temperature, Tensor):
-        t = temperature.detach().to(ops.accumulator(student))
+        t = temperature.detach().to(shapes.accumulator(student))
     else:
         t = positive("temperature", temperature)
     # 1 / T^2, so that its product with fastkd's T^2 is 1.

@@ -1,0 +1,139 @@
+"""What the native ops take and give: their numbers, and shapes, dtypes and layouts for FakeTensor,
+meta and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import native, reference  # noqa: F401 - native registers the ops
+
+REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
+TERMS = len(reference.Terms._fields)
+STATS = 7  # Stat in csrc/kernels.h
+
+
+class Settings(NamedTuple):
+    """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
+
+    temperature: float
+    teacher_temperature: float
+    hard_weight: float
+    soft_weight: float
+    label_smoothing: float
+    ignore_index: int
+    divergence: int
+    mix: float
+    reduction: int
+    normalizer: float
+    with_terms: bool
+
+
+def accumulator(*logits: Tensor) -> torch.dtype:
+    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
+    double = any(tensor.dtype is torch.float64 for tensor in logits)
+    return torch.float64 if double else torch.float32
+
+
+def _fake_out(
+    student: Tensor, teachers: Sequence[Tensor], reduction: int, with_terms: bool
+) -> Tensor:
+    shape = [TERMS] if with_terms else []
+    if REDUCTIONS[reduction] == "none":
+        shape.append(student.numel() // student.shape[-1])
+    return student.new_empty(shape, dtype=accumulator(student, *teachers))
+
+
+def empty_gradient(student: Tensor) -> Tensor:
+    """As the kernels lay a gradient out (gradient_strides in csrc/torch/layout.cpp).
+
+    Contiguous, or, where the student's classes are not adjacent but the other dimensions lie in
+    order, as in (N, C, H, W), dense in the student's own order.
+    """
+    *shape, classes = student.shape
+    place = len(shape)
+    *strides, of_classes = student.stride()
+    if student.numel() > 0 and classes > 1 and of_classes != 1:
+        rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
+        if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
+            place = next((dim for dim, stride in rows if stride < of_classes), place)
+    return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
+
+
+def _fake_stats(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
+    rows = student.numel() // student.shape[-1]
+    return student.new_empty([STATS * rows + 1], dtype=accumulator(student, *teachers))
+
+
+@torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    row_settings: Any,
+    denominator: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, _, with_terms, with_grad = settings
+    out = _fake_out(student, [teacher], reduction, with_terms)
+    nothing = student.new_empty([0], dtype=out.dtype)
+    filled = with_grad and REDUCTIONS[reduction] != "none"
+    grad = empty_gradient(student) if filled else nothing
+    needs_stats = with_grad or student.device.type == "cuda"
+    return out, grad, _fake_stats(student, [teacher]) if needs_stats else nothing.clone()
+
+
+@torch.library.register_fake("fastkd::loss_")  # type: ignore[untyped-decorator]
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    row_settings: Any,
+    denominator: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_terms = settings
+    return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
+
+
+@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
+def _(
+    grad: Tensor,
+    grad_output: float,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, with_terms = settings
+    return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
+
+
+@torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
+def _(grad: Tensor, *_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fastkd::mixture")  # type: ignore[untyped-decorator]
+def _(teachers: Sequence[Tensor], *settings: Any) -> Tensor:
+    *_, in_double = settings
+    dtype = torch.float64 if in_double else torch.float32
+    return teachers[0].new_empty(teachers[0].shape, dtype=dtype)
+
+
+@torch.library.register_fake("fastkd::ensemble_loss_into")  # type: ignore[untyped-decorator]
+def _(
+    grad: Any, student: Tensor, teachers: Sequence[Tensor], *settings: Any
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_terms, with_stats = settings
+    out = _fake_out(student, teachers, reduction, with_terms)
+    return out, _fake_stats(student, teachers) if with_stats else out.new_empty([0])
+
+
+@torch.library.register_fake("fastkd::ensemble_loss_backward_")  # type: ignore[untyped-decorator]
+def _(grad: Tensor, *_: Any) -> None:
+    return None
