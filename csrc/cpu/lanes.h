@@ -659,7 +659,7 @@ struct LaneEngine {
           (!student_others | (z >= student_max[i])) & (!teacher_others | (w >= teacher_max[i]));
       const bool others_are = student_others & teacher_others & (student_max[i] >= z) &
                               (teacher_max[i] >= w) & (agreement[i] > T(0));
-      agreement[i] = label_is_greatest | others_are ? T(1) : T(0);
+      agreement[i] = (label_is_greatest | others_are) ? T(1) : T(0);
     }
   }
 
