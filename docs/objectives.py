@@ -60,12 +60,13 @@ _MATRIX = """
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
 | ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
+| ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, and probabilities, are mixed on the CPU as the fused pass goes, a few rows at a time
-in the cache, where the classes of each are adjacent; elsewhere PyTorch operations write a tensor of the
-teacher's size first.
+Several teachers, and probabilities, are mixed on the CPU as the fused pass goes, a few rows at a
+time in the cache, where the classes of each are adjacent; elsewhere PyTorch operations write a
+tensor of the teacher's size first.
 Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
 operations; so that memory stays bounded, these take large batches in parts, and compute each part
 again in the backward pass.
@@ -130,7 +131,7 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         return "–"
     used = ops.uses(call.labels, call.objective)
     if not used <= ops.FUSED["cpu"]:
-        return "○"
+        return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED["cpu"] else "○"
     return "●" if used <= ops.FUSED["cuda"] else "◐"
 
 

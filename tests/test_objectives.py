@@ -314,6 +314,37 @@ def test_every_use_has_words():
     assert set(NAMES) <= ops.USES.keys()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
+def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
+    """Probabilities, and class weights with smoothing: nothing is left to PyTorch's operations."""
+    student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
+    options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
+    options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
+    if labels_are == "probabilities":
+        labels = torch.rand(student.shape) * 2
+    leaf = student.requires_grad_()
+    expected = reference.terms(leaf.double(), teacher.double(), labels, **options)
+    (gradient,) = torch.autograd.grad(expected.loss.sum(), leaf)
+    monkeypatch.setattr(reference, "terms", None)
+    got = fastkd.terms(leaf, teacher, labels, **options)
+    got.loss.sum().backward()
+    for mine, double in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), double, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=2e-5, atol=2e-7)
+    with pytest.raises(ValueError, match="inplace"):
+        fastkd.loss(leaf * 1, teacher, labels, **options, inplace=True)
+
+
+def test_labels_that_are_no_probabilities(device):
+    """Rows of nothing, and negative weights, as F.cross_entropy has them."""
+    student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
+    labels = torch.rand(student.shape, device=device)
+    labels[0], labels[1, 2] = 0, -0.5
+    got = fastkd.loss(student, teacher, labels, hard_weight=1.0, soft_weight=0.0)
+    torch.testing.assert_close(got, F.cross_entropy(student, labels))
+
+
 FUSED_CALLS = {
     "temperatures": {"temperature": 3.0, "teacher_temperature": 1.5},
     "row temperatures": {"temperature": rows(1, 3).float(), "teacher_temperature": 2.0},

@@ -15,7 +15,7 @@ from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES
 from fastkd.mixture import Mixing
 from fastkd.native import _C
 from fastkd.objective import Objective, row_numbers
-from fastkd.rows import in_parts, label_weights
+from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
 
@@ -52,6 +52,8 @@ FUSED = {
     "cpu": frozenset({*DIVERGENCES, "row weights", "class_weight"}),
     "cuda": frozenset({*_ON_CUDA, "row weights", "class_weight"}),
 }
+# What CPUs have by two passes of the kernels, which cannot be in place.
+IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
 
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
@@ -119,6 +121,10 @@ def compute(
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+            if missing <= IN_TWO_PASSES and labels is not None:
+                out = _in_two_passes(student, teachers, labels, objective, with_terms)
+                if out is not None:
+                    return out
     if transformed or torch.compiler.is_compiling():
         terms = reference.terms(student, teachers, labels, **objective._asdict())
     else:
@@ -148,6 +154,45 @@ def _fused(
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
+
+
+def _in_two_passes(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor,
+    objective: Objective,
+    with_terms: bool,
+) -> Tensor | None:
+    """The divergence, and the cross entropy with probabilities: the soft cross entropy of one more
+    teacher, at temperature 1. None where labels are not all positive, as those of teachers are.
+    """
+    o, acc = objective, accumulator(student, *teachers)
+    target, total = label_targets(labels, student.shape[-1], o, acc)
+    if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
+        return None
+    indices = None if labels.is_floating_point() else labels  # which mask rows
+    student = student.to(acc)  # so that the sum of the two gradients is rounded once
+    o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
+    out = _fused(student, teachers, indices, o, with_terms, False)
+    cross_entropy = o._replace(
+        temperature=1.0,
+        teacher_temperature=1.0,
+        divergence="soft_cross_entropy",
+        mix=None,
+        teacher_form="probs",
+        teacher_weights=None,
+        ensemble="probs",
+    )
+
+    def hard(weight: float | Tensor) -> Tensor:
+        of_rows = cross_entropy._replace(soft_weight=weight * total)
+        return _fused(student, (target,), indices, of_rows, False, False)
+
+    if not with_terms:
+        return out + hard(objective.hard_weight)
+    with torch.no_grad():
+        alone = hard(1.0)
+    return torch.cat((out[:1] + hard(objective.hard_weight), alone.unsqueeze(0), out[2:]))
 
 
 class Arguments(NamedTuple):

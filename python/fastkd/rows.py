@@ -130,6 +130,29 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
     return weight * (of_soft / of_hard)
 
 
+def label_targets(
+    labels: Tensor, classes: int, objective: Objective, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(..., C) weights of -log q that make up the hard term, divided by their sums; and these sums,
+    times what the hard term's divisor differs by from the soft one's."""
+    o, by_index = objective, not labels.is_floating_point()
+    each = torch.ones(classes, dtype=dtype) if o.class_weight is None else o.class_weight
+    if by_index:
+        label = labels.long().clamp(0, classes - 1).unsqueeze(-1)
+        target = (each * (o.label_smoothing / classes)).expand(*labels.shape, classes).clone()
+        target.scatter_add_(-1, label, (1 - o.label_smoothing) * each[label])
+    elif o.class_weight is None and not o.label_smoothing:
+        target = labels.to(dtype) if torch.float64 in (labels.dtype, dtype) else labels
+    else:
+        target = (1 - o.label_smoothing) * labels.to(dtype) * each
+        target += each * (o.label_smoothing / classes)
+    total = target.sum(-1, dtype=dtype)
+    if o.reduction == "mean" and by_index:
+        of_hard, of_soft = _divisors(labels.numel(), labels, o, dtype)
+        return target, total * (of_soft / of_hard)
+    return target, total
+
+
 def in_parts(
     student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
 ) -> reference.Terms:
