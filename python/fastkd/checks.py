@@ -149,6 +149,12 @@ def indices(value: Tensor, student: Tensor) -> None:
     rows(value, "labels", student)
 
 
+def int64(labels: Tensor) -> Tensor:
+    """Class indices as int64: torch wraps what it compares a narrower dtype with, -100 to 156 for
+    uint8. What else there is stays as it is."""
+    return labels.long() if labels.dtype in INTEGERS else labels
+
+
 def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:
     """What some options need of the classes and of the labels."""
     if divergence == "dkd" and soft_labels:
@@ -326,6 +332,7 @@ def check_inputs(
     logits(student_logits, [teacher_logits])
     counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
     if labels is not None and not targets(labels, student_logits):
+        labels = int64(labels)
         counts = labels != ignore_index
     if not isinstance(temperature, Tensor):
         number("temperature", temperature, 0.0, math.inf, open_low=True)

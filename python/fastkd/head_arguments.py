@@ -29,7 +29,7 @@ def resolve(
         for dtype in dtypes
     )
     given = {**losses.DEFAULTS, **options}
-    objective = losses.prepare(student, teacher, labels, given).objective
+    _, _, labels, objective = losses.prepare(student, teacher, labels, given)
     if labels is not None and checks.may_look(labels):
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
     indices, log_probs = inputs.topk_indices, inputs.topk_log_probs
@@ -62,7 +62,7 @@ def resolve(
             tensors[name] = value.reshape(math.prod(lead), value.shape[-1])
     if labels is not None:
         soft = labels.is_floating_point()
-        tensors["labels"] = labels.reshape(-1, classes) if soft else labels.long().reshape(-1)
+        tensors["labels"] = labels.reshape(-1, classes) if soft else labels.reshape(-1)
     for name in ("class_weight", "normalizer", "teacher_form", "teacher_weights", "ensemble"):
         numbers.pop(name, None)
     return inputs._replace(denominator=denominator, **tensors), numbers
@@ -85,7 +85,7 @@ def _denominators(
     valid = labels != objective.ignore_index
     count = valid.sum().clamp(min=1).to(acc)
     if objective.class_weight is not None:
-        weights = objective.class_weight[labels.long().where(valid, 0)].where(valid, 0).sum()
+        weights = objective.class_weight[labels.where(valid, 0)].where(valid, 0).sum()
         share = count / weights.where(weights != 0, 1.0)
         objective = objective._replace(hard_weight=objective.hard_weight * share)
     return objective, count

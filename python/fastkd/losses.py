@@ -358,6 +358,7 @@ def prepare(
         labels = rows_last(labels, dim, None)
     student = rows_last(student, dim, classes)
     soft_labels = labels is not None and checks.targets(labels, student)
+    labels = None if labels is None else checks.int64(labels)
     checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
     objective = fit(objective, student, shapes.accumulator(student, *teachers))
     return Call(student, teachers, labels, objective)

@@ -223,8 +223,6 @@ def _arguments(
         else:
             teachers = (mixture.mixed_by_operations(teachers, o, acc),)
         o = o._replace(teacher_temperature=o.temperature)
-    if labels is not None and labels.dtype is not torch.int64:
-        labels = labels.long()
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
     numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
     row_settings = None

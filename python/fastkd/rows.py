@@ -122,7 +122,7 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
     """
     o = objective
     assert labels is not None and o.class_weight is not None
-    weight = o.class_weight[labels.long().clamp(0, len(o.class_weight) - 1)]
+    weight = o.class_weight[labels.clamp(0, len(o.class_weight) - 1)]
     if o.reduction != "mean":
         return weight
     rows = student.numel() // student.shape[-1]
@@ -138,7 +138,7 @@ def label_targets(
     o, by_index = objective, not labels.is_floating_point()
     each = torch.ones(classes, dtype=dtype) if o.class_weight is None else o.class_weight
     if by_index:
-        label = labels.long().clamp(0, classes - 1).unsqueeze(-1)
+        label = labels.clamp(0, classes - 1).unsqueeze(-1)
         target = (each * (o.label_smoothing / classes)).expand(*labels.shape, classes).clone()
         target.scatter_add_(-1, label, (1 - o.label_smoothing) * each[label])
     elif o.class_weight is None and not o.label_smoothing:

@@ -129,6 +129,7 @@ def topk_loss(
         )  # fmt: skip
     except RuntimeError:
         if not torch.compiler.is_compiling() and student_logits.device.type == "cpu":
+            labels = None if labels is None else checks.int64(labels)
             checks.check_rows(student_logits, labels, ignore_index, temperature)
             check_list_data(student_logits, indices, log_probs, labels, ignore_index)
         raise
@@ -209,7 +210,7 @@ def check_list_data(
     prefix: str = "",
 ) -> None:
     """Names the first row whose list cannot be one."""
-    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    counts, indices = torch.ones_like(indices[..., 0], dtype=torch.bool), checks.int64(indices)
     if labels is not None:
         counts = labels != ignore_index
     classes = student.shape[-1]
@@ -255,7 +256,7 @@ def _run(
     if labels is not None:
         if checks.targets(labels, student):
             raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
-        labels = labels.long()
+        labels = checks.int64(labels)
     hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
     if isinstance(hard, Tensor) or isinstance(soft, Tensor):
         name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"

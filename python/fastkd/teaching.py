@@ -227,7 +227,7 @@ class StudentLoss(nn.Module):
         Without labels ``rows`` counts samples too: each then weighs the same, and each of its rows.
         """
         logits = self.forward_student(batch)
-        targets = self._labels(batch)
+        targets = self.labels_of(batch)
         rows, options = counts.rows, {}
         if targets is None:
             rows = rows * rows_of(logits, self.dim) / len(logits)
@@ -238,6 +238,11 @@ class StudentLoss(nn.Module):
         if self.hints is not None and self.features is not None:
             hint = self.hints(self.features.take(), lesson.features).sum() / counts.samples
         return Values(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
+
+    def labels_of(self, batch: Any) -> Tensor | None:
+        """The batch's labels, class indices as int64."""
+        found = self._labels(batch)
+        return None if found is None else checks.int64(found)
 
     def forward_student(self, batch: Any) -> Tensor:
         """The student's logits."""
@@ -255,7 +260,7 @@ class StudentLoss(nn.Module):
     def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Sums:
         """Over a batch's rows; 0-d float64 tensors."""
         logits = self._forward(model, batch)
-        targets = self._labels(batch)
+        targets = self.labels_of(batch)
         terms = self.terms(logits, teacher, targets, reduction="sum", normalizer=None)
         if targets is None:
             hits = torch.full((), math.nan, device=logits.device)
@@ -302,7 +307,7 @@ class StudentLoss(nn.Module):
         valid = targets != self._option("ignore_index")
         if self._class_weight is None:
             return valid.sum(), valid.sum()
-        classes = targets.long().clamp(0, len(self._class_weight) - 1)
+        classes = targets.clamp(0, len(self._class_weight) - 1)
         weights = self._class_weight.to(targets.device)[classes]
         return valid.sum(), weights.where(valid, 0).sum(dtype=torch.float64)
 

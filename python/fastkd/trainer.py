@@ -146,7 +146,6 @@ class Trainer:
         self._accumulate, self._clip, self._decay = accumulate, clip, ema
         self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
         self._save_every, self._progress = save_every, progress
-        self._labels = labels
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
@@ -281,7 +280,7 @@ class Trainer:
         size = extras.load("accelerate.utils", "train").find_batch_size
         counts = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
-            targets, samples = self._labels(batch), size(batch)
+            targets, samples = self._student_loss.labels_of(batch), size(batch)
             rows = weight = samples
             if targets is not None:
                 rows, weight = self._student_loss.counted(targets)

@@ -104,7 +104,7 @@ def _eager(rows: Rows) -> Tensor:
     if rows.labels is not None:
         hard = F.cross_entropy(
             student,
-            rows.labels.long(),
+            rows.labels,
             ignore_index=o.ignore_index,
             reduction="none",
             label_smoothing=o.label_smoothing,

@@ -26,7 +26,7 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
         tensor([[   6,    7, -100]])
     """
     labels = batch.get("labels")
-    return None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
+    return None if labels is None else F.pad(labels[:, 1:].long(), (0, 1), value=-100)
 
 
 class DistillationMixin:

@@ -171,6 +171,7 @@ def terms(
     known: float | Tensor = 1.0
     if labels is not None and not soft_labels:
         # Masked rows are taken out before anything is computed, so that a NaN in them stays out.
+        labels = labels.long()
         valid = labels != ignore_index
         keep = valid.unsqueeze(-1)
         student = student.where(keep, torch.zeros_like(student))

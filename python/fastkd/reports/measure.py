@@ -196,8 +196,9 @@ def _rows(
             f"labels must be class ids of shape {tuple(logits.shape[:-1])}, as {name}'s logits "
             f"{tuple(logits.shape)} have rows; got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    labels = labels.long()  # what uint8 is compared with is wrapped to it
     where = labels != ignore_index
-    found = labels[where].long()
+    found = labels[where]
     if len(found) and not 0 <= int(found.min()) <= int(found.max()) < logits.shape[-1]:
         raise ValueError(
             f"labels must be in 0 to {logits.shape[-1] - 1}, the classes of {name}, or "

@@ -159,7 +159,7 @@ def _lengths(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Ten
         return whole
     valid = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        valid = labels != ignore_index
+        valid = checks.int64(labels) != ignore_index
     elif isinstance(inputs, dict) and isinstance(inputs.get("attention_mask"), Tensor):
         valid = inputs["attention_mask"] != 0
     if valid is None or valid.shape != logits.shape[:-1]:

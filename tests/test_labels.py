@@ -1,0 +1,141 @@
+"""Class indices mean the same in every integer dtype, wherever they are taken: torch wraps what it
+compares a narrow one with, so that among uint8 the label 156 is -100."""
+
+import pytest
+import torch
+from support import make
+from torch import nn
+
+import fastkd
+from fastkd import reports, teachers, teaching
+from fastkd.compat import distilbert, torchtune
+from fastkd.integrations.transformers import causal_labels
+
+CLASSES = 200
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32]
+LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # of which -100 is among the last
+OTHERS = [156, 3, 156, 5, 199, 7]
+
+
+def labels_in(dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(LABELS.get(dtype, OTHERS), dtype=dtype)
+
+
+def of_top(loss, student, teacher, labels, **options):
+    log_probs, indices = teacher[:, :CLASSES].log_softmax(-1).topk(7)
+    return loss(student, indices, log_probs, labels, **options)
+
+
+def of_heads(student, teacher, labels, **options):
+    eye = torch.eye(student.shape[-1])
+    return fastkd.linear_loss(student, eye, teacher, eye, labels, **options)
+
+
+def of_top_heads(student, indices, log_probs, labels):
+    lists = {"topk_indices": indices, "topk_log_probs": log_probs}
+    return fastkd.linear_loss(student, torch.eye(student.shape[-1]), labels=labels, **lists)
+
+
+def of_chunks(student, teacher, labels):
+    chunked = torchtune.ForwardKLWithChunkedOutputLoss(2)
+    parts = (x.unsqueeze(0).chunk(2, 1) for x in (student, teacher))
+    return chunked(*parts, labels.unsqueeze(0))
+
+
+def of_distilbert(student, teacher, labels):
+    logits = (x.unsqueeze(0) for x in (student, teacher))
+    return distilbert.step_loss(
+        *logits, torch.ones(1, 6), labels.unsqueeze(0), alpha_ce=0.5, alpha_mlm=0.0, alpha_clm=0.5
+    )
+
+
+def learned(student, teacher, labels):
+    return fastkd.loss(student, teacher, labels, temperature=torch.tensor(2.0, requires_grad=True))
+
+
+def mapped(student, teacher, labels):
+    return torch.func.vmap(fastkd.loss)(
+        *(x.unflatten(0, (2, 3)) for x in (student, teacher, labels))
+    )
+
+
+WEIGHT = torch.linspace(0.5, 1.5, CLASSES)
+WAYS = {
+    "loss": fastkd.loss,
+    "standardize": lambda *a: fastkd.loss(*a, standardize=True),
+    "class_weight": lambda *a: fastkd.loss(*a, class_weight=WEIGHT),
+    "smoothed": lambda *a: fastkd.loss(*a, class_weight=WEIGHT, label_smoothing=0.1),
+    "dkd": lambda *a: fastkd.loss(*a, divergence="dkd"),
+    "learned": learned,
+    "vmap": mapped,
+    "reference": fastkd.reference.loss,
+    "heads": of_heads,
+    "heads by classes": lambda *a: of_heads(*a, chunk_by="classes", chunk_size=64),
+    "heads, class_weight": lambda *a: of_heads(*a, class_weight=WEIGHT),
+    "topk": lambda *a: of_top(fastkd.topk_loss, *a),
+    "topk of heads": lambda *a: of_top(of_top_heads, *a),
+    "torchtune": of_chunks,
+    "distilbert": of_distilbert,
+    "causal": lambda s, t, y: fastkd.loss(s, t, causal_labels({"labels": y.unsqueeze(0)})[0]),
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_is_that_of_int64(way, dtype):
+    student, teacher, _ = make((6, CLASSES))
+    labels = labels_in(dtype)
+    got, want = (WAYS[way](student, teacher, y) for y in (labels, labels.long()))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["loss", "topk", "heads", "topk of heads", "dkd"])
+def test_one_out_of_range_is_refused(way):
+    student, teacher, _ = make((6, 100))
+    labels = torch.tensor([3, 5, 156, 2, 1, 0], dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=r"labels must be in \[0, 100\) or ignore_index=-100; row 2 has 156"
+    ):
+        WAYS[way](student, teacher, labels)
+
+
+def test_lists_of_narrow_indices():
+    student, teacher, _ = make((6, 300))
+    log_probs, indices = teacher[:, :CLASSES].log_softmax(-1).topk(7)
+    eye = {"student_weight": torch.eye(300), "topk_log_probs": log_probs}
+    got = fastkd.linear_loss(student, topk_indices=indices.to(torch.uint8), **eye)
+    assert torch.equal(got, fastkd.linear_loss(student, topk_indices=indices, **eye))
+
+
+def test_check_inputs_looks_at_rows_labelled_156():
+    student, teacher, _ = make((6, CLASSES))
+    student[2, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"student_logits must not hold NaN or \+inf; row 2"):
+        fastkd.check_inputs(student, teacher, labels_in(torch.uint8))
+
+
+def test_a_trainer_counts_rows_labelled_156():
+    student = nn.Linear(4, CLASSES)
+    _, teacher, _ = make((6, CLASSES))
+    for labels in (teaching.labels, lambda batch: batch[1]):
+        loss = teaching.StudentLoss(student, fastkd.KDLoss(), teaching.forward, labels)
+        batch = (torch.zeros(6, 4), labels_in(torch.uint8))
+        targets = loss.labels_of(batch)
+        assert loss.counted(targets)[0] == 6
+        assert loss.sums(student, batch, teacher).rows == 6
+        log_probs, indices = teacher.log_softmax(-1).topk(7)
+        assert loss.sums(student, batch, (indices, log_probs)).rows == 6
+
+
+def test_a_report_counts_rows_labelled_156():
+    logits, _, _ = make((6, CLASSES))
+    loader = [(logits, labels_in(torch.uint8))]
+    found = reports.measure.answers({"a": nn.Identity()}, loader, -100, -1, 1)[0]
+    assert found["a"].rows == 6
+
+
+def test_precompute_keeps_rows_labelled_156(tmp_path):
+    logits, labels = torch.randn(1, 6, CLASSES), labels_in(torch.uint8).flip(0)
+    loader = [(logits, labels.unsqueeze(0), torch.tensor([0]))]
+    cache = teachers.precompute(nn.Identity(), loader, tmp_path, progress=False)
+    assert cache._lengths.tolist() == [6]
