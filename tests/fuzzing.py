@@ -34,6 +34,20 @@ def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, fl
     return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
 
 
+NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
+
+
+def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
+    """The labels in a dtype of this name, if it is one; negative ones, if it has none, are what
+    ``ignore_index`` would be wrapped to."""
+    if dtype not in NARROW:
+        return labels
+    largest = torch.iinfo(NARROW[dtype]).max
+    if dtype == "uint8":
+        labels = labels.where(labels >= 0, min(ignore_index % 256, classes - 1))
+    return labels.clamp(max=largest).to(NARROW[dtype])
+
+
 def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Options of which each is left alone in most cases, so that they meet in few at a time."""
     return st.one_of(st.just(usual), st.just(usual), others)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fuzzing import (
     LAYOUTS,
+    NARROW,
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
@@ -21,6 +22,7 @@ from fuzzing import (
     lacks_inverse,
     laid_out,
     largest_of,
+    narrowed,
     odd_numbers,
     program,
     rarely,
@@ -82,7 +84,7 @@ CASES = st.builds(
     seed=st.integers(0, 2**31),
     odd=odd_numbers(2),
     layout=st.sampled_from([*LAYOUTS, "same"]),
-    labels=st.sampled_from(["indices", "none", "probabilities", "int32"]),
+    labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     divergence=st.sampled_from(["forward_kl", *fastkd.divergences()]),
     temperature=TEMPERATURES,
@@ -164,7 +166,7 @@ def labels_of(
     labels = torch.randint(case.classes, case.leading, generator=generator)
     gone = torch.rand(case.leading, generator=generator) < case.ignored
     labels = labels.masked_fill(gone, case.ignore_index).to(device)
-    return labels.int() if case.labels == "int32" else labels
+    return narrowed(labels, case.labels, case.classes, case.ignore_index)
 
 
 def is_fused(case: Case, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fuzzing import (
     LAYOUTS,
+    NARROW,
     SMOOTHING,
     TEMPERATURES,
     WEIGHTS,
@@ -14,6 +15,7 @@ from fuzzing import (
     lacks_inverse,
     laid_out,
     largest_of,
+    narrowed,
     odd_numbers,
     program,
     rarely,
@@ -74,7 +76,7 @@ CASES = st.builds(
     seed=st.integers(0, 2**31),
     odd=rarely((), odd_numbers(2)),
     layout=st.sampled_from(LAYOUTS),
-    labels=st.sampled_from(["indices", "none", "probabilities", "int32"]),
+    labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     biases=st.tuples(st.booleans(), st.booleans()),
     masked=rarely(False, st.booleans()),
@@ -146,7 +148,7 @@ def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> T
     labels = torch.randint(case.classes, case.leading, generator=generator)
     gone = torch.rand(case.leading, generator=generator) < case.ignored
     labels = labels.masked_fill(gone, -100).to(device)
-    return labels.int() if case.labels == "int32" else labels
+    return narrowed(labels, case.labels, case.classes)
 
 
 class Exact(NamedTuple):
