@@ -332,9 +332,34 @@ def test_inplace_refuses_what_it_cannot_do(device):
     with pytest.raises(ValueError, match=r"inplace=True.*different memory"):
         hidden = leaf * 1
         fastkd.loss(hidden, hidden.detach(), labels, inplace=True)
-    with pytest.raises(RuntimeError, match="inplace"):  # neither classes nor rows are adjacent
+    # Neither classes nor rows are adjacent.
+    with pytest.raises(ValueError, match=r"student_logits.*row by row.*got strides \(20, 2\)"):
         fastkd.loss((leaf * 1)[:, ::2], teacher[:, ::2], inplace=True)
     assert torch.equal(leaf, student)
+
+
+@pytest.mark.parametrize(
+    "overlapping",
+    [
+        lambda x: x.unfold(0, 7, 3),
+        lambda x: x[:7].expand(8, 7),
+        lambda x: x.as_strided((3, 7), (3, 2)),
+    ],
+    ids=["windows", "one row", "between one another"],
+)
+def test_inplace_refuses_rows_that_share_memory(device, overlapping):
+    leaf = torch.randn(28, device=device, requires_grad=True)
+    logits = overlapping(leaf * 1)
+    teacher = torch.randn(logits.shape, device=device)
+    before = logits.clone()
+    with pytest.raises(
+        ValueError, match=r"inplace=True.*student_logits.*share memory; got strides"
+    ):
+        fastkd.loss(logits, teacher, inplace=True)
+    assert torch.equal(logits, before)
+    fastkd.loss(logits, teacher).backward()
+    (want,) = torch.autograd.grad(fastkd.loss(overlapping(leaf * 1).contiguous(), teacher), leaf)
+    torch.testing.assert_close(leaf.grad, want)
 
 
 def test_inplace_without_a_gradient_changes_nothing(device):

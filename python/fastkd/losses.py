@@ -378,9 +378,15 @@ def _explain(
     ignore_index: int,
     temperature: float | Tensor,
 ) -> None:
-    """Raises what a failure of the kernels is due to: what only the data tells, or no memory."""
+    """Raises what a failure of the kernels is due to: what only the data tells, where these lie, or
+    no memory."""
     if torch.compiler.is_compiling():
         return
+    if "inplace needs" in str(error):
+        raise ValueError(
+            "inplace=True needs student_logits that are laid out row by row, or class by class; "
+            f"got strides {student.stride()} of shape {tuple(student.shape)}, the classes last"
+        )
     if "API call failed" in str(error):
         # On its way through torch's stable ABI an error loses its type and its words: what asks for
         # as much memory once more raises torch's own, which others catch (and halve their batches).
@@ -408,6 +414,22 @@ def _check_inplace(
         )
     if torch.compiler.is_compiling():
         return  # it has no effect
+    if _overlaps(student):
+        raise ValueError(
+            "inplace=True writes the gradient over student_logits, whose rows must not share "
+            f"memory; got strides {student.stride()} of shape {tuple(student.shape)} "
+            "(.contiguous() them)"
+        )
     memory = student.untyped_storage().data_ptr()
     if memory and any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
         raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether entries may share memory: a stride steps into what the smaller ones reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
