@@ -516,18 +516,59 @@ def test_inference_mode_and_no_grad(device):
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
 
-def test_teacher_from_inference_mode(device):
-    """torch refuses to save an inference tensor for backward; its sentence says what to do."""
-    student, teacher, labels = make((6, 20), device=device)
+OPTIONS = {
+    "usual": {},
+    "each row": {"reduction": "none"},
+    "inplace": {"inplace": True},
+    "numbers": {"class_weight": torch.ones(20), "normalizer": torch.tensor(3.0)},
+    "rows": {"temperature": torch.ones(6), "hard_weight": torch.ones(6)},
+    "rows, by the reference": {"temperature": torch.ones(6), "standardize": True},
+    "several teachers": {"teacher_weights": [2.0, 1.0]},
+}
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("labels", ["indices", "probabilities"])
+def test_what_inference_mode_has_made(device, options, labels):
+    """A teacher often is; torch refuses to save it for backward, so it is copied."""
+    student, teacher, indices = make((6, 20), device=device)
+    given = indices if labels == "indices" else teacher.softmax(-1)
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if labels == "probabilities":
+        options.pop("inplace", None)  # they have no kernel
     with torch.inference_mode():
-        frozen = teacher.clone()
-    leaf = student.clone().requires_grad_()
-    try:
-        fastkd.loss(leaf, frozen, labels).backward()
-    except RuntimeError as error:
-        assert "clone" in str(error)
-    else:
-        assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
+        frozen, frozen_labels = teacher.clone(), given.clone()
+        made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    several = "teacher_weights" in options
+    grads = []
+    for t, y, o in ((teacher, given, options), (frozen, frozen_labels, made)):
+        leaf = student.clone().requires_grad_()
+        fastkd.loss(leaf * 1, [t, -t] if several else t, y, **o).sum().backward()
+        grads.append(leaf.grad)
+    assert frozen.is_inference() and torch.equal(*grads)
+
+
+def test_heads_and_lists_that_inference_mode_has_made(device):
+    student, teacher, labels = make((6, 20), device=device)
+    eye = torch.eye(20, device=device)
+    log_probs, indices = teacher.log_softmax(-1).topk(5)
+    with torch.inference_mode():
+        made = [x.clone() for x in (eye, teacher, eye, labels, indices, log_probs)]
+    for call in (
+        lambda x, w, t, v, y, *_: fastkd.linear_loss(x, w, t, v, y),
+        lambda x, w, t, v, y, *_: fastkd.linear_loss(x, w, labels=y, teacher_logits=t),
+        lambda x, w, t, v, y, i, p: fastkd.linear_loss(
+            x, w, labels=y, topk_indices=i, topk_log_probs=p
+        ),
+        lambda x, w, t, v, y, i, p: fastkd.topk_loss(x, i, p, y, normalizer=w[0, :1]),
+    ):
+        grads = []
+        for tensors in ((eye, teacher, eye, labels, indices, log_probs), made):
+            leaf = student.clone().requires_grad_()
+            call(leaf, *tensors).backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -155,6 +155,13 @@ def int64(labels: Tensor) -> Tensor:
     return labels.long() if labels.dtype in INTEGERS else labels
 
 
+def savable(value: Tensor) -> Tensor:
+    """What autograd can save: a copy of a tensor that was made under ``torch.inference_mode()``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return value
+    return value.clone() if value.is_inference() else value
+
+
 def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:
     """What some options need of the classes and of the labels."""
     if divergence == "dkd" and soft_labels:
@@ -271,7 +278,7 @@ def normalizer(value: Tensor) -> Tensor:
         )
     if may_look(value) and not value.item() > 0:
         raise ValueError(f"normalizer must be positive; got {value.item()}")
-    return value.detach().reshape(())
+    return savable(value.detach().reshape(()))
 
 
 def may_look(value: Tensor) -> bool:

@@ -257,10 +257,10 @@ def _linear_loss(
     inputs, core = head_arguments.resolve(
         options,
         Inputs(
-            student_hidden,
-            student_weight,
-            student_bias,
-            *(None if value is None else value.detach() for value in given),
+            checks.savable(student_hidden),
+            checks.savable(student_weight),
+            None if student_bias is None else checks.savable(student_bias),
+            *(None if value is None else checks.savable(value.detach()) for value in given),
             labels,
             *(None,) * 7,  # type: ignore[call-arg]
         ),

@@ -73,8 +73,10 @@ def _compute(
                 reference.DIVERGENCES[divergence].mix,
             )  # fmt: skip
         except RuntimeError as error:
-            _explain(error, student_logits, labels, ignore_index, temperature)
-            raise
+            if "Inference tensors" not in str(error):
+                _explain(error, student_logits, labels, ignore_index, temperature)
+                raise
+            out = None  # which are copied below
         if out is not None:
             return out  # type: ignore[no-any-return]
     options = dict(
@@ -353,12 +355,14 @@ def prepare(
             "teacher_logits requires grad, but the loss gives the teacher none: compute it under "
             'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
         )
-    teachers = tuple(rows_last(teacher.detach(), dim, classes) for teacher in teachers)
+    teachers = tuple(
+        rows_last(checks.savable(teacher.detach()), dim, classes) for teacher in teachers
+    )
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == student.dim():
         labels = rows_last(labels, dim, None)
     student = rows_last(student, dim, classes)
     soft_labels = labels is not None and checks.targets(labels, student)
-    labels = None if labels is None else checks.int64(labels)
+    labels = None if labels is None else checks.savable(checks.int64(labels))
     checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
     objective = fit(objective, student, shapes.accumulator(student, *teachers))
     return Call(student, teachers, labels, objective)

@@ -146,14 +146,14 @@ def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
             checks.rows(value, name, student)
         if name != "temperature":  # whose data the kernels look at
             checks.row_data(name, value, positive)
-        return value.to(dtype)
+        return checks.savable(value.to(dtype))
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
     if isinstance(normalizer, Tensor):
         normalizer = checks.normalizer(normalizer).to(device=student.device, dtype=dtype)
     if class_weight is not None:
         checks.classes(class_weight, "class_weight", student)
-        class_weight = class_weight.detach().to(dtype)
+        class_weight = checks.savable(class_weight.detach().to(dtype))
     temperature = rows("temperature", objective.temperature, True)
     same = objective.teacher_temperature is objective.temperature
     return objective._replace(

@@ -256,7 +256,7 @@ def _run(
     if labels is not None:
         if checks.targets(labels, student):
             raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
-        labels = checks.int64(labels)
+        labels = checks.savable(checks.int64(labels))
     hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
     if isinstance(hard, Tensor) or isinstance(soft, Tensor):
         name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
@@ -285,7 +285,8 @@ def _run(
         reduction_index,
         normalizer,
     )
-    out = _apply(student, indices.long(), log_probs.to(acc), labels, denominator, settings)
+    lists = checks.savable(indices.long()), checks.savable(log_probs.to(acc))
+    out = _apply(student, *lists, labels, denominator, settings)
     if reduction == "none" and student.dim() != 2:
         out = out.reshape(student.shape[:-1])
     return out
