@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import FP32, make
+from torch import nn
 
 import fastkd
 from fastkd import losses, shapes
@@ -118,6 +119,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "class_weight of rows": ({"class_weight": torch.ones(3)}, ValueError, "class_weight must have one entry for each class, shape (5,); got (3,)"),
     "class_weight integers": ({"class_weight": torch.ones(5, dtype=torch.int64)}, TypeError, "class_weight must be a floating-point tensor; got torch.int64"),
     "class_weight apart": ({"class_weight": torch.ones(5, device="meta")}, ValueError, "class_weight must be on the logits' device, cpu; got meta"),
+    "class_weight that requires grad": ({"class_weight": torch.ones(5, requires_grad=True)}, ValueError, "class_weight gets no gradient; got a tensor that requires grad (.detach() it)"),
+    "normalizer that requires grad": ({"normalizer": torch.tensor(3.0, requires_grad=True)}, ValueError, "normalizer gets no gradient; got a tensor that requires grad (.detach() it)"),
     "class_weight without labels": ({"class_weight": torch.ones(5), "labels": None}, ValueError, "class_weight weighs the hard term, which needs labels; got labels=None"),
     # weights of rows, temperatures
     "hard_weight of classes": ({"hard_weight": torch.ones(5)}, ValueError, "hard_weight must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (5,)"),
@@ -222,6 +225,8 @@ def test_unknown_option():
         {"label_smoothing": 3.0},
         {"alpha": 0.5, "soft_weight": 1.0},
         {"hard_weight": -1.0},
+        {"class_weight": nn.Parameter(torch.ones(5))},
+        {"normalizer": nn.Parameter(torch.tensor(3.0))},
     ],
     ids=str,
 )

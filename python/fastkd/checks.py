@@ -248,6 +248,13 @@ def class_weight(value: object) -> None:
         raise TypeError(f"class_weight must be a tensor or None; got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"class_weight must be a floating-point tensor; got {value.dtype}")
+    constant("class_weight", value)
+
+
+def constant(name: str, value: Tensor) -> None:
+    """A tensor that does not learn."""
+    if value.requires_grad:
+        raise ValueError(f"{name} gets no gradient; got a tensor that requires grad (.detach() it)")
 
 
 def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:

@@ -71,7 +71,9 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
         raise ValueError(
             f'normalizer goes with reduction="mean"; got reduction={options["reduction"]!r}'
         )
-    if normalizer is not None and not isinstance(normalizer, Tensor):
+    if isinstance(normalizer, Tensor):
+        checks.constant("normalizer", normalizer)
+    elif normalizer is not None:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
     ignore_index = options["ignore_index"]
     if not isinstance(ignore_index, int):

@@ -269,6 +269,7 @@ def _run(
     elif reduction != "mean":
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
     elif isinstance(normalizer, Tensor):
+        checks.constant("normalizer", normalizer)
         denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
         normalizer = 0.0
     else:
