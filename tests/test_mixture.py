@@ -11,7 +11,7 @@ from support import BF16, DTYPES, FP32, FP64, peak_bytes
 from torch import Tensor
 
 import fastkd
-from fastkd import losses, mixture, objective, shapes
+from fastkd import losses, mixture, objective, ops, shapes
 
 INF = math.inf
 # Of log p, beside its own size; of p, absolute.
@@ -309,6 +309,16 @@ def test_again_and_differentiated_twice():
     torch.autograd.grad(value, student, retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         torch.autograd.grad(value, student)
+
+
+def test_parts_of_rows_have_no_mixture():
+    logits = torch.zeros(3, 4)
+    options = {**losses.DEFAULTS, "reduction": "none", "teacher_form": "probs"}
+    of_probs = objective.resolve(options, has_labels=False, teachers=1)
+    with pytest.raises(AssertionError):
+        ops.statistics(logits, logits, None, of_probs)
+    with pytest.raises(AssertionError):
+        ops.gradient_(logits, logits, None, of_probs, torch.zeros(3 * shapes.STATS + 1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing

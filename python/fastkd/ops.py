@@ -247,7 +247,7 @@ def statistics(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
-    assert objective.reduction == "none"
+    assert objective.reduction == "none" and mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, True)
     options = (call.labels, call.row_settings, call.denominator)
     terms, _, stats = _loss(student, teacher, *options, *call.settings, True)
@@ -258,6 +258,7 @@ def gradient_(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
 ) -> None:
     """Writes the gradient of rows with these statistics over the student's logits."""
+    assert mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, False)
     options = (call.labels, call.row_settings, *call.settings[:8], False)
     _loss_backward_(student, stats.new_ones(()), stats, student, teacher, *options)
