@@ -1,8 +1,8 @@
 """Checks of arguments: every message names the argument, what was given, and what is accepted.
 
-The functions that :func:`fastkd.loss` calls are cheap: they look at shapes, dtypes and numbers,
-never at a tensor's data. :func:`check_inputs` and :func:`check_logits` do look at data, for those
-who ask.
+The functions that :func:`fastkd.loss` calls are cheap: they look at shapes, dtypes and numbers, and
+where nothing is waited for (:func:`may_look`) at the numbers of rows, never at logits.
+:func:`check_inputs` and :func:`check_logits` do, for those who ask.
 """
 
 from __future__ import annotations

@@ -396,7 +396,7 @@ class _TopkLoss(torch.autograd.Function):
             return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
         grad, ctx.grad = ctx.grad, None
         if grad is None or not filled or compiling:
-            # As in ops: fp16 may have underflowed, and the buffer is given away once.
+            # As in derivatives: fp16 may have underflowed, and the buffer is given away once.
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
             filled = False
         _topk_loss_backward_(grad, grad_output.contiguous(), student, *others, *settings, filled)
