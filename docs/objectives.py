@@ -45,7 +45,7 @@ what a set of options means.
 | `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
 | `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
 | `classes` | `None` | the first so many of both: padded vocabularies |
-| `dim` | -1 | 1 for logits `(N, C, d1, ...)`; where they lie on CPUs, moved and copied on CUDA |
+| `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
 | `inplace` | `False` | write the gradient over the student's logits, to save their memory |
 | `teacher_grad` | `"error"` | `"ignore"`: accept a teacher that requires grad |
 
