@@ -33,7 +33,7 @@ enum class Divergence : int32_t {
   kCosine,
 };
 // The first so many have CUDA kernels.
-constexpr int kCudaDivergences = static_cast<int>(Divergence::kDecoupled);
+constexpr int kCudaDivergences = static_cast<int>(Divergence::kCosine);
 constexpr bool has_cuda_kernels(Divergence id) { return static_cast<int>(id) < kCudaDivergences; }
 
 // How the gradient follows from the slopes.

@@ -31,6 +31,10 @@ __device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
   return m <= limit && m >= -limit ? fma_of(z, factor, -mul_of(m, factor)) : mul_of(z - m, factor);
 }
 
+__device__ __forceinline__ int64_t label_of(const Inputs& in, int64_t row) {
+  return in.labels == nullptr ? -1 : in.labels[row];
+}
+
 template <class A>
 __device__ __forceinline__ A setting_of(const Inputs& in, RowSetting which, int64_t row,
                                         double otherwise) {
@@ -239,5 +243,14 @@ struct RowStats {
     teacher_scale = stats[kTeacherScale * rows + row];
   }
 };
+
+// log sum exp(z) - max z.
+template <class A, class Temper>
+__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temper& t) {
+  const A error =
+      t.power > 0 ? reference_error(stats.student_max, t.slope, t.limit) * static_cast<A>(t.power)
+                  : reference_error(stats.student_max, static_cast<A>(kLog2E), t.limit);
+  return -static_cast<A>(kLn2) * (log2_of(stats.hard_scale) + error);
+}
 
 }  // namespace fastkd::cuda

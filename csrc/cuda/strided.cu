@@ -92,15 +92,17 @@ __global__ void __launch_bounds__(kStridedThreads, (kResident<E, kExtra>))
     const StridedRow<E> row(args, place, index, label, kind, inside);
     const A label_logit = row.label_logit();  // before the gradient may overwrite it
     const typename W::Temper t(args, index);
+    const LeftOut<W::kGeneral> left_out(args, label);
     Statistics<A> statistics;
-    with_power_in<E::kHot && !kExtra>(
-        t.power, [&](auto power) { row.template scan<decltype(power)::value>(t, statistics); });
+    with_power_in<E::kHot && !kExtra>(t.power, [&](auto power) {
+      row.template scan<decltype(power)::value>(t, left_out, statistics);
+    });
     if (parts > 1) merge(exchange, place, t, statistics);
-    const RowStats<A> stats(statistics);
+    const typename W::Stats stats = W::stats_of(args, index, statistics);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     if constexpr (W::kGeneral) {
-      row.sum(writer, wants_extra(args), sums);
+      row.sum(writer, left_out, wants_extra(args), sums);
       if (parts > 1) merge(exchange, place, sums);
       writer.balance(sums.slope, sums.classes);
     }
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kStridedThreads, (kResident<E, kExtra>))
       if (parts > 1) merge(exchange, place, sums);
     if (place.part != 0 || !inside) continue;
     if (row.real) {
-      close_row<typename W::Temper>(args, index, stats, sums, label_logit);
+      close_row(args, index, writer, stats, sums, label_logit);
     } else {
       close_row_as(args, index, row.otherwise);
     }

@@ -43,25 +43,32 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
                                     offset_of(row, args.group_rows, args.student_stride) + label);
   }
   const typename W::Temper t(args, real ? row : 0);
+  const LeftOut<W::kGeneral> left_out(args, label);
+  Slice counted = slice;
+#pragma unroll
+  for (int i = 0; i < kTinyPerLane; i++)
+    if (left_out.is(lane + i * kLanes)) counted.z[i] = counted.w[i] = -INFINITY;
   // A class a lane or four: the maxima of all come first.
   Statistics<float> statistics;
-  float student_top = slice.z[0], teacher_top = slice.w[0];
+  float student_top = counted.z[0], teacher_top = counted.w[0];
 #pragma unroll
   for (int i = 1; i < kTinyPerLane; i++) {
-    student_top = max_of(student_top, slice.z[i]);
-    teacher_top = max_of(teacher_top, slice.w[i]);
+    student_top = max_of(student_top, counted.z[i]);
+    teacher_top = max_of(teacher_top, counted.w[i]);
   }
   statistics.raise(lanes_max<kLanes>(student_top), lanes_max<kLanes>(teacher_top), t);
 #pragma unroll
-  for (int i = 0; i < kTinyPerLane; i++) statistics.add_any<kAtRunTime>(slice.z[i], slice.w[i], t);
+  for (int i = 0; i < kTinyPerLane; i++)
+    statistics.add_any<kAtRunTime>(counted.z[i], counted.w[i], t);
   statistics.sum_lanes<kLanes>();
-  const RowStats<float> stats(statistics);
+  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics);
   W writer(call, real ? row : 0, t, stats, scale);
   typename W::Sums sums;
   if constexpr (W::kGeneral) {
 #pragma unroll
     for (int i = 0; i < kTinyPerLane; i++)
-      if (real && lane + i * kLanes < args.classes) writer.sum(slice.z[i], slice.w[i], true, sums);
+      if (real && lane + i * kLanes < args.classes && !left_out.is(lane + i * kLanes))
+        writer.sum(slice.z[i], slice.w[i], true, sums);
     sums.template merge_lanes<kLanes, true>();
     writer.balance(sums.slope, sums.classes);
   }
@@ -73,7 +80,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
     float g = fill_value(kind);
     if (real) {
       g = writer.template write<kAtRunTime, true>(slice.z[i], slice.w[i], sums);
-      if (k == label) g -= writer.label;
+      if (k == label) g = writer.at_label(g);
     }
     if (args.grad != nullptr)
       store_any(args.grad, args.student_dtype,
@@ -82,7 +89,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   if constexpr (!W::kGeneral) sums.template merge_lanes<kLanes, true>();
   if (lane != 0 || row < 0) return;
   if (real) {
-    close_row<typename W::Temper>(args, row, stats, sums, label_logit);
+    close_row(args, row, writer, stats, sums, label_logit);
   } else {
     close_row_as(args, row, fill_value(kind));
   }

@@ -32,6 +32,8 @@ struct Case {
   double noise = 1;                           // of the student about the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
   bool underflows = false;  // a class that the student masks, of no teacher probability
+  double above = 0;         // added to the label's two logits
+  bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
   double teacher_temperature = 0;  // 0: the student's
@@ -46,9 +48,9 @@ struct Reference {
 
 // The soft term of everything but the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
-                 double t, double soft_weight, Reference& r) {
+                 int64_t label, double t, double soft_weight, Reference& r) {
   const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
-  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own);
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own, label);
   r.terms[kSoft] = static_cast<double>(exact.value);
   r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
   double top = -kInfinity, sum = 0, entropy = 0;
@@ -76,6 +78,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]);
     poisoned |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInfinity || w[i] == kInfinity;
   }
+  poisoned |= c.divergence == Divergence::kDecoupled && label < 0;
   if (poisoned || ms == -kInfinity || mt == -kInfinity) {
     r.loss = NAN;
     for (double& g : r.grad) g = NAN;
@@ -112,7 +115,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
   r.loss =
       (hard_weight == 0 ? 0 : hard_weight * hard) + (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
-  if (general) general_row(c, z, w, t, soft_weight, r);
+  if (general) general_row(c, z, w, label, t, soft_weight, r);
   return r;
 }
 
@@ -229,6 +232,14 @@ void Runner::run() {
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
+    for (int64_t i = 0; i < c.classes && (c.above != 0 || c.alone); i++) {
+      const int64_t z = at(r, i, student_stride), w = at(r, i, teacher_stride);
+      const auto add = [&](Buffer& b, DType dtype, int64_t k, bool masks) {
+        const double x = load(b.host.data(), dtype, k) + (i == label ? c.above : 0);
+        store(b.host.data(), dtype, k, masks && c.alone && i != label ? -kInfinity : x);
+      };
+      add(student, c.student, z, r % 3 != 1), add(teacher, c.teacher, w, r % 3 != 0);
+    }
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
     const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
     const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
@@ -503,6 +514,9 @@ void forced(bool brief) {
       }
     }
 }
+constexpr Divergence kFiniteIfMasked[] = {
+    Divergence::kForwardKL,       Divergence::kDecoupled,       Divergence::kJensenShannon,
+    Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL, Divergence::kTotalVariation};
 void divergences(bool brief) {
   for (int id = 0; id < kCudaDivergences; id++)
     for (const int64_t classes : {7, 100, 1003, 20001}) {
@@ -522,6 +536,44 @@ void divergences(bool brief) {
       d = c, d.student = d.teacher = DType::kFloat16, test(d, (name + ", fp16").c_str());
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
+    }
+  // Of classes that one side masks some divergences are infinite: those that are not.
+  for (const Divergence id : kFiniteIfMasked)
+    for (const int64_t classes : {100, 1003}) {
+      Case c;
+      c.divergence = id, c.classes = classes, c.rows = 5;
+      c.infinities = c.terms = true, c.teacher_temperature = 3;
+      test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", masked").c_str());
+    }
+}
+// What the label's part of a decoupled divergence may meet.
+void decoupled(bool brief) {
+  for (const bool pixels : {false, true})
+    for (const int64_t classes : {2, 3, 100, 1003, 5003}) {
+      if (brief && classes > 1003) continue;
+      Case c;
+      c.divergence = Divergence::kDecoupled, c.classes = classes, c.rows = 9;
+      c.mix = 8, c.soft_weight = 0.05;  // what gradients round at is the product's size
+      c.student_pixels = c.teacher_pixels = pixels, c.student = c.teacher = DType::kFloat32;
+      c.terms = true, c.ignored = c.bad_label = false;
+      test(c, "dkd of fp32");
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+        c.student = c.teacher = dtype;
+        for (const double above : {-60.0, -8.0, 8.0, 60.0, -kInfinity}) {
+          Case d = c;
+          d.above = above, test(d, "dkd, far label");
+          d.teacher_temperature = 1.5, d.smoothing = 0.1, test(d, "dkd, far label, smoothing");
+          d.row_settings = true, test(d, "dkd, far label, settings of rows");
+        }
+        Case d = c;
+        d.alone = true, test(d, "dkd, label alone");
+        d.teacher_temperature = 3, test(d, "dkd, label alone, own temperature");
+        d.student_base = 200, test(d, "dkd, label alone, apart");
+        d = c, d.labels = false, test(d, "dkd without labels");
+        d = c, d.bad_label = true, d.ignored = true, test(d, "dkd, bad label");
+        d = c, d.hard_weight = 0, d.noise = 1e-2, test(d, "dkd, near");
+        d = c, d.hard_weight = 1, d.soft_weight = 0, test(d, "dkd, hard only");
+      }
     }
 }
 // Options as they meet by chance, half of them in a ring.
@@ -549,12 +601,9 @@ void random_cases(int64_t count, uint64_t seed) {
     if (c.labels && one_in(4)) c.smoothing = c.infinities ? 0 : 0.1;
     c.reduction = static_cast<Reduction>(below(3));
     if (one_in(2)) {
-      // Of classes that one side masks some divergences are infinite: those that are not.
-      const Divergence finite[] = {Divergence::kForwardKL, Divergence::kJensenShannon,
-                                   Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL,
-                                   Divergence::kTotalVariation};
-      c.divergence = c.infinities ? finite[below(5)] : static_cast<Divergence>(below(10));
-      if (one_in(3) && !c.infinities) c.teacher_temperature = temperatures[below(6)];
+      c.divergence = c.infinities ? kFiniteIfMasked[below(std::size(kFiniteIfMasked))]
+                                  : static_cast<Divergence>(below(kCudaDivergences));
+      if (one_in(3)) c.teacher_temperature = temperatures[below(6)];
     }
     if (one_in(3))
       c.student_pixels = !one_in(4), c.teacher_pixels = !c.student_pixels || !one_in(4);
@@ -643,7 +692,7 @@ void pixels(bool brief) {
       d = c, d.underflows = true, test(d, "pixels, masked, and of no teacher probability");
       d = c, d.temperature = 1.5, d.student_base = 1e4, test(d, "pixels, apart");
       d = c, d.infinities = true, d.smoothing = 0, test(d, "pixels, infinities");
-      for (int id = 1; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++) {
+      for (int id = 1; id < kCudaDivergences; id++) {
         // In more rows some p and q are nearer than fp32 can tell, where total variation has a
         // bend.
         d = c, d.divergence = static_cast<Divergence>(id), d.rows = 40, d.group_rows = 13;
@@ -689,7 +738,7 @@ int main(int argc, char** argv) {
   } else {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
-    forced(brief), divergences(brief), pixels(brief);
+    forced(brief), divergences(brief), decoupled(brief), pixels(brief);
   }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);
