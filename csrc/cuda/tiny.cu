@@ -44,22 +44,21 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   }
   const typename W::Temper t(args, real ? row : 0);
   const LeftOut<W::kGeneral> left_out(args, label);
-  Slice counted = slice;
-#pragma unroll
-  for (int i = 0; i < kTinyPerLane; i++)
-    if (left_out.is(lane + i * kLanes)) counted.z[i] = counted.w[i] = -INFINITY;
+  const auto counted = [&](const float (&x)[kTinyPerLane], int i) {
+    return left_out.is(lane + i * kLanes) ? -INFINITY : x[i];
+  };
   // A class a lane or four: the maxima of all come first.
   Statistics<float> statistics;
-  float student_top = counted.z[0], teacher_top = counted.w[0];
+  float student_top = counted(slice.z, 0), teacher_top = counted(slice.w, 0);
 #pragma unroll
   for (int i = 1; i < kTinyPerLane; i++) {
-    student_top = max_of(student_top, counted.z[i]);
-    teacher_top = max_of(teacher_top, counted.w[i]);
+    student_top = max_of(student_top, counted(slice.z, i));
+    teacher_top = max_of(teacher_top, counted(slice.w, i));
   }
   statistics.raise(lanes_max<kLanes>(student_top), lanes_max<kLanes>(teacher_top), t);
 #pragma unroll
   for (int i = 0; i < kTinyPerLane; i++)
-    statistics.add_any<kAtRunTime>(counted.z[i], counted.w[i], t);
+    statistics.add_any<kAtRunTime>(counted(slice.z, i), counted(slice.w, i), t);
   statistics.sum_lanes<kLanes>();
   const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics);
   W writer(call, real ? row : 0, t, stats, scale);
