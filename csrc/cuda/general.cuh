@@ -29,6 +29,9 @@ struct GeneralSums : Sums<A> {
   }
 };
 
+__device__ __forceinline__ bool is_unit(const Inputs& in) {
+  return in.divergence == Divergence::kCosine;
+}
 // The class that a row's sums leave out: its label (kDecoupled), or none, as always without kAny.
 template <bool kAny>
 struct LeftOut {
@@ -89,14 +92,41 @@ struct LabelLogits {
 
 template <class A>
 struct GeneralStats : RowStats<A> {
+  A student_inverse, teacher_inverse;  // 1 / |z| and 1 / |w| (kCosine), or the scales
+  A nothing = 0;                       // what a row of zeros adds to the cosine
+
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
-                                          const Statistics<A>& statistics)
+                                          const Statistics<A>& statistics, const Squares& squares)
       : RowStats<A>(statistics) {
     if (in.divergence == Divergence::kDecoupled) leave_out_label(in, row, statistics);
+    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
+    if (is_unit(in)) set_inverses(in, row, squares);
+  }
+
+  // As RowStats do it, the inverses in the scales' place.
+  __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
+                                        A classes) const {
+    RowStats<A> stored = *this;
+    stored.student_scale = student_inverse, stored.teacher_scale = teacher_inverse;
+    stored.store(stats, rows, row, slope, classes);
+  }
+  __device__ __forceinline__ void load(const A* stats, int64_t rows, int64_t row) {
+    RowStats<A>::load(stats, rows, row);
+    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
   }
 
  private:
+  __device__ __forceinline__ void set_inverses(const Inputs& in, int64_t row,
+                                               const Squares& squares) {
+    const A t = setting_of<A>(in, kTemperature, row, in.temperature);
+    const Inverses<A> inverses = inverses_of<A>(squares.student, squares.teacher, t);
+    student_inverse = inverses.student, teacher_inverse = inverses.teacher;
+    nothing = static_cast<A>(inverses.nothing);
+    const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
+    if (this->valid() && exists(student_inverse) && exists(teacher_inverse)) return;
+    this->student_scale = student_inverse = static_cast<A>(__int_as_float(0x7fc00000));
+  }
   // Sums without the label may be of no class. Then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
@@ -132,6 +162,8 @@ __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
       return fn(SquaredError{});
     case Divergence::kCenteredSquaredError:
       return fn(CenteredSquaredError{});
+    case Divergence::kCosine:
+      return fn(Cosine{});
     default:
       return fn(SymmetricKL{});
   }
@@ -149,6 +181,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   A student_base, teacher_base;             // taken off the logits first
   A student_share = 0, constant_share = 0;  // of q, and of 1, which balance the slopes
   A rest_gain = 0;                          // of q, where the label is left out (kDecoupled)
+  A student_inverse, teacher_inverse;       // as in GeneralStats
 
   template <class Call>
   __device__ __forceinline__ GeneralWriter(const Call& call, int64_t index,
@@ -158,17 +191,21 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
         divergence(call.args.divergence),
         constants(constants_in<A>(call.constants)),
         student_base(this->apart ? row.student_max : A(0)),
-        teacher_base(this->apart ? row.teacher_max : A(0)) {
+        teacher_base(this->apart ? row.teacher_max : A(0)),
+        student_inverse(row.student_inverse),
+        teacher_inverse(row.teacher_inverse) {
     if (divergence == Divergence::kReverseKL) constants.mix = A(0), constants.rest = A(1);
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
     if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
     if (this->apart) this->student_bias = this->teacher_bias = this->hard_bias = A(0);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
+    if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_inverse);
   }
 
   static __device__ __forceinline__ Stats stats_of(const Inputs& in, int64_t row,
-                                                   const Statistics<A>& statistics) {
-    return Stats(in, row, statistics);
+                                                   const Statistics<A>& statistics,
+                                                   const Squares& squares) {
+    return Stats(in, row, statistics, squares);
   }
 
   __device__ __forceinline__ A difference(A zs, A ws) const {
@@ -193,24 +230,39 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     return e;
   }
 
+  // The cosine's p and q are the elements of two unit vectors.
+  template <class D>
+  __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
+    if constexpr (D::kBalance == Balance::kUnit)
+      return D::at(Element<A>{mul_of(w, teacher_inverse), mul_of(z, student_inverse), 0, 0, 0},
+                   constants);
+    return D::at(e, constants);
+  }
+
   // Value and slope of one class. The extras ride along.
   template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums& sums) const {
     A unused;
     const Element<A> e = element<D>(z, w, unused);
-    const Evaluated<A> here = D::at(e, constants);
-    // Classes that both mask take no part in a mean.
-    const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
+    const Evaluated<A> here = evaluated<D>(e, z, w);
+    // Classes that both mask take no part in a mean, and none in a length.
+    const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+    const A summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
-    sums.slope += counts ? here.slope : A(0);
+    sums.slope += counts ? summed : A(0);
     if (is_mean(D::kBalance)) sums.classes += counts ? A(1) : A(0);
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
   // Once all slopes are summed: from here on the gradient can be written.
+  __device__ __forceinline__ void balance(const Stats& row, Sums& sums) {
+    sums.value += row.nothing;
+    if (divergence == Divergence::kCosine) sums.slope += row.nothing;
+    balance(sums.slope, sums.classes);
+  }
   __device__ __forceinline__ void balance(A slope, A classes) {
     const Balance how = balance_of(divergence);
-    if (how == Balance::kStudent) student_share = slope;
+    if (how == Balance::kStudent || how == Balance::kUnit) student_share = slope;
     if (!is_mean(how)) return;
     this->soft = quotient_of(this->soft, classes);
     if (how == Balance::kCentered) constant_share = quotient_of(slope, classes);
@@ -222,11 +274,12 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     A hard_exponent;
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
-    A slope = D::at(e, constants).slope;
+    A slope = evaluated<D>(e, z, w).slope;
     if constexpr (D::kBalance == Balance::kNone)
       return soft_part(this->soft, slope) + fma_of(rest_gain, e.q, hard);
-    slope = slope - e.q * student_share - constant_share;
-    if (is_mean(D::kBalance) && slope != slope) slope = A(0);
+    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_inverse) : e.q;
+    slope = slope - q * student_share - constant_share;
+    if (leaves_out_masked(D::kBalance) && slope != slope) slope = A(0);
     return soft_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {

@@ -12,8 +12,8 @@ template <class W, bool kExtra, class Shared>
 __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int group,
                                                              uint32_t turn, int warps,
                                                              typename Shared::Message peeled,
-                                                             const typename W::Temper& t, int rank,
-                                                             int ranks) {
+                                                             const typename W::Temper& t, bool unit,
+                                                             int rank, int ranks) {
   using Message = typename Shared::Message;
   const int lane = threadIdx.x % 32, slot = turn & 1;
   barrier_wait(&shared.scanned[group], turn & 1);
@@ -27,7 +27,10 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   mine.statistics.hard_sum += own.hard_sum;
   mine.statistics.teacher_sum += own.teacher_sum;
   mine.statistics.merge_lanes(t);
-  if constexpr (W::kGeneral) mine.sums.add(peeled.sums);
+  if constexpr (W::kGeneral) {
+    mine.sums.add(peeled.sums);
+    if (unit) mine.squares.add(peeled.squares), mine.squares.merge_lanes();
+  }
   mine.sums.template merge_lanes<32, kExtra>();
   if (ranks == 1) return mine;
   if (lane < ranks) {
@@ -38,6 +41,7 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
     peer_store(to + 16, {s.teacher_sum, p.value, p.logits, p.student_entropy});
     if constexpr (W::kGeneral) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, p.slope, p.classes});
+      if (unit) peer_store(to + 48, bits_as<float4>(mine.squares));
     } else if (kExtra) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
     }
@@ -47,6 +51,8 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   Message all = lane < ranks ? shared.peers[group][slot][lane] : Message();
   all.statistics.merge_lanes(t);
   if (W::kGeneral || rank == 0) all.sums.template merge_lanes<32, kExtra>();
+  if constexpr (W::kGeneral)
+    if (unit) all.squares.merge_lanes();
   return all;
 }
 
@@ -77,6 +83,11 @@ struct RingPeel {
     stats.raise(student, teacher, t);
     stats.add_any<kAtRunTime>(student, teacher, t);
     return stats;
+  }
+  __device__ __forceinline__ Squares square() const {
+    Squares squares;
+    if (peeled >= 0) squares.add(student, teacher);
+    return squares;
   }
   template <class W>
   __device__ __forceinline__ typename W::Sums sum(const W& writer, bool extra) const {
@@ -125,10 +136,15 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
   const typename W::Temper t(args, ends ? 0 : info.row);
   using Peel = RingPeel<T, W::kGeneral>;
   const Peel peel = rank == 0 && !ends ? Peel(args, info) : Peel();
-  const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums) {
-    return exchange<W, kExtra>(shared, group, rows.turn, warps, {statistics, sums}, t, rank, ranks);
+  const bool unit = W::kGeneral && is_unit(args);
+  const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums,
+                          const Squares& squares) {
+    typename Shared::Message own;
+    own.statistics = statistics, own.sums = sums;
+    if constexpr (W::kGeneral) own.squares = squares;
+    return exchange<W, kExtra>(shared, group, rows.turn, warps, own, t, unit, rank, ranks);
   };
-  auto all = merged(peel.scan(t), {});
+  auto all = merged(peel.scan(t), {}, unit ? peel.square() : Squares());
   const RingPending before = shared.pending[group];
   if (ends) {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
@@ -136,13 +152,13 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
       if (leader) close_pending<kExtra>(args, shared, group, before, all.sums);
     return false;
   }
-  const typename W::Stats stats = W::stats_of(args, info.row, all.statistics);
+  const typename W::Stats stats = W::stats_of(args, info.row, all.statistics, squares_of(all));
   W writer(call, info.row, t, stats, scale);
   publish(shared, group, writer);
   if constexpr (W::kGeneral) {
     rows.turn++;
-    all = merged({}, peel.sum(writer, wants_extra(args)));
-    writer.balance(all.sums.slope, all.sums.classes);
+    all = merged({}, peel.sum(writer, wants_extra(args)), {});
+    writer.balance(stats, all.sums);
     publish(shared, group, writer);
   }
   if (rank != 0) return true;
@@ -229,6 +245,25 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
   }
   stats.raise(tops.student, tops.teacher, t);
   return stats;
+}
+
+// The sums of squares of this thread's vectors.
+template <class T, int kWarps, int kVectors, class Shared>
+__device__ __forceinline__ Squares square_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                const RingFollower<Shared>& rows,
+                                                const RingInfo& info, int thread) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  Squares squares;
+  RingCursor at = rows.start;
+  for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
+    const Stage& stage = ring[at.stage];
+#pragma unroll 1
+    for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
+      square_vector<T>(fetch(stage.student, i, info.student_shift),
+                       fetch(stage.teacher, i, info.teacher_shift), squares);
+    at.advance(1, rows.shape.stages);
+  }
+  return squares;
 }
 
 // The sweep between.
@@ -321,6 +356,8 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   const auto send = [&] {
     message.statistics.merge_lanes(t);
     message.sums.template merge_lanes<32, kExtra>();
+    if constexpr (W::kGeneral)
+      if (is_unit(args)) message.squares.merge_lanes();
     if (thread % 32 != 0) return;
     shared.warps[group][thread / 32] = message;
     barrier_arrive(&shared.scanned[group]);
@@ -345,7 +382,10 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
     sweep([&](auto power) {
       message.statistics = scan_slice<T, power.value>(ring, rows, info, t, left_out, thread);
     });
-    if constexpr (W::kGeneral) message.sums = {};
+    if constexpr (W::kGeneral) {
+      message.sums = {};
+      if (is_unit(args)) message.squares = square_slice<T>(ring, rows, info, thread);
+    }
     send();
     if constexpr (W::kGeneral) {
       message.sums =

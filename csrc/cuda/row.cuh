@@ -60,10 +60,9 @@ __device__ __forceinline__ SlopesOf<A> slopes_of(const GeneralSums<A>& sums) {
 
 // Closes a row: everything but its gradient. One thread. include(log_sum, hard, sums) may add to
 // these what is not in them yet.
-template <class Temper, class A, class S, class Include>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row,
-                                          const RowStats<A>& stats, S sums, A label_logit,
-                                          Include&& include) {
+template <class Temper, class Stats, class A, class S, class Include>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const Stats& stats,
+                                          S sums, A label_logit, Include&& include) {
   const Temper t(args, row);
   A hard = 0;
   if (args.labels != nullptr) {

@@ -114,6 +114,16 @@ __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4
   sum_classes(writer, z, w, All<kElements>(), left_out, extra, sums);
 }
 
+template <class T>
+__device__ __forceinline__ void square_vector(uint4 student, uint4 teacher, Squares& squares) {
+  constexpr int kElements = Vector<T>::kElements;
+  float z[kElements], w[kElements];
+  Vector<T>::load(student, z);
+  Vector<T>::load(teacher, w);
+#pragma unroll
+  for (int i = 0; i < kElements; i++) squares.add(z[i], w[i]);
+}
+
 // Pointers to the three tensors' parts of one row, and how they fall into vectors.
 template <class T>
 struct RowOf {

@@ -95,6 +95,7 @@ struct TwoTemperatures : Temperature<A> {
     own_inverse = quotient_of(A(1), own);
     own_slope = quotient_of(static_cast<A>(kLog2E), own);
     this->bound(own < this->t ? own : this->t, max_of(this->slope, own_slope));
+    if (in.divergence == Divergence::kCosine) this->power = 0;  // backward has no scale of q
   }
   __device__ __forceinline__ A teacher_inverse() const { return own_inverse; }
   __device__ __forceinline__ A teacher_slope() const { return own_slope; }
@@ -204,6 +205,28 @@ struct Statistics {
     teacher_sum = lanes_sum<kLanes>(teacher_sum);
   }
 };
+
+// Sums of squares, of classes that are not masked by both, in double: logits may be of any size.
+struct Squares {
+  double student = 0, teacher = 0;
+
+  template <class A>
+  __device__ __forceinline__ void add(A z, A w) {
+    if (z == A(-INFINITY) && w == A(-INFINITY)) return;
+    student = fma_of(static_cast<double>(z), static_cast<double>(z), student);
+    teacher = fma_of(static_cast<double>(w), static_cast<double>(w), teacher);
+  }
+  __device__ __forceinline__ void add(const Squares& other) {
+    student += other.student;
+    teacher += other.teacher;
+  }
+  template <int kLanes = 32>
+  __device__ __forceinline__ void merge_lanes() {
+    student = lanes_sum<kLanes>(student);
+    teacher = lanes_sum<kLanes>(teacher);
+  }
+};
+
 // What is left of the first sweep when it is done: the row's entry in `stats`.
 template <class A>
 struct RowStats {

@@ -63,6 +63,14 @@ struct Vectors {
     const int64_t i = peeled();
     if (i >= 0 && !left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
   }
+  __device__ __forceinline__ void square(Squares& squares) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
+      square_vector<T>(fetch(row.student_vectors, i, row.layout.student_shift),
+                       fetch(row.teacher_vectors, i, row.layout.teacher_shift), squares);
+    const int64_t i = peeled();
+    if (i >= 0) squares.add(student(i), teacher(i));
+  }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
     constexpr int kUnroll = W::kGeneral ? 1 : 2;
@@ -121,6 +129,11 @@ struct Elements {
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
       if (!left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
   }
+  __device__ __forceinline__ void square(Squares& squares) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
+      squares.add(student(i), teacher(i));
+  }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
     constexpr int kUnroll = W::kGeneral ? 1 : 2;
@@ -133,10 +146,14 @@ struct Elements {
   }
 };
 
-template <class A, class S>
+template <class A, class S, bool kGeneral>
 struct Exchange {
   Statistics<A> statistics[2][32];
   S sums[2][32];
+};
+template <class A, class S>
+struct Exchange<A, S, true> : Exchange<A, S, false> {
+  Squares squares[32];  // between two writes lie the barriers of the other two
 };
 
 // fp64 needs twice the registers, and so does the sweep between.
@@ -147,7 +164,7 @@ template <class Rows, class W, bool kExtra>
 __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     streaming_kernel(const __grid_constant__ ForwardCall call) {
   using A = typename Rows::A;
-  __shared__ Exchange<A, typename W::Sums> exchange;
+  __shared__ Exchange<A, typename W::Sums, W::kGeneral> exchange;
   __shared__ double slots[32];
   __shared__ int count;
   const ForwardArgs& args = call.args;
@@ -187,7 +204,18 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     statistics = lane < warps ? exchange.statistics[turn][lane] : Statistics<A>();
     statistics.merge_lanes(t);
 
-    const typename W::Stats stats = W::stats_of(args, index, statistics);
+    Squares squares;
+    if constexpr (W::kGeneral) {
+      if (is_unit(args)) {
+        row.square(squares);
+        squares.merge_lanes();
+        if (lane == 0) exchange.squares[warp] = squares;
+        __syncthreads();
+        squares = lane < warps ? exchange.squares[lane] : Squares();
+        squares.merge_lanes();
+      }
+    }
+    const typename W::Stats stats = W::stats_of(args, index, statistics, squares);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     const auto exchanged = [&] {
@@ -200,7 +228,7 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
       sums.template merge_lanes<32, true>();
       exchanged();
       sums.template merge_lanes<32, true>();
-      writer.balance(sums.slope, sums.classes);
+      writer.balance(stats, sums);
     }
     sweep([&](auto power) {
       row.template write<power.value, kExtra>(writer, W::kGeneral ? unused : sums);

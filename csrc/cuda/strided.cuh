@@ -199,6 +199,15 @@ struct StridedRow {
       sum_classes(writer, z, w, count, left_out.among(k, kChunk), extra, sums);
     });
   }
+  __device__ __forceinline__ void square(Squares& squares) const {
+    for_chunks([&](int64_t k, auto count) {
+      A z[kChunk], w[kChunk];
+      load<false>(k, count, z, w);
+#pragma unroll
+      for (int i = 0; i < kChunk; i++)
+        if (i < count) squares.add(z[i], w[i]);
+    });
+  }
   template <int kPower, bool kExtra, bool kUniform, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
     for_chunks([&](int64_t k, auto count) {

@@ -60,7 +60,13 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   for (int i = 0; i < kTinyPerLane; i++)
     statistics.add_any<kAtRunTime>(counted(slice.z, i), counted(slice.w, i), t);
   statistics.sum_lanes<kLanes>();
-  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics);
+  Squares squares;
+  if (W::kGeneral && is_unit(args)) {
+#pragma unroll
+    for (int i = 0; i < kTinyPerLane; i++) squares.add(slice.z[i], slice.w[i]);
+    squares.merge_lanes<kLanes>();
+  }
+  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics, squares);
   W writer(call, real ? row : 0, t, stats, scale);
   typename W::Sums sums;
   if constexpr (W::kGeneral) {
@@ -69,7 +75,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
       if (real && lane + i * kLanes < args.classes && !left_out.is(lane + i * kLanes))
         writer.sum(slice.z[i], slice.w[i], true, sums);
     sums.template merge_lanes<kLanes, true>();
-    writer.balance(sums.slope, sums.classes);
+    writer.balance(stats, sums);
   }
   __syncwarp();  // in place: the label's logit is read before it is overwritten
 #pragma unroll

@@ -154,7 +154,8 @@ struct alignas(16) Writer {
   }
 
   static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
-                                                   const Statistics<A>& statistics) {
+                                                   const Statistics<A>& statistics,
+                                                   const Squares&) {
     return Stats(statistics);
   }
 

@@ -33,6 +33,9 @@ struct Case {
   double student_base = 0, teacher_base = 0;  // added to all logits
   bool underflows = false;  // a class that the student masks, of no teacher probability
   double above = 0;         // added to the label's two logits
+  double factor = 1;        // of all logits
+  bool zeros = false;       // rows of zeros: the student's, the teacher's, both
+  bool both_mask = false;   // every fifth class
   bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
@@ -44,6 +47,7 @@ struct Case {
 struct Reference {
   double loss = 0, terms[kTerms] = {};
   std::vector<double> grad;
+  double size = 1;  // of what the gradient is the difference of, if it is large
 };
 
 // The soft term of everything but the forward KL with one temperature.
@@ -63,6 +67,7 @@ void general_row(const Case& c, const std::vector<double>& z, const std::vector<
   r.terms[kTeacherEntropy] = entropy;
   for (size_t i = 0; i < z.size(); i++)
     r.grad[i] += soft_weight * t * static_cast<double>(exact.grad[i]);
+  r.size = std::fmax(1.0, soft_weight * t * t * static_cast<double>(exact.inverse));
 }
 
 Reference reference_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
@@ -214,7 +219,9 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     for (int64_t i = 0; i < c.classes; i++) {
       double w = 3 * random.normal(), z = w + c.noise * random.normal();
-      z += c.student_base, w += c.teacher_base;
+      z = z * c.factor + c.student_base, w = w * c.factor + c.teacher_base;
+      if (c.zeros) z = r % 3 != 1 ? 0 : z, w = r % 3 != 0 ? 0 : w;
+      if (c.both_mask && i % 5 == 2) z = w = -kInfinity;
       if (c.underflows && r % 2 == 0 && i == c.classes / 2) z = -kInfinity, w = -1e4;
       if (c.infinities && i % 7 == 3) z = -kInfinity, w = r % 2 ? -kInfinity : w;
       if (c.infinities && i % 11 == 5) w = -kInfinity;
@@ -229,6 +236,7 @@ void Runner::run() {
                     : r == 1 ? 0
                              : static_cast<int64_t>(random.uniform() * c.classes);
     if (c.infinities) label = label / 77 * 77;  // of a class that is not masked
+    if (c.both_mask) label = label / 5 * 5;
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
@@ -314,23 +322,24 @@ void Runner::run() {
   double sum = 0, term_sums[kTerms] = {};
   const auto check_grad = [&](const std::vector<char>& got, double factor, const char* what,
                               double slack = 1) {
-    for (int64_t r = 0; r < c.rows; r++)
+    for (int64_t r = 0; r < c.rows; r++) {
+      const double absolute = slack * tiny * std::fmax(1.0, std::fabs(factor)) * want[r].size;
       for (int64_t i = 0; i < c.classes; i++) {
         const double g = load(got.data(), c.student, at(r, i, out_stride));
         const double w = want[r].grad[i] * scale * factor;
-        if (!close(g, w, slack * tiny * std::fmax(1.0, std::fabs(factor)), slack * eps))
-          return fail(what, r, i, g, w);
+        if (!close(g, w, absolute, slack * eps)) return fail(what, r, i, g, w);
       }
+    }
   };
   if (!c.no_grad) check_grad(first, 1, "grad");
   const double loss_eps = wide ? 1e-12 : 3e-6;
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
-    if (!close(acc_of(loss, r), want[r].loss,
-               wide            ? 1e-13
-               : c.noise < 0.1 ? 1e-12
-                               : 2e-6,
-               loss_eps))
+    double absolute = wide ? 1e-13 : c.noise < 0.1 ? 1e-12 : 2e-6;
+    // Unit vectors are rounded before they are compared.
+    if (c.divergence == Divergence::kCosine && !wide)
+      absolute += 2e-7 * std::sqrt(std::fabs(want[r].loss));
+    if (!close(acc_of(loss, r), want[r].loss, absolute, loss_eps))
       fail("loss", r, 0, acc_of(loss, r), want[r].loss);
     for (int k = 0; k < kTerms; k++) {
       term_sums[k] += want[r].terms[k];
@@ -518,7 +527,7 @@ constexpr Divergence kFiniteIfMasked[] = {
     Divergence::kForwardKL,       Divergence::kDecoupled,       Divergence::kJensenShannon,
     Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL, Divergence::kTotalVariation};
 void divergences(bool brief) {
-  for (int id = 0; id < kCudaDivergences; id++)
+  for (int id = 0; id < kDivergences; id++)
     for (const int64_t classes : {7, 100, 1003, 20001}) {
       Case c;
       c.divergence = static_cast<Divergence>(id), c.classes = classes, c.rows = 5;
@@ -576,6 +585,29 @@ void decoupled(bool brief) {
       }
     }
 }
+// What the lengths of the cosine may meet.
+void lengths(bool brief) {
+  for (const bool pixels : {false, true})
+    for (const int64_t classes : {1, 2, 100, 1003, 5003}) {
+      if (brief && classes > 1003) continue;
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+        Case c;
+        c.divergence = Divergence::kCosine, c.classes = classes, c.rows = 9;
+        c.student_pixels = c.teacher_pixels = pixels, c.student = c.teacher = dtype;
+        c.ignored = false;
+        Case d = c;
+        d.zeros = true, test(d, "cosine of zeros");
+        d.row_settings = d.terms = true, test(d, "cosine of zeros, settings of rows");
+        d = c, d.both_mask = classes > 2, d.terms = true, test(d, "cosine, both mask");
+        d = c, d.infinities = classes > 100, test(d, "cosine, one masks");
+        d = c, d.labels = false, d.noise = 1e-2, test(d, "cosine, near");
+        d.noise = 0, test(d, "cosine of the same");
+        for (const double factor : {1e30, 1e-8, 1e-30}) {
+          d = c, d.factor = factor, d.hard_weight = 0, test(d, "cosine, far from 1");
+        }
+      }
+    }
+}
 // Options as they meet by chance, half of them in a ring.
 void random_cases(int64_t count, uint64_t seed) {
   cuda::Device device;
@@ -602,7 +634,7 @@ void random_cases(int64_t count, uint64_t seed) {
     c.reduction = static_cast<Reduction>(below(3));
     if (one_in(2)) {
       c.divergence = c.infinities ? kFiniteIfMasked[below(std::size(kFiniteIfMasked))]
-                                  : static_cast<Divergence>(below(kCudaDivergences));
+                                  : static_cast<Divergence>(below(kDivergences));
       if (one_in(3)) c.teacher_temperature = temperatures[below(6)];
     }
     if (one_in(3))
@@ -692,7 +724,7 @@ void pixels(bool brief) {
       d = c, d.underflows = true, test(d, "pixels, masked, and of no teacher probability");
       d = c, d.temperature = 1.5, d.student_base = 1e4, test(d, "pixels, apart");
       d = c, d.infinities = true, d.smoothing = 0, test(d, "pixels, infinities");
-      for (int id = 1; id < kCudaDivergences; id++) {
+      for (int id = 1; id < kDivergences; id++) {
         // In more rows some p and q are nearer than fp32 can tell, where total variation has a
         // bend.
         d = c, d.divergence = static_cast<Divergence>(id), d.rows = 40, d.group_rows = 13;
@@ -738,7 +770,7 @@ int main(int argc, char** argv) {
   } else {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
-    forced(brief), divergences(brief), decoupled(brief), pixels(brief);
+    forced(brief), divergences(brief), decoupled(brief), lengths(brief), pixels(brief);
   }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);

@@ -374,7 +374,9 @@ Answer general_of(const Problem& in, const Objective& o) {
     statistics.raise(z, w, t);
     statistics.template add_any<kAtRunTime>(z, w, t);
   }
-  const GeneralStats<A> stats(args, 0, statistics);
+  Squares squares;
+  for (size_t i = 0; i < in.z.size(); ++i) squares.add(student[i], teacher[i]);
+  const GeneralStats<A> stats(args, 0, statistics, squares);
   GeneralWriter<A> writer(call, 0, t, stats, A(1));
   GeneralSums<A> sums;
   Answer answer;
@@ -383,7 +385,7 @@ Answer general_of(const Problem& in, const Objective& o) {
     logits(i, z, w);
     if (!left_out.is(static_cast<int64_t>(i))) writer.sum(z, w, true, sums);
   }
-  writer.balance(sums.slope, sums.classes);
+  writer.balance(stats, sums);
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
@@ -421,7 +423,7 @@ void compare_general(const Problem& in, const Objective& o) {
 }
 
 void divergences() {
-  for (int id = 0; id < kCudaDivergences; ++id) {
+  for (int id = 0; id < kDivergences; ++id) {
     const Divergence which = static_cast<Divergence>(id);
     for (double mix : {0.1, 0.5, 0.9}) {
       for (double t : {1.0, 1.5, 4.0}) {

@@ -15,6 +15,7 @@ struct Divergence {
   Real value = 0;
   std::vector<Real> grad;  // of the value by z / t
   Real squares = 0;        // the mean of squares that a centred mean is the difference of
+  Real inverse = 0;        // of the student's length, where that is what counts
 };
 
 // x log(y / z), where x log 0 is 0 for x = 0.
@@ -68,11 +69,29 @@ inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vec
   return result;
 }
 
+inline Divergence cosine(const std::vector<double>& z, const std::vector<double>& w, Real t) {
+  Real zz = 0, ww = 0, zw = 0;
+  const auto masked = [&](size_t i) { return z[i] == -HUGE_VAL && w[i] == -HUGE_VAL; };
+  for (size_t i = 0; i < z.size(); ++i) {
+    if (masked(i)) continue;
+    zz += Real(z[i]) * z[i], ww += Real(w[i]) * w[i], zw += Real(z[i]) * w[i];
+  }
+  const Real length = zz == 0 ? t : std::sqrt(zz), teacher_length = ww == 0 ? 1 : std::sqrt(ww);
+  const Real c = zw / (length * teacher_length);
+  Divergence result;
+  result.value = 1 - c, result.inverse = 1 / length;
+  for (size_t i = 0; i < z.size(); ++i)
+    result.grad.push_back(
+        masked(i) && c == c ? 0 : t * (c * z[i] / length - w[i] / teacher_length) / length);
+  return result;
+}
+
 // Student logits z at temperature t, teacher logits w at a temperature of its own.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
                              const std::vector<double>& w, Real t, Real own, int64_t label) {
   using fastkd::Divergence;
   if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, own, label);
+  if (id == Divergence::kCosine) return cosine(z, w, t);
   const size_t n = z.size();
   const Real infinity = HUGE_VALL;
   Real mz = -infinity, mw = -infinity, student_sum = 0, teacher_sum = 0;
@@ -127,8 +146,8 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         result.squares += (log_p - log_q) * (log_p - log_q);
         break;
       case Divergence::kDecoupled:
-      case Divergence::kCosine:  // has no CUDA kernels
-        break;
+      case Divergence::kCosine:
+        break;  // above
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
