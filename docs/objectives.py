@@ -59,7 +59,6 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
@@ -128,9 +127,7 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
     except ValueError:
         return "–"
     used = ops.uses(call.labels, call.objective)
-    if not used <= ops.FUSED["cpu"]:
-        return "○"
-    return "●" if used <= ops.FUSED["cuda"] else "◐"
+    return "●" if used <= ops.FUSED else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -32,6 +32,7 @@ struct GeneralSums : Sums<A> {
 __device__ __forceinline__ bool is_unit(const Inputs& in) {
   return in.divergence == Divergence::kCosine;
 }
+
 // The class that a row's sums leave out: its label (kDecoupled), or none, as always without kAny.
 template <bool kAny>
 struct LeftOut {
@@ -90,6 +91,7 @@ struct LabelLogits {
   }
 };
 
+// What the general kernels' first sweep leaves of a row.
 template <class A>
 struct GeneralStats : RowStats<A> {
   A student_inverse, teacher_inverse;  // 1 / |z| and 1 / |w| (kCosine), or the scales
@@ -127,7 +129,7 @@ struct GeneralStats : RowStats<A> {
     if (this->valid() && exists(student_inverse) && exists(teacher_inverse)) return;
     this->student_scale = student_inverse = static_cast<A>(__int_as_float(0x7fc00000));
   }
-  // Sums without the label may be of no class. Then the label must be one.
+  // Sums without the label may be of no class: then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))
@@ -256,8 +258,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   // Once all slopes are summed: from here on the gradient can be written.
   __device__ __forceinline__ void balance(const Stats& row, Sums& sums) {
-    sums.value += row.nothing;
-    if (divergence == Divergence::kCosine) sums.slope += row.nothing;
+    sums.value += row.nothing, sums.slope += row.nothing;
     balance(sums.slope, sums.classes);
   }
   __device__ __forceinline__ void balance(A slope, A classes) {

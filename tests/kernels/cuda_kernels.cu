@@ -31,11 +31,11 @@ struct Case {
   Reduction reduction = Reduction::kMean;
   double noise = 1;                           // of the student about the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
-  bool underflows = false;  // a class that the student masks, of no teacher probability
-  double above = 0;         // added to the label's two logits
-  double factor = 1;        // of all logits
-  bool zeros = false;       // rows of zeros: the student's, the teacher's, both
-  bool both_mask = false;   // every fifth class
+  bool underflows = false;              // a class that the student masks, of no teacher probability
+  double above = 0, teacher_above = 0;  // added to the label's logits
+  double factor = 1;                    // of all logits
+  bool zeros = false;                   // rows of zeros: the student's, the teacher's, both
+  bool both_mask = false;               // every fifth class
   bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
@@ -240,13 +240,15 @@ void Runner::run() {
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
-    for (int64_t i = 0; i < c.classes && (c.above != 0 || c.alone); i++) {
+    const bool labelled = c.above != 0 || c.teacher_above != 0 || c.alone;
+    for (int64_t i = 0; i < c.classes && labelled; i++) {
       const int64_t z = at(r, i, student_stride), w = at(r, i, teacher_stride);
-      const auto add = [&](Buffer& b, DType dtype, int64_t k, bool masks) {
-        const double x = load(b.host.data(), dtype, k) + (i == label ? c.above : 0);
+      const auto add = [&](Buffer& b, DType dtype, int64_t k, double above, bool masks) {
+        const double x = load(b.host.data(), dtype, k) + (i == label ? above : 0);
         store(b.host.data(), dtype, k, masks && c.alone && i != label ? -kInfinity : x);
       };
-      add(student, c.student, z, r % 3 != 1), add(teacher, c.teacher, w, r % 3 != 0);
+      add(student, c.student, z, c.above, r % 3 != 1);
+      add(teacher, c.teacher, w, c.teacher_above, r % 3 != 0);
     }
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
     const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
@@ -517,9 +519,20 @@ void forced(bool brief) {
         if (!fits(classes, DType::kBFloat16, cluster, stages)) continue;
         Case c;
         c.plan = &ring, c.classes = classes, c.rows = brief ? 5 : 701, c.terms = cluster == 2;
-        test(c,
-             ("ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages")
-                 .c_str());
+        const std::string name =
+            "ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages";
+        test(c, name.c_str());
+        if (stages != 8) continue;
+        // The label in every part of a row, and what only two divergences exchange.
+        for (const Divergence id :
+             {Divergence::kJensenShannon, Divergence::kDecoupled, Divergence::kCosine})
+          for (const DType dtype : kHot) {
+            Case d = c;
+            d.divergence = id, d.student = d.teacher = dtype, d.rows = 9, d.ignored = false;
+            if (!fits(classes, dtype, cluster, stages)) continue;
+            test(d, (name + ", " + kDivergenceNames[static_cast<int>(id)]).c_str());
+            d.teacher_offset = 1, d.student_pad = 3, test(d, (name + ", shifted").c_str());
+          }
       }
     }
 }
@@ -568,9 +581,13 @@ void decoupled(bool brief) {
       test(c, "dkd of fp32");
       for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
         c.student = c.teacher = dtype;
-        for (const double above : {-60.0, -8.0, 8.0, 60.0, -kInfinity}) {
+        const double pairs[][2] = {
+            {-60, -60}, {-8, -8},        {8, 8},          {60, 60},
+            {5, -5},    {-kInfinity, 0}, {0, -kInfinity}, {-kInfinity, -kInfinity},
+            {NAN, 0},   {0, NAN},        {kInfinity, 0},  {0, kInfinity}};
+        for (const auto& above : pairs) {
           Case d = c;
-          d.above = above, test(d, "dkd, far label");
+          d.above = above[0], d.teacher_above = above[1], test(d, "dkd, far label");
           d.teacher_temperature = 1.5, d.smoothing = 0.1, test(d, "dkd, far label, smoothing");
           d.row_settings = true, test(d, "dkd, far label, settings of rows");
         }
