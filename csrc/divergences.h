@@ -253,7 +253,9 @@ struct Cosine {
 // Whether a row's length has no inverse in T.
 template <class T>
 FASTKD_HOST_DEVICE bool is_nothing(double squares) {
-  constexpr double kLeast = 1 / static_cast<double>(std::numeric_limits<T>::max());
+  // In double its square is 0.
+  constexpr double kLeast =
+      sizeof(T) == sizeof(double) ? 0 : 1 / static_cast<double>(std::numeric_limits<float>::max());
   return squares <= kLeast * kLeast;
 }
 
