@@ -59,7 +59,6 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
 | ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
@@ -130,9 +129,9 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
     except ValueError:
         return "–"
     used = ops.uses(call.labels, call.objective)
-    if not used <= ops.FUSED["cpu"]:
-        return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED["cpu"] else "○"
-    return "●" if used <= ops.FUSED["cuda"] else "◐"
+    if used <= ops.FUSED:
+        return "●"
+    return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED else "○"
 
 
 def _table(rows: list[list[str]]) -> str:
