@@ -13,6 +13,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "numerics.h"
 
@@ -32,9 +33,7 @@ enum class Divergence : int32_t {
   kDecoupled,
   kCosine,
 };
-// The first so many have CUDA kernels.
-constexpr int kCudaDivergences = static_cast<int>(Divergence::kDecoupled);
-constexpr bool has_cuda_kernels(Divergence id) { return static_cast<int>(id) < kCudaDivergences; }
+constexpr int kDivergences = static_cast<int>(Divergence::kCosine) + 1;
 
 // How the gradient follows from the slopes.
 enum class Balance {
@@ -251,6 +250,33 @@ struct Cosine {
   }
 };
 
+// Whether a row's length has no inverse in T.
+template <class T>
+FASTKD_HOST_DEVICE bool is_nothing(double squares) {
+  // In double its square is 0.
+  constexpr double kLeast =
+      sizeof(T) == sizeof(double) ? 0 : 1 / static_cast<double>(std::numeric_limits<float>::max());
+  return squares <= kLeast * kLeast;
+}
+
+// What Cosine needs of a row before it sees a class: 1 / |z| and 1 / |w|, from sums of squares. A
+// row of zeros has the inverse that leaves its gradient by z / t alone, and is at a right angle to
+// everything: 1/2 |u - v|^2 lacks 1/2 for each.
+template <class T>
+struct Inverses {
+  T student, teacher;
+  double nothing;  // what a row of zeros adds to the divergence
+};
+template <class T>
+FASTKD_HOST_DEVICE Inverses<T> inverses_of(double student_squares, double teacher_squares,
+                                           double temperature) {
+  const bool no_student = is_nothing<T>(student_squares);
+  const bool no_teacher = is_nothing<T>(teacher_squares);
+  return {static_cast<T>(1 / (no_student ? temperature : std::sqrt(student_squares))),
+          static_cast<T>(no_teacher ? 1 : 1 / std::sqrt(teacher_squares)),
+          0.5 * (no_student + no_teacher)};
+}
+
 // The two outcomes "the label" and "another class" of decoupled distillation (Zhao et al. 2022):
 // the logarithm of their odds, and exp(-|log|).
 template <class T>
@@ -329,18 +355,18 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   }
 }
 
-constexpr const char* kDivergenceNames[] = {"forward_kl",
-                                            "soft_cross_entropy",
-                                            "reverse_kl",
-                                            "symmetric_kl",
-                                            "jsd",
-                                            "skewed_forward_kl",
-                                            "skewed_reverse_kl",
-                                            "total_variation",
-                                            "mse",
-                                            "centered_mse",
-                                            "dkd",
-                                            "cosine"};
+constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
+                                                        "soft_cross_entropy",
+                                                        "reverse_kl",
+                                                        "symmetric_kl",
+                                                        "jsd",
+                                                        "skewed_forward_kl",
+                                                        "skewed_reverse_kl",
+                                                        "total_variation",
+                                                        "mse",
+                                                        "centered_mse",
+                                                        "dkd",
+                                                        "cosine"};
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.

@@ -45,7 +45,7 @@ what a set of options means.
 | `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
 | `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
 | `classes` | `None` | the first so many of both: padded vocabularies |
-| `dim` | -1 | 1 for logits `(N, C, d1, ...)`; where they lie on CPUs, moved and copied on CUDA |
+| `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
 | `inplace` | `False` | write the gradient over the student's logits, to save their memory |
 | `teacher_grad` | `"error"` | `"ignore"`: accept a teacher that requires grad |
 
@@ -59,7 +59,6 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◐ | one fused pass on the CPU; on CUDA by PyTorch operations |
 | ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
@@ -130,9 +129,9 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
     except ValueError:
         return "–"
     used = ops.uses(call.labels, call.objective)
-    if not used <= ops.FUSED["cpu"]:
-        return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED["cpu"] else "○"
-    return "●" if used <= ops.FUSED["cuda"] else "◐"
+    if used <= ops.FUSED:
+        return "●"
+    return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -169,10 +169,10 @@ def labels_of(
     return narrowed(labels, case.labels, case.classes, case.ignore_index)
 
 
-def is_fused(case: Case, device: torch.device) -> bool:
+def is_fused(case: Case) -> bool:
     """Whether kernels compute it, and not PyTorch's operations."""
     return (
-        case.divergence in ops.FUSED[device.type]
+        case.divergence in ops.FUSED
         and case.labels != "probabilities"
         and not (case.class_weight and case.labels != "none" and case.smoothing)
     )
@@ -184,7 +184,7 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     leaf = student.detach().requires_grad_()
     whole = case.reduction != "none" and case.layout == "contiguous"
     whole = whole and case.dim == -1 and not case.unused
-    if case.way == "inplace" and whole and is_fused(case, leaf.device):
+    if case.way == "inplace" and whole and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
     elif case.way == "terms":
@@ -255,7 +255,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
     )
     largest, greatest = largest_of(student, teacher), float(t.max())
     in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
-    fused = is_fused(case, student.device)
+    fused = is_fused(case)
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature is no float32, whatever it weighs
     if not fused:  # logarithms of probabilities are rounded at their size, and as their

@@ -282,7 +282,7 @@ struct LaneEngine {
     }
   }
 
-  // As set_inverses() of row.h.
+  // As inverses_of() of divergences.h.
   void set_inverses() {
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {

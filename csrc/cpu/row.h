@@ -2,7 +2,6 @@
 // the constants of the second sweep.
 #pragma once
 #include <cmath>
-#include <limits>
 
 #include "blocks.h"
 
@@ -166,23 +165,14 @@ struct Scales {
   }
 };
 
-// Whether a row's length has no inverse in T.
-template <class T>
-FASTKD_HOST_DEVICE bool is_nothing(double squares) {
-  constexpr double kLeast = 1 / static_cast<double>(std::numeric_limits<T>::max());
-  return squares <= kLeast * kLeast;
-}
-
-// The cosine's, where a row of zeros has the inverse that leaves its gradient by z / t alone, and
-// is at a right angle to everything: 1/2 |u - v|^2 lacks 1/2 for each.
+// Not inlined, for most divergences need no lengths.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
-  const bool no_student = is_nothing<T>(of.student_squares);
-  const bool no_teacher = is_nothing<T>(of.teacher_squares);
-  s->student_inverse =
-      static_cast<T>(1 / (no_student ? row.temperature : std::sqrt(of.student_squares)));
-  s->teacher_inverse = static_cast<T>(no_teacher ? 1 : 1 / std::sqrt(of.teacher_squares));
-  s->nothing = 0.5 * (no_student + no_teacher);
+  const Inverses<T> inverses =
+      inverses_of<T>(of.student_squares, of.teacher_squares, row.temperature);
+  s->student_inverse = inverses.student;
+  s->teacher_inverse = inverses.teacher;
+  s->nothing = inverses.nothing;
 }
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from

@@ -52,15 +52,14 @@ struct Vectors {
           writer, fetch(row.student_vectors, i, row.layout.student_shift),
           fetch(row.teacher_vectors, i, row.layout.teacher_shift), unused);
     if (mends)
-      row.grad[label] = from_acc<T>(writer.template write<kAtRunTime, false, true>(
-                                        label_student, to_acc(row.teacher[label]), unused) -
-                                    writer.label);
+      row.grad[label] = from_acc<T>(writer.at_label(writer.template write<kAtRunTime, false, true>(
+          label_student, to_acc(row.teacher[label]), unused)));
     const int64_t i =
         blockIdx.y == 0 && threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
     if (i < 0) return;
     const float g = writer.template write<kAtRunTime, false, true>(to_acc(row.student[i]),
                                                                    to_acc(row.teacher[i]), unused);
-    row.grad[i] = from_acc<T>(i == label ? g - writer.label : g);
+    row.grad[i] = from_acc<T>(i == label ? writer.at_label(g) : g);
   }
 };
 
@@ -82,7 +81,7 @@ struct Elements {
       const A g = writer.template write<kAtRunTime, false, true>(
           load_any<A>(args.student, args.student_dtype, student + i),
           load_any<A>(args.teacher, args.teacher_dtype, teacher + i), unused);
-      store_any(args.grad, args.student_dtype, grad + i, i == label ? g - writer.label : g);
+      store_any(args.grad, args.student_dtype, grad + i, i == label ? writer.at_label(g) : g);
     }
   }
 };
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(256, 2)
       rescale_piece<A>(args, index, call.log_pieces, factor, false, A(0));
       continue;
     }
-    RowStats<A> stats;
+    typename W::Stats stats;
     stats.load(stats_of_rows, args.rows, index);
     W writer(call, index, typename W::Temper(args, index), stats, scale * factor);
     if constexpr (W::kGeneral)
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kStridedThreads, (sizeof(typename E::A) == 8 ?
       row.rescale(factor);
       continue;
     }
-    RowStats<A> stats;
+    typename W::Stats stats;
     stats.load(stats_of_rows, args.rows, index);
     W writer(call, index, typename W::Temper(args, index), stats, scale * factor);
     if constexpr (W::kGeneral)

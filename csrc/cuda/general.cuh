@@ -3,8 +3,9 @@
 // resident row, which costs arithmetic and no memory traffic. The divergence is looked up at run
 // time, once a vector, and whether logits are taken relative to the maxima is no branch here: a
 // kernel for each would be twenty times the code, and take as long to compile.
-// Derivations: docs/maths.md, section 2. Letters: numerics.h.
+// Derivations: docs/maths.md, sections 2 and 10. Letters: numerics.h.
 #pragma once
+#include "vectors.cuh"
 #include "writer.cuh"
 
 namespace fastkd::cuda {
@@ -28,10 +29,129 @@ struct GeneralSums : Sums<A> {
   }
 };
 
-// Calls fn with the struct of a divergence; all weighted sums of the two KLs are one.
+__device__ __forceinline__ bool is_unit(const Inputs& in) {
+  return in.divergence == Divergence::kCosine;
+}
+
+// The class that a row's sums leave out: its label (kDecoupled), or none, as always without kAny.
+template <bool kAny>
+struct LeftOut {
+  int64_t index;  // or -1
+
+  __device__ __forceinline__ explicit LeftOut(int64_t i) : index(i) {}
+  __device__ __forceinline__ LeftOut(const Inputs& in, int64_t label)
+      : index(in.divergence == Divergence::kDecoupled ? label : -1) {}
+  __device__ __forceinline__ bool is(int64_t i) const { return kAny && i == index; }
+  // Where it is among `count` classes from `first` on, or -1.
+  __device__ __forceinline__ int among(int64_t first, int count) const {
+    const int64_t inside = index - first;
+    return kAny && index >= 0 && inside >= 0 && inside < count ? static_cast<int>(inside) : -1;
+  }
+  // Masks it in the vector that begins at class `first`.
+  template <class T>
+  __device__ __forceinline__ void mask(uint4& vector, int64_t first) const {
+    constexpr int kElements = Vector<T>::kElements;
+    const int inside = among(first, kElements);
+    if (inside < 0) return;
+    float x[kElements];
+    Vector<T>::load(vector, x);
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      if (i == inside) x[i] = -INFINITY;
+    vector = Vector<T>::store(x);
+  }
+};
+
+// The odds of a row's label against its other classes, from their logarithms.
+template <class A>
+__device__ __forceinline__ Odds<A> odds_of(A log) {
+  return {log, exp2_of(mul_of(-magnitude_of(log), static_cast<A>(kLog2E)))};
+}
+// Not inlined: it is rare, and forward and backward must arrive at the same bits.
+template <class A>
+__device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A student_log,
+                                                              A difference) {
+  return binary_kl(odds_of(teacher_log), odds_of(student_log), difference);
+}
+
+// The logits of a row's label; NaN where it has none.
+template <class A>
+struct LabelLogits {
+  A student = static_cast<A>(__int_as_float(0x7fc00000)), teacher = student;
+
+  __device__ __forceinline__ LabelLogits(const Inputs& in, int64_t row) {
+    const int64_t label = label_of(in, row);
+    if (label < 0 || label >= in.classes) return;
+    const auto read = [&](const void* logits, DType dtype, const RowStrides& stride) {
+      return load_any<A>(logits, dtype,
+                         offset_of(row, in.group_rows, stride) + label * stride.classes);
+    };
+    student = read(in.student, in.student_dtype, in.student_stride);
+    teacher = read(in.teacher, in.teacher_dtype, in.teacher_stride);
+  }
+};
+
+// What the general kernels' first sweep leaves of a row.
+template <class A>
+struct GeneralStats : RowStats<A> {
+  A student_inverse, teacher_inverse;  // 1 / |z| and 1 / |w| (kCosine), or the scales
+  A nothing = 0;                       // what a row of zeros adds to the cosine
+
+  GeneralStats() = default;
+  __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
+                                          const Statistics<A>& statistics, const Squares& squares)
+      : RowStats<A>(statistics) {
+    if (in.divergence == Divergence::kDecoupled) leave_out_label(in, row, statistics);
+    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
+    if (is_unit(in)) set_inverses(in, row, squares);
+  }
+
+  // As RowStats do it, the inverses in the scales' place.
+  __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
+                                        A classes) const {
+    RowStats<A> stored = *this;
+    stored.student_scale = student_inverse, stored.teacher_scale = teacher_inverse;
+    stored.store(stats, rows, row, slope, classes);
+  }
+  __device__ __forceinline__ void load(const A* stats, int64_t rows, int64_t row) {
+    RowStats<A>::load(stats, rows, row);
+    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
+  }
+
+ private:
+  __device__ __forceinline__ void set_inverses(const Inputs& in, int64_t row,
+                                               const Squares& squares) {
+    const A t = setting_of<A>(in, kTemperature, row, in.temperature);
+    const Inverses<A> inverses = inverses_of<A>(squares.student, squares.teacher, t);
+    student_inverse = inverses.student, teacher_inverse = inverses.teacher;
+    nothing = static_cast<A>(inverses.nothing);
+    const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
+    if (this->valid() && exists(student_inverse) && exists(teacher_inverse)) return;
+    this->student_scale = student_inverse = static_cast<A>(__int_as_float(0x7fc00000));
+  }
+  // Sums without the label may be of no class: then the label must be one.
+  __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
+                                                  const Statistics<A>& statistics) {
+    if (statistics.student_sum == A(0))
+      this->student_max = this->student_scale = this->hard_scale = A(0);
+    if (statistics.teacher_sum == A(0)) this->teacher_max = this->teacher_scale = A(0);
+    const auto exists = [](A logit, A scale_of_others) {
+      return logit < A(INFINITY) && (scale_of_others > A(0) || logit > A(-INFINITY));
+    };
+    const LabelLogits<A> label(in, row);
+    if (!exists(label.student, this->student_scale) || !exists(label.teacher, this->teacher_scale))
+      this->student_scale = static_cast<A>(__int_as_float(0x7fc00000));
+  }
+};
+
+// Calls fn with the struct of a divergence; the reverse KL is a sum of both.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
   switch (id) {
+    case Divergence::kForwardKL:
+    case Divergence::kSoftCrossEntropy:
+    case Divergence::kDecoupled:  // among the classes that are not the label
+      return fn(ForwardKL{});
     case Divergence::kJensenShannon:
       return fn(JensenShannon{});
     case Divergence::kSkewedForwardKL:
@@ -44,6 +164,8 @@ __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
       return fn(SquaredError{});
     case Divergence::kCenteredSquaredError:
       return fn(CenteredSquaredError{});
+    case Divergence::kCosine:
+      return fn(Cosine{});
     default:
       return fn(SymmetricKL{});
   }
@@ -53,37 +175,52 @@ template <class A>
 struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   using Base = Writer<A, false, TwoTemperatures<A>>;
   using Sums = GeneralSums<A>;
+  using Stats = GeneralStats<A>;
   static constexpr bool kGeneral = true;
 
   Divergence divergence;
   ConstantsOf<A> constants;
   A student_base, teacher_base;             // taken off the logits first
   A student_share = 0, constant_share = 0;  // of q, and of 1, which balance the slopes
+  A rest_gain = 0;                          // of q, where the label is left out (kDecoupled)
+  A student_inverse, teacher_inverse;       // as in GeneralStats
 
   template <class Call>
   __device__ __forceinline__ GeneralWriter(const Call& call, int64_t index,
-                                           const TwoTemperatures<A>& temperature,
-                                           const RowStats<A>& row, A scale)
+                                           const TwoTemperatures<A>& temperature, const Stats& row,
+                                           A scale)
       : Base(call, index, temperature, row, scale),
         divergence(call.args.divergence),
         constants(constants_in<A>(call.constants)),
         student_base(this->apart ? row.student_max : A(0)),
-        teacher_base(this->apart ? row.teacher_max : A(0)) {
-    if (is_one_sweep(divergence)) constants.mix = A(1), constants.rest = A(0);
+        teacher_base(this->apart ? row.teacher_max : A(0)),
+        student_inverse(row.student_inverse),
+        teacher_inverse(row.teacher_inverse) {
     if (divergence == Divergence::kReverseKL) constants.mix = A(0), constants.rest = A(1);
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
     if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
-    if (!this->apart) return;
-    this->student_bias = this->teacher_bias = A(0);
-    this->hard_bias = A(0);
+    if (this->apart) this->student_bias = this->teacher_bias = this->hard_bias = A(0);
+    if (divergence == Divergence::kDecoupled) decouple(call.args, index);
+    if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_inverse);
+  }
+
+  static __device__ __forceinline__ Stats stats_of(const Inputs& in, int64_t row,
+                                                   const Statistics<A>& statistics,
+                                                   const Squares& squares) {
+    return Stats(in, row, statistics, squares);
+  }
+
+  __device__ __forceinline__ A difference(A zs, A ws) const {
+    const auto& t = this->t;
+    const A apart = fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, this->shift));
+    return t.same() ? fma_of(ws - zs, t.inverse, this->shift) : apart;
   }
 
   template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
     const A zs = z - student_base, ws = w - teacher_base;
-    const A apart = fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, this->shift));
-    const A d = t.same() ? fma_of(ws - zs, t.inverse, this->shift) : apart;
+    const A d = difference(zs, ws);
     const A q = exp2_of(fma_of(zs, t.slope, this->student_bias));
     const A p = exp2_of(fma_of(ws, t.teacher_slope(), this->teacher_bias));
     hard_exponent = fma_of(zs, static_cast<A>(kLog2E), this->hard_bias);
@@ -95,24 +232,38 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     return e;
   }
 
+  // The cosine's p and q are the elements of two unit vectors.
+  template <class D>
+  __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
+    if constexpr (D::kBalance == Balance::kUnit)
+      return D::at(Element<A>{mul_of(w, teacher_inverse), mul_of(z, student_inverse), 0, 0, 0},
+                   constants);
+    return D::at(e, constants);
+  }
+
   // Value and slope of one class. The extras ride along.
   template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums& sums) const {
     A unused;
     const Element<A> e = element<D>(z, w, unused);
-    const Evaluated<A> here = D::at(e, constants);
-    // Classes that both mask take no part in a mean.
-    const bool counts = !is_mean(D::kBalance) || here.slope == here.slope;
+    const Evaluated<A> here = evaluated<D>(e, z, w);
+    // Classes that both mask take no part in a mean, and none in a length.
+    const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
+    const A summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
-    sums.slope += counts ? here.slope : A(0);
+    sums.slope += counts ? summed : A(0);
     if (is_mean(D::kBalance)) sums.classes += counts ? A(1) : A(0);
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
   // Once all slopes are summed: from here on the gradient can be written.
+  __device__ __forceinline__ void balance(const Stats& row, Sums& sums) {
+    sums.value += row.nothing, sums.slope += row.nothing;
+    balance(sums.slope, sums.classes);
+  }
   __device__ __forceinline__ void balance(A slope, A classes) {
     const Balance how = balance_of(divergence);
-    if (how == Balance::kStudent) student_share = slope;
+    if (how == Balance::kStudent || how == Balance::kUnit) student_share = slope;
     if (!is_mean(how)) return;
     this->soft = quotient_of(this->soft, classes);
     if (how == Balance::kCentered) constant_share = quotient_of(slope, classes);
@@ -123,10 +274,17 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   __device__ __forceinline__ A write_as(A z, A w) const {
     A hard_exponent;
     const Element<A> e = element<D>(z, w, hard_exponent);
-    A slope = D::at(e, constants).slope - e.q * student_share - constant_share;
-    if (is_mean(D::kBalance) && slope != slope) slope = A(0);
-    return soft_part(this->soft, slope) +
-           this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
+    const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
+    A slope = evaluated<D>(e, z, w).slope;
+    if constexpr (D::kBalance == Balance::kNone)
+      return soft_part(this->soft, slope) + fma_of(rest_gain, e.q, hard);
+    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_inverse) : e.q;
+    slope = slope - q * student_share - constant_share;
+    if (leaves_out_masked(D::kBalance) && slope != slope) slope = A(0);
+    return soft_part(this->soft, slope) + hard;
+  }
+  __device__ __forceinline__ A at_label(A g) const {
+    return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
   }
 
   // The same for callers that have one class at a time.
@@ -138,6 +296,85 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   __device__ __forceinline__ A write(A z, A w, Sums&) const {
     return visit_general(divergence,
                          [&](auto d) { return this->template write_as<decltype(d)>(z, w); });
+  }
+
+  // Makes of the other classes' sums those of all classes, with the divergence as their value; and
+  // of their log_sum, log sum exp(z) - max z, that of all, and the label's cross entropy. `z` is
+  // the label's logit, which the gradient may have overwritten. One thread.
+  __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
+                                                A& cross_entropy, Sums& sums) const {
+    if (divergence != Divergence::kDecoupled) return;
+    const auto& stats = this->stats;
+    const A w = LabelLogits<A>(in, row).teacher, above = z - stats.student_max;
+    const Odds<A> hard = odds_of(hard_log_odds(z));
+    cross_entropy = -hard.log_label();
+    log_sum = (hard.log > A(0) ? above : log_sum) + log1p_of(hard.minor);
+    sums.logits = fma_of(above, this->share, sums.logits);
+
+    const A log = log_odds(z), teacher_log = teacher_log_odds(w);
+    // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
+    // exponentials, and so to that of the odds.
+    const A apart = odds_difference(z, w) + log1p_of(sums.slope);
+    // NaN as in close_row().
+    const A within = sums.value == sums.value ? sums.value : A(INFINITY);
+    sums.value = binary_kl_of(teacher_log, log, apart).value + weighted(mix_of(in), within);
+    const Odds<A> student = odds_of(log), teacher = odds_of(teacher_log);
+    sums.student_entropy = student.entropy() + student.rest() * sums.student_entropy;
+    sums.teacher_entropy = teacher.entropy() + teacher.rest() * sums.teacher_entropy;
+    const bool student_others = stats.student_scale > A(0);
+    const bool teacher_others = stats.teacher_scale > A(0);
+    const bool label_is_greatest =
+        (!student_others || z >= stats.student_max) && (!teacher_others || w >= stats.teacher_max);
+    const bool others_are = student_others && teacher_others && stats.student_max >= z &&
+                            stats.teacher_max >= w && sums.agreement > A(0);
+    sums.agreement = label_is_greatest || others_are ? A(1) : A(0);
+  }
+
+ private:
+  // The label's part in a row's gradient, and what it changes in the other classes'.
+  __device__ __forceinline__ void decouple(const Inputs& in, int64_t row) {
+    // d where one side masks all other classes.
+    if (this->stats.student_scale == A(0)) {
+      this->shift = A(INFINITY);
+    } else if (this->stats.teacher_scale == A(0)) {
+      this->shift = A(-INFINITY);
+    }
+    const LabelLogits<A> of_label(in, row);
+    const A z = of_label.student, w = of_label.teacher;
+    const A diff = mul_of(
+        this->soft, binary_kl_of(teacher_log_odds(w), log_odds(z), odds_difference(z, w)).diff);
+    const A rest = odds_of(hard_log_odds(z)).rest();
+    const A others = static_cast<A>(in.classes - 1);
+    const A weight = fma_of(this->uniform, others + A(1), this->label);
+    rest_gain = -diff;
+    this->label = fma_of(-weight, rest, fma_of(this->uniform, others, diff));
+    this->hard = mul_of(this->hard, rest);
+    this->soft = mul_of(this->soft, mix_of(in));
+  }
+
+  // The weight of the KL among the other classes: none where the teacher allows none of them.
+  __device__ __forceinline__ A mix_of(const Inputs& in) const {
+    return this->stats.teacher_scale > A(0) ? static_cast<A>(in.mix) : A(0);
+  }
+  // The logarithms of the label's odds against the other classes: with the student, the teacher,
+  // and the student at temperature 1.
+  __device__ __forceinline__ A log_odds(A z) const {
+    const A log = fma_of(z - this->stats.student_max, this->t.inverse, this->student_log);
+    return this->stats.student_scale == A(0) ? A(INFINITY) : log;
+  }
+  __device__ __forceinline__ A teacher_log_odds(A w) const {
+    const A log = fma_of(w - this->stats.teacher_max, this->t.teacher_inverse(), this->teacher_log);
+    return this->stats.teacher_scale == A(0) ? A(INFINITY) : log;
+  }
+  __device__ __forceinline__ A hard_log_odds(A z) const {
+    const A log = (z - this->stats.student_max) - log_sum_of(this->stats, this->t);
+    return this->stats.hard_scale == A(0) ? A(INFINITY) : log;
+  }
+  // Of the first two, within what rounding did to the sums.
+  __device__ __forceinline__ A odds_difference(A z, A w) const {
+    if (this->stats.student_scale == A(0) || this->stats.teacher_scale == A(0))
+      return teacher_log_odds(w) - log_odds(z);
+    return difference(z - student_base, w - teacher_base);
   }
 };
 

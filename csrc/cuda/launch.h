@@ -25,7 +25,8 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
 // Whether the hot kernels have it: the forward KL, alone or with the teacher's entropy, with one
 // temperature for student and teacher. All else is general.cuh's.
 inline bool is_hot(const Inputs& in) {
-  return is_one_sweep(in.divergence) && in.temperature == in.teacher_temperature;
+  return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
+         in.temperature == in.teacher_temperature;
 }
 // Whether some row's classes are not adjacent: rows that the strided kernels take.
 template <class Args>

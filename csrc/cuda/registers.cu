@@ -72,7 +72,7 @@ __device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held
   }
   if (held.peeled >= 0) {
     float g = writer.template write<kPower, kExtra>(held.peeled_student, held.peeled_teacher, sums);
-    if (held.peeled == label) g -= writer.label;
+    if (held.peeled == label) g = writer.at_label(g);
     if (row.grad != nullptr) row.grad[held.peeled] = from_acc<T>(g);
   }
   // The label's class is written again, by the thread that wrote its vector.
@@ -80,9 +80,8 @@ __device__ __forceinline__ Sums<float> write_row(const RowOf<T>& row, const Held
   const int vector = inside / Vector<T>::kElements;
   if (label >= 0 && inside >= 0 && vector < row.layout.vectors && vector % lanes == lane &&
       row.grad != nullptr)
-    row.grad[label] = from_acc<T>(
-        writer.template write<kPower, kExtra>(held.label_student, held.label_teacher, unused) -
-        writer.label);
+    row.grad[label] = from_acc<T>(writer.at_label(
+        writer.template write<kPower, kExtra>(held.label_student, held.label_teacher, unused)));
   sums.merge_lanes<32, kExtra>();
   return sums;
 }
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? 512 : 256, kWarpPerRow || kExtra
       sums = other < warps ? exchange.sums[turn][other] : Sums<float>();
       sums.merge_lanes<32, kExtra>();
     }
-    if (lane == 0) close_row<Temperature<float>>(args, index, stats, sums, held.label_student);
+    if (lane == 0) close_row(args, index, writer, stats, sums, held.label_student);
   }
   finish_inside(call, scale, slots);
 }

@@ -34,6 +34,19 @@ struct alignas(16) RingMessage {
   Statistics<float> statistics;
   S sums;
 };
+template <>
+struct alignas(16) RingMessage<GeneralSums<float>> {
+  Statistics<float> statistics;
+  GeneralSums<float> sums;
+  Squares squares;  // in a row's first exchange, of the cosine
+};
+template <class S>
+__device__ __forceinline__ Squares squares_of(const RingMessage<S>&) {
+  return {};
+}
+__device__ __forceinline__ Squares squares_of(const RingMessage<GeneralSums<float>>& message) {
+  return message.squares;
+}
 
 // What the producer tells the consumers about a row in the ring, so that they need not work it out
 // a thread at a time.

@@ -12,8 +12,8 @@ template <class W, bool kExtra, class Shared>
 __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int group,
                                                              uint32_t turn, int warps,
                                                              typename Shared::Message peeled,
-                                                             const typename W::Temper& t, int rank,
-                                                             int ranks) {
+                                                             const typename W::Temper& t, bool unit,
+                                                             int rank, int ranks) {
   using Message = typename Shared::Message;
   const int lane = threadIdx.x % 32, slot = turn & 1;
   barrier_wait(&shared.scanned[group], turn & 1);
@@ -27,7 +27,10 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   mine.statistics.hard_sum += own.hard_sum;
   mine.statistics.teacher_sum += own.teacher_sum;
   mine.statistics.merge_lanes(t);
-  if constexpr (W::kGeneral) mine.sums.add(peeled.sums);
+  if constexpr (W::kGeneral) {
+    mine.sums.add(peeled.sums);
+    if (unit) mine.squares.add(peeled.squares), mine.squares.merge_lanes();
+  }
   mine.sums.template merge_lanes<32, kExtra>();
   if (ranks == 1) return mine;
   if (lane < ranks) {
@@ -38,6 +41,7 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
     peer_store(to + 16, {s.teacher_sum, p.value, p.logits, p.student_entropy});
     if constexpr (W::kGeneral) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, p.slope, p.classes});
+      if (unit) peer_store(to + 48, bits_as<float4>(mine.squares));
     } else if (kExtra) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
     }
@@ -47,19 +51,23 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   Message all = lane < ranks ? shared.peers[group][slot][lane] : Message();
   all.statistics.merge_lanes(t);
   if (W::kGeneral || rank == 0) all.sums.template merge_lanes<32, kExtra>();
+  if constexpr (W::kGeneral)
+    if (unit) all.squares.merge_lanes();
   return all;
 }
 
 // What the closer of the first CTA takes of a row itself: the label's logit for the loss, and one
 // class a lane of those that no vector covers. Read before anybody may write the row in place.
-template <class T>
+template <class T, bool kGeneral>
 struct RingPeel {
   T* grad = nullptr;  // [classes], or null
   int64_t peeled = -1;
+  LeftOut<kGeneral> left_out{-1};
   float student = 0, teacher = 0, label_logit = 0;
 
   RingPeel() = default;
-  __device__ __forceinline__ RingPeel(const ForwardArgs& args, const RingInfo& info) {
+  __device__ __forceinline__ RingPeel(const ForwardArgs& args, const RingInfo& info)
+      : left_out(args, info.label) {
     const RowOf<T> row(args, args.grad, args.grad_stride, info.row);
     grad = row.grad;
     peeled = row.layout.peeled(threadIdx.x % 32, args.classes);
@@ -71,15 +79,20 @@ struct RingPeel {
   template <class Temper>
   __device__ __forceinline__ Statistics<float> scan(const Temper& t) const {
     Statistics<float> stats;
-    if (peeled < 0) return stats;
+    if (peeled < 0 || left_out.is(peeled)) return stats;
     stats.raise(student, teacher, t);
     stats.add_any<kAtRunTime>(student, teacher, t);
     return stats;
   }
+  __device__ __forceinline__ Squares square() const {
+    Squares squares;
+    if (peeled >= 0) squares.add(student, teacher);
+    return squares;
+  }
   template <class W>
   __device__ __forceinline__ typename W::Sums sum(const W& writer, bool extra) const {
     typename W::Sums sums;
-    if (peeled >= 0) writer.sum(student, teacher, extra, sums);
+    if (peeled >= 0 && !left_out.is(peeled)) writer.sum(student, teacher, extra, sums);
     return sums;
   }
   template <bool kExtra, class W>
@@ -87,7 +100,7 @@ struct RingPeel {
     typename W::Sums sums;
     if (peeled >= 0) {
       float g = writer.template write<kAtRunTime, kExtra>(student, teacher, sums);
-      if (peeled == label) g -= writer.label;
+      if (peeled == label) g = writer.at_label(g);
       if (grad != nullptr) grad[peeled] = from_acc<T>(g);
     }
     if (!W::kGeneral) sums.template merge_lanes<32, kExtra>();
@@ -100,7 +113,8 @@ __device__ __forceinline__ void close_pending(const ForwardArgs& args, Shared& s
                                               const RingPending& pending, Sums<float> sums) {
   if (pending.row < 0) return;
   sums.add(pending.peeled);
-  close_row<Temperature<float>>(args, pending.row, pending.stats, sums, pending.label_logit);
+  close_row<Temperature<float>>(args, pending.row, pending.stats, sums, pending.label_logit,
+                                [](auto&...) {});
 }
 
 template <class W, class Shared>
@@ -120,11 +134,17 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
   const RingInfo info = rows.info();
   const bool ends = info.row < 0;
   const typename W::Temper t(args, ends ? 0 : info.row);
-  const RingPeel<T> peel = rank == 0 && !ends ? RingPeel<T>(args, info) : RingPeel<T>();
-  const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums) {
-    return exchange<W, kExtra>(shared, group, rows.turn, warps, {statistics, sums}, t, rank, ranks);
+  using Peel = RingPeel<T, W::kGeneral>;
+  const Peel peel = rank == 0 && !ends ? Peel(args, info) : Peel();
+  const bool unit = W::kGeneral && is_unit(args);
+  const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums,
+                          const Squares& squares) {
+    typename Shared::Message own;
+    own.statistics = statistics, own.sums = sums;
+    if constexpr (W::kGeneral) own.squares = squares;
+    return exchange<W, kExtra>(shared, group, rows.turn, warps, own, t, unit, rank, ranks);
   };
-  auto all = merged(peel.scan(t), {});
+  auto all = merged(peel.scan(t), {}, unit ? peel.square() : Squares());
   const RingPending before = shared.pending[group];
   if (ends) {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
@@ -132,20 +152,20 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
       if (leader) close_pending<kExtra>(args, shared, group, before, all.sums);
     return false;
   }
-  const RowStats<float> stats(all.statistics);
+  const typename W::Stats stats = W::stats_of(args, info.row, all.statistics, squares_of(all));
   W writer(call, info.row, t, stats, scale);
   publish(shared, group, writer);
   if constexpr (W::kGeneral) {
     rows.turn++;
-    all = merged({}, peel.sum(writer, wants_extra(args)));
-    writer.balance(all.sums.slope, all.sums.classes);
+    all = merged({}, peel.sum(writer, wants_extra(args)), {});
+    writer.balance(stats, all.sums);
     publish(shared, group, writer);
   }
   if (rank != 0) return true;
   const auto peeled = peel.template write<kExtra>(writer, info.label);
   if (leader) {
     if constexpr (W::kGeneral) {
-      close_row<typename W::Temper>(args, info.row, stats, all.sums, peel.label_logit);
+      close_row(args, info.row, writer, stats, all.sums, peel.label_logit);
     } else {
       close_pending<kExtra>(args, shared, group, before, all.sums);
       shared.pending[group] = {stats, peel.label_logit, peeled, info.row};
@@ -178,12 +198,20 @@ __device__ __forceinline__ void close_rows(const ForwardCall& call, const RingSh
   }
 }
 
+// The class that is left out, in a slice's numbers of classes.
+template <class T, bool kGeneral>
+__device__ __forceinline__ LeftOut<kGeneral> left_out_of(const ForwardArgs& args,
+                                                         const RingInfo& info) {
+  if (info.label_vector < 0) return LeftOut<kGeneral>(-1);
+  return {args, info.label_vector * Vector<T>::kElements + info.label_element};
+}
+
 // First sweep over one slice, as its stages arrive: the statistics of this thread's vectors.
-template <class T, int kPower, int kWarps, int kVectors, class Shared, class Temper>
+template <class T, int kPower, int kWarps, int kVectors, class Shared, class Temper, class Out>
 __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarps, kVectors>* ring,
                                                         const RingFollower<Shared>& rows,
                                                         const RingInfo& info, const Temper& t,
-                                                        int thread) {
+                                                        const Out& left_out, int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
   Statistics<float> stats;
   Tops tops;
@@ -198,13 +226,20 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
       for (int k = 0; k < kVectors; k++) {
         students[k] = stage.student[thread + k * Stage::kThreads];
         teachers[k] = stage.teacher[thread + k * Stage::kThreads];
+        const int i = c * Stage::kCount + thread + k * Stage::kThreads;
+        left_out.template mask<T>(students[k], i * Vector<T>::kElements);
+        left_out.template mask<T>(teachers[k], i * Vector<T>::kElements);
       }
       add_vectors<T, kPower>(stats, tops, students, teachers, t);
     } else {
 #pragma unroll 1
-      for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
-        add_vector<T, kPower>(stats, tops, fetch(stage.student, i, info.student_shift),
-                              fetch(stage.teacher, i, info.teacher_shift), t);
+      for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads) {
+        uint4 z = fetch(stage.student, i, info.student_shift);
+        uint4 w = fetch(stage.teacher, i, info.teacher_shift);
+        left_out.template mask<T>(z, (c * Stage::kCount + i) * Vector<T>::kElements);
+        left_out.template mask<T>(w, (c * Stage::kCount + i) * Vector<T>::kElements);
+        add_vector<T, kPower>(stats, tops, z, w, t);
+      }
     }
     at.advance(1, rows.shape.stages);
   }
@@ -212,12 +247,32 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
   return stats;
 }
 
+// The sums of squares of this thread's vectors.
+template <class T, int kWarps, int kVectors, class Shared>
+__device__ __forceinline__ Squares square_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                const RingFollower<Shared>& rows,
+                                                const RingInfo& info, int thread) {
+  using Stage = RingStage<T, kWarps, kVectors>;
+  Squares squares;
+  RingCursor at = rows.start;
+  for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
+    const Stage& stage = ring[at.stage];
+#pragma unroll 1
+    for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
+      square_vector<T>(fetch(stage.student, i, info.student_shift),
+                       fetch(stage.teacher, i, info.teacher_shift), squares);
+    at.advance(1, rows.shape.stages);
+  }
+  return squares;
+}
+
 // The sweep between.
 template <class T, int kWarps, int kVectors, class W, class Shared>
 __device__ __forceinline__ typename W::Sums sum_slice(const RingStage<T, kWarps, kVectors>* ring,
                                                       const RingFollower<Shared>& rows,
                                                       const RingInfo& info, const W& writer,
-                                                      bool extra, int thread) {
+                                                      const LeftOut<true>& left_out, bool extra,
+                                                      int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
   typename W::Sums sums;
   RingCursor at = rows.start;
@@ -225,8 +280,11 @@ __device__ __forceinline__ typename W::Sums sum_slice(const RingStage<T, kWarps,
     const Stage& stage = ring[at.stage];
 #pragma unroll 1
     for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
-      sum_vector<T>(writer, fetch(stage.student, i, info.student_shift),
-                    fetch(stage.teacher, i, info.teacher_shift), extra, sums);
+      sum_vector<T>(
+          writer, fetch(stage.student, i, info.student_shift),
+          fetch(stage.teacher, i, info.teacher_shift),
+          left_out.among((c * Stage::kCount + i) * Vector<T>::kElements, Vector<T>::kElements),
+          extra, sums);
     at.advance(1, rows.shape.stages);
   }
   return sums;
@@ -298,6 +356,8 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
   const auto send = [&] {
     message.statistics.merge_lanes(t);
     message.sums.template merge_lanes<32, kExtra>();
+    if constexpr (W::kGeneral)
+      if (is_unit(args)) message.squares.merge_lanes();
     if (thread % 32 != 0) return;
     shared.warps[group][thread / 32] = message;
     barrier_arrive(&shared.scanned[group]);
@@ -318,13 +378,18 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
     const RingInfo info = rows.info();
     if (info.row < 0) break;
     if (args.row_settings != nullptr) t = typename W::Temper(args, info.row);
+    const LeftOut<W::kGeneral> left_out = left_out_of<T, W::kGeneral>(args, info);
     sweep([&](auto power) {
-      message.statistics = scan_slice<T, power.value>(ring, rows, info, t, thread);
+      message.statistics = scan_slice<T, power.value>(ring, rows, info, t, left_out, thread);
     });
-    if constexpr (W::kGeneral) message.sums = {};
+    if constexpr (W::kGeneral) {
+      message.sums = {};
+      if (is_unit(args)) message.squares = square_slice<T>(ring, rows, info, thread);
+    }
     send();
     if constexpr (W::kGeneral) {
-      message.sums = sum_slice<T>(ring, rows, info, received(), wants_extra(args), thread);
+      message.sums =
+          sum_slice<T>(ring, rows, info, received(), left_out, wants_extra(args), thread);
       message.statistics = {};
       rows.turn++;
       send();
@@ -341,7 +406,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
       typename W::Sums unused;
       const float g = writer.template write<kAtRunTime, kExtra>(label.x, label.y, unused);
       reinterpret_cast<T*>(info.grad + info.label_vector)[info.label_element] =
-          from_acc<T>(g - writer.label);
+          from_acc<T>(writer.at_label(g));
     }
     rows.next();
   }

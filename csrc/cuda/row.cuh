@@ -35,9 +35,6 @@ __device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
 __device__ __forceinline__ float fill_value(RowKind kind) {
   return kind == RowKind::kIgnored ? 0.0f : __int_as_float(0x7fc00000);
 }
-__device__ __forceinline__ int64_t label_of(const Inputs& in, int64_t row) {
-  return in.labels == nullptr ? -1 : in.labels[row];
-}
 // Closes a row that is ignored (0), or holds no answer (NaN).
 template <class A>
 __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t row, A value) {
@@ -61,20 +58,17 @@ __device__ __forceinline__ SlopesOf<A> slopes_of(const GeneralSums<A>& sums) {
   return {sums.slope, sums.classes};
 }
 
-// Closes a row: everything but its gradient. One thread.
-template <class Temper, class A, class S>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row,
-                                          const RowStats<A>& stats, const S& sums, A label_logit) {
+// Closes a row: everything but its gradient. One thread. include(log_sum, hard, sums) may add to
+// these what is not in them yet.
+template <class Temper, class Stats, class A, class S, class Include>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const Stats& stats,
+                                          S sums, A label_logit, Include&& include) {
   const Temper t(args, row);
-  const A ln_2 = static_cast<A>(kLn2);
   A hard = 0;
   if (args.labels != nullptr) {
-    // log sum exp(z) - max z
-    const A error =
-        t.power > 0 ? reference_error(stats.student_max, t.slope, t.limit) * static_cast<A>(t.power)
-                    : reference_error(stats.student_max, static_cast<A>(kLog2E), t.limit);
-    const A log_sum = -ln_2 * (log2_of(stats.hard_scale) + error);
+    A log_sum = log_sum_of(stats, t);
     hard = log_sum + (stats.student_max - label_logit);
+    include(log_sum, hard, sums);
     if (args.label_smoothing != 0) {
       const A eps = static_cast<A>(args.label_smoothing);
       hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - sums.logits);
@@ -100,6 +94,16 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row,
     terms[kAgreement * args.rows + row] = sums.agreement + nan_or_0;
   }
   stats.store(static_cast<A*>(args.stats), args.rows, row, slope, classes);
+}
+// The same, by the writer of its gradient.
+template <class W, class A>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
+                                          const typename W::Stats& stats,
+                                          const typename W::Sums& sums, A label_logit) {
+  close_row<typename W::Temper>(
+      args, row, stats, sums, label_logit, [&](A& log_sum, A& hard, typename W::Sums& all) {
+        if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, all);
+      });
 }
 
 // Labels that are not ignored among first, first + step, ...

@@ -91,25 +91,37 @@ __device__ __forceinline__ uint4 write_vector(const W& writer, uint4 student, ui
   return Vector<T>::store(g);
 }
 
-// The sweep between, of a GeneralWriter.
+// The sweep between, of a GeneralWriter. `left_out`: which of the classes is, or -1.
 template <int kMost, class A, class Count, class W>
 __device__ __forceinline__ void sum_classes(const W& writer, const A (&z)[kMost],
-                                            const A (&w)[kMost], Count count, bool extra,
-                                            typename W::Sums& sums) {
+                                            const A (&w)[kMost], Count count, int left_out,
+                                            bool extra, typename W::Sums& sums) {
   visit_general(writer.divergence, [&](auto d) {
+    using D = decltype(d);
 #pragma unroll
     for (int i = 0; i < kMost; i++)
-      if (i < count) writer.template sum_as<decltype(d)>(z[i], w[i], extra, sums);
+      if (i < count && !(D::kBalance == Balance::kNone && i == left_out))
+        writer.template sum_as<D>(z[i], w[i], extra, sums);
   });
 }
 template <class T, class W>
 __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4 teacher,
-                                           bool extra, typename W::Sums& sums) {
+                                           int left_out, bool extra, typename W::Sums& sums) {
   constexpr int kElements = Vector<T>::kElements;
   float z[kElements], w[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
-  sum_classes(writer, z, w, All<kElements>(), extra, sums);
+  sum_classes(writer, z, w, All<kElements>(), left_out, extra, sums);
+}
+
+template <class T>
+__device__ __forceinline__ void square_vector(uint4 student, uint4 teacher, Squares& squares) {
+  constexpr int kElements = Vector<T>::kElements;
+  float z[kElements], w[kElements];
+  Vector<T>::load(student, z);
+  Vector<T>::load(teacher, w);
+#pragma unroll
+  for (int i = 0; i < kElements; i++) squares.add(z[i], w[i]);
 }
 
 // Pointers to the three tensors' parts of one row, and how they fall into vectors.

@@ -31,6 +31,10 @@ __device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
   return m <= limit && m >= -limit ? fma_of(z, factor, -mul_of(m, factor)) : mul_of(z - m, factor);
 }
 
+__device__ __forceinline__ int64_t label_of(const Inputs& in, int64_t row) {
+  return in.labels == nullptr ? -1 : in.labels[row];
+}
+
 template <class A>
 __device__ __forceinline__ A setting_of(const Inputs& in, RowSetting which, int64_t row,
                                         double otherwise) {
@@ -91,6 +95,7 @@ struct TwoTemperatures : Temperature<A> {
     own_inverse = quotient_of(A(1), own);
     own_slope = quotient_of(static_cast<A>(kLog2E), own);
     this->bound(own < this->t ? own : this->t, max_of(this->slope, own_slope));
+    if (in.divergence == Divergence::kCosine) this->power = 0;  // backward has no scale of q
   }
   __device__ __forceinline__ A teacher_inverse() const { return own_inverse; }
   __device__ __forceinline__ A teacher_slope() const { return own_slope; }
@@ -200,6 +205,28 @@ struct Statistics {
     teacher_sum = lanes_sum<kLanes>(teacher_sum);
   }
 };
+
+// Sums of squares, of classes that are not masked by both, in double: logits may be of any size.
+struct Squares {
+  double student = 0, teacher = 0;
+
+  template <class A>
+  __device__ __forceinline__ void add(A z, A w) {
+    if (z == A(-INFINITY) && w == A(-INFINITY)) return;
+    student = fma_of(static_cast<double>(z), static_cast<double>(z), student);
+    teacher = fma_of(static_cast<double>(w), static_cast<double>(w), teacher);
+  }
+  __device__ __forceinline__ void add(const Squares& other) {
+    student += other.student;
+    teacher += other.teacher;
+  }
+  template <int kLanes = 32>
+  __device__ __forceinline__ void merge_lanes() {
+    student = lanes_sum<kLanes>(student);
+    teacher = lanes_sum<kLanes>(teacher);
+  }
+};
+
 // What is left of the first sweep when it is done: the row's entry in `stats`.
 template <class A>
 struct RowStats {
@@ -239,5 +266,14 @@ struct RowStats {
     teacher_scale = stats[kTeacherScale * rows + row];
   }
 };
+
+// log sum exp(z) - max z.
+template <class A, class Temper>
+__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temper& t) {
+  const A error =
+      t.power > 0 ? reference_error(stats.student_max, t.slope, t.limit) * static_cast<A>(t.power)
+                  : reference_error(stats.student_max, static_cast<A>(kLog2E), t.limit);
+  return -static_cast<A>(kLn2) * (log2_of(stats.hard_scale) + error);
+}
 
 }  // namespace fastkd::cuda

@@ -31,27 +31,45 @@ struct Vectors {
   __device__ __forceinline__ int64_t peeled() const {
     return threadIdx.x < 32 ? row.layout.peeled(threadIdx.x, args.classes) : -1;
   }
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void scan(Statistics<float>& stats, const Temper& t) const {
+  __device__ __forceinline__ int64_t first_of(int64_t vector) const {
+    return row.layout.begin + vector * Vector<T>::kElements;
+  }
+  template <int kPower, class Temper, class Out>
+  __device__ __forceinline__ void scan(Statistics<float>& stats, const Temper& t,
+                                       const Out& left_out) const {
     Tops tops;
 #pragma unroll 2
-    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
-      add_vector<T, kPower>(stats, tops, fetch(row.student_vectors, i, row.layout.student_shift),
-                            fetch(row.teacher_vectors, i, row.layout.teacher_shift), t);
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x) {
+      uint4 z = fetch(row.student_vectors, i, row.layout.student_shift);
+      uint4 w = fetch(row.teacher_vectors, i, row.layout.teacher_shift);
+      left_out.template mask<T>(z, first_of(i));
+      left_out.template mask<T>(w, first_of(i));
+      add_vector<T, kPower>(stats, tops, z, w, t);
+    }
     stats.raise(tops.student, tops.teacher, t);
     const int64_t i = peeled();
-    if (i < 0) return;
+    if (i < 0 || left_out.is(i)) return;
     stats.raise(student(i), teacher(i), t);
     stats.add_any<kPower>(student(i), teacher(i), t);
   }
-  template <class W>
-  __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
+  template <class W, class Out>
+  __device__ __forceinline__ void sum(const W& writer, const Out& left_out, bool extra,
+                                      typename W::Sums& sums) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
       sum_vector<T>(writer, fetch(row.student_vectors, i, row.layout.student_shift),
-                    fetch(row.teacher_vectors, i, row.layout.teacher_shift), extra, sums);
+                    fetch(row.teacher_vectors, i, row.layout.teacher_shift),
+                    left_out.among(first_of(i), Vector<T>::kElements), extra, sums);
     const int64_t i = peeled();
-    if (i >= 0) writer.sum(student(i), teacher(i), extra, sums);
+    if (i >= 0 && !left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
+  }
+  __device__ __forceinline__ void square(Squares& squares) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
+      square_vector<T>(fetch(row.student_vectors, i, row.layout.student_shift),
+                       fetch(row.teacher_vectors, i, row.layout.teacher_shift), squares);
+    const int64_t i = peeled();
+    if (i >= 0) squares.add(student(i), teacher(i));
   }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
@@ -93,20 +111,28 @@ struct Elements {
     if (args.grad != nullptr) store_any(args.grad, args.student_dtype, grad_offset + i, g);
   }
   __device__ __forceinline__ bool owns(int64_t i) const { return i % blockDim.x == threadIdx.x; }
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void scan(Statistics<A>& stats, const Temper& t) const {
+  template <int kPower, class Temper, class Out>
+  __device__ __forceinline__ void scan(Statistics<A>& stats, const Temper& t,
+                                       const Out& left_out) const {
 #pragma unroll 2
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x) {
+      if (left_out.is(i)) continue;
       const A z = student(i), w = teacher(i);
       stats.raise(z, w, t);
       stats.template add_any<kPower>(z, w, t);
     }
   }
-  template <class W>
-  __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
+  template <class W, class Out>
+  __device__ __forceinline__ void sum(const W& writer, const Out& left_out, bool extra,
+                                      typename W::Sums& sums) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
-      writer.sum(student(i), teacher(i), extra, sums);
+      if (!left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
+  }
+  __device__ __forceinline__ void square(Squares& squares) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
+      squares.add(student(i), teacher(i));
   }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
@@ -120,10 +146,14 @@ struct Elements {
   }
 };
 
-template <class A, class S>
+template <class A, class S, bool kGeneral>
 struct Exchange {
   Statistics<A> statistics[2][32];
   S sums[2][32];
+};
+template <class A, class S>
+struct Exchange<A, S, true> : Exchange<A, S, false> {
+  Squares squares[32];  // between two writes lie the barriers of the other two
 };
 
 // fp64 needs twice the registers, and so does the sweep between.
@@ -134,7 +164,7 @@ template <class Rows, class W, bool kExtra>
 __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     streaming_kernel(const __grid_constant__ ForwardCall call) {
   using A = typename Rows::A;
-  __shared__ Exchange<A, typename W::Sums> exchange;
+  __shared__ Exchange<A, typename W::Sums, W::kGeneral> exchange;
   __shared__ double slots[32];
   __shared__ int count;
   const ForwardArgs& args = call.args;
@@ -165,15 +195,27 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
         fn(PowerConstant<kAtRunTime>());
       }
     };
+    const LeftOut<W::kGeneral> left_out(args, label);
     Statistics<A> statistics;
-    sweep([&](auto power) { row.template scan<power.value>(statistics, t); });
+    sweep([&](auto power) { row.template scan<power.value>(statistics, t, left_out); });
     statistics.merge_lanes(t);
     if (lane == 0) exchange.statistics[turn][warp] = statistics;
     __syncthreads();
     statistics = lane < warps ? exchange.statistics[turn][lane] : Statistics<A>();
     statistics.merge_lanes(t);
 
-    const RowStats<A> stats(statistics);
+    Squares squares;
+    if constexpr (W::kGeneral) {
+      if (is_unit(args)) {
+        row.square(squares);
+        squares.merge_lanes();
+        if (lane == 0) exchange.squares[warp] = squares;
+        __syncthreads();
+        squares = lane < warps ? exchange.squares[lane] : Squares();
+        squares.merge_lanes();
+      }
+    }
+    const typename W::Stats stats = W::stats_of(args, index, statistics, squares);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     const auto exchanged = [&] {
@@ -182,26 +224,25 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
       sums = lane < warps ? exchange.sums[turn][lane] : typename W::Sums();
     };
     if constexpr (W::kGeneral) {
-      row.sum(writer, wants_extra(args), sums);
+      row.sum(writer, left_out, wants_extra(args), sums);
       sums.template merge_lanes<32, true>();
       exchanged();
       sums.template merge_lanes<32, true>();
-      writer.balance(sums.slope, sums.classes);
+      writer.balance(stats, sums);
     }
     sweep([&](auto power) {
       row.template write<power.value, kExtra>(writer, W::kGeneral ? unused : sums);
     });
     if (label >= 0 && row.owns(label))
-      row.store(label,
-                writer.template write<kAtRunTime, kExtra>(label_student, label_teacher, unused) -
-                    writer.label);
+      row.store(label, writer.at_label(writer.template write<kAtRunTime, kExtra>(
+                           label_student, label_teacher, unused)));
     if constexpr (!W::kGeneral) {
       sums.template merge_lanes<32, kExtra>();
       exchanged();
       if (warp != 0) continue;
       sums.template merge_lanes<32, kExtra>();
     }
-    if (threadIdx.x == 0) close_row<typename W::Temper>(args, index, stats, sums, label_student);
+    if (threadIdx.x == 0) close_row(args, index, writer, stats, sums, label_student);
   }
   finish_inside(call, scale, slots);
 }

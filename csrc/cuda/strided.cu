@@ -9,10 +9,14 @@ namespace fastkd::cuda {
 namespace {
 
 // What the threads that share a row tell each other, a slot each.
-template <class W, class A>
+template <class W, class A, bool kGeneral = W::kGeneral>
 struct Exchange {
   Statistics<A> tops[kStridedThreads], statistics[kStridedThreads];
   typename W::Sums sums[kStridedThreads];
+};
+template <class W, class A>
+struct Exchange<W, A, true> : Exchange<W, A, false> {
+  Squares squares[kStridedThreads];
 };
 
 // Calls fn with the entries of all threads that share this one's row, in their order.
@@ -41,13 +45,12 @@ __device__ __forceinline__ void merge(Exchange<W, A>& exchange, const Place& pla
     statistics.teacher_sum += other.teacher_sum;
   });
 }
-template <class W, class A>
-__device__ __forceinline__ void merge(Exchange<W, A>& exchange, const Place& place,
-                                      typename W::Sums& sums) {
-  exchange.sums[threadIdx.x] = sums;
+template <class S>
+__device__ __forceinline__ void merge(S (&entries)[kStridedThreads], const Place& place, S& sums) {
+  entries[threadIdx.x] = sums;
   __syncthreads();
-  sums = typename W::Sums();
-  for_parts(exchange.sums, place, [&](const typename W::Sums& other) { sums.add(other); });
+  sums = S();
+  for_parts(entries, place, [&](const S& other) { sums.add(other); });
 }
 
 }  // namespace
@@ -92,27 +95,36 @@ __global__ void __launch_bounds__(kStridedThreads, (kResident<E, kExtra>))
     const StridedRow<E> row(args, place, index, label, kind, inside);
     const A label_logit = row.label_logit();  // before the gradient may overwrite it
     const typename W::Temper t(args, index);
+    const LeftOut<W::kGeneral> left_out(args, label);
     Statistics<A> statistics;
-    with_power_in<E::kHot && !kExtra>(
-        t.power, [&](auto power) { row.template scan<decltype(power)::value>(t, statistics); });
+    with_power_in<E::kHot && !kExtra>(t.power, [&](auto power) {
+      row.template scan<decltype(power)::value>(t, left_out, statistics);
+    });
     if (parts > 1) merge(exchange, place, t, statistics);
-    const RowStats<A> stats(statistics);
+    Squares squares;
+    if constexpr (W::kGeneral) {
+      if (is_unit(args)) {
+        row.square(squares);
+        if (parts > 1) merge(exchange.squares, place, squares);
+      }
+    }
+    const typename W::Stats stats = W::stats_of(args, index, statistics, squares);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     if constexpr (W::kGeneral) {
-      row.sum(writer, wants_extra(args), sums);
-      if (parts > 1) merge(exchange, place, sums);
-      writer.balance(sums.slope, sums.classes);
+      row.sum(writer, left_out, wants_extra(args), sums);
+      if (parts > 1) merge(exchange.sums, place, sums);
+      writer.balance(stats, sums);
     }
     with_power_in<E::kHot && !kExtra>(t.power, [&](auto power) {
       row.template write<decltype(power)::value, kExtra, kExtra>(writer,
                                                                  W::kGeneral ? unused : sums);
     });
     if constexpr (!W::kGeneral)
-      if (parts > 1) merge(exchange, place, sums);
+      if (parts > 1) merge(exchange.sums, place, sums);
     if (place.part != 0 || !inside) continue;
     if (row.real) {
-      close_row<typename W::Temper>(args, index, stats, sums, label_logit);
+      close_row(args, index, writer, stats, sums, label_logit);
     } else {
       close_row_as(args, index, row.otherwise);
     }

@@ -162,16 +162,18 @@ struct StridedRow {
   }
 
   // The first sweep. The maxima follow the greatest logits as they do in add_vectors().
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void scan(const Temper& t, Statistics<A>& stats) const {
+  template <int kPower, class Temper, class Out>
+  __device__ __forceinline__ void scan(const Temper& t, const Out& left_out,
+                                       Statistics<A>& stats) const {
     A student_top = stats.student_max, teacher_top = stats.teacher_max;
     for_chunks([&](int64_t k, auto count) {
       A z[kChunk], w[kChunk];
       load<false>(k, count, z, w);
+      const int out = left_out.among(k, kChunk);
       const auto each = [&](auto&& fn) {
 #pragma unroll
         for (int i = 0; i < kChunk; i++)
-          if (i < count) fn(z[i], w[i]);
+          if (i < count && i != out) fn(z[i], w[i]);
       };
       each([&](A x, A y) {
         student_top = max_of(student_top, x);
@@ -188,12 +190,22 @@ struct StridedRow {
     stats.raise(student_top, teacher_top, t);
   }
   // The sweep between, of a GeneralWriter.
-  template <class W>
-  __device__ __forceinline__ void sum(const W& writer, bool extra, typename W::Sums& sums) const {
+  template <class W, class Out>
+  __device__ __forceinline__ void sum(const W& writer, const Out& left_out, bool extra,
+                                      typename W::Sums& sums) const {
     for_chunks([&](int64_t k, auto count) {
       A z[kChunk], w[kChunk];
       load<false>(k, count, z, w);
-      sum_classes(writer, z, w, count, extra, sums);
+      sum_classes(writer, z, w, count, left_out.among(k, kChunk), extra, sums);
+    });
+  }
+  __device__ __forceinline__ void square(Squares& squares) const {
+    for_chunks([&](int64_t k, auto count) {
+      A z[kChunk], w[kChunk];
+      load<false>(k, count, z, w);
+#pragma unroll
+      for (int i = 0; i < kChunk; i++)
+        if (i < count) squares.add(z[i], w[i]);
     });
   }
   template <int kPower, bool kExtra, bool kUniform, class W>
@@ -205,7 +217,7 @@ struct StridedRow {
       const int64_t inside = label - k;
 #pragma unroll
       for (int i = 0; i < kChunk; i++)
-        if (i == inside) g[i] -= writer.label;
+        if (i == inside) g[i] = writer.at_label(g[i]);
       store(k, count, g);
     });
   }

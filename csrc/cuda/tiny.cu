@@ -43,27 +43,39 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
                                     offset_of(row, args.group_rows, args.student_stride) + label);
   }
   const typename W::Temper t(args, real ? row : 0);
+  const LeftOut<W::kGeneral> left_out(args, label);
+  const auto counted = [&](const float (&x)[kTinyPerLane], int i) {
+    return left_out.is(lane + i * kLanes) ? -INFINITY : x[i];
+  };
   // A class a lane or four: the maxima of all come first.
   Statistics<float> statistics;
-  float student_top = slice.z[0], teacher_top = slice.w[0];
+  float student_top = counted(slice.z, 0), teacher_top = counted(slice.w, 0);
 #pragma unroll
   for (int i = 1; i < kTinyPerLane; i++) {
-    student_top = max_of(student_top, slice.z[i]);
-    teacher_top = max_of(teacher_top, slice.w[i]);
+    student_top = max_of(student_top, counted(slice.z, i));
+    teacher_top = max_of(teacher_top, counted(slice.w, i));
   }
   statistics.raise(lanes_max<kLanes>(student_top), lanes_max<kLanes>(teacher_top), t);
 #pragma unroll
-  for (int i = 0; i < kTinyPerLane; i++) statistics.add_any<kAtRunTime>(slice.z[i], slice.w[i], t);
+  for (int i = 0; i < kTinyPerLane; i++)
+    statistics.add_any<kAtRunTime>(counted(slice.z, i), counted(slice.w, i), t);
   statistics.sum_lanes<kLanes>();
-  const RowStats<float> stats(statistics);
+  Squares squares;
+  if (W::kGeneral && is_unit(args)) {
+#pragma unroll
+    for (int i = 0; i < kTinyPerLane; i++) squares.add(slice.z[i], slice.w[i]);
+    squares.merge_lanes<kLanes>();
+  }
+  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics, squares);
   W writer(call, real ? row : 0, t, stats, scale);
   typename W::Sums sums;
   if constexpr (W::kGeneral) {
 #pragma unroll
     for (int i = 0; i < kTinyPerLane; i++)
-      if (real && lane + i * kLanes < args.classes) writer.sum(slice.z[i], slice.w[i], true, sums);
+      if (real && lane + i * kLanes < args.classes && !left_out.is(lane + i * kLanes))
+        writer.sum(slice.z[i], slice.w[i], true, sums);
     sums.template merge_lanes<kLanes, true>();
-    writer.balance(sums.slope, sums.classes);
+    writer.balance(stats, sums);
   }
   __syncwarp();  // in place: the label's logit is read before it is overwritten
 #pragma unroll
@@ -73,7 +85,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
     float g = fill_value(kind);
     if (real) {
       g = writer.template write<kAtRunTime, true>(slice.z[i], slice.w[i], sums);
-      if (k == label) g -= writer.label;
+      if (k == label) g = writer.at_label(g);
     }
     if (args.grad != nullptr)
       store_any(args.grad, args.student_dtype,
@@ -82,7 +94,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   if constexpr (!W::kGeneral) sums.template merge_lanes<kLanes, true>();
   if (lane != 0 || row < 0) return;
   if (real) {
-    close_row<typename W::Temper>(args, row, stats, sums, label_logit);
+    close_row(args, row, writer, stats, sums, label_logit);
   } else {
     close_row_as(args, row, fill_value(kind));
   }

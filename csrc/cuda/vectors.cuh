@@ -12,6 +12,7 @@
 
 #include "../dtypes.h"
 #include "device.cuh"
+#include "plan.h"
 
 namespace fastkd::cuda {
 

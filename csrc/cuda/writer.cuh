@@ -81,6 +81,7 @@ template <class A, bool kFold, class Temper_ = Temperature<A>>
 struct alignas(16) Writer {
   using Temper = Temper_;
   using Sums = cuda::Sums<A>;
+  using Stats = RowStats<A>;
   static constexpr bool kGeneral = false;
 
   Temper t;
@@ -152,6 +153,12 @@ struct alignas(16) Writer {
     }
   }
 
+  static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
+                                                   const Statistics<A>& statistics,
+                                                   const Squares&) {
+    return Stats(statistics);
+  }
+
   // p, q and d of one class, and the exponent of its exp(z) where no power of q serves.
   template <bool kApart>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
@@ -208,6 +215,9 @@ struct alignas(16) Writer {
     if (kExtra) add_extra(z, w, e.p, e.q, sums);
     return fma_of(soft, ForwardKL::at(e).slope, softmax);
   }
+
+  // The label's gradient, given what write() made of its class.
+  __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, cuda::Sums<A>& sums) const {
     const A zs = z - stats.student_max;

@@ -92,24 +92,26 @@ class Runner {
         classes_(call.inputs.classes),
         row_bytes_(classes_ * acc_size(call)),
         step_(std::max<int64_t>(1, kMixedClasses / classes_)) {
-    if (step_ > kTile) step_ -= step_ % kTile;
     if (mixture_ == nullptr) return;
-    room_ = torch::stable::empty({torch::stable::get_num_threads(), step_, classes_}, call.acc);
+    const int64_t rows = call.inputs.rows, grain = grain_rows(classes_);
+    threads_ = std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain);
+    threads_ = std::max<int64_t>(1, threads_);
+    if (step_ > kTile) step_ -= step_ % kTile;
+    step_ = std::min(step_, (rows + threads_ - 1) / threads_);
+    room_ = torch::stable::empty({threads_, step_, classes_}, call.acc);
   }
 
   // Calls run(args, begin, end) for whole rows [0, rows), on all threads.
   template <class Args, class Run>
   void on_all_threads(const Args& args, int64_t rows, const Run& run) const {
-    const int64_t grain = grain_rows(classes_);
     if (mixture_ == nullptr) {
-      torch::stable::parallel_for(0, rows, grain,
+      torch::stable::parallel_for(0, rows, grain_rows(classes_),
                                   [&](int64_t begin, int64_t end) { run(args, begin, end); });
       return;
     }
-    const int64_t threads = std::min(room_.size(0), (rows + grain - 1) / grain);
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
       for (int64_t thread = first; thread < last; ++thread)
-        on_thread(thread, args, rows * thread / threads, rows * (thread + 1) / threads, run);
+        on_thread(thread, args, rows * thread / threads_, rows * (thread + 1) / threads_, run);
     });
   }
 
@@ -141,7 +143,8 @@ class Runner {
 
   const MixtureArgs* mixture_;
   int64_t classes_, row_bytes_, step_;
-  Tensor room_;
+  int64_t threads_ = 1;
+  Tensor room_;  // of each thread, for so many rows
 };
 
 // Few long rows: all threads share each of the last rows, segment by segment.

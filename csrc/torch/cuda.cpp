@@ -41,7 +41,6 @@ const void* denominator_of(const Reducing& reducing) {
 
 ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool terms,
                             bool /*with_stats*/, const Tensor* grad) {
-  STD_TORCH_CHECK(has_cuda_kernels(call.inputs.divergence), "no CUDA kernel for this divergence");
   const DeviceGuard guard(call.student.get_device_index());
   ForwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;

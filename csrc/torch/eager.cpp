@@ -250,7 +250,6 @@ bool is_observed(const Tensor& student) {
 }
 
 bool suits(Divergence divergence, const Tensor& student, const std::optional<Tensor>& labels) {
-  if (student.is_cuda() && !has_cuda_kernels(divergence)) return false;
   return divergence != Divergence::kDecoupled || (labels && student.size(-1) > 1);
 }
 

@@ -118,11 +118,15 @@ Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides)
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
                bool strided, bool inplace) {
   if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
-  *teacher = copied(*teacher, grad_strides);
-  if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
+  const bool same = student->get() == teacher->get();
+  if (!same) {
+    *teacher = copied(*teacher, grad_strides);
+    if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
+  }
   STD_TORCH_CHECK(!inplace,
                   "inplace needs student logits that are laid out row by row, or class by class");
   *student = copied(*student, grad_strides);
+  if (same) *teacher = *student;
   const auto layout = walk(*student, *teacher, grad_strides, strided);
   STD_TORCH_CHECK(layout, "grad must be laid out as the op that computed the loss returned it");
   return *layout;

@@ -76,7 +76,6 @@ PYBIND11_MODULE(_C, m) {
   py::list divergences;
   for (const char* name : fastkd::kDivergenceNames) divergences.append(name);
   m.attr("divergences") = py::tuple(divergences);
-  m.attr("cuda_divergences") = fastkd::kCudaDivergences;  // the first so many of them
   m.def("isa", [] { return std::string(fastkd::cpu::kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));

@@ -9,7 +9,6 @@ compiler: str
 cuda_architectures: str
 segment: int
 divergences: tuple[str, ...]
-cuda_divergences: int
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

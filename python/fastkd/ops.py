@@ -30,7 +30,6 @@ def _load_eager() -> Any:
 
 EAGER = _load_eager()
 CUDA_KERNELS = bool(_C.cuda_architectures)
-_ON_CUDA = DIVERGENCES[: _C.cuda_divergences]
 _warned: set[str] = set()
 
 _loss = torch.ops.fastkd.loss.default
@@ -47,11 +46,8 @@ USES = {
     "learned": "gradients of temperature= and of weights",
     "standardize": "standardize=True",
 }
-# What of it the kernels of a device have. All else is computed by fastkd.reference.
-FUSED = {
-    "cpu": frozenset({*DIVERGENCES, "row weights", "class_weight"}),
-    "cuda": frozenset({*_ON_CUDA, "row weights", "class_weight"}),
-}
+# What of it the kernels have. All else is computed by fastkd.reference.
+FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
 # What CPUs have by two passes of the kernels, which cannot be in place.
 IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
 
@@ -76,9 +72,9 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
     return found
 
 
-def _missing(student: Tensor, labels: Tensor | None, objective: Objective) -> set[str]:
+def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
     """What of a call the kernels lack."""
-    return uses(labels, objective) - FUSED["cuda" if student.device.type == "cuda" else "cpu"]
+    return uses(labels, objective) - FUSED
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -86,14 +82,14 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
     device = student.device.type
     if device not in KERNEL_DEVICES or _is_transformed():
         return False
-    return not _missing(student, labels, objective)
+    return not _missing(labels, objective)
 
 
 def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
     """What of a call the kernels lack, as users write it."""
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
-    return [USES[use] for use in sorted(_missing(student, labels, objective))]
+    return [USES[use] for use in sorted(_missing(labels, objective))]
 
 
 def compute(
@@ -111,7 +107,7 @@ def compute(
     if device not in KERNEL_DEVICES:
         _warn_once(device)
     elif not transformed:
-        missing = _missing(student, labels, objective)
+        missing = _missing(labels, objective)
         if not missing:
             return _fused(student, teachers, labels, objective, with_terms, inplace)
         if inplace:

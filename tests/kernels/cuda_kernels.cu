@@ -31,7 +31,12 @@ struct Case {
   Reduction reduction = Reduction::kMean;
   double noise = 1;                           // of the student about the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
-  bool underflows = false;  // a class that the student masks, of no teacher probability
+  bool underflows = false;              // a class that the student masks, of no teacher probability
+  double above = 0, teacher_above = 0;  // added to the label's logits
+  double factor = 1;                    // of all logits
+  bool zeros = false;                   // rows of zeros: the student's, the teacher's, both
+  bool both_mask = false;               // every fifth class
+  bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
   double teacher_temperature = 0;  // 0: the student's
@@ -42,13 +47,14 @@ struct Case {
 struct Reference {
   double loss = 0, terms[kTerms] = {};
   std::vector<double> grad;
+  double size = 1;  // of what the gradient is the difference of, if it is large
 };
 
 // The soft term of everything but the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
-                 double t, double soft_weight, Reference& r) {
+                 int64_t label, double t, double soft_weight, Reference& r) {
   const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
-  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own);
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own, label);
   r.terms[kSoft] = static_cast<double>(exact.value);
   r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
   double top = -kInfinity, sum = 0, entropy = 0;
@@ -61,6 +67,7 @@ void general_row(const Case& c, const std::vector<double>& z, const std::vector<
   r.terms[kTeacherEntropy] = entropy;
   for (size_t i = 0; i < z.size(); i++)
     r.grad[i] += soft_weight * t * static_cast<double>(exact.grad[i]);
+  r.size = std::fmax(1.0, soft_weight * t * t * static_cast<double>(exact.inverse));
 }
 
 Reference reference_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
@@ -76,6 +83,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
     ms = std::fmax(ms, z[i]), mt = std::fmax(mt, w[i]);
     poisoned |= std::isnan(z[i]) || std::isnan(w[i]) || z[i] == kInfinity || w[i] == kInfinity;
   }
+  poisoned |= c.divergence == Divergence::kDecoupled && label < 0;
   if (poisoned || ms == -kInfinity || mt == -kInfinity) {
     r.loss = NAN;
     for (double& g : r.grad) g = NAN;
@@ -112,7 +120,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   r.terms[kStudentEntropy] = hs, r.terms[kTeacherEntropy] = ht;
   r.loss =
       (hard_weight == 0 ? 0 : hard_weight * hard) + (kl_weight == 0 ? 0 : kl_weight * t * t * kl);
-  if (general) general_row(c, z, w, t, soft_weight, r);
+  if (general) general_row(c, z, w, label, t, soft_weight, r);
   return r;
 }
 
@@ -211,7 +219,9 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     for (int64_t i = 0; i < c.classes; i++) {
       double w = 3 * random.normal(), z = w + c.noise * random.normal();
-      z += c.student_base, w += c.teacher_base;
+      z = z * c.factor + c.student_base, w = w * c.factor + c.teacher_base;
+      if (c.zeros) z = r % 3 != 1 ? 0 : z, w = r % 3 != 0 ? 0 : w;
+      if (c.both_mask && i % 5 == 2) z = w = -kInfinity;
       if (c.underflows && r % 2 == 0 && i == c.classes / 2) z = -kInfinity, w = -1e4;
       if (c.infinities && i % 7 == 3) z = -kInfinity, w = r % 2 ? -kInfinity : w;
       if (c.infinities && i % 11 == 5) w = -kInfinity;
@@ -226,9 +236,20 @@ void Runner::run() {
                     : r == 1 ? 0
                              : static_cast<int64_t>(random.uniform() * c.classes);
     if (c.infinities) label = label / 77 * 77;  // of a class that is not masked
+    if (c.both_mask) label = label / 5 * 5;
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
     reinterpret_cast<int64_t*>(labels.host.data())[r] = label;
+    const bool labelled = c.above != 0 || c.teacher_above != 0 || c.alone;
+    for (int64_t i = 0; i < c.classes && labelled; i++) {
+      const int64_t z = at(r, i, student_stride), w = at(r, i, teacher_stride);
+      const auto add = [&](Buffer& b, DType dtype, int64_t k, double above, bool masks) {
+        const double x = load(b.host.data(), dtype, k) + (i == label ? above : 0);
+        store(b.host.data(), dtype, k, masks && c.alone && i != label ? -kInfinity : x);
+      };
+      add(student, c.student, z, c.above, r % 3 != 1);
+      add(teacher, c.teacher, w, c.teacher_above, r % 3 != 0);
+    }
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
     const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
     const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
@@ -303,23 +324,24 @@ void Runner::run() {
   double sum = 0, term_sums[kTerms] = {};
   const auto check_grad = [&](const std::vector<char>& got, double factor, const char* what,
                               double slack = 1) {
-    for (int64_t r = 0; r < c.rows; r++)
+    for (int64_t r = 0; r < c.rows; r++) {
+      const double absolute = slack * tiny * std::fmax(1.0, std::fabs(factor)) * want[r].size;
       for (int64_t i = 0; i < c.classes; i++) {
         const double g = load(got.data(), c.student, at(r, i, out_stride));
         const double w = want[r].grad[i] * scale * factor;
-        if (!close(g, w, slack * tiny * std::fmax(1.0, std::fabs(factor)), slack * eps))
-          return fail(what, r, i, g, w);
+        if (!close(g, w, absolute, slack * eps)) return fail(what, r, i, g, w);
       }
+    }
   };
   if (!c.no_grad) check_grad(first, 1, "grad");
   const double loss_eps = wide ? 1e-12 : 3e-6;
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
-    if (!close(acc_of(loss, r), want[r].loss,
-               wide            ? 1e-13
-               : c.noise < 0.1 ? 1e-12
-                               : 2e-6,
-               loss_eps))
+    double absolute = wide ? 1e-13 : c.noise < 0.1 ? 1e-12 : 2e-6;
+    // Unit vectors are rounded before they are compared.
+    if (c.divergence == Divergence::kCosine && !wide)
+      absolute += 2e-7 * std::sqrt(std::fabs(want[r].loss));
+    if (!close(acc_of(loss, r), want[r].loss, absolute, loss_eps))
       fail("loss", r, 0, acc_of(loss, r), want[r].loss);
     for (int k = 0; k < kTerms; k++) {
       term_sums[k] += want[r].terms[k];
@@ -497,14 +519,28 @@ void forced(bool brief) {
         if (!fits(classes, DType::kBFloat16, cluster, stages)) continue;
         Case c;
         c.plan = &ring, c.classes = classes, c.rows = brief ? 5 : 701, c.terms = cluster == 2;
-        test(c,
-             ("ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages")
-                 .c_str());
+        const std::string name =
+            "ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages";
+        test(c, name.c_str());
+        if (stages != 8 || cluster != 4) continue;
+        // The label in every part of a row, and what only two divergences exchange.
+        for (const Divergence id :
+             {Divergence::kJensenShannon, Divergence::kDecoupled, Divergence::kCosine})
+          for (const DType dtype : kHot) {
+            Case d = c;
+            d.divergence = id, d.student = d.teacher = dtype, d.rows = 9, d.ignored = false;
+            if (!fits(classes, dtype, cluster, stages)) continue;
+            test(d, (name + ", " + kDivergenceNames[static_cast<int>(id)]).c_str());
+            d.teacher_offset = 1, d.student_pad = 3, test(d, (name + ", shifted").c_str());
+          }
       }
     }
 }
+constexpr Divergence kFiniteIfMasked[] = {
+    Divergence::kForwardKL,       Divergence::kDecoupled,       Divergence::kJensenShannon,
+    Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL, Divergence::kTotalVariation};
 void divergences(bool brief) {
-  for (int id = 0; id < kCudaDivergences; id++)
+  for (int id = 0; id < kDivergences; id++)
     for (const int64_t classes : {7, 100, 1003, 20001}) {
       Case c;
       c.divergence = static_cast<Divergence>(id), c.classes = classes, c.rows = 5;
@@ -522,6 +558,71 @@ void divergences(bool brief) {
       d = c, d.student = d.teacher = DType::kFloat16, test(d, (name + ", fp16").c_str());
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
+    }
+  // Of classes that one side masks some divergences are infinite: those that are not.
+  for (const Divergence id : kFiniteIfMasked)
+    for (const int64_t classes : {100, 1003}) {
+      Case c;
+      c.divergence = id, c.classes = classes, c.rows = 5;
+      c.infinities = c.terms = true, c.teacher_temperature = 3;
+      test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", masked").c_str());
+    }
+}
+// What the label's part of a decoupled divergence may meet.
+void decoupled(bool brief) {
+  for (const bool pixels : {false, true})
+    for (const int64_t classes : {2, 3, 100, 1003, 5003}) {
+      if (brief && classes > 1003) continue;
+      Case c;
+      c.divergence = Divergence::kDecoupled, c.classes = classes, c.rows = 9;
+      c.mix = 8, c.soft_weight = 0.05;  // what gradients round at is the product's size
+      c.student_pixels = c.teacher_pixels = pixels, c.student = c.teacher = DType::kFloat32;
+      c.terms = true, c.ignored = c.bad_label = false;
+      test(c, "dkd of fp32");
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+        c.student = c.teacher = dtype;
+        const double pairs[][2] = {
+            {-60, -60}, {-8, -8},        {8, 8},          {60, 60},
+            {5, -5},    {-kInfinity, 0}, {0, -kInfinity}, {-kInfinity, -kInfinity},
+            {NAN, 0},   {0, NAN},        {kInfinity, 0},  {0, kInfinity}};
+        for (const auto& above : pairs) {
+          Case d = c;
+          d.above = above[0], d.teacher_above = above[1], test(d, "dkd, far label");
+          d.teacher_temperature = 1.5, d.smoothing = 0.1, test(d, "dkd, far label, smoothing");
+          d.row_settings = true, test(d, "dkd, far label, settings of rows");
+        }
+        Case d = c;
+        d.alone = true, test(d, "dkd, label alone");
+        d.teacher_temperature = 3, test(d, "dkd, label alone, own temperature");
+        d.student_base = 200, test(d, "dkd, label alone, apart");
+        d = c, d.labels = false, test(d, "dkd without labels");
+        d = c, d.bad_label = true, d.ignored = true, test(d, "dkd, bad label");
+        d = c, d.hard_weight = 0, d.noise = 1e-2, test(d, "dkd, near");
+        d = c, d.hard_weight = 1, d.soft_weight = 0, test(d, "dkd, hard only");
+      }
+    }
+}
+// What the lengths of the cosine may meet.
+void lengths(bool brief) {
+  for (const bool pixels : {false, true})
+    for (const int64_t classes : {1, 2, 100, 1003, 5003}) {
+      if (brief && classes > 1003) continue;
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+        Case c;
+        c.divergence = Divergence::kCosine, c.classes = classes, c.rows = 9;
+        c.student_pixels = c.teacher_pixels = pixels, c.student = c.teacher = dtype;
+        c.ignored = false;
+        Case d = c;
+        d.zeros = true, test(d, "cosine of zeros");
+        d.row_settings = d.terms = true, test(d, "cosine of zeros, settings of rows");
+        d = c, d.both_mask = classes > 2, d.terms = true, test(d, "cosine, both mask");
+        d = c, d.infinities = classes > 100, test(d, "cosine, one masks");
+        d = c, d.labels = false, d.noise = 1e-2, test(d, "cosine, near");
+        d.noise = 0, test(d, "cosine of the same");
+        for (const double factor : {1e30, 1e-8, 1e-30}) {
+          d = c, d.factor = factor, d.hard_weight = 0, test(d, "cosine, far from 1");
+        }
+      }
     }
 }
 // Options as they meet by chance, half of them in a ring.
@@ -549,12 +650,9 @@ void random_cases(int64_t count, uint64_t seed) {
     if (c.labels && one_in(4)) c.smoothing = c.infinities ? 0 : 0.1;
     c.reduction = static_cast<Reduction>(below(3));
     if (one_in(2)) {
-      // Of classes that one side masks some divergences are infinite: those that are not.
-      const Divergence finite[] = {Divergence::kForwardKL, Divergence::kJensenShannon,
-                                   Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL,
-                                   Divergence::kTotalVariation};
-      c.divergence = c.infinities ? finite[below(5)] : static_cast<Divergence>(below(10));
-      if (one_in(3) && !c.infinities) c.teacher_temperature = temperatures[below(6)];
+      c.divergence = c.infinities ? kFiniteIfMasked[below(std::size(kFiniteIfMasked))]
+                                  : static_cast<Divergence>(below(kDivergences));
+      if (one_in(3)) c.teacher_temperature = temperatures[below(6)];
     }
     if (one_in(3))
       c.student_pixels = !one_in(4), c.teacher_pixels = !c.student_pixels || !one_in(4);
@@ -643,7 +741,7 @@ void pixels(bool brief) {
       d = c, d.underflows = true, test(d, "pixels, masked, and of no teacher probability");
       d = c, d.temperature = 1.5, d.student_base = 1e4, test(d, "pixels, apart");
       d = c, d.infinities = true, d.smoothing = 0, test(d, "pixels, infinities");
-      for (int id = 1; id <= static_cast<int>(Divergence::kCenteredSquaredError); id++) {
+      for (int id = 1; id < kDivergences; id++) {
         // In more rows some p and q are nearer than fp32 can tell, where total variation has a
         // bend.
         d = c, d.divergence = static_cast<Divergence>(id), d.rows = 40, d.group_rows = 13;
@@ -689,7 +787,7 @@ int main(int argc, char** argv) {
   } else {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
-    forced(brief), divergences(brief), pixels(brief);
+    forced(brief), divergences(brief), decoupled(brief), lengths(brief), pixels(brief);
   }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);

@@ -180,11 +180,10 @@ Answer answer_of(const Problem& in, int threads) {
     A g =
         writer.template write<kAtRunTime, true>(static_cast<A>(in.z[static_cast<size_t>(i)]),
                                                 static_cast<A>(in.w[static_cast<size_t>(i)]), sums);
-    if (i == in.label) g -= writer.label;
+    if (i == in.label) g = writer.at_label(g);
     answer.grad.push_back(g);
   }
-  close_row<Temperature<A>>(args, 0, stats, sums,
-                            static_cast<A>(in.z[static_cast<size_t>(in.label)]));
+  close_row(args, 0, writer, stats, sums, static_cast<A>(in.z[static_cast<size_t>(in.label)]));
   answer.loss = loss[0], answer.hard = terms[kHard], answer.soft = terms[kSoft];
   return answer;
 }
@@ -328,7 +327,7 @@ struct Objective {
 };
 
 Answer exact_general(const Problem& in, const Objective& o) {
-  const auto exact = truth::divergence(o.divergence, o.mix, in.z, in.w, o.t, o.teacher_t);
+  const auto exact = truth::divergence(o.divergence, o.mix, in.z, in.w, o.t, o.teacher_t, in.label);
   Answer answer;
   Real top = -kInfinity, hard_sum = 0;
   for (double z : in.z) top = std::fmax(top, Real(z));
@@ -361,37 +360,40 @@ Answer general_of(const Problem& in, const Objective& o) {
   args.row_settings = settings, args.hard_weight = args.soft_weight = 7, args.temperature = 3;
   args.divergence = o.divergence, args.mix = o.mix;
   args.loss = loss, args.terms = terms, args.stats = stats_of_row;
+  const std::vector<A> student(in.z.begin(), in.z.end()), teacher(in.w.begin(), in.w.end());
+  args.student = student.data(), args.teacher = teacher.data();
+  args.student_dtype = args.teacher_dtype = sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
   const TwoTemperatures<A> t(args, 0);
-  const auto logits = [&](size_t i, A& z, A& w) {
-    z = static_cast<A>(in.z[i]), w = static_cast<A>(in.w[i]);
-  };
+  const LeftOut<true> left_out(args, in.label);
+  const auto logits = [&](size_t i, A& z, A& w) { z = student[i], w = teacher[i]; };
   Statistics<A> statistics;
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
+    if (left_out.is(static_cast<int64_t>(i))) continue;
     statistics.raise(z, w, t);
     statistics.template add_any<kAtRunTime>(z, w, t);
   }
-  const RowStats<A> stats(statistics);
+  Squares squares;
+  for (size_t i = 0; i < in.z.size(); ++i) squares.add(student[i], teacher[i]);
+  const GeneralStats<A> stats(args, 0, statistics, squares);
   GeneralWriter<A> writer(call, 0, t, stats, A(1));
   GeneralSums<A> sums;
   Answer answer;
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    writer.sum(z, w, true, sums);
+    if (!left_out.is(static_cast<int64_t>(i))) writer.sum(z, w, true, sums);
   }
-  writer.balance(sums.slope, sums.classes);
+  writer.balance(stats, sums);
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
     A g = writer.template write<kAtRunTime, true>(z, w, sums);
-    if (static_cast<int64_t>(i) == in.label) g -= writer.label;
+    if (static_cast<int64_t>(i) == in.label) g = writer.at_label(g);
     answer.grad.push_back(g);
   }
-  A label_logit, unused;
-  logits(static_cast<size_t>(in.label), label_logit, unused);
-  close_row<TwoTemperatures<A>>(args, 0, stats, sums, label_logit);
+  close_row(args, 0, writer, stats, sums, student[static_cast<size_t>(in.label)]);
   answer.soft = terms[kSoft];
   check(close(stats_of_row[kSlopeSum], sums.slope, 0, 0) &&
             close(stats_of_row[kClassCount], sums.classes, 0, 0),
@@ -421,7 +423,7 @@ void compare_general(const Problem& in, const Objective& o) {
 }
 
 void divergences() {
-  for (int id = 0; id < kCudaDivergences; ++id) {
+  for (int id = 0; id < kDivergences; ++id) {
     const Divergence which = static_cast<Divergence>(id);
     for (double mix : {0.1, 0.5, 0.9}) {
       for (double t : {1.0, 1.5, 4.0}) {

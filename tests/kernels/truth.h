@@ -2,6 +2,7 @@
 // double. Not for students near their teachers, where these forms cancel.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include "../../csrc/divergences.h"
@@ -14,6 +15,7 @@ struct Divergence {
   Real value = 0;
   std::vector<Real> grad;  // of the value by z / t
   Real squares = 0;        // the mean of squares that a centred mean is the difference of
+  Real inverse = 0;        // of the student's length, where that is what counts
 };
 
 // x log(y / z), where x log 0 is 0 for x = 0.
@@ -21,10 +23,75 @@ inline Real x_log(Real x, Real y, Real z) {
   return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
 }
 
+// The logarithms of the label's odds against all other classes, and of what these are among
+// themselves.
+struct Decoupled {
+  Real odds;
+  std::vector<Real> log;  // of the label: nothing
+
+  Decoupled(const std::vector<double>& logits, Real t, int64_t label) {
+    const Real infinity = HUGE_VALL;
+    Real max = -infinity, sum = 0;
+    for (size_t i = 0; i < logits.size(); ++i)
+      if (static_cast<int64_t>(i) != label) max = std::fmax(max, Real(logits[i]));
+    for (size_t i = 0; i < logits.size(); ++i)
+      if (static_cast<int64_t>(i) != label && max > -infinity)
+        sum += std::exp((logits[i] - max) / t);
+    for (const double x : logits)
+      log.push_back(sum == 0 ? -infinity : (x - max) / t - std::log(sum));
+    odds = sum == 0 ? infinity : log[static_cast<size_t>(label)];
+    log[static_cast<size_t>(label)] = -infinity;
+  }
+  // The probability of the label, and of all others.
+  Real label() const { return 1 / (1 + std::exp(-odds)); }
+  Real rest() const { return 1 / (1 + std::exp(odds)); }
+};
+
+inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vector<double>& w,
+                            Real t, Real own, int64_t label) {
+  const Decoupled student(z, t, label), teacher(w, own, label);
+  const auto kl = [](Real p, Real log_p, Real log_q) { return p == 0 ? 0 : p * (log_p - log_q); };
+  const auto log_of_label = [](Real odds) {
+    return odds < 0 ? odds - std::log1p(std::exp(odds)) : -std::log1p(std::exp(-odds));
+  };
+  Divergence result;
+  result.value = kl(teacher.label(), log_of_label(teacher.odds), log_of_label(student.odds)) +
+                 kl(teacher.rest(), log_of_label(-teacher.odds), log_of_label(-student.odds));
+  const Real diff =
+      student.label() < 0.5 ? student.label() - teacher.label() : teacher.rest() - student.rest();
+  for (size_t i = 0; i < z.size(); ++i) {
+    const Real p = std::exp(teacher.log[i]), q = std::exp(student.log[i]);
+    const bool any = teacher.rest() > 0;  // other class that the teacher allows
+    result.value += a * kl(p, teacher.log[i], student.log[i]);
+    result.grad.push_back((any ? a * (q - p) : 0) - diff * q);
+  }
+  result.grad[static_cast<size_t>(label)] = diff;
+  return result;
+}
+
+inline Divergence cosine(const std::vector<double>& z, const std::vector<double>& w, Real t) {
+  Real zz = 0, ww = 0, zw = 0;
+  const auto masked = [&](size_t i) { return z[i] == -HUGE_VAL && w[i] == -HUGE_VAL; };
+  for (size_t i = 0; i < z.size(); ++i) {
+    if (masked(i)) continue;
+    zz += Real(z[i]) * z[i], ww += Real(w[i]) * w[i], zw += Real(z[i]) * w[i];
+  }
+  const Real length = zz == 0 ? t : std::sqrt(zz), teacher_length = ww == 0 ? 1 : std::sqrt(ww);
+  const Real c = zw / (length * teacher_length);
+  Divergence result;
+  result.value = 1 - c, result.inverse = 1 / length;
+  for (size_t i = 0; i < z.size(); ++i)
+    result.grad.push_back(
+        masked(i) && c == c ? 0 : t * (c * z[i] / length - w[i] / teacher_length) / length);
+  return result;
+}
+
 // Student logits z at temperature t, teacher logits w at a temperature of its own.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
-                             const std::vector<double>& w, Real t, Real own) {
+                             const std::vector<double>& w, Real t, Real own, int64_t label) {
   using fastkd::Divergence;
+  if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, own, label);
+  if (id == Divergence::kCosine) return cosine(z, w, t);
   const size_t n = z.size();
   const Real infinity = HUGE_VALL;
   Real mz = -infinity, mw = -infinity, student_sum = 0, teacher_sum = 0;
@@ -79,8 +146,8 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         result.squares += (log_p - log_q) * (log_p - log_q);
         break;
       case Divergence::kDecoupled:
-      case Divergence::kCosine:  // have no CUDA kernels
-        break;
+      case Divergence::kCosine:
+        break;  // above
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
