@@ -89,6 +89,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown divergence": ({"divergence": "hellinger"}, ValueError, "divergence must be one of 'forward_kl'"),
     "divergence a number": ({"divergence": 0}, ValueError, "divergence must be one of 'forward_kl'"),
     "unknown teacher_grad": ({"teacher_grad": "yes", "teacher_logits": Z(3, 5, requires_grad=True)}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'yes'"),
+    "unknown teacher_grad, of no effect": ({"teacher_grad": "warn"}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'warn'"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
     # normalizer

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import checks, derivatives, ops, reference, shapes
-from fastkd.objective import Objective, fit, resolve
+from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.reference import Terms
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Teacher = Tensor | Sequence[Tensor]
+
+# The divergences that have kernels: their numbers there, and the default of ``mix``.
+_NATIVE = {
+    name: (number, reference.DIVERGENCES[name].mix)
+    for number, name in enumerate(derivatives.DIVERGENCES)
+}
 
 
 def _compute(
@@ -62,15 +68,15 @@ def _compute(
         and classes is None
         and dim == -1
         and inplace is False
+        and teacher_grad in TEACHER_GRADS
         and not torch.compiler.is_compiling()
     ):
         # What is usual takes the shortest way; None comes back from what is not.
+        number, own_mix = _NATIVE[divergence]
         try:
             out = ops.EAGER.loss(
                 student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
-                alpha, ignore_index, reduction, label_smoothing,
-                derivatives.DIVERGENCES.index(divergence),
-                reference.DIVERGENCES[divergence].mix,
+                alpha, ignore_index, reduction, label_smoothing, number, own_mix,
             )  # fmt: skip
         except RuntimeError as error:
             if "Inference tensors" not in str(error):
