@@ -210,9 +210,24 @@ def test_valid_names_are_listed():
             fastkd.loss(**good(), reduction="no such thing")
 
 
-def test_unknown_option():
-    with pytest.raises(TypeError, match="tau"):
-        fastkd.loss(**good(), tau=2.0)
+@pytest.mark.parametrize("name", ["loss", "terms", "verify", "KDLoss", "explain"])
+def test_unknown_option(name):
+    function = getattr(fastkd, name)
+    arguments = good() if name in ("loss", "terms", "verify") else {}
+    with pytest.raises(TypeError, match=f"^{name} has no option 'tau'; it has temperature, "):
+        function(**arguments, tau=2.0)
+
+
+@pytest.mark.parametrize("name", ["loss", "terms"])
+def test_arguments_of_the_wrong_number(name):
+    function, (student, teacher, labels) = getattr(fastkd, name), good().values()
+    head = f"^{name} takes student_logits, teacher_logits, labels, and options by their names: "
+    with pytest.raises(TypeError, match=head + "too many positional arguments"):
+        function(student, teacher, labels, 2.0)
+    with pytest.raises(TypeError, match=head + "missing a required argument: 'teacher_logits'"):
+        function(student)
+    with pytest.raises(TypeError, match=head + "multiple values for argument 'labels'"):
+        function(student, teacher, labels, labels=labels)
 
 
 @pytest.mark.parametrize(

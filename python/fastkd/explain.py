@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.losses import DEFAULTS
+from fastkd.losses import DEFAULTS, check_names
 from fastkd.objective import Objective, resolve
 
 
@@ -109,9 +109,7 @@ def explain(*, show: bool = True, **options: Any) -> str:
         <BLANKLINE>
         weights      alpha weighs the hard term, the cross entropy; the soft term weighs 1 - ...
     """
-    unknown = sorted(options.keys() - DEFAULTS.keys())
-    if unknown:
-        raise TypeError(f"explain has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+    check_names("explain", options)
     given = {**DEFAULTS, **options}
     weights = given["teacher_weights"]
     objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)

@@ -229,7 +229,11 @@ def loss(*args: Any, **options: Any) -> Tensor:
         >>> fastkd.loss(student, [teacher, -teacher], labels, divergence="jsd", mix=0.1).shape
         torch.Size([])
     """
-    return _compute(False, *args, **options)
+    try:
+        return _compute(False, *args, **options)
+    except TypeError:
+        _check_signature("loss", args, options)
+        raise
 
 
 @_options_of(_compute)
@@ -248,7 +252,11 @@ def terms(*args: Any, **options: Any) -> Terms:
         >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields
         ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy', 'agreement')
     """
-    packed = _compute(True, *args, **options)
+    try:
+        packed = _compute(True, *args, **options)
+    except TypeError:
+        _check_signature("terms", args, options)
+        raise
     total, *logged = packed.unbind(0)
     return Terms(total, *(term.detach() for term in logged))
 
@@ -278,9 +286,7 @@ class KDLoss(nn.Module):
     def __init__(self, **options: Any) -> None:
         """Keeps the options, having checked them."""
         super().__init__()
-        unknown = sorted(options.keys() - DEFAULTS.keys())
-        if unknown:
-            raise TypeError(f"KDLoss has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+        check_names("KDLoss", options)
         resolve({**DEFAULTS, **options}, has_labels=True, teachers=None)
         self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
         for name, value in options.items():
@@ -317,6 +323,25 @@ class KDLoss(nn.Module):
 DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
 """The options of :func:`loss`, :func:`terms` and :class:`KDLoss`, and their defaults."""
 HARD = {"alpha": None, "hard_weight": None, "class_weight": None}
+
+
+def check_names(function: str, options: Mapping[str, object]) -> None:
+    """Whether these are options of the loss, whose values are not looked at."""
+    unknown = sorted(options.keys() - DEFAULTS.keys())
+    if unknown:
+        raise TypeError(f"{function} has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
+
+
+def _check_signature(function: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Whether :func:`_compute` takes these; its own words would name it, and not ``function``."""
+    tensors = ("student_logits", "teacher_logits", "labels")
+    check_names(function, {k: v for k, v in options.items() if k not in tensors})
+    try:
+        inspect.signature(_compute).bind(False, *args, **options)
+    except TypeError as error:
+        raise TypeError(
+            f"{function} takes {', '.join(tensors)}, and options by their names: {error}"
+        ) from None
 
 
 def _check_and_compute(

@@ -146,6 +146,7 @@ def verify(
         >>> result.agrees
         True
     """
+    losses.check_names("verify", options)
     options = {**options, "inplace": False, "teacher_grad": "ignore"}
     student, teacher = student_logits.detach().requires_grad_(), teacher_logits
     result = losses.loss(student, teacher, labels, **options)  # checks the arguments as well
