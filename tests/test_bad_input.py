@@ -99,7 +99,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalizer with sum": ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='sum'"),
     "normalizer with none": ({"normalizer": 3.0, "reduction": "none"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='none'"),
     "normalizer of two": ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be a positive number or a real tensor with one element; got torch.float32 of shape (2,)"),
-    "normalizer's tensor 0": ({"normalizer": torch.tensor(0)}, ValueError, "normalizer must be positive; got 0"),
+    "normalizer's tensor 0": ({"normalizer": torch.tensor(0)}, ValueError, "normalizer must be positive and finite; got 0"),
+    "normalizer's tensor infinite": ({"normalizer": torch.tensor(INF)}, ValueError, "normalizer must be positive and finite; got inf"),
+    "normalizer's tensor NaN": ({"normalizer": torch.tensor(NAN)}, ValueError, "normalizer must be positive and finite; got nan"),
     # divergences
     "mix without use": ({"mix": 0.5}, ValueError, "mix belongs to 'symmetric_kl', 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl', 'dkd'; got mix=0.5 with divergence='forward_kl'"),
     "jsd's mix 0": ({"divergence": "jsd", "mix": 0}, ValueError, "mix must be in (0, 1); got 0.0"),
@@ -144,6 +146,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a teacher requires grad": ({"teacher_logits": [Z(3, 5), Z(3, 5, requires_grad=True)]}, ValueError, "teacher_logits requires grad"),
     "weights of one teacher": ({"teacher_weights": [1.0, 2.0]}, ValueError, "teacher_weights must have one number for each teacher in teacher_logits, 1; got 2"),
     "a teacher's weight 0": ({"teacher_logits": [Z(3, 5), Z(3, 5)], "teacher_weights": [1, 0]}, ValueError, "teacher_weights[1] must be positive and finite; got 0.0"),
+    "teachers' weights huge": ({"teacher_logits": [Z(3, 5), Z(3, 5)], "teacher_weights": [1e308, 1e308]}, ValueError, "teacher_weights must have a finite sum; got [1e+308, 1e+308]"),
     "teachers' weights a tensor": ({"teacher_weights": torch.ones(1)}, TypeError, "teacher_weights must be a sequence of numbers or None; got Tensor"),
     # classes and dim
     "classes differ": ({"teacher_logits": Z(3, 8)}, ValueError, "got (3, 5) and (3, 8). If the first classes are the same and the rest is padding, classes=5 takes the first 5 of both"),

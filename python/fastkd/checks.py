@@ -270,10 +270,13 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
             f"teacher_weights must have one number for each teacher in teacher_logits, {teachers}; "
             f"got {len(value)}"
         )
-    return tuple(
+    weights = tuple(
         number(f"teacher_weights[{i}]", weight, 0.0, math.inf, open_low=True)
         for i, weight in enumerate(value)
     )
+    if sum(weights) == math.inf:
+        raise ValueError(f"teacher_weights must have a finite sum; got {value!r}")
+    return weights
 
 
 def normalizer(value: Tensor) -> Tensor:
@@ -283,8 +286,8 @@ def normalizer(value: Tensor) -> Tensor:
             "normalizer must be a positive number or a real tensor with one element; got "
             f"{value.dtype} of shape {tuple(value.shape)}"
         )
-    if may_look(value) and not value.item() > 0:
-        raise ValueError(f"normalizer must be positive; got {value.item()}")
+    if may_look(value) and not 0 < value.item() < math.inf:
+        raise ValueError(f"normalizer must be positive and finite; got {value.item()}")
     return savable(value.detach().reshape(()))
 
 
