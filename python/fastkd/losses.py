@@ -153,7 +153,8 @@ def loss(*args: Any, **options: Any) -> Tensor:
             them. A copy is what logits cost of which neither classes nor pixels are adjacent, and
             spatial crops.
         teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's; or a
-            sequence of such tensors, several teachers.
+            sequence of such tensors, several teachers. What was made under
+            ``torch.inference_mode()`` is copied, since autograd cannot save it.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as :func:`torch.nn.functional.cross_entropy` has them. None: the soft term
             alone, with weight 1.
