@@ -389,6 +389,25 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_accuracy_is_among_the_classes_that_count(dim, soft):
+    """What the student says of padding is no answer."""
+    labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
+    right = F.one_hot(labels, 3).double()
+    logits = torch.cat((right, torch.full((4, 2, 2), 9.0)), -1).movedim(-1, dim)
+    if soft:
+        labels = right.movedim(-1, dim)
+    trainer = trainer_of(
+        nn.Linear(1, 1),
+        nn.Linear(1, 1),
+        forward=lambda model, batch: batch[0],
+        loss=fastkd.KDLoss(**LOSS, classes=3, dim=dim),
+    )
+    found = trainer.evaluate([(logits, labels)])
+    assert (found.accuracy, found.agreement) == (1.0, 1.0)
+
+
 # ---- what goes wrong
 
 

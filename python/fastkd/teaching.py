@@ -264,7 +264,8 @@ class StudentLoss(nn.Module):
             rows, weight = self.counted(targets)
             if targets.is_floating_point():
                 targets = targets.argmax(self.dim)
-            hits = (logits.argmax(self.dim) == targets).sum()
+            counted = losses.rows_last(logits, self.dim, self._option("classes"))
+            hits = (counted.argmax(-1) == targets).sum()
         parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows, weight)
         return Sums(*(part.double() for part in parts))
 
