@@ -606,6 +606,18 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
         ({"hints": [fastkd.Hint("first", "0")]}, ValueError, "the student has no module 'first'"),
         ({"hints": [fastkd.Hint("0", "x")]}, ValueError, "the teacher has no module 'x'"),
         ({"hints": [("0", "0")]}, TypeError, "hints must be fastkd.Hint objects; got tuple"),
+        (
+            {"hints": fastkd.Hint("0", "0")},
+            TypeError,
+            "hints must be a sequence of fastkd.Hint objects; got Hint",
+        ),
+        ({"scheduler": 3}, TypeError, "lr_scheduler's kind, or None; got int"),
+        (
+            {"accelerator": 3},
+            TypeError,
+            "accelerator must be an accelerate.Accelerator or None; got int",
+        ),
+        ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -624,6 +636,30 @@ def test_what_would_not_be_trained_is_refused():
         fastkd.Trainer(lambda images: images, teacher, others)
     with pytest.raises(TypeError, match=r"optimizer must be one of torch\.optim's kind; got list"):
         fastkd.Trainer(student, teacher, list(student.parameters()))
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_folder_of_checkpoints(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"checkpoints must be a folder; got .*file is a file"):
+        trainer_of(network(), network(24, 1), checkpoints=file / below)
+
+
+def test_a_schedule_that_needs_a_metric_is_refused():
+    student = network()
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(ValueError, match="without a metric; got ReduceLROnPlateau"):
+        fastkd.Trainer(student, network(24, 1), optimizer, scheduler=schedule)
+
+
+@pytest.mark.parametrize("epochs", [2.5, 0, True, None])
+def test_a_number_of_passes_that_is_none_is_refused(epochs):
+    trainer = trainer_of(network(), network(24, 1))
+    with pytest.raises(ValueError, match=f"epochs must be an int of at least 1; got {epochs}"):
+        trainer.fit(batches(digits()), epochs)
+    assert trainer.step == 0
 
 
 def test_an_accelerator_that_would_divide_losses_is_refused():

@@ -133,9 +133,9 @@ class Trainer:
     ) -> None:
         """Checks the arguments, moves the models to their devices and wraps them."""
         loss = KDLoss() if loss is None else loss
-        hints = tuple(hints)
+        hints = trainer_arguments.check_hints(hints)
         trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
-        trainer_arguments.check_models(student, optimizer, hints)
+        trainer_arguments.check_models(student, optimizer, scheduler)
         self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
         trainer_arguments.check_accelerator(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
@@ -187,6 +187,7 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
+        trainer_arguments.check_count("epochs", epochs)
         if validation is not None:
             self._refuse_sharded()
         with self._bar_over(self._prepare(loader), 0, epochs):
