@@ -457,6 +457,21 @@ def test_bad_arguments_write_nothing(tmp_path, options, message):
     assert not list(tmp_path.glob("new/*"))
 
 
+@pytest.mark.parametrize("teacher", [lambda images: images, [Counting(), Counting()]])
+def test_what_is_no_module_is_no_teacher(tmp_path, cache, teacher):
+    kind = type(teacher).__name__
+    with pytest.raises(TypeError, match=rf"^teacher must be one torch\.nn\.Module; got {kind}"):
+        write(teacher, tmp_path / "new")
+    with pytest.raises(TypeError, match=r"^teacher must be"):
+        cache.check(teacher=teacher)
+
+
+def test_an_empty_loader_makes_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="loader gave no batch"):
+        precompute(Counting(), [], tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_no_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no teacher's cache"):
         TeacherCache(tmp_path)

@@ -234,10 +234,7 @@ class Trainer:
                 yield self._advance(window)
             self._show(self._watch.rest())
         if not self._position.batches:
-            raise ValueError(
-                "loader gave no batch: it is empty, or an iterator that has been iterated before; "
-                "give a DataLoader, or a list of batches"
-            )
+            raise ValueError(batches.NO_BATCH)
         self.epoch += 1
         self._position = Position()
 
