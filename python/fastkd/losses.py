@@ -380,6 +380,7 @@ def _explain(
     """Raises what a failure of the kernels is due to: what only the data tells, or no memory."""
     if torch.compiler.is_compiling():
         return
+    checks.ignored_label(ignore_index)
     if "API call failed" in str(error):
         # On its way through torch's stable ABI an error loses its type and its words: what asks for
         # as much memory once more raises torch's own, which others catch (and halve their batches).

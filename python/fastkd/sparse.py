@@ -272,8 +272,7 @@ def _run(
         normalizer = 0.0
     else:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    checks.ignored_label(ignore_index)
     settings = _Settings(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
         hard,
