@@ -445,6 +445,7 @@ def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message)
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32; got torch.int8"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"shard_bytes": 0}, "shard_bytes must be"),
+        ({"ignore_index": 2**70}, "ignore_index must be an int of 64 bits"),
         ({"loader": [(IMAGES, LABELS)]}, "carry no sample ids"),
         ({"loader": [(IMAGES, LABELS, LABELS[:3])]}, r"B = 3, one for each"),
         ({"loader": [(IMAGES, LABELS, IMAGES)]}, "ids must be an integer tensor of shape"),

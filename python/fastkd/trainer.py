@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd import batches, checkpointing, extras, teaching, trainer_arguments
+from fastkd import batches, checkpointing, checks, extras, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
@@ -187,7 +187,7 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        trainer_arguments.check_count("epochs", epochs)
+        checks.count("epochs", epochs)
         if validation is not None:
             self._refuse_sharded()
         with self._bar_over(self._prepare(loader), 0, epochs):

@@ -92,12 +92,6 @@ def check_hints(given: object) -> tuple[Hint, ...]:
     return hints
 
 
-def check_count(name: str, value: object) -> None:
-    """A positive integer."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
-
-
 def _check_folder(given: object) -> None:
     """A path at which there is a folder, or can be one."""
     if not isinstance(given, (str, os.PathLike)):
@@ -132,7 +126,7 @@ def check(
         raise ValueError("loss: class_weight needs one hard_weight, not one for each row")
     for name, value in (("accumulate", accumulate), ("save_every", save_every)):
         if value is not None:
-            check_count(name, value)
+            checks.count(name, value)
     if clip is not None:
         checks.number("clip", clip, 0.0, math.inf, open_low=True)
     if ema is not None and not 0 < checks.number("ema", ema, 0.0, 1.0) < 1:

@@ -75,6 +75,7 @@ def precompute(
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
     temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
+    checks.ignored_label(ignore_index)
     folder = pathlib.Path(path)
     identity = fingerprint(teacher)
     done = existing(folder, top_k, dtype, temperature, identity)
