@@ -272,15 +272,15 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
     )
 
 
-def normalizer(value: Tensor) -> Tensor:
+def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     """The tensor that the mean divides by, 0-d."""
     if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
-            "normalizer must be a positive number or a real tensor with one element; got "
+            f"{name} must be a positive number or a real tensor with one element; got "
             f"{value.dtype} of shape {tuple(value.shape)}"
         )
     if may_look(value) and not value.item() > 0:
-        raise ValueError(f"normalizer must be positive; got {value.item()}")
+        raise ValueError(f"{name} must be positive; got {value.item()}")
     return value.detach().reshape(())
 
 
