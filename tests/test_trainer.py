@@ -312,10 +312,35 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     )
     for options, words in (
         ({"temperature": 2.0}, "at temperature 3, which cannot be turned into those at 2"),
-        ({"temperature": 3.0, "divergence": "jsd"}, "top 4 classes serves no divergence"),
+        (
+            {"temperature": 3.0, "divergence": "jsd"},
+            "divergence must be 'forward_kl' with a cache of the top 4 classes; got 'jsd'",
+        ),
+        (
+            {"temperature": 3.0, "class_weight": torch.ones(10)},
+            "class_weight must be None with a cache of the top 4 classes; got tensor",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             trainer_of(student, cache, loss=fastkd.KDLoss(**options))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_path, labelled):
+    student, teacher, data = network(), network(24, 1), digits()
+    data = fastkd.teachers.WithIds(data if labelled else TensorDataset(data.tensors[0]))
+    loader = DataLoader(data, 32)
+    cache = fastkd.teachers.precompute(
+        teacher, loader, tmp_path, top_k=4, temperature=3.0, progress=False
+    )
+    said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
+    losses = [fastkd.KDLoss(**LOSS), fastkd.KDLoss(**LOSS, **said)]
+    found = [
+        trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
+        for loss in losses
+    ]
+    assert math.isfinite(found[0][-1].loss)
+    assert found[0][-1][:4] == found[1][-1][:4]
 
 
 def test_the_teacher_is_frozen_and_keeps_its_dtype():
