@@ -286,7 +286,7 @@ def _linear_loss(
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
-    if ops._is_transformed():
+    if ops.is_transformed():
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(

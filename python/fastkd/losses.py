@@ -286,20 +286,21 @@ class KDLoss(nn.Module):
         """The options that were given; tensors are where the module is."""
         return {**self._numbers, **self._parameters, **self._buffers}
 
-    def _options(self, labels: Tensor | None) -> dict[str, Any]:
+    def options_for(self, labels: Tensor | None) -> dict[str, Any]:
+        """Those that :func:`fastkd.loss` takes: without labels, none that weighs the hard term."""
         return self.options if labels is not None else {**self.options, **HARD}
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Tensor:
         """The loss of :func:`fastkd.loss`."""
-        return loss(student_logits, teacher_logits, labels, **self._options(labels))
+        return loss(student_logits, teacher_logits, labels, **self.options_for(labels))
 
     def terms(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Terms:
         """The loss and its terms, as :func:`fastkd.terms` gives them."""
-        return terms(student_logits, teacher_logits, labels, **self._options(labels))
+        return terms(student_logits, teacher_logits, labels, **self.options_for(labels))
 
     def extra_repr(self) -> str:
         """The options that were given."""

@@ -291,7 +291,7 @@ def _run(
 
 def is_fused(student: Tensor) -> bool:
     """Whether there is a kernel for a call."""
-    return student.device.type in KERNEL_DEVICES and not ops._is_transformed()
+    return student.device.type in KERNEL_DEVICES and not ops.is_transformed()
 
 
 def compute(

@@ -251,7 +251,7 @@ class StudentLoss(nn.Module):
 
     def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """The distillation loss and its terms."""
-        given = {**self.loss._options(targets), **options}
+        given = {**self.loss.options_for(targets), **options}
         if callable(teacher):
             teacher = teacher(logits)
         if isinstance(teacher, tuple):
