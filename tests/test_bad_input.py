@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import FP32, make
@@ -92,6 +93,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown teacher_grad, of no effect": ({"teacher_grad": "warn"}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'warn'"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
+    "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, f"ignore_index must be an int of 64 bits; got {2**70}"),
+    "ignore_index beyond 64 bits, not fused": ({"ignore_index": -(2**63) - 1, "standardize": True}, ValueError, "ignore_index must be an int of 64 bits"),
+    "alpha NumPy's, above 1": ({"alpha": np.float32(2)}, ValueError, "alpha must be in [0, 1]; got 2.0"),
+    "temperature NumPy's bool": ({"temperature": np.bool_(True)}, TypeError, "temperature must be a number; got bool"),
+    "temperature an array": ({"temperature": np.ones(3)}, TypeError, "temperature must be a number; got ndarray"),
     # normalizer
     "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be positive and finite; got 0"),
     "normalizer negative": ({"normalizer": -2.0}, ValueError, "normalizer must be positive and finite; got -2.0"),
@@ -278,7 +284,25 @@ def test_integers_are_numbers():
     )
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpy_s_scalars_are_numbers(kind):
+    arguments = good()
+    expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
+    three, one, two = kind(3), kind(1), kind(2)
+    found = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
+    assert torch.equal(found, expected)
+    assert fastkd.KDLoss(alpha=one)(**arguments) == fastkd.loss(**arguments, alpha=1.0)
+    fastkd.check_inputs(**arguments, temperature=three)
+
+
 # ---- checks that look at data
+
+
+def test_checks_that_look_at_data_need_tensors():
+    with pytest.raises(TypeError, match="teacher must be a tensor; got list"):
+        fastkd.check_logits([1.0], "teacher")
+    with pytest.raises(ValueError, match="ignore_index must be an int of 64 bits"):
+        fastkd.check_inputs(**good(), ignore_index=2**63)
 
 
 def test_check_inputs_accepts_good_ones(device):

@@ -1,5 +1,7 @@
 """The planner of linear_loss: which chunks, and what it says they cost."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -32,7 +34,7 @@ def test_by_itself(sizes):
     assert chosen.peak_bytes >= chosen.logits_bytes or chosen.chunks <= 1
 
 
-@given(HEADS, st.integers(0, 4096), st.sampled_from(["auto", "rows"]))
+@given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace(sizes, mib, chunk_by):
     """Or says what is too much; and it never takes smaller chunks than it has to."""
     try:
@@ -119,6 +121,29 @@ def test_one_chunk_sums_nothing():
 def test_says_what_it_chose():
     text = str(plan(4096, 128256, 2048, dtype=BF16, device="cuda", chunk_size=1024))
     assert "4 x 1024 of 4096 rows" in text and "501.0 MiB" in text and "float32" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": -1}, ValueError, "rows must be an int of at least 0; got -1"),
+        ({"rows": 2.5}, ValueError, "rows must be an int of at least 0; got 2.5"),
+        ({"classes": 0}, ValueError, "classes must be an int of at least 1; got 0"),
+        ({"student_width": -8}, ValueError, "student_width must be an int of at least 0; got -8"),
+        ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype; got 'bf16'"),
+        ({"teacher_dtype": "bf16"}, TypeError, "teacher_dtype must be a torch.dtype"),
+        ({"weight_dtype": 16}, TypeError, "weight_dtype must be a torch.dtype; got 16"),
+        ({"accumulate_dtype": "fp32"}, TypeError, "accumulate_dtype must be 'auto' or a torch"),
+        ({"device": "gpu"}, ValueError, "device must be one of 'cuda', 'cpu'; got 'gpu'"),
+        ({"chunk_by": "row"}, ValueError, "chunk_by must be one of 'auto', 'rows', 'classes'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows"),
+        ({"max_workspace": 0}, ValueError, "max_workspace must be a positive number of bytes"),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_none_are_refused(change, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        plan(**{"rows": 8, "classes": 10, "student_width": 4, **change})
 
 
 def test_no_room():

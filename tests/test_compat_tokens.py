@@ -87,6 +87,15 @@ def test_torchtune_chunks_that_do_not_fit_the_labels():
         loss(student.chunk(2, 1)[:1], teacher.chunk(2, 1)[:1], labels)
 
 
+@pytest.mark.parametrize("name", ["ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss"])
+def test_torchtune_refuses_labels_of_another_length(name):
+    student, teacher, labels = draw((2, 4, 5))
+    loss = getattr(torchtune, name)()
+    assert loss(student, teacher, labels.flatten()) == loss(student, teacher, labels)
+    with pytest.raises(ValueError, match=r"labels must be as many .* rows, 8; got shape \(6,\)"):
+        loss(student, teacher, labels.flatten()[:6])
+
+
 # ---------------------------------------------------------------------- TRL
 
 
@@ -133,6 +142,9 @@ def test_trl_refuses():
         trl.generalized_jsd_loss(student, teacher, reduction="none")
     with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]; got 1\.5"):
         trl.generalized_jsd_loss(student, teacher, beta=1.5)
+    for count in (0, torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"^num_items_in_batch must be positive.*; got 0"):
+            trl.generalized_jsd_loss(student, teacher, num_items_in_batch=count)
 
 
 # -------------------------------------------------------------------- Liger
@@ -289,6 +301,11 @@ def test_nemo(temperature, count, mask):
 def test_nemo_refuses_a_sharded_vocabulary():
     with pytest.raises(ValueError, match="tp_group must be None"):
         nemo.KDLoss(tp_group="group")
+
+
+def test_nemo_refuses_a_count_of_nothing():
+    with pytest.raises(ValueError, match=r"^num_batch_labels must be positive and finite; got 0"):
+        nemo.KDLoss()(*draw((2, 4, 11)), 0)
 
 
 # -------------------- DistilBERT, which is no package: the formula written out

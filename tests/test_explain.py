@@ -42,7 +42,16 @@ def test_prints_what_it_returns(capsys):
         ),
         (
             {"teacher_form": "probs"},
-            ["p = w;", "w the teacher's probabilities"],
+            ["p = w / sum w;", "w the teacher's probabilities", "softened already. The cross"],
+        ),
+        (
+            {"teacher_form": "probs", "teacher_temperature": 3.0},
+            ["p = softmax(log(w) / T_t);", "again at T_t = 3."],
+        ),
+        ({"teacher_form": "log_probs"}, ["p = softmax(w);", "softened already. The cross"]),
+        (
+            {"teacher_form": "log_probs", "teacher_temperature": torch.tensor([1.0, 2.0])},
+            ["p = softmax(w / T_t);", "again at T_t = (one number for each row)."],
         ),
         ({"teacher_form": "log_probs", "teacher_temperature": 2.0}, ["again at T_t = 2"]),
         ({"ignore_index": 7}, ["whose label is not 7", "Rows labelled 7 count nothing"]),
@@ -65,6 +74,22 @@ def test_prints_what_it_returns(capsys):
 def test_says(options, words):
     for expected in words:
         assert expected in said(**options)
+
+
+@pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
+@pytest.mark.parametrize("own", [None, 1.0, 3.0])
+def test_the_teacher_s_distribution_is_the_loss_s(form, own):
+    """The formula of p, as it is printed."""
+    student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
+    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=own))[1]
+    names = {"softmax": lambda x: x.softmax(-1), "log": torch.log, "w": w, "T": 2.0, "T_t": own}
+    p = eval(formula.replace("sum w", "w.sum(-1, keepdim=True)"), names)
+    log_q = (student / 2.0).log_softmax(-1)
+    torch.testing.assert_close(
+        fastkd.loss(student, w, teacher_form=form, teacher_temperature=own),
+        4 * (p * (p.log() - log_q)).sum(-1).mean(),
+    )
 
 
 @pytest.mark.parametrize("name", fastkd.divergences())

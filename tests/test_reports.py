@@ -217,6 +217,8 @@ def test_mappings_of_inputs():
         ({"students": {"teacher": nn.Linear(64, 10)}}, "^students: no student may be named"),
         ({"batch_sizes": (0,)}, "^batch_sizes must be positive"),
         ({"batch_sizes": ()}, "^batch_sizes must be positive"),
+        ({"seconds": -1}, "^seconds must be finite and at least 0; got -1"),
+        ({"ignore_index": 2**70}, "^ignore_index must be an int of 64 bits"),
     ],
 )
 def test_what_does_not_fit_is_said(change, message):

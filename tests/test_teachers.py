@@ -445,6 +445,7 @@ def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message)
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32; got torch.int8"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"shard_bytes": 0}, "shard_bytes must be"),
+        ({"ignore_index": 2**70}, "ignore_index must be an int of 64 bits"),
         ({"loader": [(IMAGES, LABELS)]}, "carry no sample ids"),
         ({"loader": [(IMAGES, LABELS, LABELS[:3])]}, r"B = 3, one for each"),
         ({"loader": [(IMAGES, LABELS, IMAGES)]}, "ids must be an integer tensor of shape"),
@@ -455,6 +456,21 @@ def test_bad_arguments_write_nothing(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         write(Counting(), tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*"))
+
+
+@pytest.mark.parametrize("teacher", [lambda images: images, [Counting(), Counting()]])
+def test_what_is_no_module_is_no_teacher(tmp_path, cache, teacher):
+    kind = type(teacher).__name__
+    with pytest.raises(TypeError, match=rf"^teacher must be one torch\.nn\.Module; got {kind}"):
+        write(teacher, tmp_path / "new")
+    with pytest.raises(TypeError, match=r"^teacher must be"):
+        cache.check(teacher=teacher)
+
+
+def test_an_empty_loader_makes_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="loader gave no batch"):
+        precompute(Counting(), [], tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_no_cache(tmp_path):

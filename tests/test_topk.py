@@ -746,6 +746,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"),
     "label_smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
+    "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, "ignore_index must be an int of 64 bits; got"),
     "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be positive and finite; got 0"),
     "normalizer that requires grad": ({"normalizer": torch.tensor(3.0, requires_grad=True)}, ValueError, "normalizer gets no gradient; got a tensor that requires grad"),
     "normalizer with sum": ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='sum'"),

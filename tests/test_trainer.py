@@ -312,10 +312,35 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     )
     for options, words in (
         ({"temperature": 2.0}, "at temperature 3, which cannot be turned into those at 2"),
-        ({"temperature": 3.0, "divergence": "jsd"}, "top 4 classes serves no divergence"),
+        (
+            {"temperature": 3.0, "divergence": "jsd"},
+            "divergence must be 'forward_kl' with a cache of the top 4 classes; got 'jsd'",
+        ),
+        (
+            {"temperature": 3.0, "class_weight": torch.ones(10)},
+            "class_weight must be None with a cache of the top 4 classes; got tensor",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             trainer_of(student, cache, loss=fastkd.KDLoss(**options))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_path, labelled):
+    student, teacher, data = network(), network(24, 1), digits()
+    data = fastkd.teachers.WithIds(data if labelled else TensorDataset(data.tensors[0]))
+    loader = DataLoader(data, 32)
+    cache = fastkd.teachers.precompute(
+        teacher, loader, tmp_path, top_k=4, temperature=3.0, progress=False
+    )
+    said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
+    losses = [fastkd.KDLoss(**LOSS), fastkd.KDLoss(**LOSS, **said)]
+    found = [
+        trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
+        for loss in losses
+    ]
+    assert math.isfinite(found[0][-1].loss)
+    assert found[0][-1][:4] == found[1][-1][:4]
 
 
 def test_the_teacher_is_frozen_and_keeps_its_dtype():
@@ -387,6 +412,25 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     assert found.agreement == pytest.approx(float(terms.agreement))
     hits = (student(inputs).argmax(-1) == labels)[20:]
     assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_accuracy_is_among_the_classes_that_count(dim, soft):
+    """What the student says of padding is no answer."""
+    labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
+    right = F.one_hot(labels, 3).double()
+    logits = torch.cat((right, torch.full((4, 2, 2), 9.0)), -1).movedim(-1, dim)
+    if soft:
+        labels = right.movedim(-1, dim)
+    trainer = trainer_of(
+        nn.Linear(1, 1),
+        nn.Linear(1, 1),
+        forward=lambda model, batch: batch[0],
+        loss=fastkd.KDLoss(**LOSS, classes=3, dim=dim),
+    )
+    found = trainer.evaluate([(logits, labels)])
+    assert (found.accuracy, found.agreement) == (1.0, 1.0)
 
 
 # ---- what goes wrong
@@ -587,6 +631,18 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
         ({"hints": [fastkd.Hint("first", "0")]}, ValueError, "the student has no module 'first'"),
         ({"hints": [fastkd.Hint("0", "x")]}, ValueError, "the teacher has no module 'x'"),
         ({"hints": [("0", "0")]}, TypeError, "hints must be fastkd.Hint objects; got tuple"),
+        (
+            {"hints": fastkd.Hint("0", "0")},
+            TypeError,
+            "hints must be a sequence of fastkd.Hint objects; got Hint",
+        ),
+        ({"scheduler": 3}, TypeError, "lr_scheduler's kind, or None; got int"),
+        (
+            {"accelerator": 3},
+            TypeError,
+            "accelerator must be an accelerate.Accelerator or None; got int",
+        ),
+        ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -605,6 +661,30 @@ def test_what_would_not_be_trained_is_refused():
         fastkd.Trainer(lambda images: images, teacher, others)
     with pytest.raises(TypeError, match=r"optimizer must be one of torch\.optim's kind; got list"):
         fastkd.Trainer(student, teacher, list(student.parameters()))
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_folder_of_checkpoints(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"checkpoints must be a folder; got .*file is a file"):
+        trainer_of(network(), network(24, 1), checkpoints=file / below)
+
+
+def test_a_schedule_that_needs_a_metric_is_refused():
+    student = network()
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(ValueError, match="without a metric; got ReduceLROnPlateau"):
+        fastkd.Trainer(student, network(24, 1), optimizer, scheduler=schedule)
+
+
+@pytest.mark.parametrize("epochs", [2.5, 0, True, None])
+def test_a_number_of_passes_that_is_none_is_refused(epochs):
+    trainer = trainer_of(network(), network(24, 1))
+    with pytest.raises(ValueError, match=f"epochs must be an int of at least 1; got {epochs}"):
+        trainer.fit(batches(digits()), epochs)
+    assert trainer.step == 0
 
 
 def test_an_accelerator_that_would_divide_losses_is_refused():

@@ -66,3 +66,5 @@ def test_prints_a_table(capsys):
 def test_refuses_what_the_loss_refuses():
     with pytest.raises(ValueError, match="temperature must be positive"):
         fastkd.verify(*make((ROWS, CLASSES)), temperature=-1.0)
+    with pytest.raises(ValueError, match="repeats must be an int of at least 1; got 0"):
+        fastkd.verify(*make((ROWS, CLASSES)), repeats=0)

@@ -24,6 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+NO_BATCH = (
+    "loader gave no batch: it is empty, or an iterator that has been iterated before; give a "
+    "DataLoader, or a list of batches"
+)
+
 
 class Labelled(NamedTuple):
     """A sample, or a batch of them, as :class:`WithIds` gives it. ``default_collate`` keeps it."""

@@ -8,6 +8,7 @@ where nothing is waited for (:func:`may_look`) at the numbers of rows, never at 
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 
@@ -37,7 +38,8 @@ def number(
 ) -> float:
     """``value`` as a float in [low, high], without the ends that are open; always finite."""
     if type(value) is not float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        # NumPy's scalars are Real, its booleans and torch's tensors are not.
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
         value = float(value)
     above = low < value if open_low else low <= value
@@ -49,6 +51,20 @@ def number(
         left, right = "(" if open_low else "[", ")" if open_high else "]"
         accepted = f"in {left}{low:g}, {high:g}{right}"
     raise ValueError(f"{name} must be {accepted}; got {value!r}")
+
+
+def count(name: str, value: object, least: int = 1) -> None:
+    """An int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+
+
+def ignored_label(value: object) -> None:
+    """A label, which may be of any integer dtype."""
+    if not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits; got {value}")
 
 
 def dim_and_classes(dim: object, classes: object) -> None:
@@ -279,15 +295,15 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
     return weights
 
 
-def normalizer(value: Tensor) -> Tensor:
+def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     """The tensor that the mean divides by, 0-d."""
     if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
-            "normalizer must be a positive number or a real tensor with one element; got "
+            f"{name} must be a positive number or a real tensor with one element; got "
             f"{value.dtype} of shape {tuple(value.shape)}"
         )
     if may_look(value) and not 0 < value.item() < math.inf:
-        raise ValueError(f"normalizer must be positive and finite; got {value.item()}")
+        raise ValueError(f"{name} must be positive and finite; got {value.item()}")
     return savable(value.detach().reshape(()))
 
 
@@ -347,6 +363,7 @@ def check_inputs(
         ValueError: labels must be in [0, 3) or ignore_index=-100; row 1 has 3
     """
     logits(student_logits, [teacher_logits])
+    ignored_label(ignore_index)
     counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
     if labels is not None and not targets(labels, student_logits):
         labels = int64(labels)
@@ -408,6 +425,8 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
         >>> fastkd.check_logits(torch.randn(4, 10))
         True
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
     values = logits.detach()
     if values.numel() == 0 or values.shape[-1] < 2:
         return True

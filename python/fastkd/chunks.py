@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastkd import checks
+
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
 """How much the logits of a chunk, student's and teacher's, take if nobody says otherwise. On a GPU
@@ -32,6 +34,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 AccumulateDtype = torch.dtype | Literal["auto"]
 ChunkBy = Literal["auto", "rows", "classes"]
+CHUNK_BY: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
 
 
 class Plan(NamedTuple):
@@ -109,6 +112,7 @@ def plan(
         accumulate_dtype: ``"auto"``, or a dtype for the sum.
 
     Raises:
+        TypeError, ValueError: for arguments that are not as above.
         ValueError: if no chunk keeps to ``max_workspace``.
 
     Example:
@@ -122,6 +126,20 @@ def plan(
         'classes'
     """
     teacher_dtype, weight_dtype = teacher_dtype or dtype, weight_dtype or dtype
+    checks.count("rows", rows, 0)
+    checks.count("classes", classes)
+    checks.count("student_width", student_width, 0)
+    dtypes = {"dtype": dtype, "teacher_dtype": teacher_dtype, "weight_dtype": weight_dtype}
+    for name, value in dtypes.items():
+        if not isinstance(value, torch.dtype):
+            raise TypeError(f"{name} must be a torch.dtype; got {value!r}")
+    if accumulate_dtype != "auto" and not isinstance(accumulate_dtype, torch.dtype):
+        raise TypeError(
+            f"accumulate_dtype must be 'auto' or a torch.dtype; got {accumulate_dtype!r}"
+        )
+    checks.one_of("device", device, tuple(CLASSES))
+    checks.one_of("chunk_by", chunk_by, CHUNK_BY)
+    check_room(chunk_size, max_workspace)
     sizes = _Sizes(
         rows,
         classes,
@@ -132,7 +150,7 @@ def plan(
         copied_per_row,
         weight_grad,
         weight_dtype,
-        "cuda" if device == "cuda" else "cpu",
+        device,
     )
     summed, whole = _sums(weight_dtype, accumulate_dtype)
     by_classes = _by_classes(sizes, whole, chunk_size, max_workspace)
@@ -156,6 +174,23 @@ def plan(
     if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
         return by_classes
     return by_rows
+
+
+def check_room(chunk_size: object, max_workspace: object) -> None:
+    """A number of rows or classes, or "auto"; a number of bytes, or None."""
+    if chunk_size != "auto" and not _is_positive(chunk_size):
+        raise ValueError(
+            f'chunk_size must be a positive number of rows or classes, or "auto"; got '
+            f"{chunk_size!r}"
+        )
+    if max_workspace is not None and not _is_positive(max_workspace):
+        raise ValueError(
+            f"max_workspace must be a positive number of bytes or None; got {max_workspace!r}"
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class _Sizes(NamedTuple):

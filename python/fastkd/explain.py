@@ -34,12 +34,28 @@ def _weights(options: dict[str, Any], objective: Objective) -> str:
     )
 
 
+def _softens_again(objective: Objective) -> bool:
+    """Whether a teacher that is softened already has a temperature of its own."""
+    own = objective.teacher_temperature
+    return objective.teacher_form != "logits" and (isinstance(own, Tensor) or own != 1.0)
+
+
+def _distribution(objective: Objective) -> str:
+    """The teacher's, of what it comes as, w."""
+    form = objective.teacher_form
+    if form != "logits" and not _softens_again(objective):
+        return "softmax(w)" if form == "log_probs" else "w / sum w"
+    w = "log(w)" if form == "probs" else "w"
+    same = objective.teacher_temperature is objective.temperature
+    return f"softmax({w} / {'T' if same else 'T_t'})"
+
+
 def _temperatures(objective: Objective) -> str:
     t = _number(objective.temperature)
     text = f"T = {t} softens the student"
     if objective.teacher_form != "logits":
         text += f"; the teacher comes as {objective.teacher_form}, softened already"
-        if objective.teacher_temperature != 1.0:
+        if _softens_again(objective):
             text += f", and is softened again at T_t = {_number(objective.teacher_temperature)}"
     elif objective.teacher_temperature is objective.temperature:
         text += " and the teacher"
@@ -113,10 +129,7 @@ def explain(*, show: bool = True, **options: Any) -> str:
     given = {**DEFAULTS, **options}
     weights = given["teacher_weights"]
     objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)
-    kind = reference.DIVERGENCES[objective.divergence]
-    p = {"logits": "softmax(w / T_t)", "log_probs": "exp(w)", "probs": "w"}[objective.teacher_form]
-    if objective.teacher_temperature is objective.temperature:
-        p = "softmax(w / T)"
+    kind, p = reference.DIVERGENCES[objective.divergence], _distribution(objective)
     what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
     head = [
         f"loss = {_number(objective.hard_weight)} CE(softmax(z), y) + "

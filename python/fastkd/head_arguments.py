@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd import checks, heads, losses, sparse
+from fastkd import checks, chunks, heads, losses, sparse
 from fastkd.chunks import ChunkBy
 from fastkd.heads import Inputs
 from fastkd.objective import Objective
@@ -261,8 +261,7 @@ def check_numbers(options: dict[str, Any]) -> None:
         pair_of(name, options.get(name))
     checks.one_of("tail", options.get("tail", "ghost"), sparse.TAILS)
     chunk_by(options.get("chunk_by", "auto"), [])
-    chunk_size(options.get("chunk_size", "auto"))
-    max_workspace(options.get("max_workspace"))
+    chunks.check_room(options.get("chunk_size", "auto"), options.get("max_workspace"))
     dtype = options.get("accumulate_dtype", "auto")
     if dtype != "auto" and dtype not in checks.FLOATS:
         raise ValueError(
@@ -292,8 +291,7 @@ def copied_per_row(inputs: Inputs, dtype: torch.dtype, teacher_dtype: torch.dtyp
 
 def chunk_by(value: object, missing: list[str]) -> ChunkBy:
     """``"rows"`` where chunks of classes lack what a call has, unless they are asked for."""
-    names: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
-    chosen = names[checks.one_of("chunk_by", value, names)]
+    chosen = chunks.CHUNK_BY[checks.one_of("chunk_by", value, chunks.CHUNK_BY)]
     if not missing:
         return chosen
     if chosen == "classes":
@@ -301,23 +299,3 @@ def chunk_by(value: object, missing: list[str]) -> ChunkBy:
             f'chunk_by must be "auto" or "rows" with {" and ".join(missing)}; got "classes"'
         )
     return "rows"
-
-
-def max_workspace(value: object) -> int | None:
-    """A number of bytes, or None."""
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"max_workspace must be a positive number of bytes or None; got {value!r}")
-    return value
-
-
-def chunk_size(value: object) -> int | Literal["auto"]:
-    """A number of rows, or "auto"."""
-    if value == "auto":
-        return "auto"
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f'chunk_size must be a positive number of rows or classes, or "auto"; got {value!r}'
-        )
-    return value

@@ -286,7 +286,7 @@ def _linear_loss(
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
-    if ops._is_transformed():
+    if ops.is_transformed():
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(
@@ -296,14 +296,14 @@ def _linear_loss(
         dtype=dtype,
         teacher_dtype=teacher_dtype if topk_indices is None else dtype,
         weight_dtype=student_weight.dtype,
-        device=student_hidden.device.type,
+        device="cuda" if student_hidden.is_cuda else "cpu",
         logits_per_row=heads.logits_per_row(inputs, call),
         cast_per_class=head_arguments.cast_per_class(inputs, dtype, teacher_dtype),
         copied_per_row=head_arguments.copied_per_row(inputs, dtype, teacher_dtype),
         weight_grad=wants[1],
         chunk_by=head_arguments.chunk_by(chunk_by, class_loop.missing(inputs, call)),
-        chunk_size=head_arguments.chunk_size(chunk_size),
-        max_workspace=head_arguments.max_workspace(max_workspace),
+        chunk_size=chunk_size,
+        max_workspace=max_workspace,
         accumulate_dtype=accumulate_dtype,
     )
     call = call._replace(

@@ -301,20 +301,21 @@ class KDLoss(nn.Module):
         """The options that were given; tensors are where the module is."""
         return {**self._numbers, **self._parameters, **self._buffers}
 
-    def _options(self, labels: Tensor | None) -> dict[str, Any]:
+    def options_for(self, labels: Tensor | None) -> dict[str, Any]:
+        """Those that :func:`fastkd.loss` takes: without labels, none that weighs the hard term."""
         return self.options if labels is not None else {**self.options, **HARD}
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Tensor:
         """The loss of :func:`fastkd.loss`."""
-        return loss(student_logits, teacher_logits, labels, **self._options(labels))
+        return loss(student_logits, teacher_logits, labels, **self.options_for(labels))
 
     def terms(
         self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
     ) -> Terms:
         """The loss and its terms, as :func:`fastkd.terms` gives them."""
-        return terms(student_logits, teacher_logits, labels, **self._options(labels))
+        return terms(student_logits, teacher_logits, labels, **self.options_for(labels))
 
     def extra_repr(self) -> str:
         """The options that were given."""
@@ -423,6 +424,7 @@ def _explain(
             "inplace=True needs student_logits that are laid out row by row, or class by class; "
             f"got strides {student.stride()} of shape {tuple(student.shape)}, the classes last"
         )
+    checks.ignored_label(ignore_index)
     if "API call failed" in str(error):
         # On its way through torch's stable ABI an error loses its type and its words: what asks for
         # as much memory once more raises torch's own, which others catch (and halve their batches).

@@ -76,8 +76,7 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
     elif normalizer is not None:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
     ignore_index = options["ignore_index"]
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    checks.ignored_label(ignore_index)
     if names[divergence].needs_labels and not has_labels:
         raise ValueError(f"divergence={divergence!r} needs labels (class indices); got labels=None")
     result = Objective(

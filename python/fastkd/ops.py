@@ -80,7 +80,7 @@ def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Whether the kernels have all that a call uses, so that it may be in place."""
     device = student.device.type
-    if device not in KERNEL_DEVICES or _is_transformed():
+    if device not in KERNEL_DEVICES or is_transformed():
         return False
     return not _missing(labels, objective)
 
@@ -103,7 +103,7 @@ def compute(
 ) -> Tensor:
     """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
     device = student.device.type
-    transformed = _is_transformed()
+    transformed = is_transformed()
     if device not in KERNEL_DEVICES:
         _warn_once(device)
     elif not transformed:
@@ -266,7 +266,7 @@ def _same_temperature(objective: Objective) -> bool:
     return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return False

@@ -274,8 +274,7 @@ def _run(
         normalizer = 0.0
     else:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    checks.ignored_label(ignore_index)
     settings = _Settings(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
         hard,
@@ -295,7 +294,7 @@ def _run(
 
 def is_fused(student: Tensor) -> bool:
     """Whether there is a kernel for a call."""
-    return student.device.type in KERNEL_DEVICES and not ops._is_transformed()
+    return student.device.type in KERNEL_DEVICES and not ops.is_transformed()
 
 
 def compute(

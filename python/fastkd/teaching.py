@@ -156,12 +156,18 @@ class Cached:
 Teacher = Modules | Cached
 
 
+TOPK_OPTIONS = frozenset(inspect.signature(sparse.topk_loss).parameters)
+
+
 def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
     """Whether :func:`fastkd.topk_loss` can do what is asked of it."""
-    accepted = inspect.signature(sparse.topk_loss).parameters
-    for name in loss.options:
-        if name not in accepted:
-            raise ValueError(f"loss: a cache of the top {cache.top_k} classes serves no {name}")
+    for name, given in loss.options.items():
+        default = losses.DEFAULTS[name]
+        if name not in TOPK_OPTIONS and given is not default and given != default:
+            raise ValueError(
+                f"loss: {name} must be {default!r} with a cache of the top {cache.top_k} classes; "
+                f"got {given!r}"
+            )
     temperature = loss.options.get("temperature", losses.DEFAULTS["temperature"])
     cache.check(temperature=checks.number("temperature", temperature, 0.0, math.inf))
 
@@ -250,7 +256,7 @@ class StudentLoss(nn.Module):
 
     def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """The distillation loss and its terms."""
-        given = {**self.loss._options(targets), **options}
+        given = {**self.loss.options_for(targets), **options}
         if callable(teacher):
             teacher = teacher(logits)
         if isinstance(teacher, tuple):
@@ -269,7 +275,8 @@ class StudentLoss(nn.Module):
             rows, weight = self.counted(targets)
             if targets.is_floating_point():
                 targets = targets.argmax(self.dim)
-            hits = (logits.argmax(self.dim) == targets).sum()
+            counted = losses.rows_last(logits, self.dim, self._option("classes"))
+            hits = (counted.argmax(-1) == targets).sum()
         parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows, weight)
         return Sums(*(part.double() for part in parts))
 
@@ -328,6 +335,7 @@ def topk_terms(
     The terms are read from the logits once more each, which is little beside a model's passes.
     """
     indices, log_probs = lists
+    options = {name: value for name, value in options.items() if name in TOPK_OPTIONS}
 
     def loss(**weights: Any) -> Tensor:
         return sparse.topk_loss(logits, *lists, targets, **{**options, **weights})

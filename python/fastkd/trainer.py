@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd import batches, checkpointing, extras, teaching, trainer_arguments
+from fastkd import batches, checkpointing, checks, extras, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
@@ -133,9 +133,9 @@ class Trainer:
     ) -> None:
         """Checks the arguments, moves the models to their devices and wraps them."""
         loss = KDLoss() if loss is None else loss
-        hints = tuple(hints)
+        hints = trainer_arguments.check_hints(hints)
         trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
-        trainer_arguments.check_models(student, optimizer, hints)
+        trainer_arguments.check_models(student, optimizer, scheduler)
         self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
         trainer_arguments.check_accelerator(self.accelerator, ema)
         self.student, self.scheduler = student, scheduler
@@ -186,6 +186,7 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
+        checks.count("epochs", epochs)
         if validation is not None:
             self._refuse_sharded()
         with self._bar_over(self._prepare(loader), 0, epochs):
@@ -232,10 +233,7 @@ class Trainer:
                 yield self._advance(window)
             self._show(self._watch.rest())
         if not self._position.batches:
-            raise ValueError(
-                "loader gave no batch: it is empty, or an iterator that has been iterated before; "
-                "give a DataLoader, or a list of batches"
-            )
+            raise ValueError(batches.NO_BATCH)
         self.epoch += 1
         self._position = Position()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ def accelerator(**options: Any) -> Any:
 
 def check_accelerator(given: Any, ema: float | None) -> None:
     """What the accelerator decides must be what the trainer does."""
+    accelerate = extras.load("accelerate", "train")
+    if not isinstance(given, accelerate.Accelerator):
+        raise TypeError(
+            f"accelerator must be an accelerate.Accelerator or None; got {type(given).__name__}"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != given.num_processes:
         raise ValueError(
@@ -47,9 +52,7 @@ def check_accelerator(given: Any, ema: float | None) -> None:
         raise ValueError("ema cannot average parameters that FSDP has sharded")
 
 
-def check_models(
-    student: nn.Module, optimizer: torch.optim.Optimizer, hints: Sequence[Hint]
-) -> None:
+def check_models(student: nn.Module, optimizer: torch.optim.Optimizer, scheduler: object) -> None:
     """That there is something to train, and something that trains it."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module; got {type(student).__name__}")
@@ -63,9 +66,40 @@ def check_models(
             "optimizer has none of the student's parameters, which would stay as they are; make it "
             "of student.parameters()"
         )
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "scheduler must be one that steps without a metric; got ReduceLROnPlateau. Step it "
+            "yourself, by what Trainer.evaluate gives"
+        )
+    methods = ("step", "state_dict", "load_state_dict")
+    if scheduler is not None and not all(hasattr(scheduler, method) for method in methods):
+        raise TypeError(
+            "scheduler must be one of torch.optim.lr_scheduler's kind, or None; got "
+            f"{type(scheduler).__name__}"
+        )
+
+
+def check_hints(given: object) -> tuple[Hint, ...]:
+    """The hints, of which there may be none."""
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"hints must be a sequence of fastkd.Hint objects; got {type(given).__name__}"
+        )
+    hints = tuple(given)
     for hint in hints:
         if not isinstance(hint, Hint):
             raise TypeError(f"hints must be fastkd.Hint objects; got {type(hint).__name__}")
+    return hints
+
+
+def _check_folder(given: object) -> None:
+    """A path at which there is a folder, or can be one."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"checkpoints must be a folder's path or None; got {type(given).__name__}")
+    path = pathlib.Path(given)
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"checkpoints must be a folder; got {path}, and {there} is a file")
 
 
 def check(
@@ -91,11 +125,13 @@ def check(
     if by_row and loss.options.get("class_weight") is not None:
         raise ValueError("loss: class_weight needs one hard_weight, not one for each row")
     for name, value in (("accumulate", accumulate), ("save_every", save_every)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+        if value is not None:
+            checks.count(name, value)
     if clip is not None:
         checks.number("clip", clip, 0.0, math.inf, open_low=True)
     if ema is not None and not 0 < checks.number("ema", ema, 0.0, 1.0) < 1:
         raise ValueError(f"ema must be in (0, 1); got {ema!r}")
     if save_every is not None and checkpoints is None:
         raise ValueError("save_every needs checkpoints, the folder to write in")
+    if checkpoints is not None:
+        _check_folder(checkpoints)

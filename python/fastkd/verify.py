@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import losses, ops, reference
+from fastkd import checks, losses, ops, reference
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
 
@@ -139,6 +139,9 @@ def verify(
     Returns:
         A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.
 
+    Raises:
+        TypeError, ValueError: as :func:`fastkd.loss` does, and for ``repeats`` below 1.
+
     Example:
         >>> import torch, fastkd
         >>> student, teacher = torch.randn(64, 1000), torch.randn(64, 1000)
@@ -147,6 +150,7 @@ def verify(
         True
     """
     losses.check_names("verify", options)
+    checks.count("repeats", repeats)
     options = {**options, "inplace": False, "teacher_grad": "ignore"}
     student, teacher = student_logits.detach().requires_grad_(), teacher_logits
     result = losses.loss(student, teacher, labels, **options)  # checks the arguments as well

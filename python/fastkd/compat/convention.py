@@ -70,3 +70,8 @@ def generalized_jsd(beta: float) -> dict[str, Any]:
 def positive(name: str, value: float) -> float:
     """``value`` as a positive, finite number."""
     return checks.number(name, value, 0.0, math.inf, open_low=True)
+
+
+def divisor(name: str, value: float | Tensor) -> float | Tensor:
+    """What the sum over rows is divided by: a positive number, or a tensor with one element."""
+    return checks.normalizer(value, name) if isinstance(value, Tensor) else positive(name, value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, positive
+from fastkd.compat.convention import Convention, divisor, positive
 
 CONVENTION = Convention(
     peer="NeMo AutoModel",
@@ -71,6 +71,9 @@ class KDLoss(nn.Module):
         num_batch_labels: int | None = None,
     ) -> Tensor:
         """The loss of logits ``(..., C)`` and labels ``(...)``."""
+        count = None
+        if num_batch_labels is not None:
+            count = divisor("num_batch_labels", num_batch_labels)
         return losses.loss(
             student_logits,
             teacher_logits,
@@ -78,5 +81,5 @@ class KDLoss(nn.Module):
             temperature=self.temperature,
             hard_weight=0.0,
             ignore_index=self.ignore_index,
-            normalizer=num_batch_labels,
+            normalizer=count,
         )

@@ -37,6 +37,17 @@ CONVENTION = Convention(
 )
 
 
+def _as_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels in the shape of the logits' rows."""
+    rows = logits.shape[:-1]
+    if labels.numel() != rows.numel():
+        raise ValueError(
+            f"labels must be as many as student_logits of shape {tuple(logits.shape)} have rows, "
+            f"{rows.numel()}; got shape {tuple(labels.shape)}"
+        )
+    return labels.reshape(rows)
+
+
 class ForwardKLLoss(nn.Module):
     """Mean over rows of -sum p log q: forward KL plus the teacher's entropy, a constant.
 
@@ -67,7 +78,7 @@ class ForwardKLLoss(nn.Module):
         return losses.loss(
             student_logits,
             teacher_logits,
-            labels.reshape(student_logits.shape[:-1]),
+            _as_rows(labels, student_logits),
             temperature=1.0,
             hard_weight=0.0,
             ignore_index=self.ignore_index,
@@ -118,7 +129,7 @@ class SymmetricKLLoss(nn.Module):
         terms = losses.terms(
             student_logits,
             teacher_logits,
-            labels.reshape(student_logits.shape[:-1]),
+            _as_rows(labels, student_logits),
             temperature=1.0,
             hard_weight=0.0,
             ignore_index=self.ignore_index,

@@ -13,7 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, generalized_jsd, kl_div_reduction, positive
+from fastkd.compat.convention import (
+    Convention,
+    divisor,
+    generalized_jsd,
+    kl_div_reduction,
+    positive,
+)
 
 CONVENTION = Convention(
     peer="TRL",
@@ -71,7 +77,8 @@ def generalized_jsd_loss(
     options: dict[str, Any] = {"reduction": reduced}
     if num_items_in_batch is not None:
         factor = 1.0
-        options = {"reduction": "mean", "normalizer": num_items_in_batch}
+        count = divisor("num_items_in_batch", num_items_in_batch)
+        options = {"reduction": "mean", "normalizer": count}
     if labels is not None:
         options["hard_weight"] = 0.0
     return losses.loss(

@@ -105,7 +105,7 @@ class DistillationMixin:
             teacher = self.teacher(**given)
         if self._loss_shifts_labels:
             labels = causal_labels(inputs)
-        options = self.kd_loss._options(labels)
+        options = self.kd_loss.options_for(labels)
         if num_items_in_batch is not None:
             options = {**options, "normalizer": num_items_in_batch}
         total = loss(outputs.logits, teacher.logits, labels, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastkd import _C
+from fastkd import _C, checks
 from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
 
@@ -128,6 +129,7 @@ def report(
         show: print the table.
 
     Raises:
+        TypeError: for models that are no modules.
         ValueError: for a loader without rows, models whose logits differ in rows, labels that do
             not fit them, a student named ``teacher``, or logits or a cross entropy that are not
             finite.
@@ -151,6 +153,8 @@ def report(
         raise ValueError("students: no student may be named 'teacher'")
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
+    checks.number("seconds", seconds, 0.0, math.inf)
+    checks.ignored_label(ignore_index)
     models = {"teacher": teacher, **named}
     for name, model in models.items():
         if not isinstance(model, nn.Module):

@@ -10,18 +10,26 @@ import torch
 from torch import Tensor, nn
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(teacher: nn.Module) -> str:
     """The SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in their order.
 
     Names are left out, so that ``torch.compile`` and wrappers for many GPUs make no difference.
+
+    Raises:
+        TypeError: for anything but a module.
 
     Example:
         >>> import torch, fastkd
         >>> fastkd.teachers.fingerprint(torch.nn.ReLU())[:15]
         'sha256:e3b0c442'
     """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(
+            f"teacher must be one torch.nn.Module; got {type(teacher).__name__}. Put a function "
+            "into a module, and give each of several teachers a cache of its own"
+        )
     digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
+    for tensor in teacher.state_dict().values():
         if isinstance(tensor, Tensor):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))

@@ -61,8 +61,10 @@ def precompute(
         rounding cost, measured while writing.
 
     Raises:
-        ValueError: if ``path`` holds a cache with other options or of other weights; if a batch has
-            no ids; if the teacher's logits hold NaN or +inf, or change their shape.
+        TypeError: if ``teacher`` is no module.
+        ValueError: if ``path`` holds a cache with other options or of other weights; if the loader
+            gives no batch, or one without ids; if the teacher's logits hold NaN or +inf, or change
+            their shape.
 
     Example: see :class:`TeacherCache`.
     """
@@ -73,12 +75,13 @@ def precompute(
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
     temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
+    checks.ignored_label(ignore_index)
     folder = pathlib.Path(path)
     identity = fingerprint(teacher)
     done = existing(folder, top_k, dtype, temperature, identity)
-    folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, shard_bytes, done)
     device, own = batches.device_of(teacher), batches.dtype_of(teacher)
+    batch = None
     with batches.evaluating(teacher), writer:
         for batch in _bar(loader, progress):
             inputs, labels, ids = batches.split(batch)
@@ -90,6 +93,7 @@ def precompute(
             new = writer.lacks(ids.cpu())
             if not bool(new.any()):
                 continue
+            folder.mkdir(parents=True, exist_ok=True)
             logits = batches.logits(teacher, batches.to(inputs, device, own))
             _check_logits(logits, len(ids), top_k)
             positions = (-1,) if logits.dim() == 3 else tuple(logits.shape[1:-1])
@@ -103,6 +107,8 @@ def precompute(
                 _kept(_valid_rows(logits, lengths), header),
                 new,
             )
+    if batch is None:
+        raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
 
 
