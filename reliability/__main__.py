@@ -99,7 +99,7 @@ PROMISES = {
         "Peak memory, by the allocator's own counts, is a gradient and a few numbers a row.",
         TESTS + "tests/test_autograd.py -k memory",
     ),
-    "soak": Promise("100,000 calls of each way in keep no memory.", "make soak", minutes=20),
+    "soak": Promise("100,000 calls of each way in keep no memory.", "make soak", minutes=40),
     "security": Promise(
         "What SECURITY.md says: nothing loaded is run, nobody is called.",
         TESTS + "tests/test_security.py",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import fastkd
 from fastkd import ops
@@ -43,8 +44,8 @@ def calls() -> dict[str, Callable[[], object]]:
             return
         raise AssertionError("a label out of range was accepted")
 
-    def backward(**options: object) -> None:
-        fastkd.loss(student, teacher, labels, **options).sum().backward()  # type: ignore[arg-type]
+    def backward(logits: Tensor | list[Tensor] = teacher, **options: object) -> None:
+        fastkd.loss(student, logits, labels, **options).sum().backward()  # type: ignore[arg-type]
         student.grad = None
 
     def in_python() -> None:
@@ -69,6 +70,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "a loss for each row": lambda: backward(reduction="none"),
         "another divergence": lambda: backward(divergence="jsd"),
         "in place": lambda: fastkd.loss(student * 1, teacher, labels, inplace=True).backward(),
+        "several teachers": lambda: backward([teacher, teacher]),
         "a sparse teacher": sparse,
         "linear heads": heads,
         "terms": lambda: fastkd.terms(student, teacher, labels),
