@@ -77,9 +77,10 @@ __device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A s
 // The logits of a row's label; NaN where it has none.
 template <class A>
 struct LabelLogits {
-  A student = static_cast<A>(__int_as_float(0x7fc00000)), teacher = student;
+  A student, teacher;
 
   __device__ __forceinline__ LabelLogits(const Inputs& in, int64_t row) {
+    student = teacher = static_cast<A>(__int_as_float(0x7fc00000));
     const int64_t label = label_of(in, row);
     if (label < 0 || label >= in.classes) return;
     const auto read = [&](const void* logits, DType dtype, const RowStrides& stride) {
