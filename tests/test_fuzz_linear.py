@@ -182,8 +182,10 @@ def exact(
     given = {k: v for k, v in options.items() if k not in ("chunk_size", "softcap", "logit_scale")}
     if labels is None:
         given |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here.
-    seen = student.detach() if given.get("soft_weight") == 0 else teacher
+    # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
+    # cosine of such a row is NaN, whatever it weighs.)
+    nothing = given.get("soft_weight") == 0 and case.divergence != "cosine"
+    seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **given)
     grads = torch.autograd.grad(value.sum(), leaves)
     return Exact(value.detach(), list(grads), student.detach(), teacher.detach()), counted
