@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,49 +22,57 @@ _ensemble_loss_into = torch.ops.fastkd.ensemble_loss_into.default
 _ensemble_loss_backward_ = torch.ops.fastkd.ensemble_loss_backward_.default
 
 
-def loss(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    row_temperatures: Tensor | None,
-    settings: Settings,
-    mixing: Mixing | None,
-    inplace: bool,
-) -> Tensor:
+class Arguments(NamedTuple):
+    """What an op takes beside the student."""
+
+    labels: Tensor | None
+    row_settings: Tensor | None
+    denominator: Tensor | None
+    row_temperatures: Tensor | None  # of the teachers and their mixture
+    settings: Settings
+    mixing: Mixing | None  # None: the one teacher as it is
+    teachers: tuple[Tensor, ...]
+
+    def flat(self) -> tuple[Any, ...]:
+        """As autograd takes it, which looks for tensors at the first level alone."""
+        return *self[:-1], *self.teachers
+
+    @classmethod
+    def of_flat(cls, flat: tuple[Any, ...]) -> Arguments:
+        """What ``flat`` was made of."""
+        return cls._make((*flat[:6], flat[6:]))
+
+    def options(self) -> tuple[Any, ...]:
+        """Of the forward ops, after the teachers."""
+        return self.labels, self.row_settings, self.denominator, *self.settings
+
+    def mixture(self) -> tuple[Any, ...]:
+        """Of the ops of ensembles, in the place of a teacher."""
+        assert self.mixing is not None
+        return list(self.teachers), self.row_temperatures, *self.mixing
+
+
+def loss(student: Tensor, call: Arguments, inplace: bool) -> Tensor:
     """Runs an op; results are shaped as csrc/torch/library.cpp says."""
-    arguments = (labels, row_settings, denominator, row_temperatures, settings, mixing)
     if not (torch.is_grad_enabled() and student.requires_grad):
-        return _forward(student, teachers, *arguments, False)[0]
+        return _forward(student, call, False)[0]
     if inplace and not torch.compiler.is_compiling():
-        out = _InplaceLoss.apply(student, *arguments, *teachers)  # type: ignore[no-untyped-call]
+        out = _InplaceLoss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
     else:
-        out = _Loss.apply(student, *arguments, *teachers)  # type: ignore[no-untyped-call]
+        out = _Loss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
 
 
 def _forward(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    row_temperatures: Tensor | None,
-    settings: Settings,
-    mixing: Mixing | None,
-    with_grad: bool,
+    student: Tensor, call: Arguments, with_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The result, the gradient if it is written along with it, and the statistics of the rows."""
-    options = (labels, row_settings, denominator, *settings)
-    filled = with_grad and REDUCTIONS[settings.reduction] != "none"
-    if mixing is None:
-        out, grad, stats = _loss(student, teachers[0], *options, with_grad)
+    filled = with_grad and REDUCTIONS[call.settings.reduction] != "none"
+    if call.mixing is None:
+        out, grad, stats = _loss(student, *call.teachers, *call.options(), with_grad)
         return out, grad if filled else None, stats
     grad = empty_gradient(student) if filled else None
-    out, stats = _ensemble_loss_into(
-        grad, student, list(teachers), row_temperatures, *mixing, *options, with_grad
-    )
+    out, stats = _ensemble_loss_into(grad, student, *call.mixture(), *call.options(), with_grad)
     return out, grad, stats
 
 
@@ -73,38 +81,25 @@ class _Loss(torch.autograd.Function):
     "none"."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        labels: Tensor | None,
-        row_settings: Tensor | None,
-        denominator: Tensor | None,
-        row_temperatures: Tensor | None,
-        settings: Settings,
-        mixing: Mixing | None,
-        *teachers: Tensor,
-    ) -> Any:
-        options = (labels, row_settings, denominator, row_temperatures)
+    def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
+        call = Arguments.of_flat(flat)
         # The gradient is not saved like the others: backward scales it in place and gives it away.
-        out, ctx.grad, stats = _forward(student, teachers, *options, settings, mixing, True)
-        ctx.settings, ctx.mixing = settings, mixing
-        ctx.save_for_backward(student, stats, *options, *teachers)
+        out, ctx.grad, stats = _forward(student, call, True)
+        ctx.settings, ctx.mixing = call.settings, call.mixing
+        ctx.save_for_backward(student, stats, *call[:4], *call.teachers)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, stats, *options = ctx.saved_tensors
-        labels, row_settings, denominator, row_temperatures, *teachers = options
-        settings, mixing = ctx.settings, ctx.mixing
-        others = (None,) * (6 + len(teachers))
+        student, stats, *tensors = ctx.saved_tensors
+        settings = ctx.settings
+        call = Arguments.of_flat((*tensors[:4], settings, ctx.mixing, *tensors[4:]))
+        others = (None,) * len(call.flat())
         if torch.is_grad_enabled():  # create_graph=True: this will be differentiated in turn
-            teacher = teachers[0]
-            if mixing is not None:
-                acc = accumulator(student, *teachers)
-                teacher = mixed(tuple(teachers), mixing, row_temperatures, acc)
-            grad = differentiable_gradient(
-                student, teacher, labels, row_settings, denominator, settings, grad_output
-            )
+            (teacher, *_), acc = call.teachers, accumulator(student, *call.teachers)
+            if call.mixing is not None:
+                teacher = mixed(call.teachers, call.mixing, call.row_temperatures, acc)
+            grad = differentiable_gradient(student, teacher, *call[:3], settings, grad_output)
             return grad, *others
         if settings.with_terms:
             grad_output = grad_output[0]  # the other terms carry no gradient
@@ -120,11 +115,11 @@ class _Loss(torch.autograd.Function):
             # again.
             grad = empty_gradient(student)
         results = (grad, grad_output.contiguous(), stats, student)
-        numbers = (labels, row_settings, *settings[:8], filled)
-        if mixing is None:
-            _loss_backward_(*results, *teachers, *numbers)
+        numbers = (call.labels, call.row_settings, *settings[:8], filled)
+        if call.mixing is None:
+            _loss_backward_(*results, *call.teachers, *numbers)
         else:
-            _ensemble_loss_backward_(*results, teachers, row_temperatures, *mixing, *numbers)
+            _ensemble_loss_backward_(*results, *call.mixture(), *numbers)
         return grad, *others
 
 
@@ -132,27 +127,17 @@ class _InplaceLoss(torch.autograd.Function):
     """The op that writes the gradient over the student's logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        labels: Tensor | None,
-        row_settings: Tensor | None,
-        denominator: Tensor | None,
-        row_temperatures: Tensor | None,
-        settings: Settings,
-        mixing: Mixing | None,
-        *teachers: Tensor,
-    ) -> Any:
-        options = (labels, row_settings, denominator, *settings)
-        if mixing is None:
-            out, stats = _loss_(student, *teachers, *options)
+    def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
+        call = Arguments.of_flat(flat)
+        if call.mixing is None:
+            out, stats = _loss_(student, *call.teachers, *call.options())
         else:
-            mixture = (list(teachers), row_temperatures, *mixing)
-            out, stats = _ensemble_loss_into(student, student, *mixture, *options, True)
+            given = (*call.mixture(), *call.options())
+            out, stats = _ensemble_loss_into(student, student, *given, True)
         torch.autograd.graph.increment_version(student)
-        ctx.settings, ctx.others = settings, (None,) * (6 + len(teachers))
+        ctx.settings, ctx.others = call.settings, (None,) * len(flat)
         ctx.grad = student.detach()
-        ctx.save_for_backward(stats, *(teachers if mixing is None else ()))
+        ctx.save_for_backward(stats, *(call.teachers if call.mixing is None else ()))
         return out
 
     @staticmethod

@@ -5,14 +5,13 @@ not fused, under function transforms and on devices without kernels.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import checks, derivatives, mixture, reference
-from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES
-from fastkd.mixture import Mixing
+from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments
 from fastkd.native import _C
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
@@ -146,7 +145,7 @@ def _fused(
             with torch.no_grad():
                 hard = _fused(student, teachers, labels, alone, False, False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    out = derivatives.loss(student, *_arguments(student, teachers, labels, o, with_terms), inplace)
+    out = derivatives.loss(student, _arguments(student, teachers, labels, o, with_terms), inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
@@ -191,18 +190,6 @@ def _in_two_passes(
     return torch.cat((out[:1] + hard(objective.hard_weight), alone.unsqueeze(0), out[2:]))
 
 
-class Arguments(NamedTuple):
-    """What ``derivatives.loss`` takes beside the student."""
-
-    teachers: tuple[Tensor, ...]
-    labels: Tensor | None
-    row_settings: Tensor | None
-    denominator: Tensor | None
-    row_temperatures: Tensor | None
-    settings: Settings
-    mixing: Mixing | None
-
-
 def _arguments(
     student: Tensor,
     teachers: tuple[Tensor, ...],
@@ -236,7 +223,7 @@ def _arguments(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    return Arguments(teachers, labels, row_settings, denominator, row_temperatures, settings, how)
+    return Arguments(labels, row_settings, denominator, row_temperatures, settings, how, teachers)
 
 
 def statistics(
@@ -245,8 +232,7 @@ def statistics(
     """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
     assert objective.reduction == "none" and mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, True)
-    options = (call.labels, call.row_settings, call.denominator)
-    terms, _, stats = _loss(student, teacher, *options, *call.settings, True)
+    terms, _, stats = _loss(student, teacher, *call.options(), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 

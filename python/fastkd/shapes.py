@@ -70,14 +70,7 @@ def _fake_stats(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    row_settings: Any,
-    denominator: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, reduction, _, with_terms, with_grad = settings
     out = _fake_out(student, [teacher], reduction, with_terms)
     nothing = student.new_empty([0], dtype=out.dtype)
@@ -88,26 +81,14 @@ def _(
 
 
 @torch.library.register_fake("fastkd::loss_")  # type: ignore[untyped-decorator]
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    row_settings: Any,
-    denominator: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_terms = settings
     return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
 
 
 @torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
 def _(
-    grad: Tensor,
-    grad_output: float,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Any,
-    *settings: Any,
+    grad: Tensor, grad_output: float, student: Tensor, teacher: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     *_, reduction, with_terms = settings
     return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
