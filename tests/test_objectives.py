@@ -335,6 +335,18 @@ def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
         fastkd.loss(leaf * 1, teacher, labels, **options, inplace=True)
 
 
+def test_second_derivatives_of_targets():
+    student, teacher, labels = make((3, CLASSES), FP64, ignored=0.0)
+    smoothed = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
+    for target, options in ((torch.rand(student.shape), {}), (labels, smoothed)):
+
+        def function(z: Tensor, target: Tensor = target, options: Any = options) -> Tensor:
+            return fastkd.loss(z, teacher, target, **options)
+
+        assert torch.autograd.gradcheck(function, student.requires_grad_())
+        assert torch.autograd.gradgradcheck(function, student.requires_grad_())
+
+
 def test_labels_that_are_no_probabilities(device):
     """Rows of nothing, and negative weights, as F.cross_entropy has them."""
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)

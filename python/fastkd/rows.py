@@ -133,8 +133,8 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
 def label_targets(
     labels: Tensor, classes: int, objective: Objective, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(..., C) weights of -log q that make up the hard term, divided by their sums; and these sums,
-    times what the hard term's divisor differs by from the soft one's."""
+    """(..., C) weights of -log q that make up the hard term, probabilities but for their sums; and
+    these sums, times what the hard term's divisor differs by from the soft one's."""
     o, by_index = objective, not labels.is_floating_point()
     each = torch.ones(classes, dtype=dtype) if o.class_weight is None else o.class_weight
     if by_index:

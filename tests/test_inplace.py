@@ -1,0 +1,115 @@
+"""``inplace=True``: the gradient in the memory of the logits."""
+
+import pytest
+import torch
+from support import BF16, DTYPES, FP16, make, name_of
+
+import fastkd
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_inplace_gives_the_same_gradient_in_the_logits_memory(device, scale, reduction, dtype):
+    student, teacher, labels = make((6, 1003), dtype, device=device)
+    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = fastkd.loss(plain * 1, teacher, labels, reduction=reduction)
+    (value * scale).backward()
+    hidden = over * 1
+    version = hidden._version
+    again = fastkd.loss(hidden, teacher, labels, reduction=reduction, inplace=True)
+    assert hidden._version > version
+    assert torch.equal(again, value)
+    seen = []
+    hidden.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    (again * scale).backward()
+    assert seen == [hidden.data_ptr()]  # no second tensor of this size
+    if dtype in (BF16, FP16) and scale != 1.0:  # scaled after rounding: it cannot be computed anew
+        info = torch.finfo(dtype)
+        smallest = info.smallest_normal * info.eps  # subnormal; a scale brings nothing back from it
+        torch.testing.assert_close(over.grad, plain.grad, rtol=info.eps, atol=smallest * scale)
+    else:
+        assert torch.equal(over.grad, plain.grad)
+
+
+def test_inplace_logits_cannot_be_used_afterwards(device):
+    student, teacher, labels = make((6, 20), device=device)
+    hidden = student.requires_grad_() * 1
+    other = hidden.exp().sum()  # saves its own result: unharmed
+    square = hidden.square().sum()  # saves the logits
+    value = fastkd.loss(hidden, teacher, labels, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (value + square).backward()
+    hidden = student * 1
+    other = hidden.exp().sum()
+    (fastkd.loss(hidden, teacher, labels, inplace=True) + other).backward()
+    student.grad = None
+
+
+def test_inplace_gradient_can_be_had_once(device):
+    student, teacher, labels = make((6, 20), device=device)
+    value = fastkd.loss(student.requires_grad_() * 1, teacher, labels, inplace=True)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        value.backward()
+    value = fastkd.loss(student * 1, teacher, labels, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+def test_inplace_refuses_what_it_cannot_do(device):
+    student, teacher, labels = make((6, 20), device=device)
+    leaf = student.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"inplace=True.*leaf"):
+        fastkd.loss(leaf, teacher, labels, inplace=True)
+    with pytest.raises(ValueError, match=r'inplace=True.*"mean" or "sum".*"none"'):
+        fastkd.loss(leaf * 1, teacher, labels, inplace=True, reduction="none")
+    with pytest.raises(ValueError, match=r"inplace=True.*different memory"):
+        hidden = leaf * 1
+        fastkd.loss(hidden, hidden.detach(), labels, inplace=True)
+    # Neither classes nor rows are adjacent.
+    with pytest.raises(ValueError, match=r"student_logits.*row by row.*got strides \(20, 2\)"):
+        fastkd.loss((leaf * 1)[:, ::2], teacher[:, ::2], inplace=True)
+    assert torch.equal(leaf, student)
+
+
+@pytest.mark.parametrize(
+    "overlapping",
+    [
+        lambda x: x.unfold(0, 7, 3),
+        lambda x: x[:7].expand(8, 7),
+        lambda x: x.as_strided((3, 7), (3, 2)),
+    ],
+    ids=["windows", "one row", "between one another"],
+)
+def test_inplace_refuses_rows_that_share_memory(device, overlapping):
+    leaf = torch.randn(28, device=device, requires_grad=True)
+    logits = overlapping(leaf * 1)
+    teacher = torch.randn(logits.shape, device=device)
+    before = logits.clone()
+    with pytest.raises(
+        ValueError, match=r"inplace=True.*student_logits.*share memory; got strides"
+    ):
+        fastkd.loss(logits, teacher, inplace=True)
+    assert torch.equal(logits, before)
+    fastkd.loss(logits, teacher).backward()
+    (want,) = torch.autograd.grad(fastkd.loss(overlapping(leaf * 1).contiguous(), teacher), leaf)
+    torch.testing.assert_close(leaf.grad, want)
+
+
+def test_inplace_without_a_gradient_changes_nothing(device):
+    student, teacher, labels = make((6, 20), device=device)
+    before = student.clone()
+    fastkd.loss(student, teacher, labels, inplace=True)
+    with torch.no_grad():
+        fastkd.loss(student.requires_grad_(), teacher, labels, inplace=False)
+    assert torch.equal(student, before)
+
+
+def test_inplace_of_sliced_logits(device):
+    """logits[:, :-1] of a batch of sequences: the rows in between stay as they are."""
+    student, teacher, labels = make((3, 5, 40), device=device)
+    plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
+    fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()
+    fastkd.loss((over * 1)[:, :-1], teacher[:, :-1], labels[:, :-1], inplace=True).backward()
+    assert torch.equal(plain.grad, over.grad)
