@@ -325,6 +325,22 @@ def test_squared_error_where_the_student_alone_masks(device, classes, reduction)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("classes", [3, 200])
+def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
+    """+inf, with no gradient: the deviations of the other classes are infinite, that of this one inf - inf."""
+    student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
+    student[0, 1] = -INF
+    student.requires_grad_()
+    options = {"divergence": "centered_mse", "temperature": 1.0, "reduction": reduction}
+    value = fastkd.loss(student, torch.zeros_like(student), **options)
+    value.sum().backward()
+    assert value.flatten()[0] == INF
+    assert student.grad[0, 1].isnan()
+    assert student.grad[0, 2:].isinf().all()
+    torch.testing.assert_close(student.grad[1], student.detach()[1] * 2 / classes)
+
+
 def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
     """The second part is left out; the first is that of a certain teacher, -log q_y."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)

@@ -26,6 +26,19 @@ constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 template <auto kValue>
 constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
+// The vectors of a block where they lie, but for the last where it is not a whole one: that is
+// padded, elsewhere.
+template <class S>
+struct Vectors {
+  S* block;
+  S* last = nullptr;
+  int64_t whole = INT64_MAX;  // classes before the last
+
+  FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
+};
+template <class S>
+Vectors(S*) -> Vectors<S>;
+
 inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
 }
@@ -99,15 +112,13 @@ FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
 
 // NaN may be passed over here; it makes the sums NaN.
 template <class T>
-T maximum(const T* logits, int64_t count) {
+T maximum(const Vectors<const T>& logits, int64_t count) {
   T lanes[kLanes];
   for (T& lane : lanes) lane = -kInfinity<T>;
   for (int64_t at = 0; at < count; at += kLanes) {
+    const T* vector = logits.at(at);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const T x = logits[at + i];
-      lanes[i] = x > lanes[i] ? x : lanes[i];
-    }
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
   }
   return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
@@ -116,13 +127,14 @@ T maximum(const T* logits, int64_t count) {
 FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
   return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
 }
-inline float maximum(const BFloat16* logits, int64_t count) {
+inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
   int16_t lanes[kLanes];
   for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
   for (int64_t at = 0; at < count; at += kLanes) {
+    const BFloat16* vector = logits.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
-      const int16_t x = ordered(static_cast<int16_t>(logits[at + i].bits));
+      const int16_t x = ordered(static_cast<int16_t>(vector[i].bits));
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
   }
@@ -153,15 +165,17 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
 
 // With kKeep the tempered exponentials are left in `kept`.
 template <Hard kHard, bool kKeep, class T, class S>
-Pair<T> sum_exponentials(const S* logits, int64_t count, const Exponential<T, S>& tempered_one,
-                         const Exponential<T, S>& own_one, T* kept, Into next) {
+Pair<T> sum_exponentials(const Vectors<const S>& vectors, int64_t count,
+                         const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one,
+                         T* kept, Into next) {
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
+  const Vectors<const S> logits = vectors;
   for (int64_t at = 0; at < count; at += kLanes) {
-    next == Into::kL1 ? prefetch_next<Into::kL1>(logits + at)
-                      : prefetch_next<Into::kL2>(logits + at);
+    next == Into::kL1 ? prefetch_next<Into::kL1>(logits.at(at))
+                      : prefetch_next<Into::kL2>(logits.at(at));
     T buffer[kLanes];
-    const T* x = unpack(logits + at, buffer);
+    const T* x = unpack(logits.at(at), buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T e = tempered(x[i]);
@@ -244,17 +258,18 @@ struct SlopeSums {
 // all its forms saves more registers than a row of few blocks has time for.
 template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
 __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients,
-                                                      const L* student, const L* teacher,
+                                                      const Vectors<const L>& student,
+                                                      const Vectors<const L>& teacher,
                                                       const T* student_kept, const T* teacher_kept,
-                                                      L* grad, int64_t count) {
+                                                      const Vectors<L>& grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {}, diffs[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
-    const T* student_lanes = unpack(student + at, student_buffer);
-    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
-    T* grad_lanes = unpacked(grad + at, grad_buffer);
-    prefetch_next<Into::kL2>(grad + at);
+    const T* student_lanes = unpack(student.at(at), student_buffer);
+    const T* teacher_lanes = unpack(teacher.at(at), teacher_buffer);
+    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
+    prefetch_next<Into::kL2>(grad.at(at));
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T z = student_lanes[i], w = teacher_lanes[i];
@@ -277,7 +292,7 @@ __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& 
       }
       grad_lanes[i] = g + c.soft_gain * kl.slope;
     }
-    pack(grad_buffer, grad + at);
+    pack(grad_buffer, grad.at(at));
   }
   return {sum_of(values), kDecoupled ? sum_of(diffs) : T(0), T(0)};
 }
@@ -286,15 +301,16 @@ __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& 
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
 template <class D, Way kWay, class T, class S, class L>
 SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
-                        const L* student, const L* teacher, const T* student_kept,
-                        const T* teacher_kept, T* q, T* slopes, int64_t count) {
+                        const Vectors<const L>& student, const Vectors<const L>& teacher,
+                        const T* student_kept, const T* teacher_kept, T* q, T* slopes,
+                        int64_t count) {
   const Coefficients<T, S> c = coefficients;
   const ConstantsOf<T> k = constants_in<T>(constants);
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes];
-    const T* student_lanes = unpack(student + at, student_buffer);
-    const T* teacher_lanes = unpack(teacher + at, teacher_buffer);
+    const T* student_lanes = unpack(student.at(at), student_buffer);
+    const T* teacher_lanes = unpack(teacher.at(at), teacher_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       T student_power = 0, teacher_power = 0;
@@ -319,14 +335,15 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
 // `q_scale` makes q of what is given for it. With kMasked slopes may be NaN, where the gradient is
 // 0.
 template <Hard kHard, bool kMasked, class T, class S, class L>
-void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, const T* q,
-                      T q_scale, const T* slopes, L* grad, int64_t count) {
+void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<const L>& student,
+                      const T* q, T q_scale, const T* slopes, const Vectors<L>& grad,
+                      int64_t count) {
   const Coefficients<T, S> c = coefficients;
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], grad_buffer[kLanes];
-    const T* student_lanes = unpack(student + at, student_buffer);
-    T* grad_lanes = unpacked(grad + at, grad_buffer);
-    prefetch_next<Into::kL2>(grad + at);
+    const T* student_lanes = unpack(student.at(at), student_buffer);
+    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
+    prefetch_next<Into::kL2>(grad.at(at));
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T here = q[at + i] * q_scale;
@@ -334,23 +351,24 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const L* student, 
       if constexpr (kHard != Hard::kNone) {
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
       }
-      T slope = slopes[at + i] - here * c.student_share - c.constant_share;
-      if constexpr (kMasked) slope = slope == slope ? slope : T(0);
+      const T unbalanced = slopes[at + i];
+      T slope = unbalanced - here * c.student_share - c.constant_share;
+      if constexpr (kMasked) slope = unbalanced == unbalanced ? slope : T(0);
       grad_lanes[i] = g + soft_part(c.soft_gain, slope);
     }
-    pack(grad_buffer, grad + at);
+    pack(grad_buffer, grad.at(at));
   }
 }
 
 // The sum of p log p alone, which the soft cross entropy asks for.
 template <bool kKept, class T, class S, class L>
-T sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale, const L* teacher,
+T sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale, const Vectors<const L>& teacher,
               const T* teacher_kept, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T sums[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T buffer[kLanes];
-    const T* w = unpack(teacher + at, buffer);
+    const T* w = unpack(teacher.at(at), buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const T p = kKept ? teacher_kept[at + i] * c.teacher_scale : c.teacher(w[i]);
@@ -373,12 +391,13 @@ struct Squares {
 
 // Of the classes that are not masked by both, in double: logits may be of any size.
 template <class T, class L>
-Squares sum_squares(const L* student, const L* teacher, int64_t count) {
+Squares sum_squares(const Vectors<const L>& student, const Vectors<const L>& teacher,
+                    int64_t count) {
   double of_student[kLanes] = {}, of_teacher[kLanes] = {};
   for (int64_t at = 0; at < count; at += kLanes) {
     T student_buffer[kLanes], teacher_buffer[kLanes];
-    const T* z = unpack(student + at, student_buffer);
-    const T* w = unpack(teacher + at, teacher_buffer);
+    const T* z = unpack(student.at(at), student_buffer);
+    const T* w = unpack(teacher.at(at), teacher_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;

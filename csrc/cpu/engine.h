@@ -42,6 +42,10 @@ inline Logits teacher_of(const Inputs& in, int64_t row) {
           in.teacher_dtype};
 }
 
+// What the longest block is padded to: the last of a segment takes up to a vector more.
+constexpr int64_t kLongest = kBlock + kLanes;
+
+constexpr int64_t whole_vectors(int64_t count) { return count / kLanes * kLanes; }
 constexpr int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // Reads a block into `buffer`, and pads it.
@@ -51,18 +55,49 @@ void copy_block(const Logits& logits, int64_t begin, int64_t count, T* buffer) {
   for (int64_t i = count; i < padded(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// The block itself where the loops can read it in place, or else a copy in `buffer`; the class that
-// is left out of sums is masked.
+// The block itself where the loops can read it in place, with a copy in `buffer` of what a last
+// vector has to be padded for; or else a copy of all. The class that is left out of sums is masked.
 template <class S>
-const S* fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer,
-               int64_t left_out = -1) {
+Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer,
+                       int64_t left_out = -1) {
   const bool masks = holds(begin, count, left_out);
-  if (logits.dtype == kStorage<S> && count % kLanes == 0 && !masks) {
-    return static_cast<const S*>(logits.at(begin));
+  if (logits.dtype == kStorage<S> && !masks) {
+    const int64_t whole = whole_vectors(count);
+    if (whole < count) copy_block(logits, begin + whole, count - whole, buffer);
+    return {static_cast<const S*>(logits.at(begin)), buffer, whole};
   }
   copy_block(logits, begin, count, buffer);
   if (masks) buffer[left_out - begin] = narrow<S>(-__builtin_huge_valf());
-  return buffer;
+  return {buffer};
+}
+
+// Where the loops write a block's gradient: to `grad` itself, but for what is no whole vector, or
+// all of it to `result`.
+template <class S>
+Vectors<S> target(void* grad, DType dtype, int64_t count, S* result) {
+  if (grad == nullptr || dtype != kStorage<S>) return {result};
+  return {static_cast<S*>(grad), result, whole_vectors(count)};
+}
+// Writes to `grad` what is not there yet.
+template <class S>
+void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count) {
+  const int64_t whole = target.block == result ? 0 : target.whole;
+  if (grad == nullptr || whole == count) return;
+  write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
+}
+
+// Calls fn(at, count) for blocks of [begin, end): whole ones, and the last with what is left. The
+// vector with a class that is left out of sums is a block of its own, so that only that is ever
+// copied to mask it.
+template <class Fn>
+FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
+  const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = end - at < kLongest ? end : at + kBlock;
+    if (at == alone && next > at + kLanes) next = at + kLanes;
+    if (at < alone && next > alone) next = alone;
+    fn(at, next - at);
+  }
 }
 
 // What the first sweep left of a segment: exponentials, and what those of each block are relative
@@ -83,9 +118,8 @@ struct Left {
   }
 };
 
-// Room for a segment's exponentials. The last segment of a row keeps them for the second sweep,
-// which starts there: while they lie in L2, loading is cheaper than computing. Bounded by the
-// stack.
+// Room for a segment's exponentials, on the stack. The first sweep keeps them for the second, which
+// starts at the end of a row: while they lie in a cache, loading is cheaper than computing.
 template <class T>
 struct Kept {
   static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
@@ -133,26 +167,8 @@ struct Engine {
   }
 
   // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
-  // a segment. Of the divergences that take another sweep still, all segments do.
-  bool keeps(int64_t segment) const {
-    if (in.divergence == Divergence::kCosine) return false;
-    return Kept<T>::kClasses > 0 && (segment == segments() - 1 || !one_sweep());
-  }
-
-  // Calls fn(at, count) for blocks of [begin, end): whole ones, then what is left of full vectors,
-  // then a tail shorter than kLanes, so that only the tail is ever padded. The vector with a class
-  // that is left out of sums is a block of its own, so that only that is ever copied to mask it.
-  template <class Fn>
-  static FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
-    const int64_t full = begin + (end - begin) / kLanes * kLanes;
-    const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
-    for (int64_t at = begin, next; at < full; at = next) {
-      next = full - at < kBlock ? full : at + kBlock;
-      if (holds(at, next - at, alone)) next = at < alone ? alone : alone + kLanes;
-      fn(at, next - at);
-    }
-    if (full < end) fn(full, end - full);
-  }
+  // a segment.
+  bool keeps() const { return Kept<T>::kClasses > 0 && in.divergence != Divergence::kCosine; }
 
   int64_t segments() const { return (in.classes + kSegment - 1) / kSegment; }
   int64_t end_of(int64_t segment) const {
@@ -166,12 +182,12 @@ struct Engine {
   template <Hard kHard, bool kKeep>
   Pair<double> scan_blocks(const Row<T>& row, T factor, const Logits& logits, int64_t begin,
                            int64_t end, double* max, T* kept, double* maxima) const {
-    alignas(64) S buffer[kBlock];
+    alignas(64) S buffer[kLongest];
     Exponential<T, S> tempered(factor, 0, 1), own(row.hard_factor, 0, 1);
     Pair<double> result = {0, 0};
     *max = kLowest;
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      const S* block = fetch(logits, at, count, buffer, row.left_out);
+      const Vectors<const S> block = fetch(logits, at, count, buffer, row.left_out);
       const double top = maximum(block, padded(count));
       if (top > *max) {
         if (*max > kLowest) {
@@ -193,11 +209,11 @@ struct Engine {
   // The sums of squares of a range. Not inlined, for most divergences have none.
   __attribute__((noinline)) void square(int64_t index, int64_t begin, int64_t end,
                                         Statistics* result) const {
-    alignas(64) S student[kBlock];
-    alignas(64) S teacher[kBlock];
+    alignas(64) S student[kLongest];
+    alignas(64) S teacher[kLongest];
     for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
-      const S* z = fetch(student_of(in, index), at, count, student);
-      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
+      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
       const Squares squares = sum_squares<T>(z, w, padded(count));
       result->student_squares += squares.student, result->teacher_squares += squares.teacher;
     });
@@ -237,7 +253,7 @@ struct Engine {
   // What scan() leaves of a segment, once more, for who has only the statistics.
   Left<T> keep(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
                Kept<T>* kept) const {
-    if (!keeps(segment)) return {};
+    if (!keeps()) return {};
     if (row.state != State::kNormal || !s.valid()) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
@@ -258,8 +274,8 @@ struct Engine {
   // What only `terms` and label smoothing ask for, of the block that starts at `at`.
   void sum_extras(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s, int64_t index,
                   int64_t at, int64_t count, Sums* sums) const {
-    alignas(64) T z[kBlock];
-    alignas(64) T w[kBlock];
+    alignas(64) T z[kLongest];
+    alignas(64) T w[kLongest];
     copy_block(student_of(in, index), at, count, z);
     if (row.hard != Hard::kNone && in.label_smoothing != 0) {
       const double share = in.label_smoothing / static_cast<double>(in.classes);
@@ -280,8 +296,8 @@ struct Engine {
   // The teacher's entropy, where the divergence has it and nobody asks for more.
   void sum_entropy(const Coefficients<T, S>& c, const Scales<T>& s, int64_t index, int64_t at,
                    int64_t count, const Left<T>& left, Sums* sums) const {
-    alignas(64) S teacher[kBlock];
-    const S* w = fetch(teacher_of(in, index), at, count, teacher);
+    alignas(64) S teacher[kLongest];
+    const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
     const T log_scale = std::log(s.teacher_scale);
     sums->teacher_entropy -= left.any()
                                  ? sum_p_log_p<true>(c, log_scale, w, left.teacher, padded(count))
@@ -291,7 +307,8 @@ struct Engine {
   // One block of the forward KL's second sweep, in the form that the row asks for.
   template <class L>
   SlopeSums<T> differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                             const L* z, const L* w, L* g, int64_t count) const {
+                             const Vectors<const L>& z, const Vectors<const L>& w,
+                             const Vectors<L>& g, int64_t count) const {
     const bool hard = row.gradient_hard != Hard::kNone;
     const auto write = [&](auto has_hard, auto way) {
       constexpr Hard kHard = decltype(has_hard)::value;
@@ -313,8 +330,8 @@ struct Engine {
 
   // The same for the others: their slopes, then the gradient from these.
   template <class L>
-  SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const L* z, const L* w,
-                      T* q, T* slope, int64_t count) const {
+  SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
+                      const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
     const auto sum = [&](auto divergence, auto way) {
       return sum_slopes<decltype(divergence), decltype(way)::value>(
           c, constants, z, w, left.student, left.teacher, q, slope, count);
@@ -328,8 +345,8 @@ struct Engine {
     });
   }
   template <class L>
-  void balance(const Row<T>& row, const Coefficients<T, S>& c, const L* z, const T* q, T q_scale,
-               const T* slope, L* g, int64_t count) const {
+  void balance(const Row<T>& row, const Coefficients<T, S>& c, const Vectors<const L>& z,
+               const T* q, T q_scale, const T* slope, const Vectors<L>& g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
     const bool masked = leaves_out_masked(balance_of(in.divergence));
@@ -345,15 +362,15 @@ struct Engine {
   void sum_segment(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, int64_t index,
                    int64_t segment, const Left<T>& left, Sums* sums) const {
     if (row.state != State::kNormal || !s.valid()) return;
-    alignas(64) S student[kBlock];
-    alignas(64) S teacher[kBlock];
-    alignas(64) T q[kBlock];
-    alignas(64) T slope[kBlock];
+    alignas(64) S student[kLongest];
+    alignas(64) S teacher[kLongest];
+    alignas(64) T q[kLongest];
+    alignas(64) T slope[kLongest];
     const int64_t begin = segment * kSegment;
     int64_t block = 0;
     for_blocks(begin, end_of(segment), -1, [&](int64_t at, int64_t count) {
-      const S* z = fetch(student_of(in, index), at, count, student);
-      const S* w = fetch(teacher_of(in, index), at, count, teacher);
+      const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
+      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       const SlopeSums<T> of_block =
@@ -380,21 +397,21 @@ struct Engine {
 
   SlopeSums<T> write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index,
                            int64_t at, int64_t count, const Left<T>& left) const {
-    alignas(64) S student[kBlock];
-    alignas(64) S teacher[kBlock];
-    alignas(64) S result[kBlock];
-    alignas(64) T q[kBlock];
-    alignas(64) T slope[kBlock];
-    const S* z = fetch(student_of(in, index), at, count, student, row.left_out);
-    const bool direct = grad != nullptr && in.student_dtype == kStorage<S> && count % kLanes == 0;
-    S* g = direct ? static_cast<S*>(grad_at(index, at)) : result;
+    alignas(64) S student[kLongest];
+    alignas(64) S teacher[kLongest];
+    alignas(64) S result[kLongest];
+    alignas(64) T q[kLongest];
+    alignas(64) T slope[kLongest];
+    const Vectors<const S> z = fetch(student_of(in, index), at, count, student, row.left_out);
+    void* const place = grad == nullptr ? nullptr : grad_at(index, at);
+    const Vectors<S> g = target(place, in.student_dtype, count, result);
     SlopeSums<T> sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
     if (left.slopes) {
       balance(row, c, z, student_like, q_scale, left.teacher, g, padded(count));
     } else {
-      const S* w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
+      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
         sums = differentiate(row, c, left, z, w, g, padded(count));
       } else {
@@ -402,9 +419,7 @@ struct Engine {
         balance(row, c, z, student_like, q_scale, slope, g, padded(count));
       }
     }
-    if (grad != nullptr && !direct) {
-      FASTKD_ISA::write(result, in.student_dtype, count, grad_at(index, at));
-    }
+    put_result(g, result, place, in.student_dtype, count);
     return sums;
   }
 
@@ -417,10 +432,10 @@ struct Engine {
     alignas(64) T slope[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) z[i] = student, w[i] = teacher;
     if (one_sweep()) {
-      differentiate(row, c, {}, z, w, z, kLanes);
+      differentiate<T>(row, c, {}, {z}, {w}, {z}, kLanes);
     } else {
-      slopes(c, {}, z, w, q, slope, kLanes);
-      balance(row, c, z, q, T(1), slope, z, kLanes);
+      slopes<T>(c, {}, {z}, {w}, q, slope, kLanes);
+      balance<T>(row, c, {z}, q, T(1), slope, {z}, kLanes);
     }
     return z[0] - onehot(row, gain);
   }

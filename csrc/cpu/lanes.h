@@ -586,7 +586,7 @@ struct LaneEngine {
         // Not 0 times a sum of slopes that may be infinite.
         T here = D::kBalance == Balance::kMean ? x.z[i] : x.z[i] - slope[i] * weight;
         here *= share[i];
-        if (leaves_out_masked(D::kBalance)) here = here == here ? here : T(0);
+        if (leaves_out_masked(D::kBalance)) here = x.z[i] == x.z[i] ? here : T(0);
         x.result[i] = gradient_at<kHard>(x, index, i, here);
       }
     }

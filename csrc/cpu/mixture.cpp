@@ -69,14 +69,15 @@ class Mixer {
     for (int64_t at = 0; at < args_.classes; at += kBlock) {
       const int64_t left = args_.classes - at, count = left < kBlock ? left : kBlock;
       const int64_t padded = load(k, row, at, count, logits);
-      const T top = maximum(logits, padded);
+      const Vectors<const T> vectors{logits};
+      const T top = maximum(vectors, padded);
       if (top > max) {
         sum *= std::exp2(static_cast<double>(max - top) * static_cast<double>(factor));
         max = top;
       }
       const Exponential<T> exponential(factor, max, 1.0);
       sum += static_cast<double>(
-          sum_exponentials<Hard::kNone, false>(logits, padded, exponential, exponential,
+          sum_exponentials<Hard::kNone, false>(vectors, padded, exponential, exponential,
                                                static_cast<T*>(nullptr), Into::kL1)
               .tempered);
     }

@@ -1,9 +1,9 @@
 // The row engine: two sweeps of each row of student and teacher logits, compiled once for each
 // instruction set (FASTKD_ISA names it and the namespace).
 //
-// Sweep 1 finds the maxima and the sums of exponentials; sweep 2 finds them again in the cache, so
-// that the divergence and the gradient cost no further trip to memory; the row's last segment keeps
-// them instead (engine.h). Both sweeps work on blocks in L1 (blocks.h), and rows are cut into
+// Sweep 1 finds the maxima and the sums of exponentials, and keeps the exponentials; sweep 2 finds
+// logits and exponentials in the cache, so that the divergence and the gradient cost no further
+// trip to memory (engine.h). Both sweeps work on blocks in L1 (blocks.h), and rows are cut into
 // segments whose results are merged in a fixed order: the bits do not depend on who computes which.
 // docs/maths.md derives the formulas.
 #include <memory>
@@ -118,9 +118,9 @@ double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
 }
 
-// Where the segments of a row leave their exponentials. Divergences that take another sweep keep
-// all of them: in memory for a whole row, which may be missing (then they are computed anew,
-// segment by segment, to the same bits).
+// Where the segments of a row leave their exponentials: the last on the stack, the others in memory
+// for a whole row, which may be missing (then they are computed anew, segment by segment, to the
+// same bits).
 template <class T>
 struct Room {
   Kept<T> last;
@@ -130,7 +130,7 @@ struct Room {
   template <class S>
   explicit Room(const Engine<T, S>& engine) {
     const int64_t others = engine.segments() - 1;
-    if (others == 0 || !engine.keeps(0)) return;
+    if (others == 0 || !engine.keeps()) return;
     const size_t size = static_cast<size_t>(2 * others);
     exponentials.reset(new (std::nothrow) T[size * kSegment]);
     maxima.reset(new (std::nothrow) double[size * Kept<T>::kBlocks]);
@@ -138,7 +138,7 @@ struct Room {
 
   template <class S>
   Left<T> of(const Engine<T, S>& engine, int64_t segment) {
-    if (!engine.keeps(segment)) return {};
+    if (!engine.keeps()) return {};
     if (segment == engine.segments() - 1) return last.left();
     if (exponentials == nullptr || maxima == nullptr) return {};
     T* const student = exponentials.get() + 2 * segment * kSegment;
@@ -177,7 +177,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    Left<T> left = room.of(engine, i);
+    Left<T> left = engine.one_sweep() ? left_of(i) : room.of(engine, i);
     if (!engine.one_sweep()) {
       left.slopes = left.any() && spare;
       if (!left.slopes) left = engine.keep(row, scales, index, i, &room.last);
@@ -247,7 +247,7 @@ void scan(const ForwardArgs& args, int64_t index, int64_t segment, Statistics* r
     using T = decltype(zero);
     Kept<T> kept;
     const Row<T> row = make_row<T>(args, index, engine.terms);
-    *result = engine.scan(row, index, segment, engine.keeps(segment) ? kept.left() : Left<T>{});
+    *result = engine.scan(row, index, segment, engine.keeps() ? kept.left() : Left<T>{});
   });
 }
 

@@ -97,24 +97,14 @@ struct TopkRow {
     into->teacher = teacher_sum;
   }
 
-  // Calls fn(at, count) for blocks of the row: only the last, shorter than kLanes, needs padding.
-  template <class Fn>
-  void for_blocks(Fn&& fn) const {
-    const int64_t full = args.classes / kLanes * kLanes;
-    for (int64_t at = 0; at < full; at += kBlock) {
-      fn(at, full - at < kBlock ? full - at : kBlock);
-    }
-    if (full < args.classes) fn(full, args.classes - full);
-  }
-
   // Masks the listed classes of the block that starts at `at`. Returns where it lies afterwards:
   // in `buffer` if there were any.
-  const S* mask_listed(const S* block, int64_t at, int64_t count, S* buffer) const {
+  Vectors<const S> mask_listed(Vectors<const S> block, int64_t at, int64_t count, S* buffer) const {
     for (int64_t word = at / 64; word <= (at + count - 1) / 64; ++word) {
       for (uint64_t bits = listed[word]; bits != 0; bits &= bits - 1) {
         const int64_t i = word * 64 + __builtin_ctzll(bits) - at;
         if (i < 0 || i >= count) continue;
-        if (block != buffer) copy_block(student, at, count, buffer), block = buffer;
+        if (block.block != buffer) copy_block(student, at, count, buffer), block = {buffer};
         buffer[i] = narrow<S>(-__builtin_huge_valf());
       }
     }
@@ -124,12 +114,13 @@ struct TopkRow {
   // One sweep: the rest's sums and, for label smoothing, the sum of all logits.
   template <Hard kHard>
   Mass scan_rest(double* total) const {
-    alignas(64) S buffer[kBlock];
-    alignas(64) T logits[kBlock];
+    alignas(64) S buffer[kLongest];
+    alignas(64) T logits[kLongest];
     Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Mass mass;
-    for_blocks([&](int64_t at, int64_t count) {
-      const S* block = mask_listed(fetch(student, at, count, buffer), at, count, buffer);
+    for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
+      const Vectors<const S> block =
+          mask_listed(fetch(student, at, count, buffer), at, count, buffer);
       const double top = maximum(block, padded(count));
       if (top > mass.max) {
         mass.tempered *= topk::shift(mass.max, top, row.temperature);
@@ -143,7 +134,8 @@ struct TopkRow {
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
         copy_block(student, at, count, logits);
-        const double near = topk::origin({static_cast<double>(maximum(logits, padded(count)))});
+        const double near =
+            topk::origin({static_cast<double>(maximum(Vectors<const T>{logits}, padded(count)))});
         *total += static_cast<double>(sum_offsets(logits, static_cast<T>(near), count)) +
                   static_cast<double>(count) * near;
       }
@@ -177,9 +169,9 @@ struct TopkRow {
 
   void fill(T value) const {
     if (args.grad == nullptr) return;
-    alignas(64) T block[kBlock];
+    alignas(64) T block[kLongest];
     for (T& x : block) x = value;
-    for_blocks([&](int64_t at, int64_t count) {
+    for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       FASTKD_ISA::write(block, args.student_dtype, count, grad_at(at));
     });
   }
@@ -187,20 +179,18 @@ struct TopkRow {
   // The rest's gradient. What it writes for listed classes has no meaning.
   template <Hard kHard>
   void write_rest(const Summary& of, const Gains& gains) const {
-    alignas(64) S buffer[kBlock];
-    alignas(64) S result[kBlock];
+    alignas(64) S buffer[kLongest];
+    alignas(64) S result[kLongest];
     const T max = static_cast<T>(topk::origin(of.rest)), uniform = static_cast<T>(gains.uniform);
     const T soft_gain = static_cast<T>(gains.rest), hard_gain = static_cast<T>(gains.rest_hard);
     const Exponential<T, S> tempered(row.factor, max, 1), own(row.hard_factor, max, 1);
-    for_blocks([&](int64_t at, int64_t count) {
-      const S* block = fetch(student, at, count, buffer);
-      const bool direct = args.student_dtype == kStorage<S> && count % kLanes == 0;
-      S* grad = direct ? static_cast<S*>(grad_at(at)) : result;
-      const int64_t end = padded(count);
-      for (int64_t lanes = 0; lanes < end; lanes += kLanes) {
+    for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
+      const Vectors<const S> block = fetch(student, at, count, buffer);
+      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result);
+      for (int64_t lanes = 0; lanes < count; lanes += kLanes) {
         T logits[kLanes], gradients[kLanes];
-        const T* z = unpack(block + lanes, logits);
-        T* g = unpacked(grad + lanes, gradients);
+        const T* z = unpack(block.at(lanes), logits);
+        T* g = unpacked(grad.at(lanes), gradients);
 #pragma omp simd
         for (int64_t i = 0; i < kLanes; ++i) {
           const T e = tempered(z[i]);
@@ -210,9 +200,9 @@ struct TopkRow {
           }
           g[i] = sum;
         }
-        pack(gradients, grad + lanes);
+        pack(gradients, grad.at(lanes));
       }
-      if (!direct) FASTKD_ISA::write(result, args.student_dtype, count, grad_at(at));
+      put_result(grad, result, grad_at(at), args.student_dtype, count);
     });
   }
 

@@ -276,12 +276,12 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     A hard_exponent;
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
-    A slope = evaluated<D>(e, z, w).slope;
+    const A unbalanced = evaluated<D>(e, z, w).slope;
     if constexpr (D::kBalance == Balance::kNone)
-      return soft_part(this->soft, slope) + fma_of(rest_gain, e.q, hard);
+      return soft_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
     const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_inverse) : e.q;
-    slope = slope - q * student_share - constant_share;
-    if (leaves_out_masked(D::kBalance) && slope != slope) slope = A(0);
+    A slope = unbalanced - q * student_share - constant_share;
+    if (leaves_out_masked(D::kBalance) && unbalanced != unbalanced) slope = A(0);
     return soft_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {

@@ -1,16 +1,30 @@
 // The CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them: rows handed out
 // whole, rows shared segment by segment, several calls side by side on the same inputs, and the
-// choice of an instruction set meanwhile. Every answer is that of one thread, bit for bit;
+// choice of an instruction set meanwhile; and a call that gets no memory to keep what it would
+// use again. Every answer is that of one thread, bit for bit;
 // ThreadSanitizer (make sanitize-threads) sees to it that no two threads touched the same memory.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/kernels.h"
+
+namespace {
+bool memory_is_short = false;
+}
+
+// What the kernels ask for memory with.
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
+  return memory_is_short ? nullptr : ::operator new[](size);
+}
+void* operator new[](std::size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return memory_is_short ? nullptr : ::operator new[](size, alignment);
+}
 
 namespace {
 
@@ -128,6 +142,11 @@ void test(const cpu::Kernels& k, const Problem& p) {
   rows_apart(k, apart.args);
   check(apart == alone, "rows apart", k, p);
   check(backward_is_the_same(k, alone), "backward", k, p);
+  Call frugal(p);
+  memory_is_short = true;
+  k.forward(frugal.args, 0, p.rows);
+  memory_is_short = false;
+  check(frugal == alone, "without memory", k, p);
   if (p.classes > cpu::kNarrow) {
     Call shared(p);
     rows_shared(k, shared.args);
