@@ -118,30 +118,52 @@ double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
 }
 
-// Where the segments of a row leave their exponentials: the last on the stack, the others in memory
-// for a whole row, which may be missing (then they are computed anew, segment by segment, to the
-// same bits).
+// Where the segments of a row leave their exponentials: the last on the stack; the others where the
+// gradients of later rows will be written, which takes no memory. Without a gradient, and for
+// divergences that take another sweep, in memory for a row. Where there is neither (in place, or of
+// the last rows of a range) they are computed anew, segment by segment, to the same bits.
 template <class T>
 struct Room {
+  static constexpr uintptr_t kAlignment = 64;
   Kept<T> last;
-  std::unique_ptr<T[]> exponentials;  // of the other segments, the student's and the teacher's
+  int64_t end;       // of the range of rows
+  size_t count = 0;  // of exponentials of the other segments, the student's and the teacher's
+  bool borrows = false;
+  std::unique_ptr<T[]> own;
   std::unique_ptr<double[]> maxima;
 
   template <class S>
-  explicit Room(const Engine<T, S>& engine) {
-    const int64_t others = engine.segments() - 1;
+  Room(const Engine<T, S>& engine, int64_t end) : end(end) {
+    const size_t others = static_cast<size_t>(engine.segments() - 1);
     if (others == 0 || !engine.keeps()) return;
-    const size_t size = static_cast<size_t>(2 * others);
-    exponentials.reset(new (std::nothrow) T[size * kSegment]);
-    maxima.reset(new (std::nothrow) double[size * Kept<T>::kBlocks]);
+    count = 2 * others * kSegment;
+    const RowStrides& stride = engine.grad_stride;
+    const Inputs& in = engine.in;
+    const bool adjacent = stride.row == in.classes &&
+                          (in.rows <= in.group_rows || stride.group == in.group_rows * stride.row);
+    borrows = adjacent && engine.grad != nullptr && engine.grad != in.student;
+    if (engine.grad == nullptr || !engine.one_sweep()) own.reset(new (std::nothrow) T[count]);
+    maxima.reset(new (std::nothrow) double[2 * others * Kept<T>::kBlocks]);
   }
 
   template <class S>
-  Left<T> of(const Engine<T, S>& engine, int64_t segment) {
+  T* exponentials(const Engine<T, S>& engine, int64_t row) const {
+    if (maxima == nullptr) return nullptr;
+    if (own != nullptr) return own.get();
+    if (!borrows) return nullptr;
+    const uintptr_t next = reinterpret_cast<uintptr_t>(engine.grad_at(row, engine.in.classes));
+    const uintptr_t from = (next + kAlignment - 1) / kAlignment * kAlignment;
+    const uintptr_t to = reinterpret_cast<uintptr_t>(engine.grad_at(end - 1, engine.in.classes));
+    return from + count * sizeof(T) <= to ? reinterpret_cast<T*>(from) : nullptr;
+  }
+
+  template <class S>
+  Left<T> of(const Engine<T, S>& engine, int64_t row, int64_t segment) {
     if (!engine.keeps()) return {};
     if (segment == engine.segments() - 1) return last.left();
-    if (exponentials == nullptr || maxima == nullptr) return {};
-    T* const student = exponentials.get() + 2 * segment * kSegment;
+    T* const of_row = exponentials(engine, row);
+    if (of_row == nullptr) return {};
+    T* const student = of_row + 2 * segment * kSegment;
     double* const student_max = maxima.get() + 2 * segment * Kept<T>::kBlocks;
     return {student, student + kSegment, student_max, student_max + Kept<T>::kBlocks};
   }
@@ -152,19 +174,20 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
                  Room<T>& room) {
   const Row<T> row = make_row<T>(args, index, engine.terms);
   const int64_t last = engine.segments() - 1;
-  Statistics statistics = engine.scan(row, index, 0, room.of(engine, 0));
+  Statistics statistics = engine.scan(row, index, 0, room.of(engine, index, 0));
   for (int64_t i = 1; i <= last; ++i) {
-    merge(row, engine.scan(row, index, i, room.of(engine, i)), &statistics);
+    merge(row, engine.scan(row, index, i, room.of(engine, index, i)), &statistics);
   }
   const double gain = gain_of<T>(args);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
   // What was kept of a segment, or is kept anew.
   const auto left_of = [&](int64_t i) {
-    const Left<T> left = room.of(engine, i);
+    const Left<T> left = room.of(engine, index, i);
     return left.any() ? left : engine.keep(row, scales, index, i, &room.last);
   };
-  const bool spare = last == 0 || room.of(engine, 0).any();  // not all in the place of the last
+  const bool spare =
+      last == 0 || room.of(engine, index, 0).any();  // not all in the place of the last
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
   if (!engine.one_sweep()) {
@@ -177,7 +200,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    Left<T> left = engine.one_sweep() ? left_of(i) : room.of(engine, i);
+    Left<T> left = engine.one_sweep() ? left_of(i) : room.of(engine, index, i);
     if (!engine.one_sweep()) {
       left.slopes = left.any() && spare;
       if (!left.slopes) left = engine.keep(row, scales, index, i, &room.last);
@@ -227,7 +250,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
                      [&](auto& engine) { engine.forward(args); });
   }
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
-    Room<decltype(zero)> room(engine);
+    Room<decltype(zero)> room(engine, end);
     for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, room);
   });
 }
