@@ -81,6 +81,7 @@ def calls() -> dict[str, Callable[[], object]]:
 def main() -> int:
     """Prints how much each way in has grown the process by."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    torch.set_num_threads(1)  # on busy processors, teams of threads mostly wait for each other
     grown = {}
     for name, call in calls().items():
         for _ in range(max(500, count // 50)):
