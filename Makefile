@@ -64,7 +64,7 @@ sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour an
 # valgrind shows programs a processor without AVX-512: those kernels are not tried here.
 valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitialised values, leaks
 	$(call kernels,kernels,,cpu_kernels cpu_threads cpu_fuzz device_arithmetic)
-	for test in "cpu_kernels" "cpu_threads" "cpu_fuzz 300" "device_arithmetic"; do \
+	for test in "cpu_kernels memory" "cpu_threads" "cpu_fuzz 300" "device_arithmetic"; do \
 	  valgrind --quiet --error-exitcode=1 --leak-check=full build/kernels/$$test || exit 1; done
 
 sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
