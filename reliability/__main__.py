@@ -50,7 +50,7 @@ PROMISES = {
         "Nor do they read what nobody has written, or lose memory (AVX2 and baseline: valgrind has "
         "no AVX-512).",
         "make valgrind",
-        minutes=20,
+        minutes=40,
         needs="valgrind",
     ),
     "sanitize-python": Promise(
