@@ -98,6 +98,8 @@ def close(got: Tensor, want: Tensor, relative: float, absolute: float, what: str
     # Beyond, the dtype may say inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
+    # Below its least number it rounds to nothing.
+    absolute += torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
     got = got.double()
     fits = (got - want).abs() <= relative * want.abs() + absolute
     fits |= (got == want) | (got.isnan() & want.isnan()) | huge

@@ -328,7 +328,7 @@ def test_squared_error_where_the_student_alone_masks(device, classes, reduction)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
 def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
-    """+inf, with no gradient: the deviations of the other classes are infinite, that of this one inf - inf."""
+    """+inf, with no gradient: other classes deviate by infinity, this one by inf - inf."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()

@@ -280,6 +280,10 @@ def test_regressions(device, teacher):
     run(case, device)
     # An infinite slope of one class: 0 in all classes of the row, where rows are in lanes.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
+    # Of centred squares that one has no slope; it was 0.
+    run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
+    # A gradient below the least number of its dtype.
+    run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
 
 
 if __name__ == "__main__":
