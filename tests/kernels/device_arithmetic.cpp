@@ -34,6 +34,12 @@ bool close(double got, double want, double absolute, double relative) {
   return std::fabs(got - want) <= absolute + relative * std::fabs(want);
 }
 
+// Under valgrind long double has no more than double: there is no truth then to hold double to.
+bool has_truth_for_double() {
+  volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
+  return one + less != one;
+}
+
 // ---- one class
 
 template <class A>
@@ -223,7 +229,7 @@ void everywhere(const Problem& in) {
   const double slack = in.t < 0.1 ? 8 : 1;
   compare<float, false>(in, 1.5e-6 * slack, 1.5e-6 * slack);
   compare<float, true>(in, 3e-6 * slack, 3e-6 * slack);
-  compare<double, false>(in, 1e-14 * slack, 1e-14 * slack);
+  if (has_truth_for_double()) compare<double, false>(in, 1e-14 * slack, 1e-14 * slack);
 }
 
 Problem problem(const std::string& name, int classes, double student_offset, double teacher_offset,
@@ -433,7 +439,7 @@ void divergences() {
           const auto all = [&](const char* name) {
             in.name = name;
             compare_general<float>(in, o);
-            compare_general<double>(in, o);
+            if (has_truth_for_double()) compare_general<double>(in, o);
           };
           all("general");
           in.smoothing = 0.1;
