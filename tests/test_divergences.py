@@ -311,17 +311,23 @@ def test_forward_gradient_where_the_student_alone_masks(device):
         torch.testing.assert_close(student.grad, expected)
 
 
+def masked_by_the_student(divergence, reduction, classes, device):
+    """Logits with their gradient: of two rows, the first masks a class that the teacher has."""
+    student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
+    student[0, 1] = -INF
+    student.requires_grad_()
+    options = {"divergence": divergence, "temperature": 1.0, "reduction": reduction}
+    value = fastkd.loss(student, torch.zeros_like(student), **options)
+    value.sum().backward()
+    assert value.flatten()[0] == INF
+    return student
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
 def test_squared_error_where_the_student_alone_masks(device, classes, reduction):
     """+inf, with an infinite gradient for that class alone."""
-    student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
-    student[0, 1] = -INF
-    student.requires_grad_()
-    options = {"divergence": "mse", "temperature": 1.0, "reduction": reduction}
-    value = fastkd.loss(student, torch.zeros_like(student), **options)
-    value.sum().backward()
-    assert value.flatten()[0] == INF
+    student = masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
 
@@ -329,13 +335,7 @@ def test_squared_error_where_the_student_alone_masks(device, classes, reduction)
 @pytest.mark.parametrize("classes", [3, 200])
 def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
     """+inf, with no gradient: other classes deviate by infinity, this one by inf - inf."""
-    student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
-    student[0, 1] = -INF
-    student.requires_grad_()
-    options = {"divergence": "centered_mse", "temperature": 1.0, "reduction": reduction}
-    value = fastkd.loss(student, torch.zeros_like(student), **options)
-    value.sum().backward()
-    assert value.flatten()[0] == INF
+    student = masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
     torch.testing.assert_close(student.grad[1], student.detach()[1] * 2 / classes)

@@ -36,8 +36,6 @@ struct Vectors {
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
 };
-template <class S>
-Vectors(S*) -> Vectors<S>;
 
 inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
