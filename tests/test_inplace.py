@@ -97,6 +97,20 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
     torch.testing.assert_close(leaf.grad, want)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
+def test_inplace_refuses_logits_between_addresses():
+    """torch.frombuffer makes tensors at any byte, where C++ may not read or write numbers."""
+    memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
+    leaf, teacher, _ = make((6, 10))
+    logits = memory.copy_(leaf.requires_grad_())
+    with pytest.raises(ValueError, match=r"student_logits.*multiple of their 4 bytes.*at 0x"):
+        fastkd.loss(logits, teacher, inplace=True)
+    assert torch.equal(memory, leaf)
+    fastkd.loss(logits, teacher).backward()  # by a copy
+    (want,) = torch.autograd.grad(fastkd.loss(leaf * 1, teacher), leaf)
+    assert torch.equal(leaf.grad, want)
+
+
 def test_inplace_without_a_gradient_changes_nothing(device):
     student, teacher, labels = make((6, 20), device=device)
     before = student.clone()

@@ -39,7 +39,7 @@ Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const 
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(tensor.numel() == entries * rows, name, " must have ", entries,
                   " for each row of logits: ", entries * rows, ", not ", tensor.numel());
-  return torch::stable::contiguous(tensor);
+  return readable(tensor);
 }
 
 void take_row_settings(Call* call, const std::optional<Tensor>& row_settings) {

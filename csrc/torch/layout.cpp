@@ -23,6 +23,10 @@ bool classes_adjacent(const Tensor& tensor) {
   return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
 }
 
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
+}
+
 // The dimension that the classes lie before in memory, where the others lie in order; or the last.
 int64_t place_of_classes(const Tensor& student) {
   const int64_t last = student.dim() - 1;
@@ -38,9 +42,11 @@ int64_t place_of_classes(const Tensor& student) {
 }
 
 // Two levels at most: rows of a group, last dimension first, and groups. Nothing where there are
-// more, or where neither the classes nor the rows of a group are adjacent.
+// more, where neither the classes nor the rows of a group are adjacent, or where C++ may not read
+// the numbers.
 std::optional<Layout> walk(const Tensor& student, const Tensor& teacher,
                            const std::vector<int64_t>& grad_strides, bool strided) {
+  if (!is_aligned(student) || !is_aligned(teacher)) return std::nullopt;
   const auto strides_of = [&](int64_t dim) {
     return Strides{student.stride(dim), teacher.stride(dim), grad_strides[dim]};
   };
@@ -115,6 +121,11 @@ Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides)
   return Tensor(handle);
 }
 
+Tensor readable(const Tensor& tensor) {
+  const Tensor adjacent = torch::stable::contiguous(tensor);
+  return is_aligned(adjacent) ? adjacent : torch::stable::clone(adjacent);
+}
+
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
                bool strided, bool inplace) {
   if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
@@ -124,7 +135,8 @@ Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& gra
     if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
   }
   STD_TORCH_CHECK(!inplace,
-                  "inplace needs student logits that are laid out row by row, or class by class");
+                  "inplace needs student logits that are laid out row by row, or class by class, at a "
+                  "multiple of their size");
   *student = copied(*student, grad_strides);
   if (same) *teacher = *student;
   const auto layout = walk(*student, *teacher, grad_strides, strided);

@@ -27,6 +27,10 @@ struct Layout {
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
                bool strided, bool inplace);
 
+// The same, contiguous, and at an address that is a multiple of its numbers' size, as C++ wants it:
+// torch.frombuffer makes tensors at any.
+Tensor readable(const Tensor& tensor);
+
 // A new tensor of the student's sizes, dtype and device.
 Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides);
 

@@ -14,8 +14,8 @@ TopkCall prepare_topk(const Tensor& student, const Tensor& indices, const Tensor
                       const Tensor* grad) {
   // One tensor's rows are walked like those of two that are laid out alike.
   TopkCall topk{prepare(student, student, labels, std::nullopt, options, false, grad, false),
-                torch::stable::contiguous(indices),
-                torch::stable::contiguous(log_probs),
+                readable(indices),
+                readable(log_probs),
                 {}};
   Call& call = topk.call;
   Inputs& in = call.inputs;
