@@ -421,9 +421,10 @@ def _explain(
         return
     if "inplace needs" in str(error):
         raise ValueError(
-            "inplace=True needs student_logits that are laid out row by row, or class by class, at "
-            f"a multiple of their {student.element_size()} bytes; got strides {student.stride()} of "
-            f"shape {tuple(student.shape)}, the classes last, at {student.data_ptr():#x}"
+            "inplace=True needs student_logits that are laid out row by row, or class by class, and "
+            f"lie at a multiple of their {student.element_size()} bytes; got strides "
+            f"{student.stride()} of shape {tuple(student.shape)}, the classes last, at "
+            f"{student.data_ptr():#x}"
         )
     checks.ignored_label(ignore_index)
     if "API call failed" in str(error):
