@@ -421,8 +421,8 @@ def _explain(
         return
     if "inplace needs" in str(error):
         raise ValueError(
-            "inplace=True needs student_logits that are laid out row by row, or class by class, and "
-            f"lie at a multiple of their {student.element_size()} bytes; got strides "
+            "inplace=True needs student_logits that are laid out row by row, or class by class, "
+            f"and lie at a multiple of their {student.element_size()} bytes; got strides "
             f"{student.stride()} of shape {tuple(student.shape)}, the classes last, at "
             f"{student.data_ptr():#x}"
         )
