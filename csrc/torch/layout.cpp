@@ -134,9 +134,10 @@ Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& gra
     *teacher = copied(*teacher, grad_strides);
     if (const auto layout = walk(*student, *teacher, grad_strides, strided)) return *layout;
   }
-  STD_TORCH_CHECK(!inplace,
-                  "inplace needs student logits that are laid out row by row, or class by class, at a "
-                  "multiple of their size");
+  STD_TORCH_CHECK(
+      !inplace,
+      "inplace needs student logits that are laid out row by row, or class by class, at a "
+      "multiple of their size");
   *student = copied(*student, grad_strides);
   if (same) *teacher = *student;
   const auto layout = walk(*student, *teacher, grad_strides, strided);
