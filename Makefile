@@ -126,7 +126,7 @@ cuda-compile: $(VENV)/created  ## compile the CUDA kernels for every architectur
 	@mkdir -p build
 	@$(VENV)/bin/cmake -S . -B $(CUDA_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
 	  -DFASTKD_TESTS=ON -DFASTKD_CUDA=ON -DFASTKD_WERROR=ON > $(CUDA_BUILD).log || (cat $(CUDA_BUILD).log; false)
-	@$(VENV)/bin/cmake --build $(CUDA_BUILD) --clean-first --target fastkd_cuda cuda_kernels cuda_topk > $(CUDA_BUILD).log 2>&1 || (cat $(CUDA_BUILD).log; false)
+	@$(VENV)/bin/cmake --build $(CUDA_BUILD) --clean-first --target fastkd_cuda cuda_kernels cuda_topk cuda_mixture > $(CUDA_BUILD).log 2>&1 || (cat $(CUDA_BUILD).log; false)
 	$(RUN) tests/kernels/ptxas_table.py $(CUDA_BUILD).log
 
 gpu-check:  ## build, test, sanitize and measure the CUDA kernels on this machine's GPU, without network

@@ -31,7 +31,16 @@ struct MixtureArgs {
   const void* row_temperatures = nullptr;  // acc [2, rows]: replaces the two; or null
   bool in_double = false;                  // what acc is
   void* mixed = nullptr;                   // acc [rows, classes], contiguous, from `first_row` on
-  int64_t first_row = 0;
+  int64_t first_row = 0;                   // CPU only
 };
+
+namespace cuda {
+
+constexpr int kMostTeachers = 32;  // as python/fastkd/mixture.py has it
+
+// As the calls of kernels.h, for at most so many teachers.
+int mixture(const MixtureArgs& args, void* stream);
+
+}  // namespace cuda
 
 }  // namespace fastkd

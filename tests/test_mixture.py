@@ -16,16 +16,23 @@ from fastkd import losses, mixture, objective, ops, shapes
 INF = math.inf
 # Of log p, beside its own size; of p, absolute.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
+CPU = torch.device("cpu")
 
 
-def teachers_of(form: str, shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[Tensor]:
+def teachers_of(
+    form: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    count: int,
+    device: torch.device = CPU,
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(count)
     many = [4 * torch.randn(shape, generator=generator, dtype=FP64) for _ in range(count)]
     if form == "probs":
         many = [logits.softmax(-1) for logits in many]
     if form == "log_probs":
         many = [logits.log_softmax(-1) for logits in many]
-    return [logits.to(dtype) for logits in many]
+    return [logits.to(device, dtype) for logits in many]
 
 
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -39,13 +46,13 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """The mixture's logits at temperature 1, in float64."""
+    """The mixture's logits at temperature 1, in float64, on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
     temperature = options.get("temperature", losses.DEFAULTS["temperature"])
     if isinstance(temperature, Tensor):
         temperature = temperature.double().unsqueeze(-1)
-    return logits.double() / temperature
+    return (logits.double() / temperature).cpu()
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
@@ -55,8 +62,8 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     form, own = options.get("teacher_form", "logits"), options.get("teacher_temperature")
     default = options.get("temperature", 2.0) if form == "logits" else 1.0
     own = default if own is None else own
-    t = own.double().numpy()[:, None] if isinstance(own, Tensor) else own
-    given = [teacher.double().reshape(-1, classes).numpy() for teacher in teachers]
+    t = own.double().cpu().numpy()[:, None] if isinstance(own, Tensor) else own
+    given = [teacher.double().reshape(-1, classes).cpu().numpy() for teacher in teachers]
     weights, ensemble = options.get("teacher_weights"), options.get("ensemble", "probs")
     with np.errstate(divide="ignore"):
         p = torch.from_numpy(oracle.teacher(given, t, form, weights, ensemble, False)[1])
@@ -73,28 +80,28 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 @pytest.mark.parametrize("classes", [1, 2, 31, 33, 1000, 1024, 1025, 3001])
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
-def test_mixtures(form, ensemble, classes):
+def test_mixtures(device, form, ensemble, classes):
     for dtype in DTYPES:
         acc = FP64 if dtype == FP64 else FP32
         for count in (1, 2, 5) if form == "probs" else (2, 5):
-            teachers = teachers_of(form, (3, classes), dtype, count)
+            teachers = teachers_of(form, (3, classes), dtype, count, device)
             check(teachers, acc, teacher_form=form, ensemble=ensemble)
 
 
 @pytest.mark.usefixtures("isa")
-def test_options():
-    teachers = teachers_of("logits", (4, 130), FP32, 3)
+def test_options(device):
+    teachers = teachers_of("logits", (4, 130), FP32, 3, device)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], temperature=3.0, teacher_temperature=0.7)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], ensemble="logits", teacher_temperature=0.7)
     check([teachers[0], teachers[1].to(BF16), teachers[2].to(FP64)], FP64)
-    of_rows = torch.tensor([0.5, 1.0, 2.0, 8.0])
+    of_rows = torch.tensor([0.5, 1.0, 2.0, 8.0], device=device)
     check(teachers, temperature=of_rows)
     check(teachers, temperature=1.0, teacher_temperature=of_rows)
 
 
-def test_layouts():
+def test_layouts(device):
     """Rows of any stride are read where they are; classes that are not adjacent are mixed too."""
-    wide = teachers_of("logits", (3, 6, 50), FP32, 2)
+    wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
     check([logits[1:2].expand(3, 6, 50) for logits in wide])
@@ -104,42 +111,42 @@ def test_layouts():
     resolved = objective.resolve(given, has_labels=False, teachers=2)
     assert mixture.mixing(tuple(pixels), resolved, FP32) is None
     by_torch = mixture.mixed_by_operations(tuple(pixels), resolved, FP32)
-    torch.testing.assert_close(by_torch.double() / 2.0, dense, rtol=0, atol=4e-6)
+    torch.testing.assert_close(by_torch.double().cpu() / 2.0, dense, rtol=0, atol=4e-6)
 
 
 @pytest.mark.usefixtures("isa")
-def test_masked_classes():
+def test_masked_classes(device):
     """What one teacher masks has the others' share; what all mask is masked."""
-    first, second = teachers_of("logits", (3, 2100), FP32, 2)
+    first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
     first[1, 7] = second[1, 7] = -INF
     first[2, :] = -INF
     first[2, 2099] = 0.0
     check([first, second])
-    probs = teachers_of("probs", (2, 40), FP32, 2)
+    probs = teachers_of("probs", (2, 40), FP32, 2, device)
     probs[0][0, :9] = 0.0
     probs[1][0, 5:12] = 0.0
     probs[0][1, 3] = 1e-42  # subnormal
     check(probs, teacher_form="probs")
     check(probs[:1], teacher_form="probs")
-    huge = [logits * 1e30 for logits in teachers_of("logits", (2, 40), FP32, 2)]
+    huge = [logits * 1e30 for logits in teachers_of("logits", (2, 40), FP32, 2, device)]
     check(huge)
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("value", [math.nan, INF])
-def test_a_row_without_an_answer_is_nan(value):
+def test_a_row_without_an_answer_is_nan(device, value):
     for at in (0, 17, 1024):
-        teachers = teachers_of("logits", (3, 1025), FP32, 2)
+        teachers = teachers_of("logits", (3, 1025), FP32, 2, device)
         teachers[1][1, at] = value
         result = mixed(teachers)
         assert result[1].isnan().all()
         assert result[::2].isfinite().all()
-    teachers = teachers_of("logits", (3, 40), FP32, 2)
+    teachers = teachers_of("logits", (3, 40), FP32, 2, device)
     teachers[0][2] = -INF
     assert mixed(teachers)[2].isnan().all()
-    probs = teachers_of("probs", (3, 40), FP32, 2)
+    probs = teachers_of("probs", (3, 40), FP32, 2, device)
     probs[0][0, 1] = -0.5
     assert mixed(probs, teacher_form="probs")[0].isnan().all()
 
@@ -270,6 +277,14 @@ def test_pixels():
     got = fastkd.loss(student, teachers, dim=1)
     copies = [x.contiguous() for x in teachers]
     torch.testing.assert_close(got, fastkd.loss(student, copies, dim=1))
+
+
+def test_many_teachers(device):
+    """More than a CUDA kernel takes: PyTorch operations mix them there."""
+    student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
+    first, second = teachers_of("logits", (3, 40), FP32, 2, device)
+    got = fastkd.loss(student, [first, second] * 20, temperature=3.0)
+    torch.testing.assert_close(got, fastkd.loss(student, [first, second], temperature=3.0))
 
 
 def test_a_double_teacher_makes_the_loss_double():

@@ -74,10 +74,6 @@ bool counts_inside(const Plan& plan, int64_t rows) {
   return rows <= (plan.family == Family::kRing ? kCountInside : kCountInside / 16);
 }
 
-bool refuses_cluster(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
-}
-
 cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   switch (plan.family) {
     case Family::kTiny:

@@ -44,6 +44,11 @@ constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
 // The runtime remembers an error until it is asked for it: nobody else shall find ours.
 int reported(cudaError_t error);
 
+// What a device (a slice of one, say) answers that holds no such cluster.
+inline bool refuses_cluster(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
+}
+
 // The major compute capability that the loaded code was compiled for.
 cudaError_t compiled_major(int& major);
 

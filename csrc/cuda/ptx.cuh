@@ -65,6 +65,17 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// Writes to the shared memory of a CTA of the cluster, where that has what is `slot` here.
+__device__ __forceinline__ void store_in(int rank, double* slot, double x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(slot)), "r"(rank));
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
+#endif
+}
+
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 __device__ __forceinline__ void barrier_init(uint64_t* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));

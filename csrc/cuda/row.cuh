@@ -146,26 +146,34 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, int* slot) {
   return scale;
 }
 
-// total[i] = scale * (the sum of one quantity over all rows), in fp64 and in an order that depends
-// on the number of threads alone. All threads of one CTA; `slots` holds a double per warp.
-template <class A>
-__device__ __forceinline__ void finish_total(const ForwardCall& call, int quantity, A scale,
-                                             double* slots) {
-  const ForwardArgs& args = call.args;
+// The sum over a CTA's threads, in an order that depends on their number alone, for thread 0.
+// `slots` holds a double per warp.
+__device__ __forceinline__ double block_sum(double x, double* slots) {
+  x = lanes_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x != 0) return 0;
+  double sum = 0;
+  for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) sum += slots[i];
+  return sum;
+}
+// This thread's share of the sum of one quantity over rows, in fp64: first, first + step, ...
+template <int kAtOnce, class A>
+__device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity, int64_t first,
+                                           int64_t step) {
   const A* of_rows = quantity == 0 ? static_cast<const A*>(args.loss)
                                    : static_cast<const A*>(args.terms) + (quantity - 1) * args.rows;
   double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < args.rows; i += blockDim.x) sum += __ldcg(of_rows + i);
-  sum = lanes_sum(sum);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sum = 0;
-    for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) sum += slots[i];
-    static_cast<A*>(call.total)[quantity] = static_cast<A>(sum * static_cast<double>(scale));
-  }
+#pragma unroll kAtOnce
+  for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(of_rows + i);
+  return sum;
+}
+// total[i] = scale * (the sum of one quantity over all rows). One thread.
+template <class A>
+__device__ __forceinline__ void put_total(const ForwardCall& call, int quantity, A scale,
+                                          double sum) {
+  static_cast<A*>(call.total)[quantity] = static_cast<A>(sum * static_cast<double>(scale));
 }
 // At the end of a kernel whose grid may be one cluster: its first CTA adds up the total.
 template <class A>
@@ -180,7 +188,11 @@ __device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale, 
   }
   if (blockIdx.x != 0 || call.total == nullptr) return;
   const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
-  for (int i = 0; i < quantities; i++) finish_total<A>(call, i, scale, slots);
+  for (int i = 0; i < quantities; i++) {
+    const double mine = sum_rows<4, A>(call.args, i, threadIdx.x, blockDim.x);
+    const double sum = block_sum(mine, slots);
+    if (threadIdx.x == 0) put_total(call, i, scale, sum);
+  }
 }
 
 }  // namespace fastkd::cuda

@@ -9,4 +9,5 @@ set(FASTKD_CUDA_SOURCES
     csrc/cuda/strided.cu
     csrc/cuda/backward.cu
     csrc/cuda/topk.cu
+    csrc/cuda/mixture.cu
     csrc/cuda/finish.cu)

@@ -37,6 +37,8 @@ struct Cpu {
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);
+  // Mixes teachers into `out`, which is args.mixed.
+  static void mix(const MixtureArgs& args, const Tensor& out);
 };
 
 struct Cuda {
@@ -48,6 +50,7 @@ struct Cuda {
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);
+  static void mix(const MixtureArgs& args, const Tensor& out);
 };
 
 }  // namespace fastkd::glue

@@ -101,4 +101,9 @@ void Cuda::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& 
   check(cuda::topk_backward(args, filled, denominator_of(reducing), current_stream(call.student)));
 }
 
+void Cuda::mix(const MixtureArgs& args, const Tensor& out) {
+  const DeviceGuard guard(out.get_device_index());
+  check(cuda::mixture(args, current_stream(out)));
+}
+
 }  // namespace fastkd::glue

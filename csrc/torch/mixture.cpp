@@ -1,4 +1,4 @@
-// Mixtures of teachers: as an op of their own on CPU tensors, and in place of a call's teacher.
+// Mixtures of teachers: as an op of their own, and, on CPU tensors, in place of a call's teacher.
 // The formula for other devices and layouts is in python/fastkd/mixture.py.
 #include "cpu.h"
 
@@ -35,7 +35,8 @@ Mixture make_mixture(const Teachers& teachers, bool in_double) {
     mixture.kept.push_back(
         checked_rows(*teachers.row_temperatures, acc, args.rows, "row_temperatures", 2));
     args.row_temperatures = mixture.kept.back().const_data_ptr();
-    check_temperatures(args.row_temperatures, args.rows, in_double);
+    if (teachers.row_temperatures->is_cpu())
+      check_temperatures(args.row_temperatures, args.rows, in_double);
   }
   return mixture;
 }
@@ -57,8 +58,17 @@ Call prepare_mixed(const Tensor& student, const Mixture& mixture,
   return call;
 }
 
+void Cpu::mix(const MixtureArgs& args, const Tensor& out) {
+  prefer_huge_pages(args.mixed, static_cast<size_t>(out.numel()) * out.element_size());
+  const cpu::Kernels& kernels = cpu::kernels();
+  torch::stable::parallel_for(
+      0, args.rows, grain_rows(args.classes),
+      [&](int64_t begin, int64_t end) { kernels.mixture(args, begin, end); });
+}
+
 namespace {
 
+template <class Backend>
 Tensor mixture(std::vector<Tensor> teachers, std::optional<Tensor> row_temperatures,
                std::vector<double> shares, bool probabilities, int64_t ensemble, double temperature,
                double teacher_temperature, bool in_double) {
@@ -66,15 +76,10 @@ Tensor mixture(std::vector<Tensor> teachers, std::optional<Tensor> row_temperatu
                                      temperature, teacher_temperature},
                                     in_double);
   MixtureArgs args = made.args;
-  const Tensor out =
-      torch::stable::empty(teachers[0].sizes(), in_double ? ScalarType::Double : ScalarType::Float);
+  const Tensor out = torch::stable::new_empty(teachers[0], teachers[0].sizes(),
+                                              in_double ? ScalarType::Double : ScalarType::Float);
   args.mixed = out.mutable_data_ptr();
-  prefer_huge_pages(args.mixed,
-                    static_cast<size_t>(args.rows * args.classes * (in_double ? 8 : 4)));
-  const cpu::Kernels& kernels = cpu::kernels();
-  torch::stable::parallel_for(
-      0, args.rows, grain_rows(args.classes),
-      [&](int64_t begin, int64_t end) { kernels.mixture(args, begin, end); });
+  Backend::mix(args, out);
   return out;
 }
 
@@ -160,9 +165,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 #undef FASTKD_TEACHERS
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
-  m.impl("mixture", TORCH_BOX(&mixture));
+  m.impl("mixture", TORCH_BOX(&mixture<Cpu>));
   m.impl("ensemble_loss_into", TORCH_BOX(&ensemble_loss_into));
   m.impl("ensemble_loss_backward_", TORCH_BOX(&ensemble_loss_backward_));
 }
+
+#if FASTKD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) { m.impl("mixture", TORCH_BOX(&mixture<Cuda>)); }
+#endif
 
 }  // namespace fastkd::glue

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import checks, derivatives, ops, reference, shapes
+from fastkd.native import CUDA_KERNELS
 from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.reference import Terms
 
@@ -75,7 +76,7 @@ def _compute(
         number, own_mix = _NATIVE[divergence]
         try:
             out = ops.EAGER.loss(
-                student_logits, teacher_logits, labels, with_terms, ops.CUDA_KERNELS, temperature,
+                student_logits, teacher_logits, labels, with_terms, CUDA_KERNELS, temperature,
                 alpha, ignore_index, reduction, label_smoothing, number, own_mix,
             )  # fmt: skip
         except RuntimeError as error:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import native, reference  # noqa: F401 - native registers the op
+from fastkd import native, reference
 from fastkd.objective import Objective, row_numbers
 
 _mixture = torch.ops.fastkd.mixture.default
+_MOST_ON_CUDA = 32  # as csrc/mixture.h has it
 
 
 class Mixing(NamedTuple):
@@ -33,11 +34,14 @@ def is_one(teachers: tuple[Tensor, ...], objective: Objective) -> bool:
 def mixing(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> tuple[Mixing, Tensor | None] | None:
-    """How a kernel mixes these, and the temperatures of rows; None where it cannot: it is for CPUs,
-    and wants the classes of all adjacent.
+    """How a kernel mixes these, and the temperatures of rows; None where it cannot: it wants the
+    classes of all adjacent, and on CUDA no more than so many teachers.
     """
     o = objective
-    if teachers[0].device.type not in ("cpu", "meta"):
+    device = teachers[0].device.type
+    if device == "cuda" and (not native.CUDA_KERNELS or len(teachers) > _MOST_ON_CUDA):
+        return None
+    if device not in ("cpu", "meta", "cuda"):
         return None
     if any(teacher.stride(-1) != 1 for teacher in teachers):
         return None
@@ -58,7 +62,8 @@ def mixed(
 ) -> Tensor:
     """The logits of the mixture, by the kernel, as one tensor in ``dtype``."""
     in_double = dtype is torch.float64
-    return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
 
 
 def mixed_by_operations(

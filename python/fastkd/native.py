@@ -12,4 +12,6 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
         f"{torch.__version__}); if it was built for another Python, reinstall it."
     ) from error
 
-__all__ = ["_C"]
+__all__ = ["CUDA_KERNELS", "_C"]
+
+CUDA_KERNELS = bool(_C.cuda_architectures)

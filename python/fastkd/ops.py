@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastkd import checks, derivatives, mixture, reference
 from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments
-from fastkd.native import _C
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
@@ -28,7 +27,6 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-CUDA_KERNELS = bool(_C.cuda_architectures)
 _warned: set[str] = set()
 
 _loss = torch.ops.fastkd.loss.default
@@ -201,10 +199,13 @@ def _arguments(
     o, how, row_temperatures = objective, None, None
     if not mixture.is_one(teachers, o):
         acc = accumulator(student, *teachers)
-        if (kernel := mixture.mixing(teachers, o, acc)) is not None:
-            how, row_temperatures = kernel
-        else:
+        kernel = mixture.mixing(teachers, o, acc)
+        if kernel is None:
             teachers = (mixture.mixed_by_operations(teachers, o, acc),)
+        elif student.is_cuda:  # whose kernels read it as they read a teacher
+            teachers = (mixture.mixed(teachers, *kernel, acc),)
+        else:
+            how, row_temperatures = kernel
         o = o._replace(teacher_temperature=o.temperature)
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
     numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)

@@ -770,6 +770,46 @@ void many_rows() {
     total_failures++, std::printf("FAIL no rows\n");
 }
 
+// The kernels before and after the rows, of one CTA or of several.
+void totals() {
+  for (const DType acc : {DType::kFloat32, DType::kFloat64})
+    for (const int64_t rows : {1, 2048, 16384, 16385, 70001}) {
+      const int64_t size = size_of(acc);
+      Buffer labels(rows * 8), loss(rows * size), terms(kTerms * rows * size);
+      Buffer stats((kStats * rows + 1) * size), total((1 + kTerms) * size);
+      Random random{static_cast<uint64_t>(rows)};
+      int64_t count = 0;
+      double want[1 + kTerms] = {};
+      for (int64_t row = 0; row < rows; row++) {
+        const bool ignored = random.uniform() < 0.3;
+        reinterpret_cast<int64_t*>(labels.host.data())[row] = ignored ? -100 : row % 7;
+        count += !ignored;
+        for (int i = 0; i < 1 + kTerms; i++) {
+          char* const to = i == 0 ? loss.host.data() : terms.host.data() + (i - 1) * rows * size;
+          store(to, acc, row, random.normal() + i);
+          want[i] += load(to, acc, row);
+        }
+      }
+      labels.up(), loss.up(), terms.up();
+      cuda::ForwardCall call;
+      call.args.rows = rows, call.args.classes = 7, call.args.student_dtype = acc;
+      call.args.labels = static_cast<const int64_t*>(labels.at());
+      call.args.loss = loss.at(), call.args.terms = terms.at(), call.args.stats = stats.at();
+      call.total = total.at();
+      call.scale_source = cuda::ScaleSource::kCount;
+      check(cuda::launch_count(call, nullptr), "count");
+      check(cuda::launch_finish(call, nullptr), "finish");
+      check(cudaDeviceSynchronize(), "totals");
+      stats.down(), total.down();
+      const double scale = 1.0 / static_cast<double>(count > 0 ? count : 1);
+      bool good = close(load(stats.host.data(), acc, kStats * rows), scale, 0, 1e-6);
+      for (int i = 0; i < 1 + kTerms; i++)
+        good &= close(load(total.host.data(), acc, i), want[i] * scale, 1e-7, 1e-6);
+      total_cases++, total_failures += !good;
+      if (!good) std::printf("FAIL totals of %lld rows\n", static_cast<long long>(rows));
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -788,6 +828,7 @@ int main(int argc, char** argv) {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
     forced(brief), divergences(brief), decoupled(brief), lengths(brief), pixels(brief);
+    totals();
   }
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);

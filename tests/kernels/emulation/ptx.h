@@ -22,6 +22,11 @@ inline int cluster_rank() { return emulation::rank_in_cluster(); }
 inline int cluster_size() { return emulation::ranks_in_cluster(); }
 inline void cluster_barrier(EMULATION_PLACE) { emulation::meet_cluster(place); }
 
+inline void store_in(int rank, double* slot, double x, EMULATION_PLACE) {
+  const uint32_t address = emulation::address_in(shared_address(slot), rank);
+  emulation::store_to_peer(address, &x, sizeof(x), place);
+}
+
 inline void barrier_init(uint64_t* bar, int count, EMULATION_PLACE) {
   emulation::barrier_init(shared_address(bar), count, place);
 }
