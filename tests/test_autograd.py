@@ -334,60 +334,6 @@ def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, dive
         assert torch.equal(first[2], second[2])
 
 
-# ---- torch.func and forward mode
-
-# torch's own rules for forward mode are made by torch.jit.script when they are first used.
-OLD_SCRIPT = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
-
-def problem64(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return make((4, 7), FP64, device=device)
-
-
-@OLD_SCRIPT
-def test_func_grad_and_hessian(device):
-    student, teacher, labels = problem64(device)
-    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
-        ours = transform(lambda x: fastkd.loss(x, teacher, labels))(student)
-        theirs = transform(lambda x: expected(x, teacher, labels))(student)
-        torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-def test_func_vmap(device):
-    generator = torch.Generator().manual_seed(0)
-    students = torch.randn(3, 4, 7, generator=generator, dtype=FP64).to(device)
-    _, teacher, labels = problem64(device)
-    alone = torch.stack([fastkd.loss(x, teacher, labels) for x in students])
-    together = torch.func.vmap(lambda x: fastkd.loss(x, teacher, labels))(students)
-    torch.testing.assert_close(together, alone, **EXACT)
-    grads = torch.func.vmap(torch.func.grad(lambda x: fastkd.loss(x, teacher, labels)))(students)
-    for row, x in zip(grads, students, strict=True):
-        torch.testing.assert_close(row, truth(x, teacher, labels).grad, **EXACT)
-
-
-@OLD_SCRIPT
-def test_func_jvp_and_functional_call(device):
-    student, teacher, labels = problem64(device)
-    tangent = student.roll(1, 0)
-    value, derivative = torch.func.jvp(
-        lambda x: fastkd.loss(x, teacher, labels), (student,), (tangent,)
-    )
-    exact = truth(student, teacher, labels)
-    torch.testing.assert_close(value, exact.loss, **EXACT)
-    torch.testing.assert_close(derivative, (exact.grad * tangent).sum(), **EXACT)
-
-
-@OLD_SCRIPT
-def test_forward_mode(device):
-    student, teacher, labels = problem64(device)
-    tangent = student.roll(1, 0)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(student, tangent)
-        value = torch.autograd.forward_ad.unpack_dual(fastkd.loss(dual, teacher, labels))
-    exact = truth(student, teacher, labels)
-    torch.testing.assert_close(value.tangent, (exact.grad * tangent).sum(), **EXACT)
-
-
 # ---- modes of torch
 
 
@@ -531,6 +477,33 @@ def test_module_survives_deepcopy_pickle_and_torch_save(device):
 def test_module_says_what_it_is():
     text = repr(fastkd.KDLoss(temperature=3.0, alpha=0.2))
     assert "temperature=3.0" in text and "alpha=0.2" in text
+
+
+def test_options_of_a_module_are_attributes(device):
+    student, teacher, labels = make((6, 20), device=device)
+    criterion = fastkd.KDLoss(temperature=3.0, alpha=0.2)
+    assert criterion.temperature == 3.0 and criterion.reduction == "mean"
+
+    def check(**options: object) -> None:
+        want = fastkd.loss(student, teacher, labels, alpha=0.2, **options)
+        assert torch.equal(criterion(student, teacher, labels), want)
+
+    criterion.temperature = 1.0
+    check(temperature=1.0)
+    criterion.temperature = torch.full((6,), 2.0, device=device)
+    assert "temperature" in dict(criterion.named_buffers())
+    check(temperature=torch.full((6,), 2.0, device=device))
+    criterion.temperature = torch.nn.Parameter(torch.tensor(4.0, device=device))
+    assert [name for name, _ in criterion.named_parameters()] == ["temperature"]
+    assert not list(criterion.buffers())
+    criterion.temperature, criterion.divergence = 5.0, "jsd"
+    assert not list(criterion.parameters())
+    check(temperature=5.0, divergence="jsd")
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        criterion.temperature = -1.0
+    with pytest.raises(ValueError, match="divergence"):
+        criterion.divergence = "kl"
+    check(temperature=5.0, divergence="jsd")
 
 
 def test_module_without_labels_ignores_alpha(device):

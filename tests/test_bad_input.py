@@ -64,6 +64,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature negative": ({"temperature": -1.0}, ValueError, "temperature must be positive and finite; got -1.0"),
     "temperature NaN": ({"temperature": NAN}, ValueError, "temperature must be positive and finite; got nan"),
     "temperature infinite": ({"temperature": INF}, ValueError, "temperature must be positive and finite; got inf"),
+    "temperature no float": ({"temperature": 10**400}, ValueError, "temperature must be positive and finite; got inf"),
     "temperature a word": ({"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
     "temperature None": ({"temperature": None}, TypeError, "temperature must be a number; got NoneType"),
     "temperature a bool": ({"temperature": True}, TypeError, "temperature must be a number; got bool"),
@@ -92,6 +93,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown teacher_grad": ({"teacher_grad": "yes", "teacher_logits": Z(3, 5, requires_grad=True)}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'yes'"),
     "unknown teacher_grad, of no effect": ({"teacher_grad": "warn"}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'warn'"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
+    "ignore_index a bool": ({"ignore_index": True}, TypeError, "ignore_index must be an int; got bool"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
     "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, f"ignore_index must be an int of 64 bits; got {2**70}"),
     "ignore_index beyond 64 bits, not fused": ({"ignore_index": -(2**63) - 1, "standardize": True}, ValueError, "ignore_index must be an int of 64 bits"),
@@ -162,6 +164,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "label beyond classes": ({"classes": 3, "labels": torch.tensor([0, 3, 1])}, ValueError, "labels must be in [0, 3) or ignore_index=-100; row 1 has 3"),
     "probabilities beyond classes": ({"classes": 3, "labels": torch.eye(3, 5)}, TypeError, "which would be probabilities if the shape were (3, 3), not (3, 5)"),
     "dim 0": ({"dim": 0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got 0"),
+    "dim a float": ({"dim": -1.0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got -1.0"),
+    "dim an array": ({"dim": torch.tensor([1, 2])}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got tensor([1, 2])"),
     "dim 1 of rows": ({"student_logits": Z(5), "teacher_logits": Z(5), "dim": 1}, ValueError, "student_logits must have shape (N, classes, ...) with at least one class; got (5,)"),
     # inplace
     "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace=True needs a call that the kernels compute; they do not have standardize=True on cpu"),
@@ -341,6 +345,16 @@ def test_check_inputs_looks_at_temperatures(device):
         )
     with pytest.raises(ValueError, match=r"temperature must be positive and finite; got -1\.0"):
         fastkd.check_inputs(student, teacher, labels, temperature=-1.0)
+    with pytest.raises(ValueError, match=r"temperature must have one entry for each row.*\(7,\)"):
+        fastkd.check_inputs(student, teacher, labels, temperature=torch.ones(7, device=device))
+    with pytest.raises(TypeError, match="temperature must be a number or a floating-point tensor"):
+        fastkd.check_inputs(student, teacher, labels, temperature=torch.tensor([1, 1, 1]))
+
+
+@pytest.mark.parametrize("logits", [torch.tensor(1.0), torch.ones(3, 2, dtype=torch.complex64)])
+def test_check_logits_refuses_what_are_none(logits):
+    with pytest.raises(ValueError, match=r"logits must be floating-point, of shape \(\.\.\., C\)"):
+        fastkd.check_logits(logits)
 
 
 @pytest.mark.cuda

@@ -258,8 +258,8 @@ def sensitivity(case: Case, problem: Problem) -> float:
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature is no float32, whatever it weighs
-    # PyTorch rounds logarithms of probabilities at their size, and as their sum, to which it adds one
-    # class after another in each of eight lanes. So does the truth, where it is no wider.
+    # PyTorch rounds logarithms of probabilities at their size, and as their sum, to which it adds
+    # one class after another in each of eight lanes. So does the truth, where it is no wider.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent

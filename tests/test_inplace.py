@@ -62,6 +62,11 @@ def test_inplace_refuses_what_it_cannot_do(device):
     leaf = student.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"inplace=True.*leaf"):
         fastkd.loss(leaf, teacher, labels, inplace=True)
+    with pytest.raises(ValueError, match=r"inplace=True.*a view of one"):
+        fastkd.loss(leaf[:, :15], teacher[:, :15], labels.clamp(max=14), inplace=True)
+    with pytest.raises(ValueError, match=r"inplace=True.*resolve_neg"):
+        negatives = torch.complex(leaf * 1, leaf * 1).conj().imag
+        fastkd.loss(negatives, teacher, labels, inplace=True)
     with pytest.raises(ValueError, match=r'inplace=True.*"mean" or "sum".*"none"'):
         fastkd.loss(leaf * 1, teacher, labels, inplace=True, reduction="none")
     with pytest.raises(ValueError, match=r"inplace=True.*different memory"):

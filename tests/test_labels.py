@@ -12,7 +12,7 @@ from fastkd.compat import distilbert, torchtune
 from fastkd.integrations.transformers import causal_labels
 
 CLASSES = 200
-NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32]
+NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
 LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # of which -100 is among the last
 OTHERS = [156, 3, 156, 5, 199, 7]
 

@@ -34,7 +34,8 @@ LAYERS = {
         *("mixture.h", "cpu"),
     },
     "cuda": {
-        *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h", "cuda"),
+        *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h"),
+        *("mixture.h", "cuda"),
     },
     "torch": {"kernels.h", "mixture.h", "topk.h", "torch"},
 }
@@ -55,8 +56,11 @@ IMPORTS = {
         "native", "_eager", "checks", "reference", "objective", "rows", "shapes", "mixture",
         "derivatives",
     },
-    "losses": {"checks", "reference", "objective", "shapes", "derivatives", "ops"},
-    "sparse": {"checks", "objective", "reference", "shapes", "derivatives", "ops"},
+    "options": set(),
+    "losses": {
+        "native", "checks", "reference", "objective", "shapes", "derivatives", "ops", "options",
+    },
+    "sparse": {"checks", "objective", "reference", "shapes", "derivatives"},
     "explain": {"reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
@@ -71,8 +75,8 @@ IMPORTS = {
     "head_gradients": {"reference", "derivatives", "products", "heads", "head_loops"},
     "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
     "linear": {
-        "checks", "objective", "ops", "losses", "chunks", "heads", "head_gradients", "sparse",
-        "head_arguments", "class_loop",
+        "checks", "objective", "derivatives", "losses", "chunks", "heads", "head_gradients",
+        "sparse", "head_arguments", "class_loop",
     },
     # Training, and what is round it.
     "batches": set(),

@@ -411,3 +411,21 @@ def test_rows_far_apart(device):
     student.copy_(fresh)
     got = fastkd.loss(student, teacher, labels)
     assert torch.equal(got, fastkd.loss(fresh, teacher, labels))
+
+
+def test_defaults_of_torch_change_nothing():
+    """torch.set_default_dtype and set_default_device, where the kernels do not compute."""
+    student, teacher, labels = make((6, 20))
+    calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
+    values = [fastkd.loss(student, teacher, labels, **options) for options in calls]
+    soft = fastkd.loss(student, teacher, teacher.softmax(-1), label_smoothing=0.1)
+    torch.set_default_dtype(FP64)
+    torch.set_default_device("meta")
+    try:
+        for options, value in zip(calls, values, strict=True):
+            assert torch.equal(fastkd.loss(student, teacher, labels, **options), value)
+        again = fastkd.loss(student, teacher, teacher.softmax(-1), label_smoothing=0.1)
+        assert torch.equal(again, soft) and again.dtype == FP32
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(FP32)

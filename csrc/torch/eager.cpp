@@ -118,7 +118,10 @@ struct LossBackward : torch::autograd::Node {
   variable_list apply(variable_list&& grad_outputs) override {
     Tensor factor = std::move(grad_outputs[0]);
     if (!factor.defined()) return {Tensor()};
-    if (at::GradMode::is_enabled()) return {differentiable(factor)};  // create_graph=True
+    // create_graph=True, is_grads_batched=True
+    if (at::GradMode::is_enabled() || is_batch(factor)) return {differentiable(factor)};
+    // Tensors whose memory does not hold their number.
+    if (factor.is_neg() || factor._is_zerotensor()) factor = at::zeros_like(factor).add_(factor);
     if (settings.with_terms) factor = factor.select(0, 0);
     // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
     // which may not scale it again, starts anew.
@@ -153,6 +156,12 @@ struct LossBackward : torch::autograd::Node {
   static Tensor empty_like(const Tensor& logits) {
     return logits.is_cpu() ? empty_gradient(logits)
                            : at::empty_like(logits, at::MemoryFormat::Contiguous);
+  }
+
+  static bool is_batch(const Tensor& factor) {
+    return c10::impl::tls_is_dispatch_key_included(
+               c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+           factor.key_set().has(c10::DispatchKey::Batched);
   }
 
   static double number(const Tensor& scalar) {
@@ -243,10 +252,11 @@ bool is(const py::handle& value, std::string_view text) {
 }
 
 // Function transforms, dispatch modes and forward-mode differentiation take the Python path.
-bool is_observed(const Tensor& student) {
+bool is_observed(const Tensor& student, const Tensor& teacher) {
   return c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined();
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined() ||
+         teacher._fw_grad(0).defined();
 }
 
 bool suits(Divergence divergence, const Tensor& student, const std::optional<Tensor>& labels) {
@@ -305,7 +315,7 @@ py::object loss(const py::handle& student_object, const py::handle& teacher_obje
       is_logits(student) && is_logits(teacher) && has_kernels(student, cuda) &&
       student.device() == teacher.device() && student.dim() > 0 && student.size(-1) > 0 &&
       (student.stride(-1) == 1 || student.size(-1) == 1) && student.sizes() == teacher.sizes() &&
-      !teacher.requires_grad() && !is_observed(student) &&
+      !teacher.requires_grad() && !is_observed(student, teacher) &&
       (!labels || (labels->scalar_type() == at::kLong && same_rows(*labels, student) &&
                    labels->device() == student.device()));
   if (!usual) return py::none();

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def one_of(name: str, value: object, accepted: Sequence[str]) -> int:
@@ -41,7 +44,10 @@ def number(
         # NumPy's scalars are Real, its booleans and torch's tensors are not.
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # of an int
+            value = -math.inf if isinstance(value, int) and value < 0 else math.inf
     above = low < value if open_low else low <= value
     if above and (value < high if open_high else value <= high) and value != math.inf:
         return value
@@ -61,7 +67,7 @@ def count(name: str, value: object, least: int = 1) -> None:
 
 def ignored_label(value: object) -> None:
     """A label, which may be of any integer dtype."""
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"ignore_index must be an int of 64 bits; got {value}")
@@ -69,7 +75,7 @@ def ignored_label(value: object) -> None:
 
 def dim_and_classes(dim: object, classes: object) -> None:
     """Where the classes are, and how many of them count."""
-    if dim not in (-1, 1) or isinstance(dim, bool):
+    if type(dim) is not int or dim not in (-1, 1):
         raise ValueError(
             "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
             + repr(dim)
@@ -223,6 +229,13 @@ def temperature(name: str, value: object) -> float | Tensor:
     return value
 
 
+def _temperature(value: object, student: Tensor) -> None:
+    """The same, which has an entry for each row unless it is 0-d."""
+    checked = temperature("temperature", value)
+    if isinstance(checked, Tensor) and checked.dim() > 0:
+        rows(checked, "temperature", student)
+
+
 def weights(
     alpha: object, hard: object, soft: object, has_labels: bool
 ) -> tuple[float | Tensor, float | Tensor]:
@@ -269,8 +282,16 @@ def class_weight(value: object) -> None:
 
 def constant(name: str, value: Tensor) -> None:
     """A tensor that does not learn."""
-    if value.requires_grad:
+    if learns(value):
         raise ValueError(f"{name} gets no gradient; got a tensor that requires grad (.detach() it)")
+
+
+def learns(value: Tensor) -> bool:
+    """Whether a derivative by it may be asked for, backwards or forwards."""
+    forward = torch.autograd.forward_ad
+    if value.requires_grad or forward._current_level < 0:
+        return value.requires_grad
+    return forward.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
@@ -368,8 +389,7 @@ def check_inputs(
     if labels is not None and not targets(labels, student_logits):
         labels = int64(labels)
         counts = labels != ignore_index
-    if not isinstance(temperature, Tensor):
-        number("temperature", temperature, 0.0, math.inf, open_low=True)
+    _temperature(temperature, student_logits)
     check_rows(student_logits, labels, ignore_index, temperature)
     for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         greatest = value.amax(-1)  # NaN if any is
@@ -427,6 +447,11 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(
+            f"{name} must be floating-point, of shape (..., C); got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}"
+        )
     values = logits.detach()
     if values.numel() == 0 or values.shape[-1] < 2:
         return True

@@ -52,6 +52,21 @@ class Arguments(NamedTuple):
         return list(self.teachers), self.row_temperatures, *self.mixing
 
 
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def wants_formula(grad_output: Tensor) -> bool:
+    """Whether a backward pass is to be made of PyTorch operations, since it will be differentiated
+    in turn (create_graph=True), or its gradient is a batch of them (is_grads_batched=True)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+
+
 def loss(student: Tensor, call: Arguments, inplace: bool) -> Tensor:
     """Runs an op; results are shaped as csrc/torch/library.cpp says."""
     if not (torch.is_grad_enabled() and student.requires_grad):
@@ -95,7 +110,7 @@ class _Loss(torch.autograd.Function):
         settings = ctx.settings
         call = Arguments.of_flat((*tensors[:4], settings, ctx.mixing, *tensors[4:]))
         others = (None,) * len(call.flat())
-        if torch.is_grad_enabled():  # create_graph=True: this will be differentiated in turn
+        if wants_formula(grad_output):
             (teacher, *_), acc = call.teachers, accumulator(student, *call.teachers)
             if call.mixing is not None:
                 teacher = mixed(call.teachers, call.mixing, call.row_temperatures, acc)
@@ -144,10 +159,11 @@ class _InplaceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         stats, *teachers = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or grad is None:
+        if wants_formula(grad_output) or grad is None:
             raise RuntimeError(
                 "inplace=True: the logits were overwritten by their gradient, which can be had "
-                "once. For second derivatives or a second backward pass use inplace=False"
+                "once. For second derivatives, batches of gradients or a second backward pass use "
+                "inplace=False"
             )
         if ctx.settings.with_terms:
             grad_output = grad_output[0]
@@ -184,8 +200,9 @@ def differentiable_gradient(
     grad_output: Tensor,
 ) -> Tensor:
     """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
-    out = _reference(student, teacher, labels, row_settings, denominator, settings)
-    (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+    with torch.enable_grad():
+        out = _reference(student, teacher, labels, row_settings, denominator, settings)
+        (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
 

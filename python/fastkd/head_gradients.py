@@ -80,7 +80,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """The gradients of hidden states, weight and bias."""
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
-        if torch.is_grad_enabled():  # create_graph=True: this will be differentiated in turn
+        if derivatives.wants_formula(grad_output):
             return (None, *_differentiable(inputs, call, grad_output), *[None] * len(inputs[3:]))
         scale: Tensor | None = grad_output
         if call.reduction == "none":
@@ -119,5 +119,6 @@ def _differentiable(inputs: Inputs, call: Call, grad_output: Tensor) -> list[Ten
     """The gradients of hidden states, weight and bias, differentiable in turn."""
     wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
     of = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
-    grads = iter(torch.autograd.grad(plain(inputs, call), of, grad_output, create_graph=True))
+    with torch.enable_grad():
+        grads = iter(torch.autograd.grad(plain(inputs, call), of, grad_output, create_graph=True))
     return [next(grads) if want else None for want in wanted]

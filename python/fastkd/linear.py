@@ -8,7 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, class_loop, head_arguments, head_gradients, heads, losses, ops, sparse
+from fastkd import (
+    checks,
+    class_loop,
+    derivatives,
+    head_arguments,
+    head_gradients,
+    heads,
+    losses,
+    sparse,
+)
 from fastkd.chunks import AccumulateDtype, ChunkBy, plan
 from fastkd.heads import Call, Inputs
 from fastkd.objective import TEACHER_GRADS, resolve
@@ -286,7 +295,7 @@ def _linear_loss(
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
-    if ops.is_transformed():
+    if derivatives.is_transformed():
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import checks, derivatives, ops, reference, shapes
 from fastkd.native import CUDA_KERNELS
 from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
+from fastkd.options import OptionsModule
 from fastkd.reference import Terms
 
 P = ParamSpec("P")
@@ -67,6 +68,7 @@ def _compute(
         and ensemble == "probs"
         and standardize is False
         and classes is None
+        and type(dim) is int
         and dim == -1
         and inplace is False
         and teacher_grad in TEACHER_GRADS
@@ -268,14 +270,15 @@ def divergences() -> tuple[str, ...]:
     return tuple(reference.DIVERGENCES)
 
 
-class KDLoss(nn.Module):
+class KDLoss(OptionsModule):
     """:func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
     Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` takes
     ``(student_logits, teacher_logits, labels=None)``, and :meth:`terms` the same. Without labels
     the soft term counts alone, whatever weighs the hard one. Options that are tensors are buffers
     that follow the module to another device, and a ``temperature`` or a weight that is an
-    ``nn.Parameter`` is a parameter of the module and learns.
+    ``nn.Parameter`` is a parameter of the module and learns. Options are attributes, which may be
+    assigned: ``criterion.temperature = 2.0``.
 
     Example:
         >>> import torch, fastkd
@@ -287,20 +290,18 @@ class KDLoss(nn.Module):
     @_keywords_of(_compute)
     def __init__(self, **options: Any) -> None:
         """Keeps the options, having checked them."""
-        super().__init__()
+        super().__init__(options)
+
+    @staticmethod
+    def default_options() -> Mapping[str, Any]:
+        """Those of :func:`fastkd.loss`."""
+        return DEFAULTS
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises as :func:`fastkd.loss` does, as far as it can without tensors."""
         check_names("KDLoss", options)
         resolve({**DEFAULTS, **options}, has_labels=True, teachers=None)
-        self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
-        for name, value in options.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            elif isinstance(value, Tensor):
-                self.register_buffer(name, value, persistent=False)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that were given; tensors are where the module is."""
-        return {**self._numbers, **self._parameters, **self._buffers}
 
     def options_for(self, labels: Tensor | None) -> dict[str, Any]:
         """Those that :func:`fastkd.loss` takes: without labels, none that weighs the hard term."""
@@ -317,10 +318,6 @@ class KDLoss(nn.Module):
     ) -> Terms:
         """The loss and its terms, as :func:`fastkd.terms` gives them."""
         return terms(student_logits, teacher_logits, labels, **self.options_for(labels))
-
-    def extra_repr(self) -> str:
-        """The options that were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
@@ -356,7 +353,7 @@ def _check_and_compute(
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and computes."""
     call = prepare(student, teacher, labels, options)
-    inplace = options["inplace"]
+    inplace = options["inplace"] and not derivatives.is_transformed()
     if inplace:
         _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:
@@ -384,7 +381,7 @@ def prepare(
     objective = resolve(options, has_labels=labels is not None, teachers=len(teachers))
     dim, classes = options["dim"], options["classes"]
     checks.logits(student, teachers, dim, classes)
-    if any(teacher.requires_grad for teacher in teachers) and options["teacher_grad"] == "error":
+    if any(map(checks.learns, teachers)) and options["teacher_grad"] == "error":
         raise ValueError(
             "teacher_logits requires grad, but the loss gives the teacher none: compute it under "
             'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
@@ -448,10 +445,16 @@ def _check_inplace(
             "inplace=True cannot go with classes, whose gradient is as large as student_logits "
             f"all the same; got classes={classes}"
         )
-    if student.requires_grad and student.is_leaf:
+    owner = student._base if student._is_view() else student
+    if owner is not None and owner.requires_grad and owner.is_leaf:
         raise ValueError(
             "inplace=True writes the gradient over student_logits, which cannot be a leaf that "
-            "requires grad"
+            "requires grad, or a view of one"
+        )
+    if student.is_neg():
+        raise ValueError(
+            "inplace=True writes the gradient over student_logits, whose memory must hold them; "
+            "got a view of their negatives (.resolve_neg() it)"
         )
     if torch.compiler.is_compiling():
         return  # it has no effect

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, derivatives, mixture, reference
-from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments
+from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments, is_transformed
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
@@ -251,16 +251,6 @@ def _same_temperature(objective: Objective) -> bool:
     """Whether student and teacher are known to have the same temperature in every row."""
     mine, own = objective.temperature, objective.teacher_temperature
     return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _warn_once(device_type: str) -> None:

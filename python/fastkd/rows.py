@@ -136,7 +136,9 @@ def label_targets(
     """(..., C) weights of -log q that make up the hard term, probabilities but for their sums; and
     these sums, times what the hard term's divisor differs by from the soft one's."""
     o, by_index = objective, not labels.is_floating_point()
-    each = torch.ones(classes, dtype=dtype) if o.class_weight is None else o.class_weight
+    each = o.class_weight
+    if each is None:
+        each = torch.ones(classes, dtype=dtype, device=labels.device)
     if by_index:
         label = labels.clamp(0, classes - 1).unsqueeze(-1)
         target = (each * (o.label_smoothing / classes)).expand(*labels.shape, classes).clone()

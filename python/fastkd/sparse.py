@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, ops, reference, shapes
+from fastkd import checks, derivatives, reference, shapes
 from fastkd.derivatives import KERNEL_DEVICES
 from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
@@ -294,7 +294,7 @@ def _run(
 
 def is_fused(student: Tensor) -> bool:
     """Whether there is a kernel for a call."""
-    return student.device.type in KERNEL_DEVICES and not ops.is_transformed()
+    return student.device.type in KERNEL_DEVICES and not derivatives.is_transformed()
 
 
 def compute(
@@ -385,9 +385,10 @@ class _TopkLoss(torch.autograd.Function):
         student, indices, log_probs, labels, denominator = ctx.saved_tensors
         others = (indices, log_probs, labels, denominator)
         settings = ctx.settings
-        if torch.is_grad_enabled():  # create_graph=True: this is to be differentiated in turn
-            out = _reference(student, *others, settings)
-            (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+        if derivatives.wants_formula(grad_output):
+            with torch.enable_grad():
+                out = _reference(student, *others, settings)
+                (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
             return grad, None, None, None, None, None
         filled = shapes.REDUCTIONS[settings.reduction] != "none"
         compiling = torch.compiler.is_compiling()
@@ -476,7 +477,7 @@ def _reference(
     good = (
         good & ~log_q[..., 0].isnan()
     )  # all are, where a logit is NaN or +inf, or none is above -inf
-    total = total * torch.where(good | ~valid, 1.0, math.nan)
+    total = total * torch.ones_like(total).masked_fill(valid & ~good, math.nan)
     total = total.where(valid, torch.zeros_like(total))
     reduction = shapes.REDUCTIONS[settings.reduction]
     if reduction == "none":

@@ -179,7 +179,7 @@ def terms(
         teachers = [teacher.where(keep, torch.full_like(teacher, neutral)) for teacher in teachers]
         # A label out of range makes its row NaN.
         in_range = (labels >= 0) & (labels < student.shape[-1])
-        known = torch.where(in_range | ~valid, 1.0, math.nan)
+        known = torch.ones_like(valid, dtype=acc).masked_fill(valid & ~in_range, math.nan)
         labels = labels.where(in_range, torch.zeros_like(labels))
 
     if teacher_temperature is None:

@@ -1,0 +1,193 @@
+"""torch.func, forward-mode differentiation and batches of gradients; compiled, too."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import BF16, FP32, FP64, make, truth, weights
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastkd
+from fastkd import reference
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def expected(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) -> Tensor:
+    return reference.loss(student, teacher, labels, **weights(options, labels is not None))
+
+
+OLD_SCRIPT = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+
+def problem64(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return make((4, 7), FP64, device=device)
+
+
+@OLD_SCRIPT
+def test_func_grad_and_hessian(device):
+    student, teacher, labels = problem64(device)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev, torch.func.jacfwd):
+        ours = transform(lambda x: fastkd.loss(x, teacher, labels))(student)
+        theirs = transform(lambda x: expected(x, teacher, labels))(student)
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_func_vmap(device):
+    generator = torch.Generator().manual_seed(0)
+    students = torch.randn(3, 4, 7, generator=generator, dtype=FP64).to(device)
+    _, teacher, labels = problem64(device)
+    alone = torch.stack([fastkd.loss(x, teacher, labels) for x in students])
+    together = torch.func.vmap(lambda x: fastkd.loss(x, teacher, labels))(students)
+    torch.testing.assert_close(together, alone, **EXACT)
+    grads = torch.func.vmap(torch.func.grad(lambda x: fastkd.loss(x, teacher, labels)))(students)
+    for row, x in zip(grads, students, strict=True):
+        torch.testing.assert_close(row, truth(x, teacher, labels).grad, **EXACT)
+
+
+@OLD_SCRIPT
+def test_func_jvp_and_functional_call(device):
+    student, teacher, labels = problem64(device)
+    tangent = student.roll(1, 0)
+    value, derivative = torch.func.jvp(
+        lambda x: fastkd.loss(x, teacher, labels), (student,), (tangent,)
+    )
+    exact = truth(student, teacher, labels)
+    torch.testing.assert_close(value, exact.loss, **EXACT)
+    torch.testing.assert_close(derivative, (exact.grad * tangent).sum(), **EXACT)
+
+
+@OLD_SCRIPT
+def test_forward_mode(device):
+    student, teacher, labels = problem64(device)
+    tangent = student.roll(1, 0)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, tangent)
+        value = torch.autograd.forward_ad.unpack_dual(fastkd.loss(dual, teacher, labels))
+    exact = truth(student, teacher, labels)
+    torch.testing.assert_close(value.tangent, (exact.grad * tangent).sum(), **EXACT)
+
+
+# ---- compiled
+
+
+def topk(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    log_probs, indices = (teacher / 2.0).log_softmax(-1).topk(3)
+    return fastkd.topk_loss(student, indices, log_probs, labels, temperature=2.0)
+
+
+def linear(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    head = torch.eye(student.shape[-1], dtype=student.dtype)
+    return fastkd.linear_loss(student, head, teacher, head, labels)
+
+
+LOSSES = {"loss": fastkd.loss, "topk_loss": topk, "linear_loss": linear}
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x[0, 0]))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.roll(1, 0),))[1],
+    "vmap": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+}
+
+
+@OLD_SCRIPT
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_transforms(name, transform):
+    """The ops have no formula for these, and a compiled one would leave out their derivatives."""
+    student, teacher, labels = problem64(torch.device("cpu"))
+
+    def function(x: Tensor) -> Tensor:
+        return TRANSFORMS[transform](lambda z: LOSSES[name](z, teacher, labels), x)
+
+    torch.compiler.reset()  # past its limit of recompilations it would give up
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    want = function(student)
+    assert want.abs().max() > 0
+    torch.testing.assert_close(compiled(student), want, **EXACT)
+
+
+# ---- batches of gradients, and gradients that are no plain numbers
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("name", LOSSES)
+def test_batches_of_gradients(name):
+    student, teacher, labels = problem64(torch.device("cpu"))
+    leaf = student.requires_grad_()
+    value = LOSSES[name](leaf, teacher, labels)
+    (once,) = torch.autograd.grad(value, leaf, retain_graph=True)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=FP64)
+    (many,) = torch.autograd.grad(value, leaf, factors, is_grads_batched=True)
+    torch.testing.assert_close(many, factors.view(3, 1, 1) * once, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop.*")
+def test_vectorized_jacobian():
+    student, teacher, labels = problem64(torch.device("cpu"))
+
+    def function(x: Tensor) -> Tensor:
+        return fastkd.loss(x, teacher, labels, reduction="none")
+
+    one_by_one = torch.autograd.functional.jacobian(function, student)
+    together = torch.autograd.functional.jacobian(function, student, vectorize=True)
+    torch.testing.assert_close(together, one_by_one, **EXACT)
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
+def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
+    student, teacher, labels = make((4, 7), dtype, device=device)
+    value = fastkd.loss(student.requires_grad_(), teacher, labels)
+    (once,) = torch.autograd.grad(value, student, retain_graph=True)
+    minus_one = torch.complex(torch.zeros_like(value), torch.ones_like(value)).conj().imag
+    assert minus_one.is_neg() and minus_one == -1
+    assert torch.equal(torch.autograd.grad(value, student, minus_one)[0], -once)
+    value = fastkd.loss(student, teacher, labels)
+    nothing = torch._efficientzerotensor((), dtype=value.dtype, device=device)
+    assert not torch.autograd.grad(value, student, nothing)[0].any()
+
+
+# ---- what has no derivative, or no effect
+
+
+@OLD_SCRIPT
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("name", ["teacher_logits", "normalizer", "class_weight"])
+def test_tangents_of_what_gets_none_are_refused(name):
+    student, teacher, labels = problem64(torch.device("cpu"))
+    given: dict[str, Any] = {
+        "teacher_logits": teacher,
+        "normalizer": torch.tensor(3.0, dtype=FP64),
+        "class_weight": torch.ones(7, dtype=FP64),
+    }
+
+    def function(x: Tensor) -> Tensor:
+        options = {"teacher_logits": teacher, name: x}
+        return fastkd.loss(student, labels=labels, **options)
+
+    with pytest.raises(ValueError, match=rf"{name}.* (the teacher none|no gradient)"):
+        torch.func.jvp(function, (given[name],), (torch.ones_like(given[name]),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(ValueError, match=name):
+            function(dual)
+
+
+@OLD_SCRIPT
+def test_inplace_has_no_effect_under_transforms():
+    student, teacher, labels = problem64(torch.device("cpu"))
+    before = student.clone()
+
+    def function(x: Tensor, inplace: bool = True) -> Tensor:
+        return fastkd.loss(x, teacher, labels, inplace=inplace)
+
+    want = torch.func.grad(lambda x: function(x, False))(student)
+    assert torch.equal(torch.func.grad(function)(student), want)
+    assert torch.equal(torch.func.grad(lambda x: function(x * 1))(student), want)
+    assert torch.equal(torch.func.vmap(function)(student.expand(2, 4, 7))[0], function(student))
+    assert torch.equal(student, before)
