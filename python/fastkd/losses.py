@@ -445,19 +445,20 @@ def _check_inplace(
             "inplace=True cannot go with classes, whose gradient is as large as student_logits "
             f"all the same; got classes={classes}"
         )
-    owner = student._base if student._is_view() else student
+    compiling = torch.compiler.is_compiling()
+    owner = student._base if not compiling and student._is_view() else student
     if owner is not None and owner.requires_grad and owner.is_leaf:
         raise ValueError(
             "inplace=True writes the gradient over student_logits, which cannot be a leaf that "
             "requires grad, or a view of one"
         )
+    if compiling:
+        return  # it has no effect
     if student.is_neg():
         raise ValueError(
             "inplace=True writes the gradient over student_logits, whose memory must hold them; "
             "got a view of their negatives (.resolve_neg() it)"
         )
-    if torch.compiler.is_compiling():
-        return  # it has no effect
     if _overlaps(student):
         raise ValueError(
             "inplace=True writes the gradient over student_logits, whose rows must not share "
