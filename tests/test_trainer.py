@@ -540,9 +540,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 3', '"format": 4'))
+    about.write_text(about.read_text().replace('"format": 4', '"format": 5'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 4, and this run 3"):
+    with pytest.raises(ValueError, match="has format 5, and this run 4"):
         trainer.resume()
     assert trainer.step == 0
 

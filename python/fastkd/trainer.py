@@ -21,7 +21,7 @@ from fastkd.losses import KDLoss
 from fastkd.position import Position
 from fastkd.watching import Watch
 
-FORMAT = 3  # of a checkpoint
+FORMAT = 4  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -216,8 +216,8 @@ class Trainer:
                 "another folder"
             )
         self._resumed = True
-        if self._position.resumed is None:
-            self._position = Position()
+        if not self._position.resumed:
+            self._position.end()
         loader = self._prepare(loader)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
@@ -235,7 +235,7 @@ class Trainer:
         if not self._position.batches:
             raise ValueError(batches.NO_BATCH)
         self.epoch += 1
-        self._position = Position()
+        self._position.end()
 
     def _advance(self, window: list[Any]) -> Step:
         """One optimizer step."""
@@ -459,7 +459,7 @@ class Trainer:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # how long an iterable dataset or a generator is, nobody knows
             steps = 0
-        resumed = 0 if self._position.resumed is None else self._position.batches
+        resumed = self._position.batches if self._position.resumed else 0
         done = steps * (self.epoch - first) + resumed // self._accumulate
         with extras.load("tqdm", "train").tqdm(
             total=steps * passes or None,

@@ -1,0 +1,114 @@
+"""What a checkpoint brings back, and which folders are checkpoints."""
+
+import pathlib
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import fastkd
+
+pytest.importorskip("accelerate")
+
+
+def data() -> TensorDataset:
+    seeded = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(40, 8, generator=seeded), torch.randint(3, (40,), generator=seeded)
+    )
+
+
+def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
+    """With a student that draws random numbers, as each process would make it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)
+    teacher = nn.Linear(8, 3)
+    return fastkd.Trainer(
+        student, teacher, optimizer, checkpoints=folder, progress=False, **options
+    )
+
+
+def plain() -> DataLoader:
+    return DataLoader(data(), 8, shuffle=True)
+
+
+def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
+    """Of the steps up to that number, with a checkpoint after each pass and at the end."""
+    found = []
+    while trainer.step < until:
+        for step in trainer.steps(loader):
+            found.append(float(step.loss))
+            if step.number == until and until % 5:
+                break
+        trainer.save()
+    return found
+
+
+# ---- random states
+
+OWN = {
+    "loader": lambda own: DataLoader(data(), 8, shuffle=True, generator=own),
+    "sampler": lambda own: DataLoader(data(), 8, sampler=RandomSampler(data(), generator=own)),
+    "replacing": lambda own: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=own)
+    ),
+    "weighted": lambda own: DataLoader(
+        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=own)
+    ),
+    "batch sampler": lambda own: DataLoader(
+        data(),
+        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own), 8, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", [5, 7, 10])
+@pytest.mark.parametrize("which", OWN)
+def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
+    """In the middle of a pass and between two of them."""
+
+    def loader():
+        return OWN[which](torch.Generator().manual_seed(3))
+
+    straight = losses(trainer_in(tmp_path / "a"), loader())
+    before = losses(trainer_in(tmp_path / "b"), loader(), stop)
+    trainer = trainer_in(tmp_path / "b")
+    assert trainer.resume() and trainer.step == stop
+    torch.manual_seed(99)
+    assert before + losses(trainer, loader()) == straight
+
+
+def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
+    losses(trainer_in(tmp_path), OWN["loader"](torch.Generator()), 7)
+    trainer = trainer_in(tmp_path)
+    trainer.resume()
+    with pytest.raises(ValueError, match="loader has 0 random generators of its own, and that of"):
+        losses(trainer, plain())
+    losses(trainer, OWN["loader"](torch.Generator()), 10)
+    trainer = trainer_in(tmp_path)  # the next pass may have another one
+    trainer.resume()
+    losses(trainer, plain())
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
+    """Not even where the run is interrupted once more."""
+    straight = losses(trainer_in(tmp_path / "a"), plain())
+    found = losses(trainer_in(tmp_path / "b"), plain(), stop)
+    for until in (8, 15):
+        trainer = trainer_in(tmp_path / "b")
+        trainer.resume()
+        torch.randn(3)
+        found += losses(trainer, plain(), until)
+    assert found == straight
