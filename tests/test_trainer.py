@@ -465,6 +465,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
     assert hooks(student) == before_hooks
 
 
+def test_gradients_that_are_there_before_a_step_are_not_in_it():
+    """One's own, those of a loss that was not finite, those of a step that was interrupted."""
+    student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
+    expected = by_hand(student, teacher, 2 * [data])
+    inputs, labels = data
+    student(inputs).sum().backward()
+
+    def forward(model, batch):
+        if not batch[0].any():
+            raise KeyboardInterrupt
+        return model(batch[0])
+
+    trainer = trainer_of(student, teacher, accumulate=2, forward=forward)
+    with pytest.raises(FloatingPointError):
+        list(trainer.steps([(inputs * math.nan, labels)]))
+    list(trainer.steps([data]))
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.steps([data, (inputs * 0, labels)]))
+    list(trainer.steps([data]))
+    assert_same(student, expected)
+
+
 def test_other_devices_are_read_a_step_late():
     """As on a GPU: what has arrived is looked at when the next step is on its way."""
 

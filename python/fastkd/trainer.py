@@ -241,6 +241,7 @@ class Trainer:
         """One optimizer step."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         model = self._wrapped or self._measure(window[0])
+        self._optimizer.zero_grad()  # of others, or of a step that was interrupted
         values = self._backward(model, window)
         number = self.step + 1
         self._show(self._watch.add(number, values))
@@ -249,7 +250,6 @@ class Trainer:
         self._optimizer.step()
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
-        self._optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.student)
         self.step = number
