@@ -192,6 +192,22 @@ def test_clipping_schedule_and_average():
     assert trainer.evaluate([(inputs, labels)]).accuracy == pytest.approx(float(expected))
 
 
+def test_clipping_is_of_what_the_optimizer_updates():
+    """And not of the gradients of the rest, which nobody sets to zero."""
+    student, teacher, data = network(), network(24, 1), digits()
+    other = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(other[2].parameters(), 0.5)
+    for inputs, labels in batches(data):
+        optimizer.zero_grad()
+        fastkd.loss(other(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
+        nn.utils.clip_grad_norm_(other[2].parameters(), 0.1)
+        optimizer.step()
+    ours = torch.optim.SGD(student[2].parameters(), 0.5)
+    loss = fastkd.KDLoss(**LOSS)
+    fastkd.Trainer(student, teacher, ours, loss=loss, clip=0.1, progress=False).fit(batches(data))
+    assert_same(student, other)
+
+
 def test_several_teachers_are_mixed_as_probabilities():
     student, teachers, data = network(), [network(24, 1), network(24, 2)], digits()
 

@@ -73,7 +73,8 @@ class Trainer:
         scheduler: a learning rate schedule, stepped after each optimizer step.
         accumulate: batches of each process that make one optimizer step; fewer at an epoch's end.
             Default 1.
-        clip: the largest norm of the gradient; a greater one is scaled down to it.
+        clip: the largest norm of the gradient of what ``optimizer`` updates; a greater one is
+            scaled down to it.
         ema: decay in (0, 1) of an exponential moving average of the student, kept in
             ``trainer.ema`` (:class:`torch.optim.swa_utils.AveragedModel`) and evaluated instead.
         forward: ``forward(model, batch)`` gives logits, for batches or models of another form.
@@ -246,7 +247,9 @@ class Trainer:
         number = self.step + 1
         self._show(self._watch.add(number, values))
         if self._clip is not None:
-            self.accelerator.clip_grad_norm_(model.parameters(), self._clip)
+            groups = self._optimizer.param_groups
+            updated = [parameter for group in groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(updated, self._clip)
         self._optimizer.step()
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
