@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import (
 )
 
 import fastkd
+from fastkd import checkpointing
 
 pytest.importorskip("accelerate")
 
@@ -112,3 +114,72 @@ def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
         torch.randn(3)
         found += losses(trainer, plain(), until)
     assert found == straight
+
+
+# ---- folders
+
+
+def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
+    trainer = trainer_in(tmp_path, save_every=2)
+    for step in trainer.steps(plain()):
+        if step.number == 2:
+            break
+    with torch.no_grad():
+        trainer.student[0].bias.fill_(5.0)
+    assert trainer.save() == tmp_path / "step-00000002"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume()
+    assert (trainer.student[0].bias == 5.0).all()
+
+
+@pytest.mark.parametrize("renamings", [1, 2])
+def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
+    """Before and after the new one takes the name of the old."""
+    trainer = trainer_in(tmp_path)
+    next(trainer.steps(plain()))
+    trainer.save()
+    replace, done = pathlib.Path.replace, []
+
+    def interrupted(path, target):
+        if len(done) == renamings:
+            raise KeyboardInterrupt
+        done.append(replace(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pathlib.Path, "replace", interrupted)
+        trainer.save()
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 1
+    trainer.save()
+    trainer.save()
+    losses(trainer, plain(), 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
+
+
+def test_saving_into_the_folder_of_another_run_is_refused(tmp_path):
+    losses(trainer_in(tmp_path), plain(), 5)
+    with pytest.raises(FileExistsError, match=r"resume\(\)"):
+        trainer_in(tmp_path).save()
+
+
+def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
+    losses(trainer_in(tmp_path), plain(), 5)
+    for name in ("step-00000005-best", "step-best", "step-5"):
+        shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
+    (tmp_path / "step-notes.txt").write_text("5 was best")
+    (tmp_path / "step-99999999").write_text("a file")
+    others = set(tmp_path.iterdir()) - {tmp_path / "step-00000005"}
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 5
+    losses(trainer, plain())
+    assert set(tmp_path.iterdir()) - others == set(checkpointing.all_of(tmp_path))
+    assert others < set(tmp_path.iterdir())
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
+    for name in (*names, f"{names[1]}.replaced"):
+        (tmp_path / name).mkdir()
+    found = [path.name for path in checkpointing.all_of(tmp_path)]
+    assert found == [names[0], f"{names[1]}.replaced", *names[1:]]

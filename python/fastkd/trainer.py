@@ -211,12 +211,7 @@ class Trainer:
             FloatingPointError: if the loss is not finite; the message names the step and the term.
             FileExistsError: if the folder of checkpoints has some that were not resumed from.
         """
-        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
-            raise FileExistsError(
-                f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
-                "another folder"
-            )
-        self._resumed = True
+        self._refuse_another_run()
         if not self._position.resumed:
             self._position.end()
         loader = self._prepare(loader)
@@ -337,11 +332,15 @@ class Trainer:
 
         Returns:
             Its folder.
+
+        Raises:
+            FileExistsError: if the folder has checkpoints that were not resumed from.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
         if self._wrapped is None:
             raise RuntimeError("nothing to save before the first step")
+        self._refuse_another_run()
         self._show(self._watch.rest())
         return checkpointing.write(
             self._folder,
@@ -350,6 +349,15 @@ class Trainer:
             main=self.accelerator.is_main_process,
             barrier=self.accelerator.wait_for_everyone,
         )
+
+    def _refuse_another_run(self) -> None:
+        """All checkpoints in the folder have to be those resumed from, or this run's own."""
+        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
+            raise FileExistsError(
+                f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
+                "another folder"
+            )
+        self._resumed = True
 
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
