@@ -1,6 +1,7 @@
 """The training loop against loops written by hand, on real digits."""
 
 import copy
+import dataclasses
 import math
 import pathlib
 import pickle
@@ -107,6 +108,39 @@ def test_anything_else_through_forward_and_labels():
         labels=lambda batch: batch["of"]["digit"],
     ).fit([{"of": {"pixels": x, "digit": y}} for x, y in batches(data)])
     assert_same(student, expected)
+
+
+@dataclasses.dataclass
+class Pictures:
+    """A batch of a form of its own."""
+
+    names: list[str]
+    pixels: torch.Tensor
+    digit: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: Pictures(["a"] * len(x), x, y),
+        lambda x, y: {"names": ["a"] * len(x), "mask": None, "cached": False, "of": {"x": x}},
+        lambda x, y: types.SimpleNamespace(pixels=x, digit=y),
+    ],
+)
+def test_samples_are_counted_in_batches_of_any_form(form):
+    student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
+    expected = by_hand(student, teacher, [data])
+    forward, labels = (lambda model, batch: model(data[0])), (lambda batch: data[1])
+    trainer_of(student, teacher, forward=forward, labels=labels).fit([form(*data)])
+    assert_same(student, expected)
+
+
+def test_a_batch_without_labels_and_tensors_is_refused():
+    trainer = trainer_of(
+        network(), network(24, 1), forward=lambda model, batch: None, labels=lambda batch: None
+    )
+    with pytest.raises(TypeError, match=r"tensor in its tuples, .* counted; got SimpleNamespace"):
+        trainer.fit([types.SimpleNamespace(pixels=torch.zeros(2, 64))])
 
 
 def test_without_labels():

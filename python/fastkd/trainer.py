@@ -273,10 +273,10 @@ class Trainer:
 
     def _denominators(self, window: list[Any]) -> teaching.Counts:
         """What a step's sums are divided by, for each process: gradients are averaged over them."""
-        size = extras.load("accelerate.utils", "train").find_batch_size
         counts = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
-            targets, samples = self._student_loss.labels_of(batch), size(batch)
+            targets = self._student_loss.labels_of(batch)
+            samples = torch.tensor(batches.size(batch, targets))
             rows = weight = samples
             if targets is not None:
                 rows, weight = self._student_loss.counted(targets)
