@@ -464,6 +464,17 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
+def test_an_evaluation_of_nothing_is_refused():
+    trainer, (inputs, labels) = trainer_of(network(), network(24, 1)), digits().tensors
+    with pytest.raises(ValueError, match="no label counts, or loader gave no batch: it is empty"):
+        trainer.evaluate([])
+    with pytest.raises(ValueError, match="no label counts"):
+        trainer.evaluate([(inputs, torch.full_like(labels, -100))])
+    with pytest.raises(ValueError, match="or an iterator that has been iterated before"):
+        trainer.fit(batches(digits()), 2, validation=iter(batches(digits())))
+    assert trainer.epoch == 2
+
+
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
 def test_accuracy_is_among_the_classes_that_count(dim, soft):

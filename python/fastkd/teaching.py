@@ -283,8 +283,6 @@ class StudentLoss(nn.Module):
     def means(self, sums: Sums) -> list[float]:
         """Of loss, hard, soft, agreement and hits, from sums over a whole data set."""
         loss, hard, soft, agreement, hits, rows, weight = (float(value) for value in sums)
-        if not rows:
-            return [math.nan] * 5
         if self._class_weight is not None and weight:
             ratio = rows / weight
             alpha, hard_weight, soft_weight = map(self._option, WEIGHTS)

@@ -295,7 +295,7 @@ class Trainer:
         With several processes each takes its share of a ``DataLoader``, and no row counts twice.
 
         Raises:
-            ValueError: under FSDP, where no process has the whole student.
+            ValueError: if no row counts; and under FSDP, where no process has the whole student.
         """
         self._refuse_sharded()
         module = self.student if self.ema is None else self.ema.module
@@ -308,6 +308,8 @@ class Trainer:
                 found = self._student_loss.sums(module, batch, self._teacher.answer(batch))
                 sums += torch.stack(found)
         everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
+        if not everywhere.rows:
+            raise ValueError(f"nothing to evaluate: no label counts, or {batches.NO_BATCH}")
         loss, hard, soft, agreement, accuracy = self._student_loss.means(everywhere)
         return Evaluation(loss, hard, soft, agreement, accuracy, int(everywhere.rows))
 
