@@ -116,6 +116,26 @@ def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
     assert found == straight
 
 
+def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
+    def drawing(trainer, until=15):
+        found, loader = [], plain()
+        while trainer.step < until:
+            for step in trainer.steps(loader):
+                found.append(float(step.loss))
+                if step.number % 4 == 0:
+                    trainer.evaluate(loader)
+                    trainer.save()
+                if step.number == until:
+                    break
+        return found
+
+    straight = drawing(trainer_in(tmp_path / "a", save_every=4))
+    found = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
+    trainer = trainer_in(tmp_path / "b", save_every=4)
+    assert trainer.resume()
+    assert found + drawing(trainer) == straight
+
+
 # ---- folders
 
 

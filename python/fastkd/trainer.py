@@ -84,7 +84,7 @@ class Trainer:
             batches are split. Default: one made without arguments.
         checkpoints: a folder, to write checkpoints in: at the end of each epoch of :meth:`fit`, and
             every ``save_every`` steps. The newest two are kept.
-        save_every: in optimizer steps.
+        save_every: in optimizer steps; before :meth:`steps` gives the step.
         progress: show a bar with both terms on the main process. Default True.
 
     Attributes:
