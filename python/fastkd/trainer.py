@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd import batches, checkpointing, checks, extras, teaching, trainer_arguments
+from fastkd import batches, checkpointing, checks, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
+from fastkd.progress import Progress
 from fastkd.watching import Watch
 
 FORMAT = 4  # of a checkpoint
@@ -146,12 +147,13 @@ class Trainer:
         self._optimizer, self._hints = optimizer, hints
         self._accumulate, self._clip, self._decay = accumulate, clip, ema
         self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
-        self._save_every, self._progress = save_every, progress
+        self._save_every = save_every
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
         self._watch = Watch(teaching.Values._fields)
-        self._bar: Any = None
+        told = [name for name in teaching.Values._fields if hints or name != "hint"]
+        self._progress = Progress(self.accelerator, progress, told)
         self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
         if hints:
@@ -190,14 +192,15 @@ class Trainer:
         checks.count("epochs", epochs)
         if validation is not None:
             self._refuse_sharded()
-        with self._bar_over(self._prepare(loader), 0, epochs):
+        with self._progress_of(self._prepare(loader), 0, epochs):
             while self.epoch < epochs:
                 for _ in self.steps(loader):
                     pass
                 if validation is not None:
                     found = self.evaluate(validation)
                     self._history.append(found)
-                    self._log({f"validation/{k}": v for k, v in found._asdict().items()})
+                    named = {f"validation/{k}": v for k, v in found._asdict().items()}
+                    self._progress.log(named, self.step)
                 if self._folder is not None:
                     self.save()
         return list(self._history)
@@ -222,12 +225,11 @@ class Trainer:
             stack.enter_context(self._teacher.features)
             if self._student_loss.features is not None:
                 stack.enter_context(self._student_loss.features)
-            if self._bar is None:
-                stack.enter_context(self._bar_over(loader, self.epoch, 1))
-            self._bar.set_description(f"epoch {self.epoch + 1}")
+            stack.enter_context(self._progress_of(loader, self.epoch, 1))
+            self._progress.begin(self.epoch)
             for window in self._position.windows(loader, self._accumulate):
                 yield self._advance(window)
-            self._show(self._watch.rest())
+            self._progress.show(self._watch.rest())
         if not self._position.batches:
             raise ValueError(batches.NO_BATCH)
         self.epoch += 1
@@ -240,7 +242,7 @@ class Trainer:
         self._optimizer.zero_grad()  # of others, or of a step that was interrupted
         values = self._backward(model, window)
         number = self.step + 1
-        self._show(self._watch.add(number, values))
+        self._progress.show(self._watch.add(number, values))
         if self._clip is not None:
             groups = self._optimizer.param_groups
             updated = [parameter for group in groups for parameter in group["params"]]
@@ -251,7 +253,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.student)
         self.step = number
-        self._bar.update()
+        self._progress.advance()
         if self._save_every is not None and number % self._save_every == 0:
             self.save()
         return Step(number, self.epoch, *values.unbind())
@@ -343,7 +345,7 @@ class Trainer:
         if self._wrapped is None:
             raise RuntimeError("nothing to save before the first step")
         self._refuse_another_run()
-        self._show(self._watch.rest())
+        self._progress.show(self._watch.rest())
         return checkpointing.write(
             self._folder,
             self.step,
@@ -465,38 +467,14 @@ class Trainer:
                 config.even_batches = before
         return prepared[even]
 
-    @contextlib.contextmanager
-    def _bar_over(self, loader: Any, first: int, passes: int) -> Iterator[None]:
-        """A progress bar of the steps of some passes, the ``first`` of which may lie behind."""
+    def _progress_of(
+        self, loader: Any, first: int, passes: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """A bar of the steps of some passes, the ``first`` of which may lie behind."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # how long an iterable dataset or a generator is, nobody knows
             steps = 0
         resumed = self._position.batches if self._position.resumed else 0
         done = steps * (self.epoch - first) + resumed // self._accumulate
-        with extras.load("tqdm", "train").tqdm(
-            total=steps * passes or None,
-            initial=done,
-            disable=not (self._progress and self.accelerator.is_main_process),
-        ) as self._bar:
-            try:
-                yield
-            finally:
-                self._bar = None
-
-    def _show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Logs and displays values that have reached the host."""
-        for step, values in known:
-            if not self._hints:
-                del values["hint"]
-            self._log(values, step)
-            if self._bar is not None:
-                shown = {name: f"{value:.3g}" for name, value in values.items()}
-                self._bar.set_postfix(shown, refresh=False)
-
-    def _log(self, values: dict[str, float], step: int | None = None) -> None:
-        """Passes values to Accelerate's trackers, if there are any."""
-        if self.accelerator.log_with:
-            if not self.accelerator.trackers:
-                self.accelerator.init_trackers("fastkd")
-            self.accelerator.log(values, step=self.step if step is None else step)
+        return self._progress.over(steps * passes or None, done)
