@@ -35,7 +35,7 @@ def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
     random.seed(0)
     student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(student.parameters(), 0.01)
-    teacher = nn.Linear(8, 3)
+    teacher = nn.Sequential(nn.Linear(8, 3))
     return fastkd.Trainer(
         student, teacher, optimizer, checkpoints=folder, progress=False, **options
     )
@@ -203,3 +203,36 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
         (tmp_path / name).mkdir()
     found = [path.name for path in checkpointing.all_of(tmp_path)]
     assert found == [names[0], f"{names[1]}.replaced", *names[1:]]
+
+
+@pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
+def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
+    losses(trainer_in(tmp_path), plain(), 5)
+    if part == "hints":
+        trainer = trainer_in(tmp_path, hints=[fastkd.Hint("0", "0")])
+    elif part == "ema":
+        trainer = trainer_in(tmp_path, ema=0.9)
+    else:
+        trainer = trainer_in(tmp_path)
+        trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer._optimizer, 0.9)
+    with pytest.raises(
+        ValueError, match=f"without {part}; make the trainer|has {part} 0, and this"
+    ):
+        trainer.resume()
+    assert trainer.step == 0
+    with pytest.raises(FileExistsError):
+        trainer.fit(plain())
+
+
+@pytest.mark.parametrize("text", ["", "{", None])
+def test_a_damaged_checkpoint_is_named(tmp_path, text):
+    losses(trainer_in(tmp_path), plain(), 10)
+    file = tmp_path / "step-00000010" / "trainer.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"trainer.json cannot be read: .* Delete step-00000010 to"
+    ):
+        trainer_in(tmp_path).resume()
+    shutil.rmtree(file.parent)
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 5

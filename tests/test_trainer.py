@@ -181,6 +181,16 @@ def test_a_step_without_a_row_that_counts_changes_nothing():
     assert float(step.loss) == 0
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_empty_batch_changes_nothing(labelled):
+    student = network()
+    expected = copy.deepcopy(student)
+    inputs, labels = (tensor[:0] for tensor in digits().tensors)
+    (step,) = trainer_of(student, network(24, 1)).steps([(inputs, labels) if labelled else inputs])
+    assert_same(student, expected)
+    assert float(step.loss) == 0
+
+
 def test_values_of_a_step_are_those_of_terms():
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     with torch.no_grad():
@@ -726,6 +736,13 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
             "accelerator must be an accelerate.Accelerator or None; got int",
         ),
         ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
+        ({"forward": 3}, TypeError, "forward must be a function of a model and a batch; got int"),
+        ({"labels": 3}, TypeError, "labels must be a function of a batch; got int"),
+        (
+            {"teacher_device": "nope"},
+            ValueError,
+            "teacher_device must be a torch.device, or the name of one .*; got 'nope'",
+        ),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -800,6 +817,11 @@ def test_a_loader_without_batches_is_refused():
     assert trainer.epoch == 1
     with pytest.raises(TypeError, match="got the data set TensorDataset, which gives single"):
         trainer.fit(digits(), 2)
+    with pytest.raises(TypeError, match=r"loader must be a DataLoader or another .*; got NoneT"):
+        trainer.fit(None, 2)
+    with pytest.raises(TypeError, match=r"validation must be a DataLoader or another .*; got int"):
+        trainer.fit(batches(digits()), 2, validation=5)
+    assert trainer.epoch == 1
 
 
 def test_batches_that_nobody_understands():

@@ -9,6 +9,7 @@ made by somebody else executes nothing.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -105,6 +106,25 @@ def get(file: pathlib.Path) -> Any:
         pickle.UnpicklingError: if there is some in it.
     """
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
+    """What a checkpoint's ``trainer.json`` says.
+
+    Raises:
+        ValueError: if it cannot be read, or does not agree with what is ``ours``.
+    """
+    file = folder / "trainer.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Delete {folder.name} to resume from the one before"
+        ) from error
+    for name, own in ours.items():
+        if found.get(name) != own:
+            raise ValueError(f"{folder} has {name} {found.get(name)}, and this run {own}")
+    return found
 
 
 def refuse_code(folder: pathlib.Path) -> None:

@@ -83,10 +83,8 @@ class Features:
         for name in names:
             if name not in modules:
                 near = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
-                raise ValueError(
-                    f"hints: the {whose} has no module {name!r}; the nearest names it has are "
-                    f"{', '.join(near)}"
-                )
+                has = f"the nearest names it has are {', '.join(near)}" if near else "it has none"
+                raise ValueError(f"hints: the {whose} has no module {name!r}; {has}")
         self._modules = [modules[name] for name in names]
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

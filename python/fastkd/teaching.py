@@ -236,7 +236,7 @@ class StudentLoss(nn.Module):
         targets = self.labels_of(batch)
         rows, options = counts.rows, {}
         if targets is None:
-            rows = rows * rows_of(logits, self.dim) / len(logits)
+            rows = rows * rows_of(logits, self.dim) / len(logits) if len(logits) else rows
         elif self._class_weight is not None:  # so that the hard term's divisor is their sum
             options["class_weight"] = self._class_weight * (rows / counts.weight)
         terms = self.terms(logits, lesson.logits, targets, normalizer=rows, **options)

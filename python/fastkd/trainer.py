@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
 from fastkd import batches, checkpointing, checks, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
@@ -137,6 +137,7 @@ class Trainer:
         loss = KDLoss() if loss is None else loss
         hints = trainer_arguments.check_hints(hints)
         trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
+        trainer_arguments.check_functions(forward, labels)
         trainer_arguments.check_models(student, optimizer, scheduler)
         self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
         trainer_arguments.check_accelerator(self.accelerator, ema)
@@ -165,7 +166,8 @@ class Trainer:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
             self._teacher = teaching.Cached(teacher, loss, home)
         else:
-            away, names = torch.device(teacher_device or home), [hint.teacher for hint in hints]
+            away = trainer_arguments.device(teacher_device or home)
+            names = [hint.teacher for hint in hints]
             self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
         student.to(self.accelerator.device)
         if not hints:
@@ -191,6 +193,7 @@ class Trainer:
         """
         checks.count("epochs", epochs)
         if validation is not None:
+            trainer_arguments.check_loader("validation", validation)
             self._refuse_sharded()
         with self._progress_of(self._prepare(loader), 0, epochs):
             while self.epoch < epochs:
@@ -371,13 +374,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name, stateful in self._stateful.items():
                 checkpointing.put(stateful.state_dict(), folder / f"{name}.pt")
-            projections = self._student_loss.hints.widths if self._student_loss.hints else []
+            projected = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
                 "step": self.step,
                 "epoch": self.epoch,
                 "processes": self.accelerator.num_processes,
-                "hints": projections,
+                "hints": len(self._hints),
+                "widths": projected,
                 "history": self._history,
             }
             (folder / "trainer.json").write_text(json.dumps(about, indent=1))
@@ -389,30 +393,32 @@ class Trainer:
         numbers and losses. The loader has to be made as it was.
 
         Raises:
-            ValueError: if the checkpoint is of another number of processes, of another version, or
-                has files that could execute code.
+            ValueError: if the checkpoint is of another number of processes, of another version, of
+                a trainer of other parts, damaged, or has files that could execute code.
             pickle.UnpicklingError: if a file holds code; none is executed.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
-        self._resumed = True
         found = checkpointing.all_of(self._folder)
         if not found:
             return False
-        checkpointing.refuse_code(found[-1])
-        about = json.loads((found[-1] / "trainer.json").read_text())
-        for name, ours in (("format", FORMAT), ("processes", self.accelerator.num_processes)):
-            if about[name] != ours:
-                raise ValueError(f"{found[-1]} has {name} {about[name]}, and this run {ours}")
+        newest = found[-1]
+        checkpointing.refuse_code(newest)
+        processes, hints = self.accelerator.num_processes, len(self._hints)
+        about = checkpointing.about(newest, format=FORMAT, processes=processes, hints=hints)
         if self._wrapped is None:
-            self._wrap(*about["hints"])
-        self.accelerator.load_state(str(found[-1]))
+            self._wrap(*about["widths"])
+        for name in self._stateful:
+            if not (newest / f"{name}.pt").exists():
+                raise ValueError(f"{newest} was saved without {name}; make the trainer as it was")
+        self.accelerator.load_state(str(newest))
         for name, stateful in self._stateful.items():
-            stateful.load_state_dict(checkpointing.get(found[-1] / f"{name}.pt"))
+            stateful.load_state_dict(checkpointing.get(newest / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
         self._history = [Evaluation(*found) for found in about["history"]]
         rank = self.accelerator.process_index
-        self._position.load(checkpointing.get(found[-1] / f"position-{rank}.pt"))
+        self._position.load(checkpointing.get(newest / f"position-{rank}.pt"))
+        self._resumed = True
         return True
 
     @property
@@ -450,11 +456,7 @@ class Trainer:
 
     def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
         """The loader with each process's share; ``even``: samples fill up the last batches."""
-        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-            raise TypeError(
-                f"loader must give batches; got the data set {type(loader).__name__}, which gives "
-                "single samples: put it into a torch.utils.data.DataLoader"
-            )
+        trainer_arguments.check_loader("loader", loader)
         if not isinstance(loader, DataLoader):
             return loader
         prepared = self._loaders.setdefault(loader, {})
