@@ -92,9 +92,16 @@ def test_a_module_that_gives_a_tuple():
             features.take()
 
 
+def test_a_model_without_modules_inside():
+    with pytest.raises(ValueError, match="the student has no module 'a'; it has none"):
+        Features(nn.Linear(2, 2), ["a"], "student")
+
+
 def test_features_that_do_not_fit():
     with pytest.raises(ValueError, match=r"may differ in channels alone; got .* \(3, 6, 7, 4\)"):
         loss_of("mse", torch.zeros(3, 4, 6, 7), torch.zeros(3, 4, 5, 7))
+    with pytest.raises(ValueError, match=r"positions, and the output of 'a' has none: .* \(3, 4\)"):
+        loss_of("attention", torch.zeros(3, 4), torch.zeros(3, 4))
     model = nn.Sequential(nn.Flatten(0))
     with (
         Features(model, ["0"], "student"),

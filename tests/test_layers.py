@@ -82,6 +82,7 @@ IMPORTS = {
     "batches": set(),
     "checkpointing": set(),
     "position": set(),
+    "progress": {"extras"},
     "watching": set(),
     "hints": {"checks"},
     "teachers": {"extras", "checks", "batches"},
@@ -89,7 +90,7 @@ IMPORTS = {
     "teaching": {"checks", "reference", "losses", "sparse", "batches", "hints"},
     "trainer_arguments": {"extras", "checks", "losses", "hints"},
     "trainer": {
-        "extras", "checks", "losses", "batches", "checkpointing", "position", "watching", "hints",
+        "checks", "losses", "batches", "checkpointing", "position", "progress", "watching", "hints",
         "teaching", "trainer_arguments",
     },
     "commands": {

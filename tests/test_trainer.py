@@ -1,6 +1,7 @@
 """The training loop against loops written by hand, on real digits."""
 
 import copy
+import dataclasses
 import math
 import pathlib
 import pickle
@@ -109,6 +110,39 @@ def test_anything_else_through_forward_and_labels():
     assert_same(student, expected)
 
 
+@dataclasses.dataclass
+class Pictures:
+    """A batch of a form of its own."""
+
+    names: list[str]
+    pixels: torch.Tensor
+    digit: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: Pictures(["a"] * len(x), x, y),
+        lambda x, y: {"names": ["a"] * len(x), "mask": None, "cached": False, "of": {"x": x}},
+        lambda x, y: types.SimpleNamespace(pixels=x, digit=y),
+    ],
+)
+def test_samples_are_counted_in_batches_of_any_form(form):
+    student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
+    expected = by_hand(student, teacher, [data])
+    forward, labels = (lambda model, batch: model(data[0])), (lambda batch: data[1])
+    trainer_of(student, teacher, forward=forward, labels=labels).fit([form(*data)])
+    assert_same(student, expected)
+
+
+def test_a_batch_without_labels_and_tensors_is_refused():
+    trainer = trainer_of(
+        network(), network(24, 1), forward=lambda model, batch: None, labels=lambda batch: None
+    )
+    with pytest.raises(TypeError, match=r"tensor in its tuples, .* counted; got SimpleNamespace"):
+        trainer.fit([types.SimpleNamespace(pixels=torch.zeros(2, 64))])
+
+
 def test_without_labels():
     student, teacher, data = network(), network(24, 1), digits()
     steps = [(x, None) for x, _ in batches(data)]
@@ -143,6 +177,16 @@ def test_a_step_without_a_row_that_counts_changes_nothing():
     expected = copy.deepcopy(student)
     inputs, labels = digits().tensors
     (step,) = trainer_of(student, network(24, 1)).steps([(inputs, torch.full_like(labels, -100))])
+    assert_same(student, expected)
+    assert float(step.loss) == 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_empty_batch_changes_nothing(labelled):
+    student = network()
+    expected = copy.deepcopy(student)
+    inputs, labels = (tensor[:0] for tensor in digits().tensors)
+    (step,) = trainer_of(student, network(24, 1)).steps([(inputs, labels) if labelled else inputs])
     assert_same(student, expected)
     assert float(step.loss) == 0
 
@@ -190,6 +234,22 @@ def test_clipping_schedule_and_average():
     inputs, labels = data.tensors
     expected = (average.module(inputs).argmax(-1) == labels).double().mean()
     assert trainer.evaluate([(inputs, labels)]).accuracy == pytest.approx(float(expected))
+
+
+def test_clipping_is_of_what_the_optimizer_updates():
+    """And not of the gradients of the rest, which nobody sets to zero."""
+    student, teacher, data = network(), network(24, 1), digits()
+    other = copy.deepcopy(student)
+    optimizer = torch.optim.SGD(other[2].parameters(), 0.5)
+    for inputs, labels in batches(data):
+        optimizer.zero_grad()
+        fastkd.loss(other(inputs), teacher(inputs).detach(), labels, **LOSS).backward()
+        nn.utils.clip_grad_norm_(other[2].parameters(), 0.1)
+        optimizer.step()
+    ours = torch.optim.SGD(student[2].parameters(), 0.5)
+    loss = fastkd.KDLoss(**LOSS)
+    fastkd.Trainer(student, teacher, ours, loss=loss, clip=0.1, progress=False).fit(batches(data))
+    assert_same(student, other)
 
 
 def test_several_teachers_are_mixed_as_probabilities():
@@ -414,6 +474,17 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
+def test_an_evaluation_of_nothing_is_refused():
+    trainer, (inputs, labels) = trainer_of(network(), network(24, 1)), digits().tensors
+    with pytest.raises(ValueError, match="no label counts, or loader gave no batch: it is empty"):
+        trainer.evaluate([])
+    with pytest.raises(ValueError, match="no label counts"):
+        trainer.evaluate([(inputs, torch.full_like(labels, -100))])
+    with pytest.raises(ValueError, match="or an iterator that has been iterated before"):
+        trainer.fit(batches(digits()), 2, validation=iter(batches(digits())))
+    assert trainer.epoch == 2
+
+
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
 def test_accuracy_is_among_the_classes_that_count(dim, soft):
@@ -463,6 +534,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
     assert seen == [1, 2]
     assert_same(student, before)
     assert hooks(student) == before_hooks
+
+
+def test_gradients_that_are_there_before_a_step_are_not_in_it():
+    """One's own, those of a loss that was not finite, those of a step that was interrupted."""
+    student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
+    expected = by_hand(student, teacher, 2 * [data])
+    inputs, labels = data
+    student(inputs).sum().backward()
+
+    def forward(model, batch):
+        if not batch[0].any():
+            raise KeyboardInterrupt
+        return model(batch[0])
+
+    trainer = trainer_of(student, teacher, accumulate=2, forward=forward)
+    with pytest.raises(FloatingPointError):
+        list(trainer.steps([(inputs * math.nan, labels)]))
+    list(trainer.steps([data]))
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.steps([data, (inputs * 0, labels)]))
+    list(trainer.steps([data]))
+    assert_same(student, expected)
 
 
 def test_other_devices_are_read_a_step_late():
@@ -540,9 +633,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 3', '"format": 4'))
+    about.write_text(about.read_text().replace('"format": 4', '"format": 5'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 4, and this run 3"):
+    with pytest.raises(ValueError, match="has format 5, and this run 4"):
         trainer.resume()
     assert trainer.step == 0
 
@@ -643,6 +736,13 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
             "accelerator must be an accelerate.Accelerator or None; got int",
         ),
         ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
+        ({"forward": 3}, TypeError, "forward must be a function of a model and a batch; got int"),
+        ({"labels": 3}, TypeError, "labels must be a function of a batch; got int"),
+        (
+            {"teacher_device": "nope"},
+            ValueError,
+            "teacher_device must be a torch.device, or the name of one .*; got 'nope'",
+        ),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -717,6 +817,11 @@ def test_a_loader_without_batches_is_refused():
     assert trainer.epoch == 1
     with pytest.raises(TypeError, match="got the data set TensorDataset, which gives single"):
         trainer.fit(digits(), 2)
+    with pytest.raises(TypeError, match=r"loader must be a DataLoader or another .*; got NoneT"):
+        trainer.fit(None, 2)
+    with pytest.raises(TypeError, match=r"validation must be a DataLoader or another .*; got int"):
+        trainer.fit(batches(digits()), 2, validation=5)
+    assert trainer.epoch == 1
 
 
 def test_batches_that_nobody_understands():

@@ -15,9 +15,10 @@ A batch is one of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,35 @@ def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], error: TypeErro
             f"and {type(model).__name__} does not take them: {reason}. Only 'labels' and 'ids' are "
             "taken out of it before; rename its keys, or yield tuples"
         ) from error
+
+
+def size(batch: Any, labels: Tensor | None) -> int:
+    """The number of samples: of the first tensor in a batch of any form, or else of its labels.
+
+    Raises:
+        TypeError: if there is no tensor in sight.
+    """
+    for tensor in _tensors((batch, labels)):
+        if tensor.dim():
+            return len(tensor)
+    raise TypeError(
+        "a batch must have labels, or a tensor in its tuples, mappings and dataclasses, by which "
+        f"its samples are counted; got {type(batch).__name__}"
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    items: Iterable[Any] = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, (tuple, list)):
+        items = value
+    elif dataclasses.is_dataclass(value):
+        items = (getattr(value, field.name) for field in dataclasses.fields(value))
+    for item in items:
+        yield from _tensors(item)
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -1,15 +1,18 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronised to the
-disk and renamed, so that whatever kills the process leaves the one before. It holds numbers and no
-code: reading one made by somebody else executes nothing.
+disk and renamed, so that whatever kills the process leaves the one before. One of the same step is
+``step-00000042.replaced`` until the new one has its name. It holds numbers and no code: reading one
+made by somebody else executes nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +20,18 @@ from typing import Any
 import torch
 
 KEPT = 2
-_INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
+_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+_INCOMPLETE, _DISCARDED, _REPLACED = ".incomplete", ".discarded", ".replaced"
 
 
 def all_of(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The whole checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """The whole checkpoints in a folder, oldest first; what has another name is somebody else's."""
+    found = []
+    for path in folder.glob("step-*"):
+        name = _NAME.fullmatch(path.name)
+        if name is not None and path.is_dir():
+            found.append((int(name[1]), name[2] is None, path))
+    return [path for *_, path in sorted(found)]
 
 
 def write(
@@ -43,8 +52,6 @@ def write(
         barrier: waits for all processes.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
-    if target.exists():  # of this very step, as at the end of an epoch
-        return target
     if main:
         for rest in (incomplete, folder / _DISCARDED):
             shutil.rmtree(rest, ignore_errors=True)
@@ -56,13 +63,25 @@ def write(
     barrier()
     if main:
         _synchronise(incomplete)
+        replaced = target.with_name(target.name + _REPLACED)
+        if target.exists():  # of this very step, as at the end of an epoch
+            _discard(replaced)
+            target.replace(replaced)
         incomplete.replace(target)
         _synchronise(folder)
+        _discard(replaced)
         for old in all_of(folder)[:-KEPT]:
-            old.replace(folder / _DISCARDED)
-            shutil.rmtree(folder / _DISCARDED)
+            _discard(old)
     barrier()
     return target
+
+
+def _discard(checkpoint: pathlib.Path) -> None:
+    """Renames before it deletes, so that no half of a checkpoint is taken for one."""
+    if checkpoint.exists():
+        discarded = checkpoint.with_name(_DISCARDED)
+        checkpoint.replace(discarded)
+        shutil.rmtree(discarded)
 
 
 def put(value: Any, file: pathlib.Path) -> None:
@@ -87,6 +106,25 @@ def get(file: pathlib.Path) -> Any:
         pickle.UnpicklingError: if there is some in it.
     """
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
+    """What a checkpoint's ``trainer.json`` says.
+
+    Raises:
+        ValueError: if it cannot be read, or does not agree with what is ``ours``.
+    """
+    file = folder / "trainer.json"
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Delete {folder.name} to resume from the one before"
+        ) from error
+    for name, own in ours.items():
+        if found.get(name) != own:
+            raise ValueError(f"{folder} has {name} {found.get(name)}, and this run {own}")
+    return found
 
 
 def refuse_code(folder: pathlib.Path) -> None:

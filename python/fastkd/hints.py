@@ -35,7 +35,7 @@ class Hint:
       (Sanh et al. 2019);
     - ``"attention"``: (a_student - a_teacher)^2, where a is the sum of squares over channels,
       divided by its norm over positions: Zagoruyko and Komodakis, "Paying More Attention to
-      Attention" (2017). Channels may differ; nothing is projected.
+      Attention" (2017). Channels may differ; nothing is projected. ``(B, C)`` has no positions.
 
     Args:
         student: name of a module of the student, as ``student.named_modules()`` has it.
@@ -83,10 +83,8 @@ class Features:
         for name in names:
             if name not in modules:
                 near = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
-                raise ValueError(
-                    f"hints: the {whose} has no module {name!r}; the nearest names it has are "
-                    f"{', '.join(near)}"
-                )
+                has = f"the nearest names it has are {', '.join(near)}" if near else "it has none"
+                raise ValueError(f"hints: the {whose} has no module {name!r}; {has}")
         self._modules = [modules[name] for name in names]
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -173,6 +171,12 @@ class HintLoss(nn.Module):
                     f"hints: {hint.student!r} of the student and {hint.teacher!r} of the teacher "
                     "may differ in channels alone; got (samples, positions..., channels) "
                     f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+                )
+            if hint.loss == "attention" and ours.dim() < 3:
+                raise ValueError(
+                    "hints: loss='attention' compares positions, and the output of "
+                    f"{hint.student!r} has none: its shape is {tuple(ours.shape)}; "
+                    "(B, L, C) or (B, C, d1, d2, ...) is accepted, or another loss"
                 )
             wide = torch.promote_types(ours.dtype, torch.float32)
             loss = hint.weight * _distance(hint.loss, project(ours.to(wide)), theirs.to(wide))

@@ -17,15 +17,21 @@ class Position:
     Batches before it are drawn again and thrown away rather than skipped, since datasets and
     worker processes have random states of their own. And a loader draws ahead: Accelerate's has
     drawn the next batch when it gives one. So the last batch before this place is drawn with the
-    random states that it was drawn with.
+    random states that it was drawn with. Between two passes there are no batches, but the states
+    count all the same: the next order is drawn from them.
     """
 
     def __init__(self) -> None:
-        """Before the first batch."""
+        """Before the first pass."""
+        self.resumed: dict[str, Any] = {}  # as training goes on, until it does
+        self._generators: list[torch.Generator] = []  # of the loader
+        self.end()
+
+    def end(self) -> None:
+        """Between two passes."""
         self.batches = 0
-        self._order: dict[str, Any] | None = None  # as the pass began
-        self._drawn: dict[str, Any] | None = None  # as the last batch was asked for
-        self.resumed: dict[str, Any] | None = None  # as training goes on, until it does
+        self._order: dict[str, Any] = {}  # as the pass began
+        self._drawn: dict[str, Any] = {}  # as the last batch was asked for
 
     def state(self) -> dict[str, Any]:
         """All of it, and the random states of this moment, for ``torch.save``."""
@@ -33,7 +39,7 @@ class Position:
             "batches": self.batches,
             "order": self._order,
             "drawn": self._drawn,
-            "now": rng_state(),
+            "now": self.resumed or self._states(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -43,22 +49,35 @@ class Position:
 
     def windows(self, loader: Any, size: int) -> Iterator[list[Any]]:
         """The rest of the pass, ``size`` batches at a time; fewer at its end."""
-        if self._order is not None:
-            set_rng_state(self._order["rng"])
-            for generator, own in zip(generators(loader), self._order["own"], strict=True):
-                generator.set_state(own)
-        self._order = {"rng": rng_state(), "own": [g.get_state() for g in generators(loader)]}
+        self._generators = generators(loader)
+        if self.resumed:
+            self._set_states(self._order or self.resumed)
+        self._order = self._states()
         iterator = iter(loader)
-        for _ in itertools.islice(iterator, max(0, self.batches - 1)):
-            pass
-        if self.batches and self._drawn is not None:
+        if self.batches:
+            for _ in itertools.islice(iterator, self.batches - 1):
+                pass
             set_rng_state(self._drawn)
             next(iterator, None)
-        if self.resumed is not None:
-            set_rng_state(self.resumed)
-            self.resumed = None
+            self._set_states(self.resumed)
+        self.resumed = {}
         while window := list(itertools.islice(self._draw(iterator), size)):
             yield window
+
+    def _states(self) -> dict[str, Any]:
+        """Those of this moment, the loader's own included."""
+        return {"rng": rng_state(), "own": [own.get_state() for own in self._generators]}
+
+    def _set_states(self, states: dict[str, Any]) -> None:
+        set_rng_state(states["rng"])
+        had, has = len(states["own"]), len(self._generators)
+        if self.batches and had != has:  # between two passes the loader may be another one
+            raise ValueError(
+                f"loader has {has} random generators of its own, and that of the checkpoint had "
+                f"{had}; make it as it was"
+            )
+        for own, state in zip(self._generators, states["own"], strict=False):
+            own.set_state(state)
 
     def _draw(self, iterator: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -72,13 +91,18 @@ class Position:
 
 
 def generators(loader: Any) -> list[torch.Generator]:
-    """The generators of its own from which a loader draws its order."""
-    found: list[torch.Generator] = []
-    for name in ("generator", "synchronized_generator"):
-        generator = getattr(loader, name, None)
-        if isinstance(generator, torch.Generator) and all(generator is not g for g in found):
-            found.append(generator)
-    return found
+    """The generators that a loader and its samplers have of their own."""
+    parts: list[Any] = [loader]
+    found: list[Any] = []
+    for part in parts:  # which grows on the way
+        for name in ("generator", "synchronized_generator"):
+            found.append(getattr(part, name, None))
+        for name in ("sampler", "batch_sampler"):
+            inner = getattr(part, name, None)
+            if inner is not None and all(inner is not other for other in parts):
+                parts.append(inner)
+    unique = {id(own): own for own in found if isinstance(own, torch.Generator)}
+    return list(unique.values())
 
 
 def rng_state() -> dict[str, Any]:

@@ -236,7 +236,7 @@ class StudentLoss(nn.Module):
         targets = self.labels_of(batch)
         rows, options = counts.rows, {}
         if targets is None:
-            rows = rows * rows_of(logits, self.dim) / len(logits)
+            rows = rows * rows_of(logits, self.dim) / len(logits) if len(logits) else rows
         elif self._class_weight is not None:  # so that the hard term's divisor is their sum
             options["class_weight"] = self._class_weight * (rows / counts.weight)
         terms = self.terms(logits, lesson.logits, targets, normalizer=rows, **options)
@@ -283,8 +283,6 @@ class StudentLoss(nn.Module):
     def means(self, sums: Sums) -> list[float]:
         """Of loss, hard, soft, agreement and hits, from sums over a whole data set."""
         loss, hard, soft, agreement, hits, rows, weight = (float(value) for value in sums)
-        if not rows:
-            return [math.nan] * 5
         if self._class_weight is not None and weight:
             ratio = rows / weight
             alpha, hard_weight, soft_weight = map(self._option, WEIGHTS)

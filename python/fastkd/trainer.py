@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 
-from fastkd import batches, checkpointing, checks, extras, teaching, trainer_arguments
+from fastkd import batches, checkpointing, checks, teaching, trainer_arguments
 from fastkd.hints import Features, Hint, HintLoss, widths
 from fastkd.losses import KDLoss
 from fastkd.position import Position
+from fastkd.progress import Progress
 from fastkd.watching import Watch
 
-FORMAT = 3  # of a checkpoint
+FORMAT = 4  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -73,7 +74,8 @@ class Trainer:
         scheduler: a learning rate schedule, stepped after each optimizer step.
         accumulate: batches of each process that make one optimizer step; fewer at an epoch's end.
             Default 1.
-        clip: the largest norm of the gradient; a greater one is scaled down to it.
+        clip: the largest norm of the gradient of what ``optimizer`` updates; a greater one is
+            scaled down to it.
         ema: decay in (0, 1) of an exponential moving average of the student, kept in
             ``trainer.ema`` (:class:`torch.optim.swa_utils.AveragedModel`) and evaluated instead.
         forward: ``forward(model, batch)`` gives logits, for batches or models of another form.
@@ -83,7 +85,7 @@ class Trainer:
             batches are split. Default: one made without arguments.
         checkpoints: a folder, to write checkpoints in: at the end of each epoch of :meth:`fit`, and
             every ``save_every`` steps. The newest two are kept.
-        save_every: in optimizer steps.
+        save_every: in optimizer steps; before :meth:`steps` gives the step.
         progress: show a bar with both terms on the main process. Default True.
 
     Attributes:
@@ -135,6 +137,7 @@ class Trainer:
         loss = KDLoss() if loss is None else loss
         hints = trainer_arguments.check_hints(hints)
         trainer_arguments.check(loss, accumulate, clip, ema, checkpoints, save_every)
+        trainer_arguments.check_functions(forward, labels)
         trainer_arguments.check_models(student, optimizer, scheduler)
         self.accelerator = trainer_arguments.accelerator() if accelerator is None else accelerator
         trainer_arguments.check_accelerator(self.accelerator, ema)
@@ -145,12 +148,13 @@ class Trainer:
         self._optimizer, self._hints = optimizer, hints
         self._accumulate, self._clip, self._decay = accumulate, clip, ema
         self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
-        self._save_every, self._progress = save_every, progress
+        self._save_every = save_every
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
         self._watch = Watch(teaching.Values._fields)
-        self._bar: Any = None
+        told = [name for name in teaching.Values._fields if hints or name != "hint"]
+        self._progress = Progress(self.accelerator, progress, told)
         self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
         if hints:
@@ -162,7 +166,8 @@ class Trainer:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
             self._teacher = teaching.Cached(teacher, loss, home)
         else:
-            away, names = torch.device(teacher_device or home), [hint.teacher for hint in hints]
+            away = trainer_arguments.device(teacher_device or home)
+            names = [hint.teacher for hint in hints]
             self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
         student.to(self.accelerator.device)
         if not hints:
@@ -188,15 +193,17 @@ class Trainer:
         """
         checks.count("epochs", epochs)
         if validation is not None:
+            trainer_arguments.check_loader("validation", validation)
             self._refuse_sharded()
-        with self._bar_over(self._prepare(loader), 0, epochs):
+        with self._progress_of(self._prepare(loader), 0, epochs):
             while self.epoch < epochs:
                 for _ in self.steps(loader):
                     pass
                 if validation is not None:
                     found = self.evaluate(validation)
                     self._history.append(found)
-                    self._log({f"validation/{k}": v for k, v in found._asdict().items()})
+                    named = {f"validation/{k}": v for k, v in found._asdict().items()}
+                    self._progress.log(named, self.step)
                 if self._folder is not None:
                     self.save()
         return list(self._history)
@@ -210,14 +217,9 @@ class Trainer:
             FloatingPointError: if the loss is not finite; the message names the step and the term.
             FileExistsError: if the folder of checkpoints has some that were not resumed from.
         """
-        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
-            raise FileExistsError(
-                f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
-                "another folder"
-            )
-        self._resumed = True
-        if self._position.resumed is None:
-            self._position = Position()
+        self._refuse_another_run()
+        if not self._position.resumed:
+            self._position.end()
         loader = self._prepare(loader)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
@@ -226,34 +228,35 @@ class Trainer:
             stack.enter_context(self._teacher.features)
             if self._student_loss.features is not None:
                 stack.enter_context(self._student_loss.features)
-            if self._bar is None:
-                stack.enter_context(self._bar_over(loader, self.epoch, 1))
-            self._bar.set_description(f"epoch {self.epoch + 1}")
+            stack.enter_context(self._progress_of(loader, self.epoch, 1))
+            self._progress.begin(self.epoch)
             for window in self._position.windows(loader, self._accumulate):
                 yield self._advance(window)
-            self._show(self._watch.rest())
+            self._progress.show(self._watch.rest())
         if not self._position.batches:
             raise ValueError(batches.NO_BATCH)
         self.epoch += 1
-        self._position = Position()
+        self._position.end()
 
     def _advance(self, window: list[Any]) -> Step:
         """One optimizer step."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         model = self._wrapped or self._measure(window[0])
+        self._optimizer.zero_grad()  # of others, or of a step that was interrupted
         values = self._backward(model, window)
         number = self.step + 1
-        self._show(self._watch.add(number, values))
+        self._progress.show(self._watch.add(number, values))
         if self._clip is not None:
-            self.accelerator.clip_grad_norm_(model.parameters(), self._clip)
+            groups = self._optimizer.param_groups
+            updated = [parameter for group in groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(updated, self._clip)
         self._optimizer.step()
         if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
-        self._optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.student)
         self.step = number
-        self._bar.update()
+        self._progress.advance()
         if self._save_every is not None and number % self._save_every == 0:
             self.save()
         return Step(number, self.epoch, *values.unbind())
@@ -275,10 +278,10 @@ class Trainer:
 
     def _denominators(self, window: list[Any]) -> teaching.Counts:
         """What a step's sums are divided by, for each process: gradients are averaged over them."""
-        size = extras.load("accelerate.utils", "train").find_batch_size
         counts = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
-            targets, samples = self._student_loss.labels_of(batch), size(batch)
+            targets = self._student_loss.labels_of(batch)
+            samples = torch.tensor(batches.size(batch, targets))
             rows = weight = samples
             if targets is not None:
                 rows, weight = self._student_loss.counted(targets)
@@ -297,7 +300,7 @@ class Trainer:
         With several processes each takes its share of a ``DataLoader``, and no row counts twice.
 
         Raises:
-            ValueError: under FSDP, where no process has the whole student.
+            ValueError: if no row counts; and under FSDP, where no process has the whole student.
         """
         self._refuse_sharded()
         module = self.student if self.ema is None else self.ema.module
@@ -310,6 +313,8 @@ class Trainer:
                 found = self._student_loss.sums(module, batch, self._teacher.answer(batch))
                 sums += torch.stack(found)
         everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
+        if not everywhere.rows:
+            raise ValueError(f"nothing to evaluate: no label counts, or {batches.NO_BATCH}")
         loss, hard, soft, agreement, accuracy = self._student_loss.means(everywhere)
         return Evaluation(loss, hard, soft, agreement, accuracy, int(everywhere.rows))
 
@@ -334,12 +339,16 @@ class Trainer:
 
         Returns:
             Its folder.
+
+        Raises:
+            FileExistsError: if the folder has checkpoints that were not resumed from.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
         if self._wrapped is None:
             raise RuntimeError("nothing to save before the first step")
-        self._show(self._watch.rest())
+        self._refuse_another_run()
+        self._progress.show(self._watch.rest())
         return checkpointing.write(
             self._folder,
             self.step,
@@ -347,6 +356,15 @@ class Trainer:
             main=self.accelerator.is_main_process,
             barrier=self.accelerator.wait_for_everyone,
         )
+
+    def _refuse_another_run(self) -> None:
+        """All checkpoints in the folder have to be those resumed from, or this run's own."""
+        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
+            raise FileExistsError(
+                f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
+                "another folder"
+            )
+        self._resumed = True
 
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -356,13 +374,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name, stateful in self._stateful.items():
                 checkpointing.put(stateful.state_dict(), folder / f"{name}.pt")
-            projections = self._student_loss.hints.widths if self._student_loss.hints else []
+            projected = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
                 "step": self.step,
                 "epoch": self.epoch,
                 "processes": self.accelerator.num_processes,
-                "hints": projections,
+                "hints": len(self._hints),
+                "widths": projected,
                 "history": self._history,
             }
             (folder / "trainer.json").write_text(json.dumps(about, indent=1))
@@ -374,30 +393,32 @@ class Trainer:
         numbers and losses. The loader has to be made as it was.
 
         Raises:
-            ValueError: if the checkpoint is of another number of processes, of another version, or
-                has files that could execute code.
+            ValueError: if the checkpoint is of another number of processes, of another version, of
+                a trainer of other parts, damaged, or has files that could execute code.
             pickle.UnpicklingError: if a file holds code; none is executed.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
-        self._resumed = True
         found = checkpointing.all_of(self._folder)
         if not found:
             return False
-        checkpointing.refuse_code(found[-1])
-        about = json.loads((found[-1] / "trainer.json").read_text())
-        for name, ours in (("format", FORMAT), ("processes", self.accelerator.num_processes)):
-            if about[name] != ours:
-                raise ValueError(f"{found[-1]} has {name} {about[name]}, and this run {ours}")
+        newest = found[-1]
+        checkpointing.refuse_code(newest)
+        processes, hints = self.accelerator.num_processes, len(self._hints)
+        about = checkpointing.about(newest, format=FORMAT, processes=processes, hints=hints)
         if self._wrapped is None:
-            self._wrap(*about["hints"])
-        self.accelerator.load_state(str(found[-1]))
+            self._wrap(*about["widths"])
+        for name in self._stateful:
+            if not (newest / f"{name}.pt").exists():
+                raise ValueError(f"{newest} was saved without {name}; make the trainer as it was")
+        self.accelerator.load_state(str(newest))
         for name, stateful in self._stateful.items():
-            stateful.load_state_dict(checkpointing.get(found[-1] / f"{name}.pt"))
+            stateful.load_state_dict(checkpointing.get(newest / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
         self._history = [Evaluation(*found) for found in about["history"]]
         rank = self.accelerator.process_index
-        self._position.load(checkpointing.get(found[-1] / f"position-{rank}.pt"))
+        self._position.load(checkpointing.get(newest / f"position-{rank}.pt"))
+        self._resumed = True
         return True
 
     @property
@@ -435,11 +456,7 @@ class Trainer:
 
     def _prepare(self, loader: Iterable[Any], *, even: bool = True) -> Any:
         """The loader with each process's share; ``even``: samples fill up the last batches."""
-        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-            raise TypeError(
-                f"loader must give batches; got the data set {type(loader).__name__}, which gives "
-                "single samples: put it into a torch.utils.data.DataLoader"
-            )
+        trainer_arguments.check_loader("loader", loader)
         if not isinstance(loader, DataLoader):
             return loader
         prepared = self._loaders.setdefault(loader, {})
@@ -452,38 +469,14 @@ class Trainer:
                 config.even_batches = before
         return prepared[even]
 
-    @contextlib.contextmanager
-    def _bar_over(self, loader: Any, first: int, passes: int) -> Iterator[None]:
-        """A progress bar of the steps of some passes, the ``first`` of which may lie behind."""
+    def _progress_of(
+        self, loader: Any, first: int, passes: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """A bar of the steps of some passes, the ``first`` of which may lie behind."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # how long an iterable dataset or a generator is, nobody knows
             steps = 0
-        resumed = 0 if self._position.resumed is None else self._position.batches
+        resumed = self._position.batches if self._position.resumed else 0
         done = steps * (self.epoch - first) + resumed // self._accumulate
-        with extras.load("tqdm", "train").tqdm(
-            total=steps * passes or None,
-            initial=done,
-            disable=not (self._progress and self.accelerator.is_main_process),
-        ) as self._bar:
-            try:
-                yield
-            finally:
-                self._bar = None
-
-    def _show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """Logs and displays values that have reached the host."""
-        for step, values in known:
-            if not self._hints:
-                del values["hint"]
-            self._log(values, step)
-            if self._bar is not None:
-                shown = {name: f"{value:.3g}" for name, value in values.items()}
-                self._bar.set_postfix(shown, refresh=False)
-
-    def _log(self, values: dict[str, float], step: int | None = None) -> None:
-        """Passes values to Accelerate's trackers, if there are any."""
-        if self.accelerator.log_with:
-            if not self.accelerator.trackers:
-                self.accelerator.init_trackers("fastkd")
-            self.accelerator.log(values, step=self.step if step is None else step)
+        return self._progress.over(steps * passes or None, done)

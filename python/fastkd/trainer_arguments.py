@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from fastkd import checks, extras
 from fastkd.hints import Hint
@@ -90,6 +91,41 @@ def check_hints(given: object) -> tuple[Hint, ...]:
         if not isinstance(hint, Hint):
             raise TypeError(f"hints must be fastkd.Hint objects; got {type(hint).__name__}")
     return hints
+
+
+def check_functions(forward: object, labels: object) -> None:
+    """What takes a batch apart."""
+    for name, given, of in (
+        ("forward", forward, "a model and a batch"),
+        ("labels", labels, "a batch"),
+    ):
+        if not callable(given):
+            raise TypeError(f"{name} must be a function of {of}; got {type(given).__name__}")
+
+
+def check_loader(name: str, given: object) -> None:
+    """It has to give batches."""
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise TypeError(
+            f"{name} must give batches; got the data set {type(given).__name__}, which gives "
+            "single samples: put it into a torch.utils.data.DataLoader"
+        )
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"{name} must be a DataLoader or another iterable of batches; got "
+            f"{type(given).__name__}"
+        )
+
+
+def device(given: Any) -> torch.device:
+    """Where the teacher runs."""
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "teacher_device must be a torch.device, or the name of one such as 'cpu' or 'cuda:0'; "
+            f"got {given!r}"
+        ) from error
 
 
 def _check_folder(given: object) -> None:

@@ -1,0 +1,238 @@
+"""What a checkpoint brings back, and which folders are checkpoints."""
+
+import pathlib
+import random
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import fastkd
+from fastkd import checkpointing
+
+pytest.importorskip("accelerate")
+
+
+def data() -> TensorDataset:
+    seeded = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(40, 8, generator=seeded), torch.randint(3, (40,), generator=seeded)
+    )
+
+
+def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
+    """With a student that draws random numbers, as each process would make it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)
+    teacher = nn.Sequential(nn.Linear(8, 3))
+    return fastkd.Trainer(
+        student, teacher, optimizer, checkpoints=folder, progress=False, **options
+    )
+
+
+def plain() -> DataLoader:
+    return DataLoader(data(), 8, shuffle=True)
+
+
+def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
+    """Of the steps up to that number, with a checkpoint after each pass and at the end."""
+    found = []
+    while trainer.step < until:
+        for step in trainer.steps(loader):
+            found.append(float(step.loss))
+            if step.number == until and until % 5:
+                break
+        trainer.save()
+    return found
+
+
+# ---- random states
+
+OWN = {
+    "loader": lambda own: DataLoader(data(), 8, shuffle=True, generator=own),
+    "sampler": lambda own: DataLoader(data(), 8, sampler=RandomSampler(data(), generator=own)),
+    "replacing": lambda own: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=own)
+    ),
+    "weighted": lambda own: DataLoader(
+        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=own)
+    ),
+    "batch sampler": lambda own: DataLoader(
+        data(),
+        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own), 8, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", [5, 7, 10])
+@pytest.mark.parametrize("which", OWN)
+def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
+    """In the middle of a pass and between two of them."""
+
+    def loader():
+        return OWN[which](torch.Generator().manual_seed(3))
+
+    straight = losses(trainer_in(tmp_path / "a"), loader())
+    before = losses(trainer_in(tmp_path / "b"), loader(), stop)
+    trainer = trainer_in(tmp_path / "b")
+    assert trainer.resume() and trainer.step == stop
+    torch.manual_seed(99)
+    assert before + losses(trainer, loader()) == straight
+
+
+def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
+    losses(trainer_in(tmp_path), OWN["loader"](torch.Generator()), 7)
+    trainer = trainer_in(tmp_path)
+    trainer.resume()
+    with pytest.raises(ValueError, match="loader has 0 random generators of its own, and that of"):
+        losses(trainer, plain())
+    losses(trainer, OWN["loader"](torch.Generator()), 10)
+    trainer = trainer_in(tmp_path)  # the next pass may have another one
+    trainer.resume()
+    losses(trainer, plain())
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
+    """Not even where the run is interrupted once more."""
+    straight = losses(trainer_in(tmp_path / "a"), plain())
+    found = losses(trainer_in(tmp_path / "b"), plain(), stop)
+    for until in (8, 15):
+        trainer = trainer_in(tmp_path / "b")
+        trainer.resume()
+        torch.randn(3)
+        found += losses(trainer, plain(), until)
+    assert found == straight
+
+
+def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
+    def drawing(trainer, until=15):
+        found, loader = [], plain()
+        while trainer.step < until:
+            for step in trainer.steps(loader):
+                found.append(float(step.loss))
+                if step.number % 4 == 0:
+                    trainer.evaluate(loader)
+                    trainer.save()
+                if step.number == until:
+                    break
+        return found
+
+    straight = drawing(trainer_in(tmp_path / "a", save_every=4))
+    found = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
+    trainer = trainer_in(tmp_path / "b", save_every=4)
+    assert trainer.resume()
+    assert found + drawing(trainer) == straight
+
+
+# ---- folders
+
+
+def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
+    trainer = trainer_in(tmp_path, save_every=2)
+    for step in trainer.steps(plain()):
+        if step.number == 2:
+            break
+    with torch.no_grad():
+        trainer.student[0].bias.fill_(5.0)
+    assert trainer.save() == tmp_path / "step-00000002"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume()
+    assert (trainer.student[0].bias == 5.0).all()
+
+
+@pytest.mark.parametrize("renamings", [1, 2])
+def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
+    """Before and after the new one takes the name of the old."""
+    trainer = trainer_in(tmp_path)
+    next(trainer.steps(plain()))
+    trainer.save()
+    replace, done = pathlib.Path.replace, []
+
+    def interrupted(path, target):
+        if len(done) == renamings:
+            raise KeyboardInterrupt
+        done.append(replace(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pathlib.Path, "replace", interrupted)
+        trainer.save()
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 1
+    trainer.save()
+    trainer.save()
+    losses(trainer, plain(), 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000006"]
+
+
+def test_saving_into_the_folder_of_another_run_is_refused(tmp_path):
+    losses(trainer_in(tmp_path), plain(), 5)
+    with pytest.raises(FileExistsError, match=r"resume\(\)"):
+        trainer_in(tmp_path).save()
+
+
+def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
+    losses(trainer_in(tmp_path), plain(), 5)
+    for name in ("step-00000005-best", "step-best", "step-5"):
+        shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
+    (tmp_path / "step-notes.txt").write_text("5 was best")
+    (tmp_path / "step-99999999").write_text("a file")
+    others = set(tmp_path.iterdir()) - {tmp_path / "step-00000005"}
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 5
+    losses(trainer, plain())
+    assert set(tmp_path.iterdir()) - others == set(checkpointing.all_of(tmp_path))
+    assert others < set(tmp_path.iterdir())
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
+    for name in (*names, f"{names[1]}.replaced"):
+        (tmp_path / name).mkdir()
+    found = [path.name for path in checkpointing.all_of(tmp_path)]
+    assert found == [names[0], f"{names[1]}.replaced", *names[1:]]
+
+
+@pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
+def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
+    losses(trainer_in(tmp_path), plain(), 5)
+    if part == "hints":
+        trainer = trainer_in(tmp_path, hints=[fastkd.Hint("0", "0")])
+    elif part == "ema":
+        trainer = trainer_in(tmp_path, ema=0.9)
+    else:
+        trainer = trainer_in(tmp_path)
+        trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer._optimizer, 0.9)
+    with pytest.raises(
+        ValueError, match=f"without {part}; make the trainer|has {part} 0, and this"
+    ):
+        trainer.resume()
+    assert trainer.step == 0
+    with pytest.raises(FileExistsError):
+        trainer.fit(plain())
+
+
+@pytest.mark.parametrize("text", ["", "{", None])
+def test_a_damaged_checkpoint_is_named(tmp_path, text):
+    losses(trainer_in(tmp_path), plain(), 10)
+    file = tmp_path / "step-00000010" / "trainer.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"trainer.json cannot be read: .* Delete step-00000010 to"
+    ):
+        trainer_in(tmp_path).resume()
+    shutil.rmtree(file.parent)
+    trainer = trainer_in(tmp_path)
+    assert trainer.resume() and trainer.step == 5
