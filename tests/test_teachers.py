@@ -117,6 +117,18 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
     assert cache.tail == pytest.approx(float(tail.mean()), rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
+    """Of a row whose tail is a denormal number, and of one whose loss is but rounding."""
+    torch.manual_seed(0)
+    sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
+    sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
+    for name, logits in (("sure", sure), ("level", level)):
+        loader = DataLoader(WithIds(TensorDataset(logits)))
+        options = {"loader": loader, "top_k": top_k, "temperature": 1.0}
+        assert 0 <= write(nn.Identity(), tmp_path / name, **options).kl < 1e-6
+
+
 def test_masked_classes(tmp_path):
     class Masked(Counting):
         def forward(self, images):

@@ -224,14 +224,16 @@ def _lost(log_p: Tensor, stored: Tensor, indices: Tensor | None) -> tuple[Tensor
     else:
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
-        each = tail / max(1, p.shape[-1] - indices.shape[-1])
-        lost_in_tail = -torch.special.xlogy(tail, each) - torch.special.entr(others).sum(-1)
+        spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
+        # Not xlogy(tail, tail / n): a tail of 1e-44 over a thousand classes is 0 each.
+        even = tail * spread - torch.special.xlogy(tail, tail)
+        lost_in_tail = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
     d = torch.where(p > 0, log_p - stored.float(), 0.0)
     excess = torch.expm1(-d)
     z = (p * excess).sum(-1)
     kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + lost_in_tail.clamp(min=0)
-    return kl, tail
+    return kl.clamp(min=0), tail  # rounding may leave -1e-11
 
 
 def _join(parts: list[_Kept]) -> _Kept:
