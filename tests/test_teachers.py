@@ -278,6 +278,23 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
     assert teacher.samples == 200 - 96
 
 
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
+    """Be it the first file of two, or the last one, after all samples."""
+    shards, whole = [], shard.write
+
+    def interrupt(folder, part):
+        shards.append(part)
+        if len(shards) == interrupted:
+            raise KeyboardInterrupt
+        return whole(folder, part)
+
+    monkeypatch.setattr(shard, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(Counting(), tmp_path, shard_bytes=20 * 160)
+    assert TeacherCache(tmp_path).ids.tolist() == list(range(160 if interrupted == 1 else 200))
+
+
 def test_batches_that_are_partly_there(tmp_path, cache):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(2)).tolist()
     write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, order[:70]), 32), top_k=4)

@@ -107,6 +107,7 @@ def precompute(
                 _kept(_valid_rows(logits, lengths), header),
                 new,
             )
+        writer.flush()
     if batch is None:
         raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
@@ -258,7 +259,7 @@ class _Batch(NamedTuple):
 
 
 class _Writer(contextlib.AbstractContextManager["_Writer"]):
-    """Gathers samples and writes them as shards; on leaving, whatever the reason, the rest."""
+    """Gathers samples and writes them as shards; on leaving for an error, the rest."""
 
     def __init__(self, folder: pathlib.Path, shard_bytes: int, done: TeacherCache | None) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
@@ -315,7 +316,7 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
         """Writes what has gathered as one shard."""
         if not self.parts or self.header is None:
             return
-        parts, self.parts, self.bytes = self.parts, [], 0
+        parts = self.parts
         kept = _join([part.kept for part in parts])
         rows = max(1, len(kept.kl))
         lost = shard.Loss(
@@ -333,6 +334,7 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
                 kept.indices,
             ),
         )
+        self.parts, self.bytes = [], 0  # now, since an interrupted write is begun anew on leaving
 
     def __exit__(self, *_: object) -> None:
         """Nothing that was computed is lost, not by an error or an interrupt from the keyboard."""
