@@ -371,6 +371,22 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
     same(TeacherCache(tmp_path), cache)
 
 
+def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
+    """As in two containers; the second writes its file while the first writes."""
+    halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
+    module = pytest.importorskip("safetensors.torch")
+    save_file = module.save_file
+
+    def save(*arguments):
+        save_file(*arguments)
+        if len(halves) > 1:
+            write(Counting(), tmp_path, loader=halves.pop(), top_k=4)
+
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    monkeypatch.setattr(module, "save_file", save)
+    assert len(write(Counting(), tmp_path, loader=halves[0], top_k=4)) == 200
+
+
 # ---- many readers
 
 
