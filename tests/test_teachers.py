@@ -243,6 +243,17 @@ def test_a_mapping_s_attention_mask_is_heeded(tmp_path):
     cache.check(batch=batch)
 
 
+def test_a_mapping_s_values_that_are_no_sample_s(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, images, scale, names, mask=None):
+            return images * scale
+
+    batch = {"images": IMAGES, "scale": torch.tensor(2.0), "names": ["a"] * 200, "mask": None}
+    cache = write(Scaled(), tmp_path, loader=[{**batch, "ids": torch.arange(200)}])
+    cache.check(batch={**batch, "ids": torch.arange(200)})
+    assert len(cache) == 200
+
+
 def test_images_of_classes(tmp_path):
     data = WithIds(TensorDataset(torch.arange(5 * 12).view(5, 3, 4) % 30))
     cache = write(Characters(), tmp_path, loader=DataLoader(data, 2), top_k=2)
