@@ -461,8 +461,18 @@ def test_missing_samples_are_named(cache):
         cache.lookup(torch.tensor([0, 200, -1]))
     with pytest.raises(ValueError, match="lacks 1 of the 1"):
         cache.check(ids=torch.tensor([2**62]))
-    with pytest.raises(TypeError, match=r"ids must be an integer tensor of shape \(B,\)"):
-        cache.lookup([0])
+
+
+@pytest.mark.parametrize("ids", [[0], torch.tensor([1.5]), torch.tensor([True]), torch.tensor(1)])
+def test_what_is_no_id(cache, ids):
+    for ask in (cache.lookup, cache.contains, lambda ids: cache.check(ids=ids)):
+        with pytest.raises(TypeError, match=r"^ids must be an integer tensor of shape \(B,\); got"):
+            ask(ids)
+
+
+def test_what_is_no_shape(cache):
+    with pytest.raises(TypeError, match=r"^shape must be a tuple of sizes, .* or None; got 3"):
+        cache.lookup(torch.tensor([0]), 3)
 
 
 def test_other_data_are_refused(cache):
