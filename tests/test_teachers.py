@@ -543,8 +543,9 @@ def test_no_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no teacher's cache"):
         TeacherCache(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        write(Counting(), tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"^path must be a folder; got .*file is a file"):
+            write(Counting(), path)
 
 
 def test_the_teacher_is_left_as_it_was(tmp_path):

@@ -134,8 +134,9 @@ def existing(
     Raises:
         ValueError: if it is another; the message names what differs.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path must be a folder; {folder} is a file")
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise ValueError(f"path must be a folder; got {folder}, and {each} is a file")
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)
