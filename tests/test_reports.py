@@ -19,7 +19,6 @@ from fastkd.reports import measure, plots, tables
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
-pytest.importorskip("safetensors")
 digits = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
 
 IMAGES = torch.tensor(digits[0] / 16, dtype=torch.float32)
@@ -138,13 +137,45 @@ def test_without_labels_only_agreement_is_left(models, tmp_path):
     }
 
 
-def test_size_counts_shared_weights_once(tmp_path):
+def test_size_counts_shared_weights_once():
     made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
     made[2].weight = made[0].weight
     found = measure.size(made)
     assert found.parameters == 64 + 8 + 16 + 8
-    assert found.bytes > 4 * (found.parameters + 16) + 8
-    assert found.bytes < 4 * (found.parameters + 16) + 8 + 1000  # the header
+    assert found.bytes == 4 * (found.parameters + 16) + 8
+    made[2].weight = nn.Parameter(made[0].weight.detach().t())  # the same memory
+    assert measure.size(made).bytes == found.bytes
+
+
+def test_size_of_parameters_that_are_views_of_one_buffer():
+    made, flat = nn.Bilinear(4, 4, 2, bias=False), torch.zeros(100)
+    made.weight = nn.Parameter(flat[:32].view(2, 4, 4))
+    made.other = nn.Parameter(flat[32:40])
+    assert measure.size(made) == (40, 160)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_size_of_a_quantised_model():
+    plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    quantised = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
+    weights = 64 * 32 + 32 * 10
+    assert weights < measure.size(quantised).bytes < measure.size(plain).bytes
+    found = fastkd.report(plain, quantised, LOADER[:1], seconds=0, show=False)
+    assert found.models[1].answers.agreement > 0.5
+
+
+class Summing(nn.Module):
+    """Without parameters."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :60].view(-1, 10, 6).sum(-1)
+
+
+def test_models_without_parameters():
+    found = fastkd.report(Summing(), nn.Linear(64, 10), LOADER[:1], seconds=0, show=False)
+    assert "student: " in str(found) and ", 650 parameters, " in found.html()
+    found = fastkd.report(nn.Linear(64, 10), Summing(), LOADER[:1], seconds=0, show=False)
+    assert ", 0 parameters, " in found.markdown()
 
 
 class Slow(nn.Module):

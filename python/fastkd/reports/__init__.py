@@ -102,7 +102,7 @@ def report(
 ) -> Report:
     """Measures a teacher and its students on the same data: is the student worth deploying?
 
-    - **Size**: parameters, and bytes of the weights in a safetensors file.
+    - **Size**: parameters, and bytes of weights and buffers; shared ones once.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,

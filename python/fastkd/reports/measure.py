@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pathlib
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import batches, extras
+from fastkd import batches
 
 BINS = 15
 # Calls in a turn; the first, after another model's turn, is not counted.
@@ -28,7 +26,7 @@ class Size(NamedTuple):
 
     parameters: int
     bytes: int
-    """Of its weights and buffers in a safetensors file."""
+    """Of its weights and buffers, as a file of them has."""
 
 
 class Bin(NamedTuple):
@@ -63,13 +61,19 @@ class Latency(NamedTuple):
 
 
 def size(model: nn.Module) -> Size:
-    """Parameters, shared ones once, and bytes on disk."""
-    save_model = extras.load("safetensors.torch", "report").save_model
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "model.safetensors"
-        save_model(model, str(path))
-        written = path.stat().st_size
-    return Size(sum(parameter.numel() for parameter in model.parameters()), written)
+    """Parameters and bytes, shared ones once."""
+    tensors = list(_tensors(model.state_dict()))
+    held = {(each.device, each.data_ptr() or id(each), each.nbytes): each.nbytes for each in tensors}
+    return Size(sum(parameter.numel() for parameter in model.parameters()), sum(held.values()))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """Those of a state dict; quantised layers keep theirs in tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (Mapping, tuple)):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors(value)
 
 
 class _Tally:
