@@ -1,5 +1,6 @@
 """The report: its figures against plain computation, and its page as a browser shows it."""
 
+import copy
 import html.parser
 import io
 import json
@@ -93,6 +94,30 @@ def test_calibration_of_what_is_known():
         )
         assert found.models[1].answers.calibration_error == pytest.approx(error)
         assert [one.rows for one in found.models[0].answers.bins] == [0] * 14 + [2]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
+def test_a_copy_agrees_where_logits_hardly_differ(dtype, scale):
+    torch.manual_seed(0)
+    teacher = nn.Linear(64, 10).to(dtype)
+    for parameter in teacher.parameters():
+        parameter.data *= scale
+    loader = [(IMAGES, LABELS)]
+    found = fastkd.report(teacher, copy.deepcopy(teacher), loader, seconds=0, show=False)
+    with torch.no_grad():
+        right = (teacher(IMAGES.to(dtype)).argmax(-1) == LABELS).double().mean()
+    for one in found.models:
+        assert one.answers.agreement == 1 and one.answers.accuracy == pytest.approx(float(right))
+
+
+def test_float64_is_kept():
+    """float32 cannot tell these logits apart."""
+    logits = 1e9 + torch.eye(4, dtype=torch.float64)
+    found = fastkd.report(
+        nn.Identity(), nn.Identity(), [(logits, torch.arange(4))], seconds=0, show=False
+    )
+    exact = float(F.cross_entropy(logits, torch.arange(4)))
+    assert found.models[1].answers.cross_entropy == pytest.approx(exact)
 
 
 def test_wilson_interval_against_its_definition():
