@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -253,6 +254,24 @@ def test_mappings_of_inputs():
     batch = {"a": torch.randn(3, 4), "b": torch.randn(3, 2), "labels": torch.tensor([0, 1, 2])}
     found = fastkd.report(Named(), Named(), [batch, batch], seconds=0, show=False)
     assert found.models[0].answers.rows == 6
+
+
+def test_inputs_that_are_no_sample_s_and_named_tuples():
+    class Pair(NamedTuple):
+        a: torch.Tensor
+        b: torch.Tensor
+
+    class Optional(nn.Module):
+        def forward(self, pair, scale, mask=None, flag=False):
+            assert mask is None and flag and len(pair.a) == len(pair.b)
+            return (pair.a + pair.b) * scale
+
+    pair, labels = Pair(torch.randn(3, 4), torch.randn(3, 4)), torch.tensor([0, 1, 2])
+    named = {"pair": pair, "scale": torch.tensor(2.0), "mask": None, "flag": True}
+    tuples = [((pair, torch.tensor(2.0), None, True), labels)] * 2
+    for loader in ([{**named, "labels": labels}] * 2, tuples):
+        found = fastkd.report(Optional(), Optional(), loader, seconds=0, show=False)
+        assert found.models[0].answers.rows == 6
 
 
 # ---- what does not fit

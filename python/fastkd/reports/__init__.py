@@ -108,7 +108,7 @@ def report(
       probable class is the teacher's) and the expected calibration error,
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
       "On Calibration of Modern Neural Networks", 2017). Models answer where they are.
-    - **Latency** of a forward pass on each device, on inputs of the loader: median and 95th
+    - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, in bursts, so that what changes meanwhile meets all of them.
       Throughput is the largest batch over its median.
 
@@ -162,7 +162,7 @@ def report(
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    found, sample = answers(models, loader, ignore_index, dim, max(batch_sizes))
+    found, sample = answers(models, loader, ignore_index, dim)
     times = {
         str(place): latencies(models, sample, place, tuple(batch_sizes), seconds)
         for place in places

@@ -148,23 +148,20 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
 
 
 def answers(
-    models: Mapping[str, nn.Module], loader: Iterable[Any], ignore_index: int, dim: int, keep: int
+    models: Mapping[str, nn.Module], loader: Iterable[Any], ignore_index: int, dim: int
 ) -> tuple[dict[str, Answers], Any]:
-    """What each model answers to every batch, and the inputs of the first ``keep`` samples.
+    """What each model answers to every batch, and the inputs of the first one.
 
     The first model is the teacher. All see the same batch, so the loader may shuffle.
     """
     tallies = {name: _Tally() for name in models}
-    kept: list[Any] = []
-    samples = 0
+    first = None
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(batches.evaluating(model))
         for batch in loader:
             inputs, labels, _ = batches.split(batch)
-            if samples < keep:
-                kept.append(inputs)
-                samples += _count(inputs)
+            first = inputs if first is None else first
             teacher = None
             for name, model in models.items():
                 logits = _ask(model, inputs).movedim(dim, -1)
@@ -182,7 +179,7 @@ def answers(
                     raise ValueError(f"{name}: its logits, or their cross entropy, are not finite")
     if any(tally.rows == 0 for tally in tallies.values()):
         raise ValueError("loader: it has no rows to measure on (none at all, or all are ignored)")
-    return {name: tally.result() for name, tally in tallies.items()}, _join(kept)
+    return {name: tally.result() for name, tally in tallies.items()}, first
 
 
 def _ask(model: nn.Module, inputs: Any) -> Tensor:
@@ -213,42 +210,17 @@ def _rows(
     return where, found
 
 
-def _leaves(inputs: Any) -> Iterator[Tensor]:
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from _leaves(value)
-    elif isinstance(inputs, (tuple, list)):
-        for value in inputs:
-            yield from _leaves(value)
-
-
-def _count(inputs: Any) -> int:
-    return len(next(_leaves(inputs)))
-
-
-def _join(kept: list[Any]) -> Any:
-    """Batches' inputs as one; where sequences differ in length, the largest batch alone."""
-    first = kept[0]
-    shapes = [[leaf.shape[1:] for leaf in _leaves(inputs)] for inputs in kept]
-    if len(kept) == 1 or any(shape != shapes[0] for shape in shapes):
-        return max(kept, key=_count)
-    if isinstance(first, Tensor):
-        return torch.cat(kept)
-    if isinstance(first, Mapping):
-        return {key: _join([inputs[key] for inputs in kept]) for key in first}
-    return type(first)(_join(list(parts)) for parts in zip(*kept, strict=True))
-
-
 def _take(inputs: Any, count: int) -> Any:
     """Its first ``count`` samples, beginning anew where there are fewer."""
     if isinstance(inputs, Tensor):
+        if not inputs.dim():  # no sample's
+            return inputs
         return inputs[torch.arange(count, device=inputs.device) % len(inputs)]
     if isinstance(inputs, Mapping):
         return {key: _take(value, count) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_take(value, count) for value in inputs)
+        taken = [_take(value, count) for value in inputs]
+        return type(inputs)(*taken) if hasattr(inputs, "_fields") else type(inputs)(taken)
     return inputs
 
 
