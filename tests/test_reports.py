@@ -290,6 +290,7 @@ def test_inputs_that_are_no_sample_s_and_named_tuples():
         ({"loader": [(IMAGES[:2], torch.rand(2))]}, r"^labels must be class ids .* torch.float32"),
         ({"loader": [(IMAGES[:2] * torch.nan, LABELS[:2])]}, "^teacher: its logits.* not finite"),
         ({"students": {"teacher": nn.Linear(64, 10)}}, "^students: no student may be named"),
+        ({"students": {}}, "^students must be a module, or at least one by its name; got none"),
         ({"batch_sizes": (0,)}, "^batch_sizes must be positive"),
         ({"batch_sizes": ()}, "^batch_sizes must be positive"),
         ({"seconds": -1}, "^seconds must be finite and at least 0; got -1"),
@@ -307,6 +308,16 @@ def test_a_student_is_a_module():
         fastkd.report(nn.Linear(64, 10), {"small": 3}, LOADER)
     with pytest.raises(TypeError, match=r"students must be a module, or a mapping .*; got list"):
         fastkd.report(nn.Linear(64, 10), [nn.Linear(64, 10)], LOADER)
+    with pytest.raises(TypeError, match=r"^students must have names that are text; got 1"):
+        fastkd.report(nn.Linear(64, 10), {1: nn.Linear(64, 10)}, LOADER)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("batch_sizes", 8), ("devices", "cpu"), ("devices", torch.device("cpu"))]
+)
+def test_what_is_no_list(name, given):
+    with pytest.raises(TypeError, match=f"^{name} must be a list or tuple; got "):
+        fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, **{name: given})
 
 
 # ---- what is shown
