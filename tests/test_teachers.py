@@ -471,7 +471,7 @@ def test_what_is_no_id(cache, ids):
 
 
 def test_what_is_no_shape(cache):
-    with pytest.raises(TypeError, match=r"^shape must be a tuple of sizes, .* or None; got 3"):
+    with pytest.raises(TypeError, match=r"^shape must be a tuple, .* or None; got 3"):
         cache.lookup(torch.tensor([0]), 3)
 
 

@@ -63,7 +63,7 @@ class Latency(NamedTuple):
 def size(model: nn.Module) -> Size:
     """Parameters and bytes, shared ones once."""
     tensors = list(_tensors(model.state_dict()))
-    held = {(each.device, each.data_ptr() or id(each), each.nbytes): each.nbytes for each in tensors}
+    held = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
     return Size(sum(parameter.numel() for parameter in model.parameters()), sum(held.values()))
 
 

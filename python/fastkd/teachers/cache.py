@@ -256,7 +256,7 @@ class TeacherCache:
             return (longest,) if self.positions == (-1,) else self.positions
         if not isinstance(shape, (tuple, list)):
             raise TypeError(
-                f"shape must be a tuple of sizes, student_logits.shape[1:-1], or None; got {shape!r}"
+                f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
             )
         shape = tuple(shape)
         if self.positions != (-1,):
