@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import checkpointing, extras, losses, teachers, trainer_arguments
 from fastkd.commands import config
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     config.importable(arguments.config.parent)
     output = pathlib.Path(chosen["output"])
     checkpoints = _checkpoints(output, chosen, arguments.resume)
-    accelerator = trainer_arguments.accelerator(mixed_precision=chosen["mixed_precision"])
+    accelerator = _accelerator(chosen["mixed_precision"])
     torch.manual_seed(chosen["seed"])
     student = config.make_model("student", chosen["student"])
     loss = config.make_loss(chosen["loss"])
@@ -110,6 +110,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"wrote {output / 'student.safetensors'}; python -m fastkd report shows it")
 
 
+def _accelerator(precision: str) -> Any:
+    try:
+        return trainer_arguments.accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise config.ConfigError(f"mixed_precision: {error}") from None
+
+
 def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> pathlib.Path | None:
     """The folder of checkpoints, if it is as it has to be."""
     if not chosen["checkpoints"]:
@@ -130,16 +137,16 @@ def _teacher_and_data(
 ) -> tuple[Any, Any, Any]:
     """The teacher, live or cached, and the data; with a cache, samples that carry their ids."""
     part: config.Part = chosen["teacher"]
-    train = config.make("train", chosen["train"])
-    validation = chosen["validation"] and config.make("validation", chosen["validation"])
+    train = config.make_data("train", chosen["train"])
+    validation = chosen["validation"] and config.make_data("validation", chosen["validation"])
     live = None if part.factory is None else config.make_model("teacher", part)
     if part.cache is None:
         return live, train, validation
     for name, data in (("train", train), ("validation", validation)):
-        if isinstance(data, DataLoader):
+        if isinstance(data, (DataLoader, IterableDataset)):
             raise config.ConfigError(
-                f"{name}: with teacher.cache it must be a data set, not a DataLoader, so that "
-                "samples can be given ids"
+                f"{name}: with teacher.cache it must be a data set with __getitem__, whose samples "
+                f"can be given ids; got {type(data).__name__}"
             )
     defaults = {**losses.DEFAULTS, **loss}
     temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
@@ -174,7 +181,7 @@ def _blaming_the_cache() -> Iterator[None]:
     """A cache that does not fit is the configuration's fault."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise config.ConfigError(f"teacher.cache: {error}") from None
 
 
@@ -182,6 +189,7 @@ def _loader(data: Any, chosen: dict[str, Any], *, shuffle: bool) -> Any:
     """Batches; a factory may also return a DataLoader of its own."""
     if isinstance(data, DataLoader):
         return data
+    shuffle = shuffle and not isinstance(data, IterableDataset)
     return DataLoader(data, chosen["batch_size"], shuffle=shuffle, num_workers=chosen["workers"])
 
 
