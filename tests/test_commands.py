@@ -38,6 +38,9 @@ def data(first=0, last=200):
 def held_out():
     return data(200, 300)
 
+def unlabelled():
+    return TensorDataset(data().tensors[0])
+
 def batches():
     return DataLoader(data(), 50)
 
@@ -284,6 +287,15 @@ def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
     run(*arguments, "--set", f"teacher.cache={cache}", "--set", "teacher.top_k=10")
     for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+
+
+def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    unlabelled = ("--set", f"train={name}:unlabelled", "--set", f"validation={name}:unlabelled")
+    run(monkeypatch, "distill", "--config", given, *unlabelled)
+    text = (given.parent / "out" / "history.json").read_text()
+    assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
+    assert "accuracy" not in capsys.readouterr().out
 
 
 def test_a_factory_may_return_a_loader(given, monkeypatch):

@@ -211,9 +211,11 @@ def _scheduler(
 
 def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any]]) -> None:
     """The student and what its evaluations gave, each file whole or not at all."""
+    # JSON has no NaN, which is the accuracy without labels.
+    found = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
     extras.load("safetensors.torch", "train").save_model(student, str(part))
     os.replace(part, output / "student.safetensors")
-    part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(part, output / "history.json")
