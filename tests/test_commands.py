@@ -25,7 +25,7 @@ import fastkd
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 asked = 0
 number = 3
@@ -35,8 +35,8 @@ def data(first=0, last=200):
     images = torch.tensor(images / 16, dtype=torch.float32)
     return TensorDataset(images[first:last], torch.tensor(labels)[first:last])
 
-def held_out():
-    return data(200, 300)
+def held_out(first=200):
+    return data(first, first + 100)
 
 def unlabelled():
     return TensorDataset(data().tensors[0])
@@ -47,6 +47,14 @@ def batches():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(zip(*data().tensors))
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        image, label = data()[index]
+        return image + torch.rand(64), label
 
 class Asked(nn.Linear):
     def forward(self, images):
@@ -222,6 +230,35 @@ def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
     without = (*changed, "--set", "teacher.factory=null", "--set", f"teacher.cache={given.parent}")
     error = refused(monkeypatch, capsys, *cached, *without)
     assert re.search(r"fastkd distill: teacher.cache: .* holds no teacher's cache", error)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["train.options={first: 7, last: 400}"],  # more of it
+        ["train.options={first: 7, last: 214}", "teacher.factory=null"],
+        ["validation.options.first=250"],
+        ["validation.options.first=250", "teacher.factory=null"],
+    ],
+)
+def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
+    """Is refused, and nothing is added to it."""
+    cache = given.parent / "cache"
+    cached = ("distill", "--config", given, "--set", f"teacher.cache={cache}")
+    run(monkeypatch, *cached, "--set", "checkpoints=false", "--set", "train.options.last=207")
+    files = list(cache.iterdir())
+    changes = [part for change in other for part in ("--set", change)]
+    error = refused(monkeypatch, capsys, *cached, "--set", "train.options.last=207", *changes)
+    assert "fastkd distill: teacher.cache: batch: the inputs of 50 of 50 samples" in error
+    assert "Choose another folder" in error and list(cache.iterdir()) == files
+
+
+def test_a_cache_of_augmented_data(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    augmented = ("--set", f"train={name}:Augmented", "--set", f"teacher.cache={given.parent / 'c'}")
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *augmented)
+    assert "leave out teacher.cache for random augmentation" in error
+    assert not (given.parent / "out").exists()
 
 
 def test_a_cosine_needs_an_end(given, monkeypatch, capsys):

@@ -155,9 +155,11 @@ def _teacher_and_data(
         options: dict[str, Any] = {"top_k": part.top_k, "temperature": temperature}
         options["dtype"] = torch.float16
         with _blaming_the_cache():
-            writing.existing(
+            there = writing.existing(
                 pathlib.Path(part.cache), **options, teacher=teachers.fingerprint(live)
             )
+        if there is not None:  # before it is added to
+            _check_inputs(there, whole, len(train), chosen["batch_size"])
         # Each process asks it about its share.
         first, step = accelerator.process_index, accelerator.num_processes
         share = Subset(whole, range(first, len(whole), step))
@@ -172,8 +174,27 @@ def _teacher_and_data(
     with _blaming_the_cache():
         cache = teachers.TeacherCache(part.cache)
         cache.check(ids=torch.arange(len(whole)), temperature=temperature)
+    _check_inputs(cache, whole, len(train), chosen["batch_size"])
     held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
     return cache, Subset(whole, range(len(train))), held_out
+
+
+def _check_inputs(
+    cache: teachers.TeacherCache, whole: teachers.WithIds, trained_on: int, count: int
+) -> None:
+    """Whether the first samples of training and validation are those that the teacher was shown."""
+    for first in (0, trained_on):
+        ids = torch.arange(first, min(first + count, len(whole)))
+        there = ids[cache.contains(ids)].tolist()
+        for batch in DataLoader(Subset(whole, there), count):
+            try:
+                cache.check(batch=batch)
+            except ValueError as error:
+                raise config.ConfigError(
+                    f"teacher.cache: {error}. Choose another folder for other data; leave out "
+                    "teacher.cache for random augmentation: a live teacher sees what the student "
+                    "sees"
+                ) from None
 
 
 @contextlib.contextmanager
