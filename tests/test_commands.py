@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastkd import __main__ as command_line
+from fastkd import trainer_arguments
 from fastkd.commands import config
 
 pytest.importorskip("accelerate")
@@ -20,10 +21,11 @@ pytest.importorskip("sklearn")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = """
+import fastkd
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 asked = 0
 number = 3
@@ -33,8 +35,11 @@ def data(first=0, last=200):
     images = torch.tensor(images / 16, dtype=torch.float32)
     return TensorDataset(images[first:last], torch.tensor(labels)[first:last])
 
-def held_out():
-    return data(200, 300)
+def held_out(first=200):
+    return data(first, first + 100)
+
+def unlabelled():
+    return TensorDataset(data().tensors[0])
 
 def batches():
     return DataLoader(data(), 50)
@@ -43,8 +48,13 @@ class Stream(IterableDataset):
     def __iter__(self):
         return iter(zip(*data().tensors))
 
-def stream():
-    return DataLoader(Stream(), 50)
+class Augmented(Dataset):
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        image, label = data()[index]
+        return image + torch.rand(64), label
 
 class Asked(nn.Linear):
     def forward(self, images):
@@ -68,6 +78,9 @@ def student(width=8):
 
 def broken():
     raise ZeroDivisionError
+
+def misled():
+    fastkd.KDLoss(temperature=0.0)
 
 def nothing():
     return None
@@ -219,9 +232,38 @@ def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
     assert re.search(r"fastkd distill: teacher.cache: .* holds no teacher's cache", error)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["train.options={first: 7, last: 400}"],  # more of it
+        ["train.options={first: 7, last: 214}", "teacher.factory=null"],
+        ["validation.options.first=250"],
+        ["validation.options.first=250", "teacher.factory=null"],
+    ],
+)
+def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
+    """Is refused, and nothing is added to it."""
+    cache = given.parent / "cache"
+    cached = ("distill", "--config", given, "--set", f"teacher.cache={cache}")
+    run(monkeypatch, *cached, "--set", "checkpoints=false", "--set", "train.options.last=207")
+    files = list(cache.iterdir())
+    changes = [part for change in other for part in ("--set", change)]
+    error = refused(monkeypatch, capsys, *cached, "--set", "train.options.last=207", *changes)
+    assert "fastkd distill: teacher.cache: batch: the inputs of 50 of 50 samples" in error
+    assert "Choose another folder" in error and list(cache.iterdir()) == files
+
+
+def test_a_cache_of_augmented_data(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    augmented = ("--set", f"train={name}:Augmented", "--set", f"teacher.cache={given.parent / 'c'}")
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *augmented)
+    assert "leave out teacher.cache for random augmentation" in error
+    assert not (given.parent / "out").exists()
+
+
 def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
-    streamed = ("distill", "--config", given, "--set", f"train={name}:stream")
+    streamed = ("distill", "--config", given, "--set", f"train={name}:Stream")
     run(monkeypatch, *streamed)
     error = refused(
         *(monkeypatch, capsys, *streamed, "--output", given.parent / "b"),
@@ -284,6 +326,15 @@ def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
 
 
+def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
+    name = next(given.parent.glob("parts_*.py")).stem
+    unlabelled = ("--set", f"train={name}:unlabelled", "--set", f"validation={name}:unlabelled")
+    run(monkeypatch, "distill", "--config", given, *unlabelled)
+    text = (given.parent / "out" / "history.json").read_text()
+    assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
+    assert "accuracy" not in capsys.readouterr().out
+
+
 def test_a_factory_may_return_a_loader(given, monkeypatch):
     name = next(given.parent.glob("parts_*.py")).stem
     run(monkeypatch, "distill", "--config", given, "--set", f"train={name}:batches")
@@ -323,7 +374,7 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("epoch=3", "epoch is no key of the configuration; did you mean epochs?"),
         ("epochs=1.5", "epochs must be an integer of at least 1; got 1.5"),
         ("epochs=true", "epochs must be an integer of at least 1; got True"),
-        ("seed=-1", "seed must be an integer of at least 0; got -1"),
+        ("seed=-1", "seed must be an integer from 0 to 9223372036854775807; got -1"),
         ("ema=2", "ema must be a number between 0 and 1; got 2"),
         ("clip=.nan", "clip must be a number between 0 and inf; got nan"),
         ("schedule=linear", "schedule must be one of constant, cosine; got 'linear'"),
@@ -333,7 +384,10 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("loss=3", "loss must be a mapping of names to values; got 3"),
         ("loss.alhpa=1", "loss.alhpa is no key of the configuration; did you mean alpha?"),
         ("loss.temperature=0", "loss: temperature must be positive"),
-        ("optimizer.name=open", "optimizer.name must be an optimizer of torch.optim; got 'open'"),
+        (
+            "optimizer.name=open",
+            "optimizer.name must be an optimizer of torch.optim, .* got 'open'",
+        ),
         ("optimizer.name=__builtins__", "optimizer.name must be an optimizer of torch.optim"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
         ("optimizer.lrr=1", "optimizer: .*lrr"),
@@ -355,12 +409,26 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("teacher.weights=x.safetensors", "teacher.weights: there is no file x.safetensors"),
         ("train.weights=x", "train.weights is no key of the configuration; there are factory"),
         ("batch_size=[", "batch_size: '\\[' is no YAML"),
+        ("output=2024-13-45", "output: '2024-13-45' is no YAML: month must be"),
+        (f"seed={2**70}", "seed must be an integer from 0 to 9223372036854775807; got"),
+        ("loss.reduction=sum", "loss must have reduction='mean'"),
+        ("loss.normalizer=5", "loss must have normalizer=None"),
+        ("loss.teacher_weights=[1, 2]", "teacher_weights must have one number for each teacher"),
+        ("loss.classes=50", "classes must be at most 10"),
+        ("optimizer.name=LBFGS", "optimizer.name must be .* aside; got 'LBFGS'"),
+        ("optimizer.name=SparseAdam", "optimizer.name must be .* aside; got 'SparseAdam'"),
+        ("student=.{module}:student", "student must be 'module:factory'; got"),
+        ("student.options={{widht: 3}}", "student.options: .*:student does not take them: .*widht"),
+        ("train={module}:nothing", "train: .* must return a data set or a DataLoader; got None"),
+        ("output={module}.py", "output must be a folder; got .*, and .* is a file"),
+        ("teacher.cache={module}.py/c", "teacher.cache must be a folder; got .*, and .* is a file"),
         ("x", "--set takes KEY=VALUE; got 'x'"),
         ("epochs.x=1", "epochs.x: epochs is no mapping, but 3"),
     ],
 )
 def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
     name = next(given.parent.glob("parts_*.py")).stem
+    monkeypatch.chdir(given.parent)
     change = change.format(module=name) if "{" in change else change
     error = refused(monkeypatch, capsys, "distill", "--config", given, "--set", change)
     assert re.search(f"fastkd distill: .*{message}", error), error
@@ -376,6 +444,9 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
         ("student: !!python/object/apply:os.system ['false']", "is no YAML.*python/object"),
         ("[" * 100_000, "is no YAML"),
         ("\x00", "is no YAML"),
+        ("output: 2024-13-45", "is no YAML: month must be"),
+        ("epochs: " + "9" * 5000, "is no YAML: Exceeds the limit"),
+        ("loss: &a {x: *a}", "is no YAML: maximum recursion depth"),
         ("teacher: m:f", "student is missing: module:factory of the student"),
     ],
 )
@@ -398,10 +469,53 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
         (["--teacher", "json:loads", "--data", "json:loads"], "--model is missing"),
         (["--model", "json:loads"], "--model must be NAME=MODULE:FACTORY"),
         (["--teacher", "json"], "--teacher must be 'module:factory'; got 'json'"),
+        (["--batch-size", "0"], "--batch-size must be an integer of at least 1; got 0"),
+        (["--output", __file__], "--output must be a folder; got"),
+        (["--set", "epochs=3"], "--set changes what a --config says, and there is none"),
     ],
 )
 def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
     assert message in refused(monkeypatch, capsys, "report", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seconds", "-1", "seconds must be finite and at least 0; got -1"),
+        ("--model", "teacher={module}:student", "students: no student may be named 'teacher'"),
+    ],
+)
+def test_what_a_report_refuses(given, monkeypatch, capsys, flag, value, message):
+    name = next(given.parent.glob("parts_*.py")).stem
+    monkeypatch.chdir(given.parent)
+    parts = ("--teacher", f"{name}:teacher", "--data", f"{name}:data")
+    model = ("--model", f"a={name}:student", flag, value.format(module=name))
+    assert f"fastkd report: {message}" in refused(monkeypatch, capsys, "report", *parts, *model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher.top_k=50", "top_k must be at most the number of classes, 10; got 50"),
+        ("loss.divergence=jsd", "loss: divergence must be 'forward_kl' with a cache of the top 5"),
+        ("train={module}:Stream", "train: with teacher.cache it must be a data set with .*Stream"),
+    ],
+)
+def test_what_a_cache_cannot_do(given, monkeypatch, capsys, change, message):
+    name = next(given.parent.glob("parts_*.py")).stem
+    cached = ("--set", f"teacher.cache={given.parent / 'cache'}", "--set", "teacher.top_k=5")
+    change = ("--set", change.format(module=name))
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *cached, *change)
+    assert re.search(f"fastkd distill: {message}", error), error
+
+
+def test_a_precision_that_the_machine_lacks(given, monkeypatch, capsys):
+    def lacking(**_):
+        raise ValueError("fp16 needs a GPU")
+
+    monkeypatch.setattr(trainer_arguments, "accelerator", lacking)
+    error = refused(monkeypatch, capsys, "distill", "--config", given)
+    assert "fastkd distill: mixed_precision: fp16 needs a GPU" in error
 
 
 def test_weights_of_another_model(given, monkeypatch, capsys):
@@ -420,10 +534,14 @@ def test_weights_of_another_model(given, monkeypatch, capsys):
     assert "student.weights:" in error and "does not fit" in error
 
 
-def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch):
+@pytest.mark.parametrize(
+    ("factory", "error"), [("broken", ZeroDivisionError), ("misled", ValueError)]
+)
+def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory, error):
+    """Also where they call fastkd with what it refuses."""
     name = next(given.parent.glob("parts_*.py")).stem
-    with pytest.raises(ZeroDivisionError):
-        run(monkeypatch, "distill", "--config", given, "--set", f"student={name}:broken")
+    with pytest.raises(error):
+        run(monkeypatch, "distill", "--config", given, "--set", f"student={name}:{factory}")
 
 
 def test_a_missing_package_is_named(given, monkeypatch, capsys):

@@ -13,10 +13,12 @@ import fastkd
 
 PACKAGE = pathlib.Path(fastkd.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Modules that run what they load, open connections or start processes; and calls that do.
+# Modules that run what they load, open connections, start processes or write where nobody told them
+# to; and calls that do.
 REFUSED_MODULES = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "codeop", "ctypes"),
     *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "aiohttp", "subprocess"),
+    "tempfile",
 }
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__"}
 REFUSED_ATTRIBUTES = {

@@ -117,6 +117,18 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
     assert cache.tail == pytest.approx(float(tail.mean()), rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
+    """Of a row whose tail is a denormal number, and of one whose loss is but rounding."""
+    torch.manual_seed(0)
+    sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
+    sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
+    for name, logits in (("sure", sure), ("level", level)):
+        loader = DataLoader(WithIds(TensorDataset(logits)))
+        options = {"loader": loader, "top_k": top_k, "temperature": 1.0}
+        assert 0 <= write(nn.Identity(), tmp_path / name, **options).kl < 1e-6
+
+
 def test_masked_classes(tmp_path):
     class Masked(Counting):
         def forward(self, images):
@@ -231,6 +243,17 @@ def test_a_mapping_s_attention_mask_is_heeded(tmp_path):
     cache.check(batch=batch)
 
 
+def test_a_mapping_s_values_that_are_no_sample_s(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, images, scale, names, mask=None):
+            return images * scale
+
+    batch = {"images": IMAGES, "scale": torch.tensor(2.0), "names": ["a"] * 200, "mask": None}
+    cache = write(Scaled(), tmp_path, loader=[{**batch, "ids": torch.arange(200)}])
+    cache.check(batch={**batch, "ids": torch.arange(200)})
+    assert len(cache) == 200
+
+
 def test_images_of_classes(tmp_path):
     data = WithIds(TensorDataset(torch.arange(5 * 12).view(5, 3, 4) % 30))
     cache = write(Characters(), tmp_path, loader=DataLoader(data, 2), top_k=2)
@@ -264,6 +287,23 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
     same(resumed, cache)
     write(teacher, tmp_path, top_k=4)
     assert teacher.samples == 200 - 96
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
+    """Be it the first file of two, or the last one, after all samples."""
+    shards, whole = [], shard.write
+
+    def interrupt(folder, part):
+        shards.append(part)
+        if len(shards) == interrupted:
+            raise KeyboardInterrupt
+        return whole(folder, part)
+
+    monkeypatch.setattr(shard, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(Counting(), tmp_path, shard_bytes=20 * 160)
+    assert TeacherCache(tmp_path).ids.tolist() == list(range(160 if interrupted == 1 else 200))
 
 
 def test_batches_that_are_partly_there(tmp_path, cache):
@@ -342,6 +382,22 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
     same(TeacherCache(tmp_path), cache)
 
 
+def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
+    """As in two containers; the second writes its file while the first writes."""
+    halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
+    module = pytest.importorskip("safetensors.torch")
+    save_file = module.save_file
+
+    def save(*arguments):
+        save_file(*arguments)
+        if len(halves) > 1:
+            write(Counting(), tmp_path, loader=halves.pop(), top_k=4)
+
+    monkeypatch.setattr(os, "getpid", lambda: 17)
+    monkeypatch.setattr(module, "save_file", save)
+    assert len(write(Counting(), tmp_path, loader=halves[0], top_k=4)) == 200
+
+
 # ---- many readers
 
 
@@ -405,8 +461,18 @@ def test_missing_samples_are_named(cache):
         cache.lookup(torch.tensor([0, 200, -1]))
     with pytest.raises(ValueError, match="lacks 1 of the 1"):
         cache.check(ids=torch.tensor([2**62]))
-    with pytest.raises(TypeError, match=r"ids must be an integer tensor of shape \(B,\)"):
-        cache.lookup([0])
+
+
+@pytest.mark.parametrize("ids", [[0], torch.tensor([1.5]), torch.tensor([True]), torch.tensor(1)])
+def test_what_is_no_id(cache, ids):
+    for ask in (cache.lookup, cache.contains, lambda ids: cache.check(ids=ids)):
+        with pytest.raises(TypeError, match=r"^ids must be an integer tensor of shape \(B,\); got"):
+            ask(ids)
+
+
+def test_what_is_no_shape(cache):
+    with pytest.raises(TypeError, match=r"^shape must be a tuple, .* or None; got 3"):
+        cache.lookup(torch.tensor([0]), 3)
 
 
 def test_other_data_are_refused(cache):
@@ -477,8 +543,9 @@ def test_no_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no teacher's cache"):
         TeacherCache(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        write(Counting(), tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"^path must be a folder; got .*file is a file"):
+            write(Counting(), path)
 
 
 def test_the_teacher_is_left_as_it_was(tmp_path):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import platform
+import traceback
 
 import torch
 
 import fastkd
 from fastkd import _C
-from fastkd.commands import config, distill, report
+from fastkd.commands import distill, report
+
+# Who calls what in a training; all else is the user's code.
+CALLERS = {"fastkd", "torch", "accelerate", "contextlib"}
 
 
 def info() -> dict[str, str]:
@@ -54,10 +58,17 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
-    except (config.ConfigError, ImportError) as error:
-        if isinstance(error, ImportError) and "fastkd[" not in str(error):
+    except (ValueError, ImportError) as error:
+        if not _says_what_does_not_fit(error):
             raise
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
+
+
+def _says_what_does_not_fit(error: Exception) -> bool:
+    """Whether fastkd raised it, and no code of the user's led there: that keeps its traceback."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    packages = [frame.f_globals["__name__"].partition(".")[0] for frame in frames]
+    return packages[-1] == "fastkd" and set(packages) <= CALLERS
 
 
 if __name__ == "__main__":

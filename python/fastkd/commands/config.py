@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fastkd import extras, losses
 
@@ -62,13 +63,13 @@ def _part(allowed: Sequence[str]) -> Callable[[str, Any], Part]:
             raise ConfigError(f"{name} must be 'module:factory' or a mapping; got {value!r}")
         _known(f"{name}.", given, allowed)
         given = {key: item for key, item in given.items() if item is not None}
-        for key in ("factory", "weights", "cache"):
-            if not isinstance(given.get(key, ""), str):
-                raise ConfigError(f"{name}.{key} must be text; got {given[key]!r}")
+        for key, check in (("factory", _text), ("weights", _text), ("cache", _folder)):
+            if key in given:
+                check(f"{name}.{key}", given[key])
         factory = given.get("factory")
         if factory is None and given.get("cache") is None:
             raise ConfigError(f"{name}.factory is missing: 'module:factory'")
-        if factory is not None and not re.fullmatch(r"[\w.]+:[\w.]+", factory):
+        if factory is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", factory):
             raise ConfigError(f"{name} must be 'module:factory'; got {factory!r}")
         options = _mapping(f"{name}.options", given.get("options", {}))
         top_k = given.get("top_k")
@@ -79,10 +80,12 @@ def _part(allowed: Sequence[str]) -> Callable[[str, Any], Part]:
     return read
 
 
-def _integer(low: int) -> Callable[[str, Any], int]:
+def _integer(low: int, high: float = math.inf) -> Callable[[str, Any], int]:
+    accepted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+
     def read(name: str, value: Any) -> int:
-        if type(value) is not int or value < low:
-            raise ConfigError(f"{name} must be an integer of at least {low}; got {value!r}")
+        if type(value) is not int or not low <= value <= high:
+            raise ConfigError(f"{name} must be an integer {accepted}; got {value!r}")
         return value
 
     return read
@@ -120,6 +123,14 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+def _folder(name: str, value: Any) -> str:
+    path = pathlib.Path(_text(name, value))
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise ConfigError(f"{name} must be a folder; got {path}, and {each} is a file")
+    return str(path)
+
+
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{name} must be a mapping of names to values; got {value!r}")
@@ -143,10 +154,10 @@ KEYS: dict[str, Key] = {
         _part(("factory", "options")), REQUIRED, "module:factory of the training data set"
     ),
     "validation": Key(_part(("factory", "options")), None, "module:factory of held-out data"),
-    "output": Key(_text, REQUIRED, "folder for checkpoints, the student and its history"),
+    "output": Key(_folder, REQUIRED, "folder for checkpoints, the student and its history"),
     "epochs": Key(_integer(1), 10, "passes over the training data"),
     "batch_size": Key(_integer(1), 64, "samples in a batch, for each process"),
-    "seed": Key(_integer(0), 0, "of weights, order and dropout"),
+    "seed": Key(_integer(0, 2**63 - 1), 0, "of weights, order and dropout"),
     "workers": Key(_integer(0), 0, "processes that load data"),
     "loss": Key(_mapping, {}, "options of fastkd.KDLoss, such as {temperature: 4, alpha: 0.1}"),
     "optimizer": Key(
@@ -186,18 +197,15 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for anything that is not as :data:`KEYS` has it.
     """
-    yaml = extras.load("yaml", "train")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"config: {path} is no YAML: {_line(error)}") from None
+    given = _parsed(f"config: {path}", text)
     if not isinstance(given, dict):
         raise ConfigError(f"config: {path} must hold keys and values; it holds {_line(given)}")
     for override in overrides:
         _override(given, override)
-    given = _numbers(given)
     _known("", given, list(KEYS))
     found = {}
     for name, key in KEYS.items():
@@ -210,8 +218,16 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _override(given: dict[str, Any], text: str) -> None:
+def _parsed(name: str, text: str | bytes) -> Any:
+    """What YAML says."""
     yaml = extras.load("yaml", "train")
+    try:
+        return _numbers(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a ValueError
+        raise ConfigError(f"{name} is no YAML: {_line(error)}") from None
+
+
+def _override(given: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set takes KEY=VALUE; got {text!r}")
@@ -223,10 +239,7 @@ def _override(given: dict[str, Any], text: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{name}: {key} is no mapping, but {inner!r}")
         given = inner
-    try:
-        given[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: {value!r} is no YAML: {_line(error)}") from None
+    given[last] = _parsed(f"{name}: {value!r}", value)
 
 
 def _numbers(value: Any) -> Any:
@@ -278,7 +291,24 @@ def make(name: str, part: Part) -> Any:
         found = getattr(found, step)
     if not callable(found):
         raise ConfigError(f"{name}: {part.factory} is no function, but {type(found).__name__}")
+    try:
+        inspect.signature(found).bind(**part.options)
+    except TypeError as error:
+        raise ConfigError(f"{name}.options: {part.factory} does not take them: {error}") from None
+    except ValueError:  # compiled code may not say what it takes
+        pass
     return found(**part.options)
+
+
+def make_data(name: str, part: Part) -> Any:
+    """A data set, or a loader that the user's code makes of it."""
+    data = make(name, part)
+    if not isinstance(data, DataLoader) and not hasattr(data, "__getitem__"):
+        raise ConfigError(
+            f"{name}: {part.factory} must return a data set or a DataLoader; got "
+            f"{type(data).__name__}"
+        )
+    return data
 
 
 def make_model(name: str, part: Part) -> nn.Module:
@@ -316,13 +346,20 @@ def make_loss(options: dict[str, Any]) -> losses.KDLoss:
         raise ConfigError(f"loss: {_line(error)}") from None
 
 
+# One wants a closure, the other sparse gradients.
+OTHERS = ("LBFGS", "SparseAdam")
+
+
 def make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
     """One of ``torch.optim``."""
     options = dict(options)
     name = options.pop("name", "AdamW")
     kind = getattr(torch.optim, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer.name must be an optimizer of torch.optim; got {name!r}")
+    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or name in OTHERS:
+        raise ConfigError(
+            f"optimizer.name must be an optimizer of torch.optim, {' and '.join(OTHERS)} aside; "
+            f"got {name!r}"
+        )
     try:
         return kind(student.parameters(), **options)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import checkpointing, extras, losses, teachers, trainer_arguments
 from fastkd.commands import config
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     config.importable(arguments.config.parent)
     output = pathlib.Path(chosen["output"])
     checkpoints = _checkpoints(output, chosen, arguments.resume)
-    accelerator = trainer_arguments.accelerator(mixed_precision=chosen["mixed_precision"])
+    accelerator = _accelerator(chosen["mixed_precision"])
     torch.manual_seed(chosen["seed"])
     student = config.make_model("student", chosen["student"])
     loss = config.make_loss(chosen["loss"])
@@ -110,6 +110,13 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"wrote {output / 'student.safetensors'}; python -m fastkd report shows it")
 
 
+def _accelerator(precision: str) -> Any:
+    try:
+        return trainer_arguments.accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise config.ConfigError(f"mixed_precision: {error}") from None
+
+
 def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> pathlib.Path | None:
     """The folder of checkpoints, if it is as it has to be."""
     if not chosen["checkpoints"]:
@@ -130,16 +137,16 @@ def _teacher_and_data(
 ) -> tuple[Any, Any, Any]:
     """The teacher, live or cached, and the data; with a cache, samples that carry their ids."""
     part: config.Part = chosen["teacher"]
-    train = config.make("train", chosen["train"])
-    validation = chosen["validation"] and config.make("validation", chosen["validation"])
+    train = config.make_data("train", chosen["train"])
+    validation = chosen["validation"] and config.make_data("validation", chosen["validation"])
     live = None if part.factory is None else config.make_model("teacher", part)
     if part.cache is None:
         return live, train, validation
     for name, data in (("train", train), ("validation", validation)):
-        if isinstance(data, DataLoader):
+        if isinstance(data, (DataLoader, IterableDataset)):
             raise config.ConfigError(
-                f"{name}: with teacher.cache it must be a data set, not a DataLoader, so that "
-                "samples can be given ids"
+                f"{name}: with teacher.cache it must be a data set with __getitem__, whose samples "
+                f"can be given ids; got {type(data).__name__}"
             )
     defaults = {**losses.DEFAULTS, **loss}
     temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
@@ -148,9 +155,11 @@ def _teacher_and_data(
         options: dict[str, Any] = {"top_k": part.top_k, "temperature": temperature}
         options["dtype"] = torch.float16
         with _blaming_the_cache():
-            writing.existing(
+            there = writing.existing(
                 pathlib.Path(part.cache), **options, teacher=teachers.fingerprint(live)
             )
+        if there is not None:  # before it is added to
+            _check_inputs(there, whole, len(train), chosen["batch_size"])
         # Each process asks it about its share.
         first, step = accelerator.process_index, accelerator.num_processes
         share = Subset(whole, range(first, len(whole), step))
@@ -165,8 +174,27 @@ def _teacher_and_data(
     with _blaming_the_cache():
         cache = teachers.TeacherCache(part.cache)
         cache.check(ids=torch.arange(len(whole)), temperature=temperature)
+    _check_inputs(cache, whole, len(train), chosen["batch_size"])
     held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
     return cache, Subset(whole, range(len(train))), held_out
+
+
+def _check_inputs(
+    cache: teachers.TeacherCache, whole: teachers.WithIds, trained_on: int, count: int
+) -> None:
+    """Whether the first samples of training and validation are those that the teacher was shown."""
+    for first in (0, trained_on):
+        ids = torch.arange(first, min(first + count, len(whole)))
+        there = ids[cache.contains(ids)].tolist()
+        for batch in DataLoader(Subset(whole, there), count):
+            try:
+                cache.check(batch=batch)
+            except ValueError as error:
+                raise config.ConfigError(
+                    f"teacher.cache: {error}. Choose another folder for other data; leave out "
+                    "teacher.cache for random augmentation: a live teacher sees what the student "
+                    "sees"
+                ) from None
 
 
 @contextlib.contextmanager
@@ -174,7 +202,7 @@ def _blaming_the_cache() -> Iterator[None]:
     """A cache that does not fit is the configuration's fault."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise config.ConfigError(f"teacher.cache: {error}") from None
 
 
@@ -182,6 +210,7 @@ def _loader(data: Any, chosen: dict[str, Any], *, shuffle: bool) -> Any:
     """Batches; a factory may also return a DataLoader of its own."""
     if isinstance(data, DataLoader):
         return data
+    shuffle = shuffle and not isinstance(data, IterableDataset)
     return DataLoader(data, chosen["batch_size"], shuffle=shuffle, num_workers=chosen["workers"])
 
 
@@ -203,9 +232,11 @@ def _scheduler(
 
 def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any]]) -> None:
     """The student and what its evaluations gave, each file whole or not at all."""
+    # JSON has no NaN, which is the accuracy without labels.
+    found = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
     extras.load("safetensors.torch", "train").save_model(student, str(part))
     os.replace(part, output / "student.safetensors")
-    part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(part, output / "history.json")

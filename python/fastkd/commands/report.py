@@ -48,9 +48,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of the answers; default 64")
     parser.add_argument("--title", default="Distillation report")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing each; default 1")
-    parser.add_argument(
-        "--output", type=pathlib.Path, help="folder for report.html, .md, .json and pictures"
-    )
+    parser.add_argument("--output", help="folder for report.html, .md, .json and pictures")
     parser.set_defaults(run=run)
 
 
@@ -58,6 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures, shows and writes."""
     teacher, data, students = None, None, {}
     folder = pathlib.Path.cwd()
+    batch_size = config.KEYS["batch_size"].read("--batch-size", arguments.batch_size)
+    output = arguments.output and config.KEYS["output"].read("--output", arguments.output)
+    if arguments.overrides and arguments.config is None:
+        raise config.ConfigError("--set changes what a --config says, and there is none")
     if arguments.config is not None:
         chosen = config.read(arguments.config, arguments.overrides)
         folder = arguments.config.parent
@@ -80,10 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not students:
         raise config.ConfigError("--model is missing: at least one student")
     config.importable(folder)
-    samples = config.make("data", data)
-    loader = (
-        samples if isinstance(samples, DataLoader) else DataLoader(samples, arguments.batch_size)
-    )
+    samples = config.make_data("data", data)
+    loader = samples if isinstance(samples, DataLoader) else DataLoader(samples, batch_size)
     found = reports.report(
         config.make_model("teacher", teacher),
         {name: config.make_model(name, part) for name, part in students.items()},
@@ -91,8 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         title=arguments.title,
         seconds=arguments.seconds,
     )
-    if arguments.output is not None:
-        print(f"wrote {found.save(arguments.output) / 'report.html'}")
+    if output is not None:
+        print(f"wrote {found.save(output) / 'report.html'}")
 
 
 def _model(name: str, text: str) -> config.Part:

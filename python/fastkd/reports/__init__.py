@@ -102,13 +102,13 @@ def report(
 ) -> Report:
     """Measures a teacher and its students on the same data: is the student worth deploying?
 
-    - **Size**: parameters, and bytes of the weights in a safetensors file.
+    - **Size**: parameters, and bytes of weights and buffers; shared ones once.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
       "On Calibration of Modern Neural Networks", 2017). Models answer where they are.
-    - **Latency** of a forward pass on each device, on inputs of the loader: median and 95th
+    - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
       percentile. Models take turns, in bursts, so that what changes meanwhile meets all of them.
       Throughput is the largest batch over its median.
 
@@ -129,10 +129,11 @@ def report(
         show: print the table.
 
     Raises:
-        TypeError: for models that are no modules.
-        ValueError: for a loader without rows, models whose logits differ in rows, labels that do
-            not fit them, a student named ``teacher``, or logits or a cross entropy that are not
-            finite.
+        TypeError: for models that are no modules, names that are no text, or ``devices`` or
+            ``batch_sizes`` that are no list or tuple.
+        ValueError: for no student, a loader without rows, models whose logits differ in rows,
+            labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
+            that are not finite.
 
     Example:
         >>> import torch, fastkd
@@ -143,26 +144,17 @@ def report(
         >>> [model.name for model in found.models]
         ['teacher', 'student']
     """
-    named = {"student": students} if isinstance(students, nn.Module) else students
-    if not isinstance(named, Mapping):
-        raise TypeError(
-            "students must be a module, or a mapping of names to modules such as "
-            f"{{'distilled': module}}; got {type(students).__name__}"
-        )
-    if "teacher" in named:
-        raise ValueError("students: no student may be named 'teacher'")
+    models = _named(teacher, students)
+    _check_sequence("devices", devices or ())
+    _check_sequence("batch_sizes", batch_sizes)
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     checks.number("seconds", seconds, 0.0, math.inf)
     checks.ignored_label(ignore_index)
-    models = {"teacher": teacher, **named}
-    for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{name} must be a module; got {type(model).__name__}")
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    found, sample = answers(models, loader, ignore_index, dim, max(batch_sizes))
+    found, sample = answers(models, loader, ignore_index, dim)
     times = {
         str(place): latencies(models, sample, place, tuple(batch_sizes), seconds)
         for place in places
@@ -183,6 +175,33 @@ def report(
     if show:
         tables.show(result)
     return result
+
+
+def _named(teacher: nn.Module, students: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The models by name, the teacher first."""
+    named = {"student": students} if isinstance(students, nn.Module) else students
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            "students must be a module, or a mapping of names to modules such as "
+            f"{{'distilled': module}}; got {type(students).__name__}"
+        )
+    if not named:
+        raise ValueError("students must be a module, or at least one by its name; got none")
+    if "teacher" in named:
+        raise ValueError("students: no student may be named 'teacher'")
+    models = {"teacher": teacher, **named}
+    for name, model in models.items():
+        if not isinstance(name, str):
+            raise TypeError(f"students must have names that are text; got {name!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name} must be a module; got {type(model).__name__}")
+    return models
+
+
+def _check_sequence(name: str, given: object) -> None:
+    """No text, whose letters would be taken for what it holds."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{name} must be a list or tuple; got {given!r}")
 
 
 def environment(devices: Sequence[torch.device]) -> dict[str, str]:

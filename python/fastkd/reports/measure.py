@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pathlib
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import batches, extras
+from fastkd import batches
 
 BINS = 15
 # Calls in a turn; the first, after another model's turn, is not counted.
@@ -28,7 +26,7 @@ class Size(NamedTuple):
 
     parameters: int
     bytes: int
-    """Of its weights and buffers in a safetensors file."""
+    """Of its weights and buffers, as a file of them has."""
 
 
 class Bin(NamedTuple):
@@ -63,13 +61,19 @@ class Latency(NamedTuple):
 
 
 def size(model: nn.Module) -> Size:
-    """Parameters, shared ones once, and bytes on disk."""
-    save_model = extras.load("safetensors.torch", "report").save_model
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "model.safetensors"
-        save_model(model, str(path))
-        written = path.stat().st_size
-    return Size(sum(parameter.numel() for parameter in model.parameters()), written)
+    """Parameters and bytes, shared ones once."""
+    tensors = list(_tensors(model.state_dict()))
+    held = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
+    return Size(sum(parameter.numel() for parameter in model.parameters()), sum(held.values()))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """Those of a state dict; quantised layers keep theirs in tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (Mapping, tuple)):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _tensors(value)
 
 
 class _Tally:
@@ -83,8 +87,10 @@ class _Tally:
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
         """Logits ``[rows, C]`` of the model, the teacher's classes and the labels, ``[rows]``."""
-        log_p = logits.float().log_softmax(-1)
-        confidence, chosen = log_p.max(-1)
+        # Of the logits, as the teacher's: where they hardly differ, rounding makes log_p equal.
+        chosen = logits.argmax(-1)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        confidence = log_p.amax(-1)
         self.rows += len(logits)
         self.confidence += float(confidence.sum())
         self.agreeing += int((chosen == teacher).sum())
@@ -142,23 +148,20 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
 
 
 def answers(
-    models: Mapping[str, nn.Module], loader: Iterable[Any], ignore_index: int, dim: int, keep: int
+    models: Mapping[str, nn.Module], loader: Iterable[Any], ignore_index: int, dim: int
 ) -> tuple[dict[str, Answers], Any]:
-    """What each model answers to every batch, and the inputs of the first ``keep`` samples.
+    """What each model answers to every batch, and the inputs of the first one.
 
     The first model is the teacher. All see the same batch, so the loader may shuffle.
     """
     tallies = {name: _Tally() for name in models}
-    kept: list[Any] = []
-    samples = 0
+    first = None
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(batches.evaluating(model))
         for batch in loader:
             inputs, labels, _ = batches.split(batch)
-            if samples < keep:
-                kept.append(inputs)
-                samples += _count(inputs)
+            first = inputs if first is None else first
             teacher = None
             for name, model in models.items():
                 logits = _ask(model, inputs).movedim(dim, -1)
@@ -176,7 +179,7 @@ def answers(
                     raise ValueError(f"{name}: its logits, or their cross entropy, are not finite")
     if any(tally.rows == 0 for tally in tallies.values()):
         raise ValueError("loader: it has no rows to measure on (none at all, or all are ignored)")
-    return {name: tally.result() for name, tally in tallies.items()}, _join(kept)
+    return {name: tally.result() for name, tally in tallies.items()}, first
 
 
 def _ask(model: nn.Module, inputs: Any) -> Tensor:
@@ -207,42 +210,17 @@ def _rows(
     return where, found
 
 
-def _leaves(inputs: Any) -> Iterator[Tensor]:
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from _leaves(value)
-    elif isinstance(inputs, (tuple, list)):
-        for value in inputs:
-            yield from _leaves(value)
-
-
-def _count(inputs: Any) -> int:
-    return len(next(_leaves(inputs)))
-
-
-def _join(kept: list[Any]) -> Any:
-    """Batches' inputs as one; where sequences differ in length, the largest batch alone."""
-    first = kept[0]
-    shapes = [[leaf.shape[1:] for leaf in _leaves(inputs)] for inputs in kept]
-    if len(kept) == 1 or any(shape != shapes[0] for shape in shapes):
-        return max(kept, key=_count)
-    if isinstance(first, Tensor):
-        return torch.cat(kept)
-    if isinstance(first, Mapping):
-        return {key: _join([inputs[key] for inputs in kept]) for key in first}
-    return type(first)(_join(list(parts)) for parts in zip(*kept, strict=True))
-
-
 def _take(inputs: Any, count: int) -> Any:
     """Its first ``count`` samples, beginning anew where there are fewer."""
     if isinstance(inputs, Tensor):
+        if not inputs.dim():  # no sample's
+            return inputs
         return inputs[torch.arange(count, device=inputs.device) % len(inputs)]
     if isinstance(inputs, Mapping):
         return {key: _take(value, count) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_take(value, count) for value in inputs)
+        taken = [_take(value, count) for value in inputs]
+        return type(inputs)(*taken) if hasattr(inputs, "_fields") else type(inputs)(taken)
     return inputs
 
 

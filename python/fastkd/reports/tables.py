@@ -76,8 +76,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _times(ratio: float, less: str, more: str) -> str:
-    """``ratio`` is the teacher's over the student's."""
+def _times(teacher: float, student: float, less: str, more: str) -> str:
+    """How many times less or more the student has; nothing where one of them has nothing."""
+    if not teacher or not student:
+        return ""
+    ratio = teacher / student
     if 0.995 < ratio < 1.005:
         return "the same"
     return f"{_digits(ratio)}x {less}" if ratio > 1 else f"{_digits(1 / ratio)}x {more}"
@@ -88,7 +91,7 @@ def rows(report: Report) -> list[Row]:
     teacher, models = report.models[0], report.models
 
     def ratios(label: str, values: list[float], text: Any, less: str, more: str) -> Row:
-        notes = [_times(values[0] / value, less, more) if value else "" for value in values]
+        notes = [_times(values[0], value, less, more) for value in values]
         cells = zip(values, ["", *notes[1:]], strict=True)
         return Row(label, tuple(Cell(text(value), note) for value, note in cells))
 
@@ -138,18 +141,17 @@ def _labelled(models: tuple[Model, ...]) -> list[Row]:
 def headline(report: Report, model: Model) -> str:
     """What a model saves, in a few words; of the teacher, how large and slow it is."""
     teacher = report.models[0]
-    if model is teacher:
-        found = [f"{count(teacher.size.parameters)} parameters"]
-    else:
-        ratio = teacher.size.parameters / max(1, model.size.parameters)
-        fewer = _times(ratio, "fewer", "more").replace("the same", "as many")
-        found = [f"{fewer} parameters"]
+    parameters = model.size.parameters
+    fewer = ""
+    if model is not teacher:
+        fewer = _times(teacher.size.parameters, parameters, "fewer", "more")
+    found = [f"{fewer.replace('the same', 'as many') or count(parameters)} parameters"]
     for device, by_batch in teacher.latency.items():
         batch = min(by_batch)
         seconds = model.latency[device][batch].p50
         speed = duration(seconds)
         if model is not teacher:
-            speed = _times(by_batch[batch].p50 / seconds, "faster", "slower")
+            speed = _times(by_batch[batch].p50, seconds, "faster", "slower")
             speed = speed.replace("the same", "as fast")
         found.append(f"{speed} on {'CPU' if device == 'cpu' else 'GPU'}")
     return ", ".join(found)

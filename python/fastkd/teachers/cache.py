@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches
+from fastkd import batches, checks
 from fastkd.teachers import shard
 from fastkd.teachers.digests import fingerprint, inputs_digests
 
@@ -124,7 +124,7 @@ class TeacherCache:
 
     def contains(self, ids: Tensor) -> Tensor:
         """``(B,)`` bool: which of these ``(B,)`` ids are in the cache."""
-        ids = ids.cpu().long()
+        ids = _checked(ids)
         return self.ids[self._places(ids)] == ids
 
     def _places(self, ids: Tensor) -> Tensor:
@@ -191,12 +191,7 @@ class TeacherCache:
 
     def _found(self, ids: Tensor) -> Tensor:
         """Where these ids are in the index; they must be there."""
-        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point:
-            what = (
-                f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-            )
-            raise TypeError(f"ids must be an integer tensor of shape (B,); got {what}")
-        ids = ids.cpu().long()
+        ids = _checked(ids)
         at = self._places(ids)
         missing = ids[self.ids[at] != ids]
         if len(missing):
@@ -225,6 +220,7 @@ class TeacherCache:
             :func:`fastkd.topk_loss` takes them. On the CPU, in the cache's dtype.
 
         Raises:
+            TypeError: for ids that are no integers, or a shape that is none.
             ValueError: for ids that are not there, a shape that does not fit, or a damaged file.
         """
         at = self._found(ids)
@@ -258,6 +254,10 @@ class TeacherCache:
         longest = int(lengths.max()) if len(lengths) else 0
         if shape is None:
             return (longest,) if self.positions == (-1,) else self.positions
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(
+                f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
+            )
         shape = tuple(shape)
         if self.positions != (-1,):
             if shape != self.positions:
@@ -270,3 +270,11 @@ class TeacherCache:
                 f"got {shape}"
             )
         return shape
+
+
+def _checked(ids: Tensor) -> Tensor:
+    """Ids as int64 on the CPU."""
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in checks.INTEGERS:
+        what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
+        raise TypeError(f"ids must be an integer tensor of shape (B,); got {what}")
+    return ids.cpu().long()

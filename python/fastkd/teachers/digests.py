@@ -39,7 +39,8 @@ def fingerprint(teacher: nn.Module) -> str:
 def inputs_digests(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
     """``(B,)`` int64: a digest of each of ``count`` samples' inputs, to notice swapped data.
 
-    Of sequences, only as much as each one's length, so that padding makes no difference.
+    Of sequences, only as much as each one's length, so that padding makes no difference. A 0-d
+    tensor is no sample's, and left out.
     """
     tensors = list(_tensors(inputs))
     found = []
@@ -56,7 +57,8 @@ def inputs_digests(inputs: Any, count: int, lengths: list[int] | None) -> Tensor
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:
     if isinstance(inputs, Tensor):
-        yield inputs.detach().cpu()
+        if inputs.dim():
+            yield inputs.detach().cpu()
     elif isinstance(inputs, Mapping):
         for key in sorted(inputs):
             yield from _tensors(inputs[key])

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,8 @@ def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
     tensors["log_probs"] = shard.log_probs
     if shard.indices is not None:
         tensors["indices"] = shard.indices
-    part = folder / f".{os.getpid()}.part"
+    # Not the process's number, which two containers may share.
+    part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)
         with part.open("rb") as file:

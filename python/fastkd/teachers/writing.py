@@ -107,6 +107,7 @@ def precompute(
                 _kept(_valid_rows(logits, lengths), header),
                 new,
             )
+        writer.flush()
     if batch is None:
         raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
@@ -133,8 +134,9 @@ def existing(
     Raises:
         ValueError: if it is another; the message names what differs.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path must be a folder; {folder} is a file")
+    for each in (folder, *folder.parents):
+        if each.exists() and not each.is_dir():
+            raise ValueError(f"path must be a folder; got {folder}, and {each} is a file")
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)
@@ -224,14 +226,16 @@ def _lost(log_p: Tensor, stored: Tensor, indices: Tensor | None) -> tuple[Tensor
     else:
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
-        each = tail / max(1, p.shape[-1] - indices.shape[-1])
-        lost_in_tail = -torch.special.xlogy(tail, each) - torch.special.entr(others).sum(-1)
+        spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
+        # Not xlogy(tail, tail / n): a tail of 1e-44 over a thousand classes is 0 each.
+        even = tail * spread - torch.special.xlogy(tail, tail)
+        lost_in_tail = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
     d = torch.where(p > 0, log_p - stored.float(), 0.0)
     excess = torch.expm1(-d)
     z = (p * excess).sum(-1)
     kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + lost_in_tail.clamp(min=0)
-    return kl, tail
+    return kl.clamp(min=0), tail  # rounding may leave -1e-11
 
 
 def _join(parts: list[_Kept]) -> _Kept:
@@ -256,7 +260,7 @@ class _Batch(NamedTuple):
 
 
 class _Writer(contextlib.AbstractContextManager["_Writer"]):
-    """Gathers samples and writes them as shards; on leaving, whatever the reason, the rest."""
+    """Gathers samples and writes them as shards; on leaving for an error, the rest."""
 
     def __init__(self, folder: pathlib.Path, shard_bytes: int, done: TeacherCache | None) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
@@ -313,7 +317,7 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
         """Writes what has gathered as one shard."""
         if not self.parts or self.header is None:
             return
-        parts, self.parts, self.bytes = self.parts, [], 0
+        parts = self.parts
         kept = _join([part.kept for part in parts])
         rows = max(1, len(kept.kl))
         lost = shard.Loss(
@@ -331,6 +335,7 @@ class _Writer(contextlib.AbstractContextManager["_Writer"]):
                 kept.indices,
             ),
         )
+        self.parts, self.bytes = [], 0  # now, since an interrupted write is begun anew on leaving
 
     def __exit__(self, *_: object) -> None:
         """Nothing that was computed is lost, not by an error or an interrupt from the keyboard."""
