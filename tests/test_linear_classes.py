@@ -231,6 +231,21 @@ def test_all_rows_ignored(device):
     assert value == 0 and not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
+    """An ignore_index that is a class, such as a pad id, is that number in no other chunk."""
+    given = make_heads(FP64, device, rows=300)
+    given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
+    expected, right = run(given, chunk_size=64, ignore_index=ignore_index)
+    if captured:  # a graph, when all rows are kept
+        monkeypatch.setattr(heads, "counted_rows", lambda labels, ignore_index: None)
+    value, grads = run(given, chunk_size=32, ignore_index=ignore_index, **BY_CLASSES)
+    torch.testing.assert_close(value, expected)
+    for grad, other in zip(grads, right, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
 def test_frozen_parts_cost_nothing(device, frozen):
     given = make_heads(device=device)
