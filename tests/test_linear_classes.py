@@ -111,6 +111,26 @@ def test_float16_under_a_loss_scale(device):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
 
+@pytest.mark.parametrize("chunks_of", [{"chunk_size": 8}, BY_CLASSES], ids=str)
+@pytest.mark.parametrize("largest", [2.0**13, 1e6])
+def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
+    """Factors of rows overflow neither by themselves nor times hidden states, as no sum does."""
+    given = make_heads(FP16, device)
+    with torch.no_grad():
+        given.hidden[:, 0] = 20.0
+    outgoing = torch.linspace(-1, 0.1, ROWS, device=device).mul(largest)
+    outgoing[given.labels == -100] = torch.inf
+    small = torch.where(given.labels == -100, 0.0, outgoing / largest)
+    options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, **chunks_of}
+    _, expected = run(given, small, **options)
+    with torch.autocast(device.type, dtype=FP16):  # gradients of weights in float32
+        wide = given._replace(weight=given.weight.float(), bias=given.bias.float())
+        _, grads = run(wide, outgoing, **options)
+    for grad, right in zip(grads[1:], expected[1:], strict=True):
+        assert grad.dtype == FP32
+        assert distance(grad / largest, right.double()) <= 1e-3 * right.double().norm()
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_near_the_teacher(device, divergence, size):

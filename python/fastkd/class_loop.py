@@ -160,10 +160,12 @@ class _Loop:
     def gradients(self, stats: Tensor, out: Outputs) -> None:
         """The second pass. ``out.hidden`` has the rows that count, in a dtype to sum in."""
         call, given, scale = self.call, self.inputs, self.call.student_scale
-        factor = given.grad_rows
-        hidden = self.hidden if factor is None else self.hidden * factor.to(call.dtype)[:, None]
-        ones = self.hidden.new_ones(len(hidden), 1) if factor is None else factor[:, None]
-        ones = ones.to(call.dtype)
+        factor, hidden = given.grad_rows, self.hidden
+        ones = hidden.new_ones(len(hidden), 1)
+        if factor is not None:
+            power = heads.power_of(factor)
+            ones = (factor / power).to(call.dtype)[:, None]
+            hidden = hidden * ones
         for part, logits in self.chunks(writes=True):
             labels = self.labels_in(part)
             ops.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
@@ -177,8 +179,11 @@ class _Loop:
                 products.add_product_(out.weight[part], grad.t(), hidden, scale, True)
             if call.bias_grad:
                 products.add_product_(out.bias[part].unsqueeze(1), grad.t(), ones, scale, True)
-        if call.hidden_grad and factor is not None:
-            out.hidden.mul_(factor.unsqueeze(1))
+        if factor is not None:
+            out.weight.mul_(power)
+            out.bias.mul_(power)
+            if call.hidden_grad:
+                out.hidden.mul_(factor.unsqueeze(1))
 
 
 def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
