@@ -252,7 +252,7 @@ def test_liger_refuses_losses_for_each_class(make):
 
 @pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["1", "8", "tensor", "one for each row"])
+@pytest.mark.parametrize("kind", ["1", "8", "tensor", "one entry", "one for each row"])
 def test_textbrewer(name, shape, kind):
     student, teacher, _ = draw(shape)
     rows = math.prod(shape[:-1])
@@ -260,6 +260,7 @@ def test_textbrewer(name, shape, kind):
         "1": 1,
         "8": 8,
         "tensor": torch.tensor(3.0),
+        "one entry": torch.tensor([3.0]),
         "one for each row": torch.arange(1.0, rows + 1).double().view(shape[:-1]),
     }[kind]
     theirs = getattr(peers.code("textbrewer", "losses.py", name), name)
