@@ -303,6 +303,15 @@ def test_nemo_refuses_a_sharded_vocabulary():
     with pytest.raises(ValueError, match="tp_group must be None"):
         nemo.KDLoss(tp_group="group")
 
+    class Sharded(torch.Tensor):
+        """As torch.distributed.tensor.DTensor, of which one process cannot have any."""
+
+        full_tensor = torch.Tensor.clone
+
+    student, teacher, labels = draw((2, 4, 11))
+    with pytest.raises(TypeError, match=r"teacher_logits must be .*; got Sharded"):
+        nemo.KDLoss()(student, teacher.as_subclass(Sharded), labels)
+
 
 def test_nemo_refuses_a_count_of_nothing():
     with pytest.raises(ValueError, match=r"^num_batch_labels must be positive and finite; got 0"):
