@@ -146,6 +146,18 @@ def test_sizes_that_are_none_are_refused(change, error, message):
         plan(**{"rows": 8, "classes": 10, "student_width": 4, **change})
 
 
+@given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
+def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
+    """Or says that it cannot."""
+    options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
+    chosen = plan(**options)
+    if chosen.peak_bytes <= mib * MIB:
+        assert plan(**options, max_workspace=mib * MIB) == chosen
+        return
+    with pytest.raises(ValueError, match=f"is too small for chunk_size={size}: .* take"):
+        plan(**options, max_workspace=mib * MIB)
+
+
 def test_no_room():
     with pytest.raises(
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"

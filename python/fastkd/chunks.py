@@ -164,7 +164,7 @@ def plan(
     try:
         by_rows = _by_rows(sizes, summed, whole, chunk_size, max_workspace)
     except ValueError as error:
-        if chunk_by == "rows":
+        if chunk_by == "rows" or chunk_size != "auto":
             raise
         if by_classes.peak_bytes > (max_workspace or 0):
             take = f"chunks of classes take {by_classes.peak_bytes} bytes"
@@ -243,7 +243,13 @@ def _by_rows(
     least = max(1, rows)
     if chunk_size != "auto":
         chunk = min(least, chunk_size)
-        return finished(chunk, whole if chunk >= rows else summed)
+        chosen = finished(chunk, whole if chunk >= rows else summed)
+        if max_workspace is not None and chosen.peak_bytes > max_workspace:
+            raise ValueError(
+                f"max_workspace={max_workspace} is too small for chunk_size={chunk_size}: the "
+                f"gradients and the logits of {chunk} rows take {chosen.peak_bytes} bytes"
+            )
+        return chosen
     one = finished(least, whole)
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.kind], LOGITS_BYTES[sizes.kind] // row)
