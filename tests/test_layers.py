@@ -62,8 +62,8 @@ IMPORTS = {
     "compat": {"checks", "shapes", "losses"},
     "integrations": {"extras", "losses"},
     # Linear heads.
-    "chunks": {"checks"},
     "products": set(),
+    "chunks": {"checks", "products"},
     "heads": {"objective", "ops", "products", "sparse"},
     "class_statistics": {"objective"},
     "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},

@@ -296,6 +296,7 @@ def _linear_loss(
         dtype=dtype,
         teacher_dtype=teacher_dtype if topk_indices is None else dtype,
         weight_dtype=student_weight.dtype,
+        teacher_width=0 if teacher_weight is None else teacher_weight.shape[1],
         device="cuda" if student_hidden.is_cuda else "cpu",
         logits_per_row=heads.logits_per_row(inputs, call),
         cast_per_class=head_arguments.cast_per_class(inputs, dtype, teacher_dtype),
