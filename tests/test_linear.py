@@ -485,6 +485,10 @@ BAD = {
     "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
     "teacher_grad": ({"teacher_grad": "maybe"}, "teacher_grad must be one of"),
+    "temperature": (
+        {"temperature": torch.tensor(-1.0), "labels": None},
+        "temperature must be positive and finite; row 0 has -1.0",
+    ),
     "budget": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
     "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
     "accumulate": (
@@ -501,6 +505,13 @@ BAD = {
     ),
     "core option": ({"divergence": "kl"}, "divergence must be one of"),
 }
+
+
+def test_teacher_logits_of_another_shape():
+    given = make_heads()
+    message = r"^teacher_logits must have student_hidden's rows .* \(37, 203\); got \(37, 200\)"
+    with pytest.raises(ValueError, match=message):
+        fastkd.linear_loss(*given[:2], teacher_logits=torch.zeros(ROWS, 200))
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)

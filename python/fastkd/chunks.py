@@ -137,10 +137,10 @@ def plan(
     for name, value in dtypes.items():
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} must be a torch.dtype; got {value!r}")
-    if accumulate_dtype != "auto" and not isinstance(accumulate_dtype, torch.dtype):
-        raise TypeError(
-            f"accumulate_dtype must be 'auto' or a torch.dtype; got {accumulate_dtype!r}"
-        )
+    check_accumulate_dtype(accumulate_dtype, weight_dtype)
+    checks.number("logits_per_row", logits_per_row, 1.0, math.inf)
+    checks.count("cast_per_class", cast_per_class, 0)
+    checks.count("copied_per_row", copied_per_row, 0)
     checks.one_of("device", device, tuple(CLASSES))
     checks.one_of("chunk_by", chunk_by, CHUNK_BY)
     check_room(chunk_size, max_workspace)
@@ -180,6 +180,18 @@ def plan(
     if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
         return by_classes
     return by_rows
+
+
+def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
+    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
+    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
+    if weight is torch.bfloat16:
+        accepted.append(weight)
+    if value != "auto" and value not in accepted:
+        listed = " or ".join(str(dtype) for dtype in accepted)
+        raise ValueError(
+            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
+        )
 
 
 def check_room(chunk_size: object, max_workspace: object) -> None:
@@ -278,7 +290,7 @@ def _by_rows(
             f"of the weight and one row of logits take {several(1)} bytes"
             + (
                 f". accumulate_dtype={sizes.weight_dtype} takes less than {summed}"
-                if summed != sizes.weight_dtype
+                if summed != sizes.weight_dtype and sizes.weight_dtype is torch.bfloat16
                 else ""
             )
         )

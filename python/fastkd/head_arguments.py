@@ -30,7 +30,8 @@ def resolve(
     )
     given = {**losses.DEFAULTS, **options}
     _, _, labels, objective = losses.prepare(student, teacher, labels, given)
-    if labels is not None and checks.may_look(labels):
+    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
+    if all(checks.may_look(x) for x in data):
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
     indices, log_probs = inputs.topk_indices, inputs.topk_log_probs
     if indices is not None and log_probs is not None and checks.may_look(indices):
@@ -183,6 +184,11 @@ def check_teacher(
             )
     stand_in = like.new_empty(()).detach().expand(*lead, like.shape[0])
     if logits is not None:
+        if isinstance(logits, Tensor) and logits.shape != stand_in.shape:
+            raise ValueError(
+                "teacher_logits must have student_hidden's rows and student_weight's classes, "
+                f"shape {tuple(stand_in.shape)}; got {tuple(logits.shape)}"
+            )
         checks.logits(stand_in, [logits])
         return
     if is_sparse:
@@ -241,18 +247,6 @@ def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
         for one in pair
     )
     return student, teacher
-
-
-def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
-    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
-    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
-    if weight is torch.bfloat16:
-        accepted.append(weight)
-    if value != "auto" and value not in accepted:
-        listed = " or ".join(str(dtype) for dtype in accepted)
-        raise ValueError(
-            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
-        )
 
 
 def check_numbers(options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import checks, class_loop, head_arguments, head_gradients, heads, losses, ops, sparse
-from fastkd.chunks import AccumulateDtype, ChunkBy, plan
+from fastkd.chunks import AccumulateDtype, ChunkBy, check_accumulate_dtype, plan
 from fastkd.heads import Call, Inputs
 from fastkd.objective import TEACHER_GRADS, resolve
 
@@ -253,7 +253,7 @@ def _linear_loss(
     dtype, teacher_dtype = head_arguments.compute_dtypes(
         student_hidden, outputs, teacher_hidden is None
     )
-    head_arguments.check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
+    check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
     inputs, core = head_arguments.resolve(
         options,
         Inputs(
