@@ -507,6 +507,19 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "options", [{"softcap": (3.0, 3.0)}, {"logit_scale": (None, 3.0)}], ids=str
+)
+def test_no_cap_nor_scale_of_a_teacher_without_a_head(options):
+    given = make_heads()
+    teacher_logits = torch.zeros(ROWS, CLASSES)
+    (name, (student, _)) = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"^{name} must be a number or a pair \\(student's, None"):
+        fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **options)
+    fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **{name: (student, None)})
+    fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **{name: 3.0})
+
+
 def test_teacher_logits_of_another_shape():
     given = make_heads()
     message = r"^teacher_logits must have student_hidden's rows .* \(37, 203\); got \(37, 200\)"

@@ -237,7 +237,9 @@ def compute_dtypes(
     return student, outputs.dtype if are_logits or outputs.dtype is double else fast
 
 
-def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
+def pair_of(
+    name: str, value: object, teacher_is_head: bool = True
+) -> tuple[float | None, float | None]:
     """The student's and the teacher's, from one number or two."""
     pair = value if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2:
@@ -246,6 +248,11 @@ def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
         None if one is None else checks.number(name, one, 0.0, math.inf, open_low=True)
         for one in pair
     )
+    if isinstance(value, Sequence) and teacher is not None and not teacher_is_head:
+        raise ValueError(
+            f"{name} must be a number or a pair (student's, None) for a teacher that is no head; "
+            f"got {value!r}"
+        )
     return student, teacher
 
 

@@ -99,7 +99,7 @@ def linear_loss(
         standardize: whether each row of logits is standardized first.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
             a pair ``(student's, teacher's)`` of which either may be None. It applies to no
-            teacher but one that is a head.
+            teacher but one that is a head: of any other the pair has None.
         logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
         chunk_by: what of the logits exists at a time: some ``"rows"``, or some ``"classes"`` of all
             rows, which takes the least memory, computes the logits twice, and has no label
@@ -266,8 +266,9 @@ def _linear_loss(
         ),
         (dtype, teacher_dtype),
     )
-    student_cap, teacher_cap = head_arguments.pair_of("softcap", softcap)
-    student_scale, teacher_scale = head_arguments.pair_of("logit_scale", logit_scale)
+    is_head = teacher_hidden is not None
+    student_cap, teacher_cap = head_arguments.pair_of("softcap", softcap, is_head)
+    student_scale, teacher_scale = head_arguments.pair_of("logit_scale", logit_scale, is_head)
     tracked = torch.is_grad_enabled()
     wants = [tracked and t is not None and t.requires_grad for t in inputs[:3]]
     call = Call(
