@@ -102,10 +102,10 @@ def linear_loss(
             teacher but one that is a head: of any other the pair has None.
         logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
         chunk_by: what of the logits exists at a time: some ``"rows"``, or some ``"classes"`` of all
-            rows, which takes the least memory, computes the logits twice, and has no label
-            smoothing, no sparse teacher, and of divergences the KLs and the soft cross entropy
-            (docs/linear.md). ``"auto"``: classes where ``max_workspace`` leaves room for a few rows
-            only, if they have what the call needs.
+            rows, which takes the least memory, computes the logits twice, and does not have
+            everything (docs/linear.md): of divergences ``"forward_kl"``, ``"reverse_kl"`` and
+            ``"soft_cross_entropy"``. ``"auto"``: classes where ``max_workspace`` leaves room for a
+            few rows only, if they have what the call needs.
         chunk_size: rows of a chunk, or most classes with ``chunk_by="classes"``. ``"auto"`` leaves
             it to :func:`fastkd.chunks.plan`, which ``max_workspace`` bounds.
         max_workspace: bytes that may be in use at a time beyond the inputs, gradients included.
