@@ -172,5 +172,5 @@ def test_no_room():
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
-    with pytest.raises(ValueError, match="take [0-9]+ bytes$"):  # float16 cannot sum
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 cannot sum
         plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

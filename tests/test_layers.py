@@ -57,7 +57,7 @@ IMPORTS = {
     },
     "losses": {"checks", "reference", "objective", "shapes", "derivatives", "ops"},
     "sparse": {"checks", "objective", "reference", "shapes", "derivatives", "ops"},
-    "explain": {"reference", "objective", "losses"},
+    "explain": {"checks", "reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
     "integrations": {"extras", "losses"},
