@@ -133,7 +133,16 @@ def test_says_what_it_chose():
         ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype; got 'bf16'"),
         ({"teacher_dtype": "bf16"}, TypeError, "teacher_dtype must be a torch.dtype"),
         ({"weight_dtype": 16}, TypeError, "weight_dtype must be a torch.dtype; got 16"),
-        ({"accumulate_dtype": "fp32"}, TypeError, "accumulate_dtype must be 'auto' or a torch"),
+        ({"accumulate_dtype": "fp32"}, ValueError, "accumulate_dtype must be 'auto' or torch.floa"),
+        ({"accumulate_dtype": torch.int8}, ValueError, "accumulate_dtype must be 'auto' or torch"),
+        (
+            {"logits_per_row": -3},
+            ValueError,
+            "logits_per_row must be finite and at least 1; got -3",
+        ),
+        ({"cast_per_class": -1}, ValueError, "cast_per_class must be an int of at least 0; got -1"),
+        ({"copied_per_row": -1}, ValueError, "copied_per_row must be an int of at least 0; got -1"),
+        ({"teacher_width": -8}, ValueError, "teacher_width must be an int of at least 0; got -8"),
         ({"device": "gpu"}, ValueError, "device must be one of 'cuda', 'cpu'; got 'gpu'"),
         ({"chunk_by": "row"}, ValueError, "chunk_by must be one of 'auto', 'rows', 'classes'"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows"),
@@ -146,8 +155,22 @@ def test_sizes_that_are_none_are_refused(change, error, message):
         plan(**{"rows": 8, "classes": 10, "student_width": 4, **change})
 
 
+@given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
+def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
+    """Or says that it cannot."""
+    options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
+    chosen = plan(**options)
+    if chosen.peak_bytes <= mib * MIB:
+        assert plan(**options, max_workspace=mib * MIB) == chosen
+        return
+    with pytest.raises(ValueError, match=f"is too small for chunk_size={size}: .* take"):
+        plan(**options, max_workspace=mib * MIB)
+
+
 def test_no_room():
     with pytest.raises(
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):
         plan(4096, 128256, 2048, dtype=torch.bfloat16, max_workspace=MIB)
+    with pytest.raises(ValueError, match=r"take [0-9]+ bytes$"):  # float16 cannot sum
+        plan(4096, 128256, 2048, dtype=FP16, max_workspace=MIB, chunk_by="rows")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 
 import peers
 import pytest
@@ -211,7 +212,9 @@ def test_keras_distiller(keras_package, weight, with_labels):
         teacher, student, keras_loss(keras_package, 3.0), student_loss_weight=weight
     )
     theirs.compile(loss=keras_package.losses.SparseCategoricalCrossentropy(from_logits=True))
-    ours = keras.Distiller(teacher, student, keras.LogitsDistillation(3.0), weight)
+    ours = keras.Distiller(
+        teacher, student, keras.LogitsDistillation(3.0), student_loss_weight=weight
+    )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
     if with_labels or weight < 1:  # the gradient for logits, which both take as y_pred
@@ -221,6 +224,68 @@ def test_keras_distiller(keras_package, weight, with_labels):
             student(x).detach(),
             SINGLE,
         )
+
+
+def test_keras_modes(keras_package):
+    """The teacher is frozen and in evaluation mode; a student on Keras is told the mode."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
+    student = keras_package.Sequential(
+        [
+            keras_package.Input((3,)),
+            keras_package.layers.Dense(5),
+            keras_package.layers.Dropout(0.9),
+        ]
+    )
+    ours = keras.Distiller(teacher, student, keras.LogitsDistillation()).train()
+    x, y = torch.randn(6, 3), torch.arange(6) % 5
+    before = copy.deepcopy(teacher.state_dict())
+    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # of the student's dropout
+    assert ours.compute_loss(x, y, training=False) == ours.compute_loss(x, y, training=False)
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_keras_without_the_teacher():
+    logits, _, labels = draw((6, 5))
+    no_teacher = nn.Linear(1, 1)  # fails, if it is called with as many inputs
+    ours = keras.Distiller(
+        no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
+    )
+    agree(lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits)
+
+
+def test_signatures(keras_package):
+    """What their signatures name, ours do, in the same order."""
+    pairs = [
+        (timm.LogitDistillationTask, timm_task()),
+        (keras.Distiller, keras_package.distillation.Distiller),
+        (keras.Distiller.compute_loss, keras_package.distillation.Distiller.compute_loss),
+        (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),
+    ]
+    for ours, theirs in pairs:
+        given, expected = (inspect.signature(one).parameters for one in (ours, theirs))
+        names = [name for name, p in expected.items() if p.kind is not p.VAR_KEYWORD]
+        assert [*given] == names
+        assert [p.default for p in given.values()] == [expected[name].default for name in names]
+    logits = torch.zeros(2, 5)
+    assert keras.LogitsDistillation().compute_loss(logits, logits, sample_weight=None) == 0
+
+
+def test_what_has_no_meaning_here():
+    teacher, student = models()
+    for name in ("criterion_kwargs", "teacher_pretrained_path", "teacher_pretrained_cfg_overlay"):
+        with pytest.raises(ValueError, match=f"{name} must be None: .*; got 'x'"):
+            timm.LogitDistillationTask(student, teacher, **{name: "x"})
+    with pytest.raises(ValueError, match="loss_type must be one of 'kl'; got 'mse'"):
+        timm.LogitDistillationTask(student, teacher, loss_type="mse")
+    with pytest.raises(ValueError, match=r"distillation_loss_weights must be None: .*; got \[2\]"):
+        keras.Distiller(teacher, student, keras.LogitsDistillation(), [2])
+    ours = keras.Distiller(teacher, student, keras.LogitsDistillation())
+    with pytest.raises(ValueError, match=r"sample_weight must be None: .*; got 3"):
+        ours.compute_loss(torch.zeros(1, 3).double(), sample_weight=3)
 
 
 def test_keras_refuses():

@@ -252,7 +252,7 @@ def test_liger_refuses_losses_for_each_class(make):
 
 @pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["1", "8", "tensor", "one for each row"])
+@pytest.mark.parametrize("kind", ["1", "8", "tensor", "one entry", "one for each row"])
 def test_textbrewer(name, shape, kind):
     student, teacher, _ = draw(shape)
     rows = math.prod(shape[:-1])
@@ -260,6 +260,7 @@ def test_textbrewer(name, shape, kind):
         "1": 1,
         "8": 8,
         "tensor": torch.tensor(3.0),
+        "one entry": torch.tensor([3.0]),
         "one for each row": torch.arange(1.0, rows + 1).double().view(shape[:-1]),
     }[kind]
     theirs = getattr(peers.code("textbrewer", "losses.py", name), name)
@@ -301,6 +302,15 @@ def test_nemo(temperature, count, mask):
 def test_nemo_refuses_a_sharded_vocabulary():
     with pytest.raises(ValueError, match="tp_group must be None"):
         nemo.KDLoss(tp_group="group")
+
+    class Sharded(torch.Tensor):
+        """As torch.distributed.tensor.DTensor, of which one process cannot have any."""
+
+        full_tensor = torch.Tensor.clone
+
+    student, teacher, labels = draw((2, 4, 11))
+    with pytest.raises(TypeError, match=r"teacher_logits must be .*; got Sharded"):
+        nemo.KDLoss()(student, teacher.as_subclass(Sharded), labels)
 
 
 def test_nemo_refuses_a_count_of_nothing():

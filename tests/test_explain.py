@@ -68,12 +68,30 @@ def test_prints_what_it_returns(capsys):
         ({"standardize": True}, ["divided by its standard deviation + 1e-7"]),
         ({"classes": 10}, ["The first 10 of both logits"]),
         ({"divergence": "dkd", "mix": 2}, ["mix 2, the weight of the other classes' KL."]),
+        ({"divergence": "dkd"}, ["Labels are class indices, which D needs, as in torch's"]),
+        ({"divergence": "cosine"}, ["temperature T = 2; the cosine has none. The cross entropy"]),
+        ({"divergence": "mse"}, ["T = T_t = 2 softens", "label is not -100. masked rows"]),
+        ({"normalizer": torch.tensor([3.0])}, ["divided by the normalizer, 3."]),
     ],
     ids=str,
 )
 def test_says(options, words):
     for expected in words:
         assert expected in said(**options)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "words"),
+    [
+        ("dkd", ["Without labels", "probabilities, as in torch", "Probabilities mask"]),
+        ("cosine", ["softens", "softmax(z / T)"]),
+        ("mse", ["never by the classes", "softmax(z / T)"]),
+    ],
+)
+def test_does_not_say(divergence, words):
+    """What is refused with a divergence, or what it has not."""
+    text = said(divergence=divergence)
+    assert not any(unexpected in text for unexpected in words)
 
 
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
@@ -103,6 +121,10 @@ def test_names_formula_and_source(name):
 def test_refuses_what_the_loss_refuses():
     with pytest.raises(ValueError, match="mix belongs to"):
         fastkd.explain(mix=0.5)
+    with pytest.raises(TypeError, match=r"^teacher_weights must be a sequence .*; got int"):
+        fastkd.explain(teacher_weights=5)
+    with pytest.raises(ValueError, match="normalizer must be a positive number or a real tensor"):
+        fastkd.explain(normalizer=torch.ones(3))
     with pytest.raises(TypeError, match="explain has no option 'tau'; it has temperature"):
         fastkd.explain(tau=2.0)
 

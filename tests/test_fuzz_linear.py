@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, reference
+from fastkd import _C, class_statistics, reference
 
 NAMES = ("student_hidden", "student_weight", "student_bias")
+OF_HEADS = ("chunk_by", "chunk_size", "softcap", "logit_scale")  # options that a loss lacks
 
 
 class Case(NamedTuple):
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
+    ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
     masked: bool = False  # a class that both biases take out
     teacher: str = "head"
@@ -62,6 +64,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     logit_scale: float | None = None
     chunk: int | None = None
+    by_classes: bool = False  # where those have all that the call needs
     isa: str = "default"
     threads: int = 1
 
@@ -78,6 +81,7 @@ CASES = st.builds(
     layout=st.sampled_from(LAYOUTS),
     labels=st.sampled_from(["indices", "none", "probabilities", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
+    ignore_index=rarely(-100, st.integers(-1, 3)),
     biases=st.tuples(st.booleans(), st.booleans()),
     masked=rarely(False, st.booleans()),
     teacher=st.sampled_from(["head", "head", "logits"]),
@@ -94,6 +98,7 @@ CASES = st.builds(
     softcap=rarely(None, st.floats(1.0, 50.0)),
     logit_scale=rarely(None, st.floats(0.1, 2.0)),
     chunk=st.one_of(st.none(), st.integers(1, 7)),
+    by_classes=st.booleans(),
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
 )
@@ -133,11 +138,23 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
         growing = torch.linspace(1, 2, max(rows, 1))[:rows].view(case.leading).to(device)
         options["temperature"] = growing.double() * case.temperature
     if tensors["labels"] is not None:
-        options |= {"label_smoothing": case.smoothing}
+        options |= {"label_smoothing": case.smoothing, "ignore_index": case.ignore_index}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
     if case.normalizer is not None and case.reduction == "mean":
         options["normalizer"] = case.normalizer
+    if case.by_classes and has_classes(case, options, device):
+        options |= {"chunk_by": "classes", "chunk_size": 16 * case.chunk if case.chunk else "auto"}
     return tensors, options
+
+
+def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bool:
+    """Whether chunks of classes have all that the call needs."""
+    return (
+        case.divergence in class_statistics.DIVERGENCES
+        and case.labels != "probabilities"
+        and not options.get("label_smoothing")
+        and (case.own is None or device.type == "cpu")
+    )
 
 
 def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> Tensor | None:
@@ -147,8 +164,8 @@ def labels_of(case: Case, generator: torch.Generator, device: torch.device) -> T
         return None
     labels = torch.randint(case.classes, case.leading, generator=generator)
     gone = torch.rand(case.leading, generator=generator) < case.ignored
-    labels = labels.masked_fill(gone, -100).to(device)
-    return narrowed(labels, case.labels, case.classes)
+    labels = labels.masked_fill(gone, case.ignore_index).to(device)
+    return narrowed(labels, case.labels, case.classes, case.ignore_index)
 
 
 class Exact(NamedTuple):
@@ -168,7 +185,7 @@ def exact(
     counted = torch.ones(case.leading, dtype=torch.bool, device=wide["student_hidden"].device)
     if labels is not None and not labels.is_floating_point():
         labels = labels.long()
-        counted = labels != -100
+        counted = labels != case.ignore_index
 
     def logits(which: str, softcap: float | None, scale: float | None) -> Tensor:
         hidden = wide[f"{which}_hidden"]
@@ -179,7 +196,7 @@ def exact(
     both = (case.softcap, case.logit_scale)
     student = logits("student", *both)
     teacher = wide["teacher_logits"] if case.teacher == "logits" else logits("teacher", *both)
-    given = {k: v for k, v in options.items() if k not in ("chunk_size", "softcap", "logit_scale")}
+    given = {k: v for k, v in options.items() if k not in OF_HEADS}
     if labels is None:
         given |= {"hard_weight": 0.0, "soft_weight": 1.0}
     # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
@@ -284,6 +301,8 @@ def test_regressions(device, teacher):
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # A gradient below the least number of its dtype.
     run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
+    # A label's number in a chunk of classes is not that of the rows that are ignored.
+    run(Case(leading=(6, 6), ignore_index=0, chunk=1, classes=20, by_classes=True), device)
 
 
 if __name__ == "__main__":

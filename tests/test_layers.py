@@ -61,13 +61,13 @@ IMPORTS = {
         "native", "checks", "reference", "objective", "shapes", "derivatives", "ops", "options",
     },
     "sparse": {"checks", "objective", "reference", "shapes", "derivatives"},
-    "explain": {"reference", "objective", "losses"},
+    "explain": {"checks", "reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
     "integrations": {"extras", "losses"},
     # Linear heads.
-    "chunks": {"checks"},
     "products": set(),
+    "chunks": {"checks", "products"},
     "heads": {"objective", "ops", "products", "sparse"},
     "class_statistics": {"objective"},
     "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
@@ -75,8 +75,8 @@ IMPORTS = {
     "head_gradients": {"reference", "derivatives", "products", "heads", "head_loops"},
     "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
     "linear": {
-        "checks", "objective", "derivatives", "losses", "chunks", "heads", "head_gradients",
-        "sparse", "head_arguments", "class_loop",
+        "checks", "objective", "options", "derivatives", "losses", "chunks", "heads",
+        "head_gradients", "sparse", "head_arguments", "class_loop",
     },
     # Training, and what is round it.
     "batches": set(),

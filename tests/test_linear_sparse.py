@@ -266,6 +266,21 @@ def test_peak_memory_is_what_the_plan_says(cap):
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
+def test_a_bound_holds_for_long_lists_too():
+    """Checking them takes little, whatever their length."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8)
+    log_probs, indices = torch.randn(1024, 1000).log_softmax(-1).topk(512)
+    options = {"topk_indices": indices.int(), "topk_log_probs": log_probs}
+    bound = 2**21
+    peak = peak_bytes(lambda: fastkd.linear_loss(hidden, weight, max_workspace=bound, **options))
+    assert peak <= bound
+    indices[700, 3] = 1000
+    options["topk_indices"] = indices
+    with pytest.raises(ValueError, match=r"topk_indices must be in .*; row 700 has 1000"):
+        fastkd.linear_loss(hidden, weight, **options)
+
+
 def test_a_bound_holds_without_the_kernel_too(monkeypatch):
     given = make(rows=512, classes=2000, ignored=0.0)
     monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())

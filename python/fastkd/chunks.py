@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fastkd import checks
+from fastkd import checks, products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
@@ -75,6 +75,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     teacher_dtype: torch.dtype | None = None,
     weight_dtype: torch.dtype | None = None,
+    teacher_width: int | None = None,
     device: str = "cpu",
     logits_per_row: float = 2.0,
     cast_per_class: int = 0,
@@ -100,6 +101,7 @@ def plan(
         dtype: the student's logits'.
         teacher_dtype: the teacher's logits'. Default: ``dtype``.
         weight_dtype: of the gradient of the student's weight. Default: ``dtype``.
+        teacher_width: columns of the teacher's weight. Default: ``student_width``.
         device: ``"cpu"`` or ``"cuda"``.
         logits_per_row: tensors of logits alive at a time: 2 for a student and a teacher.
         cast_per_class: bytes of autocast's copies of the weights, for each class.
@@ -117,8 +119,8 @@ def plan(
 
     Example:
         >>> import torch, fastkd
-        >>> head = {"rows": 4096, "classes": 128256, "student_width": 2048}
-        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, device="cuda").peak_bytes // 2**20
+        >>> head = {"rows": 4096, "classes": 128256, "student_width": 2048, "device": "cuda"}
+        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16).peak_bytes // 2**20
         2020
         >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=1600 * 2**20).chunk
         1024
@@ -129,14 +131,16 @@ def plan(
     checks.count("rows", rows, 0)
     checks.count("classes", classes)
     checks.count("student_width", student_width, 0)
+    teacher_width = student_width if teacher_width is None else teacher_width
+    checks.count("teacher_width", teacher_width, 0)
     dtypes = {"dtype": dtype, "teacher_dtype": teacher_dtype, "weight_dtype": weight_dtype}
     for name, value in dtypes.items():
         if not isinstance(value, torch.dtype):
             raise TypeError(f"{name} must be a torch.dtype; got {value!r}")
-    if accumulate_dtype != "auto" and not isinstance(accumulate_dtype, torch.dtype):
-        raise TypeError(
-            f"accumulate_dtype must be 'auto' or a torch.dtype; got {accumulate_dtype!r}"
-        )
+    check_accumulate_dtype(accumulate_dtype, weight_dtype)
+    checks.number("logits_per_row", logits_per_row, 1.0, math.inf)
+    checks.count("cast_per_class", cast_per_class, 0)
+    checks.count("copied_per_row", copied_per_row, 0)
     checks.one_of("device", device, tuple(CLASSES))
     checks.one_of("chunk_by", chunk_by, CHUNK_BY)
     check_room(chunk_size, max_workspace)
@@ -144,12 +148,14 @@ def plan(
         rows,
         classes,
         student_width,
+        max(student_width, teacher_width),
         dtype.itemsize,
         math.ceil(classes * (dtype.itemsize * (logits_per_row - 1) + teacher_dtype.itemsize)),
         cast_per_class,
         copied_per_row,
         weight_grad,
         weight_dtype,
+        device == "cpu" and 2 in (dtype.itemsize, teacher_dtype.itemsize),
         device,
     )
     summed, whole = _sums(weight_dtype, accumulate_dtype)
@@ -164,7 +170,7 @@ def plan(
     try:
         by_rows = _by_rows(sizes, summed, whole, chunk_size, max_workspace)
     except ValueError as error:
-        if chunk_by == "rows":
+        if chunk_by == "rows" or chunk_size != "auto":
             raise
         if by_classes.peak_bytes > (max_workspace or 0):
             take = f"chunks of classes take {by_classes.peak_bytes} bytes"
@@ -174,6 +180,18 @@ def plan(
     if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
         return by_classes
     return by_rows
+
+
+def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
+    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
+    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
+    if weight is torch.bfloat16:
+        accepted.append(weight)
+    if value != "auto" and value not in accepted:
+        listed = " or ".join(str(dtype) for dtype in accepted)
+        raise ValueError(
+            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
+        )
 
 
 def check_room(chunk_size: object, max_workspace: object) -> None:
@@ -199,6 +217,7 @@ class _Sizes(NamedTuple):
     rows: int  # a number
     classes: int  # a number
     width: int  # a number
+    widest: int  # a number
     item: int
     """A logit of the student."""
     row: int
@@ -207,14 +226,20 @@ class _Sizes(NamedTuple):
     copied_per_row: int
     weight_grad: bool
     weight_dtype: torch.dtype
+    widens: bool
+    """Whether products go through float32, as those of 16 bits may on a CPU."""
     kind: str
 
     def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
         """The weight's gradient until it is finished, and the one that is handed back, where it is
         not that one itself; else 0."""
         size = self.classes * self.width if self.weight_grad else 0
-        cast = 0 if accumulate == self.weight_dtype else size * self.weight_dtype.itemsize
-        return size * accumulate.itemsize, cast
+        cast = size * self.weight_dtype.itemsize + self.scratch(0)
+        return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
+
+    def scratch(self, rows: int) -> int:
+        """What the products of some rows take beside their factors."""
+        return products.scratch_bytes(rows, self.widest) if self.widens else 0
 
 
 def _by_rows(
@@ -230,34 +255,42 @@ def _by_rows(
 
     def several(chunk: int) -> int:
         total, cast = sizes.weight_bytes(summed)
-        return throughout + total + max(chunk * row, cast)
+        return throughout + total + max(chunk * row + sizes.scratch(chunk), cast)
 
     def finished(chunk: int, accumulate: torch.dtype) -> Plan:
         total, cast = sizes.weight_bytes(accumulate)
-        peak = throughout + total + max(chunk * row, cast)
+        scratch = sizes.scratch(chunk)
+        peak = throughout + total + max(chunk * row + scratch, cast)
         if chunk >= rows:  # its logits of the teacher are gone when the gradients are made
             own = rows * sizes.classes * sizes.item
-            peak = throughout + max(rows * row, own + total, total + cast)
+            peak = throughout + max(rows * row + scratch, own + total + scratch, total + cast)
         return Plan(rows, chunk, chunk * row, peak, accumulate, -(-rows // chunk) if rows else 0)
 
     least = max(1, rows)
     if chunk_size != "auto":
         chunk = min(least, chunk_size)
-        return finished(chunk, whole if chunk >= rows else summed)
+        chosen = finished(chunk, whole if chunk >= rows else summed)
+        if max_workspace is not None and chosen.peak_bytes > max_workspace:
+            raise ValueError(
+                f"max_workspace={max_workspace} is too small for chunk_size={chunk_size}: the "
+                f"gradients and the logits of {chunk} rows take {chosen.peak_bytes} bytes"
+            )
+        return chosen
     one = finished(least, whole)
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.kind], LOGITS_BYTES[sizes.kind] // row)
         return one if rows <= most else finished(_equal(rows, most), summed)
     if one.peak_bytes <= max_workspace:
         return one
-    most = (max_workspace - throughout - sizes.weight_bytes(summed)[0]) // row
+    fixed, each = sizes.scratch(0), sizes.scratch(1) - sizes.scratch(0)
+    most = (max_workspace - throughout - sizes.weight_bytes(summed)[0] - fixed) // (row + each)
     if most < 1 or several(1) > max_workspace:
         raise ValueError(
             f"max_workspace={max_workspace} is too small: the gradients of the hidden states and "
             f"of the weight and one row of logits take {several(1)} bytes"
             + (
                 f". accumulate_dtype={sizes.weight_dtype} takes less than {summed}"
-                if summed != sizes.weight_dtype
+                if summed != sizes.weight_dtype and sizes.weight_dtype is torch.bfloat16
                 else ""
             )
         )
@@ -281,7 +314,7 @@ def _by_classes(
 
     def finished(chunk: int) -> Plan:
         own = buffer_bytes(rows, chunk_beside(chunk, sizes.weight_grad), item)
-        peak = throughout + max(own + chunk * sizes.cast_per_class, cast)
+        peak = throughout + max(own + chunk * sizes.cast_per_class + sizes.scratch(rows), cast)
         grad = total // classes
         count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
         logits = buffer_bytes(rows, chunk, item)

@@ -65,7 +65,9 @@ class _Loop:
         self.teacher_hidden = None
         if part.teacher_hidden is not None:
             self.teacher_hidden = part.teacher_hidden.to(call.teacher_dtype)
-        self.objective = heads.objective_of(part, call)._replace(reduction="none", normalizer=None)
+        self.whole = heads.objective_of(part, call)._replace(reduction="none", normalizer=None)
+        # Labels of a chunk are numbered anew (labels_in): any number from 0 on is a class there.
+        self.objective = self.whole._replace(ignore_index=-1)
         self.free = weight.view(-1).view(torch.uint8)
         self.grad_row = self.free.numel() // inputs.weight.shape[0]
         caps = call.student_softcap is not None and call.grads
@@ -138,13 +140,13 @@ class _Loop:
         inside = (labels - part.start).where(has, size)
         # Of ignored rows there are any only while a graph is captured.
         ignored: Tensor = labels == self.call.ignore_index
-        return torch.where(ignored, labels, inside)
+        return torch.where(ignored, self.objective.ignore_index, inside)
 
     def statistics(self) -> RowStatistics:
         """The first pass over the classes."""
         acc = heads.acc_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.hidden.new_empty((), dtype=acc)
-        rows = RowStatistics(len(self.hidden), self.objective, like)
+        rows = RowStatistics(len(self.hidden), self.whole, like)
         for part, logits in self.chunks(writes=False):
             labels = self.labels_in(part)
             of_part = ops.statistics(logits.student, logits.teacher, labels, self.objective)
@@ -158,10 +160,12 @@ class _Loop:
     def gradients(self, stats: Tensor, out: Outputs) -> None:
         """The second pass. ``out.hidden`` has the rows that count, in a dtype to sum in."""
         call, given, scale = self.call, self.inputs, self.call.student_scale
-        factor = given.grad_rows
-        hidden = self.hidden if factor is None else self.hidden * factor.to(call.dtype)[:, None]
-        ones = self.hidden.new_ones(len(hidden), 1) if factor is None else factor[:, None]
-        ones = ones.to(call.dtype)
+        factor, hidden = given.grad_rows, self.hidden
+        ones = hidden.new_ones(len(hidden), 1)
+        if factor is not None:
+            power = heads.power_of(factor)
+            ones = (factor / power).to(call.dtype)[:, None]
+            hidden = hidden * ones
         for part, logits in self.chunks(writes=True):
             labels = self.labels_in(part)
             ops.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
@@ -175,8 +179,11 @@ class _Loop:
                 products.add_product_(out.weight[part], grad.t(), hidden, scale, True)
             if call.bias_grad:
                 products.add_product_(out.bias[part].unsqueeze(1), grad.t(), ones, scale, True)
-        if call.hidden_grad and factor is not None:
-            out.hidden.mul_(factor.unsqueeze(1))
+        if factor is not None:
+            out.weight.mul_(power)
+            out.bias.mul_(power)
+            if call.hidden_grad:
+                out.hidden.mul_(factor.unsqueeze(1))
 
 
 def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:

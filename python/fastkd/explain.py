@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import checks, reference
 from fastkd.losses import DEFAULTS, check_names
 from fastkd.objective import Objective, resolve
 
@@ -20,14 +20,20 @@ def _number(value: float | Tensor) -> str:
     return f"(one number for each row{learned})" if value.dim() else f"({value.item():g}{learned})"
 
 
+def _kind(objective: Objective) -> reference.Divergence:
+    return reference.DIVERGENCES[objective.divergence]
+
+
 def _weights(options: dict[str, Any], objective: Objective) -> str:
     if options["hard_weight"] is None and options["soft_weight"] is None:
         share = "alpha" if options["alpha"] is not None else "alpha, 0.5 by default,"
-        return (
+        text = (
             f"{share} weighs the hard term, the cross entropy; the soft term weighs 1 - alpha = "
-            f"{_number(objective.soft_weight)}. Without labels the soft term stands alone, with "
-            "weight 1."
+            f"{_number(objective.soft_weight)}."
         )
+        if _kind(objective).needs_labels:
+            return text
+        return f"{text} Without labels the soft term stands alone, with weight 1."
     return (
         f"hard_weight {_number(objective.hard_weight)} weighs the cross entropy, soft_weight "
         f"{_number(objective.soft_weight)} the divergence; they need not sum to 1."
@@ -52,12 +58,16 @@ def _distribution(objective: Objective) -> str:
 
 def _temperatures(objective: Objective) -> str:
     t = _number(objective.temperature)
-    text = f"T = {t} softens the student"
-    if objective.teacher_form != "logits":
+    same = objective.teacher_temperature is objective.temperature
+    own = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
+    text = f"{own} = {t} softens the student"
+    if objective.divergence == "cosine":
+        text = f"T = {t}; the cosine has none"
+    elif objective.teacher_form != "logits":
         text += f"; the teacher comes as {objective.teacher_form}, softened already"
         if _softens_again(objective):
             text += f", and is softened again at T_t = {_number(objective.teacher_temperature)}"
-    elif objective.teacher_temperature is objective.temperature:
+    elif same:
         text += " and the teacher"
     else:
         text += f", T_t = {_number(objective.teacher_temperature)} the teacher"
@@ -77,7 +87,9 @@ def _teacher(options: dict[str, Any], objective: Objective) -> str:
 
 
 def _hard(objective: Objective) -> str:
-    text = "Labels are class indices or probabilities, as in torch's cross_entropy"
+    needs = _kind(objective).needs_labels
+    what = "class indices, which D needs" if needs else "class indices or probabilities"
+    text = f"Labels are {what}, as in torch's cross_entropy"
     if objective.label_smoothing:
         text += f", smoothed by {objective.label_smoothing:g}"
     if objective.class_weight is not None:
@@ -92,11 +104,15 @@ def _reduction(objective: Objective) -> str:
         return "The sum over the rows, divided by nothing."
     if objective.normalizer is not None:
         divisor = objective.normalizer
+        if isinstance(divisor, Tensor):
+            divisor = checks.normalizer(divisor)
         number = f"{float(divisor):g}"
         return f"Both terms are summed over the rows and divided by the normalizer, {number}."
     rows = f"the number of rows whose label is not {objective.ignore_index}"
     if objective.class_weight is None:
-        return f"Both terms are summed over the rows and divided by {rows} (never by the classes)."
+        mean = "mean over classes" in _kind(objective).formula
+        alone = "" if mean else " (never by the classes)"
+        return f"Both terms are summed over the rows and divided by {rows}{alone}."
     return (
         f"The soft term is summed over the rows and divided by {rows}, the hard term by the sum of "
         "those rows' class weights (by the number of rows where labels are probabilities)."
@@ -128,14 +144,16 @@ def explain(*, show: bool = True, **options: Any) -> str:
     check_names("explain", options)
     given = {**DEFAULTS, **options}
     weights = given["teacher_weights"]
-    objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)
-    kind, p = reference.DIVERGENCES[objective.divergence], _distribution(objective)
+    teachers = len(weights) if weights and isinstance(weights, (list, tuple)) else None
+    objective = resolve(given, has_labels=True, teachers=teachers)
+    kind, p = _kind(objective), _distribution(objective)
+    softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
     head = [
         f"loss = {_number(objective.hard_weight)} CE(softmax(z), y) + "
         f"{_number(objective.soft_weight)} T^2 D",
         f"D    = {kind.formula}   [{objective.divergence}: {kind.source}]",
-        f"q    = softmax(z / T), p = {p}; z are the student's logits, w the teacher's"
+        f"{softened}z are the student's logits, w the teacher's"
         + ("" if objective.teacher_form == "logits" else f" {what[objective.teacher_form]}"),
     ]
     words = {
@@ -146,7 +164,8 @@ def explain(*, show: bool = True, **options: Any) -> str:
         "reduction": _reduction(objective),
         "masked rows": (
             f"Rows labelled {objective.ignore_index} count nothing in either term and get a zero "
-            "gradient; their logits may hold anything. Probabilities mask no row."
+            "gradient; their logits may hold anything."
+            + ("" if kind.needs_labels else " Probabilities mask no row.")
         ),
     }
     if kind.mix is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def resolve(
     )
     given = {**losses.DEFAULTS, **options}
     _, _, labels, objective = losses.prepare(student, teacher, labels, given)
-    if labels is not None and checks.may_look(labels):
+    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
+    if all(checks.may_look(x) for x in data):
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
     indices, log_probs = inputs.topk_indices, inputs.topk_log_probs
     if indices is not None and log_probs is not None and checks.may_look(indices):
@@ -183,6 +184,11 @@ def check_teacher(
             )
     stand_in = like.new_empty(()).detach().expand(*lead, like.shape[0])
     if logits is not None:
+        if isinstance(logits, Tensor) and logits.shape != stand_in.shape:
+            raise ValueError(
+                "teacher_logits must have student_hidden's rows and student_weight's classes, "
+                f"shape {tuple(stand_in.shape)}; got {tuple(logits.shape)}"
+            )
         checks.logits(stand_in, [logits])
         return
     if is_sparse:
@@ -231,7 +237,9 @@ def compute_dtypes(
     return student, outputs.dtype if are_logits or outputs.dtype is double else fast
 
 
-def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
+def pair_of(
+    name: str, value: object, teacher_is_head: bool = True
+) -> tuple[float | None, float | None]:
     """The student's and the teacher's, from one number or two."""
     pair = value if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2:
@@ -240,22 +248,15 @@ def pair_of(name: str, value: object) -> tuple[float | None, float | None]:
         None if one is None else checks.number(name, one, 0.0, math.inf, open_low=True)
         for one in pair
     )
+    if isinstance(value, Sequence) and teacher is not None and not teacher_is_head:
+        raise ValueError(
+            f"{name} must be a number or a pair (student's, None) for a teacher that is no head; "
+            f"got {value!r}"
+        )
     return student, teacher
 
 
-def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
-    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
-    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
-    if weight is torch.bfloat16:
-        accepted.append(weight)
-    if value != "auto" and value not in accepted:
-        listed = " or ".join(str(dtype) for dtype in accepted)
-        raise ValueError(
-            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
-        )
-
-
-def check_numbers(options: dict[str, Any]) -> None:
+def check_numbers(options: Mapping[str, Any]) -> None:
     """What a head adds to the core's options, as far as it needs no tensors."""
     for name in ("softcap", "logit_scale"):
         pair_of(name, options.get(name))

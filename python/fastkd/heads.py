@@ -163,11 +163,11 @@ def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 class _Heads:
     """The buffers of a call, and the steps of the loop."""
 
-    def __init__(self, inputs: Inputs, call: Call, out: Outputs, rows: int) -> None:
-        self.inputs, self.call, self.out, self.rows = inputs, call, out, rows
+    def __init__(self, inputs: Inputs, call: Call, out: Outputs, counted: Tensor | None) -> None:
+        self.inputs, self.call, self.out = inputs, call, out
         self.weight = inputs.weight.to(call.dtype)
         self.bias = None if inputs.bias is None else inputs.bias.to(call.dtype)
-        shape = (min(call.chunk, rows), inputs.weight.shape[0])
+        shape = (call.chunk, inputs.weight.shape[0])
         device = inputs.hidden.device
         self.logits: Tensor | None = torch.empty(shape, dtype=call.dtype, device=device)
         self.slope = None
@@ -179,6 +179,9 @@ class _Heads:
             if inputs.teacher_bias is not None:
                 self.teacher_bias = inputs.teacher_bias.to(call.teacher_dtype)
             self.teacher_logits = torch.empty(shape, dtype=call.teacher_dtype, device=device)
+        factors, self.power = inputs.grad_rows, None
+        if factors is not None:
+            self.power = power_of(factors if counted is None else factors[counted])
 
     def student(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The student's logits, and what the soft cap multiplies their gradient by."""
@@ -239,16 +242,26 @@ class _Heads:
                 into.mul_(factor.unsqueeze(1))
             if not direct:
                 out.hidden[rows] = into.to(out.hidden.dtype)
+        if factor is not None:
+            assert self.power is not None
+            factor = (factor / self.power).to(call.dtype)
         if call.weight_grad:
             hidden = part.hidden.to(call.dtype)
             if factor is not None:
-                hidden = hidden * factor.unsqueeze(1).to(hidden.dtype)
+                hidden = hidden * factor.unsqueeze(1)
             products.add_product_(out.weight, grad.t(), hidden, scale, first)
         if call.bias_grad:
-            factor = grad.new_ones(len(grad)) if factor is None else factor.to(grad.dtype)
+            factor = grad.new_ones(len(grad)) if factor is None else factor
             products.add_product_(
                 out.bias.unsqueeze(1), grad.t(), factor.unsqueeze(1), scale, first
             )
+
+
+def power_of(factors: Tensor) -> Tensor:
+    """A power of two that leaves of all ``factors`` none above 1: in float16 products overflow."""
+    largest = factors.abs().amax()
+    # Of no number there is none: 0 / 0 and inf / inf.
+    return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
 
 
 def logits_per_row(inputs: Inputs, call: Call) -> float:
@@ -317,7 +330,7 @@ def run_by_rows(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
     if call.reduction != "none" or counted is not None:
         out.loss.zero_()
     chunk = -(-rows // -(-rows // call.chunk))  # of equal size, now that the number is known
-    heads = _Heads(inputs, call._replace(chunk=chunk), out, rows)
+    heads = _Heads(inputs, call._replace(chunk=chunk), out, counted)
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
@@ -337,6 +350,9 @@ def run_by_rows(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
                 grad.mul_(slope)
             heads.add_gradients(grad, part, index, start == 0)
             del grad  # before the next chunk's, where it is not in the buffer of the logits
+    if heads.power is not None:
+        out.weight.mul_(heads.power)
+        out.bias.mul_(heads.power)
     if call.scales_late and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastkd import (
     checks,
@@ -18,9 +19,10 @@ from fastkd import (
     losses,
     sparse,
 )
-from fastkd.chunks import AccumulateDtype, ChunkBy, plan
+from fastkd.chunks import AccumulateDtype, ChunkBy, check_accumulate_dtype, plan
 from fastkd.heads import Call, Inputs
 from fastkd.objective import TEACHER_GRADS, resolve
+from fastkd.options import OptionsModule
 
 Pair = float | tuple[float | None, float | None] | None
 """A number for both heads, or one for the student's and one for the teacher's."""
@@ -108,13 +110,13 @@ def linear_loss(
         standardize: whether each row of logits is standardized first.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2). A number for both, or
             a pair ``(student's, teacher's)`` of which either may be None. It applies to no
-            teacher but one that is a head.
+            teacher but one that is a head: of any other the pair has None.
         logit_scale: logits are multiplied by it, before the soft cap (Cohere). As ``softcap``.
         chunk_by: what of the logits exists at a time: some ``"rows"``, or some ``"classes"`` of all
-            rows, which takes the least memory, computes the logits twice, and has no label
-            smoothing, no sparse teacher, and of divergences the KLs and the soft cross entropy
-            (docs/linear.md). ``"auto"``: classes where ``max_workspace`` leaves room for a few rows
-            only, if they have what the call needs.
+            rows, which takes the least memory, computes the logits twice, and does not have
+            everything (docs/linear.md): of divergences ``"forward_kl"``, ``"reverse_kl"`` and
+            ``"soft_cross_entropy"``. ``"auto"``: classes where ``max_workspace`` leaves room for a
+            few rows only, if they have what the call needs.
         chunk_size: rows of a chunk, or most classes with ``chunk_by="classes"``. ``"auto"`` leaves
             it to :func:`fastkd.chunks.plan`, which ``max_workspace`` bounds.
         max_workspace: bytes that may be in use at a time beyond the inputs, gradients included.
@@ -146,7 +148,7 @@ def linear_loss(
     return _linear_loss(**locals())
 
 
-class LinearKDLoss(nn.Module):
+class LinearKDLoss(OptionsModule):
     """:func:`fastkd.linear_loss` as a module.
 
     Options are those of :func:`fastkd.linear_loss`, checked when the module is made, as far as they
@@ -154,8 +156,7 @@ class LinearKDLoss(nn.Module):
     teacher_hidden=None, teacher_weight=None, labels=None, *, student_bias=None, teacher_bias=None,
     teacher_logits=None, topk_indices=None, topk_log_probs=None)``. It owns none of them, so a
     weight that is tied to an embedding, or sharded and gathered by the module that owns it, gets
-    its gradient as from any other layer. Options that are tensors are buffers that follow the
-    module to another device.
+    its gradient as from any other layer. Options are kept as those of :class:`fastkd.KDLoss` are.
 
     Example:
         >>> import torch, fastkd
@@ -167,24 +168,23 @@ class LinearKDLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         """Keeps the options, having checked them."""
-        super().__init__()
-        accepted = inspect.signature(linear_loss).parameters
+        super().__init__(options)
+
+    @staticmethod
+    def default_options() -> Mapping[str, Any]:
+        """Those of :func:`fastkd.linear_loss`."""
+        return _DEFAULTS
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raises as :func:`fastkd.linear_loss` does, as far as it can without tensors."""
         for name in options:
-            if name not in accepted or name in _TENSORS:
-                listed = ", ".join(sorted(accepted.keys() - _TENSORS))
+            if name not in _DEFAULTS:
+                listed = ", ".join(sorted(_DEFAULTS))
                 raise TypeError(f"LinearKDLoss has no option {name!r}; it has {listed}")
         given = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
         resolve(given, has_labels=True, teachers=None)
         head_arguments.check_numbers(options)
-        self._numbers = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
-        for name, value in options.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value, persistent=False)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that were given; tensors are where the module is."""
-        return {**self._numbers, **self._buffers}
 
     def forward(
         self,
@@ -207,16 +207,17 @@ class LinearKDLoss(nn.Module):
             **options,
         )
 
-    def extra_repr(self) -> str:
-        """The options that were given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
 
 # The arguments of linear_loss that LinearKDLoss.forward takes.
 _TENSORS = {
     *("student_hidden", "student_weight", "student_bias", "labels"),
     *("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits"),
     *("topk_indices", "topk_log_probs"),
+}
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_loss).parameters.items()
+    if name not in _TENSORS
 }
 
 
@@ -262,7 +263,7 @@ def _linear_loss(
     dtype, teacher_dtype = head_arguments.compute_dtypes(
         student_hidden, outputs, teacher_hidden is None
     )
-    head_arguments.check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
+    check_accumulate_dtype(accumulate_dtype, student_weight.dtype)
     inputs, core = head_arguments.resolve(
         options,
         Inputs(
@@ -275,8 +276,9 @@ def _linear_loss(
         ),
         (dtype, teacher_dtype),
     )
-    student_cap, teacher_cap = head_arguments.pair_of("softcap", softcap)
-    student_scale, teacher_scale = head_arguments.pair_of("logit_scale", logit_scale)
+    is_head = teacher_hidden is not None
+    student_cap, teacher_cap = head_arguments.pair_of("softcap", softcap, is_head)
+    student_scale, teacher_scale = head_arguments.pair_of("logit_scale", logit_scale, is_head)
     tracked = torch.is_grad_enabled()
     wants = [tracked and t is not None and t.requires_grad for t in inputs[:3]]
     call = Call(
@@ -305,6 +307,7 @@ def _linear_loss(
         dtype=dtype,
         teacher_dtype=teacher_dtype if topk_indices is None else dtype,
         weight_dtype=student_weight.dtype,
+        teacher_width=0 if teacher_weight is None else teacher_weight.shape[1],
         device="cuda" if student_hidden.is_cuda else "cpu",
         logits_per_row=heads.logits_per_row(inputs, call),
         cast_per_class=head_arguments.cast_per_class(inputs, dtype, teacher_dtype),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 2 * 2**20
+_LEAST_BLOCK = 64
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -44,9 +45,15 @@ def _upcasts(tensor: Tensor) -> bool:
 
 def _blocks(classes: int, width: int) -> Iterator[slice]:
     """Rows of which ``width`` float32 numbers each take two MiB."""
-    step = max(64, _BLOCK_BYTES // (4 * max(1, width)))
+    step = max(_LEAST_BLOCK, _BLOCK_BYTES // (4 * max(1, width)))
     for start in range(0, classes, step):
         yield slice(start, start + step)
+
+
+def scratch_bytes(rows: int, width: int) -> int:
+    """What products of 16-bit numbers of ``rows`` rows take beside them on a CPU, at most: one
+    factor in float32, and a block of the other and of the product."""
+    return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 
 
 def logits_(
@@ -60,6 +67,7 @@ def logits_(
             if bias is not None:
                 part += bias[block]
             out[:, block] = part.mul_(scale)
+            del part  # before the next block's
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
     elif scale != 1.0:
@@ -99,6 +107,8 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first
             else:
                 part = (narrow @ wide).mul_(scale)
                 total[block] = part if first else part.add_(total[block])
+                del part
+            del narrow  # before the next block's
     elif total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
     elif _adds_to_float32(left.dtype, left.device):

@@ -210,12 +210,16 @@ def check_list_data(
     prefix: str = "",
 ) -> None:
     """Names the first row whose list cannot be one."""
-    counts, indices = torch.ones_like(indices[..., 0], dtype=torch.bool), checks.int64(indices)
+    counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index
-    classes = student.shape[-1]
-    greatest, twice = indices.amax(-1), _twice(indices)
-    mass = _mass(indices, log_probs.double())
+    classes, k = student.shape[-1], indices.shape[-1]
+    lists = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (indices, log_probs))
+    blocks = []  # of a few rows, since their numbers are copied
+    for some, logs in zip(*lists, strict=True):
+        some = checks.int64(some)
+        blocks.append((some.amax(-1), _twice(some), _mass(some, logs.double())))
+    greatest, twice, mass = (torch.cat(x).view(counts.shape) for x in zip(*blocks, strict=True))
     checks.refuse(
         counts & (greatest >= classes),
         greatest,

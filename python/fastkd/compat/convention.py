@@ -67,6 +67,12 @@ def generalized_jsd(beta: float) -> dict[str, Any]:
     return {"divergence": "jsd", "mix": beta}
 
 
+def absent(name: str, value: object, why: str) -> None:
+    """Refuses what a peer's signature has and the adapter does not."""
+    if value is not None:
+        raise ValueError(f"{name} must be None: {why}; got {value!r}")
+
+
 def positive(name: str, value: float) -> float:
     """``value`` as a positive, finite number."""
     return checks.number(name, value, 0.0, math.inf, open_low=True)

@@ -39,7 +39,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         base_criterion: called with the class head's logits and the labels.
-        teacher_model: called with the inputs, without gradient; gives logits ``(N, C)``.
+        teacher_model: called with the inputs, without gradient; gives logits ``(N, C)``. It is in
+            the mode that it is put in, which ``.train()`` of this module does too, as in DeiT.
         distillation_type: ``"none"``; ``"soft"``, T^2 KL(teacher || student) over all elements; or
             ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].

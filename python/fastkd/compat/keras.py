@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import checks, losses
-from fastkd.compat.convention import Convention, positive
+from fastkd.compat.convention import Convention, absent, positive
 
 CONVENTION = Convention(
     peer="Keras",
@@ -35,8 +35,11 @@ CONVENTION = Convention(
         "clips the logits and takes them for probabilities, without T². Here the name means what "
         "Keras documents, and computes with `loss=keras.losses.KLDivergence()`.",
         "Keras clips probabilities to [1e-7, 1] before their logarithms; here nothing is clipped.",
-        "One `LogitsDistillation` with the loss `kl_divergence`; neither features nor several "
-        "losses.",
+        "One `LogitsDistillation` with the loss `kl_divergence`, not in a list; neither features "
+        "nor several losses, so `distillation_loss_weights` is None.",
+        "`sample_weight`, which Keras' `compute_loss` does not use, is refused.",
+        "A student that is no Keras model is in the mode that `.train()` and `.eval()` put it in, "
+        "whatever `training` says.",
         "`compute_loss` is what is there of the training loop: no `compile`, no `fit`.",
     ),
 )
@@ -61,8 +64,10 @@ class LogitsDistillation:
         checks.one_of("loss", loss, ("kl_divergence",))
         self.temperature = positive("temperature", temperature)
 
-    def compute_loss(self, teacher_outputs: Tensor, student_outputs: Tensor) -> Tensor:
-        """The loss of logits ``(..., C)``."""
+    def compute_loss(
+        self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """The loss of logits ``(..., C)``; what else is passed is ignored, as by Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 
@@ -70,10 +75,13 @@ class Distiller(nn.Module):
     """student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
 
     Args:
-        teacher: gives logits ``(N, C)``; called without gradient.
+        teacher: gives logits ``(N, C)``. It is frozen, and always in evaluation mode.
         student: gives logits ``(N, C)``.
         distillation_losses: a :class:`LogitsDistillation`.
-        student_loss_weight: weight of the **hard** term, in [0, 1]. Default 0.5.
+        distillation_loss_weights: must be None.
+        student_loss_weight: weight of the **hard** term, in [0, 1]. Default 0.5. At 1 the teacher
+            is not called.
+        name: without effect.
 
     Example:
         >>> import torch
@@ -88,7 +96,9 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         student: nn.Module,
         distillation_losses: LogitsDistillation,
+        distillation_loss_weights: None = None,
         student_loss_weight: float = 0.5,
+        name: str = "distiller",
     ) -> None:
         """Keeps the options, having checked them."""
         super().__init__()
@@ -97,32 +107,55 @@ class Distiller(nn.Module):
                 "distillation_losses must be one fastkd.compat.keras.LogitsDistillation; got "
                 f"{type(distillation_losses).__name__}"
             )
-        self.teacher = teacher
+        why = "there is one loss, whose weight is 1"
+        absent("distillation_loss_weights", distillation_loss_weights, why)
+        self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.distillation_losses = distillation_losses
         self.student_loss_weight = checks.number(
             "student_loss_weight", student_loss_weight, 0.0, 1.0
         )
 
-    def forward(self, x: Tensor) -> Any:
+    def train(self, mode: bool = True) -> Distiller:
+        """As any module's, but the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, x: Tensor, training: bool | None = None) -> Tensor:
         """The student's logits."""
-        return self.student(x)
+        return _call(self.student, x, training)
 
     def compute_loss(
-        self, x: Tensor, y: Tensor | None = None, y_pred: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        y_pred: Tensor | None = None,
+        sample_weight: None = None,
+        training: bool = True,
     ) -> Tensor:
         """The loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities ``(N, C)``.
 
         Without ``y`` the soft term alone remains, with its weight. ``y_pred`` saves calling the
-        student if its logits are at hand.
+        student if its logits are at hand; a Keras student is called with ``training``.
         """
-        with torch.no_grad():
-            teacher_logits = self.teacher(x)
+        absent("sample_weight", sample_weight, "Keras' Distiller does not use it either")
+        student_logits = _call(self.student, x, training) if y_pred is None else y_pred
+        teacher_logits = student_logits.detach()  # any, where the soft term weighs nothing
+        if self.student_loss_weight < 1:
+            with torch.no_grad():
+                teacher_logits = _call(self.teacher, x, training=False)
         return losses.loss(
-            self(x) if y_pred is None else y_pred,
+            student_logits,
             teacher_logits,
             y,
             temperature=self.distillation_losses.temperature,
             hard_weight=None if y is None else self.student_loss_weight,
             soft_weight=1.0 - self.student_loss_weight,
         )
+
+
+def _call(model: nn.Module, x: Tensor | None, training: bool | None) -> Tensor:
+    """A Keras model, which has ``call``, is told its mode; a torch module has its own."""
+    logits: Tensor = model(x, training=training) if hasattr(model, "call") else model(x)
+    return logits

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, divisor, positive
+from fastkd.compat.convention import Convention, absent, divisor, positive
 
 CONVENTION = Convention(
     peer="NeMo AutoModel",
@@ -56,10 +56,7 @@ class KDLoss(nn.Module):
     ) -> None:
         """Keeps the options, having checked them."""
         super().__init__()
-        if tp_group is not None:
-            raise ValueError(
-                f"tp_group must be None: logits hold every class here; got {tp_group!r}"
-            )
+        absent("tp_group", tp_group, "logits hold every class here")
         self.ignore_index = ignore_index
         self.temperature = positive("temperature", temperature)
 
@@ -71,6 +68,12 @@ class KDLoss(nn.Module):
         num_batch_labels: int | None = None,
     ) -> Tensor:
         """The loss of logits ``(..., C)`` and labels ``(...)``."""
+        for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            if hasattr(value, "full_tensor"):
+                raise TypeError(
+                    f"{name} must be a tensor that holds every class; got {type(value).__name__} "
+                    "(.full_tensor() it)"
+                )
         count = None
         if num_batch_labels is not None:
             count = divisor("num_batch_labels", num_batch_labels)

@@ -31,7 +31,8 @@ def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor =
     Args:
         logits_S: the student's, ``(..., C)``.
         logits_T: the teacher's, ``(..., C)``.
-        temperature: T > 0, or ``(...)`` with one for each row. Default 1.
+        temperature: T > 0, a number or a tensor with one entry, or ``(...)`` with one for each row.
+            Default 1.
 
     Example:
         >>> import torch
@@ -56,6 +57,7 @@ def _soft(divergence: str, student: Tensor, teacher: Tensor, temperature: float 
     t: float | Tensor
     if isinstance(temperature, Tensor):
         t = temperature.detach().to(shapes.accumulator(student))
+        t = t.reshape(()) if t.numel() == 1 else t
     else:
         t = positive("temperature", temperature)
     # 1 / T^2, so that its product with fastkd's T^2 is 1.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import checks, losses
-from fastkd.compat.convention import Convention, positive
+from fastkd.compat.convention import Convention, absent, positive
 
 CONVENTION = Convention(
     peer="timm",
@@ -33,6 +33,10 @@ CONVENTION = Convention(
         "Without `criterion` the cross entropy is computed in the same pass; the entries "
         "`task_loss` and `kd_loss` are then for the log and carry no gradient.",
         "`prepare_distributed` and `compile` are not there: wrap the student before.",
+        "`criterion_kwargs` and `teacher_pretrained_...` are refused: pass the criterion and the "
+        "teacher that they would make.",
+        "`device`, `dtype` and `verbose` are accepted and change nothing: the task has no tensors "
+        "of its own, leaves the criterion where it is, and logs nothing.",
     ),
 )
 
@@ -44,9 +48,16 @@ class LogitDistillationTask(nn.Module):
         student_model: gives logits ``(N, C)``; it is what is trained.
         teacher_model: gives logits ``(N, C)``; called without gradient, always in evaluation mode.
         criterion: called with logits and targets. Default: cross entropy, in the same pass.
+        criterion_kwargs: must be None.
+        teacher_pretrained_path: must be None.
+        teacher_pretrained_cfg_overlay: must be None.
+        loss_type: ``"kl"``, and no other.
         distill_loss_weight: weight of the soft term.
         task_loss_weight: weight of the hard term.
         temperature: T > 0. Default 1.
+        device: without effect.
+        dtype: without effect.
+        verbose: without effect.
 
     Example:
         >>> import torch
@@ -60,13 +71,24 @@ class LogitDistillationTask(nn.Module):
         student_model: nn.Module,
         teacher_model: nn.Module,
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-        *,
+        criterion_kwargs: None = None,
+        teacher_pretrained_path: None = None,
+        teacher_pretrained_cfg_overlay: None = None,
+        loss_type: str = "kl",
         distill_loss_weight: float | None = None,
         task_loss_weight: float | None = None,
         temperature: float = 1.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
     ) -> None:
         """Keeps the options, having checked them."""
         super().__init__()
+        absent("criterion_kwargs", criterion_kwargs, "pass a criterion instead")
+        why = "teacher_model is a module that has its weights"
+        absent("teacher_pretrained_path", teacher_pretrained_path, why)
+        absent("teacher_pretrained_cfg_overlay", teacher_pretrained_cfg_overlay, why)
+        checks.one_of("loss_type", loss_type, ("kl",))
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
         if task_loss_weight is None:
