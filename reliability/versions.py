@@ -25,7 +25,10 @@ FOLDER = ROOT / "build" / "versions"
 # The oldest and the newest torch with the oldest and the newest Python, and what lies between once
 # each: a torch takes gigabytes for each Python. Others can be named. 3.10 has no 2.15.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
-CORE = ["loss", "autograd", "numerics", "terms", "determinism", "bad_input", "compile", "package"]
+CORE = [
+    *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
+    *("bad_input", "compile", "package"),
+]
 # What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
