@@ -78,6 +78,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alpha NaN": ({"alpha": NAN}, ValueError, "alpha must be in [0, 1]; got nan"),
     "alpha a tensor": ({"alpha": torch.tensor(0.5)}, TypeError, "alpha must be a number; got Tensor"),
     "alpha without labels": ({"alpha": 0.3, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels; got alpha=0.3 and labels=None"),
+    "label_smoothing without labels": ({"label_smoothing": 0.1, "labels": None}, ValueError, "label_smoothing is of the labels; got label_smoothing=0.1 and labels=None"),
     "hard_weight without labels": ({"hard_weight": 0.3, "labels": None}, ValueError, "hard_weight needs labels; got hard_weight=0.3 and labels=None"),
     "alpha and hard_weight": ({"alpha": 0.3, "hard_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight; got alpha=0.3, hard_weight=0.2, soft_weight=None"),
     "alpha and soft_weight": ({"alpha": 0.3, "soft_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),

@@ -260,6 +260,16 @@ def weights(
     return _weight("hard_weight", hard), _weight("soft_weight", soft)
 
 
+def smoothing(value: object, has_labels: bool) -> float:
+    """What is taken of a label's weight for all classes."""
+    found = number("label_smoothing", value, 0.0, 1.0)
+    if found and not has_labels:
+        raise ValueError(
+            f"label_smoothing is of the labels; got label_smoothing={value!r} and labels=None"
+        )
+    return found
+
+
 def _weight(name: str, value: object) -> float | Tensor:
     """A number of at least 0, 1 if not given, or a floating-point tensor."""
     if value is None:

@@ -62,6 +62,7 @@ def _compute(
         and soft_weight is None
         and class_weight is None
         and normalizer is None
+        and (labels is not None or label_smoothing == 0.0)
         and mix is None
         and teacher_form == "logits"
         and teacher_weights is None
@@ -322,7 +323,7 @@ class KDLoss(OptionsModule):
 
 DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
 """The options of :func:`loss`, :func:`terms` and :class:`KDLoss`, and their defaults."""
-HARD = {"alpha": None, "hard_weight": None, "class_weight": None}
+HARD = {"alpha": None, "hard_weight": None, "class_weight": None, "label_smoothing": 0.0}
 
 
 def check_names(function: str, options: Mapping[str, object]) -> None:

@@ -86,7 +86,7 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
         soft,
         ignore_index,
         options["reduction"],
-        checks.number("label_smoothing", options["label_smoothing"], 0.0, 1.0),
+        checks.smoothing(options["label_smoothing"], has_labels),
         class_weight,
         normalizer,
         divergence,

@@ -283,7 +283,7 @@ def _run(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
         hard,
         soft,
-        checks.number("label_smoothing", label_smoothing, 0.0, 1.0),
+        checks.smoothing(label_smoothing, labels is not None),
         ignore_index,
         checks.one_of("tail", tail, TAILS),
         reduction_index,
