@@ -178,7 +178,7 @@ def loss(*args: Any, **options: Any) -> Tensor:
             there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
             backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
         label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
-            has it.
+            has it; it needs labels.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
             :func:`torch.nn.functional.cross_entropy`. As there, ``"mean"`` then divides the hard
             term by the sum of the labels' weights (by the rows if labels are probabilities).

@@ -94,7 +94,7 @@ def topk_loss(
             there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
             backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
         label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
-            has it.
+            has it; it needs labels.
         normalizer: what ``"mean"`` divides by instead of the number of rows: a positive number, or
             a tensor with one element (never waited for on CUDA). Pass the global token count under
             gradient accumulation.
