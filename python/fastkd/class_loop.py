@@ -189,7 +189,7 @@ class _Loop:
 def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
     """The loss, and its gradients for a grad_output of 1, of at least one row that counts.
 
-    With ``Call.scales_late`` the gradients lack the division by the denominator.
+    With ``heads.scales_late()`` the gradients lack the division by the denominator.
     """
     out = heads.empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
@@ -202,7 +202,7 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not call.scales_late:
+            if not heads.scales_late(call):
                 scale = scale / inputs.denominator
     if not call.grads:
         return out._replace(loss=loss)

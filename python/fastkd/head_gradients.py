@@ -93,7 +93,7 @@ class LinearLoss(torch.autograd.Function):
                 ctx.grads = None
             if grads is None:  # retain_graph=True: the first call gave them away
                 _, *grads = compute(inputs, call)
-            if call.scales_late:
+            if heads.scales_late(call):
                 assert inputs.denominator is not None
                 scale = grad_output / inputs.denominator
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)

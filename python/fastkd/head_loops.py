@@ -15,7 +15,7 @@ from fastkd.heads import Call, Inputs, Outputs
 def run(inputs: Inputs, call: Call) -> Outputs:
     """The loss, and its gradients for a grad_output of 1.
 
-    With ``Call.scales_late`` the gradients lack the division by the denominator.
+    With ``heads.scales_late()`` the gradients lack the division by the denominator.
     """
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
         counted = heads.counted_rows(inputs.labels, call.ignore_index)

@@ -84,10 +84,11 @@ class Call(NamedTuple):
         """Whether anything is differentiated."""
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
-    @property
-    def scales_late(self) -> bool:
-        """Whether the gradients wait for the denominator: a mean's underflow in float16."""
-        return self.reduction == "mean" and self.dtype is torch.float16
+
+def scales_late(call: Call) -> bool:
+    """Whether the gradients wait for the denominator: a mean's underflow in float16."""
+    # No property of Call: Dynamo of older torches cannot trace one where sizes are dynamic.
+    return call.reduction == "mean" and call.dtype is torch.float16
 
 
 def objective_of(inputs: Inputs, call: Call) -> Objective:
@@ -215,7 +216,7 @@ class _Heads:
     def loss(self, logits: Tensor, part: Inputs) -> tuple[Tensor, Tensor | None]:
         """The loss of a chunk and its gradient, in its logits' memory where a kernel does that."""
         objective, teacher = objective_of(part, self.call), self.teacher(part)
-        if self.call.scales_late:
+        if scales_late(self.call):
             objective = objective._replace(reduction="sum", normalizer=None)
         if not self.call.grads:
             return loss_of(logits, teacher, part, objective, self.call, False), None
@@ -321,7 +322,7 @@ def rows_of(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
 def run_by_rows(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
     """The loss, and its gradients for a grad_output of 1, of at least one row that counts.
 
-    With ``Call.scales_late`` the gradients lack the division by the denominator.
+    With ``scales_late()`` the gradients lack the division by the denominator.
     """
     out = empty_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
@@ -353,6 +354,6 @@ def run_by_rows(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
     if heads.power is not None:
         out.weight.mul_(heads.power)
         out.bias.mul_(heads.power)
-    if call.scales_late and inputs.denominator is not None:
+    if scales_late(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

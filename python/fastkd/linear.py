@@ -145,7 +145,15 @@ def linear_loss(
         >>> head.weight.grad.shape, hidden.grad[2].abs().sum()
         (torch.Size([50, 8]), tensor(0.))
     """
-    return _linear_loss(**locals())
+    return _linear_loss(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias,
+        teacher_bias, teacher_logits, topk_indices, topk_log_probs, tail, softcap, logit_scale,
+        chunk_by, chunk_size, max_workspace, accumulate_dtype, teacher_grad,
+        temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
+        hard_weight=hard_weight, soft_weight=soft_weight, ignore_index=ignore_index,
+        reduction=reduction, label_smoothing=label_smoothing, class_weight=class_weight,
+        normalizer=normalizer, divergence=divergence, mix=mix, standardize=standardize,
+    )  # fmt: skip
 
 
 class LinearKDLoss(OptionsModule):
@@ -255,7 +263,7 @@ def _linear_loss(
         raise ValueError(f"tail belongs to topk_indices; got tail={tail!r} without them")
     name, outputs = head_arguments.outputs_of(teacher_hidden, teacher_logits, topk_log_probs)
     checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS)
-    if outputs.requires_grad and teacher_grad == "error":
+    if checks.learns(outputs) and teacher_grad == "error":
         raise ValueError(
             f"{name} requires grad, but the loss gives the teacher none: compute it under "
             'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
