@@ -759,6 +759,8 @@ def test_what_would_not_be_trained_is_refused():
         fastkd.Trainer(student, teacher, others)
     with pytest.raises(TypeError, match=r"student must be a torch\.nn\.Module; got function"):
         fastkd.Trainer(lambda images: images, teacher, others)
+    with pytest.raises(TypeError, match=r"optimizer must step without a closure; got LBFGS"):
+        fastkd.Trainer(student, teacher, torch.optim.LBFGS(student.parameters()))
     with pytest.raises(TypeError, match=r"optimizer must be one of torch\.optim's kind; got list"):
         fastkd.Trainer(student, teacher, list(student.parameters()))
 

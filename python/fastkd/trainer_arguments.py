@@ -61,6 +61,8 @@ def check_models(student: nn.Module, optimizer: torch.optim.Optimizer, scheduler
         raise TypeError(
             f"optimizer must be one of torch.optim's kind; got {type(optimizer).__name__}"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer must step without a closure; got LBFGS, which asks for one")
     stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if stepped.isdisjoint(student.parameters()):
         raise ValueError(
