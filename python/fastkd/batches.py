@@ -198,7 +198,7 @@ def size(batch: Any, labels: Tensor | None) -> int:
     Raises:
         TypeError: if there is no tensor in sight.
     """
-    for tensor in _tensors((batch, labels)):
+    for tensor in tensors((batch, labels)):
         if tensor.dim():
             return len(tensor)
     raise TypeError(
@@ -207,7 +207,8 @@ def size(batch: Any, labels: Tensor | None) -> int:
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a batch, or in other nested containers, in order."""
     items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
@@ -218,7 +219,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         items = (getattr(value, field.name) for field in dataclasses.fields(value))
     for item in items:
-        yield from _tensors(item)
+        yield from tensors(item)
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -62,18 +62,10 @@ class Latency(NamedTuple):
 
 def size(model: nn.Module) -> Size:
     """Parameters and bytes, shared ones once."""
-    tensors = list(_tensors(model.state_dict()))
+    # Quantised layers keep theirs in tuples.
+    tensors = list(batches.tensors(model.state_dict()))
     held = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
     return Size(sum(parameter.numel() for parameter in model.parameters()), sum(held.values()))
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """Those of a state dict; quantised layers keep theirs in tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, (Mapping, tuple)):
-        for value in state.values() if isinstance(state, Mapping) else state:
-            yield from _tensors(value)
 
 
 class _Tally:
