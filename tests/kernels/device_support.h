@@ -80,6 +80,22 @@ struct Buffer {
   void down() { check(cudaMemcpy(host.data(), at(), host.size(), cudaMemcpyDeviceToHost), "down"); }
 };
 
+int total_failures = 0, total_cases = 0;
+
+bool has_device() {
+  int devices = 0;
+  const bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+  if (!found) std::printf("SKIP: no CUDA device\n");
+  return found;
+}
+
+// The summary, and the exit status of a test.
+int outcome() {
+  std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
+              total_cases);
+  return total_failures > 90 ? 90 : total_failures;
+}
+
 bool close(double got, double want, double absolute, double relative) {
   if (std::isnan(want)) return std::isnan(got);
   if (std::isinf(want)) return got == want;
