@@ -1,6 +1,5 @@
-// The loops: each works on one block of one row, a multiple of kLanes classes that lies in the L1
-// cache, and is vectorised by the compiler. Letters as in numerics.h; docs/maths.md derives the
-// formulas.
+// The loops: each works on one block of one row, which lies in the L1 cache, and is vectorised by
+// the compiler. Letters as in numerics.h; docs/maths.md derives the formulas.
 #pragma once
 #include <type_traits>
 
@@ -14,8 +13,12 @@ namespace {
 // 4 KB of fp32: three blocks stay in L1. Sums are kept in fp32 lanes within a block and in double
 // beyond, so the block is also what bounds the rounding error of a sum.
 constexpr int64_t kBlock = 1024;
-// Blocks are padded with -inf to a multiple of this, so that no loop has a tail.
+// The loops take so many classes at a time, and what is left at the end of a row in steps of fewer,
+// of which the last is padded with -inf. 16 bits are unpacked in pairs that fill vectors: they have
+// no shorter steps.
 constexpr int64_t kLanes = 32;
+template <class S>
+constexpr int64_t kStep = sizeof(S) == sizeof(uint16_t) ? kLanes : 8;
 static_assert(kSegment % kBlock == 0 && kBlock % kLanes == 0, "");
 
 template <class T>
@@ -26,7 +29,7 @@ constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 template <auto kValue>
 constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
-// The vectors of a block where they lie, but for the last where it is not a whole one: that is
+// The steps of a block where they lie, but for the last where it is not a whole one: that is
 // padded, elsewhere.
 template <class S>
 struct Vectors {
@@ -36,6 +39,24 @@ struct Vectors {
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
 };
+
+// Calls fn(at, width), which should be FASTKD_INLINE, for all of `count` classes. The width is a
+// compile-time constant.
+template <class S, class Fn>
+FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
+  if constexpr (kStep<S> == kLanes) {
+    for (int64_t at = 0; at < count; at += kLanes) fn(at, constant<kLanes>);
+  } else {
+    int64_t at = 0;
+    for (; at + kLanes <= count; at += kLanes) fn(at, constant<kLanes>);
+    for (; at < count; at += kStep<S>) fn(at, constant<kStep<S>>);
+  }
+}
+#if defined(__GNUC__)
+#define FASTKD_INLINE __attribute__((always_inline))
+#else
+#define FASTKD_INLINE
+#endif
 
 inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
@@ -73,37 +94,39 @@ FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
-// kLanes numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
+// kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
 // of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
 // each out of its pair, where keeping their order would cost a permutation.
-template <class T>
+template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
   return lanes;
 }
+template <int64_t kWidth>
 FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
 #pragma omp simd
-  for (int64_t i = 0; i < kLanes / 2; ++i) {
+  for (int64_t i = 0; i < kWidth / 2; ++i) {
     uint32_t pair;
     std::memcpy(&pair, lanes + 2 * i, sizeof(pair));
     buffer[i] = bits_as<float>(pair << 16);
-    buffer[i + kLanes / 2] = bits_as<float>(pair & 0xffff0000u);
+    buffer[i + kWidth / 2] = bits_as<float>(pair & 0xffff0000u);
   }
   return buffer;
 }
 
-// Where kLanes results go, and their way from there to `lanes`.
+// Where kWidth results go, and their way from there to `lanes`.
 template <class T>
 FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {
   return lanes;
 }
 FASTKD_HOST_DEVICE float* unpacked(BFloat16*, float* buffer) { return buffer; }
-template <class T>
+template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE void pack(const T*, T*) {}
+template <int64_t kWidth>
 FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
 #pragma omp simd
-  for (int64_t i = 0; i < kLanes / 2; ++i) {
+  for (int64_t i = 0; i < kWidth / 2; ++i) {
     const uint32_t first = rounded_bits(buffer[i]) >> 16;
-    const uint32_t pair = first | (rounded_bits(buffer[i + kLanes / 2]) & 0xffff0000u);
+    const uint32_t pair = first | (rounded_bits(buffer[i + kWidth / 2]) & 0xffff0000u);
     std::memcpy(lanes + 2 * i, &pair, sizeof(pair));
   }
 }
@@ -113,11 +136,12 @@ template <class T>
 T maximum(const Vectors<const T>& logits, int64_t count) {
   T lanes[kLanes];
   for (T& lane : lanes) lane = -kInfinity<T>;
-  for (int64_t at = 0; at < count; at += kLanes) {
+  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
     const T* vector = logits.at(at);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
-  }
+    for (int64_t i = 0; i < kWidth; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
+  });
   return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
@@ -128,14 +152,15 @@ FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
 inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
   int16_t lanes[kLanes];
   for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
-  for (int64_t at = 0; at < count; at += kLanes) {
+  for_vectors<BFloat16>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
     const BFloat16* vector = logits.at(at);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const int16_t x = ordered(static_cast<int16_t>(vector[i].bits));
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
-  }
+  });
   const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
   return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
@@ -153,10 +178,10 @@ enum class Into { kL1, kL2 };
 FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
   return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
 }
-template <Into kInto, class S>
+template <Into kInto, int64_t kWidth, class S>
 FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   const uintptr_t next = reinterpret_cast<uintptr_t>(block) + kBlock * sizeof(S);
-  for (uintptr_t i = 0; i < kLanes * sizeof(S); i += 64) {
+  for (uintptr_t i = 0; i < kWidth * sizeof(S); i += 64) {
     __builtin_prefetch(reinterpret_cast<const void*>(next + i), 0, kInto == Into::kL1 ? 3 : 2);
   }
 }
@@ -169,19 +194,20 @@ Pair<T> sum_exponentials(const Vectors<const S>& vectors, int64_t count,
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kLanes] = {}, hard_sums[kLanes] = {};
   const Vectors<const S> logits = vectors;
-  for (int64_t at = 0; at < count; at += kLanes) {
-    next == Into::kL1 ? prefetch_next<Into::kL1>(logits.at(at))
-                      : prefetch_next<Into::kL2>(logits.at(at));
-    T buffer[kLanes];
-    const T* x = unpack(logits.at(at), buffer);
+  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
+                      : prefetch_next<Into::kL2, kWidth>(logits.at(at));
+    T buffer[kWidth];
+    const T* x = unpack<kWidth>(logits.at(at), buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const T e = tempered(x[i]);
       if constexpr (kKeep) kept[at + i] = e;
       sums[i] += e;
       if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, x[i], own);
     }
-  }
+  });
   return {sum_of(sums), kHard == Hard::kNone ? T(0) : sum_of(hard_sums)};
 }
 
@@ -262,14 +288,15 @@ __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& 
                                                       const Vectors<L>& grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {}, diffs[kLanes] = {};
-  for (int64_t at = 0; at < count; at += kLanes) {
-    T student_buffer[kLanes], teacher_buffer[kLanes], grad_buffer[kLanes];
-    const T* student_lanes = unpack(student.at(at), student_buffer);
-    const T* teacher_lanes = unpack(teacher.at(at), teacher_buffer);
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], teacher_buffer[kWidth], grad_buffer[kWidth];
+    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
+    const T* teacher_lanes = unpack<kWidth>(teacher.at(at), teacher_buffer);
     T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2>(grad.at(at));
+    prefetch_next<Into::kL2, kWidth>(grad.at(at));
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const T z = student_lanes[i], w = teacher_lanes[i];
       T student_power = 0, teacher_power = 0;
       if constexpr (kWay == Way::kKept) {
@@ -290,8 +317,8 @@ __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& 
       }
       grad_lanes[i] = g + c.soft_gain * kl.slope;
     }
-    pack(grad_buffer, grad.at(at));
-  }
+    pack<kWidth>(grad_buffer, grad.at(at));
+  });
   return {sum_of(values), kDecoupled ? sum_of(diffs) : T(0), T(0)};
 }
 
@@ -305,12 +332,13 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
   const Coefficients<T, S> c = coefficients;
   const ConstantsOf<T> k = constants_in<T>(constants);
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
-  for (int64_t at = 0; at < count; at += kLanes) {
-    T student_buffer[kLanes], teacher_buffer[kLanes];
-    const T* student_lanes = unpack(student.at(at), student_buffer);
-    const T* teacher_lanes = unpack(teacher.at(at), teacher_buffer);
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], teacher_buffer[kWidth];
+    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
+    const T* teacher_lanes = unpack<kWidth>(teacher.at(at), teacher_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       T student_power = 0, teacher_power = 0;
       if constexpr (kWay == Way::kKept) {
         student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
@@ -326,7 +354,7 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       if constexpr (kWay != Way::kKept) q[at + i] = e.q;
       slopes[at + i] = here.slope;
     }
-  }
+  });
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
 }
 
@@ -337,13 +365,14 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<cons
                       const T* q, T q_scale, const T* slopes, const Vectors<L>& grad,
                       int64_t count) {
   const Coefficients<T, S> c = coefficients;
-  for (int64_t at = 0; at < count; at += kLanes) {
-    T student_buffer[kLanes], grad_buffer[kLanes];
-    const T* student_lanes = unpack(student.at(at), student_buffer);
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], grad_buffer[kWidth];
+    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
     T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2>(grad.at(at));
+    prefetch_next<Into::kL2, kWidth>(grad.at(at));
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const T here = q[at + i] * q_scale;
       T g = c.uniform;
       if constexpr (kHard != Hard::kNone) {
@@ -354,8 +383,8 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<cons
       if constexpr (kMasked) slope = unbalanced == unbalanced ? slope : T(0);
       grad_lanes[i] = g + soft_part(c.soft_gain, slope);
     }
-    pack(grad_buffer, grad.at(at));
-  }
+    pack<kWidth>(grad_buffer, grad.at(at));
+  });
 }
 
 // The sum of p log p alone, which the soft cross entropy asks for.
@@ -364,16 +393,17 @@ T sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale, const Vectors
               const T* teacher_kept, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T sums[kLanes] = {};
-  for (int64_t at = 0; at < count; at += kLanes) {
-    T buffer[kLanes];
-    const T* w = unpack(teacher.at(at), buffer);
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T buffer[kWidth];
+    const T* w = unpack<kWidth>(teacher.at(at), buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const T p = kKept ? teacher_kept[at + i] * c.teacher_scale : c.teacher(w[i]);
       const T log_p = (w[i] - c.teacher.max) * c.teacher_inverse_temperature + log_scale;
       sums[i] += p * bounded_below(log_p, c.bound);
     }
-  }
+  });
   return sum_of(sums);
 }
 
@@ -392,17 +422,18 @@ template <class T, class L>
 Squares sum_squares(const Vectors<const L>& student, const Vectors<const L>& teacher,
                     int64_t count) {
   double of_student[kLanes] = {}, of_teacher[kLanes] = {};
-  for (int64_t at = 0; at < count; at += kLanes) {
-    T student_buffer[kLanes], teacher_buffer[kLanes];
-    const T* z = unpack(student.at(at), student_buffer);
-    const T* w = unpack(teacher.at(at), teacher_buffer);
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], teacher_buffer[kWidth];
+    const T* z = unpack<kWidth>(student.at(at), student_buffer);
+    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t i = 0; i < kWidth; ++i) {
       const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
       const double x = masked ? T(0) : z[i], y = masked ? T(0) : w[i];
       of_student[i] += x * x, of_teacher[i] += y * y;
     }
-  }
+  });
   return {sum_of(of_student), sum_of(of_teacher)};
 }
 

@@ -45,24 +45,31 @@ inline Logits teacher_of(const Inputs& in, int64_t row) {
 // What the longest block is padded to: the last of a segment takes up to a vector more.
 constexpr int64_t kLongest = kBlock + kLanes;
 
-constexpr int64_t whole_vectors(int64_t count) { return count / kLanes * kLanes; }
-constexpr int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+template <class S>
+constexpr int64_t whole_steps(int64_t count) {
+  return count / kStep<S> * kStep<S>;
+}
+template <class S>
+constexpr int64_t padded(int64_t count) {
+  return (count + kStep<S> - 1) / kStep<S> * kStep<S>;
+}
 
 // Reads a block into `buffer`, and pads it.
 template <class T>
-void copy_block(const Logits& logits, int64_t begin, int64_t count, T* buffer) {
+__attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, int64_t count,
+                                          T* buffer) {
   read(logits.at(begin), logits.dtype, count, buffer);
-  for (int64_t i = count; i < padded(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
+  for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
 // The block itself where the loops can read it in place, with a copy in `buffer` of what a last
-// vector has to be padded for; or else a copy of all. The class that is left out of sums is masked.
+// step has to be padded for; or else a copy of all. The class that is left out of sums is masked.
 template <class S>
-Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count, S* buffer,
-                       int64_t left_out = -1) {
+FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
+                                          S* buffer, int64_t left_out = -1) {
   const bool masks = holds(begin, count, left_out);
   if (logits.dtype == kStorage<S> && !masks) {
-    const int64_t whole = whole_vectors(count);
+    const int64_t whole = whole_steps<S>(count);
     if (whole < count) copy_block(logits, begin + whole, count - whole, buffer);
     return {static_cast<const S*>(logits.at(begin)), buffer, whole};
   }
@@ -71,12 +78,12 @@ Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count, S* bu
   return {buffer};
 }
 
-// Where the loops write a block's gradient: to `grad` itself, but for what is no whole vector, or
+// Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
 // all of it to `result`.
 template <class S>
 Vectors<S> target(void* grad, DType dtype, int64_t count, S* result) {
   if (grad == nullptr || dtype != kStorage<S>) return {result};
-  return {static_cast<S*>(grad), result, whole_vectors(count)};
+  return {static_cast<S*>(grad), result, whole_steps<S>(count)};
 }
 // Writes to `grad` what is not there yet.
 template <class S>
@@ -176,32 +183,50 @@ struct Engine {
     return end < in.classes ? end : in.classes;
   }
 
-  // Maximum and sums in one go: the sums so far are rescaled when a block raises the maximum. With
-  // kKeep, `kept` receives the exponentials and `maxima` what each block's are relative to.
-  // `factor` is the student's or the teacher's.
+  // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. With
+  // kKeep, `into` receives the exponentials and what each block's are relative to.
   template <Hard kHard, bool kKeep>
-  Pair<double> scan_blocks(const Row<T>& row, T factor, const Logits& logits, int64_t begin,
-                           int64_t end, double* max, T* kept, double* maxima) const {
-    alignas(64) S buffer[kLongest];
-    Exponential<T, S> tempered(factor, 0, 1), own(row.hard_factor, 0, 1);
-    Pair<double> result = {0, 0};
-    *max = kLowest;
+  Statistics scan_blocks(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
+                         const Left<T>& into) const {
+    alignas(64) S student_buffer[kLongest];
+    alignas(64) S teacher_buffer[kLongest];
+    const Logits student = student_of(in, index), teacher = teacher_of(in, index);
+    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
+    Exponential<T, S> teachers(row.teacher_factor, 0, 1);
+    Statistics result = kNoStatistics;
+    T *student_kept = into.student, *teacher_kept = into.teacher;
+    double *student_max = into.student_max, *teacher_max = into.teacher_max;
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      const Vectors<const S> block = fetch(logits, at, count, buffer, row.left_out);
-      const double top = maximum(block, padded(count));
-      if (top > *max) {
-        if (*max > kLowest) {
-          result.tempered *= row.rescale(*max, top, static_cast<double>(factor));
-          result.hard *= row.hard_rescale(*max, top);
+      const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
+      const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
+      const double top = maximum(z, count), teacher_top = maximum(w, count);
+      if (top > result.student_max) {
+        if (result.student_max > kLowest) {
+          result.student_sum *= row.rescale(result.student_max, top);
+          result.hard_sum *= row.hard_rescale(result.student_max, top);
         }
         tempered.max = own.max = static_cast<T>(top);
-        *max = top;
+        result.student_max = top;
       }
-      const Pair<T> sums = sum_exponentials<kHard, kKeep>(block, padded(count), tempered, own, kept,
-                                                          next_of(at, in.classes));
-      if constexpr (kKeep) kept += count, *maxima++ = *max;
-      result.tempered += sums.tempered;
-      result.hard += sums.hard;
+      if (teacher_top > result.teacher_max) {
+        if (result.teacher_max > kLowest) {
+          result.teacher_sum *= row.teacher_rescale(result.teacher_max, teacher_top);
+        }
+        teachers.max = static_cast<T>(teacher_top);
+        result.teacher_max = teacher_top;
+      }
+      const Into next = next_of(at, in.classes);
+      const Pair<T> sums =
+          sum_exponentials<kHard, kKeep>(z, count, tempered, own, student_kept, next);
+      const Pair<T> teacher_sums =
+          sum_exponentials<Hard::kNone, kKeep>(w, count, teachers, own, teacher_kept, next);
+      if constexpr (kKeep) {
+        student_kept += count, teacher_kept += count;
+        *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
+      }
+      result.student_sum += sums.tempered;
+      result.hard_sum += sums.hard;
+      result.teacher_sum += teacher_sums.tempered;
     });
     return result;
   }
@@ -214,7 +239,7 @@ struct Engine {
     for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
-      const Squares squares = sum_squares<T>(z, w, padded(count));
+      const Squares squares = sum_squares<T>(z, w, count);
       result->student_squares += squares.student, result->teacher_squares += squares.teacher;
     });
   }
@@ -223,17 +248,9 @@ struct Engine {
   Statistics scan_range(const Row<T>& row, int64_t index, int64_t segment,
                         const Left<T>& into) const {
     const int64_t begin = segment * kSegment, end = end_of(segment);
-    Statistics result = kNoStatistics;
-    const Pair<double> sums = with_hard<T>(row.hard, [&](auto hard) {
-      return scan_blocks<decltype(hard)::value, kKeep>(row, row.factor, student_of(in, index),
-                                                       begin, end, &result.student_max,
-                                                       into.student, into.student_max);
+    Statistics result = with_hard<T>(row.hard, [&](auto hard) {
+      return scan_blocks<decltype(hard)::value, kKeep>(row, index, begin, end, into);
     });
-    result.student_sum = sums.tempered, result.hard_sum = sums.hard;
-    result.teacher_sum =
-        scan_blocks<Hard::kNone, kKeep>(row, row.teacher_factor, teacher_of(in, index), begin, end,
-                                        &result.teacher_max, into.teacher, into.teacher_max)
-            .tempered;
     if (row.unit) square(index, begin, end, &result);
     if (holds(begin, end - begin, row.left_out)) {
       const Logits student = student_of(in, index), teacher = teacher_of(in, index);
@@ -287,7 +304,7 @@ struct Engine {
       z[row.left_out - at] = w[row.left_out - at] = -kInfinity<T>;
     }
     const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
-                                         s.student_max, s.teacher_max, z, w, padded(count));
+                                         s.student_max, s.teacher_max, z, w, count);
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
@@ -299,9 +316,8 @@ struct Engine {
     alignas(64) S teacher[kLongest];
     const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
     const T log_scale = std::log(s.teacher_scale);
-    sums->teacher_entropy -= left.any()
-                                 ? sum_p_log_p<true>(c, log_scale, w, left.teacher, padded(count))
-                                 : sum_p_log_p<false>(c, log_scale, w, left.teacher, padded(count));
+    sums->teacher_entropy -= left.any() ? sum_p_log_p<true>(c, log_scale, w, left.teacher, count)
+                                        : sum_p_log_p<false>(c, log_scale, w, left.teacher, count);
   }
 
   // One block of the forward KL's second sweep, in the form that the row asks for.
@@ -374,7 +390,7 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       const SlopeSums<T> of_block =
-          slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, padded(count));
+          slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, count);
       sums->value += of_block.value;
       sums->slope += of_block.slope;
       sums->classes += of_block.classes;
@@ -409,14 +425,14 @@ struct Engine {
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
     if (left.slopes) {
-      balance(row, c, z, student_like, q_scale, left.teacher, g, padded(count));
+      balance(row, c, z, student_like, q_scale, left.teacher, g, count);
     } else {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
-        sums = differentiate(row, c, left, z, w, g, padded(count));
+        sums = differentiate(row, c, left, z, w, g, count);
       } else {
-        slopes(c, left, z, w, q, slope, padded(count));
-        balance(row, c, z, student_like, q_scale, slope, g, padded(count));
+        slopes(c, left, z, w, q, slope, count);
+        balance(row, c, z, student_like, q_scale, slope, g, count);
       }
     }
     put_result(g, result, place, in.student_dtype, count);

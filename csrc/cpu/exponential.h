@@ -89,6 +89,11 @@ struct Polynomial<double> {
                                                     1.3691488853904128881e-12};
 };
 
+// std::ilogb() without the call, which each row would make three times; of 0 it is -1023.
+inline int exponent_of(double positive) {
+  return static_cast<int>(bits_as<uint64_t>(positive) >> Format<double>::kMantissa) - 1023;
+}
+
 // T computes, S is stored.
 template <class T, class S = T>
 struct Exponential {
@@ -103,7 +108,7 @@ struct Exponential {
   Exponential(T factor, T max, double scale)
       : factor(factor),
         max(max),
-        least((F::kMinExponent - static_cast<T>(scale < 1 ? std::ilogb(scale) : 0)) / factor) {
+        least((F::kMinExponent - static_cast<T>(scale < 1 ? exponent_of(scale) : 0)) / factor) {
     for (int i = 0; i < P::kCoefficients; ++i) {
       coefficient[i] = static_cast<T>(P::kValues[i] * scale);
     }

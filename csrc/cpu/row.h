@@ -223,8 +223,9 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
                                      double gain) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double hard_gain = gain * row.hard_weight;
-  double power_gain = hard_gain * static_cast<double>(s.hard_scale);
-  for (int i = 0; i < row.power; ++i) power_gain /= student_scale;
+  double power = 1;  // of q's scale, in a power of q
+  for (int i = 0; i < row.power; ++i) power *= student_scale;
+  const double power_gain = hard_gain * static_cast<double>(s.hard_scale) / power;
   const Gaps<T> gaps = make_gaps(row, s);
   double soft_gain = gain * row.soft_weight * row.temperature;
   if (row.unit) soft_gain *= row.temperature * static_cast<double>(s.student_inverse);

@@ -121,21 +121,21 @@ struct TopkRow {
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
-      const double top = maximum(block, padded(count));
+      const double top = maximum(block, count);
       if (top > mass.max) {
         mass.tempered *= topk::shift(mass.max, top, row.temperature);
         mass.hard *= topk::shift(mass.max, top, 1);
         tempered.max = own.max = static_cast<T>(top);
         mass.max = top;
       }
-      const Pair<T> sums = sum_exponentials<kHard, false, T, S>(block, padded(count), tempered, own,
+      const Pair<T> sums = sum_exponentials<kHard, false, T, S>(block, count, tempered, own,
                                                                 nullptr, next_of(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
         copy_block(student, at, count, logits);
         const double near =
-            topk::origin({static_cast<double>(maximum(Vectors<const T>{logits}, padded(count)))});
+            topk::origin({static_cast<double>(maximum(Vectors<const T>{logits}, count))});
         *total += static_cast<double>(sum_offsets(logits, static_cast<T>(near), count)) +
                   static_cast<double>(count) * near;
       }
@@ -187,12 +187,13 @@ struct TopkRow {
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result);
-      for (int64_t lanes = 0; lanes < count; lanes += kLanes) {
-        T logits[kLanes], gradients[kLanes];
-        const T* z = unpack(block.at(lanes), logits);
+      for_vectors<S>(count, [&](int64_t lanes, auto width) FASTKD_INLINE {
+        constexpr int64_t kWidth = decltype(width)::value;
+        T logits[kWidth], gradients[kWidth];
+        const T* z = unpack<kWidth>(block.at(lanes), logits);
         T* g = unpacked(grad.at(lanes), gradients);
 #pragma omp simd
-        for (int64_t i = 0; i < kLanes; ++i) {
+        for (int64_t i = 0; i < kWidth; ++i) {
           const T e = tempered(z[i]);
           T sum = uniform + soft_gain * e;
           if constexpr (kHard != Hard::kNone) {
@@ -200,8 +201,8 @@ struct TopkRow {
           }
           g[i] = sum;
         }
-        pack(gradients, grad.at(lanes));
-      }
+        pack<kWidth>(gradients, grad.at(lanes));
+      });
       put_result(grad, result, grad_at(at), args.student_dtype, count);
     });
   }
