@@ -59,7 +59,7 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
+| ◑ | a few fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
@@ -92,6 +92,7 @@ def _cases() -> dict[str, dict[str, Any]]:
         "temperatures of rows": {"temperature": rows},
         "`teacher_temperature`": {"teacher_temperature": 1.0},
         "learned temperature": {"temperature": nn.Parameter(torch.tensor(2.0))},
+        "learned weights": {"hard_weight": nn.Parameter(rows), "soft_weight": 1.0},
         '`teacher_form="log_probs"`': {"teacher_form": "log_probs"},
         '`teacher_form="probs"`': {"teacher_form": "probs"},
         'several teachers, `ensemble="probs"`': {"teacher_logits": [logits, logits]},
@@ -128,10 +129,9 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         )
     except ValueError:
         return "–"
-    used = ops.uses(call.labels, call.objective)
-    if used <= ops.FUSED:
+    if ops.uses(call.labels, call.objective) <= ops.FUSED:
         return "●"
-    return "◑" if used - ops.IN_TWO_PASSES <= ops.FUSED else "○"
+    return "◑" if ops.in_passes(call.teachers, call.labels, call.objective) else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

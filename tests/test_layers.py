@@ -52,9 +52,11 @@ IMPORTS = {
     "shapes": {"native", "reference"},
     "mixture": {"native", "reference", "objective"},
     "derivatives": {"native", "reference", "shapes", "mixture"},
+    "learned": {"reference", "objective", "rows", "shapes", "derivatives"},
     "ops": {
         "native", "_eager", "checks", "reference", "objective", "rows", "shapes", "mixture",
         "derivatives",
+        "learned",
     },
     "options": set(),
     "losses": {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, mixture, reference
+from fastkd import checks, derivatives, learned, mixture, reference
 from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments, is_transformed
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
@@ -40,13 +40,15 @@ USES = {
     "class_weight": "class_weight=",
     "smoothed class_weight": "class_weight= with label_smoothing=",
     "row weights": "hard_weight= or soft_weight= as a tensor",
-    "learned": "gradients of temperature= and of weights",
+    "learned": "gradients of temperatures and of weights",
     "standardize": "standardize=True",
 }
 # What of it the kernels have. All else is computed by fastkd.reference.
 FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
 # What CPUs have by two passes of the kernels, which cannot be in place.
 IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
+# What they have by the terms of each row and their derivatives, of one teacher.
+BY_ROWS = frozenset({"learned", "standardize"})
 
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
@@ -61,8 +63,8 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
         found.add("smoothed class_weight" if o.label_smoothing else "class_weight")
     if weights:
         found.add("row weights")
-    learned = any(number.requires_grad for number in weights + temperatures)
-    if learned and torch.is_grad_enabled():
+    learns = any(number.requires_grad for number in weights + temperatures)
+    if learns and torch.is_grad_enabled():
         found.add("learned")
     if o.standardize:
         found.add("standardize")
@@ -72,6 +74,14 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
 def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
     """What of a call the kernels lack."""
     return uses(labels, objective) - FUSED
+
+
+def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective) -> bool:
+    """Whether what the kernels lack of a call is computed by several passes of them, on a CPU."""
+    missing = _missing(labels, objective)
+    if missing <= IN_TWO_PASSES:
+        return labels is not None
+    return missing <= BY_ROWS and mixture.is_one(teachers, objective) and learned.has(objective)
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -114,8 +124,8 @@ def compute(
             )
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-            if missing <= IN_TWO_PASSES and labels is not None:
-                out = _in_two_passes(student, teachers, labels, objective, with_terms)
+            if in_passes(teachers, labels, objective):
+                out = _in_passes(student, teachers, labels, objective, with_terms)
                 if out is not None:
                     return out
     if transformed or torch.compiler.is_compiling():
@@ -147,6 +157,21 @@ def _fused(
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
+
+
+def _in_passes(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+) -> Tensor | None:
+    """The same by several passes of the ops; None where even these lack something."""
+    if _missing(labels, objective) <= BY_ROWS:
+        terms = learned.terms(student, teachers[0], labels, objective)
+        return torch.stack(terms) if with_terms else terms.loss
+    assert labels is not None
+    return _in_two_passes(student, teachers, labels, objective, with_terms)
 
 
 def _in_two_passes(

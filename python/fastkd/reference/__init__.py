@@ -18,14 +18,26 @@ from torch.nn import functional as F
 
 from fastkd.reference.divergences import (
     DIVERGENCES,
+    LEAST_DEVIATION,
     Divergence,
+    deviation,
     log_ratio_sum,
     over,
     standardized,
     weighted,
 )
 
-__all__ = ["DIVERGENCES", "Divergence", "Terms", "loss", "standardized", "terms"]
+__all__ = [
+    "DIVERGENCES",
+    "LEAST_DEVIATION",
+    "Divergence",
+    "Terms",
+    "deviation",
+    "loss",
+    "standardized",
+    "terms",
+    "weighted",
+]
 
 REDUCTIONS = ("none", "sum", "mean")
 TEACHER_FORMS = ("logits", "log_probs", "probs")

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST_DEVIATION = 1e-7
+"""What is added to the deviation that standardized logits are divided by."""
+
 
 def over(logits: Tensor, t: float | Tensor) -> Tensor:
     """logits / t, such that masked classes say nothing about t (no 0 * inf in its gradient)."""
@@ -128,14 +131,21 @@ def _centered(logits: Tensor) -> Tensor:
     return logits - total / (~masked).sum(-1, keepdim=True)
 
 
-def standardized(logits: Tensor) -> Tensor:
-    """Each row minus its mean, over its standard deviation (unbiased) + 1e-7 (Sun et al. 2024)."""
+def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(each row minus its mean, its unbiased standard deviation (..., 1) + LEAST_DEVIATION);
+    masked classes are as if they were not there.
+    """
     centered = _centered(logits)
     masked = logits == -math.inf
     freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
     # The norm, whose slope at 0 is 0, and not the root of a variance, which has none.
     length: Tensor = torch.linalg.vector_norm(centered.masked_fill(masked, 0), dim=-1, keepdim=True)
-    return over(centered, length / freedom.to(logits.dtype).sqrt() + 1e-7)
+    return centered, length / freedom.to(logits.dtype).sqrt() + LEAST_DEVIATION
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each row minus its mean, over its deviation (Sun et al. 2024)."""
+    return over(*deviation(logits))
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:

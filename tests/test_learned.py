@@ -1,0 +1,165 @@
+"""What learns beside the logits (temperatures, weights), and standardized logits, by the kernels on
+CPUs; tests/test_divergences.py has their derivatives by differences, test_objectives.py their
+values."""
+
+import pytest
+import torch
+from support import BF16, FP32, FP64, make, name_of
+
+import fastkd
+from fastkd import ops, reference
+
+ROWS, CLASSES = 9, 37
+NAMES = fastkd.divergences()
+NOT_SWAPPED = ("soft_cross_entropy", "dkd")
+
+
+def row_numbers(low, high):
+    return torch.linspace(low, high, ROWS, dtype=FP64)
+
+
+# Options with the tensors that learn; the others are not leaves.
+LEARN = {
+    "temperature": {"temperature": torch.tensor(2.0, dtype=FP64)},
+    "temperatures of rows": {
+        "temperature": row_numbers(1, 4),
+        "teacher_temperature": torch.tensor(1.5, dtype=FP64),
+    },
+    "student's temperature": {"temperature": torch.tensor(2.5), "teacher_temperature": 3.0},
+    "weights": {"hard_weight": row_numbers(0.1, 1), "soft_weight": torch.tensor(0.4, dtype=FP64)},
+    "standardize": {"standardize": True, "temperature": 1.5},
+    "standardize, temperature": {"standardize": True, "temperature": torch.tensor(1.5, dtype=FP64)},
+    "class weights": {
+        "soft_weight": torch.tensor(0.4, dtype=FP64),
+        "class_weight": torch.linspace(0.5, 2, CLASSES, dtype=FP64).requires_grad_(False),
+    },
+}
+
+
+def leaves_of(options):
+    """The options with leaves of their own, and those that learn."""
+    given = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    learned = [
+        value.requires_grad_()
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and name != "class_weight"
+    ]
+    return given, learned
+
+
+def problem(dtype, device="cpu"):
+    """With a class that both mask in one row, and a masked row that holds NaN."""
+    student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
+    student[1, 3] = teacher[1, 3] = -torch.inf
+    labels[1] = 5
+    labels[4] = -100
+    student[4, 2] = teacher[4, 0] = torch.nan
+    return student, teacher, labels
+
+
+def is_kept(name, options):
+    """Whether the kernels have it (fastkd.learned.has)."""
+    if options.get("standardize") and name == "cosine":
+        return False
+    own = options.get("teacher_temperature", options.get("temperature"))
+    return name not in NOT_SWAPPED or not isinstance(own, torch.Tensor)
+
+
+def refused(*args, **kwargs):
+    raise AssertionError("PyTorch operations were used")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_give_the_gradients_of_the_reference(monkeypatch, name, learn, reduction):
+    for dtype, bound in ((FP64, 1e-13), (FP32, 2e-6), (BF16, 2.0**-8)):
+        student, teacher, labels = problem(dtype)
+        options, learned = leaves_of(LEARN[learn])
+        leaf = student.clone().requires_grad_()
+        with monkeypatch.context() as patch:
+            if is_kept(name, options):
+                patch.setattr(reference, "terms", refused)
+            loss = fastkd.loss(
+                leaf, teacher, labels, divergence=name, reduction=reduction, **options
+            )
+            factor = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+            got = torch.autograd.grad(loss, [leaf, *learned], factor)
+        assert got[0].dtype is dtype and not got[0][4].any()
+
+        given, learned = leaves_of(LEARN[learn])
+        if "hard_weight" not in given and "soft_weight" not in given:
+            given.update(hard_weight=0.5, soft_weight=0.5)
+        given.setdefault("hard_weight", 1.0)
+        wide = student.double().requires_grad_()
+        terms = reference.terms(
+            wide, teacher.double(), labels, divergence=name, reduction=reduction, **given
+        )
+        expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
+        torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
+        size = max(float(terms.loss.detach().abs().max()), 1.0)  # what a gradient of 0 rounds at
+        for mine, theirs in zip(got, expected, strict=True):
+            scale = float(theirs.abs().max())
+            # Only the logits' gradient is rounded to their dtype.
+            own = bound if mine.shape == student.shape else min(bound, 2e-6)
+            assert float((mine.double() - theirs).abs().max()) <= own * max(scale, size)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_terms_of_each_row(monkeypatch, dtype):
+    student, teacher, labels = problem(dtype)
+    monkeypatch.setattr(reference, "terms", refused)
+    got = fastkd.terms(student, teacher, labels, standardize=True, reduction="none")
+    monkeypatch.undo()
+    expected = reference.terms(
+        student.double(), teacher.double(), labels, standardize=True, reduction="none"
+    )
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_only_the_temperature_learns():
+    student, teacher, labels = make((ROWS, CLASSES))
+    t = torch.tensor(3.0, requires_grad=True)
+    loss = fastkd.loss(student, teacher, labels, temperature=t)
+    loss.backward(retain_graph=True)
+    first, t.grad = t.grad, None
+    loss.backward()
+    assert torch.equal(first, t.grad)
+    with torch.no_grad():
+        assert torch.equal(fastkd.loss(student, teacher, labels, temperature=t), loss)
+
+
+def test_a_row_of_one_value_and_a_row_of_nan():
+    student, teacher, labels = make((4, CLASSES), ignored=0.0)
+    student[0] = 3.0
+    teacher[1] = -2.0
+    student[2, 5] = torch.nan
+    leaf = student.requires_grad_()
+    losses = fastkd.loss(leaf, teacher, labels, standardize=True, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    assert losses.isnan().tolist() == [False, False, True, False]
+    assert grad.isfinite().all(-1).tolist() == [True, True, False, True]
+
+
+def test_what_kernels_lack_is_left_to_operations():
+    student, teacher, labels = make((ROWS, CLASSES))
+    t = torch.tensor(2.0, requires_grad=True)
+
+    def is_kept_by(teacher=teacher, labels=labels, **options):
+        call = fastkd.losses.prepare(
+            student, teacher, labels, {**fastkd.losses.DEFAULTS, **options}
+        )
+        return ops.in_passes(call.teachers, call.labels, call.objective)
+
+    assert is_kept_by(standardize=True)
+    assert is_kept_by(labels=None, temperature=t)
+    assert not is_kept_by(standardize=True, divergence="cosine")
+    assert not is_kept_by(temperature=t, divergence="dkd")
+    assert not is_kept_by(temperature=t, teacher=[teacher, teacher])
+    assert not is_kept_by(temperature=t, teacher=teacher.softmax(-1), teacher_form="probs")
+    assert not is_kept_by(standardize=True, labels=student.softmax(-1))
+    assert is_kept_by(temperature=t, teacher_temperature=2.0, divergence="dkd")
