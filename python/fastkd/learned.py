@@ -99,9 +99,8 @@ def _of_rows(rows: Rows) -> reference.Terms:
     own = temperature if same else of_rows(o.teacher_temperature)
     divergence = o.divergence
     if o.standardize:
-        if labels is not None:  # a masked row may hold anything
-            masked = (labels == o.ignore_index).unsqueeze(-1)
-            student = student.masked_fill(masked, 0)
+        if labels is not None and (masked := labels == o.ignore_index).any():
+            student = student.masked_fill(masked.unsqueeze(-1), 0)  # it may hold anything
         temperature = temperature * _deviation(student)
         own = own * _deviation(teacher.to(acc))
         divergence = "centered_mse" if divergence == "mse" else divergence
