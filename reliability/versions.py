@@ -27,7 +27,7 @@ FOLDER = ROOT / "build" / "versions"
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
-    *("bad_input", "compile", "package", "topk", "linear", "linear_training"),
+    *("bad_input", "compile", "package", "topk", "linear", "linear_training", "learned"),
 ]
 # What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
 FOREIGN = ["loss", "autograd", "terms"]
