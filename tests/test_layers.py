@@ -96,7 +96,8 @@ IMPORTS = {
         "teaching", "trainer_arguments",
     },
     "commands": {
-        "extras", "losses", "teachers", "reports", "trainer", "trainer_arguments", "checkpointing",
+        "extras", "checks", "losses", "teachers", "reports", "trainer", "trainer_arguments",
+        "checkpointing",
     },
 }  # fmt: skip
 # The optional way in through torch's C++ autograd, which has no stable interface.

@@ -544,8 +544,11 @@ def test_no_cache(tmp_path):
         TeacherCache(tmp_path)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"^path must be a folder; got .*file is a file"):
-            write(Counting(), path)
+        for use in (lambda path: write(Counting(), path), TeacherCache):
+            with pytest.raises(ValueError, match=r"^path must be a folder; got .*file is a file"):
+                use(path)
+    with pytest.raises(TypeError, match="path must be a folder's path; got int"):
+        TeacherCache(3)
 
 
 def test_the_teacher_is_left_as_it_was(tmp_path):

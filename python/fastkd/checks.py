@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+import pathlib
 import warnings
 from collections.abc import Sequence
 
@@ -63,6 +65,17 @@ def count(name: str, value: object, least: int = 1) -> None:
     """An int of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+
+
+def folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
+    """A path at which there is a folder, or can be one. ``otherwise``: what else is accepted."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
+    path = pathlib.Path(value)
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{name} must be a folder; got {path}, and {there} is a file")
+    return path
 
 
 def ignored_label(value: object) -> None:

@@ -130,16 +130,6 @@ def device(given: Any) -> torch.device:
         ) from error
 
 
-def _check_folder(given: object) -> None:
-    """A path at which there is a folder, or can be one."""
-    if not isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"checkpoints must be a folder's path or None; got {type(given).__name__}")
-    path = pathlib.Path(given)
-    there = next((each for each in (path, *path.parents) if each.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ValueError(f"checkpoints must be a folder; got {path}, and {there} is a file")
-
-
 def check(
     loss: KDLoss,
     accumulate: int,
@@ -172,4 +162,4 @@ def check(
     if save_every is not None and checkpoints is None:
         raise ValueError("save_every needs checkpoints, the folder to write in")
     if checkpoints is not None:
-        _check_folder(checkpoints)
+        checks.folder("checkpoints", checkpoints, " or None")

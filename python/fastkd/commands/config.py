@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fastkd import extras, losses
+from fastkd import checks, extras, losses
 
 
 class ConfigError(ValueError):
@@ -124,11 +124,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def _folder(name: str, value: Any) -> str:
-    path = pathlib.Path(_text(name, value))
-    for each in (path, *path.parents):
-        if each.exists() and not each.is_dir():
-            raise ConfigError(f"{name} must be a folder; got {path}, and {each} is a file")
-    return str(path)
+    try:
+        return str(checks.folder(name, _text(name, value)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

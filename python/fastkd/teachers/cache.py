@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 from typing import Any
 
 import torch
@@ -42,9 +41,10 @@ class TeacherCache:
         tail: mean probability of the classes that are not kept.
 
     Raises:
+        TypeError: if ``path`` is no path.
         FileNotFoundError: if there is no cache.
-        ValueError: if a file is damaged, of another format or of another teacher than the others,
-            or if ``classes`` or ``teacher`` differ.
+        ValueError: if there can be no folder, if a file is damaged, of another format or of another
+            teacher than the others, or if ``classes`` or ``teacher`` differ.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -68,7 +68,7 @@ class TeacherCache:
         teacher: nn.Module | None = None,
     ) -> None:
         """Opens every shard, reads the ids, and checks."""
-        self.path = pathlib.Path(path)
+        self.path = checks.folder("path", path)
         files = sorted(self.path.glob(shard.PATTERN))
         if not files:
             raise FileNotFoundError(f"{self.path} holds no teacher's cache (no {shard.PATTERN})")

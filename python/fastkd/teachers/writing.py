@@ -76,7 +76,7 @@ def precompute(
         raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
     temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
     checks.ignored_label(ignore_index)
-    folder = pathlib.Path(path)
+    folder = checks.folder("path", path)
     identity = fingerprint(teacher)
     done = existing(folder, top_k, dtype, temperature, identity)
     writer = _Writer(folder, shard_bytes, done)
@@ -134,9 +134,6 @@ def existing(
     Raises:
         ValueError: if it is another; the message names what differs.
     """
-    for each in (folder, *folder.parents):
-        if each.exists() and not each.is_dir():
-            raise ValueError(f"path must be a folder; got {folder}, and {each} is a file")
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)
