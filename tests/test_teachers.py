@@ -444,6 +444,34 @@ def test_the_teacher_s_wrappers_make_no_difference(cache):
     assert fastkd.teachers.fingerprint(Counting().half()) != cache.teacher
 
 
+class Packed(nn.Module):
+    """Keeps quantized weights as quantized layers do: in a tuple of its state."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "packed"] = (self.weight, None)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("of_channels", [False, True])
+def test_a_fingerprint_is_of_quantized_weights_too(of_channels):
+    def packed(value, scale):
+        weight = torch.full((3, 2), value)
+        if not of_channels:
+            return Packed(torch.quantize_per_tensor(weight, scale, 0, torch.qint8))
+        scales = torch.full((3,), scale)
+        return Packed(torch.quantize_per_channel(weight, scales, torch.zeros(3), 0, torch.qint8))
+
+    found = [
+        fastkd.teachers.fingerprint(packed(value, scale))
+        for value, scale in ((1.0, 0.1), (1.0, 0.1), (1.0, 0.2), (2.0, 0.2))
+    ]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_another_number_of_classes_is_refused(cache):
     with pytest.raises(ValueError, match=r"^classes: .* a teacher of 10 classes; got 11"):
         TeacherCache(cache.path, classes=11)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd import batches
+
 
 def fingerprint(teacher: nn.Module) -> str:
     """The SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in their order.
 
-    Names are left out, so that ``torch.compile`` and wrappers for many GPUs make no difference.
+    Quantized ones too, packed or not. Names are left out, so that ``torch.compile`` and wrappers
+    for many GPUs make no difference.
 
     Raises:
         TypeError: for anything but a module.
@@ -29,8 +32,8 @@ def fingerprint(teacher: nn.Module) -> str:
             "into a module, and give each of several teachers a cache of its own"
         )
     digest = hashlib.sha256()
-    for tensor in teacher.state_dict().values():
-        if isinstance(tensor, Tensor):
+    for value in batches.tensors(teacher.state_dict()):
+        for tensor in _plain(value):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
     return f"sha256:{digest.hexdigest()}"
@@ -53,6 +56,22 @@ def inputs_digests(inputs: Any, count: int, lengths: list[int] | None) -> Tensor
             digest.update(_bytes(part))
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return torch.tensor(found, dtype=torch.int64)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor is made of: integers and their scales, or those that a subclass wraps."""
+    if tensor.is_quantized:
+        yield tensor.int_repr()
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        else:
+            yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+    elif hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _tensors(inputs: Any) -> Iterator[Tensor]:
