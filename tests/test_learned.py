@@ -108,6 +108,40 @@ def test_kernels_give_the_gradients_of_the_reference(monkeypatch, name, learn, r
             assert float((mine.double() - theirs).abs().max()) <= own * max(scale, size)
 
 
+MIXTURES = {
+    "two": ({"teacher_temperature": 3.0}, lambda w: [w, 0.5 * w]),
+    "two of rows": ({"teacher_temperature": row_numbers(1, 2)}, lambda w: [w, 0.5 * w]),
+    "two, logits": ({"teacher_temperature": 3.0, "ensemble": "logits"}, lambda w: [w, 0.5 * w]),
+    "probs": ({"teacher_form": "probs"}, lambda w: w.softmax(-1)),
+}
+
+
+@pytest.mark.parametrize("which", MIXTURES)
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
+def test_a_mixture_of_teachers(monkeypatch, name, which):
+    given, teachers_of = MIXTURES[which]
+    results = []
+    for dtype in (FP32, FP64):
+        student, teacher, labels = (
+            x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
+        )
+        leaf, t = student.requires_grad_(), row_numbers(1, 3).requires_grad_()
+        options = {**given, "temperature": t, "divergence": name, "reduction": "sum"}
+        teachers = teachers_of(teacher)
+        if dtype is FP32:
+            with monkeypatch.context() as patch:
+                patch.setattr(reference, "terms", refused)
+                loss = fastkd.loss(leaf, teachers, labels, alpha=0.5, **options)
+                gradients = torch.autograd.grad(loss, [leaf, t])
+        else:
+            weights = {"hard_weight": 0.5, "soft_weight": 0.5}
+            loss = reference.terms(leaf, teachers, labels, **weights, **options).loss
+            gradients = torch.autograd.grad(loss, [leaf, t])
+        results.append([loss.detach(), *gradients])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_terms_of_each_row(monkeypatch, dtype):
     student, teacher, labels = problem(dtype)
@@ -160,6 +194,8 @@ def test_what_kernels_lack_is_left_to_operations():
     assert not is_kept_by(standardize=True, divergence="cosine")
     assert not is_kept_by(temperature=t, divergence="dkd")
     assert not is_kept_by(temperature=t, teacher=[teacher, teacher])
-    assert not is_kept_by(temperature=t, teacher=teacher.softmax(-1), teacher_form="probs")
+    assert is_kept_by(temperature=t, teacher=teacher.softmax(-1), teacher_form="probs")
+    assert is_kept_by(temperature=t, teacher=[teacher, teacher], teacher_temperature=2.0)
+    assert not is_kept_by(standardize=True, teacher=[teacher, teacher])
     assert not is_kept_by(standardize=True, labels=student.softmax(-1))
     assert is_kept_by(temperature=t, teacher_temperature=2.0, divergence="dkd")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import mixture, reference
 from fastkd.derivatives import DIVERGENCES, wants_formula
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
@@ -60,22 +60,25 @@ class _Numbers(NamedTuple):
         return self._replace(divergence=name, mix=mix)
 
 
-def has(objective: Objective) -> bool:
-    """Whether :func:`terms` has all that an objective with one teacher, as logits, learns."""
+def has(objective: Objective, one: bool) -> bool:
+    """Whether :func:`terms` has all that an objective learns; ``one`` teacher, as logits."""
     o = objective
-    if o.standardize and o.divergence == "cosine":  # which a row's mean changes
+    if o.standardize and (o.divergence == "cosine" or not one):  # which a row's mean changes
         return False
     own = o.teacher_temperature
     learns = isinstance(own, Tensor) and own.requires_grad and torch.is_grad_enabled()
-    return o.divergence in _SWAPPED or not learns
+    return not learns or (one and o.divergence in _SWAPPED)
 
 
 def terms(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
+    student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
 ) -> reference.Terms:
-    """:func:`fastkd.reference.terms` of one teacher's logits; labels are indices, in range."""
-    acc = accumulator(student, teacher)
-    rows, (of_hard, of_soft) = as_rows(student, (teacher,), labels, objective, acc)
+    """:func:`fastkd.reference.terms`; labels are indices, in range."""
+    acc = accumulator(student, *teachers)
+    if not mixture.is_one(teachers, objective):  # their mixture, softened already
+        teachers = (mixture.as_one(teachers, objective._replace(temperature=1.0), acc),)
+        objective = objective._replace(teacher_temperature=1.0)
+    rows, (of_hard, of_soft) = as_rows(student, teachers, labels, objective, acc)
     # In float32, so that what the logits and their deviation bring to a 16-bit gradient is rounded
     # once.
     fields = _of_rows(rows._replace(student=rows.student.to(acc)))

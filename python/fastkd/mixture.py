@@ -66,6 +66,15 @@ def mixed(
         return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
 
 
+def as_one(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype) -> Tensor:
+    """The logits of the mixture, whose softmax is taken at the student's temperature, as one tensor
+    in ``dtype``."""
+    kernel = mixing(teachers, objective, dtype)
+    if kernel is None:
+        return mixed_by_operations(teachers, objective, dtype)
+    return mixed(teachers, *kernel, dtype)
+
+
 def mixed_by_operations(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> Tensor:

@@ -47,7 +47,7 @@ USES = {
 FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
 # What CPUs have by two passes of the kernels, which cannot be in place.
 IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
-# What they have by the terms of each row and their derivatives, of one teacher.
+# What they have by the terms of each row and their derivatives.
 BY_ROWS = frozenset({"learned", "standardize"})
 
 
@@ -81,7 +81,7 @@ def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Ob
     missing = _missing(labels, objective)
     if missing <= IN_TWO_PASSES:
         return labels is not None
-    return missing <= BY_ROWS and mixture.is_one(teachers, objective) and learned.has(objective)
+    return missing <= BY_ROWS and learned.has(objective, mixture.is_one(teachers, objective))
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -168,7 +168,7 @@ def _in_passes(
 ) -> Tensor | None:
     """The same by several passes of the ops; None where even these lack something."""
     if _missing(labels, objective) <= BY_ROWS:
-        terms = learned.terms(student, teachers[0], labels, objective)
+        terms = learned.terms(student, teachers, labels, objective)
         return torch.stack(terms) if with_terms else terms.loss
     assert labels is not None
     return _in_two_passes(student, teachers, labels, objective, with_terms)
@@ -225,10 +225,8 @@ def _arguments(
     if not mixture.is_one(teachers, o):
         acc = accumulator(student, *teachers)
         kernel = mixture.mixing(teachers, o, acc)
-        if kernel is None:
-            teachers = (mixture.mixed_by_operations(teachers, o, acc),)
-        elif student.is_cuda:  # whose kernels read it as they read a teacher
-            teachers = (mixture.mixed(teachers, *kernel, acc),)
+        if kernel is None or student.is_cuda:  # whose kernels read a mixture as they read a teacher
+            teachers = (mixture.as_one(teachers, o, acc),)
         else:
             how, row_temperatures = kernel
         o = o._replace(teacher_temperature=o.temperature)
