@@ -25,7 +25,10 @@ LEARN = {
         "temperature": row_numbers(1, 4),
         "teacher_temperature": torch.tensor(1.5, dtype=FP64),
     },
-    "student's temperature": {"temperature": torch.tensor(2.5), "teacher_temperature": 3.0},
+    "student's temperature": {
+        "temperature": torch.tensor(2.5, dtype=FP64),
+        "teacher_temperature": 3.0,
+    },
     "weights": {"hard_weight": row_numbers(0.1, 1), "soft_weight": torch.tensor(0.4, dtype=FP64)},
     "standardize": {"standardize": True, "temperature": 1.5},
     "standardize, temperature": {"standardize": True, "temperature": torch.tensor(1.5, dtype=FP64)},
@@ -139,7 +142,41 @@ def test_a_mixture_of_teachers(monkeypatch, name, which):
             gradients = torch.autograd.grad(loss, [leaf, t])
         results.append([loss.detach(), *gradients])
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("learn", [name for name in LEARN if name != "class weights"])
+@pytest.mark.parametrize("kind", ["probabilities", "smoothed weights"])
+def test_labels_that_take_another_pass(monkeypatch, kind, learn, reduction):
+    results = []
+    for dtype in (FP32, FP64):
+        student, teacher, labels = (
+            x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
+        )
+        options, learned = leaves_of(LEARN[learn])
+        options["reduction"] = reduction
+        if kind == "probabilities":
+            labels = make((ROWS, CLASSES), labels=False, seed=1).student.to(dtype).softmax(-1)
+        else:
+            weight = torch.linspace(0.5, 2, CLASSES, dtype=FP64)
+            options.update(class_weight=weight, label_smoothing=0.2)
+        leaf = student.requires_grad_()
+        if dtype is FP32:
+            with monkeypatch.context() as patch:
+                patch.setattr(reference, "terms", refused)
+                terms = fastkd.terms(leaf, teacher, labels, **options)
+                loss = fastkd.loss(leaf, teacher, labels, **options)
+                gradients = torch.autograd.grad(loss.sum(), [leaf, *learned])
+            torch.testing.assert_close(terms.loss, loss)
+        else:
+            if "hard_weight" not in options and "soft_weight" not in options:
+                options.update(hard_weight=0.5, soft_weight=0.5)
+            terms = reference.terms(leaf, teacher, labels, **{"hard_weight": 1.0, **options})
+            gradients = torch.autograd.grad(terms.loss.sum(), [leaf, *learned])
+        results.append([*terms, *gradients])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
@@ -197,5 +234,5 @@ def test_what_kernels_lack_is_left_to_operations():
     assert is_kept_by(temperature=t, teacher=teacher.softmax(-1), teacher_form="probs")
     assert is_kept_by(temperature=t, teacher=[teacher, teacher], teacher_temperature=2.0)
     assert not is_kept_by(standardize=True, teacher=[teacher, teacher])
-    assert not is_kept_by(standardize=True, labels=student.softmax(-1))
+    assert is_kept_by(standardize=True, labels=student.softmax(-1))
     assert is_kept_by(temperature=t, teacher_temperature=2.0, divergence="dkd")

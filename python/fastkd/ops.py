@@ -79,9 +79,9 @@ def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
 def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective) -> bool:
     """Whether what the kernels lack of a call is computed by several passes of them, on a CPU."""
     missing = _missing(labels, objective)
-    if missing <= IN_TWO_PASSES:
-        return labels is not None
-    return missing <= BY_ROWS and learned.has(objective, mixture.is_one(teachers, objective))
+    if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
+        return False
+    return missing <= IN_TWO_PASSES or learned.has(objective, mixture.is_one(teachers, objective))
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -125,7 +125,8 @@ def compute(
         if checks.may_look(student):
             checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
             if in_passes(teachers, labels, objective):
-                out = _in_passes(student, teachers, labels, objective, with_terms)
+                passes = _in_two_passes if missing & IN_TWO_PASSES else _by_rows
+                out = passes(student, teachers, labels, objective, with_terms)
                 if out is not None:
                     return out
     if transformed or torch.compiler.is_compiling():
@@ -159,31 +160,31 @@ def _fused(
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
-def _in_passes(
+def _by_rows(
+    student: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor | None,
+    objective: Objective,
+    with_terms: bool,
+) -> Tensor:
+    """The same by the native ops, for what they have by the terms of each row."""
+    if not _missing(labels, objective):
+        return _fused(student, teachers, labels, objective, with_terms, False)
+    terms = learned.terms(student, teachers, labels, objective)
+    return torch.stack(terms) if with_terms else terms.loss
+
+
+def _in_two_passes(
     student: Tensor,
     teachers: tuple[Tensor, ...],
     labels: Tensor | None,
     objective: Objective,
     with_terms: bool,
 ) -> Tensor | None:
-    """The same by several passes of the ops; None where even these lack something."""
-    if _missing(labels, objective) <= BY_ROWS:
-        terms = learned.terms(student, teachers, labels, objective)
-        return torch.stack(terms) if with_terms else terms.loss
-    assert labels is not None
-    return _in_two_passes(student, teachers, labels, objective, with_terms)
-
-
-def _in_two_passes(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor,
-    objective: Objective,
-    with_terms: bool,
-) -> Tensor | None:
     """The divergence, and the cross entropy with probabilities: the soft cross entropy of one more
     teacher, at temperature 1. None where labels are not all positive, as those of teachers are.
     """
+    assert labels is not None
     o, acc = objective, accumulator(student, *teachers)
     target, total = label_targets(labels, student.shape[-1], o, acc)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
@@ -191,7 +192,7 @@ def _in_two_passes(
     indices = None if labels.is_floating_point() else labels  # which mask rows
     student = student.to(acc)  # so that the sum of the two gradients is rounded once
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
-    out = _fused(student, teachers, indices, o, with_terms, False)
+    out = _by_rows(student, teachers, indices, o, with_terms)
     cross_entropy = o._replace(
         temperature=1.0,
         teacher_temperature=1.0,
@@ -200,11 +201,12 @@ def _in_two_passes(
         teacher_form="probs",
         teacher_weights=None,
         ensemble="probs",
+        standardize=False,
     )
 
     def hard(weight: float | Tensor) -> Tensor:
         of_rows = cross_entropy._replace(soft_weight=weight * total)
-        return _fused(student, (target,), indices, of_rows, False, False)
+        return _by_rows(student, (target,), indices, of_rows, False)
 
     if not with_terms:
         return out + hard(objective.hard_weight)
