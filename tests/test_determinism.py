@@ -147,3 +147,16 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     rows.sum().backward()
     assert_same(second, first)
     assert_same(b.grad, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("divergence", SWEEPS)
+def test_the_terms_of_a_hard_term_of_no_weight_leave_the_gradient_alone(device, divergence, dtype):
+    student, teacher, labels = make((800, 150), dtype, device=device, spread=10.0)
+    gradients = []
+    for reduction in ("sum", "none"):
+        leaf = student.clone().requires_grad_()
+        options = {"alpha": 0.0, "temperature": 1.0, "reduction": reduction}
+        loss = fastkd.terms(leaf, teacher, labels, divergence=divergence, **options).loss
+        gradients += torch.autograd.grad(loss.sum(), leaf)
+    assert_same(*gradients)

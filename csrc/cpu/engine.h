@@ -466,12 +466,14 @@ struct Engine {
     const bool decoupled = row.left_out >= 0;
     const bool labelled =
         (row.hard != Hard::kNone || decoupled) && holds(begin, end - begin, row.label);
+    // As backward sees it, which knows no terms.
+    const bool differs = labelled && (row.gradient_hard != Hard::kNone || decoupled);
     const bool exact = in.student_dtype == kStorage<T>;
     T label_grad = 0;
     if (labelled) {
       const T z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
       const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
-      if (!exact && !decoupled) label_grad = label_gradient(row, *c, z, w, gain);
+      if (differs && !exact && !decoupled) label_grad = label_gradient(row, *c, z, w, gain);
       if (sums != nullptr && row.hard != Hard::kNone) {
         const double share = 1 - in.label_smoothing;
         sums->student_logits +=
@@ -495,7 +497,7 @@ struct Engine {
       ++block;
     });
     if (sums != nullptr) sums->value += value, sums->slope += slope;
-    if (!labelled || grad == nullptr) return;
+    if (!differs || grad == nullptr) return;
     void* target = grad_at(index, row.label);
     if (decoupled) {
       label_grad = c->label_gradient;
