@@ -52,7 +52,7 @@ IMPORTS = {
     "shapes": {"native", "reference"},
     "mixture": {"native", "reference", "objective"},
     "derivatives": {"native", "reference", "shapes", "mixture"},
-    "learned": {"reference", "objective", "rows", "shapes", "mixture", "derivatives"},
+    "learned": {"checks", "reference", "objective", "rows", "shapes", "mixture", "derivatives"},
     "ops": {
         "native", "_eager", "checks", "reference", "objective", "rows", "shapes", "mixture",
         "derivatives",

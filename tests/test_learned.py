@@ -1,6 +1,5 @@
 """What learns beside the logits (temperatures, weights), and standardized logits, by the kernels on
-CPUs; tests/test_divergences.py has their derivatives by differences, test_objectives.py their
-values."""
+CPUs; tests/test_divergences.py has their derivatives by differences."""
 
 import pytest
 import torch
@@ -236,3 +235,126 @@ def test_what_kernels_lack_is_left_to_operations():
     assert not is_kept_by(standardize=True, teacher=[teacher, teacher])
     assert is_kept_by(standardize=True, labels=student.softmax(-1))
     assert is_kept_by(temperature=t, teacher_temperature=2.0, divergence="dkd")
+
+
+# ---- gradients in other ways, and other contents
+
+
+def by_operations(monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "BY_ROWS", frozenset())
+        return function()
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_gradients_that_will_be_differentiated_are_the_same(learn):
+    student, teacher, labels = make((ROWS, CLASSES), FP64)
+    options, learned = leaves_of(LEARN[learn])
+    leaf = student.requires_grad_()
+
+    def gradients(**how):
+        loss = fastkd.loss(leaf, teacher, labels, **options)
+        return torch.autograd.grad(loss, [leaf, *learned], **how)
+
+    for once, again in zip(gradients(), gradients(create_graph=True), strict=True):
+        torch.testing.assert_close(again, once, rtol=1e-11, atol=1e-13)
+        assert again.requires_grad and not once.requires_grad
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_a_batch_of_gradients(learn):
+    student, teacher, labels = make((ROWS, CLASSES), FP64)
+    options, learned = leaves_of(LEARN[learn])
+    leaf = student.requires_grad_()
+    losses = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
+    batch = torch.autograd.grad(
+        losses,
+        [leaf, *learned],
+        torch.eye(ROWS, dtype=FP64),
+        is_grads_batched=True,
+        retain_graph=True,
+    )
+    for row in range(ROWS):
+        alone = torch.autograd.grad(losses[row], [leaf, *learned], retain_graph=True)
+        for mine, theirs in zip(batch, alone, strict=True):
+            torch.testing.assert_close(mine[row], theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("learn", ["standardize", "temperatures"])
+def test_a_class_that_one_side_masks(monkeypatch, learn, side, name):
+    options = {"standardize": True}
+    if learn == "temperatures":
+        options = {"temperature": torch.tensor(2.5), "teacher_temperature": torch.tensor(3.0)}
+
+    def gradients():
+        problem = make((4, 6), labels=False)._asdict()
+        problem[side][:, 2] = -torch.inf
+        leaf = problem["student"].requires_grad_()
+        given, learned = leaves_of(options)
+        loss = fastkd.loss(leaf, problem["teacher"], divergence=name, **given)
+        return torch.autograd.grad(loss, [leaf, *learned])
+
+    for mine, theirs in zip(gradients(), by_operations(monkeypatch, gradients), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_logits_of_inference_mode():
+    t = torch.tensor(2.0, requires_grad=True)
+    with torch.inference_mode():
+        student, teacher, labels = make((ROWS, CLASSES))
+    fastkd.loss(student, teacher, labels, temperature=t).backward()
+    expected = torch.tensor(2.0, requires_grad=True)
+    fastkd.loss(student.clone(), teacher.clone(), labels, temperature=expected).backward()
+    assert torch.equal(t.grad, expected.grad)
+
+
+def test_a_class_of_weight_0_that_the_student_masks():
+    student, teacher, _ = make((2, 5))
+    student[0, 2] = teacher[0, 2] = -torch.inf
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+    options = {"hard_weight": 0.5, "class_weight": weight}
+    labels = torch.tensor([2, 1])
+    learned = torch.tensor(0.5, requires_grad=True)
+    got = fastkd.loss(student, teacher, labels, soft_weight=learned, **options)
+    expected = fastkd.loss(student, teacher, labels, soft_weight=0.5, **options)
+    torch.testing.assert_close(got, expected, check_stride=False)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+def test_standardized_logits_have_no_offset(offset):
+    student, teacher, labels = make((64, 1000))
+    student, teacher = student.mul_(8).round_().div_(8), teacher.mul_(8).round_().div_(8)
+    gradients = []
+    for dtype, by in ((FP32, offset), (FP64, 0.0)):
+        leaf = (student.to(dtype) + by).requires_grad_()
+        loss = fastkd.loss(leaf, teacher.to(dtype) + by, labels, standardize=True)
+        gradients += torch.autograd.grad(loss, leaf)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("mask", [-1e20, -1e30, torch.finfo(FP32).min])
+def test_a_mask_that_is_finite(mask):
+    student, teacher, _ = make((4, 50))
+    student[:, 40:] = teacher[:, 40:] = mask
+    leaf = student.requires_grad_()
+    loss = fastkd.loss(leaf, teacher, standardize=True)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert 0 <= loss.item() < 1e-6 and float(gradient.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("classes", [3, 10, 200, 1000])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dkd", "cosine")])
+def test_rows_without_spread_are_equal(name, classes):
+    student, teacher = torch.randn(2, 8, 1, generator=torch.Generator().manual_seed(0))
+    losses = fastkd.loss(
+        student.expand(8, classes),
+        teacher.expand(8, classes),
+        divergence=name,
+        standardize=True,
+        temperature=0.5,
+        reduction="none",
+    )
+    entropy = torch.tensor(float(classes)).log() if name == "soft_cross_entropy" else 0.0
+    assert float((losses - 0.25 * entropy).abs().max()) < 1e-5

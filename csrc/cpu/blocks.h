@@ -40,6 +40,11 @@ struct Vectors {
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
 };
 
+#if defined(__GNUC__)
+#define FASTKD_INLINE __attribute__((always_inline))
+#else
+#define FASTKD_INLINE
+#endif
 // Calls fn(at, width), which should be FASTKD_INLINE, for all of `count` classes. The width is a
 // compile-time constant.
 template <class S, class Fn>
@@ -52,11 +57,6 @@ FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
     for (; at < count; at += kStep<S>) fn(at, constant<kStep<S>>);
   }
 }
-#if defined(__GNUC__)
-#define FASTKD_INLINE __attribute__((always_inline))
-#else
-#define FASTKD_INLINE
-#endif
 
 inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;

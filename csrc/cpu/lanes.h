@@ -328,8 +328,8 @@ struct LaneEngine {
       inverse_t[i] = 1 / t;
       teacher_inverse_t[i] = 1 / teacher_t;
       const T distance = teacher_max[i] - student_max[i];
-      const bool apart =
-          t != teacher_t || distance > static_cast<T>(kApart) || distance < -static_cast<T>(kApart);
+      const T limit = apart_beyond(t);
+      const bool apart = t != teacher_t || distance > limit || distance < -limit;
       student_base[i] = apart ? student_max[i] : T(0);
       teacher_base[i] = apart ? teacher_max[i] : T(0);
       const T together = distance * inverse_t[i];

@@ -196,13 +196,19 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
 // Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
+// The limit at a temperature: below 1, what counts is the difference over it.
+template <class T>
+FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
+  return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
+}
 
 template <class T>
 Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
   const bool same = row.temperature == row.teacher_temperature;
-  const bool apart = !same || distance > kApart || distance < -kApart;
+  const double limit = apart_beyond(row.temperature);
+  const bool apart = !same || distance > limit || distance < -limit;
   const T inverse_temperature = static_cast<T>(1 / row.temperature);
   const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
   const double shift =

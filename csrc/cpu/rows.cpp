@@ -133,6 +133,7 @@ struct Room {
   std::unique_ptr<double[]> maxima;
   Left<T> of_last, of_other;  // handed out by reference: copies of them cost 20 ns a row
 
+  Room(const Room&) = delete;  // of_last points into it
   template <class S>
   Room(const Engine<T, S>& engine, int64_t end) : end(end) {
     if (engine.keeps()) of_last = last.left();

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import mixture, reference
+from fastkd import checks, mixture, reference
 from fastkd.derivatives import DIVERGENCES, wants_formula
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
@@ -43,6 +43,7 @@ class _Numbers(NamedTuple):
     divergence: str
     mix: float | None
     same_temperature: bool
+    standardize: bool
 
     def op(self) -> tuple[float, int, int, float]:
         """As the ops take them, after temperatures and weights."""
@@ -78,10 +79,12 @@ def terms(
     if not mixture.is_one(teachers, objective):  # their mixture, softened already
         teachers = (mixture.as_one(teachers, objective._replace(temperature=1.0), acc),)
         objective = objective._replace(teacher_temperature=1.0)
-    rows, (of_hard, of_soft) = as_rows(student, teachers, labels, objective, acc)
-    # In float32, so that what the logits and their deviation bring to a 16-bit gradient is rounded
-    # once.
-    fields = _of_rows(rows._replace(student=rows.student.to(acc)))
+    rows, (of_hard, of_soft) = as_rows(checks.savable(student), teachers, labels, objective, acc)
+    t = objective.temperature
+    if objective.standardize or (isinstance(t, Tensor) and t.requires_grad):
+        # What else depends on the logits' gradient should know it unrounded.
+        rows = rows._replace(student=rows.student.to(acc))
+    fields = _of_rows(rows, acc)
     if objective.reduction == "none":
         shape = student.shape[:-1]
         return reference.Terms(*(field.reshape(shape) for field in fields))
@@ -89,9 +92,9 @@ def terms(
     return reference.Terms(loss, hard / of_hard, *(field / of_soft for field in others))
 
 
-def _of_rows(rows: Rows) -> reference.Terms:
-    """The terms of each row."""
-    (student, (teacher,), labels, o), acc = rows, rows.student.dtype
+def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
+    """The terms of each row, in ``acc``."""
+    student, (teacher,), labels, o = rows
     count = len(student)
 
     def of_rows(number: float | Tensor) -> Tensor:
@@ -104,23 +107,25 @@ def _of_rows(rows: Rows) -> reference.Terms:
     if o.standardize:
         if labels is not None and (masked := labels == o.ignore_index).any():
             student = student.masked_fill(masked.unsqueeze(-1), 0)  # it may hold anything
-        temperature = temperature * _deviation(student)
-        own = own * _deviation(teacher.to(acc))
+        largest = torch.finfo(acc).max
+        temperature = (temperature * _deviation(student)).clamp(max=largest)
+        own = (own * _deviation(teacher.to(acc))).clamp(max=largest)
         divergence = "centered_mse" if divergence == "mse" else divergence
-    numbers = _Numbers(o.label_smoothing, o.ignore_index, divergence, o.mix, same)
+    numbers = _Numbers(o.label_smoothing, o.ignore_index, divergence, o.mix, same, o.standardize)
     hard, soft, *logged = _RowTerms.apply(  # type: ignore[no-untyped-call]
         student, teacher, labels, temperature, own, numbers
     )
     loss = reference.weighted(o.soft_weight * o.temperature**2, soft)
     if labels is not None:
         if o.class_weight is not None:
-            hard = o.class_weight[labels.clamp(0, len(o.class_weight) - 1)] * hard
+            weight = o.class_weight[labels.clamp(0, len(o.class_weight) - 1)]
+            hard = reference.weighted(weight, hard)
         loss = loss + reference.weighted(o.hard_weight, hard)
     return reference.Terms(loss, hard.detach(), soft.detach(), *logged)
 
 
 def _deviation(logits: Tensor) -> Tensor:
-    """Of each row, but 1 where a logit is NaN or infinite: such a row will be NaN by itself."""
+    """Of each row, but 1 where a logit is NaN or +inf: such a row will be NaN by itself."""
     found: Tensor = _Deviation.apply(logits)  # type: ignore[no-untyped-call]
     return found.where(found.isfinite(), torch.ones_like(found))
 
@@ -161,7 +166,7 @@ class _RowTerms(torch.autograd.Function):
         of_terms = (student, teacher, labels, temperature, own, stats, numbers)
         if needs[3]:
             gradient = _gradient(*of_terms, nothing, weights)
-            results[3] = _by_scale(student, gradient, temperature)
+            results[3] = _by_scale(student, gradient, temperature, numbers.standardize)
         if needs[0]:
             results[0] = _gradient(*of_terms, of_hard, weights)
         if needs[4]:
@@ -172,7 +177,7 @@ class _RowTerms(torch.autograd.Function):
                 *(teacher.to(own.dtype), student, labels, settings, None),
                 *(*options, 0.0, False, True),
             )
-            results[4] = _by_scale(teacher, gradient, own)
+            results[4] = _by_scale(teacher, gradient, own, numbers.standardize)
         return tuple(results)
 
 
@@ -196,11 +201,17 @@ def _gradient(
     return gradient
 
 
-def _by_scale(logits: Tensor, gradient: Tensor, temperature: Tensor) -> Tensor:
-    """The gradient in the temperature of what depends on logits / temperature alone. Takes the
-    logits' gradient, where masked rows and classes have 0, for its own.
+def _by_scale(logits: Tensor, gradient: Tensor, temperature: Tensor, standardized: bool) -> Tensor:
+    """The gradient in the temperature of what depends on logits / temperature alone; masked classes
+    say nothing about it. Takes the logits' gradient for its own.
     """
-    return gradient.mul_(logits.nan_to_num()).sum(-1).div_(temperature).neg_()
+    values = logits.to(gradient.dtype)
+    if standardized:
+        centered = _centered(values)
+        if bool(centered.isnan().any()):  # of masked classes, which have no part in the mean
+            centered, _ = reference.deviation(values)
+        values = centered
+    return gradient.mul_(values.nan_to_num(neginf=0.0)).sum(-1).div_(temperature).neg_()
 
 
 def _formula(
@@ -216,24 +227,35 @@ def _formula(
 ) -> tuple[Tensor | None, ...]:
     """The backward pass by differentiable PyTorch operations."""
     with torch.enable_grad():
-        out = reference.terms(
-            student,
-            teacher,
-            labels,
-            temperature=temperature,
-            teacher_temperature=own,
-            hard_weight=of_hard,
-            soft_weight=of_soft / temperature.square(),
-            label_smoothing=numbers.label_smoothing,
-            ignore_index=numbers.ignore_index,
-            reduction="sum",
-            divergence=numbers.divergence,
-            mix=numbers.mix,
-        ).loss
+        # Aliases, so that no gradient goes from one to another, as from a temperature that is a
+        # deviation to the logits: the graph outside has that.
+        student, temperature, own = (x.view_as(x) for x in (student, temperature, own))
+
+        def rows(hard_weight: float, soft_weight: float | Tensor) -> Tensor:
+            return reference.terms(
+                student,
+                teacher,
+                labels,
+                temperature=temperature,
+                teacher_temperature=own,
+                hard_weight=hard_weight,
+                soft_weight=soft_weight,
+                label_smoothing=numbers.label_smoothing,
+                ignore_index=numbers.ignore_index,
+                reduction="none",
+                divergence=numbers.divergence,
+                mix=numbers.mix,
+            ).loss
+
+        # The factors are no part of what is differentiated: they may be a batch.
+        out, factors = [rows(0.0, 1 / temperature.square())], [of_soft]
+        if labels is not None:
+            out.append(rows(1.0, 0.0))
+            factors.append(of_hard)
         inputs = {0: student, 3: temperature, 4: own}
         inputs = {i: tensor for i, tensor in inputs.items() if needs[i]}
         found = torch.autograd.grad(
-            out, list(inputs.values()), create_graph=True, materialize_grads=True
+            out, list(inputs.values()), factors, create_graph=True, materialize_grads=True
         )
     results: list[Tensor | None] = [None] * len(needs)
     for i, gradient in zip(inputs, found, strict=True):
@@ -241,30 +263,36 @@ def _formula(
     return tuple(results)
 
 
+def _centered(logits: Tensor) -> Tensor:
+    """Each row minus its mean. The mean of what is left is what the mean was rounded by."""
+    centered = logits - logits.mean(-1, keepdim=True)
+    return centered.sub_(centered.mean(-1, keepdim=True))
+
+
 class _Deviation(torch.autograd.Function):
     """:func:`fastkd.reference.deviation` of each row, in few passes where no class is masked."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Any:
-        mean = logits.mean(-1)
-        squares = (logits - mean.unsqueeze(-1)).square_().sum(-1)  # torch.std takes ten times that
+        squares = _centered(logits).square_().sum(-1)  # torch.std takes ten times as long
         deviation = (squares / (logits.shape[-1] - 1)).sqrt_()
-        ctx.has_mean = bool(deviation.isfinite().all())  # no class is masked
-        ctx.save_for_backward(logits, deviation, mean)
-        return deviation + reference.LEAST_DEVIATION if ctx.has_mean else _of_unmasked(logits)
+        ctx.plain = bool(deviation.isfinite().all())
+        ctx.save_for_backward(logits, deviation)
+        return deviation + reference.LEAST_DEVIATION if ctx.plain else _of_unmasked(logits)
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        logits, deviation, mean = ctx.saved_tensors
+        logits, deviation = ctx.saved_tensors
         again = wants_formula(factor)  # to be differentiated in turn
-        if again or not ctx.has_mean:
+        if again or not ctx.plain:
             with torch.enable_grad():
                 leaf = logits if again else logits.detach().requires_grad_()
                 return torch.autograd.grad(_of_unmasked(leaf), leaf, factor, create_graph=again)[0]
         scale = (factor / (deviation * (logits.shape[-1] - 1))).masked_fill_(deviation == 0, 0)
-        return (logits - mean.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+        return _centered(logits).mul_(scale.unsqueeze(-1))
 
 
 def _of_unmasked(logits: Tensor) -> Tensor:
-    _, deviation = reference.deviation(logits)
-    return deviation.squeeze(-1)
+    """In float64, where no square of a finite float32 is infinite."""
+    _, deviation = reference.deviation(logits.double())
+    return deviation.squeeze(-1).to(logits.dtype)
