@@ -64,8 +64,8 @@ class _Numbers(NamedTuple):
 def has(objective: Objective, one: bool) -> bool:
     """Whether :func:`terms` has all that an objective learns; ``one`` teacher, as logits."""
     o = objective
-    if o.standardize and (o.divergence == "cosine" or not one):  # which a row's mean changes
-        return False
+    if o.standardize and (o.divergence == "cosine" or not one):
+        return False  # a row's mean changes the cosine; each of several teachers has its deviation
     own = o.teacher_temperature
     learns = isinstance(own, Tensor) and own.requires_grad and torch.is_grad_enabled()
     return not learns or (one and o.divergence in _SWAPPED)
