@@ -201,12 +201,12 @@ def differentiable_gradient(
 ) -> Tensor:
     """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
     with torch.enable_grad():
-        out = _reference(student, teacher, labels, row_settings, denominator, settings)
+        out = by_operations(student, teacher, labels, row_settings, denominator, settings)
         (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
     return gradient
 
 
-def _reference(
+def by_operations(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,

@@ -5,16 +5,16 @@ deviation (docs/maths.md, section 15).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import checks, mixture, reference
-from fastkd.derivatives import DIVERGENCES, wants_formula
+from fastkd.derivatives import DIVERGENCES, by_operations, wants_formula
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
-from fastkd.shapes import REDUCTIONS, accumulator, empty_gradient
+from fastkd.shapes import REDUCTIONS, Settings, accumulator, empty_gradient
 
 _loss = torch.ops.fastkd.loss.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
@@ -35,30 +35,11 @@ _SWAPPED = {
 }
 
 
-class _Numbers(NamedTuple):
-    """The numbers of a call that are no tensors."""
-
-    label_smoothing: float
-    ignore_index: int
-    divergence: str
-    mix: float | None
-    same_temperature: bool
-    standardize: bool
-
-    def op(self) -> tuple[float, int, int, float]:
-        """As the ops take them, after temperatures and weights."""
-        mix = 0.5 if self.mix is None else self.mix
-        return self.label_smoothing, self.ignore_index, DIVERGENCES.index(self.divergence), mix
-
-    def temperatures(self) -> tuple[float, float]:
-        """In the place of those of rows: whether these are equal (csrc/kernels.h)."""
-        return 1.0, 1.0 if self.same_temperature else 2.0
-
-    def swapped(self) -> _Numbers:
-        """Of the same divergence with student and teacher in each other's place."""
-        name, other_mix = _SWAPPED[self.divergence]
-        mix = 1 - self.mix if other_mix and self.mix is not None else self.mix
-        return self._replace(divergence=name, mix=mix)
+def _swapped(settings: Settings) -> Settings:
+    """Of the same divergence with student and teacher in each other's place."""
+    name, other_mix = _SWAPPED[DIVERGENCES[settings.divergence]]
+    mix = 1 - settings.mix if other_mix else settings.mix
+    return settings._replace(divergence=DIVERGENCES.index(name), mix=mix)
 
 
 def has(objective: Objective, one: bool) -> bool:
@@ -111,9 +92,18 @@ def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
         temperature = (temperature * _deviation(student)).clamp(max=largest)
         own = (own * _deviation(teacher.to(acc))).clamp(max=largest)
         divergence = "centered_mse" if divergence == "mse" else divergence
-    numbers = _Numbers(o.label_smoothing, o.ignore_index, divergence, o.mix, same, o.standardize)
+    settings = Settings(
+        *(1.0, 1.0 if same else 2.0, 1.0, 1.0),  # equal temperatures promise those of rows are
+        o.label_smoothing,
+        o.ignore_index,
+        DIVERGENCES.index(divergence),
+        0.5 if o.mix is None else o.mix,
+        REDUCTIONS.index("none"),
+        normalizer=0.0,
+        with_terms=True,
+    )
     hard, soft, *logged = _RowTerms.apply(  # type: ignore[no-untyped-call]
-        student, teacher, labels, temperature, own, numbers
+        student, teacher, labels, temperature, own, settings, o.standardize
     )
     loss = reference.weighted(o.soft_weight * o.temperature**2, soft)
     if labels is not None:
@@ -141,14 +131,14 @@ class _RowTerms(torch.autograd.Function):
         labels: Tensor | None,
         temperature: Tensor,
         own: Tensor,
-        numbers: _Numbers,
+        settings: Settings,
+        standardized: bool,
     ) -> Any:
-        settings = torch.cat((temperature, own, temperature.new_ones(2 * len(temperature))))
-        options = (*numbers.temperatures(), 1.0, 1.0, *numbers.op(), REDUCTIONS.index("none"), 0.0)
+        of_rows = torch.cat((temperature, own, temperature.new_ones(2 * len(temperature))))
         (_, hard, soft, *logged), _, stats = _loss(
-            student, teacher, labels, settings, None, *options, True, True
+            student, teacher, labels, of_rows, None, *settings, True
         )
-        ctx.numbers = numbers
+        ctx.settings, ctx.standardized = settings, standardized
         ctx.save_for_backward(student, teacher, labels, temperature, own, stats)
         ctx.mark_non_differentiable(*logged)
         return hard, soft, *logged
@@ -156,28 +146,26 @@ class _RowTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_hard: Tensor, of_soft: Tensor, *_: Any) -> Any:
         student, teacher, labels, temperature, own, stats = ctx.saved_tensors
-        needs, numbers = ctx.needs_input_grad, ctx.numbers
+        needs, settings, standardized = ctx.needs_input_grad, ctx.settings, ctx.standardized
+        of_terms = (student, teacher, labels, temperature, own)
         if wants_formula(of_soft):
-            tensors = (student, teacher, labels, temperature, own, of_hard, of_soft)
-            return _formula(*tensors, numbers, needs)
+            return _formula(*of_terms, of_hard, of_soft, settings, needs)
         results: list[Tensor | None] = [None] * len(needs)
         # The ops multiply the divergence by the square of the temperature.
         weights, nothing = of_soft / temperature.square(), torch.zeros_like(of_hard)
-        of_terms = (student, teacher, labels, temperature, own, stats, numbers)
         if needs[3]:
-            gradient = _gradient(*of_terms, nothing, weights)
-            results[3] = _by_scale(student, gradient, temperature, numbers.standardize)
+            gradient = _gradient(*of_terms, nothing, weights, stats, settings)
+            results[3] = _by_scale(student, gradient, temperature, standardized)
         if needs[0]:
-            results[0] = _gradient(*of_terms, of_hard, weights)
+            results[0] = _gradient(*of_terms, of_hard, weights, stats, settings)
         if needs[4]:
-            numbers = numbers.swapped()
-            settings = torch.cat((own, temperature, nothing, of_soft / own.square()))
-            options = (*numbers.temperatures(), 1.0, 1.0, *numbers.op(), REDUCTIONS.index("sum"))
-            _, gradient, _ = _loss(
-                *(teacher.to(own.dtype), student, labels, settings, None),
-                *(*options, 0.0, False, True),
+            of_rows = torch.cat((own, temperature, nothing, of_soft / own.square()))
+            summed = _swapped(settings)._replace(
+                reduction=REDUCTIONS.index("sum"), with_terms=False
             )
-            results[4] = _by_scale(teacher, gradient, own, numbers.standardize)
+            wide = teacher.to(own.dtype)
+            _, gradient, _ = _loss(wide, student, labels, of_rows, None, *summed, True)
+            results[4] = _by_scale(teacher, gradient, own, standardized)
         return tuple(results)
 
 
@@ -187,17 +175,16 @@ def _gradient(
     labels: Tensor | None,
     temperature: Tensor,
     own: Tensor,
-    stats: Tensor,
-    numbers: _Numbers,
     hard_weight: Tensor,
     soft_weight: Tensor,
+    stats: Tensor,
+    settings: Settings,
 ) -> Tensor:
     """That of the terms' sum with these weights, in the logits."""
     gradient = empty_gradient(student)
-    settings = torch.cat((temperature, own, hard_weight, soft_weight))
-    options = (*numbers.temperatures(), 1.0, 1.0, *numbers.op(), False)
-    one = stats.new_ones(())
-    _loss_backward_(gradient, one, stats, student, teacher, labels, settings, *options)
+    of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
+    given = (stats.new_ones(()), stats, student, teacher, labels, of_rows)
+    _loss_backward_(gradient, *given, *settings[:8], False)
     return gradient
 
 
@@ -222,7 +209,7 @@ def _formula(
     own: Tensor,
     of_hard: Tensor,
     of_soft: Tensor,
-    numbers: _Numbers,
+    settings: Settings,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward pass by differentiable PyTorch operations."""
@@ -231,26 +218,17 @@ def _formula(
         # deviation to the logits: the graph outside has that.
         student, temperature, own = (x.view_as(x) for x in (student, temperature, own))
 
-        def rows(hard_weight: float, soft_weight: float | Tensor) -> Tensor:
-            return reference.terms(
-                student,
-                teacher,
-                labels,
-                temperature=temperature,
-                teacher_temperature=own,
-                hard_weight=hard_weight,
-                soft_weight=soft_weight,
-                label_smoothing=numbers.label_smoothing,
-                ignore_index=numbers.ignore_index,
-                reduction="none",
-                divergence=numbers.divergence,
-                mix=numbers.mix,
-            ).loss
+        zeros, ones = torch.zeros_like(temperature), torch.ones_like(temperature)
+
+        def rows(hard_weight: Tensor, soft_weight: Tensor) -> Tensor:
+            of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
+            alone = settings._replace(with_terms=False)
+            return by_operations(student, teacher, labels, of_rows, None, alone)
 
         # The factors are no part of what is differentiated: they may be a batch.
-        out, factors = [rows(0.0, 1 / temperature.square())], [of_soft]
+        out, factors = [rows(zeros, 1 / temperature.square())], [of_soft]
         if labels is not None:
-            out.append(rows(1.0, 0.0))
+            out.append(rows(ones, zeros))
             factors.append(of_hard)
         inputs = {0: student, 3: temperature, 4: own}
         inputs = {i: tensor for i, tensor in inputs.items() if needs[i]}
