@@ -5,7 +5,7 @@
 // simple for the rest; the listed classes, and the label, are computed apart in double and written
 // over it.
 #include "../topk_row.h"
-#include "engine.h"
+#include "operands.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {

@@ -1,0 +1,143 @@
+// The operands of a row, cut into blocks that the loops read and write, and what the first sweep
+// leaves of a segment for the second.
+#pragma once
+#include "row.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+template <class S>
+constexpr DType kStorage = DType::kFloat32;
+template <>
+constexpr DType kStorage<double> = DType::kFloat64;
+template <>
+constexpr DType kStorage<BFloat16> = DType::kBFloat16;
+
+// Calls fn with `hard` as a compile-time constant.
+template <class T, class Fn>
+FASTKD_HOST_DEVICE auto with_hard(Hard hard, Fn&& fn) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (hard == Hard::kPower1) return fn(std::integral_constant<Hard, Hard::kPower1>{});
+    if (hard == Hard::kPower2) return fn(std::integral_constant<Hard, Hard::kPower2>{});
+    if (hard == Hard::kPower3) return fn(std::integral_constant<Hard, Hard::kPower3>{});
+    if (hard == Hard::kPower4) return fn(std::integral_constant<Hard, Hard::kPower4>{});
+  }
+  if (hard == Hard::kOwn) return fn(std::integral_constant<Hard, Hard::kOwn>{});
+  return fn(std::integral_constant<Hard, Hard::kNone>{});
+}
+
+// One operand of one row.
+struct Logits {
+  const void* base;  // [classes]
+  DType dtype;
+
+  const void* at(int64_t index) const { return FASTKD_ISA::at(base, dtype, index); }
+};
+
+inline Logits student_of(const Inputs& in, int64_t row) {
+  return {at(in.student, in.student_dtype, row_offset(row, in.group_rows, in.student_stride)),
+          in.student_dtype};
+}
+inline Logits teacher_of(const Inputs& in, int64_t row) {
+  return {at(in.teacher, in.teacher_dtype, row_offset(row, in.group_rows, in.teacher_stride)),
+          in.teacher_dtype};
+}
+
+// What the longest block is padded to: the last of a segment takes up to a vector more.
+constexpr int64_t kLongest = kBlock + kLanes;
+
+template <class S>
+constexpr int64_t whole_steps(int64_t count) {
+  return count / kStep<S> * kStep<S>;
+}
+template <class S>
+constexpr int64_t padded(int64_t count) {
+  return (count + kStep<S> - 1) / kStep<S> * kStep<S>;
+}
+
+// Reads a block into `buffer`, and pads it.
+template <class T>
+__attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, int64_t count,
+                                          T* buffer) {
+  read(logits.at(begin), logits.dtype, count, buffer);
+  for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
+}
+
+// The block itself where the loops can read it in place, with a copy in `buffer` of what a last
+// step has to be padded for; or else a copy of all. The class that is left out of sums is masked.
+template <class S>
+FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
+                                          S* buffer, int64_t left_out = -1) {
+  const bool masks = holds(begin, count, left_out);
+  if (logits.dtype == kStorage<S> && !masks) {
+    const int64_t whole = whole_steps<S>(count);
+    if (whole < count) copy_block(logits, begin + whole, count - whole, buffer);
+    return {static_cast<const S*>(logits.at(begin)), buffer, whole};
+  }
+  copy_block(logits, begin, count, buffer);
+  if (masks) buffer[left_out - begin] = narrow<S>(-__builtin_huge_valf());
+  return {buffer};
+}
+
+// Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
+// all of it to `result`.
+template <class S>
+Vectors<S> target(void* grad, DType dtype, int64_t count, S* result) {
+  if (grad == nullptr || dtype != kStorage<S>) return {result};
+  return {static_cast<S*>(grad), result, whole_steps<S>(count)};
+}
+// Writes to `grad` what is not there yet.
+template <class S>
+void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count) {
+  const int64_t whole = target.block == result ? 0 : target.whole;
+  if (grad == nullptr || whole == count) return;
+  write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
+}
+
+// Calls fn(at, count) for blocks of [begin, end): whole ones, and the last with what is left. The
+// vector with a class that is left out of sums is a block of its own, so that only that is ever
+// copied to mask it.
+template <class Fn>
+FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
+  const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = end - at < kLongest ? end : at + kBlock;
+    if (at == alone && next > at + kLanes) next = at + kLanes;
+    if (at < alone && next > alone) next = alone;
+    fn(at, next - at);
+  }
+}
+
+// What the first sweep left of a segment: exponentials, and what those of each block are relative
+// to, the greatest logit of the segment so far; or nothing (null). With `slopes` the teacher's have
+// been replaced by slopes.
+template <class T>
+struct Left {
+  T* student = nullptr;
+  T* teacher = nullptr;
+  double* student_max = nullptr;
+  double* teacher_max = nullptr;
+  bool slopes = false;
+
+  bool any() const { return student != nullptr; }
+  Left at(int64_t index) const {
+    if (!any()) return {};
+    return {student + index, teacher + index, student_max, teacher_max, slopes};
+  }
+};
+
+// Room for a segment's exponentials, on the stack. The first sweep keeps them for the second, which
+// starts at the end of a row: while they lie in a cache, loading is cheaper than computing.
+template <class T>
+struct Kept {
+  static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
+  alignas(64) T student[kClasses + kLanes];
+  alignas(64) T teacher[kClasses + kLanes];
+  static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts it
+  double student_max[kBlocks], teacher_max[kBlocks];
+
+  Left<T> left() { return {student, teacher, student_max, teacher_max}; }
+};
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA
