@@ -58,6 +58,32 @@ def test_divergence_near_the_teacher(device, kl):
     assert error <= distance(theirs, exact.grad)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
+@pytest.mark.parametrize("classes", [300, CLASSES])
+def test_divergence_of_either_form(device, classes, temperature, divergence):
+    """Rows on both sides of what is plainly above 0 (docs/maths.md, section 3)."""
+    options = {"temperature": temperature, "divergence": divergence}
+    worst, errors = [0.0, 0.0], [0.0, 0.0]
+    for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
+        student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
+        exact = truth(student, teacher, reduction="none", **options)
+        ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+        rows = fastkd.loss(ours, teacher, reduction="none", **options)
+        with torch.no_grad():
+            assert torch.equal(rows, fastkd.loss(ours, teacher, reduction="none", **options))
+        logs = [(logits / temperature).log_softmax(-1) for logits in (theirs, teacher)]
+        target = logs.pop(1 if divergence == "forward_kl" else 0)
+        of_eager = F.kl_div(logs[0], target, reduction="none", log_target=True).sum(-1)
+        of_eager = of_eager * temperature**2
+        for i, (leaf, values) in enumerate(((ours, rows), (theirs, of_eager))):
+            values.sum().backward()
+            worst[i] = max(worst[i], float((values.detach() / exact.loss - 1).abs().max()))
+            errors[i] += distance(leaf.grad, exact.grad) ** 2
+    assert worst[0] <= min(5e-6, worst[1])
+    assert errors[0] <= errors[1]
+
+
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_near_the_teacher(device, classes, kl):

@@ -33,7 +33,7 @@ constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 // padded, elsewhere.
 template <class S>
 struct Vectors {
-  S* block;
+  S* block = nullptr;
   S* last = nullptr;
   int64_t whole = INT64_MAX;  // classes before the last
 
@@ -89,9 +89,14 @@ FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
   }
 }
 
+// The last eight in double: in a row of one block their rounding would be most of the sum's error.
 template <class T>
-FASTKD_HOST_DEVICE T sum_of(T (&lanes)[kLanes]) {
-  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+FASTKD_HOST_DEVICE double sum_of(const T (&lanes)[kLanes]) {
+  double last[8];
+  for (int64_t i = 0; i < 8; ++i) {
+    last[i] = static_cast<double>((lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]));
+  }
+  return fold<8>(last, [](double a, double b) { return a + b; });
 }
 
 // kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
@@ -165,9 +170,10 @@ inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
   return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
-template <class T>
-struct Pair {
-  T tempered, hard;
+// Of one operand, relative to its maximum. `gaps` is of the tempered exponentials, each times how
+// much further below its maximum the other operand's logit lies.
+struct ExponentialSums {
+  double tempered, hard, gaps;
 };
 
 // The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
@@ -186,29 +192,36 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// With kKeep the tempered exponentials are left in `kept`.
-template <Hard kHard, bool kKeep, class T, class S>
-Pair<T> sum_exponentials(const Vectors<const S>& vectors, int64_t count,
-                         const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one,
-                         T* kept, Into next) {
+// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read.
+template <Hard kHard, bool kKeep, bool kGaps, class T, class S>
+ExponentialSums sum_exponentials(const Vectors<const S>& vectors, int64_t count,
+                                 const Exponential<T, S>& tempered_one,
+                                 const Exponential<T, S>& own_one, T* kept, Into next,
+                                 const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
-  T sums[kLanes] = {}, hard_sums[kLanes] = {};
-  const Vectors<const S> logits = vectors;
+  T sums[kLanes] = {}, hard_sums[kLanes] = {}, gaps[kLanes] = {};
+  const Vectors<const S> logits = vectors, others = other_vectors;
   for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
                       : prefetch_next<Into::kL2, kWidth>(logits.at(at));
-    T buffer[kWidth];
+    T buffer[kWidth], other_buffer[kWidth];
     const T* x = unpack<kWidth>(logits.at(at), buffer);
+    const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const T e = tempered(x[i]);
       if constexpr (kKeep) kept[at + i] = e;
       sums[i] += e;
+      if constexpr (kGaps) {
+        // Where the exponential is not 0 the bound is none.
+        const T gap = (x[i] - tempered.max) - (y[i] - other_max);
+        gaps[i] += e * bounded_below(gap, tempered.least);
+      }
       if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, x[i], own);
     }
   });
-  return {sum_of(sums), kHard == Hard::kNone ? T(0) : sum_of(hard_sums)};
+  return {sum_of(sums), kHard == Hard::kNone ? 0.0 : sum_of(hard_sums), kGaps ? sum_of(gaps) : 0.0};
 }
 
 // How the second sweep has its exponentials and d: exponentials kept by the first, or computed
@@ -234,10 +247,11 @@ struct Coefficients : Gaps<T> {
   Exponential<T, S> own;               // softmax(z), where it is no power of q
   T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
   T hard_gain;
-  T kept_hard_gain;  // for powers of kept exponentials
-  T uniform;         // label smoothing's share of the target
-  T student_share;   // of q, and
-  T constant_share;  // of 1, which balance the slopes (divergences.h)
+  T kept_hard_gain;                        // for powers of kept exponentials
+  T kept_student_gain, kept_teacher_gain;  // soft_gain times the scales above
+  T uniform;                               // label smoothing's share of the target
+  T student_share;                         // of q, and
+  T constant_share;                        // of 1, which balance the slopes (divergences.h)
   T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
   // Of a row whose sums leave its label out (label.h): adds rest_gain * q to other classes'
   // gradient
@@ -271,9 +285,38 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   return e;
 }
 
-template <class T>
+// Writes the forward KL's gradient, but for the label's share, as q - p from kept exponentials.
+// student is read by Hard::kOwn alone.
+template <Hard kHard, class T, class S, class L>
+__attribute__((noinline)) void write_difference(const Coefficients<T, S>& coefficients,
+                                                const Vectors<const L>& student,
+                                                const T* student_kept, const T* teacher_kept,
+                                                const Vectors<L>& grad, int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], grad_buffer[kWidth];
+    const T* z = student_kept + at;
+    if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(student.at(at), student_buffer);
+    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
+    prefetch_next<Into::kL2, kWidth>(grad.at(at));
+#pragma omp simd
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const T tempered = student_kept[at + i];
+      T g = c.uniform + c.kept_student_gain * tempered;
+      g -= c.kept_teacher_gain * teacher_kept[at + i];
+      if constexpr (kHard != Hard::kNone) {
+        const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
+        g += hard_gain * hard_exponential<kHard>(tempered, z[i], c.own);
+      }
+      grad_lanes[i] = g;
+    }
+    pack<kWidth>(grad_buffer, grad.at(at));
+  });
+}
+
 struct SlopeSums {
-  T value, slope, classes;
+  double value, slope, classes;
 };
 
 // Writes the forward KL's gradient but for the label's share, and returns its sum; and that of q -
@@ -281,11 +324,11 @@ struct SlopeSums {
 // itself. student_kept and teacher_kept are read by Way::kKept alone. Not inlined: a function of
 // all its forms saves more registers than a row of few blocks has time for.
 template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
-__attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& coefficients,
-                                                      const Vectors<const L>& student,
-                                                      const Vectors<const L>& teacher,
-                                                      const T* student_kept, const T* teacher_kept,
-                                                      const Vectors<L>& grad, int64_t count) {
+__attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coefficients,
+                                                   const Vectors<const L>& student,
+                                                   const Vectors<const L>& teacher,
+                                                   const T* student_kept, const T* teacher_kept,
+                                                   const Vectors<L>& grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T values[kLanes] = {}, diffs[kLanes] = {};
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
@@ -319,16 +362,15 @@ __attribute__((noinline)) SlopeSums<T> write_gradient(const Coefficients<T, S>& 
     }
     pack<kWidth>(grad_buffer, grad.at(at));
   });
-  return {sum_of(values), kDecoupled ? sum_of(diffs) : T(0), T(0)};
+  return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
 }
 
 // For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
 template <class D, Way kWay, class T, class S, class L>
-SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
-                        const Vectors<const L>& student, const Vectors<const L>& teacher,
-                        const T* student_kept, const T* teacher_kept, T* q, T* slopes,
-                        int64_t count) {
+SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
+                     const Vectors<const L>& student, const Vectors<const L>& teacher,
+                     const T* student_kept, const T* teacher_kept, T* q, T* slopes, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   const ConstantsOf<T> k = constants_in<T>(constants);
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
@@ -355,7 +397,7 @@ SlopeSums<T> sum_slopes(const Coefficients<T, S>& coefficients, const Constants&
       slopes[at + i] = here.slope;
     }
   });
-  return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : T(0)};
+  return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
 }
 
 // `q_scale` makes q of what is given for it. With kMasked slopes may be NaN, where the gradient is
@@ -389,8 +431,8 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<cons
 
 // The sum of p log p alone, which the soft cross entropy asks for.
 template <bool kKept, class T, class S, class L>
-T sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale, const Vectors<const L>& teacher,
-              const T* teacher_kept, int64_t count) {
+double sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale,
+                   const Vectors<const L>& teacher, const T* teacher_kept, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   T sums[kLanes] = {};
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {

@@ -17,6 +17,9 @@ void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, dou
   double power = static_cast<double>(c->hard_gain);
   for (int i = 0; i < row.power; ++i) power *= static_cast<double>(c->student_scale);
   c->kept_hard_gain = static_cast<T>(power);
+  const double soft_gain = c->soft_gain;
+  c->kept_student_gain = static_cast<T>(soft_gain * student * static_cast<double>(s.student_scale));
+  c->kept_teacher_gain = static_cast<T>(soft_gain * teacher * static_cast<double>(s.teacher_scale));
 }
 
 // T computes, S is what the loops read and write.
@@ -51,6 +54,20 @@ struct Engine {
     return end < in.classes ? end : in.classes;
   }
 
+  // As sum_exponentials(), with the gaps if they are asked for.
+  template <Hard kHard, bool kKeep>
+  static ExponentialSums sum_with(bool gaps, const Vectors<const S>& logits, int64_t count,
+                                  const Exponential<T, S>& tempered, const Exponential<T, S>& own,
+                                  T* kept, Into next, const Vectors<const S>& other, T other_max) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (gaps) {
+        return sum_exponentials<kHard, kKeep, true>(logits, count, tempered, own, kept, next, other,
+                                                    other_max);
+      }
+    }
+    return sum_exponentials<kHard, kKeep, false>(logits, count, tempered, own, kept, next);
+  }
+
   // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. With
   // kKeep, `into` receives the exponentials and what each block's are relative to.
   template <Hard kHard, bool kKeep>
@@ -68,6 +85,10 @@ struct Engine {
       const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
       const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
       const double top = maximum(z, count), teacher_top = maximum(w, count);
+      if (top > result.student_max || teacher_top > result.teacher_max) {
+        result.gap_sum = moved_gaps(row, result, std::fmax(top, result.student_max),
+                                    std::fmax(teacher_top, result.teacher_max));
+      }
       if (top > result.student_max) {
         if (result.student_max > kLowest) {
           result.student_sum *= row.rescale(result.student_max, top);
@@ -84,10 +105,10 @@ struct Engine {
         result.teacher_max = teacher_top;
       }
       const Into next = next_of(at, in.classes);
-      const Pair<T> sums =
-          sum_exponentials<kHard, kKeep>(z, count, tempered, own, student_kept, next);
-      const Pair<T> teacher_sums =
-          sum_exponentials<Hard::kNone, kKeep>(w, count, teachers, own, teacher_kept, next);
+      const ExponentialSums sums = sum_with<kHard, kKeep>(
+          row.over == Over::kStudent, z, count, tempered, own, student_kept, next, w, teachers.max);
+      const ExponentialSums teacher_sums = sum_with<Hard::kNone, kKeep>(
+          row.over == Over::kTeacher, w, count, teachers, own, teacher_kept, next, z, tempered.max);
       if constexpr (kKeep) {
         student_kept += count, teacher_kept += count;
         *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
@@ -95,6 +116,7 @@ struct Engine {
       result.student_sum += sums.tempered;
       result.hard_sum += sums.hard;
       result.teacher_sum += teacher_sums.tempered;
+      result.gap_sum += sums.gaps + teacher_sums.gaps;
     });
     return result;
   }
@@ -138,10 +160,11 @@ struct Engine {
   // What scan() leaves of a segment, once more, for who has only the statistics.
   Left<T> keep(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
                Kept<T>* kept) const {
-    if (!keeps()) return {};
-    if (row.state != State::kNormal || !s.valid()) return {};
+    if (!keeps() || row.state != State::kNormal || !s.valid()) return {};
+    if (s.mean > 0 && grad == nullptr) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
+    tempered_only.over = Over::kNone;
     scan_range<true>(tempered_only, index, segment, kept->left());
     return kept->left();
   }
@@ -190,9 +213,9 @@ struct Engine {
 
   // One block of the forward KL's second sweep, in the form that the row asks for.
   template <class L>
-  SlopeSums<T> differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                             const Vectors<const L>& z, const Vectors<const L>& w,
-                             const Vectors<L>& g, int64_t count) const {
+  SlopeSums differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+                          const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
+                          int64_t count) const {
     const bool hard = row.gradient_hard != Hard::kNone;
     const auto write = [&](auto has_hard, auto way) {
       constexpr Hard kHard = decltype(has_hard)::value;
@@ -214,8 +237,8 @@ struct Engine {
 
   // The same for the others: their slopes, then the gradient from these.
   template <class L>
-  SlopeSums<T> slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
-                      const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
+  SlopeSums slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
+                   const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
     const auto sum = [&](auto divergence, auto way) {
       return sum_slopes<decltype(divergence), decltype(way)::value>(
           c, constants, z, w, left.student, left.teacher, q, slope, count);
@@ -257,7 +280,7 @@ struct Engine {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
-      const SlopeSums<T> of_block =
+      const SlopeSums of_block =
           slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, count);
       sums->value += of_block.value;
       sums->slope += of_block.slope;
@@ -279,8 +302,8 @@ struct Engine {
     }
   }
 
-  SlopeSums<T> write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index,
-                           int64_t at, int64_t count, const Left<T>& left) const {
+  SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s,
+                        int64_t index, int64_t at, int64_t count, const Left<T>& left) const {
     alignas(64) S student[kLongest];
     alignas(64) S teacher[kLongest];
     alignas(64) S result[kLongest];
@@ -289,10 +312,15 @@ struct Engine {
     const Vectors<const S> z = fetch(student_of(in, index), at, count, student, row.left_out);
     void* const place = grad == nullptr ? nullptr : grad_at(index, at);
     const Vectors<S> g = target(place, in.student_dtype, count, result);
-    SlopeSums<T> sums = {};
+    SlopeSums sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
-    if (left.slopes) {
+    if (s.mean > 0 && one_sweep()) {
+      with_hard<T>(row.gradient_hard, [&](auto has_hard) {
+        constexpr Hard kHard = decltype(has_hard)::value;
+        write_difference<kHard>(c, z, left.student, left.teacher, g, count);
+      });
+    } else if (left.slopes) {
       balance(row, c, z, student_like, q_scale, left.teacher, g, count);
     } else {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
@@ -358,8 +386,8 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
-      if (grad != nullptr || one_sweep()) {
-        const SlopeSums<T> of_block = write_block(row, *c, index, at, count, here);
+      if (grad != nullptr || (one_sweep() && s.mean == 0)) {
+        const SlopeSums of_block = write_block(row, *c, s, index, at, count, here);
         value += of_block.value, slope += of_block.slope;
       }
       ++block;

@@ -76,10 +76,9 @@ class Mixer {
         max = top;
       }
       const Exponential<T> exponential(factor, max, 1.0);
-      sum += static_cast<double>(
-          sum_exponentials<Hard::kNone, false>(vectors, padded, exponential, exponential,
-                                               static_cast<T*>(nullptr), Into::kL1)
-              .tempered);
+      const ExponentialSums sums = sum_exponentials<Hard::kNone, false, false>(
+          vectors, padded, exponential, exponential, static_cast<T*>(nullptr), Into::kL1);
+      sum += sums.tempered;
     }
     return {max, static_cast<T>(std::log2(args_.teachers[k].share / sum))};
   }

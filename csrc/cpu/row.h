@@ -10,6 +10,21 @@ namespace {
 
 enum class State { kNormal, kIgnored, kInvalid };
 
+// The forward KL is the mean of log(p / q) over the teacher's probabilities, the reverse KL that of
+// log(q / p) over the student's. All that such a mean takes is in the first sweep's sums; and where
+// it is plainly above 0, as it stands it will do: no sweep is needed for it, and the forward KL's
+// gradient is q - p as it stands. Near 0 both would cancel, and a second sweep forms them class by
+// class (docs/maths.md, section 3).
+enum class Over { kNone, kTeacher, kStudent };
+constexpr Over over_of(Divergence id) {
+  return id == Divergence::kForwardKL   ? Over::kTeacher
+         : id == Divergence::kReverseKL ? Over::kStudent
+                                        : Over::kNone;
+}
+// From so many nats on; what rounding does to a mean is a few 1e-8, whatever its size. What is
+// greater than the other bound, or infinite, or NaN, has to do with masks.
+constexpr double kPlain = 0.05, kGreatest = 1e4;
+
 template <class T>
 FASTKD_HOST_DEVICE bool finite(T x) {
   return x - x == T(0);
@@ -23,6 +38,7 @@ struct Row {
   Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   bool unit = false;                 // the divergence is of unit vectors (kCosine)
+  Over over = Over::kNone;           // whose mean the divergence may be
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
   T factor = 0;          // of the student's tempered exponential
@@ -70,6 +86,9 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
   row.unit = in.divergence == Divergence::kCosine;
+  if (sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature) {
+    row.over = over_of(in.divergence);
+  }
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -119,11 +138,28 @@ void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) 
   into->teacher_max = top;
 }
 
+// The sum of gaps of some classes, had they other maxima. Not inlined, as merge().
+template <class T>
+__attribute__((noinline)) double moved_gaps(const Row<T>& row, const Statistics& of,
+                                            double student_max, double teacher_max) {
+  const bool over_teacher = row.over == Over::kTeacher;
+  const double sum = over_teacher ? of.teacher_sum : of.student_sum;
+  if (row.over == Over::kNone || sum == 0) return 0;
+  const double student = student_max - of.student_max, teacher = teacher_max - of.teacher_max;
+  const double gaps = of.gap_sum + (over_teacher ? student - teacher : teacher - student) * sum;
+  return gaps * (over_teacher ? row.teacher_rescale(of.teacher_max, teacher_max)
+                              : row.rescale(of.student_max, student_max));
+}
+
 // Not inlined: were one of its products fused with the sum in one caller and the other in another,
 // a row that threads share would get other bits than a whole one. In fp32, rounding to it hides
 // the difference; in fp64 nothing does.
 template <class T>
 __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
+  const double student_top = std::fmax(into->student_max, other.student_max);
+  const double teacher_top = std::fmax(into->teacher_max, other.teacher_max);
+  into->gap_sum = moved_gaps(row, *into, student_top, teacher_top) +
+                  moved_gaps(row, other, student_top, teacher_top);
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
   into->student_label += other.student_label;
@@ -150,6 +186,7 @@ struct Scales {
   T student_label = 0, teacher_label = 0;      // as in Statistics
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
   double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
+  T mean = 0;          // the divergence, where it is a plain mean; else 0
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   bool valid() const {
@@ -165,6 +202,13 @@ struct Scales {
   }
 };
 
+// With the mean, where no sweep has summed it. A reverse KL's slopes sum up to it.
+template <class T>
+Sums completed(const Scales<T>& s, Sums sums) {
+  if (s.mean > 0) sums.value = sums.slope = static_cast<double>(s.mean);
+  return sums;
+}
+
 // Not inlined, for most divergences need no lengths.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
@@ -173,6 +217,29 @@ __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics&
   s->student_inverse = inverses.student;
   s->teacher_inverse = inverses.teacher;
   s->nothing = inverses.nothing;
+}
+
+// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
+// alone would round at the size of the difference (docs/maths.md, section 3).
+constexpr double kApart = 32;
+// The limit at a temperature: below 1, what counts is the difference over it.
+template <class T>
+FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
+  return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
+}
+
+// The divergence of a row as the mean that it is, if it is plain; else 0. In rows whose maxima are
+// far apart it is not.
+template <class T>
+__attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
+  const double distance = of.teacher_max - of.student_max, limit = apart_beyond(row.temperature);
+  if (!(distance <= limit && distance >= -limit)) return 0;
+  const double own = row.over == Over::kTeacher ? of.teacher_sum : of.student_sum;
+  const double other = row.over == Over::kTeacher ? of.student_sum : of.teacher_sum;
+  // The exponentials' own temperature, which has been rounded.
+  const double gap = of.gap_sum / own * (static_cast<double>(row.factor) * kLn2);
+  const double mean = gap + std::log(other / own);
+  return mean >= kPlain && mean < kGreatest ? static_cast<T>(mean) : T(0);
 }
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
@@ -187,19 +254,11 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
                  static_cast<T>(of.student_label),
                  static_cast<T>(of.teacher_label)};
   if (row.unit) set_inverses(row, of, &s);
+  if (row.over != Over::kNone) s.mean = mean_of(row, of);
   if (row.left_out < 0) return s;
   if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
   if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
   return s;
-}
-
-// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
-// alone would round at the size of the difference (docs/maths.md, section 3).
-constexpr double kApart = 32;
-// The limit at a temperature: below 1, what counts is the difference over it.
-template <class T>
-FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
-  return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
 }
 
 template <class T>
@@ -243,6 +302,8 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
           static_cast<T>(soft_gain),
           static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
+          0,
+          0,
           0,
           static_cast<T>(row.hard == Hard::kNone
                              ? 0.0

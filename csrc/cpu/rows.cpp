@@ -73,6 +73,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
   if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
+  if (row.over == Over::kTeacher) s.mean = stats[kSlopeSum * args.rows];
   if (row.left_out < 0) return s;
   const Logits student = student_of(args, index), teacher = teacher_of(args, index);
   s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
@@ -83,18 +84,18 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
 // The last step of a row: its loss, terms and stats.
 template <class T>
 void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-            const Sums& sums) {
+            const Scales<T>& scales, const Sums& sums) {
   if (row.state == State::kIgnored) {
     put_constant(args, index, T(0));
     return put_stats(args, index, Scales<T>{}, Sums{});
   }
-  const Scales<T> scales = make_scales(row, of);
+  const Sums all = completed(scales, sums);
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, scales, sums);
+    put_loss(args, row, index, of, scales, all);
   }
-  put_stats(args, index, scales, sums);
+  put_stats(args, index, scales, all);
 }
 
 // Gradient and sums of one segment; a constant where the row has no gradient.
@@ -198,16 +199,16 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
   if (!engine.one_sweep()) {
-    for (int64_t i = last; i >= 0; --i) {
+    for (int64_t i = scales.mean > 0 ? -1 : last; i >= 0; --i) {
       Sums of_segment = {};
       engine.sum_segment(row, &c, scales, index, i, left_of(i), &of_segment);
       add(of_segment, &sums);
     }
-    engine.set_shares(&c, sums);
+    engine.set_shares(&c, completed(scales, sums));
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    if (engine.one_sweep()) {
+    if (engine.one_sweep() || scales.mean > 0) {
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);
@@ -217,7 +218,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
     }
     add(of_segment, &sums);
   }
-  finish(args, row, index, statistics, sums);
+  finish(args, row, index, statistics, scales, sums);
 }
 
 template <class T, class S>
@@ -299,33 +300,37 @@ struct SharedRow {
   Scales<T> scales;
   Coefficients<T, S> c;
   Kept<T> kept;
-  Left<T> left;
 
-  SharedRow(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index, int64_t segment,
+  SharedRow(const ForwardArgs& args, const Engine<T, S>& engine, int64_t index,
             const Statistics* of_row)
       : engine(engine),
         row(make_row<T>(args, index, engine.terms)),
         gain(gain_of<T>(args)),
         scales(make_scales(row, merge_all(row, of_row, engine.segments()))),
-        c(engine.coefficients(row, scales, gain)),
-        left(engine.keep(row, scales, index, segment, &kept)) {}
+        c(engine.coefficients(row, scales, gain)) {}
+
+  Left<T> left(int64_t index, int64_t segment) {
+    return engine.keep(row, scales, index, segment, &kept);
+  }
 };
 
 void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
              Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
-    SharedRow shared(args, engine, index, segment, of_row);
-    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, shared.left, result);
+    SharedRow shared(args, engine, index, of_row);
+    if (shared.scales.mean > 0) return;
+    engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment,
+                       shared.left(index, segment), result);
   });
 }
 
 void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const Statistics* of_row,
                const Sums& of_balance, Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
-    SharedRow shared(args, engine, index, segment, of_row);
-    engine.set_shares(&shared.c, of_balance);
+    SharedRow shared(args, engine, index, of_row);
+    engine.set_shares(&shared.c, completed(shared.scales, of_balance));
     write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
-                  shared.left, result);
+                  shared.left(index, segment), result);
   });
 }
 
@@ -335,7 +340,8 @@ void close(const ForwardArgs& args, int64_t index, const Statistics* of_row, con
     const Row<T> row = make_row<T>(args, index, engine.terms);
     Sums sums = {};
     for (int64_t i = engine.segments(); i-- > 0;) add(of_sums[i], &sums);
-    finish(args, row, index, merge_all(row, of_row, engine.segments()), sums);
+    const Statistics statistics = merge_all(row, of_row, engine.segments());
+    finish(args, row, index, statistics, make_scales(row, statistics), sums);
   });
 }
 

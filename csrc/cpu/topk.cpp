@@ -128,8 +128,8 @@ struct TopkRow {
         tempered.max = own.max = static_cast<T>(top);
         mass.max = top;
       }
-      const Pair<T> sums = sum_exponentials<kHard, false, T, S>(block, count, tempered, own,
-                                                                nullptr, next_of(at, args.classes));
+      const ExponentialSums sums = sum_exponentials<kHard, false, false, T, S>(
+          block, count, tempered, own, nullptr, next_of(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
