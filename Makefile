@@ -10,7 +10,7 @@ CLANG ?= clang++
 COMMA := ,
 
 .PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
-  versions package accuracy reliability bench lint fmt cuda-compile gpu-check clean
+  versions package accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -110,6 +110,10 @@ examples: $(VENV)/complete  ## run every script and notebook in examples/, in fu
 
 bench: $(VENV)/installed  ## measure fastkd against what you would use instead
 	$(RUN) -m benchmarks
+
+kernel-bench: $(VENV)/created  ## time the CPU kernels alone, without torch or Python
+	$(call kernels,kernels,,cpu_speed)
+	build/kernels/cpu_speed
 
 lint: $(VENV)/complete  ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .

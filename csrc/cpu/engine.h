@@ -161,7 +161,8 @@ struct Engine {
   Left<T> keep(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
                Kept<T>* kept) const {
     if (!keeps() || row.state != State::kNormal || !s.valid()) return {};
-    if (s.mean > 0 && grad == nullptr) return {};
+    const bool needed = grad != nullptr || in.divergence == Divergence::kSoftCrossEntropy;
+    if (s.mean > 0 && !needed) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
     tempered_only.over = Over::kNone;
@@ -302,6 +303,24 @@ struct Engine {
     }
   }
 
+  // Whether the gradient is made of nothing but logits and kept exponentials, once the sums are
+  // known.
+  static bool from_kept(const Row<T>& row, const Scales<T>& s, const Coefficients<T, S>& c) {
+    if (row.over != Over::kStudent) return s.mean > 0;
+    return !c.apart() && finite(c.student_share);
+  }
+  template <class L>
+  static void write_kept(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+                         const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
+                         int64_t count) {
+    with_hard<T>(row.gradient_hard, [&](auto has_hard) {
+      constexpr Hard kHard = decltype(has_hard)::value;
+      row.over == Over::kTeacher
+          ? write_from_kept<kHard, Over::kTeacher>(c, z, w, left.student, left.teacher, g, count)
+          : write_from_kept<kHard, Over::kStudent>(c, z, w, left.student, left.teacher, g, count);
+    });
+  }
+
   SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s,
                         int64_t index, int64_t at, int64_t count, const Left<T>& left) const {
     alignas(64) S student[kLongest];
@@ -315,11 +334,8 @@ struct Engine {
     SlopeSums sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
-    if (s.mean > 0 && one_sweep()) {
-      with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-        constexpr Hard kHard = decltype(has_hard)::value;
-        write_difference<kHard>(c, z, left.student, left.teacher, g, count);
-      });
+    if (from_kept(row, s, c)) {
+      write_kept(row, c, left, z, fetch(teacher_of(in, index), at, count, teacher), g, count);
     } else if (left.slopes) {
       balance(row, c, z, student_like, q_scale, left.teacher, g, count);
     } else {

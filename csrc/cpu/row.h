@@ -10,17 +10,6 @@ namespace {
 
 enum class State { kNormal, kIgnored, kInvalid };
 
-// The forward KL is the mean of log(p / q) over the teacher's probabilities, the reverse KL that of
-// log(q / p) over the student's. All that such a mean takes is in the first sweep's sums; and where
-// it is plainly above 0, as it stands it will do: no sweep is needed for it, and the forward KL's
-// gradient is q - p as it stands. Near 0 both would cancel, and a second sweep forms them class by
-// class (docs/maths.md, section 3).
-enum class Over { kNone, kTeacher, kStudent };
-constexpr Over over_of(Divergence id) {
-  return id == Divergence::kForwardKL   ? Over::kTeacher
-         : id == Divergence::kReverseKL ? Over::kStudent
-                                        : Over::kNone;
-}
 // From so many nats on; what rounding does to a mean is a few 1e-8, whatever its size. What is
 // greater than the other bound, or infinite, or NaN, has to do with masks.
 constexpr double kPlain = 0.05, kGreatest = 1e4;

@@ -208,7 +208,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    if (engine.one_sweep() || scales.mean > 0) {
+    if (engine.one_sweep() || engine.from_kept(row, scales, c)) {
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);
