@@ -62,11 +62,12 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
 }
 
-// The forward KL (and the soft cross entropy, which is that and the teacher's entropy) is the mean of
-// log(p / q) over the teacher's probabilities, the reverse KL that of log(q / p) over the student's.
-// All that such a mean takes is in the first sweep's sums; and where it is plainly above 0, as it
-// stands it will do: no sweep is needed for it, and the forward KL's gradient is q - p as it stands.
-// Near 0 both would cancel, and a second sweep forms them class by class (docs/maths.md, section 3).
+// The forward KL (and the soft cross entropy, which is that and the teacher's entropy) is the mean
+// of log(p / q) over the teacher's probabilities, the reverse KL that of log(q / p) over the
+// student's. All that such a mean takes is in the first sweep's sums; and where it is plainly above
+// 0, as it stands it will do: no sweep is needed for it, and the forward KL's gradient is q - p as
+// it stands. Near 0 both would cancel, and a second sweep forms them class by class (docs/maths.md,
+// section 3).
 enum class Over { kNone, kTeacher, kStudent };
 constexpr Over over_of(Divergence id) {
   if (id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy) return Over::kTeacher;
@@ -100,14 +101,23 @@ FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
   }
 }
 
-// The last eight in double: in a row of one block their rounding would be most of the sum's error.
 template <class T>
-FASTKD_HOST_DEVICE double sum_of(const T (&lanes)[kLanes]) {
-  double last[8];
+FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
+  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+}
+// The last eight lanes in double: in a row of one block their rounding is most of a sum's error.
+template <class T>
+FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kLanes]) {
+  T eight[8];
   for (int64_t i = 0; i < 8; ++i) {
-    last[i] = static_cast<double>((lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]));
+    eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
   }
-  return fold<8>(last, [](double a, double b) { return a + b; });
+  double four[4];
+#pragma omp simd
+  for (int64_t i = 0; i < 4; ++i) {
+    four[i] = static_cast<double>(eight[i]) + static_cast<double>(eight[i + 4]);
+  }
+  return fold<4>(four, [](double a, double b) { return a + b; });
 }
 
 // kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
@@ -203,12 +213,13 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read.
+// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read. Not
+// inlined: a row of few blocks has no time for what that saves.
 template <Hard kHard, bool kKeep, bool kGaps, class T, class S>
-ExponentialSums sum_exponentials(const Vectors<const S>& vectors, int64_t count,
-                                 const Exponential<T, S>& tempered_one,
-                                 const Exponential<T, S>& own_one, T* kept, Into next,
-                                 const Vectors<const S>& other_vectors = {}, T other_max = 0) {
+__attribute__((noinline)) ExponentialSums
+sum_exponentials(const Vectors<const S>& vectors, int64_t count,
+                 const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
+                 Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kLanes] = {}, hard_sums[kLanes] = {}, gaps[kLanes] = {};
   const Vectors<const S> logits = vectors, others = other_vectors;
@@ -232,7 +243,8 @@ ExponentialSums sum_exponentials(const Vectors<const S>& vectors, int64_t count,
       if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_exponential<kHard>(e, x[i], own);
     }
   });
-  return {sum_of(sums), kHard == Hard::kNone ? 0.0 : sum_of(hard_sums), kGaps ? sum_of(gaps) : 0.0};
+  return {precise_sum_of(sums), kHard == Hard::kNone ? 0.0 : sum_of(hard_sums),
+          kGaps ? precise_sum_of(gaps) : 0.0};
 }
 
 // How the second sweep has its exponentials and d: exponentials kept by the first, or computed

@@ -81,11 +81,13 @@ struct Engine {
     Statistics result = kNoStatistics;
     T *student_kept = into.student, *teacher_kept = into.teacher;
     double *student_max = into.student_max, *teacher_max = into.teacher_max;
+    bool gaps = row.over != Over::kNone;
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
       const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
       const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
       const double top = maximum(z, count), teacher_top = maximum(w, count);
-      if (top > result.student_max || teacher_top > result.teacher_max) {
+      const bool raised = top > result.student_max || teacher_top > result.teacher_max;
+      if (gaps && raised && at > begin) {
         result.gap_sum = moved_gaps(row, result, std::fmax(top, result.student_max),
                                     std::fmax(teacher_top, result.teacher_max));
       }
@@ -105,10 +107,12 @@ struct Engine {
         result.teacher_max = teacher_top;
       }
       const Into next = next_of(at, in.classes);
-      const ExponentialSums sums = sum_with<kHard, kKeep>(
-          row.over == Over::kStudent, z, count, tempered, own, student_kept, next, w, teachers.max);
-      const ExponentialSums teacher_sums = sum_with<Hard::kNone, kKeep>(
-          row.over == Over::kTeacher, w, count, teachers, own, teacher_kept, next, z, tempered.max);
+      const ExponentialSums sums =
+          sum_with<kHard, kKeep>(gaps && row.over == Over::kStudent, z, count, tempered, own,
+                                 student_kept, next, w, teachers.max);
+      const ExponentialSums teacher_sums =
+          sum_with<Hard::kNone, kKeep>(gaps && row.over == Over::kTeacher, w, count, teachers, own,
+                                       teacher_kept, next, z, tempered.max);
       if constexpr (kKeep) {
         student_kept += count, teacher_kept += count;
         *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
@@ -117,6 +121,11 @@ struct Engine {
       result.hard_sum += sums.hard;
       result.teacher_sum += teacher_sums.tempered;
       result.gap_sum += sums.gaps + teacher_sums.gaps;
+      // A row that is not plain by its first classes is not worth the gaps of the others.
+      if (gaps && at == begin && at + count < end && mean_of(row, result) == 0) {
+        gaps = false;
+        result.gap_sum = kNaN<double>;
+      }
     });
     return result;
   }

@@ -191,11 +191,10 @@ struct Scales {
   }
 };
 
-// With the mean, where no sweep has summed it. A reverse KL's slopes sum up to it.
+// Adds the mean, where no sweep has summed it. A reverse KL's slopes sum up to it.
 template <class T>
-Sums completed(const Scales<T>& s, Sums sums) {
-  if (s.mean > 0) sums.value = sums.slope = static_cast<double>(s.mean);
-  return sums;
+void complete(const Scales<T>& s, Sums* sums) {
+  if (s.mean > 0) sums->value = sums->slope = static_cast<double>(s.mean);
 }
 
 // Not inlined, for most divergences need no lengths.
@@ -225,9 +224,10 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
   if (!(distance <= limit && distance >= -limit)) return 0;
   const double own = row.over == Over::kTeacher ? of.teacher_sum : of.student_sum;
   const double other = row.over == Over::kTeacher ? of.student_sum : of.teacher_sum;
+  const double inverse = 1 / own;
   // The exponentials' own temperature, which has been rounded.
-  const double gap = of.gap_sum / own * (static_cast<double>(row.factor) * kLn2);
-  const double mean = gap + std::log(other / own);
+  const double factor = static_cast<double>(row.factor) * kLn2;
+  const double mean = of.gap_sum * inverse * factor + std::log(other * inverse);
   return mean >= kPlain && mean < kGreatest ? static_cast<T>(mean) : T(0);
 }
 

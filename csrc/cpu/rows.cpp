@@ -84,18 +84,18 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
 // The last step of a row: its loss, terms and stats.
 template <class T>
 void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-            const Scales<T>& scales, const Sums& sums) {
+            const Scales<T>& scales, Sums* sums) {
   if (row.state == State::kIgnored) {
     put_constant(args, index, T(0));
     return put_stats(args, index, Scales<T>{}, Sums{});
   }
-  const Sums all = completed(scales, sums);
+  complete(scales, sums);
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, scales, all);
+    put_loss(args, row, index, of, scales, *sums);
   }
-  put_stats(args, index, scales, all);
+  put_stats(args, index, scales, *sums);
 }
 
 // Gradient and sums of one segment; a constant where the row has no gradient.
@@ -204,7 +204,8 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
       engine.sum_segment(row, &c, scales, index, i, left_of(i), &of_segment);
       add(of_segment, &sums);
     }
-    engine.set_shares(&c, completed(scales, sums));
+    complete(scales, &sums);
+    engine.set_shares(&c, sums);
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
@@ -218,7 +219,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
     }
     add(of_segment, &sums);
   }
-  finish(args, row, index, statistics, scales, sums);
+  finish(args, row, index, statistics, scales, &sums);
 }
 
 template <class T, class S>
@@ -328,7 +329,9 @@ void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const St
                const Sums& of_balance, Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, of_row);
-    engine.set_shares(&shared.c, completed(shared.scales, of_balance));
+    Sums balance = of_balance;
+    complete(shared.scales, &balance);
+    engine.set_shares(&shared.c, balance);
     write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
                   shared.left(index, segment), result);
   });
@@ -341,7 +344,7 @@ void close(const ForwardArgs& args, int64_t index, const Statistics* of_row, con
     Sums sums = {};
     for (int64_t i = engine.segments(); i-- > 0;) add(of_sums[i], &sums);
     const Statistics statistics = merge_all(row, of_row, engine.segments());
-    finish(args, row, index, statistics, make_scales(row, statistics), sums);
+    finish(args, row, index, statistics, make_scales(row, statistics), &sums);
   });
 }
 
