@@ -2,8 +2,10 @@
 // from memory, and its gradient is written in a second sweep that finds the row in the cache.
 //
 // The rest's sums are taken with the listed classes masked (topk_row.h). The gradient is dense but
-// simple for the rest; the listed classes, and the label, are computed apart in double and written
-// over it.
+// simple for the rest, a few products of the exponentials that the first sweep keeps; the listed
+// classes, and the label, are computed apart in double and written over it.
+#include <memory>
+
 #include "../topk_row.h"
 #include "operands.h"
 
@@ -18,6 +20,18 @@ using topk::Summary;
 
 constexpr int64_t kChunk = 64;
 
+// What the first sweep keeps for the gradient: the rest's exponentials, and what those of each
+// block are relative to. A thread's, for all of its rows.
+template <class T>
+struct KeptRest {
+  std::unique_ptr<T[]> exponentials;
+  std::unique_ptr<double[]> maxima;
+
+  explicit KeptRest(int64_t classes)
+      : exponentials(new T[static_cast<size_t>(classes + kLanes)]),
+        maxima(new double[static_cast<size_t>(classes / kBlock + 1)]) {}
+};
+
 template <class T, class S>
 struct TopkRow {
   const TopkArgs& args;
@@ -27,15 +41,17 @@ struct TopkRow {
   Logits student;
   const int64_t* ids;
   const T* log_probs;
+  const KeptRest<T>& kept;
 
-  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed)
+  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, const KeptRest<T>& kept)
       : args(args),
         index(index),
         listed(listed),
         row(make_row<T>(args, index, false)),
         student(student_of(args, index)),
         ids(args.indices + index * args.k),
-        log_probs(static_cast<const T*>(args.teacher) + index * args.k) {}
+        log_probs(static_cast<const T*>(args.teacher) + index * args.k),
+        kept(kept) {}
 
   double logit(int64_t id) const { return read_one<double>(student.base, student.dtype, id); }
   bool is_listed(int64_t id) const { return listed[id / 64] >> (id % 64) & 1; }
@@ -118,6 +134,7 @@ struct TopkRow {
     alignas(64) T logits[kLongest];
     Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Mass mass;
+    double* block_max = kept.maxima.get();
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
@@ -128,8 +145,9 @@ struct TopkRow {
         tempered.max = own.max = static_cast<T>(top);
         mass.max = top;
       }
-      const ExponentialSums sums = sum_exponentials<kHard, false, false, T, S>(
-          block, count, tempered, own, nullptr, next_of(at, args.classes));
+      *block_max++ = mass.max;
+      const ExponentialSums sums = sum_exponentials<kHard, true, false>(
+          block, count, tempered, own, &kept.exponentials[at], next_of(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
@@ -181,23 +199,33 @@ struct TopkRow {
   void write_rest(const Summary& of, const Gains& gains) const {
     alignas(64) S buffer[kLongest];
     alignas(64) S result[kLongest];
-    const T max = static_cast<T>(topk::origin(of.rest)), uniform = static_cast<T>(gains.uniform);
-    const T soft_gain = static_cast<T>(gains.rest), hard_gain = static_cast<T>(gains.rest_hard);
-    const Exponential<T, S> tempered(row.factor, max, 1), own(row.hard_factor, max, 1);
+    const double max = topk::origin(of.rest);
+    const T uniform = static_cast<T>(gains.uniform);
+    const Exponential<T, S> own(row.hard_factor, static_cast<T>(max), 1);
+    const double* block_max = kept.maxima.get();
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
+      const T soft_gain =
+          static_cast<T>(gains.rest * topk::shift(*block_max, max, row.temperature));
+      const T hard_gain = static_cast<T>(
+          gains.rest_hard * (kHard == Hard::kOwn ? 1 : topk::shift(*block_max, max, 1)));
+      ++block_max;
+      const T* const exponentials = &kept.exponentials[at];
       const Vectors<const S> block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result);
       for_vectors<S>(count, [&](int64_t lanes, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value;
         T logits[kWidth], gradients[kWidth];
-        const T* z = unpack<kWidth>(block.at(lanes), logits);
+        const T* z = nullptr;
+        if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(block.at(lanes), logits);
         T* g = unpacked(grad.at(lanes), gradients);
+        prefetch_next<Into::kL2, kWidth>(grad.at(lanes));
 #pragma omp simd
         for (int64_t i = 0; i < kWidth; ++i) {
-          const T e = tempered(z[i]);
+          const T e = exponentials[lanes + i];
           T sum = uniform + soft_gain * e;
           if constexpr (kHard != Hard::kNone) {
-            sum += hard_gain * hard_exponential<kHard>(e, z[i], own);
+            const T logit = kHard == Hard::kOwn ? z[i] : T(0);
+            sum += hard_gain * hard_exponential<kHard>(e, logit, own);
           }
           g[i] = sum;
         }
@@ -273,9 +301,10 @@ struct TopkRow {
 
 template <class T, class S>
 int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
+  const KeptRest<T> kept(args.classes);
   int64_t bad = -1;
   for (int64_t i = begin; i < end; ++i) {
-    TopkRow<T, S> row(args, i, listed);
+    TopkRow<T, S> row(args, i, listed, kept);
     if (row.row.state == State::kIgnored) {
       row.put_constant(T(0));
       continue;
