@@ -43,7 +43,7 @@ enum Stat : int {
 // Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
 // other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
 // is the divergence. Of kForwardKL and kSoftCrossEntropy on a CPU kSlopeSum is the forward KL where
-// it is a plain mean (Over, cpu/blocks.h), else 0.
+// it is plain (cpu/row.h), else 0.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
@@ -147,7 +147,8 @@ struct Statistics {
   // The label's logits where the sums leave it out (kDecoupled) and it is of this segment, or 0.
   double student_label = 0, teacher_label = 0;
   double student_squares = 0, teacher_squares = 0;  // sums of z^2 and w^2 (kCosine), or 0
-  // Of divergences that are a mean of log ratios (Over, cpu/blocks.h), or 0.
+  // Of a divergence that may be plain (cpu/row.h): the sum over classes of exp((w - max w) / t)
+  // times (w - max w) - (z - max z); NaN where it was given up. Or 0.
   double gap_sum = 0;
 };
 // Sums of one segment of one row, second sweep.

@@ -62,18 +62,6 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
 }
 
-// The forward KL (and the soft cross entropy, which is that and the teacher's entropy) is the mean
-// of log(p / q) over the teacher's probabilities, the reverse KL that of log(q / p) over the
-// student's. All that such a mean takes is in the first sweep's sums; and where it is plainly above
-// 0, as it stands it will do: no sweep is needed for it, and the forward KL's gradient is q - p as
-// it stands. Near 0 both would cancel, and a second sweep forms them class by class (docs/maths.md,
-// section 3).
-enum class Over { kNone, kTeacher, kStudent };
-constexpr Over over_of(Divergence id) {
-  if (id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy) return Over::kTeacher;
-  return id == Divergence::kReverseKL ? Over::kStudent : Over::kNone;
-}
-
 // How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
 // of its own.
 enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
@@ -105,7 +93,7 @@ template <class T>
 FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
-// The last eight lanes in double: in a row of one block their rounding is most of a sum's error.
+// The last of it in double: in a row of one block its rounding is most of a sum's error.
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kLanes]) {
   T eight[8];
@@ -308,38 +296,26 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   return e;
 }
 
-// Write the gradient of the forward KL, q - p, and of the reverse KL, -q (d + S), but for the
-// label's share, from kept exponentials. Not inlined, for the same reason as write_gradient().
-template <Hard kHard, Over kOver, class T, class S, class L>
-__attribute__((noinline)) void write_from_kept(const Coefficients<T, S>& coefficients,
-                                               const Vectors<const L>& student,
-                                               const Vectors<const L>& teacher,
-                                               const T* student_kept, const T* teacher_kept,
-                                               const Vectors<L>& grad, int64_t count) {
+// Writes the forward KL's gradient, but for the label's share, as q - p from kept exponentials.
+// `student` is read by Hard::kOwn alone. Not inlined, for the same reason as write_gradient().
+template <Hard kHard, class T, class S, class L>
+__attribute__((noinline)) void write_difference(const Coefficients<T, S>& coefficients,
+                                                const Vectors<const L>& student,
+                                                const T* student_kept, const T* teacher_kept,
+                                                const Vectors<L>& grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
-  constexpr bool kReverse = kOver == Over::kStudent;
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth], grad_buffer[kWidth];
-    const T *z = nullptr, *w = nullptr;
-    if constexpr (kReverse || kHard == Hard::kOwn)
-      z = unpack<kWidth>(student.at(at), student_buffer);
-    if constexpr (kReverse) w = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    T student_buffer[kWidth], grad_buffer[kWidth];
+    const T* z = nullptr;
+    if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(student.at(at), student_buffer);
     T* grad_lanes = unpacked(grad.at(at), grad_buffer);
     prefetch_next<Into::kL2, kWidth>(grad.at(at));
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const T tempered = student_kept[at + i];
-      T g = c.uniform;
-      if constexpr (kReverse) {
-        // Where q is 0 because a class is masked, d is infinite or NaN.
-        const T d = (w[i] - z[i]) * c.inverse_temperature - c.log_ratio;
-        const T bounded = bounded_above(bounded_below(d, c.bound), -c.bound);
-        g -= c.kept_student_gain * (tempered * (bounded + c.student_share));
-      } else {
-        g += c.kept_student_gain * tempered;
-        g -= c.kept_teacher_gain * teacher_kept[at + i];
-      }
+      T g = c.uniform + c.kept_student_gain * tempered;
+      g -= c.kept_teacher_gain * teacher_kept[at + i];
       if constexpr (kHard != Hard::kNone) {
         const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
         const T logit = kHard == Hard::kOwn ? z[i] : T(0);

@@ -44,6 +44,8 @@ struct Engine {
     return c;
   }
 
+  static constexpr bool kGaps = sizeof(T) == sizeof(float);
+
   // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
   // a segment.
   bool keeps() const { return Kept<T>::kClasses > 0 && in.divergence != Divergence::kCosine; }
@@ -52,20 +54,6 @@ struct Engine {
   int64_t end_of(int64_t segment) const {
     const int64_t end = (segment + 1) * kSegment;
     return end < in.classes ? end : in.classes;
-  }
-
-  // As sum_exponentials(), with the gaps if they are asked for.
-  template <Hard kHard, bool kKeep>
-  static ExponentialSums sum_with(bool gaps, const Vectors<const S>& logits, int64_t count,
-                                  const Exponential<T, S>& tempered, const Exponential<T, S>& own,
-                                  T* kept, Into next, const Vectors<const S>& other, T other_max) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (gaps) {
-        return sum_exponentials<kHard, kKeep, true>(logits, count, tempered, own, kept, next, other,
-                                                    other_max);
-      }
-    }
-    return sum_exponentials<kHard, kKeep, false>(logits, count, tempered, own, kept, next);
   }
 
   // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. With
@@ -81,7 +69,7 @@ struct Engine {
     Statistics result = kNoStatistics;
     T *student_kept = into.student, *teacher_kept = into.teacher;
     double *student_max = into.student_max, *teacher_max = into.teacher_max;
-    bool gaps = row.over != Over::kNone;
+    bool gaps = row.gaps;
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
       const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
       const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
@@ -108,11 +96,12 @@ struct Engine {
       }
       const Into next = next_of(at, in.classes);
       const ExponentialSums sums =
-          sum_with<kHard, kKeep>(gaps && row.over == Over::kStudent, z, count, tempered, own,
-                                 student_kept, next, w, teachers.max);
+          sum_exponentials<kHard, kKeep, false>(z, count, tempered, own, student_kept, next);
       const ExponentialSums teacher_sums =
-          sum_with<Hard::kNone, kKeep>(gaps && row.over == Over::kTeacher, w, count, teachers, own,
-                                       teacher_kept, next, z, tempered.max);
+          gaps ? sum_exponentials<Hard::kNone, kKeep, kGaps>(w, count, teachers, own, teacher_kept,
+                                                             next, z, tempered.max)
+               : sum_exponentials<Hard::kNone, kKeep, false>(w, count, teachers, own, teacher_kept,
+                                                             next);
       if constexpr (kKeep) {
         student_kept += count, teacher_kept += count;
         *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
@@ -120,7 +109,7 @@ struct Engine {
       result.student_sum += sums.tempered;
       result.hard_sum += sums.hard;
       result.teacher_sum += teacher_sums.tempered;
-      result.gap_sum += sums.gaps + teacher_sums.gaps;
+      result.gap_sum += teacher_sums.gaps;
       // A row that is not plain by its first classes is not worth the gaps of the others.
       if (gaps && at == begin && at + count < end && mean_of(row, result) == 0) {
         gaps = false;
@@ -174,7 +163,7 @@ struct Engine {
     if (s.mean > 0 && !needed) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
-    tempered_only.over = Over::kNone;
+    tempered_only.gaps = false;
     scan_range<true>(tempered_only, index, segment, kept->left());
     return kept->left();
   }
@@ -312,26 +301,24 @@ struct Engine {
     }
   }
 
-  // Whether the gradient is made of nothing but logits and kept exponentials, once the sums are
-  // known.
-  static bool from_kept(const Row<T>& row, const Scales<T>& s, const Coefficients<T, S>& c) {
-    if (row.over != Over::kStudent) return s.mean > 0;
-    return !c.apart() && finite(c.student_share);
-  }
-  template <class L>
-  static void write_kept(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                         const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
-                         int64_t count) {
+  // One block of a plain row's gradient.
+  void write_plain(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
+                   int64_t count, const Left<T>& left) const {
+    alignas(64) S student[kLongest];
+    alignas(64) S result[kLongest];
+    void* const place = grad_at(index, at);
+    const Vectors<S> g = target(place, in.student_dtype, count, result);
+    Vectors<const S> z;
+    if (row.gradient_hard == Hard::kOwn) z = fetch(student_of(in, index), at, count, student);
     with_hard<T>(row.gradient_hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      row.over == Over::kTeacher
-          ? write_from_kept<kHard, Over::kTeacher>(c, z, w, left.student, left.teacher, g, count)
-          : write_from_kept<kHard, Over::kStudent>(c, z, w, left.student, left.teacher, g, count);
+      write_difference<kHard>(c, z, left.student, left.teacher, g, count);
     });
+    put_result(g, result, place, in.student_dtype, count);
   }
 
-  SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s,
-                        int64_t index, int64_t at, int64_t count, const Left<T>& left) const {
+  SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
+                        int64_t count, const Left<T>& left) const {
     alignas(64) S student[kLongest];
     alignas(64) S teacher[kLongest];
     alignas(64) S result[kLongest];
@@ -343,9 +330,7 @@ struct Engine {
     SlopeSums sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
-    if (from_kept(row, s, c)) {
-      write_kept(row, c, left, z, fetch(teacher_of(in, index), at, count, teacher), g, count);
-    } else if (left.slopes) {
+    if (left.slopes) {
       balance(row, c, z, student_like, q_scale, left.teacher, g, count);
     } else {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
@@ -411,8 +396,10 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
-      if (grad != nullptr || (one_sweep() && s.mean == 0)) {
-        const SlopeSums of_block = write_block(row, *c, s, index, at, count, here);
+      if (s.mean > 0) {
+        if (grad != nullptr) write_plain(row, *c, index, at, count, here);
+      } else if (grad != nullptr || one_sweep()) {
+        const SlopeSums of_block = write_block(row, *c, index, at, count, here);
         value += of_block.value, slope += of_block.slope;
       }
       ++block;

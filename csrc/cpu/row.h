@@ -10,9 +10,18 @@ namespace {
 
 enum class State { kNormal, kIgnored, kInvalid };
 
-// From so many nats on; what rounding does to a mean is a few 1e-8, whatever its size. What is
-// greater than the other bound, or infinite, or NaN, has to do with masks.
-constexpr double kPlain = 0.05, kGreatest = 1e4;
+// The forward KL, and with the teacher's entropy the soft cross entropy, is the teacher's mean of
+// log(p / q). All that the mean takes is in the first sweep's sums; and where it is plainly above
+// 0, as it stands it will do: no sweep is needed for it, and the gradient is q - p as it stands.
+// Near 0 both would cancel, and the second sweep forms them class by class (docs/maths.md, section
+// 3).
+constexpr bool may_be_plain(Divergence id) {
+  return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
+}
+// Plain is what is at least so many nats, and this share of the greater of the two parts of which
+// it is the difference: rounding costs up to 4e-7 of a part. What is greater than the last of
+// these, or infinite, or NaN, has to do with masks.
+constexpr double kPlain = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
 FASTKD_HOST_DEVICE bool finite(T x) {
@@ -27,7 +36,7 @@ struct Row {
   Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   bool unit = false;                 // the divergence is of unit vectors (kCosine)
-  Over over = Over::kNone;           // whose mean the divergence may be
+  bool gaps = false;                 // the first sweep sums what a plain divergence takes
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
   T factor = 0;          // of the student's tempered exponential
@@ -75,9 +84,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
   row.unit = in.divergence == Divergence::kCosine;
-  if (sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature) {
-    row.over = over_of(in.divergence);
-  }
+  row.gaps = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
+             may_be_plain(in.divergence);
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -131,13 +139,10 @@ void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) 
 template <class T>
 __attribute__((noinline)) double moved_gaps(const Row<T>& row, const Statistics& of,
                                             double student_max, double teacher_max) {
-  const bool over_teacher = row.over == Over::kTeacher;
-  const double sum = over_teacher ? of.teacher_sum : of.student_sum;
-  if (row.over == Over::kNone || sum == 0) return 0;
+  if (!row.gaps || of.teacher_sum == 0) return 0;
   const double student = student_max - of.student_max, teacher = teacher_max - of.teacher_max;
-  const double gaps = of.gap_sum + (over_teacher ? student - teacher : teacher - student) * sum;
-  return gaps * (over_teacher ? row.teacher_rescale(of.teacher_max, teacher_max)
-                              : row.rescale(of.student_max, student_max));
+  return (of.gap_sum + (student - teacher) * of.teacher_sum) *
+         row.teacher_rescale(of.teacher_max, teacher_max);
 }
 
 // Not inlined: were one of its products fused with the sum in one caller and the other in another,
@@ -175,7 +180,7 @@ struct Scales {
   T student_label = 0, teacher_label = 0;      // as in Statistics
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
   double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
-  T mean = 0;          // the divergence, where it is a plain mean; else 0
+  T mean = 0;          // the forward KL, where it is plain; else 0
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   bool valid() const {
@@ -190,12 +195,6 @@ struct Scales {
     return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
   }
 };
-
-// Adds the mean, where no sweep has summed it. A reverse KL's slopes sum up to it.
-template <class T>
-void complete(const Scales<T>& s, Sums* sums) {
-  if (s.mean > 0) sums->value = sums->slope = static_cast<double>(s.mean);
-}
 
 // Not inlined, for most divergences need no lengths.
 template <class T>
@@ -216,19 +215,23 @@ FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
   return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
 }
 
-// The divergence of a row as the mean that it is, if it is plain; else 0. In rows whose maxima are
-// far apart it is not.
+template <class T>
+bool are_apart(double student_max, double teacher_max, double temperature) {
+  const double distance = teacher_max - student_max, limit = apart_beyond(temperature);
+  return distance > limit || distance < -limit;
+}
+
+// The forward KL of a row, if it is plain; else 0. In rows whose maxima are far apart it is not.
 template <class T>
 __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
-  const double distance = of.teacher_max - of.student_max, limit = apart_beyond(row.temperature);
-  if (!(distance <= limit && distance >= -limit)) return 0;
-  const double own = row.over == Over::kTeacher ? of.teacher_sum : of.student_sum;
-  const double other = row.over == Over::kTeacher ? of.student_sum : of.teacher_sum;
-  const double inverse = 1 / own;
+  if (are_apart<T>(of.student_max, of.teacher_max, row.temperature)) return 0;
+  const double inverse = 1 / of.teacher_sum;
   // The exponentials' own temperature, which has been rounded.
   const double factor = static_cast<double>(row.factor) * kLn2;
-  const double mean = of.gap_sum * inverse * factor + std::log(other * inverse);
-  return mean >= kPlain && mean < kGreatest ? static_cast<T>(mean) : T(0);
+  const double log_ratio = std::log(of.student_sum * inverse);
+  const double mean = of.gap_sum * inverse * factor + log_ratio;
+  const bool plain = mean >= kPlain && mean >= kShare * std::fabs(log_ratio) && mean < kGreatest;
+  return plain ? static_cast<T>(mean) : T(0);
 }
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
@@ -243,7 +246,7 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
                  static_cast<T>(of.student_label),
                  static_cast<T>(of.teacher_label)};
   if (row.unit) set_inverses(row, of, &s);
-  if (row.over != Over::kNone) s.mean = mean_of(row, of);
+  if (row.gaps) s.mean = mean_of(row, of);
   if (row.left_out < 0) return s;
   if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
   if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
@@ -255,8 +258,7 @@ Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
   const bool same = row.temperature == row.teacher_temperature;
-  const double limit = apart_beyond(row.temperature);
-  const bool apart = !same || distance > limit || distance < -limit;
+  const bool apart = !same || are_apart<T>(s.student_max, s.teacher_max, row.temperature);
   const T inverse_temperature = static_cast<T>(1 / row.temperature);
   const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
   const double shift =

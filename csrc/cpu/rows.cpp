@@ -73,7 +73,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
   if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
-  if (row.over == Over::kTeacher) s.mean = stats[kSlopeSum * args.rows];
+  if (row.gaps) s.mean = stats[kSlopeSum * args.rows];
   if (row.left_out < 0) return s;
   const Logits student = student_of(args, index), teacher = teacher_of(args, index);
   s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
@@ -89,7 +89,7 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
     put_constant(args, index, T(0));
     return put_stats(args, index, Scales<T>{}, Sums{});
   }
-  complete(scales, sums);
+  if (scales.mean > 0) sums->value = sums->slope = static_cast<double>(scales.mean);
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
@@ -199,17 +199,16 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
   if (!engine.one_sweep()) {
-    for (int64_t i = scales.mean > 0 ? -1 : last; i >= 0; --i) {
+    for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
       engine.sum_segment(row, &c, scales, index, i, left_of(i), &of_segment);
       add(of_segment, &sums);
     }
-    complete(scales, &sums);
     engine.set_shares(&c, sums);
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    if (engine.one_sweep() || engine.from_kept(row, scales, c)) {
+    if (engine.one_sweep()) {
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);
@@ -319,7 +318,6 @@ void sum_one(const ForwardArgs& args, int64_t index, int64_t segment, const Stat
              Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, of_row);
-    if (shared.scales.mean > 0) return;
     engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment,
                        shared.left(index, segment), result);
   });
@@ -329,9 +327,7 @@ void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const St
                const Sums& of_balance, Sums* result) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto) {
     SharedRow shared(args, engine, index, of_row);
-    Sums balance = of_balance;
-    complete(shared.scales, &balance);
-    engine.set_shares(&shared.c, balance);
+    engine.set_shares(&shared.c, of_balance);
     write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
                   shared.left(index, segment), result);
   });

@@ -1,5 +1,5 @@
 // The sparse loss, row by row, compiled once for each instruction set: the student is read once
-// from memory, and its gradient is written in a second sweep that finds the row in the cache.
+// from memory, and its gradient is written in a second sweep.
 //
 // The rest's sums are taken with the listed classes masked (topk_row.h). The gradient is dense but
 // simple for the rest, a few products of the exponentials that the first sweep keeps; the listed
@@ -210,7 +210,8 @@ struct TopkRow {
           gains.rest_hard * (kHard == Hard::kOwn ? 1 : topk::shift(*block_max, max, 1)));
       ++block_max;
       const T* const exponentials = &kept.exponentials[at];
-      const Vectors<const S> block = fetch(student, at, count, buffer);
+      Vectors<const S> block;
+      if constexpr (kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result);
       for_vectors<S>(count, [&](int64_t lanes, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value;
