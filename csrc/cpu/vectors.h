@@ -1,0 +1,134 @@
+// What the loops over a block are written in: its vectors, the padded last one, sums over lanes,
+// and 16-bit numbers unpacked and packed, all such that the compiler vectorises them.
+#pragma once
+#include <type_traits>
+
+#include "../kernels.h"
+#include "storage.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+// 4 KB of fp32: three blocks stay in L1. Sums are kept in fp32 lanes within a block and in double
+// beyond, so the block is also what bounds the rounding error of a sum.
+constexpr int64_t kBlock = 1024;
+// The loops take so many classes at a time, and what is left at the end of a row in steps of fewer,
+// of which the last is padded with -inf. 16 bits are unpacked in pairs that fill vectors: they have
+// no shorter steps.
+constexpr int64_t kLanes = 32;
+template <class S>
+constexpr int64_t kStep = sizeof(S) == sizeof(uint16_t) ? kLanes : 8;
+static_assert(kSegment % kBlock == 0 && kBlock % kLanes == 0, "");
+
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_huge_val());
+template <class T>
+constexpr T kNaN = static_cast<T>(__builtin_nan(""));
+
+template <auto kValue>
+constexpr std::integral_constant<decltype(kValue), kValue> constant{};
+
+// The steps of a block where they lie, but for the last where it is not a whole one: that is
+// padded, elsewhere.
+template <class S>
+struct Vectors {
+  S* block = nullptr;
+  S* last = nullptr;
+  int64_t whole = INT64_MAX;  // classes before the last
+
+  FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
+};
+
+#if defined(__GNUC__)
+#define FASTKD_INLINE __attribute__((always_inline))
+#else
+#define FASTKD_INLINE
+#endif
+// Calls fn(at, width), which should be FASTKD_INLINE, for all of `count` classes. The width is a
+// compile-time constant.
+template <class S, class Fn>
+FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
+  if constexpr (kStep<S> == kLanes) {
+    for (int64_t at = 0; at < count; at += kLanes) fn(at, constant<kLanes>);
+  } else {
+    int64_t at = 0;
+    for (; at + kLanes <= count; at += kLanes) fn(at, constant<kLanes>);
+    for (; at < count; at += kStep<S>) fn(at, constant<kStep<S>>);
+  }
+}
+
+inline bool holds(int64_t begin, int64_t count, int64_t index) {
+  return begin <= index && index < begin + count;
+}
+
+// Reductions are written over kLanes accumulators and folded in halves: the compiler's own epilogue
+// for a simd reduction adds lane after lane, 50 cycles that rows of 10 classes would feel.
+template <int64_t kWidth, class T, class Join>
+FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
+  if constexpr (kWidth == 1) {
+    return lanes[0];
+  } else {
+    T half[kWidth / 2];
+    for (int64_t i = 0; i < kWidth / 2; ++i) half[i] = join(lanes[i], lanes[i + kWidth / 2]);
+    return fold<kWidth / 2>(half, join);
+  }
+}
+
+template <class T>
+FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
+  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+}
+// The last of it in double: in a row of one block its rounding is most of a sum's error.
+template <class T>
+FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kLanes]) {
+  T eight[8];
+  for (int64_t i = 0; i < 8; ++i) {
+    eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
+  }
+  double four[4];
+#pragma omp simd
+  for (int64_t i = 0; i < 4; ++i) {
+    four[i] = static_cast<double>(eight[i]) + static_cast<double>(eight[i + 4]);
+  }
+  return fold<4>(four, [](double a, double b) { return a + b; });
+}
+
+// kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
+// of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
+// each out of its pair, where keeping their order would cost a permutation.
+template <int64_t kWidth, class T>
+FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
+  return lanes;
+}
+template <int64_t kWidth>
+FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
+#pragma omp simd
+  for (int64_t i = 0; i < kWidth / 2; ++i) {
+    uint32_t pair;
+    std::memcpy(&pair, lanes + 2 * i, sizeof(pair));
+    buffer[i] = bits_as<float>(pair << 16);
+    buffer[i + kWidth / 2] = bits_as<float>(pair & 0xffff0000u);
+  }
+  return buffer;
+}
+
+// Where kWidth results go, and their way from there to `lanes`.
+template <class T>
+FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {
+  return lanes;
+}
+FASTKD_HOST_DEVICE float* unpacked(BFloat16*, float* buffer) { return buffer; }
+template <int64_t kWidth, class T>
+FASTKD_HOST_DEVICE void pack(const T*, T*) {}
+template <int64_t kWidth>
+FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
+#pragma omp simd
+  for (int64_t i = 0; i < kWidth / 2; ++i) {
+    const uint32_t first = rounded_bits(buffer[i]) >> 16;
+    const uint32_t pair = first | (rounded_bits(buffer[i + kWidth / 2]) & 0xffff0000u);
+    std::memcpy(lanes + 2 * i, &pair, sizeof(pair));
+  }
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA
