@@ -200,7 +200,7 @@ def test_function_transforms():
 
 
 DISTRIBUTED = """
-    import sys, torch
+    import os, sys, torch
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     sys.path.insert(0, {tests!r})
@@ -219,6 +219,7 @@ DISTRIBUTED = """
         if rank == 0:
             torch.save(grads, folder + "/" + name + ".pt")
     dist.destroy_process_group()
+    os._exit(0)  # as training_run.py does
 """
 
 

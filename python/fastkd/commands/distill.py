@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
             right = "" if math.isnan(last.accuracy) else f"accuracy {100 * last.accuracy:.1f} %, "
             print(f"{right}agreement {100 * last.agreement:.1f} %")
         print(f"wrote {output / 'student.safetensors'}; python -m fastkd report shows it")
+    # Ends the group of processes, whose threads may abort one that leaves without.
+    accelerator.end_training()
 
 
 def _accelerator(precision: str) -> Any:
