@@ -253,6 +253,19 @@ __attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coe
   return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
 }
 
+// EvenJensenShannon's division has a loop of its own: what follows waits for it, and a processor
+// looks ahead some 128 operations, which are three vectors' otherwise.
+template <class D, Way kWay>
+constexpr bool kDividesFirst = kWay == Way::kKept && std::is_same<D, EvenJensenShannon>::value;
+template <bool kDivided, class D, class T>
+FASTKD_HOST_DEVICE Evaluated<T> evaluate(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
+  if constexpr (kDivided) {
+    return D::at(e, k, ratio);
+  } else {
+    return D::at(e, k);
+  }
+}
+
 // For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
 template <class D, Way kWay, class T, class S, class L>
@@ -267,6 +280,15 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
     T student_buffer[kWidth], teacher_buffer[kWidth];
     const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
     const T* teacher_lanes = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    constexpr bool kDivided = kDividesFirst<D, kWay>;
+    T ratios[kWidth];
+    if constexpr (kDivided) {
+#pragma omp simd
+      for (int64_t i = 0; i < kWidth; ++i) {
+        ratios[i] = D::ratio(teacher_kept[at + i] * c.teacher_scale,
+                             student_kept[at + i] * c.student_scale);
+      }
+    }
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       T student_power = 0, teacher_power = 0;
@@ -275,7 +297,7 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
       }
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
-      const Evaluated<T> here = D::at(e, k);
+      const Evaluated<T> here = evaluate<kDivided, D>(e, k, kDivided ? ratios[i] : T(0));
       const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
       const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);

@@ -243,12 +243,17 @@ struct Engine {
           c, constants, z, w, left.student, left.teacher, q, slope, count);
     };
     if (in.divergence == Divergence::kCosine) return sum(Cosine{}, constant<Way::kUnit>);
-    return visit(in.divergence, [&](auto divergence) {
+    const auto in_its_way = [&](auto divergence) {
       if (c.way == Way::kApart) return sum(divergence, constant<Way::kApart>);
       if (c.way == Way::kSeparate) return sum(divergence, constant<Way::kSeparate>);
       return left.any() ? sum(divergence, constant<Way::kKept>)
                         : sum(divergence, constant<Way::kAnew>);
-    });
+    };
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const bool even = in.divergence == Divergence::kJensenShannon && in.mix == 0.5;
+      if (even) return in_its_way(EvenJensenShannon{});
+    }
+    return visit(in.divergence, in_its_way);
   }
   template <class L>
   void balance(const Row<T>& row, const Coefficients<T, S>& c, const Vectors<const L>& z,
