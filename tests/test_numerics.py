@@ -96,6 +96,23 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     assert distance(leaf.grad, exact.grad) <= 1e-6 * float(exact.grad.norm())
 
 
+@pytest.mark.parametrize("mix", [0.5, 0.3])
+@pytest.mark.parametrize("apart", [3.0, 1.0, 0.3, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("classes, bound", [(10, 1e-5), (1000, 2e-6), (CLASSES, 2e-6)])
+def test_jsd_near_and_far(device, classes, bound, apart, mix):
+    """Both of its forms, series and logarithm. At their border the logarithm's loses four bits of a
+    class, which ten classes do not average.
+    """
+    student, teacher = near(apart**2 / 2, device, classes=classes)
+    options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
+    exact = truth(student, teacher, **options)
+    leaf = student.requires_grad_()
+    rows = fastkd.loss(leaf, teacher, **options)
+    assert float((rows.detach() / exact.loss - 1).abs().max()) <= bound
+    rows.sum().backward()
+    assert distance(leaf.grad, exact.grad) <= 1e-6 * float(exact.grad.norm())
+
+
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_near_the_teacher(device, classes, kl):

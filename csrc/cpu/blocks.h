@@ -310,9 +310,9 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
 }
 
-// `q_scale` makes q of what is given for it. With kMasked slopes may be NaN, where the gradient is
-// 0.
-template <Hard kHard, bool kMasked, class T, class S, class L>
+// `q_scale` makes q of what is given for it. With kAnySlope slopes may be NaN, where the gradient
+// is 0, a constant may balance them, and the gain may be 0.
+template <Hard kHard, bool kAnySlope, class T, class S, class L>
 void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<const L>& student,
                       const T* q, T q_scale, const T* slopes, const Vectors<L>& grad,
                       int64_t count) {
@@ -331,9 +331,12 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<cons
         g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
       }
       const T unbalanced = slopes[at + i];
-      T slope = unbalanced - here * c.student_share - c.constant_share;
-      if constexpr (kMasked) slope = unbalanced == unbalanced ? slope : T(0);
-      grad_lanes[i] = g + soft_part(c.soft_gain, slope);
+      if constexpr (kAnySlope) {
+        const T slope = unbalanced - here * c.student_share - c.constant_share;
+        grad_lanes[i] = g + soft_part(c.soft_gain, unbalanced == unbalanced ? slope : T(0));
+      } else {
+        grad_lanes[i] = g + c.soft_gain * (unbalanced - here * c.student_share);
+      }
     }
     pack<kWidth>(grad_buffer, grad.at(at));
   });

@@ -260,11 +260,11 @@ struct Engine {
                const T* q, T q_scale, const T* slope, const Vectors<L>& g, int64_t count) const {
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
-    const bool masked = leaves_out_masked(balance_of(in.divergence));
+    const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      masked ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
-             : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
+      any ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
+          : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
   }
 
