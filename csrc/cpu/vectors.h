@@ -78,13 +78,23 @@ template <class T>
 FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
+
+// Where a loop has three sums, so many lanes of each are what stays in registers: one vector. They
+// are short sums, over kRun classes, so that rounding adds up no more than in kLanes.
+#if defined(__AVX512F__)
+constexpr int64_t kFewLanes = 16;
+#else
+constexpr int64_t kFewLanes = 8;
+#endif
+constexpr int64_t kRun = 256;
+static_assert(kRun % kLanes == 0, "");
+
 // The last of it in double: in a row of one block its rounding is most of a sum's error.
 template <class T>
-FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kLanes]) {
+FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kFewLanes]) {
   T eight[8];
-  for (int64_t i = 0; i < 8; ++i) {
-    eight[i] = (lanes[i] + lanes[i + 8]) + (lanes[i + 16] + lanes[i + 24]);
-  }
+  for (int64_t i = 0; i < 8; ++i)
+    eight[i] = kFewLanes == 8 ? lanes[i] : lanes[i] + lanes[i + kFewLanes - 8];
   double four[4];
 #pragma omp simd
   for (int64_t i = 0; i < 4; ++i) {
