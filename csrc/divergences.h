@@ -104,10 +104,14 @@ struct ReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
     const T product = times_log(e.q, bounded_above(e.d));
     // q f(-d)
     return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
+  }
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+    return at(e);
   }
 };
 
@@ -417,6 +421,10 @@ FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;
 }
+
+// The reverse KL's value is the sum of its slopes; near 0, where they cancel, its classes' are
+// summed beside the gradient.
+FASTKD_HOST_DEVICE bool is_reverse(Divergence id) { return id == Divergence::kReverseKL; }
 
 FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {
   if (id == Divergence::kCosine) return Cosine::kBalance;

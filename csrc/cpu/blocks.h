@@ -324,6 +324,70 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
 }
 
+// The reverse KL's slopes -q d are formed twice, which costs less than to keep them: in the first
+// loop they are summed, without the teacher's exponentials, and in the second balanced. With kValue
+// that one also sums its value, class by class. Hard and Way as in write_gradient().
+template <Way kWay, class T, class S, class L>
+__attribute__((noinline)) double sum_reverse(const Coefficients<T, S>& coefficients,
+                                             const Vectors<const L>& student,
+                                             const Vectors<const L>& teacher, const T* student_kept,
+                                             int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  T sums[kFewLanes] = {};
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], teacher_buffer[kWidth];
+    const T* z = unpack<kWidth>(student.at(at), student_buffer);
+    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
+    for (int64_t part = 0; part < kWidth; part += kPart) {
+#pragma omp simd
+      for (int64_t i = 0; i < kPart; ++i) {
+        T power = 0;
+        if constexpr (kWay == Way::kKept) power = student_kept[at + part + i];
+        const Element<T> e = element_of<kWay>(c, z[part + i], w[part + i], power, T(0));
+        sums[i] += times_log(e.q, bounded_above(e.d, -c.bound));
+      }
+    }
+  });
+  return -precise_sum_of(sums);
+}
+
+template <Hard kHard, Way kWay, bool kValue, class T, class S, class L>
+__attribute__((noinline)) double write_reverse(const Coefficients<T, S>& coefficients,
+                                               const Vectors<const L>& student,
+                                               const Vectors<const L>& teacher,
+                                               const T* student_kept, const T* teacher_kept,
+                                               const Vectors<L>& grad, int64_t count) {
+  const Coefficients<T, S> c = coefficients;
+  T values[kLanes] = {};
+  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    T student_buffer[kWidth], teacher_buffer[kWidth], grad_buffer[kWidth];
+    const T* z = unpack<kWidth>(student.at(at), student_buffer);
+    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
+    prefetch_next<Into::kL2, kWidth>(grad.at(at));
+#pragma omp simd
+    for (int64_t i = 0; i < kWidth; ++i) {
+      T student_power = 0, teacher_power = 0;
+      if constexpr (kWay == Way::kKept) {
+        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
+      }
+      const Element<T> e = element_of<kWay>(c, z[i], w[i], student_power, teacher_power);
+      const Evaluated<T> here = ReverseKL::at(e);
+      if constexpr (kValue) values[i] += here.value;
+      T g = c.uniform;
+      if constexpr (kHard != Hard::kNone) {
+        g += c.hard_gain * hard_exponential<kHard>(e.q, z[i], c.own);
+      }
+      grad_lanes[i] = g + soft_part(c.soft_gain, here.slope - e.q * c.student_share);
+    }
+    pack<kWidth>(grad_buffer, grad.at(at));
+  });
+  return kValue ? sum_of(values) : 0.0;
+}
+
 // `q_scale` makes q of what is given for it. With kAnySlope slopes may be NaN, where the gradient
 // is 0, a constant may balance them, and the gain may be 0.
 template <Hard kHard, bool kAnySlope, class T, class S, class L>

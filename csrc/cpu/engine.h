@@ -32,6 +32,8 @@ struct Engine {
   Constants constants;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
+  // What the sweep that sums slopes leaves is found again by the one that balances them.
+  bool keeps_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(
@@ -210,27 +212,32 @@ struct Engine {
                                         : sum_p_log_p<false>(c, log_scale, w, left.teacher, count);
   }
 
-  // One block of the forward KL's second sweep, in the form that the row asks for.
+  // Calls fn for the form of the loops that write gradients that the row asks for.
+  template <class Fn>
+  auto with_form(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+                 Fn&& fn) const {
+    const auto apart = [&](auto hard) {
+      if (c.way == Way::kApart) return fn(hard, constant<Way::kApart>);
+      return fn(hard, constant<Way::kSeparate>);
+    };
+    const bool hard = row.gradient_hard != Hard::kNone;
+    if (c.apart()) return hard ? apart(constant<Hard::kOwn>) : apart(constant<Hard::kNone>);
+    return with_hard<T>(row.gradient_hard, [&](auto has_hard) {
+      return left.any() ? fn(has_hard, constant<Way::kKept>) : fn(has_hard, constant<Way::kAnew>);
+    });
+  }
+
+  // One block of the forward KL's second sweep.
   template <class L>
   SlopeSums differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
                           const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
                           int64_t count) const {
-    const bool hard = row.gradient_hard != Hard::kNone;
-    const auto write = [&](auto has_hard, auto way) {
+    return with_form(row, c, left, [&](auto has_hard, auto way) {
       constexpr Hard kHard = decltype(has_hard)::value;
       constexpr Way kWay = decltype(way)::value;
       return row.left_out < 0
                  ? write_gradient<kHard, kWay, false>(c, z, w, left.student, left.teacher, g, count)
                  : write_gradient<kHard, kWay, true>(c, z, w, left.student, left.teacher, g, count);
-    };
-    const auto with_way = [&](auto has_hard) {
-      if (c.way == Way::kApart) return write(has_hard, constant<Way::kApart>);
-      return write(has_hard, constant<Way::kSeparate>);
-    };
-    if (c.apart()) return hard ? with_way(constant<Hard::kOwn>) : with_way(constant<Hard::kNone>);
-    return with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-      return left.any() ? write(has_hard, constant<Way::kKept>)
-                        : write(has_hard, constant<Way::kAnew>);
     });
   }
 
@@ -268,6 +275,32 @@ struct Engine {
     });
   }
 
+  // The reverse KL's two loops.
+  template <class L>
+  double reverse_slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
+                        const Vectors<const L>& w, int64_t count) const {
+    const auto sum = [&](auto way) {
+      return sum_reverse<decltype(way)::value>(c, z, w, left.student, count);
+    };
+    if (c.way == Way::kApart) return sum(constant<Way::kApart>);
+    if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
+    return left.any() ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
+  }
+  template <class L>
+  double balance_reverse(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+                         const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
+                         int64_t count) const {
+    // In backward, too, where nobody asks for it: other loops might arrive at other bits.
+    const bool value = !is_sum_of_slopes(c, c.student_share);
+    return with_form(row, c, left, [&](auto has_hard, auto way) {
+      constexpr Hard kHard = decltype(has_hard)::value;
+      constexpr Way kWay = decltype(way)::value;
+      return value
+                 ? write_reverse<kHard, kWay, true>(c, z, w, left.student, left.teacher, g, count)
+                 : write_reverse<kHard, kWay, false>(c, z, w, left.student, left.teacher, g, count);
+    });
+  }
+
   // Sums value and slopes of one segment. Where `left` holds exponentials, the teacher's make way
   // for the slopes.
   void sum_segment(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, int64_t index,
@@ -285,7 +318,9 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       const SlopeSums of_block =
-          slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, count);
+          is_reverse(in.divergence)
+              ? SlopeSums{0, reverse_slopes(*c, here, z, w, count), 0}
+              : slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, count);
       sums->value += of_block.value;
       sums->slope += of_block.slope;
       sums->classes += of_block.classes;
@@ -341,6 +376,8 @@ struct Engine {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
         sums = differentiate(row, c, left, z, w, g, count);
+      } else if (is_reverse(in.divergence)) {
+        sums.value = balance_reverse(row, c, left, z, w, g, count);
       } else {
         slopes(c, left, z, w, q, slope, count);
         balance(row, c, z, student_like, q_scale, slope, g, count);
@@ -360,6 +397,8 @@ struct Engine {
     for (int64_t i = 0; i < kLanes; ++i) z[i] = student, w[i] = teacher;
     if (one_sweep()) {
       differentiate<T>(row, c, {}, {z}, {w}, {z}, kLanes);
+    } else if (is_reverse(in.divergence)) {
+      balance_reverse<T>(row, c, {}, {z}, {w}, {z}, kLanes);
     } else {
       slopes<T>(c, {}, {z}, {w}, q, slope, kLanes);
       balance<T>(row, c, {z}, q, T(1), slope, {z}, kLanes);
@@ -394,6 +433,8 @@ struct Engine {
     const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
     const bool entropy =
         sums != nullptr && !terms && in.divergence == Divergence::kSoftCrossEntropy;
+    const bool summed =
+        one_sweep() || (is_reverse(in.divergence) && !is_sum_of_slopes(*c, c->student_share));
     double value = 0, slope = 0;
     int64_t block = 0;
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
@@ -403,7 +444,7 @@ struct Engine {
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
       if (s.mean > 0) {
         if (grad != nullptr) write_plain(row, *c, index, at, count, here);
-      } else if (grad != nullptr || one_sweep()) {
+      } else if (grad != nullptr || summed) {
         const SlopeSums of_block = write_block(row, *c, index, at, count, here);
         value += of_block.value, slope += of_block.slope;
       }

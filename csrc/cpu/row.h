@@ -273,6 +273,26 @@ Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
                   : Way::kAnew};
 }
 
+// Whether the reverse KL is as good as the sum of its slopes: where that is plainly above 0. It has
+// the rounding of what all d have in common, which reverse_of() takes off where d is formed from
+// the logits themselves; in other rows it is not worth that.
+template <class T>
+bool is_sum_of_slopes(const Gaps<T>& gaps, T slope) {
+  return gaps.way == Way::kAnew && slope >= static_cast<T>(kPlain);
+}
+// Not inlined, as merge().
+template <class T>
+__attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& of,
+                                            const Gaps<T>& gaps, double slope) {
+  // The exponentials' own temperature, as in mean_of().
+  const double inverse = static_cast<double>(row.factor) * kLn2;
+  const double log_ratio =
+      (of.teacher_max - of.student_max) * inverse + std::log(of.teacher_sum / of.student_sum);
+  return (slope - static_cast<double>(gaps.log_ratio)) *
+             (inverse / static_cast<double>(gaps.inverse_temperature)) +
+         log_ratio;
+}
+
 // `gain` multiplies the gradient of the weighted loss.
 template <class S, class T>
 Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,

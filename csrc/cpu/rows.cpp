@@ -90,6 +90,12 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
     return put_stats(args, index, Scales<T>{}, Sums{});
   }
   if (scales.mean > 0) sums->value = sums->slope = static_cast<double>(scales.mean);
+  if (is_reverse(args.divergence)) {
+    const Gaps<T> gaps = make_gaps(row, scales);
+    if (is_sum_of_slopes(gaps, static_cast<T>(sums->slope))) {
+      sums->value = reverse_of(row, of, gaps, sums->slope);
+    }
+  }
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
@@ -208,7 +214,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
-    if (engine.one_sweep()) {
+    if (!engine.keeps_slopes()) {
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);

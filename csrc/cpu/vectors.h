@@ -86,7 +86,7 @@ constexpr int64_t kFewLanes = 16;
 #else
 constexpr int64_t kFewLanes = 8;
 #endif
-constexpr int64_t kRun = 256;
+constexpr int64_t kRun = 128;
 static_assert(kRun % kLanes == 0, "");
 
 // The last of it in double: in a row of one block its rounding is most of a sum's error.
