@@ -177,7 +177,9 @@ struct JensenShannon {
 
 // Next to nothing, and normal: added to what may be 0, it keeps 0 / 0 away.
 template <class T>
-constexpr T kLeast = sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+FASTKD_HOST_DEVICE constexpr T least() {
+  return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+}
 
 // The same where mix is 1/2, for fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh h),
 // and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
@@ -189,7 +191,8 @@ struct EvenJensenShannon {
   template <class T>
   static FASTKD_HOST_DEVICE T ratio(T p, T q) {
     const T apart = std::fabs(p - q);
-    return apart / (T(2) * (p + q + kLeast<T>)+apart);
+    const T sum = p + q + least<T>();
+    return apart / (T(2) * sum + apart);
   }
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
@@ -223,7 +226,7 @@ struct EvenJensenShannon {
 // nothing of it.
 template <class T>
 FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, T a, T b) {
-  return e.q * (e.diff / (a * e.q + b * e.p + kLeast<T>));
+  return e.q * (e.diff / (a * e.q + b * e.p + least<T>()));
 }
 
 // KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).

@@ -339,6 +339,7 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T, S>& coefficie
     T student_buffer[kWidth], teacher_buffer[kWidth];
     const T* z = unpack<kWidth>(student.at(at), student_buffer);
     const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    // Over kLanes sums GCC 12 makes a branch of times_log().
     constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
     for (int64_t part = 0; part < kWidth; part += kPart) {
 #pragma omp simd
