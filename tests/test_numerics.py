@@ -80,6 +80,23 @@ def test_divergence_of_either_form(device, classes, temperature):
     assert errors[0] <= errors[1]
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
+@pytest.mark.parametrize("classes", [300, CLASSES])
+def test_reverse_kl_of_either_form(device, classes, temperature):
+    """The same of the reverse KL, which is the sum of its slopes where it is plainly above 0."""
+    options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
+    for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
+        student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
+        exact = truth(student, teacher, **options)
+        leaf = student.requires_grad_()
+        rows = fastkd.loss(leaf, teacher, **options)
+        rows.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(rows, fastkd.loss(leaf, teacher, **options))
+        assert float((rows.detach() / exact.loss - 1).abs().max()) <= 5e-6
+        assert distance(leaf.grad, exact.grad) <= 2e-6 * float(exact.grad.norm())
+
+
 @pytest.mark.parametrize("share", [0.04, 0.06, 0.125, 0.5, 1.5])
 @pytest.mark.parametrize("classes", [300, 1000, CLASSES])
 def test_one_class_above_many_equal_ones(device, classes, share):
