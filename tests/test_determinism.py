@@ -21,7 +21,7 @@ SHAPES = [
     (7, S + 1),
 ]
 # One; one more for the sum of the slopes; one that leaves the label out; squares, and two more.
-SWEEPS = ["forward_kl", "jsd", "dkd", "cosine"]
+SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
 def run(
