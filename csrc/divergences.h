@@ -181,47 +181,6 @@ FASTKD_HOST_DEVICE constexpr T least() {
   return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
 }
 
-// The same where mix is 1/2, for fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh h),
-// and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
-// exponent.
-struct EvenJensenShannon {
-  static constexpr Balance kBalance = Balance::kStudent;
-
-  // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
-  template <class T>
-  static FASTKD_HOST_DEVICE T ratio(T p, T q) {
-    const T apart = std::fabs(p - q);
-    const T sum = p + q + least<T>();
-    return apart / (T(2) * sum + apart);
-  }
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-    const T half = T(0.5) * e.d, square = half * half;
-    const T size = bounded_above(std::fabs(half), k.bound);
-    const bool small = size < T(kSeriesLimit / 2);
-    // 1/2 log(max(p, q) / m), minimax for the relative error: 1.6e-8.
-    const T y = ratio * ratio;
-    T log = y * T(0.1342574901) + T(0.141183099);
-    log = log * y + T(0.2000378032);
-    log = log * y + T(0.3333332017);
-    log = log * y + T(1);
-    log *= ratio;
-    // Near d = 0: 1/2 (h tanh h - log cosh h) / h^2 within 5e-8 of itself, and h + log cosh h
-    // within 9e-8.
-    T near = square * T(0.05518872271) - T(0.1249992841);
-    near = (near * square + T(0.25)) * square;
-    const T near_slope = half * (half * (square * T(0.0415164371) - T(0.25)) - T(0.5));
-    const T slope = log - (e.d > 0 ? size : T(0));
-    const T lesser = e.p < e.q ? e.p : e.q;
-    return {(e.p + e.q) * (small ? near : log) - (small ? T(0) : lesser * size),
-            e.q * (small ? near_slope : slope)};
-  }
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
-    return at(e, k, ratio(e.p, e.q));
-  }
-};
-
 // q (q - p) / (a q + b p), also where q is so small that a q underflows: then there is next to
 // nothing of it.
 template <class T>

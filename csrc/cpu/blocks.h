@@ -1,129 +1,12 @@
-// The loops: each works on one block of one row, which lies in the L1 cache, and is vectorised by
-// the compiler. Letters as in numerics.h; docs/maths.md derives the formulas.
+// The loops of the sweeps after the first (scan.h): each works on one block of one row, which lies
+// in the L1 cache, and is vectorised by the compiler. Letters as in numerics.h; docs/maths.md
+// derives the formulas.
 #pragma once
 #include "../divergences.h"
-#include "vectors.h"
+#include "scan.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
-
-// How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
-// of its own.
-enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
-
-template <Hard kHard, class T, class S>
-FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T, S>& own) {
-  if constexpr (kHard == Hard::kPower1) return tempered;
-  if constexpr (kHard == Hard::kPower2) return tempered * tempered;
-  if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
-  if constexpr (kHard == Hard::kPower4) return (tempered * tempered) * (tempered * tempered);
-  if constexpr (kHard == Hard::kOwn) return own(logit);
-  return T(0);
-}
-
-// NaN may be passed over here; it makes the sums NaN.
-template <class T>
-T maximum(const Vectors<const T>& logits, int64_t count) {
-  T lanes[kLanes];
-  for (T& lane : lanes) lane = -kInfinity<T>;
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T* vector = logits.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
-  });
-  return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
-}
-
-// Sign and magnitude to two's complement and back: integers in the order of the numbers.
-FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
-  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
-}
-inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
-  int16_t lanes[kLanes];
-  for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
-  for_vectors<BFloat16>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const BFloat16* vector = logits.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const int16_t x = ordered(static_cast<int16_t>(vector[i].bits));
-      lanes[i] = x > lanes[i] ? x : lanes[i];
-    }
-  });
-  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
-  return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
-}
-
-// Of one operand, relative to its maximum. `gaps` is of the tempered exponentials, each times how
-// much further below its maximum the other operand's logit lies.
-struct ExponentialSums {
-  double tempered, hard, gaps;
-};
-
-// The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
-// that one fetches for the other; and so does each store of a gradient. A row's last block fetches
-// what is wanted only after the row's second sweep: into L2, for L1 is full of what that sweep
-// reads. What lies beyond a row is harmless to prefetch.
-enum class Into { kL1, kL2 };
-FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
-  return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
-}
-template <Into kInto, int64_t kWidth, class S>
-FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
-  const uintptr_t next = reinterpret_cast<uintptr_t>(block) + kBlock * sizeof(S);
-  for (uintptr_t i = 0; i < kWidth * sizeof(S); i += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(next + i), 0, kInto == Into::kL1 ? 3 : 2);
-  }
-}
-
-// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read. Not
-// inlined: a row of few blocks has no time for what that saves.
-template <Hard kHard, bool kKeep, bool kGaps, class T, class S>
-__attribute__((noinline)) ExponentialSums
-sum_exponentials(const Vectors<const S>& vectors, int64_t count,
-                 const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
-                 Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
-  const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
-  T sums[kFewLanes] = {}, hard_sums[kFewLanes] = {}, gaps[kFewLanes] = {};
-  const Vectors<const S> logits = vectors, others = other_vectors;
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    T run[kFewLanes] = {}, hard_run[kFewLanes] = {}, gap_run[kFewLanes] = {};
-    const int64_t length = count - begin < kRun ? count - begin : kRun;
-    for_vectors<S>(length, [&](int64_t after, auto width) FASTKD_INLINE {
-      constexpr int64_t kWidth = decltype(width)::value;
-      constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
-      const int64_t at = begin + after;
-      next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
-                        : prefetch_next<Into::kL2, kWidth>(logits.at(at));
-      T buffer[kWidth], other_buffer[kWidth];
-      const T* x = unpack<kWidth>(logits.at(at), buffer);
-      const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
-      for (int64_t part = 0; part < kWidth; part += kPart) {
-#pragma omp simd
-        for (int64_t i = 0; i < kPart; ++i) {
-          const T logit = x[part + i], e = tempered(logit);
-          if constexpr (kKeep) kept[at + part + i] = e;
-          run[i] += e;
-          if constexpr (kGaps) {
-            // Where the exponential is not 0 the bound is none.
-            const T gap = (logit - tempered.max) - (y[part + i] - other_max);
-            gap_run[i] += e * bounded_below(gap, tempered.least);
-          }
-          if constexpr (kHard != Hard::kNone) hard_run[i] += hard_exponential<kHard>(e, logit, own);
-        }
-      }
-    });
-#pragma omp simd
-    for (int64_t i = 0; i < kFewLanes; ++i) {
-      sums[i] += run[i];
-      if constexpr (kGaps) gaps[i] += gap_run[i];
-      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_run[i];
-    }
-  }
-  return {precise_sum_of(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of(hard_sums),
-          kGaps ? precise_sum_of(gaps) : 0.0};
-}
 
 // How the second sweep has its exponentials and d: exponentials kept by the first, or computed
 // anew; and then d from logits relative to the maxima, in rows where these are far apart, and in
@@ -266,6 +149,47 @@ __attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coe
   });
   return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
 }
+
+// JensenShannon where mix is 1/2, in fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh
+// h), and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
+// exponent.
+struct EvenJensenShannon {
+  static constexpr Balance kBalance = Balance::kStudent;
+
+  // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
+  template <class T>
+  static FASTKD_HOST_DEVICE T ratio(T p, T q) {
+    const T apart = std::fabs(p - q);
+    const T sum = p + q + least<T>();
+    return apart / (T(2) * sum + apart);
+  }
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
+    const T half = T(0.5) * e.d, square = half * half;
+    const T size = bounded_above(std::fabs(half), k.bound);
+    const bool small = size < T(kSeriesLimit / 2);
+    // 1/2 log(max(p, q) / m), minimax for the relative error: 1.6e-8.
+    const T y = ratio * ratio;
+    T log = y * T(0.1342574901) + T(0.141183099);
+    log = log * y + T(0.2000378032);
+    log = log * y + T(0.3333332017);
+    log = log * y + T(1);
+    log *= ratio;
+    // Near d = 0: 1/2 (h tanh h - log cosh h) / h^2 within 5e-8 of itself, and h + log cosh h
+    // within 9e-8.
+    T near = square * T(0.05518872271) - T(0.1249992841);
+    near = (near * square + T(0.25)) * square;
+    const T near_slope = half * (half * (square * T(0.0415164371) - T(0.25)) - T(0.5));
+    const T slope = log - (e.d > 0 ? size : T(0));
+    const T lesser = e.p < e.q ? e.p : e.q;
+    return {(e.p + e.q) * (small ? near : log) - (small ? T(0) : lesser * size),
+            e.q * (small ? near_slope : slope)};
+  }
+  template <class T>
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+    return at(e, k, ratio(e.p, e.q));
+  }
+};
 
 // EvenJensenShannon's division has a loop of its own: what follows waits for it, and a processor
 // looks ahead some 128 operations, which are three vectors' otherwise.

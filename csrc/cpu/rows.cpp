@@ -3,9 +3,9 @@
 //
 // Sweep 1 finds the maxima and the sums of exponentials, and keeps the exponentials; sweep 2 finds
 // logits and exponentials in the cache, so that the divergence and the gradient cost no further
-// trip to memory (engine.h). Both sweeps work on blocks in L1 (blocks.h), and rows are cut into
-// segments whose results are merged in a fixed order: the bits do not depend on who computes which.
-// docs/maths.md derives the formulas.
+// trip to memory (engine.h). Both sweeps work on blocks in L1 (scan.h, blocks.h), and rows are cut
+// into segments whose results are merged in a fixed order: the bits do not depend on who computes
+// which. docs/maths.md derives the formulas.
 #include <memory>
 #include <new>
 

@@ -1,0 +1,127 @@
+// The loops of the first sweep over a block: its maximum and its sums of exponentials.
+#pragma once
+#include "vectors.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+// How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
+// of its own.
+enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
+
+template <Hard kHard, class T, class S>
+FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T, S>& own) {
+  if constexpr (kHard == Hard::kPower1) return tempered;
+  if constexpr (kHard == Hard::kPower2) return tempered * tempered;
+  if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
+  if constexpr (kHard == Hard::kPower4) return (tempered * tempered) * (tempered * tempered);
+  if constexpr (kHard == Hard::kOwn) return own(logit);
+  return T(0);
+}
+
+// NaN may be passed over here; it makes the sums NaN.
+template <class T>
+T maximum(const Vectors<const T>& logits, int64_t count) {
+  T lanes[kLanes];
+  for (T& lane : lanes) lane = -kInfinity<T>;
+  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    const T* vector = logits.at(at);
+#pragma omp simd
+    for (int64_t i = 0; i < kWidth; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
+  });
+  return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
+}
+
+// Sign and magnitude to two's complement and back: integers in the order of the numbers.
+FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
+  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
+}
+inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
+  int16_t lanes[kLanes];
+  for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
+  for_vectors<BFloat16>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    const BFloat16* vector = logits.at(at);
+#pragma omp simd
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const int16_t x = ordered(static_cast<int16_t>(vector[i].bits));
+      lanes[i] = x > lanes[i] ? x : lanes[i];
+    }
+  });
+  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
+  return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
+}
+
+// Of one operand, relative to its maximum. `gaps` is of the tempered exponentials, each times how
+// much further below its maximum the other operand's logit lies.
+struct ExponentialSums {
+  double tempered, hard, gaps;
+};
+
+// The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
+// that one fetches for the other; and so does each store of a gradient. A row's last block fetches
+// what is wanted only after the row's second sweep: into L2, for L1 is full of what that sweep
+// reads. What lies beyond a row is harmless to prefetch.
+enum class Into { kL1, kL2 };
+FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
+  return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
+}
+template <Into kInto, int64_t kWidth, class S>
+FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(block) + kBlock * sizeof(S);
+  for (uintptr_t i = 0; i < kWidth * sizeof(S); i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next + i), 0, kInto == Into::kL1 ? 3 : 2);
+  }
+}
+
+// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read. Not
+// inlined: a row of few blocks has no time for what that saves.
+template <Hard kHard, bool kKeep, bool kGaps, class T, class S>
+__attribute__((noinline)) ExponentialSums
+sum_exponentials(const Vectors<const S>& vectors, int64_t count,
+                 const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
+                 Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
+  const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
+  T sums[kFewLanes] = {}, hard_sums[kFewLanes] = {}, gaps[kFewLanes] = {};
+  const Vectors<const S> logits = vectors, others = other_vectors;
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    T run[kFewLanes] = {}, hard_run[kFewLanes] = {}, gap_run[kFewLanes] = {};
+    const int64_t length = count - begin < kRun ? count - begin : kRun;
+    for_vectors<S>(length, [&](int64_t after, auto width) FASTKD_INLINE {
+      constexpr int64_t kWidth = decltype(width)::value;
+      constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
+      const int64_t at = begin + after;
+      next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
+                        : prefetch_next<Into::kL2, kWidth>(logits.at(at));
+      T buffer[kWidth], other_buffer[kWidth];
+      const T* x = unpack<kWidth>(logits.at(at), buffer);
+      const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
+      for (int64_t part = 0; part < kWidth; part += kPart) {
+#pragma omp simd
+        for (int64_t i = 0; i < kPart; ++i) {
+          const T logit = x[part + i], e = tempered(logit);
+          if constexpr (kKeep) kept[at + part + i] = e;
+          run[i] += e;
+          if constexpr (kGaps) {
+            // Where the exponential is not 0 the bound is none.
+            const T gap = (logit - tempered.max) - (y[part + i] - other_max);
+            gap_run[i] += e * bounded_below(gap, tempered.least);
+          }
+          if constexpr (kHard != Hard::kNone) hard_run[i] += hard_exponential<kHard>(e, logit, own);
+        }
+      }
+    });
+#pragma omp simd
+    for (int64_t i = 0; i < kFewLanes; ++i) {
+      sums[i] += run[i];
+      if constexpr (kGaps) gaps[i] += gap_run[i];
+      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_run[i];
+    }
+  }
+  return {precise_sum_of(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of(hard_sums),
+          kGaps ? precise_sum_of(gaps) : 0.0};
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA
