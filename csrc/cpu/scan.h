@@ -67,11 +67,15 @@ enum class Into { kL1, kL2 };
 FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
   return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
 }
+template <Into kInto, class S>
+FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(base) + ahead;  // of another array, perhaps
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kInto == Into::kL1 ? 3 : 2);
+}
 template <Into kInto, int64_t kWidth, class S>
 FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
-  const uintptr_t next = reinterpret_cast<uintptr_t>(block) + kBlock * sizeof(S);
   for (uintptr_t i = 0; i < kWidth * sizeof(S); i += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(next + i), 0, kInto == Into::kL1 ? 3 : 2);
+    prefetch<kInto>(block, kBlock * sizeof(S) + i);
   }
 }
 
