@@ -149,6 +149,32 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     assert_same(b.grad, first)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
+def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype):
+    # Past 12 MiB it is written past them; rows of an odd number of classes begin anywhere.
+    few, classes = 4, 16411
+    times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
+    problem = make((few, classes), dtype)
+    indices = torch.arange(64).expand(few, 64)
+    log_probs = torch.full((few, 64), -5.0, dtype=FP64 if dtype is FP64 else FP32)
+
+    def gradient(times: int) -> Tensor:
+        student, teacher, labels, ids, list_ = (
+            x.repeat(times, *[1] * (x.dim() - 1)) for x in (*problem, indices, log_probs)
+        )
+        student.requires_grad_()
+        if divergence == "topk":
+            loss = fastkd.topk_loss(student, ids, list_, labels, reduction="sum")
+        else:
+            loss = fastkd.loss(student, teacher, labels, reduction="sum", divergence=divergence)
+        return torch.autograd.grad(loss, student)[0].view(times, few, classes)
+
+    small, large = gradient(1), gradient(times)
+    assert all(torch.equal(part, small[0]) for part in large)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", SWEEPS)
 def test_the_terms_of_a_hard_term_of_no_weight_leave_the_gradient_alone(device, divergence, dtype):

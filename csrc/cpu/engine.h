@@ -35,6 +35,9 @@ struct Engine {
   // What the sweep that sums slopes leaves is found again by the one that balances them.
   bool keeps_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
+  // Longer rows keep exponentials in gradients that are not written yet (rows.cpp), in the caches.
+  bool past_caches() const { return in.classes <= kSegment && passes_caches(in, grad); }
+
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(
         at(grad, in.student_dtype, row_offset(row, in.group_rows, grad_stride) + index));
@@ -364,14 +367,14 @@ struct Engine {
     alignas(64) S student[kLongest];
     alignas(64) S result[kLongest];
     void* const place = grad_at(index, at);
-    const Vectors<S> g = target(place, in.student_dtype, count, result);
+    const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
     Vectors<const S> z;
     if (row.gradient_hard == Hard::kOwn) z = fetch(student_of(in, index), at, count, student);
     with_hard<T>(row.gradient_hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
       write_difference<kHard>(c, z, left.student, left.teacher, g, count);
     });
-    put_result(g, result, place, in.student_dtype, count);
+    put_result(g, result, place, in.student_dtype, count, past_caches());
   }
 
   SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
@@ -383,7 +386,7 @@ struct Engine {
     alignas(64) T slope[kLongest];
     const Vectors<const S> z = fetch(student_of(in, index), at, count, student, row.left_out);
     void* const place = grad == nullptr ? nullptr : grad_at(index, at);
-    const Vectors<S> g = target(place, in.student_dtype, count, result);
+    const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
     SlopeSums sums = {};
     const T* const student_like = left.any() ? left.student : q;
     const T q_scale = left.any() ? c.student_scale : T(1);
@@ -400,7 +403,7 @@ struct Engine {
         balance(row, c, z, student_like, q_scale, slope, g, count);
       }
     }
-    put_result(g, result, place, in.student_dtype, count);
+    put_result(g, result, place, in.student_dtype, count, past_caches());
     return sums;
   }
 
@@ -468,6 +471,7 @@ struct Engine {
       ++block;
     });
     if (sums != nullptr) sums->value += value, sums->slope += slope;
+    if (past_caches()) complete_copies();
     if (!differs || grad == nullptr) return;
     void* target = grad_at(index, row.label);
     if (decoupled) {

@@ -79,18 +79,30 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
+// Whether a gradient is written past the caches, which cannot hold it. In short rows, where many a
+// line has parts of two, that takes longer.
+inline bool passes_caches(const Inputs& in, const void* grad) {
+  constexpr int64_t kBytes = 12 << 20, kClasses = 16384;
+  return in.classes >= kClasses && in.rows * in.classes * size_of(in.student_dtype) >= kBytes &&
+         grad != in.student;
+}
+
 // Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
 // all of it to `result`.
 template <class S>
-Vectors<S> target(void* grad, DType dtype, int64_t count, S* result) {
-  if (grad == nullptr || dtype != kStorage<S>) return {result};
+Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool past_caches) {
+  if (grad == nullptr || dtype != kStorage<S> || past_caches) return {result};
   return {static_cast<S*>(grad), result, whole_steps<S>(count)};
 }
 // Writes to `grad` what is not there yet.
 template <class S>
-void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count) {
+void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
+                bool past_caches) {
   const int64_t whole = target.block == result ? 0 : target.whole;
   if (grad == nullptr || whole == count) return;
+  if (past_caches && dtype == kStorage<S>) {
+    return copy_past_caches(result, count * static_cast<int64_t>(sizeof(S)), grad);
+  }
   write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
 }
 

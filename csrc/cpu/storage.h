@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -165,6 +165,32 @@ inline void read(const void* from, DType, int64_t count, BFloat16* to) {
 }
 inline void write(const BFloat16* from, DType, int64_t count, void* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
+}
+
+// Copies to where no cache shall hold it: its lines are not fetched only to be overwritten. Other
+// threads see it after complete_copies().
+inline void copy_past_caches(const void* from, int64_t bytes, void* to) {
+  const char* const source = static_cast<const char*>(from);
+  char* const target = static_cast<char*>(to);
+  int64_t at = 0;
+#if defined(__AVX__)
+  const int64_t before = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(target) % 64);
+  if (before < bytes) {
+    std::memcpy(target, source, static_cast<size_t>(before));
+    for (at = before; at + 64 <= bytes; at += 64) {
+      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
+      const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at + 32));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), first);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at + 32), second);
+    }
+  }
+#endif
+  std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
+}
+inline void complete_copies() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>

@@ -203,6 +203,7 @@ struct TopkRow {
     const T uniform = static_cast<T>(gains.uniform);
     const Exponential<T, S> own(row.hard_factor, static_cast<T>(max), 1);
     const double* block_max = kept.maxima.get();
+    const bool past_caches = passes_caches(args, args.grad);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const T soft_gain =
           static_cast<T>(gains.rest * topk::shift(*block_max, max, row.temperature));
@@ -212,7 +213,7 @@ struct TopkRow {
       const T* const exponentials = &kept.exponentials[at];
       Vectors<const S> block;
       if constexpr (kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
-      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result);
+      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
       for_vectors<S>(count, [&](int64_t lanes, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value;
         T logits[kWidth], gradients[kWidth];
@@ -232,8 +233,9 @@ struct TopkRow {
         }
         pack<kWidth>(gradients, grad.at(lanes));
       });
-      put_result(grad, result, grad_at(at), args.student_dtype, count);
+      put_result(grad, result, grad_at(at), args.student_dtype, count, past_caches);
     });
+    if (past_caches) complete_copies();
   }
 
   void put(int64_t id, double gradient) const {
