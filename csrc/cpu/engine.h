@@ -35,8 +35,7 @@ struct Engine {
   // What the sweep that sums slopes leaves is found again by the one that balances them.
   bool keeps_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
-  // Longer rows keep exponentials in gradients that are not written yet (rows.cpp), in the caches.
-  bool past_caches() const { return in.classes <= kSegment && passes_caches(in, grad); }
+  bool past_caches() const { return passes_caches(in, grad); }
 
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(

@@ -126,9 +126,9 @@ double gain_of(const ForwardArgs& args) {
 }
 
 // Where the segments of a row leave their exponentials: the last on the stack; the others where the
-// gradients of later rows will be written, which takes no memory. Without a gradient, and for
-// divergences that take another sweep, in memory for a row. Where there is neither (in place, or of
-// the last rows of a range) they are computed anew, segment by segment, to the same bits.
+// gradients of the range's last rows will be written, which takes no memory. Without a gradient,
+// and for divergences that take another sweep, in memory for a row. Where there is neither (in
+// place, or of these last rows) they are computed anew, segment by segment, to the same bits.
 template <class T>
 struct Room {
   static constexpr uintptr_t kAlignment = 64;
@@ -162,9 +162,9 @@ struct Room {
     if (own != nullptr) return own.get();
     if (!borrows) return nullptr;
     const uintptr_t next = reinterpret_cast<uintptr_t>(engine.grad_at(row, engine.in.classes));
-    const uintptr_t from = (next + kAlignment - 1) / kAlignment * kAlignment;
     const uintptr_t to = reinterpret_cast<uintptr_t>(engine.grad_at(end - 1, engine.in.classes));
-    return from + count * sizeof(T) <= to ? reinterpret_cast<T*>(from) : nullptr;
+    const uintptr_t from = (to - count * sizeof(T)) / kAlignment * kAlignment;
+    return from >= next && from < to ? reinterpret_cast<T*>(from) : nullptr;
   }
 
   // What is returned holds until the next call.
