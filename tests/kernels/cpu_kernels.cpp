@@ -615,6 +615,16 @@ void test_widths(const cpu::Kernels& k) {
   }
 }
 
+// Gradients that are written past the caches, in rows that begin anywhere; of one segment, and of
+// three, whose exponentials are kept where the last rows' gradients will be.
+void test_large_gradients(const cpu::Kernels& k) {
+  Problem p;
+  p.rows = 193, p.classes = 16411, p.misalignment = 1, p.padding = 3;
+  run(k, p);
+  p.rows = 49, p.classes = 2 * cpu::kSegment + 5;
+  run(k, p);
+}
+
 void test_options(const cpu::Kernels& k) {
   for (DType type : kTypes) {
     Problem base;
@@ -851,6 +861,8 @@ int main(int argc, char** argv) {
   for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
     std::printf("%s\n", (*k)->name);
     if (!memory_alone) test_exponential(**k);
+    tested = Divergence::kForwardKL;
+    test_large_gradients(**k);
     for (const Divergence divergence :
          {Divergence::kForwardKL, Divergence::kDecoupled, Divergence::kCosine}) {
       tested = divergence;
