@@ -79,8 +79,8 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Whether a gradient is written past the caches, which cannot hold it. In short rows, where many a
-// line has parts of two, that takes longer.
+// Whether a gradient is written past the caches, which cannot hold it. In shorter rows that takes
+// longer, also where they begin with a line.
 inline bool passes_caches(const Inputs& in, const void* grad) {
   constexpr int64_t kBytes = 12 << 20, kClasses = 16384;
   return in.classes >= kClasses && in.rows * in.classes * size_of(in.student_dtype) >= kBytes &&
