@@ -13,6 +13,27 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
+// Adjacent rows that are fetched while others are computed with, a part with each class: all of
+// them at once would be more than a processor fetches at a time.
+struct Ahead {
+  uintptr_t from, of_class;  // bytes
+
+  // Where rows are not adjacent it fetches what is in the cache.
+  Ahead() : from(reinterpret_cast<uintptr_t>(this)), of_class(0) {}
+  Ahead(const void* base, DType dtype, const RowStrides& stride, const Inputs& in, int64_t first)
+      : Ahead() {
+    if (base == nullptr || stride.classes != 1 || stride.row != in.classes) return;
+    from = reinterpret_cast<uintptr_t>(at(base, dtype, row_offset(first, in.group_rows, stride)));
+    of_class = static_cast<uintptr_t>(kTileRows * size_of(dtype));
+  }
+
+  FASTKD_HOST_DEVICE void fetch(int64_t c) const {
+    const uintptr_t part = from + static_cast<uintptr_t>(c) * of_class;
+    __builtin_prefetch(reinterpret_cast<const void*>(part));
+    __builtin_prefetch(reinterpret_cast<const void*>(part + 64));
+  }
+};
+
 // Classes [begin, begin + count), which lie from `at` on in the tile.
 struct Block {
   int64_t begin, count, at;
@@ -31,6 +52,7 @@ struct LaneEngine {
   int64_t first = 0;  // row in lane 0
   int64_t count = 0;  // rows, at most kTileRows
   Tile<T> tile;
+  Ahead ahead[3];  // the next tile's logits, and the gradient of this one
 
   // Of each row: what it is given,
   alignas(64) Lanes<T> temperature, teacher_temperature, factor, teacher_factor, least,
@@ -111,6 +133,9 @@ struct LaneEngine {
       }
     }
     if (decoupled) read_labels();
+    ahead[0] = {in.student, in.student_dtype, in.student_stride, in, first + kTileRows};
+    ahead[1] = {in.teacher, in.teacher_dtype, in.teacher_stride, in, first + kTileRows};
+    ahead[2] = {grad, in.student_dtype, grad_stride, in, first};
   }
 
   void read_labels() {
@@ -199,6 +224,7 @@ struct LaneEngine {
     const Lanes<T>*const z = tile.student + b.at, *const w = tile.teacher + b.at;
     Lanes<T>*const q = tile.student_power + b.at, *const p = tile.teacher_power + b.at;
     for (int64_t c = 0; c < b.count; ++c) {
+      for (const Ahead& rows : ahead) rows.fetch(b.begin + c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         q[c][i] = exponential.of(z[c][i] - student_max[i], factor[i], least[i]);
@@ -685,17 +711,25 @@ struct LaneEngine {
   void store_losses(const ForwardArgs& args) {
     close_divergence();
     const double smoothing = args.label_smoothing, classes = static_cast<double>(args.classes);
-    alignas(64) Lanes<double> cross, total;
+    alignas(64) Lanes<double> cross = {}, total;
+    if (hard) {
+      alignas(64) Lanes<T> log_sum;
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) log_sum[i] = log2_of(static_cast<T>(hard_sum[i]));
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) cross[i] = static_cast<double>(log_sum[i]) * kLn2;
+      for (int64_t i = 0; i < kTileRows && decoupled; ++i) cross[i] = with_label(i, cross[i]);
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        cross[i] -=
+            weighted(1 - smoothing, label_logit[i]) + weighted(smoothing, offsets[i] / classes);
+      }
+    }
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const double of_sum = static_cast<double>(log2_of(static_cast<T>(hard_sum[i]))) * kLn2;
-      const double log_sum = decoupled ? with_label(i, of_sum) : of_sum;
-      cross[i] = hard ? log_sum - weighted(1 - smoothing, label_logit[i]) -
-                            weighted(smoothing, offsets[i] / classes)
-                      : 0.0;
       const double t = static_cast<double>(temperature[i]);
-      const double soft = weighted(static_cast<double>(soft_weight[i]) * t * t, value[i]);
-      total[i] = soft + (hard ? weighted(static_cast<double>(hard_weight[i]), cross[i]) : 0.0);
+      total[i] = weighted(static_cast<double>(soft_weight[i]) * t * t, value[i]) +
+                 weighted(static_cast<double>(hard_weight[i]), cross[i]);
     }
     put(args.loss, 0, total);
     if (args.terms == nullptr) return;

@@ -88,41 +88,41 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count,
                  Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
   T sums[kFewLanes] = {}, hard_sums[kFewLanes] = {}, gaps[kFewLanes] = {};
-  const Vectors<const S> logits = vectors, others = other_vectors;
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    T run[kFewLanes] = {}, hard_run[kFewLanes] = {}, gap_run[kFewLanes] = {};
-    const int64_t length = count - begin < kRun ? count - begin : kRun;
-    for_vectors<S>(length, [&](int64_t after, auto width) FASTKD_INLINE {
-      constexpr int64_t kWidth = decltype(width)::value;
-      constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
-      const int64_t at = begin + after;
-      next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
-                        : prefetch_next<Into::kL2, kWidth>(logits.at(at));
-      T buffer[kWidth], other_buffer[kWidth];
-      const T* x = unpack<kWidth>(logits.at(at), buffer);
-      const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
-      for (int64_t part = 0; part < kWidth; part += kPart) {
-#pragma omp simd
-        for (int64_t i = 0; i < kPart; ++i) {
-          const T logit = x[part + i], e = tempered(logit);
-          if constexpr (kKeep) kept[at + part + i] = e;
-          run[i] += e;
-          if constexpr (kGaps) {
-            // Where the exponential is not 0 the bound is none.
-            const T gap = (logit - tempered.max) - (y[part + i] - other_max);
-            gap_run[i] += e * bounded_below(gap, tempered.least);
-          }
-          if constexpr (kHard != Hard::kNone) hard_run[i] += hard_exponential<kHard>(e, logit, own);
-        }
-      }
-    });
+  T run[kFewLanes] = {}, hard_run[kFewLanes] = {}, gap_run[kFewLanes] = {};
+  const auto end_run = [&]() FASTKD_INLINE {
 #pragma omp simd
     for (int64_t i = 0; i < kFewLanes; ++i) {
-      sums[i] += run[i];
-      if constexpr (kGaps) gaps[i] += gap_run[i];
-      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_run[i];
+      sums[i] += run[i], run[i] = 0;
+      if constexpr (kGaps) gaps[i] += gap_run[i], gap_run[i] = 0;
+      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_run[i], hard_run[i] = 0;
     }
-  }
+  };
+  const Vectors<const S> logits = vectors, others = other_vectors;
+  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
+    next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
+                      : prefetch_next<Into::kL2, kWidth>(logits.at(at));
+    T buffer[kWidth], other_buffer[kWidth];
+    const T* x = unpack<kWidth>(logits.at(at), buffer);
+    const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
+    for (int64_t part = 0; part < kWidth; part += kPart) {
+#pragma omp simd
+      for (int64_t i = 0; i < kPart; ++i) {
+        const T logit = x[part + i], e = tempered(logit);
+        if constexpr (kKeep) kept[at + part + i] = e;
+        run[i] += e;
+        if constexpr (kGaps) {
+          // Where the exponential is not 0 the bound is none.
+          const T gap = (logit - tempered.max) - (y[part + i] - other_max);
+          gap_run[i] += e * bounded_below(gap, tempered.least);
+        }
+        if constexpr (kHard != Hard::kNone) hard_run[i] += hard_exponential<kHard>(e, logit, own);
+      }
+    }
+    if ((at + kWidth) % kRun == 0) end_run();
+  });
+  end_run();
   return {precise_sum_of(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of(hard_sums),
           kGaps ? precise_sum_of(gaps) : 0.0};
 }
