@@ -134,7 +134,7 @@ constexpr int64_t kSegment = 32768;
 // Rows of up to so many classes are computed many at a time, each in a vector lane, and so are rows
 // whose classes are not adjacent; longer ones fill the vectors by themselves. Set by measurement:
 // in lanes no row pays for its tail and its logarithms, but a tile of this many classes leaves L1.
-constexpr int64_t kNarrow = 112;
+constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
   if (in.student_stride.classes != 1 || in.teacher_stride.classes != 1) return true;

@@ -206,8 +206,8 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
   const bool per_row = reducing.reduction == Reduction::kNone;
   ForwardResult result{empty_out(call, terms, per_row),
                        with_stats ? empty_stats(call) : nothing(call)};
-  const Tensor values = per_row ? result.out : empty_out(call, terms, true);
-  args.loss = values.mutable_data_ptr();
+  const RowLosses losses(call, result.out, per_row, terms ? 1 + kTerms : 1);
+  args.loss = losses.data();
   if (terms) args.terms = static_cast<char*>(args.loss) + rows * acc_size(call);
   if (with_stats) args.stats = result.stats.mutable_data_ptr();
   if (grad) {

@@ -1,6 +1,7 @@
 // What the ops on CPU tensors share.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "backends.h"
@@ -8,10 +9,10 @@
 namespace fastkd::glue {
 
 // Rows that are worth a thread: with less, a second one costs more than it brings. A row takes as
-// long as so many classes of a long one, which take 0.6 to 1 ns each.
+// long as so many classes of a long one, which take some 0.6 ns each.
 inline int64_t grain_rows(int64_t classes) {
-  constexpr int64_t kGrain = 24576;
-  return std::max<int64_t>(1, kGrain / std::min(classes + 300, 4 * classes + 60));
+  constexpr int64_t kGrain = 16384;
+  return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));
 }
 
 double number(const Tensor& tensor);
@@ -25,6 +26,22 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 // Checks what only the data can tell, before anything is written; returns the number of rows that
 // count.
 int64_t count_rows(const Call& call);
+
+// Where kernels leave `fields` numbers of each row: in `out` where it has them, or else in malloc's
+// memory, which costs a small call less than a tensor.
+class RowLosses {
+ public:
+  RowLosses(const Call& call, const Tensor& out, bool per_row, int64_t fields) {
+    if (!per_row)
+      own_.reset(new char[static_cast<size_t>(fields * call.inputs.rows * acc_size(call))]);
+    data_ = per_row ? out.mutable_data_ptr() : own_.get();
+  }
+  void* data() const { return data_; }
+
+ private:
+  std::unique_ptr<char[]> own_;
+  void* data_;
+};
 
 double divisor(const Reducing& reducing, int64_t count);
 

@@ -5,6 +5,7 @@
 // left the caches is written again (docs/performance-log.md). So one block of huge pages is kept,
 // of at most kMostKept bytes; a call that wants more takes what torch gives it.
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/Storage.h>
@@ -65,7 +66,8 @@ Block* take(size_t bytes) {
 at::Tensor empty_gradient(const at::Tensor& student) {
   const size_t bytes = student.nbytes();
   Block* const block = bytes >= kLeastKept && bytes <= kMostKept ? take(bytes) : nullptr;
-  if (block == nullptr) return at::empty_like(student, at::MemoryFormat::Contiguous);
+  if (block == nullptr)
+    return at::Tensor(at::detail::empty_cpu(student.sizes(), student.scalar_type()));
   c10::profiledCPUMemoryReporter().New(block->data, bytes);
   c10::DataPtr data(block->data, block, &give_back, c10::kCPU);
   c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data),

@@ -122,7 +122,7 @@ Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides)
 }
 
 Tensor readable(const Tensor& tensor) {
-  const Tensor adjacent = torch::stable::contiguous(tensor);
+  const Tensor adjacent = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   return is_aligned(adjacent) ? adjacent : torch::stable::clone(adjacent);
 }
 

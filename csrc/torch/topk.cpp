@@ -92,8 +92,8 @@ Tensor Cpu::topk(TopkCall topk, const Reducing& reducing, const Tensor* grad) {
   const bool per_row = reducing.reduction == Reduction::kNone;
   args.scale = 1.0 / divisor(reducing, count_rows(call));
   const Tensor out = empty_out(call, false, per_row);
-  const Tensor values = per_row ? out : empty_out(call, false, true);
-  args.loss = values.mutable_data_ptr();
+  const RowLosses losses(call, out, per_row, 1);
+  args.loss = losses.data();
   if (grad) {
     args.grad = grad->mutable_data_ptr();
     prefer_huge_pages(args.grad, gradient_bytes(args));
