@@ -25,7 +25,7 @@ from support import (
 from torch import Tensor
 
 import fastkd
-from fastkd import _C
+from fastkd import _C, ops
 
 S = _C.segment
 PAIRS = [*((d, d) for d in DTYPES), *itertools.permutations(DTYPES, 2)]
@@ -74,7 +74,7 @@ def test_dtypes(device, pair, reduction):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 def test_every_instruction_set(isa, dtype):
-    for classes in (10, 130, 3001):
+    for classes in (10, 170, 3001):
         check(*make((5, classes), dtype), temperature=4.0)
 
 
@@ -110,16 +110,51 @@ def test_temperatures(device, temperature, dtype):
     ids=str,
 )
 def test_options(device, options, dtype):
-    student, teacher, labels = make((12, 141), dtype, device=device)
+    student, teacher, labels = make((12, 181), dtype, device=device)
     if "ignore_index" in options:
         labels = labels.masked_fill(labels == -100, options["ignore_index"])
     check(student, teacher, labels, temperature=options.pop("temperature", 2.0), **options)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.3, "reduction": "sum"},
+        {"hard_weight": 0.25},
+        {"soft_weight": 3},
+        {"hard_weight": 2.0, "soft_weight": 0.0},
+        {"normalizer": 17},
+        {"temperature": 3.0, "teacher_temperature": 1.5},
+        {"temperature": 2, "teacher_temperature": 1, "soft_weight": 0.5, "normalizer": 0.125},
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(ops.EAGER is None, reason="fastkd._eager was not built, or with another torch")
+def test_numbers_take_the_direct_way_in_to_the_same_bits(options, dtype, monkeypatch):
+    student, teacher, labels = make((12, 181), dtype)
+
+    def run() -> tuple[Tensor, Tensor, str]:
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.loss(leaf, teacher, labels, **options)
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        loss.backward(torch.tensor(3.0))
+        assert torch.allclose(leaf.grad, 4 * once, rtol=1e-2 if dtype == BF16 else 1e-6)
+        return loss.detach(), once, loss.grad_fn.name()
+
+    value, grad, direct = run()
+    monkeypatch.setattr(ops, "EAGER", None)
+    expected, expected_grad, by_python = run()
+    assert direct == "FastKDLossBackward" != by_python
+    assert torch.equal(value, expected)
+    assert torch.equal(grad, expected_grad)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"soft_weight": 0.7}, {"temperature": 3.0}], ids=str)
 def test_without_labels(device, options, reduction):
-    student, teacher, _ = make((6, 130), device=device, labels=False)
+    student, teacher, _ = make((6, 170), device=device, labels=False)
     check(student, teacher, None, reduction=reduction, **options)
 
 
@@ -131,7 +166,7 @@ def test_normalizer_may_be_a_tensor(device, shape, dtype):
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
     ):
-        problem = make((12, 141), dtype, device=device)
+        problem = make((12, 181), dtype, device=device)
         value = fastkd.loss(*problem, normalizer=normalizer)
         exact = truth(*problem, normalizer=23)
         assert_value(value, exact, compute_dtype(*problem[:2]))

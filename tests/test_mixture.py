@@ -90,7 +90,7 @@ def test_mixtures(device, form, ensemble, classes):
 
 @pytest.mark.usefixtures("isa")
 def test_options(device):
-    teachers = teachers_of("logits", (4, 130), FP32, 3, device)
+    teachers = teachers_of("logits", (4, 170), FP32, 3, device)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], temperature=3.0, teacher_temperature=0.7)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], ensemble="logits", teacher_temperature=0.7)
     check([teachers[0], teachers[1].to(BF16), teachers[2].to(FP64)], FP64)

@@ -41,10 +41,11 @@ namespace {
 
 // The numbers of a call, as the ops' schemas have them (library.cpp).
 struct Settings {
-  double temperature, hard_weight, soft_weight, label_smoothing;
+  double temperature, teacher_temperature, hard_weight, soft_weight, label_smoothing;
   int64_t ignore_index, divergence;
   double mix;
   int64_t reduction;
+  double normalizer;  // 0: the rows that count
   bool with_terms;
 };
 
@@ -57,7 +58,7 @@ using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
 using LossIntoOp = std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, const Tensor&,
                                               const std::optional<Tensor>&, double, double, double,
                                               double, double, int64_t, int64_t, double, int64_t,
-                                              bool);
+                                              double, bool);
 using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
                         double, double, double, int64_t, int64_t, double, bool);
@@ -72,9 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
                                              const Settings& settings, bool with_grad) {
   static const auto loss = op<LossOp>("fastkd::loss");
   return loss.call(student, teacher, labels, std::nullopt, std::nullopt, settings.temperature,
-                   settings.temperature, settings.hard_weight, settings.soft_weight,
+                   settings.teacher_temperature, settings.hard_weight, settings.soft_weight,
                    settings.label_smoothing, settings.ignore_index, settings.divergence,
-                   settings.mix, settings.reduction, 0.0, settings.with_terms, with_grad);
+                   settings.mix, settings.reduction, settings.normalizer, settings.with_terms,
+                   with_grad);
 }
 
 std::tuple<Tensor, Tensor> call_loss_into(const Tensor& grad, double grad_output,
@@ -83,9 +85,9 @@ std::tuple<Tensor, Tensor> call_loss_into(const Tensor& grad, double grad_output
                                           const Settings& settings) {
   static const auto loss_into = op<LossIntoOp>("fastkd::loss_into");
   return loss_into.call(grad, grad_output, student, teacher, labels, settings.temperature,
-                        settings.temperature, settings.hard_weight, settings.soft_weight,
+                        settings.teacher_temperature, settings.hard_weight, settings.soft_weight,
                         settings.label_smoothing, settings.ignore_index, settings.divergence,
-                        settings.mix, settings.reduction, settings.with_terms);
+                        settings.mix, settings.reduction, settings.normalizer, settings.with_terms);
 }
 
 // 16-bit gradients cannot be scaled afterwards (Cpu::backward), and under a GradScaler, or where
@@ -146,9 +148,9 @@ struct LossBackward : torch::autograd::Node {
     const Tensor label_tensor = labels.unpack();
     backward.call(result, factor, stats, student_logits, teacher.unpack(),
                   label_tensor.defined() ? std::optional<Tensor>(label_tensor) : std::nullopt,
-                  std::nullopt, settings.temperature, settings.temperature, settings.hard_weight,
-                  settings.soft_weight, settings.label_smoothing, settings.ignore_index,
-                  settings.divergence, settings.mix, filled);
+                  std::nullopt, settings.temperature, settings.teacher_temperature,
+                  settings.hard_weight, settings.soft_weight, settings.label_smoothing,
+                  settings.ignore_index, settings.divergence, settings.mix, filled);
     return {result};
   }
 
@@ -174,9 +176,9 @@ struct LossBackward : torch::autograd::Node {
     py::gil_scoped_acquire gil;
     const py::module_ derivatives = py::module_::import("fastkd.derivatives");
     const py::object numbers = derivatives.attr("Settings")(
-        settings.temperature, settings.temperature, settings.hard_weight, settings.soft_weight,
-        settings.label_smoothing, settings.ignore_index, settings.divergence, settings.mix,
-        settings.reduction, 0.0, settings.with_terms);
+        settings.temperature, settings.teacher_temperature, settings.hard_weight,
+        settings.soft_weight, settings.label_smoothing, settings.ignore_index, settings.divergence,
+        settings.mix, settings.reduction, settings.normalizer, settings.with_terms);
     const Tensor label_tensor = labels.unpack();
     return derivatives
         .attr("differentiable_gradient")(
@@ -267,31 +269,52 @@ bool same_rows(const Tensor& labels, const Tensor& student) {
   return labels.sizes() == student.sizes().slice(0, student.dim() - 1);
 }
 
-std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
-  // Order: temperature, alpha, ignore_index, reduction, label_smoothing, divergence (index), its
-  // mix
-  constexpr double kMax = std::numeric_limits<double>::max();
-  const auto temperature = number(options[0], std::numeric_limits<double>::min(), kMax);
-  const auto smoothing = number(options[4], 0, 1);
-  if (!temperature || !smoothing || !PyLong_CheckExact(options[2].ptr())) return std::nullopt;
-  double hard = 0.0;
-  if (has_labels) {
-    const auto alpha = options[1].is_none() ? std::optional<double>(0.5) : number(options[1], 0, 1);
-    if (!alpha) return std::nullopt;
-    hard = *alpha;
-  } else if (!options[1].is_none()) {
+constexpr double kLeast = std::numeric_limits<double>::min();
+constexpr double kMost = std::numeric_limits<double>::max();
+
+// (hard_weight, soft_weight) from the two ways to give them, as checks.weights() has them.
+std::optional<std::pair<double, double>> read_weights(const py::handle& alpha,
+                                                      const py::handle& hard,
+                                                      const py::handle& soft, bool has_labels) {
+  if (hard.is_none() && soft.is_none()) {
+    if (!has_labels) return alpha.is_none() ? std::optional(std::pair(0.0, 1.0)) : std::nullopt;
+    const auto share = alpha.is_none() ? std::optional<double>(0.5) : number(alpha, 0, 1);
+    return share ? std::optional(std::pair(*share, 1.0 - *share)) : std::nullopt;
+  }
+  const auto own_hard = hard.is_none() ? std::optional<double>(1.0) : number(hard, 0, kMost);
+  const auto own_soft = soft.is_none() ? std::optional<double>(1.0) : number(soft, 0, kMost);
+  if (!alpha.is_none() || (!has_labels && !hard.is_none()) || !own_hard || !own_soft) {
     return std::nullopt;
   }
-  const int64_t reduction = is(options[3], "mean") ? 2 : is(options[3], "sum") ? 1 : 0;
-  if (reduction == 0) return std::nullopt;
+  return std::pair(*own_hard, *own_soft);
+}
+
+// In the order in which losses.py gives them.
+std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
+  const py::object own_temperature = options[1], given_normalizer = options[8];
+  const py::object ignore_index = options[5], reduction = options[6], mix = options[10];
+  const auto temperature = number(options[0], kLeast, kMost);
+  const auto teacher_temperature =
+      own_temperature.is_none() ? temperature : number(own_temperature, kLeast, kMost);
+  const auto weights = read_weights(options[2], options[3], options[4], has_labels);
+  const auto smoothing = number(options[7], 0, 1);
+  const auto normalizer = given_normalizer.is_none() ? std::optional<double>(0.0)
+                                                     : number(given_normalizer, kLeast, kMost);
+  const bool mean = is(reduction, "mean"), sum = is(reduction, "sum");
+  if (!temperature || !teacher_temperature || !weights || !smoothing || !normalizer ||
+      !(mean || (sum && given_normalizer.is_none())) || !PyLong_CheckExact(ignore_index.ptr())) {
+    return std::nullopt;
+  }
   return Settings{*temperature,
-                  hard,
-                  1.0 - hard,
+                  *teacher_temperature,
+                  weights->first,
+                  weights->second,
                   *smoothing,
-                  options[2].cast<int64_t>(),
-                  options[5].cast<int64_t>(),
-                  options[6].is_none() ? 0.5 : options[6].cast<double>(),
-                  reduction,
+                  ignore_index.cast<int64_t>(),
+                  options[9].cast<int64_t>(),
+                  mix.is_none() ? 0.5 : mix.cast<double>(),
+                  mean ? 2 : 1,
+                  *normalizer,
                   with_terms};
 }
 

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> loss_into(const Tensor& grad, double grad_output, con
                                      double temperature, double teacher_temperature,
                                      double hard_weight, double soft_weight, double label_smoothing,
                                      int64_t ignore_index, int64_t divergence, double mix,
-                                     int64_t reduction, bool with_terms) {
+                                     int64_t reduction, double normalizer, bool with_terms) {
   STD_TORCH_CHECK(static_cast<Reduction>(reduction) != Reduction::kNone,
                   "a gradient is written for reduction mean or sum");
   const Call call = prepare(student, teacher, labels, std::nullopt,
@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor> loss_into(const Tensor& grad, double grad_output, con
                              label_smoothing, ignore_index, divergence, mix},
                             true, &grad, false);
   const ForwardResult result =
-      Cpu::forward(call, {static_cast<Reduction>(reduction), 0.0, std::nullopt}, with_terms, true,
-                   &grad, grad_output);
+      Cpu::forward(call, {static_cast<Reduction>(reduction), normalizer, std::nullopt}, with_terms,
+                   true, &grad, grad_output);
   return {result.out, result.stats};
 }
 
@@ -110,8 +110,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "loss_into(Tensor(a!) grad, float grad_output, Tensor student, Tensor teacher, Tensor? "
       "labels, "
       "float temperature, float teacher_temperature, float hard_weight, float soft_weight, float "
-      "label_smoothing, int ignore_index, int divergence, float mix, int reduction, bool "
-      "with_terms) "
+      "label_smoothing, int ignore_index, int divergence, float mix, int reduction, float "
+      "normalizer, bool with_terms) "
       "-> (Tensor out, Tensor stats)");
   // Fills grad with grad_output times the gradient of the loss whose stats these are. `filled`:
   // grad holds it for grad_output = 1 already. student and grad are the same tensor after loss_.

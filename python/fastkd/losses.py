@@ -57,11 +57,7 @@ def _compute(
     if (
         ops.EAGER is not None
         and divergence in derivatives.DIVERGENCES
-        and teacher_temperature is None
-        and hard_weight is None
-        and soft_weight is None
         and class_weight is None
-        and normalizer is None
         and (labels is not None or label_smoothing == 0.0)
         and mix is None
         and teacher_form == "logits"
@@ -80,7 +76,8 @@ def _compute(
         try:
             out = ops.EAGER.loss(
                 student_logits, teacher_logits, labels, with_terms, CUDA_KERNELS, temperature,
-                alpha, ignore_index, reduction, label_smoothing, number, own_mix,
+                teacher_temperature, alpha, hard_weight, soft_weight, ignore_index, reduction,
+                label_smoothing, normalizer, number, own_mix,
             )  # fmt: skip
         except RuntimeError as error:
             if "Inference tensors" not in str(error):

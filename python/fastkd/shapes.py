@@ -90,7 +90,7 @@ def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor]
 def _(
     grad: Tensor, grad_output: float, student: Tensor, teacher: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, reduction, with_terms = settings
+    *_, reduction, _, with_terms = settings
     return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
 
 
