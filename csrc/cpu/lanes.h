@@ -16,12 +16,10 @@ namespace {
 // Adjacent rows that are fetched while others are computed with, a part with each class: all of
 // them at once would be more than a processor fetches at a time.
 struct Ahead {
-  uintptr_t from, of_class;  // bytes
+  uintptr_t from = 0, of_class = 0;  // bytes; none where rows are not adjacent
 
-  // Where rows are not adjacent it fetches what is in the cache.
-  Ahead() : from(reinterpret_cast<uintptr_t>(this)), of_class(0) {}
-  Ahead(const void* base, DType dtype, const RowStrides& stride, const Inputs& in, int64_t first)
-      : Ahead() {
+  Ahead() = default;
+  Ahead(const void* base, DType dtype, const RowStrides& stride, const Inputs& in, int64_t first) {
     if (base == nullptr || stride.classes != 1 || stride.row != in.classes) return;
     from = reinterpret_cast<uintptr_t>(at(base, dtype, row_offset(first, in.group_rows, stride)));
     of_class = static_cast<uintptr_t>(kTileRows * size_of(dtype));
@@ -29,8 +27,9 @@ struct Ahead {
 
   FASTKD_HOST_DEVICE void fetch(int64_t c) const {
     const uintptr_t part = from + static_cast<uintptr_t>(c) * of_class;
-    __builtin_prefetch(reinterpret_cast<const void*>(part));
-    __builtin_prefetch(reinterpret_cast<const void*>(part + 64));
+    for (uintptr_t byte = 0; byte < of_class; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(part + byte));
+    }
   }
 };
 

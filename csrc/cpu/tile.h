@@ -148,7 +148,8 @@ struct TileRows {
           const S* lanes = from + c * between;
           if (length == kTileRows) {
             // Each class is a stream of its own, more of them than processors follow by themselves.
-            for (int64_t i = 0; i < kTileRows; i += 64 / static_cast<int64_t>(sizeof(S))) {
+            for (int64_t i = 0; i < kTileRows && !adjacent;
+                 i += 64 / static_cast<int64_t>(sizeof(S))) {
               __builtin_prefetch(lanes + kTileRows + i);
             }
             widen_lanes<kTileRows>(lanes, length, to[c]);

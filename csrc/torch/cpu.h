@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <new>
+#include <optional>
 #include <vector>
 
 #include "backends.h"
@@ -28,18 +30,27 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 int64_t count_rows(const Call& call);
 
 // Where kernels leave `fields` numbers of each row: in `out` where it has them, or else in malloc's
-// memory, which costs a small call less than a tensor.
+// memory, which costs a small call less than a tensor. Where there is none, a tensor's error is
+// what callers know.
 class RowLosses {
  public:
   RowLosses(const Call& call, const Tensor& out, bool per_row, int64_t fields) {
-    if (!per_row)
-      own_.reset(new char[static_cast<size_t>(fields * call.inputs.rows * acc_size(call))]);
-    data_ = per_row ? out.mutable_data_ptr() : own_.get();
+    if (per_row) {
+      data_ = out.mutable_data_ptr();
+      return;
+    }
+    const int64_t bytes = fields * call.inputs.rows * acc_size(call);
+    own_.reset(new (std::nothrow) char[static_cast<size_t>(bytes)]);
+    data_ = own_.get();
+    if (data_ != nullptr) return;
+    tensor_ = empty_out(call, fields > 1, true);
+    data_ = tensor_->mutable_data_ptr();
   }
   void* data() const { return data_; }
 
  private:
   std::unique_ptr<char[]> own_;
+  std::optional<Tensor> tensor_;
   void* data_;
 };
 
