@@ -144,10 +144,8 @@ FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 // weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
 template <class T>
 FASTKD_HOST_DEVICE T weighted(T weight, T value) {
-  // (& and not &&, without branches, so that loops over it are vectorised)
-  const bool infinite = (value - value != T(0)) & (value == value);
-  const T product = weight * value;
-  return ((weight == T(0)) & infinite) ? T(0) : product;
+  const bool infinite = value - value != T(0) && value == value;
+  return weight == T(0) && infinite ? T(0) : weight * value;
 }
 
 // The soft term's part of a gradient: none where its weight is 0, whatever the slope. An infinite
