@@ -60,7 +60,7 @@ CASES = st.builds(
     Case,
     leading=st.lists(st.integers(0, 5), max_size=2).map(tuple),
     classes=st.one_of(
-        st.integers(1, 70), st.sampled_from([157, 1000, 2049, _C.segment, _C.segment + 3])
+        st.integers(1, 70), st.sampled_from([127, 157, 1000, 2049, _C.segment, _C.segment + 3])
     ),
     k=st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 200])),
     dtypes=st.tuples(*[st.sampled_from([FP32, FP32, BF16, FP16, FP64])] * 2),
