@@ -179,8 +179,9 @@ struct Kernels {
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                 const Sums& of_balance, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
-  // Test hook: out[i] = 2^in[i], the exponential that the kernels use.
-  void (*exp2)(const float* in, float* out, int64_t count);
+  // Test hook: out[i] = 2^in[i], by the exponential that the kernels use where they have a register
+  // of numbers, or where they have one.
+  void (*exp2)(const float* in, float* out, int64_t count, bool by_registers);
   // Whole rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) zeros, left as
   // zeros. Returns the first row whose list is none: a class out of range or twice, or numbers that
   // are no log-probabilities, its loss and gradient NaN; or -1.

@@ -303,7 +303,7 @@ def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype
 
 def test_exp2_over_its_whole_range(isa):
     """Every 97th float in [-126, 128), and all near integers and halves, against float64."""
-    bound = 1.3 if isa == "default" else 1.0  # ulp; the x86 baseline has no FMA
+    bound = {"default": 1.3, "avx2": 1.2}.get(isa, 1.0)  # ulp; the x86 baseline has no FMA
     bits = np.arange(0, 0x43000000, 97, dtype=np.uint32)
     positive = bits.view(np.float32)
     negative = -positive[positive <= 126]

@@ -42,6 +42,7 @@ struct Coefficients : Gaps<T> {
   T rest_gain;
   T label_gradient;                    // the label's
   T student_inverse, teacher_inverse;  // 1 / |z|, 1 / |w|
+  bool plain;                          // the row is (row.h)
 
   bool apart() const { return this->way != Way::kAnew; }
 };
@@ -67,37 +68,6 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   Element<T> e = element<T>(p, q, gap - c.log_ratio, c.bound);
   e.gap = gap + c.shift;
   return e;
-}
-
-// Writes the forward KL's gradient, but for the label's share, as q - p from kept exponentials.
-// `student` is read by Hard::kOwn alone. Not inlined, for the same reason as write_gradient().
-template <Hard kHard, class T, class S, class L>
-__attribute__((noinline)) void write_difference(const Coefficients<T, S>& coefficients,
-                                                const Vectors<const L>& student,
-                                                const T* student_kept, const T* teacher_kept,
-                                                const Vectors<L>& grad, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], grad_buffer[kWidth];
-    const T* z = nullptr;
-    if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(student.at(at), student_buffer);
-    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2, kWidth>(grad.at(at));
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T tempered = student_kept[at + i];
-      T g = c.uniform + c.kept_student_gain * tempered;
-      g -= c.kept_teacher_gain * teacher_kept[at + i];
-      if constexpr (kHard != Hard::kNone) {
-        const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
-        const T logit = kHard == Hard::kOwn ? z[i] : T(0);
-        g += hard_gain * hard_exponential<kHard>(tempered, logit, c.own);
-      }
-      grad_lanes[i] = g;
-    }
-    pack<kWidth>(grad_buffer, grad.at(at));
-  });
 }
 
 struct SlopeSums {
@@ -152,52 +122,55 @@ __attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coe
 
 // JensenShannon where mix is 1/2, in fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh
 // h), and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
-// exponent.
+// exponent. Their element has h for d.
+template <class T>
+FASTKD_HOST_DEVICE T even_ratio(T p, T q) {
+  // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
+  const T apart = std::fabs(p - q);
+  const T sum = p + q + least<T>();
+  return apart / (T(2) * sum + apart);
+}
+// 1/2 log(max(p, q) / m), minimax for the relative error: 1.6e-8.
+template <class V>
+FASTKD_HOST_DEVICE V even_log(V ratio) {
+  const V y = ratio * ratio;
+  V log = y * 0.1342574901f + 0.141183099f;
+  log = log * y + 0.2000378032f;
+  log = log * y + 0.3333332017f;
+  log = log * y + 1.0f;
+  return log * ratio;
+}
+
 struct EvenJensenShannon {
   static constexpr Balance kBalance = Balance::kStudent;
 
-  // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
-  template <class T>
-  static FASTKD_HOST_DEVICE T ratio(T p, T q) {
-    const T apart = std::fabs(p - q);
-    const T sum = p + q + least<T>();
-    return apart / (T(2) * sum + apart);
-  }
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-    const T half = T(0.5) * e.d, square = half * half;
+    const T half = e.d, square = half * half;
     const T size = bounded_above(std::fabs(half), k.bound);
     const bool small = size < T(kSeriesLimit / 2);
-    // 1/2 log(max(p, q) / m), minimax for the relative error: 1.6e-8.
-    const T y = ratio * ratio;
-    T log = y * T(0.1342574901) + T(0.141183099);
-    log = log * y + T(0.2000378032);
-    log = log * y + T(0.3333332017);
-    log = log * y + T(1);
-    log *= ratio;
+    const T log = even_log(ratio);
     // Near d = 0: 1/2 (h tanh h - log cosh h) / h^2 within 5e-8 of itself, and h + log cosh h
     // within 9e-8.
     T near = square * T(0.05518872271) - T(0.1249992841);
     near = (near * square + T(0.25)) * square;
     const T near_slope = half * (half * (square * T(0.0415164371) - T(0.25)) - T(0.5));
-    const T slope = log - (e.d > 0 ? size : T(0));
+    const T slope = log - (half > 0 ? size : T(0));
     const T lesser = e.p < e.q ? e.p : e.q;
     return {(e.p + e.q) * (small ? near : log) - (small ? T(0) : lesser * size),
             e.q * (small ? near_slope : slope)};
   }
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
-    return at(e, k, ratio(e.p, e.q));
-  }
 };
 
-// EvenJensenShannon's division has a loop of its own: what follows waits for it, and a processor
-// looks ahead some 128 operations, which are three vectors' otherwise.
+template <class D>
+constexpr bool kIsEven = std::is_same<D, EvenJensenShannon>::value;
+// Its division has a loop of its own: what follows waits for it, and a processor looks ahead some
+// 128 operations, which are three vectors' otherwise.
 template <class D, Way kWay>
-constexpr bool kDividesFirst = kWay == Way::kKept && std::is_same<D, EvenJensenShannon>::value;
-template <bool kDivided, class D, class T>
+constexpr bool kDividesFirst = kWay == Way::kKept && kIsEven<D>;
+template <class D, class T>
 FASTKD_HOST_DEVICE Evaluated<T> evaluate(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-  if constexpr (kDivided) {
+  if constexpr (kIsEven<D>) {
     return D::at(e, k, ratio);
   } else {
     return D::at(e, k);
@@ -210,8 +183,12 @@ template <class D, Way kWay, class T, class S, class L>
 SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
                      const Vectors<const L>& student, const Vectors<const L>& teacher,
                      const T* student_kept, const T* teacher_kept, T* q, T* slopes, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
+  Coefficients<T, S> c = coefficients;
   const ConstantsOf<T> k = constants_in<T>(constants);
+  if constexpr (kIsEven<D>) {
+    c.inverse_temperature *= T(0.5), c.teacher_inverse_temperature *= T(0.5);
+    c.log_ratio *= T(0.5);
+  }
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
@@ -223,8 +200,8 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
     if constexpr (kDivided) {
 #pragma omp simd
       for (int64_t i = 0; i < kWidth; ++i) {
-        ratios[i] = D::ratio(teacher_kept[at + i] * c.teacher_scale,
-                             student_kept[at + i] * c.student_scale);
+        ratios[i] = even_ratio(teacher_kept[at + i] * c.teacher_scale,
+                               student_kept[at + i] * c.student_scale);
       }
     }
 #pragma omp simd
@@ -235,7 +212,8 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
       }
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
-      const Evaluated<T> here = evaluate<kDivided, D>(e, k, kDivided ? ratios[i] : T(0));
+      const T ratio = kDivided ? ratios[i] : even_ratio(e.p, e.q);
+      const Evaluated<T> here = evaluate<D>(e, k, ratio);
       const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
       const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);
@@ -257,13 +235,14 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T, S>& coefficie
                                              const Vectors<const L>& teacher, const T* student_kept,
                                              int64_t count) {
   const Coefficients<T, S> c = coefficients;
+  // Over kLanes sums GCC 12 makes a branch of times_log().
+  constexpr int64_t kFewLanes = kPerRegister<float> < 8 ? 8 : kPerRegister<float>;
   T sums[kFewLanes] = {};
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     T student_buffer[kWidth], teacher_buffer[kWidth];
     const T* z = unpack<kWidth>(student.at(at), student_buffer);
     const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
-    // Over kLanes sums GCC 12 makes a branch of times_log().
     constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
     for (int64_t part = 0; part < kWidth; part += kPart) {
 #pragma omp simd

@@ -2,6 +2,7 @@
 #pragma once
 #include "label.h"
 #include "operands.h"
+#include "plain.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -34,6 +35,11 @@ struct Engine {
   bool one_sweep() const { return is_one_sweep(in.divergence); }
   // What the sweep that sums slopes leaves is found again by the one that balances them.
   bool keeps_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
+
+  // Whether a row's gradient is q - p as it stands, and its value known.
+  bool is_difference(const Scales<T>& s) const {
+    return s.mean > 0 && is_mean_of_gaps(in.divergence);
+  }
 
   bool past_caches() const { return passes_caches(in, grad); }
 
@@ -181,7 +187,7 @@ struct Engine {
                Kept<T>* kept) const {
     if (!keeps() || row.state != State::kNormal || !s.valid()) return {};
     const bool needed = grad != nullptr || in.divergence == Divergence::kSoftCrossEntropy;
-    if (s.mean > 0 && !needed) return {};
+    if (is_difference(s) && !needed) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
     tempered_only.gaps = false;
@@ -264,6 +270,11 @@ struct Engine {
   template <class L>
   SlopeSums slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
                    const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
+    if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
+      if (c.plain && left.any()) {
+        return sum_plain_jsd(c, z, w, left.student, left.teacher, slope, count);
+      }
+    }
     const auto sum = [&](auto divergence, auto way) {
       return sum_slopes<decltype(divergence), decltype(way)::value>(
           c, constants, z, w, left.student, left.teacher, q, slope, count);
@@ -276,19 +287,24 @@ struct Engine {
                         : sum(divergence, constant<Way::kAnew>);
     };
     if constexpr (sizeof(T) == sizeof(float)) {
-      const bool even = in.divergence == Divergence::kJensenShannon && in.mix == 0.5;
-      if (even) return in_its_way(EvenJensenShannon{});
+      if (is_even_jsd(in)) return in_its_way(EvenJensenShannon{});
     }
     return visit(in.divergence, in_its_way);
   }
   template <class L>
-  void balance(const Row<T>& row, const Coefficients<T, S>& c, const Vectors<const L>& z,
-               const T* q, T q_scale, const T* slope, const Vectors<L>& g, int64_t count) const {
+  void balance(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
+               const Vectors<const L>& z, const T* q, const T* slope, const Vectors<L>& g,
+               int64_t count) const {
+    const T q_scale = left.any() ? c.student_scale : T(1);
+    if (left.any()) q = left.student;
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
     const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
+      if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
+        if (c.plain && left.any()) return write_plain_jsd<kHard>(c, z, q, slope, g, count);
+      }
       any ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
@@ -387,10 +403,8 @@ struct Engine {
     void* const place = grad == nullptr ? nullptr : grad_at(index, at);
     const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
     SlopeSums sums = {};
-    const T* const student_like = left.any() ? left.student : q;
-    const T q_scale = left.any() ? c.student_scale : T(1);
     if (left.slopes) {
-      balance(row, c, z, student_like, q_scale, left.teacher, g, count);
+      balance(row, c, left, z, q, left.teacher, g, count);
     } else {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
@@ -399,7 +413,7 @@ struct Engine {
         sums.value = balance_reverse(row, c, left, z, w, g, count);
       } else {
         slopes(c, left, z, w, q, slope, count);
-        balance(row, c, z, student_like, q_scale, slope, g, count);
+        balance(row, c, left, z, q, slope, g, count);
       }
     }
     put_result(g, result, place, in.student_dtype, count, past_caches());
@@ -420,7 +434,7 @@ struct Engine {
       balance_reverse<T>(row, c, {}, {z}, {w}, {z}, kLanes);
     } else {
       slopes<T>(c, {}, {z}, {w}, q, slope, kLanes);
-      balance<T>(row, c, {z}, q, T(1), slope, {z}, kLanes);
+      balance<T>(row, c, {}, {z}, q, slope, {z}, kLanes);
     }
     return z[0] - onehot(row, gain);
   }
@@ -461,7 +475,7 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
-      if (s.mean > 0) {
+      if (is_difference(s)) {
         if (grad != nullptr) write_plain(row, *c, index, at, count, here);
       } else if (grad != nullptr || summed) {
         const SlopeSums of_block = write_block(row, *c, index, at, count, here);

@@ -116,16 +116,16 @@ struct Exponential {
 
   FASTKD_HOST_DEVICE T operator()(T logit) const { return of(logit - max, factor, least); }
 
-  // The same for a factor of each lane.
-  FASTKD_HOST_DEVICE T of(T offset, T factor, T least) const {
-    const T shifted = offset * factor + F::kRound;
-    const T fraction = offset * factor - (shifted - F::kRound);
-    T power = coefficient[P::kCoefficients - 1];
-    for (int i = P::kCoefficients - 2; i >= 0; --i) power = power * fraction + coefficient[i];
-    using Bits = typename F::Bits;
+  // The same for a factor of each lane; V is T, or a register of them (registers.h).
+  template <class V = T, class Bits = typename F::Bits>
+  FASTKD_HOST_DEVICE V of(V offset, V factor, V least) const {
+    const V shifted = offset * factor + F::kRound;
+    const V fraction = offset * factor - (shifted - F::kRound);
+    V power = fraction * coefficient[P::kCoefficients - 1] + coefficient[P::kCoefficients - 2];
+    for (int i = P::kCoefficients - 3; i >= 0; --i) power = power * fraction + coefficient[i];
     const Bits exponent = bits_as<Bits>(shifted) << F::kMantissa;
-    const T scaled = bits_as<T>(static_cast<Bits>(bits_as<Bits>(power) + exponent));
-    return offset < least ? T(0) : scaled;
+    const V scaled = bits_as<V>(static_cast<Bits>(bits_as<Bits>(power) + exponent));
+    return offset < least ? V{} : scaled;
   }
 };
 

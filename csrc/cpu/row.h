@@ -15,8 +15,12 @@ enum class State { kNormal, kIgnored, kInvalid };
 // 0, as it stands it will do: no sweep is needed for it, and the gradient is q - p as it stands.
 // Near 0 both would cancel, and the second sweep forms them class by class (docs/maths.md, section
 // 3).
-constexpr bool may_be_plain(Divergence id) {
+constexpr bool is_mean_of_gaps(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
+}
+// The JSD with mix 1/2, in a row whose forward KL is plain, needs no forms for where p is near q.
+inline bool is_even_jsd(const Inputs& in) {
+  return in.divergence == Divergence::kJensenShannon && in.mix == 0.5;
 }
 // Plain is what is at least so many nats, and this share of the greater of the two parts of which
 // it is the difference: rounding costs up to 4e-7 of a part. What is greater than the last of
@@ -36,7 +40,7 @@ struct Row {
   Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   bool unit = false;                 // the divergence is of unit vectors (kCosine)
-  bool gaps = false;                 // the first sweep sums what a plain divergence takes
+  bool gaps = false;                 // the first sweep sums what shows whether a row is plain
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
   T factor = 0;          // of the student's tempered exponential
@@ -85,7 +89,7 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.hard_factor = static_cast<T>(kLog2E);
   row.unit = in.divergence == Divergence::kCosine;
   row.gaps = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
-             may_be_plain(in.divergence);
+             (is_mean_of_gaps(in.divergence) || is_even_jsd(in));
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -325,7 +329,8 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
           0,
           0,
           s.student_inverse,
-          s.teacher_inverse};
+          s.teacher_inverse,
+          s.mean > 0};
 }
 
 }  // namespace

@@ -62,7 +62,8 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
   stats[kTeacherMax * args.rows] = s.teacher_max;
   stats[kTeacherScale * args.rows] = unit ? s.teacher_inverse : s.teacher_scale;
   stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
-  stats[kClassCount * args.rows] = static_cast<T>(sums.classes);
+  const bool jsd = args.divergence == Divergence::kJensenShannon;
+  stats[kClassCount * args.rows] = jsd ? s.mean : static_cast<T>(sums.classes);
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
 }
 
@@ -73,7 +74,8 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
   if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
-  if (row.gaps) s.mean = stats[kSlopeSum * args.rows];
+  const bool jsd = args.divergence == Divergence::kJensenShannon;
+  if (row.gaps) s.mean = stats[(jsd ? kClassCount : kSlopeSum) * args.rows];
   if (row.left_out < 0) return s;
   const Logits student = student_of(args, index), teacher = teacher_of(args, index);
   s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
@@ -89,7 +91,9 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
     put_constant(args, index, T(0));
     return put_stats(args, index, Scales<T>{}, Sums{});
   }
-  if (scales.mean > 0) sums->value = sums->slope = static_cast<double>(scales.mean);
+  if (scales.mean > 0 && is_mean_of_gaps(args.divergence)) {
+    sums->value = sums->slope = static_cast<double>(scales.mean);
+  }
   if (is_reverse(args.divergence)) {
     const Gaps<T> gaps = make_gaps(row, scales);
     if (is_sum_of_slopes(gaps, static_cast<T>(sums->slope))) {
@@ -350,10 +354,18 @@ void close(const ForwardArgs& args, int64_t index, const Statistics* of_row, con
   });
 }
 
-void exp2_all(const float* in, float* out, int64_t count) {
+void exp2_all(const float* in, float* out, int64_t count, bool by_registers) {
   const Exponential<float> power(1.0f, 0.0f, 1.0);
+  if (!by_registers) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = power(in[i]);
+    for (int64_t i = 0; i < count; ++i) out[i] = power(in[i]);
+    return;
+  }
+  const Exponentials<float, float> powers(power);
+  for (int64_t i = 0; i < count; ++i) {
+    Register<float> result = powers(all(in[i]));
+    std::memcpy(&out[i], &result, sizeof(float));
+  }
 }
 
 }  // namespace

@@ -9,27 +9,31 @@ namespace {
 // of its own.
 enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
 
-template <Hard kHard, class T, class S>
-FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Exponential<T, S>& own) {
+template <Hard kHard, class T, class Own>
+FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Own& own) {
   if constexpr (kHard == Hard::kPower1) return tempered;
   if constexpr (kHard == Hard::kPower2) return tempered * tempered;
   if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
   if constexpr (kHard == Hard::kPower4) return (tempered * tempered) * (tempered * tempered);
   if constexpr (kHard == Hard::kOwn) return own(logit);
-  return T(0);
+  return T{};
 }
 
 // NaN may be passed over here; it makes the sums NaN.
 template <class T>
 T maximum(const Vectors<const T>& logits, int64_t count) {
-  T lanes[kLanes];
-  for (T& lane : lanes) lane = -kInfinity<T>;
+  constexpr int64_t kMany = kRegisters<kLanes, T>;
+  Register<T> top[kMany];
+  for (Register<T>& lanes : top) lanes = all(-kInfinity<T>);
   for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T* vector = logits.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) lanes[i] = vector[i] > lanes[i] ? vector[i] : lanes[i];
+    Register<T> x[kRegisters<kWidth, T>];
+    load<kWidth>(logits.at(at), -kInfinity<T>, x);
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = greater_of(x[i], top[i]);
   });
+  T lanes[kLanes];
+  store<kLanes>(top, lanes);
   return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
@@ -86,45 +90,40 @@ __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count,
                  const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
                  Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
-  const Exponential<T, S> tempered = tempered_one, own = own_one;  // no store below can touch these
-  T sums[kFewLanes] = {}, hard_sums[kFewLanes] = {}, gaps[kFewLanes] = {};
-  T run[kFewLanes] = {}, hard_run[kFewLanes] = {}, gap_run[kFewLanes] = {};
+  const Exponentials<T, S> tempered(tempered_one), own(own_one);
+  const Register<T> other_top = all(other_max);
+  Register<T> sums = {}, hard_sums = {}, gaps = {};
+  Register<T> run = {}, hard_run = {}, gap_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
-#pragma omp simd
-    for (int64_t i = 0; i < kFewLanes; ++i) {
-      sums[i] += run[i], run[i] = 0;
-      if constexpr (kGaps) gaps[i] += gap_run[i], gap_run[i] = 0;
-      if constexpr (kHard != Hard::kNone) hard_sums[i] += hard_run[i], hard_run[i] = 0;
-    }
+    sums += run, hard_sums += hard_run, gaps += gap_run;
+    run = hard_run = gap_run = Register<T>{};
   };
   const Vectors<const S> logits = vectors, others = other_vectors;
   for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
+    constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
     next == Into::kL1 ? prefetch_next<Into::kL1, kWidth>(logits.at(at))
                       : prefetch_next<Into::kL2, kWidth>(logits.at(at));
-    T buffer[kWidth], other_buffer[kWidth];
-    const T* x = unpack<kWidth>(logits.at(at), buffer);
-    const T* y = kGaps ? unpack<kWidth>(others.at(at), other_buffer) : x;
-    for (int64_t part = 0; part < kWidth; part += kPart) {
-#pragma omp simd
-      for (int64_t i = 0; i < kPart; ++i) {
-        const T logit = x[part + i], e = tempered(logit);
-        if constexpr (kKeep) kept[at + part + i] = e;
-        run[i] += e;
-        if constexpr (kGaps) {
-          // Where the exponential is not 0 the bound is none.
-          const T gap = (logit - tempered.max) - (y[part + i] - other_max);
-          gap_run[i] += e * bounded_below(gap, tempered.least);
-        }
-        if constexpr (kHard != Hard::kNone) hard_run[i] += hard_exponential<kHard>(e, logit, own);
+    Register<T> x[kMany], y[kMany], e[kMany];
+    load<kWidth>(logits.at(at), -kInfinity<T>, x);
+    if constexpr (kGaps) load<kWidth>(others.at(at), -kInfinity<T>, y);
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kMany; ++i) {
+      const Register<T> offset = x[i] - tempered.max;
+      e[i] = tempered(offset);
+      run += e[i];
+      if constexpr (kGaps) {
+        // Where the exponential is not 0 the bound is none.
+        const Register<T> gap = offset - (y[i] - other_top);
+        gap_run += e[i] * greater_of(gap, tempered.least);
       }
+      if constexpr (kHard != Hard::kNone) hard_run += hard_exponential<kHard>(e[i], offset, own);
     }
+    if constexpr (kKeep) store<kWidth>(e, kept + at);
     if ((at + kWidth) % kRun == 0) end_run();
   });
   end_run();
-  return {precise_sum_of(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of(hard_sums),
-          kGaps ? precise_sum_of(gaps) : 0.0};
+  return {precise_sum_of<T>(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of<T>(hard_sums),
+          kGaps ? precise_sum_of<T>(gaps) : 0.0};
 }
 
 }  // namespace

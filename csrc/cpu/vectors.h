@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../kernels.h"
+#include "registers.h"
 #include "storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -79,28 +80,26 @@ FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
   return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
-// Where a loop has three sums, so many lanes of each are what stays in registers: one vector. They
-// are short sums, over kRun classes, so that rounding adds up no more than in kLanes.
-#if defined(__AVX512F__)
-constexpr int64_t kFewLanes = 16;
-#else
-constexpr int64_t kFewLanes = 8;
-#endif
-constexpr int64_t kRun = 128;
+// Sums in a register are short ones, over kRun classes, so that rounding adds up no more than in
+// kLanes.
+constexpr int64_t kRun = kRegisterBytes < 32 ? 64 : 128;
 static_assert(kRun % kLanes == 0, "");
 
 // The last of it in double: in a row of one block its rounding is most of a sum's error.
-template <class T>
-FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kFewLanes]) {
-  T eight[8];
-  for (int64_t i = 0; i < 8; ++i)
-    eight[i] = kFewLanes == 8 ? lanes[i] : lanes[i] + lanes[i + kFewLanes - 8];
-  double four[4];
-#pragma omp simd
-  for (int64_t i = 0; i < 4; ++i) {
-    four[i] = static_cast<double>(eight[i]) + static_cast<double>(eight[i + 4]);
+template <class T, int64_t kCount>
+FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kCount]) {
+  constexpr int64_t kFew = kCount < 8 ? kCount : 8;
+  double few[kFew];
+  for (int64_t i = 0; i < kFew; ++i) {
+    few[i] = kCount == kFew ? lanes[i] : lanes[i] + lanes[i + kCount - kFew];
   }
-  return fold<4>(four, [](double a, double b) { return a + b; });
+  return fold<kFew>(few, [](double a, double b) { return a + b; });
+}
+template <class T>
+FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
+  T lanes[kPerRegister<T>];
+  std::memcpy(lanes, &sum, sizeof(sum));
+  return precise_sum_of(lanes);
 }
 
 // kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes

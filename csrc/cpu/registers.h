@@ -1,0 +1,187 @@
+// As many numbers as one instruction works on, for the loop that decides: compilers keep sums over
+// lanes in memory, and see no lookup in a table that fits a register (docs/performance-log.md).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "exponential.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+
+template <class T>
+struct RegisterOf;
+template <>
+struct RegisterOf<float> {
+  typedef float Type __attribute__((vector_size(kRegisterBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
+};
+template <>
+struct RegisterOf<double> {
+  typedef double Type __attribute__((vector_size(kRegisterBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kRegisterBytes)));
+};
+template <class T>
+using Register = typename RegisterOf<T>::Type;
+template <class T>
+using RegisterBits = typename RegisterOf<T>::Bits;
+
+template <class T>
+constexpr int64_t kPerRegister = kRegisterBytes / static_cast<int64_t>(sizeof(T));
+// A step of kWidth numbers takes so many registers, the last perhaps in part.
+template <int64_t kWidth, class T>
+constexpr int64_t kRegisters = (kWidth + kPerRegister<T> - 1) / kPerRegister<T>;
+template <int64_t kWidth, class T>
+constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth : kPerRegister<T>);
+
+// In front of loops over registers: left as loops, GCC would make copies of memory of some of them.
+#if defined(__clang__)
+#define FASTKD_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define FASTKD_UNROLL _Pragma("GCC unroll 16")
+#else
+#define FASTKD_UNROLL
+#endif
+
+template <class T>
+FASTKD_HOST_DEVICE Register<T> all(T x) {
+  return Register<T>{} + x;
+}
+
+// A step in registers; lanes beyond it are `otherwise`.
+template <int64_t kWidth, class T>
+FASTKD_HOST_DEVICE void load(const T* step, T otherwise, Register<T>* to) {
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
+    to[i] = all(otherwise);
+    std::memcpy(&to[i], step + i * kPerRegister<T>, kBytesOfEach<kWidth, T>);
+  }
+}
+// In the order of unpack() (vectors.h): all the first ones of their pairs, then the second ones.
+template <int64_t kWidth>
+FASTKD_HOST_DEVICE void load(const BFloat16* step, float, Register<float>* to) {
+  constexpr int64_t kHalf = kRegisters<kWidth, float> / 2;
+  static_assert(kWidth == 2 * kHalf * kPerRegister<float>, "whole registers");
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kHalf; ++i) {
+    RegisterBits<float> pairs;
+    std::memcpy(&pairs, step + 2 * i * kPerRegister<float>, sizeof(pairs));
+    to[i] = bits_as<Register<float>>(pairs << 16);
+    to[i + kHalf] = bits_as<Register<float>>(pairs & 0xffff0000u);
+  }
+}
+template <int64_t kWidth, class T>
+FASTKD_HOST_DEVICE void store(const Register<T>* from, T* step) {
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
+    std::memcpy(step + i * kPerRegister<T>, &from[i], kBytesOfEach<kWidth, T>);
+  }
+}
+
+// b where a is NaN.
+template <class V>
+FASTKD_HOST_DEVICE V lesser_of(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+FASTKD_HOST_DEVICE V greater_of(V a, V b) {
+  return a > b ? a : b;
+}
+FASTKD_HOST_DEVICE Register<float> magnitude_of(Register<float> x) {
+  return bits_as<Register<float>>(bits_as<RegisterBits<float>>(x) & 0x7fffffffu);
+}
+
+// exp(x t) of a register's numbers, x relative to their maximum: Exponential with scale 1.
+template <class T, class S>
+struct Exponentials {
+  Exponential<T, S> one;
+  Register<T> factor, max, least;
+
+  explicit Exponentials(const Exponential<T, S>& one)
+      : one(one), factor(all(one.factor)), max(all(one.max)), least(all(one.least)) {}
+
+  // Of logit - max.
+  FASTKD_HOST_DEVICE Register<T> operator()(Register<T> offset) const {
+    return one.template of<Register<T>, RegisterBits<T>>(offset, factor, least);
+  }
+};
+
+#if defined(__AVX2__)
+// 2^x as 2^(n / kParts) 2^(f / kParts) with |f| <= 1/2: the first is looked up by the low bits of n
+// in a table that is a register, and for the second a polynomial of degree 3 is enough. Six
+// products instead of eight (bf16: seven); what there is more of goes through other pipes. Error at
+// most 1.0 ulp, with 8 parts 1.2 (measured, tests/kernels), and what Exponential says of the rest.
+template <class S>
+struct Exponentials<float, S> {
+#if defined(__AVX512F__)
+  static constexpr int kBits = 4;
+  // Minimax for the relative error: 1.6e-9.
+  static constexpr float kFirst = 4.33216989e-2f, kSecond = 9.38415188e-4f, kThird = 1.35503263e-5f;
+#else
+  static constexpr int kBits = 3;
+  // The same: 2.5e-8.
+  static constexpr float kFirst = 8.66434e-2f, kSecond = 3.75403e-3f, kThird = 1.08391e-4f;
+#endif
+  static constexpr int kParts = 1 << kBits;
+  static constexpr int kShift = Format<float>::kMantissa - kBits;
+  static_assert(kParts == kPerRegister<float>, "the table is a register");
+
+  // The bits of 2^(i / kParts), less what i adds once all of n is added to the exponent.
+  struct Table {
+    alignas(kRegisterBytes) uint32_t entry[kParts] = {};
+    constexpr Table() {
+      constexpr double kPowers[16] = {1.0,           1.04427378243, 1.09050773267, 1.13878863476,
+                                      1.189207115,   1.24185781207, 1.29683955465, 1.35425554694,
+                                      1.41421356237, 1.47682614594, 1.54221082541, 1.61049033195,
+                                      1.68179283051, 1.75625216037, 1.83400808641, 1.9152065614};
+      for (uint32_t i = 0; i < kParts; ++i) {
+        const double mantissa = (kPowers[i * (16 / kParts)] - 1) * (1 << Format<float>::kMantissa);
+        entry[i] = 0x3f800000u + static_cast<uint32_t>(mantissa + 0.5) - (i << kShift);
+      }
+    }
+  };
+  static constexpr Table kTable{};
+
+  Register<float> factor, max, least;
+  RegisterBits<float> table;
+
+  explicit Exponentials(const Exponential<float, S>& one)
+      : factor(all(one.factor * kParts)), max(all(one.max)), least(all(one.least)) {
+    std::memcpy(&table, kTable.entry, sizeof(table));
+  }
+
+  FASTKD_HOST_DEVICE RegisterBits<float> look_up(RegisterBits<float> index) const {
+#if defined(__AVX512F__)
+    // GCC 12 warns that the form without a mask reads what is not initialised.
+    constexpr __mmask16 kAll = 0xffff;
+    return (RegisterBits<float>)_mm512_maskz_permutexvar_epi32(kAll, (__m512i)index,
+                                                               (__m512i)table);
+#else
+    return (RegisterBits<float>)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+#endif
+  }
+
+  FASTKD_HOST_DEVICE Register<float> operator()(Register<float> offset) const {
+    const Register<float> shifted = offset * factor + Format<float>::kRound;
+    const Register<float> fraction = offset * factor - (shifted - Format<float>::kRound);
+    const auto n = bits_as<RegisterBits<float>>(shifted);
+    const auto root = bits_as<Register<float>>(look_up(n) + (n << kShift));
+    const Register<float> rest = ((fraction * kThird + kSecond) * fraction + kFirst) * fraction;
+    return offset < least ? Register<float>{} : root * rest + root;
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA
