@@ -8,6 +8,7 @@
 #endif
 
 #include "exponential.h"
+#include "storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -86,6 +87,18 @@ FASTKD_HOST_DEVICE void store(const Register<T>* from, T* step) {
   FASTKD_UNROLL
   for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
     std::memcpy(step + i * kPerRegister<T>, &from[i], kBytesOfEach<kWidth, T>);
+  }
+}
+
+template <int64_t kWidth>
+FASTKD_HOST_DEVICE void store(const Register<float>* from, BFloat16* step) {
+  constexpr int64_t kHalf = kRegisters<kWidth, float> / 2;
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kHalf; ++i) {
+    const auto first = rounded_bits<RegisterBits<float>>(from[i]) >> 16;
+    const auto second = rounded_bits<RegisterBits<float>>(from[i + kHalf]) & 0xffff0000u;
+    const RegisterBits<float> pairs = first | second;
+    std::memcpy(step + 2 * i * kPerRegister<float>, &pairs, sizeof(pairs));
   }
 }
 

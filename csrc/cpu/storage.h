@@ -51,9 +51,10 @@ FASTKD_HOST_DEVICE double narrow(float x) {
   return x;
 }
 // The upper half is x as bf16. A NaN's payload could overflow here; rows with NaN never come here,
-// they are filled.
-FASTKD_HOST_DEVICE uint32_t rounded_bits(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
+// they are filled. V is float, or a register of them, and Bits as much of uint32_t.
+template <class Bits = uint32_t, class V>
+FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
+  const Bits bits = bits_as<Bits>(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 template <>

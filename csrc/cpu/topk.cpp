@@ -2,8 +2,8 @@
 // from memory, and its gradient is written in a second sweep.
 //
 // The rest's sums are taken with the listed classes masked (topk_row.h). The gradient is dense but
-// simple for the rest, a few products of the exponentials that the first sweep keeps; the listed
-// classes, and the label, are computed apart in double and written over it.
+// simple for the rest, a few products of its exponentials; the listed classes, and the label, are
+// computed apart in double and written over it.
 #include <memory>
 
 #include "../topk_row.h"
@@ -20,20 +20,27 @@ using topk::Summary;
 
 constexpr int64_t kChunk = 64;
 
-// What the first sweep keeps for the gradient: the rest's exponentials, and what those of each
-// block are relative to. A thread's, for all of its rows.
-template <class T>
+// Whether the first sweep keeps the rest's exponentials for the gradient. Of fp32 logits they would
+// be as much memory again, and it takes less time to form them anew from what the cache has.
+template <class T, class S>
+constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
+
+// What is kept, and what the exponentials of each block are relative to. A thread's, for all rows.
+template <class T, class S>
 struct KeptRest {
   std::unique_ptr<T[]> exponentials;
   std::unique_ptr<double[]> maxima;
 
-  explicit KeptRest(int64_t classes)
-      : exponentials(new T[static_cast<size_t>(classes + kLanes)]),
-        maxima(new double[static_cast<size_t>(classes / kBlock + 1)]) {}
+  explicit KeptRest(int64_t classes) {
+    if (!kKeepsRest<T, S>) return;
+    exponentials.reset(new T[static_cast<size_t>(classes + kLanes)]);
+    maxima.reset(new double[static_cast<size_t>(classes / kBlock + 1)]);
+  }
 };
 
 template <class T, class S>
 struct TopkRow {
+  static constexpr bool kKeeps = kKeepsRest<T, S>;
   const TopkArgs& args;
   int64_t index;
   uint64_t* listed;  // one bit for each class
@@ -41,9 +48,9 @@ struct TopkRow {
   Logits student;
   const int64_t* ids;
   const T* log_probs;
-  const KeptRest<T>& kept;
+  const KeptRest<T, S>& kept;
 
-  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, const KeptRest<T>& kept)
+  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, const KeptRest<T, S>& kept)
       : args(args),
         index(index),
         listed(listed),
@@ -145,9 +152,10 @@ struct TopkRow {
         tempered.max = own.max = static_cast<T>(top);
         mass.max = top;
       }
-      *block_max++ = mass.max;
-      const ExponentialSums sums = sum_exponentials<kHard, true, false>(
-          block, count, tempered, own, &kept.exponentials[at], next_of(at, args.classes));
+      T* exponentials = nullptr;
+      if constexpr (kKeeps) exponentials = &kept.exponentials[at], *block_max++ = mass.max;
+      const ExponentialSums sums = sum_exponentials<kHard, kKeeps, false>(
+          block, count, tempered, own, exponentials, next_of(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
@@ -200,38 +208,38 @@ struct TopkRow {
     alignas(64) S buffer[kLongest];
     alignas(64) S result[kLongest];
     const double max = topk::origin(of.rest);
-    const T uniform = static_cast<T>(gains.uniform);
-    const Exponential<T, S> own(row.hard_factor, static_cast<T>(max), 1);
+    const Exponentials<T, S> tempered({row.factor, static_cast<T>(max), 1});
+    const Exponentials<T, S> own({row.hard_factor, static_cast<T>(max), 1});
+    const Register<T> uniform = all(static_cast<T>(gains.uniform));
     const double* block_max = kept.maxima.get();
     const bool past_caches = passes_caches(args, args.grad);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
-      const T soft_gain =
-          static_cast<T>(gains.rest * topk::shift(*block_max, max, row.temperature));
-      const T hard_gain = static_cast<T>(
-          gains.rest_hard * (kHard == Hard::kOwn ? 1 : topk::shift(*block_max, max, 1)));
-      ++block_max;
-      const T* const exponentials = &kept.exponentials[at];
+      const double relative_to = kKeeps ? *block_max++ : max;
+      const double shift = topk::shift(relative_to, max, row.temperature);
+      const double hard_shift = kHard == Hard::kOwn ? 1 : topk::shift(relative_to, max, 1);
+      const Register<T> soft_gain = all(static_cast<T>(gains.rest * shift));
+      const Register<T> hard_gain = all(static_cast<T>(gains.rest_hard * hard_shift));
+      const T* const exponentials = kKeeps ? &kept.exponentials[at] : nullptr;
       Vectors<const S> block;
-      if constexpr (kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
+      if (!kKeeps || kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
-      for_vectors<S>(count, [&](int64_t lanes, auto width) FASTKD_INLINE {
-        constexpr int64_t kWidth = decltype(width)::value;
-        T logits[kWidth], gradients[kWidth];
-        const T* z = nullptr;
-        if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(block.at(lanes), logits);
-        T* g = unpacked(grad.at(lanes), gradients);
-        prefetch_next<Into::kL2, kWidth>(grad.at(lanes));
-#pragma omp simd
-        for (int64_t i = 0; i < kWidth; ++i) {
-          const T e = exponentials[lanes + i];
-          T sum = uniform + soft_gain * e;
+      for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
+        constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
+        Register<T> z[kMany], e[kMany];
+        prefetch_next<Into::kL2, kWidth>(grad.at(step));
+        if (!kKeeps || kHard == Hard::kOwn) load<kWidth>(block.at(step), -kInfinity<T>, z);
+        if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
+        FASTKD_UNROLL
+        for (int64_t i = 0; i < kMany; ++i) {
+          const Register<T> offset = z[i] - tempered.max;
+          if constexpr (!kKeeps) e[i] = tempered(offset);
+          Register<T> gradient = uniform + soft_gain * e[i];
           if constexpr (kHard != Hard::kNone) {
-            const T logit = kHard == Hard::kOwn ? z[i] : T(0);
-            sum += hard_gain * hard_exponential<kHard>(e, logit, own);
+            gradient += hard_gain * hard_exponential<kHard>(e[i], offset, own);
           }
-          g[i] = sum;
+          e[i] = gradient;
         }
-        pack<kWidth>(gradients, grad.at(lanes));
+        store<kWidth>(e, grad.at(step));
       });
       put_result(grad, result, grad_at(at), args.student_dtype, count, past_caches);
     });
@@ -304,7 +312,7 @@ struct TopkRow {
 
 template <class T, class S>
 int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
-  const KeptRest<T> kept(args.classes);
+  const KeptRest<T, S> kept(args.classes);
   int64_t bad = -1;
   for (int64_t i = begin; i < end; ++i) {
     TopkRow<T, S> row(args, i, listed, kept);

@@ -356,11 +356,21 @@ py::object loss(const py::handle& student_object, const py::handle& teacher_obje
   return py::cast(out);
 }
 
+// Memory for a contiguous gradient, from gradients.h; None where that has none to give.
+py::object gradient(const py::handle& student_object) {
+  if (!is_plain(student_object)) return py::none();
+  const Tensor& student = THPVariable_Unpack(student_object.ptr());
+  const bool usual = student.is_cpu() && student.layout() == at::kStrided &&
+                     !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return usual ? py::cast(empty_gradient(student)) : py::none();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_eager, m) {
   m.attr("torch_version") = FASTKD_TORCH_VERSION;
   m.def("loss", &loss);
+  m.def("gradient", &gradient);
 }
 
 }  // namespace fastkd

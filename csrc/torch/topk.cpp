@@ -69,6 +69,20 @@ std::tuple<Tensor, Tensor> topk_loss(const Tensor& student, const Tensor& indice
   return {Backend::topk(topk, reducing, filled ? &grad : nullptr), grad};
 }
 
+Tensor topk_loss_into(const Tensor& grad, const Tensor& student, const Tensor& indices,
+                      const Tensor& log_probs, std::optional<Tensor> labels,
+                      std::optional<Tensor> denominator, double temperature, double hard_weight,
+                      double soft_weight, double label_smoothing, int64_t ignore_index,
+                      int64_t tail, int64_t reduction, double normalizer) {
+  STD_TORCH_CHECK(static_cast<Reduction>(reduction) != Reduction::kNone,
+                  "a gradient is written for reduction mean or sum");
+  const TopkCall topk = prepare_topk(
+      student, indices, log_probs, labels,
+      {temperature, temperature, hard_weight, soft_weight, label_smoothing, ignore_index, 0, 0.5},
+      tail, &grad);
+  return Cpu::topk(topk, {static_cast<Reduction>(reduction), normalizer, denominator}, &grad);
+}
+
 template <class Backend>
 void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& student,
                          const Tensor& indices, const Tensor& log_probs,
@@ -135,6 +149,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "Tensor? denominator, float temperature, float hard_weight, float soft_weight, "
       "float label_smoothing, int ignore_index, int tail, int reduction, float normalizer, "
       "bool with_grad) -> (Tensor out, Tensor grad)");
+  // The same with the gradient written into a contiguous `grad`: what plain calls on CPUs use.
+  m.def(
+      "topk_loss_into(Tensor(a!) grad, Tensor student, Tensor indices, Tensor log_probs, "
+      "Tensor? labels, Tensor? denominator, float temperature, float hard_weight, "
+      "float soft_weight, float label_smoothing, int ignore_index, int tail, int reduction, "
+      "float normalizer) -> Tensor");
   // Fills grad with grad_output times the gradient, from the logits once more; `filled`: grad holds
   // it for grad_output = 1 already.
   m.def(
@@ -146,6 +166,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("topk_loss", TORCH_BOX(&topk_loss<Cpu>));
+  m.impl("topk_loss_into", TORCH_BOX(&topk_loss_into));
   m.impl("topk_loss_backward_", TORCH_BOX(&topk_loss_backward_<Cpu>));
 }
 

@@ -1,6 +1,8 @@
-"""The native library, which registers the ops."""
+"""The native library, which registers the ops, and what there is beside it for this very torch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -12,6 +14,18 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
         f"{torch.__version__}); if it was built for another Python, reinstall it."
     ) from error
 
-__all__ = ["CUDA_KERNELS", "_C"]
+__all__ = ["CUDA_KERNELS", "EAGER", "_C"]
 
 CUDA_KERNELS = bool(_C.cuda_architectures)
+
+
+def _load_eager() -> Any:
+    """The optional fast way in (csrc/torch/eager.cpp), if it was built with exactly this torch."""
+    try:
+        from fastkd import _eager
+    except ImportError:
+        return None
+    return _eager if _eager.torch_version == torch.__version__ else None
+
+
+EAGER = _load_eager()

@@ -5,28 +5,17 @@ not fused, under function transforms and on devices without kernels.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, learned, mixture, reference
+from fastkd import checks, derivatives, learned, mixture, native, reference
 from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments, is_transformed
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
-
-def _load_eager() -> Any:
-    """The optional fast way in (csrc/torch/eager.cpp), if it was built with exactly this torch."""
-    try:
-        from fastkd import _eager
-    except ImportError:
-        return None
-    return _eager if _eager.torch_version == torch.__version__ else None
-
-
-EAGER = _load_eager()
+EAGER = native.EAGER
 _warned: set[str] = set()
 
 _loss = torch.ops.fastkd.loss.default

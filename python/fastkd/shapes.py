@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import native, reference  # noqa: F401 - native registers the ops
+from fastkd import native, reference
 
 REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
 TERMS = len(reference.Terms._fields)
@@ -48,6 +48,14 @@ def _fake_out(
     return student.new_empty(shape, dtype=accumulator(student, *teachers))
 
 
+def contiguous_gradient(student: Tensor) -> Tensor:
+    """Memory for a gradient: that of the last one, where there is such (csrc/torch/gradients.h)."""
+    reused = None
+    if native.EAGER is not None and not torch.compiler.is_compiling():
+        reused = native.EAGER.gradient(student)
+    return student.new_empty(student.shape) if reused is None else reused
+
+
 def empty_gradient(student: Tensor) -> Tensor:
     """As the kernels lay a gradient out (gradient_strides in csrc/torch/layout.cpp).
 
@@ -61,6 +69,8 @@ def empty_gradient(student: Tensor) -> Tensor:
         rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
         if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
             place = next((dim for dim, stride in rows if stride < of_classes), place)
+    if place == len(shape):
+        return contiguous_gradient(student)
     return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
 
 

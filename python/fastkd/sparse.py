@@ -24,6 +24,7 @@ TAILS = ("ghost", "renormalize", "ignore")
 _MOST_MASS = 1.1
 
 _topk_loss = torch.ops.fastkd.topk_loss.default
+_topk_loss_into = torch.ops.fastkd.topk_loss_into.default
 _topk_loss_backward_ = torch.ops.fastkd.topk_loss_backward_.default
 
 
@@ -347,15 +348,23 @@ def _apply(
 # ---- shapes for tracing, and derivatives
 
 
+def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
+    per_row = shapes.REDUCTIONS[reduction] == "none"
+    shape = [student.numel() // student.shape[-1]] if per_row else []
+    return student.new_empty(shape, dtype=torch.promote_types(log_probs.dtype, torch.float32))
+
+
 @torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, _, with_grad = rest
-    acc = torch.promote_types(log_probs.dtype, torch.float32)
-    per_row = shapes.REDUCTIONS[reduction] == "none"
-    shape = [student.numel() // student.shape[-1]] if per_row else []
-    filled = with_grad and not per_row
-    out = student.new_empty(shape, dtype=acc)
-    return out, student.new_empty(student.shape) if filled else student.new_empty([0], dtype=acc)
+    out = _fake_out(student, log_probs, reduction)
+    filled = with_grad and shapes.REDUCTIONS[reduction] != "none"
+    return out, student.new_empty(student.shape) if filled else out.new_empty([0])
+
+
+@torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
+def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> Tensor:
+    return _fake_out(student, log_probs, rest[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]
@@ -379,7 +388,12 @@ class _TopkLoss(torch.autograd.Function):
     ) -> Any:
         arguments = (student, indices, log_probs, labels, denominator)
         # The gradient is not saved like the others: backward scales it in place and gives it away.
-        out, ctx.grad = _topk_loss(*arguments, *settings, True)
+        filled = shapes.REDUCTIONS[settings.reduction] != "none"
+        if filled and student.device.type == "cpu" and not torch.compiler.is_compiling():
+            ctx.grad = shapes.contiguous_gradient(student)
+            out = _topk_loss_into(ctx.grad, *arguments, *settings)
+        else:
+            out, ctx.grad = _topk_loss(*arguments, *settings, True)
         ctx.settings = settings
         ctx.save_for_backward(*arguments)
         return out
@@ -401,7 +415,7 @@ class _TopkLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None or not filled or compiling:
             # As in derivatives: fp16 may have underflowed, and the buffer is given away once.
-            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            grad = shapes.contiguous_gradient(student)
             filled = False
         _topk_loss_backward_(grad, grad_output.contiguous(), student, *others, *settings, filled)
         return grad, None, None, None, None, None
