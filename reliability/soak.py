@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import ops
+from fastkd import native
 
 MARGIN = 2 * 2**20
 ROWS, CLASSES = 16, 50  # 3,200 bytes of logits
@@ -49,9 +49,9 @@ def calls() -> dict[str, Callable[[], object]]:
         student.grad = None
 
     def in_python() -> None:
-        eager, ops.EAGER = ops.EAGER, None
+        eager, native.EAGER = native.EAGER, None
         backward()
-        ops.EAGER = eager
+        native.EAGER = eager
 
     log_probs, indices = torch.log_softmax(teacher, -1).topk(8)
     hidden, weight = torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12)

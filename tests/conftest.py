@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from fastkd import _C, ops
+from fastkd import _C, native
 
 FOLDER = pathlib.Path(__file__).parent
 # Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
@@ -87,7 +87,7 @@ def threads() -> Iterator[None]:
 def way_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways from fastkd.loss to the op: the C++ one for plain calls, and the Python one."""
     if request.param == "python":
-        monkeypatch.setattr(ops, "EAGER", None)
-    elif ops.EAGER is None:
+        monkeypatch.setattr(native, "EAGER", None)
+    elif native.EAGER is None:
         pytest.skip("fastkd._eager was not built, or with another torch")
     return str(request.param)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import FP32
 from torch import Tensor
 
-from fastkd import _C, ops
+from fastkd import _C, native
 
 ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
 BATCH = 500
@@ -123,15 +123,15 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 @contextmanager
 def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
     """With an instruction set, a number of threads and a way in; puts those back."""
-    before, count, eager = _C.isa(), torch.get_num_threads(), ops.EAGER
+    before, count, eager = _C.isa(), torch.get_num_threads(), native.EAGER
     _C.use_isa(isa)
     torch.set_num_threads(threads)
     if in_python:
-        ops.EAGER = None
+        native.EAGER = None
     try:
         yield
     finally:
-        ops.EAGER = eager
+        native.EAGER = eager
         torch.set_num_threads(count)
         _C.use_isa(before)
 

@@ -62,7 +62,7 @@ IMPORTS = {
     "losses": {
         "native", "checks", "reference", "objective", "shapes", "derivatives", "ops", "options",
     },
-    "sparse": {"checks", "objective", "reference", "shapes", "derivatives"},
+    "sparse": {"native", "checks", "objective", "reference", "shapes", "derivatives"},
     "explain": {"checks", "reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
@@ -101,7 +101,7 @@ IMPORTS = {
     },
 }  # fmt: skip
 # The optional way in through torch's C++ autograd, which has no stable interface.
-UNSTABLE = {"torch/eager.cpp", "torch/gradients.h"}
+UNSTABLE = {"torch/eager.h", "torch/eager.cpp", "torch/eager_topk.cpp", "torch/gradients.h"}
 
 
 def part(path: pathlib.Path) -> str:

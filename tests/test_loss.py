@@ -25,7 +25,7 @@ from support import (
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, ops
+from fastkd import _C, native
 
 S = _C.segment
 PAIRS = [*((d, d) for d in DTYPES), *itertools.permutations(DTYPES, 2)]
@@ -130,7 +130,9 @@ def test_options(device, options, dtype):
     ],
     ids=str,
 )
-@pytest.mark.skipif(ops.EAGER is None, reason="fastkd._eager was not built, or with another torch")
+@pytest.mark.skipif(
+    native.EAGER is None, reason="fastkd._eager was not built, or with another torch"
+)
 def test_numbers_take_the_direct_way_in_to_the_same_bits(options, dtype, monkeypatch):
     student, teacher, labels = make((12, 181), dtype)
 
@@ -144,7 +146,7 @@ def test_numbers_take_the_direct_way_in_to_the_same_bits(options, dtype, monkeyp
         return loss.detach(), once, loss.grad_fn.name()
 
     value, grad, direct = run()
-    monkeypatch.setattr(ops, "EAGER", None)
+    monkeypatch.setattr(native, "EAGER", None)
     expected, expected_grad, by_python = run()
     assert direct == "FastKDLossBackward" != by_python
     assert torch.equal(value, expected)

@@ -22,11 +22,11 @@ def test_no_call_keeps_memory():
 
 SHORT_OF_MEMORY = """
 import resource, sys, torch, fastkd
-from fastkd import ops
+from fastkd import native
 
 way, what = sys.argv[1:]
 if way == "python":
-    ops.EAGER = None
+    native.EAGER = None
 torch.set_num_threads(1)
 options = {"reduction": "none"} if what == "backward" else {}
 shape = (8_000_000, 2) if what == "rows" else (64, 250_000)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, sparse
+from fastkd import _C, native, sparse
 
 S = _C.segment
 INF, NAN = math.inf, math.nan
@@ -242,6 +242,41 @@ def test_weights_given_apart(device):
     soft = run(problem, alpha=0.0)[0]
     both = run(problem, hard_weight=0.3, soft_weight=2.0)[0]
     torch.testing.assert_close(both, 0.3 * hard + 2.0 * soft)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 0.3, "reduction": "sum", "tail": "ignore"},
+        {"hard_weight": 0.25, "tail": "renormalize"},
+        {"soft_weight": 3, "temperature": 3},
+        {"normalizer": 17, "label_smoothing": 0.1},
+        {"temperature": 1, "alpha": 0},
+    ],
+    ids=str,
+)
+def test_numbers_take_the_direct_way_in_to_the_same_bits(options, dtype, monkeypatch):
+    if native.EAGER is None:
+        pytest.skip("fastkd._eager was not built, or with another torch")
+    student, *others = make((12, 181), 20, dtype)
+
+    def run() -> tuple[Tensor, Tensor, Tensor, str]:
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.topk_loss(leaf, *others, **options)
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        loss.backward(torch.tensor(3.0, dtype=loss.dtype), retain_graph=True)
+        (second,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        assert second.requires_grad
+        return loss.detach(), once, leaf.grad, loss.grad_fn.name()
+
+    *results, direct = run()
+    monkeypatch.setattr(native, "EAGER", None)
+    *expected, by_python = run()
+    assert direct == "FastKDTopkLossBackward" != by_python
+    assert all(map(torch.equal, results, expected))
 
 
 def test_a_tensor_as_normalizer(device):
@@ -654,6 +689,11 @@ def test_opcheck(dtype, reduction, with_grad):
     torch.library.opcheck(
         torch.ops.fastkd.topk_loss.default, (*problem, None, *settings, with_grad)
     )
+    if reduction > 0:
+        torch.library.opcheck(
+            torch.ops.fastkd.topk_loss_into.default,
+            (torch.zeros_like(problem.student), *problem, None, *settings),
+        )
     torch.library.opcheck(
         torch.ops.fastkd.topk_loss_backward_.default,
         (

@@ -9,8 +9,7 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, ops, reference, shapes
-from fastkd.native import CUDA_KERNELS
+from fastkd import checks, derivatives, native, ops, reference, shapes
 from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.options import OptionsModule
 from fastkd.reference import Terms
@@ -55,7 +54,7 @@ def _compute(
 ) -> Tensor:
     """The one list of the options and their defaults; gives the loss, or all terms stacked."""
     if (
-        ops.EAGER is not None
+        native.EAGER is not None
         and divergence in derivatives.DIVERGENCES
         and class_weight is None
         and (labels is not None or label_smoothing == 0.0)
@@ -74,10 +73,10 @@ def _compute(
         # What is usual takes the shortest way; None comes back from what is not.
         number, own_mix = _NATIVE[divergence]
         try:
-            out = ops.EAGER.loss(
-                student_logits, teacher_logits, labels, with_terms, CUDA_KERNELS, temperature,
-                teacher_temperature, alpha, hard_weight, soft_weight, ignore_index, reduction,
-                label_smoothing, normalizer, number, own_mix,
+            out = native.EAGER.loss(
+                student_logits, teacher_logits, labels, with_terms, native.CUDA_KERNELS,
+                temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
+                reduction, label_smoothing, normalizer, number, own_mix,
             )  # fmt: skip
         except RuntimeError as error:
             if "Inference tensors" not in str(error):

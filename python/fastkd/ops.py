@@ -9,13 +9,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, learned, mixture, native, reference
+from fastkd import checks, derivatives, learned, mixture, reference
 from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments, is_transformed
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
-EAGER = native.EAGER
 _warned: set[str] = set()
 
 _loss = torch.ops.fastkd.loss.default

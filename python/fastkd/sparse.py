@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, derivatives, reference, shapes
+from fastkd import checks, derivatives, native, reference, shapes
 from fastkd.derivatives import KERNEL_DEVICES
 from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
@@ -124,6 +124,15 @@ def topk_loss(
         torch.Size([8, 1000])
     """
     try:
+        if native.EAGER is not None and not torch.compiler.is_compiling():
+            # What is usual takes the shortest way; None comes back from what is not.
+            out = native.EAGER.topk_loss(
+                student_logits, indices, log_probs, labels, native.CUDA_KERNELS, tail, temperature,
+                alpha, hard_weight, soft_weight, ignore_index, reduction, label_smoothing,
+                normalizer,
+            )  # fmt: skip
+            if out is not None:
+                return out  # type: ignore[no-any-return]
         return _run(
             student_logits, indices, log_probs, labels, tail, temperature, alpha, hard_weight,
             soft_weight, ignore_index, reduction, label_smoothing, normalizer,
@@ -136,7 +145,7 @@ def topk_loss(
         raise
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """The numbers of a call, in the order of the ops' schemas (csrc/torch/topk.cpp)."""
 
     temperature: float
@@ -280,7 +289,7 @@ def _run(
     else:
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
     checks.ignored_label(ignore_index)
-    settings = _Settings(
+    settings = Settings(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
         hard,
         soft,
@@ -311,7 +320,7 @@ def compute(
     tail: str,
 ) -> Tensor:
     """The loss of checked rows, ``(rows, C)``; the objective's normalizer is a tensor or None."""
-    settings = _Settings(
+    settings = Settings(
         objective.temperature,  # type: ignore[arg-type]
         objective.hard_weight,  # type: ignore[arg-type]
         objective.soft_weight,  # type: ignore[arg-type]
@@ -333,7 +342,7 @@ def _apply(
     log_probs: Tensor,
     labels: Tensor | None,
     denominator: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
 ) -> Tensor:
     """Runs the op on checked arguments."""
     arguments = (student, indices, log_probs, labels, denominator)
@@ -372,6 +381,22 @@ def _(grad: Tensor, *_: Any) -> None:
     return None
 
 
+def differentiable_gradient(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    denominator: Tensor | None,
+    settings: Settings,
+    grad_output: Tensor,
+) -> Tensor:
+    """The gradient by operations that can be differentiated in turn."""
+    with torch.enable_grad():
+        out = _reference(student, indices, log_probs, labels, denominator, settings)
+        (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+    return grad
+
+
 class _TopkLoss(torch.autograd.Function):
     """The op, whose forward pass has written the gradient already unless the reduction is
     "none"."""
@@ -384,7 +409,7 @@ class _TopkLoss(torch.autograd.Function):
         log_probs: Tensor,
         labels: Tensor | None,
         denominator: Tensor | None,
-        settings: _Settings,
+        settings: Settings,
     ) -> Any:
         arguments = (student, indices, log_probs, labels, denominator)
         # The gradient is not saved like the others: backward scales it in place and gives it away.
@@ -404,9 +429,7 @@ class _TopkLoss(torch.autograd.Function):
         others = (indices, log_probs, labels, denominator)
         settings = ctx.settings
         if derivatives.wants_formula(grad_output):
-            with torch.enable_grad():
-                out = _reference(student, *others, settings)
-                (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+            grad = differentiable_gradient(student, *others, settings, grad_output)
             return grad, None, None, None, None, None
         filled = shapes.REDUCTIONS[settings.reduction] != "none"
         compiling = torch.compiler.is_compiling()
@@ -470,7 +493,7 @@ def _reference(
     log_probs: Tensor,
     labels: Tensor | None,
     denominator: Tensor | None,
-    settings: _Settings,
+    settings: Settings,
 ) -> Tensor:
     """The same result by differentiable PyTorch operations."""
     student = student_logits.to(log_probs.dtype)

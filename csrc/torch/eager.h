@@ -1,0 +1,233 @@
+// What the two ways in for plain eager calls share (eager.cpp, eager_topk.cpp): the node of a loss
+// whose forward pass has written the gradient, and what makes a call plain.
+#pragma once
+#include <ATen/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "gradients.h"
+
+namespace fastkd {
+
+namespace py = pybind11;
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// fastkd.topk_loss (eager_topk.cpp); None where the call is not plain.
+py::object topk_loss(const py::handle& student, const py::handle& indices,
+                     const py::handle& log_probs, const py::handle& labels, bool cuda,
+                     const py::args& options);
+
+namespace {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// The backward pass of a call whose forward pass has written the gradient.
+struct GradientNode : torch::autograd::Node {
+  SavedVariable student;
+  Tensor grad;               // given away by the first call
+  double grad_output = 1.0;  // that `grad` was written for
+  bool with_terms = false;   // of the loss's numbers only the first has a gradient
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    student.reset_data();
+    grad.reset();
+    release();
+  }
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    Tensor factor = std::move(grad_outputs[0]);
+    if (!factor.defined()) return {Tensor()};
+    // create_graph=True, is_grads_batched=True
+    if (at::GradMode::is_enabled() || is_batch(factor)) return {differentiable(factor)};
+    // Tensors whose memory does not hold their number.
+    if (factor.is_neg() || factor._is_zerotensor()) factor = at::zeros_like(factor).add_(factor);
+    if (with_terms) factor = factor.select(0, 0);
+    // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
+    // which may not scale it again, starts anew.
+    Tensor result;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);  // threads may share the graph
+      result = std::move(grad);
+      grad.reset();
+    }
+    if (factor.is_cpu()) {
+      const double wanted = number(factor);
+      if (result.defined()) met(wanted, result);
+      // What the op would find out too, without the cost of calling it.
+      if (result.defined() && wanted == grad_output) return {result};
+    }
+    const Tensor logits = student.unpack();
+    const bool filled = result.defined() && grad_output == 1.0;
+    if (!result.defined()) {
+      result = logits.is_cpu() ? empty_gradient(logits)
+                               : at::empty_like(logits, at::MemoryFormat::Contiguous);
+    }
+    fill(result, factor, logits, filled);
+    return {result};
+  }
+
+ protected:
+  static std::optional<Tensor> optional(const Tensor& tensor) {
+    return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+  }
+  static py::object object(const Tensor& tensor) {
+    return tensor.defined() ? py::cast(tensor) : py::none();
+  }
+
+ private:
+  // Lets go of what else is saved.
+  virtual void release() = 0;
+  // Fills `result` with `factor` times the gradient; `filled`: it holds the gradient already.
+  virtual void fill(const Tensor& result, const Tensor& factor, const Tensor& logits,
+                    bool filled) = 0;
+  // The gradient by differentiable operations.
+  virtual Tensor differentiable(const Tensor& factor) = 0;
+  // Told of the grad_output that a backward pass on a CPU met.
+  virtual void met(double, const Tensor&) {}
+
+  static bool is_batch(const Tensor& factor) {
+    return c10::impl::tls_is_dispatch_key_included(
+               c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+           factor.key_set().has(c10::DispatchKey::Batched);
+  }
+
+  static double number(const Tensor& scalar) {
+    return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
+                                               : *scalar.const_data_ptr<float>();
+  }
+};
+
+// A node is held by shared_ptr up to torch 2.13, and by intrusive_ptr from 2.14 on.
+template <class N>
+auto make_node(const Tensor& student) {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  const auto with_edges = [&](N* node) {
+    node->set_next_edges(torch::autograd::collect_next_edges(student));
+    node->student = SavedVariable(student, false);
+    return node;
+  };
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    auto node = std::make_shared<N>();
+    return std::pair<Pointer, N*>{node, with_edges(node.get())};
+  } else {
+    auto node = c10::make_intrusive<N>();
+    auto* raw = with_edges(node.get());
+    return std::pair<Pointer, N*>{Pointer(std::move(node)), raw};
+  }
+}
+
+inline bool is_plain(const py::handle& value) { return THPVariable_CheckExact(value.ptr()); }
+
+inline bool has_kernels(const Tensor& tensor, bool cuda) {
+  return tensor.is_cpu() || (cuda && tensor.is_cuda());
+}
+
+// A float or int in [low, high], or nothing.
+inline std::optional<double> number(const py::handle& value, double low, double high) {
+  double result;
+  if (PyFloat_CheckExact(value.ptr())) {
+    result = PyFloat_AS_DOUBLE(value.ptr());
+  } else if (PyLong_CheckExact(value.ptr())) {
+    result = PyLong_AsDouble(value.ptr());
+    if (PyErr_Occurred()) PyErr_Clear();
+  } else {
+    return std::nullopt;
+  }
+  return result >= low && result <= high ? std::optional<double>(result) : std::nullopt;
+}
+
+// An int of 64 bits, or nothing.
+inline std::optional<int64_t> integer(const py::handle& value) {
+  int overflow = 0;
+  if (!PyLong_CheckExact(value.ptr())) return std::nullopt;
+  const long long result = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  return overflow == 0 ? std::optional<int64_t>(result) : std::nullopt;
+}
+
+inline bool is(const py::handle& value, std::string_view text) {
+  Py_ssize_t size = 0;
+  const char* data =
+      PyUnicode_CheckExact(value.ptr()) ? PyUnicode_AsUTF8AndSize(value.ptr(), &size) : nullptr;
+  return data && std::string_view(data, static_cast<size_t>(size)) == text;
+}
+
+// Function transforms, dispatch modes and forward-mode differentiation take the Python path.
+inline bool is_observed(const Tensor& student, const Tensor& teacher) {
+  return c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined() ||
+         teacher._fw_grad(0).defined();
+}
+
+inline bool same_rows(const Tensor& labels, const Tensor& student) {
+  return labels.sizes() == student.sizes().slice(0, student.dim() - 1);
+}
+
+constexpr double kLeast = std::numeric_limits<double>::min();
+constexpr double kMost = std::numeric_limits<double>::max();
+
+// (hard_weight, soft_weight) from the two ways to give them, as checks.weights() has them.
+inline std::optional<std::pair<double, double>> read_weights(const py::handle& alpha,
+                                                             const py::handle& hard,
+                                                             const py::handle& soft,
+                                                             bool has_labels) {
+  if (hard.is_none() && soft.is_none()) {
+    if (!has_labels) return alpha.is_none() ? std::optional(std::pair(0.0, 1.0)) : std::nullopt;
+    const auto share = alpha.is_none() ? std::optional<double>(0.5) : number(alpha, 0, 1);
+    return share ? std::optional(std::pair(*share, 1.0 - *share)) : std::nullopt;
+  }
+  const auto own_hard = hard.is_none() ? std::optional<double>(1.0) : number(hard, 0, kMost);
+  const auto own_soft = soft.is_none() ? std::optional<double>(1.0) : number(soft, 0, kMost);
+  if (!alpha.is_none() || (!has_labels && !hard.is_none()) || !own_hard || !own_soft) {
+    return std::nullopt;
+  }
+  return std::pair(*own_hard, *own_soft);
+}
+
+inline bool is_logits(const Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  return tensor.layout() == at::kStrided &&
+         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble);
+}
+
+// Logits that the kernels take as they lie.
+inline bool are_rows(const Tensor& student, bool cuda) {
+  return is_logits(student) && has_kernels(student, cuda) && student.dim() > 0 &&
+         student.size(-1) > 0 && (student.stride(-1) == 1 || student.size(-1) == 1);
+}
+
+inline bool are_labels(const std::optional<Tensor>& labels, const Tensor& student) {
+  return !labels || (labels->scalar_type() == at::kLong && same_rows(*labels, student) &&
+                     labels->device() == student.device());
+}
+
+// What mean divides by, 0 where that is the rows that count; or nothing.
+inline std::optional<double> read_normalizer(const py::handle& value) {
+  return value.is_none() ? std::optional<double>(0.0) : number(value, kLeast, kMost);
+}
+
+}  // namespace
+}  // namespace fastkd
