@@ -145,7 +145,7 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     smoothing = 0.0 if labels is None else case.smoothing
-    settings = sparse._Settings(
+    settings = sparse.Settings(
         case.temperature, hard, soft, smoothing, -100, sparse.TAILS.index(case.tail),
         ("none", "sum", "mean").index(reduction), case.normalizer or 0.0,
     )  # fmt: skip
