@@ -42,8 +42,8 @@ enum Stat : int {
 // kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
 // Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
 // other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
-// is the divergence. Of kForwardKL and kSoftCrossEntropy on a CPU kSlopeSum is the forward KL where
-// it is plain (cpu/row.h), else 0.
+// is the divergence. On a CPU the forward KL of a row where it is plain (cpu/row.h), else 0, is the
+// kSlopeSum of kForwardKL and kSoftCrossEntropy, and the kClassCount of kJensenShannon.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
@@ -179,8 +179,8 @@ struct Kernels {
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                 const Sums& of_balance, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
-  // Test hook: out[i] = 2^in[i], by the exponential that the kernels use where they have a register
-  // of numbers, or where they have one.
+  // Test hook: out[i] = 2^in[i]. The kernels have two exponentials: one of registers, and one that
+  // compilers vectorise.
   void (*exp2)(const float* in, float* out, int64_t count, bool by_registers);
   // Whole rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) zeros, left as
   // zeros. Returns the first row whose list is none: a class out of range or twice, or numbers that

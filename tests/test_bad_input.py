@@ -96,6 +96,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index a bool": ({"ignore_index": True}, TypeError, "ignore_index must be an int; got bool"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
+    "reduction is no text": ({"reduction": "\ud800"}, ValueError, "reduction must be one of"),
     "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, f"ignore_index must be an int of 64 bits; got {2**70}"),
     "ignore_index beyond 64 bits, not fused": ({"ignore_index": -(2**63) - 1, "standardize": True}, ValueError, "ignore_index must be an int of 64 bits"),
     "alpha NumPy's, above 1": ({"alpha": np.float32(2)}, ValueError, "alpha must be in [0, 1]; got 2.0"),

@@ -5,7 +5,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from support import FP64, make
+from support import FP64, make, name_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -298,6 +298,58 @@ def test_a_class_that_one_masks(device, name):
         torch.testing.assert_close(got, expected)
         got.sum().backward()
         assert leaf.grad.isfinite().all()
+
+
+def far_below(where, offset, classes=3000):
+    def change(student, teacher):
+        student[:, where] += offset
+        teacher[:, where] += offset
+
+    return classes, change
+
+
+def masked_in_fp32(student, teacher):
+    student[:, 5], teacher[:, 5] = torch.finfo(torch.float32).min, -200.0
+
+
+def one_class_with_a_great_gap(student, teacher):
+    student[:] = teacher + 1e-4 * student
+    teacher[:, 5], student[:, 5] = teacher.amax(-1) - 5, -1e4
+
+
+JSD_ROWS = {
+    "padded": far_below(slice(32768, None), -INF, 33024),
+    "padded by numbers": far_below(slice(32768, None), -1e4, 33024),
+    "a block out of reach": far_below(slice(0, 1024), -100.0),
+    "a block further out of reach": far_below(slice(1024, 2048), -500.0),
+    "masked in fp32": (3000, masked_in_fp32),
+    "one class with a great gap": (3000, one_class_with_a_great_gap),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", JSD_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dtype):
+    classes, change = JSD_ROWS[name]
+    torch.manual_seed(0)
+    teacher, student = 2 * torch.randn(3, classes), 2 * torch.randn(3, classes)
+    change(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+
+    def run(dtype: torch.dtype, reduction: str) -> tuple[Tensor, Tensor]:
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        options = {"divergence": "jsd", "temperature": temperature, "reduction": reduction}
+        value = fastkd.loss(leaf, teacher.to(dtype), **options)
+        value.sum().backward()
+        return value.detach(), leaf.grad
+
+    exact, exact_grad = run(torch.float64, "none")
+    value, grad = run(dtype, "none")
+    torch.testing.assert_close(value.double(), exact, rtol=2e-5, atol=0)
+    error = (grad.double() - exact_grad).norm() / exact_grad.norm()
+    assert error < (3e-6 if dtype == torch.float32 else 3e-3)
+    assert torch.equal(run(dtype, "sum")[1], grad)
 
 
 def test_forward_gradient_where_the_student_alone_masks(device):

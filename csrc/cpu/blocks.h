@@ -45,6 +45,9 @@ struct Coefficients : Gaps<T> {
   bool plain;                          // the row is (row.h)
 
   bool apart() const { return this->way != Way::kAnew; }
+  // Whether what was kept of the block can be compared over q's scale: not so where the block lies
+  // so far below the row's maximum that next to nothing is left of it.
+  bool plain_here() const { return plain && student_scale > T(1e-15); }
 };
 
 // One class, from its logits and, with Way::kKept, its exponentials.
@@ -122,7 +125,7 @@ __attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coe
 
 // JensenShannon where mix is 1/2, in fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh
 // h), and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
-// exponent. Their element has h for d.
+// exponent. Its element has h for d, and the rest of what is made of d is not used.
 template <class T>
 FASTKD_HOST_DEVICE T even_ratio(T p, T q) {
   // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
@@ -168,15 +171,6 @@ constexpr bool kIsEven = std::is_same<D, EvenJensenShannon>::value;
 // 128 operations, which are three vectors' otherwise.
 template <class D, Way kWay>
 constexpr bool kDividesFirst = kWay == Way::kKept && kIsEven<D>;
-template <class D, class T>
-FASTKD_HOST_DEVICE Evaluated<T> evaluate(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-  if constexpr (kIsEven<D>) {
-    return D::at(e, k, ratio);
-  } else {
-    return D::at(e, k);
-  }
-}
-
 // For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
 // perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
 template <class D, Way kWay, class T, class S, class L>
@@ -212,8 +206,12 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
       }
       const Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
-      const T ratio = kDivided ? ratios[i] : even_ratio(e.p, e.q);
-      const Evaluated<T> here = evaluate<D>(e, k, ratio);
+      Evaluated<T> here;
+      if constexpr (kIsEven<D>) {
+        here = D::at(e, k, kDivided ? ratios[i] : even_ratio(e.p, e.q));
+      } else {
+        here = D::at(e, k);
+      }
       const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
       const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);

@@ -54,8 +54,6 @@ struct Engine {
     return c;
   }
 
-  static constexpr bool kGaps = sizeof(T) == sizeof(float);
-
   // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
   // a segment.
   bool keeps() const { return Kept<T>::kClasses > 0 && in.divergence != Divergence::kCosine; }
@@ -80,6 +78,22 @@ struct Engine {
       prefetch<Into::kL2>(static_cast<const char*>(teacher.at(at)), ahead);
       if (grad != nullptr) prefetch<Into::kL2>(static_cast<const char*>(grad_at(index, at)), ahead);
     }
+  }
+
+  // The teacher's sums, with those that show whether the row is plain.
+  template <bool kKeep>
+  ExponentialSums sum_gaps(const Vectors<const S>& z, const Vectors<const S>& w, int64_t count,
+                           const Exponential<T, S>& teachers, T student_max, T* kept,
+                           Into next) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const auto sum = [&](auto gaps) {
+        return sum_exponentials<Hard::kNone, kKeep, decltype(gaps)::value>(
+            w, count, teachers, teachers, kept, next, z, student_max);
+      };
+      if (is_even_jsd(in)) return sum(constant<GapSum::kBounded>);
+      return sum(constant<GapSum::kWhole>);
+    }
+    return {};
   }
 
   // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. With
@@ -122,13 +136,12 @@ struct Engine {
         result.teacher_max = teacher_top;
       }
       const Into next = next_of(at, in.classes);
-      const ExponentialSums sums =
-          sum_exponentials<kHard, kKeep, false>(z, count, tempered, own, student_kept, next);
+      const ExponentialSums sums = sum_exponentials<kHard, kKeep, GapSum::kNone>(
+          z, count, tempered, own, student_kept, next);
       const ExponentialSums teacher_sums =
-          gaps ? sum_exponentials<Hard::kNone, kKeep, kGaps>(w, count, teachers, own, teacher_kept,
-                                                             next, z, tempered.max)
-               : sum_exponentials<Hard::kNone, kKeep, false>(w, count, teachers, own, teacher_kept,
-                                                             next);
+          gaps ? sum_gaps<kKeep>(z, w, count, teachers, tempered.max, teacher_kept, next)
+               : sum_exponentials<Hard::kNone, kKeep, GapSum::kNone>(w, count, teachers, own,
+                                                                     teacher_kept, next);
       if constexpr (kKeep) {
         student_kept += count, teacher_kept += count;
         *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
@@ -271,7 +284,7 @@ struct Engine {
   SlopeSums slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
                    const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
     if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
-      if (c.plain && left.any()) {
+      if (c.plain_here() && left.any()) {
         return sum_plain_jsd(c, z, w, left.student, left.teacher, slope, count);
       }
     }
@@ -303,7 +316,7 @@ struct Engine {
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
       if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
-        if (c.plain && left.any()) return write_plain_jsd<kHard>(c, z, q, slope, g, count);
+        if (c.plain_here() && left.any()) return write_plain_jsd<kHard>(c, z, q, slope, g, count);
       }
       any ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);

@@ -76,7 +76,7 @@ class Mixer {
         max = top;
       }
       const Exponential<T> exponential(factor, max, 1.0);
-      const ExponentialSums sums = sum_exponentials<Hard::kNone, false, false>(
+      const ExponentialSums sums = sum_exponentials<Hard::kNone, false, GapSum::kNone>(
           vectors, padded, exponential, exponential, static_cast<T*>(nullptr), Into::kL1);
       sum += sums.tempered;
     }

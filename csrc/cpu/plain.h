@@ -37,8 +37,8 @@ __attribute__((noinline)) void write_difference(const Coefficients<T, S>& coeffi
   });
 }
 
-// Value and slopes of the JSD, over q's scale, of which `c.student_scale` makes q of what was kept.
-// The next vectors' divisions are under way while these are evaluated.
+// Value and slopes of the JSD, over q's scale, which makes q of what was kept (c.plain_here()). The
+// next vectors' divisions are under way while these are evaluated.
 template <class S>
 __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& c,
                                                   const Vectors<const S>& student,
@@ -49,7 +49,8 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
   constexpr int64_t kMost = kRegisters<kLanes, float>;
   const Register<float> p_scale = all(c.teacher_scale / c.student_scale);
   const Register<float> inverse_temperature = all(0.5f * c.inverse_temperature);
-  const Register<float> log_ratio = all(0.5f * c.log_ratio), bound = all(c.bound);
+  const Register<float> log_ratio = all(0.5f * c.log_ratio);
+  const Register<float> least_half = all(c.bound), most_half = all(-c.bound);
   Register<float> values = {}, sums = {}, value_run = {}, slope_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
     values += value_run, sums += slope_run;
@@ -57,7 +58,7 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
   };
   struct {
     Register<float> lesser[kMost], sum[kMost], ratio[kMost];
-  } ahead;
+  } ahead = {};
   const auto divide = [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
     Register<float> q[kMany], p[kMany];
@@ -87,9 +88,9 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
     load<kWidth>(student_kept + at, 0.0f, q);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
-      // Bounded, where p is 0; and where q is 0, too, it is of no consequence.
-      const Register<float> half =
-          greater_of((w[i] - z[i]) * inverse_temperature - log_ratio, bound);
+      // Infinite, or NaN, where p or q is 0.
+      Register<float> half = (w[i] - z[i]) * inverse_temperature - log_ratio;
+      half = lesser_of(greater_of(half, least_half), most_half);
       const Register<float> log = even_log(here.ratio[i]);
       value_run += here.sum[i] * log - here.lesser[i] * magnitude_of(half);
       q[i] *= lesser_of(log - half, log);

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -49,10 +50,8 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 // In front of loops over registers: left as loops, GCC would make copies of memory of some of them.
 #if defined(__clang__)
 #define FASTKD_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
-#define FASTKD_UNROLL _Pragma("GCC unroll 16")
 #else
-#define FASTKD_UNROLL
+#define FASTKD_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 template <class T>
@@ -170,7 +169,10 @@ struct Exponentials<float, S> {
   RegisterBits<float> table;
 
   explicit Exponentials(const Exponential<float, S>& one)
-      : factor(all(one.factor * kParts)), max(all(one.max)), least(all(one.least)) {
+      // No temperature is so small that the product should be infinite.
+      : factor(all(bounded_above(one.factor * kParts, std::numeric_limits<float>::max()))),
+        max(all(one.max)),
+        least(all(one.least)) {
     std::memcpy(&table, kTable.entry, sizeof(table));
   }
 

@@ -9,13 +9,14 @@ namespace {
 // of its own.
 enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
 
+// `argument` is what `own` takes: of numbers the logit, of registers what it is less the maximum.
 template <Hard kHard, class T, class Own>
-FASTKD_HOST_DEVICE T hard_exponential(T tempered, T logit, const Own& own) {
+FASTKD_HOST_DEVICE T hard_exponential(T tempered, T argument, const Own& own) {
   if constexpr (kHard == Hard::kPower1) return tempered;
   if constexpr (kHard == Hard::kPower2) return tempered * tempered;
   if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
   if constexpr (kHard == Hard::kPower4) return (tempered * tempered) * (tempered * tempered);
-  if constexpr (kHard == Hard::kOwn) return own(logit);
+  if constexpr (kHard == Hard::kOwn) return own(argument);
   return T{};
 }
 
@@ -57,8 +58,13 @@ inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
   return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
-// Of one operand, relative to its maximum. `gaps` is of the tempered exponentials, each times how
-// much further below its maximum the other operand's logit lies.
+// Of the tempered exponentials, each times its gap, which is how much further below its maximum the
+// other operand's logit lies. Bounded, one class with a gap of thousands does not hide that all
+// others have next to none.
+enum class GapSum { kNone, kWhole, kBounded };
+constexpr double kMostGap = 8;  // in nats
+
+// Of one operand, relative to its maximum.
 struct ExponentialSums {
   double tempered, hard, gaps;
 };
@@ -83,15 +89,16 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// With kKeep the tempered exponentials are left in `kept`; without kGaps `other` is not read. Not
+// With kKeep the tempered exponentials are left in `kept`; without gaps `other` is not read. Not
 // inlined: a row of few blocks has no time for what that saves.
-template <Hard kHard, bool kKeep, bool kGaps, class T, class S>
+template <Hard kHard, bool kKeep, GapSum kGaps, class T, class S>
 __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count,
                  const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
                  Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponentials<T, S> tempered(tempered_one), own(own_one);
   const Register<T> other_top = all(other_max);
+  const Register<T> most_gap = all(static_cast<T>(kMostGap * kLog2E) / tempered_one.factor);
   Register<T> sums = {}, hard_sums = {}, gaps = {};
   Register<T> run = {}, hard_run = {}, gap_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
@@ -105,15 +112,16 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count,
                       : prefetch_next<Into::kL2, kWidth>(logits.at(at));
     Register<T> x[kMany], y[kMany], e[kMany];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
-    if constexpr (kGaps) load<kWidth>(others.at(at), -kInfinity<T>, y);
+    if constexpr (kGaps != GapSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       const Register<T> offset = x[i] - tempered.max;
       e[i] = tempered(offset);
       run += e[i];
-      if constexpr (kGaps) {
-        // Where the exponential is not 0 the bound is none.
-        const Register<T> gap = offset - (y[i] - other_top);
+      if constexpr (kGaps != GapSum::kNone) {
+        Register<T> gap = offset - (y[i] - other_top);
+        if constexpr (kGaps == GapSum::kBounded) gap = lesser_of(gap, most_gap);
+        // Where the exponential is not 0 this bound is none.
         gap_run += e[i] * greater_of(gap, tempered.least);
       }
       if constexpr (kHard != Hard::kNone) hard_run += hard_exponential<kHard>(e[i], offset, own);
@@ -123,7 +131,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count,
   });
   end_run();
   return {precise_sum_of<T>(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of<T>(hard_sums),
-          kGaps ? precise_sum_of<T>(gaps) : 0.0};
+          kGaps != GapSum::kNone ? precise_sum_of<T>(gaps) : 0.0};
 }
 
 }  // namespace

@@ -154,7 +154,7 @@ struct TopkRow {
       }
       T* exponentials = nullptr;
       if constexpr (kKeeps) exponentials = &kept.exponentials[at], *block_max++ = mass.max;
-      const ExponentialSums sums = sum_exponentials<kHard, kKeeps, false>(
+      const ExponentialSums sums = sum_exponentials<kHard, kKeeps, GapSum::kNone>(
           block, count, tempered, own, exponentials, next_of(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
@@ -231,7 +231,8 @@ struct TopkRow {
         if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) {
-          const Register<T> offset = z[i] - tempered.max;
+          Register<T> offset = {};
+          if constexpr (!kKeeps || kHard == Hard::kOwn) offset = z[i] - tempered.max;
           if constexpr (!kKeeps) e[i] = tempered(offset);
           Register<T> gradient = uniform + soft_gain * e[i];
           if constexpr (kHard != Hard::kNone) {

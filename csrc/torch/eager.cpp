@@ -3,7 +3,7 @@
 //
 // Optional. It uses torch's C++ autograd, which has no stable ABI, so it is built from source only,
 // carries the version of the torch that it was built with, and is left unused with any other
-// (python/fastkd/ops.py). It takes a call only when nothing about it needs a thought: plain
+// (python/fastkd/native.py). It takes a call only when nothing about it needs a thought: plain
 // tensors, the usual options, all valid. For anything else it returns None, and the Python path
 // (losses.py) checks, explains, or does it.
 #include "eager.h"
@@ -90,7 +90,7 @@ struct LossBackward : GradientNode {
   void fill(const Tensor& result, const Tensor& factor, const Tensor& logits,
             bool filled) override {
     static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
-    backward.call(result, factor, stats, logits, teacher.unpack(), optional(labels.unpack()),
+    backward.call(result, factor, stats, logits, teacher.unpack(), if_defined(labels.unpack()),
                   std::nullopt, settings.temperature, settings.teacher_temperature,
                   settings.hard_weight, settings.soft_weight, settings.label_smoothing,
                   settings.ignore_index, settings.divergence, settings.mix, filled);
@@ -105,7 +105,7 @@ struct LossBackward : GradientNode {
         settings.mix, settings.reduction, settings.normalizer, settings.with_terms);
     return derivatives
         .attr("differentiable_gradient")(student.unpack(), teacher.unpack(),
-                                         object(labels.unpack()), py::none(), py::none(), numbers,
+                                         or_none(labels.unpack()), py::none(), py::none(), numbers,
                                          factor)
         .cast<Tensor>();
   }
@@ -122,7 +122,7 @@ Tensor differentiable_loss(const Tensor& student, const Tensor& teacher,
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (student.is_cpu()) {
-      node->grad = empty_gradient(student);
+      node->grad = gradients::empty_gradient(student);
       if (is_16_bit(student)) node->grad_output = last_grad_output;
       std::tie(out, node->stats) =
           call_loss_into(node->grad, node->grad_output, student, teacher, labels, settings);
@@ -203,7 +203,7 @@ py::object gradient(const py::handle& student_object) {
   const Tensor& student = THPVariable_Unpack(student_object.ptr());
   const bool usual = student.is_cpu() && student.layout() == at::kStrided &&
                      !c10::impl::TorchDispatchModeTLS::any_modes_set();
-  return usual ? py::cast(empty_gradient(student)) : py::none();
+  return usual ? py::cast(gradients::empty_gradient(student)) : py::none();
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ struct GradientNode : torch::autograd::Node {
     const Tensor logits = student.unpack();
     const bool filled = result.defined() && grad_output == 1.0;
     if (!result.defined()) {
-      result = logits.is_cpu() ? empty_gradient(logits)
+      result = logits.is_cpu() ? gradients::empty_gradient(logits)
                                : at::empty_like(logits, at::MemoryFormat::Contiguous);
     }
     fill(result, factor, logits, filled);
@@ -90,10 +90,10 @@ struct GradientNode : torch::autograd::Node {
   }
 
  protected:
-  static std::optional<Tensor> optional(const Tensor& tensor) {
+  static std::optional<Tensor> if_defined(const Tensor& tensor) {
     return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
   }
-  static py::object object(const Tensor& tensor) {
+  static py::object or_none(const Tensor& tensor) {
     return tensor.defined() ? py::cast(tensor) : py::none();
   }
 
@@ -171,6 +171,7 @@ inline bool is(const py::handle& value, std::string_view text) {
   Py_ssize_t size = 0;
   const char* data =
       PyUnicode_CheckExact(value.ptr()) ? PyUnicode_AsUTF8AndSize(value.ptr(), &size) : nullptr;
+  if (data == nullptr) PyErr_Clear();  // text that is no text, as "\ud800"
   return data && std::string_view(data, static_cast<size_t>(size)) == text;
 }
 

@@ -62,7 +62,7 @@ struct TopkLossBackward : GradientNode {
     static const auto backward = op<BackwardOp>("fastkd::topk_loss_backward_");
     const TopkSettings& s = settings;
     backward.call(result, factor, logits, indices.unpack(), log_probs.unpack(),
-                  optional(labels.unpack()), std::nullopt, s.temperature, s.hard_weight,
+                  if_defined(labels.unpack()), std::nullopt, s.temperature, s.hard_weight,
                   s.soft_weight, s.label_smoothing, s.ignore_index, s.tail, s.reduction,
                   s.normalizer, filled);
   }
@@ -76,7 +76,7 @@ struct TopkLossBackward : GradientNode {
                                 s.ignore_index, s.tail, s.reduction, s.normalizer);
     return sparse
         .attr("differentiable_gradient")(student.unpack(), indices.unpack(), log_probs.unpack(),
-                                         object(labels.unpack()), py::none(), numbers, factor)
+                                         or_none(labels.unpack()), py::none(), numbers, factor)
         .cast<Tensor>();
   }
 };
@@ -92,7 +92,7 @@ Tensor differentiable_topk(const Tensor& student, const Lists& lists,
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (student.is_cpu()) {
-      node->grad = empty_gradient(student);
+      node->grad = gradients::empty_gradient(student);
       out = call_topk_into(node->grad, student, lists, settings);
     } else {
       std::tie(out, node->grad) = call_topk(student, lists, settings, true);
@@ -131,10 +131,13 @@ bool are_lists(const Lists& lists, const Tensor& student) {
          log_probs.scalar_type() == (in_double ? at::kDouble : at::kFloat) &&
          indices.layout() == at::kStrided && indices.sizes() == log_probs.sizes() &&
          indices.dim() == student.dim() && indices.size(-1) > 0 &&
-         same_rows(indices.select(-1, 0), student) && indices.device() == student.device() &&
-         log_probs.device() == student.device() && !log_probs.requires_grad();
+         indices.sizes().slice(0, indices.dim() - 1) ==
+             student.sizes().slice(0, student.dim() - 1) &&
+         indices.device() == student.device() && log_probs.device() == student.device() &&
+         !log_probs.requires_grad();
 }
 
+// What autograd cannot save.
 bool is_inference(const Lists& lists) {
   return lists.indices.is_inference() || lists.log_probs.is_inference() ||
          (lists.labels && lists.labels->is_inference());
@@ -153,18 +156,18 @@ py::object topk_loss(const py::handle& student_object, const py::handle& indices
   Lists lists{THPVariable_Unpack(indices_object.ptr()), THPVariable_Unpack(log_probs_object.ptr()),
               std::nullopt};
   if (has_labels) lists.labels = THPVariable_Unpack(labels_object.ptr());
-  const bool usual = are_rows(student, cuda) && are_lists(lists, student) &&
-                     are_labels(lists.labels, student) && !is_inference(lists) &&
-                     !is_observed(student, lists.log_probs);
+  const bool with_grad = at::GradMode::is_enabled() && student.requires_grad();
+  const bool usual = !is_observed(student, lists.log_probs) && are_rows(student, cuda) &&
+                     are_lists(lists, student) && are_labels(lists.labels, student) &&
+                     !(with_grad && is_inference(lists));
   if (!usual) return py::none();
   const auto settings = read_settings(options, has_labels);
   if (!settings) return py::none();
   Tensor out;
   {
     py::gil_scoped_release no_gil;
-    out = at::GradMode::is_enabled() && student.requires_grad()
-              ? differentiable_topk(student, lists, *settings)
-              : std::get<0>(call_topk(student, lists, *settings, false));
+    out = with_grad ? differentiable_topk(student, lists, *settings)
+                    : std::get<0>(call_topk(student, lists, *settings, false));
   }
   return py::cast(out);
 }

@@ -16,8 +16,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace fastkd {
-namespace {
+namespace fastkd::gradients {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 // What is smaller stays in malloc's own lists.
@@ -30,9 +29,9 @@ struct Block {
   size_t bytes;
 };
 
-std::atomic<Block*> spare_block{nullptr};
+inline std::atomic<Block*> spare_block{nullptr};  // of all that include this
 
-void keep(Block* block) {
+inline void keep(Block* block) {
   Block* const before = spare_block.exchange(block);
   if (before == nullptr) return;
   std::free(before->data);
@@ -41,13 +40,13 @@ void keep(Block* block) {
 
 // What a tensor calls that needs its memory no longer. torch's profiler is told as by torch's own
 // allocator: a gradient is memory in use, a spare block is not.
-void give_back(void* block) {
+inline void give_back(void* block) {
   c10::profiledCPUMemoryReporter().Delete(static_cast<Block*>(block)->data);
   keep(static_cast<Block*>(block));
 }
 
 // Whole huge pages of at least `bytes`, and not many more; null where there is no memory.
-Block* take(size_t bytes) {
+inline Block* take(size_t bytes) {
   const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   Block* const spare = spare_block.exchange(nullptr);
   if (spare != nullptr) {
@@ -63,7 +62,7 @@ Block* take(size_t bytes) {
 }
 
 // A new contiguous tensor of the shape and dtype of `student`.
-at::Tensor empty_gradient(const at::Tensor& student) {
+inline at::Tensor empty_gradient(const at::Tensor& student) {
   const size_t bytes = student.nbytes();
   Block* const block = bytes >= kLeastKept && bytes <= kMostKept ? take(bytes) : nullptr;
   if (block == nullptr)
@@ -78,5 +77,4 @@ at::Tensor empty_gradient(const at::Tensor& student) {
   return gradient;
 }
 
-}  // namespace
-}  // namespace fastkd
+}  // namespace fastkd::gradients

@@ -30,10 +30,10 @@ void use_isa(const std::string& name) {
   throw py::value_error("isa '" + name + "' is not available here; available: " + known);
 }
 
-py::array_t<float> exp2_of(
-    const py::array_t<float, py::array::c_style | py::array::forcecast>& in) {
+py::array_t<float> exp2_of(const py::array_t<float, py::array::c_style | py::array::forcecast>& in,
+                           bool by_registers) {
   py::array_t<float> out(in.size());
-  fastkd::cpu::kernels().exp2(in.data(), out.mutable_data(), in.size(), true);
+  fastkd::cpu::kernels().exp2(in.data(), out.mutable_data(), in.size(), by_registers);
   return out;
 }
 
@@ -79,7 +79,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(fastkd::cpu::kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
-  m.def("exp2", &exp2_of, py::arg("values"));
+  m.def("exp2", &exp2_of, py::arg("values"), py::arg("by_registers"));
   m.def("plan_cuda", &plan_cuda, py::arg("rows"), py::arg("classes"), py::arg("student_dtype"),
         py::arg("teacher_dtype"), py::arg("processors"), py::arg("shared_per_block"),
         py::arg("largest_cluster"), py::arg("ring") = false, py::arg("strided") = false);
