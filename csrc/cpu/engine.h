@@ -304,12 +304,12 @@ struct Engine {
     }
     return visit(in.divergence, in_its_way);
   }
+  // `q`: what was kept of the student, if anything was.
   template <class L>
   void balance(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
                const Vectors<const L>& z, const T* q, const T* slope, const Vectors<L>& g,
                int64_t count) const {
     const T q_scale = left.any() ? c.student_scale : T(1);
-    if (left.any()) q = left.student;
     const Hard hard =
         c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
     const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
@@ -417,7 +417,7 @@ struct Engine {
     const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
     SlopeSums sums = {};
     if (left.slopes) {
-      balance(row, c, left, z, q, left.teacher, g, count);
+      balance(row, c, left, z, left.student, left.teacher, g, count);
     } else {
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
       if (one_sweep()) {
@@ -426,7 +426,7 @@ struct Engine {
         sums.value = balance_reverse(row, c, left, z, w, g, count);
       } else {
         slopes(c, left, z, w, q, slope, count);
-        balance(row, c, left, z, q, slope, g, count);
+        balance(row, c, left, z, left.any() ? left.student : q, slope, g, count);
       }
     }
     put_result(g, result, place, in.student_dtype, count, past_caches());
