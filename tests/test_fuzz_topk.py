@@ -216,6 +216,17 @@ REGRESSIONS = [
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
     # Outside the kernel a row without any probability was 0 where its list was empty.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
+    # Outside the kernel a masked class whose probability underflows was 0 instead of inf.
+    Case(
+        leading=(),
+        classes=2,
+        k=2,
+        spread=1e4,
+        odd=((0, 0, 1, -math.inf),),
+        ignored=0.0,
+        temperature=1.0,
+        weights=(0.0, 0.3),
+    ),
 ]
 
 
