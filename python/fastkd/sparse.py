@@ -456,7 +456,7 @@ def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
 
 
 def _log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p (log_p - log_q), and 0 where p is; inf where q is 0 and p, though not 0, has underflowed."""
+    """p (log_p - log_q), 0 where p is; inf where q is 0, and p has underflowed but is not."""
     absent = p == 0
     ratio = p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))
     return ratio.masked_fill(absent & (log_p > -math.inf) & (log_q == -math.inf), math.inf)
