@@ -316,7 +316,9 @@ struct Engine {
     with_hard<T>(hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
       if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
-        if (c.plain_here() && left.any()) return write_plain_jsd<kHard>(c, z, q, slope, g, count);
+        if (c.plain_here() && left.any()) {
+          return write_plain_gradient<kHard, true>(c, z, q, slope, g, count);
+        }
       }
       any ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
           : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
@@ -400,7 +402,7 @@ struct Engine {
     if (row.gradient_hard == Hard::kOwn) z = fetch(student_of(in, index), at, count, student);
     with_hard<T>(row.gradient_hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
-      write_difference<kHard>(c, z, left.student, left.teacher, g, count);
+      write_plain_gradient<kHard, false>(c, z, left.student, left.teacher, g, count);
     });
     put_result(g, result, place, in.student_dtype, count, past_caches());
   }

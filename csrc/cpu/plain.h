@@ -6,13 +6,14 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Writes the forward KL's gradient, but for the label's share, as q - p from kept exponentials.
-// `student` is read by Hard::kOwn alone. Not inlined, for the same reason as write_gradient().
-template <Hard kHard, class T, class S, class L>
-__attribute__((noinline)) void write_difference(const Coefficients<T, S>& coefficients,
-                                                const Vectors<const L>& student,
-                                                const T* student_kept, const T* teacher_kept,
-                                                const Vectors<L>& grad, int64_t count) {
+// Writes the gradient of a block, but for the label's share: q - p where `other` is what was kept
+// of the teacher, or, with kSlopes, what balances these slopes over q's scale. `student` is read by
+// Hard::kOwn alone. Not inlined, for the same reason as write_gradient().
+template <Hard kHard, bool kSlopes, class T, class S, class L>
+__attribute__((noinline)) void write_plain_gradient(const Coefficients<T, S>& coefficients,
+                                                    const Vectors<const L>& student,
+                                                    const T* student_kept, const T* other,
+                                                    const Vectors<L>& grad, int64_t count) {
   const Coefficients<T, S> c = coefficients;
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
@@ -24,8 +25,9 @@ __attribute__((noinline)) void write_difference(const Coefficients<T, S>& coeffi
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const T tempered = student_kept[at + i];
-      T g = c.uniform + c.kept_student_gain * tempered;
-      g -= c.kept_teacher_gain * teacher_kept[at + i];
+      const T balanced = kSlopes ? other[at + i] - tempered * c.student_share : tempered;
+      T g = c.uniform + c.kept_student_gain * balanced;
+      if constexpr (!kSlopes) g -= c.kept_teacher_gain * other[at + i];
       if constexpr (kHard != Hard::kNone) {
         const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
         const T logit = kHard == Hard::kOwn ? z[i] : T(0);
@@ -102,35 +104,6 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
   end_run();
   const double scale = c.student_scale;
   return {scale * precise_sum_of<float>(values), scale * precise_sum_of<float>(sums), 0};
-}
-
-// Its gradient but for the label's share.
-template <Hard kHard, class S, class L>
-__attribute__((noinline)) void write_plain_jsd(const Coefficients<float, S>& coefficients,
-                                               const Vectors<const L>& student,
-                                               const float* student_kept, const float* slopes,
-                                               const Vectors<L>& grad, int64_t count) {
-  const Coefficients<float, S> c = coefficients;
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    float student_buffer[kWidth], grad_buffer[kWidth];
-    const float* z = nullptr;
-    if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(student.at(at), student_buffer);
-    float* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2, kWidth>(grad.at(at));
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const float tempered = student_kept[at + i];
-      float g = c.uniform + c.kept_student_gain * (slopes[at + i] - tempered * c.student_share);
-      if constexpr (kHard != Hard::kNone) {
-        const float hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
-        const float logit = kHard == Hard::kOwn ? z[i] : 0.0f;
-        g += hard_gain * hard_exponential<kHard>(tempered, logit, c.own);
-      }
-      grad_lanes[i] = g;
-    }
-    pack<kWidth>(grad_buffer, grad.at(at));
-  });
 }
 
 }  // namespace
