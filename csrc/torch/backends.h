@@ -26,10 +26,9 @@ struct TopkCall {
 };
 
 struct Cpu {
-  // `grad`: where to write the gradient times grad_output, or null. `with_stats`: a backward call
-  // will follow.
+  // `grad`: where to write the gradient, or null. `with_stats`: a backward call will follow.
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
-                               bool with_stats, const Tensor* grad, double grad_output = 1.0);
+                               bool with_stats, const Tensor* grad);
   // `filled`: grad holds the gradient for grad_output = 1 already.
   static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
                        const Tensor& grad, bool filled);

@@ -4,33 +4,26 @@
 
 #include <array>
 #include <cmath>
+#include <new>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "direct.h"
 
 namespace fastkd::glue {
+namespace {
+
+bool in_double(const Inputs& in) { return computes_in_double(in.student_dtype, in.teacher_dtype); }
+int64_t acc_bytes(const Inputs& in) { return in_double(in) ? 8 : 4; }
+ScalarType acc_type(const Inputs& in) {
+  return in_double(in) ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace
 
 double number(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double
              ? *static_cast<const double*>(tensor.const_data_ptr())
              : static_cast<double>(*static_cast<const float*>(tensor.const_data_ptr()));
-}
-
-// Asks for huge pages under a gradient that is about to be written: allocators hand large tensors
-// out as pages that the kernel clears at the first touch, 4 KB at a time, which costs more than the
-// gradient itself. Only whole huge pages inside, so that no neighbour is affected. Where the advice
-// is not taken nothing changes.
-void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (start + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (start + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 size_t gradient_bytes(const Inputs& inputs) {
@@ -46,10 +39,9 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   }
 }
 
-int64_t count_rows(const Call& call) {
-  const Inputs& in = call.inputs;
+int64_t count_rows(const Inputs& in) {
   static_assert(kTemperature == 0 && kTeacherTemperature == 1);
-  if (in.row_settings) check_temperatures(in.row_settings, in.rows, call.acc == ScalarType::Double);
+  if (in.row_settings) check_temperatures(in.row_settings, in.rows, in_double(in));
   if (!in.labels) return in.rows;
   int64_t count = 0;
   for (int64_t row = 0; row < in.rows; ++row) {
@@ -70,11 +62,43 @@ void multiply_(const Tensor& self, const Tensor& factor) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
 
-double divisor(const Reducing& reducing, int64_t count) {
-  if (reducing.reduction != Reduction::kMean) return 1.0;
+std::optional<double> given_divisor(const Reducing& reducing) {
   if (reducing.denominator) return number(*reducing.denominator);
-  if (reducing.normalizer > 0) return reducing.normalizer;
-  return static_cast<double>(count > 0 ? count : 1);
+  return reducing.normalizer > 0 ? std::optional<double>(reducing.normalizer) : std::nullopt;
+}
+
+double scale_of(Reduction reduction, std::optional<double> divisor, int64_t count) {
+  if (reduction != Reduction::kMean) return 1.0;
+  return 1.0 / divisor.value_or(static_cast<double>(count > 0 ? count : 1));
+}
+
+RowLosses::RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, void* out)
+    : inputs_(inputs),
+      acc_bytes_(acc_bytes(inputs)),
+      fields_(fields),
+      out_(reduction == Reduction::kNone ? nullptr : out),
+      data_(out) {
+  if (out_ == nullptr) return;
+  const int64_t numbers = fields * inputs.rows;
+  own_.reset(new (std::nothrow) char[static_cast<size_t>(numbers * acc_bytes_)]);
+  data_ = own_.get();
+  if (data_ != nullptr) return;
+  tensor_ = torch::stable::empty({numbers}, acc_type(inputs));
+  data_ = tensor_->mutable_data_ptr();
+}
+
+void RowLosses::add_up(double scale) const {
+  if (out_ == nullptr) return;
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    const T* values = static_cast<const T*>(data_);
+    for (int64_t field = 0; field < fields_; ++field) {
+      double sum = 0;  // in order
+      for (int64_t row = 0; row < inputs_.rows; ++row) sum += static_cast<double>(*values++);
+      static_cast<T*>(out_)[field] = static_cast<T>(sum * scale);
+    }
+  };
+  in_double(inputs_) ? of_type(0.0) : of_type(0.0f);
 }
 
 namespace {
@@ -87,18 +111,18 @@ constexpr int64_t kMixedClasses = 65536;
 // time.
 class Runner {
  public:
-  explicit Runner(const Call& call)
-      : mixture_(call.mixture),
-        classes_(call.inputs.classes),
-        row_bytes_(classes_ * acc_size(call)),
+  explicit Runner(const Inputs& in, const MixtureArgs* mixture = nullptr)
+      : mixture_(mixture),
+        classes_(in.classes),
+        row_bytes_(classes_ * acc_bytes(in)),
         step_(std::max<int64_t>(1, kMixedClasses / classes_)) {
     if (mixture_ == nullptr) return;
-    const int64_t rows = call.inputs.rows, grain = grain_rows(classes_);
+    const int64_t rows = in.rows, grain = grain_rows(classes_);
     threads_ = std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain);
     threads_ = std::max<int64_t>(1, threads_);
     if (step_ > kTile) step_ -= step_ % kTile;
     step_ = std::min(step_, (rows + threads_ - 1) / threads_);
-    room_ = torch::stable::empty({threads_, step_, classes_}, call.acc);
+    room_ = torch::stable::empty({threads_, step_, classes_}, acc_type(in));
   }
 
   // Calls run(args, begin, end) for whole rows [0, rows), on all threads.
@@ -193,39 +217,34 @@ void run_forward(const ForwardArgs& args, const Runner& runner) {
               });
 }
 
+// `args` but for loss, terms and scale.
+void compute(ForwardArgs args, std::optional<double> divisor, bool terms, void* out,
+             const Runner& runner) {
+  args.scale = scale_of(args.reduction, divisor, count_rows(args));
+  const RowLosses losses(args, args.reduction, terms ? 1 + kTerms : 1, out);
+  args.loss = losses.loss();
+  if (terms) args.terms = losses.terms();
+  run_forward(args, runner);
+  losses.add_up(args.scale);
+}
+
 }  // namespace
 
 ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool terms, bool with_stats,
-                           const Tensor* grad, double grad_output) {
+                           const Tensor* grad) {
   ForwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;
-  const int64_t rows = args.rows;
-  args.scale = 1.0 / divisor(reducing, count_rows(call));
-  args.grad_output = grad_output;
   args.reduction = reducing.reduction;
-  const bool per_row = reducing.reduction == Reduction::kNone;
-  ForwardResult result{empty_out(call, terms, per_row),
-                       with_stats ? empty_stats(call) : nothing(call)};
-  const RowLosses losses(call, result.out, per_row, terms ? 1 + kTerms : 1);
-  args.loss = losses.data();
-  if (terms) args.terms = static_cast<char*>(args.loss) + rows * acc_size(call);
+  const ForwardResult result{empty_out(call, terms, args.reduction == Reduction::kNone),
+                             with_stats ? empty_stats(call) : nothing(call)};
   if (with_stats) args.stats = result.stats.mutable_data_ptr();
   if (grad) {
     args.grad = grad->mutable_data_ptr();
     args.grad_stride = call.grad_stride;
-    const bool fresh = args.grad != args.student;
-    if (fresh) prefer_huge_pages(args.grad, gradient_bytes(args));
+    if (args.grad != args.student) prefer_huge_pages(args.grad, gradient_bytes(args));
   }
-  run_forward(args, Runner(call));
-  const auto finish = [&](auto zero) {
-    using T = decltype(zero);
-    if (per_row) return;
-    T* out = static_cast<T*>(result.out.mutable_data_ptr());
-    for (int field = 0; field < (terms ? 1 + kTerms : 1); ++field)
-      out[field] = static_cast<T>(
-          ordered_sum(static_cast<const T*>(args.loss) + field * rows, rows) * args.scale);
-  };
-  call.acc == ScalarType::Double ? finish(0.0) : finish(0.0f);
+  compute(args, given_divisor(reducing), terms, result.out.mutable_data_ptr(),
+          Runner(args, call.mixture));
   return result;
 }
 
@@ -240,7 +259,20 @@ void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_out
   }
   const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   if (!filled) prefer_huge_pages(args.grad, gradient_bytes(args));
-  Runner(call).on_all_threads(args, args.rows, cpu::kernels().backward);
+  Runner(args, call.mixture).on_all_threads(args, args.rows, cpu::kernels().backward);
 }
 
 }  // namespace fastkd::glue
+
+namespace fastkd {
+
+const CpuCalls& cpu_calls() {
+  static constexpr CpuCalls kCalls = {
+      [](ForwardArgs args, std::optional<double> divisor, bool terms, void* out) {
+        glue::compute(args, divisor, terms, out, glue::Runner(args));
+      },
+      &glue::run_topk};
+  return kCalls;
+}
+
+}  // namespace fastkd

@@ -2,11 +2,11 @@
 #pragma once
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "backends.h"
+#include "huge_pages.h"
 
 namespace fastkd::glue {
 
@@ -19,7 +19,6 @@ inline int64_t grain_rows(int64_t classes) {
 
 double number(const Tensor& tensor);
 
-void prefer_huge_pages(void* data, size_t bytes);
 size_t gradient_bytes(const Inputs& inputs);
 
 // An error if one of acc [2, rows] is no temperature.
@@ -27,34 +26,35 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 
 // Checks what only the data can tell, before anything is written; returns the number of rows that
 // count.
-int64_t count_rows(const Call& call);
+int64_t count_rows(const Inputs& inputs);
 
-// Where kernels leave `fields` numbers of each row: in `out` where it has them, or else in malloc's
-// memory, which costs a small call less than a tensor. Where there is none, a tensor's error is
-// what callers know.
+// What kMean divides by, where the call says it.
+std::optional<double> given_divisor(const Reducing& reducing);
+// 1 over what the sum of all rows is divided by.
+double scale_of(Reduction reduction, std::optional<double> divisor, int64_t count);
+
+// What kernels leave of each row: `fields` numbers, one field after the other. They leave them in
+// `out` itself, with kNone, or else in malloc's memory, which costs a small call less than a
+// tensor. Where there is none, a tensor's error is what callers know.
 class RowLosses {
  public:
-  RowLosses(const Call& call, const Tensor& out, bool per_row, int64_t fields) {
-    if (per_row) {
-      data_ = out.mutable_data_ptr();
-      return;
-    }
-    const int64_t bytes = fields * call.inputs.rows * acc_size(call);
-    own_.reset(new (std::nothrow) char[static_cast<size_t>(bytes)]);
-    data_ = own_.get();
-    if (data_ != nullptr) return;
-    tensor_ = empty_out(call, fields > 1, true);
-    data_ = tensor_->mutable_data_ptr();
-  }
-  void* data() const { return data_; }
+  RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, void* out);
+  void* loss() const { return data_; }
+  void* terms() const { return static_cast<char*>(data_) + inputs_.rows * acc_bytes_; }
+  // Writes the sums, times `scale`, to `out`.
+  void add_up(double scale) const;
 
  private:
+  const Inputs& inputs_;
+  int64_t acc_bytes_, fields_;
+  void* out_;
   std::unique_ptr<char[]> own_;
   std::optional<Tensor> tensor_;
   void* data_;
 };
 
-double divisor(const Reducing& reducing, int64_t count);
+// Rows of the sparse loss, `args` complete, on all threads (topk.cpp).
+void run_topk(TopkArgs args, Reduction reduction, std::optional<double> divisor, void* out);
 
 void multiply_(const Tensor& self, const Tensor& factor);
 
@@ -80,12 +80,5 @@ Mixture make_mixture(const Teachers& teachers, bool in_double);
 Call prepare_mixed(const Tensor& student, const Mixture& mixture,
                    const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
                    const Options& options, const Tensor* grad, bool inplace);
-
-template <class T>
-double ordered_sum(const T* values, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]);
-  return sum;
-}
 
 }  // namespace fastkd::glue

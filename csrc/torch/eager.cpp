@@ -31,10 +31,6 @@ using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                   const std::optional<Tensor>&, double, double,
                                                   double, double, double, int64_t, int64_t, double,
                                                   int64_t, double, bool, bool);
-using LossIntoOp = std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, const Tensor&,
-                                              const std::optional<Tensor>&, double, double, double,
-                                              double, double, int64_t, int64_t, double, int64_t,
-                                              double, bool);
 using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
                         double, double, double, int64_t, int64_t, double, bool);
@@ -48,17 +44,6 @@ std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor
                    settings.label_smoothing, settings.ignore_index, settings.divergence,
                    settings.mix, settings.reduction, settings.normalizer, settings.with_terms,
                    with_grad);
-}
-
-std::tuple<Tensor, Tensor> call_loss_into(const Tensor& grad, double grad_output,
-                                          const Tensor& student, const Tensor& teacher,
-                                          const std::optional<Tensor>& labels,
-                                          const Settings& settings) {
-  static const auto loss_into = op<LossIntoOp>("fastkd::loss_into");
-  return loss_into.call(grad, grad_output, student, teacher, labels, settings.temperature,
-                        settings.teacher_temperature, settings.hard_weight, settings.soft_weight,
-                        settings.label_smoothing, settings.ignore_index, settings.divergence,
-                        settings.mix, settings.reduction, settings.normalizer, settings.with_terms);
 }
 
 // 16-bit gradients cannot be scaled afterwards (Cpu::backward), and under a GradScaler, or where
@@ -111,24 +96,55 @@ struct LossBackward : GradientNode {
   }
 };
 
-Tensor differentiable_loss(const Tensor& student, const Tensor& teacher,
-                           const std::optional<Tensor>& labels, const Settings& settings) {
+// On a CPU, past the dispatcher. `node`: that of a differentiable call, whose `grad` is written.
+Tensor run(const Rows& rows, const Settings& settings, LossBackward* node) {
+  ForwardArgs args;
+  static_cast<Inputs&>(args) = rows.inputs;
+  args.temperature = settings.temperature;
+  args.teacher_temperature = settings.teacher_temperature;
+  args.hard_weight = settings.hard_weight;
+  args.soft_weight = settings.soft_weight;
+  args.label_smoothing = settings.label_smoothing;
+  args.ignore_index = settings.ignore_index;
+  args.divergence = static_cast<Divergence>(settings.divergence);
+  args.mix = settings.mix;
+  args.reduction = static_cast<Reduction>(settings.reduction);
+  const Tensor out =
+      settings.with_terms ? empty_on_cpu({1 + kTerms}, args) : empty_on_cpu({}, args);
+  if (node != nullptr) {
+    node->stats = empty_on_cpu({kStats * args.rows + 1}, args);
+    args.stats = node->stats.mutable_data_ptr();
+    args.grad = node->grad.mutable_data_ptr();
+    args.grad_stride = rows.grad_stride;
+    args.grad_output = node->grad_output;
+  }
+  calls().forward(args, divisor(settings.normalizer), settings.with_terms, out.mutable_data_ptr());
+  return out;
+}
+
+// Nothing where the logits must be copied for the kernels.
+std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
+                              const std::optional<Tensor>& labels, const Settings& settings) {
+  const bool with_grad = at::GradMode::is_enabled() && student.requires_grad();
+  const auto rows = student.is_cpu() ? rows_of(student, teacher, labels) : std::nullopt;
+  if (student.is_cpu() && !rows) return std::nullopt;
+  if (!with_grad) {
+    return rows ? run(*rows, settings, nullptr)
+                : std::get<0>(call_loss(student, teacher, labels, settings, false));
+  }
   auto [pointer, node] = make_node<LossBackward>(student);
   node->settings = settings;
   node->with_terms = settings.with_terms;
   node->teacher = SavedVariable(teacher, false);
   if (labels) node->labels = SavedVariable(*labels, false);
   Tensor out;
-  {
+  if (rows) {
+    node->grad = gradients::empty_gradient(student);
+    if (is_16_bit(student)) node->grad_output = last_grad_output;
+    out = run(*rows, settings, node);
+  } else {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (student.is_cpu()) {
-      node->grad = gradients::empty_gradient(student);
-      if (is_16_bit(student)) node->grad_output = last_grad_output;
-      std::tie(out, node->stats) =
-          call_loss_into(node->grad, node->grad_output, student, teacher, labels, settings);
-    } else {
-      std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
-    }
+    std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
   }
   torch::autograd::set_history(out, pointer);
   return out;
@@ -138,80 +154,144 @@ bool suits(Divergence divergence, const Tensor& student, const std::optional<Ten
   return divergence != Divergence::kDecoupled || (labels && student.size(-1) > 1);
 }
 
-// In the order in which losses.py gives them.
-std::optional<Settings> read_settings(const py::args& options, bool has_labels, bool with_terms) {
-  const py::object own_temperature = options[1], given_normalizer = options[8];
-  const py::object reduction = options[6], mix = options[10];
-  const auto ignore_index = integer(options[5]);
-  const auto temperature = number(options[0], kLeast, kMost);
+// What losses.py gives, in its order.
+enum Value : Py_ssize_t {
+  kWithTerms,
+  kCuda,
+  kDivergences,  // {name: (number, default of mix)} of those that have kernels
+  kStudent,
+  kTeacher,
+  kLabels,
+  kOwnTemperature,
+  kOwnTeacherTemperature,
+  kAlpha,
+  kOwnHardWeight,
+  kOwnSoftWeight,
+  kIgnoreIndex,
+  kReduction,
+  kLabelSmoothing,
+  kClassWeight,
+  kNormalizer,
+  kDivergence,
+  kMix,
+  kTeacherForm,
+  kTeacherWeights,
+  kEnsemble,
+  kStandardize,
+  kClasses,
+  kDim,
+  kInplace,
+  kTeacherGrad,
+  kValues
+};
+
+// Whether what is left at its default here is.
+bool is_usual(Values values) {
+  for (const Value one : {kClassWeight, kMix, kTeacherWeights, kClasses})
+    if (values[one] != Py_None) return false;
+  return values[kStandardize] == Py_False && values[kInplace] == Py_False &&
+         integer(values[kDim]) == -1 && is(values[kTeacherForm], "logits") &&
+         is(values[kEnsemble], "probs") &&
+         (is(values[kTeacherGrad], "error") || is(values[kTeacherGrad], "ignore"));
+}
+
+std::optional<Settings> read_settings(Values values, bool has_labels) {
+  PyObject* const name = values[kDivergence];
+  PyObject* const divergence =
+      PyUnicode_CheckExact(name) ? PyDict_GetItemWithError(values[kDivergences], name) : nullptr;
+  PyObject* const own_temperature = values[kOwnTeacherTemperature];
+  const auto ignore_index = integer(values[kIgnoreIndex]);
+  const auto temperature = number(values[kOwnTemperature], kLeast, kMost);
   const auto teacher_temperature =
-      own_temperature.is_none() ? temperature : number(own_temperature, kLeast, kMost);
-  const auto weights = read_weights(options[2], options[3], options[4], has_labels);
-  const auto smoothing = number(options[7], 0, 1);
-  const auto normalizer = read_normalizer(given_normalizer);
-  const bool mean = is(reduction, "mean"), sum = is(reduction, "sum");
-  if (!temperature || !teacher_temperature || !weights || !smoothing || !normalizer ||
-      !(mean || (sum && given_normalizer.is_none())) || !ignore_index) {
+      own_temperature == Py_None ? temperature : number(own_temperature, kLeast, kMost);
+  const auto weights =
+      read_weights(values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight], has_labels);
+  const auto smoothing = number(values[kLabelSmoothing], 0, has_labels ? 1 : 0);
+  const auto normalizer = read_normalizer(values[kNormalizer]);
+  const bool mean = is(values[kReduction], "mean"), sum = is(values[kReduction], "sum");
+  if (divergence == nullptr || !temperature || !teacher_temperature || !weights || !smoothing ||
+      !normalizer || !(mean || (sum && values[kNormalizer] == Py_None)) || !ignore_index) {
     return std::nullopt;
   }
+  PyObject* const mix = PyTuple_GET_ITEM(divergence, 1);
   return Settings{*temperature,
                   *teacher_temperature,
                   weights->first,
                   weights->second,
                   *smoothing,
                   *ignore_index,
-                  options[9].cast<int64_t>(),
-                  mix.is_none() ? 0.5 : mix.cast<double>(),
-                  mean ? 2 : 1,
+                  integer(PyTuple_GET_ITEM(divergence, 0)).value(),
+                  mix == Py_None ? 0.5 : PyFloat_AsDouble(mix),
+                  static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
                   *normalizer,
-                  with_terms};
+                  values[kWithTerms] == Py_True};
 }
 
-py::object loss(const py::handle& student_object, const py::handle& teacher_object,
-                const py::handle& labels_object, bool with_terms, bool cuda,
-                const py::args& options) {
-  const bool has_labels = !labels_object.is_none();
-  if (!is_plain(student_object) || !is_plain(teacher_object) ||
-      (has_labels && !is_plain(labels_object)))
-    return py::none();
-  const Tensor& student = THPVariable_Unpack(student_object.ptr());
-  const Tensor& teacher = THPVariable_Unpack(teacher_object.ptr());
-  std::optional<Tensor> labels;
-  if (has_labels) labels = THPVariable_Unpack(labels_object.ptr());
-  const bool usual = are_rows(student, cuda) && is_logits(teacher) &&
-                     student.device() == teacher.device() && student.sizes() == teacher.sizes() &&
-                     !teacher.requires_grad() && !is_observed(student, teacher) &&
-                     are_labels(labels, student);
-  if (!usual) return py::none();
-  const auto settings = read_settings(options, has_labels, with_terms);
-  if (!settings || !suits(static_cast<Divergence>(settings->divergence), student, labels)) {
-    return py::none();
+std::optional<Tensor> loss(Values values) {
+  const bool cuda = values[kCuda] == Py_True, has_labels = values[kLabels] != Py_None;
+  const Tensor* const student = plain_tensor(values[kStudent], cuda);
+  const Tensor* const teacher = plain_tensor(values[kTeacher], cuda);
+  const Tensor* const given = has_labels ? plain_tensor(values[kLabels], cuda) : nullptr;
+  if (student == nullptr || teacher == nullptr || (has_labels && given == nullptr))
+    return std::nullopt;
+  const std::optional<Tensor> labels = has_labels ? std::optional(*given) : std::nullopt;
+  const bool usual =
+      has_rows(*student) && is_logits(*teacher) && student->device() == teacher->device() &&
+      student->sizes() == teacher->sizes() && !teacher->requires_grad() &&
+      !is_observed(*student, *teacher) && are_labels(labels, *student) && is_usual(values);
+  if (!usual) return std::nullopt;
+  const auto settings = read_settings(values, has_labels);
+  if (!settings || !suits(static_cast<Divergence>(settings->divergence), *student, labels)) {
+    return std::nullopt;
   }
-  Tensor out;
-  {
-    py::gil_scoped_release no_gil;
-    out = at::GradMode::is_enabled() && student.requires_grad()
-              ? differentiable_loss(student, teacher, labels, *settings)
-              : std::get<0>(call_loss(student, teacher, labels, *settings, false));
+  py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fastkd::loss", std::vector<c10::IValue>({*student, *teacher}));
+  return compute(*student, *teacher, labels, *settings);
+}
+
+// As a function of Python's: None where it has nothing, and where it fails, for the Python path to
+// find out why.
+template <auto kFunction, Py_ssize_t kCount>
+PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  try {
+    const auto result = count == kCount ? kFunction(values) : std::nullopt;
+    if (result) return THPVariable_Wrap(*result);
+  } catch (...) {
   }
-  return py::cast(out);
+  PyErr_Clear();
+  Py_RETURN_NONE;
+}
+
+template <auto kFunction, Py_ssize_t kCount>
+void define(py::module_& m, const char* name) {
+  static PyMethodDef definition{
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<kFunction, kCount>)),
+      METH_FASTCALL, nullptr};
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
 }
 
 // Memory for a contiguous gradient, from gradients.h; None where that has none to give.
 py::object gradient(const py::handle& student_object) {
-  if (!is_plain(student_object)) return py::none();
-  const Tensor& student = THPVariable_Unpack(student_object.ptr());
-  const bool usual = student.is_cpu() && student.layout() == at::kStrided &&
-                     !c10::impl::TorchDispatchModeTLS::any_modes_set();
-  return usual ? py::cast(gradients::empty_gradient(student)) : py::none();
+  const Tensor* const student = plain_tensor(student_object.ptr(), false);
+  const bool usual = student != nullptr && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return usual ? py::cast(gradients::empty_gradient(*student)) : py::none();
 }
 
 }  // namespace
 
+const CpuCalls& calls() {
+  static const CpuCalls* const kCalls = [] {
+    const py::capsule capsule = py::module_::import("fastkd._C").attr("cpu_calls");
+    return static_cast<const CpuCalls*>(PyCapsule_GetPointer(capsule.ptr(), kCpuCallsCapsule));
+  }();
+  return *kCalls;
+}
+
 PYBIND11_MODULE(_eager, m) {
   m.attr("torch_version") = FASTKD_TORCH_VERSION;
-  m.def("loss", &loss);
-  m.def("topk_loss", &topk_loss);
+  calls();  // while Python is at hand
+  define<&loss, kValues>(m, "loss");
+  define<&topk_loss, kTopkValues>(m, "topk_loss");
   m.def("gradient", &gradient);
 }
 

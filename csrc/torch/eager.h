@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
@@ -21,8 +22,11 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
+#include "direct.h"
 #include "gradients.h"
+#include "walk.h"
 
 namespace fastkd {
 
@@ -31,10 +35,15 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// fastkd.topk_loss (eager_topk.cpp); None where the call is not plain.
-py::object topk_loss(const py::handle& student, const py::handle& indices,
-                     const py::handle& log_probs, const py::handle& labels, bool cuda,
-                     const py::args& options);
+// The arguments of a Python function, in its order.
+using Values = PyObject* const*;
+
+// fastkd.topk_loss (eager_topk.cpp); nothing where the call is not plain.
+std::optional<Tensor> topk_loss(Values values);
+constexpr Py_ssize_t kTopkValues = 14;
+
+// The functions of the other module (direct.h).
+const CpuCalls& calls();
 
 namespace {
 
@@ -139,19 +148,27 @@ auto make_node(const Tensor& student) {
   }
 }
 
-inline bool is_plain(const py::handle& value) { return THPVariable_CheckExact(value.ptr()); }
-
-inline bool has_kernels(const Tensor& tensor, bool cuda) {
-  return tensor.is_cpu() || (cuda && tensor.is_cuda());
+// A tensor whose numbers are what its memory holds, of a backend with kernels: no other key than
+// theirs, which wrappers and views of negatives have.
+inline const Tensor* plain_tensor(PyObject* value, bool cuda) {
+  constexpr c10::DispatchKeySet kUsual(
+      {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
+       c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
+       c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  if (!THPVariable_CheckExact(value)) return nullptr;
+  const Tensor& tensor = THPVariable_Unpack(value);
+  const bool plain = (tensor.key_set() | kUsual) == kUsual && tensor.layout() == at::kStrided &&
+                     (tensor.is_cpu() || (cuda && tensor.is_cuda()));
+  return plain ? &tensor : nullptr;
 }
 
 // A float or int in [low, high], or nothing.
-inline std::optional<double> number(const py::handle& value, double low, double high) {
+inline std::optional<double> number(PyObject* value, double low, double high) {
   double result;
-  if (PyFloat_CheckExact(value.ptr())) {
-    result = PyFloat_AS_DOUBLE(value.ptr());
-  } else if (PyLong_CheckExact(value.ptr())) {
-    result = PyLong_AsDouble(value.ptr());
+  if (PyFloat_CheckExact(value)) {
+    result = PyFloat_AS_DOUBLE(value);
+  } else if (PyLong_CheckExact(value)) {
+    result = PyLong_AsDouble(value);
     if (PyErr_Occurred()) PyErr_Clear();
   } else {
     return std::nullopt;
@@ -160,25 +177,24 @@ inline std::optional<double> number(const py::handle& value, double low, double 
 }
 
 // An int of 64 bits, or nothing.
-inline std::optional<int64_t> integer(const py::handle& value) {
+inline std::optional<int64_t> integer(PyObject* value) {
   int overflow = 0;
-  if (!PyLong_CheckExact(value.ptr())) return std::nullopt;
-  const long long result = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  if (!PyLong_CheckExact(value)) return std::nullopt;
+  const long long result = PyLong_AsLongLongAndOverflow(value, &overflow);
   return overflow == 0 ? std::optional<int64_t>(result) : std::nullopt;
 }
 
-inline bool is(const py::handle& value, std::string_view text) {
+inline bool is(PyObject* value, std::string_view text) {
   Py_ssize_t size = 0;
-  const char* data =
-      PyUnicode_CheckExact(value.ptr()) ? PyUnicode_AsUTF8AndSize(value.ptr(), &size) : nullptr;
+  const char* data = PyUnicode_CheckExact(value) ? PyUnicode_AsUTF8AndSize(value, &size) : nullptr;
   if (data == nullptr) PyErr_Clear();  // text that is no text, as "\ud800"
   return data && std::string_view(data, static_cast<size_t>(size)) == text;
 }
 
-// Function transforms, dispatch modes and forward-mode differentiation take the Python path.
+// Function transforms, tracers, dispatch modes and forward-mode differentiation take the Python
+// path.
 inline bool is_observed(const Tensor& student, const Tensor& teacher) {
-  return c10::impl::tls_is_dispatch_key_included(
-             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+  return !(c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set).empty() ||
          c10::impl::TorchDispatchModeTLS::any_modes_set() || student._fw_grad(0).defined() ||
          teacher._fw_grad(0).defined();
 }
@@ -191,18 +207,16 @@ constexpr double kLeast = std::numeric_limits<double>::min();
 constexpr double kMost = std::numeric_limits<double>::max();
 
 // (hard_weight, soft_weight) from the two ways to give them, as checks.weights() has them.
-inline std::optional<std::pair<double, double>> read_weights(const py::handle& alpha,
-                                                             const py::handle& hard,
-                                                             const py::handle& soft,
-                                                             bool has_labels) {
-  if (hard.is_none() && soft.is_none()) {
-    if (!has_labels) return alpha.is_none() ? std::optional(std::pair(0.0, 1.0)) : std::nullopt;
-    const auto share = alpha.is_none() ? std::optional<double>(0.5) : number(alpha, 0, 1);
+inline std::optional<std::pair<double, double>> read_weights(PyObject* alpha, PyObject* hard,
+                                                             PyObject* soft, bool has_labels) {
+  if (hard == Py_None && soft == Py_None) {
+    if (!has_labels) return alpha == Py_None ? std::optional(std::pair(0.0, 1.0)) : std::nullopt;
+    const auto share = alpha == Py_None ? std::optional<double>(0.5) : number(alpha, 0, 1);
     return share ? std::optional(std::pair(*share, 1.0 - *share)) : std::nullopt;
   }
-  const auto own_hard = hard.is_none() ? std::optional<double>(1.0) : number(hard, 0, kMost);
-  const auto own_soft = soft.is_none() ? std::optional<double>(1.0) : number(soft, 0, kMost);
-  if (!alpha.is_none() || (!has_labels && !hard.is_none()) || !own_hard || !own_soft) {
+  const auto own_hard = hard == Py_None ? std::optional<double>(1.0) : number(hard, 0, kMost);
+  const auto own_soft = soft == Py_None ? std::optional<double>(1.0) : number(soft, 0, kMost);
+  if (alpha != Py_None || (!has_labels && hard != Py_None) || !own_hard || !own_soft) {
     return std::nullopt;
   }
   return std::pair(*own_hard, *own_soft);
@@ -210,14 +224,12 @@ inline std::optional<std::pair<double, double>> read_weights(const py::handle& a
 
 inline bool is_logits(const Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
-  return tensor.layout() == at::kStrided &&
-         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble);
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
-// Logits that the kernels take as they lie.
-inline bool are_rows(const Tensor& student, bool cuda) {
-  return is_logits(student) && has_kernels(student, cuda) && student.dim() > 0 &&
-         student.size(-1) > 0 && (student.stride(-1) == 1 || student.size(-1) == 1);
+inline bool has_rows(const Tensor& student) {
+  return is_logits(student) && student.dim() > 0 && student.size(-1) > 0 &&
+         (student.stride(-1) == 1 || student.size(-1) == 1);
 }
 
 inline bool are_labels(const std::optional<Tensor>& labels, const Tensor& student) {
@@ -226,8 +238,67 @@ inline bool are_labels(const std::optional<Tensor>& labels, const Tensor& studen
 }
 
 // What mean divides by, 0 where that is the rows that count; or nothing.
-inline std::optional<double> read_normalizer(const py::handle& value) {
-  return value.is_none() ? std::optional<double>(0.0) : number(value, kLeast, kMost);
+inline std::optional<double> read_normalizer(PyObject* value) {
+  return value == Py_None ? std::optional<double>(0.0) : number(value, kLeast, kMost);
+}
+inline std::optional<double> divisor(double normalizer) {
+  return normalizer > 0 ? std::optional<double>(normalizer) : std::nullopt;
+}
+
+inline DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline bool is_readable(const Tensor& tensor) {
+  return tensor.is_contiguous() && is_aligned(tensor.const_data_ptr(), tensor.element_size());
+}
+
+// The operands of a call on a CPU; nothing where one of them must be copied for the kernels.
+struct Rows {
+  Inputs inputs;
+  RowStrides grad_stride;  // of a contiguous gradient
+};
+inline std::optional<Rows> rows_of(const Tensor& student, const Tensor& teacher,
+                                   const std::optional<Tensor>& labels) {
+  const auto sizes = student.sizes();
+  c10::SmallVector<int64_t, 6> grad_strides(sizes.size(), 1);
+  for (size_t dim = sizes.size() - 1; dim-- > 0;)
+    grad_strides[dim] = grad_strides[dim + 1] * sizes[dim + 1];
+  const auto placed = [](const Tensor& logits) {
+    return Placed{logits.const_data_ptr(), static_cast<int64_t>(logits.element_size()),
+                  logits.strides().data()};
+  };
+  const auto layout = walk(student.dim(), sizes.data(), placed(student), placed(teacher),
+                           grad_strides.data(), false);
+  if (!layout || (labels && !is_readable(*labels))) return std::nullopt;
+  Rows rows;
+  Inputs& in = rows.inputs;
+  in.classes = sizes.back();
+  in.rows = student.numel() / in.classes;
+  in.group_rows = layout->group_rows;
+  in.student = student.const_data_ptr();
+  in.student_stride = layout->student;
+  in.student_dtype = dtype_of(student);
+  in.teacher = teacher.const_data_ptr();
+  in.teacher_stride = layout->teacher;
+  in.teacher_dtype = dtype_of(teacher);
+  if (labels) in.labels = labels->const_data_ptr<int64_t>();
+  rows.grad_stride = layout->grad;
+  return rows;
+}
+
+inline Tensor empty_on_cpu(at::IntArrayRef sizes, const Inputs& inputs) {
+  const bool in_double = computes_in_double(inputs.student_dtype, inputs.teacher_dtype);
+  return Tensor(at::detail::empty_cpu(sizes, in_double ? at::kDouble : at::kFloat));
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 // The way in for plain eager calls of the sparse loss, as eager.cpp is for those with all logits.
-#include "../topk.h"
 #include "eager.h"
 
 namespace fastkd {
@@ -16,9 +15,6 @@ using TopkOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Te
                                           const std::optional<Tensor>&,
                                           const std::optional<Tensor>&, double, double, double,
                                           double, int64_t, int64_t, int64_t, double, bool);
-using TopkIntoOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const std::optional<Tensor>&, const std::optional<Tensor>&, double,
-                          double, double, double, int64_t, int64_t, int64_t, double);
 using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
                         double, double, int64_t, int64_t, int64_t, double, bool);
@@ -34,14 +30,6 @@ std::tuple<Tensor, Tensor> call_topk(const Tensor& student, const Lists& lists,
   return loss.call(student, lists.indices, lists.log_probs, lists.labels, std::nullopt,
                    s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing, s.ignore_index,
                    s.tail, s.reduction, s.normalizer, with_grad);
-}
-
-Tensor call_topk_into(const Tensor& grad, const Tensor& student, const Lists& lists,
-                      const TopkSettings& s) {
-  static const auto loss_into = op<TopkIntoOp>("fastkd::topk_loss_into");
-  return loss_into.call(grad, student, lists.indices, lists.log_probs, lists.labels, std::nullopt,
-                        s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
-                        s.ignore_index, s.tail, s.reduction, s.normalizer);
 }
 
 struct TopkLossBackward : GradientNode {
@@ -81,46 +69,102 @@ struct TopkLossBackward : GradientNode {
   }
 };
 
-Tensor differentiable_topk(const Tensor& student, const Lists& lists,
-                           const TopkSettings& settings) {
+// On a CPU, past the dispatcher; `grad` is written where it is defined.
+Tensor run(const Rows& rows, const Lists& lists, const TopkSettings& settings, const Tensor& grad) {
+  TopkArgs args;
+  static_cast<Inputs&>(args) = rows.inputs;
+  args.teacher = lists.log_probs.const_data_ptr();
+  args.teacher_dtype = dtype_of(lists.log_probs);
+  args.indices = lists.indices.const_data_ptr<int64_t>();
+  args.k = lists.indices.size(-1);
+  args.tail = static_cast<Tail>(settings.tail);
+  args.temperature = args.teacher_temperature = settings.temperature;
+  args.hard_weight = settings.hard_weight;
+  args.soft_weight = settings.soft_weight;
+  args.label_smoothing = settings.label_smoothing;
+  args.ignore_index = settings.ignore_index;
+  if (grad.defined()) {
+    args.grad = grad.mutable_data_ptr();
+    args.grad_stride = rows.grad_stride;
+  }
+  const Tensor out = empty_on_cpu({}, args);
+  calls().topk(args, static_cast<Reduction>(settings.reduction), divisor(settings.normalizer),
+               out.mutable_data_ptr());
+  return out;
+}
+
+// Nothing where what is given must be copied for the kernels.
+std::optional<Tensor> compute(const Tensor& student, const Lists& lists,
+                              const TopkSettings& settings, bool with_grad) {
+  std::optional<Rows> rows;
+  if (student.is_cpu()) {
+    rows = rows_of(student, student, lists.labels);
+    if (!rows || !is_readable(lists.indices) || !is_readable(lists.log_probs)) return std::nullopt;
+  }
+  if (!with_grad) {
+    return rows ? run(*rows, lists, settings, Tensor())
+                : std::get<0>(call_topk(student, lists, settings, false));
+  }
   auto [pointer, node] = make_node<TopkLossBackward>(student);
   node->settings = settings;
   node->indices = SavedVariable(lists.indices, false);
   node->log_probs = SavedVariable(lists.log_probs, false);
   if (lists.labels) node->labels = SavedVariable(*lists.labels, false);
   Tensor out;
-  {
+  if (rows) {
+    node->grad = gradients::empty_gradient(student);
+    out = run(*rows, lists, settings, node->grad);
+  } else {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (student.is_cpu()) {
-      node->grad = gradients::empty_gradient(student);
-      out = call_topk_into(node->grad, student, lists, settings);
-    } else {
-      std::tie(out, node->grad) = call_topk(student, lists, settings, true);
-    }
+    std::tie(out, node->grad) = call_topk(student, lists, settings, true);
   }
   torch::autograd::set_history(out, pointer);
   return out;
 }
 
-// In the order in which sparse.py gives them.
-std::optional<TopkSettings> read_settings(const py::args& options, bool has_labels) {
-  const auto temperature = number(options[1], kLeast, kMost);
-  const auto weights = read_weights(options[2], options[3], options[4], has_labels);
-  const py::object tail = options[0], reduction = options[6];
-  const auto ignore_index = integer(options[5]);
-  const auto smoothing = number(options[7], 0, has_labels ? 1 : 0);
-  const auto normalizer = read_normalizer(options[8]);
-  const bool mean = is(reduction, "mean"), sum = is(reduction, "sum");
-  const bool ghost = is(tail, "ghost"), renormalize = is(tail, "renormalize");
+// What sparse.py gives, in its order.
+enum Value : Py_ssize_t {
+  kCuda,
+  kStudent,
+  kIndices,
+  kLogProbs,
+  kLabels,
+  kTail,
+  kOwnTemperature,
+  kAlpha,
+  kOwnHardWeight,
+  kOwnSoftWeight,
+  kIgnoreIndex,
+  kReduction,
+  kLabelSmoothing,
+  kNormalizer,
+  kValues
+};
+static_assert(kValues == kTopkValues);
+
+std::optional<TopkSettings> read_settings(Values values, bool has_labels) {
+  const auto temperature = number(values[kOwnTemperature], kLeast, kMost);
+  const auto weights =
+      read_weights(values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight], has_labels);
+  const auto ignore_index = integer(values[kIgnoreIndex]);
+  const auto smoothing = number(values[kLabelSmoothing], 0, has_labels ? 1 : 0);
+  const auto normalizer = read_normalizer(values[kNormalizer]);
+  const bool mean = is(values[kReduction], "mean"), sum = is(values[kReduction], "sum");
+  const bool ghost = is(values[kTail], "ghost"), renormalize = is(values[kTail], "renormalize");
   if (!temperature || !weights || !smoothing || !normalizer ||
-      !(mean || (sum && options[8].is_none())) || !(ghost || renormalize || is(tail, "ignore")) ||
-      !ignore_index) {
+      !(mean || (sum && values[kNormalizer] == Py_None)) ||
+      !(ghost || renormalize || is(values[kTail], "ignore")) || !ignore_index) {
     return std::nullopt;
   }
   const Tail of_rest = ghost ? Tail::kGhost : renormalize ? Tail::kRenormalize : Tail::kIgnore;
-  return TopkSettings{*temperature, weights->first, weights->second,
-                      *smoothing,   *ignore_index,  static_cast<int64_t>(of_rest),
-                      mean ? 2 : 1, *normalizer};
+  return TopkSettings{*temperature,
+                      weights->first,
+                      weights->second,
+                      *smoothing,
+                      *ignore_index,
+                      static_cast<int64_t>(of_rest),
+                      static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
+                      *normalizer};
 }
 
 bool are_lists(const Lists& lists, const Tensor& student) {
@@ -129,8 +173,8 @@ bool are_lists(const Lists& lists, const Tensor& student) {
       student.scalar_type() == at::kDouble || log_probs.scalar_type() == at::kDouble;
   return indices.scalar_type() == at::kLong && is_logits(log_probs) &&
          log_probs.scalar_type() == (in_double ? at::kDouble : at::kFloat) &&
-         indices.layout() == at::kStrided && indices.sizes() == log_probs.sizes() &&
-         indices.dim() == student.dim() && indices.size(-1) > 0 &&
+         indices.sizes() == log_probs.sizes() && indices.dim() == student.dim() &&
+         indices.size(-1) > 0 &&
          indices.sizes().slice(0, indices.dim() - 1) ==
              student.sizes().slice(0, student.dim() - 1) &&
          indices.device() == student.device() && log_probs.device() == student.device() &&
@@ -145,31 +189,26 @@ bool is_inference(const Lists& lists) {
 
 }  // namespace
 
-py::object topk_loss(const py::handle& student_object, const py::handle& indices_object,
-                     const py::handle& log_probs_object, const py::handle& labels_object, bool cuda,
-                     const py::args& options) {
-  const bool has_labels = !labels_object.is_none();
-  if (!is_plain(student_object) || !is_plain(indices_object) || !is_plain(log_probs_object) ||
-      (has_labels && !is_plain(labels_object)))
-    return py::none();
-  const Tensor& student = THPVariable_Unpack(student_object.ptr());
-  Lists lists{THPVariable_Unpack(indices_object.ptr()), THPVariable_Unpack(log_probs_object.ptr()),
-              std::nullopt};
-  if (has_labels) lists.labels = THPVariable_Unpack(labels_object.ptr());
-  const bool with_grad = at::GradMode::is_enabled() && student.requires_grad();
-  const bool usual = !is_observed(student, lists.log_probs) && are_rows(student, cuda) &&
-                     are_lists(lists, student) && are_labels(lists.labels, student) &&
+std::optional<Tensor> topk_loss(Values values) {
+  const bool cuda = values[kCuda] == Py_True, has_labels = values[kLabels] != Py_None;
+  const Tensor* const student = plain_tensor(values[kStudent], cuda);
+  const Tensor* const indices = plain_tensor(values[kIndices], cuda);
+  const Tensor* const log_probs = plain_tensor(values[kLogProbs], cuda);
+  const Tensor* const labels = has_labels ? plain_tensor(values[kLabels], cuda) : nullptr;
+  if (student == nullptr || indices == nullptr || log_probs == nullptr ||
+      (has_labels && labels == nullptr))
+    return std::nullopt;
+  const Lists lists{*indices, *log_probs, has_labels ? std::optional(*labels) : std::nullopt};
+  const bool with_grad = at::GradMode::is_enabled() && student->requires_grad();
+  const bool usual = !is_observed(*student, *log_probs) && has_rows(*student) &&
+                     are_lists(lists, *student) && are_labels(lists.labels, *student) &&
                      !(with_grad && is_inference(lists));
-  if (!usual) return py::none();
-  const auto settings = read_settings(options, has_labels);
-  if (!settings) return py::none();
-  Tensor out;
-  {
-    py::gil_scoped_release no_gil;
-    out = with_grad ? differentiable_topk(student, lists, *settings)
-                    : std::get<0>(call_topk(student, lists, *settings, false));
-  }
-  return py::cast(out);
+  if (!usual) return std::nullopt;
+  const auto settings = read_settings(values, has_labels);
+  if (!settings) return std::nullopt;
+  py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fastkd::topk_loss", std::vector<c10::IValue>({*student, *indices, *log_probs}));
+  return compute(*student, lists, *settings, with_grad);
 }
 
 }  // namespace fastkd

@@ -12,13 +12,11 @@
 
 #include <atomic>
 #include <cstdlib>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "huge_pages.h"
 
 namespace fastkd::gradients {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 // What is smaller stays in malloc's own lists.
 constexpr size_t kLeastKept = size_t{64} << 10;
 // What is larger glibc, too, maps anew each time.
@@ -55,9 +53,7 @@ inline Block* take(size_t bytes) {
   }
   void* const data = std::aligned_alloc(kHugePage, whole);
   if (data == nullptr) return nullptr;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(data, whole, MADV_HUGEPAGE);  // where the advice is not taken nothing changes
-#endif
+  prefer_huge_pages(data, whole);
   return new Block{data, whole};
 }
 
@@ -65,8 +61,11 @@ inline Block* take(size_t bytes) {
 inline at::Tensor empty_gradient(const at::Tensor& student) {
   const size_t bytes = student.nbytes();
   Block* const block = bytes >= kLeastKept && bytes <= kMostKept ? take(bytes) : nullptr;
-  if (block == nullptr)
-    return at::Tensor(at::detail::empty_cpu(student.sizes(), student.scalar_type()));
+  if (block == nullptr) {
+    at::Tensor gradient(at::detail::empty_cpu(student.sizes(), student.scalar_type()));
+    prefer_huge_pages(gradient.mutable_data_ptr(), bytes);
+    return gradient;
+  }
   c10::profiledCPUMemoryReporter().New(block->data, bytes);
   c10::DataPtr data(block->data, block, &give_back, c10::kCPU);
   c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data),

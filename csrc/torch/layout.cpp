@@ -3,28 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <optional>
 
 namespace fastkd::glue {
 namespace {
 
-constexpr int kTensors = 3;  // student, teacher, grad
-using Strides = std::array<int64_t, kTensors>;
-
-// Leading dimensions, merged wherever all tensors allow it.
-struct Level {
-  int64_t size = 1;
-  Strides strides = {};
-};
-
 bool classes_adjacent(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
-}
-
-bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0;
 }
 
 // The dimension that the classes lie before in memory, where the others lie in order; or the last.
@@ -41,46 +27,15 @@ int64_t place_of_classes(const Tensor& student) {
   return place;
 }
 
-// Two levels at most: rows of a group, last dimension first, and groups. Nothing where there are
-// more, where neither the classes nor the rows of a group are adjacent, or where C++ may not read
-// the numbers.
+Placed placed(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), static_cast<int64_t>(tensor.element_size()),
+          tensor.strides().data()};
+}
+
 std::optional<Layout> walk(const Tensor& student, const Tensor& teacher,
                            const std::vector<int64_t>& grad_strides, bool strided) {
-  if (!is_aligned(student) || !is_aligned(teacher)) return std::nullopt;
-  const auto strides_of = [&](int64_t dim) {
-    return Strides{student.stride(dim), teacher.stride(dim), grad_strides[dim]};
-  };
-  const int64_t last = student.dim() - 1;
-  std::array<Level, 2> levels;
-  int count = 0;
-  // contiguous() leaves the strides of no elements alone
-  for (int64_t dim = student.numel() == 0 ? -1 : last - 1; dim >= 0; --dim) {
-    const int64_t size = student.size(dim);
-    if (size == 1) continue;
-    const Strides strides = strides_of(dim);
-    bool merges = count > 0;
-    for (int i = 0; i < kTensors && merges; ++i) {
-      const Level& inner = levels[count - 1];
-      merges = strides[i] == inner.strides[i] * inner.size;
-    }
-    if (merges) {
-      levels[count - 1].size *= size;
-    } else if (count < 2) {
-      levels[count++] = {size, strides};
-    } else {
-      return std::nullopt;
-    }
-  }
-  Layout layout;
-  layout.group_rows = levels[0].size;
-  const Strides classes = strides_of(last);
-  RowStrides* const all[kTensors] = {&layout.student, &layout.teacher, &layout.grad};
-  for (int i = 0; i < kTensors; ++i) {
-    const bool adjacent = student.numel() == 0 || student.size(last) == 1 || classes[i] == 1;
-    if (!adjacent && (!strided || (count > 0 && levels[0].strides[i] != 1))) return std::nullopt;
-    *all[i] = {levels[0].strides[i], levels[1].strides[i], adjacent ? 1 : classes[i]};
-  }
-  return layout;
+  return fastkd::walk(student.dim(), student.sizes().data(), placed(student), placed(teacher),
+                      grad_strides.data(), strided);
 }
 
 Tensor copied(const Tensor& tensor, const std::vector<int64_t>& strides) {
@@ -123,7 +78,9 @@ Tensor empty_strided(const Tensor& student, const std::vector<int64_t>& strides)
 
 Tensor readable(const Tensor& tensor) {
   const Tensor adjacent = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  return is_aligned(adjacent) ? adjacent : torch::stable::clone(adjacent);
+  return is_aligned(adjacent.const_data_ptr(), static_cast<int64_t>(adjacent.element_size()))
+             ? adjacent
+             : torch::stable::clone(adjacent);
 }
 
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../kernels.h"
+#include "walk.h"
 
 namespace fastkd::glue {
 
@@ -15,11 +15,6 @@ using torch::stable::Tensor;
 // (empty_gradient in python/fastkd/shapes.py is the same). `strided`: whether the kernels take
 // classes that are not adjacent.
 std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
-
-struct Layout {
-  int64_t group_rows = 1;
-  RowStrides student, teacher, grad;
-};
 
 // Finds how the rows of three tensors of the student's sizes can be walked together, and replaces
 // student or teacher by a copy, laid out like the gradient, where they cannot. `inplace`: the

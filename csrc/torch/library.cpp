@@ -47,24 +47,6 @@ std::tuple<Tensor, Tensor> loss_(const Tensor& student, const Tensor& teacher,
   return {result.out, result.stats};
 }
 
-std::tuple<Tensor, Tensor> loss_into(const Tensor& grad, double grad_output, const Tensor& student,
-                                     const Tensor& teacher, std::optional<Tensor> labels,
-                                     double temperature, double teacher_temperature,
-                                     double hard_weight, double soft_weight, double label_smoothing,
-                                     int64_t ignore_index, int64_t divergence, double mix,
-                                     int64_t reduction, double normalizer, bool with_terms) {
-  STD_TORCH_CHECK(static_cast<Reduction>(reduction) != Reduction::kNone,
-                  "a gradient is written for reduction mean or sum");
-  const Call call = prepare(student, teacher, labels, std::nullopt,
-                            {temperature, teacher_temperature, hard_weight, soft_weight,
-                             label_smoothing, ignore_index, divergence, mix},
-                            true, &grad, false);
-  const ForwardResult result =
-      Cpu::forward(call, {static_cast<Reduction>(reduction), normalizer, std::nullopt}, with_terms,
-                   true, &grad, grad_output);
-  return {result.out, result.stats};
-}
-
 template <class Backend>
 void loss_backward_(const Tensor& grad, const Tensor& grad_output, const Tensor& stats,
                     const Tensor& student, const Tensor& teacher, std::optional<Tensor> labels,
@@ -104,15 +86,6 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
       "normalizer, "
       "bool with_terms) "
       "-> (Tensor out, Tensor stats)");
-  // The same with the gradient, times grad_output, written into a contiguous `grad`: what plain
-  // calls on CPUs use (eager.cpp).
-  m.def(
-      "loss_into(Tensor(a!) grad, float grad_output, Tensor student, Tensor teacher, Tensor? "
-      "labels, "
-      "float temperature, float teacher_temperature, float hard_weight, float soft_weight, float "
-      "label_smoothing, int ignore_index, int divergence, float mix, int reduction, float "
-      "normalizer, bool with_terms) "
-      "-> (Tensor out, Tensor stats)");
   // Fills grad with grad_output times the gradient of the loss whose stats these are. `filled`:
   // grad holds it for grad_output = 1 already. student and grad are the same tensor after loss_.
   m.def(
@@ -127,7 +100,6 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss<Cpu>));
   m.impl("loss_", TORCH_BOX(&loss_<Cpu>));
-  m.impl("loss_into", TORCH_BOX(&loss_into));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_<Cpu>));
 }
 

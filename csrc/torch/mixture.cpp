@@ -145,8 +145,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   // numbers. Gives acc (..., C), contiguous.
   m.def("mixture(" FASTKD_TEACHERS
         "float temperature, float teacher_temperature, bool in_double) -> Tensor");
-  // As loss_into of library.cpp, and loss of it without `grad`, with such a mixture for the
-  // teacher, of which no more is in memory than some rows.
+  // As loss of library.cpp with such a mixture for the teacher, of which no more is in memory than
+  // some rows; the gradient is written into a contiguous `grad`, which may be the student.
   m.def("ensemble_loss_into(Tensor(a!)? grad, Tensor student, " FASTKD_TEACHERS
         "float mixture_temperature, float teachers_temperature, Tensor? labels, Tensor? "
         "row_settings, Tensor? denominator, float temperature, float teacher_temperature, float "

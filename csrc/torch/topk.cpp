@@ -100,27 +100,23 @@ void topk_loss_backward_(const Tensor& grad, const Tensor& grad_output, const Te
 
 }  // namespace
 
+void run_topk(TopkArgs args, Reduction reduction, std::optional<double> divisor, void* out) {
+  args.scale = scale_of(reduction, divisor, count_rows(args));
+  const RowLosses losses(args, reduction, 1, out);
+  args.loss = losses.loss();
+  run(args);
+  losses.add_up(args.scale);
+}
+
 Tensor Cpu::topk(TopkCall topk, const Reducing& reducing, const Tensor* grad) {
-  const Call& call = topk.call;
   TopkArgs& args = topk.args;
-  const bool per_row = reducing.reduction == Reduction::kNone;
-  args.scale = 1.0 / divisor(reducing, count_rows(call));
-  const Tensor out = empty_out(call, false, per_row);
-  const RowLosses losses(call, out, per_row, 1);
-  args.loss = losses.data();
+  const Tensor out = empty_out(topk.call, false, reducing.reduction == Reduction::kNone);
   if (grad) {
     args.grad = grad->mutable_data_ptr();
     prefer_huge_pages(args.grad, gradient_bytes(args));
-    args.grad_stride = call.grad_stride;
+    args.grad_stride = topk.call.grad_stride;
   }
-  run(args);
-  const auto finish = [&](auto zero) {
-    using T = decltype(zero);
-    if (per_row) return;
-    *static_cast<T*>(out.mutable_data_ptr()) =
-        static_cast<T>(ordered_sum(static_cast<const T*>(args.loss), args.rows) * args.scale);
-  };
-  call.acc == ScalarType::Double ? finish(0.0) : finish(0.0f);
+  run_topk(args, reducing.reduction, given_divisor(reducing), out.mutable_data_ptr());
   return out;
 }
 
@@ -132,7 +128,7 @@ void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& g
     // 16-bit gradients are computed anew instead, as in Cpu::backward.
     if (size_of(args.student_dtype) > 2) return multiply_(grad, grad_output);
   }
-  args.scale = 1.0 / divisor(reducing, count_rows(topk.call));
+  args.scale = scale_of(reducing.reduction, given_divisor(reducing), count_rows(args));
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = grad_output.dim() == 1;
   args.grad = grad.mutable_data_ptr();

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, derivatives, native, ops, reference, shapes
-from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
+from fastkd.objective import Objective, fit, resolve
 from fastkd.options import OptionsModule
 from fastkd.reference import Terms
 
@@ -53,36 +53,14 @@ def _compute(
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
     """The one list of the options and their defaults; gives the loss, or all terms stacked."""
-    if (
-        native.EAGER is not None
-        and divergence in derivatives.DIVERGENCES
-        and class_weight is None
-        and (labels is not None or label_smoothing == 0.0)
-        and mix is None
-        and teacher_form == "logits"
-        and teacher_weights is None
-        and ensemble == "probs"
-        and standardize is False
-        and classes is None
-        and type(dim) is int
-        and dim == -1
-        and inplace is False
-        and teacher_grad in TEACHER_GRADS
-        and not torch.compiler.is_compiling()
-    ):
-        # What is usual takes the shortest way; None comes back from what is not.
-        number, own_mix = _NATIVE[divergence]
-        try:
-            out = native.EAGER.loss(
-                student_logits, teacher_logits, labels, with_terms, native.CUDA_KERNELS,
-                temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
-                reduction, label_smoothing, normalizer, number, own_mix,
-            )  # fmt: skip
-        except RuntimeError as error:
-            if "Inference tensors" not in str(error):
-                _explain(error, student_logits, labels, ignore_index, temperature)
-                raise
-            out = None  # which are copied below
+    if native.EAGER is not None and not native.is_dynamo_compiling():
+        # What is usual takes the shortest way; None comes back from what is not, or fails.
+        out = native.EAGER.loss(
+            with_terms, native.CUDA_KERNELS, _NATIVE, student_logits, teacher_logits, labels,
+            temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
+            reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
+            teacher_weights, ensemble, standardize, classes, dim, inplace, teacher_grad,
+        )  # fmt: skip
         if out is not None:
             return out  # type: ignore[no-any-return]
     options = dict(

@@ -96,14 +96,6 @@ def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor]
     return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
 
 
-@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
-def _(
-    grad: Tensor, grad_output: float, student: Tensor, teacher: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_terms = settings
-    return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
-
-
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, *_: Any) -> None:
     return None

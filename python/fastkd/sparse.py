@@ -124,10 +124,10 @@ def topk_loss(
         torch.Size([8, 1000])
     """
     try:
-        if native.EAGER is not None and not torch.compiler.is_compiling():
-            # What is usual takes the shortest way; None comes back from what is not.
+        if native.EAGER is not None and not native.is_dynamo_compiling():
+            # What is usual takes the shortest way; None comes back from what is not, or fails.
             out = native.EAGER.topk_loss(
-                student_logits, indices, log_probs, labels, native.CUDA_KERNELS, tail, temperature,
+                native.CUDA_KERNELS, student_logits, indices, log_probs, labels, tail, temperature,
                 alpha, hard_weight, soft_weight, ignore_index, reduction, label_smoothing,
                 normalizer,
             )  # fmt: skip

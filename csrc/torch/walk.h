@@ -1,0 +1,33 @@
+// How the rows of tensors can be walked where they lie. No torch: _C (layout.cpp) and _eager both
+// ask.
+#pragma once
+#include <cstdint>
+#include <optional>
+
+#include "../kernels.h"
+
+namespace fastkd {
+
+// Where a tensor lies, whose sizes are known.
+struct Placed {
+  const void* data;
+  int64_t element_bytes;
+  const int64_t* strides;  // of each dimension
+};
+
+struct Layout {
+  int64_t group_rows = 1;
+  RowStrides student, teacher, grad;
+};
+
+// Two levels at most: rows of a group, last dimension first, and groups. Nothing where there are
+// more, where neither the classes nor the rows of a group are adjacent, or where C++ may not read
+// the numbers. `strided`: whether the kernels take classes that are not adjacent.
+std::optional<Layout> walk(int64_t dims, const int64_t* sizes, const Placed& student,
+                           const Placed& teacher, const int64_t* grad_strides, bool strided);
+
+inline bool is_aligned(const void* data, int64_t element_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_bytes) == 0;
+}
+
+}  // namespace fastkd
