@@ -135,7 +135,7 @@ struct Engine {
         teachers.max = static_cast<T>(teacher_top);
         result.teacher_max = teacher_top;
       }
-      const Into next = next_of(at, in.classes);
+      const Into next = next_of<S>(at, in.classes);
       const ExponentialSums sums = sum_exponentials<kHard, kKeep, GapSum::kNone>(
           z, count, tempered, own, student_kept, next);
       const ExponentialSums teacher_sums =
@@ -435,7 +435,16 @@ struct Engine {
     return sums;
   }
 
-  // The label's element, where the one-hot target is taken off before the gradient is rounded.
+  // The label's element, where the one-hot target is taken off before the gradient is rounded; of a
+  // plain row from what was kept of it.
+  T plain_label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student, int64_t index,
+                         const Left<T>& left, double gain) const {
+    const T g = with_hard<T>(row.gradient_hard, [&](auto has_hard) {
+      constexpr Hard kHard = decltype(has_hard)::value;
+      return plain_gradient_of<kHard>(c, student, left.student[index], left.teacher[index]);
+    });
+    return g - onehot(row, gain);
+  }
   T label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student, T teacher,
                    double gain) const {
     alignas(64) T z[kLanes];
@@ -467,11 +476,14 @@ struct Engine {
     // As backward sees it, which knows no terms.
     const bool differs = labelled && (row.gradient_hard != Hard::kNone || decoupled);
     const bool exact = in.student_dtype == kStorage<T>;
-    T label_grad = 0;
+    const bool rounded = differs && !exact && !decoupled;
+    T label_grad = 0, z = 0;
     if (labelled) {
-      const T z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
-      const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
-      if (differs && !exact && !decoupled) label_grad = label_gradient(row, *c, z, w, gain);
+      z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
+      if (rounded && !is_difference(s)) {
+        const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
+        label_grad = label_gradient(row, *c, z, w, gain);
+      }
       if (sums != nullptr && row.hard != Hard::kNone) {
         const double share = 1 - in.label_smoothing;
         sums->student_logits +=
@@ -492,6 +504,9 @@ struct Engine {
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
       if (is_difference(s)) {
         if (grad != nullptr) write_plain(row, *c, index, at, count, here);
+        if (rounded && grad != nullptr && holds(at, count, row.label)) {
+          label_grad = plain_label_gradient(row, *c, z, row.label - at, here, gain);
+        }
       } else if (grad != nullptr || summed) {
         const SlopeSums of_block = write_block(row, *c, index, at, count, here);
         value += of_block.value, slope += of_block.slope;

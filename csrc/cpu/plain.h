@@ -6,9 +6,30 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Writes the gradient of a block, but for the label's share: q - p where `other` is what was kept
-// of the teacher, or, with kSlopes, what balances these slopes over q's scale. `student` is read by
-// Hard::kOwn alone. Not inlined, for the same reason as write_gradient().
+// The gradient of a class, but for the label's share, from what was kept of the student: q - p
+// where `other` is what was kept of the teacher, or, with kSlopes, what balances these slopes over
+// q's scale. The logit is read by Hard::kOwn alone.
+template <Hard kHard, bool kSlopes, class T, class S>
+FASTKD_HOST_DEVICE T plain_gradient(const Coefficients<T, S>& c, T logit, T tempered, T other) {
+  const T balanced = kSlopes ? other - tempered * c.student_share : tempered;
+  T g = c.uniform + c.kept_student_gain * balanced;
+  if constexpr (!kSlopes) g -= c.kept_teacher_gain * other;
+  if constexpr (kHard != Hard::kNone) {
+    const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
+    g += hard_gain * hard_exponential<kHard>(tempered, logit, c.own);
+  }
+  return g;
+}
+
+// The same of one class of a plain row. Not inlined, for forward and backward must arrive at the
+// same bits.
+template <Hard kHard, class T, class S>
+__attribute__((noinline)) T plain_gradient_of(const Coefficients<T, S>& c, T logit, T tempered,
+                                              T other) {
+  return plain_gradient<kHard, false>(c, logit, tempered, other);
+}
+
+// Of a block. Not inlined, for the same reason as write_gradient().
 template <Hard kHard, bool kSlopes, class T, class S, class L>
 __attribute__((noinline)) void write_plain_gradient(const Coefficients<T, S>& coefficients,
                                                     const Vectors<const L>& student,
@@ -24,16 +45,8 @@ __attribute__((noinline)) void write_plain_gradient(const Coefficients<T, S>& co
     prefetch_next<Into::kL2, kWidth>(grad.at(at));
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T tempered = student_kept[at + i];
-      const T balanced = kSlopes ? other[at + i] - tempered * c.student_share : tempered;
-      T g = c.uniform + c.kept_student_gain * balanced;
-      if constexpr (!kSlopes) g -= c.kept_teacher_gain * other[at + i];
-      if constexpr (kHard != Hard::kNone) {
-        const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
-        const T logit = kHard == Hard::kOwn ? z[i] : T(0);
-        g += hard_gain * hard_exponential<kHard>(tempered, logit, c.own);
-      }
-      grad_lanes[i] = g;
+      const T logit = kHard == Hard::kOwn ? z[i] : T(0);
+      grad_lanes[i] = plain_gradient<kHard, kSlopes>(c, logit, student_kept[at + i], other[at + i]);
     }
     pack<kWidth>(grad_buffer, grad.at(at));
   });

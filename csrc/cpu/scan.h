@@ -72,10 +72,11 @@ struct ExponentialSums {
 // The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
 // that one fetches for the other; and so does each store of a gradient. A row's last block fetches
 // what is wanted only after the row's second sweep: into L2, for L1 is full of what that sweep
-// reads. What lies beyond a row is harmless to prefetch.
+// reads, but has room for 16-bit logits. What lies beyond a row is harmless to prefetch.
 enum class Into { kL1, kL2 };
+template <class S>
 FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
-  return classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
+  return sizeof(S) > 2 && classes - at < kBlock + kLanes ? Into::kL2 : Into::kL1;
 }
 template <Into kInto, class S>
 FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {

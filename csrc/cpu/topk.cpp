@@ -155,7 +155,7 @@ struct TopkRow {
       T* exponentials = nullptr;
       if constexpr (kKeeps) exponentials = &kept.exponentials[at], *block_max++ = mass.max;
       const ExponentialSums sums = sum_exponentials<kHard, kKeeps, GapSum::kNone>(
-          block, count, tempered, own, exponentials, next_of(at, args.classes));
+          block, count, tempered, own, exponentials, next_of<S>(at, args.classes));
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
