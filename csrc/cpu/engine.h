@@ -437,8 +437,9 @@ struct Engine {
 
   // The label's element, where the one-hot target is taken off before the gradient is rounded; of a
   // plain row from what was kept of it.
-  T plain_label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student, int64_t index,
-                         const Left<T>& left, double gain) const {
+  T plain_label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student,
+                         int64_t of_block, const Left<T>& left, double gain) const {
+    const int64_t index = unpacked_place<S>(of_block);
     const T g = with_hard<T>(row.gradient_hard, [&](auto has_hard) {
       constexpr Hard kHard = decltype(has_hard)::value;
       return plain_gradient_of<kHard>(c, student, left.student[index], left.teacher[index]);

@@ -121,6 +121,14 @@ FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
   return buffer;
 }
 
+// Where unpack() leaves a class of a block.
+template <class S>
+FASTKD_HOST_DEVICE int64_t unpacked_place(int64_t index) {
+  if constexpr (sizeof(S) != sizeof(uint16_t)) return index;
+  const int64_t of_step = index % kLanes;
+  return index - of_step + of_step / 2 + of_step % 2 * (kLanes / 2);
+}
+
 // Where kWidth results go, and their way from there to `lanes`.
 template <class T>
 FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {

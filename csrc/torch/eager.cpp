@@ -54,9 +54,40 @@ std::atomic<double> last_grad_output{1.0};
 
 bool is_16_bit(const Tensor& tensor) { return tensor.element_size() == 2; }
 
+// On a CPU, past the dispatcher. The gradient, times grad_output, is written where there is memory
+// for it.
+Tensor run(const Rows& rows, const Settings& settings, const Tensor& grad, double grad_output) {
+  ForwardArgs args;
+  static_cast<Inputs&>(args) = rows.inputs;
+  args.temperature = settings.temperature;
+  args.teacher_temperature = settings.teacher_temperature;
+  args.hard_weight = settings.hard_weight;
+  args.soft_weight = settings.soft_weight;
+  args.label_smoothing = settings.label_smoothing;
+  args.ignore_index = settings.ignore_index;
+  args.divergence = static_cast<Divergence>(settings.divergence);
+  args.mix = settings.mix;
+  args.reduction = static_cast<Reduction>(settings.reduction);
+  if (grad.defined()) {
+    args.grad = grad.mutable_data_ptr();
+    args.grad_stride = rows.grad_stride;
+    args.grad_output = grad_output;
+  }
+  const Tensor out =
+      settings.with_terms ? empty_on_cpu({1 + kTerms}, args) : empty_on_cpu({}, args);
+  calls().forward(args, divisor(settings.normalizer), settings.with_terms, out.mutable_data_ptr());
+  return out;
+}
+
+bool are_operands(const Tensor& student, const Tensor& teacher,
+                  const std::optional<Tensor>& labels) {
+  return has_rows(student) && is_logits(teacher) && student.device() == teacher.device() &&
+         student.sizes() == teacher.sizes() && are_labels(labels, student);
+}
+
 struct LossBackward : GradientNode {
   SavedVariable teacher, labels;
-  Tensor stats;  // for the following calls, and where scaling `grad` would not be exact
+  Tensor stats;  // on CUDA: what the gradient is written from again
   Settings settings;
 
   std::string name() const override { return "FastKDLossBackward"; }
@@ -74,11 +105,31 @@ struct LossBackward : GradientNode {
 
   void fill(const Tensor& result, const Tensor& factor, const Tensor& logits,
             bool filled) override {
+    if (logits.is_cpu()) {
+      // Scaling is exact enough in the number type that everything is computed in.
+      if (filled && !is_16_bit(result)) return void(result.mul_(factor));
+      return write_again(result, number(factor), logits);
+    }
     static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
     backward.call(result, factor, stats, logits, teacher.unpack(), if_defined(labels.unpack()),
                   std::nullopt, settings.temperature, settings.teacher_temperature,
                   settings.hard_weight, settings.soft_weight, settings.label_smoothing,
                   settings.ignore_index, settings.divergence, settings.mix, filled);
+  }
+
+  void write_again(const Tensor& result, double grad_output, const Tensor& logits) {
+    // Hooks may have saved something else.
+    const auto as_it_was = [](const Tensor& tensor) {
+      return is_plain(tensor) && is_readable(tensor) ? tensor
+                                                     : tensor.clone(at::MemoryFormat::Contiguous);
+    };
+    const Tensor again = as_it_was(logits), teacher_again = as_it_was(teacher.unpack());
+    auto labels_again = if_defined(labels.unpack());
+    if (labels_again) labels_again = as_it_was(*labels_again);
+    TORCH_CHECK(are_operands(again, teacher_again, labels_again) && again.is_cpu() &&
+                    again.sizes() == result.sizes() && again.dtype() == result.dtype(),
+                "the logits and labels that were saved for the backward pass are others now");
+    run(rows_of(again, teacher_again, labels_again).value(), settings, result, grad_output);
   }
 
   Tensor differentiable(const Tensor& factor) override {
@@ -96,32 +147,6 @@ struct LossBackward : GradientNode {
   }
 };
 
-// On a CPU, past the dispatcher. `node`: that of a differentiable call, whose `grad` is written.
-Tensor run(const Rows& rows, const Settings& settings, LossBackward* node) {
-  ForwardArgs args;
-  static_cast<Inputs&>(args) = rows.inputs;
-  args.temperature = settings.temperature;
-  args.teacher_temperature = settings.teacher_temperature;
-  args.hard_weight = settings.hard_weight;
-  args.soft_weight = settings.soft_weight;
-  args.label_smoothing = settings.label_smoothing;
-  args.ignore_index = settings.ignore_index;
-  args.divergence = static_cast<Divergence>(settings.divergence);
-  args.mix = settings.mix;
-  args.reduction = static_cast<Reduction>(settings.reduction);
-  const Tensor out =
-      settings.with_terms ? empty_on_cpu({1 + kTerms}, args) : empty_on_cpu({}, args);
-  if (node != nullptr) {
-    node->stats = empty_on_cpu({kStats * args.rows + 1}, args);
-    args.stats = node->stats.mutable_data_ptr();
-    args.grad = node->grad.mutable_data_ptr();
-    args.grad_stride = rows.grad_stride;
-    args.grad_output = node->grad_output;
-  }
-  calls().forward(args, divisor(settings.normalizer), settings.with_terms, out.mutable_data_ptr());
-  return out;
-}
-
 // Nothing where the logits must be copied for the kernels.
 std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
                               const std::optional<Tensor>& labels, const Settings& settings) {
@@ -129,7 +154,7 @@ std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
   const auto rows = student.is_cpu() ? rows_of(student, teacher, labels) : std::nullopt;
   if (student.is_cpu() && !rows) return std::nullopt;
   if (!with_grad) {
-    return rows ? run(*rows, settings, nullptr)
+    return rows ? run(*rows, settings, Tensor(), 1.0)
                 : std::get<0>(call_loss(student, teacher, labels, settings, false));
   }
   auto [pointer, node] = make_node<LossBackward>(student);
@@ -141,7 +166,7 @@ std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
   if (rows) {
     node->grad = gradients::empty_gradient(student);
     if (is_16_bit(student)) node->grad_output = last_grad_output;
-    out = run(*rows, settings, node);
+    out = run(*rows, settings, node->grad, node->grad_output);
   } else {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);

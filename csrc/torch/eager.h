@@ -102,6 +102,10 @@ struct GradientNode : torch::autograd::Node {
   static std::optional<Tensor> if_defined(const Tensor& tensor) {
     return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
   }
+  static double number(const Tensor& scalar) {
+    return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
+                                               : *scalar.const_data_ptr<float>();
+  }
   static py::object or_none(const Tensor& tensor) {
     return tensor.defined() ? py::cast(tensor) : py::none();
   }
@@ -121,11 +125,6 @@ struct GradientNode : torch::autograd::Node {
     return c10::impl::tls_is_dispatch_key_included(
                c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
            factor.key_set().has(c10::DispatchKey::Batched);
-  }
-
-  static double number(const Tensor& scalar) {
-    return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
-                                               : *scalar.const_data_ptr<float>();
   }
 };
 
@@ -148,18 +147,22 @@ auto make_node(const Tensor& student) {
   }
 }
 
-// A tensor whose numbers are what its memory holds, of a backend with kernels: no other key than
-// theirs, which wrappers and views of negatives have.
-inline const Tensor* plain_tensor(PyObject* value, bool cuda) {
+// Whether a tensor's numbers are what its memory holds: wrappers, and views of negatives, have
+// other keys.
+inline bool is_plain(const Tensor& tensor) {
   constexpr c10::DispatchKeySet kUsual(
       {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
        c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
        c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  return (tensor.key_set() | kUsual) == kUsual && tensor.layout() == at::kStrided;
+}
+
+// The tensor, if it is plain and of a backend with kernels.
+inline const Tensor* plain_tensor(PyObject* value, bool cuda) {
   if (!THPVariable_CheckExact(value)) return nullptr;
   const Tensor& tensor = THPVariable_Unpack(value);
-  const bool plain = (tensor.key_set() | kUsual) == kUsual && tensor.layout() == at::kStrided &&
-                     (tensor.is_cpu() || (cuda && tensor.is_cuda()));
-  return plain ? &tensor : nullptr;
+  const bool has_kernels = tensor.is_cpu() || (cuda && tensor.is_cuda());
+  return has_kernels && is_plain(tensor) ? &tensor : nullptr;
 }
 
 // A float or int in [low, high], or nothing.
