@@ -1,0 +1,183 @@
+"""The way of plain calls past torch's dispatcher (csrc/torch/eager.cpp): what it takes, what it
+leaves to the Python path, and that nothing of torch's is lost on it. That both ways give the same
+bits is tested wherever a test uses ``way_in``."""
+
+import pytest
+import torch
+from support import BF16, FP32, FP64, make, name_of
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+import fastkd
+from fastkd import native
+
+pytestmark = pytest.mark.skipif(
+    native.EAGER is None, reason="fastkd._eager was not built, or with another torch"
+)
+DIRECT = {"loss": "FastKDLossBackward", "topk": "FastKDTopkLossBackward"}
+
+
+def dense(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+    return fastkd.loss(student, teacher, labels, **options)
+
+
+def sparse(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+    log_probs, indices = torch.log_softmax(teacher.double(), -1).topk(4)
+    acc = FP64 if student.dtype == FP64 else FP32
+    return fastkd.topk_loss(student, indices, log_probs.to(acc), labels, **options)
+
+
+LOSSES = {"loss": dense, "topk": sparse}
+each_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def node_of(value: Tensor) -> str:
+    return value.grad_fn.name()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
+def test_what_goes_the_direct_way(name, dtype):
+    loss = LOSSES[name]
+    student, teacher, labels = make((6, 5, 20), dtype)
+    student.requires_grad_()
+    sliced = [logits[:, :-1, :15] for logits in (student, teacher)]
+    calls = [
+        loss(student, teacher),
+        loss(student, teacher, labels),
+        loss(student, teacher, labels=labels, temperature=3, reduction="sum", label_smoothing=0.1),
+        loss(*sliced),
+        loss(student[0, 0], teacher[0, 0]),
+        loss(student[:0], teacher[:0], normalizer=2.5),
+    ]
+    for value in calls:
+        assert node_of(value) == DIRECT[name]
+        (gradient,) = torch.autograd.grad(value, student)
+        assert gradient.shape == student.shape
+
+
+@each_loss
+def test_what_is_left_to_the_python_path(name, monkeypatch):
+    """Each gives what it gives without the direct way."""
+    loss = LOSSES[name]
+    student, teacher, labels = make((6, 20))
+    raw = bytearray(b"0" + teacher.numpy().tobytes())
+    odd = torch.frombuffer(raw, dtype=FP32, offset=1).view(6, 20)
+    calls = {
+        "none": lambda s: loss(s, teacher, reduction="none").sum(),
+        "labels, every other": lambda s: loss(s, teacher, labels.repeat_interleave(2)[::2]),
+        "int32 labels": lambda s: loss(s, teacher, labels.int()),
+        "a normalizer that is a tensor": lambda s: loss(s, teacher, normalizer=torch.tensor(2.0)),
+        "classes apart": lambda s: loss(s.t().contiguous().t(), teacher),
+        "a negative": lambda s: loss(torch._neg_view(s), teacher),
+        "an odd address": lambda s: loss(s, odd),
+    }
+
+    def run(function) -> tuple[Tensor, Tensor]:
+        leaf = student.clone().requires_grad_()
+        value = function(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient
+
+    direct = {case: run(function) for case, function in calls.items()}
+    monkeypatch.setattr(native, "EAGER", None)
+    for case, function in calls.items():
+        value, gradient = run(function)
+        assert torch.equal(value, direct[case][0]), case
+        assert torch.equal(gradient, direct[case][1]), case
+
+
+def test_dispatch_modes_see_the_op(device):
+    student, teacher, labels = make((6, 20), device=device)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        fastkd.loss(student.requires_grad_(), teacher, labels).backward()
+    assert any(name.startswith("fastkd.loss") for name in seen)
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_profiler_sees_the_loss(name, grad):
+    student, teacher, labels = make((6, 20))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        LOSSES[name](student.requires_grad_(grad), teacher, labels)
+    op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
+    recorded = [event for event in profile.events() if event.name.startswith(op)]
+    assert len(recorded) == 1
+    assert recorded[0].input_shapes[0] == [6, 20]
+
+
+# ---- the backward pass, where the gradient is wanted anew
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_hooks_may_save_tensors_elsewhere(name, dtype):
+    """As ``save_on_cpu`` does, and such as compress, or lay out anew."""
+    student, teacher, labels = make((6, 20), dtype)
+    leaf = student.requires_grad_()
+    plain = LOSSES[name](leaf, teacher, labels)
+    (expected,) = torch.autograd.grad(plain, leaf, torch.tensor(3.0))
+    ways = {
+        "a copy": (Tensor.clone, lambda saved: saved),
+        "a transposed copy": (lambda x: x.t().contiguous(), Tensor.t),
+        "a negative": (Tensor.neg, lambda saved: torch._neg_view(saved)),
+    }
+    for way, (pack, unpack) in ways.items():
+        if name == "topk" and way == "a negative":
+            continue  # its op takes no labels or indices that are views of negatives
+        with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
+            value = LOSSES[name](leaf, teacher, labels)
+        torch.autograd.grad(value, leaf, retain_graph=True)
+        for _ in range(2):  # the forward pass's gradient is given away by now
+            (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
+            near = {"rtol": 1e-2 if dtype == BF16 else 1e-5, "atol": 1e-7}
+            torch.testing.assert_close(again, expected, **near)
+
+
+@pytest.mark.usefixtures("way_in")
+def test_hooks_that_give_back_something_else_raise():
+    student, teacher, labels = make((6, 20))
+    leaf = student.requires_grad_()
+    for other in (lambda x: x[..., :10], lambda x: x.to("meta"), lambda x: x[:3]):
+        with saved_tensors_hooks(lambda x: x, other):
+            value = fastkd.loss(leaf, teacher, labels)
+        with pytest.raises(RuntimeError):
+            value.backward(retain_graph=True)
+            value.backward()
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+def test_logits_that_changed_are_not_read_again(name):
+    student, teacher, labels = make((6, 20))
+    leaf = student.requires_grad_()
+    hidden = leaf * 1
+    value = LOSSES[name](hidden, teacher, labels)
+    value.backward(retain_graph=True)
+    with torch.no_grad():
+        hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.usefixtures("way_in")
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
+@pytest.mark.parametrize("options", [{}, {"divergence": "jsd"}, {"divergence": "reverse_kl"}])
+def test_a_second_backward_pass_gives_the_same_bits(dtype, options):
+    student, teacher, labels = make((5, 170), dtype, ignored=0.0)
+    leaf = student.requires_grad_()
+    value = fastkd.loss(leaf, teacher, labels, **options)
+    first, second = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    for factor in (0.0, float("inf"), float("nan")):
+        (of_factor,) = torch.autograd.grad(value, leaf, torch.tensor(factor), retain_graph=True)
+        assert not of_factor.any() if factor == 0 else not of_factor.isfinite().any()
