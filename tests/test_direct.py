@@ -7,6 +7,8 @@ import torch
 from support import BF16, FP32, FP64, make, name_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import native
@@ -108,10 +110,12 @@ def test_the_profiler_sees_the_loss(name, grad):
     student, teacher, labels = make((6, 20))
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
+        with torch.inference_mode():
+            other = teacher + 1  # autograd cannot save it
+        LOSSES[name](student, other, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name.startswith(op)]
-    assert len(recorded) == 1
-    assert recorded[0].input_shapes[0] == [6, 20]
+    assert [event.input_shapes[0] for event in recorded] == 2 * [[6, 20]]
 
 
 # ---- the backward pass, where the gradient is wanted anew
@@ -141,6 +145,102 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             near = {"rtol": 1e-2 if dtype == BF16 else 1e-5, "atol": 1e-7}
             torch.testing.assert_close(again, expected, **near)
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
+    """It does so by an exception of the hook that saves tensors."""
+    _, teacher, labels = make((6, 40))
+    hidden = torch.randn(6, 16, requires_grad=True)
+    head = torch.randn(40, 16)
+
+    def step(x: Tensor) -> Tensor:
+        return LOSSES[name](x @ head.t(), teacher, labels if with_labels else None)
+
+    checkpoint(step, hidden, use_reentrant=False).backward(torch.tensor(2.0))
+    (expected,) = torch.autograd.grad(step(hidden), hidden, torch.tensor(2.0))
+    torch.testing.assert_close(hidden.grad, expected)
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_exceptions_of_hooks_are_raised(name, calls):
+    student, teacher, labels = make((6, 20))
+    student.requires_grad_()
+    made = []
+
+    def interrupted(saved: Tensor) -> Tensor:
+        made.append(saved)
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        return saved
+
+    with saved_tensors_hooks(interrupted, lambda x: x), pytest.raises(KeyboardInterrupt):
+        LOSSES[name](student, teacher, labels)
+    assert len(made) == calls
+
+
+class Wrapper(Tensor):
+    """A tensor without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        result = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+        return tree_map(lambda x: Wrapper(x) if isinstance(x, Tensor) else x, result)
+
+
+def unwrap(value: object) -> object:
+    return value.inner if isinstance(value, Wrapper) else value
+
+
+@pytest.mark.usefixtures("way_in")
+@each_loss
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+def test_hooks_may_give_back_wrappers(name, dtype):
+    student, teacher, labels = make((6, 20), dtype)
+    leaf = student.requires_grad_()
+    expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
+    for wrapped in range(2, 4):  # which of the tensors that are saved
+        seen = []
+
+        def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:
+            seen.append(saved)
+            return Wrapper(saved) if len(seen) == wrapped else saved
+
+        with saved_tensors_hooks(lambda x: x, unpack):
+            value = LOSSES[name](leaf, teacher, labels)
+        torch.autograd.grad(value, leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(value, leaf, retain_graph=True)
+        near = {"rtol": 1e-2 if dtype == BF16 else 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(unwrap(again), expected, **near)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
+@pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
+def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
+    """Not even where the hard term has no weight, and is computed for the terms alone."""
+    student, teacher, labels = make((5, 170), dtype, ignored=0.0)
+    leaf = student.requires_grad_()
+    values = [
+        fastkd.loss(leaf, teacher, labels, alpha=0),
+        fastkd.terms(leaf, teacher, labels, alpha=0).loss,
+    ]
+    for _ in range(2):
+        one, other = (
+            torch.autograd.grad(value, leaf, torch.tensor(factor), retain_graph=True)[0]
+            for value in values
+        )
+        assert torch.equal(one, other) or (one.isnan() == other.isnan()).all()
 
 
 @pytest.mark.usefixtures("way_in")

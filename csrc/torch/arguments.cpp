@@ -77,14 +77,7 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
   }
   take_row_settings(&call, row_settings);
-  in.temperature = options.temperature;
-  in.teacher_temperature = options.teacher_temperature;
-  in.hard_weight = labels ? options.hard_weight : 0.0;
-  in.soft_weight = options.soft_weight;
-  in.label_smoothing = options.label_smoothing;
-  in.ignore_index = options.ignore_index;
-  in.divergence = static_cast<Divergence>(options.divergence);
-  in.mix = options.mix;
+  set_options(options, &in);
   return call;
 }
 

@@ -10,23 +10,12 @@
 
 #include "../mixture.h"
 #include "layout.h"
+#include "options.h"
 
 namespace fastkd::glue {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The scalar arguments of every op, in the order of the schema (library.cpp).
-struct Options {
-  double temperature;
-  double teacher_temperature;
-  double hard_weight;
-  double soft_weight;
-  double label_smoothing;
-  int64_t ignore_index;
-  int64_t divergence;
-  double mix;
-};
 
 DType dtype_of(const Tensor& tensor, const char* name);
 

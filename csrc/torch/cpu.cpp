@@ -80,7 +80,9 @@ RowLosses::RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, 
       data_(out) {
   if (out_ == nullptr) return;
   const int64_t numbers = fields * inputs.rows;
-  own_.reset(new (std::nothrow) char[static_cast<size_t>(numbers * acc_bytes_)]);
+  constexpr int64_t kMost = INT64_MAX / 8;  // beyond, the tensor's error is that of its size
+  if (numbers <= kMost)
+    own_.reset(new (std::nothrow) char[static_cast<size_t>(numbers * acc_bytes_)]);
   data_ = own_.get();
   if (data_ != nullptr) return;
   tensor_ = torch::stable::empty({numbers}, acc_type(inputs));

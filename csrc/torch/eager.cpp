@@ -15,11 +15,7 @@
 namespace fastkd {
 namespace {
 
-// The numbers of a call, as the ops' schemas have them (library.cpp).
-struct Settings {
-  double temperature, teacher_temperature, hard_weight, soft_weight, label_smoothing;
-  int64_t ignore_index, divergence;
-  double mix;
+struct Settings : Options {
   int64_t reduction;
   double normalizer;  // 0: the rows that count
   bool with_terms;
@@ -59,14 +55,7 @@ bool is_16_bit(const Tensor& tensor) { return tensor.element_size() == 2; }
 Tensor run(const Rows& rows, const Settings& settings, const Tensor& grad, double grad_output) {
   ForwardArgs args;
   static_cast<Inputs&>(args) = rows.inputs;
-  args.temperature = settings.temperature;
-  args.teacher_temperature = settings.teacher_temperature;
-  args.hard_weight = settings.hard_weight;
-  args.soft_weight = settings.soft_weight;
-  args.label_smoothing = settings.label_smoothing;
-  args.ignore_index = settings.ignore_index;
-  args.divergence = static_cast<Divergence>(settings.divergence);
-  args.mix = settings.mix;
+  set_options(settings, &args);
   args.reduction = static_cast<Reduction>(settings.reduction);
   if (grad.defined()) {
     args.grad = grad.mutable_data_ptr();
@@ -108,7 +97,7 @@ struct LossBackward : GradientNode {
     if (logits.is_cpu()) {
       // Scaling is exact enough in the number type that everything is computed in.
       if (filled && !is_16_bit(result)) return void(result.mul_(factor));
-      return write_again(result, number(factor), logits);
+      return write_again(result, factor, logits);
     }
     static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
     backward.call(result, factor, stats, logits, teacher.unpack(), if_defined(labels.unpack()),
@@ -117,28 +106,32 @@ struct LossBackward : GradientNode {
                   settings.ignore_index, settings.divergence, settings.mix, filled);
   }
 
-  void write_again(const Tensor& result, double grad_output, const Tensor& logits) {
-    // Hooks may have saved something else.
-    const auto as_it_was = [](const Tensor& tensor) {
-      return is_plain(tensor) && is_readable(tensor) ? tensor
-                                                     : tensor.clone(at::MemoryFormat::Contiguous);
-    };
-    const Tensor again = as_it_was(logits), teacher_again = as_it_was(teacher.unpack());
-    auto labels_again = if_defined(labels.unpack());
-    if (labels_again) labels_again = as_it_was(*labels_again);
-    TORCH_CHECK(are_operands(again, teacher_again, labels_again) && again.is_cpu() &&
-                    again.sizes() == result.sizes() && again.dtype() == result.dtype(),
-                "the logits and labels that were saved for the backward pass are others now");
-    run(rows_of(again, teacher_again, labels_again).value(), settings, result, grad_output);
+  // By the forward pass, to the same bits: the op would want statistics, which that does not leave
+  // where it goes past the dispatcher.
+  void write_again(const Tensor& result, const Tensor& factor, const Tensor& logits) {
+    const Tensor saved_teacher = teacher.unpack();
+    const auto saved_labels = if_defined(labels.unpack());
+    Settings loss_alone = settings;
+    loss_alone.with_terms = false;
+    // Hooks may give back something else than they were given to save.
+    const bool as_given = is_plain(logits) && is_plain(saved_teacher) &&
+                          (!saved_labels || is_plain(*saved_labels)) &&
+                          are_operands(logits, saved_teacher, saved_labels) &&
+                          logits.sizes() == result.sizes() && logits.dtype() == result.dtype();
+    const auto rows = as_given ? rows_of(logits, saved_teacher, saved_labels) : std::nullopt;
+    if (!rows) return void(result.copy_(formula(loss_alone, factor)));
+    RECORD_FUNCTION("fastkd::loss_backward_", std::vector<c10::IValue>({result, factor, logits}));
+    run(*rows, loss_alone, result, value_of(factor));
   }
 
-  Tensor differentiable(const Tensor& factor) override {
+  Tensor differentiable(const Tensor& factor) override { return formula(settings, factor); }
+
+  Tensor formula(const Settings& s, const Tensor& factor) {
     py::gil_scoped_acquire gil;
     const py::module_ derivatives = py::module_::import("fastkd.derivatives");
     const py::object numbers = derivatives.attr("Settings")(
-        settings.temperature, settings.teacher_temperature, settings.hard_weight,
-        settings.soft_weight, settings.label_smoothing, settings.ignore_index, settings.divergence,
-        settings.mix, settings.reduction, settings.normalizer, settings.with_terms);
+        s.temperature, s.teacher_temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
+        s.ignore_index, s.divergence, s.mix, s.reduction, s.normalizer, s.with_terms);
     return derivatives
         .attr("differentiable_gradient")(student.unpack(), teacher.unpack(),
                                          or_none(labels.unpack()), py::none(), py::none(), numbers,
@@ -147,30 +140,36 @@ struct LossBackward : GradientNode {
   }
 };
 
-// Nothing where the logits must be copied for the kernels.
+// Nothing where the logits must be copied for the kernels, or where these fail.
 std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
-                              const std::optional<Tensor>& labels, const Settings& settings) {
-  const bool with_grad = at::GradMode::is_enabled() && student.requires_grad();
+                              const std::optional<Tensor>& labels, const Settings& settings,
+                              bool with_grad) {
   const auto rows = student.is_cpu() ? rows_of(student, teacher, labels) : std::nullopt;
   if (student.is_cpu() && !rows) return std::nullopt;
-  if (!with_grad) {
-    return rows ? run(*rows, settings, Tensor(), 1.0)
-                : std::get<0>(call_loss(student, teacher, labels, settings, false));
+  Tensor out, grad, stats;
+  const double grad_output = rows && is_16_bit(student) ? last_grad_output.load() : 1.0;
+  try {
+    if (rows) {
+      RECORD_FUNCTION("fastkd::loss", std::vector<c10::IValue>({student, teacher}));
+      if (with_grad) grad = gradients::empty_gradient(student);
+      out = run(*rows, settings, grad, grad_output);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(out, grad, stats) = call_loss(student, teacher, labels, settings, with_grad);
+    }
+  } catch (const std::exception&) {
+    return std::nullopt;  // the Python path finds out why
   }
+  if (!with_grad) return out;
+  // Only now, for hooks that save may raise, and are to be asked once.
   auto [pointer, node] = make_node<LossBackward>(student);
   node->settings = settings;
   node->with_terms = settings.with_terms;
+  node->grad = grad;
+  node->grad_output = grad_output;
+  node->stats = stats;
   node->teacher = SavedVariable(teacher, false);
   if (labels) node->labels = SavedVariable(*labels, false);
-  Tensor out;
-  if (rows) {
-    node->grad = gradients::empty_gradient(student);
-    if (is_16_bit(student)) node->grad_output = last_grad_output;
-    out = run(*rows, settings, node->grad, node->grad_output);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::tie(out, node->grad, node->stats) = call_loss(student, teacher, labels, settings, true);
-  }
   torch::autograd::set_history(out, pointer);
   return out;
 }
@@ -239,14 +238,9 @@ std::optional<Settings> read_settings(Values values, bool has_labels) {
     return std::nullopt;
   }
   PyObject* const mix = PyTuple_GET_ITEM(divergence, 1);
-  return Settings{*temperature,
-                  *teacher_temperature,
-                  weights->first,
-                  weights->second,
-                  *smoothing,
-                  *ignore_index,
-                  integer(PyTuple_GET_ITEM(divergence, 0)).value(),
-                  mix == Py_None ? 0.5 : PyFloat_AsDouble(mix),
+  return Settings{{*temperature, *teacher_temperature, weights->first, weights->second, *smoothing,
+                   *ignore_index, integer(PyTuple_GET_ITEM(divergence, 0)).value(),
+                   mix == Py_None ? 0.5 : PyFloat_AsDouble(mix)},
                   static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
                   *normalizer,
                   values[kWithTerms] == Py_True};
@@ -260,31 +254,33 @@ std::optional<Tensor> loss(Values values) {
   if (student == nullptr || teacher == nullptr || (has_labels && given == nullptr))
     return std::nullopt;
   const std::optional<Tensor> labels = has_labels ? std::optional(*given) : std::nullopt;
-  const bool usual =
-      has_rows(*student) && is_logits(*teacher) && student->device() == teacher->device() &&
-      student->sizes() == teacher->sizes() && !teacher->requires_grad() &&
-      !is_observed(*student, *teacher) && are_labels(labels, *student) && is_usual(values);
+  const bool with_grad = at::GradMode::is_enabled() && student->requires_grad();
+  const bool usual = are_operands(*student, *teacher, labels) && !teacher->requires_grad() &&
+                     !is_observed(*student, *teacher) && is_usual(values) &&
+                     !(with_grad && !(can_save(*teacher) && can_save(labels)));
   if (!usual) return std::nullopt;
   const auto settings = read_settings(values, has_labels);
   if (!settings || !suits(static_cast<Divergence>(settings->divergence), *student, labels)) {
     return std::nullopt;
   }
   py::gil_scoped_release no_gil;
-  RECORD_FUNCTION("fastkd::loss", std::vector<c10::IValue>({*student, *teacher}));
-  return compute(*student, *teacher, labels, *settings);
+  return compute(*student, *teacher, labels, *settings, with_grad);
 }
 
-// As a function of Python's: None where it has nothing, and where it fails, for the Python path to
-// find out why.
+// As a function of Python's: None where it has nothing.
 template <auto kFunction, Py_ssize_t kCount>
 PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
   try {
     const auto result = count == kCount ? kFunction(values) : std::nullopt;
     if (result) return THPVariable_Wrap(*result);
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
   } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
   }
-  PyErr_Clear();
-  Py_RETURN_NONE;
+  return nullptr;
 }
 
 template <auto kFunction, Py_ssize_t kCount>

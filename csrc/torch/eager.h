@@ -6,6 +6,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -26,6 +27,7 @@
 
 #include "direct.h"
 #include "gradients.h"
+#include "options.h"
 #include "walk.h"
 
 namespace fastkd {
@@ -52,6 +54,16 @@ c10::TypedOperatorHandle<Signature> op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Whether a tensor's numbers are what its memory holds: wrappers, and views of negatives, have
+// other keys.
+inline bool is_plain(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet kUsual(
+      {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
+       c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
+       c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  return (tensor.key_set() | kUsual) == kUsual && tensor.layout() == at::kStrided;
+}
+
 // The backward pass of a call whose forward pass has written the gradient.
 struct GradientNode : torch::autograd::Node {
   SavedVariable student;
@@ -73,6 +85,7 @@ struct GradientNode : torch::autograd::Node {
     if (at::GradMode::is_enabled() || is_batch(factor)) return {differentiable(factor)};
     // Tensors whose memory does not hold their number.
     if (factor.is_neg() || factor._is_zerotensor()) factor = at::zeros_like(factor).add_(factor);
+    if (!is_plain(factor)) return {differentiable(factor)};
     if (with_terms) factor = factor.select(0, 0);
     // With retain_graph=True the first call gives the forward pass's buffer away: a second one,
     // which may not scale it again, starts anew.
@@ -83,9 +96,8 @@ struct GradientNode : torch::autograd::Node {
       grad.reset();
     }
     if (factor.is_cpu()) {
-      const double wanted = number(factor);
+      const double wanted = value_of(factor);
       if (result.defined()) met(wanted, result);
-      // What the op would find out too, without the cost of calling it.
       if (result.defined() && wanted == grad_output) return {result};
     }
     const Tensor logits = student.unpack();
@@ -102,7 +114,7 @@ struct GradientNode : torch::autograd::Node {
   static std::optional<Tensor> if_defined(const Tensor& tensor) {
     return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
   }
-  static double number(const Tensor& scalar) {
+  static double value_of(const Tensor& scalar) {
     return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
                                                : *scalar.const_data_ptr<float>();
   }
@@ -145,16 +157,6 @@ auto make_node(const Tensor& student) {
     auto* raw = with_edges(node.get());
     return std::pair<Pointer, N*>{Pointer(std::move(node)), raw};
   }
-}
-
-// Whether a tensor's numbers are what its memory holds: wrappers, and views of negatives, have
-// other keys.
-inline bool is_plain(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet kUsual(
-      {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
-       c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
-       c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
-  return (tensor.key_set() | kUsual) == kUsual && tensor.layout() == at::kStrided;
 }
 
 // The tensor, if it is plain and of a backend with kernels.
@@ -298,6 +300,10 @@ inline std::optional<Rows> rows_of(const Tensor& student, const Tensor& teacher,
   rows.grad_stride = layout->grad;
   return rows;
 }
+
+// Inference tensors, which autograd cannot save, are copied by the Python path.
+inline bool can_save(const Tensor& tensor) { return !tensor.is_inference(); }
+inline bool can_save(const std::optional<Tensor>& tensor) { return !tensor || can_save(*tensor); }
 
 inline Tensor empty_on_cpu(at::IntArrayRef sizes, const Inputs& inputs) {
   const bool in_double = computes_in_double(inputs.student_dtype, inputs.teacher_dtype);

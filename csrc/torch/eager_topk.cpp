@@ -78,11 +78,10 @@ Tensor run(const Rows& rows, const Lists& lists, const TopkSettings& settings, c
   args.indices = lists.indices.const_data_ptr<int64_t>();
   args.k = lists.indices.size(-1);
   args.tail = static_cast<Tail>(settings.tail);
-  args.temperature = args.teacher_temperature = settings.temperature;
-  args.hard_weight = settings.hard_weight;
-  args.soft_weight = settings.soft_weight;
-  args.label_smoothing = settings.label_smoothing;
-  args.ignore_index = settings.ignore_index;
+  const TopkSettings& s = settings;
+  set_options({s.temperature, s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
+               s.ignore_index, 0, 0.5},
+              &args);
   if (grad.defined()) {
     args.grad = grad.mutable_data_ptr();
     args.grad_stride = rows.grad_stride;
@@ -93,7 +92,7 @@ Tensor run(const Rows& rows, const Lists& lists, const TopkSettings& settings, c
   return out;
 }
 
-// Nothing where what is given must be copied for the kernels.
+// Nothing where what is given must be copied for the kernels, or where these fail.
 std::optional<Tensor> compute(const Tensor& student, const Lists& lists,
                               const TopkSettings& settings, bool with_grad) {
   std::optional<Rows> rows;
@@ -101,23 +100,28 @@ std::optional<Tensor> compute(const Tensor& student, const Lists& lists,
     rows = rows_of(student, student, lists.labels);
     if (!rows || !is_readable(lists.indices) || !is_readable(lists.log_probs)) return std::nullopt;
   }
-  if (!with_grad) {
-    return rows ? run(*rows, lists, settings, Tensor())
-                : std::get<0>(call_topk(student, lists, settings, false));
+  Tensor out, grad;
+  try {
+    if (rows) {
+      RECORD_FUNCTION("fastkd::topk_loss",
+                      std::vector<c10::IValue>({student, lists.indices, lists.log_probs}));
+      if (with_grad) grad = gradients::empty_gradient(student);
+      out = run(*rows, lists, settings, grad);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(out, grad) = call_topk(student, lists, settings, with_grad);
+    }
+  } catch (const std::exception&) {
+    return std::nullopt;  // the Python path finds out why
   }
+  if (!with_grad) return out;
+  // Only now, as in eager.cpp.
   auto [pointer, node] = make_node<TopkLossBackward>(student);
   node->settings = settings;
+  node->grad = grad;
   node->indices = SavedVariable(lists.indices, false);
   node->log_probs = SavedVariable(lists.log_probs, false);
   if (lists.labels) node->labels = SavedVariable(*lists.labels, false);
-  Tensor out;
-  if (rows) {
-    node->grad = gradients::empty_gradient(student);
-    out = run(*rows, lists, settings, node->grad);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::tie(out, node->grad) = call_topk(student, lists, settings, true);
-  }
   torch::autograd::set_history(out, pointer);
   return out;
 }
@@ -181,10 +185,8 @@ bool are_lists(const Lists& lists, const Tensor& student) {
          !log_probs.requires_grad();
 }
 
-// What autograd cannot save.
-bool is_inference(const Lists& lists) {
-  return lists.indices.is_inference() || lists.log_probs.is_inference() ||
-         (lists.labels && lists.labels->is_inference());
+bool can_save_all(const Lists& lists) {
+  return can_save(lists.indices) && can_save(lists.log_probs) && can_save(lists.labels);
 }
 
 }  // namespace
@@ -202,12 +204,11 @@ std::optional<Tensor> topk_loss(Values values) {
   const bool with_grad = at::GradMode::is_enabled() && student->requires_grad();
   const bool usual = !is_observed(*student, *log_probs) && has_rows(*student) &&
                      are_lists(lists, *student) && are_labels(lists.labels, *student) &&
-                     !(with_grad && is_inference(lists));
+                     !(with_grad && !can_save_all(lists));
   if (!usual) return std::nullopt;
   const auto settings = read_settings(values, has_labels);
   if (!settings) return std::nullopt;
   py::gil_scoped_release no_gil;
-  RECORD_FUNCTION("fastkd::topk_loss", std::vector<c10::IValue>({*student, *indices, *log_probs}));
   return compute(*student, lists, *settings, with_grad);
 }
 

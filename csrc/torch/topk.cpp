@@ -145,7 +145,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
       "Tensor? denominator, float temperature, float hard_weight, float soft_weight, "
       "float label_smoothing, int ignore_index, int tail, int reduction, float normalizer, "
       "bool with_grad) -> (Tensor out, Tensor grad)");
-  // The same with the gradient written into a contiguous `grad`: what plain calls on CPUs use.
+  // The same with the gradient written into a contiguous `grad`, on CPUs.
   m.def(
       "topk_loss_into(Tensor(a!) grad, Tensor student, Tensor indices, Tensor log_probs, "
       "Tensor? labels, Tensor? denominator, float temperature, float hard_weight, "
