@@ -41,7 +41,11 @@ struct Engine {
     return s.mean > 0 && is_mean_of_gaps(in.divergence);
   }
 
-  bool past_caches() const { return passes_caches(in, grad); }
+  bool past_caches() const { return passes_caches(in, grad, 2048); }
+  // After whatever is to be seen by other threads.
+  void complete() const {
+    if (past_caches()) complete_copies();
+  }
 
   void* grad_at(int64_t row, int64_t index) const {
     return const_cast<void*>(
@@ -391,9 +395,25 @@ struct Engine {
     }
   }
 
+  // What is to become of the label's element: what the one-hot target takes off, or another value.
+  struct Label {
+    int64_t index = -1;  // in the row, or none
+    bool exact = false;
+    T value = 0;
+  };
+  void put_label(const Label& label, int64_t at, int64_t count, const Vectors<S>& g) const {
+    if (!holds(at, count, label.index)) return;
+    S* const element = g.element(label.index - at);
+    if constexpr (std::is_same<S, T>::value) {
+      *element = label.exact ? *element - label.value : label.value;
+    } else {
+      *element = narrow<S>(label.value);
+    }
+  }
+
   // One block of a plain row's gradient.
   void write_plain(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                   int64_t count, const Left<T>& left) const {
+                   int64_t count, const Left<T>& left, const Label& label) const {
     alignas(64) S student[kLongest];
     alignas(64) S result[kLongest];
     void* const place = grad_at(index, at);
@@ -404,11 +424,12 @@ struct Engine {
       constexpr Hard kHard = decltype(has_hard)::value;
       write_plain_gradient<kHard, false>(c, z, left.student, left.teacher, g, count);
     });
+    put_label(label, at, count, g);
     put_result(g, result, place, in.student_dtype, count, past_caches());
   }
 
   SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                        int64_t count, const Left<T>& left) const {
+                        int64_t count, const Left<T>& left, const Label& label) const {
     alignas(64) S student[kLongest];
     alignas(64) S teacher[kLongest];
     alignas(64) S result[kLongest];
@@ -431,6 +452,7 @@ struct Engine {
         balance(row, c, left, z, left.any() ? left.student : q, slope, g, count);
       }
     }
+    put_label(label, at, count, g);
     put_result(g, result, place, in.student_dtype, count, past_caches());
     return sums;
   }
@@ -476,19 +498,27 @@ struct Engine {
         (row.hard != Hard::kNone || decoupled) && holds(begin, end - begin, row.label);
     // As backward sees it, which knows no terms.
     const bool differs = labelled && (row.gradient_hard != Hard::kNone || decoupled);
-    const bool exact = in.student_dtype == kStorage<T>;
-    const bool rounded = differs && !exact && !decoupled;
-    T label_grad = 0, z = 0;
+    Label label;
+    label.exact = in.student_dtype == kStorage<T> && !decoupled;
+    const bool plain = is_difference(s);
+    T z = 0;
     if (labelled) {
       z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
-      if (rounded && !is_difference(s)) {
-        const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
-        label_grad = label_gradient(row, *c, z, w, gain);
-      }
       if (sums != nullptr && row.hard != Hard::kNone) {
         const double share = 1 - in.label_smoothing;
         sums->student_logits +=
             weighted(share, static_cast<double>(z) - static_cast<double>(s.student_max));
+      }
+    }
+    if (differs && grad != nullptr) {
+      label.index = row.label;
+      if (decoupled) {
+        label.value = c->label_gradient;
+      } else if (label.exact) {
+        label.value = onehot(row, gain);
+      } else if (!plain) {
+        const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
+        label.value = label_gradient(row, *c, z, w, gain);
       }
     }
     const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
@@ -503,27 +533,19 @@ struct Engine {
       const Left<T> here = left.at(at - begin);
       if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
       if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
-      if (is_difference(s)) {
-        if (grad != nullptr) write_plain(row, *c, index, at, count, here);
-        if (rounded && grad != nullptr && holds(at, count, row.label)) {
-          label_grad = plain_label_gradient(row, *c, z, row.label - at, here, gain);
+      if (plain) {
+        if (grad != nullptr) {
+          if (!label.exact && holds(at, count, label.index))
+            label.value = plain_label_gradient(row, *c, z, label.index - at, here, gain);
+          write_plain(row, *c, index, at, count, here, label);
         }
       } else if (grad != nullptr || summed) {
-        const SlopeSums of_block = write_block(row, *c, index, at, count, here);
+        const SlopeSums of_block = write_block(row, *c, index, at, count, here, label);
         value += of_block.value, slope += of_block.slope;
       }
       ++block;
     });
     if (sums != nullptr) sums->value += value, sums->slope += slope;
-    if (past_caches()) complete_copies();
-    if (!differs || grad == nullptr) return;
-    void* target = grad_at(index, row.label);
-    if (decoupled) {
-      label_grad = c->label_gradient;
-    } else if (exact) {
-      label_grad = *static_cast<const T*>(target) - onehot(row, gain);
-    }
-    FASTKD_ISA::write(&label_grad, in.student_dtype, 1, target);
   }
 };
 

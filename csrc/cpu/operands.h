@@ -81,10 +81,10 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
 
 // Whether a gradient is written past the caches, which cannot hold it. In shorter rows that takes
 // longer, also where they begin with a line.
-inline bool passes_caches(const Inputs& in, const void* grad) {
-  constexpr int64_t kBytes = 12 << 20, kClasses = 16384;
-  return in.classes >= kClasses && in.rows * in.classes * size_of(in.student_dtype) >= kBytes &&
-         grad != in.student;
+inline bool passes_caches(const Inputs& in, const void* grad, int64_t least_classes) {
+  constexpr int64_t kBytes = 12 << 20;
+  return in.classes >= least_classes &&
+         in.rows * in.classes * size_of(in.student_dtype) >= kBytes && grad != in.student;
 }
 
 // Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or

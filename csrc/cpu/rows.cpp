@@ -272,6 +272,7 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
     Room<decltype(zero)> room(engine, end);
     for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, room);
+    engine.complete();
   });
 }
 
@@ -282,6 +283,7 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
   with_engine(args, false, [&](const auto& engine, auto zero) {
     Kept<decltype(zero)> kept;
     for (int64_t i = begin; i < end; ++i) backward_row(args, engine, i, kept);
+    engine.complete();
   });
 }
 
@@ -340,6 +342,7 @@ void write_one(const ForwardArgs& args, int64_t index, int64_t segment, const St
     engine.set_shares(&shared.c, of_balance);
     write_segment(engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
                   shared.left(index, segment), result);
+    engine.complete();
   });
 }
 

@@ -212,7 +212,8 @@ struct TopkRow {
     const Exponentials<T, S> own({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = all(static_cast<T>(gains.uniform));
     const double* block_max = kept.maxima.get();
-    const bool past_caches = passes_caches(args, args.grad);
+    // More classes than the dense loss wants: what is written to listed ones afterwards waits.
+    const bool past_caches = passes_caches(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
       const double shift = topk::shift(relative_to, max, row.temperature);

@@ -38,6 +38,7 @@ struct Vectors {
   int64_t whole = INT64_MAX;  // classes before the last
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
+  S* element(int64_t index) const { return index < whole ? block + index : last + (index - whole); }
 };
 
 #if defined(__GNUC__)
