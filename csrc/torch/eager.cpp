@@ -165,9 +165,9 @@ std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
   auto [pointer, node] = make_node<LossBackward>(student);
   node->settings = settings;
   node->with_terms = settings.with_terms;
-  node->grad = grad;
+  node->grad = std::move(grad);
   node->grad_output = grad_output;
-  node->stats = stats;
+  node->stats = std::move(stats);
   node->teacher = SavedVariable(teacher, false);
   if (labels) node->labels = SavedVariable(*labels, false);
   torch::autograd::set_history(out, pointer);

@@ -118,7 +118,7 @@ std::optional<Tensor> compute(const Tensor& student, const Lists& lists,
   // Only now, as in eager.cpp.
   auto [pointer, node] = make_node<TopkLossBackward>(student);
   node->settings = settings;
-  node->grad = grad;
+  node->grad = std::move(grad);
   node->indices = SavedVariable(lists.indices, false);
   node->log_probs = SavedVariable(lists.log_probs, false);
   if (lists.labels) node->labels = SavedVariable(*lists.labels, false);
