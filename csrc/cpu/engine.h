@@ -41,7 +41,10 @@ struct Engine {
     return s.mean > 0 && is_mean_of_gaps(in.divergence);
   }
 
-  bool past_caches() const { return passes_caches(in, grad, 2048); }
+  bool past_caches() const {
+    constexpr int64_t kLeastClasses = 2048;  // set by measurement
+    return passes_caches(in, grad, kLeastClasses);
+  }
   // After whatever is to be seen by other threads.
   void complete() const {
     if (past_caches()) complete_copies();

@@ -223,26 +223,23 @@ std::optional<Settings> read_settings(Values values, bool has_labels) {
   PyObject* const name = values[kDivergence];
   PyObject* const divergence =
       PyUnicode_CheckExact(name) ? PyDict_GetItemWithError(values[kDivergences], name) : nullptr;
+  const auto usual = read_usual(
+      {values[kOwnTemperature], values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight],
+       values[kIgnoreIndex], values[kReduction], values[kLabelSmoothing], values[kNormalizer]},
+      has_labels);
+  if (divergence == nullptr || !usual) return std::nullopt;
   PyObject* const own_temperature = values[kOwnTeacherTemperature];
-  const auto ignore_index = integer(values[kIgnoreIndex]);
-  const auto temperature = number(values[kOwnTemperature], kLeast, kMost);
-  const auto teacher_temperature =
-      own_temperature == Py_None ? temperature : number(own_temperature, kLeast, kMost);
-  const auto weights =
-      read_weights(values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight], has_labels);
-  const auto smoothing = number(values[kLabelSmoothing], 0, has_labels ? 1 : 0);
-  const auto normalizer = read_normalizer(values[kNormalizer]);
-  const bool mean = is(values[kReduction], "mean"), sum = is(values[kReduction], "sum");
-  if (divergence == nullptr || !temperature || !teacher_temperature || !weights || !smoothing ||
-      !normalizer || !(mean || (sum && values[kNormalizer] == Py_None)) || !ignore_index) {
-    return std::nullopt;
-  }
+  const auto teacher_temperature = own_temperature == Py_None
+                                       ? std::optional<double>(usual->temperature)
+                                       : number(own_temperature, kLeast, kMost);
+  if (!teacher_temperature) return std::nullopt;
   PyObject* const mix = PyTuple_GET_ITEM(divergence, 1);
-  return Settings{{*temperature, *teacher_temperature, weights->first, weights->second, *smoothing,
-                   *ignore_index, integer(PyTuple_GET_ITEM(divergence, 0)).value(),
+  return Settings{{usual->temperature, *teacher_temperature, usual->hard_weight, usual->soft_weight,
+                   usual->label_smoothing, usual->ignore_index,
+                   integer(PyTuple_GET_ITEM(divergence, 0)).value(),
                    mix == Py_None ? 0.5 : PyFloat_AsDouble(mix)},
-                  static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
-                  *normalizer,
+                  usual->reduction,
+                  usual->normalizer,
                   values[kWithTerms] == Py_True};
 }
 

@@ -242,10 +242,35 @@ inline bool are_labels(const std::optional<Tensor>& labels, const Tensor& studen
                      labels->device() == student.device());
 }
 
-// What mean divides by, 0 where that is the rows that count; or nothing.
-inline std::optional<double> read_normalizer(PyObject* value) {
-  return value == Py_None ? std::optional<double>(0.0) : number(value, kLeast, kMost);
+// The options that both losses have, as Python has them.
+struct Given {
+  PyObject *temperature, *alpha, *hard_weight, *soft_weight, *ignore_index, *reduction,
+      *label_smoothing, *normalizer;
+};
+// And as the ops have them.
+struct Usual {
+  double temperature, hard_weight, soft_weight, label_smoothing;
+  int64_t ignore_index, reduction;
+  double normalizer;  // what mean divides by, 0: the rows that count
+};
+inline std::optional<Usual> read_usual(const Given& given, bool has_labels) {
+  const auto temperature = number(given.temperature, kLeast, kMost);
+  const auto weights = read_weights(given.alpha, given.hard_weight, given.soft_weight, has_labels);
+  const auto smoothing = number(given.label_smoothing, 0, has_labels ? 1 : 0);
+  const auto ignore_index = integer(given.ignore_index);
+  const bool mean = is(given.reduction, "mean"), counts = given.normalizer == Py_None;
+  const auto normalizer =
+      counts ? std::optional<double>(0.0) : number(given.normalizer, kLeast, kMost);
+  if (!temperature || !weights || !smoothing || !ignore_index || !normalizer ||
+      !(mean || (counts && is(given.reduction, "sum")))) {
+    return std::nullopt;
+  }
+  return Usual{*temperature,    weights->first,
+               weights->second, *smoothing,
+               *ignore_index,   static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
+               *normalizer};
 }
+
 inline std::optional<double> divisor(double normalizer) {
   return normalizer > 0 ? std::optional<double>(normalizer) : std::nullopt;
 }

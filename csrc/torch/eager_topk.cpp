@@ -4,11 +4,8 @@
 namespace fastkd {
 namespace {
 
-// The numbers of a call, as the op's schema has them (topk.cpp).
-struct TopkSettings {
-  double temperature, hard_weight, soft_weight, label_smoothing;
-  int64_t ignore_index, tail, reduction;
-  double normalizer;
+struct TopkSettings : Usual {
+  Tail tail;
 };
 
 using TopkOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
@@ -29,7 +26,7 @@ std::tuple<Tensor, Tensor> call_topk(const Tensor& student, const Lists& lists,
   static const auto loss = op<TopkOp>("fastkd::topk_loss");
   return loss.call(student, lists.indices, lists.log_probs, lists.labels, std::nullopt,
                    s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing, s.ignore_index,
-                   s.tail, s.reduction, s.normalizer, with_grad);
+                   static_cast<int64_t>(s.tail), s.reduction, s.normalizer, with_grad);
 }
 
 struct TopkLossBackward : GradientNode {
@@ -51,17 +48,17 @@ struct TopkLossBackward : GradientNode {
     const TopkSettings& s = settings;
     backward.call(result, factor, logits, indices.unpack(), log_probs.unpack(),
                   if_defined(labels.unpack()), std::nullopt, s.temperature, s.hard_weight,
-                  s.soft_weight, s.label_smoothing, s.ignore_index, s.tail, s.reduction,
-                  s.normalizer, filled);
+                  s.soft_weight, s.label_smoothing, s.ignore_index, static_cast<int64_t>(s.tail),
+                  s.reduction, s.normalizer, filled);
   }
 
   Tensor differentiable(const Tensor& factor) override {
     py::gil_scoped_acquire gil;
     const py::module_ sparse = py::module_::import("fastkd.sparse");
     const TopkSettings& s = settings;
-    const py::object numbers =
-        sparse.attr("Settings")(s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
-                                s.ignore_index, s.tail, s.reduction, s.normalizer);
+    const py::object numbers = sparse.attr("Settings")(
+        s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing, s.ignore_index,
+        static_cast<int64_t>(s.tail), s.reduction, s.normalizer);
     return sparse
         .attr("differentiable_gradient")(student.unpack(), indices.unpack(), log_probs.unpack(),
                                          or_none(labels.unpack()), py::none(), numbers, factor)
@@ -77,7 +74,7 @@ Tensor run(const Rows& rows, const Lists& lists, const TopkSettings& settings, c
   args.teacher_dtype = dtype_of(lists.log_probs);
   args.indices = lists.indices.const_data_ptr<int64_t>();
   args.k = lists.indices.size(-1);
-  args.tail = static_cast<Tail>(settings.tail);
+  args.tail = settings.tail;
   const TopkSettings& s = settings;
   set_options({s.temperature, s.temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
                s.ignore_index, 0, 0.5},
@@ -147,28 +144,14 @@ enum Value : Py_ssize_t {
 static_assert(kValues == kTopkValues);
 
 std::optional<TopkSettings> read_settings(Values values, bool has_labels) {
-  const auto temperature = number(values[kOwnTemperature], kLeast, kMost);
-  const auto weights =
-      read_weights(values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight], has_labels);
-  const auto ignore_index = integer(values[kIgnoreIndex]);
-  const auto smoothing = number(values[kLabelSmoothing], 0, has_labels ? 1 : 0);
-  const auto normalizer = read_normalizer(values[kNormalizer]);
-  const bool mean = is(values[kReduction], "mean"), sum = is(values[kReduction], "sum");
+  const auto usual = read_usual(
+      {values[kOwnTemperature], values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight],
+       values[kIgnoreIndex], values[kReduction], values[kLabelSmoothing], values[kNormalizer]},
+      has_labels);
   const bool ghost = is(values[kTail], "ghost"), renormalize = is(values[kTail], "renormalize");
-  if (!temperature || !weights || !smoothing || !normalizer ||
-      !(mean || (sum && values[kNormalizer] == Py_None)) ||
-      !(ghost || renormalize || is(values[kTail], "ignore")) || !ignore_index) {
-    return std::nullopt;
-  }
+  if (!usual || !(ghost || renormalize || is(values[kTail], "ignore"))) return std::nullopt;
   const Tail of_rest = ghost ? Tail::kGhost : renormalize ? Tail::kRenormalize : Tail::kIgnore;
-  return TopkSettings{*temperature,
-                      weights->first,
-                      weights->second,
-                      *smoothing,
-                      *ignore_index,
-                      static_cast<int64_t>(of_rest),
-                      static_cast<int64_t>(mean ? Reduction::kMean : Reduction::kSum),
-                      *normalizer};
+  return TopkSettings{*usual, of_rest};
 }
 
 bool are_lists(const Lists& lists, const Tensor& student) {
