@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from fastkd import _C, native
+from fastkd import _C, autograd, native
 
 FOLDER = pathlib.Path(__file__).parent
 # Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.
@@ -83,11 +83,13 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["direct", "python"])
-def way_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways from fastkd.loss to the op: the C++ one for plain calls, and the Python one."""
+@pytest.fixture(params=["cpp", "python"])
+def each_autograd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with autograd in C++, and with autograd in Python."""
     if request.param == "python":
-        monkeypatch.setattr(native, "EAGER", None)
-    elif native.EAGER is None:
+        with autograd.without_cpp():
+            yield "python"
+        return
+    if native.EAGER is None:
         pytest.skip("fastkd._eager was not built, or with another torch")
-    return str(request.param)
+    yield "cpp"

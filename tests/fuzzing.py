@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as conftest.py, for the programs
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support import FP32
 from torch import Tensor
 
-from fastkd import _C, native
+from fastkd import _C, autograd
 
 ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
 BATCH = 500
@@ -122,16 +122,14 @@ def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """With an instruction set, a number of threads and a way in; puts those back."""
-    before, count, eager = _C.isa(), torch.get_num_threads(), native.EAGER
+    """Set an instruction set, a number of threads, and autograd in Python, for the context."""
+    before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
-    if in_python:
-        native.EAGER = None
     try:
-        yield
+        with autograd.without_cpp() if in_python else nullcontext():
+            yield
     finally:
-        native.EAGER = eager
         torch.set_num_threads(count)
         _C.use_isa(before)
 

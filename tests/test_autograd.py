@@ -37,7 +37,7 @@ def expected(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
 # ---- first and second derivatives by finite differences
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize(
     ("options", "reduction"),
     [
@@ -71,7 +71,7 @@ def test_gradcheck_of_row_temperatures_and_no_labels(device):
         )
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_second_derivatives_are_the_references(device, with_labels, reduction):
@@ -91,7 +91,7 @@ def test_second_derivatives_are_the_references(device, with_labels, reduction):
     assert results[0][1].abs().max() > 0
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_third_derivatives_and_those_of_terms(device):
     student, teacher, labels = make((4, 7), FP64, device=device)
     results = []
@@ -105,7 +105,7 @@ def test_third_derivatives_and_those_of_terms(device):
     torch.testing.assert_close(*results, **EXACT)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_gradient_penalty_through_a_model(device):
     """What saved gradients get silently wrong: a penalty on the gradient, trained through."""
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_gradient_penalty_through_a_model(device):
 # ---- what comes into backward
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("scale", [1.0, -0.3, 1024.0, 0.0])
@@ -143,7 +143,7 @@ def test_grad_output(device, scale, reduction, dtype):
     assert_grad(leaf.grad, exact.grad, acc)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("terms", [False, True])
@@ -176,7 +176,7 @@ def test_backward_twice(device, terms, reduction, dtype):
     assert len({grad.data_ptr() for _, grad in results}) == len(results)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_gradient_is_the_callers_own(device):
     """Writing into .grad, as clip_grad_norm_ does, does not reach a second backward pass."""
     student, teacher, labels = make((6, 20), device=device)
@@ -189,7 +189,7 @@ def test_gradient_is_the_callers_own(device):
     assert torch.equal(leaf.grad, first)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_backward_after_the_graph_is_freed(device):
     student, teacher, labels = make((6, 20), device=device)
     for reduction in REDUCTIONS:
@@ -201,7 +201,7 @@ def test_backward_after_the_graph_is_freed(device):
             value.backward()
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_inputs_changed_in_between_are_an_error(device, reduction):
     """Backward may read the logits again: a change in place is found, not read as a logit."""
@@ -224,7 +224,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
             )
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_inside_a_bigger_graph(device):
     """A hidden student, the loss among others, the teacher frozen, parameters shared."""
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_inside_a_bigger_graph(device):
 # ---- the teacher
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_teacher_gets_no_gradient(device):
     student, teacher, labels = make((4, 7), device=device)
     student.requires_grad_()
@@ -272,7 +272,7 @@ def test_teacher_gets_no_gradient(device):
 # ---- memory
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory_on_the_cpu(inplace, tensors, dtype):
@@ -292,10 +292,10 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
 
 
 def test_a_gradient_in_use_is_not_written_over():
-    """What one call's gradient leaves is used by the next, but not before it is left."""
+    """The next call uses the memory of a gradient, but not before that is gone."""
 
     def gradient(seed: int) -> Tensor:
-        student, teacher, labels = make((16, 20000), seed=seed)
+        student, teacher, labels = make((32, 20000), seed=seed)
         leaf = student.requires_grad_()
         fastkd.loss(leaf, teacher, labels).backward()
         return leaf.grad
@@ -312,7 +312,7 @@ def test_a_gradient_in_use_is_not_written_over():
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
     again.resize_(40, 20000)  # as any tensor can be
-    assert torch.equal(again[:16], alone[1])
+    assert torch.equal(again[:32], alone[1])
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (6, 1000), (3, _C.segment + 5)], ids=str)
@@ -362,7 +362,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
 def test_what_inference_mode_has_made(device, options, labels):

@@ -192,7 +192,7 @@ def test_message(mistake, way):
             torch.testing.assert_close(tensors[name], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("mistake", ["label too large", "label negative", "label huge"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])

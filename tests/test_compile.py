@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd import shapes
+from fastkd.derivatives import Arguments
 
 pytestmark = [
     # What torch's own compiler and exporter warn about on some versions.
@@ -67,7 +68,9 @@ def test_compiled_is_eager(device, call):
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     assert len(graphs) == 2
-    forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
+    forward, backward = (
+        [f"{node.target} {node.args}" for node in graph.graph.nodes] for graph in graphs
+    )
     assert any("fastkd" in target for target in forward)
     for target in forward + backward:
         assert "softmax" not in target
@@ -273,47 +276,46 @@ def test_make_fx(device, reduction):
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
+    """The arguments of the op after the student."""
+    index = shapes.REDUCTIONS.index(reduction)
+    settings = shapes.Settings(
+        *(2.0, 2.0, 0.5, 0.5, smoothing, -100, 0, 0.5, index, 0.0, with_terms)
+    )
+    return Arguments((teacher,), None, None, labels, rows, None, settings).flat()
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 @pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.usefixtures("each_autograd")
 def test_opcheck_loss(device, labels, reduction, dtype):
     student, teacher, index = make((6, 50), dtype, device=device, labels=labels)
     rows = torch.linspace(1, 2, 4 * 6, device=device)
-    for with_terms, with_grad in ((False, True), (True, False)):
-        settings = shapes.Settings(
-            2.0,
-            2.0,
-            0.5,
-            0.5,
-            0.1,
-            -100,
-            0,
-            0.5,
-            shapes.REDUCTIONS.index(reduction),
-            0.0,
-            with_terms,
-        )
-        torch.library.opcheck(
-            torch.ops.fastkd.loss.default,
-            (student, teacher, index, rows, None, *settings, with_grad),
-            test_utils=CHECKS,
-        )
+    for with_terms, with_stats in ((False, True), (True, False)):
+        arguments = arguments_of(teacher, index, rows, reduction, with_terms=with_terms)
+        for leaf in (student, student.clone().requires_grad_()):
+            torch.library.opcheck(
+                torch.ops.fastkd.loss.default, (leaf, *arguments), test_utils=CHECKS
+            )
+        grads = (None,) if reduction == "none" else (None, torch.empty_like(student))
+        for grad in grads:
+            torch.library.opcheck(
+                torch.ops.fastkd.loss_into.default,
+                (grad, student, *arguments, with_stats),
+                test_utils=CHECKS,
+            )
 
 
-def test_opcheck_the_ops_that_write(device):
+def test_opcheck_the_backward_op(device):
     student, teacher, labels = make((6, 50), device=device)
-    mean = shapes.REDUCTIONS.index("mean")
-    settings = shapes.Settings(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, mean, 0.0, False)
-    torch.library.opcheck(
-        torch.ops.fastkd.loss_.default,
-        (student, teacher, labels, None, None, *settings),
-        test_utils=CHECKS,
-    )
-    student = make((6, 50), device=device).student
+    arguments = arguments_of(teacher, labels, None, "mean")
     one = torch.ones((), device=device)
     for filled in (False, True):
-        _, grad, stats = torch.ops.fastkd.loss.default(
-            student, teacher, labels, None, None, *settings, True
+        grad = torch.empty_like(student)
+        _, stats = torch.ops.fastkd.loss_into.default(grad, student, *arguments, True)
+        torch.library.opcheck(
+            torch.ops.fastkd.loss_backward_.default,
+            (grad, one * 3, stats, student, *arguments, filled),
+            test_utils=CHECKS,
         )
-        arguments = (grad, one * 3, stats, student, teacher, labels, None, *settings[:8], filled)
-        torch.library.opcheck(torch.ops.fastkd.loss_backward_.default, arguments, test_utils=CHECKS)

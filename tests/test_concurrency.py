@@ -29,7 +29,7 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
-def test_many_threads_at_once(device, way_in, shape):
+def test_many_threads_at_once(device, each_autograd, shape):
     """Each has its own problem, and gets the answer that it would get alone."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
@@ -39,7 +39,7 @@ def test_many_threads_at_once(device, way_in, shape):
         assert torch.equal(value, alone[i % TEAM][0]) and torch.equal(grad, alone[i % TEAM][1])
 
 
-def test_threads_share_a_graph(device, way_in):
+def test_threads_share_a_graph(device, each_autograd):
     """Backward passes of one graph at once: the buffer of the first is no other's."""
     for seed in range(20):
         student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
@@ -87,7 +87,7 @@ def seen_during(work: Callable[[], object]) -> bool:
     return "during" in seen
 
 
-def test_the_gil_is_released(way_in):
+def test_the_gil_is_released(each_autograd):
     student, teacher, labels = make((512, 20000))
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")

@@ -1,6 +1,6 @@
 """The way of plain calls past torch's dispatcher (csrc/torch/eager.cpp): what it takes, what it
 leaves to the Python path, and that nothing of torch's is lost on it. That both ways give the same
-bits is tested wherever a test uses ``way_in``."""
+bits is tested wherever a test uses ``each_autograd``."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_dispatch_modes_see_the_op(device):
     assert any(name.startswith("fastkd.loss") for name in seen)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_profiler_sees_the_loss(name, grad):
@@ -127,7 +127,7 @@ def test_the_profiler_sees_the_loss(name, grad):
 # ---- the backward pass, where the gradient is wanted anew
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
@@ -152,7 +152,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
             assert_near(again, expected)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
@@ -169,7 +169,7 @@ def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
     torch.testing.assert_close(hidden.grad, expected)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_exceptions_of_hooks_are_raised(name, calls):
@@ -208,7 +208,7 @@ def unwrap(value: object) -> object:
     return value.inner if isinstance(value, Wrapper) else value
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_give_back_wrappers(name, dtype):
@@ -247,7 +247,7 @@ def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
         assert torch.equal(one, other) or (one.isnan() == other.isnan()).all()
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 def test_hooks_that_give_back_something_else_raise():
     student, teacher, labels = make((6, 20))
     leaf = student.requires_grad_()
@@ -259,7 +259,7 @@ def test_hooks_that_give_back_something_else_raise():
             value.backward()
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 def test_logits_that_changed_are_not_read_again(name):
     student, teacher, labels = make((6, 20))
@@ -273,7 +273,7 @@ def test_logits_that_changed_are_not_read_again(name):
         value.backward()
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("options", [{}, {"divergence": "jsd"}, {"divergence": "reverse_kl"}])
 def test_a_second_backward_pass_gives_the_same_bits(dtype, options):

@@ -22,11 +22,11 @@ def test_no_call_keeps_memory():
 
 SHORT_OF_MEMORY = """
 import resource, sys, torch, fastkd
-from fastkd import native
+from fastkd import autograd
 
-way, what = sys.argv[1:]
-if way == "python":
-    native.EAGER = None
+language, what = sys.argv[1:]
+if language == "python":
+    autograd.without_cpp().__enter__()
 torch.set_num_threads(1)
 options = {"reduction": "none"} if what == "backward" else {}
 shape = (8_000_000, 2) if what == "rows" else (64, 250_000)
@@ -59,9 +59,9 @@ print("works again", bool(leaf.grad.isfinite().all()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 @pytest.mark.parametrize("what", ["forward", "copy", "backward", "rows"])
-@pytest.mark.parametrize("way", ["direct", "python"])
-def test_no_memory_left_is_torchs_error(way, what):
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, way, what]
+@pytest.mark.parametrize("language", ["cpp", "python"])
+def test_no_memory_left_is_torchs_error(language, what):
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, language, what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert re.search(r"DefaultCPUAllocator: can't allocate memory", done.stdout), (
         done.stdout + done.stderr

@@ -168,24 +168,16 @@ def test_opcheck(of_rows):
     ops = torch.ops.fastkd
     torch.library.opcheck(ops.mixture.default, (*mixing, False))
     student, grad = torch.zeros(3, 40), torch.zeros(3, 40)
-    numbers = (2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5)
     labels = torch.tensor([0, 1, 2])
     for reduction, out in (("mean", grad), ("mean", None), ("none", None)):
-        options = (
-            labels,
-            None,
-            None,
-            *numbers,
-            shapes.REDUCTIONS.index(reduction),
-            0.0,
-            False,
-            True,
-        )
-        arguments = (out, student, *mixing, *options)
-        torch.library.opcheck(ops.ensemble_loss_into.default, arguments)
-        _, stats = ops.ensemble_loss_into(*arguments)
-        backward = (grad, torch.ones(()), stats, student, *mixing, labels, None, *numbers, False)
-        torch.library.opcheck(ops.ensemble_loss_backward_.default, backward)
+        index = shapes.REDUCTIONS.index(reduction)
+        numbers = (2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, index, 0.0, False)
+        arguments = (student, *mixing, labels, None, None, *numbers)
+        torch.library.opcheck(ops.loss_into.default, (out, *arguments, True))
+        _, stats = ops.loss_into(out, *arguments, True)
+        backward = (grad, torch.ones(3 if reduction == "none" else ()), stats, *arguments, False)
+        torch.library.opcheck(ops.loss_backward_.default, backward)
+        torch.library.opcheck(ops.loss.default, (student.clone().requires_grad_(), *arguments[1:]))
 
 
 def test_the_op_refuses_what_it_cannot_read():
@@ -197,9 +189,8 @@ def test_the_op_refuses_what_it_cannot_read():
     with pytest.raises(RuntimeError):
         op([a], torch.zeros(3), [1.0], False, 0, 1.0, 1.0, False)
     with pytest.raises(RuntimeError, match="same shape"):
-        ensemble = torch.ops.fastkd.ensemble_loss_into.default
-        options = (None, None, None, 2.0, 2.0, 0.0, 1.0, 0.0, -100, 0, 0.5, 2, 0.0, False, False)
-        ensemble(None, a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
+        options = (None, None, None, 2.0, 2.0, 0.0, 1.0, 0.0, -100, 0, 0.5, 2, 0.0, False)
+        torch.ops.fastkd.loss(a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
 
 
 def test_no_rows():

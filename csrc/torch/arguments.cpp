@@ -1,8 +1,9 @@
-#include "arguments.h"
+#include "backends.h"
 
 #include <initializer_list>
 
 namespace fastkd::glue {
+
 DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -21,39 +22,57 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 
 namespace {
 
-void same_sizes(const Tensor& student, const Tensor& teacher) {
-  bool same = student.dim() == teacher.dim();
-  for (int64_t dim = 0; same && dim < student.dim(); ++dim)
-    same = student.size(dim) == teacher.size(dim);
-  STD_TORCH_CHECK(same, "student and teacher logits must have the same shape");
+void check_same_sizes(const Tensor& student, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(student.sizes().equals(other.sizes()), name,
+                  " must have the shape of the student logits");
 }
 
 std::vector<int64_t> strides_of(const Tensor& tensor) {
   return {tensor.strides().begin(), tensor.strides().end()};
 }
 
+void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of the student logits");
+}
+
 }  // namespace
 
-Tensor checked_rows(const Tensor& tensor, ScalarType dtype, int64_t rows, const char* name,
-                    int64_t entries) {
+void check_storage(const Tensor& tensor, const char* name) {
+  if (tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset();  // the last element, counted from the storage's start
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STD_TORCH_CHECK((last + 1) * static_cast<int64_t>(tensor.element_size()) <= bytes, name,
+                  ": the storage of the tensor was released or is too small");
+}
+
+Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
+                    const char* name, int64_t entries) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(tensor.numel() == entries * rows, name, " must have ", entries,
                   " for each row of logits: ", entries * rows, ", not ", tensor.numel());
+  check_device(tensor, like, name);
+  check_storage(tensor, name);
   return readable(tensor);
 }
 
 void take_row_settings(Call* call, const std::optional<Tensor>& row_settings) {
   if (!row_settings) return;
-  call->row_settings =
-      checked_rows(*row_settings, call->acc, call->inputs.rows, "row_settings", kRowSettings);
+  call->row_settings = checked_rows(*row_settings, call->student, call->acc, call->inputs.rows,
+                                    "row_settings", kRowSettings);
   call->inputs.row_settings = call->row_settings->const_data_ptr();
 }
 
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& row_settings, const Options& options, bool strided,
-             const Tensor* grad, bool inplace) {
+             const Tensor* grad) {
   STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
-  same_sizes(student, teacher);
+  check_same_sizes(student, teacher, "teacher logits");
+  check_device(teacher, student, "teacher logits");
+  check_storage(student, "student logits");
+  check_storage(teacher, "teacher logits");
   Call call{{}, {}, {}, student, teacher, labels, std::nullopt, ScalarType::Float};
   Inputs& in = call.inputs;
   in.student_dtype = dtype_of(student, "student logits");
@@ -63,6 +82,15 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   STD_TORCH_CHECK(in.classes > 0, "logits must have at least one class");
   in.rows = student.numel() / in.classes;
 
+  bool inplace = false;
+  if (grad) {
+    check_same_sizes(student, *grad, "the gradient");
+    check_device(*grad, student, "the gradient");
+    check_storage(*grad, "the gradient");
+    STD_TORCH_CHECK(grad->scalar_type() == student.scalar_type(),
+                    "the gradient must have the dtype of the student logits");
+    inplace = grad->const_data_ptr() == student.const_data_ptr();
+  }
   call.grad_strides = grad ? strides_of(*grad) : gradient_strides(student, strided);
   const Layout layout = lay_out(&call.student, &call.teacher, call.grad_strides, strided, inplace);
   in.group_rows = layout.group_rows;
@@ -73,10 +101,12 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   in.teacher = call.teacher.const_data_ptr();
 
   if (labels) {
-    call.labels = checked_rows(*labels, ScalarType::Long, in.rows, "labels", 1);
+    call.labels = checked_rows(*labels, student, ScalarType::Long, in.rows, "labels", 1);
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
   }
   take_row_settings(&call, row_settings);
+  STD_TORCH_CHECK(options.divergence >= 0 && options.divergence < kDivergences,
+                  "no divergence has the number ", options.divergence);
   set_options(options, &in);
   return call;
 }
@@ -114,18 +144,33 @@ Tensor empty_stats(const Call& call) {
   return empty(call, {kStats * call.inputs.rows + 1}, call.acc);
 }
 
-Tensor empty_grad(const Call& call) { return empty_strided(call.student, call.grad_strides); }
-
-BackwardArgs backward_args(const Call& call, const Tensor& stats, const Tensor& grad_output,
+BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& grad_output,
                            const Tensor& grad) {
+  const int64_t rows = call.inputs.rows;
+  const bool per_row = grad_output.dim() == 1;
   BackwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;
-  args.stats = stats.const_data_ptr();
+  checked_rows(grad_output, call.student, call.acc, per_row ? rows : 1, "grad_output", 1);
+  STD_TORCH_CHECK(grad_output.dim() <= 1 && grad_output.is_contiguous(), "grad_output must be contiguous");
   args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_per_row = grad_output.dim() == 1;
+  args.grad_output_per_row = per_row;
+  if (stats) {
+    checked_rows(*stats, call.student, call.acc, kStats * rows + 1, "stats", 1);
+    STD_TORCH_CHECK(stats->is_contiguous(), "stats must be contiguous");
+    args.stats = stats->const_data_ptr();
+  }
   args.grad = grad.mutable_data_ptr();
   args.grad_stride = call.grad_stride;
   return args;
+}
+
+void check_reducing(const Reducing& reducing, const Call& call, bool with_grad) {
+  const auto reduction = static_cast<int64_t>(reducing.reduction);
+  checked_enum(reduction, Reduction::kMean, "reduction");
+  STD_TORCH_CHECK(!with_grad || reducing.reduction != Reduction::kNone,
+                  "a gradient is written for reduction mean or sum");
+  if (reducing.denominator)
+    checked_rows(*reducing.denominator, call.student, call.acc, 1, "denominator", 1);
 }
 
 Tensor nothing(const Call& call) { return empty(call, {0}, call.acc); }

@@ -15,7 +15,7 @@ struct Reducing {
 
 struct ForwardResult {
   Tensor out;    // acc [], [1 + kTerms], [rows] or [1 + kTerms, rows]
-  Tensor stats;  // acc [kStats * rows + 1]; may be empty when no gradient is asked for
+  Tensor stats;  // acc [kStats * rows + 1]; empty where it was not asked for
 };
 
 // The arguments of a sparse loss, and the tensors that keep them alive.
@@ -30,9 +30,9 @@ struct Cpu {
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
   // `filled`: grad holds the gradient for grad_output = 1 already.
-  static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
+  static void backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
                        const Tensor& grad, bool filled);
-  // The same of the sparse loss; returns `out`.
+  // The two passes of the sparse loss; the first returns `out`.
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);
@@ -43,13 +43,52 @@ struct Cpu {
 struct Cuda {
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
-  static void backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
+  static void backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
                        const Tensor& grad, bool filled);
-  // The same of the sparse loss; returns `out`.
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);
   static void mix(const MixtureArgs& args, const Tensor& out);
 };
+
+// Several teachers, or probabilities, as the ops take them. Without shares there is one teacher,
+// whose logits are taken as they are.
+struct Teachers {
+  std::vector<Tensor> tensors;             // each (..., C), of one shape
+  std::optional<Tensor> row_temperatures;  // acc [2, rows], which replaces the two numbers
+  std::vector<double> shares;
+  bool probabilities;
+  int64_t ensemble;
+  double temperature, teacher_temperature;
+};
+
+// The arguments of a mixture, and the tensors that keep them alive.
+struct Mixture {
+  MixtureArgs args;
+  std::vector<MixedTeacher> teachers;
+  std::vector<Tensor> kept;
+};
+Mixture make_mixture(const Teachers& teachers, bool in_double);
+
+// As prepare(), with a mixture, which must outlive the call, in place of the teacher.
+Call prepare_mixed(const Tensor& student, const Mixture& mixture,
+                   const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
+                   const Options& options, const Tensor* grad);
+
+// Return `value` as the enum `E`, whose last member is `last`.
+template <class E>
+E checked_enum(int64_t value, E last, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), name, " has no member ", value);
+  return static_cast<E>(value);
+}
+
+inline Reducing take_reducing(ArgumentReader* in, std::optional<Tensor> denominator) {
+  const int64_t reduction = in->take<int64_t>();
+  const double normalizer = in->take<double>();
+  return {static_cast<Reduction>(reduction), normalizer, std::move(denominator)};
+}
+
+// Throw unless `reducing` is one that the kernels have, for logits like those of `call`.
+void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
 
 }  // namespace fastkd::glue

@@ -7,8 +7,6 @@
 #include <new>
 #include <vector>
 
-#include "direct.h"
-
 namespace fastkd::glue {
 namespace {
 
@@ -18,17 +16,22 @@ ScalarType acc_type(const Inputs& in) {
   return in_double(in) ? ScalarType::Double : ScalarType::Float;
 }
 
-}  // namespace
-
-double number(const Tensor& tensor) {
+// The value of a tensor with one number, float32 or float64.
+double value_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double
              ? *static_cast<const double*>(tensor.const_data_ptr())
              : static_cast<double>(*static_cast<const float*>(tensor.const_data_ptr()));
 }
 
-size_t gradient_bytes(const Inputs& inputs) {
-  return static_cast<size_t>(inputs.rows * inputs.classes * size_of(inputs.student_dtype));
+void multiply_(const Tensor& self, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
+                                    torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
 }
+
+}  // namespace
 
 void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   for (int64_t at = 0; at < 2 * rows; ++at) {
@@ -54,22 +57,26 @@ int64_t count_rows(const Inputs& in) {
   return count;
 }
 
-void multiply_(const Tensor& self, const Tensor& factor) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(self),
-                                    torch::stable::detail::from(factor)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+double scale_of(const Reducing& reducing, int64_t count) {
+  if (reducing.reduction != Reduction::kMean) return 1.0;
+  double divisor = static_cast<double>(count);
+  if (reducing.denominator) divisor = value_of(*reducing.denominator);
+  if (!reducing.denominator && reducing.normalizer > 0) divisor = reducing.normalizer;
+  return count > 0 ? 1.0 / divisor : 1.0;
 }
 
-std::optional<double> given_divisor(const Reducing& reducing) {
-  if (reducing.denominator) return number(*reducing.denominator);
-  return reducing.normalizer > 0 ? std::optional<double>(reducing.normalizer) : std::nullopt;
-}
-
-double scale_of(Reduction reduction, std::optional<double> divisor, int64_t count) {
-  if (reduction != Reduction::kMean) return 1.0;
-  return 1.0 / divisor.value_or(static_cast<double>(count > 0 ? count : 1));
+bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
+  const double factor = value_of(grad_output);
+  if (factor == 1.0) return true;
+  // Scaling rounds a 16-bit gradient twice, and cannot bring back what underflowed in fp16 before a
+  // loss scale was applied. A power of two moves the exponents of bf16, which are float32's, alone.
+  int exponent = 0;
+  const bool exact = inputs.student_dtype == DType::kBFloat16 && std::isfinite(factor) &&
+                     std::fabs(std::frexp(factor, &exponent)) == 0.5;
+  if (size_of(inputs.student_dtype) == 2 && !exact && grad.const_data_ptr() != inputs.student)
+    return false;
+  multiply_(grad, grad_output);
+  return true;
 }
 
 RowLosses::RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, void* out)
@@ -219,17 +226,6 @@ void run_forward(const ForwardArgs& args, const Runner& runner) {
               });
 }
 
-// `args` but for loss, terms and scale.
-void compute(ForwardArgs args, std::optional<double> divisor, bool terms, void* out,
-             const Runner& runner) {
-  args.scale = scale_of(args.reduction, divisor, count_rows(args));
-  const RowLosses losses(args, args.reduction, terms ? 1 + kTerms : 1, out);
-  args.loss = losses.loss();
-  if (terms) args.terms = losses.terms();
-  run_forward(args, runner);
-  losses.add_up(args.scale);
-}
-
 }  // namespace
 
 ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool terms, bool with_stats,
@@ -243,38 +239,22 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
   if (grad) {
     args.grad = grad->mutable_data_ptr();
     args.grad_stride = call.grad_stride;
-    if (args.grad != args.student) prefer_huge_pages(args.grad, gradient_bytes(args));
   }
-  compute(args, given_divisor(reducing), terms, result.out.mutable_data_ptr(),
-          Runner(args, call.mixture));
+  args.scale = scale_of(reducing, count_rows(args));
+  const RowLosses losses(args, args.reduction, terms ? 1 + kTerms : 1,
+                         result.out.mutable_data_ptr());
+  args.loss = losses.loss();
+  if (terms) args.terms = losses.terms();
+  run_forward(args, Runner(args, call.mixture));
+  losses.add_up(args.scale);
   return result;
 }
 
-void Cpu::backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
+void Cpu::backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
                    const Tensor& grad, bool filled) {
-  if (filled) {
-    if (number(grad_output) == 1.0) return;
-    // 16-bit gradients are computed anew instead: scaling them would round twice, and cannot bring
-    // back what had underflowed in fp16 before a loss scale was applied.
-    if (size_of(call.inputs.student_dtype) > 2 || grad.const_data_ptr() == call.inputs.student)
-      return multiply_(grad, grad_output);
-  }
-  const BackwardArgs args = backward_args(call, stats, grad_output, grad);
-  if (!filled) prefer_huge_pages(args.grad, gradient_bytes(args));
+  if (filled && scale_filled(args, grad_output, grad)) return;
+  count_rows(args);  // checks labels and temperatures
   Runner(args, call.mixture).on_all_threads(args, args.rows, cpu::kernels().backward);
 }
 
 }  // namespace fastkd::glue
-
-namespace fastkd {
-
-const CpuCalls& cpu_calls() {
-  static constexpr CpuCalls kCalls = {
-      [](ForwardArgs args, std::optional<double> divisor, bool terms, void* out) {
-        glue::compute(args, divisor, terms, out, glue::Runner(args));
-      },
-      &glue::run_topk};
-  return kCalls;
-}
-
-}  // namespace fastkd

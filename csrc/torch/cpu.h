@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "backends.h"
-#include "huge_pages.h"
 
 namespace fastkd::glue {
 
@@ -17,10 +16,6 @@ inline int64_t grain_rows(int64_t classes) {
   return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));
 }
 
-double number(const Tensor& tensor);
-
-size_t gradient_bytes(const Inputs& inputs);
-
 // An error if one of acc [2, rows] is no temperature.
 void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 
@@ -28,10 +23,13 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 // count.
 int64_t count_rows(const Inputs& inputs);
 
-// What kMean divides by, where the call says it.
-std::optional<double> given_divisor(const Reducing& reducing);
-// 1 over what the sum of all rows is divided by.
-double scale_of(Reduction reduction, std::optional<double> divisor, int64_t count);
+// Return the factor that a sum over rows is multiplied by; `count`: the rows that count. A mean over
+// none is 0, whatever it would be divided by.
+double scale_of(const Reducing& reducing, int64_t count);
+
+// Multiply `grad`, the gradient for grad_output = 1, by grad_output where that is as exact as
+// computing it again, and return whether it was.
+bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad);
 
 // What kernels leave of each row: `fields` numbers, one field after the other. They leave them in
 // `out` itself, with kNone, or else in malloc's memory, which costs a small call less than a
@@ -52,33 +50,5 @@ class RowLosses {
   std::optional<Tensor> tensor_;
   void* data_;
 };
-
-// Rows of the sparse loss, `args` complete, on all threads (topk.cpp).
-void run_topk(TopkArgs args, Reduction reduction, std::optional<double> divisor, void* out);
-
-void multiply_(const Tensor& self, const Tensor& factor);
-
-// Several teachers, or probabilities, as the ops take them.
-struct Teachers {
-  std::vector<Tensor> tensors;  // each (..., C), of one shape
-  std::vector<double> shares;
-  bool probabilities;
-  int64_t ensemble;
-  std::optional<Tensor> row_temperatures;  // acc [2, rows], which replaces the two numbers
-  double temperature, teacher_temperature;
-};
-
-// What mixes them, and what it reads.
-struct Mixture {
-  MixtureArgs args;
-  std::vector<MixedTeacher> teachers;
-  std::vector<Tensor> kept;
-};
-Mixture make_mixture(const Teachers& teachers, bool in_double);
-
-// As prepare(), with a mixture, which must outlive the call, for the teacher.
-Call prepare_mixed(const Tensor& student, const Mixture& mixture,
-                   const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
-                   const Options& options, const Tensor* grad, bool inplace);
 
 }  // namespace fastkd::glue

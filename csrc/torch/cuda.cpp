@@ -60,10 +60,9 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
   return result;
 }
 
-void Cuda::backward(const Call& call, const Tensor& stats, const Tensor& grad_output,
-                    const Tensor& grad, bool filled) {
+void Cuda::backward(const Call& call, const BackwardArgs& args, const Tensor& /*grad_output*/,
+                    const Tensor& /*grad*/, bool filled) {
   const DeviceGuard guard(call.student.get_device_index());
-  const BackwardArgs args = backward_args(call, stats, grad_output, grad);
   check(cuda::backward(args, filled, current_stream(call.student)));
 }
 

@@ -1,316 +1,310 @@
-// The module fastkd._eager: the way in for plain eager calls, whose host time is the whole cost of
-// a small batch.
+// The module fastkd._eager: autograd of the fused losses, and memory for their gradients, in C++.
 //
-// Optional. It uses torch's C++ autograd, which has no stable ABI, so it is built from source only,
-// carries the version of the torch that it was built with, and is left unused with any other
-// (python/fastkd/native.py). It takes a call only when nothing about it needs a thought: plain
-// tensors, the usual options, all valid. For anything else it returns None, and the Python path
-// (losses.py) checks, explains, or does it.
-#include "eager.h"
+// Optional, for speed alone: python/fastkd/derivatives.py has the same in Python. It uses torch's
+// C++ autograd, which has no stable ABI, so it is built from source only, carries the version of
+// the torch that it was built with, and registers nothing unless Python, having compared versions,
+// asks it to (python/fastkd/native.py).
+//
+// For each loss `op` of library.cpp and topk.cpp, the op `op_into` writes the gradient in the
+// forward pass, `op_backward_` scales or writes it in the backward pass, and `op_gradient` computes
+// it by differentiable operations. All take the arguments of `op`, so nothing here knows them.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
-#include <atomic>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "../kernels.h"
+#include "grad_buffer.h"
+#include "walk.h"
 
 namespace fastkd {
 namespace {
 
-struct Settings : Options {
-  int64_t reduction;
-  double normalizer;  // 0: the rows that count
-  bool with_terms;
+namespace py = pybind11;
+using at::Tensor;
+using c10::IValue;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+
+c10::OperatorHandle find_op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("fastkd::" + name).c_str(), "");
+}
+
+// A loss and the ops of its gradient.
+struct Ops {
+  enum class Kind { kNumber, kTensor, kTensors };
+
+  Ops(const std::string& name, bool strided)
+      : into(find_op(name + "_into")),
+        backward(find_op(name + "_backward_")),
+        gradient(find_op(name + "_gradient")),
+        has_stats(into.schema().returns().size() == 2),
+        strided(strided) {
+    for (const c10::Argument& argument : find_op(name).schema().arguments()) {
+      const std::string type = argument.type()->str();
+      if (argument.name() == "reduction") reduction = kinds.size();
+      if (argument.name() == "with_terms") with_terms = kinds.size();
+      kinds.push_back(type == "Tensor" || type == "Tensor?" ? Kind::kTensor
+                      : type == "Tensor[]"                  ? Kind::kTensors
+                                                            : Kind::kNumber);
+    }
+  }
+
+  bool is_per_row(const Stack& arguments) const {
+    return arguments[reduction].toInt() == static_cast<int64_t>(Reduction::kNone);
+  }
+  bool has_terms(const Stack& arguments) const {
+    return with_terms > 0 && arguments[with_terms].toBool();
+  }
+
+  c10::OperatorHandle into, backward, gradient;
+  bool has_stats;           // returned by `into` for `backward`
+  bool strided;             // gradients whose classes are not adjacent are written where they lie
+  std::vector<Kind> kinds;  // of the arguments of the loss
+  size_t reduction = 0, with_terms = 0;  // the places of these arguments; 0 without terms
 };
 
-using LossOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                  const std::optional<Tensor>&,
-                                                  const std::optional<Tensor>&,
-                                                  const std::optional<Tensor>&, double, double,
-                                                  double, double, double, int64_t, int64_t, double,
-                                                  int64_t, double, bool, bool);
-using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
-                        double, double, double, int64_t, int64_t, double, bool);
-
-std::tuple<Tensor, Tensor, Tensor> call_loss(const Tensor& student, const Tensor& teacher,
-                                             const std::optional<Tensor>& labels,
-                                             const Settings& settings, bool with_grad) {
-  static const auto loss = op<LossOp>("fastkd::loss");
-  return loss.call(student, teacher, labels, std::nullopt, std::nullopt, settings.temperature,
-                   settings.teacher_temperature, settings.hard_weight, settings.soft_weight,
-                   settings.label_smoothing, settings.ignore_index, settings.divergence,
-                   settings.mix, settings.reduction, settings.normalizer, settings.with_terms,
-                   with_grad);
-}
-
-// 16-bit gradients cannot be scaled afterwards (Cpu::backward), and under a GradScaler, or where
-// gradients are accumulated, grad_output is not 1. It seldom changes: so the forward pass writes
-// them for the grad_output that the last one met. Where that was wrong they are computed anew, to
-// the same bits.
-std::atomic<double> last_grad_output{1.0};
-
-bool is_16_bit(const Tensor& tensor) { return tensor.element_size() == 2; }
-
-// On a CPU, past the dispatcher. The gradient, times grad_output, is written where there is memory
-// for it.
-Tensor run(const Rows& rows, const Settings& settings, const Tensor& grad, double grad_output) {
-  ForwardArgs args;
-  static_cast<Inputs&>(args) = rows.inputs;
-  set_options(settings, &args);
-  args.reduction = static_cast<Reduction>(settings.reduction);
-  if (grad.defined()) {
-    args.grad = grad.mutable_data_ptr();
-    args.grad_stride = rows.grad_stride;
-    args.grad_output = grad_output;
+// Append the tensors among `arguments` to `tensors`, undefined ones for those that are absent, and
+// return the other arguments, with the length of each list of tensors.
+std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variable_list* tensors) {
+  std::vector<IValue> numbers;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (ops.kinds[i] == Ops::Kind::kTensor) {
+      tensors->push_back(arguments[i].isNone() ? Tensor() : arguments[i].toTensor());
+    } else if (ops.kinds[i] == Ops::Kind::kTensors) {
+      const auto list = arguments[i].toTensorVector();
+      tensors->insert(tensors->end(), list.begin(), list.end());
+      numbers.emplace_back(static_cast<int64_t>(list.size()));
+    } else {
+      numbers.push_back(arguments[i]);
+    }
   }
-  const Tensor out =
-      settings.with_terms ? empty_on_cpu({1 + kTerms}, args) : empty_on_cpu({}, args);
-  calls().forward(args, divisor(settings.normalizer), settings.with_terms, out.mutable_data_ptr());
-  return out;
+  return numbers;
 }
 
-bool are_operands(const Tensor& student, const Tensor& teacher,
-                  const std::optional<Tensor>& labels) {
-  return has_rows(student) && is_logits(teacher) && student.device() == teacher.device() &&
-         student.sizes() == teacher.sizes() && are_labels(labels, student);
+// Return the arguments that take_tensors() took apart.
+Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> numbers) {
+  Stack arguments;
+  auto number = numbers.begin();
+  for (const Ops::Kind kind : ops.kinds) {
+    if (kind == Ops::Kind::kTensor) {
+      arguments.push_back(tensors->defined() ? IValue(*tensors) : IValue());
+      ++tensors;
+    } else if (kind == Ops::Kind::kTensors) {
+      const int64_t count = (number++)->toInt();
+      arguments.emplace_back(std::vector<Tensor>(tensors, tensors + count));
+      tensors += count;
+    } else {
+      arguments.push_back(*number++);
+    }
+  }
+  return arguments;
 }
 
-struct LossBackward : GradientNode {
-  SavedVariable teacher, labels;
-  Tensor stats;  // on CUDA: what the gradient is written from again
-  Settings settings;
+// Call an op with `first`, the arguments of a loss, and `last`; the stack then holds its results.
+Stack call(const c10::OperatorHandle& op, Stack first, const Stack& arguments, Stack last = {}) {
+  first.reserve(first.size() + arguments.size() + last.size());
+  first.insert(first.end(), arguments.begin(), arguments.end());
+  first.insert(first.end(), last.begin(), last.end());
+  op.callBoxed(first);
+  return first;
+}
 
-  std::string name() const override { return "FastKDLossBackward"; }
+Tensor empty_gradient(const Ops& ops, const Tensor& student) {
+  static const auto op = find_op("empty_gradient").typed<Tensor(const Tensor&, bool)>();
+  return op.call(student, ops.strided);
+}
+
+// Return true if the tensor's memory may be read and written here and now: false where operations
+// are traced or recorded, and for wrappers and batches.
+bool is_plain(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet kPlain(
+      {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
+       c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
+       c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
+  return (tensor.key_set() | kPlain) == kPlain && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// Return true for the vector of is_grads_batched=True, and under torch.func.vmap.
+bool is_batch(const Tensor& tensor) {
+  return tensor.key_set().has(c10::DispatchKey::Batched) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool is_one(const Tensor& factor) {
+  if (!factor.is_cpu() || factor.numel() != 1) return false;
+  return factor.scalar_type() == at::kDouble ? *factor.const_data_ptr<double>() == 1
+                                             : *factor.const_data_ptr<float>() == 1;
+}
+
+// Return `factor`, one number for each row, shaped so that it multiplies the logits' rows.
+Tensor as_column(const Tensor& factor, const Tensor& student) {
+  auto sizes = student.sizes().vec();
+  sizes.back() = 1;
+  return factor.reshape(sizes);
+}
+
+template <class T>
+struct FusedLoss : torch::autograd::Function<T> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
+  // `arguments`: those of the loss, `student` among them.
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Stack* arguments) {
+    const Ops& ops = T::ops();
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    variable_list tensors;
+    // Before the call, which leaves nothing in a list of tensors.
+    auto numbers = take_tensors(ops, *arguments, &tensors);
+    IValue grad;
+    if (!ops.is_per_row(*arguments)) grad = empty_gradient(ops, student);
+    const Stack results = call(ops.into, {grad}, *arguments, ops.has_stats ? Stack{true} : Stack{});
+    if (ops.has_stats) tensors.push_back(results[1].toTensor());
+    ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
+    ctx->save_for_backward(std::move(tensors));
+    // Not saved like the others: the first backward pass scales it in place and gives it away.
+    ctx->saved_data["grad"] = std::move(grad);
+    return results[0].toTensor();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const Ops& ops = T::ops();
+    const variable_list saved = ctx->get_saved_variables();
+    const Stack arguments = join_tensors(
+        ops, saved.data(), ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef());
+    Tensor factor = grad_outputs[0];
+    if (ops.has_terms(arguments)) factor = factor.select(0, 0);
+    return {gradient(ops, saved, arguments, factor, &ctx->saved_data["grad"]), Tensor()};
+  }
 
  private:
-  void release() override {
-    teacher.reset_data();
-    labels.reset_data();
-    stats.reset();
-  }
-
-  void met(double wanted, const Tensor& result) override {
-    if (is_16_bit(result) && wanted != 0 && std::isfinite(wanted)) last_grad_output = wanted;
-  }
-
-  void fill(const Tensor& result, const Tensor& factor, const Tensor& logits,
-            bool filled) override {
-    if (logits.is_cpu()) {
-      // Scaling is exact enough in the number type that everything is computed in.
-      if (filled && !is_16_bit(result)) return void(result.mul_(factor));
-      return write_again(result, factor, logits);
+  // Return `factor` times the gradient. `kept`: the gradient for a factor of 1, or None.
+  static Tensor gradient(const Ops& ops, const variable_list& saved, const Stack& arguments,
+                         const Tensor& factor, IValue* kept) {
+    const Tensor& student = saved[0];
+    if (is_batch(factor)) {
+      const Tensor one = at::ones(factor.sizes(), factor.options());
+      const Tensor of_one = call(ops.gradient, {one}, arguments)[0].toTensor();
+      const bool per_row = ops.is_per_row(arguments);
+      return of_one.mul(per_row ? as_column(factor, student) : factor).to(student.scalar_type());
     }
-    static const auto backward = op<BackwardOp>("fastkd::loss_backward_");
-    backward.call(result, factor, stats, logits, teacher.unpack(), if_defined(labels.unpack()),
-                  std::nullopt, settings.temperature, settings.teacher_temperature,
-                  settings.hard_weight, settings.soft_weight, settings.label_smoothing,
-                  settings.ignore_index, settings.divergence, settings.mix, filled);
-  }
-
-  // By the forward pass, to the same bits: the op would want statistics, which that does not leave
-  // where it goes past the dispatcher.
-  void write_again(const Tensor& result, const Tensor& factor, const Tensor& logits) {
-    const Tensor saved_teacher = teacher.unpack();
-    const auto saved_labels = if_defined(labels.unpack());
-    Settings loss_alone = settings;
-    loss_alone.with_terms = false;
-    // Hooks may give back something else than they were given to save.
-    const bool as_given = is_plain(logits) && is_plain(saved_teacher) &&
-                          (!saved_labels || is_plain(*saved_labels)) &&
-                          are_operands(logits, saved_teacher, saved_labels) &&
-                          logits.sizes() == result.sizes() && logits.dtype() == result.dtype();
-    const auto rows = as_given ? rows_of(logits, saved_teacher, saved_labels) : std::nullopt;
-    if (!rows) return void(result.copy_(formula(loss_alone, factor)));
-    RECORD_FUNCTION("fastkd::loss_backward_", std::vector<c10::IValue>({result, factor, logits}));
-    run(*rows, loss_alone, result, value_of(factor));
-  }
-
-  Tensor differentiable(const Tensor& factor) override { return formula(settings, factor); }
-
-  Tensor formula(const Settings& s, const Tensor& factor) {
-    py::gil_scoped_acquire gil;
-    const py::module_ derivatives = py::module_::import("fastkd.derivatives");
-    const py::object numbers = derivatives.attr("Settings")(
-        s.temperature, s.teacher_temperature, s.hard_weight, s.soft_weight, s.label_smoothing,
-        s.ignore_index, s.divergence, s.mix, s.reduction, s.normalizer, s.with_terms);
-    return derivatives
-        .attr("differentiable_gradient")(student.unpack(), teacher.unpack(),
-                                         or_none(labels.unpack()), py::none(), py::none(), numbers,
-                                         factor)
-        .cast<Tensor>();
+    if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments)[0].toTensor();
+    const bool plain = is_plain(factor);
+    if (!plain && kept->isTensor() && student.scalar_type() != at::kHalf)
+      return kept->toTensor().mul(factor).to(student.scalar_type());
+    // In fp16 a scale cannot bring back what underflowed, and a trace cannot tell whether there
+    // will be one. With retain_graph=True a second pass finds nothing kept.
+    Tensor grad;
+    if (plain && kept->isTensor()) grad = std::exchange(*kept, IValue()).toTensor();
+    const bool filled = grad.defined();
+    if (filled && is_one(factor)) return grad;
+    if (!filled) grad = empty_gradient(ops, student);
+    Stack first{grad, factor.contiguous()};
+    if (ops.has_stats) first.emplace_back(saved.back());
+    call(ops.backward, std::move(first), arguments, {filled});
+    return grad;
   }
 };
 
-// Nothing where the logits must be copied for the kernels, or where these fail.
-std::optional<Tensor> compute(const Tensor& student, const Tensor& teacher,
-                              const std::optional<Tensor>& labels, const Settings& settings,
-                              bool with_grad) {
-  const auto rows = student.is_cpu() ? rows_of(student, teacher, labels) : std::nullopt;
-  if (student.is_cpu() && !rows) return std::nullopt;
-  Tensor out, grad, stats;
-  const double grad_output = rows && is_16_bit(student) ? last_grad_output.load() : 1.0;
-  try {
-    if (rows) {
-      RECORD_FUNCTION("fastkd::loss", std::vector<c10::IValue>({student, teacher}));
-      if (with_grad) grad = gradients::empty_gradient(student);
-      out = run(*rows, settings, grad, grad_output);
-    } else {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      std::tie(out, grad, stats) = call_loss(student, teacher, labels, settings, with_grad);
-    }
-  } catch (const std::exception&) {
-    return std::nullopt;  // the Python path finds out why
+struct FastKDLoss : FusedLoss<FastKDLoss> {
+  static const Ops& ops() {
+    static const Ops kOps("loss", true);
+    return kOps;
   }
-  if (!with_grad) return out;
-  // Only now, for hooks that save may raise, and are to be asked once.
-  auto [pointer, node] = make_node<LossBackward>(student);
-  node->settings = settings;
-  node->with_terms = settings.with_terms;
-  node->grad = std::move(grad);
-  node->grad_output = grad_output;
-  node->stats = std::move(stats);
-  node->teacher = SavedVariable(teacher, false);
-  if (labels) node->labels = SavedVariable(*labels, false);
-  torch::autograd::set_history(out, pointer);
-  return out;
-}
-
-bool suits(Divergence divergence, const Tensor& student, const std::optional<Tensor>& labels) {
-  return divergence != Divergence::kDecoupled || (labels && student.size(-1) > 1);
-}
-
-// What losses.py gives, in its order.
-enum Value : Py_ssize_t {
-  kWithTerms,
-  kCuda,
-  kDivergences,  // {name: (number, default of mix)} of those that have kernels
-  kStudent,
-  kTeacher,
-  kLabels,
-  kOwnTemperature,
-  kOwnTeacherTemperature,
-  kAlpha,
-  kOwnHardWeight,
-  kOwnSoftWeight,
-  kIgnoreIndex,
-  kReduction,
-  kLabelSmoothing,
-  kClassWeight,
-  kNormalizer,
-  kDivergence,
-  kMix,
-  kTeacherForm,
-  kTeacherWeights,
-  kEnsemble,
-  kStandardize,
-  kClasses,
-  kDim,
-  kInplace,
-  kTeacherGrad,
-  kValues
 };
 
-// Whether what is left at its default here is.
-bool is_usual(Values values) {
-  for (const Value one : {kClassWeight, kMix, kTeacherWeights, kClasses})
-    if (values[one] != Py_None) return false;
-  return values[kStandardize] == Py_False && values[kInplace] == Py_False &&
-         integer(values[kDim]) == -1 && is(values[kTeacherForm], "logits") &&
-         is(values[kEnsemble], "probs") &&
-         (is(values[kTeacherGrad], "error") || is(values[kTeacherGrad], "ignore"));
-}
-
-std::optional<Settings> read_settings(Values values, bool has_labels) {
-  PyObject* const name = values[kDivergence];
-  PyObject* const divergence =
-      PyUnicode_CheckExact(name) ? PyDict_GetItemWithError(values[kDivergences], name) : nullptr;
-  const auto usual = read_usual(
-      {values[kOwnTemperature], values[kAlpha], values[kOwnHardWeight], values[kOwnSoftWeight],
-       values[kIgnoreIndex], values[kReduction], values[kLabelSmoothing], values[kNormalizer]},
-      has_labels);
-  if (divergence == nullptr || !usual) return std::nullopt;
-  PyObject* const own_temperature = values[kOwnTeacherTemperature];
-  const auto teacher_temperature = own_temperature == Py_None
-                                       ? std::optional<double>(usual->temperature)
-                                       : number(own_temperature, kLeast, kMost);
-  if (!teacher_temperature) return std::nullopt;
-  PyObject* const mix = PyTuple_GET_ITEM(divergence, 1);
-  return Settings{{usual->temperature, *teacher_temperature, usual->hard_weight, usual->soft_weight,
-                   usual->label_smoothing, usual->ignore_index,
-                   integer(PyTuple_GET_ITEM(divergence, 0)).value(),
-                   mix == Py_None ? 0.5 : PyFloat_AsDouble(mix)},
-                  usual->reduction,
-                  usual->normalizer,
-                  values[kWithTerms] == Py_True};
-}
-
-std::optional<Tensor> loss(Values values) {
-  const bool cuda = values[kCuda] == Py_True, has_labels = values[kLabels] != Py_None;
-  const Tensor* const student = plain_tensor(values[kStudent], cuda);
-  const Tensor* const teacher = plain_tensor(values[kTeacher], cuda);
-  const Tensor* const given = has_labels ? plain_tensor(values[kLabels], cuda) : nullptr;
-  if (student == nullptr || teacher == nullptr || (has_labels && given == nullptr))
-    return std::nullopt;
-  const std::optional<Tensor> labels = has_labels ? std::optional(*given) : std::nullopt;
-  const bool with_grad = at::GradMode::is_enabled() && student->requires_grad();
-  const bool usual = are_operands(*student, *teacher, labels) && !teacher->requires_grad() &&
-                     !is_observed(*student, *teacher) && is_usual(values) &&
-                     !(with_grad && !(can_save(*teacher) && can_save(labels)));
-  if (!usual) return std::nullopt;
-  const auto settings = read_settings(values, has_labels);
-  if (!settings || !suits(static_cast<Divergence>(settings->divergence), *student, labels)) {
-    return std::nullopt;
+struct FastKDTopkLoss : FusedLoss<FastKDTopkLoss> {
+  static const Ops& ops() {
+    static const Ops kOps("topk_loss", false);
+    return kOps;
   }
-  py::gil_scoped_release no_gil;
-  return compute(*student, *teacher, labels, *settings, with_grad);
-}
+};
 
-// As a function of Python's: None where it has nothing.
-template <auto kFunction, Py_ssize_t kCount>
-PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  try {
-    const auto result = count == kCount ? kFunction(values) : std::nullopt;
-    if (result) return THPVariable_Wrap(*result);
-    PyErr_Clear();
-    Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
+// The autograd kernel of a loss.
+template <class T>
+void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const Tensor& student = torch::jit::peek(*stack, 0, count).toTensor();
+  if (!(at::GradMode::is_enabled() && student.requires_grad())) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.callBoxed(*stack);
   }
-  return nullptr;
+  const Stack arguments = torch::jit::pop(*stack, count);
+  torch::jit::push(*stack, T::apply(arguments[0].toTensor(), &arguments));
 }
 
-template <auto kFunction, Py_ssize_t kCount>
-void define(py::module_& m, const char* name) {
-  static PyMethodDef definition{
-      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<kFunction, kCount>)),
-      METH_FASTCALL, nullptr};
-  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
+// A call of a loss whose arguments are known but for some tensors. Python's own way to an op looks
+// at each of its arguments again in every call, which takes longer than a small loss.
+class PreparedCall {
+ public:
+  // `arguments`: of the op, in its order, with None for the tensors; `places`: of the tensors.
+  PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
+      : op_(find_op(name)), places_(std::move(places)) {
+    const auto& schema = op_.schema().arguments();
+    TORCH_CHECK_VALUE(arguments.size() == schema.size(), name, " has ", schema.size(), " arguments");
+    for (size_t i = 0; i < schema.size(); ++i) {
+      const py::handle value = arguments[i];
+      arguments_.push_back(value.is_none() ? IValue() : torch::jit::toIValue(value, schema[i].type()));
+    }
+  }
+
+  // `tensors`: as many as there are places; one in the place of a list is its only element.
+  Tensor operator()(const py::args& tensors) const {
+    TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
+    Stack stack = arguments_;
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (tensors[i].is_none()) continue;
+      const auto tensor = tensors[i].cast<Tensor>();
+      const bool list = op_.schema().arguments()[places_[i]].type()->kind() == at::TypeKind::ListType;
+      stack[places_[i]] = list ? IValue(std::vector<Tensor>{tensor}) : IValue(tensor);
+    }
+    const py::gil_scoped_release no_gil;
+    op_.callBoxed(stack);
+    return stack[0].toTensor();
+  }
+
+ private:
+  c10::OperatorHandle op_;
+  std::vector<size_t> places_;
+  Stack arguments_;
+};
+
+Tensor empty_cpu_gradient(const Tensor& student, bool strided) {
+  TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
+  c10::SmallVector<int64_t, 6> strides(static_cast<size_t>(student.dim()));
+  gradient_strides(student.dim(), student.sizes().data(), student.strides().data(), strided,
+                   strides.data());
+  return grad_buffer::empty_gradient(student, strides);
 }
 
-// Memory for a contiguous gradient, from gradients.h; None where that has none to give.
-py::object gradient(const py::handle& student_object) {
-  const Tensor* const student = plain_tensor(student_object.ptr(), false);
-  const bool usual = student != nullptr && !c10::impl::TorchDispatchModeTLS::any_modes_set();
-  return usual ? py::cast(gradients::empty_gradient(*student)) : py::none();
+// Register what this module has, for the rest of the process.
+void register_kernels() {
+  using torch::Library;
+  static auto* const autograd =
+      new Library(Library::IMPL, "fastkd", c10::DispatchKey::Autograd, "eager.cpp", 0);
+  autograd->impl("loss",
+                 torch::CppFunction::makeFromBoxedFunction<&loss_with_autograd<FastKDLoss>>());
+  autograd->impl("topk_loss",
+                 torch::CppFunction::makeFromBoxedFunction<&loss_with_autograd<FastKDTopkLoss>>());
+  static auto* const memory =
+      new Library(Library::IMPL, "fastkd", c10::DispatchKey::CPU, "eager.cpp", 0);
+  memory->impl("empty_gradient", &empty_cpu_gradient);
 }
 
 }  // namespace
 
-const CpuCalls& calls() {
-  static const CpuCalls* const kCalls = [] {
-    const py::capsule capsule = py::module_::import("fastkd._C").attr("cpu_calls");
-    return static_cast<const CpuCalls*>(PyCapsule_GetPointer(capsule.ptr(), kCpuCallsCapsule));
-  }();
-  return *kCalls;
-}
-
 PYBIND11_MODULE(_eager, m) {
   m.attr("torch_version") = FASTKD_TORCH_VERSION;
-  calls();  // while Python is at hand
-  define<&loss, kValues>(m, "loss");
-  define<&topk_loss, kTopkValues>(m, "topk_loss");
-  m.def("gradient", &gradient);
+  m.def("register_kernels", &register_kernels);
+  py::class_<PreparedCall>(m, "PreparedCall")
+      .def(py::init<const std::string&, const py::tuple&, std::vector<size_t>>())
+      .def("__call__", torch::wrap_pybind_function(&PreparedCall::operator()));
 }
 
 }  // namespace fastkd

@@ -8,25 +8,6 @@
 namespace fastkd::glue {
 namespace {
 
-bool classes_adjacent(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
-}
-
-// The dimension that the classes lie before in memory, where the others lie in order; or the last.
-int64_t place_of_classes(const Tensor& student) {
-  const int64_t last = student.dim() - 1;
-  int64_t place = last, before = -1;
-  for (int64_t dim = 0; dim < last; ++dim) {
-    if (student.size(dim) == 1) continue;
-    const int64_t stride = student.stride(dim);
-    if (before >= 0 && stride > before) return last;
-    if (place == last && stride < student.stride(last)) place = dim;
-    before = stride;
-  }
-  return place;
-}
-
 Placed placed(const Tensor& tensor) {
   return {tensor.const_data_ptr(), static_cast<int64_t>(tensor.element_size()),
           tensor.strides().data()};
@@ -47,20 +28,9 @@ Tensor copied(const Tensor& tensor, const std::vector<int64_t>& strides) {
 }  // namespace
 
 std::vector<int64_t> gradient_strides(const Tensor& student, bool strided) {
-  const int64_t last = student.dim() - 1;
-  const bool in_place = strided && !classes_adjacent(student);
-  const int64_t place = in_place ? place_of_classes(student) : last;
   std::vector<int64_t> strides(static_cast<size_t>(student.dim()));
-  int64_t next = 1;
-  const auto put = [&](int64_t dim) {
-    strides[static_cast<size_t>(dim)] = next;
-    next *= student.size(dim);
-  };
-  if (place == last) put(last);
-  for (int64_t dim = last - 1; dim >= 0; --dim) {
-    put(dim);
-    if (dim == place) put(last);
-  }
+  fastkd::gradient_strides(student.dim(), student.sizes().data(), student.strides().data(), strided,
+                           strides.data());
   return strides;
 }
 

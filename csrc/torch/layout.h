@@ -10,10 +10,7 @@ namespace fastkd::glue {
 
 using torch::stable::Tensor;
 
-// The strides of a new gradient: contiguous, or, where the student's classes are not adjacent but
-// the other dimensions lie in order, as in (N, C, H, W), dense in the student's own order
-// (empty_gradient in python/fastkd/shapes.py is the same). `strided`: whether the kernels take
-// classes that are not adjacent.
+// Return the strides of a new gradient (walk.h).
 std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
 
 // Finds how the rows of three tensors of the student's sizes can be walked together, and replaces

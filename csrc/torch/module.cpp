@@ -10,7 +10,6 @@
 
 #include "../cuda/plan.h"
 #include "../kernels.h"
-#include "direct.h"
 
 namespace py = pybind11;
 using fastkd::cpu::Kernels;
@@ -77,7 +76,6 @@ PYBIND11_MODULE(_C, m) {
   py::list divergences;
   for (const char* name : fastkd::kDivergenceNames) divergences.append(name);
   m.attr("divergences") = py::tuple(divergences);
-  m.attr("cpu_calls") = py::capsule(&fastkd::cpu_calls(), fastkd::kCpuCallsCapsule);
   m.def("isa", [] { return std::string(fastkd::cpu::kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));

@@ -20,7 +20,37 @@ bool is_empty(int64_t dims, const int64_t* sizes) {
   return false;
 }
 
+// The dimension that the classes lie before in memory, where the others lie in order; or the last.
+int64_t place_of_classes(int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  const int64_t last = dims - 1;
+  int64_t place = last, before = -1;
+  for (int64_t dim = 0; dim < last; ++dim) {
+    if (sizes[dim] == 1) continue;
+    if (before >= 0 && strides[dim] > before) return last;
+    if (place == last && strides[dim] < strides[last]) place = dim;
+    before = strides[dim];
+  }
+  return place;
+}
+
 }  // namespace
+
+void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides, bool strided,
+                      int64_t* result) {
+  const int64_t last = dims - 1;
+  const bool adjacent = sizes[last] == 1 || strides[last] == 1 || is_empty(dims, sizes);
+  const int64_t place = strided && !adjacent ? place_of_classes(dims, sizes, strides) : last;
+  int64_t next = 1;
+  const auto put = [&](int64_t dim) {
+    result[dim] = next;
+    next *= sizes[dim];
+  };
+  if (place == last) put(last);
+  for (int64_t dim = last - 1; dim >= 0; --dim) {
+    put(dim);
+    if (dim == place) put(last);
+  }
+}
 
 std::optional<Layout> walk(int64_t dims, const int64_t* sizes, const Placed& student,
                            const Placed& teacher, const int64_t* grad_strides, bool strided) {

@@ -26,6 +26,13 @@ struct Layout {
 std::optional<Layout> walk(int64_t dims, const int64_t* sizes, const Placed& student,
                            const Placed& teacher, const int64_t* grad_strides, bool strided);
 
+// Write the strides of a new gradient: contiguous, or, where the student's classes are not adjacent
+// but the other dimensions lie in order, as in (N, C, H, W), dense in the student's own order
+// (empty_gradient in python/fastkd/shapes.py is the same for tracing). `strided`: whether the
+// kernels take classes that are not adjacent.
+void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides, bool strided,
+                      int64_t* result);
+
 inline bool is_aligned(const void* data, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_bytes) == 0;
 }

@@ -9,7 +9,6 @@ compiler: str
 cuda_architectures: str
 segment: int
 divergences: tuple[str, ...]
-cpu_calls: object  # for fastkd._eager
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

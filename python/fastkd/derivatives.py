@@ -1,4 +1,4 @@
-"""The native ops, and their derivatives."""
+"""Run the op of the loss with all logits, and differentiate it twice or in place."""
 
 from __future__ import annotations
 
@@ -7,157 +7,77 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import autograd, reference
+from fastkd.autograd import wants_formula
 from fastkd.mixture import Mixing, mixed
 from fastkd.native import _C
-from fastkd.shapes import REDUCTIONS, STATS, Settings, accumulator, empty_gradient
+from fastkd.shapes import REDUCTIONS, STATS, Settings, accumulator
 
 DIVERGENCES: tuple[str, ...] = _C.divergences
 KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if _C.cuda_architectures else {"cpu", "meta"})
 
 _loss = torch.ops.fastkd.loss.default
-_loss_ = torch.ops.fastkd.loss_.default
+_loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
-_ensemble_loss_into = torch.ops.fastkd.ensemble_loss_into.default
-_ensemble_loss_backward_ = torch.ops.fastkd.ensemble_loss_backward_.default
+
+# The ops' arguments of a mixture where there is one teacher, as it is.
+NO_MIXTURE = (None, (), False, 0, 1.0, 1.0)
 
 
 class Arguments(NamedTuple):
-    """What an op takes beside the student."""
+    """The arguments of the op ``loss`` after the student (csrc/torch/library.cpp)."""
 
+    teachers: tuple[Tensor, ...]
+    row_temperatures: Tensor | None  # of the teachers and their mixture
+    mixing: Mixing | None  # None: the one teacher as it is
     labels: Tensor | None
     row_settings: Tensor | None
     denominator: Tensor | None
-    row_temperatures: Tensor | None  # of the teachers and their mixture
     settings: Settings
-    mixing: Mixing | None  # None: the one teacher as it is
-    teachers: tuple[Tensor, ...]
 
     def flat(self) -> tuple[Any, ...]:
-        """As autograd takes it, which looks for tensors at the first level alone."""
-        return *self[:-1], *self.teachers
+        """Return the arguments in the order of the op's schema."""
+        mixture = NO_MIXTURE if self.mixing is None else (self.row_temperatures, *self.mixing)
+        rows = (self.labels, self.row_settings, self.denominator)
+        return (self.teachers, *mixture, *rows, *self.settings)
 
     @classmethod
     def of_flat(cls, flat: tuple[Any, ...]) -> Arguments:
-        """What ``flat`` was made of."""
-        return cls._make((*flat[:6], flat[6:]))
-
-    def options(self) -> tuple[Any, ...]:
-        """Of the forward ops, after the teachers."""
-        return self.labels, self.row_settings, self.denominator, *self.settings
-
-    def mixture(self) -> tuple[Any, ...]:
-        """Of the ops of ensembles, in the place of a teacher."""
-        assert self.mixing is not None
-        return list(self.teachers), self.row_temperatures, *self.mixing
-
-
-def is_transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def wants_formula(grad_output: Tensor) -> bool:
-    """Whether a backward pass is to be made of PyTorch operations, since it will be differentiated
-    in turn (create_graph=True), or its gradient is a batch of them (is_grads_batched=True)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        """Return the arguments that ``flat`` was made of."""
+        teachers, row_temperatures, *rest = flat
+        mixing = Mixing(*rest[:5]) if rest[0] else None
+        labels, row_settings, denominator = rest[5:8]
+        settings = Settings(*rest[8:])
+        teachers = tuple(teachers)
+        return cls(teachers, row_temperatures, mixing, labels, row_settings, denominator, settings)
 
 
 def loss(student: Tensor, call: Arguments, inplace: bool) -> Tensor:
-    """Runs an op; results are shaped as csrc/torch/library.cpp says."""
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        return _forward(student, call, False)[0]
-    if inplace and not torch.compiler.is_compiling():
+    """Run the op; the result is shaped as csrc/torch/library.cpp says."""
+    differentiated = torch.is_grad_enabled() and student.requires_grad
+    if inplace and differentiated and not torch.compiler.is_compiling():
         out = _InplaceLoss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
     else:
-        out = _Loss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
+        out = _loss(student, *call.flat())
     return out  # type: ignore[no-any-return]
 
 
-def _forward(
-    student: Tensor, call: Arguments, with_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The result, the gradient if it is written along with it, and the statistics of the rows."""
-    filled = with_grad and REDUCTIONS[call.settings.reduction] != "none"
-    if call.mixing is None:
-        out, grad, stats = _loss(student, *call.teachers, *call.options(), with_grad)
-        return out, grad if filled else None, stats
-    grad = empty_gradient(student) if filled else None
-    out, stats = _ensemble_loss_into(grad, student, *call.mixture(), *call.options(), with_grad)
-    return out, grad, stats
-
-
-class _Loss(torch.autograd.Function):
-    """The op, whose forward pass has written the gradient already unless the reduction is
-    "none"."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
-        call = Arguments.of_flat(flat)
-        # The gradient is not saved like the others: backward scales it in place and gives it away.
-        out, ctx.grad, stats = _forward(student, call, True)
-        ctx.settings, ctx.mixing = call.settings, call.mixing
-        ctx.save_for_backward(student, stats, *call[:4], *call.teachers)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, stats, *tensors = ctx.saved_tensors
-        settings = ctx.settings
-        call = Arguments.of_flat((*tensors[:4], settings, ctx.mixing, *tensors[4:]))
-        others = (None,) * len(call.flat())
-        if wants_formula(grad_output):
-            (teacher, *_), acc = call.teachers, accumulator(student, *call.teachers)
-            if call.mixing is not None:
-                teacher = mixed(call.teachers, call.mixing, call.row_temperatures, acc)
-            grad = differentiable_gradient(student, teacher, *call[:3], settings, grad_output)
-            return grad, *others
-        if settings.with_terms:
-            grad_output = grad_output[0]  # the other terms carry no gradient
-        grad, ctx.grad = ctx.grad, None
-        compiling = torch.compiler.is_compiling()
-        if compiling and grad is not None and student.dtype is not torch.float16:
-            return (grad * grad_output).to(student.dtype), *others
-        filled = grad is not None and not compiling
-        if not filled:
-            # In fp16 a scale cannot bring back what has underflowed, and a compiled graph cannot
-            # tell beforehand whether there is one.
-            # With retain_graph=True the first call gave its buffer away; it may not be scaled
-            # again.
-            grad = empty_gradient(student)
-        results = (grad, grad_output.contiguous(), stats, student)
-        numbers = (call.labels, call.row_settings, *settings[:8], filled)
-        if call.mixing is None:
-            _loss_backward_(*results, *call.teachers, *numbers)
-        else:
-            _ensemble_loss_backward_(*results, *call.mixture(), *numbers)
-        return grad, *others
-
-
 class _InplaceLoss(torch.autograd.Function):
-    """The op that writes the gradient over the student's logits."""
+    """The loss whose forward pass writes the gradient over the student's logits."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
-        call = Arguments.of_flat(flat)
-        if call.mixing is None:
-            out, stats = _loss_(student, *call.teachers, *call.options())
-        else:
-            given = (*call.mixture(), *call.options())
-            out, stats = _ensemble_loss_into(student, student, *given, True)
+        out, stats = _loss_into(student, student, *flat, True)
         torch.autograd.graph.increment_version(student)
-        ctx.settings, ctx.others = call.settings, (None,) * len(flat)
+        call = Arguments.of_flat(flat)
+        ctx.with_terms, ctx.others = call.settings.with_terms, (None,) * len(flat)
         ctx.grad = student.detach()
-        ctx.save_for_backward(stats, *(call.teachers if call.mixing is None else ()))
+        ctx.save_for_backward(stats)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        stats, *teachers = ctx.saved_tensors
+        (stats,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
         if wants_formula(grad_output) or grad is None:
             raise RuntimeError(
@@ -165,18 +85,20 @@ class _InplaceLoss(torch.autograd.Function):
                 "once. For second derivatives, batches of gradients or a second backward pass use "
                 "inplace=False"
             )
-        if ctx.settings.with_terms:
+        if ctx.with_terms:
             grad_output = grad_output[0]
-        _scale_(grad, grad_output.contiguous(), stats, *teachers)
+        _scale_(grad, grad_output.contiguous(), stats)
         return grad, *ctx.others
 
 
-def _scale_(grad: Tensor, factor: Tensor, stats: Tensor, teacher: Tensor | None = None) -> None:
-    """What backward does to a gradient in the place of its logits. The teacher is not read: its
-    dtype tells the factor's."""
-    numbers = (1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5)
-    teacher = grad if teacher is None else teacher
-    _loss_backward_(grad, factor, stats, grad, teacher, None, None, *numbers, True)
+def _scale_(grad: Tensor, factor: Tensor, stats: Tensor) -> None:
+    """Multiply ``grad`` by ``factor`` in place; on CUDA a factor of 1 costs next to nothing."""
+    if factor.dtype is not accumulator(grad):  # a float64 teacher's
+        grad.mul_(factor)
+        return
+    settings = Settings(1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5, REDUCTIONS.index("sum"), 0.0, False)
+    call = Arguments((grad,), None, None, None, None, None, settings)
+    _loss_backward_(grad, factor, stats, grad, *call.flat(), True)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:
@@ -190,20 +112,22 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
-def differentiable_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-    grad_output: Tensor,
-) -> Tensor:
-    """grad_output times the gradient, differentiable in both: what create_graph=True needs."""
+def _gradient(grad_output: Tensor, student: Tensor, *flat: Any) -> Tensor:
+    """Return grad_output times the gradient, differentiable in both."""
+    call = Arguments.of_flat(flat)
+    (teacher, *_), settings = call.teachers, call.settings._replace(with_terms=False)
+    if call.mixing is not None:
+        acc = accumulator(student, *call.teachers)
+        teacher = mixed(call.teachers, call.mixing, call.row_temperatures, acc)
+    rows = (call.labels, call.row_settings, call.denominator)
     with torch.enable_grad():
-        out = by_operations(student, teacher, labels, row_settings, denominator, settings)
-        (gradient,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
+        leaf = student if student.requires_grad else student.detach().requires_grad_()
+        out = by_operations(leaf, teacher, *rows, settings)
+        (gradient,) = torch.autograd.grad(out, leaf, grad_output, create_graph=True)
     return gradient
+
+
+autograd.register("loss", strided=True, gradient=_gradient)
 
 
 def by_operations(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import derivatives, head_loops, heads, products, reference
+from fastkd import autograd, derivatives, head_loops, heads, products, reference
 from fastkd.heads import Call, Inputs
 
 
@@ -80,7 +80,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """The gradients of hidden states, weight and bias."""
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
-        if derivatives.wants_formula(grad_output):
+        if autograd.wants_formula(grad_output):
             return (None, *_differentiable(inputs, call, grad_output), *[None] * len(inputs[3:]))
         scale: Tensor | None = grad_output
         if call.reduction == "none":

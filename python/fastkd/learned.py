@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, mixture, reference
-from fastkd.derivatives import DIVERGENCES, by_operations, wants_formula
+from fastkd.autograd import wants_formula
+from fastkd.derivatives import DIVERGENCES, Arguments, by_operations
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
-from fastkd.shapes import REDUCTIONS, Settings, accumulator, empty_gradient
+from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
-_loss = torch.ops.fastkd.loss.default
+_loss_into = torch.ops.fastkd.loss_into.default
+_empty_gradient = torch.ops.fastkd.empty_gradient.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
 # The divergence that is the same once student and teacher change places, and whether `mix` becomes
@@ -135,9 +137,8 @@ class _RowTerms(torch.autograd.Function):
         standardized: bool,
     ) -> Any:
         of_rows = torch.cat((temperature, own, temperature.new_ones(2 * len(temperature))))
-        (_, hard, soft, *logged), _, stats = _loss(
-            student, teacher, labels, of_rows, None, *settings, True
-        )
+        call = Arguments((teacher,), None, None, labels, of_rows, None, settings)
+        (_, hard, soft, *logged), stats = _loss_into(None, student, *call.flat(), True)
         ctx.settings, ctx.standardized = settings, standardized
         ctx.save_for_backward(student, teacher, labels, temperature, own, stats)
         ctx.mark_non_differentiable(*logged)
@@ -164,7 +165,9 @@ class _RowTerms(torch.autograd.Function):
                 reduction=REDUCTIONS.index("sum"), with_terms=False
             )
             wide = teacher.to(own.dtype)
-            _, gradient, _ = _loss(wide, student, labels, of_rows, None, *summed, True)
+            gradient = _empty_gradient(wide, True)
+            call = Arguments((student,), None, None, labels, of_rows, None, summed)
+            _loss_into(gradient, wide, *call.flat(), False)
             results[4] = _by_scale(teacher, gradient, own, standardized)
         return tuple(results)
 
@@ -181,10 +184,12 @@ def _gradient(
     settings: Settings,
 ) -> Tensor:
     """That of the terms' sum with these weights, in the logits."""
-    gradient = empty_gradient(student)
+    gradient: Tensor = _empty_gradient(student, True)
     of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
-    given = (stats.new_ones(()), stats, student, teacher, labels, of_rows)
-    _loss_backward_(gradient, *given, *settings[:8], False)
+    # Each row's gradient is multiplied by its weights alone.
+    summed = settings._replace(reduction=REDUCTIONS.index("sum"), with_terms=False)
+    call = Arguments((teacher,), None, None, labels, of_rows, None, summed)
+    _loss_backward_(gradient, stats.new_ones(()), stats, student, *call.flat(), False)
     return gradient
 
 

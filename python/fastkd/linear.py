@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastkd import (
+    autograd,
     checks,
     class_loop,
-    derivatives,
     head_arguments,
     head_gradients,
     heads,
@@ -305,7 +305,7 @@ def _linear_loss(
         weight_grad=wants[1],
         bias_grad=wants[2],
     )
-    if derivatives.is_transformed():
+    if autograd.is_transformed():
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
@@ -9,20 +10,16 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, native, ops, reference, shapes
-from fastkd.objective import Objective, fit, resolve
+from fastkd import checks, native, ops, reference, shapes
+from fastkd.autograd import is_transformed
+from fastkd.fast_path import IMMUTABLE, is_eligible
+from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.options import OptionsModule
 from fastkd.reference import Terms
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Teacher = Tensor | Sequence[Tensor]
-
-# The divergences that have kernels: their numbers there, and the default of ``mix``.
-_NATIVE = {
-    name: (number, reference.DIVERGENCES[name].mix)
-    for number, name in enumerate(derivatives.DIVERGENCES)
-}
 
 
 def _compute(
@@ -53,16 +50,30 @@ def _compute(
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
     """The one list of the options and their defaults; gives the loss, or all terms stacked."""
-    if native.EAGER is not None and not native.is_dynamo_compiling():
-        # What is usual takes the shortest way; None comes back from what is not, or fails.
-        out = native.EAGER.loss(
-            with_terms, native.CUDA_KERNELS, _NATIVE, student_logits, teacher_logits, labels,
-            temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
-            reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
-            teacher_weights, ensemble, standardize, classes, dim, inplace, teacher_grad,
+    if (
+        not native.is_dynamo_compiling()
+        and class_weight is None
+        and teacher_weights is None
+        and classes is None
+        and teacher_form == "logits"
+        and ensemble == "probs"
+        and standardize is False
+        and dim == -1
+        and inplace is False
+        and teacher_grad in TEACHER_GRADS
+        and is_eligible(student_logits, teacher_logits, labels)
+        and student_logits.shape == teacher_logits.shape  # type: ignore[union-attr]
+    ):
+        call = _fast_call(
+            with_terms, labels is not None, temperature, teacher_temperature, alpha, hard_weight,
+            soft_weight, ignore_index, reduction, label_smoothing, normalizer, divergence, mix,
         )  # fmt: skip
-        if out is not None:
-            return out  # type: ignore[no-any-return]
+        if call is not None:
+            try:
+                return call(student_logits, teacher_logits, labels)
+            except RuntimeError as error:
+                _explain(error, student_logits, labels, ignore_index, temperature)
+                raise
     options = dict(
         temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
         hard_weight=hard_weight, soft_weight=soft_weight, ignore_index=ignore_index,
@@ -72,6 +83,33 @@ def _compute(
         classes=classes, dim=dim, inplace=inplace, teacher_grad=teacher_grad,
     )  # fmt: skip
     return _check_and_compute(student_logits, teacher_logits, labels, options, with_terms)
+
+
+def _fast_call(*options: Any) -> Callable[..., Tensor] | None:
+    """Return the op with these options (:func:`_prepared`); None if the slow path must see them."""
+    if not IMMUTABLE.issuperset(map(type, options)):
+        return None
+    try:
+        return _prepared(native.EAGER, *options)
+    except TypeError:
+        return None
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _prepared(
+    _eager: Any, with_terms: bool, has_labels: bool, *values: Any
+) -> Callable[..., Tensor] | None:
+    """Return the op with these options, checked, or None if the kernels lack them."""
+    names = (
+        "temperature", "teacher_temperature", "alpha", "hard_weight", "soft_weight", "ignore_index",
+        "reduction", "label_smoothing", "normalizer", "divergence", "mix",
+    )  # fmt: skip
+    options = {**DEFAULTS, **dict(zip(names, values, strict=True))}
+    objective = resolve(options, has_labels=has_labels, teachers=1)
+    fused = objective.divergence in ops.FUSED and objective.divergence != "dkd"
+    if not fused or objective.reduction == "none":
+        return None
+    return ops.prepare_call(objective, with_terms)
 
 
 def _options_of(
@@ -328,7 +366,7 @@ def _check_and_compute(
 ) -> Tensor:
     """Checks the arguments, as far as that needs no data, and computes."""
     call = prepare(student, teacher, labels, options)
-    inplace = options["inplace"] and not derivatives.is_transformed()
+    inplace = options["inplace"] and not is_transformed()
     if inplace:
         _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:

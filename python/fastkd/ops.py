@@ -5,21 +5,22 @@ not fused, under function transforms and on devices without kernels.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastkd import checks, derivatives, learned, mixture, reference
-from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, Arguments, is_transformed
+from fastkd import autograd, checks, derivatives, learned, mixture, reference
+from fastkd.autograd import is_transformed
+from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
 from fastkd.objective import Objective, row_numbers
 from fastkd.rows import in_parts, label_targets, label_weights
 from fastkd.shapes import REDUCTIONS, Settings, accumulator
 
 _warned: set[str] = set()
 
-_loss = torch.ops.fastkd.loss.default
+_loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
-
 
 # What an objective may use beyond what every kernel has: how it is written, for the docs.
 USES = {
@@ -237,7 +238,30 @@ def _arguments(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    return Arguments(labels, row_settings, denominator, row_temperatures, settings, how, teachers)
+    return Arguments(teachers, row_temperatures, how, labels, row_settings, denominator, settings)
+
+
+def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
+    """Return the op with these options, as a function of student, teacher and labels.
+
+    No option may be a tensor, and the kernels must have all of them.
+    """
+    o = objective
+    settings = Settings(
+        o.temperature,  # type: ignore[arg-type]
+        o.teacher_temperature,  # type: ignore[arg-type]
+        o.hard_weight,  # type: ignore[arg-type]
+        o.soft_weight,  # type: ignore[arg-type]
+        o.label_smoothing,
+        o.ignore_index,
+        DIVERGENCES.index(o.divergence),
+        0.5 if o.mix is None else o.mix,
+        REDUCTIONS.index(o.reduction),
+        o.normalizer or 0.0,  # type: ignore[arg-type]
+        with_terms,
+    )
+    arguments = (None, None, *NO_MIXTURE, None, None, None, *settings)
+    return autograd.prepared_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
 
 
 def statistics(
@@ -246,7 +270,7 @@ def statistics(
     """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
     assert objective.reduction == "none" and mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, True)
-    terms, _, stats = _loss(student, teacher, *call.options(), True)
+    terms, stats = _loss_into(None, student, *call.flat(), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
@@ -256,8 +280,7 @@ def gradient_(
     """Writes the gradient of rows with these statistics over the student's logits."""
     assert mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, False)
-    options = (call.labels, call.row_settings, *call.settings[:8], False)
-    _loss_backward_(student, stats.new_ones(()), stats, student, teacher, *options)
+    _loss_backward_(student, stats.new_ones(()), stats, student, *call.flat(), False)
 
 
 def _same_temperature(objective: Objective) -> bool:

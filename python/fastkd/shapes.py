@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import native, reference
+from fastkd import reference
 
 REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
 TERMS = len(reference.Terms._fields)
@@ -48,16 +48,8 @@ def _fake_out(
     return student.new_empty(shape, dtype=accumulator(student, *teachers))
 
 
-def contiguous_gradient(student: Tensor) -> Tensor:
-    """Memory for a gradient: that of the last one, where there is such (csrc/torch/gradients.h)."""
-    reused = None
-    if native.EAGER is not None and not torch.compiler.is_compiling():
-        reused = native.EAGER.gradient(student)
-    return student.new_empty(student.shape) if reused is None else reused
-
-
-def empty_gradient(student: Tensor) -> Tensor:
-    """As the kernels lay a gradient out (gradient_strides in csrc/torch/layout.cpp).
+def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
+    """Return memory laid out like a gradient (gradient_strides in csrc/torch/walk.h).
 
     Contiguous, or, where the student's classes are not adjacent but the other dimensions lie in
     order, as in (N, C, H, W), dense in the student's own order.
@@ -65,12 +57,12 @@ def empty_gradient(student: Tensor) -> Tensor:
     *shape, classes = student.shape
     place = len(shape)
     *strides, of_classes = student.stride()
-    if student.numel() > 0 and classes > 1 and of_classes != 1:
+    if strided and student.numel() > 0 and classes > 1 and of_classes != 1:
         rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
         if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
             place = next((dim for dim, stride in rows if stride < of_classes), place)
     if place == len(shape):
-        return contiguous_gradient(student)
+        return student.new_empty(student.shape)
     return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)
 
 
@@ -79,21 +71,25 @@ def _fake_stats(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     return student.new_empty([STATS * rows + 1], dtype=accumulator(student, *teachers))
 
 
+@torch.library.register_fake("fastkd::empty_gradient")  # type: ignore[untyped-decorator]
+def _(student: Tensor, strided: bool) -> Tensor:
+    return _fake_gradient(student, strided)
+
+
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
-def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, _, with_terms, with_grad = settings
-    out = _fake_out(student, [teacher], reduction, with_terms)
-    nothing = student.new_empty([0], dtype=out.dtype)
-    filled = with_grad and REDUCTIONS[reduction] != "none"
-    grad = empty_gradient(student) if filled else nothing
-    needs_stats = with_grad or student.device.type == "cuda"
-    return out, grad, _fake_stats(student, [teacher]) if needs_stats else nothing.clone()
+def _(student: Tensor, teachers: Sequence[Tensor], *arguments: Any) -> Tensor:
+    *_, reduction, _, with_terms = arguments
+    return _fake_out(student, teachers, reduction, with_terms)
 
 
-@torch.library.register_fake("fastkd::loss_")  # type: ignore[untyped-decorator]
-def _(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_terms = settings
-    return _fake_out(student, [teacher], reduction, with_terms), _fake_stats(student, [teacher])
+@torch.library.register_fake("fastkd::loss_into")  # type: ignore[untyped-decorator]
+def _(
+    grad: Any, student: Tensor, teachers: Sequence[Tensor], *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    *_, reduction, _, with_terms, with_stats = arguments
+    out = _fake_out(student, teachers, reduction, with_terms)
+    needs_stats = with_stats or student.device.type == "cuda"
+    return out, _fake_stats(student, teachers) if needs_stats else out.new_empty([0])
 
 
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
@@ -106,17 +102,3 @@ def _(teachers: Sequence[Tensor], *settings: Any) -> Tensor:
     *_, in_double = settings
     dtype = torch.float64 if in_double else torch.float32
     return teachers[0].new_empty(teachers[0].shape, dtype=dtype)
-
-
-@torch.library.register_fake("fastkd::ensemble_loss_into")  # type: ignore[untyped-decorator]
-def _(
-    grad: Any, student: Tensor, teachers: Sequence[Tensor], *settings: Any
-) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_terms, with_stats = settings
-    out = _fake_out(student, teachers, reduction, with_terms)
-    return out, _fake_stats(student, teachers) if with_stats else out.new_empty([0])
-
-
-@torch.library.register_fake("fastkd::ensemble_loss_backward_")  # type: ignore[untyped-decorator]
-def _(grad: Tensor, *_: Any) -> None:
-    return None

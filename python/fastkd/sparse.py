@@ -6,15 +6,18 @@ second derivatives, under function transforms and on other devices. docs/maths.m
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, derivatives, native, reference, shapes
+from fastkd import autograd, checks, native, reference, shapes
 from fastkd.derivatives import KERNEL_DEVICES
+from fastkd.fast_path import IMMUTABLE, is_eligible
 from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
 
@@ -24,8 +27,6 @@ TAILS = ("ghost", "renormalize", "ignore")
 _MOST_MASS = 1.1
 
 _topk_loss = torch.ops.fastkd.topk_loss.default
-_topk_loss_into = torch.ops.fastkd.topk_loss_into.default
-_topk_loss_backward_ = torch.ops.fastkd.topk_loss_backward_.default
 
 
 def topk_loss(
@@ -124,15 +125,13 @@ def topk_loss(
         torch.Size([8, 1000])
     """
     try:
-        if native.EAGER is not None and not native.is_dynamo_compiling():
-            # What is usual takes the shortest way; None comes back from what is not, or fails.
-            out = native.EAGER.topk_loss(
-                native.CUDA_KERNELS, student_logits, indices, log_probs, labels, tail, temperature,
-                alpha, hard_weight, soft_weight, ignore_index, reduction, label_smoothing,
-                normalizer,
+        if not native.is_dynamo_compiling() and is_eligible(student_logits, log_probs, labels):
+            call = _fast_call(
+                student_logits, indices, log_probs, labels is not None, tail, temperature, alpha,
+                hard_weight, soft_weight, ignore_index, reduction, label_smoothing, normalizer,
             )  # fmt: skip
-            if out is not None:
-                return out  # type: ignore[no-any-return]
+            if call is not None:
+                return call(student_logits, indices, log_probs, labels)
         return _run(
             student_logits, indices, log_probs, labels, tail, temperature, alpha, hard_weight,
             soft_weight, ignore_index, reduction, label_smoothing, normalizer,
@@ -159,6 +158,74 @@ class Settings(NamedTuple):
 
 
 # ---- arguments
+
+
+def _fast_call(
+    student: Tensor, indices: Tensor, log_probs: Tensor, *options: Any
+) -> Callable[..., Tensor] | None:
+    """Return the op with these options; None if the slow path must see the call."""
+    eligible = (
+        type(indices) is Tensor
+        and indices.dtype is torch.int64
+        and indices.shape == log_probs.shape
+        and indices.shape[:-1] == student.shape[:-1]
+        and indices.dim() == student.dim()
+        and indices.shape[-1] > 0
+        and indices.device == student.device
+        and indices.layout is torch.strided
+        and log_probs.dtype is shapes.accumulator(student, log_probs)
+        and not (torch.is_grad_enabled() and indices.is_inference())
+        and IMMUTABLE.issuperset(map(type, options))
+    )
+    try:
+        return _prepared(native.EAGER, *options) if eligible else None
+    except TypeError:
+        return None
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _prepared(_eager: Any, has_labels: bool, *options: Any) -> Callable[..., Tensor] | None:
+    """Return the op with these options, checked, as a function of its tensors."""
+    settings = _settings(has_labels, *options)
+    if settings.reduction == shapes.REDUCTIONS.index("none"):
+        return None
+    arguments = (None, None, None, None, None, *settings)
+    return autograd.prepared_call("topk_loss", arguments, [0, 1, 2, 3])
+
+
+def _settings(
+    has_labels: bool,
+    tail: str,
+    temperature: float,
+    alpha: float | None,
+    hard_weight: float | None,
+    soft_weight: float | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    normalizer: float | None,
+) -> Settings:
+    """Check the options, and return them as the op takes them."""
+    hard, soft = checks.weights(alpha, hard_weight, soft_weight, has_labels)
+    if isinstance(hard, Tensor) or isinstance(soft, Tensor):
+        name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
+        raise TypeError(f"{name} must be a number; got Tensor")
+    reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
+    if normalizer is not None:
+        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
+    checks.ignored_label(ignore_index)
+    return Settings(
+        checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
+        hard,
+        soft,
+        checks.smoothing(label_smoothing, has_labels),
+        ignore_index,
+        checks.one_of("tail", tail, TAILS),
+        reduction_index,
+        normalizer or 0.0,
+    )
 
 
 def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str = "") -> None:
@@ -271,34 +338,16 @@ def _run(
         if checks.targets(labels, student):
             raise TypeError(f"labels must be class indices of an integer dtype; got {labels.dtype}")
         labels = checks.savable(checks.int64(labels))
-    hard, soft = checks.weights(alpha, hard_weight, soft_weight, labels is not None)
-    if isinstance(hard, Tensor) or isinstance(soft, Tensor):
-        name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
-        raise TypeError(f"{name} must be a number; got Tensor")
     acc = shapes.accumulator(student, log_probs)
-    reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
     denominator = None
-    if normalizer is None:
-        normalizer = 0.0
-    elif reduction != "mean":
-        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
-    elif isinstance(normalizer, Tensor):
+    if isinstance(normalizer, Tensor) and reduction == "mean":
         checks.constant("normalizer", normalizer)
         denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
-        normalizer = 0.0
-    else:
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
-    checks.ignored_label(ignore_index)
-    settings = Settings(
-        checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
-        hard,
-        soft,
-        checks.smoothing(label_smoothing, labels is not None),
-        ignore_index,
-        checks.one_of("tail", tail, TAILS),
-        reduction_index,
-        normalizer,
-    )
+        normalizer = None
+    settings = _settings(
+        labels is not None, tail, temperature, alpha, hard_weight, soft_weight, ignore_index,
+        reduction, label_smoothing, normalizer,  # type: ignore[arg-type]
+    )  # fmt: skip
     lists = checks.savable(indices.long()), checks.savable(log_probs.to(acc))
     out = _apply(student, *lists, labels, denominator, settings)
     if reduction == "none" and student.dim() != 2:
@@ -308,7 +357,7 @@ def _run(
 
 def is_fused(student: Tensor) -> bool:
     """Whether there is a kernel for a call."""
-    return student.device.type in KERNEL_DEVICES and not derivatives.is_transformed()
+    return student.device.type in KERNEL_DEVICES and not autograd.is_transformed()
 
 
 def compute(
@@ -348,10 +397,7 @@ def _apply(
     arguments = (student, indices, log_probs, labels, denominator)
     if not is_fused(student):
         return _reference(*arguments, settings)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        out, _ = _topk_loss(*arguments, *settings, False)
-        return out  # type: ignore[no-any-return]
-    return _TopkLoss.apply(*arguments, settings)  # type: ignore[no-any-return,no-untyped-call]
+    return _topk_loss(*arguments, *settings)  # type: ignore[no-any-return]
 
 
 # ---- shapes for tracing, and derivatives
@@ -364,16 +410,13 @@ def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
 
 
 @torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
-def _(student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, reduction, _, with_grad = rest
-    out = _fake_out(student, log_probs, reduction)
-    filled = with_grad and shapes.REDUCTIONS[reduction] != "none"
-    return out, student.new_empty(student.shape) if filled else out.new_empty([0])
+def _(student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
+    return _fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
-def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *rest: Any) -> Tensor:
-    return _fake_out(student, log_probs, rest[-2])
+def _(grad: Any, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
+    return _fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]
@@ -381,67 +424,18 @@ def _(grad: Tensor, *_: Any) -> None:
     return None
 
 
-def differentiable_gradient(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    labels: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-    grad_output: Tensor,
-) -> Tensor:
-    """The gradient by operations that can be differentiated in turn."""
+def _gradient(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
+    """Return grad_output times the gradient, differentiable in both."""
+    indices, log_probs, labels, denominator = arguments[:4]
+    settings = Settings(*arguments[4:])
     with torch.enable_grad():
-        out = _reference(student, indices, log_probs, labels, denominator, settings)
-        (grad,) = torch.autograd.grad(out, student, grad_output, create_graph=True)
-    return grad
+        leaf = student if student.requires_grad else student.detach().requires_grad_()
+        out = _reference(leaf, indices, log_probs, labels, denominator, settings)
+        (gradient,) = torch.autograd.grad(out, leaf, grad_output, create_graph=True)
+    return gradient
 
 
-class _TopkLoss(torch.autograd.Function):
-    """The op, whose forward pass has written the gradient already unless the reduction is
-    "none"."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        indices: Tensor,
-        log_probs: Tensor,
-        labels: Tensor | None,
-        denominator: Tensor | None,
-        settings: Settings,
-    ) -> Any:
-        arguments = (student, indices, log_probs, labels, denominator)
-        # The gradient is not saved like the others: backward scales it in place and gives it away.
-        filled = shapes.REDUCTIONS[settings.reduction] != "none"
-        if filled and student.device.type == "cpu" and not torch.compiler.is_compiling():
-            ctx.grad = shapes.contiguous_gradient(student)
-            out = _topk_loss_into(ctx.grad, *arguments, *settings)
-        else:
-            out, ctx.grad = _topk_loss(*arguments, *settings, True)
-        ctx.settings = settings
-        ctx.save_for_backward(*arguments)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        student, indices, log_probs, labels, denominator = ctx.saved_tensors
-        others = (indices, log_probs, labels, denominator)
-        settings = ctx.settings
-        if derivatives.wants_formula(grad_output):
-            grad = differentiable_gradient(student, *others, settings, grad_output)
-            return grad, None, None, None, None, None
-        filled = shapes.REDUCTIONS[settings.reduction] != "none"
-        compiling = torch.compiler.is_compiling()
-        if compiling and filled and student.dtype is not torch.float16:
-            return (ctx.grad * grad_output).to(student.dtype), None, None, None, None, None
-        grad, ctx.grad = ctx.grad, None
-        if grad is None or not filled or compiling:
-            # As in derivatives: fp16 may have underflowed, and the buffer is given away once.
-            grad = shapes.contiguous_gradient(student)
-            filled = False
-        _topk_loss_backward_(grad, grad_output.contiguous(), student, *others, *settings, filled)
-        return grad, None, None, None, None, None
+autograd.register("topk_loss", strided=False, gradient=_gradient)
 
 
 # ---- the formula

@@ -1,0 +1,207 @@
+"""Autograd of the fused losses, whose forward pass writes the gradient.
+
+For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, the op ``op_into`` writes the gradient
+in the forward pass, ``op_backward_`` scales or writes it in the backward pass, and ``op_gradient``
+computes it by differentiable operations. All take the arguments of ``op``. csrc/torch/eager.cpp has
+the same in C++, which is used where it was built with exactly this torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import native
+from fastkd.shapes import REDUCTIONS
+
+_empty_gradient = torch.ops.fastkd.empty_gradient.default
+
+
+def is_transformed() -> bool:
+    """Return True under torch.func (grad, vmap, jvp, ...) and forward-mode differentiation."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_batch(grad_output: Tensor) -> bool:
+    """Return True for a batch of gradients: is_grads_batched=True, torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
+
+
+def wants_formula(grad_output: Tensor) -> bool:
+    """Return True if a backward pass must consist of PyTorch operations.
+
+    Either it will be differentiated in turn (create_graph=True), or ``grad_output`` is a batch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return is_batch(grad_output)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return True if ``tensor`` may be written over: False where operations are traced."""
+    return type(tensor) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+
+
+class Ops(NamedTuple):
+    """A loss, the ops of its gradient, and what must be known of their arguments."""
+
+    loss: Any
+    into: Any
+    backward_: Any
+    gradient: Any
+    strided: bool
+    """True if ``into`` writes gradients whose classes are not adjacent."""
+    has_stats: bool
+    """True if ``into`` returns statistics that ``backward_`` needs."""
+    tensors: tuple[int, ...]
+    """The places of tensors, and of lists of tensors, among the arguments after the student."""
+    reduction: int
+    """The place of ``reduction`` among the same arguments."""
+
+    def autograd(self, student: Tensor, *arguments: Any) -> Tensor:
+        """Compute the loss: the autograd kernel of ``loss``, where that is not C++."""
+        if torch.is_grad_enabled() and student.requires_grad:
+            return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.loss(student, *arguments)  # type: ignore[no-any-return]
+
+
+_ALL: dict[str, Ops] = {}
+
+
+def register(name: str, *, strided: bool, gradient: Callable[..., Tensor]) -> None:
+    """Make the op ``name`` differentiable; ``gradient`` computes its gradient by operations."""
+    suffixes = ("", "_into", "_backward_", "_gradient")
+    ops = [getattr(torch.ops.fastkd, name + suffix).default for suffix in suffixes]
+    arguments = ops[0]._schema.arguments[1:]
+    loss, into, backward_, formula = ops
+    _ALL[name] = Ops(
+        loss,
+        into,
+        backward_,
+        formula,
+        strided,
+        len(into._schema.returns) == 2,
+        tuple(i for i, each in enumerate(arguments) if "Tensor" in str(each.type)),
+        [each.name for each in arguments].index("reduction"),
+    )
+    _LIBRARY.impl(f"{name}_gradient", gradient, "CompositeImplicitAutograd")
+    if native.EAGER is None:
+        _LIBRARY.impl(name, _ALL[name].autograd, "Autograd")
+
+
+_LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def without_cpp() -> Iterator[None]:
+    """Use the autograd of this module in the context, as a build without that in C++ does."""
+    library: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
+    eager, native.EAGER = native.EAGER, None
+    for name, ops in _ALL.items():
+        for key in ("AutogradCPU", "AutogradCUDA") if eager is not None else ():
+            library.impl(name, ops.autograd, key)
+    try:
+        yield
+    finally:
+        native.EAGER = eager
+        library._destroy()
+
+
+def prepared_call(
+    name: str, arguments: tuple[Any, ...], places: Sequence[int]
+) -> Callable[..., Tensor]:
+    """Return the op ``name`` as a function of the tensors at ``places`` among its arguments.
+
+    ``arguments``: those of the op, in its order, with None for these tensors, the student first; a
+    list that shall hold one tensor has a place as the tensor has.
+    """
+    ops, eager = _ALL[name], native.EAGER
+    schema = ops.loss._schema.arguments
+    lists = [isinstance(schema[place].type, torch.ListType) for place in places]
+
+    def call(*tensors: Tensor | None) -> Tensor:
+        complete = list(arguments)
+        for place, tensor, in_list in zip(places, tensors, lists, strict=True):
+            complete[place] = (tensor,) if in_list else tensor
+        student, *others = complete
+        if torch.is_grad_enabled() and student.requires_grad:  # past the dispatcher
+            return _FusedLoss.apply(student, ops, others)  # type: ignore[no-any-return,no-untyped-call]
+        return ops.loss(student, *others)  # type: ignore[no-any-return]
+
+    return call if eager is None else eager.PreparedCall(name, arguments, places)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """A loss whose forward pass has written the gradient, unless the reduction is "none"."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Sequence[Any]) -> Any:
+        grad = stats = None
+        if REDUCTIONS[arguments[ops.reduction]] != "none":
+            grad = _empty_gradient(student, ops.strided)
+        if ops.has_stats:
+            out, stats = ops.into(grad, student, *arguments, True)
+        else:
+            out = ops.into(grad, student, *arguments)
+        # Not saved like the others: the first backward pass scales it in place and gives it away.
+        ctx.grad = grad
+        saved: list[Tensor | None] = [student, stats]
+        numbers = list(arguments)
+        for place in ops.tensors:
+            value = arguments[place]
+            if isinstance(value, (list, tuple)):
+                saved += value
+                numbers[place] = len(value)
+            else:
+                saved.append(value)
+        ctx.ops, ctx.numbers = ops, numbers
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        student, stats, *tensors = ctx.saved_tensors
+        ops, grad, in_memory = ctx.ops, ctx.grad, has_memory(grad_output)
+        if ops.has_stats and ctx.numbers[-1]:  # with_terms: the other terms carry no gradient
+            grad_output = grad_output[0]
+        formula = wants_formula(grad_output)
+        if grad is not None and not formula:
+            if in_memory:
+                ctx.grad = None
+                if grad_output.device.type == "cpu" and grad_output.item() == 1.0:
+                    return grad, None, None
+            elif student.dtype is not torch.float16:
+                return (grad * grad_output).to(student.dtype), None, None
+        arguments = list(ctx.numbers)
+        for place in ops.tensors:
+            value = arguments[place]
+            count = value if isinstance(value, int) else 1
+            arguments[place] = tensors[:count] if isinstance(value, int) else tensors[0]
+            tensors = tensors[count:]
+        if formula:
+            return _formula(ops, student, arguments, grad_output), None, None
+        # In fp16 a scale cannot bring back what underflowed, and a trace cannot tell whether there
+        # will be one. With retain_graph=True a second pass finds nothing kept.
+        filled = in_memory and grad is not None
+        grad = grad if filled else _empty_gradient(student, ops.strided)
+        statistics = (stats,) if ops.has_stats else ()
+        ops.backward_(grad, grad_output.contiguous(), *statistics, student, *arguments, filled)
+        return grad, None, None
+
+
+def _formula(ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor) -> Tensor:
+    """Return the gradient, differentiable, for one grad_output or for a batch of them."""
+    if not is_batch(grad_output):
+        return ops.gradient(grad_output, student, *arguments)  # type: ignore[no-any-return]
+    one = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
+    per_row = REDUCTIONS[arguments[ops.reduction]] == "none"
+    factor = grad_output.reshape(*student.shape[:-1], 1) if per_row else grad_output
+    gradient: Tensor = ops.gradient(one, student, *arguments)
+    return (gradient * factor).to(student.dtype)

@@ -1,0 +1,52 @@
+"""The fast path of both losses: the few checks that make a call eligible for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.autograd import is_transformed
+from fastkd.checks import FLOATS
+from fastkd.derivatives import KERNEL_DEVICES
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+_FLOATS = frozenset(FLOATS)
+IMMUTABLE = frozenset({bool, float, int, str, type(None)})
+"""The types of options by which a checked call may be cached."""
+
+
+def is_eligible(student: object, teacher: object, labels: object) -> bool:
+    """Return True if these are dense logits and class indices that the kernels take as they are.
+
+    ``teacher``: its logits, or log-probabilities with as many dimensions; its shape is not looked
+    at. False does not mean that a call is wrong: the slow path then checks and computes it.
+    """
+    if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
+        return False
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    device, shape = student.device, student.shape
+    if not (
+        student.dtype in _FLOATS
+        and teacher.dtype in _FLOATS
+        and teacher.device == device
+        and device.type in KERNEL_DEVICES
+        and student.layout is torch.strided
+        and teacher.layout is torch.strided
+        and len(shape) > 0
+        and shape[-1] > 0
+        and not teacher.requires_grad
+        and not is_transformed()
+        and torch._C._len_torch_function_stack() == 0
+        and not (torch.is_grad_enabled() and teacher.is_inference())
+    ):
+        return False
+    if labels is None:
+        return True
+    return (
+        type(labels) is Tensor
+        and labels.dtype is torch.int64
+        and labels.shape == shape[:-1]
+        and labels.device == device
+        and labels.layout is torch.strided
+        and not (torch.is_grad_enabled() and labels.is_inference())
+    )
