@@ -1,6 +1,8 @@
-"""The way of plain calls past torch's dispatcher (csrc/torch/eager.cpp): what it takes, what it
-leaves to the Python path, and that nothing of torch's is lost on it. That both ways give the same
-bits is tested wherever a test uses ``each_autograd``."""
+"""The fast path (fast_path.py) and the losses' autograd kernels: hooks, modes and second passes.
+
+That autograd in C++ and in Python give the same bits is tested wherever a test uses
+``each_autograd``.
+"""
 
 import pytest
 import torch
@@ -11,25 +13,21 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import native
-
-pytestmark = pytest.mark.skipif(
-    native.EAGER is None, reason="fastkd._eager was not built, or with another torch"
-)
-DIRECT = {"loss": "FastKDLossBackward", "topk": "FastKDTopkLossBackward"}
+from fastkd import losses, sparse
 
 
 def dense(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
     return fastkd.loss(student, teacher, labels, **options)
 
 
-def sparse(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+def topk(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
     log_probs, indices = torch.log_softmax(teacher.double(), -1).topk(4)
     acc = FP64 if student.dtype == FP64 else FP32
     return fastkd.topk_loss(student, indices, log_probs.to(acc), labels, **options)
 
 
-LOSSES = {"loss": dense, "topk": sparse}
+LOSSES = {"loss": dense, "topk": topk}
+MODULES = {"loss": losses, "topk": sparse}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -39,14 +37,13 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
 
-def node_of(value: Tensor) -> str:
-    return value.grad_fn.name()
-
-
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
-def test_what_goes_the_direct_way(name, dtype):
+def test_calls_that_take_the_fast_path(name, dtype, monkeypatch):
     loss = LOSSES[name]
+    slow = {"loss": "_check_and_compute", "topk": "_run"}[name]
+    monkeypatch.setattr(MODULES[name], slow, None)
     student, teacher, labels = make((6, 5, 20), dtype)
     student.requires_grad_()
     sliced = [logits[:, :-1, :15] for logits in (student, teacher)]
@@ -59,14 +56,13 @@ def test_what_goes_the_direct_way(name, dtype):
         loss(student[:0], teacher[:0], normalizer=2.5),
     ]
     for value in calls:
-        assert node_of(value) == DIRECT[name]
         (gradient,) = torch.autograd.grad(value, student)
         assert gradient.shape == student.shape
 
 
+@pytest.mark.usefixtures("each_autograd")
 @each_loss
-def test_what_is_left_to_the_python_path(name, monkeypatch):
-    """Each gives what it gives without the direct way."""
+def test_both_paths_give_the_same_bits(name, monkeypatch):
     loss = LOSSES[name]
     student, teacher, labels = make((6, 20))
     raw = bytearray(b"0" + teacher.numpy().tobytes())
@@ -87,12 +83,12 @@ def test_what_is_left_to_the_python_path(name, monkeypatch):
         (gradient,) = torch.autograd.grad(value, leaf)
         return value.detach(), gradient
 
-    direct = {case: run(function) for case, function in calls.items()}
-    monkeypatch.setattr(native, "EAGER", None)
+    results = {case: run(function) for case, function in calls.items()}
+    monkeypatch.setattr(MODULES[name], "is_eligible", lambda *_: False)
     for case, function in calls.items():
         value, gradient = run(function)
-        assert torch.equal(value, direct[case][0]), case
-        assert torch.equal(gradient, direct[case][1]), case
+        assert torch.equal(value, results[case][0]), case
+        assert torch.equal(gradient, results[case][1]), case
 
 
 def test_dispatch_modes_see_the_op(device):
@@ -120,8 +116,8 @@ def test_the_profiler_sees_the_loss(name, grad):
             other = teacher + 1  # autograd cannot save it
         LOSSES[name](student, other, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
-    recorded = [event for event in profile.events() if event.name.startswith(op)]
-    assert [event.input_shapes[0] for event in recorded] == 2 * [[6, 20]]
+    recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
+    assert [event.input_shapes[1 if grad else 0] for event in recorded] == 2 * [[6, 20]]
 
 
 # ---- the backward pass, where the gradient is wanted anew
