@@ -43,6 +43,15 @@ def wants_formula(grad_output: Tensor) -> bool:
     return is_batch(grad_output)
 
 
+def is_traced() -> bool:
+    """Return True while torch.compile or torch.export traces operations."""
+    key = torch._C._TorchDispatchModeKey
+    return torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (key.FAKE, key.PROXY, key.FUNCTIONAL)
+    )
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Return True if ``tensor`` may be written over: False where operations are traced."""
     return type(tensor) is Tensor and torch._C._len_torch_dispatch_stack() == 0

@@ -13,8 +13,8 @@ from fastkd.heads import Call, Inputs
 
 
 def compute(inputs: Inputs, call: Call) -> heads.Outputs:
-    """The loop, or, in a compiled graph, the op that stands for it."""
-    return (head_loops.compiled if torch.compiler.is_compiling() else head_loops.run)(inputs, call)
+    """Run the loop, or, where it is traced, the op that stands for it."""
+    return (head_loops.compiled if autograd.is_traced() else head_loops.run)(inputs, call)
 
 
 def plain(inputs: Inputs, call: Call) -> Tensor:
@@ -89,7 +89,7 @@ class LinearLoss(torch.autograd.Function):
             scale = None
         else:
             grads = ctx.grads
-            if not torch.compiler.is_compiling():
+            if not autograd.is_traced():
                 ctx.grads = None
             if grads is None:  # retain_graph=True: the first call gave them away
                 _, *grads = compute(inputs, call)
@@ -104,11 +104,26 @@ class LinearLoss(torch.autograd.Function):
         return (None, *finished, *[None] * len(inputs[3:]))
 
 
+def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the loss: the autograd kernel of the op, for programs that torch.export made."""
+    given, call = Inputs(*inputs), Call(*arguments)  # type: ignore[arg-type]
+    grads = [t is not None and t.requires_grad for t in given[:3]]
+    if torch.is_grad_enabled() and any(grads):
+        call = call._replace(hidden_grad=grads[0], weight_grad=grads[1], bias_grad=grads[2])
+        loss = LinearLoss.apply(call, *given)  # type: ignore[no-untyped-call]
+        return (loss, *(loss.new_empty(0) for _ in grads))  # autograd has the gradients
+    with torch._C._AutoDispatchBelowAutograd():
+        return head_loops.compiled(given, call)
+
+
+head_loops.LIBRARY.impl("linear_loss", _autograd, "Autograd")
+
+
 def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """scale * grad in ``dtype``; ``grad`` is not used again."""
     if scale is None:
         return grad.to(dtype)
-    if torch.compiler.is_compiling():
+    if autograd.is_traced():
         return (grad * scale).to(dtype)
     if grad.dtype == dtype:
         return derivatives.scale_(grad, scale)

@@ -53,10 +53,10 @@ _SCHEMA = (
     "SymInt chunk, bool by_classes, bool hidden_grad, bool weight_grad, bool bias_grad) "
     "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
 )
-_library: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA)
-_library.impl("linear_loss", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_library)
+LIBRARY: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(_SCHEMA)
+LIBRARY.impl("linear_loss", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=LIBRARY)
 
 
 def compiled(inputs: Inputs, call: Call) -> Outputs:

@@ -331,7 +331,7 @@ def _linear_loss(
         chunk=max(1, chosen.chunk),
         by_classes=chosen.chunk_by == "classes",
     )
-    if any(wants):
+    if any(wants) and not autograd.is_traced():  # the op that is traced has autograd of its own
         out = head_gradients.LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
         out = head_gradients.compute(inputs, call).loss
