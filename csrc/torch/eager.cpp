@@ -39,7 +39,7 @@ c10::OperatorHandle find_op(const std::string& name) {
 
 // A loss and the ops of its gradient.
 struct Ops {
-  enum class Kind { kNumber, kTensor, kTensors };
+  enum class Kind { kNumber, kNumbers, kTensor, kTensors };
 
   Ops(const std::string& name, bool strided)
       : into(find_op(name + "_into")),
@@ -53,6 +53,7 @@ struct Ops {
       if (argument.name() == "with_terms") with_terms = kinds.size();
       kinds.push_back(type == "Tensor" || type == "Tensor?" ? Kind::kTensor
                       : type == "Tensor[]"                  ? Kind::kTensors
+                      : type == "float[]"                   ? Kind::kNumbers
                                                             : Kind::kNumber);
     }
   }
@@ -72,7 +73,7 @@ struct Ops {
 };
 
 // Append the tensors among `arguments` to `tensors`, undefined ones for those that are absent, and
-// return the other arguments, with the length of each list of tensors.
+// return the other arguments as scalars, with the length of each list in its place.
 std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variable_list* tensors) {
   std::vector<IValue> numbers;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -82,6 +83,10 @@ std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variabl
       const auto list = arguments[i].toTensorVector();
       tensors->insert(tensors->end(), list.begin(), list.end());
       numbers.emplace_back(static_cast<int64_t>(list.size()));
+    } else if (ops.kinds[i] == Ops::Kind::kNumbers) {
+      const auto list = arguments[i].toDoubleVector();
+      numbers.emplace_back(static_cast<int64_t>(list.size()));
+      numbers.insert(numbers.end(), list.begin(), list.end());
     } else {
       numbers.push_back(arguments[i]);
     }
@@ -101,6 +106,10 @@ Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> 
       const int64_t count = (number++)->toInt();
       arguments.emplace_back(std::vector<Tensor>(tensors, tensors + count));
       tensors += count;
+    } else if (kind == Ops::Kind::kNumbers) {
+      std::vector<double> list(static_cast<size_t>((number++)->toInt()));
+      for (double& value : list) value = (number++)->toDouble();
+      arguments.emplace_back(std::move(list));
     } else {
       arguments.push_back(*number++);
     }
@@ -195,14 +204,17 @@ struct FusedLoss : torch::autograd::Function<T> {
       return of_one.mul(per_row ? as_column(factor, student) : factor).to(student.scalar_type());
     }
     if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments)[0].toTensor();
-    const bool plain = is_plain(factor);
-    if (!plain && kept->isTensor() && student.scalar_type() != at::kHalf)
-      return kept->toTensor().mul(factor).to(student.scalar_type());
-    // In fp16 a scale cannot bring back what underflowed, and a trace cannot tell whether there
-    // will be one. With retain_graph=True a second pass finds nothing kept.
-    Tensor grad;
-    if (plain && kept->isTensor()) grad = std::exchange(*kept, IValue()).toTensor();
-    const bool filled = grad.defined();
+    Tensor grad = kept->isTensor() ? std::exchange(*kept, IValue()).toTensor() : Tensor();
+    // Compiled autograd calls this with a copy of what was saved, and will call it again with the
+    // original: then the gradient must stay as it is.
+    const bool owned = is_plain(factor) && grad.defined() && grad.use_count() == 1;
+    if (grad.defined() && !owned) {
+      if (student.scalar_type() != at::kHalf) return grad.mul(factor).to(student.scalar_type());
+      // In fp16 a scale cannot bring back what underflowed, and a trace cannot tell whether there
+      // will be one.
+      grad = Tensor();
+    }
+    const bool filled = grad.defined();  // not in a second pass, with retain_graph=True
     if (filled && is_one(factor)) return grad;
     if (!filled) grad = empty_gradient(ops, student);
     Stack first{grad, factor.contiguous()};

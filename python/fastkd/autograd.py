@@ -54,6 +54,8 @@ def is_traced() -> bool:
 
 def has_memory(tensor: Tensor) -> bool:
     """Return True if ``tensor`` may be written over: False where operations are traced."""
+    if torch.compiler.is_compiling():
+        return False
     return type(tensor) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 

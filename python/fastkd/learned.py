@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, mixture, reference
-from fastkd.autograd import wants_formula
+from fastkd.autograd import is_traced, wants_formula
 from fastkd.derivatives import DIVERGENCES, Arguments, by_operations
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
@@ -200,7 +200,9 @@ def _by_scale(logits: Tensor, gradient: Tensor, temperature: Tensor, standardize
     values = logits.to(gradient.dtype)
     if standardized:
         centered = _centered(values)
-        if bool(centered.isnan().any()):  # of masked classes, which have no part in the mean
+        if is_traced() or bool(
+            centered.isnan().any()
+        ):  # of masked classes, which have no part in the mean
             centered, _ = reference.deviation(values)
         values = centered
     return gradient.mul_(values.nan_to_num(neginf=0.0)).sum(-1).div_(temperature).neg_()
