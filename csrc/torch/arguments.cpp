@@ -45,7 +45,7 @@ void check_storage(const Tensor& tensor, const char* name) {
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   STD_TORCH_CHECK((last + 1) * static_cast<int64_t>(tensor.element_size()) <= bytes, name,
-                  ": the storage of the tensor was released or is too small");
+                  ": its data is not allocated, or was released; the storage has ", bytes, " bytes");
 }
 
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,

@@ -57,7 +57,7 @@ def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
     *shape, classes = student.shape
     place = len(shape)
     *strides, of_classes = student.stride()
-    if strided and student.numel() > 0 and classes > 1 and of_classes != 1:
+    if strided and of_classes != 1 and classes > 1 and student.numel() > 0:
         rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
         if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
             place = next((dim for dim, stride in rows if stride < of_classes), place)
