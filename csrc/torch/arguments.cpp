@@ -1,6 +1,6 @@
-#include "backends.h"
-
 #include <initializer_list>
+
+#include "backends.h"
 
 namespace fastkd::glue {
 
@@ -32,7 +32,8 @@ std::vector<int64_t> strides_of(const Tensor& tensor) {
 }
 
 void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of the student logits");
+  STD_TORCH_CHECK(tensor.device() == like.device(), name,
+                  " must be on the device of the student logits");
 }
 
 }  // namespace
@@ -45,7 +46,8 @@ void check_storage(const Tensor& tensor, const char* name) {
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   STD_TORCH_CHECK((last + 1) * static_cast<int64_t>(tensor.element_size()) <= bytes, name,
-                  ": its data is not allocated, or was released; the storage has ", bytes, " bytes");
+                  ": its data is not allocated, or was released; the storage has ", bytes,
+                  " bytes");
 }
 
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
@@ -151,7 +153,8 @@ BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& 
   BackwardArgs args;
   static_cast<Inputs&>(args) = call.inputs;
   checked_rows(grad_output, call.student, call.acc, per_row ? rows : 1, "grad_output", 1);
-  STD_TORCH_CHECK(grad_output.dim() <= 1 && grad_output.is_contiguous(), "grad_output must be contiguous");
+  STD_TORCH_CHECK(grad_output.dim() <= 1 && grad_output.is_contiguous(),
+                  "grad_output must be contiguous");
   args.grad_output = grad_output.const_data_ptr();
   args.grad_output_per_row = per_row;
   if (stats) {

@@ -78,7 +78,8 @@ Call prepare_mixed(const Tensor& student, const Mixture& mixture,
 // Return `value` as the enum `E`, whose last member is `last`.
 template <class E>
 E checked_enum(int64_t value, E last, const char* name) {
-  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), name, " has no member ", value);
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), name, " has no member ",
+                  value);
   return static_cast<E>(value);
 }
 

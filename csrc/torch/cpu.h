@@ -23,8 +23,8 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 // count.
 int64_t count_rows(const Inputs& inputs);
 
-// Return the factor that a sum over rows is multiplied by; `count`: the rows that count. A mean over
-// none is 0, whatever it would be divided by.
+// Return the factor that a sum over rows is multiplied by; `count`: the rows that count. A mean
+// over none is 0, whatever it would be divided by.
 double scale_of(const Reducing& reducing, int64_t count);
 
 // Multiply `grad`, the gradient for grad_output = 1, by grad_output where that is as exact as

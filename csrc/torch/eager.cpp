@@ -42,12 +42,13 @@ struct Ops {
   enum class Kind { kNumber, kNumbers, kTensor, kTensors };
 
   Ops(const std::string& name, bool strided)
-      : into(find_op(name + "_into")),
+      : loss(find_op(name)),
+        into(find_op(name + "_into")),
         backward(find_op(name + "_backward_")),
         gradient(find_op(name + "_gradient")),
         has_stats(into.schema().returns().size() == 2),
         strided(strided) {
-    for (const c10::Argument& argument : find_op(name).schema().arguments()) {
+    for (const c10::Argument& argument : loss.schema().arguments()) {
       const std::string type = argument.type()->str();
       if (argument.name() == "reduction") reduction = kinds.size();
       if (argument.name() == "with_terms") with_terms = kinds.size();
@@ -65,7 +66,7 @@ struct Ops {
     return with_terms > 0 && arguments[with_terms].toBool();
   }
 
-  c10::OperatorHandle into, backward, gradient;
+  c10::OperatorHandle loss, into, backward, gradient;
   bool has_stats;           // returned by `into` for `backward`
   bool strided;             // gradients whose classes are not adjacent are written where they lie
   std::vector<Kind> kinds;  // of the arguments of the loss
@@ -173,7 +174,9 @@ struct FusedLoss : torch::autograd::Function<T> {
     auto numbers = take_tensors(ops, *arguments, &tensors);
     IValue grad;
     if (!ops.is_per_row(*arguments)) grad = empty_gradient(ops, student);
-    const Stack results = call(ops.into, {grad}, *arguments, ops.has_stats ? Stack{true} : Stack{});
+    const Stack results = ops.has_stats     ? call(ops.into, {grad}, *arguments, {true})
+                          : grad.isTensor() ? call(ops.into, {grad}, *arguments)
+                                            : call(ops.loss, {}, *arguments);
     if (ops.has_stats) tensors.push_back(results[1].toTensor());
     ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
     ctx->save_for_backward(std::move(tensors));
@@ -259,10 +262,12 @@ class PreparedCall {
   PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
       : op_(find_op(name)), places_(std::move(places)) {
     const auto& schema = op_.schema().arguments();
-    TORCH_CHECK_VALUE(arguments.size() == schema.size(), name, " has ", schema.size(), " arguments");
+    TORCH_CHECK_VALUE(arguments.size() == schema.size(), name, " has ", schema.size(),
+                      " arguments");
     for (size_t i = 0; i < schema.size(); ++i) {
       const py::handle value = arguments[i];
-      arguments_.push_back(value.is_none() ? IValue() : torch::jit::toIValue(value, schema[i].type()));
+      arguments_.push_back(value.is_none() ? IValue()
+                                           : torch::jit::toIValue(value, schema[i].type()));
     }
   }
 
@@ -273,7 +278,8 @@ class PreparedCall {
     for (size_t i = 0; i < places_.size(); ++i) {
       if (tensors[i].is_none()) continue;
       const auto tensor = tensors[i].cast<Tensor>();
-      const bool list = op_.schema().arguments()[places_[i]].type()->kind() == at::TypeKind::ListType;
+      const bool list =
+          op_.schema().arguments()[places_[i]].type()->kind() == at::TypeKind::ListType;
       stack[places_[i]] = list ? IValue(std::vector<Tensor>{tensor}) : IValue(tensor);
     }
     const py::gil_scoped_release no_gil;

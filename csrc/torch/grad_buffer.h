@@ -2,8 +2,8 @@
 //
 // Allocators return large blocks to the system, and the fresh pages of the next block cost more
 // than the gradient that fills them: 1024 x 4096 in bf16, loss and backward, takes 2.2 ms without
-// and 1.7 ms with this (Zen 4, two cores, docs/performance-log.md). One block is kept, of whole huge
-// pages but for its tail; smaller and larger gradients get what torch gives them.
+// and 1.7 ms with this (Zen 4, two cores, docs/performance-log.md). One block is kept, of whole
+// huge pages but for its tail; smaller and larger gradients get what torch gives them.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>

@@ -33,8 +33,8 @@ Mixture make_mixture(const Teachers& teachers, bool in_double) {
   args.in_double = in_double;
   if (teachers.row_temperatures) {
     const ScalarType acc = in_double ? ScalarType::Double : ScalarType::Float;
-    mixture.kept.push_back(
-        checked_rows(*teachers.row_temperatures, tensors[0], acc, args.rows, "row_temperatures", 2));
+    mixture.kept.push_back(checked_rows(*teachers.row_temperatures, tensors[0], acc, args.rows,
+                                        "row_temperatures", 2));
     args.row_temperatures = mixture.kept.back().const_data_ptr();
     if (teachers.row_temperatures->is_cpu())
       check_temperatures(args.row_temperatures, args.rows, in_double);

@@ -37,9 +37,9 @@ struct TopkArguments {
   }
 
   TopkCall prepare_call(const Tensor* grad) const {
-    STD_TORCH_CHECK(indices.dim() == student.dim() && log_probs.dim() == student.dim() &&
-                        student.dim() >= 1,
-                    "indices and log_probs must have the rank of the student logits");
+    STD_TORCH_CHECK(
+        indices.dim() == student.dim() && log_probs.dim() == student.dim() && student.dim() >= 1,
+        "indices and log_probs must have the rank of the student logits");
     // The student takes the teacher's place, so that there is nothing else to lay out.
     TopkCall topk{prepare(student, student, labels, std::nullopt, options, false, grad),
                   indices,
@@ -52,6 +52,7 @@ struct TopkArguments {
                                                                       : ScalarType::Float;
     check_reducing(reducing, call, false);
     const int64_t k = indices.size(indices.dim() - 1);
+    STD_TORCH_CHECK(k > 0, "indices and log_probs must list one class at least");
     topk.indices = checked_rows(indices, student, ScalarType::Long, in.rows, "indices", k);
     topk.log_probs = checked_rows(log_probs, student, call.acc, in.rows, "log_probs", k);
     topk.args.k = k;
@@ -89,12 +90,11 @@ void topk_loss(StableIValue* stack, uint64_t, uint64_t) {
 template <class Backend>
 void topk_loss_into(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader in(stack);
-  const auto grad = in.take<std::optional<Tensor>>();
+  const auto grad = in.take<Tensor>();
   const TopkArguments arguments(&in);
-  const Tensor* const out = grad ? &*grad : nullptr;
-  const TopkCall topk = arguments.prepare_call(out);
-  check_reducing(arguments.reducing, topk.call, grad.has_value());
-  give(stack, Backend::topk(topk, arguments.reducing, out));
+  const TopkCall topk = arguments.prepare_call(&grad);
+  check_reducing(arguments.reducing, topk.call, true);
+  give(stack, Backend::topk(topk, arguments.reducing, &grad));
 }
 
 template <class Backend>
@@ -103,9 +103,8 @@ void topk_loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   const auto grad = in.take<Tensor>(), grad_output = in.take<Tensor>();
   const TopkArguments arguments(&in);
   const bool filled = in.take<bool>();
-  STD_TORCH_CHECK(
-      grad_output.dim() == 0 || arguments.reducing.reduction == Reduction::kNone,
-      "grad_output must be 0-d, or, with reduction none, have one number for each row");
+  STD_TORCH_CHECK(grad_output.dim() == 0 || arguments.reducing.reduction == Reduction::kNone,
+                  "grad_output must be 0-d, or, with reduction none, have one number for each row");
   const TopkCall topk = arguments.prepare_call(&grad);
   backward_args(topk.call, nullptr, grad_output, grad);  // checks
   Backend::topk_backward(topk, arguments.reducing, grad_output, grad, filled);
@@ -140,7 +139,7 @@ void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& g
   run(args);
 }
 
-#define FASTKD_TOPK                                                                              \
+#define FASTKD_TOPK                                                                               \
   "Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor? denominator, float " \
   "temperature, float hard_weight, float soft_weight, float label_smoothing, int ignore_index, "  \
   "int tail, int reduction, float normalizer"
@@ -149,7 +148,7 @@ void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& g
 // library.cpp, but without stats: the backward pass reads the logits once more.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("topk_loss(" FASTKD_TOPK ") -> Tensor");
-  m.def("topk_loss_into(Tensor(a!)? grad, " FASTKD_TOPK ") -> Tensor");
+  m.def("topk_loss_into(Tensor(a!) grad, " FASTKD_TOPK ") -> Tensor");
   m.def("topk_loss_backward_(Tensor(a!) grad, Tensor grad_output, " FASTKD_TOPK
         ", bool filled) -> ()");
   m.def("topk_loss_gradient(Tensor grad_output, " FASTKD_TOPK ") -> Tensor");

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastkd import native
 from fastkd.shapes import REDUCTIONS
 
+_NONE = REDUCTIONS.index("none")
 _empty_gradient = torch.ops.fastkd.empty_gradient.default
 
 
@@ -155,12 +156,14 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Sequence[Any]) -> Any:
         grad = stats = None
-        if REDUCTIONS[arguments[ops.reduction]] != "none":
+        if arguments[ops.reduction] != _NONE:
             grad = _empty_gradient(student, ops.strided)
         if ops.has_stats:
             out, stats = ops.into(grad, student, *arguments, True)
-        else:
+        elif grad is not None:
             out = ops.into(grad, student, *arguments)
+        else:
+            out = ops.loss(student, *arguments)
         # Not saved like the others: the first backward pass scales it in place and gives it away.
         ctx.grad = grad
         saved: list[Tensor | None] = [student, stats]
@@ -212,7 +215,7 @@ def _formula(ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: T
     if not is_batch(grad_output):
         return ops.gradient(grad_output, student, *arguments)  # type: ignore[no-any-return]
     one = torch.ones(grad_output.shape, dtype=grad_output.dtype, device=grad_output.device)
-    per_row = REDUCTIONS[arguments[ops.reduction]] == "none"
+    per_row = arguments[ops.reduction] == _NONE
     factor = grad_output.reshape(*student.shape[:-1], 1) if per_row else grad_output
     gradient: Tensor = ops.gradient(one, student, *arguments)
     return (gradient * factor).to(student.dtype)

@@ -416,7 +416,7 @@ def _(student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> T
 
 
 @torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
-def _(grad: Any, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
+def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
     return _fake_out(student, log_probs, arguments[-2])
 
 

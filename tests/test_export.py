@@ -1,0 +1,145 @@
+"""torch.export and compiled autograd: the programs that they make train as eager calls do."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support import BF16, FP16, FP32, make, name_of
+from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+
+import fastkd
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def sparse(student: Tensor, teacher: Tensor, labels: Tensor, **options) -> Tensor:
+    log_probs, indices = (teacher / 2.0).log_softmax(-1).topk(4)
+    return fastkd.topk_loss(student, indices, log_probs, labels, **options)
+
+
+def linear(student: Tensor, teacher: Tensor, labels: Tensor, **options) -> Tensor:
+    head = torch.eye(student.shape[-1])
+    return fastkd.linear_loss(student, head, teacher_logits=teacher, labels=labels, **options)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mean": lambda s, t, y: fastkd.loss(s, t, y, temperature=3.0, alpha=0.3),
+    "none": lambda s, t, y: fastkd.loss(s, t, y, reduction="none").sum(),
+    "terms": lambda s, t, y: fastkd.terms(s, t, y).loss,
+    "jsd": lambda s, t, y: fastkd.loss(s, t, y, divergence="jsd"),
+    "several teachers": lambda s, t, y: fastkd.loss(s, [t, -t], y),
+    "class weights": lambda s, t, y: fastkd.loss(s, t, y, class_weight=torch.arange(1.0, 51)),
+    "row temperatures": lambda s, t, y: fastkd.loss(s, t, y, temperature=t.abs().amax(-1)),
+    "standardize": lambda s, t, y: fastkd.loss(s, t, y, standardize=True),
+    "topk": sparse,
+    "topk none": lambda s, t, y: sparse(s, t, y, reduction="none").sum(),
+    "linear": linear,
+    "linear none": lambda s, t, y: linear(s, t, y, reduction="none").sum(),
+}
+
+
+class Student(nn.Module):
+    """A linear student and its loss."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 50, generator=generator))
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.loss = loss
+
+    def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(x @ self.weight, teacher, labels)
+
+
+class Learning(Student):
+    """A student that also learns its temperature."""
+
+    def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return fastkd.loss(x @ self.weight, teacher, labels, temperature=self.temperature)
+
+
+def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
+    """The loss of a step and its gradients, under a factor that is not 1."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    value = step()
+    (3 * value).backward()
+    return [value.detach(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+def assert_same_step(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = FP32) -> None:
+    assert len(ours) == len(theirs) > 1
+    bound = {FP32: 1e-5, BF16: 2e-2, FP16: 2e-3}[dtype]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
+
+
+@pytest.mark.usefixtures("each_autograd")
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("name", [*LOSSES, "learned temperature"])
+def test_exported_programs_train_as_eager_calls_do(name, strict):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    _, teacher, labels = make((8, 50))
+    module = Learning(linear) if name not in LOSSES else Student(LOSSES[name])
+    expected = gradients(lambda: module(x, teacher, labels), module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of an op that has no gradient
+        exported = torch.export.export(module, (x, teacher, labels), strict=strict).module()
+        ours = gradients(lambda: exported(x, teacher, labels), exported)
+    assert_same_step(ours, expected)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("each_autograd", "fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_autograd_gives_the_gradients_of_autograd(name, dtype, backend):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    _, teacher, labels = make((8, 50))
+    module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))
+    if name.startswith("linear") and dtype != FP32:
+        pytest.skip("the head is a matrix of float32, which hidden states are not mixed with")
+    expected = gradients(lambda: module(x, teacher, labels), module)
+    with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
+        value = 3 * module(x, teacher, labels)
+        for last in (False, True):  # what was saved must stay as it was for the second pass
+            module.weight.grad = None
+            value.backward(retain_graph=not last)
+            assert module.weight.grad is not None
+            assert_same_step([value.detach() / 3, module.weight.grad], expected, dtype)
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+@pytest.mark.usefixtures("each_autograd", "fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", [n for n in LOSSES if "linear" not in n and n != "standardize"])
+def test_rows_chosen_by_a_mask_are_compiled(name, backend):
+    """Their number is known to nobody while the call is traced."""
+    student, teacher, labels = make((8, 50))
+    mask = torch.arange(8) % 3 != 0
+    leaf = student.requires_grad_()
+
+    def step(s: Tensor, t: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return LOSSES[name](s[mask], t[mask], y[mask])
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    ours, theirs = (
+        (value, torch.autograd.grad(value, leaf)[0])
+        for value in (f(leaf, teacher, labels, mask) for f in (compiled, step))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,203 @@
+"""Calls of the ops, and of what autograd shows of them, that only an error or an attack makes.
+
+Each must raise: the ops read and write memory by the sizes that they are given.
+"""
+
+import itertools
+
+import pytest
+import torch
+from support import FP16, FP32, FP64, make
+from torch import Tensor
+
+import fastkd
+from fastkd import shapes, sparse
+from fastkd.derivatives import Arguments
+
+ROWS, CLASSES = 6, 50
+OPS = torch.ops.fastkd
+
+
+def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = None, **changed):
+    """Student, and what the dense op takes after it."""
+    student, teacher, labels = make((ROWS, CLASSES))
+    values = dict(
+        temperature=2.0, teacher_temperature=2.0, hard_weight=0.5, soft_weight=0.5,
+        label_smoothing=0.0, ignore_index=-100, divergence=0, mix=0.5,
+        reduction=shapes.REDUCTIONS.index("mean"), normalizer=0.0, with_terms=False,
+    )  # fmt: skip
+    tensors = {"student": student, "teacher": teacher, "labels": labels}
+    tensors |= {k: v for k, v in changed.items() if k in tensors}
+    values |= {k: v for k, v in changed.items() if k in values}
+    call = Arguments(
+        (tensors["teacher"],), None, None, tensors["labels"], rows, denominator,
+        shapes.Settings(**values),
+    )  # fmt: skip
+    return tensors["student"], *call.flat()
+
+
+def released(tensor: Tensor) -> Tensor:
+    """A tensor whose storage was released, as FSDP releases parameters'."""
+    tensor = tensor.detach().clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def lists() -> tuple[Tensor, Tensor, Tensor]:
+    log_probs, indices = make((ROWS, CLASSES), seed=1).teacher.log_softmax(-1).topk(4)
+    return make((ROWS, CLASSES)).student, indices, log_probs
+
+
+WRONG = {
+    "labels of other rows": dict(labels=torch.zeros(ROWS - 1, dtype=torch.int64)),
+    "labels of int32": dict(labels=torch.zeros(ROWS, dtype=torch.int32)),
+    "a label out of range": dict(labels=torch.full((ROWS,), CLASSES)),
+    "a teacher of other rows": dict(teacher=torch.zeros(ROWS - 1, CLASSES)),
+    "a teacher of other classes": dict(teacher=torch.zeros(ROWS, CLASSES - 1)),
+    "a teacher of int64": dict(teacher=torch.zeros(ROWS, CLASSES, dtype=torch.int64)),
+    "a student without dimensions": dict(student=torch.zeros(()), teacher=torch.zeros(())),
+    "settings of other rows": dict(rows=torch.ones(4 * ROWS - 1)),
+    "settings in float64": dict(rows=torch.ones(4 * ROWS, dtype=FP64)),
+    "a temperature of 0": dict(rows=torch.zeros(4 * ROWS)),
+    "no denominator": dict(denominator=torch.ones(0)),
+    "a denominator in float64": dict(denominator=torch.ones((), dtype=FP64)),
+    "a divergence that there is not": dict(divergence=99),
+    "a negative divergence": dict(divergence=-1),
+    "a reduction that there is not": dict(reduction=3),
+    "a released student": dict(student=released(make((ROWS, CLASSES)).student)),
+    "a released teacher": dict(teacher=released(make((ROWS, CLASSES)).teacher)),
+    "released labels": dict(labels=released(make((ROWS, CLASSES)).labels)),
+    "released settings": dict(rows=released(torch.ones(4 * ROWS))),
+    "a released denominator": dict(denominator=released(torch.ones(()))),
+}
+
+
+@pytest.mark.usefixtures("each_autograd")
+@pytest.mark.parametrize("case", WRONG)
+def test_the_dense_ops_refuse(case):
+    wrong = arguments_of(**WRONG[case])
+    stats, one = torch.zeros(shapes.STATS * ROWS + 1), torch.ones(())
+    with pytest.raises(RuntimeError):
+        OPS.loss(*wrong)
+    with pytest.raises(RuntimeError):
+        OPS.loss(wrong[0].requires_grad_(), *wrong[1:])
+    grad = torch.full((ROWS, CLASSES), 7.0)
+    with pytest.raises(RuntimeError):
+        OPS.loss_into(grad, *wrong, True)
+    if (
+        "reduction" not in case and "denominator" not in case
+    ):  # which the backward pass does not use
+        with pytest.raises(RuntimeError):
+            OPS.loss_backward_(grad, one, stats, *wrong, False)
+    assert (grad == 7).all(), "a call that is refused writes nothing"
+
+
+BACKWARD = {
+    "a gradient of other rows": dict(grad=torch.zeros(ROWS + 1, CLASSES)),
+    "a gradient of fewer rows": dict(grad=torch.zeros(ROWS - 1, CLASSES)),
+    "a gradient in float16": dict(grad=torch.zeros(ROWS, CLASSES, dtype=FP16)),
+    "a released gradient": dict(grad=released(torch.zeros(ROWS, CLASSES))),
+    "an empty grad_output": dict(grad_output=torch.ones(0)),
+    "a grad_output of rows": dict(grad_output=torch.ones(ROWS)),
+    "a grad_output of other rows": dict(grad_output=torch.ones(ROWS - 1), reduction=0),
+    "a grad_output in float64": dict(grad_output=torch.ones((), dtype=FP64)),
+    "a released grad_output": dict(grad_output=released(torch.ones(()))),
+    "short statistics": dict(stats=torch.zeros(shapes.STATS * ROWS)),
+    "no statistics": dict(stats=torch.zeros(0)),
+    "statistics in float64": dict(stats=torch.zeros(shapes.STATS * ROWS + 1, dtype=FP64)),
+    "released statistics": dict(stats=released(torch.zeros(shapes.STATS * ROWS + 1))),
+}
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("case", BACKWARD)
+def test_the_backward_ops_refuse(case, filled):
+    given = {
+        "grad": torch.zeros(ROWS, CLASSES),
+        "grad_output": torch.ones(()),
+        "stats": torch.zeros(shapes.STATS * ROWS + 1),
+        **BACKWARD[case],
+    }
+    reduction = given.pop("reduction", shapes.REDUCTIONS.index("mean"))
+    first = (given["grad"], given["grad_output"])
+    with pytest.raises(RuntimeError):
+        OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
+    if "statistics" not in case:
+        settings = sparse.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
+        with pytest.raises(RuntimeError):
+            OPS.topk_loss_backward_(*first, *lists(), None, None, *settings, filled)
+
+
+def test_the_sparse_op_refuses():
+    student, indices, log_probs = lists()
+    settings = sparse.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
+    wrong = [
+        (student, indices[:-1], log_probs[:-1]),
+        (student, indices[:, :-1], log_probs),
+        (student, indices[..., :0], log_probs),
+        (student, indices.int(), log_probs),
+        (student, indices, log_probs.double()),
+        (student, indices[0], log_probs[0]),
+        (student, indices + CLASSES, log_probs),
+        (released(student), indices, log_probs),
+        (student, released(indices), log_probs),
+        (student, indices, released(log_probs)),
+    ]
+    for tensors in wrong:
+        with pytest.raises(RuntimeError):
+            OPS.topk_loss(*tensors, None, None, *settings)
+    for place, number in ((5, 3), (5, -1), (6, 3), (6, -1)):  # tail, reduction
+        other = [*settings[:place], number, *settings[place + 1 :]]
+        with pytest.raises(RuntimeError):
+            OPS.topk_loss(student, indices, log_probs, None, None, *other)
+
+
+@pytest.mark.usefixtures("each_autograd")
+@pytest.mark.parametrize("what", ["student", "teacher", "labels", "temperature"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "jsd"}], ids=str)
+def test_released_tensors_raise(what, options):
+    given = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
+    given[what] = released(given[what])
+    student, teacher, labels, temperature = given.values()
+    for leaf in (student, student.detach().requires_grad_()):
+        with pytest.raises(RuntimeError):
+            fastkd.loss(leaf, teacher, labels, temperature=temperature, **options)
+
+
+@pytest.mark.usefixtures("each_autograd")
+@pytest.mark.parametrize("what", range(4))
+def test_released_lists_raise(what):
+    given = [*lists(), make((ROWS, CLASSES)).labels]
+    given[what] = released(given[what])
+    for requires_grad in (False, True):
+        leaf = given[0].detach().requires_grad_(requires_grad)
+        with pytest.raises(RuntimeError):
+            fastkd.topk_loss(leaf, *given[1:])
+
+
+@pytest.mark.usefixtures("each_autograd")
+def test_a_student_released_after_the_forward_pass_raises():
+    student, teacher, labels = make((ROWS, CLASSES))
+    hidden = student.requires_grad_() * 1
+    value = fastkd.loss(hidden, teacher, labels)
+    value.backward(retain_graph=True)
+    hidden.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        value.backward()
+
+
+@pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
+def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
+    """Its errors are those of the ops, or of Python, whose nodes cannot be called."""
+    student, teacher, labels = make((ROWS, CLASSES), FP32)
+    leaf = student.requires_grad_()
+    values = [
+        fastkd.loss(leaf, teacher, labels, reduction=reduction),
+        fastkd.topk_loss(leaf, *lists()[1:], labels, reduction=reduction),
+    ]
+    wrong = [torch.empty(0), torch.ones(ROWS + 1), torch.ones((), dtype=FP64), torch.ones(2, 2)]
+    if reduction != "none":
+        wrong.append(torch.ones(ROWS))
+    for value, grad_output in itertools.product(values, wrong):
+        with torch.no_grad(), pytest.raises((RuntimeError, TypeError)):
+            value.grad_fn(grad_output)
