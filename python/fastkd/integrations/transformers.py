@@ -74,6 +74,7 @@ class DistillationMixin:
     args: Any
     accelerator: Any
     model: Any
+    label_names: Any
 
     def __init__(
         self, *arguments: Any, teacher: nn.Module, kd_loss: KDLoss | None = None, **options: Any
@@ -193,14 +194,15 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def _divisor(count: Tensor | int) -> Tensor | int:
-    """Return the number of tokens that a step's loss is divided by, at least 1.
+    """Return the number of tokens that a step's loss is divided by; 1 for 0.
 
     A step in which no label counts has a count of 0, and its loss is 0. In ``nn.DataParallel`` the
     trainer repeats the count for every GPU, ``(n, 1)``, for models to divide their share by.
     """
     if not isinstance(count, Tensor):
-        return max(count, 1)
-    return count.reshape(-1)[:1].clamp(min=1)
+        return count or 1
+    count = count.reshape(-1)[:1]
+    return count.masked_fill(count == 0, 1)
 
 
 def _is_causal(model: nn.Module) -> bool:
