@@ -167,6 +167,12 @@ def test_timm_teacher_stays_in_evaluation_mode():
     assert task.trainable_module.training and not task.teacher.training
 
 
+def test_timm_refuses_a_name():
+    message = r"got the name 'resnet50'\. Load it before: timm\.create_model\('resnet50'"
+    with pytest.raises(TypeError, match=message):
+        timm.LogitDistillationTask(nn.Linear(2, 3), "resnet50")
+
+
 # -------------------------------------------------------------------- Keras
 
 
