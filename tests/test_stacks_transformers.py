@@ -243,6 +243,18 @@ def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
     assert asked.seen == [False, True, True]
 
 
+def test_a_compiled_model_is_asked_for_no_cache():
+    asked = Asked()
+    batches.outputs(torch.compile(asked, backend="eager"), torch.zeros(1, 2))
+    assert asked.seen == [False]
+
+
+def test_labels_that_are_shifted_stay_where_they_are():
+    shifted = torch.tensor([[5, -100]])
+    assert causal_labels({"shift_labels": shifted}).equal(shifted)
+    assert causal_labels({"shift_labels": None, "labels": shifted}).tolist() == [[-100, -100]]
+
+
 def test_granite_takes_it_by_its_base_model():
     """Its head's forward has ``**kwargs`` alone, where the model that it calls names it."""
     config = transformers.GraniteMoeConfig(
@@ -336,11 +348,11 @@ def refused(error, match, folder, **options):
     student, before = llama(8, 0), llama(16, 1)
     teacher = options.pop("teacher", before)
     loss = options.pop("loss", None)
-    given = options.pop("trainer", {})
+    others = options.pop("trainer", {})
     with pytest.raises(error, match=match):
         Distilling(
             student, arguments(folder, **options), train_dataset=sentences(), data_collator=pad,
-            teacher=teacher, kd_loss=loss, **given,
+            teacher=teacher, kd_loss=loss, **others,
         )  # fmt: skip
     assert all(parameter.requires_grad for parameter in before.parameters())
     assert before.training
@@ -373,6 +385,11 @@ def test_refusals(tmp_path):
         label_smoothing_factor=0.1,
         loss=fastkd.KDLoss(label_smoothing=0.2),
     )
+
+
+def test_an_ignored_label_that_the_trainer_counts_is_refused(tmp_path):
+    loss = fastkd.KDLoss(ignore_index=0)
+    refused(ValueError, "kd_loss must have ignore_index=-100; got 0", tmp_path, loss=loss)
 
 
 def test_a_temperature_that_does_not_learn_is_taken(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from fastkd.losses import KDLoss, loss
 
 
 def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
-    """The labels of a causal language model's batch, moved to the logits that predict them.
+    """Return the labels of a causal language model's batch, moved to the logits that predict them.
 
     Position i's logits predict token i + 1, so labels ``(B, L)`` move left by one, and the last
-    position's become -100. Give it to :class:`fastkd.Trainer` as ``labels=``.
+    position's become -100. ``shift_labels``, where a batch has them, stand there already. Give this
+    function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -25,12 +26,15 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
         >>> causal_labels({"labels": torch.tensor([[5, 6, 7]])})
         tensor([[   6,    7, -100]])
     """
+    shifted = batch.get("shift_labels")
+    if shifted is not None:
+        return cast(Tensor, shifted).long()
     labels = batch.get("labels")
     return None if labels is None else F.pad(labels[:, 1:].long(), (0, 1), value=-100)
 
 
 class DistillationMixin:
-    """Makes a ``transformers.Trainer`` distil: put it before the trainer among the bases.
+    """Make a ``transformers.Trainer`` distil: put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels. Labels
     move by one for causal language models; ``shift_labels``, where a batch has them, are used as
@@ -48,8 +52,8 @@ class DistillationMixin:
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: options, with ``reduction="mean"``, no ``normalizer`` and no parameter that learns.
-            Default ``KDLoss()``.
+        kd_loss: options, with ``reduction="mean"``, no ``normalizer``, no ``ignore_index`` other
+            than -100 and no parameter that learns. Default ``KDLoss()``.
         arguments, options: those of the trainer; ``compute_loss_func`` must be None.
 
     Raises:
@@ -108,7 +112,7 @@ class DistillationMixin:
         """Return the distillation loss of a batch, as ``transformers.Trainer`` asks for it."""
         arguments = dict(inputs)
         labels = arguments.get("labels")
-        shifted = arguments.pop("shift_labels", None)
+        is_shifted = arguments.pop("shift_labels", None) is not None
         if not self._encoder_decoder:
             arguments.pop("labels", None)
         outputs = batches.outputs(model, arguments)
@@ -118,9 +122,7 @@ class DistillationMixin:
         arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():
             teacher = _logits_of(batches.outputs(self.teacher, arguments), self.teacher)
-        if shifted is not None:
-            labels = shifted
-        elif self._loss_shifts_labels:
+        if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
         options = self.kd_loss.options_for(labels)
         if labels is not None and self.args.label_smoothing_factor:
@@ -145,7 +147,8 @@ def _check_loss(kd_loss: object) -> None:
     """Raise unless the trainer can divide the loss itself, and nothing in it learns."""
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
-    for name, accepted in (("reduction", "mean"), ("normalizer", None)):
+    # The trainer counts the labels that are not -100.
+    for name, accepted in (("reduction", "mean"), ("normalizer", None), ("ignore_index", -100)):
         value = kd_loss.options.get(name, accepted)
         if value != accepted:
             raise ValueError(f"kd_loss must have {name}={accepted!r}; got {value!r}")
