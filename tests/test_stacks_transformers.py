@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
 from stacks import (  # noqa: E402
     ALPHA,

@@ -161,29 +161,37 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def outputs(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` on a batch's inputs and return what it returns.
+    """Call ``model`` on a batch's inputs, as :func:`arguments` has them; return its output.
+
+    Raises:
+        TypeError: if the model does not take what a mapping has; the message names both.
+    """
+    positional, keywords = arguments(model, inputs)
+    try:
+        return model(*positional, **keywords)
+    except TypeError as error:
+        if isinstance(inputs, Mapping):
+            _check_keywords(model, inputs, error)
+        raise
+
+
+def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the positional and the keyword arguments with which ``model`` gets a batch's inputs.
 
     A mapping is passed as keyword arguments, a tuple or list as positional ones. A model that takes
     ``use_cache`` gets ``use_cache=False``, unless the inputs say otherwise: with a key-value cache,
     transformers ignores the restarts of ``position_ids``, and the sequences of a packed batch
     attend to one another.
-
-    Raises:
-        TypeError: if the model does not take what a mapping has; the message names both.
     """
-    arguments: Sequence[Any] = ()
+    positional: Sequence[Any] = ()
     keywords: Mapping[str, Any] = {}
     if isinstance(inputs, Mapping):
         keywords = inputs
     else:
-        arguments = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    without_cache = {"use_cache": False} if _has_keyword(model, "use_cache", len(arguments)) else {}
-    try:
-        return model(*arguments, **{**without_cache, **keywords})
-    except TypeError as error:
-        if isinstance(inputs, Mapping):
-            _check_keywords(model, inputs, error)
-        raise
+        positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    if _has_keyword(model, "use_cache", len(positional)):
+        keywords = {"use_cache": False, **keywords}
+    return positional, keywords
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:
