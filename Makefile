@@ -32,6 +32,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 $(VENV)/complete: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,examples,test,dev]"
 	$(RUN) -m pip install --quiet --no-deps --group peers
+	$(RUN) -m pip install --quiet --group stacks
 	touch $@
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there

@@ -31,9 +31,9 @@ class Classifier(lightning.LightningModule):
         self._teachers = [] if teacher is None else [teacher.requires_grad_(False).eval()]
 
     def on_fit_start(self) -> None:
-        """Lightning moves what it knows of; the teacher is ours."""
+        """Move the teacher, which Lightning does not know, and cast it as ``precision`` casts."""
         for teacher in self._teachers:
-            teacher.to(self.device)
+            teacher.to(self.device, next(self.model.parameters()).dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch."""

@@ -5,6 +5,7 @@ library would bring along its dependencies, which are a hundred times its size, 
 """
 
 import ast
+import functools
 import importlib.util
 import math
 import pathlib
@@ -54,6 +55,23 @@ def code(package: str, file: str, *names: str, **given: Any) -> SimpleNamespace:
     namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **given}
     exec(compile(module, str(path), "exec"), namespace)
     return SimpleNamespace(**{name: namespace[name] for name in names})
+
+
+@functools.cache
+def timm_task() -> Any:
+    """timm's LogitDistillationTask; importing timm would import torchvision."""
+    as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
+    base = code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
+    return code(
+        "timm",
+        "task/distillation.py",
+        "DistillationTeacher",
+        "_resolve_teacher",
+        "LogitDistillationTask",
+        TrainingTask=base,
+        **as_it_is,
+        resolve_classification_loss=lambda criterion, device, criterion_kwargs: criterion,
+    ).LogitDistillationTask
 
 
 # Relative and absolute; the libraries that compute in float32 whatever they get set the second.

@@ -100,22 +100,6 @@ def test_torchdistill_refuses():
 # --------------------------------------------------------------------- timm
 
 
-@functools.cache
-def timm_task():
-    as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
-    base = peers.code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
-    return peers.code(
-        "timm",
-        "task/distillation.py",
-        "DistillationTeacher",
-        "_resolve_teacher",
-        "LogitDistillationTask",
-        TrainingTask=base,
-        **as_it_is,
-        resolve_classification_loss=lambda criterion, device, criterion_kwargs: criterion,
-    ).LogitDistillationTask
-
-
 def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
     """(teacher, student): linear, in float64, with what timm asks of a model."""
     torch.manual_seed(0)
@@ -141,7 +125,7 @@ def test_timm(weights, fused):
     teacher, student = models()
     images, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 5
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
-    theirs = timm_task()(
+    theirs = peers.timm_task()(
         copy.deepcopy(student),
         teacher,
         nn.CrossEntropyLoss() if fused else smooth,
@@ -165,6 +149,12 @@ def test_timm(weights, fused):
 def test_timm_teacher_stays_in_evaluation_mode():
     task = timm.LogitDistillationTask(nn.Dropout(), nn.Dropout()).train()
     assert task.trainable_module.training and not task.teacher.training
+
+
+def test_timm_refuses_a_name():
+    message = r"got the name 'resnet50'\. Load it before: timm\.create_model\('resnet50'"
+    with pytest.raises(TypeError, match=message):
+        timm.LogitDistillationTask(nn.Linear(2, 3), "resnet50")
 
 
 # -------------------------------------------------------------------- Keras
@@ -260,7 +250,7 @@ def test_keras_without_the_teacher():
 def test_signatures(keras_package):
     """What their signatures name, ours do, in the same order."""
     pairs = [
-        (timm.LogitDistillationTask, timm_task()),
+        (timm.LogitDistillationTask, peers.timm_task()),
         (keras.Distiller, keras_package.distillation.Distiller),
         (keras.Distiller.compute_loss, keras_package.distillation.Distiller.compute_loss),
         (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),

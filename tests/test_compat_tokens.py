@@ -136,6 +136,28 @@ def test_trl_with_a_global_count(mask, count):
     )
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
+def test_trl_with_a_count_for_every_gpu(shape):
+    """Which the trainer averages over them, as it does what its own loss returns."""
+    student, teacher, labels = draw((2, 4, 11), "some ignored")
+    options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
+    agree(
+        lambda s: trl.generalized_jsd_loss(s, teacher, **options),
+        lambda s: trl_loss()(s, teacher, **options).mean(),
+        student,
+    )
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.zeros(2, 1)])
+def test_trl_where_no_row_counts_in_the_whole_step(count):
+    student, teacher, labels = draw((2, 4, 11))
+    student.requires_grad_()
+    labels = torch.full_like(labels, -100)
+    loss = trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
+    loss.backward()
+    assert loss == 0 and not student.grad.any()
+
+
 def test_trl_refuses():
     student, teacher, _ = draw((2, 3, 5))
     with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
@@ -143,8 +165,9 @@ def test_trl_refuses():
     with pytest.raises(ValueError, match=r"beta must be in \[0, 1\]; got 1\.5"):
         trl.generalized_jsd_loss(student, teacher, beta=1.5)
     for count in (0, torch.tensor(0)):
-        with pytest.raises(ValueError, match=r"^num_items_in_batch must be positive.*; got 0"):
-            trl.generalized_jsd_loss(student, teacher, num_items_in_batch=count)
+        for labels in (None, torch.zeros(2, 3, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=r"^num_items_in_batch must be positive.*; got 0"):
+                trl.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=count)
 
 
 # -------------------------------------------------------------------- Liger

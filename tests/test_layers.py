@@ -66,7 +66,6 @@ IMPORTS = {
     "explain": {"checks", "reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
-    "integrations": {"extras", "losses"},
     # Linear heads.
     "products": set(),
     "chunks": {"checks", "products"},
@@ -82,6 +81,7 @@ IMPORTS = {
     },
     # Training, and what is round it.
     "batches": set(),
+    "integrations": {"extras", "losses", "batches"},
     "checkpointing": set(),
     "position": set(),
     "progress": {"extras"},

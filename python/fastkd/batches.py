@@ -152,32 +152,83 @@ def _ids(ids: Any) -> Tensor | None:
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:
-    """What ``model`` says to a batch's inputs: its output, or that output's ``logits``.
-
-    A mapping is passed as keyword arguments, a tuple or list as positional ones.
+    """Call ``model`` on a batch's inputs and return its logits.
 
     Raises:
-        TypeError: if the output is neither a tensor nor has a tensor ``logits``, or if the model
-            does not take what a mapping has; the message names both.
+        TypeError: as :func:`outputs` and :func:`logits_of`.
     """
-    if isinstance(inputs, Mapping):
-        try:
-            output = model(**inputs)
-        except TypeError as error:
+    return logits_of(outputs(model, inputs), model)
+
+
+def outputs(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` on a batch's inputs, as :func:`arguments` has them; return its output.
+
+    Raises:
+        TypeError: if the model does not take what a mapping has; the message names both.
+    """
+    positional, keywords = arguments(model, inputs)
+    try:
+        return model(*positional, **keywords)
+    except TypeError as error:
+        if isinstance(inputs, Mapping):
             _check_keywords(model, inputs, error)
-            raise
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
+        raise
+
+
+def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the positional and the keyword arguments with which ``model`` gets a batch's inputs.
+
+    A mapping is passed as keyword arguments, a tuple or list as positional ones. A model that takes
+    ``use_cache`` gets ``use_cache=False``, unless the inputs say otherwise: with a key-value cache,
+    transformers ignores the restarts of ``position_ids``, and the sequences of a packed batch
+    attend to one another.
+    """
+    positional: Sequence[Any] = ()
+    keywords: Mapping[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        keywords = inputs
     else:
-        output = model(inputs)
-    found = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
-    found = getattr(found, "logits", found)
-    if not isinstance(found, Tensor):
+        positional = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    if _has_keyword(model, "use_cache", len(positional)):
+        keywords = {"use_cache": False, **keywords}
+    return positional, keywords
+
+
+def logits_of(output: Any, model: nn.Module) -> Tensor:
+    """Return the logits in a model's output: a tensor, or an output's ``logits`` entry.
+
+    Raises:
+        TypeError: for any other output; the message names ``model``.
+    """
+    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    logits = getattr(logits, "logits", logits)
+    if not isinstance(logits, Tensor):
         raise TypeError(
             f"{type(model).__name__} must return logits as a tensor, or an output with .logits; "
             f"got {type(output).__name__}"
         )
-    return found
+    return logits
+
+
+def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
+    """Return True if ``model``, called with so many positional arguments, takes ``keyword`` too.
+
+    A forward with ``**keywords`` takes what the model that it wraps takes.
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # not a Python function
+        return False
+    if keyword in parameters:
+        return list(parameters).index(keyword) >= positional
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return False
+    # DistributedDataParallel and AveragedModel; torch.compile; transformers' and PEFT's models.
+    for name in ("module", "_orig_mod", "base_model"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and inner is not model:
+            return _has_keyword(inner, keyword, positional)
+    return False
 
 
 def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:

@@ -6,6 +6,16 @@ import importlib
 from typing import Any
 
 
+def check(extra: str, *modules: str) -> None:
+    """Raise unless these modules can be imported; called before work that would be lost.
+
+    Raises:
+        ImportError: as :func:`load`.
+    """
+    for module in modules:
+        load(module, extra)
+
+
 def load(module: str, extra: str) -> Any:
     """The module of that name.
 

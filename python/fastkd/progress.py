@@ -17,6 +17,7 @@ class Progress:
         self._accelerator, self._names = accelerator, names
         self._hidden = not (shown and accelerator.is_main_process)
         self._bar: Any = None
+        self._tqdm = extras.load("tqdm", "train").tqdm  # now, rather than in the first step
 
     @contextlib.contextmanager
     def over(self, total: int | None, done: int) -> Iterator[None]:
@@ -24,8 +25,7 @@ class Progress:
         if self._bar is not None:
             yield
             return
-        tqdm = extras.load("tqdm", "train").tqdm
-        with tqdm(total=total, initial=done, disable=self._hidden) as self._bar:
+        with self._tqdm(total=total, initial=done, disable=self._hidden) as self._bar:
             try:
                 yield
             finally:

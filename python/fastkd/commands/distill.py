@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         if value is not None:
             overrides.append(f"{name}={json.dumps(value) if name == 'output' else value}")
     chosen = config.read(arguments.config, overrides)
+    extras.check("train", "safetensors.torch", "numpy")  # for the student, after the training
     config.importable(arguments.config.parent)
     output = pathlib.Path(chosen["output"])
     checkpoints = _checkpoints(output, chosen, arguments.resume)

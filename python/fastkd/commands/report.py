@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fastkd import reports
+from fastkd import extras, reports
 from fastkd.commands import config
 
 DESCRIPTION = """Compares students with their teacher: size, latency, accuracy, calibration.
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise config.ConfigError("--data is missing, and there is no validation in a --config")
     if not students:
         raise config.ConfigError("--model is missing: at least one student")
+    extras.check("report", "rich", *(["matplotlib"] if output is not None else []))
     config.importable(folder)
     samples = config.make_data("data", data)
     loader = samples if isinstance(samples, DataLoader) else DataLoader(samples, batch_size)

@@ -89,6 +89,11 @@ class LogitDistillationTask(nn.Module):
         absent("teacher_pretrained_path", teacher_pretrained_path, why)
         absent("teacher_pretrained_cfg_overlay", teacher_pretrained_cfg_overlay, why)
         checks.one_of("loss_type", loss_type, ("kl",))
+        if isinstance(teacher_model, str):
+            raise TypeError(
+                f"teacher_model must be a torch.nn.Module; got the name {teacher_model!r}. Load it "
+                f"before: timm.create_model({teacher_model!r}, pretrained=True, num_classes=...)"
+            )
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
         if task_loss_weight is None:

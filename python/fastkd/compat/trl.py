@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import losses
+from fastkd import checks, losses
 from fastkd.compat.convention import (
     Convention,
     divisor,
@@ -33,7 +33,8 @@ CONVENTION = Convention(
     differences=(
         "`reduction='none'`, one loss for each class, is refused: fastkd never writes rows x "
         "classes of losses.",
-        "`reduction='mean'` with every row ignored is 0, not NaN.",
+        "`reduction='mean'` with every row ignored is 0, not NaN; so is `num_items_in_batch=0`.",
+        "`num_items_in_batch` of several elements, repeated for every GPU, gives one loss.",
     ),
 )
 
@@ -60,7 +61,8 @@ def generalized_jsd_loss(
         temperature: of both. Default 1.
         reduction: ``"batchmean"``, ``"mean"`` (over classes too) or ``"sum"``. Default
             ``"batchmean"``.
-        num_items_in_batch: divides the sum, whatever ``reduction`` is.
+        num_items_in_batch: divides the sum, whatever ``reduction`` is: a number or a tensor of any
+            shape that repeats it. 0 is accepted where ``labels`` leave no row.
 
     Raises:
         TypeError, ValueError: for options that are not as above, and from :func:`fastkd.loss`.
@@ -77,7 +79,7 @@ def generalized_jsd_loss(
     options: dict[str, Any] = {"reduction": reduced}
     if num_items_in_batch is not None:
         factor = 1.0
-        count = divisor("num_items_in_batch", num_items_in_batch)
+        count = _count(num_items_in_batch, labels)
         options = {"reduction": "mean", "normalizer": count}
     if labels is not None:
         options["hard_weight"] = 0.0
@@ -90,3 +92,18 @@ def generalized_jsd_loss(
         **generalized_jsd(beta),
         **options,
     )
+
+
+def _count(value: int | Tensor, labels: Tensor | None) -> float | Tensor:
+    """Return what the sum over rows is divided by; 1 for 0 if no row counts.
+
+    Where looking at the labels would wait for a device, 0 is taken to mean that no row counts.
+    """
+    if isinstance(value, Tensor):
+        value = value.reshape(-1)[:1]
+    may_be_empty = labels is not None and not (
+        checks.may_look(labels) and bool((labels != -100).any())
+    )
+    if may_be_empty:
+        value = value.masked_fill(value == 0, 1) if isinstance(value, Tensor) else value or 1
+    return divisor("num_items_in_batch", value)

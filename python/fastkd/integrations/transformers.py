@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import extras
+from fastkd import batches, extras
 from fastkd.losses import KDLoss, loss
 
 
 def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
-    """The labels of a causal language model's batch, moved to the logits that predict them.
+    """Return the labels of a causal language model's batch, moved to the logits that predict them.
 
     Position i's logits predict token i + 1, so labels ``(B, L)`` move left by one, and the last
-    position's become -100. Give it to :class:`fastkd.Trainer` as ``labels=``.
+    position's become -100. ``shift_labels``, where a batch has them, stand there already. Give this
+    function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -25,28 +26,40 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
         >>> causal_labels({"labels": torch.tensor([[5, 6, 7]])})
         tensor([[   6,    7, -100]])
     """
+    shifted = batch.get("shift_labels")
+    if shifted is not None:
+        return cast(Tensor, shifted).long()
     labels = batch.get("labels")
     return None if labels is None else F.pad(labels[:, 1:].long(), (0, 1), value=-100)
 
 
 class DistillationMixin:
-    """Makes a ``transformers.Trainer`` distil: put it before the trainer among the bases.
+    """Make a ``transformers.Trainer`` distil: put this class before the trainer among the bases.
 
-    The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
-    move by one for causal language models. It is divided by ``num_items_in_batch``, the number of
-    tokens in all batches of an optimizer step, on all processes too where
-    ``args.average_tokens_across_devices`` says so, as the loss of the library's own models is. The
-    student is not asked for its own loss, unless it is an encoder-decoder, whose decoder takes the
-    labels for its inputs.
+    The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels. Labels
+    move by one for causal language models; ``shift_labels``, where a batch has them, are used as
+    they are. The loss is divided by ``num_items_in_batch``, the number of tokens in all batches of
+    an optimizer step, on all processes too where ``args.average_tokens_across_devices`` says so, as
+    the loss of the library's own models is. ``args.label_smoothing_factor`` smooths the labels of
+    the hard term. The student is not asked for its own loss, unless it is an encoder-decoder, whose
+    decoder takes the labels for its inputs.
+
+    Student and teacher may be any modules that take a batch as keyword arguments and return logits
+    as a tensor, as an output or mapping with ``"logits"``, or as a tuple's first tensor that is not
+    0-d. A causal language model that is not of transformers' classes says so by an attribute
+    ``loss_type = "ForCausalLM"``.
 
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: options, with ``reduction="mean"`` and no ``normalizer``. Default ``KDLoss()``.
-        arguments, options: those of the trainer.
+        kd_loss: options, with ``reduction="mean"``, no ``normalizer``, no ``ignore_index`` other
+            than -100 and no parameter that learns. Default ``KDLoss()``.
+        arguments, options: those of the trainer; ``compute_loss_func`` must be None.
 
     Raises:
-        TypeError, ValueError: for a ``kd_loss`` that is not as above.
+        TypeError: if ``teacher`` is no module or ``kd_loss`` no :class:`fastkd.KDLoss`.
+        ValueError: for a ``kd_loss`` that is not as above, for one whose ``label_smoothing`` is not
+            ``args.label_smoothing_factor`` where both are set, and for a ``compute_loss_func``.
 
     Example:
         >>> import fastkd
@@ -65,23 +78,24 @@ class DistillationMixin:
     args: Any
     accelerator: Any
     model: Any
+    label_names: Any
 
     def __init__(
         self, *arguments: Any, teacher: nn.Module, kd_loss: KDLoss | None = None, **options: Any
     ) -> None:
-        """Freezes the teacher and makes the trainer."""
+        """Make the trainer and freeze the teacher."""
         self.kd_loss = KDLoss() if kd_loss is None else kd_loss
-        if not isinstance(self.kd_loss, KDLoss):
-            raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
-        for name, accepted in (("reduction", "mean"), ("normalizer", None)):
-            given = self.kd_loss.options.get(name, accepted)
-            if given != accepted:
-                raise ValueError(f"kd_loss must have {name}={accepted!r}; got {given!r}")
+        _check_loss(self.kd_loss)
+        _check_teacher(teacher)
         super().__init__(*arguments, **options)
+        _check_trainer(self, self.kd_loss)
         # So that the trainer counts the tokens, and does not divide by the number of batches.
         self.model_accepts_loss_kwargs = True
+        # The trainer drops every input that neither the model's forward nor this list names.
+        self.label_names = self.label_names or ["labels"]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self._encoder_decoder = getattr(base.config, "is_encoder_decoder", False)
+        config = getattr(base, "config", None)
+        self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         # It decides what tokens are counted. The trainer's own answer misses models whose loss is
         # not in their class's name, such as GPT2LMHeadModel, and would count a token too many.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
@@ -95,23 +109,103 @@ class DistillationMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The distillation loss of a batch, as ``transformers.Trainer`` asks for it."""
-        given = dict(inputs)
-        labels = given.get("labels")
+        """Return the distillation loss of a batch, as ``transformers.Trainer`` asks for it."""
+        arguments = dict(inputs)
+        labels = arguments.get("labels")
+        is_shifted = arguments.pop("shift_labels", None) is not None
         if not self._encoder_decoder:
-            given.pop("labels", None)
-        outputs = model(**given)
+            arguments.pop("labels", None)
+        outputs = batches.outputs(model, arguments)
+        logits = _logits_of(outputs, model)
+        # Floating-point inputs, such as images, come in the student's dtype.
+        dtype = batches.dtype_of(self.teacher)
+        arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():
-            teacher = self.teacher(**given)
-        if self._loss_shifts_labels:
+            teacher = _logits_of(batches.outputs(self.teacher, arguments), self.teacher)
+        if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
         options = self.kd_loss.options_for(labels)
+        if labels is not None and self.args.label_smoothing_factor:
+            options = {**options, "label_smoothing": self.args.label_smoothing_factor}
         if num_items_in_batch is not None:
-            options = {**options, "normalizer": num_items_in_batch}
-        total = loss(outputs.logits, teacher.logits, labels, **options)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            total = total * self.accelerator.num_processes  # gradients are averaged over them
-        return (total, outputs) if return_outputs else total
+            options = {**options, "normalizer": _divisor(num_items_in_batch)}
+        total = loss(logits, teacher, labels, **options)
+        if num_items_in_batch is not None:
+            if self.args.average_tokens_across_devices:
+                # gradients are averaged over processes
+                total = total * self.accelerator.num_processes
+            elif self.args.n_gpu > 1:
+                # The trainer has divided the count by the GPUs, whose logits are gathered here.
+                total = total / self.args.n_gpu
+        if not return_outputs:
+            return total
+        # Of an output that is no mapping the trainer would drop the first item, or sample.
+        return total, outputs if isinstance(outputs, dict) else {"logits": logits}
+
+
+def _check_loss(kd_loss: object) -> None:
+    """Raise unless the trainer can divide the loss itself, and nothing in it learns."""
+    if not isinstance(kd_loss, KDLoss):
+        raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
+    # The trainer counts the labels that are not -100.
+    for name, accepted in (("reduction", "mean"), ("normalizer", None), ("ignore_index", -100)):
+        value = kd_loss.options.get(name, accepted)
+        if value != accepted:
+            raise ValueError(f"kd_loss must have {name}={accepted!r}; got {value!r}")
+    learned = [name for name, value in kd_loss.named_parameters() if value.requires_grad]
+    if learned:
+        raise ValueError(
+            "kd_loss must have no parameter that learns, since transformers.Trainer optimizes and "
+            f"saves the student's alone; got {learned[0]} as an nn.Parameter that requires grad. "
+            "Give a number or a tensor, or train with fastkd.Trainer"
+        )
+
+
+def _check_teacher(teacher: object) -> None:
+    """Raise unless the teacher is a module."""
+    if isinstance(teacher, str):
+        raise TypeError(
+            f"teacher must be a torch.nn.Module; got the name {teacher!r}. Load it before: "
+            f"AutoModelForCausalLM.from_pretrained({teacher!r}), or another class of transformers"
+        )
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a torch.nn.Module; got {type(teacher).__name__}")
+
+
+def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
+    """Raise if the trainer was given a second loss, or a second label smoothing."""
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise ValueError(
+            "compute_loss_func must be None with DistillationMixin, whose loss is kd_loss; got "
+            f"{trainer.compute_loss_func!r}. Leave it out, or override compute_loss"
+        )
+    factor = trainer.args.label_smoothing_factor
+    smoothing = kd_loss.options.get("label_smoothing", 0.0)
+    if factor and smoothing and factor != smoothing:
+        raise ValueError(
+            "args.label_smoothing_factor and kd_loss's label_smoothing must agree where both are "
+            f"set; got {factor} and {smoothing}. Set one of them"
+        )
+
+
+def _logits_of(output: Any, model: nn.Module) -> Tensor:
+    """Return the logits of a model's output; of a tuple, the first tensor that is no 0-d loss."""
+    if isinstance(output, (tuple, list)):
+        tensors = (item for item in output if isinstance(item, Tensor) and item.dim())
+        output = next(tensors, output)
+    return batches.logits_of(output, model)
+
+
+def _divisor(count: Tensor | int) -> Tensor | int:
+    """Return the number of tokens that a step's loss is divided by; 1 for 0.
+
+    A step in which no label counts has a count of 0, and its loss is 0. In ``nn.DataParallel`` the
+    trainer repeats the count for every GPU, ``(n, 1)``, for models to divide their share by.
+    """
+    if not isinstance(count, Tensor):
+        return count or 1
+    count = count.reshape(-1)[:1]
+    return count.masked_fill(count == 0, 1)
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastkd import _C, checks
+from fastkd import _C, checks, extras
 from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
 
@@ -129,6 +129,7 @@ def report(
         show: print the table.
 
     Raises:
+        ImportError: with ``show`` and without Rich; before anything is measured.
         TypeError: for models that are no modules, names that are no text, or ``devices`` or
             ``batch_sizes`` that are no list or tuple.
         ValueError: for no student, a loader without rows, models whose logits differ in rows,
@@ -151,6 +152,8 @@ def report(
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     checks.number("seconds", seconds, 0.0, math.inf)
     checks.ignored_label(ignore_index)
+    if show:
+        extras.check("report", "rich")
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0

@@ -249,7 +249,8 @@ def _turns(
 ) -> dict[str, list[float]]:
     """Seconds of single calls; models take turns until each has had its time."""
     ready = {
-        name: batches.to(inputs, device, batches.dtype_of(model)) for name, model in models.items()
+        name: batches.arguments(model, batches.to(inputs, device, batches.dtype_of(model)))
+        for name, model in models.items()
     }
     taken: dict[str, list[float]] = {name: [] for name in models}
     spent = dict.fromkeys(models, 0.0)
@@ -258,9 +259,10 @@ def _turns(
         for name, model in models.items():
             if turn >= LEAST_BURSTS and spent[name] >= seconds:
                 continue
+            positional, keywords = ready[name]
             for call in range(BURST):
                 began = time.perf_counter()
-                batches.logits(model, ready[name])
+                model(*positional, **keywords)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 elapsed = time.perf_counter() - began

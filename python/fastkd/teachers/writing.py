@@ -61,6 +61,7 @@ def precompute(
         rounding cost, measured while writing.
 
     Raises:
+        ImportError: without safetensors, numpy or, for the bar, tqdm; before the teacher is run.
         TypeError: if ``teacher`` is no module.
         ValueError: if ``path`` holds a cache with other options or of other weights; if the loader
             gives no batch, or one without ids; if the teacher's logits hold NaN or +inf, or change
@@ -77,6 +78,7 @@ def precompute(
     temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
     checks.ignored_label(ignore_index)
     folder = checks.folder("path", path)
+    extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
     done = existing(folder, top_k, dtype, temperature, identity)
     writer = _Writer(folder, shard_bytes, done)

@@ -1,0 +1,101 @@
+"""A missing package of an extra is named before any work is done that would be lost."""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fastkd
+from fastkd import __main__ as command_line
+from fastkd import extras
+
+for package in ("accelerate", "safetensors", "numpy", "tqdm", "rich", "matplotlib", "yaml"):
+    pytest.importorskip(package)
+
+LOADER = [(torch.zeros(2, 2), torch.tensor([0, 1]), torch.arange(2))]
+PARTS = """
+import sys
+import torch
+
+def model():
+    raise SystemExit("a model was made")
+
+def data():
+    raise SystemExit("data were read")
+"""
+
+
+class Unasked(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 3)
+
+    def forward(self, x):
+        pytest.fail("the model was asked")
+
+
+@pytest.fixture
+def hide(monkeypatch):
+    """Make an installed package look as if it were not."""
+
+    def hidden(package: str) -> None:
+        def import_module(name):
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return importlib.import_module(name)
+
+        monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
+
+    return hidden
+
+
+@pytest.mark.parametrize("package", ["safetensors", "numpy", "tqdm"])
+def test_precompute(package, hide, tmp_path):
+    hide(package)
+    with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[train\]"):
+        fastkd.teachers.precompute(Unasked(), LOADER, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_report(hide):
+    hide("rich")
+    with pytest.raises(ImportError, match=r"needs rich, .*fastkd\[report\]"):
+        fastkd.report(Unasked(), nn.Linear(2, 3), LOADER)
+
+
+def test_trainer(hide):
+    hide("tqdm")
+    student = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    with pytest.raises(ImportError, match=r"needs tqdm, .*fastkd\[train\]"):
+        fastkd.Trainer(student, Unasked(), optimizer)
+
+
+@pytest.mark.parametrize(
+    "command, package",
+    [
+        ("distill", "safetensors"),
+        ("distill", "numpy"),
+        ("report", "rich"),
+        ("report", "matplotlib"),
+    ],
+)
+def test_command_line(command, package, hide, tmp_path, monkeypatch, capsys):
+    (tmp_path / "parts_of_extras.py").write_text(PARTS)
+    file = tmp_path / "config.yaml"
+    parts = dict.fromkeys(("teacher", "student"), "parts_of_extras:model")
+    parts |= dict.fromkeys(("train", "validation"), "parts_of_extras:data")
+    file.write_text(json.dumps({**parts, "output": str(tmp_path / "out")}))
+    arguments = ["fastkd", command, "--config", str(file)]
+    if command == "report":
+        arguments += ["--output", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    hide(package)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == 2
+    assert f"needs {package}, which is not installed" in capsys.readouterr().err
