@@ -136,7 +136,6 @@ def test_the_sparse_op_refuses():
         (student, indices[:, :-1], log_probs),
         (student, indices[..., :0], log_probs),
         (student, indices.int(), log_probs),
-        (student, indices, log_probs.double()),
         (student, indices[0], log_probs[0]),
         (student, indices + CLASSES, log_probs),
         (released(student), indices, log_probs),

@@ -41,7 +41,7 @@ def linear_loss(
     topk_indices: Tensor | None = None,
     topk_log_probs: Tensor | None = None,
     tail: Literal["ghost", "renormalize", "ignore"] = "ghost",
-    temperature: float | Tensor = 2.0,
+    temperature: float | Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
     hard_weight: float | Tensor | None = None,
@@ -94,7 +94,8 @@ def linear_loss(
             the temperature of the loss, taken as they are.
         tail: what becomes of the classes that are not listed, as in :func:`fastkd.topk_loss`.
         temperature: as in :func:`fastkd.loss`, like all options down to ``standardize``; here none
-            of them gets a gradient. Numbers for each row have the shape ``(...)``.
+            of them gets a gradient. Numbers for each row have the shape ``(...)``. Default 2, or 1
+            with ``topk_log_probs``, which must be of this temperature.
         teacher_temperature: the teacher's own.
         alpha: weight of the **hard** term.
         hard_weight: given instead of ``alpha``.
@@ -191,6 +192,8 @@ class LinearKDLoss(OptionsModule):
                 listed = ", ".join(sorted(_DEFAULTS))
                 raise TypeError(f"LinearKDLoss has no option {name!r}; it has {listed}")
         given = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
+        if given["temperature"] is None:  # the default, which depends on the teacher
+            given["temperature"] = losses.DEFAULTS["temperature"]
         resolve(given, has_labels=True, teachers=None)
         head_arguments.check_numbers(options)
 
@@ -257,6 +260,8 @@ def _linear_loss(
     head_arguments.check_head("student", student_hidden, student_weight, student_bias)
     classes, lead = student_weight.shape[0], student_hidden.shape[:-1]
     lists = (topk_indices, topk_log_probs)
+    if options["temperature"] is None:
+        options["temperature"] = 2.0 if topk_indices is None else 1.0
     given = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits, *lists)
     head_arguments.check_teacher(*given, lead, student_weight)
     if checks.one_of("tail", tail, sparse.TAILS) and topk_indices is None:

@@ -36,7 +36,7 @@ def topk_loss(
     labels: Tensor | None = None,
     *,
     tail: Literal["ghost", "renormalize", "ignore"] = "ghost",
-    temperature: float = 2.0,
+    temperature: float = 1.0,
     alpha: float | None = None,
     hard_weight: float | None = None,
     soft_weight: float | None = None,
@@ -83,7 +83,9 @@ def topk_loss(
         labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
             1.
         tail: what becomes of the classes that are not listed, as above. Default ``"ghost"``.
-        temperature: T > 0 of the student. Default 2.
+        temperature: T > 0, at which the student is softened and at which ``log_probs`` were
+            taken: the loss cannot soften a list, whose other classes it does not know. Default 1,
+            the temperature of what inference servers return and of a plain ``log_softmax``.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
         hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
