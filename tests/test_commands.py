@@ -1,6 +1,7 @@
 """The command line: a training and a report from a YAML file, and what is said of a bad one."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -446,7 +447,11 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
         ("\x00", "is no YAML"),
         ("output: 2024-13-45", "is no YAML: month must be"),
         ("epochs: " + "9" * 5000, "is no YAML: Exceeds the limit"),
-        ("loss: &a {x: *a}", "is no YAML: maximum recursion depth"),
+        (
+            "epochs: 1\nloss: &a {x: *a}",
+            "config.yaml has the alias \\*a in line 2, and aliases are",
+        ),
+        ("a: &a [1]\nb: {<<: *a}", "config.yaml has the alias \\*a in line 2, and"),
         ("teacher: m:f", "student is missing: module:factory of the student"),
     ],
 )
@@ -454,6 +459,31 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, me
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert re.search(message, refused(monkeypatch, capsys, "distill", "--config", file))
+
+
+def test_nested_aliases_end_at_once(tmp_path):
+    """They stand for 9^10 values, which no machine can hold: another process tries it."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(lines))
+    assert file.stat().st_size < 700
+    assert "has the alias *a0 in line 2" in command_in_another_process(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    error = command_in_another_process(tmp_path / "config.yaml")
+    assert "config.yaml is no regular file" in error
+
+
+def command_in_another_process(file: pathlib.Path) -> str:
+    """What a command that is refused prints; one that does not end fails the test."""
+    command = [sys.executable, "-m", "fastkd", "distill", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
 
 
 def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -667,6 +668,28 @@ def test_forged_files(forged, change):
     data, forge = forged
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors is no whole shard"):
         TeacherCache(forge(change(*parts_of(data))))
+
+
+READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.argv[1])"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    """A process of its own, since opening a named pipe would wait for ever."""
+    file = tmp_path / "shard-00000.safetensors"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(file))
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    command = [sys.executable, "-c", READ, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "ValueError" in done.stderr and "it is no regular file" in done.stderr
 
 
 def test_forged_lengths_and_classes(forged):

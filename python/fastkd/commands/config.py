@@ -196,6 +196,8 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for anything that is not as :data:`KEYS` has it.
     """
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+        raise ConfigError(f"config: {path} is no regular file")
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -218,10 +220,26 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _parsed(name: str, text: str | bytes) -> Any:
-    """What YAML says."""
+    """Return the value of a YAML text without aliases.
+
+    A few nested aliases stand for billions of values.
+    """
     yaml = extras.load("yaml", "train")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise ConfigError(
+                    f"{name} has the alias *{event.anchor} in line {event.start_mark.line + 1}, "
+                    "and aliases are not accepted: write the value out"
+                )
+            return super().compose_node(parent, index)
+
     try:
-        return _numbers(yaml.safe_load(text))
+        return _numbers(Loader(text).get_single_data())
+    except ConfigError as error:
+        raise ConfigError(str(error)) from None  # without the parser's traceback
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a ValueError
         raise ConfigError(f"{name} is no YAML: {_line(error)}") from None
 

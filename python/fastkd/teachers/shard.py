@@ -118,6 +118,8 @@ def read(path: pathlib.Path) -> Shard:
         ValueError: if it is not a whole, consistent shard; the message names the file and the flaw.
     """
     safetensors = extras.load("safetensors", "train")
+    if not path.is_file():  # opening a named pipe would wait for a writer
+        raise ValueError(f"{path} is no whole shard of a teacher's cache: it is no regular file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             header, lost = _header(file.metadata() or {}, file)
