@@ -289,7 +289,7 @@ def test_two_processes(given):
     from fastkd.teachers import shard
 
     assert len(teachers.TeacherCache(cache)) == 300
-    assert [len(shard.read(file).ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
+    assert [len(shard.read(file)[0].ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
     (last,) = (given.parent / "out" / "checkpoints").glob("step-00000006")
     schedule = torch.load(last / "scheduler.pt")
     assert schedule["_last_lr"] == [pytest.approx(0.0, abs=1e-12)]
