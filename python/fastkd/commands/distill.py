@@ -238,7 +238,10 @@ def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any
     found = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
-    extras.load("safetensors.torch", "train").save_model(student, str(part))
-    os.replace(part, output / "student.safetensors")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, output / "history.json")
+    try:
+        extras.load("safetensors.torch", "train").save_model(student, str(part))
+        os.replace(part, output / "student.safetensors")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, output / "history.json")
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk
