@@ -22,6 +22,7 @@ pytest.importorskip("sklearn")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = """
+import os
 import fastkd
 import torch
 from sklearn.datasets import load_digits
@@ -396,7 +397,14 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("student=os.system", "student must be 'module:factory'; got 'os.system'"),
         ("student=os:system('x')", "student must be 'module:factory'; got"),
         ("student=no_such_module:f", "student: there is no module 'no_such_module' to import"),
-        ("student=json:nothing", "student: json has no 'nothing'"),
+        ("student={module}:absent", "student: {module} has no 'absent'"),
+        ("student=json:loads", "student: the module 'json' does not lie in .*--module json"),
+        ("student=sys:exit", "student: the module 'sys' does not lie in .*--module sys"),
+        ("student={module}:os.system", "student: .* must be a function or class that {module} def"),
+        ("student={module}:nn.Linear", "it is one of torch.nn.modules.linear. Write a function"),
+        ("student={module}:student.__call__", "must be a function or class that {module} defines"),
+        ("student={module}:student.__globals__.get", "must be a function or class that {module} "),
+        ("train={module}:DataLoader", "train: .* must be a function or class that {module} def"),
         ("student={module}:number", "student: .*:number is no function, but int"),
         ("student={module}:nothing", "must return a torch.nn.Module; got NoneType"),
         ("student.cache=x", "student.cache is no key of the configuration"),
@@ -431,9 +439,55 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
     name = next(given.parent.glob("parts_*.py")).stem
     monkeypatch.chdir(given.parent)
     change = change.format(module=name) if "{" in change else change
+    message = message.replace("{module}", name)
     error = refused(monkeypatch, capsys, "distill", "--config", given, "--set", change)
     assert re.search(f"fastkd distill: .*{message}", error), error
     assert not (given.parent / "out").exists()
+
+
+RUN = "{{factory: '{factory}', options: {{command: 'echo executed > {proof}'}}}}"
+
+
+@pytest.mark.parametrize("command", ["distill", "report"])
+@pytest.mark.parametrize("key", ["teacher", "student", "train", "validation"])
+@pytest.mark.parametrize("factory", ["os:system", "{module}:os.system"])
+def test_a_configuration_runs_no_command(given, monkeypatch, capsys, command, key, factory):
+    name, proof = next(given.parent.glob("parts_*.py")).stem, given.parent / "proof"
+    if command == "report" and key == "train":
+        key = "validation"  # a report has no training data
+    text = RUN.format(factory=factory.format(module=name), proof=proof)
+    lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
+    given.write_text("\n".join([*lines, f"{key}: {text}"]))
+    refused(monkeypatch, capsys, command, "--config", given)
+    assert not proof.exists()
+
+
+def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_factory):
+    """An import runs code. A module that --module names is imported, with those inside it."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    package = elsewhere / "distant_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "small.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(elsewhere)
+    change = ("distill", "--config", given, "--set", "student=distant_parts.small:student")
+    error = refused(monkeypatch, capsys, *change)
+    assert "If you trust it with any options, add --module distant_parts.small" in error
+    assert not any(name.startswith("distant_parts") for name in sys.modules)
+    error = refused(monkeypatch, capsys, *change, "--module", "distant_parts.sma")
+    assert "add --module distant_parts.small" in error
+    run(monkeypatch, *change, "--module", "distant_parts", "--epochs", 1)
+    run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume")
+
+
+def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, capsys):
+    """Its folder comes last where Python looks for modules."""
+    before = list(sys.path)
+    (given.parent / "wave.py").write_text("raise ZeroDivisionError")
+    change = ("--set", "student=wave:open")
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *change)
+    assert "Python has another module 'wave' than the one in" in error
+    assert sys.path[: len(before)] == before and str(given.parent) in sys.path
 
 
 @pytest.mark.parametrize(
