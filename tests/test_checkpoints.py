@@ -228,9 +228,9 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> pathlib.Path:
+def complete(tmp_path_factory) -> pathlib.Path:
     """A folder with two checkpoints that have every kind of file."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("complete")
     losses(complete_trainer_in(folder), plain(), 10)
     return folder
 
@@ -250,29 +250,29 @@ FILES = (
 def damages(file: pathlib.Path) -> dict[str, Callable[[], object]]:
     """What may become of a file, by name."""
     data = file.read_bytes()
-    found: dict[str, Callable[[], object]] = {
+    changes: dict[str, Callable[[], object]] = {
         f"cut to {size} bytes": lambda size=size: file.write_bytes(data[:size])
         for size in (0, 1, 7, len(data) // 3, len(data) // 2, len(data) - 1)
     }
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 1
-    found["a flipped bit"] = lambda: file.write_bytes(flipped)
+    changes["a flipped bit"] = lambda: file.write_bytes(flipped)
     for text in ("{}", "[]", "3", "null", '"text"', '{"step": "x"}', "[" * 100_000, "no JSON"):
-        found[f"the text {text[:20]}"] = lambda text=text: file.write_text(text)
+        changes[f"the text {text[:20]}"] = lambda text=text: file.write_text(text)
     for name, value in (("tensor", torch.zeros(3)), ("list", [1]), ("dict", {})):
-        found[f"another {name}"] = lambda value=value: torch.save(value, file)
-    found["missing"] = lambda: None
-    found["a folder"] = file.mkdir
-    found["a link to itself"] = lambda: file.symlink_to(file)
+        changes[f"another {name}"] = lambda value=value: torch.save(value, file)
+    changes["missing"] = lambda: None
+    changes["a folder"] = file.mkdir
+    changes["a link to itself"] = lambda: file.symlink_to(file)
     if hasattr(os, "mkfifo"):
-        found["a named pipe"] = lambda: os.mkfifo(file)
-    return found
+        changes["a named pipe"] = lambda: os.mkfifo(file)
+    return changes
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_and_nothing_is_changed(whole, tmp_path, name):
-    assert {file.name for file in (whole / "step-00000010").iterdir()} == set(FILES)
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name):
+    assert {file.name for file in (complete / "step-00000010").iterdir()} == set(FILES)
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "step-00000010" / name
     trainer = complete_trainer_in(tmp_path)
     before = state_of(trainer)

@@ -525,6 +525,13 @@ def test_nested_aliases_end_at_once(tmp_path):
     assert "has the alias *a0 in line 2" in command_in_another_process(file)
 
 
+def test_long_texts_end_at_once(tmp_path):
+    """Looking for a number in them takes time in proportion to their length."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"seed: '{'1' * 500_000}'")
+    assert "is missing" in command_in_another_process(file)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")

@@ -706,25 +706,24 @@ def test_forged_lengths_and_classes(forged):
 
 def test_a_forged_class_is_refused(cache, tmp_path):
     """Its checksum is right: a forger computes that, too."""
-    whole, _ = shard.read(cache.path / "shard-00000.safetensors")
-    whole.indices[0, 0] = 10
-    shard.write(tmp_path, whole)
+    content, _ = shard.read(cache.path / "shard-00000.safetensors")
+    content.indices[0, 0] = 10
+    shard.write(tmp_path, content)
     with pytest.raises(ValueError, match="names a class beyond its 10"):
-        TeacherCache(tmp_path).lookup(whole.ids)
+        TeacherCache(tmp_path).lookup(content.ids)
 
 
 def contents(path: pathlib.Path) -> list[torch.Tensor]:
     """All that can be read of a cache."""
     read = TeacherCache(path)
-    found = read.lookup(read.ids)
     numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
-    return [read.ids, read._lengths, read._inputs, numbers, *found]
+    return [read.ids, read._lengths, read._inputs, numbers, *read.lookup(read.ids)]
 
 
 def test_damaged_bytes_and_cut_files_are_refused(forged):
     """In one process: a crash would end the tests."""
     data, forge = forged
-    whole = contents(forge(data))
+    original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
     rng, refused = random.Random(0), 0
     for turn in range(400):
@@ -737,7 +736,7 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
         except ValueError:
             refused += 1
         else:
-            assert all(map(torch.equal, read, whole))
+            assert all(map(torch.equal, read, original))
     assert refused > 390
 
 
@@ -747,7 +746,7 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
     few = Subset(DATA, range(3))
     write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
-    data, whole = file.read_bytes(), contents(tmp_path)
+    data, original = file.read_bytes(), contents(tmp_path)
     kept = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
         bit = place * 5 % 7 if bit is None else bit  # of each byte the highest and another
@@ -759,7 +758,7 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
         except ValueError:
             continue
         kept += 1
-        assert all(map(torch.equal, read, whole)), f"bit {bit} of byte {place}"
+        assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
     assert kept < 50  # of the header's blanks and the like
 
 

@@ -124,12 +124,12 @@ def get(file: pathlib.Path) -> Any:
 def seal(folder: pathlib.Path) -> None:
     """Write the checksums of a checkpoint's files, which :func:`check` compares."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = {
+    checksums = {
         file.relative_to(folder).as_posix(): _checksum(file)
         for file in files
         if file != folder / CHECKSUMS
     }
-    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1))
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
 def check(folder: pathlib.Path) -> None:
@@ -141,11 +141,11 @@ def check(folder: pathlib.Path) -> None:
     for name, expected in _object(folder / CHECKSUMS).items():
         file = folder / name
         try:
-            found = _checksum(file)
+            actual = _checksum(file)
         except OSError as error:
             raise _unreadable(file, folder, error) from error
-        if found != expected:
-            raise _unreadable(file, folder, f"its CRC-32 is {found}, and was {expected}")
+        if actual != expected:
+            raise _unreadable(file, folder, f"its CRC-32 is {actual}, and was {expected}")
 
 
 def _checksum(file: pathlib.Path) -> str:
@@ -164,12 +164,12 @@ def _object(file: pathlib.Path) -> dict[str, Any]:
     try:
         if file.exists() and not file.is_file():
             raise OSError("it is no regular file")
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, file.parent, error) from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(content, dict) or not content:
         raise _unreadable(file, file.parent, "it holds no JSON object with entries")
-    return found
+    return content
 
 
 def _unreadable(file: pathlib.Path, folder: pathlib.Path, reason: object) -> ValueError:
@@ -186,16 +186,16 @@ def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
         ValueError: if it cannot be read, or does not agree with what is ``ours``.
     """
     file = folder / "trainer.json"
-    found = _object(file)
-    for name, own in ours.items():
-        if name not in found:
+    content = _object(file)
+    for name, expected in ours.items():
+        if name not in content:
             raise _unreadable(file, folder, f"it has no {name}")
-        if found[name] != own:
+        if content[name] != expected:
             raise ValueError(
-                f"{folder} has {name} {found[name]}, and this run {own}. Make the trainer as "
-                "it was, or choose another folder"
+                f"{folder} has {name} {content[name]}, and this run {expected}. Make the trainer "
+                "as it was, or choose another folder"
             )
-    return found
+    return content
 
 
 def refuse_code(folder: pathlib.Path) -> None:

@@ -400,10 +400,10 @@ class Trainer:
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
-        found = checkpointing.all_of(self._folder)
-        if not found:
+        checkpoints = checkpointing.all_of(self._folder)
+        if not checkpoints:
             return False
-        newest = found[-1]
+        newest = checkpoints[-1]
         checkpointing.refuse_code(newest)
         checkpointing.about(newest, format=FORMAT)
         checkpointing.check(newest)
@@ -420,7 +420,7 @@ class Trainer:
         for name, stateful in self._stateful.items():
             stateful.load_state_dict(checkpointing.get(newest / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
-        self._history = [Evaluation(*found) for found in about["history"]]
+        self._history = [Evaluation(*values) for values in about["history"]]
         self._position.load(position)
         self._resumed = True
         return True

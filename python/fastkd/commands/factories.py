@@ -74,32 +74,35 @@ class Factories:
                 f"configuration is. If you trust it with any options, add --module {module_name}"
             )
         try:
-            found: Any = importlib.import_module(module_name)
+            factory: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # the module is there; what it imports is not
             raise ConfigError(f"{name}: there is no module {module_name!r} to import") from None
         for step in attribute.split("."):
-            if not hasattr(found, step):
+            if not hasattr(factory, step):
                 raise ConfigError(f"{name}: {module_name} has no {attribute!r}")
-            found = getattr(found, step)
-        if not callable(found):
-            raise ConfigError(f"{name}: {part.factory} is no function, but {type(found).__name__}")
-        defined_in = getattr(found, "__module__", None)
+            factory = getattr(factory, step)
+        if not callable(factory):
+            raise ConfigError(
+                f"{name}: {part.factory} is no function, but {type(factory).__name__}"
+            )
+        defined_in = getattr(factory, "__module__", None)
         if not isinstance(defined_in, str) or not self._is_trusted(defined_in):
             raise ConfigError(
                 f"{name}: {part.factory} must be a function or class that {module_name} defines; "
-                f"it is one of {defined_in or type(found).__name__}. Write a function that calls it"
+                f"it is one of {defined_in or type(factory).__name__}. Write a function that "
+                "calls it"
             )
         try:
-            inspect.signature(found).bind(**part.options)
+            inspect.signature(factory).bind(**part.options)
         except TypeError as error:
             raise ConfigError(
                 f"{name}.options: {part.factory} does not take them: {error}"
             ) from None
         except ValueError:  # compiled code may not say what it takes
             pass
-        return found(**part.options)
+        return factory(**part.options)
 
     def make_data(self, name: str, part: Part) -> Any:
         """Make a data set, or a loader of one."""

@@ -10,8 +10,8 @@ A shard is a safetensors file with these tensors, for n samples of together R ro
 
 and with the fields of :class:`Header` and :class:`Loss`, ``group`` and ``crc32`` as text in its
 header. ``crc32`` is of the other texts and of ``ids``, ``lengths``, ``inputs`` and ``checksums``.
-:func:`read` checks it, and :meth:`Shard.rows` checks a group of rows when it is first read. CRC-32
-finds damage, such as a flipped bit, and not a forger, who can compute it as well.
+:func:`read` checks it, and :meth:`Checksums.check` checks a group of rows when it is first read.
+CRC-32 finds damage, such as a flipped bit, and not a forger, who can compute it as well.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def _checksums(shard: Shard, group: int, numbers: Tensor) -> Tensor:
     tensors = [part for part in (shard.log_probs, shard.indices) if part is not None]
     sizes = [group * part.shape[1] * part.element_size() for part in tensors]
     parts = [raw_bytes(part) for part in tensors]
-    found = []
+    sums = []
     for number in numbers.tolist():
         crc = 0
         for data, size in zip(parts, sizes, strict=True):
             crc = zlib.crc32(data[number * size : (number + 1) * size], crc)
-        found.append(crc)
-    return torch.tensor(found, dtype=torch.int64)
+        sums.append(crc)
+    return torch.tensor(sums, dtype=torch.int64)
 
 
 def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
