@@ -1,15 +1,18 @@
-"""``python -m benchmarks.teachers``: what a teacher's cache weighs, loses and how fast it is read.
+"""Measure the size, the loss and the speed of a teacher's cache: ``python -m benchmarks.teachers``.
 
-Writes the tables of docs/teachers.md.
+It writes the tables of docs/teachers.md.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import os
 import pydoc_data.topics
 import tempfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import environment
 from fastkd import teachers
+from fastkd.teachers import shard
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
 BATCH = 64
@@ -75,7 +79,8 @@ def measured(case: Case) -> list[str]:
         )
         written = case.samples / (time.perf_counter() - began)
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / case.samples
-        read = _reads(cache, case.samples)
+        first = _reads(cache, case.samples, 0.0)
+        read = _reads(cache, case.samples, SECONDS)
     kept = "all" if case.top_k is None else f"top {case.top_k}"
     dtype = str(case.dtype).removeprefix("torch.")
     return [
@@ -83,21 +88,41 @@ def measured(case: Case) -> list[str]:
         f"{kept}, {dtype}",
         f"{size:,.0f}",
         f"{written:,.0f}",
+        f"{first:,.0f}",
         f"{read:,.0f}",
         f"{read * size / 1e6:,.0f} MB/s",
     ]
 
 
-def _reads(cache: teachers.TeacherCache, samples: int) -> float:
-    """Samples read in a second, in random order, by one process."""
+def _reads(cache: teachers.TeacherCache, samples: int, seconds: float) -> float:
+    """Measure how many samples a second one process reads in random order, in one pass or more."""
     generator = torch.Generator().manual_seed(0)
     size = min(BATCH, samples)
     count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < SECONDS:
-        for ids in torch.randperm(samples, generator=generator).split(size)[:64]:
+    while not count or time.perf_counter() - began < seconds:
+        for ids in torch.randperm(samples, generator=generator).split(size):
             cache.lookup(ids)
             count += len(ids)
     return count / (time.perf_counter() - began)
+
+
+DIGESTS: dict[str, Callable[[bytes], object]] = {
+    "CRC-32 (zlib)": zlib.crc32,
+    "SHA-256 (hashlib)": lambda data: hashlib.sha256(data).digest(),
+    "BLAKE2b (hashlib)": lambda data: hashlib.blake2b(data).digest(),
+}
+
+
+def digest_speeds() -> Iterator[list[str]]:
+    """Yield rows of the table of digests: their speed on a group of rows, the best of 200."""
+    data = os.urandom(shard.GROUP_BYTES)
+    for name, compute in DIGESTS.items():
+        best = float("inf")
+        for _ in range(200):
+            began = time.perf_counter()
+            compute(data)
+            best = min(best, time.perf_counter() - began)
+        yield [name, f"{len(data) // 1024} KiB", f"{len(data) / best / 1e6:,.0f} MB/s"]
 
 
 def digits() -> tuple[str, nn.Module, Tensor]:
@@ -155,7 +180,10 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     """Measures, shows and writes."""
     speeds = table(
-        ["cache", "kept", "bytes a sample", "written, samples/s", "read, samples/s", "read"],
+        [
+            *("cache", "kept", "bytes a sample", "written, samples/s"),
+            *("read first, samples/s", "read again, samples/s", "read again"),
+        ],
         [measured(case) for case in CASES],
     )
     lost = table(
@@ -164,7 +192,8 @@ def main() -> None:
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     facts = environment.describe("cpu")
     where = f"{facts['device']}, torch {torch.__version__}, {date}."
-    found = {"speeds": f"{speeds}\n\n{where}", "losses": lost}
+    digests = table(["digest", "of", "speed"], list(digest_speeds()))
+    found = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, block in found.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

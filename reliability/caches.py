@@ -1,9 +1,12 @@
-"""libFuzzer on the reader of teachers' caches: what a file holds gives an answer or a ValueError.
+"""Run libFuzzer on the reader of teachers' caches, which answers or raises ValueError.
 
 ``python -m reliability.caches [SECONDS [SEED]]``. atheris follows the reader's branches. Half of
-the mutations are of a header's entries, which the format's length and offsets then fit again: of
-bytes changed at random hardly one in a thousand gets past the JSON. A finding is left in
-``build/caches`` by libFuzzer, and ``tests/test_teachers.py`` is where it belongs once it is fixed.
+the mutations are of a header's entries, which the format's length, offsets and, mostly, checksums
+then fit again: of bytes changed at random hardly one in a thousand gets past the JSON, and none
+past the checksums. Where a file is accepted, flipping a bit of it must be noticed or change
+nothing that is read. A file that is no regular one must be refused before the fuzzing begins.
+libFuzzer leaves a finding in ``build/caches``. Once it is fixed, it belongs into
+``tests/test_teachers.py``.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ import inspect
 import json
 import os
 import random
+import shutil
+import socket
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +73,36 @@ def edited(data: bytes, seed: int) -> bytes:
         for _ in range(draw.randrange(1, 5) if body else 0):
             bytes_[draw.randrange(len(bytes_))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
         body = bytes(bytes_)
-    return join(header, body)
+    return join(*sealed(header, body)) if draw.randrange(4) else join(header, body)
+
+
+def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
+    """Compute a file's checksums anew, as a forger would; raise what a header without them does."""
+
+    def part(name: str) -> bytes:
+        start, stop = header[name]["data_offsets"]
+        return body[start:stop]
+
+    texts = header["__metadata__"]
+    group, rows = int(texts["group"]), header["log_probs"]["shape"][0]
+    rows_of = [part(name) for name in ("log_probs", "indices") if name in header]
+    sums = []
+    for number in range(len(part("checksums")) // 8):
+        crc = 0
+        for data in rows_of:
+            size = group * len(data) // rows
+            crc = zlib.crc32(data[number * size : (number + 1) * size], crc)
+        sums.append(crc)
+    start, stop = header["checksums"]["data_offsets"]
+    body = body[:start] + struct.pack(f"<{len(sums)}q", *sums) + body[stop:]
+    dtypes = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    dtype = f"torch.{dtypes[header['log_probs']['dtype']]}"
+    named = sorted((key, text) for key, text in texts.items() if key != "crc32")
+    crc = zlib.crc32(json.dumps([named, dtype]).encode())
+    for name in ("ids", "lengths", "inputs", "checksums"):
+        crc = zlib.crc32(part(name), crc)
+    texts["crc32"] = f"{crc:08x}"
+    return header, body
 
 
 def write_corpus(folder: Path) -> None:
@@ -86,10 +121,34 @@ def write_corpus(folder: Path) -> None:
         "sequences": (nn.Embedding(9, 7), tokens, {"top_k": 2}),
     }
     for name, (teacher, inputs, options) in kinds.items():
+        shutil.rmtree(FOLDER / name, ignore_errors=True)  # of an earlier run
         loader = DataLoader(WithIds(TensorDataset(inputs)), 2)
         precompute(teacher, loader, FOLDER / name, progress=False, **options)
         (shard,) = (FOLDER / name).glob("*.safetensors")
         (folder / name).write_bytes(shard.read_bytes())
+
+
+OPEN = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.argv[1])"
+
+
+def check_other_files() -> None:
+    """Open a pipe, a socket, a device and a folder as shards, which must end by a ValueError."""
+    folder = FOLDER / "others"
+    file = folder / "shard-00000.safetensors"
+
+    def bind() -> None:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(file))  # paths of sockets have about 100 bytes at most
+
+    for make in (lambda: os.mkfifo(file), bind, lambda: file.symlink_to("/dev/zero"), file.mkdir):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        make()
+        command = [sys.executable, "-c", OPEN, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if "ValueError: " not in done.stderr:
+            raise AssertionError(f"{file.stat()} is not refused: {done.stderr}")
+    shutil.rmtree(folder)
 
 
 def fuzz(arguments: list[str]) -> None:
@@ -99,7 +158,7 @@ def fuzz(arguments: list[str]) -> None:
     from fastkd.teachers import TeacherCache, cache, shard
 
     # One by one: where a package is installed editable, atheris's hook of imports changes nothing.
-    for owner in (shard, cache, TeacherCache):
+    for owner in (shard, shard.Checksums, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):
                 setattr(owner, name, atheris.instrument_func(member))
@@ -107,20 +166,36 @@ def fuzz(arguments: list[str]) -> None:
     place = FOLDER / f"open-{os.getpid()}"
     place.mkdir(exist_ok=True)
 
-    def read(data: bytes) -> None:
+    def contents(data: bytes) -> list[bytes] | None:
+        """All that can be read of a file, or None if it is refused."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
             opened = TeacherCache(place)
-            opened.lookup(opened.ids[:8])
+            rows = opened.lookup(opened.ids[:8])
         except ValueError:
+            return None
+        tensors = [opened.ids, *([rows] if opened.top_k is None else rows)]
+        texts = repr((opened.header, opened.kl, opened.tail)).encode()
+        return [texts, *(shard.raw_bytes(tensor).tobytes() for tensor in tensors)]
+
+    def read(data: bytes) -> None:
+        found = contents(data)
+        if found is None:
             return
+        draw = random.Random(zlib.crc32(data))
+        flipped = bytearray(data)
+        flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        if contents(bytes(flipped)) not in (None, found):
+            raise AssertionError("a flipped bit changes what is read, and no error says so")
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         if seed % 2:
             try:
                 return edited(data, seed)[:most]
-            except (ValueError, TypeError, IndexError, RecursionError):
+            except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
                 pass  # there is no header to edit
+            except (struct.error, AttributeError):
+                pass  # there are no checksums to compute
         return bytes(atheris.Mutate(data, most))
 
     atheris.Setup([sys.argv[0], *arguments], read, custom_mutator=mutate)
@@ -132,8 +207,8 @@ def main() -> int:
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     corpus = FOLDER / "corpus"
-    if not corpus.exists():
-        write_corpus(corpus)
+    write_corpus(corpus)
+    check_other_files()
     options = [f"-max_total_time={seconds}", f"-seed={seed}", "-max_len=4000", "-rss_limit_mb=4096"]
     options += ["-print_final_stats=1", f"-artifact_prefix={FOLDER}/", str(corpus)]
     program = "import sys; from reliability import caches; caches.fuzz(sys.argv[1:])"

@@ -311,6 +311,74 @@ def test_checks_that_look_at_data_need_tensors():
         fastkd.check_inputs(**good(), ignore_index=2**63)
 
 
+# What makes a tensor of another layout, and what the error says to call.
+LAYOUTS = {
+    "coo": (lambda value: value.to_sparse(), "to_dense()"),
+    "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
+    "mkldnn": (lambda value: value.to_mkldnn(), "to_dense()"),
+    "nested": (lambda value: torch.nested.nested_tensor([value]), "torch.nested.to_padded_tensor("),
+    "jagged": (
+        lambda value: torch.nested.nested_tensor([value], layout=torch.jagged),
+        "torch.nested.to_padded_tensor(",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:The PyTorch API")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        *(("loss", name) for name in ("student_logits", "teacher_logits", "labels")),
+        *(("verify", name) for name in ("student_logits", "teacher_logits", "labels")),
+        *(("check_inputs", name) for name in ("student_logits", "teacher_logits", "labels")),
+        *(("topk_loss", name) for name in ("student_logits", "indices", "log_probs", "labels")),
+        *(("linear_loss", name) for name in ("student_hidden", "student_weight", "teacher_logits")),
+        ("check_logits", "logits"),
+    ],
+)
+def test_tensors_of_other_layouts_are_refused(function, name, layout):
+    """With the call that makes them dense, and not by an internal error of torch's."""
+    make_other, advice = LAYOUTS[layout]
+    arguments: dict[str, Any] = dict(good(), labels=torch.rand(4, 7))
+    if function == "topk_loss":
+        log_probs, indices = arguments.pop("teacher_logits").log_softmax(-1).topk(2)
+        arguments.update(indices=indices, log_probs=log_probs, labels=good()["labels"])
+    elif function == "linear_loss":
+        arguments.update(student_hidden=torch.rand(4, 3), student_weight=torch.rand(7, 3))
+        del arguments["student_logits"]
+    elif function == "check_logits":
+        arguments = {"logits": torch.rand(4, 7)}
+    value = arguments[name]
+    if (layout == "csr" and value.dim() < 2) or (
+        layout == "mkldnn" and not value.is_floating_point()
+    ):
+        value = torch.rand(4, 7)  # which has no other layout of this kind
+    arguments[name] = make_other(value)
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
+        getattr(fastkd, function)(**arguments)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        *(("verify", {name: None}) for name in ("student_logits", "teacher_logits", "repeats")),
+        *(("verify", {name: "x"}) for name in ("student_logits", "teacher_logits", "labels")),
+        ("verify", {"student_logits": torch.ones(4, 7, dtype=torch.int64)}),
+        *(("check_inputs", {name: None}) for name in ("student_logits", "teacher_logits")),
+        *(("check_inputs", {name: "x"}) for name in ("labels", "ignore_index", "temperature")),
+        ("check_logits", {"logits": None}),
+        ("check_logits", {"logits": torch.zeros(4, 7), "name": None}),
+    ],
+)
+def test_arguments_of_another_type_are_named(function, arguments):
+    name = list(arguments)[-1]
+    given = arguments if function == "check_logits" else {**good(), **arguments}
+    with pytest.raises(TypeError, match=f"^{name} must be "):
+        getattr(fastkd, function)(**given)
+
+
 def test_check_inputs_accepts_good_ones(device):
     student, teacher, labels = make((6, 40), device=device)
     student[0], labels[0] = NAN, -100  # ignored: not looked at

@@ -1,8 +1,11 @@
 """What a checkpoint brings back, and which folders are checkpoints."""
 
+import copy
+import os
 import pathlib
 import random
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -224,15 +227,100 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
         trainer.fit(plain())
 
 
-@pytest.mark.parametrize("text", ["", "{", None])
-def test_a_damaged_checkpoint_is_named(tmp_path, text):
-    losses(trainer_in(tmp_path), plain(), 10)
-    file = tmp_path / "step-00000010" / "trainer.json"
-    file.unlink() if text is None else file.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"trainer.json cannot be read: .* Delete step-00000010 to"
-    ):
-        trainer_in(tmp_path).resume()
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> pathlib.Path:
+    """A folder with two checkpoints that have every kind of file."""
+    folder = tmp_path_factory.mktemp("complete")
+    losses(complete_trainer_in(folder), plain(), 10)
+    return folder
+
+
+def complete_trainer_in(folder: pathlib.Path) -> fastkd.Trainer:
+    trainer = trainer_in(folder, ema=0.9)
+    trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer._optimizer, 0.9)
+    return trainer
+
+
+FILES = (
+    *("trainer.json", "files.json", "model.safetensors", "optimizer.bin", "scheduler.pt"),
+    *("ema.pt", "position-0.pt", "random_states_0.pkl"),
+)
+
+
+def damages(file: pathlib.Path) -> dict[str, Callable[[], object]]:
+    """What may become of a file, by name."""
+    data = file.read_bytes()
+    changes: dict[str, Callable[[], object]] = {
+        f"cut to {size} bytes": lambda size=size: file.write_bytes(data[:size])
+        for size in (0, 1, 7, len(data) // 3, len(data) // 2, len(data) - 1)
+    }
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    changes["a flipped bit"] = lambda: file.write_bytes(flipped)
+    for text in ("{}", "[]", "3", "null", '"text"', '{"step": "x"}', "[" * 100_000, "no JSON"):
+        changes[f"the text {text[:20]}"] = lambda text=text: file.write_text(text)
+    for name, value in (("tensor", torch.zeros(3)), ("list", [1]), ("dict", {})):
+        changes[f"another {name}"] = lambda value=value: torch.save(value, file)
+    changes["missing"] = lambda: None
+    changes["a folder"] = file.mkdir
+    changes["a link to itself"] = lambda: file.symlink_to(file)
+    if hasattr(os, "mkfifo"):
+        changes["a named pipe"] = lambda: os.mkfifo(file)
+    return changes
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name):
+    assert {file.name for file in (complete / "step-00000010").iterdir()} == set(FILES)
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "step-00000010" / name
+    trainer = complete_trainer_in(tmp_path)
+    before = state_of(trainer)
+    for what, damage in damages(file).items():
+        if file.is_dir():
+            file.rmdir()
+        else:
+            file.unlink(missing_ok=True)
+        damage()
+        with pytest.raises(ValueError, match=r"Delete step-00000010 to resume") as caught:
+            trainer.resume()
+        assert f"{file} cannot be read: " in str(caught.value) or name == "files.json", what
+        assert same(state_of(trainer), before), what
     shutil.rmtree(file.parent)
-    trainer = trainer_in(tmp_path)
     assert trainer.resume() and trainer.step == 5
+
+
+def state_of(trainer: fastkd.Trainer) -> list:
+    """Copies of all that a checkpoint brings back."""
+    states = [trainer.student, trainer._optimizer, trainer.ema, trainer.scheduler]
+    numbers = [trainer.step, trainer.epoch, list(trainer._history), trainer._position.state()]
+    return copy.deepcopy([*(state.state_dict() for state in states), *numbers, random.getstate()])
+
+
+def same(one: object, other: object) -> bool:
+    """Equal in all that is inside them."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
+    """The link goes when its turn comes, and what it leads to stays."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    trainer = trainer_in(folder)
+    found = losses(trainer, plain(), 5)
+    shutil.move(folder / "step-00000005", elsewhere)
+    (folder / "step-00000005").symlink_to(elsewhere)
+    if dangling:
+        elsewhere.rename(tmp_path / "away")
+        trainer.save()  # of this very step, under the name of the link
+    (folder / ".discarded").symlink_to(elsewhere)  # as an interruption may leave it
+    found += losses(trainer, plain(), 15)
+    assert len(found) == 15
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
+    assert list((tmp_path / "away" if dangling else elsewhere).iterdir())

@@ -127,7 +127,7 @@ def test_says_what_it_chose():
     ("change", "error", "message"),
     [
         ({"rows": -1}, ValueError, "rows must be an int of at least 0; got -1"),
-        ({"rows": 2.5}, ValueError, "rows must be an int of at least 0; got 2.5"),
+        ({"rows": 2.5}, TypeError, "rows must be an int of at least 0; got 2.5"),
         ({"classes": 0}, ValueError, "classes must be an int of at least 1; got 0"),
         ({"student_width": -8}, ValueError, "student_width must be an int of at least 0; got -8"),
         ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype; got 'bf16'"),

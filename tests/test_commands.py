@@ -1,6 +1,7 @@
 """The command line: a training and a report from a YAML file, and what is said of a bad one."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -21,6 +22,7 @@ pytest.importorskip("sklearn")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = """
+import os
 import fastkd
 import torch
 from sklearn.datasets import load_digits
@@ -288,7 +290,7 @@ def test_two_processes(given):
     from fastkd.teachers import shard
 
     assert len(teachers.TeacherCache(cache)) == 300
-    assert [len(shard.read(file).ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
+    assert [len(shard.read(file)[0].ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
     (last,) = (given.parent / "out" / "checkpoints").glob("step-00000006")
     schedule = torch.load(last / "scheduler.pt")
     assert schedule["_last_lr"] == [pytest.approx(0.0, abs=1e-12)]
@@ -395,7 +397,14 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("student=os.system", "student must be 'module:factory'; got 'os.system'"),
         ("student=os:system('x')", "student must be 'module:factory'; got"),
         ("student=no_such_module:f", "student: there is no module 'no_such_module' to import"),
-        ("student=json:nothing", "student: json has no 'nothing'"),
+        ("student={module}:absent", "student: {module} has no 'absent'"),
+        ("student=json:loads", "student: the module 'json' does not lie in .*--module json"),
+        ("student=sys:exit", "student: the module 'sys' does not lie in .*--module sys"),
+        ("student={module}:os.system", "student: .* must be a function or class that {module} def"),
+        ("student={module}:nn.Linear", "it is one of torch.nn.modules.linear. Write a function"),
+        ("student={module}:student.__call__", "must be a function or class that {module} defines"),
+        ("student={module}:student.__globals__.get", "must be a function or class that {module} "),
+        ("train={module}:DataLoader", "train: .* must be a function or class that {module} def"),
         ("student={module}:number", "student: .*:number is no function, but int"),
         ("student={module}:nothing", "must return a torch.nn.Module; got NoneType"),
         ("student.cache=x", "student.cache is no key of the configuration"),
@@ -430,9 +439,55 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
     name = next(given.parent.glob("parts_*.py")).stem
     monkeypatch.chdir(given.parent)
     change = change.format(module=name) if "{" in change else change
+    message = message.replace("{module}", name)
     error = refused(monkeypatch, capsys, "distill", "--config", given, "--set", change)
     assert re.search(f"fastkd distill: .*{message}", error), error
     assert not (given.parent / "out").exists()
+
+
+RUN = "{{factory: '{factory}', options: {{command: 'echo executed > {proof}'}}}}"
+
+
+@pytest.mark.parametrize("command", ["distill", "report"])
+@pytest.mark.parametrize("key", ["teacher", "student", "train", "validation"])
+@pytest.mark.parametrize("factory", ["os:system", "{module}:os.system"])
+def test_a_configuration_runs_no_command(given, monkeypatch, capsys, command, key, factory):
+    name, proof = next(given.parent.glob("parts_*.py")).stem, given.parent / "proof"
+    if command == "report" and key == "train":
+        key = "validation"  # a report has no training data
+    text = RUN.format(factory=factory.format(module=name), proof=proof)
+    lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
+    given.write_text("\n".join([*lines, f"{key}: {text}"]))
+    refused(monkeypatch, capsys, command, "--config", given)
+    assert not proof.exists()
+
+
+def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_factory):
+    """An import runs code. A module that --module names is imported, with those inside it."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    package = elsewhere / "distant_parts"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "small.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(elsewhere)
+    change = ("distill", "--config", given, "--set", "student=distant_parts.small:student")
+    error = refused(monkeypatch, capsys, *change)
+    assert "If you trust it with any options, add --module distant_parts.small" in error
+    assert not any(name.startswith("distant_parts") for name in sys.modules)
+    error = refused(monkeypatch, capsys, *change, "--module", "distant_parts.sma")
+    assert "add --module distant_parts.small" in error
+    run(monkeypatch, *change, "--module", "distant_parts", "--epochs", 1)
+    run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume")
+
+
+def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, capsys):
+    """Its folder comes last where Python looks for modules."""
+    before = list(sys.path)
+    (given.parent / "wave.py").write_text("raise ZeroDivisionError")
+    change = ("--set", "student=wave:open")
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *change)
+    assert "Python has another module 'wave' than the one in" in error
+    assert sys.path[: len(before)] == before and str(given.parent) in sys.path
 
 
 @pytest.mark.parametrize(
@@ -446,7 +501,11 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
         ("\x00", "is no YAML"),
         ("output: 2024-13-45", "is no YAML: month must be"),
         ("epochs: " + "9" * 5000, "is no YAML: Exceeds the limit"),
-        ("loss: &a {x: *a}", "is no YAML: maximum recursion depth"),
+        (
+            "epochs: 1\nloss: &a {x: *a}",
+            "config.yaml has the alias \\*a in line 2, and aliases are",
+        ),
+        ("a: &a [1]\nb: {<<: *a}", "config.yaml has the alias \\*a in line 2, and"),
         ("teacher: m:f", "student is missing: module:factory of the student"),
     ],
 )
@@ -454,6 +513,38 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, me
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert re.search(message, refused(monkeypatch, capsys, "distill", "--config", file))
+
+
+def test_nested_aliases_end_at_once(tmp_path):
+    """They stand for 9^10 values, which no machine can hold: another process tries it."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(lines))
+    assert file.stat().st_size < 700
+    assert "has the alias *a0 in line 2" in command_in_another_process(file)
+
+
+def test_long_texts_end_at_once(tmp_path):
+    """Looking for a number in them takes time in proportion to their length."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"seed: '{'1' * 500_000}'")
+    assert "is missing" in command_in_another_process(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    error = command_in_another_process(tmp_path / "config.yaml")
+    assert "config.yaml is no regular file" in error
+
+
+def command_in_another_process(file: pathlib.Path) -> str:
+    """What a command that is refused prints; one that does not end fails the test."""
+    command = [sys.executable, "-m", "fastkd", "distill", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
 
 
 def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):

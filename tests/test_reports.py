@@ -1,6 +1,7 @@
 """The report: its figures against plain computation, and its page as a browser shows it."""
 
 import copy
+import errno
 import html.parser
 import io
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -407,6 +409,58 @@ def test_names_are_text_everywhere(models, tmp_path):
     assert "<script" not in re.sub(r"\\<", "", found.markdown())
     assert HOSTILE.split()[0] in str(found)
     found.save(tmp_path)
+
+
+@pytest.mark.parametrize("title", ["eval of [/data/run1]", "[bold]a[/bold] :smile: \\[b]"])
+def test_titles_and_names_are_no_markup(models, capsys, title):
+    teacher, students = models
+    named = {title: students["alone"]}
+    found = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=title)
+    shown = capsys.readouterr().out
+    assert shown.count(title) == str(found).count(title) == 3  # title, column and headline
+
+
+def test_a_title_is_text():
+    with pytest.raises(TypeError, match=r"^title must be text; got int"):
+        fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), [], title=3)
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, written):
+    """Of a first report nothing, and an earlier one as it was."""
+    write, done = pathlib.Path.write_bytes, []
+
+    def fill_disk(path, data):
+        if len(done) == written:
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done.append(write(path, data))
+
+    whole = report.save(tmp_path / "whole")
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert len(before) == 5
+    other = report._replace(title="another")
+    for folder, expected in ((tmp_path / "new", {}), (whole, before)):
+        done.clear()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(pathlib.Path, "write_bytes", fill_disk)
+            other.save(folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system has no limits of file sizes")
+def test_a_file_that_may_not_grow_leaves_no_half_of_a_report(report, tmp_path):
+    """As on a full disk, by the system's own error."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            report.save(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "new").iterdir())
 
 
 def browse(page, *options: str) -> subprocess.CompletedProcess:

@@ -1,11 +1,13 @@
 """The teacher's cache: what is written is what is read, whatever is interrupted, lost or forged."""
 
+import itertools
 import json
 import os
 import pathlib
 import pickle
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -616,7 +618,7 @@ def forged(cache, tmp_path):
     ("key", "value", "message"),
     [
         ("format", "pickle", "does not say format"),
-        ("version", "2", "version 2 of the format"),
+        ("version", "1", "version 1 of the format"),
         ("version", "9" * 5000, "its version is"),
         ("classes", "0", "its classes is"),
         ("classes", "-3", "its classes is"),
@@ -669,6 +671,28 @@ def test_forged_files(forged, change):
         TeacherCache(forge(change(*parts_of(data))))
 
 
+READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.argv[1])"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    """A process of its own, since opening a named pipe would wait for ever."""
+    file = tmp_path / "shard-00000.safetensors"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(file))
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    command = [sys.executable, "-c", READ, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "ValueError" in done.stderr and "it is no regular file" in done.stderr
+
+
 def test_forged_lengths_and_classes(forged):
     data, forge = forged
     header, body = parts_of(data)
@@ -678,15 +702,28 @@ def test_forged_lengths_and_classes(forged):
         new = body[:start] + struct.pack(f"<{count}q", *lengths) + body[stop:]
         with pytest.raises(ValueError, match="lengths do not add up"):
             TeacherCache(forge(joined(header, new)))
-    start, stop = header["indices"]["data_offsets"]
-    new = body[:start] + struct.pack("<i", 10) + body[start + 4 :]
+
+
+def test_a_forged_class_is_refused(cache, tmp_path):
+    """Its checksum is right: a forger computes that, too."""
+    content, _ = shard.read(cache.path / "shard-00000.safetensors")
+    content.indices[0, 0] = 10
+    shard.write(tmp_path, content)
     with pytest.raises(ValueError, match="names a class beyond its 10"):
-        TeacherCache(forge(joined(header, new))).lookup(torch.arange(5))
+        TeacherCache(tmp_path).lookup(content.ids)
 
 
-def test_damaged_bytes_and_cut_files_never_crash(forged):
+def contents(path: pathlib.Path) -> list[torch.Tensor]:
+    """All that can be read of a cache."""
+    read = TeacherCache(path)
+    numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
+    return [read.ids, read._lengths, read._inputs, numbers, *read.lookup(read.ids)]
+
+
+def test_damaged_bytes_and_cut_files_are_refused(forged):
     """In one process: a crash would end the tests."""
     data, forge = forged
+    original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
     rng, refused = random.Random(0), 0
     for turn in range(400):
@@ -695,11 +732,53 @@ def test_damaged_bytes_and_cut_files_never_crash(forged):
             damaged[rng.randrange(header_size if turn % 2 else len(data))] = rng.randrange(256)
         new = bytes(damaged[: rng.randrange(len(data))] if turn % 5 == 0 else damaged)
         try:
-            read = TeacherCache(forge(new))
-            read.lookup(read.ids)
+            read = contents(forge(new))
         except ValueError:
             refused += 1
-    assert 200 < refused < 400
+        else:
+            assert all(map(torch.equal, read, original))
+    assert refused > 390
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_flipped_bits_are_seen(tmp_path, top_k):
+    """Such as the sign of a log-probability, which makes a probability of more than 1."""
+    few = Subset(DATA, range(3))
+    write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
+    (file,) = tmp_path.iterdir()
+    data, original = file.read_bytes(), contents(tmp_path)
+    kept = 0
+    for place, bit in itertools.product(range(len(data)), (7, None)):
+        bit = place * 5 % 7 if bit is None else bit  # of each byte the highest and another
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(damaged)
+        try:
+            read = contents(tmp_path)
+        except ValueError:
+            continue
+        kept += 1
+        assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
+    assert kept < 50  # of the header's blanks and the like
+
+
+def test_each_group_of_rows_has_its_checksum(tmp_path, monkeypatch):
+    """Damage is found where it is read, and rows elsewhere are read all the same."""
+    monkeypatch.setattr(shard, "GROUP_BYTES", 7 * 10 * 2)  # 7 rows
+    write(Counting(), tmp_path)
+    (file,) = tmp_path.iterdir()
+    header, body = parts_of(file.read_bytes())
+    assert header["checksums"]["shape"] == [29]
+    at = header["log_probs"]["data_offsets"][0] + 15 * 10 * 2  # of row 15, in the third group
+    file.write_bytes(joined(header, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]))
+    cache = TeacherCache(tmp_path)
+    cache.lookup(torch.tensor([0, 13, 21, 199]))
+    for _ in range(2):
+        message = r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete it and"
+        with pytest.raises(ValueError, match=message):
+            cache.lookup(torch.tensor([0, 17]))
+    file.unlink()
+    assert len(write(Counting(), tmp_path).lookup(torch.tensor([0, 17]))) == 2
 
 
 def test_shards_of_two_caches_are_not_mixed(cache, tmp_path):

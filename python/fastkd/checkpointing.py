@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there.
+"""Write checkpoints that are whole or absent, and check them before they are read.
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronised to the
 disk and renamed, so that whatever kills the process leaves the one before. One of the same step is
 ``step-00000042.replaced`` until the new one has its name. It holds numbers and no code: reading one
-made by somebody else executes nothing.
+made by somebody else executes nothing. Its ``files.json`` has a CRC-32 of each other file, by which
+:func:`check` finds a damaged one before anything is loaded.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import os
 import pathlib
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 KEPT = 2
+CHECKSUMS = "files.json"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _INCOMPLETE, _DISCARDED, _REPLACED = ".incomplete", ".discarded", ".replaced"
 
@@ -54,7 +57,7 @@ def write(
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
     if main:
         for rest in (incomplete, folder / _DISCARDED):
-            shutil.rmtree(rest, ignore_errors=True)
+            _delete(rest)
         incomplete.mkdir(parents=True)
     barrier()
     fill(incomplete)
@@ -62,9 +65,11 @@ def write(
         _synchronise(file)
     barrier()
     if main:
+        seal(incomplete)
+        _synchronise(incomplete / CHECKSUMS)
         _synchronise(incomplete)
         replaced = target.with_name(target.name + _REPLACED)
-        if target.exists():  # of this very step, as at the end of an epoch
+        if os.path.lexists(target):  # of this very step, as at the end of an epoch
             _discard(replaced)
             target.replace(replaced)
         incomplete.replace(target)
@@ -77,11 +82,19 @@ def write(
 
 
 def _discard(checkpoint: pathlib.Path) -> None:
-    """Renames before it deletes, so that no half of a checkpoint is taken for one."""
-    if checkpoint.exists():
+    """Rename before deleting, so that no half of a checkpoint is taken for one."""
+    if os.path.lexists(checkpoint):
         discarded = checkpoint.with_name(_DISCARDED)
         checkpoint.replace(discarded)
-        shutil.rmtree(discarded)
+        _delete(discarded)
+
+
+def _delete(path: pathlib.Path) -> None:
+    """Delete a folder, or a link to one but not its target, if there is one."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def put(value: Any, file: pathlib.Path) -> None:
@@ -108,23 +121,81 @@ def get(file: pathlib.Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def seal(folder: pathlib.Path) -> None:
+    """Write the checksums of a checkpoint's files, which :func:`check` compares."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    checksums = {
+        file.relative_to(folder).as_posix(): _checksum(file)
+        for file in files
+        if file != folder / CHECKSUMS
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+
+
+def check(folder: pathlib.Path) -> None:
+    """Compare each file of a checkpoint with its checksum.
+
+    Raises:
+        ValueError: if a file is missing, is no regular file, or has changed.
+    """
+    for name, expected in _object(folder / CHECKSUMS).items():
+        file = folder / name
+        try:
+            actual = _checksum(file)
+        except OSError as error:
+            raise _unreadable(file, folder, error) from error
+        if actual != expected:
+            raise _unreadable(file, folder, f"its CRC-32 is {actual}, and was {expected}")
+
+
+def _checksum(file: pathlib.Path) -> str:
+    """Compute the CRC-32 of a regular file."""
+    if file.exists() and not file.is_file():  # opening a named pipe would wait for a writer
+        raise OSError("it is no regular file")
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def _object(file: pathlib.Path) -> dict[str, Any]:
+    """Read a file of a checkpoint that holds a JSON object."""
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is no regular file")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(file, file.parent, error) from error
+    if not isinstance(content, dict) or not content:
+        raise _unreadable(file, file.parent, "it holds no JSON object with entries")
+    return content
+
+
+def _unreadable(file: pathlib.Path, folder: pathlib.Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{file} cannot be read: {reason}. Delete {folder.name} to resume from the checkpoint "
+        "before it, or from the start"
+    )
+
+
 def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
-    """What a checkpoint's ``trainer.json`` says.
+    """Read a checkpoint's ``trainer.json``.
 
     Raises:
         ValueError: if it cannot be read, or does not agree with what is ``ours``.
     """
     file = folder / "trainer.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read: {error}. Delete {folder.name} to resume from the one before"
-        ) from error
-    for name, own in ours.items():
-        if found.get(name) != own:
-            raise ValueError(f"{folder} has {name} {found.get(name)}, and this run {own}")
-    return found
+    content = _object(file)
+    for name, expected in ours.items():
+        if name not in content:
+            raise _unreadable(file, folder, f"it has no {name}")
+        if content[name] != expected:
+            raise ValueError(
+                f"{folder} has {name} {content[name]}, and this run {expected}. Make the trainer "
+                "as it was, or choose another folder"
+            )
+    return content
 
 
 def refuse_code(folder: pathlib.Path) -> None:

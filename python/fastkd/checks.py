@@ -62,8 +62,10 @@ def number(
 
 
 def count(name: str, value: object, least: int = 1) -> None:
-    """An int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    """Check for an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int of at least {least}; got {value!r}")
+    if value < least:
         raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
 
 
@@ -99,6 +101,20 @@ def dim_and_classes(dim: object, classes: object) -> None:
         raise ValueError(f"classes must be at least 1; got {classes}")
 
 
+def dense(name: str, value: Tensor) -> None:
+    """Raise TypeError for a sparse, nested or mkldnn tensor, without running an operation on it."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor; got a nested one. "
+            f"torch.nested.to_padded_tensor({name}, padding) makes it dense"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor; got layout {value.layout}. "
+            f"{name}.to_dense() makes it dense"
+        )
+
+
 def logits(
     student: object, teachers: Sequence[object], dim: int = -1, classes: int | None = None
 ) -> None:
@@ -111,12 +127,11 @@ def logits(
     for name, value in named:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        dense(name, value)
         if value.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
             )
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
     assert isinstance(student, Tensor)
     if student.dim() <= max(dim, 0) or student.shape[dim] == 0:
         layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
@@ -161,6 +176,7 @@ def targets(value: object, student: Tensor) -> bool:
             "labels must be a tensor of class indices or probabilities, or None; got "
             f"{type(value).__name__}"
         )
+    dense("labels", value)
     if value.is_floating_point() and value.shape == student.shape:
         rows(value[..., 0], "labels", student)
         if value.requires_grad:
@@ -398,7 +414,7 @@ def check_inputs(
         ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
             ``ignore_index``, a temperature that is not positive and finite, or NaN or +inf among
             the logits of a row that counts.
-        TypeError: for dtypes that are not accepted.
+        TypeError: for arguments of another type, and for dtypes and layouts that are not accepted.
 
     Example:
         >>> import torch, fastkd
@@ -463,13 +479,20 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
     Returns:
         Whether they look like logits.
 
+    Raises:
+        TypeError: if ``logits`` is no dense tensor, or ``name`` is no text.
+        ValueError: if ``logits`` are not floating-point, or have no dimension.
+
     Example:
         >>> import torch, fastkd
         >>> fastkd.check_logits(torch.randn(4, 10))
         True
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text; got {type(name).__name__}")
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
+    dense(name, logits)
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(
             f"{name} must be floating-point, of shape (..., C); got {logits.dtype} of shape "

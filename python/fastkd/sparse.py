@@ -238,12 +238,14 @@ def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str
         raise TypeError(
             f"{names[0]} must be a tensor of class indices; got {type(indices).__name__}"
         )
+    checks.dense(names[0], indices)
     if indices.dtype not in checks.INTEGERS:
         raise TypeError(
             f"{names[0]} must be class indices of an integer dtype; got {indices.dtype}"
         )
     if not isinstance(log_probs, Tensor):
         raise TypeError(f"{names[1]} must be a tensor; got {type(log_probs).__name__}")
+    checks.dense(names[1], log_probs)
     if log_probs.dtype not in checks.FLOATS:
         raise TypeError(
             f"{names[1]} must be float64, float32, bfloat16 or float16; got {log_probs.dtype}"

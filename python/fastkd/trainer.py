@@ -22,7 +22,7 @@ from fastkd.position import Position
 from fastkd.progress import Progress
 from fastkd.watching import Watch
 
-FORMAT = 4  # of a checkpoint
+FORMAT = 5  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -394,18 +394,23 @@ class Trainer:
 
         Raises:
             ValueError: if the checkpoint is of another number of processes, of another version, of
-                a trainer of other parts, damaged, or has files that could execute code.
+                a trainer of other parts, or has files that could execute code; or if a file is
+                missing or damaged, which is found before anything of the trainer changes.
             pickle.UnpicklingError: if a file holds code; none is executed.
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
-        found = checkpointing.all_of(self._folder)
-        if not found:
+        checkpoints = checkpointing.all_of(self._folder)
+        if not checkpoints:
             return False
-        newest = found[-1]
+        newest = checkpoints[-1]
         checkpointing.refuse_code(newest)
+        checkpointing.about(newest, format=FORMAT)
+        checkpointing.check(newest)
         processes, hints = self.accelerator.num_processes, len(self._hints)
-        about = checkpointing.about(newest, format=FORMAT, processes=processes, hints=hints)
+        about = checkpointing.about(newest, processes=processes, hints=hints)
+        rank = self.accelerator.process_index
+        position = checkpointing.get(newest / f"position-{rank}.pt")
         if self._wrapped is None:
             self._wrap(*about["widths"])
         for name in self._stateful:
@@ -415,9 +420,8 @@ class Trainer:
         for name, stateful in self._stateful.items():
             stateful.load_state_dict(checkpointing.get(newest / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
-        self._history = [Evaluation(*found) for found in about["history"]]
-        rank = self.accelerator.process_index
-        self._position.load(checkpointing.get(newest / f"position-{rank}.pt"))
+        self._history = [Evaluation(*values) for values in about["history"]]
+        self._position.load(position)
         self._resumed = True
         return True
 

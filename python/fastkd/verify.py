@@ -152,9 +152,9 @@ def verify(
     losses.check_names("verify", options)
     checks.count("repeats", repeats)
     options = {**options, "inplace": False, "teacher_grad": "ignore"}
+    problem = _rows(student_logits, teacher_logits, labels, options)
     student, teacher = student_logits.detach().requires_grad_(), teacher_logits
-    result = losses.loss(student, teacher, labels, **options)  # checks the arguments as well
-    problem = _rows(student, teacher, labels, options)
+    result = losses.loss(student, teacher, labels, **options)
     ours = losses.rows_last(
         _gradient(result, student), options.get("dim", -1), options.get("classes")
     )
@@ -215,9 +215,9 @@ def verify(
 def _rows(
     student: Tensor, teacher: losses.Teacher, labels: Tensor | None, options: dict[str, Any]
 ) -> Rows:
-    """Rows from the arguments of :func:`fastkd.loss`; its weights are numbers again."""
-    call = losses.prepare(student.detach(), teacher, labels, {**losses.DEFAULTS, **options})
-    rows, _ = as_rows(*call, torch.float64)
+    """Check the arguments of :func:`fastkd.loss` and return their rows, with weights as numbers."""
+    call = losses.prepare(student, teacher, labels, {**losses.DEFAULTS, **options})
+    rows, _ = as_rows(*call._replace(student=call.student.detach()), torch.float64)
     numbers = rows.objective._asdict()
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.dim() == 0:

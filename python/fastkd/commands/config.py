@@ -1,26 +1,24 @@
-"""A training's configuration: plain YAML, every key checked, nothing in it executed.
+"""Read a training's configuration: plain YAML, with every key checked and nothing executed.
 
-Code is named, never written: ``"module:factory"`` is a function without arguments, or with the
-``options`` given beside it, that returns a model or a data set. Modules are looked for beside the
-configuration file, in the working folder, and where Python finds any other.
+Code is named, never written: ``"module:factory"`` is a function or class without arguments, or with
+the ``options`` beside it, that makes a model or a data set. Its module has to lie beside the
+configuration file or to be named on the command line, and has to define it: a configuration reaches
+no other code. :mod:`fastkd.commands.factories` checks that before it imports anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import inspect
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fastkd import checks, extras, losses
 
@@ -196,13 +194,15 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for anything that is not as :data:`KEYS` has it.
     """
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+        raise ConfigError(f"config: {path} is no regular file")
     try:
         text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
     given = _parsed(f"config: {path}", text)
     if not isinstance(given, dict):
-        raise ConfigError(f"config: {path} must hold keys and values; it holds {_line(given)}")
+        raise ConfigError(f"config: {path} must hold keys and values; it holds {line(given)}")
     for override in overrides:
         _override(given, override)
     _known("", given, list(KEYS))
@@ -218,12 +218,28 @@ def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _parsed(name: str, text: str | bytes) -> Any:
-    """What YAML says."""
+    """Return the value of a YAML text without aliases.
+
+    A few nested aliases stand for billions of values.
+    """
     yaml = extras.load("yaml", "train")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise ConfigError(
+                    f"{name} has the alias *{event.anchor} in line {event.start_mark.line + 1}, "
+                    "and aliases are not accepted: write the value out"
+                )
+            return super().compose_node(parent, index)
+
     try:
-        return _numbers(yaml.safe_load(text))
+        return _numbers(Loader(text).get_single_data())
+    except ConfigError as error:
+        raise ConfigError(str(error)) from None  # without the parser's traceback
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a ValueError
-        raise ConfigError(f"{name} is no YAML: {_line(error)}") from None
+        raise ConfigError(f"{name} is no YAML: {line(error)}") from None
 
 
 def _override(given: dict[str, Any], text: str) -> None:
@@ -247,7 +263,7 @@ def _numbers(value: Any) -> Any:
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
 
@@ -260,80 +276,25 @@ def _known(prefix: str, given: Mapping[Any, Any], names: Sequence[str]) -> None:
             raise ConfigError(f"{prefix}{key} is no key of the configuration; {hint}")
 
 
-def _line(value: Any) -> str:
+def line(value: Any) -> str:
+    """Return the beginning of a text in one line."""
     return " ".join(str(value).split())[:200]
 
 
-# ---- making what it names
+def add_modules(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names modules from which a configuration may take factories."""
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        dest="modules",
+        help="a module that the file may take functions from, beside those in the file's folder; "
+        "its submodules, too; repeatable",
+    )
 
 
-def importable(folder: pathlib.Path) -> None:
-    """Lets modules beside the configuration be imported."""
-    for path in (str(pathlib.Path.cwd()), str(folder.resolve())):
-        if path not in sys.path:
-            sys.path.insert(0, path)
-
-
-def make(name: str, part: Part) -> Any:
-    """Calls a part's factory."""
-    assert part.factory is not None
-    module_name, _, attribute = part.factory.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; what it imports is not
-        raise ConfigError(f"{name}: there is no module {module_name!r} to import") from None
-    for step in attribute.split("."):
-        if not hasattr(found, step):
-            raise ConfigError(f"{name}: {found.__name__} has no {step!r}")
-        found = getattr(found, step)
-    if not callable(found):
-        raise ConfigError(f"{name}: {part.factory} is no function, but {type(found).__name__}")
-    try:
-        inspect.signature(found).bind(**part.options)
-    except TypeError as error:
-        raise ConfigError(f"{name}.options: {part.factory} does not take them: {error}") from None
-    except ValueError:  # compiled code may not say what it takes
-        pass
-    return found(**part.options)
-
-
-def make_data(name: str, part: Part) -> Any:
-    """A data set, or a loader that the user's code makes of it."""
-    data = make(name, part)
-    if not isinstance(data, DataLoader) and not hasattr(data, "__getitem__"):
-        raise ConfigError(
-            f"{name}: {part.factory} must return a data set or a DataLoader; got "
-            f"{type(data).__name__}"
-        )
-    return data
-
-
-def make_model(name: str, part: Part) -> nn.Module:
-    """A module, with its weights if a file of them is named."""
-    model = make(name, part)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"{name}: {part.factory} must return a torch.nn.Module; got {type(model).__name__}"
-        )
-    if part.weights is not None:
-        _load(name, model, pathlib.Path(part.weights))
-    return model
-
-
-def _load(name: str, model: nn.Module, path: pathlib.Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ConfigError(
-            f"{name}.weights must be a .safetensors file, since others may run code; got {path}"
-        )
-    if not path.is_file():
-        raise ConfigError(f"{name}.weights: there is no file {path} (distill writes the student's)")
-    errors = (extras.load("safetensors", "train").SafetensorError, RuntimeError)
-    try:
-        extras.load("safetensors.torch", "train").load_model(model, str(path))
-    except errors as error:
-        raise ConfigError(f"{name}.weights: {path} does not fit: {_line(error)}") from None
+# ---- making what needs no code of the user's
 
 
 def make_loss(options: dict[str, Any]) -> losses.KDLoss:
@@ -342,7 +303,7 @@ def make_loss(options: dict[str, Any]) -> losses.KDLoss:
     try:
         return losses.KDLoss(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss: {_line(error)}") from None
+        raise ConfigError(f"loss: {line(error)}") from None
 
 
 # One wants a closure, the other sparse gradients.
@@ -362,4 +323,4 @@ def make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.O
     try:
         return kind(student.parameters(), **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {_line(error)}") from None
+        raise ConfigError(f"optimizer: {line(error)}") from None

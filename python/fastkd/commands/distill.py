@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import checkpointing, extras, losses, teachers, trainer_arguments
 from fastkd.commands import config
+from fastkd.commands.factories import Factories
 from fastkd.teachers import writing
 from fastkd.trainer import Trainer
 
@@ -30,8 +31,10 @@ DESCRIPTION = """Trains a student on a teacher's answers, as a YAML file says:
     output: runs/first
     loss: {temperature: 4, alpha: 0.1}
 
-and writes student.safetensors, history.json and checkpoints to the output folder. For several
-processes: accelerate launch -m fastkd distill --config FILE. Keys of the file:
+and writes student.safetensors, history.json and checkpoints to the output folder. The functions
+have to be defined in modules beside the file, or in those that --module names. Read the modules
+beside it before you run a configuration of somebody else. For several processes:
+accelerate launch -m fastkd distill --config FILE. Keys of the file:
 """
 # Keys that have a flag of their own; --set reaches all of them.
 FLAGS = ("output", "epochs", "batch_size", "seed", "workers")
@@ -48,6 +51,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--config", type=pathlib.Path, required=True, metavar="FILE")
     config.add_set(parser)
+    config.add_modules(parser)
     for name in FLAGS:
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="VALUE", help=f"instead of the file's {name}"
@@ -74,15 +78,15 @@ def run(arguments: argparse.Namespace) -> None:
             overrides.append(f"{name}={json.dumps(value) if name == 'output' else value}")
     chosen = config.read(arguments.config, overrides)
     extras.check("train", "safetensors.torch", "numpy")  # for the student, after the training
-    config.importable(arguments.config.parent)
+    factories = Factories(arguments.config.parent, arguments.modules)
     output = pathlib.Path(chosen["output"])
     checkpoints = _checkpoints(output, chosen, arguments.resume)
     accelerator = _accelerator(chosen["mixed_precision"])
     torch.manual_seed(chosen["seed"])
-    student = config.make_model("student", chosen["student"])
+    student = factories.make_model("student", chosen["student"])
     loss = config.make_loss(chosen["loss"])
     optimizer = config.make_optimizer(chosen["optimizer"], student)
-    teacher, train, validation = _teacher_and_data(chosen, loss.options, accelerator)
+    teacher, train, validation = _teacher_and_data(chosen, factories, loss.options, accelerator)
     loader = _loader(train, chosen, shuffle=True)
     trainer = Trainer(
         student,
@@ -136,13 +140,13 @@ def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> 
 
 
 def _teacher_and_data(
-    chosen: dict[str, Any], loss: dict[str, Any], accelerator: Any
+    chosen: dict[str, Any], factories: Factories, loss: dict[str, Any], accelerator: Any
 ) -> tuple[Any, Any, Any]:
     """The teacher, live or cached, and the data; with a cache, samples that carry their ids."""
     part: config.Part = chosen["teacher"]
-    train = config.make_data("train", chosen["train"])
-    validation = chosen["validation"] and config.make_data("validation", chosen["validation"])
-    live = None if part.factory is None else config.make_model("teacher", part)
+    train = factories.make_data("train", chosen["train"])
+    validation = chosen["validation"] and factories.make_data("validation", chosen["validation"])
+    live = None if part.factory is None else factories.make_model("teacher", part)
     if part.cache is None:
         return live, train, validation
     for name, data in (("train", train), ("validation", validation)):
@@ -239,7 +243,10 @@ def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any
     found = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
-    extras.load("safetensors.torch", "train").save_model(student, str(part))
-    os.replace(part, output / "student.safetensors")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, output / "history.json")
+    try:
+        extras.load("safetensors.torch", "train").save_model(student, str(part))
+        os.replace(part, output / "student.safetensors")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, output / "history.json")
+    finally:
+        part.unlink(missing_ok=True)  # of a full disk

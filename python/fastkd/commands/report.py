@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from fastkd import extras, reports
 from fastkd.commands import config
+from fastkd.commands.factories import Factories
 
 DESCRIPTION = """Compares students with their teacher: size, latency, accuracy, calibration.
 
@@ -22,6 +23,9 @@ DESCRIPTION = """Compares students with their teacher: size, latency, accuracy, 
 With a configuration of `distill`, the teacher, the validation data and the student that was written
 to its output are taken from there; what flags told distill, such as --output runs/second, is given
 here as --set output=runs/second.
+
+Functions of a configuration come from modules beside it, and from those that --module, --teacher,
+--model or --data name.
 """
 MODEL = "MODULE:FACTORY[@FILE.safetensors]"
 
@@ -36,6 +40,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--config", type=pathlib.Path, metavar="FILE", help="as for distill")
     config.add_set(parser)
+    config.add_modules(parser)
     parser.add_argument("--teacher", metavar=MODEL)
     parser.add_argument("--data", metavar="MODULE:FACTORY", help="held-out data set")
     parser.add_argument(
@@ -55,7 +60,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measures, shows and writes."""
     teacher, data, students = None, None, {}
-    folder = pathlib.Path.cwd()
+    folder, named = pathlib.Path.cwd(), list[str]()
     batch_size = config.KEYS["batch_size"].read("--batch-size", arguments.batch_size)
     output = arguments.output and config.KEYS["output"].read("--output", arguments.output)
     if arguments.overrides and arguments.config is None:
@@ -68,13 +73,16 @@ def run(arguments: argparse.Namespace) -> None:
         students["distilled"] = chosen["student"]._replace(weights=str(trained))
     if arguments.teacher is not None:
         teacher = _model("--teacher", arguments.teacher)
+        named.append(_module(teacher))
     if arguments.data is not None:
         data = config.KEYS["validation"].read("--data", arguments.data)
+        named.append(_module(data))
     for text in arguments.model:
         name, equals, model = text.partition("=")
         if not equals or not name:
             raise config.ConfigError(f"--model must be NAME={MODEL}; got {text!r}")
         students[name] = _model("--model", model)
+        named.append(_module(students[name]))
     if teacher is None or teacher.factory is None:
         raise config.ConfigError("--teacher is missing: a model, with --config or without it")
     if data is None:
@@ -82,12 +90,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not students:
         raise config.ConfigError("--model is missing: at least one student")
     extras.check("report", "rich", *(["matplotlib"] if output is not None else []))
-    config.importable(folder)
-    samples = config.make_data("data", data)
+    factories = Factories(folder, [*arguments.modules, *named])
+    samples = factories.make_data("data", data)
     loader = samples if isinstance(samples, DataLoader) else DataLoader(samples, batch_size)
     found = reports.report(
-        config.make_model("teacher", teacher),
-        {name: config.make_model(name, part) for name, part in students.items()},
+        factories.make_model("teacher", teacher),
+        {name: factories.make_model(name, part) for name, part in students.items()},
         loader,
         title=arguments.title,
         seconds=arguments.seconds,
@@ -101,3 +109,8 @@ def _model(name: str, text: str) -> config.Part:
     factory, _, weights = text.partition("@")
     part: config.Part = config.KEYS["student"].read(name, factory)
     return part._replace(weights=weights or None)
+
+
+def _module(part: config.Part) -> str:
+    """Return the module that a flag names, and thereby trusts."""
+    return (part.factory or "").partition(":")[0]

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,19 +72,33 @@ class Report(NamedTuple):
         return page.html(self)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes ``report.html``, ``report.md``, ``report.json`` and the pictures; the folder."""
-        folder = pathlib.Path(folder)
-        pictures = {name: plots.png(figure) for name, figure in plots.figures(self).items()}
-        texts = {
-            "report.html": self.html(),
-            "report.md": self.markdown(),
-            "report.json": self.json() + "\n",
-        }
+        """Write ``report.html``, ``report.md``, ``report.json`` and the pictures.
+
+        Where writing fails, as on a full disk, the files of an earlier report stay as they were.
+
+        Returns:
+            The folder.
+
+        Raises:
+            TypeError, ValueError: if ``folder`` is no path at which there can be a folder.
+            OSError: if a file cannot be written.
+        """
+        folder = checks.folder("folder", folder)
+        figures = plots.figures(self)
+        files = {f"{name}.png": plots.png(figure) for name, figure in figures.items()}
+        files["report.html"] = self.html().encode()
+        files["report.md"] = self.markdown().encode()
+        files["report.json"] = f"{self.json()}\n".encode()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in pictures.items():
-            (folder / f"{name}.png").write_bytes(data)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        parts = {name: folder / f".{secrets.token_hex(8)}.part" for name in files}
+        try:
+            for name, data in files.items():
+                parts[name].write_bytes(data)
+            for name, part in parts.items():
+                part.replace(folder / name)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
         return folder
 
 
@@ -130,8 +145,8 @@ def report(
 
     Raises:
         ImportError: with ``show`` and without Rich; before anything is measured.
-        TypeError: for models that are no modules, names that are no text, or ``devices`` or
-            ``batch_sizes`` that are no list or tuple.
+        TypeError: for models that are no modules, names or a title that are no text, or ``devices``
+            or ``batch_sizes`` that are no list or tuple.
         ValueError: for no student, a loader without rows, models whose logits differ in rows,
             labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
             that are not finite.
@@ -146,6 +161,8 @@ def report(
         ['teacher', 'student']
     """
     models = _named(teacher, students)
+    if not isinstance(title, str):
+        raise TypeError(f"title must be text; got {type(title).__name__}")
     _check_sequence("devices", devices or ())
     _check_sequence("batch_sizes", batch_sizes)
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):

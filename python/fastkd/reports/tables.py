@@ -192,10 +192,12 @@ def method(report: Report) -> str:
 
 
 def _table(report: Report) -> Any:
+    text = extras.load("rich.text", "report").Text  # unlike str, it is shown without markup
     table = extras.load("rich.table", "report").Table(
-        title=report.title, box=extras.load("rich.box", "report").SIMPLE_HEAD, title_justify="left"
+        title=text(report.title, style="table.title"),
+        box=extras.load("rich.box", "report").SIMPLE_HEAD,
+        title_justify="left",
     )
-    text = extras.load("rich.text", "report").Text
     table.add_column("")
     for model in report.models:
         table.add_column(text(model.name), justify="right")
@@ -204,7 +206,7 @@ def _table(report: Report) -> Any:
             text(cell.text) + text(f"\n{cell.note}" if cell.note else "", style="dim")
             for cell in row.cells
         ]
-        table.add_row(row.label, *cells)
+        table.add_row(text(row.label), *cells)
     return table
 
 
@@ -213,7 +215,7 @@ def show(report: Report) -> None:
     console = extras.load("rich.console", "report").Console()
     console.print(_table(report))
     for line in headlines(report):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, emoji=False, highlight=False)
 
 
 def terminal(report: Report) -> str:

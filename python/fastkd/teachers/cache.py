@@ -19,7 +19,8 @@ class TeacherCache:
 
     Files are mapped into memory and read where a sample lies, so a cache may be larger than memory,
     and processes share what they read. It may be used in ``DataLoader`` workers, forked or spawned:
-    no open file is pickled, a worker opens the path anew.
+    no open file is pickled, a worker opens the path anew. Every 64 KiB of a file have a checksum,
+    which each process checks when it first reads from them.
 
     Args:
         path: the folder that :func:`precompute` wrote, finished or not.
@@ -43,8 +44,9 @@ class TeacherCache:
     Raises:
         TypeError: if ``path`` is no path.
         FileNotFoundError: if there is no cache.
-        ValueError: if there can be no folder, if a file is damaged, of another format or of another
-            teacher than the others, or if ``classes`` or ``teacher`` differ.
+        ValueError: if there can be no folder, if a file is damaged, is no regular file, is of
+            another format or of another teacher than the others, or if ``classes`` or ``teacher``
+            differ.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -72,7 +74,9 @@ class TeacherCache:
         files = sorted(self.path.glob(shard.PATTERN))
         if not files:
             raise FileNotFoundError(f"{self.path} holds no teacher's cache (no {shard.PATTERN})")
-        self._shards = [shard.read(file) for file in files]
+        opened = [shard.read(file) for file in files]
+        self._shards = [part for part, _ in opened]
+        self._checksums = [checksums for _, checksums in opened]
         self.header = header = self._shards[0].header
         for file, other in zip(files, self._shards, strict=True):
             for name, ours, theirs in zip(header._fields, header, other.header, strict=True):
@@ -239,6 +243,7 @@ class TeacherCache:
         for number in torch.unique(shards).tolist():
             here = shards == number
             part = self._shards[number]
+            self._checksums[number].check(source[here])
             log_probs[target[here]] = part.log_probs[source[here]]
             if part.indices is not None:
                 indices[target[here]] = part.indices[source[here]].long()

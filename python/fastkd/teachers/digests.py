@@ -35,7 +35,7 @@ def fingerprint(teacher: nn.Module) -> str:
     for value in batches.tensors(teacher.state_dict()):
         for tensor in _plain(value):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(raw_bytes(tensor))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -53,7 +53,7 @@ def inputs_digests(inputs: Any, count: int, lengths: list[int] | None) -> Tensor
             part = tensor[row]
             if lengths is not None and part.dim():
                 part = part[: lengths[row]]
-            digest.update(_bytes(part))
+            digest.update(raw_bytes(part))
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return torch.tensor(found, dtype=torch.int64)
 
@@ -86,6 +86,7 @@ def _tensors(inputs: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's entries, copied only if they are not contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""One file of a teacher's cache: what it holds, how it is written whole, how it is read warily.
+"""Write and read one file of a teacher's cache, which is called a shard.
 
 A shard is a safetensors file with these tensors, for n samples of together R rows:
 
@@ -6,8 +6,12 @@ A shard is a safetensors file with these tensors, for n samples of together R ro
   int64 [n] (a digest of what the teacher was shown);
 - ``log_probs`` [R, classes], or the k largest of each row, [R, k], and then
 - ``indices`` int32 [R, k], the classes that they belong to;
+- ``checksums`` int64 [G], the CRC-32 of each group of ``group`` rows of the two tensors above;
 
-and with the fields of :class:`Header` and :class:`Loss` as text in its header.
+and with the fields of :class:`Header` and :class:`Loss`, ``group`` and ``crc32`` as text in its
+header. ``crc32`` is of the other texts and of ``ids``, ``lengths``, ``inputs`` and ``checksums``.
+:func:`read` checks it, and :meth:`Checksums.check` checks a group of rows when it is first read.
+CRC-32 finds damage, such as a flipped bit, and not a forger, who can compute it as well.
 """
 
 from __future__ import annotations
@@ -18,15 +22,20 @@ import math
 import os
 import pathlib
 import secrets
+import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import extras
+from fastkd.teachers.digests import raw_bytes
 
 FORMAT = "fastkd teacher cache"
-VERSION = 1
+VERSION = 2
+GROUP_BYTES = 2**16
+"""Size of the groups of rows that have a checksum each: what is read to check one row."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PATTERN = "shard-*.safetensors"
 
@@ -65,9 +74,65 @@ class Shard(NamedTuple):
     indices: Tensor | None
 
 
+class Checksums:
+    """The CRC-32 of each group of rows of a shard's tensors."""
+
+    def __init__(self, path: pathlib.Path, shard: Shard, group: int, expected: Tensor) -> None:
+        """Keep the ``expected`` checksums, int64 [G], of groups of ``group`` rows."""
+        self._path, self._shard, self._group, self._expected = path, shard, group, expected
+        self._unchecked = torch.ones(len(expected), dtype=torch.bool)
+
+    def check(self, rows: Tensor) -> None:
+        """Check the groups of these rows, int64 [n], that have not been checked before.
+
+        Raises:
+            ValueError: if the file has changed since its checksums were computed.
+        """
+        groups = torch.div(rows, self._group, rounding_mode="floor")
+        new = groups[self._unchecked[groups]]
+        if not len(new):
+            return
+        new = torch.unique(new)
+        differs = _checksums(self._shard, self._group, new) != self._expected[new]
+        if bool(differs.any()):
+            first = int(new[differs][0]) * self._group
+            last = min(first + self._group, len(self._shard.log_probs)) - 1
+            raise ValueError(
+                f"{self._path} is damaged: the checksum of its rows {first} to {last} is wrong. "
+                "Delete it and run precompute again, which computes what is missing"
+            )
+        self._unchecked[new] = False
+
+
+def _checksums(shard: Shard, group: int, numbers: Tensor) -> Tensor:
+    """Compute the CRC-32 of the groups of rows with these numbers."""
+    tensors = [part for part in (shard.log_probs, shard.indices) if part is not None]
+    sizes = [group * part.shape[1] * part.element_size() for part in tensors]
+    parts = [raw_bytes(part) for part in tensors]
+    sums = []
+    for number in numbers.tolist():
+        crc = 0
+        for data, size in zip(parts, sizes, strict=True):
+            crc = zlib.crc32(data[number * size : (number + 1) * size], crc)
+        sums.append(crc)
+    return torch.tensor(sums, dtype=torch.int64)
+
+
+def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
+    """Compute the CRC-32 of all that :func:`read` reads at once: the header and small tensors."""
+    named = sorted((key, text) for key, text in texts.items() if key != "crc32")
+    crc = zlib.crc32(json.dumps([named, str(shard.header.dtype)]).encode())
+    for tensor in (shard.ids, shard.lengths, shard.inputs, checksums):
+        crc = zlib.crc32(raw_bytes(tensor), crc)
+    return f"{crc:08x}"
+
+
 def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
-    """Writes a shard under the next free name. It appears under that name whole, or not at all."""
+    """Write a shard under the next free name. It appears under that name whole, or not at all."""
     header, lost = shard.header, shard.lost
+    rows, columns = shard.log_probs.shape
+    size = shard.log_probs.element_size() + (0 if shard.indices is None else 4)
+    group = max(1, GROUP_BYTES // (columns * size))
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -78,9 +143,12 @@ def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
         "teacher": header.teacher,
         "kl": repr(lost.kl),
         "tail": repr(lost.tail),
+        "group": str(group),
     }
+    checksums = _checksums(shard, group, torch.arange(_groups(rows, group)))
+    metadata["crc32"] = _crc32(metadata, shard, checksums)
     tensors = {"ids": shard.ids, "lengths": shard.lengths, "inputs": shard.inputs}
-    tensors["log_probs"] = shard.log_probs
+    tensors |= {"checksums": checksums, "log_probs": shard.log_probs}
     if shard.indices is not None:
         tensors["indices"] = shard.indices
     # Not the process's number, which two containers may share.
@@ -102,6 +170,10 @@ def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
     return name
 
 
+def _groups(rows: int, group: int) -> int:
+    return -(-rows // group)
+
+
 def _sync_folder(folder: pathlib.Path) -> None:
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -111,30 +183,36 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def read(path: pathlib.Path) -> Shard:
-    """Opens a shard; nothing of its rows is read yet.
+def read(path: pathlib.Path) -> tuple[Shard, Checksums]:
+    """Open a shard; its rows are read, and are to be checked, later.
 
     Raises:
         ValueError: if it is not a whole, consistent shard; the message names the file and the flaw.
     """
     safetensors = extras.load("safetensors", "train")
+    if not path.is_file():  # opening a named pipe would wait for a writer
+        raise ValueError(f"{path} is no whole shard of a teacher's cache: it is no regular file")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header, lost = _header(file.metadata() or {}, file)
+            texts: dict[str, str] = file.metadata() or {}
+            header, lost, group = _header(texts, file)
             names = ["ids", "lengths", "inputs", "log_probs"]
             tensors = {name: file.get_tensor(name) for name in names}
             indices = file.get_tensor("indices") if header.top_k is not None else None
+            checksums = file.get_tensor("checksums")
     except (ValueError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is no whole shard of a teacher's cache: {error}") from None
     shard = Shard(header, lost, **tensors, indices=indices)
     flaw = _flaw(shard)
+    if flaw is None and _crc32(texts, shard, checksums) != texts.get("crc32"):
+        flaw = "its crc32 is not that of its header, ids, lengths, inputs and checksums"
     if flaw:
         raise ValueError(f"{path} is no whole shard of a teacher's cache: {flaw}")
-    return shard
+    return shard, Checksums(path, shard, group, checksums)
 
 
-def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss]:
-    """The header's text as numbers, and the tensors' shapes and dtypes held against it."""
+def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss, int]:
+    """Read the header's texts as numbers, and check the tensors' shapes and dtypes by them."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its header does not say format: {FORMAT}")
     version = _int(metadata, "version", 1, 2**31)
@@ -146,7 +224,8 @@ def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss]:
     classes = _int(metadata, "classes", 1, 2**31)
     top_k = _int(metadata, "top_k", 1, classes + 1) if metadata.get("top_k") else None
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    expected = {"ids", "lengths", "inputs", "log_probs"} | ({"indices"} if top_k else set())
+    expected = {"ids", "lengths", "inputs", "log_probs", "checksums"}
+    expected |= {"indices"} if top_k else set()
     if set(slices) != expected:
         raise ValueError(f"it holds the tensors {sorted(slices)}, not {sorted(expected)}")
     dtype = slices["log_probs"].get_dtype()
@@ -155,6 +234,8 @@ def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss]:
     samples = math.prod(slices["ids"].get_shape())
     rows = ([*slices["log_probs"].get_shape(), 0])[0]
     shapes = {"ids": [samples], "lengths": [samples], "inputs": [samples]}
+    group = _int(metadata, "group", 1, 2**31)
+    shapes["checksums"] = [_groups(rows, group)]
     shapes["log_probs"] = [rows, top_k or classes]
     if top_k:
         shapes["indices"] = [rows, top_k]
@@ -175,7 +256,7 @@ def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss]:
     )
     if header.temperature == 0.0:
         raise ValueError("its temperature is 0")
-    return header, Loss(_float(metadata, "kl"), _float(metadata, "tail"))
+    return header, Loss(_float(metadata, "kl"), _float(metadata, "tail")), group
 
 
 def _int(metadata: dict[str, str], key: str, low: int, high: int) -> int:
