@@ -44,6 +44,8 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, width=WIDTH, igno
 
 
 def loss(given: Problem, **options) -> Tensor:
+    """The loss, at temperature 2 unless the options have another."""
+    options = {"temperature": 2.0, **options}
     return fastkd.linear_loss(
         given.hidden,
         given.weight,
@@ -182,7 +184,9 @@ def test_it_is_topk_loss(device):
     indices[::2, -3:] = -1
     log_probs = given.log_probs.to(BF16)
     logits = F.linear(*given[:3])
-    expected = fastkd.topk_loss(logits, indices, log_probs, given.labels, reduction="none")
+    expected = fastkd.topk_loss(
+        logits, indices, log_probs, given.labels, reduction="none", temperature=2.0
+    )
     shape = (ROWS, 1)
     value = loss(
         given._replace(

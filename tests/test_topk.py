@@ -143,6 +143,7 @@ def run(
     problem: Problem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     leaf = problem.student.detach().requires_grad_()
+    options = {"temperature": 2.0, **options}  # that of make()'s lists
     value = fastkd.topk_loss(leaf, *problem[1:], tail=tail, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
@@ -277,6 +278,23 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
         *expected, by_python = run()
     assert "FastKDTopkLoss" in in_cpp and "_FusedLoss" in by_python
     assert all(map(torch.equal, results, expected))
+
+
+def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
+    """As what servers return and what log_softmax gives is."""
+    logits = make((6, 40), 5).student
+    log_probs, indices = logits.log_softmax(-1).topk(40)
+    student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    expected = fastkd.loss(student, logits, temperature=1.0)
+    torch.testing.assert_close(fastkd.topk_loss(student, indices, log_probs), expected)
+    head = torch.eye(40)
+    lists = {"topk_indices": indices, "topk_log_probs": log_probs}
+    torch.testing.assert_close(fastkd.linear_loss(student, head, **lists), expected)
+    module = fastkd.LinearKDLoss()
+    torch.testing.assert_close(module(student, head, **lists), expected)
+    torch.testing.assert_close(
+        module(student, head, teacher_logits=logits), fastkd.loss(student, logits, temperature=2.0)
+    )
 
 
 def test_a_tensor_as_normalizer(device):
@@ -583,7 +601,7 @@ def test_layouts(device):
     for student in (wide[:, :-1, :300], columns):
         strided = problem._replace(student=student)
         leaf = student.detach().requires_grad_()
-        value = fastkd.topk_loss(leaf, *strided[1:])
+        value = fastkd.topk_loss(leaf, *strided[1:], temperature=2.0)
         (grad,) = torch.autograd.grad(value, leaf)
         assert_same(value.detach(), expected[0])
         assert_same(grad, expected[1])
@@ -635,7 +653,7 @@ def test_function_transforms(device, tail):
     expected = run(Problem(student, indices, log_probs, labels), tail, reduction="sum")[1]
 
     def one(z: Tensor, ids: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        return fastkd.topk_loss(z, ids, p, y, tail=tail, reduction="sum")
+        return fastkd.topk_loss(z, ids, p, y, tail=tail, reduction="sum", temperature=2.0)
 
     torch.testing.assert_close(torch.func.grad(one)(student, indices, log_probs, labels), expected)
     rows = torch.func.vmap(torch.func.grad(one))(student, indices, log_probs, labels)
@@ -671,9 +689,9 @@ def test_fp16_gradients_survive_a_loss_scale(device):
 def test_no_gradient_is_made_where_none_is_asked_for():
     problem = make((5, 300), 20)
     expected = run(problem)[0]
-    assert torch.equal(fastkd.topk_loss(*problem), expected)
+    assert torch.equal(fastkd.topk_loss(*problem, temperature=2.0), expected)
     with torch.no_grad():
-        value = fastkd.topk_loss(problem.student.requires_grad_(), *problem[1:])
+        value = fastkd.topk_loss(problem.student.requires_grad_(), *problem[1:], temperature=2.0)
     assert torch.equal(value, expected) and not value.requires_grad
 
 
