@@ -466,3 +466,50 @@ def test_defaults_of_torch_change_nothing():
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(FP32)
+
+
+NORMALIZERS = {
+    "0": 0,
+    "0.0": 0.0,
+    "a tensor": torch.tensor(0),
+    "a tensor of shape (1,)": torch.zeros(1),
+}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS)
+@pytest.mark.parametrize(
+    "options", [{}, {"divergence": "jsd"}, {"standardize": True}, {"label_smoothing": 0.1}], ids=str
+)
+@pytest.mark.usefixtures("each_autograd")
+def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
+    """A step of accumulated batches may have no label at all; its count of tokens is 0."""
+    student, teacher, labels = make((6, 20), device=device)
+    ignored = torch.full_like(labels, -100)
+    head, lists = torch.eye(20, device=device), teacher.log_softmax(-1).topk(3)
+
+    def topk(s, y):
+        return fastkd.topk_loss(s, lists.indices, lists.values, y, normalizer=normalizer)
+
+    def linear(s, y):
+        return fastkd.linear_loss(
+            s, head, teacher_logits=teacher, labels=y, normalizer=normalizer, **options
+        )
+
+    def dense(s, y):
+        return fastkd.loss(s, teacher, y, normalizer=normalizer, **options)
+
+    for loss in (dense, topk, linear):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, ignored)
+        value.backward()
+        assert value == 0 and leaf.grad is not None and not leaf.grad.any()
+        if device.type == "cpu":
+            for rows in (labels,) if options else (labels, None):
+                with pytest.raises(ValueError, match="normalizer must be positive and finite"):
+                    loss(leaf, rows)
+    torch._dynamo.reset()
+    compiled = torch.compile(dense, fullgraph=True, backend="aot_eager")
+    leaf = student.clone().requires_grad_()
+    value = compiled(leaf, ignored)
+    value.backward()
+    assert value == 0 and not leaf.grad.any()

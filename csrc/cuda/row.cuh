@@ -169,11 +169,13 @@ __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity
   for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(of_rows + i);
   return sum;
 }
-// total[i] = scale * (the sum of one quantity over all rows). One thread.
+// total[i] = scale * (the sum of one quantity over all rows). One thread. Where no row counts, what
+// the mean is divided by may be 0, and the scale infinite: the total is 0 all the same.
 template <class A>
 __device__ __forceinline__ void put_total(const ForwardCall& call, int quantity, A scale,
                                           double sum) {
-  static_cast<A*>(call.total)[quantity] = static_cast<A>(sum * static_cast<double>(scale));
+  static_cast<A*>(call.total)[quantity] =
+      sum == 0 ? A(0) : static_cast<A>(sum * static_cast<double>(scale));
 }
 // At the end of a kernel whose grid may be one cluster: its first CTA adds up the total.
 template <class A>

@@ -356,15 +356,37 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
 
 
 def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
-    """The tensor that the mean divides by, 0-d."""
+    """Return the tensor that the mean divides by, 0-d, having checked it but for 0."""
     if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
             f"{name} must be a positive number or a real tensor with one element; got "
             f"{value.dtype} of shape {tuple(value.shape)}"
         )
-    if may_look(value) and not 0 < value.item() < math.inf:
+    if may_look(value) and not 0 <= value.item() < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {value.item()}")
     return savable(value.detach().reshape(()))
+
+
+def nonzero(normalizer: float | Tensor, labels: Tensor | None, ignore_index: int) -> float | Tensor:
+    """Return the normalizer, or 1 for 0 where no row counts: the mean over no rows is 0.
+
+    Raises for 0 where rows count, as far as the numbers may be looked at. Where they may not, 0 is
+    a tensor, and rows that count get what division by 0 gives.
+    """
+    if isinstance(normalizer, Tensor):
+        if not may_look(normalizer) or normalizer.item() != 0:
+            return normalizer
+    elif normalizer != 0:
+        return normalizer
+    if labels is not None and not labels.is_floating_point():
+        if not may_look(labels):
+            return torch.zeros((), device=labels.device)
+        if not bool((labels != ignore_index).any()):
+            return 1.0
+    raise ValueError(
+        "normalizer must be positive and finite where rows count; got 0. It may be 0 where the "
+        "label of every row is ignore_index"
+    )
 
 
 def may_look(value: Tensor) -> bool:

@@ -95,7 +95,8 @@ class LinearLoss(torch.autograd.Function):
                 _, *grads = compute(inputs, call)
             if heads.scales_late(call):
                 assert inputs.denominator is not None
-                scale = grad_output / inputs.denominator
+                divisor = inputs.denominator
+                scale = grad_output / divisor.where(divisor != 0, 1)  # 0 where no row counts
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         finished = [
             _finished(grad, scale, of.dtype) if want and of is not None else None

@@ -107,7 +107,7 @@ def _prepared(
     options = {**DEFAULTS, **dict(zip(names, values, strict=True))}
     objective = resolve(options, has_labels=has_labels, teachers=1)
     fused = objective.divergence in ops.FUSED and objective.divergence != "dkd"
-    if not fused or objective.reduction == "none":
+    if not fused or objective.reduction == "none" or objective.normalizer == 0:
         return None
     return ops.prepare_call(objective, with_terms)
 
@@ -196,7 +196,7 @@ def loss(*args: Any, **options: Any) -> Tensor:
             term by the sum of the labels' weights (by the rows if labels are probabilities).
         normalizer: what ``"mean"`` divides both terms by instead: a positive number, or a tensor
             with one element (never waited for on CUDA). Pass the global token count under gradient
-            accumulation.
+            accumulation. It may be 0 where every row is ignored: the loss is then 0.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
         mix: the one number that some divergences have: ``"symmetric_kl"``, weight of the forward KL
             (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
@@ -408,7 +408,7 @@ def prepare(
     soft_labels = labels is not None and checks.targets(labels, student)
     labels = None if labels is None else checks.savable(checks.int64(labels))
     checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
-    objective = fit(objective, student, shapes.accumulator(student, *teachers))
+    objective = fit(objective, student, labels, shapes.accumulator(student, *teachers))
     return Call(student, teachers, labels, objective)
 
 

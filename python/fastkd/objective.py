@@ -74,7 +74,7 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
     if isinstance(normalizer, Tensor):
         checks.constant("normalizer", normalizer)
     elif normalizer is not None:
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
+        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf)
     ignore_index = options["ignore_index"]
     checks.ignored_label(ignore_index)
     if names[divergence].needs_labels and not has_labels:
@@ -132,7 +132,9 @@ def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:
         )
 
 
-def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
+def fit(
+    objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
+) -> Objective:
     """The objective with its tensors as the student's rows and classes need them.
 
     Row tensors become ``(...)`` in ``dtype``, or stay 0-d.
@@ -151,7 +153,11 @@ def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
     if isinstance(normalizer, Tensor):
-        normalizer = checks.normalizer(normalizer).to(device=student.device, dtype=dtype)
+        normalizer = checks.normalizer(normalizer)
+    if normalizer is not None:
+        normalizer = checks.nonzero(normalizer, labels, objective.ignore_index)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(device=student.device, dtype=dtype)
     if class_weight is not None:
         checks.classes(class_weight, "class_weight", student)
         class_weight = checks.savable(class_weight.detach().to(dtype))

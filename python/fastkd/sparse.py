@@ -190,10 +190,17 @@ def _fast_call(
 def _prepared(_eager: Any, has_labels: bool, *options: Any) -> Callable[..., Tensor] | None:
     """Return the op with these options, checked, as a function of its tensors."""
     settings = _settings(has_labels, *options)
-    if settings.reduction == shapes.REDUCTIONS.index("none"):
+    *_, normalizer = options
+    if settings.reduction == shapes.REDUCTIONS.index("none") or normalizer == 0:
         return None
     arguments = (None, None, None, None, None, *settings)
     return autograd.prepared_call("topk_loss", arguments, [0, 1, 2, 3])
+
+
+def _check_mean(reduction: str) -> None:
+    """Raise unless the reduction is one that a normalizer goes with."""
+    if reduction != "mean":
+        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
 
 
 def _settings(
@@ -214,10 +221,9 @@ def _settings(
         name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
         raise TypeError(f"{name} must be a number; got Tensor")
     reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
     if normalizer is not None:
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
+        _check_mean(reduction)
+        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf)
     checks.ignored_label(ignore_index)
     return Settings(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
@@ -345,14 +351,19 @@ def _run(
         labels = checks.savable(checks.int64(labels))
     acc = shapes.accumulator(student, log_probs)
     denominator = None
-    if isinstance(normalizer, Tensor) and reduction == "mean":
+    if isinstance(normalizer, Tensor):
         checks.constant("normalizer", normalizer)
-        denominator = checks.normalizer(normalizer).to(device=student.device, dtype=acc)
-        normalizer = None
+        normalizer = checks.normalizer(normalizer)
+    number = None if isinstance(normalizer, Tensor) else normalizer
     settings = _settings(
         labels is not None, tail, temperature, alpha, hard_weight, soft_weight, ignore_index,
-        reduction, label_smoothing, normalizer,  # type: ignore[arg-type]
+        reduction, label_smoothing, number,
     )  # fmt: skip
+    if normalizer is not None:
+        _check_mean(reduction)
+        normalizer = checks.nonzero(normalizer, labels, ignore_index)
+    if isinstance(normalizer, Tensor):
+        denominator = normalizer.to(device=student.device, dtype=acc)
     lists = checks.savable(indices.long()), checks.savable(log_probs.to(acc))
     out = _apply(student, *lists, labels, denominator, settings)
     if reduction == "none" and student.dim() != 2:
@@ -526,6 +537,6 @@ def _reference(
     if reduction == "sum":
         return total.sum()
     count: Tensor | float = valid.sum().clamp(min=1)
-    if denominator is not None:
-        count = denominator
+    if denominator is not None:  # the mean over no rows is 0, whatever it is divided by
+        count = denominator.where(valid.any(), torch.ones_like(denominator))
     return total.sum() / (settings.normalizer or count)

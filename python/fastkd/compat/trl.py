@@ -8,6 +8,7 @@ tensor(0.)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from fastkd import checks, losses
 from fastkd.compat.convention import (
     Convention,
-    divisor,
     generalized_jsd,
     kl_div_reduction,
     positive,
@@ -79,7 +79,11 @@ def generalized_jsd_loss(
     options: dict[str, Any] = {"reduction": reduced}
     if num_items_in_batch is not None:
         factor = 1.0
-        count = _count(num_items_in_batch, labels)
+        count: float | Tensor = num_items_in_batch
+        if isinstance(count, Tensor):
+            count = checks.normalizer(count.reshape(-1)[:1], "num_items_in_batch")
+        else:
+            count = checks.number("num_items_in_batch", count, 0.0, math.inf)
         options = {"reduction": "mean", "normalizer": count}
     if labels is not None:
         options["hard_weight"] = 0.0
@@ -92,18 +96,3 @@ def generalized_jsd_loss(
         **generalized_jsd(beta),
         **options,
     )
-
-
-def _count(value: int | Tensor, labels: Tensor | None) -> float | Tensor:
-    """Return what the sum over rows is divided by; 1 for 0 if no row counts.
-
-    Where looking at the labels would wait for a device, 0 is taken to mean that no row counts.
-    """
-    if isinstance(value, Tensor):
-        value = value.reshape(-1)[:1]
-    may_be_empty = labels is not None and not (
-        checks.may_look(labels) and bool((labels != -100).any())
-    )
-    if may_be_empty:
-        value = value.masked_fill(value == 0, 1) if isinstance(value, Tensor) else value or 1
-    return divisor("num_items_in_batch", value)

@@ -197,15 +197,12 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def _divisor(count: Tensor | int) -> Tensor | int:
-    """Return the number of tokens that a step's loss is divided by; 1 for 0.
+    """Return the number of tokens that a step's loss is divided by.
 
-    A step in which no label counts has a count of 0, and its loss is 0. In ``nn.DataParallel`` the
-    trainer repeats the count for every GPU, ``(n, 1)``, for models to divide their share by.
+    In ``nn.DataParallel`` the trainer repeats the count for every GPU, ``(n, 1)``, for models to
+    divide their share by.
     """
-    if not isinstance(count, Tensor):
-        return count or 1
-    count = count.reshape(-1)[:1]
-    return count.masked_fill(count == 0, 1)
+    return count.reshape(-1)[:1] if isinstance(count, Tensor) else count
 
 
 def _is_causal(model: nn.Module) -> bool:

@@ -230,7 +230,9 @@ def terms(
     of_hard: float | Tensor = 1.0
     of_soft: float | Tensor = 1.0
     if reduction == "mean" and normalizer is not None:
-        of_hard = of_soft = normalizer
+        # The mean over no rows is 0, whatever it is divided by.
+        divisor = torch.as_tensor(normalizer, dtype=acc, device=student.device)
+        of_hard = of_soft = divisor.where(valid.any(), torch.ones_like(divisor))
     elif reduction == "mean":
         of_hard = of_soft = valid.sum().clamp(min=1)
         if class_weight is not None and labels is not None and not soft_labels:
