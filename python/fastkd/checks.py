@@ -367,7 +367,18 @@ def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     return savable(value.detach().reshape(()))
 
 
-def nonzero(normalizer: float | Tensor, labels: Tensor | None, ignore_index: int) -> float | Tensor:
+def divisor(value: object) -> float:
+    """Return a number that the mean divides by, having checked it but for 0 (:func:`nonzero`)."""
+    is_zero = type(value) in (int, float) and value == 0
+    return 0.0 if is_zero else number("normalizer", value, 0.0, math.inf, open_low=True)
+
+
+def nonzero(
+    normalizer: float | Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    name: str = "normalizer",
+) -> float | Tensor:
     """Return the normalizer, or 1 for 0 where no row counts: the mean over no rows is 0.
 
     Raises for 0 where rows count, as far as the numbers may be looked at. Where they may not, 0 is
@@ -384,8 +395,7 @@ def nonzero(normalizer: float | Tensor, labels: Tensor | None, ignore_index: int
         if not bool((labels != ignore_index).any()):
             return 1.0
     raise ValueError(
-        "normalizer must be positive and finite where rows count; got 0. It may be 0 where the "
-        "label of every row is ignore_index"
+        f"{name} must be positive and finite; got 0 (accepted only if every label is ignore_index)"
     )
 
 

@@ -24,14 +24,16 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if student.layout is not torch.strided or student.is_nested:
+        return False
     device, shape = student.device, student.shape
     if not (
         student.dtype in _FLOATS
         and teacher.dtype in _FLOATS
         and teacher.device == device
         and device.type in KERNEL_DEVICES
-        and student.layout is torch.strided
         and teacher.layout is torch.strided
+        and not teacher.is_nested
         and len(shape) > 0
         and shape[-1] > 0
         and not teacher.requires_grad
@@ -45,6 +47,7 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
     return (
         type(labels) is Tensor
         and labels.dtype is torch.int64
+        and not labels.is_nested
         and labels.shape == shape[:-1]
         and labels.device == device
         and labels.layout is torch.strided
@@ -57,5 +60,5 @@ def have_data(*values: object) -> bool:
 
     PyTorch's operations crash on such a tensor, so nothing may look at it to explain an error.
     """
-    tensors = [value for value in values if isinstance(value, Tensor) and value.numel()]
-    return all(tensor.untyped_storage().nbytes() for tensor in tensors)
+    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
+    return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())

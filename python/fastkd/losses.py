@@ -58,6 +58,7 @@ def _compute(
         and teacher_form == "logits"
         and ensemble == "probs"
         and standardize is False
+        and type(dim) is int
         and dim == -1
         and inplace is False
         and teacher_grad in TEACHER_GRADS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
     if isinstance(normalizer, Tensor):
         checks.constant("normalizer", normalizer)
     elif normalizer is not None:
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf)
+        normalizer = checks.divisor(normalizer)
     ignore_index = options["ignore_index"]
     checks.ignored_label(ignore_index)
     if names[divergence].needs_labels and not has_labels:

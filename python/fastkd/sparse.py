@@ -170,6 +170,7 @@ def _fast_call(
     eligible = (
         type(indices) is Tensor
         and indices.dtype is torch.int64
+        and not indices.is_nested
         and indices.shape == log_probs.shape
         and indices.shape[:-1] == student.shape[:-1]
         and indices.dim() == student.dim()
@@ -223,7 +224,7 @@ def _settings(
     reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
     if normalizer is not None:
         _check_mean(reduction)
-        normalizer = checks.number("normalizer", normalizer, 0.0, math.inf)
+        normalizer = checks.divisor(normalizer)
     checks.ignored_label(ignore_index)
     return Settings(
         checks.number("temperature", temperature, 0.0, math.inf, open_low=True),

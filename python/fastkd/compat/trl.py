@@ -84,6 +84,7 @@ def generalized_jsd_loss(
             count = checks.normalizer(count.reshape(-1)[:1], "num_items_in_batch")
         else:
             count = checks.number("num_items_in_batch", count, 0.0, math.inf)
+        count = checks.nonzero(count, labels, -100, "num_items_in_batch")
         options = {"reduction": "mean", "normalizer": count}
     if labels is not None:
         options["hard_weight"] = 0.0
