@@ -198,14 +198,15 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   const double gain = gain_of<T>(args);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
-  // What was kept of a segment, or is kept anew.
+  // Without memory for the other segments, each of them is recomputed in the place of the last one,
+  // whose exponentials then serve the first loop alone.
+  const bool spare = last == 0 || room.of(engine, index, 0).any();
+  bool last_is_cached = true;
   const auto left_of = [&](int64_t i) -> const Left<T>& {
     const Left<T>& left = room.of(engine, index, i);
-    if (left.any()) return left;
+    if (left.any() && (i < last || last_is_cached)) return left;
     return room.of_other = engine.keep(row, scales, index, i, &room.last);
   };
-  const bool spare =
-      last == 0 || room.of(engine, index, 0).any();  // not all in the place of the last
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
   if (!engine.one_sweep()) {
@@ -219,6 +220,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
     if (!engine.keeps_slopes()) {
+    last_is_cached = spare;
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);
