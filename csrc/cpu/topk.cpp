@@ -264,7 +264,9 @@ struct TopkRow {
     const Exponential<double> tempered(kLog2E / row.temperature, origin, soft.student_scale);
     const Exponential<double> plain(kLog2E, 0, soft.teacher_scale);
     const bool hard = row.gradient_hard != Hard::kNone;
-    const Exponential<double> own(kLog2E, of.all.max, hard ? gains.hard / of.all.hard : 0.0);
+    // The gain, which may be negative, is no scale of an exponential.
+    const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
+    const Exponential<double> own(kLog2E, of.all.max, 1);
     double value = 0;
     for_list([&](const int64_t* id, const double* z, const double* log_p, int64_t count) {
       alignas(64) double gradient[kChunk];
@@ -273,7 +275,8 @@ struct TopkRow {
         const Element<double> e = topk::listed(soft, plain(log_p[i]), tempered(z[i]), log_p[i],
                                                (z[i] - origin) * inverse_temperature);
         value += e.excess;
-        gradient[i] = gains.soft * (e.diff + soft.surplus * e.q) + own(z[i]) + gains.uniform;
+        gradient[i] =
+            gains.soft * (e.diff + soft.surplus * e.q) + hard_gain * own(z[i]) + gains.uniform;
       }
       if (args.grad == nullptr) return;
       for (int64_t i = 0; i < count; ++i) {
