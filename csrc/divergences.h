@@ -40,7 +40,8 @@ enum class Balance {
   kNone,     // it is the slope: S is 0
   kStudent,  // slope - q * S
   // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0.
+  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0. These
+  // divergences read the gap of two logits alone.
   kMean,
   kCentered,
   // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
@@ -237,13 +238,14 @@ struct SquaredError {
   }
 };
 
-// The same with each row's mean taken off: d differs from the gap by a constant. S is -2 n mean(d).
+// The same of logits less their row's mean, which the engines subtract first, as they round it:
+// S = -2 n mean(gap) is what that rounding leaves.
 struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    return {e.d * e.d, T(-2) * e.d};
+    return SquaredError::at(e, ConstantsOf<T>{});
   }
 };
 

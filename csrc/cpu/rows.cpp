@@ -57,10 +57,13 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
   const bool unit = args.divergence == Divergence::kCosine;
+  const bool centered = args.divergence == Divergence::kCenteredSquaredError;
   stats[kStudentScale * args.rows] = unit ? s.student_inverse : s.student_scale;
   stats[kHardScale * args.rows] = s.hard_scale;
-  stats[kTeacherMax * args.rows] = s.teacher_max;
-  stats[kTeacherScale * args.rows] = unit ? s.teacher_inverse : s.teacher_scale;
+  stats[kTeacherMax * args.rows] = centered ? s.teacher_mean : s.teacher_max;
+  stats[kTeacherScale * args.rows] = unit       ? s.teacher_inverse
+                                     : centered ? s.student_mean
+                                                : s.teacher_scale;
   stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
   const bool jsd = args.divergence == Divergence::kJensenShannon;
   stats[kClassCount * args.rows] = jsd ? s.mean : static_cast<T>(sums.classes);
@@ -74,6 +77,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
   if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
+  if (row.centered) s.teacher_mean = s.teacher_max, s.student_mean = s.teacher_scale;
   const bool jsd = args.divergence == Divergence::kJensenShannon;
   if (row.gaps) s.mean = stats[(jsd ? kClassCount : kSlopeSum) * args.rows];
   if (row.left_out < 0) return s;
@@ -216,11 +220,11 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
       add(of_segment, &sums);
     }
     engine.set_shares(&c, sums);
+    last_is_cached = spare;
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};
     if (!engine.keeps_slopes()) {
-    last_is_cached = spare;
       write_segment(engine, row, scales, &c, gain, index, i, left_of(i), &of_segment);
     } else {
       Left<T> left = room.of(engine, index, i);
