@@ -149,6 +149,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown ensemble": ({"ensemble": "mean"}, ValueError, "ensemble must be one of 'probs', 'logits'; got 'mean'"),
     "mse of probabilities": ({"divergence": "mse", "teacher_form": "probs"}, ValueError, "divergence='mse' compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
     "standardized probabilities": ({"standardize": True, "teacher_form": "probs"}, ValueError, "standardize=True compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
+    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix must be so large that 1 - mix is less than 1; got 1e-300"),
     "mse of a mixture of probabilities": ({"divergence": "mse", "teacher_logits": [Z(3, 5), Z(3, 5)]}, ValueError, "divergence='mse' compares logits: with several teachers it needs ensemble=\"logits\"; got ensemble='probs'"),
     "no teacher": ({"teacher_logits": []}, ValueError, "teacher_logits must be a tensor, or at least one; got an empty sequence"),
     "a teacher None": ({"teacher_logits": [Z(3, 5), None]}, TypeError, "teacher_logits[1] must be a tensor; got NoneType"),

@@ -111,7 +111,10 @@ def _mix(divergence: str, mix: object) -> float | None:
         )
         raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
     low, high = kind.mix_range
-    return checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
+    checked = checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
+    if kind.mix_open and 1 - checked == 1:  # the mixture would be one side alone
+        raise ValueError(f"mix must be so large that 1 - mix is less than 1; got {checked!r}")
+    return checked
 
 
 def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:

@@ -1,0 +1,82 @@
+"""Weights, mixtures and smoothing at the ends of their ranges: what weighs nothing is left out,
+from the gradient too, even where it is infinite."""
+
+import pytest
+import torch
+from support import BF16, FP32, FP64, make, name_of
+from torch import Tensor
+
+import fastkd
+from fastkd import reference
+
+INF = float("inf")
+CLASSES = [6, 100, 200, 3000]
+# Infinite where one of the two masks a class.
+INFINITE = {
+    "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
+    "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
+}
+MASKED = [(who, name) for who, names in INFINITE.items() for name in names]
+
+
+def masked(who: str, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """(student, teacher, labels) of four rows, of which all but the last have a class that one of
+    the two masks."""
+    student, teacher, labels = make((4, classes), dtype, device=device, ignored=0.0)
+    (student if who == "student" else teacher)[:3, 1] = -INF
+    return student, teacher, labels.masked_fill(labels == 1, 2)
+
+
+def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) -> Tensor:
+    leaf = student.clone().requires_grad_()
+    fastkd.loss(leaf, teacher, labels, **options).sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize(("mix", "name"), [(1.0, "forward_kl"), (0.0, "reverse_kl")])
+def test_the_symmetric_kl_of_one_kl_is_that_kl(device, mix, name, who, reduction, classes, dtype):
+    student, teacher, _ = masked(who, classes, dtype, device)
+    options = {"reduction": reduction, "temperature": 1.5}
+    both = {**options, "divergence": "symmetric_kl", "mix": mix}
+    value = fastkd.loss(student, teacher, **both)
+    expected = fastkd.loss(student, teacher, divergence=name, **options)
+    torch.testing.assert_close(value, expected)
+    got = gradient(student, teacher, None, **both)
+    alone = gradient(student, teacher, None, divergence=name, **options)
+    finite = alone.isfinite().all(-1)
+    assert bool(finite[3]) and (name == "reverse_kl" or bool(finite.all()))
+    torch.testing.assert_close(
+        got[finite], alone[finite], rtol=2e-2 if dtype is BF16 else 1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
+    student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
+    name = "forward_kl" if mix else "reverse_kl"
+    if (name == "reverse_kl") == (who == "teacher"):
+        return  # infinite itself
+    options = {"hard_weight": 0.0, "soft_weight": 1.0}
+    leaf = student.requires_grad_()
+    value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)
+    assert torch.equal(value, reference.loss(leaf, teacher, divergence=name, **options))
+    assert torch.autograd.grad(value, leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [6, 200])
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
+@pytest.mark.parametrize("mix", [1e-12, 1e-7, 1 - 1e-12])
+@pytest.mark.parametrize("name", ["jsd", "skewed_forward_kl", "skewed_reverse_kl"])
+def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
+    """The ends themselves are refused."""
+    student, teacher, _ = masked("teacher", classes, dtype, device)
+    student[2, 3] = -INF
+    options = {"divergence": name, "mix": mix, "reduction": "none"}
+    value = fastkd.loss(student, teacher, **options)
+    assert not value.isnan().any() and float(value.min()) >= 0
+    assert not gradient(student, teacher, None, **options).isnan().any()
