@@ -80,3 +80,66 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     value = fastkd.loss(student, teacher, **options)
     assert not value.isnan().any() and float(value.min()) >= 0
     assert not gradient(student, teacher, None, **options).isnan().any()
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
+@pytest.mark.parametrize("how", ["number", "rows", "grad_output", "reference"])
+@pytest.mark.parametrize(("who", "name"), MASKED)
+def test_an_infinite_soft_term_of_no_weight(device, who, name, how, dtype, classes):
+    """The gradient is that of the hard term alone."""
+    student, teacher, labels = masked(who, classes, dtype, device)
+    weight = torch.zeros(4, device=device) if how == "rows" else 0.0
+    options = {"divergence": name, "soft_weight": weight, "reduction": "none"}
+    if how == "grad_output":
+        leaf = student.clone().requires_grad_()
+        value = fastkd.loss(leaf, teacher, labels, divergence=name, reduction="none")
+        value.backward(torch.zeros_like(value))
+        assert (leaf.grad == 0).all()
+        return
+    if how == "reference":
+        leaf = student.clone().requires_grad_()
+        value = reference.loss(leaf, teacher, labels, hard_weight=1.0, **options)
+        got = torch.autograd.grad(value.sum(), leaf)[0]
+    else:
+        value = fastkd.loss(student, teacher, labels, hard_weight=1.0, **options)
+        got = gradient(student, teacher, labels, hard_weight=1.0, **options)
+    hard = torch.nn.functional.cross_entropy
+    torch.testing.assert_close(value, hard(student, labels, reduction="none"))
+    leaf = student.clone().requires_grad_()
+    hard(leaf, labels, reduction="sum").backward()
+    torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: str, teachers: int):
+    """(loss, gradients of logits and temperature) of some of the rows, several teachers'."""
+    student, teacher, labels = masked(who, 7, FP32, torch.device("cpu"))
+    every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
+    for one in every:
+        one[:3, 1] = teacher[:3, 1]
+        one[3, 1] = 0.5
+    leaf, t = student[keep].requires_grad_(), temperature.clone().requires_grad_()
+    value = fastkd.loss(
+        leaf,
+        [one[keep] for one in every] if teachers > 1 else every[0][keep],
+        labels[keep],
+        temperature=t,
+        divergence=name,
+        hard_weight=1.0,
+        soft_weight=weight[keep],
+        reduction="sum",
+        ensemble="logits" if reference.DIVERGENCES[name].compares == "logits" else "probs",
+    )
+    return value.detach(), *torch.autograd.grad(value, (leaf, t))
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize(("who", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
+def test_a_learned_temperature_and_an_infinite_row_of_no_weight(who, name, teachers):
+    """It gives neither the logits nor the temperature a gradient of NaN."""
+    weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
+    value, grad, of_t = of_rows(t, weight, slice(0, 4), name, who, teachers)
+    _, last, expected = of_rows(t, weight, slice(3, 4), name, who, teachers)
+    assert value.isfinite() and grad.isfinite().all()
+    torch.testing.assert_close(of_t, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad[3], last[0], rtol=1e-4, atol=1e-6)
