@@ -89,3 +89,33 @@ def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
     assert float((first.double() - exact.grad).norm()) <= 1.5 * float(rounding) + 1e-6 * float(
         exact.grad.norm()
     )
+
+
+ROWS = 20
+SAME = {
+    "row weights": lambda classes: {"soft_weight": torch.ones(ROWS)},
+    "temperatures of rows": lambda classes: {"temperature": torch.full((ROWS,), 3.0)},
+    "equal temperatures": lambda classes: {
+        "temperature": torch.full((ROWS,), 3.0),
+        "teacher_temperature": torch.full((ROWS,), 3.0),
+    },
+    "class_weight": lambda classes: {"class_weight": torch.ones(classes)},
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+@pytest.mark.parametrize("classes", [3, 10, 100, 144, 145, 1000])
+@pytest.mark.parametrize("how", SAME)
+def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
+    """A student near its teacher, whose KL a rounded difference of quotients would drown."""
+    teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
+    teacher += offset
+    student = teacher + 1e-3 * noise
+    options = {"temperature": 3.0, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
+    exact = truth(student, teacher, labels, **options)
+    plain = fastkd.loss(student, teacher, labels, **options)
+    tensors = {name: value.to(device) for name, value in SAME[how](classes).items()}
+    value = fastkd.loss(student, teacher, labels, **{**options, **tensors})
+    error = ((value.double() - exact.loss) / exact.loss).abs().max()
+    of_plain = ((plain.double() - exact.loss) / exact.loss).abs().max()
+    assert float(error) <= 2 * float(of_plain) + 2e-7

@@ -469,7 +469,10 @@ struct LaneEngine {
     const T w = x.w[i] - teacher_base[i];
     const T q = x.q[i] * student_scale[i];
     const T p = x.p[i] * teacher_scale[i];
-    const T gap = kSeparate ? w * teacher_inverse_t[i] - z * inverse_t[i] : (w - z) * inverse_t[i];
+    const T together = (w - z) * inverse_t[i];
+    const T each = w * teacher_inverse_t[i] - z * inverse_t[i];
+    const bool separate = kSeparate && inverse_t[i] != teacher_inverse_t[i];
+    const T gap = separate ? each : together;
     Element<T> e = element<T>(p, q, gap - log_ratio[i]);
     e.gap = gap;
     return e;
@@ -489,9 +492,7 @@ struct LaneEngine {
   bool wants_hard_gradient() const {
     return hard && (in.hard_weight != 0 || in.row_settings != nullptr);
   }
-  bool has_separate_temperatures() const {
-    return in.row_settings != nullptr || in.temperature != in.teacher_temperature;
-  }
+  bool has_separate_temperatures() const { return in.temperature != in.teacher_temperature; }
 
   // A block as the first sweep left it.
   void revisit(const Block& b) {
