@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -141,15 +141,16 @@ def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
     Row tensors become ``(...)`` in ``dtype``, or stay 0-d.
     """
 
-    def rows(name: str, value: float | Tensor, positive: bool) -> float | Tensor:
+    def rows(
+        name: str, value: float | Tensor, check_data: Callable[[str, Tensor], None]
+    ) -> float | Tensor:
         if not isinstance(value, Tensor):
             return value
         if value.dim() == 0:
             value = value.to(student.device)
         else:
             checks.rows(value, name, student)
-        if name != "temperature":  # whose data the kernels look at
-            checks.row_data(name, value, positive)
+        check_data(name, value)
         return checks.savable(value.to(dtype))
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
@@ -158,15 +159,15 @@ def fit(objective: Objective, student: Tensor, dtype: torch.dtype) -> Objective:
     if class_weight is not None:
         checks.classes(class_weight, "class_weight", student)
         class_weight = checks.savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", objective.temperature, True)
+    temperature = rows("temperature", objective.temperature, checks.temperature_data)
     same = objective.teacher_temperature is objective.temperature
     return objective._replace(
         temperature=temperature,
         teacher_temperature=temperature
         if same
-        else rows("teacher_temperature", objective.teacher_temperature, True),
-        hard_weight=rows("hard_weight", objective.hard_weight, False),
-        soft_weight=rows("soft_weight", objective.soft_weight, False),
+        else rows("teacher_temperature", objective.teacher_temperature, checks.temperature_data),
+        hard_weight=rows("hard_weight", objective.hard_weight, checks.weight_data),
+        soft_weight=rows("soft_weight", objective.soft_weight, checks.weight_data),
         normalizer=normalizer,
         class_weight=class_weight,
     )

@@ -82,7 +82,7 @@ def topk_loss(
         labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
             1.
         tail: what becomes of the classes that are not listed, as above. Default ``"ghost"``.
-        temperature: T > 0 of the student. Default 2.
+        temperature: T of the student, from 1e-18 to 1e18. Default 2.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
         hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
@@ -290,7 +290,7 @@ def _run(
         normalizer = checks.number("normalizer", normalizer, 0.0, math.inf, open_low=True)
     checks.ignored_label(ignore_index)
     settings = Settings(
-        checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
+        checks.scalar_temperature("temperature", temperature),
         hard,
         soft,
         checks.smoothing(label_smoothing, labels is not None),
