@@ -406,14 +406,21 @@ FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
   return is_mean(balance) || balance == Balance::kUnit;
 }
 
+// 0 in place of a negative number. A divergence is none, but its terms may round to one, where they
+// are differences of the least numbers there are. NaN stays.
+template <class T>
+FASTKD_HOST_DEVICE T at_least_0(T value) {
+  return value < T(0) ? T(0) : value;
+}
+
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.
 template <class T>
 FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T teacher_entropy) {
-  if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
+  if (id == Divergence::kSoftCrossEntropy) return at_least_0(value + teacher_entropy);
   const Balance balance = balance_of(id);
-  if (!is_mean(balance)) return value;
+  if (!is_mean(balance)) return at_least_0(value);
   const T mean = balance == Balance::kCentered ? slope / classes / 2 : T(0);
-  return value / classes - mean * mean;
+  return at_least_0(value / classes - mean * mean);
 }
 
 // The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=

@@ -119,3 +119,33 @@ def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, 
     error = ((value.double() - exact.loss) / exact.loss).abs().max()
     of_plain = ((plain.double() - exact.loss) / exact.loss).abs().max()
     assert float(error) <= 2 * float(of_plain) + 2e-7
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("divergence", [d for d in fastkd.divergences() if d != "dkd"])
+@pytest.mark.parametrize("classes", [2, 3, 200])
+def test_a_divergence_is_never_negative(device, divergence, classes):
+    """Not even where its terms are differences of the least normal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(4000, classes, generator=generator) * 20
+    student[:, 0] += torch.linspace(60, 110, 4000)
+    near = torch.randn(4000, classes, generator=generator) * torch.logspace(-4, 1, 4000).view(-1, 1)
+    options = {"divergence": divergence, "temperature": 1.0, "reduction": "none"}
+    value = fastkd.loss(student.to(device), (student + near).to(device), **options)
+    assert float(value.min()) >= 0
+    soft = fastkd.terms(student.to(device), (student + near).to(device), **options).soft
+    assert float(soft.min()) >= 0
+
+
+@pytest.mark.parametrize("tail", ["ghost", "renormalize"])
+def test_a_sparse_divergence_is_never_negative(device, tail):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(2000, 3, generator=generator, dtype=FP64) * 20
+    student[:, 0] += torch.linspace(650, 760, 2000)
+    teacher = student + torch.randn(2000, 3, generator=generator, dtype=FP64)
+    log_probs, indices = teacher.log_softmax(-1).topk(2)
+    options = {"temperature": 1.0, "reduction": "none", "tail": tail}
+    value = fastkd.topk_loss(
+        student.to(device), indices.to(device), log_probs.to(device), **options
+    )
+    assert float(value.min()) >= 0

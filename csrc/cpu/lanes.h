@@ -683,7 +683,7 @@ struct LaneEngine {
       const double result = is_mean_of_classes ? value[i] / n - mean * mean
                                                : value[i] + weighted(entropies, teacher_entropy[i]);
       // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
-      value[i] = result == result ? result : -kLowest;
+      value[i] = result == result ? at_least_0(result) : -kLowest;
     }
     if (decoupled) include_label();
   }
@@ -698,7 +698,7 @@ struct LaneEngine {
       const bool student_others = student_scale[i] > T(0), teacher_others = teacher_scale[i] > T(0);
       const double of_others = teacher_others ? in.mix : 0.0;
       const double both = static_cast<double>(binary) + weighted(of_others, value[i]);
-      value[i] = both == both ? both : -kLowest;
+      value[i] = both == both ? at_least_0(both) : -kLowest;
       // in bits, as sum_terms() leaves them
       const T of_student = student.entropy(), of_teacher = teacher.entropy();
       student_entropy[i] = static_cast<double>(of_student) * kLog2E +
@@ -806,9 +806,9 @@ struct LaneEngine {
       teacher_scale[i] = stats[kTeacherScale * args.rows + row];
       student_inverse[i] = student_scale[i];
       teacher_inverse[i] = teacher_scale[i];
-      slope[i] = stats[kSlopeSum * args.rows + row];
       student_mean[i] = centered ? teacher_scale[i] : T(0);
       teacher_mean[i] = centered ? teacher_max[i] : T(0);
+      slope[i] = stats[kSlopeSum * args.rows + row];
       classes_that_count[i] = static_cast<double>(stats[kClassCount * args.rows + row]);
     }
   }
