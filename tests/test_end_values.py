@@ -111,6 +111,38 @@ def test_an_infinite_soft_term_of_no_weight(device, who, name, how, dtype, class
     torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
+    """A label that the student masks."""
+    student, teacher, labels = masked("student", classes, FP32, device)
+    teacher[:3, 1] = -INF
+    labels[:3] = 1
+    options = {"label_smoothing": smoothing, "hard_weight": 0.0, "soft_weight": 1.0}
+    value = fastkd.terms(student, teacher, labels, **options)
+    torch.testing.assert_close(value.loss, fastkd.loss(student, teacher))
+    assert value.hard == INF
+    got = gradient(student, teacher, labels, **options)
+    torch.testing.assert_close(got, gradient(student, teacher, None), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("hard_weight", [0.0, 0.5])
+def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_weight):
+    """The label weighs nothing then; of the classes it is one, whose logarithm is infinite."""
+    student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
+    teacher[:3, 1] = -INF
+    labels[:3] = 1
+    leaf = student.requires_grad_()
+    options = {"label_smoothing": 1.0, "hard_weight": hard_weight, "soft_weight": 1.0}
+    value = reference.loss(leaf, teacher, labels, **options)
+    assert bool(value == INF) == (hard_weight > 0) and not value.isnan()
+    got = torch.autograd.grad(value, leaf)[0]
+    assert got.isfinite().all()
+    kernel = fastkd.loss(leaf, teacher, labels, **options)
+    torch.testing.assert_close(kernel, value)
+    torch.testing.assert_close(torch.autograd.grad(kernel, leaf)[0], got)
+
+
 def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: str, teachers: int):
     """(loss, gradients of logits and temperature) of some of the rows, several teachers'."""
     student, teacher, labels = masked(who, 7, FP32, torch.device("cpu"))

@@ -130,7 +130,7 @@ def cross_entropy(
             hard = weighted(class_weight[labels], hard)
     if label_smoothing:
         smooth = _products(each.expand_as(log_q), log_q) / log_q.shape[-1]
-        hard = (1 - label_smoothing) * hard + label_smoothing * smooth
+        hard = weighted(1 - label_smoothing, hard) + weighted(label_smoothing, smooth)
     return hard
 
 
