@@ -524,9 +524,9 @@ void forced(bool brief) {
             "ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages";
         test(c, name.c_str());
         if (stages != 8 || cluster != 4) continue;
-        // The label in every part of a row, and what only two divergences exchange.
-        for (const Divergence id :
-             {Divergence::kJensenShannon, Divergence::kDecoupled, Divergence::kCosine})
+        // The label in every part of a row, and what only some divergences exchange.
+        for (const Divergence id : {Divergence::kJensenShannon, Divergence::kDecoupled,
+                                    Divergence::kCosine, Divergence::kCenteredSquaredError})
           for (const DType dtype : kHot) {
             Case d = c;
             d.divergence = id, d.student = d.teacher = dtype, d.rows = 9, d.ignored = false;
