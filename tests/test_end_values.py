@@ -20,8 +20,7 @@ MASKED = [(who, name) for who, names in INFINITE.items() for name in names]
 
 
 def masked(who: str, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """(student, teacher, labels) of four rows, of which all but the last have a class that one of
-    the two masks."""
+    """Return (student, teacher, labels) of four rows, of which one side masks a class in three."""
     student, teacher, labels = make((4, classes), dtype, device=device, ignored=0.0)
     (student if who == "student" else teacher)[:3, 1] = -INF
     return student, teacher, labels.masked_fill(labels == 1, 2)
@@ -144,7 +143,7 @@ def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_wei
 
 
 def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: str, teachers: int):
-    """(loss, gradients of logits and temperature) of some of the rows, several teachers'."""
+    """Return (loss, gradients of logits and temperature) of the rows to keep."""
     student, teacher, labels = masked(who, 7, FP32, torch.device("cpu"))
     every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
     for one in every:

@@ -211,17 +211,17 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def soft_terms(problem: Problem) -> Tensor:
-    """The divergence of each row."""
+    """Return the divergence of each row."""
     student, teacher, labels, options, _ = problem
     options = {k: v for k, v in options.items() if k != "normalizer"}
     return fastkd.terms(student, teacher, labels, **options | {"reduction": "none"}).soft
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Tensors that hold an option's number for each row cost no accuracy of the divergence."""
+    """Raise if tensors that hold an option's number for each row cost the divergence accuracy."""
     plain = soft_terms(build(case._replace(constant=frozenset()), device)).double()
-    told = soft.isfinite() & plain.isfinite()
-    got, plain, soft = (x[told] for x in (soft_terms(problem).double(), plain, soft))
+    finite = soft.isfinite() & plain.isfinite()
+    got, plain, soft = (x[finite] for x in (soft_terms(problem).double(), plain, soft))
     error, of_plain = (got - soft).abs(), (plain - soft).abs()
     eps = torch.finfo(compute_dtype(problem.student, problem.teacher)).eps
     least = min(case.temperature, case.own or case.temperature)
@@ -231,8 +231,10 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(of each row's squared error, of its gradient in each class): what rounding the logits of the
-    class itself, and for centered ones their mean, may change."""
+    """Return what rounding may change: (each row's squared error, its gradient in each class).
+
+    A class depends on the rounding of its own logits and, for centered ones, of their mean.
+    """
     student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
     dim, classes = exact["dim"], case.classes
     t, own, soft = (

@@ -11,7 +11,7 @@ CLASSES = [7, 100, 144, 145, 3000]
 
 
 def errors(divergence, student, teacher, **options):
-    """(relative errors of each row's value, errors of the gradient, and its true magnitude)."""
+    """Return (relative errors of each row's value, errors of the gradient, its true magnitude)."""
     options = {"divergence": divergence, "reduction": "none", "temperature": 1.5, **options}
     exact = truth(student, teacher, **options)
     leaf = student.clone().requires_grad_()
@@ -23,27 +23,33 @@ def errors(divergence, student, teacher, **options):
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("size_of_one", [1e4, 1e6, 1e8, -1e8])
-@pytest.mark.parametrize("own", [None, 0.7])
-def test_squared_error_of_one_logit_far_from_the_rest(device, classes, size_of_one, own):
+@pytest.mark.parametrize("teacher_temperature", [None, 0.7])
+def test_squared_error_of_one_logit_far_from_the_rest(
+    device, classes, size_of_one, teacher_temperature
+):
     """Every class keeps its digits: the maxima that softmaxes subtract are none of its business."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
-    value, grad, size = errors("mse", student, teacher, teacher_temperature=own)
+    value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
     assert float(value.max()) < 1e-6
     rest = student.abs() < 100
     # With two temperatures a difference of quotients is as exact as each of these, of up to 20.
-    limit = 4e-7 * size + (0 if own is None else 20 * 2e-7 * 2 / classes)
+    limit = 4e-7 * size + (0 if teacher_temperature is None else 20 * 2e-7 * 2 / classes)
     assert bool((grad <= limit)[rest].all())
 
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("size_of_one", [1e4, 1e6, 1e8, -1e8])
-@pytest.mark.parametrize("own", [None, 0.7])
-def test_centered_squared_error_of_one_logit_far_from_the_rest(device, classes, size_of_one, own):
+@pytest.mark.parametrize("teacher_temperature", [None, 0.7])
+def test_centered_squared_error_of_one_logit_far_from_the_rest(
+    device, classes, size_of_one, teacher_temperature
+):
     """Not the difference of a mean of squares and the square of a mean."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
-    value, grad, size = errors("centered_mse", student, teacher, teacher_temperature=own)
+    value, grad, size = errors(
+        "centered_mse", student, teacher, teacher_temperature=teacher_temperature
+    )
     assert float(value.max()) < 1e-6
     # Every class is compared with the mean, which the one logit makes large.
     scale = (20 + abs(size_of_one) / classes) * 2 / classes

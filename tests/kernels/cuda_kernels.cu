@@ -563,10 +563,11 @@ void divergences(bool brief) {
   // Of these the gaps of other classes would be lost in it, were the maximum subtracted first.
   for (const Divergence id : {Divergence::kSquaredError, Divergence::kCenteredSquaredError})
     for (const int64_t classes : {7, 100, 1003, 20001})
-      for (const double own : {0.0, 3.0}) {
+      for (const double teacher_temperature : {0.0, 3.0}) {
         Case c;
         c.divergence = id, c.classes = classes, c.rows = 5, c.hard_weight = 0;
-        c.student = c.teacher = DType::kFloat32, c.outlier = 1e6, c.teacher_temperature = own;
+        c.student = c.teacher = DType::kFloat32, c.outlier = 1e6;
+        c.teacher_temperature = teacher_temperature;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", outlier").c_str());
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
