@@ -40,7 +40,8 @@ enum class Balance {
   kNone,     // it is the slope: S is 0
   kStudent,  // slope - q * S
   // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0.
+  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0. These
+  // divergences read the gap of two logits alone.
   kMean,
   kCentered,
   // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
@@ -125,7 +126,9 @@ struct SymmetricKL {
     const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
-    return {weighted(a, e.excess) + weighted(b, reverse), a * e.diff + b * slope};
+    // Of a KL that weighs nothing neither value nor slope counts, both of which may be infinite.
+    return {weighted_part(a, e.excess) + weighted_part(b, reverse),
+            a * e.diff + weighted_part(b, slope)};
   }
 };
 
@@ -237,13 +240,14 @@ struct SquaredError {
   }
 };
 
-// The same with each row's mean taken off: d differs from the gap by a constant. S is -2 n mean(d).
+// The same of logits less their row's mean, which the engines subtract first, as they round it:
+// S = -2 n mean(gap) is what that rounding leaves.
 struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    return {e.d * e.d, T(-2) * e.d};
+    return SquaredError::at(e, ConstantsOf<T>{});
   }
 };
 
@@ -402,14 +406,21 @@ FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
   return is_mean(balance) || balance == Balance::kUnit;
 }
 
+// 0 in place of a negative number. A divergence is none, but its terms may round to one, where they
+// are differences of the least numbers there are. NaN stays.
+template <class T>
+FASTKD_HOST_DEVICE T at_least_0(T value) {
+  return value < T(0) ? T(0) : value;
+}
+
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.
 template <class T>
 FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T teacher_entropy) {
-  if (id == Divergence::kSoftCrossEntropy) return value + teacher_entropy;
+  if (id == Divergence::kSoftCrossEntropy) return at_least_0(value + teacher_entropy);
   const Balance balance = balance_of(id);
-  if (!is_mean(balance)) return value;
+  if (!is_mean(balance)) return at_least_0(value);
   const T mean = balance == Balance::kCentered ? slope / classes / 2 : T(0);
-  return value / classes - mean * mean;
+  return at_least_0(value / classes - mean * mean);
 }
 
 // The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=

@@ -42,8 +42,10 @@ enum Stat : int {
 // kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
 // Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
 // other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
-// is the divergence. On a CPU the forward KL of a row where it is plain (cpu/row.h), else 0, is the
-// kSlopeSum of kForwardKL and kSoftCrossEntropy, and the kClassCount of kJensenShannon.
+// is the divergence. Of kCenteredSquaredError kTeacherMax is the mean of w and kTeacherScale the
+// mean of z on a CPU; on CUDA kStudentScale is the mean of z and kTeacherScale the mean of w. On a
+// CPU the forward KL of a row where it is plain (cpu/row.h), else 0, is the kSlopeSum of kForwardKL
+// and kSoftCrossEntropy, and the kClassCount of kJensenShannon.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
@@ -146,7 +148,10 @@ struct Statistics {
   double student_max, student_sum, hard_sum, teacher_max, teacher_sum;
   // The label's logits where the sums leave it out (kDecoupled) and it is of this segment, or 0.
   double student_label = 0, teacher_label = 0;
-  double student_squares = 0, teacher_squares = 0;  // sums of z^2 and w^2 (kCosine), or 0
+  // Sums of z^2 and w^2 (kCosine), or of z and w over the classes that each does not mask, of which
+  // there are so many (kCenteredSquaredError); or 0.
+  double student_moment = 0, teacher_moment = 0;
+  double student_count = 0, teacher_count = 0;
   // Of a divergence that may be plain (cpu/row.h): the sum over classes of exp((w - max w) / t)
   // times (w - max w) - (z - max z); NaN where it was given up. Or 0.
   double gap_sum = 0;

@@ -38,7 +38,7 @@ struct Element {
   T d;        // log p - log q
   T diff;     // q - p
   T excess;   // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
-  T gap = 0;  // w / t - z / t, set by who has the logits; d is the same less a constant of the row
+  T gap = 0;  // w / t - z / t, of divergences that compare logits
 };
 
 // Whether the series is used.
@@ -148,12 +148,12 @@ FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   return weight == T(0) && infinite ? T(0) : weight * value;
 }
 
-// The soft term's part of a gradient: none where its weight is 0, whatever the slope. An infinite
-// divergence's may be infinite or NaN.
+// The same of the terms of a row that holds an answer, and of their slopes: there NaN stands for an
+// infinity.
 template <class T>
-FASTKD_HOST_DEVICE T soft_part(T gain, T slope) {
-  const T part = gain * slope;
-  return gain == T(0) ? T(0) : part;
+FASTKD_HOST_DEVICE T weighted_part(T weight, T value) {
+  const T part = weight * value;
+  return weight == T(0) ? T(0) : part;
 }
 
 // x log y with 0 log y = 0, whatever y; the caller has log y at hand.

@@ -12,7 +12,9 @@ enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 // stride, the teacher's temperature, the rows' settings and the divergence are unused.
 struct TopkArgs : Inputs {
   int64_t k = 0;
-  const int64_t* indices = nullptr;  // [rows, k] class of each log-probability; < 0: nothing there
+  // [rows, k] class of each log-probability. An entry is padding, as if it were not there, where
+  // its class is negative or its log-probability -inf.
+  const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null

@@ -32,7 +32,7 @@ what a set of options means.
 
 | option | default | |
 |---|---|---|
-| `temperature` | 2.0 | a number, or a tensor, of one for each row too; learns if it requires grad |
+| `temperature` | 2.0 | 1e-18 to 1e18, or a tensor, of one for each row too; can learn |
 | `teacher_temperature` | `temperature` | the teacher's own |
 | `alpha` | 0.5 | weight of the hard term |
 | `hard_weight`, `soft_weight` | | in place of `alpha`: numbers, or one for each row |

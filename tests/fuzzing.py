@@ -24,8 +24,9 @@ BATCH = 500
 LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", "odd bytes")
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
-# At 1 the reference has 0 * inf where -inf is the label.
-SMOOTHING = st.sampled_from([0.0, 0.1, 0.9])
+SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
+# What backward is called with: powers of two, by which 16-bit gradients are multiplied exactly.
+GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
 def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
@@ -93,13 +94,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def close(got: Tensor, want: Tensor, relative: float, absolute: float, what: str) -> None:
+def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
     """NaN where NaN is due, an infinity where one is due, else within the bounds."""
     # Beyond, the dtype may say inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
     # Below its least number it rounds to nothing.
-    absolute += torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
+    absolute = absolute + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
     got = got.double()
     fits = (got - want).abs() <= relative * want.abs() + absolute
     fits |= (got == want) | (got.isnan() & want.isnan()) | huge

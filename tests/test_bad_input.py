@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import FP32, make
+from support import FP32, make, name_of
 from torch import nn
 
 import fastkd
@@ -65,6 +65,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "temperature NaN": ({"temperature": NAN}, ValueError, "temperature must be positive and finite; got nan"),
     "temperature infinite": ({"temperature": INF}, ValueError, "temperature must be positive and finite; got inf"),
     "temperature no float": ({"temperature": 10**400}, ValueError, "temperature must be positive and finite; got inf"),
+    "one temperature below float32": ({"temperature": torch.tensor([1.0, 1e-46, 2.0], dtype=torch.float64)}, ValueError, "temperature must be from 1e-18 to 1e+18; row 1 has 1e-46"),
+    "one temperature beyond float32": ({"temperature": torch.tensor([1.0, 2.0, 1e39], dtype=torch.float64)}, ValueError, "temperature must be from 1e-18 to 1e+18; row 2 has 1e+39"),
+    "the temperature's tensor beyond float32": ({"temperature": torch.tensor(1e39, dtype=torch.float64)}, ValueError, "temperature must be from 1e-18 to 1e+18; row 0 has 1e+39"),
     "temperature a word": ({"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
     "temperature None": ({"temperature": None}, TypeError, "temperature must be a number; got NoneType"),
     "temperature a bool": ({"temperature": True}, TypeError, "temperature must be a number; got bool"),
@@ -142,8 +145,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one soft_weight NaN": ({"soft_weight": torch.tensor([1.0, 0.0, NAN])}, ValueError, "soft_weight must be finite and at least 0; row 2 has nan"),
     "teacher_temperature 0": ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be positive and finite; got 0.0"),
     "one teacher_temperature 0": ({"teacher_temperature": torch.tensor([1.0, 1.0, 0.0])}, ValueError, "teacher_temperature must be positive and finite; row 2 has 0.0"),
+    "teacher_temperature beyond float32, weights of rows": ({"teacher_temperature": 1e39, "hard_weight": torch.ones(3)}, ValueError, "teacher_temperature must be from 1e-18 to 1e+18; got 1e+39"),
+    "one teacher_temperature below float32": ({"teacher_temperature": torch.tensor([1.0, 1.0, 1e-46], dtype=torch.float64)}, ValueError, "teacher_temperature must be from 1e-18 to 1e+18; row 2 has 1e-46"),
     "one temperature 0, not fused": ({"temperature": torch.tensor([1.0, 0.0, 1.0]), "divergence": "jsd"}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
     "label too large, not fused": ({"labels": torch.tensor([0, 5, 1]), "divergence": "jsd"}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 1 has 5"),
+    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix must be so large that 1 - mix is less than 1; got 1e-300"),
     # teachers
     "unknown teacher_form": ({"teacher_form": "softmax"}, ValueError, "teacher_form must be one of 'logits', 'log_probs', 'probs'; got 'softmax'"),
     "unknown ensemble": ({"ensemble": "mean"}, ValueError, "ensemble must be one of 'probs', 'logits'; got 'mean'"),
@@ -264,6 +270,53 @@ def test_arguments_of_the_wrong_number(name):
 def test_module_refuses_options_when_it_is_made(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         fastkd.KDLoss(**options)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("value", [1e-46, 1e-39, 1e25, 1e39])
+@pytest.mark.usefixtures("each_autograd")
+def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
+    arguments = {k: v.to(dtype) if v.is_floating_point() else v for k, v in good().items()}
+    for name in ("temperature", "teacher_temperature"):
+        message = re.escape(f"{name} must be from 1e-18 to 1e+18; got {value!r}")
+        with pytest.raises(ValueError, match=message):
+            fastkd.loss(**arguments, **{name: value})
+        with pytest.raises(ValueError, match=message):
+            fastkd.KDLoss(**{name: value})
+    message = re.escape(f"temperature must be from 1e-18 to 1e+18; got {value!r}")
+    with pytest.raises(ValueError, match=message):
+        fastkd.topk_loss(
+            arguments["student_logits"], Z(3, 1).long(), Z(3, 1) - 1, temperature=value
+        )
+    with pytest.raises(ValueError, match=message):
+        fastkd.check_inputs(**arguments, temperature=value)
+
+
+@pytest.mark.parametrize("value", [1e-18, 1e18])
+def test_the_least_and_the_greatest_temperature(value):
+    """float32 has a finite loss and gradient at either."""
+    for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
+        student, teacher, labels = good().values()
+        leaf = student.requires_grad_()
+        got = fastkd.loss(leaf, teacher, labels, temperature=option)
+        got.backward()
+        assert got.isfinite() and leaf.grad.isfinite().all()
+        with pytest.raises(ValueError, match="temperature must be from"):
+            fastkd.loss(
+                leaf,
+                teacher,
+                labels,
+                temperature=torch.tensor([value, 1e39, 1.0], dtype=torch.float64),
+            )
+
+
+def test_errors_name_no_path_of_the_machine_that_built_the_extension():
+    """A native check's own words begin with a file's place in the repository."""
+    student, teacher = Z(3, 5), Z(3, 6)
+    settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False, False)
+    with pytest.raises(RuntimeError, match="must have the same shape") as caught:
+        torch.ops.fastkd.loss(student, teacher, *settings)
+    assert re.search(r"(^|\s)csrc/torch/\w+\.cpp", str(caught.value).split("\n")[0])
 
 
 # ---- odd, and right

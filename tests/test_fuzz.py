@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fuzzing import (
+    GRAD_OUTPUTS,
     LAYOUTS,
     NARROW,
     SMOOTHING,
@@ -56,12 +57,14 @@ class Case(NamedTuple):
     temperature: float = 2.0
     own: float | None = None  # the teacher's temperature
     per_row: frozenset[str] = frozenset()  # which options are tensors with a number for each row
+    constant: frozenset[str] = frozenset()  # the same, of which each is the option itself
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
     reduction: str = "mean"
     normalizer: float | None = None
     class_weight: bool = False
     mix: float | None = None  # where the divergence has one
+    grad_output: float = 1.0
     ignore_index: int = -100
     unused: int = 0  # classes beyond ``classes=``
     dim: int = -1
@@ -91,12 +94,14 @@ CASES = st.builds(
     temperature=TEMPERATURES,
     own=st.one_of(st.none(), st.floats(0.25, 30.0)),
     per_row=rarely(frozenset(), st.frozensets(st.sampled_from(ROW_SETTINGS))),
+    constant=rarely(frozenset(), st.frozensets(st.sampled_from([*ROW_SETTINGS, "class_weight"]))),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
     normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
     class_weight=rarely(False, st.booleans()),
-    mix=rarely(None, st.sampled_from([0.1, 0.5, 0.9])),
+    mix=rarely(None, st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])),
+    grad_output=GRAD_OUTPUTS,
     ignore_index=rarely(-100, st.integers(-1, 3)),
     unused=rarely(0, st.integers(1, 9)),
     dim=rarely(-1, st.just(1)),
@@ -142,8 +147,9 @@ def build(case: Case, device: torch.device) -> Problem:
             options["class_weight"] = weight.to(device)
     if case.normalizer is not None and case.reduction == "mean":
         options["normalizer"] = case.normalizer
-    if case.mix is not None and reference.DIVERGENCES[case.divergence].mix is not None:
-        options["mix"] = case.mix
+    kind = reference.DIVERGENCES[case.divergence]
+    if case.mix is not None and kind.mix is not None:
+        options["mix"] = min(max(case.mix, 1e-7), 1 - 1e-7) if kind.mix_open else case.mix
     if case.unused:
         options["classes"] = case.classes
     rows = math.prod(case.leading)
@@ -151,6 +157,10 @@ def build(case: Case, device: torch.device) -> Problem:
     for name in case.per_row & options.keys():
         options[name] = options[name] * growing
     exact = dict(options)
+    for name in case.constant & options.keys() - {"class_weight"} - case.per_row:
+        options[name] = torch.full_like(growing, options[name])
+    if "class_weight" in case.constant and labels is not None and not case.class_weight:
+        options["class_weight"] = torch.ones(case.classes, device=device)
     if labels is None:
         exact |= {"hard_weight": 0.0, "soft_weight": 1.0}
     return Problem(student, teacher, labels, options, exact)
@@ -195,9 +205,51 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
         value = module(leaf, teacher, labels)
     else:
         value = fastkd.loss(leaf, teacher, labels, **options)
-    value.sum().backward()
+    value.backward(torch.full_like(value, case.grad_output))
     assert leaf.grad is not None
     return value.detach(), leaf.grad
+
+
+def soft_terms(problem: Problem) -> Tensor:
+    """Return the divergence of each row."""
+    student, teacher, labels, options, _ = problem
+    options = {k: v for k, v in options.items() if k != "normalizer"}
+    return fastkd.terms(student, teacher, labels, **options | {"reduction": "none"}).soft
+
+
+def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
+    """Raise if tensors that hold an option's number for each row cost the divergence accuracy."""
+    plain = soft_terms(build(case._replace(constant=frozenset()), device)).double()
+    finite = soft.isfinite() & plain.isfinite()
+    got, plain, soft = (x[finite] for x in (soft_terms(problem).double(), plain, soft))
+    error, of_plain = (got - soft).abs(), (plain - soft).abs()
+    eps = torch.finfo(compute_dtype(problem.student, problem.teacher)).eps
+    least = min(case.temperature, case.own or case.temperature)
+    ratio = 1 + largest_of(problem.student, problem.teacher) / least
+    limit = 64 * eps * ratio * soft.abs() + 4 * (of_plain.max() if len(of_plain) else 0.0)
+    assert bool((error <= limit).all()), f"{error} beside {of_plain}"
+
+
+def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return what rounding may change: (each row's squared error, its gradient in each class).
+
+    A class depends on the rounding of its own logits and, for centered ones, of their mean.
+    """
+    student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
+    dim, classes = exact["dim"], case.classes
+    t, own, soft = (
+        torch.as_tensor(exact.get(name, exact["temperature"]), dtype=FP64).unsqueeze(-1)
+        for name in ("temperature", "teacher_temperature", "soft_weight")
+    )
+    student, teacher = (x.movedim(dim, -1)[..., :classes].abs() for x in (student, teacher))
+    size = student / t.to(student) + teacher / own.to(teacher)
+    if case.divergence == "centered_mse":
+        size = size + size.mean(-1, keepdim=True)
+    gain = soft.to(size) * t.to(size) / exact.get("normalizer", 1.0)
+    rows = (gain * t.to(size)).squeeze(-1) * size.square().mean(-1)
+    of_classes = 2 * gain / classes * size
+    padding = of_classes.new_zeros((*of_classes.shape[:-1], case.unused))
+    return rows, torch.cat((of_classes, padding), -1).movedim(-1, dim)
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -214,6 +266,7 @@ def check(case: Case, device: torch.device) -> None:
     rows = reference.terms(leaf.detach(), teacher.double(), host, **{**exact, "reduction": "none"})
     want = reference.loss(leaf, teacher.double(), host, **exact)
     (gradient,) = torch.autograd.grad(want.sum(), leaf)
+    gradient = gradient * case.grad_output
 
     size = sensitivity(case, problem)
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
@@ -232,7 +285,17 @@ def check(case: Case, device: torch.device) -> None:
     if bool(alone.any()) and not bool(value.isfinite().all()):
         return
     count = max(1, want.numel() if case.reduction == "none" else rows.loss.numel())
-    close(value, want.detach(), 8 * eps, 64 * eps * size * count, "loss")
+    in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
+    hard = torch.as_tensor(exact.get("hard_weight", 0.0))
+    if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
+        # Of these no class has anything to do with how large the others' logits are.
+        of_rows, in_gradient = roundings(case, problem)
+        in_value = of_rows.sum().clamp(min=1e-30) * count
+    close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
+    if is_fused(case) and not hard.any():
+        assert not bool((value < 0).any()), "a divergence is negative"
+    if case.constant and is_fused(case) and rows.loss.numel():
+        check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
         return  # the gradient jumps where p = q: roundings of the two fall on either side
     told = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
@@ -241,7 +304,8 @@ def check(case: Case, device: torch.device) -> None:
         grad.where(told, torch.zeros_like(grad)),
         gradient.where(told, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
-        64 * eps * size + info.smallest_normal * info.eps,
+        64 * eps * max(abs(case.grad_output), 1e-30) * in_gradient
+        + info.smallest_normal * info.eps,
         "gradient",
     )
 
@@ -369,6 +433,51 @@ REGRESSIONS = [
     ),
     # ... nor that the truth does, which had a divergence of -1e-13.
     Case((), 32768, (FP32, FP64), 0.0, 0.0, odd=((0, 0, 0, 6e-8),), labels="none", temperature=1.0),
+    # One KL alone, of a class that the teacher masks: the other's infinite slope of no weight, NaN.
+    *(
+        Case(
+            (2,),
+            n,
+            odd=((1, 0, 1, -math.inf), (1, 1, 1, -math.inf)),
+            divergence="symmetric_kl",
+            labels="none",
+            mix=1.0,
+            way="python",
+        )
+        for n in (6, 1000)
+    ),
+    # The gaps of other classes were lost in the one logit's from which the maximum was taken off.
+    *(
+        Case(
+            (3,),
+            n,
+            odd=((0, 0, 1, 1e38 if n == 7 else 3e4),),
+            divergence=name,
+            labels="none",
+            temperature=1.5,
+            own=own,
+        )
+        for n in (7, 1000)
+        for name in ("mse", "centered_mse")
+        for own in (None, 0.7)
+    ),
+    # Tensors that hold the same number for each row: a difference of rounded quotients.
+    *(
+        Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
+        for n in (10, 100)
+        for name in ("temperature", "soft_weight", "class_weight")
+    ),
+    # A gradient that is asked for with other factors than 1.
+    *(
+        Case((3,), n, reduction=reduction, grad_output=factor, odd=((0, 0, 1, -math.inf),))
+        for n in (10, 1000)
+        for reduction in ("mean", "none")
+        for factor in (-0.5, 0.0)
+    ),
+    # The label weighs nothing, and is masked: 0 * inf in the reference.
+    Case(
+        (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
+    ),
     # The teacher's temperature of each row beside one number for the student.
     Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fuzzing import (
+    GRAD_OUTPUTS,
     LAYOUTS,
     NARROW,
     SMOOTHING,
@@ -65,6 +66,7 @@ class Case(NamedTuple):
     logit_scale: float | None = None
     chunk: int | None = None
     by_classes: bool = False  # where those have all that the call needs
+    grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
 
@@ -99,6 +101,7 @@ CASES = st.builds(
     logit_scale=rarely(None, st.floats(0.1, 2.0)),
     chunk=st.one_of(st.none(), st.integers(1, 7)),
     by_classes=st.booleans(),
+    grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
 )
@@ -249,7 +252,7 @@ def check(case: Case, device: torch.device) -> None:
     for name in NAMES:
         given[name] = None if given[name] is None else given[name].detach().requires_grad_()
     value = fastkd.linear_loss(**given, **options)
-    value.sum().backward()
+    value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
@@ -271,7 +274,9 @@ def check(case: Case, device: torch.device) -> None:
         names = [name for name in NAMES if given[name] is not None]
         for name, gradient in zip(names, want.grads, strict=True):
             gain = gains[name] * (case.logit_scale or 1.0)
-            close(given[name].grad, gradient, 8 * eps, 16 * slope * eps * gain, name)
+            exact_gradient = gradient * case.grad_output
+            limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
+            close(given[name].grad, exact_gradient, 8 * eps, limit, name)
     elif case.reduction == "none":
         got, true = value.detach()[usual], want.loss[usual]
         close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")

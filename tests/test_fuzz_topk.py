@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from fuzzing import (
+    GRAD_OUTPUTS,
     LAYOUTS,
     NARROW,
     SMOOTHING,
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     smoothing: float = 0.0
     reduction: str = "mean"
     normalizer: float | None = None
+    grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
 
@@ -64,7 +66,7 @@ CASES = st.builds(
     ),
     k=st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 200])),
     dtypes=st.tuples(*[st.sampled_from([FP32, FP32, BF16, FP16, FP64])] * 2),
-    spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 1e4]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 100.0, 300.0, 1e4]),
     seed=st.integers(0, 2**31),
     odd=odd_numbers(2),
     padding=st.sampled_from([0.0, 0.3, 1.0]),
@@ -85,6 +87,7 @@ CASES = st.builds(
     smoothing=SMOOTHING,
     reduction=st.sampled_from(["mean", "sum", "none"]),
     normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
+    grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
 )
@@ -174,11 +177,12 @@ def check(case: Case, device: torch.device) -> None:
             fastkd.topk_loss(leaf, indices, log_probs, labels, **options)
         return
     value = fastkd.topk_loss(leaf, indices, log_probs, labels, **options)
-    value.sum().backward()
+    value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
         assert tensor is None or same_bits(tensor, copy), "an input was written"
     want, gradient = exact(case, problem, case.reduction)
+    gradient = gradient * case.grad_output
     rows, _ = exact(case, problem, "none")
 
     acc = compute_dtype(student, log_probs)
@@ -199,7 +203,7 @@ def check(case: Case, device: torch.device) -> None:
         grad.where(told, torch.zeros_like(grad)),
         gradient.where(told, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
-        64 * eps * size + info.smallest_normal * info.eps,
+        64 * eps * abs(case.grad_output) * size + info.smallest_normal * info.eps,
         "gradient",
     )
 
@@ -214,6 +218,13 @@ REGRESSIONS = [
     # Logits as log_probs: beyond exp(709) their sum wrapped round, and was small enough.
     Case(odd=((1, 0, 0, 1e38),)),
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
+    # A negative factor as the scale of an exponential: its bits wrapped round.
+    *(
+        Case(
+            (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
+        )
+        for tail in sparse.TAILS
+    ),
     # Outside the kernel a row without any probability was 0 where its list was empty.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
     # Outside the kernel a masked class whose probability underflows was 0 instead of inf.

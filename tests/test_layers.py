@@ -50,19 +50,27 @@ IMPORTS = {
     "rows": {"reference", "objective"},
     "native": {"_C", "_eager"},
     "shapes": {"native", "reference"},
+    "autograd": {"native", "shapes"},
     "mixture": {"native", "reference", "objective"},
-    "derivatives": {"native", "reference", "shapes", "mixture"},
-    "learned": {"checks", "reference", "objective", "rows", "shapes", "mixture", "derivatives"},
+    "derivatives": {"native", "reference", "shapes", "autograd", "mixture"},
+    "learned": {
+        "checks", "reference", "objective", "rows", "shapes", "autograd", "mixture", "derivatives",
+    },
     "ops": {
-        "native", "checks", "reference", "objective", "rows", "shapes", "mixture",
+        "native", "checks", "reference", "objective", "rows", "shapes", "autograd", "mixture",
         "derivatives",
         "learned",
     },
+    "fast_path": {"checks", "autograd", "derivatives"},
     "options": set(),
     "losses": {
-        "native", "checks", "reference", "objective", "shapes", "derivatives", "ops", "options",
+        "native", "checks", "reference", "objective", "shapes", "autograd", "ops", "fast_path",
+        "options",
     },
-    "sparse": {"native", "checks", "objective", "reference", "shapes", "derivatives"},
+    "sparse": {
+        "native", "checks", "objective", "reference", "shapes", "autograd", "derivatives",
+        "fast_path",
+    },
     "explain": {"checks", "reference", "objective", "losses"},
     "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
     "compat": {"checks", "shapes", "losses"},
@@ -73,10 +81,12 @@ IMPORTS = {
     "class_statistics": {"objective"},
     "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
     "head_loops": {"class_loop", "heads"},
-    "head_gradients": {"reference", "derivatives", "products", "heads", "head_loops"},
+    "head_gradients": {
+        "reference", "autograd", "derivatives", "products", "heads", "head_loops",
+    },
     "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
     "linear": {
-        "checks", "objective", "options", "derivatives", "losses", "chunks", "heads",
+        "checks", "objective", "options", "autograd", "losses", "chunks", "heads",
         "head_gradients", "sparse", "head_arguments", "class_loop",
     },
     # Training, and what is round it.
@@ -100,8 +110,8 @@ IMPORTS = {
         "checkpointing",
     },
 }  # fmt: skip
-# The optional way in through torch's C++ autograd, which has no stable interface.
-UNSTABLE = {"torch/eager.h", "torch/eager.cpp", "torch/eager_topk.cpp", "torch/gradients.h"}
+# The optional module of autograd in C++, which has no stable interface.
+UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
 def part(path: pathlib.Path) -> str:

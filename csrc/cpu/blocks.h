@@ -19,7 +19,6 @@ template <class T>
 struct Gaps {
   T inverse_temperature, teacher_inverse_temperature;
   T log_ratio;  // d = (w - z) / t - log_ratio
-  T shift;      // of w / t - z / t when formed from logits relative to the maxima
   Way way;      // for rows that are not kept
 };
 
@@ -42,6 +41,7 @@ struct Coefficients : Gaps<T> {
   T rest_gain;
   T label_gradient;                    // the label's
   T student_inverse, teacher_inverse;  // 1 / |z|, 1 / |w|
+  T student_mean, teacher_mean;        // what divergences of logits take off these, or 0
   bool plain;                          // the row is (row.h)
 
   bool apart() const { return this->way != Way::kAnew; }
@@ -68,9 +68,18 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, 
   } else {
     gap = (w - z) * c.inverse_temperature;
   }
-  Element<T> e = element<T>(p, q, gap - c.log_ratio, c.bound);
-  e.gap = gap + c.shift;
-  return e;
+  return element<T>(p, q, gap - c.log_ratio, c.bound);
+}
+
+// The gap of two logits, of which one may lie far above its row's others: nothing but their means
+// is taken off first.
+template <Way kWay, class T, class S>
+FASTKD_HOST_DEVICE T logit_gap(const Coefficients<T, S>& c, T z, T w) {
+  const T from_z = z - c.student_mean, from_w = w - c.teacher_mean;
+  if constexpr (kWay == Way::kSeparate) {
+    return from_w * c.teacher_inverse_temperature - from_z * c.inverse_temperature;
+  }
+  return (from_w - from_z) * c.inverse_temperature;
 }
 
 struct SlopeSums {
@@ -204,8 +213,11 @@ SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& co
       if constexpr (kWay == Way::kKept) {
         student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
       }
-      const Element<T> e =
+      Element<T> e =
           element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
+      if constexpr (is_mean(D::kBalance)) {
+        e.gap = logit_gap<kWay>(c, student_lanes[i], teacher_lanes[i]);
+      }
       Evaluated<T> here;
       if constexpr (kIsEven<D>) {
         here = D::at(e, k, kDivided ? ratios[i] : even_ratio(e.p, e.q));
@@ -283,7 +295,7 @@ __attribute__((noinline)) double write_reverse(const Coefficients<T, S>& coeffic
       if constexpr (kHard != Hard::kNone) {
         g += c.hard_gain * hard_exponential<kHard>(e.q, z[i], c.own);
       }
-      grad_lanes[i] = g + soft_part(c.soft_gain, here.slope - e.q * c.student_share);
+      grad_lanes[i] = g + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
     }
     pack<kWidth>(grad_buffer, grad.at(at));
   });
@@ -313,7 +325,7 @@ void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<cons
       const T unbalanced = slopes[at + i];
       if constexpr (kAnySlope) {
         const T slope = unbalanced - here * c.student_share - c.constant_share;
-        grad_lanes[i] = g + soft_part(c.soft_gain, unbalanced == unbalanced ? slope : T(0));
+        grad_lanes[i] = g + weighted_part(c.soft_gain, unbalanced == unbalanced ? slope : T(0));
       } else {
         grad_lanes[i] = g + c.soft_gain * (unbalanced - here * c.student_share);
       }
@@ -348,15 +360,17 @@ struct Entropies {
   int agreement;
 };
 
-struct Squares {
-  double student = 0, teacher = 0;
+// As Statistics has them.
+struct Moments {
+  double student = 0, teacher = 0, student_count = 0, teacher_count = 0;
 };
 
-// Of the classes that are not masked by both, in double: logits may be of any size.
-template <class T, class L>
-Squares sum_squares(const Vectors<const L>& student, const Vectors<const L>& teacher,
+// In double: logits may be of any size.
+template <bool kSquares, class T, class L>
+Moments sum_moments(const Vectors<const L>& student, const Vectors<const L>& teacher,
                     int64_t count) {
   double of_student[kLanes] = {}, of_teacher[kLanes] = {};
+  T counts[kLanes] = {}, teacher_counts[kLanes] = {};
   for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     T student_buffer[kWidth], teacher_buffer[kWidth];
@@ -364,12 +378,18 @@ Squares sum_squares(const Vectors<const L>& student, const Vectors<const L>& tea
     const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
-      const double x = masked ? T(0) : z[i], y = masked ? T(0) : w[i];
-      of_student[i] += x * x, of_teacher[i] += y * y;
+      const bool masks = z[i] == -kInfinity<T>, teacher_masks = w[i] == -kInfinity<T>;
+      const bool masked = masks & teacher_masks;
+      const double x = (kSquares ? masked : masks) ? T(0) : z[i];
+      const double y = (kSquares ? masked : teacher_masks) ? T(0) : w[i];
+      of_student[i] += kSquares ? x * x : x, of_teacher[i] += kSquares ? y * y : y;
+      if constexpr (!kSquares) {
+        counts[i] += masks ? T(0) : T(1), teacher_counts[i] += teacher_masks ? T(0) : T(1);
+      }
     }
   });
-  return {sum_of(of_student), sum_of(of_teacher)};
+  return {sum_of(of_student), sum_of(of_teacher), static_cast<double>(sum_of(counts)),
+          static_cast<double>(sum_of(teacher_counts))};
 }
 
 // What only `terms` asks for; a sweep of its own, so that the others need not pay for it.

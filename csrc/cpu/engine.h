@@ -166,16 +166,19 @@ struct Engine {
     return result;
   }
 
-  // The sums of squares of a range. Not inlined, for most divergences have none.
-  __attribute__((noinline)) void square(int64_t index, int64_t begin, int64_t end,
-                                        Statistics* result) const {
+  // Not inlined, for most divergences have none.
+  template <bool kSquares>
+  __attribute__((noinline)) void add_moments(int64_t index, int64_t begin, int64_t end,
+                                             Statistics* result) const {
     alignas(64) S student[kLongest];
     alignas(64) S teacher[kLongest];
     for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
       const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
-      const Squares squares = sum_squares<T>(z, w, count);
-      result->student_squares += squares.student, result->teacher_squares += squares.teacher;
+      const Moments moments = sum_moments<kSquares, T>(z, w, count);
+      result->student_moment += moments.student, result->teacher_moment += moments.teacher;
+      result->student_count += moments.student_count;
+      result->teacher_count += moments.teacher_count;
     });
   }
 
@@ -186,7 +189,8 @@ struct Engine {
     Statistics result = with_hard<T>(row.hard, [&](auto hard) {
       return scan_blocks<decltype(hard)::value, kKeep>(row, index, begin, end, into);
     });
-    if (row.unit) square(index, begin, end, &result);
+    if (row.unit) add_moments<true>(index, begin, end, &result);
+    if (row.centered) add_moments<false>(index, begin, end, &result);
     if (holds(begin, end - begin, row.left_out)) {
       const Logits student = student_of(in, index), teacher = teacher_of(in, index);
       result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
@@ -210,7 +214,7 @@ struct Engine {
     if (is_difference(s) && !needed) return {};
     Row<T> tempered_only = row;
     tempered_only.hard = Hard::kNone;
-    tempered_only.gaps = false;
+    tempered_only.gaps = tempered_only.centered = false;
     scan_range<true>(tempered_only, index, segment, kept->left());
     return kept->left();
   }

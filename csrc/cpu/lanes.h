@@ -45,6 +45,7 @@ struct LaneEngine {
   RowStrides grad_stride;
   bool hard;       // the hard term is wanted
   bool unit;       // the divergence is of unit vectors (kCosine)
+  bool centered;   // it is of centered logits (kCenteredSquaredError)
   bool decoupled;  // the sums are of the classes other than the label (kDecoupled; label.h)
   const Constants constants;
   Row<T> shared;      // what rows have in common that have no settings of their own
@@ -62,11 +63,13 @@ struct LaneEngine {
   // what the first sweep finds,
   alignas(64) Lanes<T> student_max, teacher_max, student_scale, hard_scale, teacher_scale;
   alignas(64) Lanes<double> student_sum, hard_sum, teacher_sum, offsets, label_logit;
-  alignas(64) Lanes<double> student_squares, teacher_squares;  // and as in Scales (row.h):
-  alignas(64) Lanes<T> student_inverse, teacher_inverse;
+  alignas(64) Lanes<double> student_moment, teacher_moment;  // as in Statistics (kernels.h),
+  alignas(64) Lanes<T> student_count, teacher_count;
+  alignas(64) Lanes<T> student_inverse, teacher_inverse;  // and as in Scales (row.h):
+  alignas(64) Lanes<T> student_mean, teacher_mean;
   alignas(64) Lanes<double> nothing;
   // what the sweeps over classes need,
-  alignas(64) Lanes<T> inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio, shift;
+  alignas(64) Lanes<T> inverse_t, teacher_inverse_t, student_base, teacher_base, log_ratio;
   alignas(64) Lanes<T> soft_gain, hard_gain, onehot, uniform;
   // what they need where the sums leave the label out: its logits, its odds against the other
   // classes, at temperature 1 last, the difference of the first two's logarithms, and its gradient,
@@ -84,6 +87,7 @@ struct LaneEngine {
         hard(args.labels != nullptr &&
              (args.hard_weight != 0 || args.row_settings != nullptr || terms)),
         unit(args.divergence == Divergence::kCosine),
+        centered(args.divergence == Divergence::kCenteredSquaredError),
         decoupled(args.divergence == Divergence::kDecoupled),
         constants(make_constants(args.divergence, args.mix)),
         tile(args.classes) {
@@ -258,7 +262,8 @@ struct LaneEngine {
     for (int64_t i = 0; i < kTileRows; ++i) {
       student_max[i] = teacher_max[i] = -kInfinity<T>;
       student_sum[i] = hard_sum[i] = teacher_sum[i] = offsets[i] = label_logit[i] = 0;
-      student_squares[i] = teacher_squares[i] = nothing[i] = 0;
+      student_moment[i] = teacher_moment[i] = nothing[i] = 0;
+      student_count[i] = teacher_count[i] = student_mean[i] = teacher_mean[i] = 0;
     }
     for_blocks([&](const Block& b) {
       load(b);
@@ -274,7 +279,8 @@ struct LaneEngine {
       exponentiate(b);
       sum(tile.student_power + b.at, b.count, student_sum);
       sum(tile.teacher_power + b.at, b.count, teacher_sum);
-      if (unit) sum_squares(b);
+      if (unit) add_moments<true>(b);
+      if (centered) add_moments<false>(b);
       if (!hard) return;
       sum(tile.hard_power + b.at, b.count, hard_sum);
       sum_logits(b);
@@ -287,22 +293,34 @@ struct LaneEngine {
       hard_scale[i] = hard ? 1 / static_cast<T>(hard_sum[i]) : T(0);
     }
     if (unit) set_inverses();
+    for (int64_t i = 0; i < kTileRows && centered; ++i) {
+      student_mean[i] = static_cast<T>(student_moment[i] / static_cast<double>(student_count[i]));
+      teacher_mean[i] = static_cast<T>(teacher_moment[i] / static_cast<double>(teacher_count[i]));
+    }
     for (int64_t i = 0; i < kTileRows && decoupled; ++i) {
       if (student_sum[i] == 0) student_scale[i] = hard_scale[i] = 0;
       if (teacher_sum[i] == 0) teacher_scale[i] = 0;
     }
   }
 
-  void sum_squares(const Block& b) {
+  // As sum_moments() of blocks.h.
+  template <bool kSquares>
+  void add_moments(const Block& b) {
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         const T z = x.z[i], w = x.w[i];
-        const bool masked = z == -kInfinity<T> && w == -kInfinity<T>;
-        const double counted = masked ? T(0) : z, teacher_counted = masked ? T(0) : w;
-        student_squares[i] += counted * counted;
-        teacher_squares[i] += teacher_counted * teacher_counted;
+        const bool masks = z == -kInfinity<T>, teacher_masks = w == -kInfinity<T>;
+        const bool masked = masks & teacher_masks;
+        const double counted = (kSquares ? masked : masks) ? T(0) : z;
+        const double teacher_counted = (kSquares ? masked : teacher_masks) ? T(0) : w;
+        student_moment[i] += kSquares ? counted * counted : counted;
+        teacher_moment[i] += kSquares ? teacher_counted * teacher_counted : teacher_counted;
+        if constexpr (!kSquares) {
+          student_count[i] += masks ? T(0) : T(1);
+          teacher_count[i] += teacher_masks ? T(0) : T(1);
+        }
       }
     }
   }
@@ -311,11 +329,11 @@ struct LaneEngine {
   void set_inverses() {
 #pragma omp simd
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const bool no_student = is_nothing<T>(student_squares[i]);
-      const bool no_teacher = is_nothing<T>(teacher_squares[i]);
+      const bool no_student = is_nothing<T>(student_moment[i]);
+      const bool no_teacher = is_nothing<T>(teacher_moment[i]);
       const double t = static_cast<double>(temperature[i]);
-      const double length = std::sqrt(student_squares[i]);
-      const double teacher_length = std::sqrt(teacher_squares[i]);
+      const double length = std::sqrt(student_moment[i]);
+      const double teacher_length = std::sqrt(teacher_moment[i]);
       student_inverse[i] = static_cast<T>(1 / (no_student ? t : length));
       teacher_inverse[i] = static_cast<T>(1 / (no_teacher ? 1.0 : teacher_length));
       nothing[i] = (no_student ? 0.5 : 0.0) + (no_teacher ? 0.5 : 0.0);
@@ -360,7 +378,6 @@ struct LaneEngine {
       const T together = distance * inverse_t[i];
       const T each = teacher_max[i] * teacher_inverse_t[i] - student_max[i] * inverse_t[i];
       const T between = t == teacher_t ? together : each;
-      shift[i] = apart ? between : T(0);
       log_ratio[i] = (apart ? T(0) : between) +
                      log2_of(student_scale[i] / teacher_scale[i]) * static_cast<T>(kLn2);
       soft_gain[i] = gain[i] * soft_weight[i] * t;
@@ -369,7 +386,8 @@ struct LaneEngine {
       uniform[i] = hard_gain_of_row * smoothing / classes;
       hard_gain[i] = hard_gain_of_row * hard_scale[i];
       const T all = (student_max[i] - student_max[i]) + (student_scale[i] - student_scale[i]) +
-                    (teacher_max[i] - teacher_max[i]) + (teacher_scale[i] - teacher_scale[i]);
+                    (teacher_max[i] - teacher_max[i]) + (teacher_scale[i] - teacher_scale[i]) +
+                    (student_mean[i] - student_mean[i]) + (teacher_mean[i] - teacher_mean[i]);
       const int32_t finite_row = all == T(0) ? 1 : 0;  // NaN where any is not finite
       computed[i] = computed[i] * finite_row;
       slope[i] = slopes_known ? slope[i] : T(0);
@@ -379,6 +397,10 @@ struct LaneEngine {
       agreement[i] = 0;
     }
     if (decoupled) decouple();
+    // A logit far above its row's others would take their digits.
+    for (int64_t i = 0; i < kTileRows && shared.of_logits; ++i) {
+      student_base[i] = student_mean[i], teacher_base[i] = teacher_mean[i];
+    }
     for (int64_t i = 0; i < kTileRows && unit; ++i) {
       soft_gain[i] *= temperature[i] * student_inverse[i];
       const bool exist = student_inverse[i] > 0 && finite(student_inverse[i]) &&
@@ -447,15 +469,18 @@ struct LaneEngine {
     const T w = x.w[i] - teacher_base[i];
     const T q = x.q[i] * student_scale[i];
     const T p = x.p[i] * teacher_scale[i];
-    const T gap = kSeparate ? w * teacher_inverse_t[i] - z * inverse_t[i] : (w - z) * inverse_t[i];
+    const T together = (w - z) * inverse_t[i];
+    const T each = w * teacher_inverse_t[i] - z * inverse_t[i];
+    const bool separate = kSeparate && inverse_t[i] != teacher_inverse_t[i];
+    const T gap = separate ? each : together;
     Element<T> e = element<T>(p, q, gap - log_ratio[i]);
-    e.gap = gap + shift[i];
+    e.gap = gap;
     return e;
   }
 
   template <bool kHard>
   FASTKD_HOST_DEVICE T gradient_at(const Column& x, int32_t index, int64_t i, T slope_here) const {
-    T g = soft_part(soft_gain[i], slope_here);
+    T g = weighted_part(soft_gain[i], slope_here);
     if constexpr (kHard) {
       const T hot = onehot[i];
       g += x.hard[i] * hard_gain[i] - uniform[i];
@@ -467,9 +492,7 @@ struct LaneEngine {
   bool wants_hard_gradient() const {
     return hard && (in.hard_weight != 0 || in.row_settings != nullptr);
   }
-  bool has_separate_temperatures() const {
-    return in.row_settings != nullptr || in.temperature != in.teacher_temperature;
-  }
+  bool has_separate_temperatures() const { return in.temperature != in.teacher_temperature; }
 
   // A block as the first sweep left it.
   void revisit(const Block& b) {
@@ -565,7 +588,10 @@ struct LaneEngine {
   template <class D, bool kSeparate>
   __attribute__((noinline)) void find_slopes(const Block& b, bool summed) {
     const ConstantsOf<T> k = constants_in<T>(constants);
-    alignas(64) Lanes<T> values = {}, sums = {}, counts = {};
+    // Squares of logits far apart: one would take the digits of the others.
+    using Value = std::conditional_t<is_mean(D::kBalance), double, T>;
+    alignas(64) Lanes<Value> values = {};
+    alignas(64) Lanes<T> sums = {}, counts = {};
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const Column x = column(c);
 #pragma omp simd
@@ -579,7 +605,7 @@ struct LaneEngine {
         const Evaluated<T> here = D::at(e, k);
         const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
         const bool counted = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
-        values[i] += counted ? here.value : T(0);
+        values[i] += static_cast<Value>(counted ? here.value : T(0));
         sums[i] += counted ? summed : T(0);
         counts[i] += is_mean(D::kBalance) && counted ? T(1) : T(0);
         x.result[i] = here.slope;
@@ -657,7 +683,7 @@ struct LaneEngine {
       const double result = is_mean_of_classes ? value[i] / n - mean * mean
                                                : value[i] + weighted(entropies, teacher_entropy[i]);
       // As in rows.cpp: NaN in a valid row stands for an infinite divergence.
-      value[i] = result == result ? result : -kLowest;
+      value[i] = result == result ? at_least_0(result) : -kLowest;
     }
     if (decoupled) include_label();
   }
@@ -672,7 +698,7 @@ struct LaneEngine {
       const bool student_others = student_scale[i] > T(0), teacher_others = teacher_scale[i] > T(0);
       const double of_others = teacher_others ? in.mix : 0.0;
       const double both = static_cast<double>(binary) + weighted(of_others, value[i]);
-      value[i] = both == both ? both : -kLowest;
+      value[i] = both == both ? at_least_0(both) : -kLowest;
       // in bits, as sum_terms() leaves them
       const T of_student = student.entropy(), of_teacher = teacher.entropy();
       student_entropy[i] = static_cast<double>(of_student) * kLog2E +
@@ -750,8 +776,11 @@ struct LaneEngine {
     put(args.stats, kStudentMax * args.rows, student_max);
     put(args.stats, kStudentScale * args.rows, unit ? student_inverse : student_scale);
     put(args.stats, kHardScale * args.rows, hard_scale);
-    put(args.stats, kTeacherMax * args.rows, teacher_max);
-    put(args.stats, kTeacherScale * args.rows, unit ? teacher_inverse : teacher_scale);
+    put(args.stats, kTeacherMax * args.rows, centered ? teacher_mean : teacher_max);
+    put(args.stats, kTeacherScale * args.rows,
+        unit       ? teacher_inverse
+        : centered ? student_mean
+                   : teacher_scale);
     put(args.stats, kSlopeSum * args.rows, slope);
     put(args.stats, kClassCount * args.rows, classes_that_count);
     if (first == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
@@ -777,6 +806,8 @@ struct LaneEngine {
       teacher_scale[i] = stats[kTeacherScale * args.rows + row];
       student_inverse[i] = student_scale[i];
       teacher_inverse[i] = teacher_scale[i];
+      student_mean[i] = centered ? teacher_scale[i] : T(0);
+      teacher_mean[i] = centered ? teacher_max[i] : T(0);
       slope[i] = stats[kSlopeSum * args.rows + row];
       classes_that_count[i] = static_cast<double>(stats[kClassCount * args.rows + row]);
     }

@@ -40,6 +40,8 @@ struct Row {
   Hard hard = Hard::kNone;  // in the sums
   Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
   bool unit = false;                 // the divergence is of unit vectors (kCosine)
+  bool centered = false;             // it is of centered logits (kCenteredSquaredError)
+  bool of_logits = false;            // it compares logits, of which no softmax is taken
   bool gaps = false;                 // the first sweep sums what shows whether a row is plain
   double temperature = 1, teacher_temperature = 1;
   double hard_weight = 0, soft_weight = 0;
@@ -88,6 +90,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.teacher_factor = static_cast<T>(kLog2E / row.teacher_temperature);
   row.hard_factor = static_cast<T>(kLog2E);
   row.unit = in.divergence == Divergence::kCosine;
+  row.centered = in.divergence == Divergence::kCenteredSquaredError;
+  row.of_logits = row.centered || in.divergence == Divergence::kSquaredError;
   row.gaps = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
              (is_mean_of_gaps(in.divergence) || is_even_jsd(in));
   const bool decoupled = in.divergence == Divergence::kDecoupled;
@@ -162,8 +166,10 @@ __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
   into->student_label += other.student_label;
   into->teacher_label += other.teacher_label;
-  into->student_squares += other.student_squares;
-  into->teacher_squares += other.teacher_squares;
+  into->student_moment += other.student_moment;
+  into->teacher_moment += other.teacher_moment;
+  into->student_count += other.student_count;
+  into->teacher_count += other.teacher_count;
 }
 
 inline void add(const Sums& other, Sums* into) {
@@ -183,6 +189,7 @@ struct Scales {
   T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
   T student_label = 0, teacher_label = 0;      // as in Statistics
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
+  T student_mean = 0, teacher_mean = 0;        // of the logits (kCenteredSquaredError)
   double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
   T mean = 0;          // the forward KL, where it is plain; else 0
 
@@ -191,7 +198,8 @@ struct Scales {
     return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
            finite(teacher_scale) && valid_label(student_label, student_scale) &&
            valid_label(teacher_label, teacher_scale) && student_inverse > 0 &&
-           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse);
+           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse) &&
+           finite(student_mean) && finite(teacher_mean);
   }
 
  private:
@@ -204,10 +212,16 @@ struct Scales {
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
   const Inverses<T> inverses =
-      inverses_of<T>(of.student_squares, of.teacher_squares, row.temperature);
+      inverses_of<T>(of.student_moment, of.teacher_moment, row.temperature);
   s->student_inverse = inverses.student;
   s->teacher_inverse = inverses.teacher;
   s->nothing = inverses.nothing;
+}
+// Not inlined, for the same reason.
+template <class T>
+__attribute__((noinline)) void set_means(const Statistics& of, Scales<T>* s) {
+  s->student_mean = static_cast<T>(of.student_moment / of.student_count);
+  s->teacher_mean = static_cast<T>(of.teacher_moment / of.teacher_count);
 }
 
 // Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
@@ -250,6 +264,7 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
                  static_cast<T>(of.student_label),
                  static_cast<T>(of.teacher_label)};
   if (row.unit) set_inverses(row, of, &s);
+  if (row.centered) set_means(of, &s);
   if (row.gaps) s.mean = mean_of(row, of);
   if (row.left_out < 0) return s;
   if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
@@ -262,7 +277,8 @@ Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
   const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
   const bool same = row.temperature == row.teacher_temperature;
-  const bool apart = !same || are_apart<T>(s.student_max, s.teacher_max, row.temperature);
+  const bool apart =
+      !same || (!row.of_logits && are_apart<T>(s.student_max, s.teacher_max, row.temperature));
   const T inverse_temperature = static_cast<T>(1 / row.temperature);
   const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
   const double shift =
@@ -271,7 +287,6 @@ Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
                  static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
   return {inverse_temperature, teacher_inverse_temperature,
           static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
-          static_cast<T>(apart ? shift : 0.0),
           !same   ? Way::kSeparate
           : apart ? Way::kApart
                   : Way::kAnew};
@@ -330,6 +345,8 @@ Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const 
           0,
           s.student_inverse,
           s.teacher_inverse,
+          s.student_mean,
+          s.teacher_mean,
           s.mean > 0};
 }
 

@@ -57,10 +57,13 @@ void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const
   T* stats = static_cast<T*>(args.stats) + index;
   stats[kStudentMax * args.rows] = s.student_max;
   const bool unit = args.divergence == Divergence::kCosine;
+  const bool centered = args.divergence == Divergence::kCenteredSquaredError;
   stats[kStudentScale * args.rows] = unit ? s.student_inverse : s.student_scale;
   stats[kHardScale * args.rows] = s.hard_scale;
-  stats[kTeacherMax * args.rows] = s.teacher_max;
-  stats[kTeacherScale * args.rows] = unit ? s.teacher_inverse : s.teacher_scale;
+  stats[kTeacherMax * args.rows] = centered ? s.teacher_mean : s.teacher_max;
+  stats[kTeacherScale * args.rows] = unit       ? s.teacher_inverse
+                                     : centered ? s.student_mean
+                                                : s.teacher_scale;
   stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
   const bool jsd = args.divergence == Divergence::kJensenShannon;
   stats[kClassCount * args.rows] = jsd ? s.mean : static_cast<T>(sums.classes);
@@ -74,6 +77,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) 
                  stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
                  stats[kTeacherScale * args.rows]};
   if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
+  if (row.centered) s.teacher_mean = s.teacher_max, s.student_mean = s.teacher_scale;
   const bool jsd = args.divergence == Divergence::kJensenShannon;
   if (row.gaps) s.mean = stats[(jsd ? kClassCount : kSlopeSum) * args.rows];
   if (row.left_out < 0) return s;
@@ -198,14 +202,15 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
   const double gain = gain_of<T>(args);
   const Scales<T> scales = make_scales(row, statistics);
   auto c = engine.coefficients(row, scales, gain);
-  // What was kept of a segment, or is kept anew.
+  // Without memory for the other segments, each of them is recomputed in the place of the last one,
+  // whose exponentials then serve the first loop alone.
+  const bool spare = last == 0 || room.of(engine, index, 0).any();
+  bool last_is_cached = true;
   const auto left_of = [&](int64_t i) -> const Left<T>& {
     const Left<T>& left = room.of(engine, index, i);
-    if (left.any()) return left;
+    if (left.any() && (i < last || last_is_cached)) return left;
     return room.of_other = engine.keep(row, scales, index, i, &room.last);
   };
-  const bool spare =
-      last == 0 || room.of(engine, index, 0).any();  // not all in the place of the last
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the cache.
   if (!engine.one_sweep()) {
@@ -215,6 +220,7 @@ void forward_row(const ForwardArgs& args, const Engine<T, S>& engine, int64_t in
       add(of_segment, &sums);
     }
     engine.set_shares(&c, sums);
+    last_is_cached = spare;
   }
   for (int64_t i = last; i >= 0; --i) {
     Sums of_segment = {};

@@ -62,39 +62,47 @@ struct TopkRow {
 
   double logit(int64_t id) const { return read_one<double>(student.base, student.dtype, id); }
   bool is_listed(int64_t id) const { return listed[id / 64] >> (id % 64) & 1; }
+  // The class of entry i of the list, or a negative number for padding (topk.h).
+  int64_t class_at(int64_t i) const {
+    return static_cast<double>(log_probs[i]) == kNothing ? -1 : ids[i];
+  }
 
   // Sets the bits of the list. Returns whether it is one: no class out of range or twice.
   bool mark() {
     bool good = true;
     for (int64_t i = 0; i < args.k; ++i) {
-      if (ids[i] < 0) continue;
-      if (ids[i] >= args.classes || is_listed(ids[i])) {
+      const int64_t id = class_at(i);
+      if (id < 0) continue;
+      if (id >= args.classes || is_listed(id)) {
         good = false;
       } else {
-        listed[ids[i] / 64] |= uint64_t{1} << (ids[i] % 64);
+        listed[id / 64] |= uint64_t{1} << (id % 64);
       }
     }
     return good;
   }
   void unmark() {
     for (int64_t i = 0; i < args.k; ++i) {
-      if (ids[i] >= 0 && ids[i] < args.classes) listed[ids[i] / 64] = 0;
+      const int64_t id = class_at(i);
+      if (id >= 0 && id < args.classes) listed[id / 64] = 0;
     }
   }
 
-  // Calls fn(ids, z, log_p, count) for chunks of the list; z and log_p are -inf where nothing is.
+  // Calls fn(ids, z, log_p, count) for chunks of the list. Padding has a negative id, and z and
+  // log_p of -inf.
   template <class Fn>
   void for_list(Fn&& fn) const {
     alignas(64) double z[kChunk];
     alignas(64) double log_p[kChunk];
+    int64_t id[kChunk];
     for (int64_t at = 0; at < args.k; at += kChunk) {
       const int64_t count = args.k - at < kChunk ? args.k - at : kChunk;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t id = ids[at + i];
-        z[i] = id < 0 ? kNothing : logit(id);
-        log_p[i] = id < 0 ? kNothing : static_cast<double>(log_probs[at + i]);
+        id[i] = class_at(at + i);
+        z[i] = id[i] < 0 ? kNothing : logit(id[i]);
+        log_p[i] = id[i] < 0 ? kNothing : static_cast<double>(log_probs[at + i]);
       }
-      fn(ids + at, z, log_p, count);
+      fn(id, z, log_p, count);
     }
   }
 
@@ -264,7 +272,9 @@ struct TopkRow {
     const Exponential<double> tempered(kLog2E / row.temperature, origin, soft.student_scale);
     const Exponential<double> plain(kLog2E, 0, soft.teacher_scale);
     const bool hard = row.gradient_hard != Hard::kNone;
-    const Exponential<double> own(kLog2E, of.all.max, hard ? gains.hard / of.all.hard : 0.0);
+    // The gain, which may be negative, is no scale of an exponential.
+    const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
+    const Exponential<double> own(kLog2E, of.all.max, 1);
     double value = 0;
     for_list([&](const int64_t* id, const double* z, const double* log_p, int64_t count) {
       alignas(64) double gradient[kChunk];
@@ -273,7 +283,8 @@ struct TopkRow {
         const Element<double> e = topk::listed(soft, plain(log_p[i]), tempered(z[i]), log_p[i],
                                                (z[i] - origin) * inverse_temperature);
         value += e.excess;
-        gradient[i] = gains.soft * (e.diff + soft.surplus * e.q) + own(z[i]) + gains.uniform;
+        gradient[i] =
+            gains.soft * (e.diff + soft.surplus * e.q) + hard_gain * own(z[i]) + gains.uniform;
       }
       if (args.grad == nullptr) return;
       for (int64_t i = 0; i < count; ++i) {

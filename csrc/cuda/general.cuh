@@ -29,10 +29,6 @@ struct GeneralSums : Sums<A> {
   }
 };
 
-__device__ __forceinline__ bool is_unit(const Inputs& in) {
-  return in.divergence == Divergence::kCosine;
-}
-
 // The class that a row's sums leave out: its label (kDecoupled), or none, as always without kAny.
 template <bool kAny>
 struct LeftOut {
@@ -95,40 +91,50 @@ struct LabelLogits {
 // What the general kernels' first sweep leaves of a row.
 template <class A>
 struct GeneralStats : RowStats<A> {
-  A student_inverse, teacher_inverse;  // 1 / |z| and 1 / |w| (kCosine), or the scales
-  A nothing = 0;                       // what a row of zeros adds to the cosine
+  // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
+  A student_moment, teacher_moment;
+  A nothing = 0;  // what a row of zeros adds to the cosine
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
-                                          const Statistics<A>& statistics, const Squares& squares)
+                                          const Statistics<A>& statistics, const Moments& moments)
       : RowStats<A>(statistics) {
     if (in.divergence == Divergence::kDecoupled) leave_out_label(in, row, statistics);
-    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
-    if (is_unit(in)) set_inverses(in, row, squares);
+    student_moment = this->student_scale, teacher_moment = this->teacher_scale;
+    if (is_unit(in)) set_inverses(in, row, moments);
+    if (is_centered(in)) set_means(moments);
   }
 
-  // As RowStats do it, the inverses in the scales' place.
+  // As RowStats do it, the moments in the scales' place.
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     RowStats<A> stored = *this;
-    stored.student_scale = student_inverse, stored.teacher_scale = teacher_inverse;
+    stored.student_scale = student_moment, stored.teacher_scale = teacher_moment;
     stored.store(stats, rows, row, slope, classes);
   }
   __device__ __forceinline__ void load(const A* stats, int64_t rows, int64_t row) {
     RowStats<A>::load(stats, rows, row);
-    student_inverse = this->student_scale, teacher_inverse = this->teacher_scale;
+    student_moment = this->student_scale, teacher_moment = this->teacher_scale;
   }
 
  private:
   __device__ __forceinline__ void set_inverses(const Inputs& in, int64_t row,
-                                               const Squares& squares) {
+                                               const Moments& moments) {
     const A t = setting_of<A>(in, kTemperature, row, in.temperature);
-    const Inverses<A> inverses = inverses_of<A>(squares.student, squares.teacher, t);
-    student_inverse = inverses.student, teacher_inverse = inverses.teacher;
+    const Inverses<A> inverses = inverses_of<A>(moments.student, moments.teacher, t);
+    student_moment = inverses.student, teacher_moment = inverses.teacher;
     nothing = static_cast<A>(inverses.nothing);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
-    if (this->valid() && exists(student_inverse) && exists(teacher_inverse)) return;
-    this->student_scale = student_inverse = static_cast<A>(__int_as_float(0x7fc00000));
+    if (this->valid() && exists(student_moment) && exists(teacher_moment)) return;
+    this->student_scale = student_moment = static_cast<A>(__int_as_float(0x7fc00000));
+  }
+  __device__ __forceinline__ void set_means(const Moments& moments) {
+    student_moment = static_cast<A>(quotient_of(moments.student, moments.student_count));
+    teacher_moment = static_cast<A>(quotient_of(moments.teacher, moments.teacher_count));
+    if (this->valid() && student_moment - student_moment == A(0) &&
+        teacher_moment - teacher_moment == A(0))
+      return;
+    this->student_scale = student_moment = static_cast<A>(__int_as_float(0x7fc00000));
   }
   // Sums without the label may be of no class: then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
@@ -184,7 +190,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   A student_base, teacher_base;             // taken off the logits first
   A student_share = 0, constant_share = 0;  // of q, and of 1, which balance the slopes
   A rest_gain = 0;                          // of q, where the label is left out (kDecoupled)
-  A student_inverse, teacher_inverse;       // as in GeneralStats
+  A student_moment, teacher_moment;         // as in GeneralStats
 
   template <class Call>
   __device__ __forceinline__ GeneralWriter(const Call& call, int64_t index,
@@ -195,20 +201,20 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
         constants(constants_in<A>(call.constants)),
         student_base(this->apart ? row.student_max : A(0)),
         teacher_base(this->apart ? row.teacher_max : A(0)),
-        student_inverse(row.student_inverse),
-        teacher_inverse(row.teacher_inverse) {
+        student_moment(row.student_moment),
+        teacher_moment(row.teacher_moment) {
     if (divergence == Divergence::kReverseKL) constants.mix = A(0), constants.rest = A(1);
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
     if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
     if (this->apart) this->student_bias = this->teacher_bias = this->hard_bias = A(0);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
-    if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_inverse);
+    if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
   }
 
   static __device__ __forceinline__ Stats stats_of(const Inputs& in, int64_t row,
                                                    const Statistics<A>& statistics,
-                                                   const Squares& squares) {
-    return Stats(in, row, statistics, squares);
+                                                   const Moments& moments) {
+    return Stats(in, row, statistics, moments);
   }
 
   __device__ __forceinline__ A difference(A zs, A ws) const {
@@ -227,9 +233,13 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     hard_exponent = fma_of(zs, static_cast<A>(kLog2E), this->hard_bias);
     Element<A> e = device_element(mul_of(p, this->stats.teacher_scale),
                                   mul_of(q, this->stats.student_scale), d);
-    if (D::kBalance == Balance::kMean)
-      e.gap = t.same() ? mul_of(w - z, t.inverse)
-                       : fma_of(w, t.teacher_inverse(), -mul_of(z, t.inverse));
+    if constexpr (is_mean(D::kBalance)) {
+      constexpr bool kCentered = D::kBalance == Balance::kCentered;
+      const A from_z = kCentered ? z - student_moment : z;
+      const A from_w = kCentered ? w - teacher_moment : w;
+      e.gap = t.same() ? mul_of(from_w - from_z, t.inverse)
+                       : fma_of(from_w, t.teacher_inverse(), -mul_of(from_z, t.inverse));
+    }
     return e;
   }
 
@@ -237,7 +247,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
     if constexpr (D::kBalance == Balance::kUnit)
-      return D::at(Element<A>{mul_of(w, teacher_inverse), mul_of(z, student_inverse), 0, 0, 0},
+      return D::at(Element<A>{mul_of(w, teacher_moment), mul_of(z, student_moment), 0, 0, 0},
                    constants);
     return D::at(e, constants);
   }
@@ -278,11 +288,12 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
     const A unbalanced = evaluated<D>(e, z, w).slope;
     if constexpr (D::kBalance == Balance::kNone)
-      return soft_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
-    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_inverse) : e.q;
-    A slope = unbalanced - q * student_share - constant_share;
+      return weighted_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
+    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_moment) : e.q;
+    // In a mean q counts nothing, and backward has no scale of it.
+    A slope = is_mean(D::kBalance) ? unbalanced - constant_share : unbalanced - q * student_share;
     if (leaves_out_masked(D::kBalance) && unbalanced != unbalanced) slope = A(0);
-    return soft_part(this->soft, slope) + hard;
+    return weighted_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);

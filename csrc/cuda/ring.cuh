@@ -38,14 +38,14 @@ template <>
 struct alignas(16) RingMessage<GeneralSums<float>> {
   Statistics<float> statistics;
   GeneralSums<float> sums;
-  Squares squares;  // in a row's first exchange, of the cosine
+  Moments moments;  // in a row's first exchange, where has_moments()
 };
 template <class S>
-__device__ __forceinline__ Squares squares_of(const RingMessage<S>&) {
+__device__ __forceinline__ Moments moments_of(const RingMessage<S>&) {
   return {};
 }
-__device__ __forceinline__ Squares squares_of(const RingMessage<GeneralSums<float>>& message) {
-  return message.squares;
+__device__ __forceinline__ Moments moments_of(const RingMessage<GeneralSums<float>>& message) {
+  return message.moments;
 }
 
 // What the producer tells the consumers about a row in the ring, so that they need not work it out

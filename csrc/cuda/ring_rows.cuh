@@ -9,11 +9,9 @@ namespace fastkd::cuda {
 // Merges what the warps of a group say about their row with what the peers say. Sums of the group's
 // row before arrive at the first CTA alone. All lanes call it; `peeled` is this lane's own.
 template <class W, bool kExtra, class Shared>
-__device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int group,
-                                                             uint32_t turn, int warps,
-                                                             typename Shared::Message peeled,
-                                                             const typename W::Temper& t, bool unit,
-                                                             int rank, int ranks) {
+__device__ __forceinline__ typename Shared::Message exchange(
+    Shared& shared, int group, uint32_t turn, int warps, typename Shared::Message peeled,
+    const typename W::Temper& t, bool has_moments, int rank, int ranks) {
   using Message = typename Shared::Message;
   const int lane = threadIdx.x % 32, slot = turn & 1;
   barrier_wait(&shared.scanned[group], turn & 1);
@@ -29,7 +27,7 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   mine.statistics.merge_lanes(t);
   if constexpr (W::kGeneral) {
     mine.sums.add(peeled.sums);
-    if (unit) mine.squares.add(peeled.squares), mine.squares.merge_lanes();
+    if (has_moments) mine.moments.add(peeled.moments), mine.moments.merge_lanes();
   }
   mine.sums.template merge_lanes<32, kExtra>();
   if (ranks == 1) return mine;
@@ -41,7 +39,14 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
     peer_store(to + 16, {s.teacher_sum, p.value, p.logits, p.student_entropy});
     if constexpr (W::kGeneral) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, p.slope, p.classes});
-      if (unit) peer_store(to + 48, bits_as<float4>(mine.squares));
+      if (has_moments) {
+        struct Two {
+          double student, teacher;
+        };
+        const Moments& m = mine.moments;
+        peer_store(to + 48, bits_as<float4>(Two{m.student, m.teacher}));
+        peer_store(to + 64, bits_as<float4>(Two{m.student_count, m.teacher_count}));
+      }
     } else if (kExtra) {
       peer_store(to + 32, {p.teacher_entropy, p.agreement, 0, 0});
     }
@@ -52,7 +57,7 @@ __device__ __forceinline__ typename Shared::Message exchange(Shared& shared, int
   all.statistics.merge_lanes(t);
   if (W::kGeneral || rank == 0) all.sums.template merge_lanes<32, kExtra>();
   if constexpr (W::kGeneral)
-    if (unit) all.squares.merge_lanes();
+    if (has_moments) all.moments.merge_lanes();
   return all;
 }
 
@@ -84,10 +89,10 @@ struct RingPeel {
     stats.add_any<kAtRunTime>(student, teacher, t);
     return stats;
   }
-  __device__ __forceinline__ Squares square() const {
-    Squares squares;
-    if (peeled >= 0) squares.add(student, teacher);
-    return squares;
+  __device__ __forceinline__ Moments moments(bool squared) const {
+    Moments moments;
+    if (peeled >= 0) moments.add(student, teacher, squared);
+    return moments;
   }
   template <class W>
   __device__ __forceinline__ typename W::Sums sum(const W& writer, bool extra) const {
@@ -136,15 +141,15 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
   const typename W::Temper t(args, ends ? 0 : info.row);
   using Peel = RingPeel<T, W::kGeneral>;
   const Peel peel = rank == 0 && !ends ? Peel(args, info) : Peel();
-  const bool unit = W::kGeneral && is_unit(args);
+  const bool with_moments = W::kGeneral && has_moments(args);
   const auto merged = [&](const Statistics<float>& statistics, const typename W::Sums& sums,
-                          const Squares& squares) {
+                          const Moments& moments) {
     typename Shared::Message own;
     own.statistics = statistics, own.sums = sums;
-    if constexpr (W::kGeneral) own.squares = squares;
-    return exchange<W, kExtra>(shared, group, rows.turn, warps, own, t, unit, rank, ranks);
+    if constexpr (W::kGeneral) own.moments = moments;
+    return exchange<W, kExtra>(shared, group, rows.turn, warps, own, t, with_moments, rank, ranks);
   };
-  auto all = merged(peel.scan(t), {}, unit ? peel.square() : Squares());
+  auto all = merged(peel.scan(t), {}, with_moments ? peel.moments(is_unit(args)) : Moments());
   const RingPending before = shared.pending[group];
   if (ends) {
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.ready[group]);
@@ -152,7 +157,7 @@ __device__ __forceinline__ bool close_one(const ForwardCall& call, Shared& share
       if (leader) close_pending<kExtra>(args, shared, group, before, all.sums);
     return false;
   }
-  const typename W::Stats stats = W::stats_of(args, info.row, all.statistics, squares_of(all));
+  const typename W::Stats stats = W::stats_of(args, info.row, all.statistics, moments_of(all));
   W writer(call, info.row, t, stats, scale);
   publish(shared, group, writer);
   if constexpr (W::kGeneral) {
@@ -247,23 +252,24 @@ __device__ __forceinline__ Statistics<float> scan_slice(const RingStage<T, kWarp
   return stats;
 }
 
-// The sums of squares of this thread's vectors.
+// The moments of this thread's vectors.
 template <class T, int kWarps, int kVectors, class Shared>
-__device__ __forceinline__ Squares square_slice(const RingStage<T, kWarps, kVectors>* ring,
-                                                const RingFollower<Shared>& rows,
-                                                const RingInfo& info, int thread) {
+__device__ __forceinline__ Moments moments_of_slice(const RingStage<T, kWarps, kVectors>* ring,
+                                                    const RingFollower<Shared>& rows,
+                                                    const RingInfo& info, bool squared,
+                                                    int thread) {
   using Stage = RingStage<T, kWarps, kVectors>;
-  Squares squares;
+  Moments moments;
   RingCursor at = rows.start;
   for (int left = info.vectors, c = 0; c < rows.shape.chunks; c++, left -= Stage::kCount) {
     const Stage& stage = ring[at.stage];
 #pragma unroll 1
     for (int i = thread; i < min(left, Stage::kCount); i += Stage::kThreads)
-      square_vector<T>(fetch(stage.student, i, info.student_shift),
-                       fetch(stage.teacher, i, info.teacher_shift), squares);
+      add_moments<T>(fetch(stage.student, i, info.student_shift),
+                     fetch(stage.teacher, i, info.teacher_shift), squared, moments);
     at.advance(1, rows.shape.stages);
   }
-  return squares;
+  return moments;
 }
 
 // The sweep between.
@@ -357,7 +363,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
     message.statistics.merge_lanes(t);
     message.sums.template merge_lanes<32, kExtra>();
     if constexpr (W::kGeneral)
-      if (is_unit(args)) message.squares.merge_lanes();
+      if (has_moments(args)) message.moments.merge_lanes();
     if (thread % 32 != 0) return;
     shared.warps[group][thread / 32] = message;
     barrier_arrive(&shared.scanned[group]);
@@ -384,7 +390,8 @@ __device__ __forceinline__ void consume(const ForwardArgs& args, const RingShape
     });
     if constexpr (W::kGeneral) {
       message.sums = {};
-      if (is_unit(args)) message.squares = square_slice<T>(ring, rows, info, thread);
+      if (has_moments(args))
+        message.moments = moments_of_slice<T>(ring, rows, info, is_unit(args), thread);
     }
     send();
     if constexpr (W::kGeneral) {

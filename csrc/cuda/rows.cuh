@@ -115,13 +115,14 @@ __device__ __forceinline__ void sum_vector(const W& writer, uint4 student, uint4
 }
 
 template <class T>
-__device__ __forceinline__ void square_vector(uint4 student, uint4 teacher, Squares& squares) {
+__device__ __forceinline__ void add_moments(uint4 student, uint4 teacher, bool squared,
+                                            Moments& moments) {
   constexpr int kElements = Vector<T>::kElements;
   float z[kElements], w[kElements];
   Vector<T>::load(student, z);
   Vector<T>::load(teacher, w);
 #pragma unroll
-  for (int i = 0; i < kElements; i++) squares.add(z[i], w[i]);
+  for (int i = 0; i < kElements; i++) moments.add(z[i], w[i], squared);
 }
 
 // Pointers to the three tensors' parts of one row, and how they fall into vectors.

@@ -82,6 +82,17 @@ struct Temperature {
   }
 };
 
+__device__ __forceinline__ bool is_unit(const Inputs& in) {
+  return in.divergence == Divergence::kCosine;
+}
+__device__ __forceinline__ bool is_centered(const Inputs& in) {
+  return in.divergence == Divergence::kCenteredSquaredError;
+}
+// Whether the divergence needs Moments of the row before it sees a class.
+__device__ __forceinline__ bool has_moments(const Inputs& in) {
+  return is_unit(in) || is_centered(in);
+}
+
 // A teacher with a temperature of its own.
 template <class A>
 struct TwoTemperatures : Temperature<A> {
@@ -95,7 +106,7 @@ struct TwoTemperatures : Temperature<A> {
     own_inverse = quotient_of(A(1), own);
     own_slope = quotient_of(static_cast<A>(kLog2E), own);
     this->bound(own < this->t ? own : this->t, max_of(this->slope, own_slope));
-    if (in.divergence == Divergence::kCosine) this->power = 0;  // backward has no scale of q
+    if (has_moments(in)) this->power = 0;  // backward has no scale of q
   }
   __device__ __forceinline__ A teacher_inverse() const { return own_inverse; }
   __device__ __forceinline__ A teacher_slope() const { return own_slope; }
@@ -206,24 +217,35 @@ struct Statistics {
   }
 };
 
-// Sums of squares, of classes that are not masked by both, in double: logits may be of any size.
-struct Squares {
+// As the moments of Statistics in kernels.h. In double: logits may be of any size.
+struct Moments {
   double student = 0, teacher = 0;
+  double student_count = 0, teacher_count = 0;
 
   template <class A>
-  __device__ __forceinline__ void add(A z, A w) {
-    if (z == A(-INFINITY) && w == A(-INFINITY)) return;
-    student = fma_of(static_cast<double>(z), static_cast<double>(z), student);
-    teacher = fma_of(static_cast<double>(w), static_cast<double>(w), teacher);
+  __device__ __forceinline__ void add(A z, A w, bool squared) {
+    const bool masks = z == A(-INFINITY), teacher_masks = w == A(-INFINITY);
+    if (squared) {
+      if (masks && teacher_masks) return;
+      student = fma_of(static_cast<double>(z), static_cast<double>(z), student);
+      teacher = fma_of(static_cast<double>(w), static_cast<double>(w), teacher);
+      return;
+    }
+    if (!masks) student += static_cast<double>(z), student_count += 1;
+    if (!teacher_masks) teacher += static_cast<double>(w), teacher_count += 1;
   }
-  __device__ __forceinline__ void add(const Squares& other) {
+  __device__ __forceinline__ void add(const Moments& other) {
     student += other.student;
     teacher += other.teacher;
+    student_count += other.student_count;
+    teacher_count += other.teacher_count;
   }
   template <int kLanes = 32>
   __device__ __forceinline__ void merge_lanes() {
     student = lanes_sum<kLanes>(student);
     teacher = lanes_sum<kLanes>(teacher);
+    student_count = lanes_sum<kLanes>(student_count);
+    teacher_count = lanes_sum<kLanes>(teacher_count);
   }
 };
 

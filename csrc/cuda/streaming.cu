@@ -63,13 +63,14 @@ struct Vectors {
     const int64_t i = peeled();
     if (i >= 0 && !left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
   }
-  __device__ __forceinline__ void square(Squares& squares) const {
+  __device__ __forceinline__ void add_moments(Moments& moments) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < row.layout.vectors; i += blockDim.x)
-      square_vector<T>(fetch(row.student_vectors, i, row.layout.student_shift),
-                       fetch(row.teacher_vectors, i, row.layout.teacher_shift), squares);
+      cuda::add_moments<T>(fetch(row.student_vectors, i, row.layout.student_shift),
+                           fetch(row.teacher_vectors, i, row.layout.teacher_shift), is_unit(args),
+                           moments);
     const int64_t i = peeled();
-    if (i >= 0) squares.add(student(i), teacher(i));
+    if (i >= 0) moments.add(student(i), teacher(i), is_unit(args));
   }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
@@ -129,10 +130,10 @@ struct Elements {
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
       if (!left_out.is(i)) writer.sum(student(i), teacher(i), extra, sums);
   }
-  __device__ __forceinline__ void square(Squares& squares) const {
+  __device__ __forceinline__ void add_moments(Moments& moments) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
-      squares.add(student(i), teacher(i));
+      moments.add(student(i), teacher(i), is_unit(args));
   }
   template <int kPower, bool kExtra, class W>
   __device__ __forceinline__ void write(const W& writer, typename W::Sums& sums) const {
@@ -153,7 +154,7 @@ struct Exchange {
 };
 template <class A, class S>
 struct Exchange<A, S, true> : Exchange<A, S, false> {
-  Squares squares[32];  // between two writes lie the barriers of the other two
+  Moments moments[32];  // between two writes lie the barriers of the other two
 };
 
 // fp64 needs twice the registers, and so does the sweep between.
@@ -204,18 +205,18 @@ __global__ void __launch_bounds__((kStreamingThreads<Rows, W>), 1)
     statistics = lane < warps ? exchange.statistics[turn][lane] : Statistics<A>();
     statistics.merge_lanes(t);
 
-    Squares squares;
+    Moments moments;
     if constexpr (W::kGeneral) {
-      if (is_unit(args)) {
-        row.square(squares);
-        squares.merge_lanes();
-        if (lane == 0) exchange.squares[warp] = squares;
+      if (has_moments(args)) {
+        row.add_moments(moments);
+        moments.merge_lanes();
+        if (lane == 0) exchange.moments[warp] = moments;
         __syncthreads();
-        squares = lane < warps ? exchange.squares[lane] : Squares();
-        squares.merge_lanes();
+        moments = lane < warps ? exchange.moments[lane] : Moments();
+        moments.merge_lanes();
       }
     }
-    const typename W::Stats stats = W::stats_of(args, index, statistics, squares);
+    const typename W::Stats stats = W::stats_of(args, index, statistics, moments);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     const auto exchanged = [&] {

@@ -16,7 +16,7 @@ struct Exchange {
 };
 template <class W, class A>
 struct Exchange<W, A, true> : Exchange<W, A, false> {
-  Squares squares[kStridedThreads];
+  Moments moments[kStridedThreads];
 };
 
 // Calls fn with the entries of all threads that share this one's row, in their order.
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kStridedThreads, (kResident<E, kExtra>))
       row.template scan<decltype(power)::value>(t, left_out, statistics);
     });
     if (parts > 1) merge(exchange, place, t, statistics);
-    Squares squares;
+    Moments moments;
     if constexpr (W::kGeneral) {
-      if (is_unit(args)) {
-        row.square(squares);
-        if (parts > 1) merge(exchange.squares, place, squares);
+      if (has_moments(args)) {
+        row.add_moments(is_unit(args), moments);
+        if (parts > 1) merge(exchange.moments, place, moments);
       }
     }
-    const typename W::Stats stats = W::stats_of(args, index, statistics, squares);
+    const typename W::Stats stats = W::stats_of(args, index, statistics, moments);
     W writer(call, index, t, stats, scale);
     typename W::Sums sums, unused;
     if constexpr (W::kGeneral) {

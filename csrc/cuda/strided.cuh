@@ -199,13 +199,13 @@ struct StridedRow {
       sum_classes(writer, z, w, count, left_out.among(k, kChunk), extra, sums);
     });
   }
-  __device__ __forceinline__ void square(Squares& squares) const {
+  __device__ __forceinline__ void add_moments(bool squared, Moments& moments) const {
     for_chunks([&](int64_t k, auto count) {
       A z[kChunk], w[kChunk];
       load<false>(k, count, z, w);
 #pragma unroll
       for (int i = 0; i < kChunk; i++)
-        if (i < count) squares.add(z[i], w[i]);
+        if (i < count) moments.add(z[i], w[i], squared);
     });
   }
   template <int kPower, bool kExtra, bool kUniform, class W>

@@ -60,13 +60,13 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, int64_t row, Ro
   for (int i = 0; i < kTinyPerLane; i++)
     statistics.add_any<kAtRunTime>(counted(slice.z, i), counted(slice.w, i), t);
   statistics.sum_lanes<kLanes>();
-  Squares squares;
-  if (W::kGeneral && is_unit(args)) {
+  Moments moments;
+  if (W::kGeneral && has_moments(args)) {
 #pragma unroll
-    for (int i = 0; i < kTinyPerLane; i++) squares.add(slice.z[i], slice.w[i]);
-    squares.merge_lanes<kLanes>();
+    for (int i = 0; i < kTinyPerLane; i++) moments.add(slice.z[i], slice.w[i], is_unit(args));
+    moments.merge_lanes<kLanes>();
   }
-  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics, squares);
+  const typename W::Stats stats = W::stats_of(args, real ? row : 0, statistics, moments);
   W writer(call, real ? row : 0, t, stats, scale);
   typename W::Sums sums;
   if constexpr (W::kGeneral) {

@@ -23,8 +23,9 @@ struct List {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) {
       const int64_t id = call.indices[index * call.k + i];
-      if (id < 0) continue;
-      fn(id, static_cast<double>(static_cast<const A*>(call.log_probs)[index * call.k + i]));
+      const A log_prob = static_cast<const A*>(call.log_probs)[index * call.k + i];
+      if (id < 0 || log_prob == -__builtin_huge_val()) continue;  // padding (topk.h)
+      fn(id, static_cast<double>(log_prob));
     }
   }
 };

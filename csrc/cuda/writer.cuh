@@ -155,7 +155,7 @@ struct alignas(16) Writer {
 
   static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
                                                    const Statistics<A>& statistics,
-                                                   const Squares&) {
+                                                   const Moments&) {
     return Stats(statistics);
   }
 

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Beyond these the temperature, its square or the inverse of either is no normal number of float32.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
+_TEMPERATURES = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -249,10 +252,18 @@ def _same_device(value: Tensor, name: str, student: Tensor) -> None:
         )
 
 
+def scalar_temperature(name: str, value: object) -> float:
+    """Return a number as a temperature, from 1e-18 to 1e18."""
+    checked = number(name, value, 0.0, math.inf, open_low=True)
+    if not LEAST_TEMPERATURE <= checked <= MOST_TEMPERATURE:
+        raise ValueError(f"{name} must be {_TEMPERATURES}; got {value!r}")
+    return checked
+
+
 def temperature(name: str, value: object) -> float | Tensor:
-    """A positive number, or a floating-point tensor."""
+    """Return a temperature: a number, or a floating-point tensor whose data is not looked at."""
     if not isinstance(value, Tensor):
-        return number(name, value, 0.0, math.inf, open_low=True)
+        return scalar_temperature(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
     return value
@@ -410,14 +421,27 @@ def may_look(value: Tensor) -> bool:
     )
 
 
-def row_data(name: str, value: Tensor, positive: bool) -> None:
-    """Looks at the numbers themselves, where it may."""
-    if not may_look(value):
-        return
-    value = value.detach()
-    above = value > 0 if positive else value >= 0
-    accepted = "positive and finite" if positive else "finite and at least 0"
-    refuse(~(above & value.isfinite()), value, f"{name} must be {accepted}")
+def weight_data(name: str, value: Tensor) -> None:
+    """Raise if a weight of a row is negative or not finite, where the data may be looked at."""
+    if may_look(value):
+        value = value.detach()
+        refuse(~((value >= 0) & value.isfinite()), value, f"{name} must be finite and at least 0")
+
+
+def temperature_data(name: str, value: Tensor) -> None:
+    """Raise if a temperature of a row is out of range, where the data may be looked at."""
+    if may_look(value):
+        _check_temperatures(name, value.detach())
+
+
+def _check_temperatures(name: str, value: Tensor) -> None:
+    """Raise unless all of these are temperatures."""
+    bad = ~((value > 0) & value.isfinite())
+    refuse(bad, value, f"{name} must be positive and finite")
+    # As doubles: neither end is a number of float16.
+    wide = value.double()
+    bad = (wide < LEAST_TEMPERATURE) | (wide > MOST_TEMPERATURE)
+    refuse(bad, value, f"{name} must be {_TEMPERATURES}")
 
 
 def check_inputs(
@@ -444,8 +468,8 @@ def check_inputs(
 
     Raises:
         ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
-            ``ignore_index``, a temperature that is not positive and finite, or NaN or +inf among
-            the logits of a row that counts.
+            ``ignore_index``, a temperature that is not from 1e-18 to 1e18, or NaN or +inf among the
+            logits of a row that counts.
         TypeError: for arguments of another type, and for dtypes and layouts that are not accepted.
 
     Example:
@@ -479,15 +503,13 @@ def check_inputs(
 def check_rows(
     student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
 ) -> None:
-    """Looks for a label out of range, or a row's temperature that is not positive and finite."""
+    """Raise for a label or a temperature of a row that is out of range."""
     if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
         refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
     if isinstance(temperature, Tensor):
-        value = temperature.detach()
-        bad = ~((value > 0) & value.isfinite())
-        refuse(bad, value, "temperature must be positive and finite")
+        _check_temperatures("temperature", temperature.detach())
 
 
 def refuse(bad: Tensor, value: Tensor, message: str) -> None:

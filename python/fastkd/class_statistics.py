@@ -151,7 +151,7 @@ def _joined(divergence: str, student: Tensor, teacher: Tensor, within: Tensor) -
     else:
         between = torch.where(gap.abs() < 0.25, p * (gap + torch.expm1(-gap)), p * gap + (q - p))
     weighted = torch.where(p > 0, p * within + between, q if divergence != DIVERGENCES[2] else 0.0)
-    return weighted.sum(0)
+    return weighted.sum(0).clamp(min=0)  # rounding may make it less
 
 
 def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:

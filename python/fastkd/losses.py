@@ -175,8 +175,8 @@ def loss(*args: Any, **options: Any) -> Tensor:
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as :func:`torch.nn.functional.cross_entropy` has them. None: the soft term
             alone, with weight 1.
-        temperature: T > 0, or a tensor, 0-d or of shape ``(...)`` with one T for each row. A tensor
-            that requires grad gets its gradient. Default 2.
+        temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
+            each row. A tensor that requires grad gets its gradient. Default 2.
         teacher_temperature: the teacher's own temperature, likewise. Default T, or 1 if
             ``teacher_form`` says that the teacher is softened already.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,10 @@ def _mix(divergence: str, mix: object) -> float | None:
         )
         raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
     low, high = kind.mix_range
-    return checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
+    checked = checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
+    if kind.mix_open and 1 - checked == 1:  # the mixture would be one side alone
+        raise ValueError(f"mix must be so large that 1 - mix is less than 1; got {checked!r}")
+    return checked
 
 
 def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:
@@ -139,15 +142,16 @@ def fit(
     Row tensors become ``(...)`` in ``dtype``, or stay 0-d.
     """
 
-    def rows(name: str, value: float | Tensor, positive: bool) -> float | Tensor:
+    def rows(
+        name: str, value: float | Tensor, check_data: Callable[[str, Tensor], None]
+    ) -> float | Tensor:
         if not isinstance(value, Tensor):
             return value
         if value.dim() == 0:
             value = value.to(student.device)
         else:
             checks.rows(value, name, student)
-        if name != "temperature":  # whose data the kernels look at
-            checks.row_data(name, value, positive)
+        check_data(name, value)
         return checks.savable(value.to(dtype))
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
@@ -160,15 +164,15 @@ def fit(
     if class_weight is not None:
         checks.classes(class_weight, "class_weight", student)
         class_weight = checks.savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", objective.temperature, True)
+    temperature = rows("temperature", objective.temperature, checks.temperature_data)
     same = objective.teacher_temperature is objective.temperature
     return objective._replace(
         temperature=temperature,
         teacher_temperature=temperature
         if same
-        else rows("teacher_temperature", objective.teacher_temperature, True),
-        hard_weight=rows("hard_weight", objective.hard_weight, False),
-        soft_weight=rows("soft_weight", objective.soft_weight, False),
+        else rows("teacher_temperature", objective.teacher_temperature, checks.temperature_data),
+        hard_weight=rows("hard_weight", objective.hard_weight, checks.weight_data),
+        soft_weight=rows("soft_weight", objective.soft_weight, checks.weight_data),
         normalizer=normalizer,
         class_weight=class_weight,
     )

@@ -75,7 +75,8 @@ def topk_loss(
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
             ``logits[:, :-1]`` are used where they are; only non-adjacent classes cost a copy.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
-            row. Negative ones are padding: their log-probabilities count nothing.
+            row. An entry is padding, and its class is not listed by it, if its index is negative or
+            its log-probability is -inf, whatever the other one is: so pad servers and TRL.
         log_probs: ``(..., k)``, any of the same dtypes, not necessarily the student's: natural
             logarithms of the teacher's probabilities at the temperature of the loss, such as
             ``torch.log_softmax(teacher / T, -1).topk(k)`` gives. They are taken as they are,
@@ -83,9 +84,10 @@ def topk_loss(
         labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
             1.
         tail: what becomes of the classes that are not listed, as above. Default ``"ghost"``.
-        temperature: T > 0, at which the student is softened and at which ``log_probs`` were
-            taken: the loss cannot soften a list, whose other classes it does not know. Default 1,
-            the temperature of what inference servers return and of a plain ``log_softmax``.
+        temperature: T from 1e-18 to 1e18, at which the student is softened and at which
+            ``log_probs`` were taken: the loss cannot soften a list, whose other classes it does not
+            know. Default 1, the temperature of what inference servers return and of a plain
+            ``log_softmax``.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
         hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
@@ -227,7 +229,7 @@ def _settings(
         normalizer = checks.divisor(normalizer)
     checks.ignored_label(ignore_index)
     return Settings(
-        checks.number("temperature", temperature, 0.0, math.inf, open_low=True),
+        checks.scalar_temperature("temperature", temperature),
         hard,
         soft,
         checks.smoothing(label_smoothing, has_labels),
@@ -276,6 +278,11 @@ def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str
         )
 
 
+def without_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the class indices, -1 for an entry that is padding."""
+    return indices.masked_fill(log_probs == -math.inf, -1)
+
+
 def _twice(indices: Tensor) -> Tensor:
     """Of each row, a class that it lists twice, or -1."""
     ordered = indices.sort(-1).values
@@ -306,7 +313,7 @@ def check_list_data(
     lists = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (indices, log_probs))
     blocks = []  # of a few rows, since their numbers are copied
     for some, logs in zip(*lists, strict=True):
-        some = checks.int64(some)
+        some = without_padding(checks.int64(some), logs)
         blocks.append((some.amax(-1), _twice(some), _mass(some, logs.double())))
     greatest, twice, mass = (torch.cat(x).view(counts.shape) for x in zip(*blocks, strict=True))
     checks.refuse(
@@ -509,6 +516,7 @@ def _reference(
 ) -> Tensor:
     """The same result by differentiable PyTorch operations."""
     student = student_logits.to(log_probs.dtype)
+    indices = without_padding(indices, log_probs)
     valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None:
         valid = labels != settings.ignore_index

@@ -34,6 +34,7 @@ struct Case {
   bool underflows = false;              // a class that the student masks, of no teacher probability
   double above = 0, teacher_above = 0;  // added to the label's logits
   double factor = 1;                    // of all logits
+  double outlier = 0;                   // added to the student's logit of a class in the middle
   bool zeros = false;                   // rows of zeros: the student's, the teacher's, both
   bool both_mask = false;               // every fifth class
   bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
@@ -220,6 +221,7 @@ void Runner::run() {
     for (int64_t i = 0; i < c.classes; i++) {
       double w = 3 * random.normal(), z = w + c.noise * random.normal();
       z = z * c.factor + c.student_base, w = w * c.factor + c.teacher_base;
+      if (i == c.classes / 2) z += c.outlier;
       if (c.zeros) z = r % 3 != 1 ? 0 : z, w = r % 3 != 0 ? 0 : w;
       if (c.both_mask && i % 5 == 2) z = w = -kInfinity;
       if (c.underflows && r % 2 == 0 && i == c.classes / 2) z = -kInfinity, w = -1e4;
@@ -522,9 +524,9 @@ void forced(bool brief) {
             "ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages";
         test(c, name.c_str());
         if (stages != 8 || cluster != 4) continue;
-        // The label in every part of a row, and what only two divergences exchange.
-        for (const Divergence id :
-             {Divergence::kJensenShannon, Divergence::kDecoupled, Divergence::kCosine})
+        // The label in every part of a row, and what only some divergences exchange.
+        for (const Divergence id : {Divergence::kJensenShannon, Divergence::kDecoupled,
+                                    Divergence::kCosine, Divergence::kCenteredSquaredError})
           for (const DType dtype : kHot) {
             Case d = c;
             d.divergence = id, d.student = d.teacher = dtype, d.rows = 9, d.ignored = false;
@@ -558,6 +560,18 @@ void divergences(bool brief) {
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
     }
+  // Of these the gaps of other classes would be lost in it, were the maximum subtracted first.
+  for (const Divergence id : {Divergence::kSquaredError, Divergence::kCenteredSquaredError})
+    for (const int64_t classes : {7, 100, 1003, 20001})
+      for (const double teacher_temperature : {0.0, 3.0}) {
+        Case c;
+        c.divergence = id, c.classes = classes, c.rows = 5, c.hard_weight = 0;
+        c.student = c.teacher = DType::kFloat32, c.outlier = 1e6;
+        c.teacher_temperature = teacher_temperature;
+        test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", outlier").c_str());
+        c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
+        test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
+      }
   // Of classes that one side masks some divergences are infinite: those that are not.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {

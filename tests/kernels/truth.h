@@ -14,7 +14,6 @@ using Real = long double;
 struct Divergence {
   Real value = 0;
   std::vector<Real> grad;  // of the value by z / t
-  Real squares = 0;        // the mean of squares that a centred mean is the difference of
   Real inverse = 0;        // of the student's length, where that is what counts
 };
 
@@ -143,7 +142,6 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
       case Divergence::kCenteredSquaredError:
         if (gap != gap) break;  // both mask the class
         counted += 1, mean += gap, slope[i] = gap;
-        result.squares += (log_p - log_q) * (log_p - log_q);
         break;
       case Divergence::kDecoupled:
       case Divergence::kCosine:
@@ -151,7 +149,6 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;
-  result.squares = id == Divergence::kCenteredSquaredError ? result.squares / counted : 0;
   Real of_all = 0;
   for (size_t i = 0; i < n; ++i) of_all += slope[i];
   for (size_t i = 0; i < n; ++i) {

@@ -130,7 +130,7 @@ def cross_entropy(
             hard = weighted(class_weight[labels], hard)
     if label_smoothing:
         smooth = _products(each.expand_as(log_q), log_q) / log_q.shape[-1]
-        hard = (1 - label_smoothing) * hard + label_smoothing * smooth
+        hard = weighted(1 - label_smoothing, hard) + weighted(label_smoothing, smooth)
     return hard
 
 
@@ -208,7 +208,13 @@ def terms(
     log_q = F.log_softmax(scaled, -1)
     kind = DIVERGENCES[divergence]
     of_logits = kind.compares == "logits"
-    arguments: list[object] = [scaled_teacher, scaled] if of_logits else [log_p, log_q]
+    compared = [scaled_teacher, scaled] if of_logits else [log_p, log_q]
+    if isinstance(soft_weight, Tensor) or soft_weight == 0:
+        # No gradient reaches rows without weight: their divergence may be infinite, and 0 times
+        # its gradient NaN.
+        weighs = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
+        compared = [torch.where(weighs, x, x.detach()) for x in compared]
+    arguments: list[object] = [*compared]
     arguments += [labels] if kind.needs_labels else []
     arguments += [] if kind.mix is None else [kind.mix if mix is None else mix]
     zero = torch.zeros(student.shape[:-1], dtype=acc, device=student.device)

@@ -63,7 +63,9 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     """``mix`` weighs the forward KL."""
-    return weighted(mix, _kl(log_p, log_q)) + weighted(1 - mix, _kl(log_q, log_p))
+    if mix in (0, 1):  # the other KL may be infinite, and its gradient NaN
+        return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
+    return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
@@ -111,7 +113,7 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
         others.append(F.log_softmax(rest, -1))
         alone.append(none)
     within = _kl(*others).masked_fill(alone[1], math.inf).masked_fill(alone[0], 0)
-    return _kl(*binary) + weighted(mix, within)
+    return _kl(*binary) + mix * within if mix else _kl(*binary)
 
 
 # ---- divergences of logits; a class that both mask is as if it were not there

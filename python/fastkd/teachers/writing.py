@@ -75,7 +75,7 @@ def precompute(
         raise ValueError(f"top_k must be a positive integer or None; got {top_k!r}")
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
-    temperature = checks.number("temperature", temperature, 0.0, math.inf, open_low=True)
+    temperature = checks.scalar_temperature("temperature", temperature)
     checks.ignored_label(ignore_index)
     folder = checks.folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
