@@ -313,9 +313,9 @@ def test_the_least_and_the_greatest_temperature(value):
 def test_errors_name_no_path_of_the_machine_that_built_the_extension():
     """A native check's own words begin with a file's place in the repository."""
     student, teacher = Z(3, 5), Z(3, 6)
-    settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False, False)
-    with pytest.raises(RuntimeError, match="must have the same shape") as caught:
-        torch.ops.fastkd.loss(student, teacher, *settings)
+    settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False)
+    with pytest.raises(RuntimeError, match="must have the shape of the student") as caught:
+        torch.ops.fastkd.loss(student, [teacher], None, [], False, 0, 1.0, 1.0, *settings)
     assert re.search(r"(^|\s)csrc/torch/\w+\.cpp", str(caught.value).split("\n")[0])
 
 

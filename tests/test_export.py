@@ -126,7 +126,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, dtype, backend)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 @pytest.mark.usefixtures("each_autograd", "fresh_dynamo")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", [n for n in LOSSES if "linear" not in n and n != "standardize"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_rows_chosen_by_a_mask_are_compiled(name, backend):
     """Their number is known to nobody while the call is traced."""
     student, teacher, labels = make((8, 50))

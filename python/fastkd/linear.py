@@ -235,6 +235,19 @@ _DEFAULTS: dict[str, Any] = {
 # ---- what a call means
 
 
+def _rows_to_plan_for(hidden: Tensor) -> int:
+    """Return the number of rows, or a usual one where a trace does not know it (a boolean mask)."""
+    rows = hidden.shape[0]
+    if not autograd.is_traced():
+        return rows
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return rows if statically_known_true(rows > 0) else _USUAL_ROWS
+
+
+_USUAL_ROWS = 4096
+
+
 def _linear_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -314,7 +327,7 @@ def _linear_loss(
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(
-        inputs.hidden.shape[0],
+        _rows_to_plan_for(inputs.hidden),
         classes,
         student_weight.shape[1],
         dtype=dtype,
