@@ -410,6 +410,15 @@ def nonzero(
     )
 
 
+def have_data(*values: object) -> bool:
+    """Return True unless the storage of a tensor among ``values`` was released, as FSDP does.
+
+    PyTorch's operations crash on such a tensor, so nothing may look at it to explain an error.
+    """
+    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
+    return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())
+
+
 def may_look(value: Tensor) -> bool:
     """Whether the data are there to be looked at, without waiting for a device or for a trace."""
     return (
@@ -418,6 +427,7 @@ def may_look(value: Tensor) -> bool:
         and type(value) in (Tensor, torch.nn.Parameter)
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and have_data(value)
     )
 
 

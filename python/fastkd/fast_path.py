@@ -53,12 +53,3 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
         and labels.layout is torch.strided
         and not (torch.is_grad_enabled() and labels.is_inference())
     )
-
-
-def have_data(*values: object) -> bool:
-    """Return True unless the storage of a tensor among ``values`` was released, as FSDP does.
-
-    PyTorch's operations crash on such a tensor, so nothing may look at it to explain an error.
-    """
-    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
-    return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())

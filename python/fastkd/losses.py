@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import checks, native, ops, reference, shapes
 from fastkd.autograd import is_transformed
-from fastkd.fast_path import IMMUTABLE, have_data, is_eligible
+from fastkd.fast_path import IMMUTABLE, is_eligible
 from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.options import OptionsModule
 from fastkd.reference import Terms
@@ -429,7 +429,7 @@ def _explain(
 ) -> None:
     """Raises what a failure of the kernels is due to: what only the data tells, where these lie, or
     no memory."""
-    if torch.compiler.is_compiling() or not have_data(student, labels, temperature):
+    if torch.compiler.is_compiling() or not checks.have_data(student, labels, temperature):
         return
     if "inplace needs" in str(error):
         raise ValueError(

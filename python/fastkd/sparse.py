@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastkd import autograd, checks, native, reference, shapes
 from fastkd.derivatives import KERNEL_DEVICES
-from fastkd.fast_path import IMMUTABLE, have_data, is_eligible
+from fastkd.fast_path import IMMUTABLE, is_eligible
 from fastkd.objective import Objective
 from fastkd.reference.divergences import weighted
 
@@ -141,7 +141,7 @@ def topk_loss(
             soft_weight, ignore_index, reduction, label_smoothing, normalizer,
         )  # fmt: skip
     except RuntimeError:
-        can_look = have_data(student_logits, indices, log_probs, labels)
+        can_look = checks.have_data(student_logits, indices, log_probs, labels)
         if can_look and not torch.compiler.is_compiling() and student_logits.device.type == "cpu":
             labels = None if labels is None else checks.int64(labels)
             checks.check_rows(student_logits, labels, ignore_index, temperature)

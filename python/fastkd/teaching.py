@@ -334,6 +334,8 @@ def topk_terms(
     """
     indices, log_probs = lists
     options = {name: value for name, value in options.items() if name in TOPK_OPTIONS}
+    # The options are those of fastkd.loss, whose default of the temperature is another.
+    options.setdefault("temperature", losses.DEFAULTS["temperature"])
 
     def loss(**weights: Any) -> Tensor:
         return sparse.topk_loss(logits, *lists, targets, **{**options, **weights})
