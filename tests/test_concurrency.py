@@ -59,6 +59,123 @@ def test_threads_share_a_graph(device, each_autograd):
                 torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
 
 
+SHARED_LEAF = """
+import sys, threading, torch, fastkd
+
+if sys.argv[1] == "python":
+    from fastkd import autograd
+    autograd.without_cpp().__enter__()
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+generator = torch.Generator().manual_seed(0)
+student, teacher = (torch.randn(8, 10, generator=generator) for _ in range(2))
+log_probs, indices = teacher.log_softmax(-1).topk(3)
+calls = {
+    "loss": lambda leaf: fastkd.loss(leaf, teacher),
+    "topk_loss": lambda leaf: fastkd.topk_loss(leaf, indices, log_probs),
+}
+names = sys.argv[2].split("+")
+for _ in range(5):
+    leaf, start, values = student.clone().requires_grad_(), threading.Barrier(2), []
+
+    def call(name):
+        start.wait()
+        values.extend((name, calls[name](leaf).detach()) for _ in range(1000))
+
+    threads = [threading.Thread(target=call, args=[name]) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {name: calls[name](student) for name in names}
+    assert len(values) == 2000
+    assert all(torch.equal(value, expected[name]) for name, value in values)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("language", ["cpp", "python"])
+@pytest.mark.parametrize("calls", ["loss+loss", "topk_loss+topk_loss", "loss+topk_loss"])
+def test_threads_share_a_leaf(language, calls):
+    """Forward passes of one leaf at once do not wait for each other for ever."""
+    command = [sys.executable, "-c", SHARED_LEAF, language, calls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+ONE_GRAPH = """
+import sys, threading, torch, fastkd
+
+language, name, batches = sys.argv[1], sys.argv[2], int(sys.argv[4])
+retain = sys.argv[3] == "retain"
+if language == "python":
+    from fastkd import autograd
+    autograd.without_cpp().__enter__()
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+THREADS, GRAPHS = 4, 1000
+generator = torch.Generator().manual_seed(0)
+student, teacher = (torch.randn(32, 100, generator=generator) for _ in range(2))
+log_probs, indices = teacher.log_softmax(-1).topk(3)
+leaf = student.requires_grad_()
+
+def make_value():
+    hidden = leaf * 1  # only the graph holds the tensors that it saves
+    if name == "loss":
+        return fastkd.loss(hidden, teacher.clone())
+    return fastkd.topk_loss(hidden, indices.clone(), log_probs.clone())
+
+outgoing = torch.full((), 2.0)  # scales without rounding
+expected = torch.autograd.grad(make_value(), leaf, outgoing)[0]
+again = "Trying to backward through the graph a second time"
+
+def run_backward(values, start, results):
+    # A thread that comes late to a graph gets its error soon, and so meets the first one later.
+    start.wait()
+    for value, of_graph in zip(values, results, strict=True):
+        try:
+            of_graph.append(torch.autograd.grad(value, leaf, outgoing, retain_graph=retain)[0])
+        except Exception as error:
+            of_graph.append(error)
+
+for _ in range(batches):
+    values, results = [make_value() for _ in range(GRAPHS)], [[] for _ in range(GRAPHS)]
+    start = threading.Barrier(THREADS)
+    arguments = (values, start, results)
+    threads = [threading.Thread(target=run_backward, args=arguments) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for of_graph in results:
+        errors = [each for each in of_graph if not isinstance(each, torch.Tensor)]
+        gradients = [each for each in of_graph if isinstance(each, torch.Tensor)]
+        assert len(of_graph) == THREADS
+        assert len(gradients) == THREADS if retain else gradients, errors
+        for error in errors:
+            assert isinstance(error, RuntimeError) and again in str(error), error
+        for gradient in gradients:
+            assert torch.allclose(gradient, expected, rtol=1e-6, atol=0)
+        assert len({gradient.data_ptr() for gradient in gradients}) == len(gradients)
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("language", ["cpp", "python"])
+@pytest.mark.parametrize("retain", ["free", "retain"])
+@pytest.mark.parametrize("loss", ["loss", "topk_loss"])
+def test_threads_run_backward_through_one_graph(language, retain, loss):
+    """Each thread gets a gradient of its own, or, without retain_graph, torch's error.
+
+    Without retain_graph two threads may both get the gradient, as from torch's nodes: the engine
+    releases the saved tensors some time after the gradient is computed.
+    """
+    batches = "1" if retain == "retain" else "8"
+    command = [sys.executable, "-c", ONE_GRAPH, language, loss, retain, batches]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "finished", (done.returncode, done.stderr)
+
+
 def seen_during(work: Callable[[], object]) -> bool:
     """Whether another thread of Python runs while ``work`` does.
 

@@ -67,3 +67,53 @@ def test_no_memory_left_is_torchs_error(language, what):
         done.stdout + done.stderr
     )
     assert done.stdout.splitlines()[-1] == "works again True", done.stdout + done.stderr
+
+
+KEPT_GRADIENTS = """
+import sys, torch, fastkd
+
+size, count = int(sys.argv[2]), int(sys.argv[3])
+if sys.argv[1] == "python":
+    from fastkd import autograd
+    autograd.without_cpp().__enter__()
+torch.set_num_threads(1)
+student, teacher = torch.randn(size // 256, 64, requires_grad=True), torch.randn(size // 256, 64)
+outgoing = torch.ones(())
+
+def gradient(loss):
+    return torch.autograd.grad(loss(student, teacher), student, outgoing)[0]
+
+def topk_loss(student, teacher):
+    return fastkd.topk_loss(student, indices, log_probs)
+
+def resident():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+log_probs, indices = teacher.log_softmax(-1).topk(4)
+loss = {"loss": fastkd.loss, "topk_loss": topk_loss}[sys.argv[4]]
+for _ in range(3):
+    gradient(loss)
+before = resident()
+gradients = [gradient(loss) for _ in range(count)]
+used = sum(each.untyped_storage().nbytes() for each in gradients)
+assert used == count * student.numel() * student.element_size()
+print((resident() - before) / used)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux reports it")
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(65 * 2**10, 500), (2**20, 60), (2**21 + 2**16, 30), (3 * 2**20, 20)],
+    ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
+)
+@pytest.mark.parametrize("loss", ["loss", "topk_loss"])
+@pytest.mark.parametrize("language", ["cpp", "python"])
+def test_gradients_hold_little_more_memory_than_their_size(language, loss, size, count):
+    """Memory in whole huge pages would be up to 32 times a gradient of 64 KB."""
+    command = [sys.executable, "-c", KEPT_GRADIENTS, language, str(size), str(count), loss]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ratio = float(done.stdout)
+    assert 0.9 <= ratio <= 1.1, f"{count} gradients of {size} bytes hold {ratio:.2f} x their size"
