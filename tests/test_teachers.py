@@ -690,7 +690,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         file.mkdir()
     command = [sys.executable, "-c", READ, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "ValueError" in done.stderr and "it is no regular file" in done.stderr
+    assert "ValueError" in done.stderr and "it is not a regular file" in done.stderr
 
 
 def test_forged_lengths_and_classes(forged):
