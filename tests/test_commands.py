@@ -401,7 +401,7 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("student=json:loads", "student: the module 'json' is not in .*--module json"),
         ("student=sys:exit", "student: the module 'sys' is not in .*--module sys"),
         ("student={module}:os.system", "student: .* must be a function or class that {module} def"),
-        ("student={module}:nn.Linear", "it is one of torch.nn.modules.linear. Write a function"),
+        ("student={module}:nn.Linear", "got one of torch.nn.modules.linear. Define a function"),
         ("student={module}:student.__call__", "must be a function or class that {module} defines"),
         ("student={module}:student.__globals__.get", "must be a function or class that {module} "),
         ("train={module}:DataLoader", "train: .* must be a function or class that {module} def"),
@@ -475,7 +475,10 @@ def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_fac
     monkeypatch.syspath_prepend(elsewhere)
     change = ("distill", "--config", given, "--set", "student=distant_parts.small:student")
     error = refused(monkeypatch, capsys, *change)
-    assert "If you trust it with any options, add --module distant_parts.small" in error
+    assert (
+        "If you trust the module, called with any options, add --module distant_parts.small"
+        in error
+    )
     assert not any(name.startswith("distant_parts") for name in sys.modules)
     error = refused(monkeypatch, capsys, *change, "--module", "distant_parts.sma")
     assert "add --module distant_parts.small" in error
