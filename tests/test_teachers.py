@@ -774,7 +774,9 @@ def test_each_group_of_rows_has_its_checksum(tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path)
     cache.lookup(torch.tensor([0, 13, 21, 199]))
     for _ in range(2):
-        message = r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete it and"
+        message = (
+            r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete the file and"
+        )
         with pytest.raises(ValueError, match=message):
             cache.lookup(torch.tensor([0, 17]))
     file.unlink()
