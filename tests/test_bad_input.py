@@ -149,7 +149,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one teacher_temperature below float32": ({"teacher_temperature": torch.tensor([1.0, 1.0, 1e-46], dtype=torch.float64)}, ValueError, "teacher_temperature must be from 1e-18 to 1e+18; row 2 has 1e-46"),
     "one temperature 0, not fused": ({"temperature": torch.tensor([1.0, 0.0, 1.0]), "divergence": "jsd"}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
     "label too large, not fused": ({"labels": torch.tensor([0, 5, 1]), "divergence": "jsd"}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 1 has 5"),
-    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix must be so large that 1 - mix is less than 1; got 1e-300"),
+    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix must be large enough that 1 - mix is less than 1; got 1e-300"),
     # teachers
     "unknown teacher_form": ({"teacher_form": "softmax"}, ValueError, "teacher_form must be one of 'logits', 'log_probs', 'probs'; got 'softmax'"),
     "unknown ensemble": ({"ensemble": "mean"}, ValueError, "ensemble must be one of 'probs', 'logits'; got 'mean'"),

@@ -398,14 +398,14 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("student=os:system('x')", "student must be 'module:factory'; got"),
         ("student=no_such_module:f", "student: there is no module 'no_such_module' to import"),
         ("student={module}:absent", "student: {module} has no 'absent'"),
-        ("student=json:loads", "student: the module 'json' does not lie in .*--module json"),
-        ("student=sys:exit", "student: the module 'sys' does not lie in .*--module sys"),
+        ("student=json:loads", "student: the module 'json' is not in .*--module json"),
+        ("student=sys:exit", "student: the module 'sys' is not in .*--module sys"),
         ("student={module}:os.system", "student: .* must be a function or class that {module} def"),
-        ("student={module}:nn.Linear", "it is one of torch.nn.modules.linear. Write a function"),
+        ("student={module}:nn.Linear", "got one of torch.nn.modules.linear. Define a function"),
         ("student={module}:student.__call__", "must be a function or class that {module} defines"),
         ("student={module}:student.__globals__.get", "must be a function or class that {module} "),
         ("train={module}:DataLoader", "train: .* must be a function or class that {module} def"),
-        ("student={module}:number", "student: .*:number is no function, but int"),
+        ("student={module}:number", "student: .*:number must be a function or class; got int"),
         ("student={module}:nothing", "must return a torch.nn.Module; got NoneType"),
         ("student.cache=x", "student.cache is no key of the configuration"),
         ("student.options=[1]", "student.options must be a mapping"),
@@ -413,7 +413,7 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("teacher.top_k=0", "teacher.top_k must be an integer of at least 1"),
         (
             "teacher.weights=x.pt",
-            "teacher.weights must be a .safetensors file, since others may run",
+            "teacher.weights must be a .safetensors file, since other formats may run",
         ),
         ("teacher.weights=x.safetensors", "teacher.weights: there is no file x.safetensors"),
         ("train.weights=x", "train.weights is no key of the configuration; there are factory"),
@@ -427,7 +427,10 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
         ("optimizer.name=LBFGS", "optimizer.name must be .* aside; got 'LBFGS'"),
         ("optimizer.name=SparseAdam", "optimizer.name must be .* aside; got 'SparseAdam'"),
         ("student=.{module}:student", "student must be 'module:factory'; got"),
-        ("student.options={{widht: 3}}", "student.options: .*:student does not take them: .*widht"),
+        (
+            "student.options={{widht: 3}}",
+            "student.options: .*:student does not take these options: .*widht",
+        ),
         ("train={module}:nothing", "train: .* must return a data set or a DataLoader; got None"),
         ("output={module}.py", "output must be a folder; got .*, and .* is a file"),
         ("teacher.cache={module}.py/c", "teacher.cache must be a folder; got .*, and .* is a file"),
@@ -472,7 +475,10 @@ def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_fac
     monkeypatch.syspath_prepend(elsewhere)
     change = ("distill", "--config", given, "--set", "student=distant_parts.small:student")
     error = refused(monkeypatch, capsys, *change)
-    assert "If you trust it with any options, add --module distant_parts.small" in error
+    assert (
+        "If you trust the module, called with any options, add --module distant_parts.small"
+        in error
+    )
     assert not any(name.startswith("distant_parts") for name in sys.modules)
     error = refused(monkeypatch, capsys, *change, "--module", "distant_parts.sma")
     assert "add --module distant_parts.small" in error
@@ -486,7 +492,7 @@ def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, cap
     (given.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--set", "student=wave:open")
     error = refused(monkeypatch, capsys, "distill", "--config", given, *change)
-    assert "Python has another module 'wave' than the one in" in error
+    assert "another module 'wave' is imported instead of the one in" in error
     assert sys.path[: len(before)] == before and str(given.parent) in sys.path
 
 

@@ -369,7 +369,7 @@ def test_refusals(tmp_path):
     refused(TypeError, "teacher must be a torch.nn.Module; got NoneType", tmp_path, teacher=None)
     refused(
         ValueError,
-        "kd_loss must have no parameter that learns.*got temperature",
+        "kd_loss must have no parameter that requires grad.*got temperature",
         tmp_path,
         loss=fastkd.KDLoss(temperature=nn.Parameter(torch.tensor(2.0))),
     )

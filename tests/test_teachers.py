@@ -690,7 +690,7 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         file.mkdir()
     command = [sys.executable, "-c", READ, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "ValueError" in done.stderr and "it is no regular file" in done.stderr
+    assert "ValueError" in done.stderr and "it is not a regular file" in done.stderr
 
 
 def test_forged_lengths_and_classes(forged):
@@ -774,7 +774,9 @@ def test_each_group_of_rows_has_its_checksum(tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path)
     cache.lookup(torch.tensor([0, 13, 21, 199]))
     for _ in range(2):
-        message = r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete it and"
+        message = (
+            r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete the file and"
+        )
         with pytest.raises(ValueError, match=message):
             cache.lookup(torch.tensor([0, 17]))
     file.unlink()

@@ -40,7 +40,7 @@ void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
 
 void check_storage(const Tensor& tensor, const char* name) {
   if (tensor.numel() == 0) return;
-  int64_t last = tensor.storage_offset();  // the last element, counted from the storage's start
+  int64_t last = tensor.storage_offset();  // index of the last element in the storage
   for (int64_t dim = 0; dim < tensor.dim(); ++dim)
     last += (tensor.size(dim) - 1) * tensor.stride(dim);
   int64_t bytes = 0;

@@ -1,5 +1,5 @@
-// From the arguments of an op to the plain structs of kernels.h: reading, checks, layouts and
-// allocation, the same for each backend.
+// Read and check the arguments of an op, and convert them to the structs of kernels.h, for every
+// backend.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,8 +18,8 @@ namespace fastkd::glue {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Takes the arguments of an op off the stack that its boxed kernel is called with, in the order of
-// the op's schema. Each argument must be taken, for the stack holds references.
+// Reads the arguments of a boxed kernel from its stack, in the order of the op's schema. Each
+// argument must be taken, because the stack owns a reference to each tensor.
 class ArgumentReader {
  public:
   explicit ArgumentReader(StableIValue* stack) : next_(stack) {}
@@ -32,20 +32,21 @@ class ArgumentReader {
   StableIValue* next_;
 };
 
-// Puts the results of an op on its stack.
+// Write the results of a boxed kernel to its stack.
 template <class... Results>
-void give(StableIValue* stack, const Results&... results) {
+void return_results(StableIValue* stack, const Results&... results) {
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
 DType dtype_of(const Tensor& tensor, const char* name);
 
-// Return a contiguous `tensor`, after checking that it has `entries` numbers of `dtype` for each
-// row and lies on the device of `like`.
+// Check that `tensor` has `entries` numbers of `dtype` for each row and is on the device of `like`.
+// Return `tensor`, or a contiguous copy of it.
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
                     const char* name, int64_t entries);
 
-// Throw unless all elements of `tensor` lie inside its storage, which may have been released.
+// Throw unless all elements of `tensor` lie inside its storage. FSDP, for one, releases storages
+// of tensors that still exist.
 void check_storage(const Tensor& tensor, const char* name);
 
 // The inputs of a call and the tensors that keep them alive: a tensor whose rows the kernels cannot
@@ -62,11 +63,12 @@ struct Call {
   const MixtureArgs* mixture = nullptr;  // stands for the teacher: on CPUs, `mixed` yet to be set
 };
 
-// Replace four of the options by one number for each row.
+// Use row_settings, if there are any, for the temperatures and weights of each row.
 void take_row_settings(Call* call, const std::optional<Tensor>& row_settings);
 
-// `strided`: whether the kernels take classes that are not adjacent. `grad`: the gradient, where
-// it exists already. It may be the student, which then must be used where it is.
+// Check the arguments, and lay out the rows. `strided`: true if the kernels take classes that are
+// not adjacent. `grad`: the gradient's memory, or null. If `grad` is the student, the student is
+// not copied.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& row_settings, const Options& options, bool strided,
              const Tensor* grad);
@@ -76,14 +78,14 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
 Tensor empty_out(const Call& call, bool terms, bool per_row);
 Tensor empty_stats(const Call& call);  // acc [kStats * rows + 1]
 
-// `grad_output`: acc, one number or one for each row; `stats`: of the forward pass, or null where
-// the kernels compute it again.
+// Check the arguments of a backward pass. `grad_output`: acc, one number or one for each row.
+// `stats`: from the forward pass; null for the sparse loss, which has none.
 BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& grad_output,
                            const Tensor& grad);
 
 inline int64_t acc_size(const Call& call) { return call.acc == ScalarType::Double ? 8 : 4; }
 
-// An empty tensor, for a result that was not asked for.
+// Return an empty tensor, for a result that was not requested.
 Tensor nothing(const Call& call);
 
 }  // namespace fastkd::glue

@@ -15,7 +15,7 @@ struct Reducing {
 
 struct ForwardResult {
   Tensor out;    // acc [], [1 + kTerms], [rows] or [1 + kTerms, rows]
-  Tensor stats;  // acc [kStats * rows + 1]; empty where it was not asked for
+  Tensor stats;  // acc [kStats * rows + 1]; may be empty without `with_stats`
 };
 
 // The arguments of a sparse loss, and the tensors that keep them alive.
@@ -32,7 +32,7 @@ struct Cpu {
   // `filled`: grad holds the gradient for grad_output = 1 already.
   static void backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
                        const Tensor& grad, bool filled);
-  // The two passes of the sparse loss; the first returns `out`.
+  // The forward pass of the sparse loss, which returns `out`, and its backward pass.
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);
@@ -51,11 +51,11 @@ struct Cuda {
   static void mix(const MixtureArgs& args, const Tensor& out);
 };
 
-// Several teachers, or probabilities, as the ops take them. Without shares there is one teacher,
-// whose logits are taken as they are.
+// The teachers of an op, as logits or probabilities. If `shares` is empty, there is one teacher,
+// and `tensors` holds its logits.
 struct Teachers {
   std::vector<Tensor> tensors;             // each (..., C), of one shape
-  std::optional<Tensor> row_temperatures;  // acc [2, rows], which replaces the two numbers
+  std::optional<Tensor> row_temperatures;  // acc [2, rows], replaces the two temperatures
   std::vector<double> shares;
   bool probabilities;
   int64_t ensemble;
@@ -70,7 +70,7 @@ struct Mixture {
 };
 Mixture make_mixture(const Teachers& teachers, bool in_double);
 
-// As prepare(), with a mixture, which must outlive the call, in place of the teacher.
+// Like prepare(), with a mixture instead of a teacher. The mixture must outlive the call.
 Call prepare_mixed(const Tensor& student, const Mixture& mixture,
                    const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
                    const Options& options, const Tensor* grad);
@@ -89,7 +89,8 @@ inline Reducing take_reducing(ArgumentReader* in, std::optional<Tensor> denomina
   return {static_cast<Reduction>(reduction), normalizer, std::move(denominator)};
 }
 
-// Throw unless `reducing` is one that the kernels have, for logits like those of `call`.
+// Throw unless the reduction is valid, goes with a gradient if `with_grad`, and its denominator has
+// the dtype and device of the loss of `call`.
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
 
 }  // namespace fastkd::glue

@@ -16,7 +16,7 @@ ScalarType acc_type(const Inputs& in) {
   return in_double(in) ? ScalarType::Double : ScalarType::Float;
 }
 
-// The value of a tensor with one number, float32 or float64.
+// Return the value of a float32 or float64 tensor with one element.
 double value_of(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double
              ? *static_cast<const double*>(tensor.const_data_ptr())
@@ -28,7 +28,7 @@ void multiply_(const Tensor& self, const Tensor& factor) {
                                     torch::stable::detail::from(factor)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference that the call returned
 }
 
 }  // namespace
@@ -68,8 +68,9 @@ double scale_of(const Reducing& reducing, int64_t count) {
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
-  // Scaling rounds a 16-bit gradient twice, and cannot bring back what underflowed in fp16 before a
-  // loss scale was applied. A power of two moves the exponents of bf16, which are float32's, alone.
+  // Scaling rounds a 16-bit gradient a second time, and a loss scale cannot restore what has
+  // underflowed in fp16. In bf16 a power of two is exact: it changes the exponent alone, whose
+  // range is that of float32.
   int exponent = 0;
   const bool exact = inputs.student_dtype == DType::kBFloat16 && std::isfinite(factor) &&
                      std::fabs(std::frexp(factor, &exponent)) == 0.5;
@@ -253,7 +254,7 @@ ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool term
 void Cpu::backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
                    const Tensor& grad, bool filled) {
   if (filled && scale_filled(args, grad_output, grad)) return;
-  count_rows(args);  // checks labels and temperatures
+  count_rows(args);  // called for its checks of labels and temperatures
   Runner(args, call.mixture).on_all_threads(args, args.rows, cpu::kernels().backward);
 }
 

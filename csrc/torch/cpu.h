@@ -23,12 +23,13 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double);
 // count.
 int64_t count_rows(const Inputs& inputs);
 
-// Return the factor that a sum over rows is multiplied by; `count`: the rows that count. A mean
-// over none is 0, whatever it would be divided by.
+// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If it
+// is 0, the factor is 1, so that the mean is 0 for any divisor, 0 included.
 double scale_of(const Reducing& reducing, int64_t count);
 
-// Multiply `grad`, the gradient for grad_output = 1, by grad_output where that is as exact as
-// computing it again, and return whether it was.
+// Multiply `grad`, the gradient for grad_output = 1, by grad_output, and return true. Return false,
+// with `grad` unchanged, if computing the gradient again is more accurate and still possible: it is
+// not if `grad` has overwritten the student's logits.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad);
 
 // What kernels leave of each row: `fields` numbers, one field after the other. They leave them in

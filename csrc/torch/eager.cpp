@@ -1,13 +1,14 @@
 // The module fastkd._eager: autograd of the fused losses, and memory for their gradients, in C++.
 //
-// Optional, for speed alone: python/fastkd/derivatives.py has the same in Python. It uses torch's
-// C++ autograd, which has no stable ABI, so it is built from source only, carries the version of
-// the torch that it was built with, and registers nothing unless Python, having compared versions,
-// asks it to (python/fastkd/native.py).
+// The module is optional and adds speed alone: python/fastkd/autograd.py implements the same
+// autograd in Python. torch's C++ autograd has no stable ABI, so the module fits only the torch
+// that it was built with. It records that version, and python/fastkd/native.py calls
+// register_kernels() only if the version matches.
 //
 // For each loss `op` of library.cpp and topk.cpp, the op `op_into` writes the gradient in the
-// forward pass, `op_backward_` scales or writes it in the backward pass, and `op_gradient` computes
-// it by differentiable operations. All take the arguments of `op`, so nothing here knows them.
+// forward pass, `op_backward_` scales or writes the gradient in the backward pass, and
+// `op_gradient` computes the gradient by differentiable operations. All four take the arguments of
+// `op`, which this file reads from the op's schema.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -68,13 +69,15 @@ struct Ops {
 
   c10::OperatorHandle loss, into, backward, gradient;
   bool has_stats;           // returned by `into` for `backward`
-  bool strided;             // gradients whose classes are not adjacent are written where they lie
+  bool strided;             // `into` can write a gradient whose classes are not adjacent
   std::vector<Kind> kinds;  // of the arguments of the loss
-  size_t reduction = 0, with_terms = 0;  // the places of these arguments; 0 without terms
+  size_t reduction = 0;     // index of this argument
+  size_t with_terms = 0;    // index of this argument; 0 if the loss does not have it
 };
 
-// Append the tensors among `arguments` to `tensors`, undefined ones for those that are absent, and
-// return the other arguments as scalars, with the length of each list in its place.
+// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. A
+// missing tensor is appended as an undefined one. A list becomes its length, followed by its
+// numbers if it holds numbers.
 std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variable_list* tensors) {
   std::vector<IValue> numbers;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -95,7 +98,7 @@ std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variabl
   return numbers;
 }
 
-// Return the arguments that take_tensors() took apart.
+// Return the arguments of the loss: the inverse of take_tensors().
 Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> numbers) {
   Stack arguments;
   auto number = numbers.begin();
@@ -118,7 +121,7 @@ Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> 
   return arguments;
 }
 
-// Call an op with `first`, the arguments of a loss, and `last`; the stack then holds its results.
+// Call an op with `first`, the arguments of a loss, and `last`. Return the op's results.
 Stack call(const c10::OperatorHandle& op, Stack first, const Stack& arguments, Stack last = {}) {
   first.reserve(first.size() + arguments.size() + last.size());
   first.insert(first.end(), arguments.begin(), arguments.end());
@@ -132,17 +135,18 @@ Tensor empty_gradient(const Ops& ops, const Tensor& student) {
   return op.call(student, ops.strided);
 }
 
-// Return true if the tensor's memory may be read and written here and now: false where operations
-// are traced or recorded, and for wrappers and batches.
-bool is_plain(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet kPlain(
+// Return true if the tensor's memory may be read and written directly. Return false while
+// operations are traced or recorded, and for tensor subclasses and batched tensors.
+bool is_writable(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet kDense(
       {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCPU,
        c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCPU,
        c10::DispatchKey::AutocastCUDA, c10::DispatchKey::ADInplaceOrView});
-  return (tensor.key_set() | kPlain) == kPlain && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  return (tensor.key_set() | kDense) == kDense && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
-// Return true for the vector of is_grads_batched=True, and under torch.func.vmap.
+// Return true if `tensor` is a batch of gradients (is_grads_batched=True), and under any transform
+// of torch.func, such as vmap.
 bool is_batch(const Tensor& tensor) {
   return tensor.key_set().has(c10::DispatchKey::Batched) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
@@ -154,7 +158,7 @@ bool is_one(const Tensor& factor) {
                                              : *factor.const_data_ptr<float>() == 1;
 }
 
-// Return `factor`, one number for each row, shaped so that it multiplies the logits' rows.
+// Reshape `factor`, one number for each row, so that it broadcasts over the classes of `student`.
 Tensor as_column(const Tensor& factor, const Tensor& student) {
   auto sizes = student.sizes().vec();
   sizes.back() = 1;
@@ -163,14 +167,14 @@ Tensor as_column(const Tensor& factor, const Tensor& student) {
 
 template <class T>
 struct FusedLoss : torch::autograd::Function<T> {
-  static constexpr bool is_traceable = true;  // by compiled autograd
+  static constexpr bool is_traceable = true;  // compiled autograd may trace backward()
 
   // `arguments`: those of the loss, `student` among them.
   static Tensor forward(AutogradContext* ctx, const Tensor& student, const Stack* arguments) {
     const Ops& ops = T::ops();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     variable_list tensors;
-    // Before the call, which leaves nothing in a list of tensors.
+    // Taken before the op is called: its kernel empties a list of tensors in `arguments`.
     auto numbers = take_tensors(ops, *arguments, &tensors);
     IValue grad;
     if (!ops.is_per_row(*arguments)) grad = empty_gradient(ops, student);
@@ -180,7 +184,7 @@ struct FusedLoss : torch::autograd::Function<T> {
     if (ops.has_stats) tensors.push_back(results[1].toTensor());
     ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
     ctx->save_for_backward(std::move(tensors));
-    // Not saved like the others: the first backward pass scales it in place and gives it away.
+    // Not a saved tensor: the first backward pass scales `grad` in place and returns it.
     ctx->saved_data["grad"] = std::move(grad);
     return results[0].toTensor();
   }
@@ -196,28 +200,28 @@ struct FusedLoss : torch::autograd::Function<T> {
   }
 
  private:
-  // Return `factor` times the gradient. `kept`: the gradient for a factor of 1, or None.
+  // Return `factor` times the gradient. `cached`: the gradient for a factor of 1, or None.
   static Tensor gradient(const Ops& ops, const variable_list& saved, const Stack& arguments,
-                         const Tensor& factor, IValue* kept) {
+                         const Tensor& factor, IValue* cached) {
     const Tensor& student = saved[0];
     if (is_batch(factor)) {
       const Tensor one = at::ones(factor.sizes(), factor.options());
-      const Tensor of_one = call(ops.gradient, {one}, arguments)[0].toTensor();
+      const Tensor unscaled = call(ops.gradient, {one}, arguments)[0].toTensor();
       const bool per_row = ops.is_per_row(arguments);
-      return of_one.mul(per_row ? as_column(factor, student) : factor).to(student.scalar_type());
+      return unscaled.mul(per_row ? as_column(factor, student) : factor).to(student.scalar_type());
     }
     if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments)[0].toTensor();
-    Tensor grad = kept->isTensor() ? std::exchange(*kept, IValue()).toTensor() : Tensor();
-    // Compiled autograd calls this with a copy of what was saved, and will call it again with the
-    // original: then the gradient must stay as it is.
-    const bool owned = is_plain(factor) && grad.defined() && grad.use_count() == 1;
-    if (grad.defined() && !owned) {
+    Tensor grad = cached->isTensor() ? std::exchange(*cached, IValue()).toTensor() : Tensor();
+    // Compiled autograd calls this function on a copy of the saved data, which shares `grad`, and
+    // calls it again on the original data. So `grad` is scaled in place only if nothing shares it.
+    const bool is_unshared = is_writable(factor) && grad.defined() && grad.use_count() == 1;
+    if (grad.defined() && !is_unshared) {
       if (student.scalar_type() != at::kHalf) return grad.mul(factor).to(student.scalar_type());
-      // In fp16 a scale cannot bring back what underflowed, and a trace cannot tell whether there
-      // will be one.
+      // Write an fp16 gradient again: `factor` may be a loss scale, which cannot restore numbers
+      // that have underflowed.
       grad = Tensor();
     }
-    const bool filled = grad.defined();  // not in a second pass, with retain_graph=True
+    const bool filled = grad.defined();  // false in a second backward pass (retain_graph=True)
     if (filled && is_one(factor)) return grad;
     if (!filled) grad = empty_gradient(ops, student);
     Stack first{grad, factor.contiguous()};
@@ -254,11 +258,12 @@ void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
   torch::jit::push(*stack, T::apply(arguments[0].toTensor(), &arguments));
 }
 
-// A call of a loss whose arguments are known but for some tensors. Python's own way to an op looks
-// at each of its arguments again in every call, which takes longer than a small loss.
+// The op of a loss with all arguments bound except some tensors. torch.ops converts and checks
+// each of the op's arguments in every call, which takes longer than a small loss itself.
 class PreparedCall {
  public:
-  // `arguments`: of the op, in its order, with None for the tensors; `places`: of the tensors.
+  // `arguments`: those of the op, in the order of its schema, with None for the unbound tensors.
+  // `places`: the indices of the unbound tensors among `arguments`.
   PreparedCall(const std::string& name, const py::tuple& arguments, std::vector<size_t> places)
       : op_(find_op(name)), places_(std::move(places)) {
     const auto& schema = op_.schema().arguments();
@@ -271,7 +276,7 @@ class PreparedCall {
     }
   }
 
-  // `tensors`: as many as there are places; one in the place of a list is its only element.
+  // `tensors`: one for each place. Where the op takes a list, the tensor becomes its only element.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
     Stack stack = arguments_;
@@ -301,7 +306,7 @@ Tensor empty_cpu_gradient(const Tensor& student, bool strided) {
   return grad_buffer::empty_gradient(student, strides);
 }
 
-// Register what this module has, for the rest of the process.
+// Register the autograd kernels and empty_gradient for the rest of the process.
 void register_kernels() {
   using torch::Library;
   static auto* const autograd =

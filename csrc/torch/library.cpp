@@ -1,6 +1,6 @@
-// The ops of the loss with all logits: their schemas, written once, and the step from boxed
-// arguments to a backend (cpu.cpp, cuda.cpp). `loss` is what users differentiate; its autograd
-// kernel (eager.cpp, or python/fastkd/derivatives.py) calls the two ops that write gradients.
+// The ops of the dense loss: their schemas, and boxed kernels that pass the arguments to a backend
+// (cpu.cpp, cuda.cpp). Users differentiate `loss`. The autograd kernel of `loss` (eager.cpp, or
+// python/fastkd/autograd.py) calls `loss_into` and `loss_backward_`, which write the gradient.
 // Shapes for tracing are in python/fastkd/shapes.py.
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +10,7 @@
 namespace fastkd::glue {
 namespace {
 
-// The arguments that the three ops share, in the order of FASTKD_LOSS below.
+// The arguments that all ops of the loss share, in the order of FASTKD_LOSS below.
 struct LossArguments {
   Tensor student;
   Teachers teachers;
@@ -37,7 +37,8 @@ struct LossArguments {
     with_terms = in->take<bool>();
   }
 
-  // Return the call that kernels take. `mixture` keeps what stands for several teachers.
+  // Return the call that kernels take. Several teachers become `*mixture`, which must outlive the
+  // call.
   Call prepare_call(const Tensor* grad, std::optional<Mixture>* mixture) const {
     if (teachers.shares.empty()) {
       STD_TORCH_CHECK(teachers.tensors.size() == 1, "several teachers must have shares");
@@ -64,7 +65,7 @@ template <class Backend>
 void loss(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader in(stack);
   const LossArguments arguments(&in);
-  give(stack, forward<Backend>(arguments, false, nullptr).out);
+  return_results(stack, forward<Backend>(arguments, false, nullptr).out);
 }
 
 template <class Backend>
@@ -74,7 +75,7 @@ void loss_into(StableIValue* stack, uint64_t, uint64_t) {
   const LossArguments arguments(&in);
   const bool with_stats = in.take<bool>();
   const ForwardResult result = forward<Backend>(arguments, with_stats, grad ? &*grad : nullptr);
-  give(stack, result.out, result.stats);
+  return_results(stack, result.out, result.stats);
 }
 
 template <class Backend>
@@ -101,16 +102,17 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
     prefer_huge_pages(grad.mutable_data_ptr(),
                       static_cast<size_t>(grad.numel()) * grad.element_size());
   }
-  give(stack, grad);
+  return_results(stack, grad);
 }
 
 }  // namespace
 
-// teachers: each (..., C), of one shape. Without shares it is one teacher, whose logits are taken
-// as they are; with shares it is their mixture, of which no more is in memory than some rows.
-// row_temperatures: acc [2, rows], which replaces the mixture's two temperatures. row_settings: acc
-// [4, rows], which replaces temperature, teacher_temperature, hard_weight and soft_weight.
-// denominator: acc, one number, which a mean divides by instead of the count of rows.
+// "acc" is the dtype of the loss: float64 if any logits are float64, else float32.
+// teachers: logits (..., C), all of one shape. If `shares` is empty, there is one teacher. If not,
+// the CPU kernels mix the teachers, a few rows at a time. row_temperatures: acc [2, rows], replaces
+// mixture_temperature and teachers_temperature. row_settings: acc [4, rows], replaces temperature,
+// teacher_temperature, hard_weight and soft_weight. denominator: acc, one number; a mean divides by
+// it instead of by the number of rows.
 #define FASTKD_LOSS                                                                              \
   "Tensor student, Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool "           \
   "probabilities, int ensemble, float mixture_temperature, float teachers_temperature, Tensor? " \
@@ -119,21 +121,23 @@ void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
   "ignore_index, int divergence, float mix, int reduction, float normalizer, bool with_terms"
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
-  // Classes are the last dimension, whatever their stride. The result: acc [], [1 + kTerms], [rows]
-  // or [1 + kTerms, rows], of which only the loss, the first, has a gradient.
+  // Classes are the last dimension, with any stride. The result is acc [], [1 + kTerms], [rows] or
+  // [1 + kTerms, rows]. The loss comes first, and it alone has a gradient.
   m.def("loss(" FASTKD_LOSS ") -> Tensor");
-  // The loss, and its gradient for grad_output = 1 in `grad`, which has the student's shape and may
-  // be the student. stats: acc [7 * rows + 1], what loss_backward_ needs; empty without with_stats.
+  // Compute the loss, and write its gradient for grad_output = 1 to `grad`, if there is one. `grad`
+  // has the student's shape and may be the student itself. stats: acc [7 * rows + 1], for
+  // loss_backward_; may be empty without with_stats.
   m.def("loss_into(Tensor(a!)? grad, " FASTKD_LOSS
         ", bool with_stats) -> (Tensor out, Tensor stats)");
-  // Fills grad with grad_output (acc, one number, or one for each row with reduction none) times
-  // the gradient of the loss whose stats these are. `filled`: grad holds it for grad_output = 1.
+  // Write grad_output times the gradient to `grad`. grad_output: acc, one number, or one for each
+  // row with reduction none. stats: from loss_into. `filled`: true if `grad` already holds the
+  // gradient for grad_output = 1.
   m.def("loss_backward_(Tensor(a!) grad, Tensor grad_output, Tensor stats, " FASTKD_LOSS
         ", bool filled) -> ()");
-  // grad_output times the gradient, by PyTorch operations, so that it can be differentiated
+  // Compute grad_output times the gradient by PyTorch operations, which can be differentiated
   // (python/fastkd/derivatives.py).
   m.def("loss_gradient(Tensor grad_output, " FASTKD_LOSS ") -> Tensor");
-  // Memory for a gradient, laid out as gradient_strides() in walk.h says.
+  // Allocate a gradient with the strides of gradient_strides() in walk.h.
   m.def("empty_gradient(Tensor student, bool strided) -> Tensor");
 }
 

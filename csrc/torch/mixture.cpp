@@ -45,7 +45,7 @@ Mixture make_mixture(const Teachers& teachers, bool in_double) {
 Call prepare_mixed(const Tensor& student, const Mixture& mixture,
                    const std::optional<Tensor>& labels, const std::optional<Tensor>& row_settings,
                    const Options& options, const Tensor* grad) {
-  // The student takes the teacher's place for now, so that there is nothing else to lay out.
+  // The student is passed as the teacher, too, because the mixture has no layout of its own yet.
   Call call = prepare(student, student, labels, std::nullopt, options, true, grad);
   Inputs& in = call.inputs;
   STD_TORCH_CHECK(mixture.args.rows == in.rows && mixture.args.classes == in.classes,
@@ -80,20 +80,21 @@ void mixture(StableIValue* stack, uint64_t, uint64_t) {
                           in.take<double>(),
                           in.take<double>()};
   const bool in_double = in.take<bool>();
-  const Mixture made = make_mixture(teachers, in_double);
-  MixtureArgs args = made.args;
+  const Mixture prepared = make_mixture(teachers, in_double);
+  MixtureArgs args = prepared.args;
   const Tensor& like = teachers.tensors[0];
   const Tensor out = torch::stable::new_empty(like, like.sizes(),
                                               in_double ? ScalarType::Double : ScalarType::Float);
   args.mixed = out.mutable_data_ptr();
   Backend::mix(args, out);
-  give(stack, out);
+  return_results(stack, out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
-  // The mixture of teachers as logits, acc (..., C), contiguous; arguments as those of loss.
+  // Return the mixture of teachers as logits: acc (..., C), contiguous. The arguments are those of
+  // the op `loss`.
   m.def(
       "mixture(Tensor[] teachers, Tensor? row_temperatures, float[] shares, bool probabilities, "
       "int ensemble, float temperature, float teacher_temperature, bool in_double) -> Tensor");

@@ -1,5 +1,6 @@
-// The sparse loss as ops: schemas, checks, and for CPU tensors the threads. Shapes for tracing, the
-// autograd formulas, and the formula for devices without these kernels are in
+// The ops of the sparse loss: schemas, checks, and the CPU kernels' work split among threads. The
+// autograd kernel is in eager.cpp or python/fastkd/autograd.py. Shapes for tracing, the
+// differentiable gradient, and the formula for devices without these kernels are in
 // python/fastkd/sparse.py.
 #include <atomic>
 #include <vector>
@@ -9,7 +10,7 @@
 namespace fastkd::glue {
 namespace {
 
-// The arguments that the three ops share, in the order of FASTKD_TOPK below.
+// The arguments that all ops of the sparse loss share, in the order of FASTKD_TOPK below.
 struct TopkArguments {
   Tensor student, indices, log_probs;
   std::optional<Tensor> labels;
@@ -40,7 +41,7 @@ struct TopkArguments {
     STD_TORCH_CHECK(
         indices.dim() == student.dim() && log_probs.dim() == student.dim() && student.dim() >= 1,
         "indices and log_probs must have the rank of the student logits");
-    // The student takes the teacher's place, so that there is nothing else to lay out.
+    // The student is passed as the teacher, too, because a sparse teacher needs no layout.
     TopkCall topk{prepare(student, student, labels, std::nullopt, options, false, grad),
                   indices,
                   log_probs,
@@ -84,7 +85,8 @@ template <class Backend>
 void topk_loss(StableIValue* stack, uint64_t, uint64_t) {
   ArgumentReader in(stack);
   const TopkArguments arguments(&in);
-  give(stack, Backend::topk(arguments.prepare_call(nullptr), arguments.reducing, nullptr));
+  return_results(stack,
+                 Backend::topk(arguments.prepare_call(nullptr), arguments.reducing, nullptr));
 }
 
 template <class Backend>
@@ -94,7 +96,7 @@ void topk_loss_into(StableIValue* stack, uint64_t, uint64_t) {
   const TopkArguments arguments(&in);
   const TopkCall topk = arguments.prepare_call(&grad);
   check_reducing(arguments.reducing, topk.call, true);
-  give(stack, Backend::topk(topk, arguments.reducing, &grad));
+  return_results(stack, Backend::topk(topk, arguments.reducing, &grad));
 }
 
 template <class Backend>
@@ -106,7 +108,7 @@ void topk_loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(grad_output.dim() == 0 || arguments.reducing.reduction == Reduction::kNone,
                   "grad_output must be 0-d, or, with reduction none, have one number for each row");
   const TopkCall topk = arguments.prepare_call(&grad);
-  backward_args(topk.call, nullptr, grad_output, grad);  // checks
+  backward_args(topk.call, nullptr, grad_output, grad);  // called for its checks alone
   Backend::topk_backward(topk, arguments.reducing, grad_output, grad, filled);
 }
 
@@ -144,8 +146,8 @@ void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& g
   "temperature, float hard_weight, float soft_weight, float label_smoothing, int ignore_index, "  \
   "int tail, int reduction, float normalizer"
 
-// indices [..., k] int64 and log_probs [..., k] acc; out: acc [] or [rows]. As the ops of
-// library.cpp, but without stats: the backward pass reads the logits once more.
+// indices: int64 [..., k]. log_probs: acc [..., k]. The result is acc [] or [rows]. The ops are
+// like those of library.cpp, but have no stats: the backward pass reads the logits again.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("topk_loss(" FASTKD_TOPK ") -> Tensor");
   m.def("topk_loss_into(Tensor(a!) grad, " FASTKD_TOPK ") -> Tensor");

@@ -155,16 +155,17 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
     """Call ``model`` on a batch's inputs and return its logits.
 
     Raises:
-        TypeError: as :func:`outputs` and :func:`logits_of`.
+        TypeError: if the model does not take the inputs' keywords, or returns no logits.
     """
     return logits_of(outputs(model, inputs), model)
 
 
 def outputs(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` on a batch's inputs, as :func:`arguments` has them; return its output.
+    """Call ``model`` with the arguments that :func:`arguments` makes of a batch's inputs.
 
     Raises:
-        TypeError: if the model does not take what a mapping has; the message names both.
+        TypeError: if ``inputs`` is a mapping with keys that the model does not take; the message
+            names the model and the keys.
     """
     positional, keywords = arguments(model, inputs)
     try:
@@ -176,11 +177,11 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
 
 
 def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return the positional and the keyword arguments with which ``model`` gets a batch's inputs.
+    """Make the positional and the keyword arguments of ``model`` from a batch's inputs.
 
-    A mapping is passed as keyword arguments, a tuple or list as positional ones. A model that takes
-    ``use_cache`` gets ``use_cache=False``, unless the inputs say otherwise: with a key-value cache,
-    transformers ignores the restarts of ``position_ids``, and the sequences of a packed batch
+    A mapping becomes keyword arguments; a tuple or list becomes positional ones. A model that takes
+    ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value cache,
+    transformers ignores where ``position_ids`` restart, so the sequences of a packed batch would
     attend to one another.
     """
     positional: Sequence[Any] = ()
@@ -195,7 +196,7 @@ def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str
 
 
 def logits_of(output: Any, model: nn.Module) -> Tensor:
-    """Return the logits in a model's output: a tensor, or an output's ``logits`` entry.
+    """Return the logits in a model's output: the output itself, or its entry ``logits``.
 
     Raises:
         TypeError: for any other output; the message names ``model``.
@@ -211,9 +212,9 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
-    """Return True if ``model``, called with so many positional arguments, takes ``keyword`` too.
+    """Return True if ``model`` takes ``keyword``, after this number of positional arguments.
 
-    A forward with ``**keywords`` takes what the model that it wraps takes.
+    A wrapper whose forward has ``**keywords`` takes the keywords of the model inside.
     """
     try:
         parameters = inspect.signature(model.forward).parameters
@@ -223,7 +224,8 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
         return list(parameters).index(keyword) >= positional
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         return False
-    # DistributedDataParallel and AveragedModel; torch.compile; transformers' and PEFT's models.
+    # The attribute is "module" in DistributedDataParallel and AveragedModel, "_orig_mod" in a
+    # compiled module, and "base_model" in models of transformers and PEFT.
     for name in ("module", "_orig_mod", "base_model"):
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and inner is not model:

@@ -1,10 +1,10 @@
-"""Write checkpoints that are whole or absent, and check them before they are read.
+"""Write checkpoints completely or not at all, and check their files before reading them.
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronised to the
 disk and renamed, so that whatever kills the process leaves the one before. One of the same step is
 ``step-00000042.replaced`` until the new one has its name. It holds numbers and no code: reading one
-made by somebody else executes nothing. Its ``files.json`` has a CRC-32 of each other file, by which
-:func:`check` finds a damaged one before anything is loaded.
+made by somebody else executes nothing. Its ``files.json`` has the CRC-32 of each other file, by
+which :func:`check` finds a damaged file before anything is loaded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write(
         _synchronise(file)
     barrier()
     if main:
-        seal(incomplete)
+        write_checksums(incomplete)
         _synchronise(incomplete / CHECKSUMS)
         _synchronise(incomplete)
         replaced = target.with_name(target.name + _REPLACED)
@@ -82,7 +82,7 @@ def write(
 
 
 def _discard(checkpoint: pathlib.Path) -> None:
-    """Rename before deleting, so that no half of a checkpoint is taken for one."""
+    """Rename a checkpoint before deleting it, so that a half-deleted one is never read."""
     if os.path.lexists(checkpoint):
         discarded = checkpoint.with_name(_DISCARDED)
         checkpoint.replace(discarded)
@@ -90,7 +90,7 @@ def _discard(checkpoint: pathlib.Path) -> None:
 
 
 def _delete(path: pathlib.Path) -> None:
-    """Delete a folder, or a link to one but not its target, if there is one."""
+    """Delete a folder if it exists. Of a symbolic link, delete the link and not its target."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -121,8 +121,8 @@ def get(file: pathlib.Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def seal(folder: pathlib.Path) -> None:
-    """Write the checksums of a checkpoint's files, which :func:`check` compares."""
+def write_checksums(folder: pathlib.Path) -> None:
+    """Write ``files.json``, the checksums of a checkpoint's other files, for :func:`check`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     checksums = {
         file.relative_to(folder).as_posix(): _checksum(file)
@@ -136,22 +136,22 @@ def check(folder: pathlib.Path) -> None:
     """Compare each file of a checkpoint with its checksum.
 
     Raises:
-        ValueError: if a file is missing, is no regular file, or has changed.
+        ValueError: if a file is missing, is not a regular file, or has changed.
     """
-    for name, expected in _object(folder / CHECKSUMS).items():
+    for name, expected in _read_object(folder / CHECKSUMS).items():
         file = folder / name
         try:
             actual = _checksum(file)
         except OSError as error:
             raise _unreadable(file, folder, error) from error
         if actual != expected:
-            raise _unreadable(file, folder, f"its CRC-32 is {actual}, and was {expected}")
+            raise _unreadable(file, folder, f"its CRC-32 is {actual}, not {expected}")
 
 
 def _checksum(file: pathlib.Path) -> str:
     """Compute the CRC-32 of a regular file."""
     if file.exists() and not file.is_file():  # opening a named pipe would wait for a writer
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(2**20):
@@ -159,23 +159,23 @@ def _checksum(file: pathlib.Path) -> str:
     return f"{crc:08x}"
 
 
-def _object(file: pathlib.Path) -> dict[str, Any]:
-    """Read a file of a checkpoint that holds a JSON object."""
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    """Read a non-empty JSON object from a checkpoint's file."""
     try:
         if file.exists() and not file.is_file():
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, file.parent, error) from error
     if not isinstance(content, dict) or not content:
-        raise _unreadable(file, file.parent, "it holds no JSON object with entries")
+        raise _unreadable(file, file.parent, "it must hold a JSON object with at least one entry")
     return content
 
 
 def _unreadable(file: pathlib.Path, folder: pathlib.Path, reason: object) -> ValueError:
     return ValueError(
-        f"{file} cannot be read: {reason}. Delete {folder.name} to resume from the checkpoint "
-        "before it, or from the start"
+        f"{file} cannot be read: {reason}. Delete {folder.name} to resume from the previous "
+        "checkpoint, or from the start if there is none"
     )
 
 
@@ -183,17 +183,17 @@ def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
     """Read a checkpoint's ``trainer.json``.
 
     Raises:
-        ValueError: if it cannot be read, or does not agree with what is ``ours``.
+        ValueError: if the file cannot be read, or if one of its values differs from ``ours``.
     """
     file = folder / "trainer.json"
-    content = _object(file)
+    content = _read_object(file)
     for name, expected in ours.items():
         if name not in content:
             raise _unreadable(file, folder, f"it has no {name}")
         if content[name] != expected:
             raise ValueError(
                 f"{folder} has {name} {content[name]}, and this run {expected}. Make the trainer "
-                "as it was, or choose another folder"
+                "as it was when the checkpoint was written, or choose another folder"
             )
     return content
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Beyond these the temperature, its square or the inverse of either is no normal number of float32.
+# Within this range a temperature, its square and the inverse of either are normal float32 numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
-_TEMPERATURES = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+_TEMPERATURE_RANGE = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -65,7 +65,7 @@ def number(
 
 
 def count(name: str, value: object, least: int = 1) -> None:
-    """Check for an int of at least ``least``."""
+    """Raise unless ``value`` is an int of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int of at least {least}; got {value!r}")
     if value < least:
@@ -104,7 +104,7 @@ def dim_and_classes(dim: object, classes: object) -> None:
         raise ValueError(f"classes must be at least 1; got {classes}")
 
 
-def dense(name: str, value: Tensor) -> None:
+def check_dense(name: str, value: Tensor) -> None:
     """Raise TypeError for a sparse, nested or mkldnn tensor, without running an operation on it."""
     if value.is_nested:
         raise TypeError(
@@ -121,7 +121,10 @@ def dense(name: str, value: Tensor) -> None:
 def logits(
     student: object, teachers: Sequence[object], dim: int = -1, classes: int | None = None
 ) -> None:
-    """Tensors of logits that belong together; ``dim`` and ``classes`` are checked already."""
+    """Check that tensors are logits of one shape and device.
+
+    ``dim`` and ``classes`` are checked before.
+    """
     if not teachers:
         raise ValueError("teacher_logits must be a tensor, or at least one; got an empty sequence")
     named = [("student_logits", student)]
@@ -130,7 +133,7 @@ def logits(
     for name, value in named:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        dense(name, value)
+        check_dense(name, value)
         if value.dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
@@ -173,13 +176,13 @@ def _same_shape(student: Tensor, name: str, teacher: Tensor, dim: int, classes: 
 
 
 def targets(value: object, student: Tensor) -> bool:
-    """Class indices, one for each row of logits, or probabilities (True)."""
+    """Check labels: one class index for each row of logits (False), or probabilities (True)."""
     if not isinstance(value, Tensor):
         raise TypeError(
             "labels must be a tensor of class indices or probabilities, or None; got "
             f"{type(value).__name__}"
         )
-    dense("labels", value)
+    check_dense("labels", value)
     if value.is_floating_point() and value.shape == student.shape:
         rows(value[..., 0], "labels", student)
         if value.requires_grad:
@@ -253,15 +256,15 @@ def _same_device(value: Tensor, name: str, student: Tensor) -> None:
 
 
 def scalar_temperature(name: str, value: object) -> float:
-    """Return a number as a temperature, from 1e-18 to 1e18."""
+    """Check that ``value`` is a number from 1e-18 to 1e18, and return it as a float."""
     checked = number(name, value, 0.0, math.inf, open_low=True)
     if not LEAST_TEMPERATURE <= checked <= MOST_TEMPERATURE:
-        raise ValueError(f"{name} must be {_TEMPERATURES}; got {value!r}")
+        raise ValueError(f"{name} must be {_TEMPERATURE_RANGE}; got {value!r}")
     return checked
 
 
 def temperature(name: str, value: object) -> float | Tensor:
-    """Return a temperature: a number, or a floating-point tensor whose data is not looked at."""
+    """Check a temperature: a number, or a floating-point tensor, whose data is not read."""
     if not isinstance(value, Tensor):
         return scalar_temperature(name, value)
     if not value.is_floating_point():
@@ -367,7 +370,10 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
 
 
 def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
-    """Return the tensor that the mean divides by, 0-d, having checked it but for 0."""
+    """Check the tensor that the mean divides by, and return it as a 0-d tensor.
+
+    0 is accepted here; :func:`check_nonzero` decides if it is valid.
+    """
     if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
             f"{name} must be a positive number or a real tensor with one element; got "
@@ -378,22 +384,29 @@ def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     return savable(value.detach().reshape(()))
 
 
-def divisor(value: object) -> float:
-    """Return a number that the mean divides by, having checked it but for 0 (:func:`nonzero`)."""
+def check_divisor(value: object) -> float:
+    """Check the number that the mean divides by, and return it as a float.
+
+    0 is accepted here; :func:`check_nonzero` decides if it is valid.
+    """
     is_zero = type(value) in (int, float) and value == 0
     return 0.0 if is_zero else number("normalizer", value, 0.0, math.inf, open_low=True)
 
 
-def nonzero(
+def check_nonzero(
     normalizer: float | Tensor,
     labels: Tensor | None,
     ignore_index: int,
     name: str = "normalizer",
 ) -> float | Tensor:
-    """Return the normalizer, or 1 for 0 where no row counts: the mean over no rows is 0.
+    """Return the normalizer, or 1 if it is 0 and every row is ignored, so that the mean is 0.
 
-    Raises for 0 where rows count, as far as the numbers may be looked at. Where they may not, 0 is
-    a tensor, and rows that count get what division by 0 gives.
+    If the labels may not be read (:func:`may_look`), a 0 is returned as a tensor. Then the mean is
+    0 if every row is ignored, and the result of a division by 0 otherwise. A tensor whose own
+    number may not be read is returned as it is.
+
+    Raises:
+        ValueError: for 0 if some row is not ignored, or without class indices as labels.
     """
     if isinstance(normalizer, Tensor):
         if not may_look(normalizer) or normalizer.item() != 0:
@@ -410,10 +423,11 @@ def nonzero(
     )
 
 
-def have_data(*values: object) -> bool:
-    """Return True unless the storage of a tensor among ``values`` was released, as FSDP does.
+def has_data(*values: object) -> bool:
+    """Return True if no tensor among ``values`` has a released storage.
 
-    PyTorch's operations crash on such a tensor, so nothing may look at it to explain an error.
+    FSDP, for one, releases storages of tensors that still exist. PyTorch's operations crash on such
+    a tensor, so code that explains an error must not read it.
     """
     tensors = [value for value in values if isinstance(value, Tensor) and not value.is_nested]
     return all(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel())
@@ -427,31 +441,31 @@ def may_look(value: Tensor) -> bool:
         and type(value) in (Tensor, torch.nn.Parameter)
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and have_data(value)
+        and has_data(value)
     )
 
 
-def weight_data(name: str, value: Tensor) -> None:
-    """Raise if a weight of a row is negative or not finite, where the data may be looked at."""
+def check_weight_data(name: str, value: Tensor) -> None:
+    """Raise if a row's weight is negative or not finite, and the data may be read."""
     if may_look(value):
         value = value.detach()
         refuse(~((value >= 0) & value.isfinite()), value, f"{name} must be finite and at least 0")
 
 
-def temperature_data(name: str, value: Tensor) -> None:
-    """Raise if a temperature of a row is out of range, where the data may be looked at."""
+def check_temperature_data(name: str, value: Tensor) -> None:
+    """Raise if a row's temperature is out of range, and the data may be read."""
     if may_look(value):
         _check_temperatures(name, value.detach())
 
 
 def _check_temperatures(name: str, value: Tensor) -> None:
-    """Raise unless all of these are temperatures."""
+    """Raise unless all temperatures are positive, finite and from 1e-18 to 1e18."""
     bad = ~((value > 0) & value.isfinite())
     refuse(bad, value, f"{name} must be positive and finite")
-    # As doubles: neither end is a number of float16.
+    # In float64: float16 cannot represent either bound.
     wide = value.double()
     bad = (wide < LEAST_TEMPERATURE) | (wide > MOST_TEMPERATURE)
-    refuse(bad, value, f"{name} must be {_TEMPERATURES}")
+    refuse(bad, value, f"{name} must be {_TEMPERATURE_RANGE}")
 
 
 def check_inputs(
@@ -480,7 +494,8 @@ def check_inputs(
         ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
             ``ignore_index``, a temperature that is not from 1e-18 to 1e18, or NaN or +inf among the
             logits of a row that counts.
-        TypeError: for arguments of another type, and for dtypes and layouts that are not accepted.
+        TypeError: for an argument of a wrong type, and for a tensor with a dtype or layout that is
+            not accepted.
 
     Example:
         >>> import torch, fastkd
@@ -513,7 +528,7 @@ def check_inputs(
 def check_rows(
     student: Tensor, labels: Tensor | None, ignore_index: int, temperature: float | Tensor
 ) -> None:
-    """Raise for a label or a temperature of a row that is out of range."""
+    """Raise if a row's label or temperature is out of range."""
     if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
@@ -544,7 +559,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
         Whether they look like logits.
 
     Raises:
-        TypeError: if ``logits`` is no dense tensor, or ``name`` is no text.
+        TypeError: if ``logits`` is not a dense tensor, or ``name`` is not a str.
         ValueError: if ``logits`` are not floating-point, or have no dimension.
 
     Example:
@@ -553,10 +568,10 @@ def check_logits(logits: Tensor, name: str = "logits") -> bool:
         True
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be text; got {type(name).__name__}")
+        raise TypeError(f"name must be a str; got {type(name).__name__}")
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
-    dense(name, logits)
+    check_dense(name, logits)
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(
             f"{name} must be floating-point, of shape (..., C); got {logits.dtype} of shape "

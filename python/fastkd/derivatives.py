@@ -1,4 +1,4 @@
-"""Run the op of the loss with all logits, and differentiate it twice or in place."""
+"""Run the op of the dense loss, in place if asked to, and define its differentiable gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import autograd, reference
-from fastkd.autograd import wants_formula
+from fastkd.autograd import needs_formula
 from fastkd.mixture import Mixing, mixed
 from fastkd.native import _C
 from fastkd.shapes import REDUCTIONS, STATS, Settings, accumulator
@@ -20,7 +20,7 @@ _loss = torch.ops.fastkd.loss.default
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-# The ops' arguments of a mixture where there is one teacher, as it is.
+# The mixture arguments of the ops for a single teacher, given as logits.
 NO_MIXTURE = (None, (), False, 0, 1.0, 1.0)
 
 
@@ -28,8 +28,8 @@ class Arguments(NamedTuple):
     """The arguments of the op ``loss`` after the student (csrc/torch/library.cpp)."""
 
     teachers: tuple[Tensor, ...]
-    row_temperatures: Tensor | None  # of the teachers and their mixture
-    mixing: Mixing | None  # None: the one teacher as it is
+    row_temperatures: Tensor | None  # (2, rows), replaces the two temperatures in ``mixing``
+    mixing: Mixing | None  # None for a single teacher, given as logits
     labels: Tensor | None
     row_settings: Tensor | None
     denominator: Tensor | None
@@ -42,8 +42,8 @@ class Arguments(NamedTuple):
         return (self.teachers, *mixture, *rows, *self.settings)
 
     @classmethod
-    def of_flat(cls, flat: tuple[Any, ...]) -> Arguments:
-        """Return the arguments that ``flat`` was made of."""
+    def from_flat(cls, flat: tuple[Any, ...]) -> Arguments:
+        """Make the arguments from the result of :meth:`flat`."""
         teachers, row_temperatures, *rest = flat
         mixing = Mixing(*rest[:5]) if rest[0] else None
         labels, row_settings, denominator = rest[5:8]
@@ -53,7 +53,10 @@ class Arguments(NamedTuple):
 
 
 def loss(student: Tensor, call: Arguments, inplace: bool) -> Tensor:
-    """Run the op; the result is shaped as csrc/torch/library.cpp says."""
+    """Run the op ``loss``, in place if ``inplace``.
+
+    The result is 0-d, ``(rows,)``, or, with terms, has the terms as its first dimension.
+    """
     differentiated = torch.is_grad_enabled() and student.requires_grad
     if inplace and differentiated and not torch.compiler.is_compiling():
         out = _InplaceLoss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
@@ -69,8 +72,8 @@ class _InplaceLoss(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
         out, stats = _loss_into(student, student, *flat, True)
         torch.autograd.graph.increment_version(student)
-        call = Arguments.of_flat(flat)
-        ctx.with_terms, ctx.others = call.settings.with_terms, (None,) * len(flat)
+        ctx.with_terms = Arguments.from_flat(flat).settings.with_terms
+        ctx.no_grads = (None,) * len(flat)  # for the arguments after the student
         ctx.grad = student.detach()
         ctx.save_for_backward(stats)
         return out
@@ -79,7 +82,7 @@ class _InplaceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (stats,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        if wants_formula(grad_output) or grad is None:
+        if needs_formula(grad_output) or grad is None:
             raise RuntimeError(
                 "inplace=True: the logits were overwritten by their gradient, which can be had "
                 "once. For second derivatives, batches of gradients or a second backward pass use "
@@ -88,12 +91,12 @@ class _InplaceLoss(torch.autograd.Function):
         if ctx.with_terms:
             grad_output = grad_output[0]
         _scale_(grad, grad_output.contiguous(), stats)
-        return grad, *ctx.others
+        return grad, *ctx.no_grads
 
 
 def _scale_(grad: Tensor, factor: Tensor, stats: Tensor) -> None:
     """Multiply ``grad`` by ``factor`` in place; on CUDA a factor of 1 costs next to nothing."""
-    if factor.dtype is not accumulator(grad):  # a float64 teacher's
+    if factor.dtype is not accumulator(grad):  # float64 because of a float64 teacher
         grad.mul_(factor)
         return
     settings = Settings(1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5, REDUCTIONS.index("sum"), 0.0, False)
@@ -113,8 +116,8 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gradient(grad_output: Tensor, student: Tensor, *flat: Any) -> Tensor:
-    """Return grad_output times the gradient, differentiable in both."""
-    call = Arguments.of_flat(flat)
+    """Compute grad_output times the gradient by differentiable operations."""
+    call = Arguments.from_flat(flat)
     (teacher, *_), settings = call.teachers, call.settings._replace(with_terms=False)
     if call.mixing is not None:
         acc = accumulator(student, *call.teachers)

@@ -1,4 +1,4 @@
-"""The fast path of both losses: the few checks that make a call eligible for it."""
+"""Decide by a few cheap checks whether a call of ``loss`` or ``topk_loss`` takes the fast path."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastkd.derivatives import KERNEL_DEVICES
 _TENSORS = (Tensor, torch.nn.Parameter)
 _FLOATS = frozenset(FLOATS)
 IMMUTABLE = frozenset({bool, float, int, str, type(None)})
-"""The types of options by which a checked call may be cached."""
+"""Types of options that may be part of the cache key of a checked call."""
 
 
 def is_eligible(student: object, teacher: object, labels: object) -> bool:
-    """Return True if these are dense logits and class indices that the kernels take as they are.
+    """Return True if the kernels take these logits and class indices as they are.
 
-    ``teacher``: its logits, or log-probabilities with as many dimensions; its shape is not looked
-    at. False does not mean that a call is wrong: the slow path then checks and computes it.
+    ``teacher``: logits, or the log-probabilities of a sparse teacher. The caller checks its shape.
+    False does not mean that the call is wrong: the slow path then checks the call and computes it.
     """
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False

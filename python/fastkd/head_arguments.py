@@ -102,7 +102,7 @@ def check_head(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        checks.dense(name, value)
+        checks.check_dense(name, value)
         if value.dtype not in checks.FLOATS:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
@@ -186,7 +186,7 @@ def check_teacher(
     stand_in = like.new_empty(()).detach().expand(*lead, like.shape[0])
     if logits is not None:
         if isinstance(logits, Tensor):
-            checks.dense("teacher_logits", logits)
+            checks.check_dense("teacher_logits", logits)
             if logits.shape != stand_in.shape:
                 raise ValueError(
                     "teacher_logits must have student_hidden's rows and student_weight's classes, "

@@ -13,7 +13,7 @@ from fastkd.heads import Call, Inputs
 
 
 def compute(inputs: Inputs, call: Call) -> heads.Outputs:
-    """Run the loop, or, where it is traced, the op that stands for it."""
+    """Run the loop over chunks; while operations are traced, call it as a single op."""
     return (head_loops.compiled if autograd.is_traced() else head_loops.run)(inputs, call)
 
 
@@ -80,7 +80,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """The gradients of hidden states, weight and bias."""
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
-        if autograd.wants_formula(grad_output):
+        if autograd.needs_formula(grad_output):
             return (None, *_differentiable(inputs, call, grad_output), *[None] * len(inputs[3:]))
         scale: Tensor | None = grad_output
         if call.reduction == "none":
@@ -96,7 +96,8 @@ class LinearLoss(torch.autograd.Function):
             if heads.scales_late(call):
                 assert inputs.denominator is not None
                 divisor = inputs.denominator
-                scale = grad_output / divisor.where(divisor != 0, 1)  # 0 where no row counts
+                # The divisor may be 0 if every row is ignored; the gradient is then 0.
+                scale = grad_output / divisor.where(divisor != 0, 1)
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         finished = [
             _finished(grad, scale, of.dtype) if want and of is not None else None
@@ -106,15 +107,17 @@ class LinearLoss(torch.autograd.Function):
 
 
 def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
-    """Compute the loss: the autograd kernel of the op, for programs that torch.export made."""
-    given, call = Inputs(*inputs), Call(*arguments)  # type: ignore[arg-type]
-    grads = [t is not None and t.requires_grad for t in given[:3]]
-    if torch.is_grad_enabled() and any(grads):
-        call = call._replace(hidden_grad=grads[0], weight_grad=grads[1], bias_grad=grads[2])
-        loss = LinearLoss.apply(call, *given)  # type: ignore[no-untyped-call]
-        return (loss, *(loss.new_empty(0) for _ in grads))  # autograd has the gradients
+    """Compute the loss. Autograd kernel of the op ``linear_loss``, for traced programs."""
+    tensors, call = Inputs(*inputs), Call(*arguments)  # type: ignore[arg-type]
+    needs_grad = [t is not None and t.requires_grad for t in tensors[:3]]
+    if torch.is_grad_enabled() and any(needs_grad):
+        hidden, weight, bias = needs_grad
+        call = call._replace(hidden_grad=hidden, weight_grad=weight, bias_grad=bias)
+        loss = LinearLoss.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        # LinearLoss returns the gradients to autograd, so the op's other results are empty.
+        return (loss, *(loss.new_empty(0) for _ in needs_grad))
     with torch._C._AutoDispatchBelowAutograd():
-        return head_loops.compiled(given, call)
+        return head_loops.compiled(tensors, call)
 
 
 head_loops.LIBRARY.impl("linear_loss", _autograd, "Autograd")

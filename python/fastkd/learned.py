@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks, mixture, reference
-from fastkd.autograd import is_traced, wants_formula
+from fastkd.autograd import is_traced, needs_formula
 from fastkd.derivatives import DIVERGENCES, Arguments, by_operations
 from fastkd.objective import Objective
 from fastkd.rows import Rows, as_rows
@@ -149,7 +149,7 @@ class _RowTerms(torch.autograd.Function):
         student, teacher, labels, temperature, own, stats = ctx.saved_tensors
         needs, settings, standardized = ctx.needs_input_grad, ctx.settings, ctx.standardized
         of_terms = (student, teacher, labels, temperature, own)
-        if wants_formula(of_soft):
+        if needs_formula(of_soft):
             return _formula(*of_terms, of_hard, of_soft, settings, needs)
         results: list[Tensor | None] = [None] * len(needs)
         # The ops multiply the divergence by the square of the temperature.
@@ -183,10 +183,10 @@ def _gradient(
     stats: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """That of the terms' sum with these weights, in the logits."""
+    """Compute the gradient in the logits of the sum of the terms with these weights."""
     gradient: Tensor = _empty_gradient(student, True)
     of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
-    # Each row's gradient is multiplied by its weights alone.
+    # With reduction sum, a row's gradient has no factor but the row's weights.
     summed = settings._replace(reduction=REDUCTIONS.index("sum"), with_terms=False)
     call = Arguments((teacher,), None, None, labels, of_rows, None, summed)
     _loss_backward_(gradient, stats.new_ones(()), stats, student, *call.flat(), False)
@@ -194,15 +194,15 @@ def _gradient(
 
 
 def _by_scale(logits: Tensor, gradient: Tensor, temperature: Tensor, standardized: bool) -> Tensor:
-    """The gradient in the temperature of what depends on logits / temperature alone; masked classes
-    say nothing about it. Takes the logits' gradient for its own.
+    """Compute the gradient in the temperature from that in the logits, which is overwritten.
+
+    The loss must depend on logits / temperature alone. Masked classes contribute nothing.
     """
     values = logits.to(gradient.dtype)
     if standardized:
         centered = _centered(values)
-        if is_traced() or bool(
-            centered.isnan().any()
-        ):  # of masked classes, which have no part in the mean
+        # Masked classes, which the mean must leave out, give NaN. A trace cannot look for them.
+        if is_traced() or bool(centered.isnan().any()):
             centered, _ = reference.deviation(values)
         values = centered
     return gradient.mul_(values.nan_to_num(neginf=0.0)).sum(-1).div_(temperature).neg_()
@@ -268,7 +268,7 @@ class _Deviation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
         logits, deviation = ctx.saved_tensors
-        again = wants_formula(factor)  # to be differentiated in turn
+        again = needs_formula(factor)  # to be differentiated in turn
         if again or not ctx.plain:
             with torch.enable_grad():
                 leaf = logits if again else logits.detach().requires_grad_()

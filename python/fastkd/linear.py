@@ -94,8 +94,8 @@ def linear_loss(
             the temperature of the loss, taken as they are.
         tail: what becomes of the classes that are not listed, as in :func:`fastkd.topk_loss`.
         temperature: as in :func:`fastkd.loss`, like all options down to ``standardize``; here none
-            of them gets a gradient. Numbers for each row have the shape ``(...)``. Default 2, or 1
-            with ``topk_log_probs``, which must be of this temperature.
+            of them gets a gradient. Numbers for each row have the shape ``(...)``. Default 2; with
+            ``topk_log_probs``, the temperature at which they were taken, default 1.
         teacher_temperature: the teacher's own.
         alpha: weight of the **hard** term.
         hard_weight: given instead of ``alpha``.
@@ -191,10 +191,10 @@ class LinearKDLoss(OptionsModule):
             if name not in _DEFAULTS:
                 listed = ", ".join(sorted(_DEFAULTS))
                 raise TypeError(f"LinearKDLoss has no option {name!r}; it has {listed}")
-        given = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
-        if given["temperature"] is None:  # the default, which depends on the teacher
-            given["temperature"] = losses.DEFAULTS["temperature"]
-        resolve(given, has_labels=True, teachers=None)
+        shared = {**losses.DEFAULTS, **{k: v for k, v in options.items() if k in losses.DEFAULTS}}
+        if shared["temperature"] is None:  # a valid default: linear_loss chooses it by the teacher
+            shared["temperature"] = losses.DEFAULTS["temperature"]
+        resolve(shared, has_labels=True, teachers=None)
         head_arguments.check_numbers(options)
 
     def forward(
@@ -235,17 +235,20 @@ _DEFAULTS: dict[str, Any] = {
 # ---- what a call means
 
 
-def _rows_to_plan_for(hidden: Tensor) -> int:
-    """Return the number of rows, or a usual one where a trace does not know it (a boolean mask)."""
+def _estimate_rows(hidden: Tensor) -> int:
+    """Return the number of rows, or an estimate if a trace does not know it.
+
+    After a boolean mask, the number of rows depends on the data.
+    """
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return rows if statically_known_true(rows > 0) else _USUAL_ROWS
+    return rows if statically_known_true(rows > 0) else _TYPICAL_ROWS
 
 
-_USUAL_ROWS = 4096
+_TYPICAL_ROWS = 4096  # sets the size of chunks only
 
 
 def _linear_loss(
@@ -269,7 +272,7 @@ def _linear_loss(
     teacher_grad: str,
     **options: Any,
 ) -> Tensor:
-    """Checks the arguments, plans the chunks, and runs."""
+    """Check the arguments, plan the chunks, and compute the loss."""
     head_arguments.check_head("student", student_hidden, student_weight, student_bias)
     classes, lead = student_weight.shape[0], student_hidden.shape[:-1]
     lists = (topk_indices, topk_log_probs)
@@ -327,7 +330,7 @@ def _linear_loss(
         out = head_gradients.plain(inputs, call)
         return out.reshape(lead) if call.reduction == "none" else out
     chosen = plan(
-        _rows_to_plan_for(inputs.hidden),
+        _estimate_rows(inputs.hidden),
         classes,
         student_weight.shape[1],
         dtype=dtype,
@@ -349,7 +352,7 @@ def _linear_loss(
         chunk=max(1, chosen.chunk),
         by_classes=chosen.chunk_by == "classes",
     )
-    if any(wants) and not autograd.is_traced():  # the op that is traced has autograd of its own
+    if any(wants) and not autograd.is_traced():  # a traced op has its own autograd kernel
         out = head_gradients.LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
         out = head_gradients.compute(inputs, call).loss

@@ -49,7 +49,10 @@ def _compute(
     inplace: bool = False,
     teacher_grad: Literal["error", "ignore"] = "error",
 ) -> Tensor:
-    """The one list of the options and their defaults; gives the loss, or all terms stacked."""
+    """Compute the loss, or all terms stacked.
+
+    Other functions take the list of options and their defaults from this signature.
+    """
     if (
         not native.is_dynamo_compiling()
         and class_weight is None
@@ -87,20 +90,23 @@ def _compute(
 
 
 def _fast_call(*options: Any) -> Callable[..., Tensor] | None:
-    """Return the op with these options (:func:`_prepared`); None if the slow path must see them."""
+    """Return the op with these options bound (:func:`_prepare`), or None for the slow path."""
     if not IMMUTABLE.issuperset(map(type, options)):
         return None
     try:
-        return _prepared(native.EAGER, *options)
-    except TypeError:
+        return _prepare(native.EAGER, *options)
+    except TypeError:  # an option of a wrong type, which the slow path reports
         return None
 
 
 @functools.lru_cache(maxsize=128, typed=True)
-def _prepared(
+def _prepare(
     _eager: Any, with_terms: bool, has_labels: bool, *values: Any
 ) -> Callable[..., Tensor] | None:
-    """Return the op with these options, checked, or None if the kernels lack them."""
+    """Check the options and bind them to the op; return None if the fast path lacks one of them.
+
+    ``_eager`` is only part of the cache key: autograd in C++ and in Python have different calls.
+    """
     names = (
         "temperature", "teacher_temperature", "alpha", "hard_weight", "soft_weight", "ignore_index",
         "reduction", "label_smoothing", "normalizer", "divergence", "mix",
@@ -197,7 +203,7 @@ def loss(*args: Any, **options: Any) -> Tensor:
             term by the sum of the labels' weights (by the rows if labels are probabilities).
         normalizer: what ``"mean"`` divides both terms by instead: a positive number, or a tensor
             with one element (never waited for on CUDA). Pass the global token count under gradient
-            accumulation. It may be 0 where every row is ignored: the loss is then 0.
+            accumulation. 0 is accepted if every row is ignored; the loss is then 0.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
         mix: the one number that some divergences have: ``"symmetric_kl"``, weight of the forward KL
             (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
@@ -365,7 +371,7 @@ def _check_and_compute(
     options: dict[str, Any],
     with_terms: bool,
 ) -> Tensor:
-    """Checks the arguments, as far as that needs no data, and computes."""
+    """Check the arguments, and compute the loss or all terms stacked."""
     call = prepare(student, teacher, labels, options)
     inplace = options["inplace"] and not is_transformed()
     if inplace:
@@ -427,9 +433,9 @@ def _explain(
     ignore_index: int,
     temperature: float | Tensor,
 ) -> None:
-    """Raises what a failure of the kernels is due to: what only the data tells, where these lie, or
-    no memory."""
-    if torch.compiler.is_compiling() or not checks.have_data(student, labels, temperature):
+    """Raise the Python exception for a kernel's error: a bad label or temperature, an unsupported
+    layout, or no memory."""
+    if torch.compiler.is_compiling() or not checks.has_data(student, labels, temperature):
         return
     if "inplace needs" in str(error):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Load the native library, which registers the ops, and C++ autograd where it fits this torch."""
+"""Load the native library, which registers the ops, and C++ autograd if it fits this torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
 
 __all__ = ["CUDA_KERNELS", "EAGER", "_C", "is_dynamo_compiling"]
 
-# Under a name of its own: two attribute lookups fewer in each call.
+# Saves two attribute lookups in each call of a loss.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 CUDA_KERNELS = bool(_C.cuda_architectures)
 
 
 def _load_eager() -> Any:
-    """Register autograd in C++ (csrc/torch/eager.cpp), if it was built with exactly this torch."""
+    """Register autograd in C++ (csrc/torch/eager.cpp) if it was built with exactly this torch.
+
+    Return the module, or None.
+    """
     try:
         from fastkd import _eager
     except ImportError:
@@ -35,4 +38,4 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-"""The module of autograd in C++, or None where that of :mod:`fastkd.autograd` is used."""
+"""The module of autograd in C++, or None if :mod:`fastkd.autograd` is used instead."""

@@ -73,7 +73,7 @@ def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | Non
     if isinstance(normalizer, Tensor):
         checks.constant("normalizer", normalizer)
     elif normalizer is not None:
-        normalizer = checks.divisor(normalizer)
+        normalizer = checks.check_divisor(normalizer)
     ignore_index = options["ignore_index"]
     checks.ignored_label(ignore_index)
     if names[divergence].needs_labels and not has_labels:
@@ -111,8 +111,8 @@ def _mix(divergence: str, mix: object) -> float | None:
         raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
     low, high = kind.mix_range
     checked = checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
-    if kind.mix_open and 1 - checked == 1:  # the mixture would be one side alone
-        raise ValueError(f"mix must be so large that 1 - mix is less than 1; got {checked!r}")
+    if kind.mix_open and 1 - checked == 1:  # the mixture would be equal to one side
+        raise ValueError(f"mix must be large enough that 1 - mix is less than 1; got {checked!r}")
     return checked
 
 
@@ -137,9 +137,9 @@ def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:
 def fit(
     objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
 ) -> Objective:
-    """The objective with its tensors as the student's rows and classes need them.
+    """Check the tensors of an objective against the student, and convert them.
 
-    Row tensors become ``(...)`` in ``dtype``, or stay 0-d.
+    Tensors for rows become ``(...)`` in ``dtype``, or stay 0-d.
     """
 
     def rows(
@@ -158,21 +158,23 @@ def fit(
     if isinstance(normalizer, Tensor):
         normalizer = checks.normalizer(normalizer)
     if normalizer is not None:
-        normalizer = checks.nonzero(normalizer, labels, objective.ignore_index)
+        normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device=student.device, dtype=dtype)
     if class_weight is not None:
         checks.classes(class_weight, "class_weight", student)
         class_weight = checks.savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", objective.temperature, checks.temperature_data)
+    temperature = rows("temperature", objective.temperature, checks.check_temperature_data)
     same = objective.teacher_temperature is objective.temperature
     return objective._replace(
         temperature=temperature,
         teacher_temperature=temperature
         if same
-        else rows("teacher_temperature", objective.teacher_temperature, checks.temperature_data),
-        hard_weight=rows("hard_weight", objective.hard_weight, checks.weight_data),
-        soft_weight=rows("soft_weight", objective.soft_weight, checks.weight_data),
+        else rows(
+            "teacher_temperature", objective.teacher_temperature, checks.check_temperature_data
+        ),
+        hard_weight=rows("hard_weight", objective.hard_weight, checks.check_weight_data),
+        soft_weight=rows("soft_weight", objective.soft_weight, checks.check_weight_data),
         normalizer=normalizer,
         class_weight=class_weight,
     )

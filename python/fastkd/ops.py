@@ -211,15 +211,15 @@ def _arguments(
     objective: Objective,
     with_terms: bool,
 ) -> Arguments:
-    """An objective as the native ops take it."""
-    o, how, row_temperatures = objective, None, None
+    """Convert an objective to the arguments of the native ops."""
+    o, mixing, row_temperatures = objective, None, None
     if not mixture.is_one(teachers, o):
         acc = accumulator(student, *teachers)
         kernel = mixture.mixing(teachers, o, acc)
         if kernel is None or student.is_cuda:  # whose kernels read a mixture as they read a teacher
             teachers = (mixture.as_one(teachers, o, acc),)
         else:
-            how, row_temperatures = kernel
+            mixing, row_temperatures = kernel
         o = o._replace(teacher_temperature=o.temperature)
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
     numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
@@ -238,13 +238,15 @@ def _arguments(
         0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
         with_terms,
     )
-    return Arguments(teachers, row_temperatures, how, labels, row_settings, denominator, settings)
+    return Arguments(
+        teachers, row_temperatures, mixing, labels, row_settings, denominator, settings
+    )
 
 
 def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
-    """Return the op with these options, as a function of student, teacher and labels.
+    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
 
-    No option may be a tensor, and the kernels must have all of them.
+    No option may be a tensor, and the kernels must implement every option.
     """
     o = objective
     settings = Settings(
@@ -261,13 +263,13 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
         with_terms,
     )
     arguments = (None, None, *NO_MIXTURE, None, None, None, *settings)
-    return autograd.prepared_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
+    return autograd.prepare_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
 
 
 def statistics(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """The divergence of each row, and what its gradient needs: kernels.h, ``Stat``."""
+    """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
     assert objective.reduction == "none" and mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, True)
     terms, stats = _loss_into(None, student, *call.flat(), True)
@@ -277,7 +279,7 @@ def statistics(
 def gradient_(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
 ) -> None:
-    """Writes the gradient of rows with these statistics over the student's logits."""
+    """Write the gradient of rows with these statistics over the student's logits."""
     assert mixture.is_one((teacher,), objective)
     call = _arguments(student, (teacher,), labels, objective, False)
     _loss_backward_(student, stats.new_ones(()), stats, student, *call.flat(), False)

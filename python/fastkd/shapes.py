@@ -1,5 +1,5 @@
-"""What the native ops take and give: their numbers, and shapes, dtypes and layouts for FakeTensor,
-meta and torch.compile."""
+"""Describe the native ops: their numeric arguments, and the shapes, dtypes and layouts of their
+results for FakeTensor, meta and torch.compile."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def _fake_out(
 
 
 def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
-    """Return memory laid out like a gradient (gradient_strides in csrc/torch/walk.h).
+    """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/walk.h).
 
-    Contiguous, or, where the student's classes are not adjacent but the other dimensions lie in
-    order, as in (N, C, H, W), dense in the student's own order.
+    If ``strided``, and the student's classes are not adjacent but its other dimensions are in
+    order, as in (N, C, H, W), the tensor has the student's order. Otherwise it is contiguous.
     """
     *shape, classes = student.shape
     place = len(shape)

@@ -75,8 +75,8 @@ def topk_loss(
         student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
             ``logits[:, :-1]`` are used where they are; only non-adjacent classes cost a copy.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
-            row. An entry is padding, and its class is not listed by it, if its index is negative or
-            its log-probability is -inf, whatever the other one is: so pad servers and TRL.
+            row. An entry is padding if its index is negative or its log-probability is -inf; both
+            forms are in use, by inference servers and by TRL. Padding lists no class.
         log_probs: ``(..., k)``, any of the same dtypes, not necessarily the student's: natural
             logarithms of the teacher's probabilities at the temperature of the loss, such as
             ``torch.log_softmax(teacher / T, -1).topk(k)`` gives. They are taken as they are,
@@ -84,10 +84,9 @@ def topk_loss(
         labels: ``(...)`` class indices of any integer dtype. None: the soft term alone, with weight
             1.
         tail: what becomes of the classes that are not listed, as above. Default ``"ghost"``.
-        temperature: T from 1e-18 to 1e18, at which the student is softened and at which
-            ``log_probs`` were taken: the loss cannot soften a list, whose other classes it does not
-            know. Default 1, the temperature of what inference servers return and of a plain
-            ``log_softmax``.
+        temperature: T, from 1e-18 to 1e18. It softens the student, and must be the temperature of
+            ``log_probs``, which the loss cannot soften itself since it does not know the other
+            classes. Default 1, as in the log-probabilities that inference servers return.
         alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels.
         hard_weight: weight of the hard term, given instead of ``alpha``; 1 if only ``soft_weight``
@@ -141,7 +140,7 @@ def topk_loss(
             soft_weight, ignore_index, reduction, label_smoothing, normalizer,
         )  # fmt: skip
     except RuntimeError:
-        can_look = checks.have_data(student_logits, indices, log_probs, labels)
+        can_look = checks.has_data(student_logits, indices, log_probs, labels)
         if can_look and not torch.compiler.is_compiling() and student_logits.device.type == "cpu":
             labels = None if labels is None else checks.int64(labels)
             checks.check_rows(student_logits, labels, ignore_index, temperature)
@@ -168,7 +167,7 @@ class Settings(NamedTuple):
 def _fast_call(
     student: Tensor, indices: Tensor, log_probs: Tensor, *options: Any
 ) -> Callable[..., Tensor] | None:
-    """Return the op with these options; None if the slow path must see the call."""
+    """Return the op with these options bound (:func:`_prepare`), or None for the slow path."""
     eligible = (
         type(indices) is Tensor
         and indices.dtype is torch.int64
@@ -184,24 +183,27 @@ def _fast_call(
         and IMMUTABLE.issuperset(map(type, options))
     )
     try:
-        return _prepared(native.EAGER, *options) if eligible else None
-    except TypeError:
+        return _prepare(native.EAGER, *options) if eligible else None
+    except TypeError:  # an option of a wrong type, which the slow path reports
         return None
 
 
 @functools.lru_cache(maxsize=128, typed=True)
-def _prepared(_eager: Any, has_labels: bool, *options: Any) -> Callable[..., Tensor] | None:
-    """Return the op with these options, checked, as a function of its tensors."""
+def _prepare(_eager: Any, has_labels: bool, *options: Any) -> Callable[..., Tensor] | None:
+    """Check the options and bind them to the op; return None if the fast path lacks one of them.
+
+    ``_eager`` is only part of the cache key: autograd in C++ and in Python have different calls.
+    """
     settings = _settings(has_labels, *options)
     *_, normalizer = options
     if settings.reduction == shapes.REDUCTIONS.index("none") or normalizer == 0:
         return None
     arguments = (None, None, None, None, None, *settings)
-    return autograd.prepared_call("topk_loss", arguments, [0, 1, 2, 3])
+    return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
 
 
 def _check_mean(reduction: str) -> None:
-    """Raise unless the reduction is one that a normalizer goes with."""
+    """Raise unless the reduction is "mean", the only one that a normalizer applies to."""
     if reduction != "mean":
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={reduction!r}')
 
@@ -218,7 +220,7 @@ def _settings(
     label_smoothing: float,
     normalizer: float | None,
 ) -> Settings:
-    """Check the options, and return them as the op takes them."""
+    """Check the options, and return them in the form that the op takes."""
     hard, soft = checks.weights(alpha, hard_weight, soft_weight, has_labels)
     if isinstance(hard, Tensor) or isinstance(soft, Tensor):
         name = "hard_weight" if isinstance(hard, Tensor) else "soft_weight"
@@ -226,7 +228,7 @@ def _settings(
     reduction_index = checks.one_of("reduction", reduction, shapes.REDUCTIONS)
     if normalizer is not None:
         _check_mean(reduction)
-        normalizer = checks.divisor(normalizer)
+        normalizer = checks.check_divisor(normalizer)
     checks.ignored_label(ignore_index)
     return Settings(
         checks.scalar_temperature("temperature", temperature),
@@ -241,20 +243,20 @@ def _settings(
 
 
 def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str = "") -> None:
-    """Two tensors with k entries for each row of logits; ``prefix``: of their names."""
+    """Check that both tensors have k entries for each row of logits; ``prefix``: of their names."""
     names = (f"{prefix}indices", f"{prefix}log_probs")
     if not isinstance(indices, Tensor):
         raise TypeError(
             f"{names[0]} must be a tensor of class indices; got {type(indices).__name__}"
         )
-    checks.dense(names[0], indices)
+    checks.check_dense(names[0], indices)
     if indices.dtype not in checks.INTEGERS:
         raise TypeError(
             f"{names[0]} must be class indices of an integer dtype; got {indices.dtype}"
         )
     if not isinstance(log_probs, Tensor):
         raise TypeError(f"{names[1]} must be a tensor; got {type(log_probs).__name__}")
-    checks.dense(names[1], log_probs)
+    checks.check_dense(names[1], log_probs)
     if log_probs.dtype not in checks.FLOATS:
         raise TypeError(
             f"{names[1]} must be float64, float32, bfloat16 or float16; got {log_probs.dtype}"
@@ -278,8 +280,8 @@ def check_lists(indices: object, log_probs: object, student: Tensor, prefix: str
         )
 
 
-def without_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
-    """Return the class indices, -1 for an entry that is padding."""
+def _mark_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the class indices, with -1 where the log-probability is -inf."""
     return indices.masked_fill(log_probs == -math.inf, -1)
 
 
@@ -305,7 +307,7 @@ def check_list_data(
     ignore_index: int,
     prefix: str = "",
 ) -> None:
-    """Names the first row whose list cannot be one."""
+    """Raise for the first row with an invalid list; name the row."""
     counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index
@@ -313,7 +315,7 @@ def check_list_data(
     lists = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (indices, log_probs))
     blocks = []  # of a few rows, since their numbers are copied
     for some, logs in zip(*lists, strict=True):
-        some = without_padding(checks.int64(some), logs)
+        some = _mark_padding(checks.int64(some), logs)
         blocks.append((some.amax(-1), _twice(some), _mass(some, logs.double())))
     greatest, twice, mass = (torch.cat(x).view(counts.shape) for x in zip(*blocks, strict=True))
     checks.refuse(
@@ -345,7 +347,7 @@ def _run(
     label_smoothing: float,
     normalizer: float | Tensor | None,
 ) -> Tensor:
-    """Checks the arguments, as far as that needs no data, and runs the op."""
+    """Check the arguments, but not the numbers in the lists, and run the op."""
     checks.logits(student, [student])
     check_lists(indices, log_probs, student)
     if log_probs.requires_grad:
@@ -369,7 +371,7 @@ def _run(
     )  # fmt: skip
     if normalizer is not None:
         _check_mean(reduction)
-        normalizer = checks.nonzero(normalizer, labels, ignore_index)
+        normalizer = checks.check_nonzero(normalizer, labels, ignore_index)
     if isinstance(normalizer, Tensor):
         denominator = normalizer.to(device=student.device, dtype=acc)
     lists = checks.savable(indices.long()), checks.savable(log_probs.to(acc))
@@ -380,7 +382,7 @@ def _run(
 
 
 def is_fused(student: Tensor) -> bool:
-    """Whether there is a kernel for a call."""
+    """Return True if there is a kernel for a call."""
     return student.device.type in KERNEL_DEVICES and not autograd.is_transformed()
 
 
@@ -417,7 +419,7 @@ def _apply(
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """Runs the op on checked arguments."""
+    """Run the op, or the formula where there is no kernel, on checked arguments."""
     arguments = (student, indices, log_probs, labels, denominator)
     if not is_fused(student):
         return _reference(*arguments, settings)
@@ -449,7 +451,7 @@ def _(grad: Tensor, *_: Any) -> None:
 
 
 def _gradient(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
-    """Return grad_output times the gradient, differentiable in both."""
+    """Compute grad_output times the gradient by differentiable operations."""
     indices, log_probs, labels, denominator = arguments[:4]
     settings = Settings(*arguments[4:])
     with torch.enable_grad():
@@ -514,9 +516,9 @@ def _reference(
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """The same result by differentiable PyTorch operations."""
+    """Compute the loss by differentiable PyTorch operations."""
     student = student_logits.to(log_probs.dtype)
-    indices = without_padding(indices, log_probs)
+    indices = _mark_padding(indices, log_probs)
     valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None:
         valid = labels != settings.ignore_index
@@ -546,6 +548,6 @@ def _reference(
     if reduction == "sum":
         return total.sum()
     count: Tensor | float = valid.sum().clamp(min=1)
-    if denominator is not None:  # the mean over no rows is 0, whatever it is divided by
+    if denominator is not None:  # 1 if every row is ignored, since the denominator may then be 0
         count = denominator.where(valid.any(), torch.ones_like(denominator))
     return total.sum() / (settings.normalizer or count)

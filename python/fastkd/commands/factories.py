@@ -1,8 +1,9 @@
-"""Make the models and data of a configuration, by the user's code and no other.
+"""Make the models and data of a configuration, by calling functions of trusted modules only.
 
-A configuration is data, and may come from somebody else. So a factory's module has to lie beside
-the configuration file or to be named on the command line; nothing else is imported. And the factory
-has to be defined in such a module: ``my_models:os.system`` is not.
+A configuration may come from somebody else, and must not be able to run any code. A factory is a
+function or class that it names. A factory's module is trusted, and imported, only if it is in the
+configuration file's folder or is named by ``--module``. A trusted module must also define the
+factory: ``my_models:os.system`` is refused.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ from fastkd.commands.config import ConfigError, Part, line
 
 
 class Factories:
-    """Make what parts name, by functions and classes of trusted modules alone.
+    """Call the factories that parts of a configuration name, if their modules are trusted.
 
     Args:
-        folder: of the configuration file; the modules in it are trusted.
-        modules: names of other trusted modules, whose submodules are trusted, too.
+        folder: the configuration file's folder; the modules in it are trusted.
+        modules: names of other trusted modules, from ``--module``. Their submodules are trusted.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
-        """Let modules in the folder, and in the working folder, be found after all others."""
+        """Append the folder and the working directory to ``sys.path``.
+
+        At its end, their files cannot replace modules of Python or of installed packages.
+        """
         self._folder, self._modules = folder.resolve(), tuple(modules)
         for path in (str(self._folder), str(pathlib.Path.cwd())):
             if path not in sys.path:
                 sys.path.append(path)
 
     def _is_trusted(self, module: str) -> bool:
-        """Return True if a module was named, or if Python finds its package in the folder."""
+        """Return True if the module is named by --module, or if its package is in the folder."""
         if any(f"{module}.".startswith(f"{trusted}.") for trusted in self._modules):
             return True
         spec = _spec(module)
@@ -52,11 +56,11 @@ class Factories:
         return bool(places) and all(place.resolve() == self._folder for place in places)
 
     def make(self, name: str, part: Part) -> Any:
-        """Call a part's factory.
+        """Call a part's factory with the part's options.
 
         Raises:
-            ConfigError: if its module is not trusted or does not define it, or if it does not take
-                the options.
+            ConfigError: if the factory's module is not trusted or does not define the factory, or
+                if the factory does not take the options.
         """
         assert part.factory is not None
         module_name, _, attribute = part.factory.partition(":")
@@ -66,18 +70,19 @@ class Factories:
             package = module_name.partition(".")[0]
             if any((self._folder / file).exists() for file in (package, f"{package}.py")):
                 raise ConfigError(
-                    f"{name}: Python has another module {package!r} than the one in "
-                    f"{self._folder}; rename yours"
+                    f"{name}: another module {package!r} is imported instead of the one in "
+                    f"{self._folder}; rename the latter"
                 )
             raise ConfigError(
-                f"{name}: the module {module_name!r} does not lie in {self._folder}, where the "
-                f"configuration is. If you trust it with any options, add --module {module_name}"
+                f"{name}: the module {module_name!r} is not in {self._folder}, the folder of the "
+                "configuration. If you trust the module, called with any options, add --module "
+                f"{module_name}"
             )
         try:
             factory: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module is there; what it imports is not
+                raise  # the module exists, but a module that it imports does not
             raise ConfigError(f"{name}: there is no module {module_name!r} to import") from None
         for step in attribute.split("."):
             if not hasattr(factory, step):
@@ -85,22 +90,22 @@ class Factories:
             factory = getattr(factory, step)
         if not callable(factory):
             raise ConfigError(
-                f"{name}: {part.factory} is no function, but {type(factory).__name__}"
+                f"{name}: {part.factory} must be a function or class; got {type(factory).__name__}"
             )
         defined_in = getattr(factory, "__module__", None)
         if not isinstance(defined_in, str) or not self._is_trusted(defined_in):
             raise ConfigError(
                 f"{name}: {part.factory} must be a function or class that {module_name} defines; "
-                f"it is one of {defined_in or type(factory).__name__}. Write a function that "
-                "calls it"
+                f"got one of {defined_in or type(factory).__name__}. Define a function in "
+                f"{module_name} that calls it"
             )
         try:
             inspect.signature(factory).bind(**part.options)
         except TypeError as error:
             raise ConfigError(
-                f"{name}.options: {part.factory} does not take them: {error}"
+                f"{name}.options: {part.factory} does not take these options: {error}"
             ) from None
-        except ValueError:  # compiled code may not say what it takes
+        except ValueError:  # compiled code may have no signature to check
             pass
         return factory(**part.options)
 
@@ -115,7 +120,7 @@ class Factories:
         return data
 
     def make_model(self, name: str, part: Part) -> nn.Module:
-        """Make a module, with its weights if a file of them is named."""
+        """Make a module, and load its weights if the part names a file of them."""
         model = self.make(name, part)
         if not isinstance(model, nn.Module):
             raise ConfigError(
@@ -127,20 +132,23 @@ class Factories:
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Find a module's package without importing it, or anything else."""
+    """Find a module's top-level package without importing anything."""
     try:
         return importlib.util.find_spec(module.partition(".")[0])
-    except ValueError:  # of a module that was made in memory
+    except ValueError:  # a module that was made in memory has no spec
         return None
 
 
 def _load(name: str, model: nn.Module, path: pathlib.Path) -> None:
     if path.suffix != ".safetensors":
         raise ConfigError(
-            f"{name}.weights must be a .safetensors file, since others may run code; got {path}"
+            f"{name}.weights must be a .safetensors file, since other formats may run code; got "
+            f"{path}"
         )
     if not path.is_file():
-        raise ConfigError(f"{name}.weights: there is no file {path} (distill writes the student's)")
+        raise ConfigError(
+            f"{name}.weights: there is no file {path} (distill writes the student's weights)"
+        )
     errors = (extras.load("safetensors", "train").SafetensorError, RuntimeError)
     try:
         extras.load("safetensors.torch", "train").load_model(model, str(path))

@@ -33,8 +33,9 @@ CONVENTION = Convention(
     differences=(
         "`reduction='none'`, one loss for each class, is refused: fastkd never writes rows x "
         "classes of losses.",
-        "`reduction='mean'` with every row ignored is 0, not NaN; so is `num_items_in_batch=0`.",
-        "`num_items_in_batch` of several elements, repeated for every GPU, gives one loss.",
+        "With every row ignored, `reduction='mean'` and `num_items_in_batch=0` give 0, not NaN.",
+        "`num_items_in_batch` with several elements, which repeat it for every GPU, gives one "
+        "loss.",
     ),
 )
 
@@ -61,8 +62,8 @@ def generalized_jsd_loss(
         temperature: of both. Default 1.
         reduction: ``"batchmean"``, ``"mean"`` (over classes too) or ``"sum"``. Default
             ``"batchmean"``.
-        num_items_in_batch: divides the sum, whatever ``reduction`` is: a number or a tensor of any
-            shape that repeats it. 0 is accepted where ``labels`` leave no row.
+        num_items_in_batch: divides the sum, for any ``reduction``. A number, or a tensor of any
+            shape with equal elements. 0 is accepted if every label is -100.
 
     Raises:
         TypeError, ValueError: for options that are not as above, and from :func:`fastkd.loss`.
@@ -84,7 +85,7 @@ def generalized_jsd_loss(
             count = checks.normalizer(count.reshape(-1)[:1], "num_items_in_batch")
         else:
             count = checks.number("num_items_in_batch", count, 0.0, math.inf)
-        count = checks.nonzero(count, labels, -100, "num_items_in_batch")
+        count = checks.check_nonzero(count, labels, -100, "num_items_in_batch")
         options = {"reduction": "mean", "normalizer": count}
     if labels is not None:
         options["hard_weight"] = 0.0

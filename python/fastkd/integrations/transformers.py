@@ -17,8 +17,8 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the labels of a causal language model's batch, moved to the logits that predict them.
 
     Position i's logits predict token i + 1, so labels ``(B, L)`` move left by one, and the last
-    position's become -100. ``shift_labels``, where a batch has them, stand there already. Give this
-    function to :class:`fastkd.Trainer` as ``labels=``.
+    position's become -100. If the batch has ``shift_labels``, which have been moved already, they
+    are returned as they are. Give this function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -37,29 +37,30 @@ class DistillationMixin:
     """Make a ``transformers.Trainer`` distil: put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels. Labels
-    move by one for causal language models; ``shift_labels``, where a batch has them, are used as
-    they are. The loss is divided by ``num_items_in_batch``, the number of tokens in all batches of
-    an optimizer step, on all processes too where ``args.average_tokens_across_devices`` says so, as
-    the loss of the library's own models is. ``args.label_smoothing_factor`` smooths the labels of
-    the hard term. The student is not asked for its own loss, unless it is an encoder-decoder, whose
-    decoder takes the labels for its inputs.
+    move by one for causal language models; ``shift_labels`` in a batch are used as they are. The
+    loss is divided by ``num_items_in_batch``, as the losses of transformers' models are: the number
+    of tokens in all batches of an optimizer step, summed over all processes with
+    ``args.average_tokens_across_devices``. ``args.label_smoothing_factor`` smooths the labels of
+    the hard term. The student gets no labels, so it computes no loss of its own. An encoder-decoder
+    gets labels, because they are its decoder's inputs.
 
-    Student and teacher may be any modules that take a batch as keyword arguments and return logits
-    as a tensor, as an output or mapping with ``"logits"``, or as a tuple's first tensor that is not
-    0-d. A causal language model that is not of transformers' classes says so by an attribute
+    Student and teacher may be any modules that take a batch as keyword arguments. They may return
+    the logits as a tensor, as the entry ``logits`` of an output or mapping, or as the first tensor
+    of a tuple that is not 0-d. A causal language model of another library needs an attribute
     ``loss_type = "ForCausalLM"``.
 
     Args:
         teacher: a model called with the student's inputs; frozen, set to evaluation mode and moved
             to the student's device.
-        kd_loss: options, with ``reduction="mean"``, no ``normalizer``, no ``ignore_index`` other
-            than -100 and no parameter that learns. Default ``KDLoss()``.
+        kd_loss: the loss's options: ``reduction="mean"``, no ``normalizer``, ``ignore_index=-100``
+            and no learned parameters. Default ``KDLoss()``.
         arguments, options: those of the trainer; ``compute_loss_func`` must be None.
 
     Raises:
-        TypeError: if ``teacher`` is no module or ``kd_loss`` no :class:`fastkd.KDLoss`.
-        ValueError: for a ``kd_loss`` that is not as above, for one whose ``label_smoothing`` is not
-            ``args.label_smoothing_factor`` where both are set, and for a ``compute_loss_func``.
+        TypeError: if ``teacher`` is not a module or ``kd_loss`` is not a :class:`fastkd.KDLoss`.
+        ValueError: for other options of ``kd_loss``; for a ``compute_loss_func``; or if
+            ``args.label_smoothing_factor`` and ``label_smoothing`` of ``kd_loss`` are set and
+            differ.
 
     Example:
         >>> import fastkd
@@ -91,7 +92,7 @@ class DistillationMixin:
         _check_trainer(self, self.kd_loss)
         # So that the trainer counts the tokens, and does not divide by the number of batches.
         self.model_accepts_loss_kwargs = True
-        # The trainer drops every input that neither the model's forward nor this list names.
+        # The trainer drops every input that is in neither the model's signature nor this list.
         self.label_names = self.label_names or ["labels"]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
@@ -117,7 +118,7 @@ class DistillationMixin:
             arguments.pop("labels", None)
         outputs = batches.outputs(model, arguments)
         logits = _logits_of(outputs, model)
-        # Floating-point inputs, such as images, come in the student's dtype.
+        # Floating-point inputs, such as images, have the student's dtype so far.
         dtype = batches.dtype_of(self.teacher)
         arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():
@@ -132,22 +133,24 @@ class DistillationMixin:
         total = loss(logits, teacher, labels, **options)
         if num_items_in_batch is not None:
             if self.args.average_tokens_across_devices:
-                # gradients are averaged over processes
+                # Gradients are averaged over processes, but the count is summed over them.
                 total = total * self.accelerator.num_processes
             elif self.args.n_gpu > 1:
-                # The trainer has divided the count by the GPUs, whose logits are gathered here.
+                # nn.DataParallel: the trainer has divided the count by the number of GPUs, but the
+                # logits here are those of all GPUs.
                 total = total / self.args.n_gpu
         if not return_outputs:
             return total
-        # Of an output that is no mapping the trainer would drop the first item, or sample.
+        # Wrapped in a mapping, because the trainer drops the first item of any other output, as a
+        # loss; of a tensor that would be the first sample.
         return total, outputs if isinstance(outputs, dict) else {"logits": logits}
 
 
 def _check_loss(kd_loss: object) -> None:
-    """Raise unless the trainer can divide the loss itself, and nothing in it learns."""
+    """Raise unless transformers.Trainer can normalize the loss and the loss learns nothing."""
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
-    # The trainer counts the labels that are not -100.
+    # The trainer computes the normalizer: it counts the labels that are not -100.
     for name, accepted in (("reduction", "mean"), ("normalizer", None), ("ignore_index", -100)):
         value = kd_loss.options.get(name, accepted)
         if value != accepted:
@@ -155,9 +158,9 @@ def _check_loss(kd_loss: object) -> None:
     learned = [name for name, value in kd_loss.named_parameters() if value.requires_grad]
     if learned:
         raise ValueError(
-            "kd_loss must have no parameter that learns, since transformers.Trainer optimizes and "
-            f"saves the student's alone; got {learned[0]} as an nn.Parameter that requires grad. "
-            "Give a number or a tensor, or train with fastkd.Trainer"
+            "kd_loss must have no parameter that requires grad, since transformers.Trainer "
+            f"optimizes and saves only the student's parameters; got {learned[0]}. "
+            "Pass a number or a tensor, or train with fastkd.Trainer"
         )
 
 
@@ -165,7 +168,7 @@ def _check_teacher(teacher: object) -> None:
     """Raise unless the teacher is a module."""
     if isinstance(teacher, str):
         raise TypeError(
-            f"teacher must be a torch.nn.Module; got the name {teacher!r}. Load it before: "
+            f"teacher must be a torch.nn.Module; got the name {teacher!r}. Load it first: "
             f"AutoModelForCausalLM.from_pretrained({teacher!r}), or another class of transformers"
         )
     if not isinstance(teacher, nn.Module):
@@ -173,11 +176,11 @@ def _check_teacher(teacher: object) -> None:
 
 
 def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
-    """Raise if the trainer was given a second loss, or a second label smoothing."""
+    """Raise if the trainer has a loss function or label smoothing that conflicts with kd_loss."""
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError(
             "compute_loss_func must be None with DistillationMixin, whose loss is kd_loss; got "
-            f"{trainer.compute_loss_func!r}. Leave it out, or override compute_loss"
+            f"{trainer.compute_loss_func!r}. Omit it, or override compute_loss"
         )
     factor = trainer.args.label_smoothing_factor
     smoothing = kd_loss.options.get("label_smoothing", 0.0)
@@ -189,7 +192,10 @@ def _check_trainer(trainer: Any, kd_loss: KDLoss) -> None:
 
 
 def _logits_of(output: Any, model: nn.Module) -> Tensor:
-    """Return the logits of a model's output; of a tuple, the first tensor that is no 0-d loss."""
+    """Return the logits in a model's output.
+
+    In a tuple, they are the first tensor that is not 0-d; a 0-d one is a loss.
+    """
     if isinstance(output, (tuple, list)):
         tensors = (item for item in output if isinstance(item, Tensor) and item.dim())
         output = next(tensors, output)
@@ -197,10 +203,10 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
 
 
 def _divisor(count: Tensor | int) -> Tensor | int:
-    """Return the number of tokens that a step's loss is divided by.
+    """Return the token count, with one element, that a step's loss is divided by.
 
-    In ``nn.DataParallel`` the trainer repeats the count for every GPU, ``(n, 1)``, for models to
-    divide their share by.
+    For ``nn.DataParallel`` the trainer repeats the count once for each GPU, in shape ``(n, 1)``, so
+    that every replica gets it.
     """
     return count.reshape(-1)[:1] if isinstance(count, Tensor) else count
 

@@ -74,13 +74,14 @@ class Report(NamedTuple):
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Write ``report.html``, ``report.md``, ``report.json`` and the pictures.
 
-        Where writing fails, as on a full disk, the files of an earlier report stay as they were.
+        If writing fails, as on a full disk, the files of an earlier report stay as they were.
 
         Returns:
             The folder.
 
         Raises:
-            TypeError, ValueError: if ``folder`` is no path at which there can be a folder.
+            TypeError: if ``folder`` is not a path.
+            ValueError: if ``folder`` or one of its parents is a file.
             OSError: if a file cannot be written.
         """
         folder = checks.folder("folder", folder)
@@ -144,9 +145,9 @@ def report(
         show: print the table.
 
     Raises:
-        ImportError: with ``show`` and without Rich; before anything is measured.
-        TypeError: for models that are no modules, names or a title that are no text, or ``devices``
-            or ``batch_sizes`` that are no list or tuple.
+        ImportError: before anything is measured, if ``show`` and Rich is not installed.
+        TypeError: for models that are not modules, names or a title that are not text, or
+            ``devices`` or ``batch_sizes`` that are not a list or tuple.
         ValueError: for no student, a loader without rows, models whose logits differ in rows,
             labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
             that are not finite.

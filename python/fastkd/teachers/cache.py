@@ -19,8 +19,8 @@ class TeacherCache:
 
     Files are mapped into memory and read where a sample lies, so a cache may be larger than memory,
     and processes share what they read. It may be used in ``DataLoader`` workers, forked or spawned:
-    no open file is pickled, a worker opens the path anew. Every 64 KiB of a file have a checksum,
-    which each process checks when it first reads from them.
+    no open file is pickled, a worker opens the path anew. Each group of rows, of about 64 KiB, has
+    a checksum. Each process checks a group when it first reads one of the group's rows.
 
     Args:
         path: the folder that :func:`precompute` wrote, finished or not.
@@ -44,9 +44,9 @@ class TeacherCache:
     Raises:
         TypeError: if ``path`` is no path.
         FileNotFoundError: if there is no cache.
-        ValueError: if there can be no folder, if a file is damaged, is no regular file, is of
-            another format or of another teacher than the others, or if ``classes`` or ``teacher``
-            differ.
+        ValueError: if ``path`` cannot be a folder; if a file is damaged, is not a regular file, or
+            has another format or another teacher than the first file; or if ``classes`` or
+            ``teacher`` differ.
 
     Example:
         >>> import tempfile, torch, fastkd
@@ -69,7 +69,7 @@ class TeacherCache:
         classes: int | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
-        """Opens every shard, reads the ids, and checks."""
+        """Open and check every shard, and read the ids."""
         self.path = checks.folder("path", path)
         files = sorted(self.path.glob(shard.PATTERN))
         if not files:

@@ -1,4 +1,4 @@
-"""Write and read one file of a teacher's cache, which is called a shard.
+"""Write and read shards, the files of a teacher's cache.
 
 A shard is a safetensors file with these tensors, for n samples of together R rows:
 
@@ -6,12 +6,13 @@ A shard is a safetensors file with these tensors, for n samples of together R ro
   int64 [n] (a digest of what the teacher was shown);
 - ``log_probs`` [R, classes], or the k largest of each row, [R, k], and then
 - ``indices`` int32 [R, k], the classes that they belong to;
-- ``checksums`` int64 [G], the CRC-32 of each group of ``group`` rows of the two tensors above;
+- ``checksums`` int64 [G], one CRC-32 for each ``group`` rows of ``log_probs`` and ``indices``;
 
 and with the fields of :class:`Header` and :class:`Loss`, ``group`` and ``crc32`` as text in its
-header. ``crc32`` is of the other texts and of ``ids``, ``lengths``, ``inputs`` and ``checksums``.
-:func:`read` checks it, and :meth:`Checksums.check` checks a group of rows when it is first read.
-CRC-32 finds damage, such as a flipped bit, and not a forger, who can compute it as well.
+header. ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_crc32`).
+:func:`read` checks ``crc32``; :meth:`Checksums.check` checks a group of rows when one of them is
+first read. A CRC-32 detects damage, such as a flipped bit. It does not detect forgery: a forger can
+compute it, too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fastkd.teachers.digests import raw_bytes
 FORMAT = "fastkd teacher cache"
 VERSION = 2
 GROUP_BYTES = 2**16
-"""Size of the groups of rows that have a checksum each: what is read to check one row."""
+"""Size of a group of rows, which has one checksum: a group is read to check one of its rows."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PATTERN = "shard-*.safetensors"
 
@@ -75,7 +76,7 @@ class Shard(NamedTuple):
 
 
 class Checksums:
-    """The CRC-32 of each group of rows of a shard's tensors."""
+    """Check a shard's rows by the CRC-32 of each group of rows, each group once."""
 
     def __init__(self, path: pathlib.Path, shard: Shard, group: int, expected: Tensor) -> None:
         """Keep the ``expected`` checksums, int64 [G], of groups of ``group`` rows."""
@@ -83,10 +84,10 @@ class Checksums:
         self._unchecked = torch.ones(len(expected), dtype=torch.bool)
 
     def check(self, rows: Tensor) -> None:
-        """Check the groups of these rows, int64 [n], that have not been checked before.
+        """Check the groups that contain ``rows``, int64 [n], unless they were checked before.
 
         Raises:
-            ValueError: if the file has changed since its checksums were computed.
+            ValueError: if rows of the file have changed since its checksums were computed.
         """
         groups = torch.div(rows, self._group, rounding_mode="floor")
         new = groups[self._unchecked[groups]]
@@ -99,13 +100,13 @@ class Checksums:
             last = min(first + self._group, len(self._shard.log_probs)) - 1
             raise ValueError(
                 f"{self._path} is damaged: the checksum of its rows {first} to {last} is wrong. "
-                "Delete it and run precompute again, which computes what is missing"
+                "Delete the file and run precompute again, which computes the missing samples"
             )
         self._unchecked[new] = False
 
 
 def _checksums(shard: Shard, group: int, numbers: Tensor) -> Tensor:
-    """Compute the CRC-32 of the groups of rows with these numbers."""
+    """Compute the CRC-32 of the groups with these indices, as int64 [len(numbers)]."""
     tensors = [part for part in (shard.log_probs, shard.indices) if part is not None]
     sizes = [group * part.shape[1] * part.element_size() for part in tensors]
     parts = [raw_bytes(part) for part in tensors]
@@ -119,7 +120,7 @@ def _checksums(shard: Shard, group: int, numbers: Tensor) -> Tensor:
 
 
 def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
-    """Compute the CRC-32 of all that :func:`read` reads at once: the header and small tensors."""
+    """Compute the CRC-32 of the header's texts, the log_probs' dtype and the small tensors."""
     named = sorted((key, text) for key, text in texts.items() if key != "crc32")
     crc = zlib.crc32(json.dumps([named, str(shard.header.dtype)]).encode())
     for tensor in (shard.ids, shard.lengths, shard.inputs, checksums):
@@ -128,7 +129,7 @@ def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
 
 
 def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
-    """Write a shard under the next free name. It appears under that name whole, or not at all."""
+    """Write a shard under the next free name, completely or not at all."""
     header, lost = shard.header, shard.lost
     rows, columns = shard.log_probs.shape
     size = shard.log_probs.element_size() + (0 if shard.indices is None else 4)
@@ -145,7 +146,7 @@ def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
         "tail": repr(lost.tail),
         "group": str(group),
     }
-    checksums = _checksums(shard, group, torch.arange(_groups(rows, group)))
+    checksums = _checksums(shard, group, torch.arange(_count_groups(rows, group)))
     metadata["crc32"] = _crc32(metadata, shard, checksums)
     tensors = {"ids": shard.ids, "lengths": shard.lengths, "inputs": shard.inputs}
     tensors |= {"checksums": checksums, "log_probs": shard.log_probs}
@@ -170,8 +171,8 @@ def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
     return name
 
 
-def _groups(rows: int, group: int) -> int:
-    return -(-rows // group)
+def _count_groups(rows: int, group: int) -> int:
+    return -(-rows // group)  # the last group may have fewer rows
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
@@ -184,14 +185,15 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[Shard, Checksums]:
-    """Open a shard; its rows are read, and are to be checked, later.
+    """Open a shard without reading its rows; call :meth:`Checksums.check` before you read some.
 
     Raises:
-        ValueError: if it is not a whole, consistent shard; the message names the file and the flaw.
+        ValueError: if ``path`` is not a complete, consistent shard; the message names the file and
+            the flaw.
     """
     safetensors = extras.load("safetensors", "train")
     if not path.is_file():  # opening a named pipe would wait for a writer
-        raise ValueError(f"{path} is no whole shard of a teacher's cache: it is no regular file")
+        raise ValueError(f"{path} is no whole shard of a teacher's cache: it is not a regular file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             texts: dict[str, str] = file.metadata() or {}
@@ -205,14 +207,14 @@ def read(path: pathlib.Path) -> tuple[Shard, Checksums]:
     shard = Shard(header, lost, **tensors, indices=indices)
     flaw = _flaw(shard)
     if flaw is None and _crc32(texts, shard, checksums) != texts.get("crc32"):
-        flaw = "its crc32 is not that of its header, ids, lengths, inputs and checksums"
+        flaw = "its crc32 does not match its header, ids, lengths, inputs and checksums"
     if flaw:
         raise ValueError(f"{path} is no whole shard of a teacher's cache: {flaw}")
     return shard, Checksums(path, shard, group, checksums)
 
 
 def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss, int]:
-    """Read the header's texts as numbers, and check the tensors' shapes and dtypes by them."""
+    """Parse the header's texts, and check the tensors' shapes and dtypes against them."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its header does not say format: {FORMAT}")
     version = _int(metadata, "version", 1, 2**31)
@@ -235,7 +237,7 @@ def _header(metadata: dict[str, str], file: Any) -> tuple[Header, Loss, int]:
     rows = ([*slices["log_probs"].get_shape(), 0])[0]
     shapes = {"ids": [samples], "lengths": [samples], "inputs": [samples]}
     group = _int(metadata, "group", 1, 2**31)
-    shapes["checksums"] = [_groups(rows, group)]
+    shapes["checksums"] = [_count_groups(rows, group)]
     shapes["log_probs"] = [rows, top_k or classes]
     if top_k:
         shapes["indices"] = [rows, top_k]

@@ -61,7 +61,8 @@ def precompute(
         rounding cost, measured while writing.
 
     Raises:
-        ImportError: without safetensors, numpy or, for the bar, tqdm; before the teacher is run.
+        ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
+            ``progress``.
         TypeError: if ``teacher`` is no module.
         ValueError: if ``path`` holds a cache with other options or of other weights; if the loader
             gives no batch, or one without ids; if the teacher's logits hold NaN or +inf, or change
