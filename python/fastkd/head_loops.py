@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import class_loop, heads
+from fastkd import class_loop, heads, shapes
 from fastkd.heads import Call, Inputs, Outputs
 
 
@@ -41,6 +41,7 @@ def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes.check_devices(inputs)
     return heads.empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
 
 
