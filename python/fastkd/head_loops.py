@@ -17,6 +17,8 @@ def run(inputs: Inputs, call: Call) -> Outputs:
 
     With ``heads.scales_late()`` the gradients lack the division by the denominator.
     """
+    if call.chunk < 1:
+        raise ValueError(f"chunk must be 1 or more; got {call.chunk}")
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
         counted = heads.counted_rows(inputs.labels, call.ignore_index)
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
