@@ -27,7 +27,7 @@ NAMES = (
 RELEASED = ("released", "shortened")
 # Made of PyTorch operations, of which some crash where a tensor's storage was released.
 COMPOSED = ("loss_gradient", "topk_loss_gradient", "linear_loss")
-ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, OverflowError)
 GUARDS = (0xA5, 0xFF)  # 0xFF: NaN as a number, and -1 as a class
 GUARD_BYTES = 256
 FLOATS = (FP32, FP32, BF16, FP16, FP64)
@@ -433,8 +433,22 @@ def test_regressions_are_refused(case):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
+def test_a_gradient_whose_classes_are_apart(isa):
+    """Its neighbors in memory stay, and its values are those of an adjacent one."""
+    for dtype, classes in ((FP64, 127), (FP32, 1000)):
+        student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
+        case = Case(dtypes=(dtype, dtype), present=0, reduction=1)
+        flat = list(arguments_of(case, Memory(GUARDS[0])).values())[2:]
+        memory, expected = torch.full((1, classes, 2), 7.0, dtype=dtype), torch.empty(1, classes)
+        expected = expected.to(dtype)
+        OPS.loss_into(expected, student, [teacher], *flat, False)
+        OPS.loss_into(memory[..., 0], student, [teacher], *flat, False)
+        assert (memory[..., 1] == 7).all()
+        torch.testing.assert_close(memory[..., 0], expected)
+
+
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=500)
+@settings(max_examples=400)
 @given(case=CASES)
 def test_fuzz_ops(case):
     run(case, torch.device("cpu"))
