@@ -71,7 +71,8 @@ valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitiali
 sanitize-python: $(VENV)/complete  ## the Python suite's core with an extension under the sanitizers
 	$(RUN) -m reliability.sanitize
 
-FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py
+FUZZERS := tests/test_fuzz.py tests/test_fuzz_topk.py tests/test_fuzz_linear.py \
+  tests/test_fuzz_ops.py
 fuzz: $(VENV)/complete  ## random calls against float64: make fuzz CASES=20000 SEED=7
 	@failed=0; for fuzzer in $(FUZZERS); do echo "== $$fuzzer"; \
 	  $(RUN) $$fuzzer $(CASES) $(SEED) || failed=1; done; exit $$failed

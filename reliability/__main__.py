@@ -76,6 +76,12 @@ PROMISES = {
         'make fuzz CASES=5000 FUZZERS="tests/test_fuzz_topk.py tests/test_fuzz_linear.py"',
         minutes=30,
     ),
+    "fuzz-ops": Promise(
+        "Hostile calls of the ops under torch.ops.fastkd raise, or touch no memory but their own: "
+        "sizes, dtypes, strides, devices, released storages, numbers of enums.",
+        "make fuzz CASES=5000 FUZZERS=tests/test_fuzz_ops.py",
+        minutes=30,
+    ),
     "fuzz-caches": Promise(
         "A file of a teacher's cache, malformed, truncated or hostile, gives an answer or a "
         "ValueError: led by coverage, half of the changes in the header's own terms.",

@@ -26,6 +26,7 @@ CORE = [
     "fuzz",
     "topk",
     "fuzz_topk",
+    "fuzz_ops",
     "mixture",
 ]
 

@@ -80,7 +80,7 @@ IMPORTS = {
     "heads": {"objective", "ops", "products", "sparse"},
     "class_statistics": {"objective"},
     "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
-    "head_loops": {"class_loop", "heads"},
+    "head_loops": {"class_loop", "heads", "shapes"},
     "head_gradients": {
         "reference", "autograd", "derivatives", "products", "heads", "head_loops",
     },

@@ -39,7 +39,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     """The mixture as one teacher."""
     given = {**losses.DEFAULTS, **options}
     resolved = objective.resolve(given, has_labels=False, teachers=len(teachers))
-    resolved = objective.fit(resolved, teachers[0], dtype)
+    resolved = objective.fit(resolved, teachers[0], None, dtype)
     mixing = mixture.mixing(tuple(teachers), resolved, dtype)
     assert mixing is not None
     return mixture.mixed(tuple(teachers), *mixing, dtype)

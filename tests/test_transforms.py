@@ -114,7 +114,7 @@ def test_compiled_transforms(name, transform):
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("name", LOSSES)
 def test_batches_of_gradients(name):
     student, teacher, labels = problem64(torch.device("cpu"))
@@ -138,7 +138,7 @@ def test_vectorized_jacobian():
     torch.testing.assert_close(together, one_by_one, **EXACT)
 
 
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
 def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
     student, teacher, labels = make((4, 7), dtype, device=device)
@@ -156,7 +156,7 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
 
 
 @OLD_SCRIPT
-@pytest.mark.usefixtures("way_in")
+@pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("name", ["teacher_logits", "normalizer", "class_weight"])
 def test_tangents_of_what_gets_none_are_refused(name):
     student, teacher, labels = problem64(torch.device("cpu"))

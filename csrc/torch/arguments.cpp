@@ -168,12 +168,17 @@ BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& 
 }
 
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad) {
-  const auto reduction = static_cast<int64_t>(reducing.reduction);
-  checked_enum(reduction, Reduction::kMean, "reduction");
   STD_TORCH_CHECK(!with_grad || reducing.reduction != Reduction::kNone,
                   "a gradient is written for reduction mean or sum");
   if (reducing.denominator)
     checked_rows(*reducing.denominator, call.student, call.acc, 1, "denominator", 1);
+}
+
+void check_grad_output(const Tensor& grad_output, const Reducing& reducing, bool filled) {
+  STD_TORCH_CHECK(grad_output.dim() == 0 || reducing.reduction == Reduction::kNone,
+                  "grad_output must be 0-d, or, with reduction none, have one number for each row");
+  STD_TORCH_CHECK(grad_output.dim() == 0 || !filled,
+                  "grad_output must be 0-d where filled is true: one number scales the gradient");
 }
 
 Tensor nothing(const Call& call) { return empty(call, {0}, call.acc); }

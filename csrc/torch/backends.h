@@ -86,11 +86,16 @@ E checked_enum(int64_t value, E last, const char* name) {
 inline Reducing take_reducing(ArgumentReader* in, std::optional<Tensor> denominator) {
   const int64_t reduction = in->take<int64_t>();
   const double normalizer = in->take<double>();
-  return {static_cast<Reduction>(reduction), normalizer, std::move(denominator)};
+  return {checked_enum(reduction, Reduction::kMean, "reduction"), normalizer,
+          std::move(denominator)};
 }
 
 // Throw unless the reduction is valid, goes with a gradient if `with_grad`, and its denominator has
 // the dtype and device of the loss of `call`.
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
+
+// Throw unless `grad_output` has the dimensions of the loss. A gradient that is `filled` is scaled,
+// by one number.
+void check_grad_output(const Tensor& grad_output, const Reducing& reducing, bool filled);
 
 }  // namespace fastkd::glue

@@ -84,8 +84,7 @@ void loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   const auto grad = in.take<Tensor>(), grad_output = in.take<Tensor>(), stats = in.take<Tensor>();
   const LossArguments arguments(&in);
   const bool filled = in.take<bool>();
-  STD_TORCH_CHECK(grad_output.dim() == 0 || arguments.reducing.reduction == Reduction::kNone,
-                  "grad_output must be 0-d, or, with reduction none, have one number for each row");
+  check_grad_output(grad_output, arguments.reducing, filled);
   std::optional<Mixture> mixture;
   const Call call = arguments.prepare_call(&grad, &mixture);
   Backend::backward(call, backward_args(call, &stats, grad_output, grad), grad_output, grad,

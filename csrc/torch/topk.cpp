@@ -105,8 +105,7 @@ void topk_loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   const auto grad = in.take<Tensor>(), grad_output = in.take<Tensor>();
   const TopkArguments arguments(&in);
   const bool filled = in.take<bool>();
-  STD_TORCH_CHECK(grad_output.dim() == 0 || arguments.reducing.reduction == Reduction::kNone,
-                  "grad_output must be 0-d, or, with reduction none, have one number for each row");
+  check_grad_output(grad_output, arguments.reducing, filled);
   const TopkCall topk = arguments.prepare_call(&grad);
   backward_args(topk.call, nullptr, grad_output, grad);  // called for its checks alone
   Backend::topk_backward(topk, arguments.reducing, grad_output, grad, filled);

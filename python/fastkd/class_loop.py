@@ -123,7 +123,11 @@ class _Loop:
             else:
                 torch.index_select(given.teacher_logits[:, part], 0, self.counted, out=out)
             return
-        assert self.teacher_hidden is not None and given.teacher_weight is not None
+        if self.teacher_hidden is None or given.teacher_weight is None:
+            raise ValueError(
+                "by_classes=True needs teacher_logits, or teacher_hidden and teacher_weight; "
+                "got neither"
+            )
         weight, bias = given.teacher_weight[part].to(call.teacher_dtype), given.teacher_bias
         bias = None if bias is None else bias[part].to(call.teacher_dtype)
         products.logits_(out, self.teacher_hidden, weight, bias, call.teacher_scale)

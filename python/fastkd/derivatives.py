@@ -147,6 +147,8 @@ def by_operations(
         numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)
     temperature, teacher_temperature, hard_weight, soft_weight = numbers
     name = DIVERGENCES[settings.divergence]
+    if labels is None and reference.DIVERGENCES[name].needs_labels:
+        raise ValueError(f"labels must be class indices for divergence={name!r}; got None")
     normalizer: float | Tensor | None = (
         denominator if denominator is not None else settings.normalizer or None
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import class_loop, heads
+from fastkd import class_loop, heads, shapes
 from fastkd.heads import Call, Inputs, Outputs
 
 
@@ -17,6 +17,8 @@ def run(inputs: Inputs, call: Call) -> Outputs:
 
     With ``heads.scales_late()`` the gradients lack the division by the denominator.
     """
+    if call.chunk < 1:
+        raise ValueError(f"chunk must be 1 or more; got {call.chunk}")
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
         counted = heads.counted_rows(inputs.labels, call.ignore_index)
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
@@ -41,6 +43,7 @@ def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes.check_devices(inputs)
     return heads.empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
 
 

@@ -39,6 +39,19 @@ def accumulator(*logits: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def check_devices(*arguments: Any) -> None:
+    """Raise RuntimeError unless all tensors among the arguments of an op are on one device.
+
+    The dispatcher calls the kernels for tracing where one tensor of several is on "meta". They
+    return memory that nothing was written to, and must not do so on another device.
+    """
+    lists = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
+    devices = {tensor.device for each in lists for tensor in each if isinstance(tensor, Tensor)}
+    if len(devices) > 1:
+        names = sorted(str(device) for device in devices)
+        raise RuntimeError(f"all tensors must be on one device; got tensors on {names}")
+
+
 def _fake_out(
     student: Tensor, teachers: Sequence[Tensor], reduction: int, with_terms: bool
 ) -> Tensor:
@@ -78,6 +91,7 @@ def _(student: Tensor, strided: bool) -> Tensor:
 
 @torch.library.register_fake("fastkd::loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, teachers: Sequence[Tensor], *arguments: Any) -> Tensor:
+    check_devices(student, teachers, *arguments)
     *_, reduction, _, with_terms = arguments
     return _fake_out(student, teachers, reduction, with_terms)
 
@@ -86,6 +100,7 @@ def _(student: Tensor, teachers: Sequence[Tensor], *arguments: Any) -> Tensor:
 def _(
     grad: Any, student: Tensor, teachers: Sequence[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    check_devices(grad, student, teachers, *arguments)
     *_, reduction, _, with_terms, with_stats = arguments
     out = _fake_out(student, teachers, reduction, with_terms)
     needs_stats = with_stats or student.device.type == "cuda"
@@ -93,12 +108,13 @@ def _(
 
 
 @torch.library.register_fake("fastkd::loss_backward_")  # type: ignore[untyped-decorator]
-def _(grad: Tensor, *_: Any) -> None:
-    return None
+def _(grad: Tensor, *arguments: Any) -> None:
+    check_devices(grad, *arguments)
 
 
 @torch.library.register_fake("fastkd::mixture")  # type: ignore[untyped-decorator]
 def _(teachers: Sequence[Tensor], *settings: Any) -> Tensor:
+    check_devices(teachers, *settings)
     *_, in_double = settings
     dtype = torch.float64 if in_double else torch.float32
     return teachers[0].new_empty(teachers[0].shape, dtype=dtype)

@@ -437,17 +437,19 @@ def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
 
 @torch.library.register_fake("fastkd::topk_loss")  # type: ignore[untyped-decorator]
 def _(student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
+    shapes.check_devices(student, indices, log_probs, *arguments)
     return _fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_into")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *arguments: Any) -> Tensor:
+    shapes.check_devices(grad, student, indices, log_probs, *arguments)
     return _fake_out(student, log_probs, arguments[-2])
 
 
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]
-def _(grad: Tensor, *_: Any) -> None:
-    return None
+def _(grad: Tensor, *arguments: Any) -> None:
+    shapes.check_devices(grad, *arguments)
 
 
 def _gradient(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
