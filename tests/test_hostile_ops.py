@@ -103,7 +103,7 @@ BACKWARD = {
     "a grad_output in float64": dict(grad_output=torch.ones((), dtype=FP64)),
     "a released grad_output": dict(grad_output=released(torch.ones(()))),
     "short statistics": dict(stats=torch.zeros(shapes.STATS * ROWS)),
-    "no statistics": dict(stats=torch.zeros(0)),
+    "no statistics with reduction none": dict(stats=torch.zeros(0), reduction=0),
     "statistics in float64": dict(stats=torch.zeros(shapes.STATS * ROWS + 1, dtype=FP64)),
     "released statistics": dict(stats=released(torch.zeros(shapes.STATS * ROWS + 1))),
 }

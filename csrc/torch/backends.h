@@ -30,8 +30,8 @@ struct Cpu {
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
   // `filled`: grad holds the gradient for grad_output = 1 already.
-  static void backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
-                       const Tensor& grad, bool filled);
+  static void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
+                       const Tensor& grad_output, const Tensor& grad, bool filled);
   // The forward pass of the sparse loss, which returns `out`, and its backward pass.
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
@@ -43,8 +43,8 @@ struct Cpu {
 struct Cuda {
   static ForwardResult forward(const Call& call, const Reducing& reducing, bool terms,
                                bool with_stats, const Tensor* grad);
-  static void backward(const Call& call, const BackwardArgs& args, const Tensor& grad_output,
-                       const Tensor& grad, bool filled);
+  static void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
+                       const Tensor& grad_output, const Tensor& grad, bool filled);
   static Tensor topk(TopkCall topk, const Reducing& reducing, const Tensor* grad);
   static void topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
                             const Tensor& grad, bool filled);

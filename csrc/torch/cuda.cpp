@@ -60,8 +60,8 @@ ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool ter
   return result;
 }
 
-void Cuda::backward(const Call& call, const BackwardArgs& args, const Tensor& /*grad_output*/,
-                    const Tensor& /*grad*/, bool filled) {
+void Cuda::backward(const Call& call, const BackwardArgs& args, const Reducing& /*reducing*/,
+                    const Tensor& /*grad_output*/, const Tensor& /*grad*/, bool filled) {
   const DeviceGuard guard(call.student.get_device_index());
   check(cuda::backward(args, filled, current_stream(call.student)));
 }

@@ -1,9 +1,9 @@
 // Memory for the gradients of CPU calls: the block of a freed gradient is recycled for the next.
 //
 // Allocators return large blocks to the system, and the page faults of a new block cost more than
-// the gradient that fills it: loss and backward of 1024 x 4096 in bf16 take 2.2 ms without a
-// recycled block and 1.7 ms with one (Zen 4, two cores). At most one block is cached. Gradients of
-// less than one huge page or more than kMostBytes use torch's own allocator.
+// the gradient that fills it (docs/performance-log.md). At most one block is cached. Gradients of
+// fewer than kLeastBytes, which allocators keep themselves, or of more than kMostBytes use torch's
+// own allocator.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,9 @@
 
 namespace fastkd::grad_buffer {
 
+constexpr size_t kLeastBytes = size_t{64} << 10;
 constexpr size_t kMostBytes = size_t{32} << 20;
+constexpr size_t kPage = size_t{4} << 10;
 
 struct Block {
   void* data;
@@ -51,7 +53,8 @@ inline Block* take(size_t bytes) {
     keep(block);
   }
   void* data = nullptr;
-  if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
+  // No more bytes than those of the gradient: many gradients may be alive at a time.
+  if (posix_memalign(&data, bytes < kHugePage ? kPage : kHugePage, bytes) != 0) return nullptr;
   prefer_huge_pages(data, bytes);
   return new Block{data, bytes};
 }
@@ -59,7 +62,7 @@ inline Block* take(size_t bytes) {
 // Return an uninitialized tensor with the sizes and dtype of `student` and with `strides`.
 inline at::Tensor empty_gradient(const at::Tensor& student, at::IntArrayRef strides) {
   const size_t bytes = student.numel() * student.element_size();
-  Block* const block = bytes >= kHugePage && bytes <= kMostBytes ? take(bytes) : nullptr;
+  Block* const block = bytes >= kLeastBytes && bytes <= kMostBytes ? take(bytes) : nullptr;
   if (block == nullptr) {
     const auto dtype = student.scalar_type();
     at::Tensor gradient(at::detail::empty_strided_cpu(student.sizes(), strides, dtype));

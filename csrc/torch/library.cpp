@@ -87,8 +87,12 @@ void loss_backward_(StableIValue* stack, uint64_t, uint64_t) {
   check_grad_output(grad_output, arguments.reducing, filled);
   std::optional<Mixture> mixture;
   const Call call = arguments.prepare_call(&grad, &mixture);
-  Backend::backward(call, backward_args(call, &stats, grad_output, grad), grad_output, grad,
-                    filled);
+  const bool has_stats = stats.numel() > 0 || !arguments.student.is_cpu();
+  STD_TORCH_CHECK(has_stats || arguments.reducing.reduction != Reduction::kNone,
+                  "with reduction none the backward pass needs stats");
+  check_reducing(arguments.reducing, call, false);
+  const BackwardArgs args = backward_args(call, has_stats ? &stats : nullptr, grad_output, grad);
+  Backend::backward(call, args, arguments.reducing, grad_output, grad, filled);
 }
 
 void empty_gradient(StableIValue* stack, uint64_t, uint64_t) {
@@ -125,7 +129,8 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("loss(" FASTKD_LOSS ") -> Tensor");
   // Compute the loss, and write its gradient for grad_output = 1 to `grad`, if there is one. `grad`
   // has the student's shape and may be the student itself. stats: acc [7 * rows + 1], for
-  // loss_backward_; may be empty without with_stats.
+  // loss_backward_; may be empty without with_stats, and on a CPU with a gradient, which
+  // loss_backward_ computes again without them.
   m.def("loss_into(Tensor(a!)? grad, " FASTKD_LOSS
         ", bool with_stats) -> (Tensor out, Tensor stats)");
   // Write grad_output times the gradient to `grad`. grad_output: acc, one number, or one for each

@@ -103,7 +103,7 @@ def _(
     check_devices(grad, student, teachers, *arguments)
     *_, reduction, _, with_terms, with_stats = arguments
     out = _fake_out(student, teachers, reduction, with_terms)
-    needs_stats = with_stats or student.device.type == "cuda"
+    needs_stats = (with_stats and grad is None) or student.device.type == "cuda"
     return out, _fake_stats(student, teachers) if needs_stats else out.new_empty([0])
 
 
