@@ -44,19 +44,26 @@ inline void release(void* block) {
   keep(static_cast<Block*>(block));
 }
 
+// Return the size of a block for `bytes`: whole huge pages, if at most a tenth would be unused.
+// Many gradients may be alive at a time.
+inline size_t block_bytes(size_t bytes) {
+  const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  return whole - bytes <= bytes / 10 ? whole : bytes;
+}
+
 // Return a block of at least `bytes`, or null if there is no memory. A larger spare block is used
-// only if at most 1/16 of `bytes` would be unused.
+// only if at most a tenth of `bytes` would be unused.
 inline Block* take(size_t bytes) {
   Block* const block = spare.exchange(nullptr);
   if (block != nullptr) {
-    if (bytes <= block->bytes && block->bytes - bytes <= bytes / 16) return block;
+    if (bytes <= block->bytes && block->bytes - bytes <= bytes / 10) return block;
     keep(block);
   }
   void* data = nullptr;
-  // No more bytes than those of the gradient: many gradients may be alive at a time.
-  if (posix_memalign(&data, bytes < kHugePage ? kPage : kHugePage, bytes) != 0) return nullptr;
-  prefer_huge_pages(data, bytes);
-  return new Block{data, bytes};
+  const size_t whole = block_bytes(bytes);
+  if (posix_memalign(&data, whole < kHugePage ? kPage : kHugePage, whole) != 0) return nullptr;
+  prefer_huge_pages(data, whole);
+  return new Block{data, whole};
 }
 
 // Return an uninitialized tensor with the sizes and dtype of `student` and with `strides`.
