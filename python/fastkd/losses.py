@@ -65,19 +65,22 @@ def _compute(
         and dim == -1
         and inplace is False
         and teacher_grad in TEACHER_GRADS
-        and is_eligible(student_logits, teacher_logits, labels)
-        and student_logits.shape == teacher_logits.shape  # type: ignore[union-attr]
     ):
-        call = _fast_call(
-            with_terms, labels is not None, temperature, teacher_temperature, alpha, hard_weight,
-            soft_weight, ignore_index, reduction, label_smoothing, normalizer, divergence, mix,
-        )  # fmt: skip
-        if call is not None:
-            try:
-                return call(student_logits, teacher_logits, labels)
-            except RuntimeError as error:
-                _explain(error, student_logits, labels, ignore_index, temperature)
-                raise
+        # On a RuntimeError the slow path checks the call, fails likewise, and explains why.
+        try:
+            if (
+                is_eligible(student_logits, teacher_logits, labels)
+                and student_logits.shape == teacher_logits.shape  # type: ignore[union-attr]
+            ):
+                call = _fast_call(
+                    with_terms, labels is not None, temperature, teacher_temperature, alpha,
+                    hard_weight, soft_weight, ignore_index, reduction, label_smoothing, normalizer,
+                    divergence, mix,
+                )  # fmt: skip
+                if call is not None:
+                    return call(student_logits, teacher_logits, labels)
+        except RuntimeError:
+            pass
     options = dict(
         temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
         hard_weight=hard_weight, soft_weight=soft_weight, ignore_index=ignore_index,

@@ -135,6 +135,9 @@ def topk_loss(
             )  # fmt: skip
             if call is not None:
                 return call(student_logits, indices, log_probs, labels)
+    except RuntimeError:
+        pass  # the slow path checks the call, fails likewise, and explains why
+    try:
         return _run(
             student_logits, indices, log_probs, labels, tail, temperature, alpha, hard_weight,
             soft_weight, ignore_index, reduction, label_smoothing, normalizer,
