@@ -40,8 +40,9 @@ install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and show what it brought
 	$(RUN) examples/digits.py
 
+# One process for each core, each with one OpenMP thread: tests of threads set their own number.
 test: $(VENV)/complete kernel-test  ## run every test
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
 
 # $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,
 # or the one that is named alone.

@@ -360,7 +360,8 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
     out += [rows] if arguments["reduction"] == 0 else []
     if case.op != "loss_into":
         return [tuple(out)]
-    return [tuple(out), (shapes.STATS * rows + 1,) if arguments["with_stats"] else (0,)]
+    keeps_stats = arguments["with_stats"] and arguments["grad"] is None
+    return [tuple(out), (shapes.STATS * rows + 1,) if keeps_stats else (0,)]
 
 
 def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
