@@ -78,6 +78,8 @@ Reference reference_row(const Case& c, Row row) {
   Reference r;
   r.grad.assign(row.z.size(), 0.0);
   if (row.ignored) return r;
+  for (size_t i = 0; i < row.ids.size(); i++)
+    if (row.log_p[i] == -kInfinity) row.ids[i] = -1;  // padding
   bool poisoned = !is_list(c, row) || (c.labels && (row.label < 0 || row.label >= c.classes));
   for (const double z : row.z) poisoned |= std::isnan(z) || z == kInfinity;
   // Differences alone count, and those of the maximum are exact, however far from zero it is.
@@ -419,10 +421,10 @@ void options(bool brief) {
         d = c, d.padding = 0, d.k = classes, test(d, "everything listed");
         d = c, d.mass = 1.05, test(d, "a mass above 1");
         d = c, d.gap = 25, test(d, "little is left outside the list");
-        d = c, d.impossible = true, test(d, "impossible classes listed");
+        d = c, d.impossible = true, test(d, "padding of -inf");
         d = c, d.masked_rest = true, test(d, "masked rest");
         d = c, d.masked_list = true, test(d, "masked list");
-        d = c, d.masked_list = d.impossible = true, test(d, "masked and impossible list");
+        d = c, d.masked_list = d.impossible = true, test(d, "masked padding of -inf");
         d = c, d.nan = true, d.ignored = false, test(d, "nan");
         for (const Mistake m :
              {Mistake::kTwice, Mistake::kOutOfRange, Mistake::kTooMuch, Mistake::kNaN}) {
