@@ -126,7 +126,7 @@ struct SymmetricKL {
     const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
-    // Of a KL that weighs nothing neither value nor slope counts, both of which may be infinite.
+    // A KL of weight 0 is left out of value and slope, both of which may be infinite.
     return {weighted_part(a, e.excess) + weighted_part(b, reverse),
             a * e.diff + weighted_part(b, slope)};
   }

@@ -360,7 +360,7 @@ struct Entropies {
   int agreement;
 };
 
-// As Statistics has them.
+// The moments of Statistics (kernels.h).
 struct Moments {
   double student = 0, teacher = 0, student_count = 0, teacher_count = 0;
 };

@@ -303,7 +303,7 @@ struct LaneEngine {
     }
   }
 
-  // As sum_moments() of blocks.h.
+  // The same sums as sum_moments() in blocks.h.
   template <bool kSquares>
   void add_moments(const Block& b) {
     for (int64_t c = b.at; c < b.at + b.count; ++c) {

@@ -105,7 +105,7 @@ struct GeneralStats : RowStats<A> {
     if (is_centered(in)) set_means(moments);
   }
 
-  // As RowStats do it, the moments in the scales' place.
+  // The moments take the place of the scales, as in RowStats.
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     RowStats<A> stored = *this;

@@ -88,7 +88,7 @@ __device__ __forceinline__ bool is_unit(const Inputs& in) {
 __device__ __forceinline__ bool is_centered(const Inputs& in) {
   return in.divergence == Divergence::kCenteredSquaredError;
 }
-// Whether the divergence needs Moments of the row before it sees a class.
+// True if the divergence needs Moments of the row before it reads a class.
 __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
@@ -217,7 +217,7 @@ struct Statistics {
   }
 };
 
-// As the moments of Statistics in kernels.h. In double: logits may be of any size.
+// The moments of Statistics (kernels.h), in double since logits may be of any size.
 struct Moments {
   double student = 0, teacher = 0;
   double student_count = 0, teacher_count = 0;
