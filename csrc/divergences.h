@@ -240,8 +240,8 @@ struct SquaredError {
   }
 };
 
-// The same of logits less their row's mean, which the engines subtract first, as they round it:
-// S = -2 n mean(gap) is what that rounding leaves.
+// mean (z / t - w / t)^2 over classes, of logits minus the mean of their row. The engines subtract
+// the means first. S = -2 n mean(gap) would be 0 but for the rounding of the means.
 struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 

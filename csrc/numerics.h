@@ -148,8 +148,8 @@ FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   return weight == T(0) && infinite ? T(0) : weight * value;
 }
 
-// The same of the terms of a row that holds an answer, and of their slopes: there NaN stands for an
-// infinity.
+// weight * value for one term of a valid row, or for the term's slope. A weight of 0 gives 0 even
+// for NaN: in a valid row NaN only comes from infinities.
 template <class T>
 FASTKD_HOST_DEVICE T weighted_part(T weight, T value) {
   const T part = weight * value;

@@ -145,7 +145,7 @@ FASTKD_HOST_DEVICE double row_loss(const Inputs& in, Tail tail, const Summary& o
   // probability underflows. That is an infinite divergence.
   double value = listed_value + soft.constant;
   if (value != value) value = -kNothing;
-  // Of a list that is left as it is, the terms are no divergence, and may be negative.
+  // With Tail::kIgnore the sum of the terms is not a divergence, and may be negative.
   if (tail != Tail::kIgnore) value = at_least_0(value);
   if (!has_soft(tail, of)) value = 0;
   const double t = in.temperature;

@@ -25,7 +25,7 @@ LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", 
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
-# What backward is called with: powers of two, by which 16-bit gradients are multiplied exactly.
+# The grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 

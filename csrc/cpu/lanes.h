@@ -303,7 +303,7 @@ struct LaneEngine {
     }
   }
 
-  // The same sums as sum_moments() in blocks.h.
+  // Add a block to the moments of each row, as sum_moments() in blocks.h does for one row.
   template <bool kSquares>
   void add_moments(const Block& b) {
     for (int64_t c = b.at; c < b.at + b.count; ++c) {

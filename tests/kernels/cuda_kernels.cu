@@ -560,7 +560,7 @@ void divergences(bool brief) {
       d = c, d.nan = true, d.ignored = false, test(d, (name + ", nan").c_str());
       d = c, d.student_base = 300, test(d, (name + ", apart").c_str());
     }
-  // Of these the gaps of other classes would be lost in it, were the maximum subtracted first.
+  // An outlying logit: squared errors of the other classes are lost if the maximum is subtracted.
   for (const Divergence id : {Divergence::kSquaredError, Divergence::kCenteredSquaredError})
     for (const int64_t classes : {7, 100, 1003, 20001})
       for (const double teacher_temperature : {0.0, 3.0}) {
