@@ -21,7 +21,8 @@ from benchmarks.measure import WALL_LIMIT, Step, make_sets, time_in_turns
 from benchmarks.rivals import LossFunction
 from benchmarks.suite import quiet_failures
 from benchmarks.truth import GRADIENT_TOLERANCE, LOSS_TOLERANCE
-from fastkd import ops, reference
+from fastkd import reference
+from fastkd._core import dispatch
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """How far fastkd's loss or, norm-wise, gradient may be from float64 to be timed; for others the
@@ -247,7 +248,7 @@ def run(one: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
         "title": one.title,
         "divergence": one.name,
         "classes": one.dense.classes,
-        "fused": one.name in ops.FUSED,
+        "fused": one.name in dispatch.FUSED,
         "lanes": lanes,
         "of the forward KL": ours / base,
         "rivals": {

@@ -28,7 +28,7 @@ from benchmarks import environment, memory, report
 from benchmarks.cases import DTYPES
 from benchmarks.measure import time_in_turns
 from benchmarks.rivals import UnavailableError, _import
-from fastkd.chunks import MIB
+from fastkd.linear.chunks import MIB
 
 TEMPERATURE, ALPHA = 2.0, 0.5
 PAGE = Path(__file__).parent.parent / "docs" / "linear.md"

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd import ops, reference
+from fastkd import reference
+from fastkd._core import dispatch
 from fastkd.losses import DEFAULTS, prepare
 
 PATH = pathlib.Path(__file__).with_suffix(".md")
@@ -129,9 +130,9 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         )
     except ValueError:
         return "–"
-    if ops.uses(call.labels, call.objective) <= ops.FUSED:
+    if dispatch.uses(call.labels, call.objective) <= dispatch.FUSED:
         return "●"
-    return "◑" if ops.in_passes(call.teachers, call.labels, call.objective) else "○"
+    return "◑" if dispatch.in_passes(call.teachers, call.labels, call.objective) else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

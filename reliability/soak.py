@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import autograd
+from fastkd._core import autograd
 
 MARGIN = 2 * 2**20
 ROWS, CLASSES = 16, 50  # 3,200 bytes of logits

@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from fastkd import _C, autograd, native
+from fastkd import _C
+from fastkd._core import autograd, native
 
 FOLDER = pathlib.Path(__file__).parent
 # Under --import-mode=importlib the tests' folder is not on sys.path; support.py is in it.

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support import FP32
 from torch import Tensor
 
-from fastkd import _C, autograd
+from fastkd import _C
+from fastkd._core import autograd
 
 ODD = (0.0, -0.0, 1e-40, 1e-45, 6e-8, 1e38, -1e38, 3e4, -math.inf, math.inf, math.nan)
 BATCH = 500

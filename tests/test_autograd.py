@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import _C, native, reference
+from fastkd import _C, reference
+from fastkd._core import native
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 REDUCTIONS = ["mean", "sum", "none"]

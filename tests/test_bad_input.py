@@ -13,7 +13,8 @@ from support import FP32, make, name_of
 from torch import nn
 
 import fastkd
-from fastkd import losses, shapes
+from fastkd import losses
+from fastkd._core import shapes
 
 NAN, INF = math.nan, math.inf
 

@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 import fastkd
-from fastkd import checkpointing
+from fastkd.training import checkpoints
 
 pytest.importorskip("accelerate")
 
@@ -196,7 +196,7 @@ def test_what_has_another_name_is_no_checkpoint_and_stays(tmp_path):
     trainer = trainer_in(tmp_path)
     assert trainer.resume() and trainer.step == 5
     losses(trainer, plain())
-    assert set(tmp_path.iterdir()) - others == set(checkpointing.all_of(tmp_path))
+    assert set(tmp_path.iterdir()) - others == set(checkpoints.all_of(tmp_path))
     assert others < set(tmp_path.iterdir())
 
 
@@ -204,7 +204,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
     names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
     for name in (*names, f"{names[1]}.replaced"):
         (tmp_path / name).mkdir()
-    found = [path.name for path in checkpointing.all_of(tmp_path)]
+    found = [path.name for path in checkpoints.all_of(tmp_path)]
     assert found == [names[0], f"{names[1]}.replaced", *names[1:]]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
 
-from fastkd.chunks import MIB, buffer_bytes, class_chunks, plan
+from fastkd.linear.chunks import MIB, buffer_bytes, class_chunks, plan
 
 HEADS = st.fixed_dictionaries(
     {

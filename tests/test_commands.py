@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastkd import __main__ as command_line
-from fastkd import trainer_arguments
 from fastkd.commands import config
+from fastkd.training import arguments as trainer_arguments
 
 pytest.importorskip("accelerate")
 pytest.importorskip("yaml")

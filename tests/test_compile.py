@@ -6,8 +6,8 @@ from support import BF16, DTYPES, FLOOR, FP16, FP32, FP64, ROUNDING, distance, m
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
-from fastkd import shapes
-from fastkd.derivatives import Arguments
+from fastkd._core import shapes
+from fastkd._core.dense import Arguments
 
 pytestmark = [
     # What torch's own compiler and exporter warn about on some versions.

@@ -63,7 +63,7 @@ SHARED_LEAF = """
 import sys, threading, torch, fastkd
 
 if sys.argv[1] == "python":
-    from fastkd import autograd
+    from fastkd._core import autograd
     autograd.without_cpp().__enter__()
 torch.set_num_threads(1)
 sys.setswitchinterval(1e-6)
@@ -109,7 +109,7 @@ import sys, threading, torch, fastkd
 language, name, batches = sys.argv[1], sys.argv[2], int(sys.argv[4])
 retain = sys.argv[3] == "retain"
 if language == "python":
-    from fastkd import autograd
+    from fastkd._core import autograd
     autograd.without_cpp().__enter__()
 torch.set_num_threads(1)
 sys.setswitchinterval(1e-6)

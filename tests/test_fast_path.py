@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import losses, sparse
+from fastkd import losses
+from fastkd._core import topk as topk_module
 
 
 def dense(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
@@ -27,7 +28,7 @@ def topk(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **optio
 
 
 LOSSES = {"loss": dense, "topk": topk}
-MODULES = {"loss": losses, "topk": sparse}
+MODULES = {"loss": losses, "topk": topk_module}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 

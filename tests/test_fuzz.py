@@ -37,7 +37,8 @@ from support import BF16, FP16, FP32, FP64, compute_dtype
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, ops, reference
+from fastkd import _C, reference
+from fastkd._core import dispatch
 
 
 class Case(NamedTuple):
@@ -183,7 +184,7 @@ def labels_of(
 def is_fused(case: Case) -> bool:
     """Whether kernels compute it, and not PyTorch's operations."""
     return (
-        case.divergence in ops.FUSED
+        case.divergence in dispatch.FUSED
         and case.labels != "probabilities"
         and not (case.class_weight and case.labels != "none" and case.smoothing)
     )

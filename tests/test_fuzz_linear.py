@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, class_statistics, reference
+from fastkd import _C, reference
+from fastkd.linear import class_statistics
 
 NAMES = ("student_hidden", "student_weight", "student_bias")
 OF_HEADS = ("chunk_by", "chunk_size", "softcap", "logit_scale")  # options that a loss lacks

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support import BF16, FP16, FP32, FP64
 from torch import Tensor
 
-from fastkd import _C, shapes, sparse
+from fastkd import _C
+from fastkd._core import shapes, topk
 
 OPS = torch.ops.fastkd
 NAMES = (
@@ -244,7 +245,7 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
         "label_smoothing": 0.1, "ignore_index": -100, "divergence": case.number, "mix": 0.3,
         "reduction": case.reduction, "normalizer": 0.0, "with_terms": case.flags[1],
         "with_stats": case.flags[2], "filled": case.flags[2], "strided": case.flags[2],
-        "tail": case.number % len(sparse.TAILS), "in_double": acc is FP64,
+        "tail": case.number % len(topk.TAILS), "in_double": acc is FP64,
     }  # fmt: skip
     if case.op == "linear_loss":
         tensors, numbers = linear_arguments(case, tensors, floats)
@@ -328,7 +329,7 @@ def linear_arguments(
         "temperature": 2.0, "teacher_temperature": None, "hard_weight": 0.5, "soft_weight": 0.5,
         "ignore_index": -100, "reduction": shapes.REDUCTIONS[case.reduction],
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
-        "standardize": False, "tail": sparse.TAILS[case.number % len(sparse.TAILS)],
+        "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)],
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
         "teacher_scale": 1.0, "dtype": own, "teacher_dtype": other, "accumulate": FP32,
         "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,

@@ -29,7 +29,8 @@ from support import BF16, FP16, FP32, FP64, compute_dtype
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, sparse
+from fastkd import _C
+from fastkd._core import topk
 
 
 class Case(NamedTuple):
@@ -81,7 +82,7 @@ CASES = st.builds(
     layout=st.sampled_from(LAYOUTS),
     labels=st.sampled_from(["indices", "none", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
-    tail=st.sampled_from(sparse.TAILS),
+    tail=st.sampled_from(topk.TAILS),
     temperature=TEMPERATURES,
     weights=WEIGHTS,
     smoothing=SMOOTHING,
@@ -136,7 +137,7 @@ def is_refused(problem: Problem) -> bool:
     student, indices, log_probs, labels = problem
     labels = None if labels is None else labels.long()
     try:
-        sparse.check_list_data(student, indices, log_probs, labels, -100)
+        topk.check_list_data(student, indices, log_probs, labels, -100)
     except ValueError:
         return True
     return False
@@ -148,12 +149,12 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     smoothing = 0.0 if labels is None else case.smoothing
-    settings = sparse.Settings(
-        case.temperature, hard, soft, smoothing, -100, sparse.TAILS.index(case.tail),
+    settings = topk.Settings(
+        case.temperature, hard, soft, smoothing, -100, topk.TAILS.index(case.tail),
         ("none", "sum", "mean").index(reduction), case.normalizer or 0.0,
     )  # fmt: skip
     classes, k = student.shape[-1], indices.shape[-1]
-    out = sparse._reference(
+    out = topk._reference(
         leaf.reshape(-1, classes), indices.reshape(-1, k), log_probs.double().reshape(-1, k),
         None if labels is None else labels.long().reshape(-1), None, settings,
     )  # fmt: skip
@@ -223,7 +224,7 @@ REGRESSIONS = [
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
-        for tail in sparse.TAILS
+        for tail in topk.TAILS
     ),
     # Outside the kernel a row without any probability was 0 where its list was empty.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),

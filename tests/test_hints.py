@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastkd
-from fastkd.hints import Features, HintLoss
+from fastkd.training.hints import Features, HintLoss
 
 
 def loss_of(kind: str, student: torch.Tensor, teacher: torch.Tensor, weight: float = 1.0):

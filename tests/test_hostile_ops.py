@@ -11,8 +11,8 @@ from support import FP16, FP32, FP64, make
 from torch import Tensor
 
 import fastkd
-from fastkd import shapes, sparse
-from fastkd.derivatives import Arguments
+from fastkd._core import shapes, topk
+from fastkd._core.dense import Arguments
 
 ROWS, CLASSES = 6, 50
 OPS = torch.ops.fastkd
@@ -123,14 +123,14 @@ def test_the_backward_ops_refuse(case, filled):
     with pytest.raises(RuntimeError):
         OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
     if "statistics" not in case:
-        settings = sparse.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
+        settings = topk.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
         with pytest.raises(RuntimeError):
             OPS.topk_loss_backward_(*first, *lists(), None, None, *settings, filled)
 
 
 def test_the_sparse_op_refuses():
     student, indices, log_probs = lists()
-    settings = sparse.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
+    settings = topk.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
     wrong = [
         (student, indices[:-1], log_probs[:-1]),
         (student, indices[:, :-1], log_probs),

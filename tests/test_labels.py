@@ -7,9 +7,10 @@ from support import make
 from torch import nn
 
 import fastkd
-from fastkd import reports, teachers, teaching
+from fastkd import reports, teachers
 from fastkd.compat import distilbert, torchtune
 from fastkd.integrations.transformers import causal_labels
+from fastkd.training import student_loss
 
 CLASSES = 200
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
@@ -117,8 +118,8 @@ def test_check_inputs_looks_at_rows_labelled_156():
 def test_a_trainer_counts_rows_labelled_156():
     student = nn.Linear(4, CLASSES)
     _, teacher, _ = make((6, CLASSES))
-    for labels in (teaching.labels, lambda batch: batch[1]):
-        loss = teaching.StudentLoss(student, fastkd.KDLoss(), teaching.forward, labels)
+    for labels in (student_loss.labels, lambda batch: batch[1]):
+        loss = student_loss.StudentLoss(student, fastkd.KDLoss(), student_loss.forward, labels)
         batch = (torch.zeros(6, 4), labels_in(torch.uint8))
         targets = loss.labels_of(batch)
         assert loss.counted(targets)[0] == 6

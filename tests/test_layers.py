@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import fastkd
-from fastkd import _C, derivatives, reference
+from fastkd import _C, reference
+from fastkd._core import dense
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -44,72 +45,19 @@ IMPORTS = {
     "_C": set(),
     "_eager": set(),
     "extras": set(),
-    "reference": set(),
-    "checks": set(),
-    "objective": {"checks", "reference"},
-    "rows": {"reference", "objective"},
-    "native": {"_C", "_eager"},
-    "shapes": {"native", "reference"},
-    "autograd": {"native", "shapes"},
-    "mixture": {"native", "reference", "objective"},
-    "derivatives": {"native", "reference", "shapes", "autograd", "mixture"},
-    "learned": {
-        "checks", "reference", "objective", "rows", "shapes", "autograd", "mixture", "derivatives",
-    },
-    "ops": {
-        "native", "checks", "reference", "objective", "rows", "shapes", "autograd", "mixture",
-        "derivatives",
-        "learned",
-    },
-    "fast_path": {"checks", "autograd", "derivatives"},
-    "options": set(),
-    "losses": {
-        "native", "checks", "reference", "objective", "shapes", "autograd", "ops", "fast_path",
-        "options",
-    },
-    "sparse": {
-        "native", "checks", "objective", "reference", "shapes", "autograd", "derivatives",
-        "fast_path",
-    },
-    "explain": {"checks", "reference", "objective", "losses"},
-    "verify": {"checks", "reference", "objective", "rows", "ops", "losses"},
-    "compat": {"checks", "shapes", "losses"},
-    # Linear heads.
-    "products": set(),
-    "chunks": {"checks", "products"},
-    "heads": {"objective", "ops", "products", "sparse"},
-    "class_statistics": {"objective"},
-    "class_loop": {"ops", "products", "chunks", "class_statistics", "heads"},
-    "head_loops": {"class_loop", "heads", "shapes"},
-    "head_gradients": {
-        "reference", "autograd", "derivatives", "products", "heads", "head_loops",
-    },
-    "head_arguments": {"checks", "objective", "losses", "heads", "sparse", "chunks"},
-    "linear": {
-        "checks", "objective", "options", "autograd", "losses", "chunks", "heads",
-        "head_gradients", "sparse", "head_arguments", "class_loop",
-    },
-    # Training, and what is round it.
     "batches": set(),
-    "integrations": {"extras", "losses", "batches"},
-    "checkpointing": set(),
-    "position": set(),
-    "progress": {"extras"},
-    "watching": set(),
-    "hints": {"checks"},
-    "teachers": {"extras", "checks", "batches"},
-    "reports": {"_C", "extras", "checks", "batches"},
-    "teaching": {"checks", "reference", "losses", "sparse", "batches", "hints"},
-    "trainer_arguments": {"extras", "checks", "losses", "hints"},
-    "trainer": {
-        "checks", "losses", "batches", "checkpointing", "position", "progress", "watching", "hints",
-        "teaching", "trainer_arguments",
-    },
-    "commands": {
-        "extras", "checks", "losses", "teachers", "reports", "trainer", "trainer_arguments",
-        "checkpointing",
-    },
-}  # fmt: skip
+    "reference": set(),
+    "_core": {"_C", "_eager", "reference"},
+    "losses": {"_core", "reference"},
+    "linear": {"_core", "losses", "reference"},
+    "diagnostics": {"_core", "losses", "reference"},
+    "teachers": {"_core", "batches", "extras"},
+    "training": {"_core", "batches", "extras", "losses", "reference"},
+    "reports": {"_C", "_core", "batches", "extras"},
+    "compat": {"_core", "losses"},
+    "integrations": {"batches", "extras", "losses"},
+    "commands": {"_core", "extras", "losses", "reports", "teachers", "training"},
+}
 # The optional module of autograd in C++, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
@@ -264,5 +212,5 @@ print(sorted(name for name in new if not name.startswith("_")))
 
 def test_cpp_and_python_know_the_same_divergences():
     assert tuple(reference.DIVERGENCES) == fastkd.divergences()
-    assert _C.divergences == derivatives.DIVERGENCES
-    assert set(derivatives.DIVERGENCES) <= set(reference.DIVERGENCES)
+    assert _C.divergences == dense.DIVERGENCES
+    assert set(dense.DIVERGENCES) <= set(reference.DIVERGENCES)

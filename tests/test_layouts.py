@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import derivatives, reference, shapes
+from fastkd import reference
+from fastkd._core import dense, shapes
 from tests.support import (
     BF16,
     DTYPES,
@@ -123,7 +124,7 @@ def test_every_dtype_on_cuda(shape, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
-@pytest.mark.parametrize("name", derivatives.DIVERGENCES)
+@pytest.mark.parametrize("name", dense.DIVERGENCES)
 def test_every_divergence(device, name, shape, reduction):
     options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
     for dtype in (FP32, FP64):
@@ -296,7 +297,7 @@ def test_shapes_for_tracing(device, layout, reduction):
         *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), shapes.REDUCTIONS.index(reduction), 0.0, False
     )
     labels = make_labels(shape, device)
-    call = derivatives.Arguments((teacher,), None, None, labels, None, None, settings)
+    call = dense.Arguments((teacher,), None, None, labels, None, None, settings)
     checks = ("test_schema", "test_faketensor")
     empty = torch.ops.fastkd.empty_gradient.default
     torch.library.opcheck(empty, (student, True), test_utils=checks)

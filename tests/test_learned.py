@@ -6,7 +6,8 @@ import torch
 from support import BF16, FP32, FP64, make, name_of
 
 import fastkd
-from fastkd import ops, reference
+from fastkd import reference
+from fastkd._core import dispatch
 
 ROWS, CLASSES = 9, 37
 NAMES = fastkd.divergences()
@@ -223,7 +224,7 @@ def test_what_kernels_lack_is_left_to_operations():
         call = fastkd.losses.prepare(
             student, teacher, labels, {**fastkd.losses.DEFAULTS, **options}
         )
-        return ops.in_passes(call.teachers, call.labels, call.objective)
+        return dispatch.in_passes(call.teachers, call.labels, call.objective)
 
     assert is_kept_by(standardize=True)
     assert is_kept_by(labels=None, temperature=t)
@@ -242,7 +243,7 @@ def test_what_kernels_lack_is_left_to_operations():
 
 def by_operations(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "BY_ROWS", frozenset())
+        patch.setattr(dispatch, "BY_ROWS", frozenset())
         return function()
 
 

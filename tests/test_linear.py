@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import chunks, heads, reference
+from fastkd import reference
+from fastkd.linear import chunks, row_loop
 
 ROWS, WIDTH, TEACHER_WIDTH, CLASSES = 37, 24, 40, 203
 
@@ -276,7 +277,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     """Then nothing may be waited for; the answer is the same."""
     given = make_heads(device=device)
     expected = run(given, chunk_size=8)
-    monkeypatch.setattr(heads, "counted_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(given, chunk_size=8)
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):

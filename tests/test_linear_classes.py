@@ -20,8 +20,8 @@ from test_linear import (
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import chunks, heads, products
-from fastkd.class_statistics import RowStatistics
+from fastkd.linear import chunks, products, row_loop
+from fastkd.linear.class_statistics import RowStatistics
 
 BY_CLASSES: dict[str, Any] = {"chunk_by": "classes"}
 
@@ -193,7 +193,7 @@ def test_references_of_the_cuda_kernels(temperature):
     """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
     parts with large maxima, far from zero, still add up to those of the whole."""
     torch.manual_seed(0)
-    objective = heads.Objective(
+    objective = row_loop.Objective(
         temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
         "logits", None, "probs", False,
     )  # fmt: skip
@@ -259,7 +259,7 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
     given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
     expected, right = run(given, chunk_size=64, ignore_index=ignore_index)
     if captured:  # a graph, when all rows are kept
-        monkeypatch.setattr(heads, "counted_rows", lambda labels, ignore_index: None)
+        monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(given, chunk_size=32, ignore_index=ignore_index, **BY_CLASSES)
     torch.testing.assert_close(value, expected)
     for grad, other in zip(grads, right, strict=True):
@@ -308,7 +308,7 @@ def test_without_gradients_the_logits_are_computed_once(device):
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     given = make_heads(device=device)
     expected = run(given, chunk_size=8)
-    monkeypatch.setattr(heads, "counted_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(given, chunk_size=32, **BY_CLASSES)
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import chunks, sparse
+from fastkd._core import topk
+from fastkd.linear import chunks
 
 ROWS, WIDTH, CLASSES, K = 37, 24, 203, 9
 
@@ -132,7 +133,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def way(request, monkeypatch):
     """With the kernel, and as on a device that has none."""
     if request.param == "formula":
-        monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
+        monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -287,7 +288,7 @@ def test_a_bound_holds_for_long_lists_too():
 
 def test_a_bound_holds_without_the_kernel_too(monkeypatch):
     given = make(rows=512, classes=2000, ignored=0.0)
-    monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
     assert peak_bytes(lambda: run(given, max_workspace=2**23)) <= 2**23
 
 
@@ -295,7 +296,7 @@ def test_a_bound_holds_without_the_kernel_too(monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("tail", sparse.TAILS)
+@pytest.mark.parametrize("tail", topk.TAILS)
 def test_derivatives(tail, reduction):
     """First and second, by finite differences."""
     given = make(FP64, rows=5, classes=6, width=3)

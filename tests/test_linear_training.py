@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd import heads
+from fastkd.linear import row_loop
 
 compiles = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -167,10 +167,10 @@ def test_opcheck(reduction, by_classes):
     """torch's own checks of the op: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
-    inputs = heads.Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
+    inputs = row_loop.Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
     inputs = inputs._replace(denominator=torch.tensor(11.0))
     grads = reduction == "mean"
-    call = heads.Call(
+    call = row_loop.Call(
         temperature=2.0, teacher_temperature=None, hard_weight=0.5, soft_weight=0.5,
         ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
         mix=None, standardize=False, tail="ghost", student_softcap=None, teacher_softcap=None,

@@ -25,7 +25,8 @@ from support import (
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, autograd, native
+from fastkd import _C
+from fastkd._core import autograd, native
 
 S = _C.segment
 PAIRS = [*((d, d) for d in DTYPES), *itertools.permutations(DTYPES, 2)]

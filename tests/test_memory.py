@@ -22,7 +22,7 @@ def test_no_call_keeps_memory():
 
 SHORT_OF_MEMORY = """
 import resource, sys, torch, fastkd
-from fastkd import autograd
+from fastkd._core import autograd
 
 language, what = sys.argv[1:]
 if language == "python":
@@ -74,7 +74,7 @@ import sys, torch, fastkd
 
 size, count = int(sys.argv[2]), int(sys.argv[3])
 if sys.argv[1] == "python":
-    from fastkd import autograd
+    from fastkd._core import autograd
     autograd.without_cpp().__enter__()
 torch.set_num_threads(1)
 student, teacher = torch.randn(size // 256, 64, requires_grad=True), torch.randn(size // 256, 64)

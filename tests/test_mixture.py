@@ -11,7 +11,8 @@ from support import BF16, DTYPES, FP32, FP64, peak_bytes
 from torch import Tensor
 
 import fastkd
-from fastkd import losses, mixture, objective, ops, shapes
+from fastkd import losses
+from fastkd._core import dispatch, mixture, objective, shapes
 
 INF = math.inf
 # Of log p, beside its own size; of p, absolute.
@@ -322,9 +323,9 @@ def test_parts_of_rows_have_no_mixture():
     options = {**losses.DEFAULTS, "reduction": "none", "teacher_form": "probs"}
     of_probs = objective.resolve(options, has_labels=False, teachers=1)
     with pytest.raises(AssertionError):
-        ops.statistics(logits, logits, None, of_probs)
+        dispatch.statistics(logits, logits, None, of_probs)
     with pytest.raises(AssertionError):
-        ops.gradient_(logits, logits, None, of_probs, torch.zeros(3 * shapes.STATS + 1))
+        dispatch.gradient_(logits, logits, None, of_probs, torch.zeros(3 * shapes.STATS + 1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing

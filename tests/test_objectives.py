@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import derivatives, ops, reference
+from fastkd import reference
+from fastkd._core import dense, dispatch
 
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
@@ -305,12 +306,12 @@ def test_classes_in_dimension_1_restricted(device):
 
 
 def test_fused_divergences_are_native():
-    assert ops.FUSED & set(NAMES) == set(derivatives.DIVERGENCES)
+    assert dispatch.FUSED & set(NAMES) == set(dense.DIVERGENCES)
 
 
 def test_every_use_has_words():
-    assert ops.USES.keys() >= ops.FUSED
-    assert set(NAMES) <= ops.USES.keys()
+    assert dispatch.USES.keys() >= dispatch.FUSED
+    assert set(NAMES) <= dispatch.USES.keys()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -5,7 +5,8 @@ import torch
 from support import FP64, make
 
 import fastkd
-from fastkd import reference, rows
+from fastkd import reference
+from fastkd._core import rows
 from fastkd.losses import DEFAULTS, prepare
 
 ROWS, CLASSES = 7, 6

@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, autograd, native, sparse
+from fastkd import _C
+from fastkd._core import autograd, native, topk
 
 S = _C.segment
 INF, NAN = math.inf, math.nan
-TAILS = sparse.TAILS
+TAILS = topk.TAILS
 
 
 class Problem(NamedTuple):
@@ -161,7 +162,7 @@ def check(problem: Problem, tail: str = "ghost", **options: Any) -> None:
 @pytest.fixture
 def formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain PyTorch formula instead of the kernel."""
-    monkeypatch.setattr(sparse, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
 
 # ---- against the definition

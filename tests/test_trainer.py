@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastkd
-from fastkd import checkpointing, watching
+from fastkd.training import checkpoints, watching
 
 accelerate = pytest.importorskip("accelerate")
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
@@ -679,7 +679,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         before = file.read_bytes() if file.exists() else None
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
-        checkpointing.write_checksums(checkpoint)  # a forger computes checksums, too
+        checkpoints.write_checksums(checkpoint)  # a forger computes checksums, too
         if name == "random_states_0.pkl":  # left out; ours are in position-0.pt
             assert scheduled_trainer(folder).resume()
         else:
@@ -687,7 +687,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
                 scheduled_trainer(folder).resume()
         assert not proof.exists(), name
         file.unlink() if before is None else file.write_bytes(before)
-        checkpointing.write_checksums(checkpoint)
+        checkpoints.write_checksums(checkpoint)
     assert scheduled_trainer(folder).resume()
     torch.load(tmp_path / "malicious", weights_only=False)
     assert proof.exists()  # so it would have been seen

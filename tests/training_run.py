@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fastkd
-from fastkd import checkpointing
+from fastkd.training import checkpoints
 
 
 class Digits(Dataset):
@@ -132,16 +132,16 @@ def sharding_accelerator() -> Accelerator:
 def die_in_save(number: int) -> None:
     """Kills this process in a save, between two of its files; odd ones just before the renaming."""
     written = 0
-    synchronise = checkpointing._synchronise
+    synchronise = checkpoints._synchronise
 
     def killing(path: pathlib.Path) -> None:
         nonlocal written
-        written += path.name == checkpointing._INCOMPLETE if number % 2 else path.suffix == ".pt"
+        written += path.name == checkpoints._INCOMPLETE if number % 2 else path.suffix == ".pt"
         if written == number:
             os.kill(os.getpid(), signal.SIGKILL)
         synchronise(path)
 
-    checkpointing._synchronise = killing
+    checkpoints._synchronise = killing
 
 
 if __name__ == "__main__":

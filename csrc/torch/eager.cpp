@@ -1,8 +1,8 @@
 // The module fastkd._eager: autograd of the fused losses, and memory for their gradients, in C++.
 //
-// The module is optional and adds speed alone: python/fastkd/autograd.py implements the same
+// The module is optional and adds speed alone: python/fastkd/_core/autograd.py implements the same
 // autograd in Python. torch's C++ autograd has no stable ABI, so the module fits only the torch
-// that it was built with. It records that version, and python/fastkd/native.py calls
+// that it was built with. It records that version, and python/fastkd/_core/native.py calls
 // register_kernels() only if the version matches.
 //
 // For each loss `op` of library.cpp and topk.cpp, the op `op_into` writes the gradient in the

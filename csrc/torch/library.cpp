@@ -1,7 +1,7 @@
 // The ops of the dense loss: their schemas, and boxed kernels that pass the arguments to a backend
 // (cpu.cpp, cuda.cpp). Users differentiate `loss`. The autograd kernel of `loss` (eager.cpp, or
-// python/fastkd/autograd.py) calls `loss_into` and `loss_backward_`, which write the gradient.
-// Shapes for tracing are in python/fastkd/shapes.py.
+// python/fastkd/_core/autograd.py) calls `loss_into` and `loss_backward_`, which write the gradient.
+// Shapes for tracing are in python/fastkd/_core/shapes.py.
 #include <torch/csrc/stable/library.h>
 
 #include "backends.h"
@@ -139,7 +139,7 @@ STABLE_TORCH_LIBRARY(fastkd, m) {
   m.def("loss_backward_(Tensor(a!) grad, Tensor grad_output, Tensor stats, " FASTKD_LOSS
         ", bool filled) -> ()");
   // Compute grad_output times the gradient by PyTorch operations, which can be differentiated
-  // (python/fastkd/derivatives.py).
+  // (python/fastkd/_core/dense.py).
   m.def("loss_gradient(Tensor grad_output, " FASTKD_LOSS ") -> Tensor");
   // Allocate a gradient with the strides of gradient_strides() in walk.h.
   m.def("empty_gradient(Tensor student, bool strided) -> Tensor");

@@ -1,5 +1,5 @@
 // Mixtures of teachers: as an op of their own, and, on CPU tensors, in place of a call's teacher.
-// The formula for other devices and layouts is in python/fastkd/mixture.py.
+// The formula for other devices and layouts is in python/fastkd/_core/mixture.py.
 #include "cpu.h"
 #include "huge_pages.h"
 

@@ -1,7 +1,7 @@
 // The ops of the sparse loss: schemas, checks, and the CPU kernels' work split among threads. The
-// autograd kernel is in eager.cpp or python/fastkd/autograd.py. Shapes for tracing, the
+// autograd kernel is in eager.cpp or python/fastkd/_core/autograd.py. Shapes for tracing, the
 // differentiable gradient, and the formula for devices without these kernels are in
-// python/fastkd/sparse.py.
+// python/fastkd/_core/topk.py.
 #include <atomic>
 #include <vector>
 

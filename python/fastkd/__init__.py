@@ -13,18 +13,19 @@ training needs around them, ``explain``, ``verify`` and the checks what a reader
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
-from fastkd import chunks, teachers
+from fastkd import teachers
 from fastkd._C import version as __version__
-from fastkd.checks import check_inputs, check_logits
-from fastkd.explain import explain
-from fastkd.hints import Hint
-from fastkd.linear import LinearKDLoss, linear_loss
+from fastkd._core.checks import check_inputs, check_logits
+from fastkd._core.topk import topk_loss
+from fastkd.diagnostics.explanation import explain
+from fastkd.diagnostics.verification import Verification, verify
+from fastkd.linear import chunks
+from fastkd.linear.loss import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.reports import Report, report
-from fastkd.sparse import topk_loss
-from fastkd.trainer import Evaluation, Step, Trainer
-from fastkd.verify import Verification, verify
+from fastkd.training.hints import Hint
+from fastkd.training.trainer import Evaluation, Step, Trainer
 
 __all__ = [
     "Evaluation",

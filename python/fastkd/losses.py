@@ -10,11 +10,12 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastkd import checks, native, ops, reference, shapes
-from fastkd.autograd import is_transformed
-from fastkd.fast_path import IMMUTABLE, is_eligible
-from fastkd.objective import TEACHER_GRADS, Objective, fit, resolve
-from fastkd.options import OptionsModule
+from fastkd import reference
+from fastkd._core import checks, dispatch, native, shapes
+from fastkd._core.autograd import is_transformed
+from fastkd._core.fast_path import IMMUTABLE, is_eligible
+from fastkd._core.module import OptionsModule
+from fastkd._core.objective import TEACHER_GRADS, Objective, fit, resolve
 from fastkd.reference import Terms
 
 P = ParamSpec("P")
@@ -116,10 +117,10 @@ def _prepare(
     )  # fmt: skip
     options = {**DEFAULTS, **dict(zip(names, values, strict=True))}
     objective = resolve(options, has_labels=has_labels, teachers=1)
-    fused = objective.divergence in ops.FUSED and objective.divergence != "dkd"
+    fused = objective.divergence in dispatch.FUSED and objective.divergence != "dkd"
     if not fused or objective.reduction == "none" or objective.normalizer == 0:
         return None
-    return ops.prepare_call(objective, with_terms)
+    return dispatch.prepare_call(objective, with_terms)
 
 
 def _options_of(
@@ -380,7 +381,7 @@ def _check_and_compute(
     if inplace:
         _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:
-        return ops.compute(*call, with_terms=with_terms, inplace=inplace)
+        return dispatch.compute(*call, with_terms=with_terms, inplace=inplace)
     except RuntimeError as error:
         told = call.objective.ignore_index, call.objective.temperature
         _explain(error, call.student, call.labels, *told)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastkd import checks, extras, losses
+from fastkd import extras, losses
+from fastkd._core import checks
 
 
 class ConfigError(ValueError):

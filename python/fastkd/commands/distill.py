@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
-from fastkd import checkpointing, extras, losses, teachers, trainer_arguments
+from fastkd import extras, losses, teachers
 from fastkd.commands import config
 from fastkd.commands.factories import Factories
 from fastkd.teachers import writing
-from fastkd.trainer import Trainer
+from fastkd.training import arguments as trainer_arguments
+from fastkd.training import checkpoints
+from fastkd.training.trainer import Trainer
 
 DESCRIPTION = """Trains a student on a teacher's answers, as a YAML file says:
 
@@ -131,7 +133,7 @@ def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> 
             raise config.ConfigError("--resume needs checkpoints, and checkpoints is false")
         return None
     folder = output / "checkpoints"
-    if checkpointing.all_of(folder) and not resume:
+    if checkpoints.all_of(folder) and not resume:
         raise config.ConfigError(
             f"output: {folder} holds the checkpoints of another run. Go on with it by --resume, "
             "choose another --output, or delete them"

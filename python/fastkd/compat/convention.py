@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fastkd import checks
+from fastkd._core import checks
 
 
 @dataclass(frozen=True)

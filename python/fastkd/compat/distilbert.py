@@ -14,7 +14,8 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses, shapes
+from fastkd import losses
+from fastkd._core import checks, shapes
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(

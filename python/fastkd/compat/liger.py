@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, losses, shapes
+from fastkd import losses
+from fastkd._core import checks, shapes
 from fastkd.compat.convention import Convention, generalized_jsd, kl_div_reduction
 
 CONVENTION = Convention(

@@ -12,7 +12,8 @@ import math
 
 from torch import Tensor
 
-from fastkd import checks, losses
+from fastkd import losses
+from fastkd._core import checks
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastkd import checks, losses
+from fastkd import losses
+from fastkd._core import checks
 from fastkd.compat.convention import Convention, kl_div_reduction, positive
 
 CONVENTION = Convention(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd import losses, shapes
+from fastkd import losses
+from fastkd._core import shapes
 from fastkd.compat.convention import Convention, positive
 
 CONVENTION = Convention(

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, losses
+from fastkd import losses
+from fastkd._core import checks
 from fastkd.compat.convention import Convention, absent, positive
 
 CONVENTION = Convention(

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastkd import checks, losses
+from fastkd import losses
+from fastkd._core import checks
 from fastkd.compat.convention import Convention
 
 CONVENTION = Convention(

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import checks, losses
+from fastkd import losses
+from fastkd._core import checks
 from fastkd.compat.convention import (
     Convention,
     generalized_jsd,

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastkd import _C, checks, extras
+from fastkd import _C, extras
+from fastkd._core import checks
 from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, checks
+from fastkd import batches
+from fastkd._core import checks
 from fastkd.teachers import shard
 from fastkd.teachers.digests import fingerprint, inputs_digests
 

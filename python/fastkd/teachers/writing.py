@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, checks, extras
+from fastkd import batches, extras
+from fastkd._core import checks
 from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import fingerprint, inputs_digests

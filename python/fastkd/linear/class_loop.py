@@ -18,15 +18,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import heads, ops, products
-from fastkd.chunks import ALIGNMENT, PADDING, ClassChunk, buffer_bytes, chunk_beside, class_chunks
-from fastkd.class_statistics import DIVERGENCES, RowStatistics
-from fastkd.heads import Call, Inputs, Outputs
+from fastkd._core import dispatch
+from fastkd.linear import products, row_loop
+from fastkd.linear.chunks import (
+    ALIGNMENT,
+    PADDING,
+    ClassChunk,
+    buffer_bytes,
+    chunk_beside,
+    class_chunks,
+)
+from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
+from fastkd.linear.row_loop import Call, Inputs, Outputs
 
 
 def missing(inputs: Inputs, call: Call) -> list[str]:
     """What of a call chunks of classes do not have, as users write it."""
-    found = ops.lacking(inputs.hidden, inputs.labels, heads.objective_of(inputs, call))
+    found = dispatch.lacking(inputs.hidden, inputs.labels, row_loop.objective_of(inputs, call))
     if inputs.topk_indices is not None:
         found.append("topk_indices")
     if inputs.class_weight is not None and not call.label_smoothing:
@@ -58,14 +66,14 @@ class _Loop:
         """``weight``: memory of its gradient, or empty."""
         part = inputs._replace(teacher_logits=None)
         if counted is not None:
-            part = inputs._replace(**heads.rows_of(part, counted))
+            part = inputs._replace(**row_loop.rows_of(part, counted))
         self.inputs = part._replace(teacher_logits=inputs.teacher_logits)
         self.call, self.counted = call, counted
         self.hidden = part.hidden.to(call.dtype)
         self.teacher_hidden = None
         if part.teacher_hidden is not None:
             self.teacher_hidden = part.teacher_hidden.to(call.teacher_dtype)
-        self.whole = heads.objective_of(part, call)._replace(reduction="none", normalizer=None)
+        self.whole = row_loop.objective_of(part, call)._replace(reduction="none", normalizer=None)
         # Labels of a chunk are numbered anew (labels_in): any number from 0 on is a class there.
         self.objective = self.whole._replace(ignore_index=-1)
         self.free = weight.view(-1).view(torch.uint8)
@@ -112,7 +120,7 @@ class _Loop:
         bias = None if given.bias is None else given.bias[part].to(call.dtype)
         products.logits_(out, self.hidden, weight, bias, call.student_scale)
         if call.student_softcap is not None:
-            heads.soft_cap_(out, call.student_softcap, logits.slope if writes else None)
+            row_loop.soft_cap_(out, call.student_softcap, logits.slope if writes else None)
 
     def _teacher(self, logits: _Logits, part: slice) -> None:
         call, given = self.call, self.inputs
@@ -132,7 +140,7 @@ class _Loop:
         bias = None if bias is None else bias[part].to(call.teacher_dtype)
         products.logits_(out, self.teacher_hidden, weight, bias, call.teacher_scale)
         if call.teacher_softcap is not None:
-            heads.soft_cap_(out, call.teacher_softcap, None)
+            row_loop.soft_cap_(out, call.teacher_softcap, None)
 
     def labels_in(self, part: slice) -> Tensor | None:
         """Labels as a chunk has them: the label of a row whose own is in another chunk is the first
@@ -148,12 +156,12 @@ class _Loop:
 
     def statistics(self) -> RowStatistics:
         """The first pass over the classes."""
-        acc = heads.acc_dtype(self.call.dtype, self.call.teacher_dtype)
+        acc = row_loop.acc_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.hidden.new_empty((), dtype=acc)
         rows = RowStatistics(len(self.hidden), self.whole, like)
         for part, logits in self.chunks(writes=False):
             labels = self.labels_in(part)
-            of_part = ops.statistics(logits.student, logits.teacher, labels, self.objective)
+            of_part = dispatch.statistics(logits.student, logits.teacher, labels, self.objective)
             label_logits = None
             if labels is not None:
                 at = labels.clamp(0, logits.size).unsqueeze(1)
@@ -167,12 +175,12 @@ class _Loop:
         factor, hidden = given.grad_rows, self.hidden
         ones = hidden.new_ones(len(hidden), 1)
         if factor is not None:
-            power = heads.power_of(factor)
+            power = row_loop.power_of(factor)
             ones = (factor / power).to(call.dtype)[:, None]
             hidden = hidden * ones
         for part, logits in self.chunks(writes=True):
             labels = self.labels_in(part)
-            ops.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
+            dispatch.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
             grad = logits.student[:, : logits.size]
             if logits.slope.numel():
                 grad.mul_(logits.slope)
@@ -195,7 +203,7 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
 
     With ``heads.scales_late()`` the gradients lack the division by the denominator.
     """
-    out = heads.empty_outputs(inputs, call._replace(hidden_grad=False))
+    out = row_loop.empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
     rows = loop.statistics()
     losses = rows.loss(loop.inputs.labels)
@@ -206,14 +214,14 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not heads.scales_late(call):
+            if not row_loop.scales_late(call):
                 scale = scale / inputs.denominator
     if not call.grads:
         return out._replace(loss=loss)
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide = heads.acc_dtype(call.dtype, inputs.hidden.dtype)
+        wide = row_loop.acc_dtype(call.dtype, inputs.hidden.dtype)
         out = out._replace(hidden=loop.hidden.new_empty(loop.hidden.shape, dtype=wide))
     loop.gradients(stats, out)
     hidden = out.hidden

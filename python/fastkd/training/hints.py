@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import checks
+from fastkd._core import checks
 
 LOSSES = ("mse", "cosine", "attention")
 

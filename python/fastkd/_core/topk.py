@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import autograd, checks, native, reference, shapes
-from fastkd.derivatives import KERNEL_DEVICES
-from fastkd.fast_path import IMMUTABLE, is_eligible
-from fastkd.objective import Objective
+from fastkd import reference
+from fastkd._core import autograd, checks, native, shapes
+from fastkd._core.dense import KERNEL_DEVICES
+from fastkd._core.fast_path import IMMUTABLE, is_eligible
+from fastkd._core.objective import Objective
 from fastkd.reference.divergences import weighted
 
 TAILS = ("ghost", "renormalize", "ignore")

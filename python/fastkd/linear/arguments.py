@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks, chunks, heads, losses, sparse
-from fastkd.chunks import ChunkBy
-from fastkd.heads import Inputs
-from fastkd.objective import Objective
+from fastkd import losses
+from fastkd._core import checks, topk
+from fastkd._core.objective import Objective
+from fastkd.linear import chunks, row_loop
+from fastkd.linear.chunks import ChunkBy
+from fastkd.linear.row_loop import Inputs
 
 
 def resolve(
@@ -36,11 +38,11 @@ def resolve(
     indices, log_probs = inputs.topk_indices, inputs.topk_log_probs
     if indices is not None and log_probs is not None and checks.may_look(indices):
         ignore_index = objective.ignore_index
-        sparse.check_list_data(student, indices, log_probs, labels, ignore_index, "topk_")
+        topk.check_list_data(student, indices, log_probs, labels, ignore_index, "topk_")
     denominator = None
     if objective.reduction == "mean":
         objective, denominator = _denominators(
-            objective, labels, math.prod(lead), heads.acc_dtype(*dtypes), student.device
+            objective, labels, math.prod(lead), row_loop.acc_dtype(*dtypes), student.device
         )
     if objective.teacher_temperature is objective.temperature:
         objective = objective._replace(teacher_temperature=None)  # type: ignore[arg-type]
@@ -57,7 +59,7 @@ def resolve(
             )
         tensors[name] = value.reshape(-1) if value.dim() > 0 else value
         numbers[name] = 1.0
-    for name in heads.OUTPUTS_OF_ROWS:
+    for name in row_loop.OUTPUTS_OF_ROWS:
         value = getattr(inputs, name)
         if value is not None:
             tensors[name] = value.reshape(math.prod(lead), value.shape[-1])
@@ -195,7 +197,7 @@ def check_teacher(
         checks.logits(stand_in, [logits])
         return
     if is_sparse:
-        sparse.check_lists(indices, log_probs, stand_in, "topk_")
+        topk.check_lists(indices, log_probs, stand_in, "topk_")
         return
     if hidden is None or weight is None:
         raise ValueError(
@@ -263,7 +265,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     """What a head adds to the core's options, as far as it needs no tensors."""
     for name in ("softcap", "logit_scale"):
         pair_of(name, options.get(name))
-    checks.one_of("tail", options.get("tail", "ghost"), sparse.TAILS)
+    checks.one_of("tail", options.get("tail", "ghost"), topk.TAILS)
     chunk_by(options.get("chunk_by", "auto"), [])
     chunks.check_room(options.get("chunk_size", "auto"), options.get("max_workspace"))
     dtype = options.get("accumulate_dtype", "auto")

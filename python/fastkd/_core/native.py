@@ -38,4 +38,4 @@ def _load_eager() -> Any:
 
 
 EAGER = _load_eager()
-"""The module of autograd in C++, or None if :mod:`fastkd.autograd` is used instead."""
+"""The module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used instead."""

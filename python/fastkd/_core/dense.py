@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import autograd, reference
-from fastkd.autograd import needs_formula
-from fastkd.mixture import Mixing, mixed
-from fastkd.native import _C
-from fastkd.shapes import REDUCTIONS, STATS, Settings, accumulator
+from fastkd import reference
+from fastkd._core import autograd
+from fastkd._core.autograd import needs_formula
+from fastkd._core.mixture import Mixing, mixed
+from fastkd._core.native import _C
+from fastkd._core.shapes import REDUCTIONS, STATS, Settings, accumulator
 
 DIVERGENCES: tuple[str, ...] = _C.divergences
 KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if _C.cuda_architectures else {"cpu", "meta"})

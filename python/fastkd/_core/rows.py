@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastkd import reference
-from fastkd.objective import Objective
+from fastkd._core.objective import Objective
 
 # The reference keeps about 14 tensors of the logits' size for its backward pass. Beyond this many
 # logits it is given parts, and each part is computed again in the backward pass.

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import ops, products, sparse
-from fastkd.objective import Objective
+from fastkd._core import dispatch, topk
+from fastkd._core.objective import Objective
+from fastkd.linear import products
 
 
 class Inputs(NamedTuple):
@@ -222,7 +223,7 @@ class _Heads:
             return loss_of(logits, teacher, part, objective, self.call, False), None
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            inplace = teacher is not None and ops.is_fused(logits, part.labels, objective)
+            inplace = teacher is not None and dispatch.is_fused(logits, part.labels, objective)
             value = loss_of(leaf.view_as(leaf), teacher, part, objective, self.call, inplace)
         (grad,) = torch.autograd.grad(value, leaf)
         return value.detach(), grad
@@ -272,9 +273,9 @@ def logits_per_row(inputs: Inputs, call: Call) -> float:
         # Lists of 8-byte numbers: a chunk's, and as the kernel takes them.
         lists = 4 * 8 * inputs.topk_indices.shape[-1]
         buffers = 1 + call.grads + lists / (inputs.weight.shape[0] * call.dtype.itemsize)
-        fused = sparse.is_fused(inputs.hidden)
+        fused = topk.is_fused(inputs.hidden)
     else:
-        fused = ops.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call))
+        fused = dispatch.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call))
     if call.student_softcap is not None and call.grads:
         buffers += 1
     if not fused:
@@ -293,11 +294,11 @@ def loss_of(
 ) -> Tensor:
     """The loss of logits; without the teacher's, of its lists."""
     if teacher is not None:
-        return ops.compute(
+        return dispatch.compute(
             student, (teacher,), part.labels, objective, with_terms=False, inplace=inplace
         )
     assert part.topk_indices is not None and part.topk_log_probs is not None
-    return sparse.compute(
+    return topk.compute(
         student, part.topk_indices, part.topk_log_probs, part.labels, objective, call.tail
     )
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks, mixture, reference
-from fastkd.autograd import is_traced, needs_formula
-from fastkd.derivatives import DIVERGENCES, Arguments, by_operations
-from fastkd.objective import Objective
-from fastkd.rows import Rows, as_rows
-from fastkd.shapes import REDUCTIONS, Settings, accumulator
+from fastkd import reference
+from fastkd._core import checks, mixture
+from fastkd._core.autograd import is_traced, needs_formula
+from fastkd._core.dense import DIVERGENCES, Arguments, by_operations
+from fastkd._core.objective import Objective
+from fastkd._core.rows import Rows, as_rows
+from fastkd._core.shapes import REDUCTIONS, Settings, accumulator
 
 _loss_into = torch.ops.fastkd.loss_into.default
 _empty_gradient = torch.ops.fastkd.empty_gradient.default

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
-from fastkd import batches, checkpointing, checks, teaching, trainer_arguments
-from fastkd.hints import Features, Hint, HintLoss, widths
+from fastkd import batches
+from fastkd._core import checks
 from fastkd.losses import KDLoss
-from fastkd.position import Position
-from fastkd.progress import Progress
-from fastkd.watching import Watch
+from fastkd.training import arguments as trainer_arguments
+from fastkd.training import checkpoints, student_loss
+from fastkd.training.hints import Features, Hint, HintLoss, widths
+from fastkd.training.loader_state import Position
+from fastkd.training.progress import Progress
+from fastkd.training.watching import Watch
 
 FORMAT = 5  # of a checkpoint
 
@@ -116,7 +119,7 @@ class Trainer:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | teaching.Cache,
+        teacher: nn.Module | Sequence[nn.Module] | student_loss.Cache,
         optimizer: torch.optim.Optimizer,
         *,
         loss: KDLoss | None = None,
@@ -125,8 +128,8 @@ class Trainer:
         accumulate: int = 1,
         clip: float | None = None,
         ema: float | None = None,
-        forward: teaching.Forward = teaching.forward,
-        labels: teaching.Labels = teaching.labels,
+        forward: student_loss.Forward = student_loss.forward,
+        labels: student_loss.Labels = student_loss.labels,
         teacher_device: torch.device | str | None = None,
         accelerator: Any = None,
         checkpoints: str | pathlib.Path | None = None,
@@ -152,23 +155,23 @@ class Trainer:
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._position = Position()
         self._resumed = False
-        self._watch = Watch(teaching.Values._fields)
-        told = [name for name in teaching.Values._fields if hints or name != "hint"]
+        self._watch = Watch(student_loss.Values._fields)
+        told = [name for name in student_loss.Values._fields if hints or name != "hint"]
         self._progress = Progress(self.accelerator, progress, told)
-        self._student_loss = teaching.StudentLoss(student, loss, forward, labels)
+        self._student_loss = student_loss.StudentLoss(student, loss, forward, labels)
         self._wrapped: nn.Module | None = None
         if hints:
             self._student_loss.features = Features(student, [h.student for h in hints], "student")
         home = self.accelerator.device
-        self._teacher: teaching.Teacher
-        if isinstance(teacher, teaching.Cache):
+        self._teacher: student_loss.Teacher
+        if isinstance(teacher, student_loss.Cache):
             if hints:
                 raise ValueError("hints need a live teacher, which has features; got a cache")
-            self._teacher = teaching.Cached(teacher, loss, home)
+            self._teacher = student_loss.Cached(teacher, loss, home)
         else:
             away = trainer_arguments.device(teacher_device or home)
             names = [hint.teacher for hint in hints]
-            self._teacher = teaching.Modules(teacher, student, forward, away, home, names)
+            self._teacher = student_loss.Modules(teacher, student, forward, away, home, names)
         student.to(self.accelerator.device)
         if not hints:
             self._wrap([], [])
@@ -276,7 +279,7 @@ class Trainer:
         mean: Tensor = self.accelerator.reduce(total, "mean")
         return mean
 
-    def _denominators(self, window: list[Any]) -> teaching.Counts:
+    def _denominators(self, window: list[Any]) -> student_loss.Counts:
         """What a step's sums are divided by, for each process: gradients are averaged over them."""
         counts = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         for batch in window:
@@ -290,7 +293,7 @@ class Trainer:
             counts[2] += weight
         everywhere: Tensor = self.accelerator.reduce(counts, "sum")
         everywhere = everywhere.where(everywhere != 0, 1.0)
-        return teaching.Counts(*(everywhere / self.accelerator.num_processes).unbind())
+        return student_loss.Counts(*(everywhere / self.accelerator.num_processes).unbind())
 
     # ---- evaluation
 
@@ -305,14 +308,14 @@ class Trainer:
         self._refuse_sharded()
         module = self.student if self.ema is None else self.ema.module
         sums = torch.zeros(
-            len(teaching.Sums._fields), dtype=torch.float64, device=self.accelerator.device
+            len(student_loss.Sums._fields), dtype=torch.float64, device=self.accelerator.device
         )
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
                 found = self._student_loss.sums(module, batch, self._teacher.answer(batch))
                 sums += torch.stack(found)
-        everywhere = teaching.Sums(*self.accelerator.reduce(sums, "sum").unbind())
+        everywhere = student_loss.Sums(*self.accelerator.reduce(sums, "sum").unbind())
         if not everywhere.rows:
             raise ValueError(f"nothing to evaluate: no label counts, or {batches.NO_BATCH}")
         loss, hard, soft, agreement, accuracy = self._student_loss.means(everywhere)
@@ -349,7 +352,7 @@ class Trainer:
             raise RuntimeError("nothing to save before the first step")
         self._refuse_another_run()
         self._progress.show(self._watch.rest())
-        return checkpointing.write(
+        return checkpoints.write(
             self._folder,
             self.step,
             self._write,
@@ -359,7 +362,7 @@ class Trainer:
 
     def _refuse_another_run(self) -> None:
         """All checkpoints in the folder have to be those resumed from, or this run's own."""
-        if self._folder is not None and not self._resumed and checkpointing.all_of(self._folder):
+        if self._folder is not None and not self._resumed and checkpoints.all_of(self._folder):
             raise FileExistsError(
                 f"checkpoints: {self._folder} holds those of another run; resume() it, or choose "
                 "another folder"
@@ -368,12 +371,12 @@ class Trainer:
 
     def _write(self, folder: pathlib.Path) -> None:
         self.accelerator.save_state(str(folder))
-        checkpointing.refuse_code(folder)
+        checkpoints.refuse_code(folder)
         rank = self.accelerator.process_index
-        checkpointing.put(self._position.state(), folder / f"position-{rank}.pt")
+        checkpoints.put(self._position.state(), folder / f"position-{rank}.pt")
         if self.accelerator.is_main_process:
             for name, stateful in self._stateful.items():
-                checkpointing.put(stateful.state_dict(), folder / f"{name}.pt")
+                checkpoints.put(stateful.state_dict(), folder / f"{name}.pt")
             projected = self._student_loss.hints.widths if self._student_loss.hints else []
             about = {
                 "format": FORMAT,
@@ -400,17 +403,17 @@ class Trainer:
         """
         if self._folder is None:
             raise ValueError("checkpoints: no folder was given")
-        checkpoints = checkpointing.all_of(self._folder)
-        if not checkpoints:
+        found = checkpoints.all_of(self._folder)
+        if not found:
             return False
-        newest = checkpoints[-1]
-        checkpointing.refuse_code(newest)
-        checkpointing.about(newest, format=FORMAT)
-        checkpointing.check(newest)
+        newest = found[-1]
+        checkpoints.refuse_code(newest)
+        checkpoints.about(newest, format=FORMAT)
+        checkpoints.check(newest)
         processes, hints = self.accelerator.num_processes, len(self._hints)
-        about = checkpointing.about(newest, processes=processes, hints=hints)
+        about = checkpoints.about(newest, processes=processes, hints=hints)
         rank = self.accelerator.process_index
-        position = checkpointing.get(newest / f"position-{rank}.pt")
+        position = checkpoints.get(newest / f"position-{rank}.pt")
         if self._wrapped is None:
             self._wrap(*about["widths"])
         for name in self._stateful:
@@ -418,7 +421,7 @@ class Trainer:
                 raise ValueError(f"{newest} was saved without {name}; make the trainer as it was")
         self.accelerator.load_state(str(newest))
         for name, stateful in self._stateful.items():
-            stateful.load_state_dict(checkpointing.get(newest / f"{name}.pt"))
+            stateful.load_state_dict(checkpoints.get(newest / f"{name}.pt"))
         self.step, self.epoch = about["step"], about["epoch"]
         self._history = [Evaluation(*values) for values in about["history"]]
         self._position.load(position)

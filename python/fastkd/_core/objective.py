@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import checks, reference
+from fastkd import reference
+from fastkd._core import checks
 
 TEACHER_GRADS = ("error", "ignore")
 

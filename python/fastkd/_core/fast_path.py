@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.autograd import is_transformed
-from fastkd.checks import FLOATS
-from fastkd.derivatives import KERNEL_DEVICES
+from fastkd._core.autograd import is_transformed
+from fastkd._core.checks import FLOATS
+from fastkd._core.dense import KERNEL_DEVICES
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 _FLOATS = frozenset(FLOATS)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import native, reference
-from fastkd.objective import Objective, row_numbers
+from fastkd import reference
+from fastkd._core import native
+from fastkd._core.objective import Objective, row_numbers
 
 _mixture = torch.ops.fastkd.mixture.default
 _MOST_ON_CUDA = 32  # as csrc/mixture.h has it

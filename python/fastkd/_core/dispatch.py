@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkd import autograd, checks, derivatives, learned, mixture, reference
-from fastkd.autograd import is_transformed
-from fastkd.derivatives import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
-from fastkd.objective import Objective, row_numbers
-from fastkd.rows import in_parts, label_targets, label_weights
-from fastkd.shapes import REDUCTIONS, Settings, accumulator
+from fastkd import reference
+from fastkd._core import autograd, checks, dense, mixture, row_terms
+from fastkd._core.autograd import is_transformed
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
+from fastkd._core.objective import Objective, row_numbers
+from fastkd._core.rows import in_parts, label_targets, label_weights
+from fastkd._core.shapes import REDUCTIONS, Settings, accumulator
 
 _warned: set[str] = set()
 
@@ -70,7 +71,7 @@ def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Ob
     missing = _missing(labels, objective)
     if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
         return False
-    return missing <= IN_TWO_PASSES or learned.has(objective, mixture.is_one(teachers, objective))
+    return missing <= IN_TWO_PASSES or row_terms.has(objective, mixture.is_one(teachers, objective))
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -143,7 +144,7 @@ def _fused(
             with torch.no_grad():
                 hard = _fused(student, teachers, labels, alone, False, False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    out = derivatives.loss(student, _arguments(student, teachers, labels, o, with_terms), inplace)
+    out = dense.loss(student, _arguments(student, teachers, labels, o, with_terms), inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
@@ -159,7 +160,7 @@ def _by_rows(
     """The same by the native ops, for what they have by the terms of each row."""
     if not _missing(labels, objective):
         return _fused(student, teachers, labels, objective, with_terms, False)
-    terms = learned.terms(student, teachers, labels, objective)
+    terms = row_terms.terms(student, teachers, labels, objective)
     return torch.stack(terms) if with_terms else terms.loss
 
 

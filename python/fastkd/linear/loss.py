@@ -9,20 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd import (
-    autograd,
-    checks,
-    class_loop,
-    head_arguments,
-    head_gradients,
-    heads,
-    losses,
-    sparse,
-)
-from fastkd.chunks import AccumulateDtype, ChunkBy, check_accumulate_dtype, plan
-from fastkd.heads import Call, Inputs
-from fastkd.objective import TEACHER_GRADS, resolve
-from fastkd.options import OptionsModule
+from fastkd import losses
+from fastkd._core import autograd, checks, topk
+from fastkd._core.module import OptionsModule
+from fastkd._core.objective import TEACHER_GRADS, resolve
+from fastkd.linear import arguments as head_arguments
+from fastkd.linear import autograd as head_gradients
+from fastkd.linear import class_loop, row_loop
+from fastkd.linear.chunks import AccumulateDtype, ChunkBy, check_accumulate_dtype, plan
+from fastkd.linear.row_loop import Call, Inputs
 
 Pair = float | tuple[float | None, float | None] | None
 """A number for both heads, or one for the student's and one for the teacher's."""
@@ -280,7 +275,7 @@ def _linear_loss(
         options["temperature"] = 2.0 if topk_indices is None else 1.0
     given = (teacher_hidden, teacher_weight, teacher_bias, teacher_logits, *lists)
     head_arguments.check_teacher(*given, lead, student_weight)
-    if checks.one_of("tail", tail, sparse.TAILS) and topk_indices is None:
+    if checks.one_of("tail", tail, topk.TAILS) and topk_indices is None:
         raise ValueError(f"tail belongs to topk_indices; got tail={tail!r} without them")
     name, outputs = head_arguments.outputs_of(teacher_hidden, teacher_logits, topk_log_probs)
     checks.one_of("teacher_grad", teacher_grad, TEACHER_GRADS)
@@ -338,7 +333,7 @@ def _linear_loss(
         weight_dtype=student_weight.dtype,
         teacher_width=0 if teacher_weight is None else teacher_weight.shape[1],
         device="cuda" if student_hidden.is_cuda else "cpu",
-        logits_per_row=heads.logits_per_row(inputs, call),
+        logits_per_row=row_loop.logits_per_row(inputs, call),
         cast_per_class=head_arguments.cast_per_class(inputs, dtype, teacher_dtype),
         copied_per_row=head_arguments.copied_per_row(inputs, dtype, teacher_dtype),
         weight_grad=wants[1],

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import checks, losses, ops, reference
-from fastkd.objective import Objective
-from fastkd.rows import Rows, as_rows
+from fastkd import losses, reference
+from fastkd._core import checks, dispatch
+from fastkd._core.objective import Objective
+from fastkd._core.rows import Rows, as_rows
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
 # tensor.
@@ -88,7 +89,7 @@ def _eager(rows: Rows) -> Tensor:
     """The loss as one writes it in PyTorch without further thought, in the student's dtype."""
     o = rows.objective
     if (
-        ops.uses(rows.labels, o) != {"forward_kl"}
+        dispatch.uses(rows.labels, o) != {"forward_kl"}
         or o.teacher_form != "logits"
         or rows.teachers[1:]
     ):

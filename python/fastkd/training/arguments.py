@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from fastkd import checks, extras
-from fastkd.hints import Hint
+from fastkd import extras
+from fastkd._core import checks
 from fastkd.losses import KDLoss
+from fastkd.training.hints import Hint
 
 
 def accelerator(**options: Any) -> Any:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd.objective import Objective
+from fastkd._core.objective import Objective
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "soft_cross_entropy")
 """Those that are sums of what their parts say."""

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import native
-from fastkd.shapes import REDUCTIONS
+from fastkd._core import native
+from fastkd._core.shapes import REDUCTIONS
 
 _NONE = REDUCTIONS.index("none")
 _empty_gradient = torch.ops.fastkd.empty_gradient.default

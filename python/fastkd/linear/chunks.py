@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fastkd import checks, products
+from fastkd._core import checks
+from fastkd.linear import products
 
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}

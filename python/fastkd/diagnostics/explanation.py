@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import checks, reference
+from fastkd import reference
+from fastkd._core import checks
+from fastkd._core.objective import Objective, resolve
 from fastkd.losses import DEFAULTS, check_names
-from fastkd.objective import Objective, resolve
 
 
 def _number(value: float | Tensor) -> str:

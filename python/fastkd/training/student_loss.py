@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, checks, hints, losses, sparse
+from fastkd import batches, losses
+from fastkd._core import checks, topk
 from fastkd.reference import Terms
+from fastkd.training import hints
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)``: logits."""
@@ -156,7 +158,7 @@ class Cached:
 Teacher = Modules | Cached
 
 
-TOPK_OPTIONS = frozenset(inspect.signature(sparse.topk_loss).parameters)
+TOPK_OPTIONS = frozenset(inspect.signature(topk.topk_loss).parameters)
 
 
 def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
@@ -338,7 +340,7 @@ def topk_terms(
     options.setdefault("temperature", losses.DEFAULTS["temperature"])
 
     def loss(**weights: Any) -> Tensor:
-        return sparse.topk_loss(logits, *lists, targets, **{**options, **weights})
+        return topk.topk_loss(logits, *lists, targets, **{**options, **weights})
 
     def default(name: str) -> Any:
         return options.get(name, losses.DEFAULTS[name])

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import class_loop, heads, shapes
-from fastkd.heads import Call, Inputs, Outputs
+from fastkd._core import shapes
+from fastkd.linear import class_loop, row_loop
+from fastkd.linear.row_loop import Call, Inputs, Outputs
 
 
 def run(inputs: Inputs, call: Call) -> Outputs:
@@ -20,11 +21,11 @@ def run(inputs: Inputs, call: Call) -> Outputs:
     if call.chunk < 1:
         raise ValueError(f"chunk must be 1 or more; got {call.chunk}")
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
-        counted = heads.counted_rows(inputs.labels, call.ignore_index)
+        counted = row_loop.counted_rows(inputs.labels, call.ignore_index)
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
         if rows == 0:
-            return Outputs(*(value.zero_() for value in heads.empty_outputs(inputs, call)))
-        loop = class_loop.run if call.by_classes else heads.run_by_rows
+            return Outputs(*(value.zero_() for value in row_loop.empty_outputs(inputs, call)))
+        loop = class_loop.run if call.by_classes else row_loop.run_by_rows
         return loop(inputs, call, counted)
 
 
@@ -44,7 +45,7 @@ def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor
 
 def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes.check_devices(inputs)
-    return heads.empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
+    return row_loop.empty_outputs(Inputs(*inputs), Call(*call))  # type: ignore[arg-type]
 
 
 _SCHEMA = (

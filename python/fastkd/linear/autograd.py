@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import autograd, derivatives, head_loops, heads, products, reference
-from fastkd.heads import Call, Inputs
+from fastkd import reference
+from fastkd._core import autograd, dense
+from fastkd.linear import loops, products, row_loop
+from fastkd.linear.row_loop import Call, Inputs
 
 
-def compute(inputs: Inputs, call: Call) -> heads.Outputs:
+def compute(inputs: Inputs, call: Call) -> row_loop.Outputs:
     """Run the loop over chunks; while operations are traced, call it as a single op."""
-    return (head_loops.compiled if autograd.is_traced() else head_loops.run)(inputs, call)
+    return (loops.compiled if autograd.is_traced() else loops.run)(inputs, call)
 
 
 def plain(inputs: Inputs, call: Call) -> Tensor:
@@ -40,9 +42,9 @@ def plain(inputs: Inputs, call: Call) -> Tensor:
                 call.teacher_scale,
                 call.teacher_softcap,
             )
-        objective = heads.objective_of(inputs, call)
+        objective = row_loop.objective_of(inputs, call)
         if teacher is None:
-            return heads.loss_of(student, None, inputs, objective, call, False)
+            return row_loop.loss_of(student, None, inputs, objective, call, False)
         return reference.loss(student, teacher, inputs.labels, **objective._asdict())
 
 
@@ -93,7 +95,7 @@ class LinearLoss(torch.autograd.Function):
                 ctx.grads = None
             if grads is None:  # retain_graph=True: the first call gave them away
                 _, *grads = compute(inputs, call)
-            if heads.scales_late(call):
+            if row_loop.scales_late(call):
                 assert inputs.denominator is not None
                 divisor = inputs.denominator
                 # The divisor may be 0 if every row is ignored; the gradient is then 0.
@@ -117,10 +119,10 @@ def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...
         # LinearLoss returns the gradients to autograd, so the op's other results are empty.
         return (loss, *(loss.new_empty(0) for _ in needs_grad))
     with torch._C._AutoDispatchBelowAutograd():
-        return head_loops.compiled(tensors, call)
+        return loops.compiled(tensors, call)
 
 
-head_loops.LIBRARY.impl("linear_loss", _autograd, "Autograd")
+loops.LIBRARY.impl("linear_loss", _autograd, "Autograd")
 
 
 def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -130,7 +132,7 @@ def _finished(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if autograd.is_traced():
         return (grad * scale).to(dtype)
     if grad.dtype == dtype:
-        return derivatives.scale_(grad, scale)
+        return dense.scale_(grad, scale)
     return products.finished(grad, scale, dtype)
 
 

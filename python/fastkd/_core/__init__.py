@@ -1,0 +1,1 @@
+"""Private: from checked arguments to a kernel, and back."""

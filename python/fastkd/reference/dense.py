@@ -1,0 +1,261 @@
+"""fastkd's loss in plain PyTorch: the definition of every option, written to be read.
+
+Tests and benchmarks hold the kernels against it in float64, and fastkd itself uses it where no
+kernel can run (options that are not fused, function transforms, second derivatives, devices without
+kernels). It imports torch alone, and it is written from the definitions, not from the kernels'
+formulas, so that a mistake in those cannot hide here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.reference.divergences import (
+    DIVERGENCES,
+    LEAST_DEVIATION,
+    Divergence,
+    deviation,
+    log_ratio_sum,
+    over,
+    standardized,
+    weighted,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "LEAST_DEVIATION",
+    "Divergence",
+    "Terms",
+    "deviation",
+    "loss",
+    "standardized",
+    "terms",
+    "weighted",
+]
+
+REDUCTIONS = ("none", "sum", "mean")
+TEACHER_FORMS = ("logits", "log_probs", "probs")
+ENSEMBLES = ("probs", "logits")
+
+
+class Terms(NamedTuple):
+    """What one call computes, each reduced like the loss. Only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    """``hard_weight * hard + soft_weight * T^2 * soft``."""
+    hard: Tensor
+    """Cross entropy of the student (at temperature 1) with the labels; 0 without labels."""
+    soft: Tensor
+    """The divergence of the softened teacher and student, before its weight and T^2."""
+    student_entropy: Tensor
+    """Entropy of softmax(student / T), in nats."""
+    teacher_entropy: Tensor
+    """Entropy of softmax(teacher / T), in nats."""
+    agreement: Tensor
+    """1 where some class is the most probable one for the teacher and for the student, else 0."""
+
+
+# ---- the teacher, the temperatures, the labels
+
+
+def column(value: float | Tensor) -> float | Tensor:
+    """One number for each row, (..., 1), to go with (..., C)."""
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
+
+
+def _mixed_log_probs(log_probs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """log of the weighted sum of several teachers' probabilities."""
+    stack = torch.stack([x + math.log(w) for x, w in zip(log_probs, weights, strict=True)])
+    absent = (stack == -math.inf).all(0)
+    return stack.masked_fill(absent, 0).logsumexp(0).masked_fill(absent, -math.inf)
+
+
+def softened_teacher(
+    teachers: Sequence[Tensor],
+    t: float | Tensor,
+    form: str,
+    weights: Sequence[float] | None,
+    ensemble: str,
+    standardize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(w / T_t, logits whose softmax is p; what agreement ranks the classes by).
+
+    ``teachers``: each ``(..., C)`` in the given form. ``t``: T_t, a number or ``(..., 1)``.
+    """
+    if form == "probs":  # their logarithms are logits too: softmax undoes them
+        teachers = [probs.log() for probs in teachers]
+    ranked = teachers[0]
+    if standardize:
+        teachers = [standardized(logits) for logits in teachers]
+    if len(teachers) == 1:
+        return over(teachers[0], t), ranked
+    total = sum(weights) if weights else len(teachers)
+    shares = [w / total for w in weights or [1.0] * len(teachers)]
+    if ensemble == "logits":
+        mixed = shares[0] * teachers[0]
+        for share, logits in zip(shares[1:], teachers[1:], strict=True):
+            mixed = mixed + share * logits
+        return over(mixed, t), mixed
+    mixed = _mixed_log_probs([F.log_softmax(over(x, t), -1) for x in teachers], shares)
+    return mixed, mixed
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
+
+
+def _products(weights: Tensor, log_q: Tensor) -> Tensor:
+    """-sum weights log q over classes, where a weight of 0 leaves a masked class out."""
+    return -(weights * log_q.masked_fill(weights == 0, 0)).sum(-1)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """``F.cross_entropy`` of each row; labels (...) are in range, or probabilities (..., C)."""
+    log_q = F.log_softmax(logits, -1)
+    each = log_q.new_ones(log_q.shape[-1]) if class_weight is None else class_weight
+    if labels.is_floating_point():
+        target = labels.to(log_q.dtype) * each
+        hard = _products(target, log_q)
+    else:
+        hard = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        if class_weight is not None:
+            hard = weighted(class_weight[labels], hard)
+    if label_smoothing:
+        smooth = _products(each.expand_as(log_q), log_q) / log_q.shape[-1]
+        hard = weighted(1 - label_smoothing, hard) + weighted(label_smoothing, smooth)
+    return hard
+
+
+# ---- the loss
+
+
+def terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    teacher_temperature: float | Tensor | None = None,
+    hard_weight: float | Tensor = 0.5,
+    soft_weight: float | Tensor = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    divergence: str = "forward_kl",
+    mix: float | None = None,
+    teacher_form: str = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    ensemble: str = "probs",
+    standardize: bool = False,
+    classes: int | None = None,
+    dim: int = -1,
+) -> Terms:
+    """The loss and its terms, by differentiable PyTorch operations, in float32 or better.
+
+    Arguments are those of :func:`fastkd.loss`, not checked, with ``hard_weight`` and
+    ``soft_weight`` in the place of ``alpha``. Without labels the soft term stands alone.
+    """
+    teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
+    soft_labels = labels is not None and labels.is_floating_point()
+    if dim != -1:
+        student_logits = student_logits.movedim(dim, -1)
+        teachers = [teacher.movedim(dim, -1) for teacher in teachers]
+        labels = labels.movedim(dim, -1) if labels is not None and soft_labels else labels
+    acc = torch.promote_types(student_logits.dtype, torch.float32)
+    for teacher in teachers:
+        acc = torch.promote_types(acc, teacher.dtype)
+    student = student_logits[..., :classes].to(acc)
+    teachers = [teacher[..., :classes].to(acc) for teacher in teachers]
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(acc)
+
+    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    known: float | Tensor = 1.0
+    if labels is not None and not soft_labels:
+        # Masked rows are taken out before anything is computed, so that a NaN in them stays out.
+        labels = labels.long()
+        valid = labels != ignore_index
+        keep = valid.unsqueeze(-1)
+        student = student.where(keep, torch.zeros_like(student))
+        neutral = 1 / student.shape[-1] if teacher_form == "probs" else 0.0
+        teachers = [teacher.where(keep, torch.full_like(teacher, neutral)) for teacher in teachers]
+        # A label out of range makes its row NaN.
+        in_range = (labels >= 0) & (labels < student.shape[-1])
+        known = torch.ones_like(valid, dtype=acc).masked_fill(valid & ~in_range, math.nan)
+        labels = labels.where(in_range, torch.zeros_like(labels))
+
+    if teacher_temperature is None:
+        teacher_temperature = temperature if teacher_form == "logits" else 1.0
+    temperature, teacher_temperature, hard_weight, soft_weight = (
+        value.to(acc) if isinstance(value, Tensor) else value
+        for value in (temperature, teacher_temperature, hard_weight, soft_weight)
+    )
+    scaled_teacher, ranked = softened_teacher(
+        teachers, column(teacher_temperature), teacher_form, teacher_weights, ensemble, standardize
+    )
+    log_p = F.log_softmax(scaled_teacher, -1)
+    scaled = over(standardized(student) if standardize else student, column(temperature))
+    log_q = F.log_softmax(scaled, -1)
+    kind = DIVERGENCES[divergence]
+    of_logits = kind.compares == "logits"
+    compared = [scaled_teacher, scaled] if of_logits else [log_p, log_q]
+    if isinstance(soft_weight, Tensor) or soft_weight == 0:
+        # No gradient reaches rows without weight: their divergence may be infinite, and 0 times
+        # its gradient NaN.
+        weighs = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
+        compared = [torch.where(weighs, x, x.detach()) for x in compared]
+    arguments: list[object] = [*compared]
+    arguments += [labels] if kind.needs_labels else []
+    arguments += [] if kind.mix is None else [kind.mix if mix is None else mix]
+    zero = torch.zeros(student.shape[:-1], dtype=acc, device=student.device)
+    soft = (kind.compute(*arguments) * (known if kind.needs_labels else 1)).where(valid, zero)
+    hard = hard_part = zero
+    if labels is not None:
+        hard = cross_entropy(student, labels, class_weight, label_smoothing) * known
+        hard = hard.where(valid, zero)
+        hard_part = weighted(hard_weight, hard)
+    soft_part = weighted(soft_weight * temperature**2, soft)
+    with torch.no_grad():
+        both = (student == student.amax(-1, keepdim=True)) & (
+            ranked == ranked.amax(-1, keepdim=True)
+        )
+        fields = (_entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
+        logged = [field.where(valid, zero) for field in fields]
+    if reduction == "none":
+        return Terms(hard_part + soft_part, hard.detach(), soft.detach(), *logged)
+    of_hard: float | Tensor = 1.0
+    of_soft: float | Tensor = 1.0
+    if reduction == "mean" and normalizer is not None:
+        # The mean over no rows is 0, whatever it is divided by.
+        divisor = torch.as_tensor(normalizer, dtype=acc, device=student.device)
+        of_hard = of_soft = divisor.where(valid.any(), torch.ones_like(divisor))
+    elif reduction == "mean":
+        of_hard = of_soft = valid.sum().clamp(min=1)
+        if class_weight is not None and labels is not None and not soft_labels:
+            of_hard = class_weight[labels].where(valid, zero).sum()
+            of_hard = of_hard.where(of_hard != 0, torch.ones_like(of_hard))
+    return Terms(
+        hard_part.sum() / of_hard + soft_part.sum() / of_soft,
+        hard.detach().sum() / of_hard,
+        *(field.detach().sum() / of_soft for field in (soft, *logged)),
+    )
+
+
+def loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    """The loss of :func:`terms`, with the same arguments."""
+    return terms(student_logits, teacher_logits, labels, **options).loss  # type: ignore[arg-type]
