@@ -169,7 +169,7 @@ def with_heads(
         hard_weight=0.0,
         soft_weight=1 / temperature**2,
         normalizer=num_items_in_batch,
-        **convention.generalized_jsd(beta),
+        **convention.choose_divergence(beta),
     )
     return loss, torch.zeros(()), completion_mask.sum()
 

@@ -1,10 +1,9 @@
-"""Other libraries' distillation losses, number for number, over fastkd's fused pass.
+"""Distillation losses of other libraries, with the same values, computed by fastkd's fused pass.
 
 Libraries disagree on which term ``alpha`` weighs, on T squared, on what a mean divides by and on
-what is masked, mostly without saying so. Each module here is named after a library, and has its
-names, its signatures and its conventions: switching is a changed import. ``docs/compat.md``, which
-``python -m fastkd.compat`` writes, has the conventions side by side, and where an adapter differs
-from its library on purpose.
+which rows are masked. Each module here is named after a library and has that library's names,
+signatures and conventions, so switching means changing an import. ``docs/compat.md`` compares the
+conventions and lists where an adapter differs from its library on purpose.
 
 >>> import torch
 >>> from fastkd.compat.torchtune import ForwardKLLoss
@@ -37,4 +36,4 @@ CONVENTIONS = tuple(
         nemo, textbrewer, timm, torchdistill, torchtune, trl,
     )
 )  # fmt: skip
-"""One record for each library, which the page of conventions is written from."""
+"""One record for each library; ``python -m fastkd.compat`` prints them as ``docs/compat.md``."""
