@@ -112,8 +112,7 @@ def split(batch: Any) -> Batch:
     """Split a loader's batch into inputs, labels and ids; the module lists the accepted forms.
 
     Raises:
-        TypeError: for a batch of another form.
-        ValueError: for ids that are not a ``(B,)`` integer tensor.
+        TypeError: for a batch of another form, or for ids that are not a ``(B,)`` integer tensor.
 
     Example:
         >>> import torch
@@ -121,35 +120,36 @@ def split(batch: Any) -> Batch:
         >>> batches.split((torch.zeros(2, 3), torch.tensor([0, 1]))).labels
         tensor([0, 1])
     """
+    labels = ids = None
     if isinstance(batch, Tensor):
-        return Batch(batch, None, None)
-    if isinstance(batch, Mapping):
+        inputs: Any = batch
+    elif isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "ids")}
-        return Batch(inputs, batch.get("labels"), _check_ids(batch.get("ids")))
-    if isinstance(batch, Unlabelled):
-        return Batch(batch.inputs, None, _check_ids(batch.ids))
-    if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3:
+        labels, ids = batch.get("labels"), batch.get("ids")
+    elif isinstance(batch, Unlabelled):
+        inputs, ids = batch
+    elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3:
         inputs, labels, ids = (*batch, None, None)[:3]
-        return Batch(inputs, labels, _check_ids(ids))
-    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
-    raise TypeError(
-        "a batch must be a tensor, (inputs, labels), (inputs, labels, ids) or a mapping; got "
-        f"{type(batch).__name__}{size}"
-    )
+    else:
+        size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise TypeError(
+            "a batch must be a tensor, (inputs, labels), (inputs, labels, ids) or a mapping; got "
+            f"{type(batch).__name__}{size}"
+        )
+    return Batch(inputs, labels, None if ids is None else check_ids(ids))
 
 
-def _check_ids(ids: Any) -> Tensor | None:
-    """Return the ids as int64, or raise unless they are a ``(B,)`` integer tensor or None."""
-    if ids is None:
-        return None
-    if isinstance(ids, Tensor) and ids.dim() == 1 and not ids.dtype.is_floating_point:
-        return ids.long()
-    got = (
-        f"{ids.dtype} of shape {tuple(ids.shape)}"
-        if isinstance(ids, Tensor)
-        else type(ids).__name__
-    )
-    raise ValueError(f"a batch's ids must be an integer tensor of shape (B,); got {got}")
+def check_ids(ids: object) -> Tensor:
+    """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be an integer tensor of shape (B,); got {type(ids).__name__}")
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
+    if ids.dim() != 1 or not is_integer:
+        raise TypeError(
+            "ids must be an integer tensor of shape (B,); got "
+            f"{ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    return ids.long()
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the adapters share: the record of a library's convention, and translations of options."""
+"""The record of a library's convention, and option checks and translations for all adapters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Convention(NamedTuple):
     before: str  # the import that is replaced
     after: str  # the import that replaces it
     weights: str  # which term each of the library's weights multiplies
-    t_squared: str  # whether the soft term is multiplied by the temperature squared
     denominator: str  # what sums are divided by
-    mask: str  # which rows are masked, and in which term
-    differences: tuple[str, ...]  # where the adapter differs from the library, and why
+    t_squared: str = "yes"  # whether the soft term is multiplied by the temperature squared
+    mask: str = "none"  # which rows are masked, and in which term
+    differences: tuple[str, ...] = ()  # where the adapter differs from the library, and why
 
 
 def convert_reduction(

@@ -18,8 +18,6 @@ CONVENTION = Convention(
     weights="`alpha`: the **teacher's** term; 1 - alpha: the base criterion",
     t_squared="`soft`: yes; `hard` has no temperature",
     denominator="`soft`: all elements, classes too; `hard`: rows",
-    mask="none",
-    differences=(),
 )
 
 

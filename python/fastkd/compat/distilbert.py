@@ -56,9 +56,6 @@ def step_loss(
         alpha_mse: weight of the squared error of the logits.
         restrict_ce_to_mask: soft terms count the rows with a label instead of ``attention_mask``.
 
-    Raises:
-        TypeError, ValueError: for other options, and from :func:`fastkd.loss`.
-
     Example:
         >>> import torch
         >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, -100, 2]])

@@ -20,9 +20,7 @@ CONVENTION = Convention(
     after="from fastkd.compat.keras import Distiller, LogitsDistillation",
     weights="`student_loss_weight` (`alpha` in the keras.io example): the hard term; 1 - it: the "
     "soft term",
-    t_squared="yes",
     denominator="rows",
-    mask="none",
     differences=(
         "The hard term is the cross entropy from logits. Keras' Distiller computes the same if it "
         "is compiled with `SparseCategoricalCrossentropy(from_logits=True)` (or "

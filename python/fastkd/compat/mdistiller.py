@@ -13,9 +13,7 @@ CONVENTION = Convention(
     after="from fastkd.compat.mdistiller import dkd_loss",
     weights="`dkd_loss`: `alpha` the target class's KL, `beta` the other classes' KL; mdistiller "
     "weighs the hard term separately",
-    t_squared="yes",
     denominator="rows",
-    mask="none",
     differences=(
         "The other classes' softmax leaves the target class out exactly. mdistiller lowers its "
         "logit by 1000, which is the same unless logits differ by hundreds.",
@@ -57,9 +55,6 @@ def dkd_loss(
         alpha: weight of TCKD, positive.
         beta: weight of NCKD, at least 0.
         temperature: T > 0.
-
-    Raises:
-        TypeError, ValueError: for other options, and from :func:`fastkd.loss`.
 
     Example:
         >>> import torch

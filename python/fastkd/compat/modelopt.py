@@ -15,10 +15,8 @@ CONVENTION = Convention(
     before="from modelopt.torch.distill import LogitsDistillationLoss",
     after="from fastkd.compat.modelopt import LogitsDistillationLoss",
     weights="none in the loss; `StaticLossBalancer`'s `kd_loss_weight` weighs the soft term",
-    t_squared="yes",
     denominator="`mean`, the default: all elements, classes too; `batchmean`: the first dimension",
     mask="none (`reduction='none'` gives one loss for each row, to be masked)",
-    differences=(),
 )
 
 

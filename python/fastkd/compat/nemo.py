@@ -18,7 +18,6 @@ CONVENTION = Convention(
     before="from nemo_automodel.components.loss.kd_loss import KDLoss",
     after="from fastkd.compat.nemo import KDLoss",
     weights="none in the loss; the recipe's `kd_ratio` weighs the soft term",
-    t_squared="yes",
     denominator="rows not ignored, or `num_batch_labels`",
     mask="rows whose label is `ignore_index`",
     differences=(

@@ -16,7 +16,6 @@ CONVENTION = Convention(
     "term",
     t_squared="no",
     denominator="`kd_ce_loss`: rows; `kd_mse_loss`: all elements, classes too",
-    mask="none",
     differences=("A tensor `temperature` has one entry, or one for each row.",),
 )
 

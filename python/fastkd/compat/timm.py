@@ -17,9 +17,7 @@ CONVENTION = Convention(
     after="from fastkd.compat.timm import LogitDistillationTask",
     weights="`task_loss_weight`: the hard term; `distill_loss_weight`: the soft term. Given the "
     "first alone, the second is 1 - it; given none, both are 1",
-    t_squared="yes",
     denominator="rows",
-    mask="none",
     differences=(
         "`teacher_model` is a module, not a name. It gets the student's input as it is, where timm "
         "renormalizes it if the two models' mean and standard deviation differ.",

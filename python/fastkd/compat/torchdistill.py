@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import (
-    Convention,
-    check_positive,
-    check_weight,
-    convert_reduction,
-)
+from fastkd.compat.convention import Convention, check_positive, check_weight, convert_reduction
 
 CONVENTION = Convention(
     library="torchdistill",
@@ -24,7 +19,6 @@ CONVENTION = Convention(
     t_squared="yes; but with `alpha` 0 or None, or without targets, neither T² nor `beta`",
     denominator="hard: rows (the sum of their class weights); soft: the first dimension "
     "(`batchmean`), or all elements (`mean`)",
-    mask="none",
     differences=(
         "`ignore_index` leaves a row out of both terms and of their denominators. torchdistill "
         "leaves it out of the hard term alone, so it trains on the soft loss of padding.",
@@ -52,9 +46,6 @@ class KDLoss(nn.Module):
         weight: class weights of the hard term, ``(C,)``.
         ignore_index: rows with this target are ignored. Default -100.
         label_smoothing: of the hard term. Default 0.
-
-    Raises:
-        TypeError, ValueError: for other options, and from :func:`fastkd.loss`.
 
     Example:
         >>> import torch

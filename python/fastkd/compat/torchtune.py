@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 
 class _MaskedLoss(nn.Module):
-    """What the losses share: their options, and labels of any shape with one label per row."""
+    """Base of the losses: ignored labels, which may have any shape with one label per row."""
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()

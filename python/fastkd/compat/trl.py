@@ -59,9 +59,6 @@ def generalized_jsd_loss(
         num_items_in_batch: divides the sum, for any ``reduction``. A number, or a tensor of any
             shape with equal elements. 0 is accepted if every label is -100.
 
-    Raises:
-        TypeError, ValueError: for other options, and from :func:`fastkd.loss`.
-
     Example:
         >>> import torch
         >>> student, teacher = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])

@@ -129,7 +129,7 @@ class TeacherCache:
 
     def contains(self, ids: Tensor) -> Tensor:
         """Return a mask, bool ``(B,)``, of the ``(B,)`` ids that are in the cache."""
-        ids = _check_ids(ids)
+        ids = batches.check_ids(ids).cpu()
         return self.ids[self._search(ids)] == ids
 
     def _search(self, ids: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class TeacherCache:
 
     def _find(self, ids: Tensor) -> Tensor:
         """Return the positions of ids in the index, or raise if one is missing."""
-        ids = _check_ids(ids)
+        ids = batches.check_ids(ids).cpu()
         index = self._search(ids)
         missing = ids[self.ids[index] != ids]
         if len(missing):
@@ -275,11 +275,3 @@ class TeacherCache:
                 f"got {shape}"
             )
         return shape
-
-
-def _check_ids(ids: Tensor) -> Tensor:
-    """Return ids as int64 on the CPU, or raise TypeError unless they are a ``(B,)`` tensor."""
-    if isinstance(ids, Tensor) and ids.dim() == 1 and ids.dtype in checks.INTEGERS:
-        return ids.cpu().long()
-    got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-    raise TypeError(f"ids must be an integer tensor of shape (B,); got {got}")
