@@ -264,7 +264,7 @@ def test_images_of_classes(tmp_path):
     assert indices.shape == log_probs.shape == (2, 3, 4, 2)
     exact = Characters()(data[4].inputs).topk(2).indices
     assert torch.equal(indices[0], exact)
-    with pytest.raises(ValueError, match=r"rows are \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"rows of shape \(3, 4\)"):
         cache.lookup(torch.tensor([4]), shape=(4, 3))
 
 

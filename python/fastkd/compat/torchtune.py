@@ -128,12 +128,28 @@ class SymmetricKLLoss(_MaskedLoss):
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 
 
-class _ChunkedLoss(nn.Module):
-    """A loss of logits in a list of chunks ``(batch, tokens / chunks, C)``."""
+class ForwardKLWithChunkedOutputLoss(nn.Module):
+    """:class:`ForwardKLLoss` of logits in a list of chunks ``(batch, tokens / chunks, C)``.
 
-    def __init__(self, loss: ForwardKLLoss | SymmetricKLLoss, num_output_chunks: int) -> None:
+    Logits in one tensor need a single pass: prefer :class:`ForwardKLLoss`.
+
+    Args:
+        num_output_chunks: the largest number of chunks. Default 8.
+        arguments, options: those of the loss without chunks.
+
+    Example:
+        >>> import torch
+        >>> chunks, labels = [torch.zeros(1, 2, 4)] * 2, torch.tensor([[0, 1, 2, -100]])
+        >>> ForwardKLWithChunkedOutputLoss()(chunks, chunks, labels)
+        tensor(1.3863)
+    """
+
+    loss_class: type[ForwardKLLoss | SymmetricKLLoss] = ForwardKLLoss
+
+    def __init__(self, num_output_chunks: int = 8, *arguments: Any, **options: Any) -> None:
+        """Check and store the options."""
         super().__init__()
-        self.loss = loss
+        self.loss = self.loss_class(*arguments, **options)
         self.num_output_chunks = num_output_chunks
 
     def forward(
@@ -151,34 +167,13 @@ class _ChunkedLoss(nn.Module):
         return total / (labels.long() != self.loss.ignore_index).sum().clamp(min=1)
 
 
-class ForwardKLWithChunkedOutputLoss(_ChunkedLoss):
-    """:class:`ForwardKLLoss` of lists of chunks; logits in one tensor need a single pass.
+class ReverseKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
+    """:class:`ReverseKLLoss` of lists of chunks."""
 
-    Example:
-        >>> import torch
-        >>> chunks, labels = [torch.zeros(1, 2, 4)] * 2, torch.tensor([[0, 1, 2, -100]])
-        >>> ForwardKLWithChunkedOutputLoss()(chunks, chunks, labels)
-        tensor(1.3863)
-    """
-
-    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100) -> None:
-        """Store the options."""
-        super().__init__(ForwardKLLoss(ignore_index), num_output_chunks)
+    loss_class = ReverseKLLoss
 
 
-class ReverseKLWithChunkedOutputLoss(_ChunkedLoss):
-    """:class:`ReverseKLLoss` of lists of chunks; logits in one tensor need a single pass."""
+class SymmetricKLWithChunkedOutputLoss(ForwardKLWithChunkedOutputLoss):
+    """:class:`SymmetricKLLoss` of lists of chunks."""
 
-    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100) -> None:
-        """Store the options."""
-        super().__init__(ReverseKLLoss(ignore_index), num_output_chunks)
-
-
-class SymmetricKLWithChunkedOutputLoss(_ChunkedLoss):
-    """:class:`SymmetricKLLoss` of lists of chunks; logits in one tensor need a single pass."""
-
-    def __init__(
-        self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100
-    ) -> None:
-        """Store the options."""
-        super().__init__(SymmetricKLLoss(sym_kd_ratio, ignore_index), num_output_chunks)
+    loss_class = SymmetricKLLoss

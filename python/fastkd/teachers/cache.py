@@ -265,13 +265,11 @@ class TeacherCache:
                 f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
             )
         shape = tuple(shape)
-        if not is_sequence and shape != self.positions:
-            raise ValueError(
-                f"shape: a sample's rows are {self.positions} in {self.path}; got {shape}"
-            )
-        if is_sequence and (len(shape) != 1 or shape[0] < longest):
-            raise ValueError(
-                f"shape: {self.path} holds sequences, of up to {longest} positions in this batch; "
-                f"got {shape}"
-            )
+        if is_sequence:
+            fits = len(shape) == 1 and shape[0] >= longest
+            content = f"sequences, of up to {longest} positions in this batch"
+        else:
+            fits, content = shape == self.positions, f"rows of shape {self.positions} per sample"
+        if not fits:
+            raise ValueError(f"shape: {self.path} holds {content}; got {shape}")
         return shape

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,9 @@ def precompute(
                 lengths = _count_rows(logits, inputs, labels, ignore_index)
                 prefixes = lengths.tolist() if positions == (-1,) else None
                 digests = digest_inputs(inputs, len(ids), prefixes)
-                rows = _encode(_select_rows(logits, lengths * new), header)
-                writer.add(header, ids[new], lengths[new], digests[new], rows)
+                tensors = {"ids": ids[new], "lengths": lengths[new], "inputs": digests[new]}
+                tensors |= _encode(_select_rows(logits, lengths * new), header)
+                writer.add(header, tensors)
         writer.flush()
     finally:
         writer.flush()  # after an error or an interrupt, also one of the flush before
@@ -173,17 +174,11 @@ def _select_rows(logits: Tensor, lengths: Tensor) -> Tensor:
     return flat.reshape(-1, flat.shape[-1]) if bool(mask.all()) else flat[mask.to(logits.device)]
 
 
-class _Rows(NamedTuple):
-    """Encoded rows on the CPU, and the distortion of each."""
+def _encode(rows: Tensor, header: shard.Header) -> dict[str, Tensor]:
+    """Compute, truncate and round the log-probabilities of logits [R, C].
 
-    log_probs: Tensor  # [R, classes or k]
-    indices: Tensor | None  # int32 [R, k]
-    kl: Tensor  # [R]
-    tail: Tensor  # [R]
-
-
-def _encode(rows: Tensor, header: shard.Header) -> _Rows:
-    """Compute, truncate and round the log-probabilities of logits [R, C]."""
+    Returns CPU tensors: log_probs and, with top_k, indices, as in a shard; kl and tail [R].
+    """
     parts = []
     for part in torch.split(rows, max(1, _CHUNK // rows.shape[-1])):
         logits = part.float() / header.temperature
@@ -193,18 +188,16 @@ def _encode(rows: Tensor, header: shard.Header) -> _Rows:
         stored, indices = log_p, None
         if header.top_k is not None:
             stored, indices = log_p.topk(header.top_k, sorted=True)
-        stored = stored.to(header.dtype)
-        kl, tail = _measure_distortion(log_p, stored, indices)
-        indices = None if indices is None else indices.int().cpu()
-        parts.append(_Rows(stored.cpu(), indices, kl.cpu(), tail.cpu()))
+        tensors = {"log_probs": stored.to(header.dtype)}
+        if indices is not None:
+            tensors["indices"] = indices.int()
+        tensors["kl"], tensors["tail"] = _measure_distortion(log_p, tensors["log_probs"], indices)
+        parts.append({name: tensor.cpu() for name, tensor in tensors.items()})
     return _concatenate(parts)
 
 
-def _concatenate(parts: Iterable[_Rows]) -> _Rows:
-    log_probs, indices, kl, tail = (
-        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
-    )
-    return _Rows(log_probs, indices, kl, tail)  # type: ignore[arg-type]
+def _concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _measure_distortion(
@@ -242,7 +235,7 @@ class _Writer:
         self._folder, self._shard_bytes, self._cache = folder, shard_bytes, cache
         self._header = None if cache is None else cache.header
         self._selected: set[int] = set()
-        self._parts: list[tuple[Tensor, Tensor, Tensor, _Rows]] = []
+        self._parts: list[dict[str, Tensor]] = []
         self._bytes = 0
 
     def select_new(self, ids: Tensor) -> Tensor:
@@ -256,9 +249,7 @@ class _Writer:
             self._selected.add(number)
         return new
 
-    def add(
-        self, header: shard.Header, ids: Tensor, lengths: Tensor, inputs: Tensor, rows: _Rows
-    ) -> None:
+    def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
         """Add samples, and write a shard if enough have been collected."""
         self._header = self._header or header
         if header != self._header:
@@ -268,8 +259,10 @@ class _Writer:
                 if old != new
             ]
             raise ValueError(f"teacher: its logits changed from {', '.join(changes)}")
-        self._parts.append((ids, lengths, inputs, rows))
-        self._bytes += rows.log_probs.nbytes + (0 if rows.indices is None else rows.indices.nbytes)
+        self._parts.append(tensors)
+        self._bytes += sum(
+            tensors[name].nbytes for name in ("log_probs", "indices") if name in tensors
+        )
         if self._bytes >= self._shard_bytes:
             self.flush()
 
@@ -277,17 +270,9 @@ class _Writer:
         """Write the collected samples as one shard."""
         if not self._parts or self._header is None:
             return
-        *columns, parts = zip(*self._parts, strict=True)
-        rows = _concatenate(parts)
-        count = max(1, len(rows.kl))
-        distortion = shard.Distortion(
-            float(rows.kl.double().sum()) / count, float(rows.tail.double().sum()) / count
-        )
-        ids, lengths, inputs = map(torch.cat, columns)
-        shard.write(
-            self._folder,
-            shard.Shard(
-                self._header, distortion, ids, lengths, inputs, rows.log_probs, rows.indices
-            ),
-        )
+        tensors = _concatenate(self._parts)
+        rows = max(1, len(tensors["log_probs"]))
+        kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
+        content = shard.Shard(self._header, shard.Distortion(kl, tail), **tensors)
+        shard.write(self._folder, content)
         self._parts, self._bytes = [], 0  # after the write: an interrupted one is repeated
