@@ -97,8 +97,8 @@ class DistillationMixin:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        # The trainer reads this attribute to count tokens. Its own value is wrong for models whose
-        # class name does not contain their loss, such as GPT2LMHeadModel.
+        # The trainer reads this attribute to count tokens. Its own value is False for causal models
+        # without "ForCausalLM" in their name, such as GPT2LMHeadModel: one token too many.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)

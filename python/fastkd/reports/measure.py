@@ -116,13 +116,7 @@ class _Tally:
 
 
 def compute_wilson_interval(share: float, rows: int) -> tuple[float, float]:
-    """Compute the 95 % interval of a share that was observed in ``rows`` (Wilson, 1927).
-
-    Example:
-        >>> low, high = compute_wilson_interval(1.0, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.963, 1.0)
-    """
+    """Compute the 95 % interval of a share that was observed in ``rows`` (Wilson, 1927)."""
     z = 1.959964
     center = share + z * z / (2 * rows)
     half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
@@ -201,9 +195,8 @@ def measure_latencies(
 
     def resize(tensor: Tensor) -> Tensor:
         """Take the first ``batch_size`` samples, repeating them if there are fewer."""
-        if not tensor.dim():  # belongs to no sample
-            return tensor
-        return tensor[torch.arange(batch_size, device=tensor.device) % len(tensor)]
+        index = torch.arange(batch_size, device=tensor.device)
+        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
 
     latencies: dict[str, dict[int, Latency]] = {name: {} for name in models}
     models = {

@@ -38,34 +38,19 @@ def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
 
 
 def format_count(value: float) -> str:
-    """Format a number of things in three digits.
-
-    Example:
-        >>> format_count(999), format_count(1234), format_count(25_600_000)
-        ('999', '1.23k', '25.6M')
-    """
+    """Format a number in three digits: 999, 1.23k, 25.6M."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
 def format_size(value: int) -> str:
-    """Format a number of bytes in three digits.
-
-    Example:
-        >>> format_size(10_500_000)
-        '10.5 MB'
-    """
+    """Format a number of bytes in three digits: 10.5 MB."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits} {unit}B" if unit else f"{value} B"
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration in three digits.
-
-    Example:
-        >>> format_duration(0.00123), format_duration(4.2e-5)
-        ('1.23 ms', '42.0 µs')
-    """
+    """Format a duration in three digits: 42.0 µs, 1.23 ms."""
     return " ".join(_scale(seconds, DURATIONS))
 
 

@@ -53,7 +53,7 @@ def precompute(
         ignore_index: sequences ``(B, T, C)`` are stored up to their last label other than this, so
             that padding is not stored. Without labels, the ``attention_mask`` of a mapping is used.
             Default -100.
-        shard_bytes: size at which a file is completed; an interruption loses at most so much.
+        shard_bytes: size at which a file is completed, and the most that a killed process loses.
             Default 64 MiB.
         progress: show a progress bar.
 
