@@ -12,7 +12,8 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,12 +100,15 @@ class Report(NamedTuple):
         files["report.md"] = self.markdown().encode()
         files["report.json"] = f"{self.json()}\n".encode()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
-            parts = pathlib.Path(name)
-            for file, data in files.items():
-                (parts / file).write_bytes(data)
-            for file in files:
-                (parts / file).replace(folder / file)
+        parts = folder / f".{secrets.token_hex(8)}"
+        parts.mkdir()
+        try:
+            for name, data in files.items():
+                (parts / name).write_bytes(data)
+            for name in files:
+                (parts / name).replace(folder / name)
+        finally:
+            shutil.rmtree(parts)
         return folder
 
 
