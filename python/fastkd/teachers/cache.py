@@ -169,7 +169,7 @@ class TeacherCache:
         if temperature is not None and self.top_k and temperature != self.temperature:
             raise ValueError(
                 f"temperature: {self.path} holds the {self.top_k} largest log-probabilities at "
-                f"temperature {self.temperature:g}, which cannot be converted to temperature "
+                f"temperature {self.temperature:g}, which cannot be turned into those at "
                 f"{temperature:g}. Distil at {self.temperature:g}, or precompute at {temperature:g}"
             )
         if ids is not None:
