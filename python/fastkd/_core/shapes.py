@@ -34,9 +34,21 @@ class Settings(NamedTuple):
 
 
 def accumulator(*logits: Tensor) -> torch.dtype:
-    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
+    """Return the dtype of the arithmetic and of the loss: float64 if any of the logits are."""
     double = any(tensor.dtype is torch.float64 for tensor in logits)
     return torch.float64 if double else torch.float32
+
+
+def row_numbers(numbers: tuple[float | Tensor, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers that may differ from row to row, one vector after the other, for the ops."""
+    rows = logits.shape[:-1]
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.as_tensor(number, dtype=dtype, device=logits.device).expand(rows)
+                for number in numbers
+            ]
+        ).flatten()
 
 
 def check_devices(*arguments: Any) -> None:

@@ -80,4 +80,6 @@ def positive(name: str, value: float) -> float:
 
 def divisor(name: str, value: float | Tensor) -> float | Tensor:
     """What the sum over rows is divided by: a positive number, or a tensor with one element."""
-    return checks.normalizer(value, name) if isinstance(value, Tensor) else positive(name, value)
+    return (
+        checks.check_normalizer(value, name) if isinstance(value, Tensor) else positive(name, value)
+    )

@@ -165,7 +165,7 @@ class _Chunked(nn.Module):
             )
         chunks = zip(student_logits, teacher_logits, torch.split(labels, tokens, 1), strict=True)
         sums = [self.whole(*chunk, normalize=False) for chunk in chunks]
-        valid = (checks.int64(labels) != self.whole.ignore_index).sum()
+        valid = (checks.to_int64(labels) != self.whole.ignore_index).sum()
         total: Tensor = sum(sums[1:], sums[0])
         return total / valid.clamp(min=1)
 

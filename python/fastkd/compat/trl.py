@@ -83,7 +83,7 @@ def generalized_jsd_loss(
         factor = 1.0
         count: float | Tensor = num_items_in_batch
         if isinstance(count, Tensor):
-            count = checks.normalizer(count.reshape(-1)[:1], "num_items_in_batch")
+            count = checks.check_normalizer(count.reshape(-1)[:1], "num_items_in_batch")
         else:
             count = checks.number("num_items_in_batch", count, 0.0, math.inf)
         count = checks.check_nonzero(count, labels, -100, "num_items_in_batch")

@@ -157,7 +157,6 @@ def terms(
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "probs",
     standardize: bool = False,
-    classes: int | None = None,
     dim: int = -1,
 ) -> Terms:
     """The loss and its terms, by differentiable PyTorch operations, in float32 or better.
@@ -174,8 +173,8 @@ def terms(
     acc = torch.promote_types(student_logits.dtype, torch.float32)
     for teacher in teachers:
         acc = torch.promote_types(acc, teacher.dtype)
-    student = student_logits[..., :classes].to(acc)
-    teachers = [teacher[..., :classes].to(acc) for teacher in teachers]
+    student = student_logits.to(acc)
+    teachers = [teacher.to(acc) for teacher in teachers]
     if class_weight is not None:
         class_weight = class_weight.detach().to(acc)
 

@@ -77,8 +77,8 @@ def precompute(
         raise ValueError(f"top_k must be a positive integer or None; got {top_k!r}")
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
-    temperature = checks.scalar_temperature("temperature", temperature)
-    checks.ignored_label(ignore_index)
+    temperature = checks.check_scalar_temperature("temperature", temperature)
+    checks.check_ignore_index(ignore_index)
     folder = checks.folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
@@ -168,7 +168,7 @@ def _lengths(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Ten
         return whole
     valid = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        valid = checks.int64(labels) != ignore_index
+        valid = checks.to_int64(labels) != ignore_index
     elif isinstance(inputs, dict) and isinstance(inputs.get("attention_mask"), Tensor):
         valid = inputs["attention_mask"] != 0
     if valid is None or valid.shape != logits.shape[:-1]:
