@@ -294,7 +294,8 @@ class KDLoss(nn.Module):
     def _options(self) -> Options:
         if not self._parameters and not self._buffers:
             return self._values
-        return self._values._replace(**self._parameters, **self._buffers)
+        tensors: Any = {**self._parameters, **self._buffers}
+        return self._values._replace(**tensors)
 
     def _keep(self, name: str, value: object) -> None:
         """Set an option, without a check."""
@@ -308,7 +309,8 @@ class KDLoss(nn.Module):
             self._buffers[name] = value
             self._non_persistent_buffers_set.add(name)
         plain = None if isinstance(value, Tensor) else value
-        self._values = self._values._replace(**{name: plain})
+        change: Any = {name: plain}
+        self._values = self._values._replace(**change)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option, checked together with the others; or any other attribute."""
