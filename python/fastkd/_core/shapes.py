@@ -1,5 +1,7 @@
-"""Describe the native ops: their numeric arguments, and the shapes, dtypes and layouts of their
-results for FakeTensor, meta and torch.compile."""
+"""Describe the native ops: numeric arguments, and fake kernels that give the results' layouts.
+
+FakeTensor, meta tensors and torch.compile call the fake kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fastkd import reference
 
-REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
+REDUCTIONS = reference.REDUCTIONS  # the position of a name is its number in C++
 TERMS = len(reference.Terms._fields)
 STATS = 7  # Stat in csrc/kernels.h
 

@@ -43,12 +43,12 @@ def _weights(options: Options, objective: Objective) -> str:
 
 def _softens_again(objective: Objective) -> bool:
     """Return True if a teacher that is softened already is softened again."""
-    own = objective.teacher_temperature
-    return objective.teacher_form != "logits" and (isinstance(own, Tensor) or own != 1.0)
+    t = objective.teacher_temperature
+    return objective.teacher_form != "logits" and (isinstance(t, Tensor) or t != 1.0)
 
 
 def _distribution(objective: Objective) -> str:
-    """The teacher's, of what it comes as, w."""
+    """Return the formula of the teacher's distribution p."""
     form = objective.teacher_form
     if form != "logits" and not _softens_again(objective):
         return "softmax(w)" if form == "log_probs" else "w / sum w"
