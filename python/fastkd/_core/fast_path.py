@@ -5,7 +5,6 @@ The slow path (arguments.py, dispatch.py) checks every argument of every call.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,9 @@ from fastkd._core.values import TopK
 _TENSORS = (Tensor, torch.nn.Parameter)
 _FLOATS = frozenset(FLOATS)
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
+_Call = Callable[..., Tensor] | None
+_calls: dict[tuple[Any, ...], _Call] = {}
+_MOST_CALLS = 128
 
 
 def run(
@@ -33,33 +35,45 @@ def run(
 
     ``options``: the fields of :class:`Options`. None does not mean that the call is wrong.
     """
-    if not _IMMUTABLE.issuperset(map(type, options)):
-        return None
     try:
         if type(teacher) is TopK:
             log_probs, indices, tail = teacher
             if with_terms or not _are_lists_eligible(student, log_probs, indices, labels):
                 return None
-            call = _prepare(native.EAGER, tail, False, labels is not None, *options)
+            call = _find_call(tail, False, labels is not None, options)
             return None if call is None else call(student, indices, log_probs, labels)
         if not is_eligible(student, teacher, labels) or student.shape != teacher.shape:  # type: ignore[attr-defined]
             return None
-        call = _prepare(native.EAGER, None, with_terms, labels is not None, *options)
+        call = _find_call(None, with_terms, labels is not None, options)
         return None if call is None else call(student, teacher, labels)
     except RuntimeError:
         # The op refused the tensors. The slow path fails likewise, and explains why.
         return None
 
 
-@functools.lru_cache(maxsize=128, typed=True)
-def _prepare(
-    _eager: Any, tail: str | None, with_terms: bool, has_labels: bool, *values: Any
-) -> Callable[..., Tensor] | None:
-    """Check the options and bind them to the op; return None if the fast path lacks one of them.
+def _find_call(
+    tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
+) -> _Call:
+    """Return the op with these options bound, or None if the fast path lacks one of them."""
+    # Types are part of the key since True == 1 == 1.0; native.EAGER is, since tests replace it.
+    types = tuple(map(type, options))
+    key = (native.EAGER, tail, with_terms, has_labels, types, options)
+    try:
+        return _calls[key]
+    except TypeError:  # an option that cannot be hashed, such as a list
+        return None
+    except KeyError:
+        pass
+    if not _IMMUTABLE.issuperset(types):
+        return None
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    call = _calls[key] = _bind(tail, with_terms, has_labels, Options(*options))
+    return call
 
-    ``_eager`` is only part of the cache key: autograd in C++ and in Python have different calls.
-    """
-    options = Options(*values)
+
+def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _Call:
+    """Check the options and bind them to the op; return None if the fast path lacks one of them."""
     if options.chunks != "auto" or options.inplace is not False or options.dim != -1:
         return None
     if tail is not None:

@@ -184,7 +184,7 @@ def terms(
     valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     known: float | Tensor = 1.0
     if labels is not None and not soft_labels:
-        # Ignored rows are replaced before anything is computed, so that a NaN in them has no effect.
+        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
         labels = labels.long()
         valid = labels != ignore_index
         keep = valid.unsqueeze(-1)

@@ -179,7 +179,7 @@ class Divergence(NamedTuple):
     formula: str
     source: str
     compares: str = "probabilities"
-    """The arguments of ``compute``: ``"probabilities"``, log p and log q; ``"logits"``, w / T_t and z / T."""
+    """What ``compute`` takes: ``"probabilities"``: log p, log q; ``"logits"``: w / T_t, z / T."""
     mix: float | None = None
     """The default of ``mix``; None if the divergence has no such parameter."""
     mix_meaning: str = ""

@@ -148,7 +148,7 @@ def terms(
     valid = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if labels is not None:
         valid = labels != ignore_index
-        # Ignored rows are replaced before anything is computed, so that a NaN in them has no effect.
+        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
         logits = logits.where(valid.unsqueeze(-1), torch.zeros_like(logits))
         indices = indices.where(valid.unsqueeze(-1), torch.full_like(indices, -1))
     log_q = F.log_softmax(logits / temperature, -1)
