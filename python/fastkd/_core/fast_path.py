@@ -14,14 +14,15 @@ from torch import Tensor
 from fastkd._core import dispatch, native, topk
 from fastkd._core.arguments import check_sparse_options
 from fastkd._core.autograd import is_transformed
-from fastkd._core.checks import FLOATS
-from fastkd._core.dense import KERNEL_DEVICES
 from fastkd._core.objective import Options, resolve
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import TopK
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-_FLOATS = frozenset(FLOATS)
+# Each attribute lookup in a module would take time in every call.
+_function_modes = torch._C._len_torch_function_stack
+_is_grad_enabled = torch.is_grad_enabled
+_int64 = torch.int64
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
 _Call = Callable[..., Tensor] | None
 _calls: dict[tuple[Any, ...], _Call] = {}
@@ -42,7 +43,7 @@ def run(
                 return None
             call = _find_call(tail, False, labels is not None, options)
             return None if call is None else call(student, indices, log_probs, labels)
-        if not is_eligible(student, teacher, labels) or student.shape != teacher.shape:  # type: ignore[attr-defined]
+        if not is_eligible(student, teacher, labels):
             return None
         call = _find_call(None, with_terms, labels is not None, options)
         return None if call is None else call(student, teacher, labels)
@@ -97,32 +98,25 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
 def is_eligible(student: object, teacher: object, labels: object) -> bool:
     """Return True if the kernels may take these logits and class indices as they are.
 
-    ``teacher``: logits, or the log-probabilities of a sparse teacher. The caller checks its shape.
-    Devices and memory layouts are left to the op, which refuses what it cannot take by a
-    RuntimeError.
+    ``teacher``: logits, or the log-probabilities of a sparse teacher. Shapes, floating-point dtypes
+    and memory layouts are left to the op, which refuses what it cannot take by a RuntimeError.
     """
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    shape = student.shape
     if not (
-        student.dtype in _FLOATS
-        and teacher.dtype in _FLOATS
-        and (student.is_cpu or student.device.type in KERNEL_DEVICES)
-        and len(shape) > 0
-        and shape[-1] > 0
+        (student.is_cpu or (native.CUDA_KERNELS and student.is_cuda))
         and not teacher.requires_grad
         and not is_transformed()
-        and torch._C._len_torch_function_stack() == 0
+        and _function_modes() == 0
     ):
         return False
-    saves = torch.is_grad_enabled()  # autograd cannot save inference tensors
+    saves = _is_grad_enabled()  # autograd cannot save inference tensors
     if labels is None:
         return not (saves and teacher.is_inference())
     return (
         type(labels) is Tensor
-        and labels.dtype is torch.int64
-        and labels.shape == shape[:-1]
+        and labels.dtype is _int64
         and not (saves and (teacher.is_inference() or labels.is_inference()))
     )
 
