@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
-from fastkd import extras, losses, teachers
+from fastkd import extras, teachers
+from fastkd._core.objective import Options
 from fastkd.commands import config
 from fastkd.commands.factories import Factories
 from fastkd.teachers import writing
@@ -157,7 +158,7 @@ def _teacher_and_data(
                 f"{name}: with teacher.cache it must be a data set with __getitem__, whose samples "
                 f"can be given ids; got {type(data).__name__}"
             )
-    defaults = {**losses.DEFAULTS, **loss}
+    defaults = {**Options._field_defaults, **loss}
     temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
     whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
     if live is not None:

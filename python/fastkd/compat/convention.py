@@ -83,6 +83,8 @@ def check_normalizer(
     ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
     """
     value = (
-        checks.normalizer(value, name) if isinstance(value, Tensor) else check_weight(name, value)
+        checks.check_normalizer(value, name)
+        if isinstance(value, Tensor)
+        else check_weight(name, value)
     )
     return checks.check_nonzero(value, labels, ignore_index, name)

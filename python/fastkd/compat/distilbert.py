@@ -72,7 +72,7 @@ def step_loss(
             "alpha_mlm and alpha_clm must not both be positive; got "
             f"alpha_mlm={alpha_mlm!r}, alpha_clm={alpha_clm!r}"
         )
-    lm_labels = checks.int64(lm_labels)
+    lm_labels = checks.to_int64(lm_labels)
     soft = lm_labels >= 0 if restrict_ce_to_mask else attention_mask != 0
     labels = F.pad(lm_labels[:, 1:], (0, 1), value=-100) if alpha_clm else lm_labels
     hard = labels != -100

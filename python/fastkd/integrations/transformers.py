@@ -125,7 +125,7 @@ class DistillationMixin:
             teacher = _logits_of(batches.outputs(self.teacher, arguments), self.teacher)
         if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
-        options = self.kd_loss.options_for(labels)
+        options = self.kd_loss.options
         if labels is not None and self.args.label_smoothing_factor:
             options = {**options, "label_smoothing": self.args.label_smoothing_factor}
         scale: float = 1

@@ -183,15 +183,17 @@ def plan(
     return by_rows
 
 
-def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
-    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
+def check_accumulate_dtype(
+    value: object, weight: torch.dtype, name: str = "accumulate_dtype"
+) -> None:
+    """Raise unless sums of the weight's gradient may be kept in ``value``; float16 overflows."""
     accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
     if weight is torch.bfloat16:
         accepted.append(weight)
     if value != "auto" and value not in accepted:
         listed = " or ".join(str(dtype) for dtype in accepted)
         raise ValueError(
-            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
+            f"{name} must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
         )
 
 

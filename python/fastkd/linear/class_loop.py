@@ -1,12 +1,10 @@
-"""The loop behind :func:`fastkd.linear_loss` with classes in chunks: the least memory.
+"""The loop over chunks of classes, which needs the least memory.
 
 Each chunk has some classes of all rows, so that its part of the weight's gradient is complete: one
-product writes it, and nothing is summed. But the loss of a row is known only when all classes have
-been seen, so the logits are computed twice: once for the statistics of the rows and the loss
-(class_statistics.py), once for the gradients.
-
-The logits take no memory of their own, while the gradient of the weight has some that is not
-written yet: they lie there (``chunks.class_chunks``).
+product writes it, and nothing is summed. The loss of a row is known only after all classes, so the
+logits are computed twice: once for the statistics of the rows and the loss (class_statistics.py),
+once for the gradients. The logits of a chunk lie in that part of the weight's gradient that is not
+written yet (``chunks.class_chunks``).
 """
 
 from __future__ import annotations
@@ -19,7 +17,21 @@ import torch
 from torch import Tensor
 
 from fastkd._core import dispatch
-from fastkd.linear import products, row_loop
+from fastkd._core.arguments import Call
+from fastkd.linear import products
+from fastkd.linear.call import (
+    Inputs,
+    LinearCall,
+    Outputs,
+    acc_dtype,
+    call_of,
+    empty_outputs,
+    objective_of,
+    power_of,
+    rows_of,
+    scales_late,
+    soft_cap_,
+)
 from fastkd.linear.chunks import (
     ALIGNMENT,
     PADDING,
@@ -29,24 +41,25 @@ from fastkd.linear.chunks import (
     class_chunks,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
-from fastkd.linear.row_loop import Call, Inputs, Outputs
 
 
-def missing(inputs: Inputs, call: Call) -> list[str]:
-    """What of a call chunks of classes do not have, as users write it."""
-    found = dispatch.lacking(inputs.hidden, inputs.labels, row_loop.objective_of(inputs, call))
+def missing(inputs: Inputs, call: LinearCall) -> list[str]:
+    """Return the features of a call that chunks of classes lack, as users write them."""
+    lacks = dispatch.lacking(inputs.hidden, inputs.labels, objective_of(inputs, call))
     if inputs.topk_indices is not None:
-        found.append("topk_indices")
+        lacks.append("a TopK as teacher")
     if inputs.class_weight is not None and not call.label_smoothing:
-        found.append("class_weight=")
-    if call.divergence not in DIVERGENCES and not found:
-        found.append(f'divergence="{call.divergence}"')
+        lacks.append("class_weight=")
+    if call.divergence not in DIVERGENCES and not lacks:
+        lacks.append(f'divergence="{call.divergence}"')
     if call.label_smoothing:
-        found.append(f"label_smoothing={call.label_smoothing}")
+        lacks.append(f"label_smoothing={call.label_smoothing}")
+    if call.with_terms:
+        lacks.append("fastkd.terms")
     other = call.teacher_temperature is not None or inputs.teacher_temperature is not None
     if other and inputs.hidden.is_cuda:
-        found.append("a teacher_temperature of its own on cuda")
-    return found
+        lacks.append("a teacher_temperature of its own on cuda")
+    return lacks
 
 
 class _Logits(NamedTuple):
@@ -62,18 +75,20 @@ class _Logits(NamedTuple):
 class _Loop:
     """The buffers of a call, and the steps of the loop; the rows are those that count."""
 
-    def __init__(self, inputs: Inputs, call: Call, weight: Tensor, counted: Tensor | None) -> None:
+    def __init__(
+        self, inputs: Inputs, call: LinearCall, weight: Tensor, counted: Tensor | None
+    ) -> None:
         """``weight``: memory of its gradient, or empty."""
         part = inputs._replace(teacher_logits=None)
         if counted is not None:
-            part = inputs._replace(**row_loop.rows_of(part, counted))
+            part = inputs._replace(**rows_of(part, counted))
         self.inputs = part._replace(teacher_logits=inputs.teacher_logits)
         self.call, self.counted = call, counted
         self.hidden = part.hidden.to(call.dtype)
         self.teacher_hidden = None
         if part.teacher_hidden is not None:
             self.teacher_hidden = part.teacher_hidden.to(call.teacher_dtype)
-        self.whole = row_loop.objective_of(part, call)._replace(reduction="none", normalizer=None)
+        self.whole = objective_of(part, call)._replace(reduction="none", normalizer=None)
         # Labels of a chunk are numbered anew (labels_in): any number from 0 on is a class there.
         self.objective = self.whole._replace(ignore_index=-1)
         self.free = weight.view(-1).view(torch.uint8)
@@ -86,7 +101,7 @@ class _Loop:
         self.beside = self.free.new_empty(buffer_bytes(rows, beside, self.item))
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, _Logits]]:
-        """The logits of all classes, chunk by chunk, in memory that each overwrites."""
+        """Yield the logits of all classes, chunk by chunk, in memory that each overwrites."""
         rows, classes = len(self.hidden), self.inputs.weight.shape[0]
         for chunk in class_chunks(
             rows, classes, self.call.chunk, self.item, self.grad_row, writes=writes
@@ -104,14 +119,14 @@ class _Loop:
         at, memory = 0, self.beside
         if chunk.inside:
             at, memory = self.free.numel() - buffer_bytes(rows, chunk.size, self.item), self.free
-        found = []
+        parts: list[Tensor] = []
         for dtype in self.dtypes:
             at = -(-at // ALIGNMENT) * ALIGNMENT
             size = rows * width * dtype.itemsize
-            found.append(memory[at : at + size].view(dtype).view(rows, width))
+            parts.append(memory[at : at + size].view(dtype).view(rows, width))
             at += size
-        slope = found[2][:, : chunk.size] if len(found) > 2 else found[0][:0]
-        return _Logits(chunk.size, found[0], found[1], slope)
+        slope = parts[2][:, : chunk.size] if len(parts) > 2 else parts[0][:0]
+        return _Logits(chunk.size, parts[0], parts[1], slope)
 
     def _student(self, logits: _Logits, part: slice, writes: bool) -> None:
         call, given = self.call, self.inputs
@@ -120,7 +135,7 @@ class _Loop:
         bias = None if given.bias is None else given.bias[part].to(call.dtype)
         products.logits_(out, self.hidden, weight, bias, call.student_scale)
         if call.student_softcap is not None:
-            row_loop.soft_cap_(out, call.student_softcap, logits.slope if writes else None)
+            soft_cap_(out, call.student_softcap, logits.slope if writes else None)
 
     def _teacher(self, logits: _Logits, part: slice) -> None:
         call, given = self.call, self.inputs
@@ -140,11 +155,13 @@ class _Loop:
         bias = None if bias is None else bias[part].to(call.teacher_dtype)
         products.logits_(out, self.teacher_hidden, weight, bias, call.teacher_scale)
         if call.teacher_softcap is not None:
-            row_loop.soft_cap_(out, call.teacher_softcap, None)
+            soft_cap_(out, call.teacher_softcap, None)
 
     def labels_in(self, part: slice) -> Tensor | None:
-        """Labels as a chunk has them: the label of a row whose own is in another chunk is the first
-        of the classes that are masked."""
+        """Return the labels as positions in a chunk.
+
+        A label in another chunk becomes the first of the masked classes.
+        """
         labels, size = self.inputs.labels, part.stop - part.start
         if labels is None:
             return None
@@ -154,14 +171,19 @@ class _Loop:
         ignored: Tensor = labels == self.call.ignore_index
         return torch.where(ignored, self.objective.ignore_index, inside)
 
+    def core_call(self, logits: _Logits, labels: Tensor | None) -> Call:
+        """Return the core's call for a chunk."""
+        part = self.inputs._replace(labels=labels)
+        return call_of(logits.student, logits.teacher, part, self.objective, self.call)
+
     def statistics(self) -> RowStatistics:
-        """The first pass over the classes."""
-        acc = row_loop.acc_dtype(self.call.dtype, self.call.teacher_dtype)
+        """Run the first pass over the classes."""
+        acc = acc_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.hidden.new_empty((), dtype=acc)
         rows = RowStatistics(len(self.hidden), self.whole, like)
         for part, logits in self.chunks(writes=False):
             labels = self.labels_in(part)
-            of_part = dispatch.statistics(logits.student, logits.teacher, labels, self.objective)
+            of_part = dispatch.statistics(self.core_call(logits, labels))
             label_logits = None
             if labels is not None:
                 at = labels.clamp(0, logits.size).unsqueeze(1)
@@ -170,17 +192,17 @@ class _Loop:
         return rows
 
     def gradients(self, stats: Tensor, out: Outputs) -> None:
-        """The second pass. ``out.hidden`` has the rows that count, in a dtype to sum in."""
+        """Run the second pass. ``out.hidden`` has the rows that count, in a dtype to sum in."""
         call, given, scale = self.call, self.inputs, self.call.student_scale
         factor, hidden = given.grad_rows, self.hidden
         ones = hidden.new_ones(len(hidden), 1)
         if factor is not None:
-            power = row_loop.power_of(factor)
+            power = power_of(factor)
             ones = (factor / power).to(call.dtype)[:, None]
             hidden = hidden * ones
         for part, logits in self.chunks(writes=True):
             labels = self.labels_in(part)
-            dispatch.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
+            dispatch.gradient_(self.core_call(logits, labels), stats)
             grad = logits.student[:, : logits.size]
             if logits.slope.numel():
                 grad.mul_(logits.slope)
@@ -198,12 +220,12 @@ class _Loop:
                 out.hidden.mul_(factor.unsqueeze(1))
 
 
-def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
-    """The loss, and its gradients for a grad_output of 1, of at least one row that counts.
+def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
+    """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``heads.scales_late()`` the gradients lack the division by the denominator.
+    With ``scales_late()`` the gradients lack the division by the denominator.
     """
-    out = row_loop.empty_outputs(inputs, call._replace(hidden_grad=False))
+    out = empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
     rows = loop.statistics()
     losses = rows.loss(loop.inputs.labels)
@@ -214,14 +236,14 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not row_loop.scales_late(call):
+            if not scales_late(call):
                 scale = scale / inputs.denominator
     if not call.grads:
         return out._replace(loss=loss)
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide = row_loop.acc_dtype(call.dtype, inputs.hidden.dtype)
+        wide = acc_dtype(call.dtype, inputs.hidden.dtype)
         out = out._replace(hidden=loop.hidden.new_empty(loop.hidden.shape, dtype=wide))
     loop.gradients(stats, out)
     hidden = out.hidden

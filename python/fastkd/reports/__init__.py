@@ -179,7 +179,7 @@ def report(
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     checks.number("seconds", seconds, 0.0, math.inf)
-    checks.ignored_label(ignore_index)
+    checks.check_ignore_index(ignore_index)
     if show:
         extras.check("report", "rich")
     if devices is None:

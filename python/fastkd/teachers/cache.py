@@ -220,8 +220,8 @@ class TeacherCache:
 
         Returns:
             ``(B, *shape, classes)`` log-probabilities; with ``top_k``, ``(B, *shape, k)`` class
-            indices, int64, and their log-probabilities, largest first, as
-            :func:`fastkd.topk_loss` takes them. On the CPU, in the cache's dtype.
+            indices, int64, and their log-probabilities, largest first, the two fields of a
+            :class:`fastkd.TopK`. On the CPU, in the cache's dtype.
 
         Raises:
             TypeError: for ids that are not integers, or a shape that is not a tuple.

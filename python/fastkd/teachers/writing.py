@@ -76,8 +76,8 @@ def precompute(
     if top_k is not None:
         checks.count("top_k", top_k)
     checks.count("shard_bytes", shard_bytes)
-    temperature = checks.scalar_temperature("temperature", temperature)
-    checks.ignored_label(ignore_index)
+    temperature = checks.check_scalar_temperature("temperature", temperature)
+    checks.check_ignore_index(ignore_index)
     folder = checks.folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
@@ -159,7 +159,7 @@ def _count_rows(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> 
     """Return the number of rows to store of each sample, ``(B,)`` int64 on the CPU."""
     mask = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        mask = checks.int64(labels) != ignore_index
+        mask = checks.to_int64(labels) != ignore_index
     elif isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
         mask = inputs["attention_mask"] != 0
     if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2] and mask.numel():
