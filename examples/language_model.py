@@ -5,8 +5,8 @@
 A teacher learns from the whole training text. Then the same small student is trained three times on
 a twentieth of it: alone, from the characters; distilled from the characters and the live teacher;
 and distilled from a cache of the teacher's 8 most probable characters at each place. Both by
-fastkd.linear_loss, which never keeps a batch's logits. First weights, batches, steps and optimizer
-are equal. What is compared is the loss on text that nobody has seen.
+fastkd.loss of a Head, which never keeps a batch's logits. First weights, batches, steps and
+optimizer are equal. What is compared is the loss on text that nobody has seen.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
     """Causal convolutions: a position sees itself and some 30 characters before it."""
 
     def __init__(self, characters: int, width: int) -> None:
-        """The head is apart, since linear_loss takes its weight."""
+        """The head is apart, since fastkd.Head takes its weight."""
         super().__init__()
         self.embed = nn.Embedding(characters, width)
         self.layers = nn.ModuleList(
@@ -84,18 +84,21 @@ def alone(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-def distilled(teach: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> Loss:
+def head_of(model: LanguageModel, windows: Tensor) -> fastkd.Head:
+    """The last layer and its input: the logits of all characters but the last, uncomputed."""
+    return fastkd.Head(model.hidden(windows[:, :-1]), model.head.weight, model.head.bias)
+
+
+def distilled(teach: Callable[[Tensor, Tensor], fastkd.Head | fastkd.TopK]) -> Loss:
     """The next characters' cross entropy, and the divergence from what ``teach`` gives."""
 
     def loss(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
-        return fastkd.linear_loss(
-            model.hidden(windows[:, :-1]),
-            model.head.weight,
-            labels=windows[:, 1:],
-            student_bias=model.head.bias,
+        return fastkd.loss(
+            head_of(model, windows),
+            teach(ids, windows),
+            windows[:, 1:],
             temperature=TEMPERATURE,
             alpha=0.1,
-            **teach(ids, windows),
         )
 
     return loss
@@ -105,9 +108,8 @@ def live(teacher: LanguageModel) -> Loss:
     """From the teacher's hidden states and its head."""
 
     @torch.no_grad()
-    def teach(ids: Tensor, windows: Tensor) -> dict[str, Tensor]:
-        head = {"teacher_weight": teacher.head.weight, "teacher_bias": teacher.head.bias}
-        return {"teacher_hidden": teacher.hidden(windows[:, :-1]), **head}
+    def teach(ids: Tensor, windows: Tensor) -> fastkd.Head:
+        return head_of(teacher, windows)
 
     return distilled(teach)
 
@@ -115,9 +117,9 @@ def live(teacher: LanguageModel) -> Loss:
 def cached(cache: fastkd.teachers.TeacherCache) -> Loss:
     """From a file: the teacher is not needed any more."""
 
-    def teach(ids: Tensor, windows: Tensor) -> dict[str, Tensor]:
+    def teach(ids: Tensor, windows: Tensor) -> fastkd.TopK:
         indices, log_probs = cache.lookup(ids)
-        return {"topk_indices": indices, "topk_log_probs": log_probs}
+        return fastkd.TopK(log_probs, indices)
 
     return distilled(teach)
 

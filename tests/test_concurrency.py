@@ -69,10 +69,10 @@ torch.set_num_threads(1)
 sys.setswitchinterval(1e-6)
 generator = torch.Generator().manual_seed(0)
 student, teacher = (torch.randn(8, 10, generator=generator) for _ in range(2))
-log_probs, indices = teacher.log_softmax(-1).topk(3)
+top = fastkd.TopK(*teacher.log_softmax(-1).topk(3))
 calls = {
-    "loss": lambda leaf: fastkd.loss(leaf, teacher),
-    "topk_loss": lambda leaf: fastkd.topk_loss(leaf, indices, log_probs),
+    "dense": lambda leaf: fastkd.loss(leaf, teacher),
+    "topk": lambda leaf: fastkd.loss(leaf, top),
 }
 names = sys.argv[2].split("+")
 for _ in range(5):
@@ -95,7 +95,7 @@ print("equal")
 
 
 @pytest.mark.parametrize("language", ["cpp", "python"])
-@pytest.mark.parametrize("calls", ["loss+loss", "topk_loss+topk_loss", "loss+topk_loss"])
+@pytest.mark.parametrize("calls", ["dense+dense", "topk+topk", "dense+topk"])
 def test_threads_share_a_leaf(language, calls):
     """Forward passes of one leaf at once do not wait for each other for ever."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
@@ -121,9 +121,9 @@ leaf = student.requires_grad_()
 
 def make_value():
     hidden = leaf * 1  # only the graph holds the tensors that it saves
-    if name == "loss":
+    if name == "dense":
         return fastkd.loss(hidden, teacher.clone())
-    return fastkd.topk_loss(hidden, indices.clone(), log_probs.clone())
+    return fastkd.loss(hidden, fastkd.TopK(log_probs.clone(), indices.clone()))
 
 outgoing = torch.full((), 2.0)  # scales without rounding
 expected = torch.autograd.grad(make_value(), leaf, outgoing)[0]
@@ -163,7 +163,7 @@ print("finished")
 
 @pytest.mark.parametrize("language", ["cpp", "python"])
 @pytest.mark.parametrize("retain", ["free", "retain"])
-@pytest.mark.parametrize("loss", ["loss", "topk_loss"])
+@pytest.mark.parametrize("loss", ["dense", "topk"])
 def test_threads_run_backward_through_one_graph(language, retain, loss):
     """Each thread gets a gradient of its own, or, without retain_graph, torch's error.
 

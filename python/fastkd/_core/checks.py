@@ -87,6 +87,18 @@ def folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
     return path
 
 
+def check_reduction(value: object) -> None:
+    """Raise unless ``value`` names a reduction; for torch's "batchmean", name the equivalent."""
+    try:
+        one_of("reduction", value, reference.REDUCTIONS)
+    except ValueError as error:
+        if value != "batchmean":
+            raise
+        raise ValueError(
+            f'{error}. "mean" divides by the rows, as torch\'s batchmean does'
+        ) from None
+
+
 def check_ignore_index(value: object) -> None:
     """Raise unless ``value`` is an int of 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool):

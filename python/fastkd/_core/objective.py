@@ -76,7 +76,7 @@ def resolve(
     checks.one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
     checks.one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
     checks.one_of("ensemble", o.ensemble, reference.ENSEMBLES)
-    checks.one_of("reduction", o.reduction, reference.REDUCTIONS)
+    checks.check_reduction(o.reduction)
     for name in ("standardize", "inplace"):
         if not isinstance(getattr(o, name), bool):
             raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")

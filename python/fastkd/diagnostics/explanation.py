@@ -32,7 +32,7 @@ def _weights(options: Options, objective: Objective) -> str:
             f"{share} weighs the hard term, the cross entropy; the soft term weighs 1 - alpha = "
             f"{_number(objective.soft_weight)}."
         )
-        if _kind(objective).needs_labels:
+        if _kind(objective).needs_labels or options.alpha:
             return text
         return f"{text} Without labels the soft term stands alone, with weight 1."
     return (

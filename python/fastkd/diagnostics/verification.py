@@ -17,6 +17,7 @@ from fastkd._core import checks, dispatch
 from fastkd._core.arguments import prepare
 from fastkd._core.objective import Objective, Options
 from fastkd._core.rows import Rows, as_rows
+from fastkd._core.values import TopK
 from fastkd.losses import KDLoss
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
@@ -116,8 +117,8 @@ def _eager(rows: Rows) -> Tensor:
 
 
 def verify(
-    student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     repeats: int = 10,
@@ -130,8 +131,8 @@ def verify(
     few times as much; it is left out if it does not fit.
 
     Args:
-        student_logits: as for :func:`fastkd.loss`.
-        teacher_logits: as for :func:`fastkd.loss`.
+        student: logits, as for :func:`fastkd.loss`.
+        teacher: logits, or a sequence of several teachers' logits.
         labels: as for :func:`fastkd.loss`.
         repeats: how often each is timed.
         show: whether to print the result.
@@ -152,8 +153,8 @@ def verify(
     """
     checks.count("repeats", repeats)
     options = {**KDLoss(**options).options, "inplace": False}
-    problem = _rows(student_logits, teacher_logits, labels, options)
-    student, teacher = student_logits.detach().requires_grad_(), teacher_logits
+    problem = _rows(student, teacher, labels, options)
+    student = student.detach().requires_grad_()
     result = losses.loss(student, teacher, labels, **options)
     ours = _gradient(result, student).movedim(options.get("dim", -1), -1)
     ours_rows = ours.reshape(problem.student.shape)
@@ -217,6 +218,8 @@ def _rows(
     options: dict[str, Any],
 ) -> Rows:
     """Check the arguments of :func:`fastkd.loss` and return their rows, with weights as numbers."""
+    if isinstance(teacher, TopK):
+        raise TypeError("teacher must be a tensor of logits or a sequence of tensors; got TopK")
     call = prepare(student, teacher, labels, Options()._replace(**options))
     rows, _ = as_rows(call._replace(student=call.student.detach()), torch.float64)
     numbers = rows.objective._asdict()
