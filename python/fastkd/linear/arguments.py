@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastkd._core import checks
-from fastkd._core.arguments import Teacher, check_options_are_default, prepare
+from fastkd._core.arguments import Teacher, check_arguments, check_options_are_default
 from fastkd._core.objective import Objective, Options
-from fastkd._core.values import Head, TopK, check_head
+from fastkd._core.values import Head, TopK, check_head, check_topk
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
 
 _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplace")
@@ -26,8 +26,11 @@ def prepare_heads(
     if isinstance(teacher, Head):
         _check_teacher_head(student, teacher)
         outputs = teacher.hidden
-    elif isinstance(teacher, (Tensor, TopK)):
-        outputs = teacher.log_probs if isinstance(teacher, TopK) else teacher
+    elif isinstance(teacher, TopK):
+        check_topk(teacher, "teacher")
+        outputs = teacher.log_probs
+    elif isinstance(teacher, Tensor):
+        outputs = teacher
     else:
         raise TypeError(
             "teacher must be a Head, a TopK or a tensor of logits if student is a Head; got "
@@ -89,7 +92,7 @@ def _check_with_stand_ins(
     """Check labels and options against logits that take no memory; return the checked ones."""
     shape = (*student.hidden.shape[:-1], student.weight.shape[0])
     logits = torch.empty((), dtype=dtype, device=student.hidden.device).expand(shape)
-    call = prepare(
+    call = check_arguments(
         logits,
         logits if isinstance(teacher, Head) else teacher,
         labels,
