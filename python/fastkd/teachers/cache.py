@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import batches
 from fastkd._core import checks
+from fastkd._core.values import TopK
 from fastkd.teachers import shard
 from fastkd.teachers.digests import fingerprint, inputs_digests
 
@@ -207,10 +208,8 @@ class TeacherCache:
             )
         return at
 
-    def lookup(
-        self, ids: Tensor, shape: tuple[int, ...] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """What the teacher said about these samples.
+    def lookup(self, ids: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | TopK:
+        """Return the teacher's log-probabilities of these samples.
 
         Args:
             ids: ``(B,)`` integers, on any device, in any order.
@@ -220,9 +219,9 @@ class TeacherCache:
                 longest sequence asked for.
 
         Returns:
-            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, ``(B, *shape, k)`` class
-            indices, int64, and their log-probabilities, largest first, as
-            :func:`fastkd.topk_loss` takes them. On the CPU, in the cache's dtype.
+            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
+            shape ``(B, *shape, k)``, largest first, with indices in int64. On the CPU, in the
+            cache's dtype.
 
         Raises:
             TypeError: for ids that are no integers, or a shape that is none.
@@ -253,7 +252,7 @@ class TeacherCache:
             return log_probs
         if len(indices) and not -1 <= int(indices.min()) <= int(indices.max()) < self.classes:
             raise ValueError(f"{self.path} is damaged: it names a class beyond its {self.classes}")
-        return indices.view(log_probs.shape), log_probs
+        return TopK(log_probs, indices.view(log_probs.shape))
 
     def _shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
         """The shape of each sample's rows in the answer."""
