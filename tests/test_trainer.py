@@ -380,7 +380,7 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
         ),
         (
             {"temperature": 3.0, "class_weight": torch.ones(10)},
-            "class_weight must be None with a TopK as teacher; got tensor",
+            "class_weight must be None with a TopK as teacher; got a tensor of shape",
         ),
     ):
         with pytest.raises(ValueError, match=words):
