@@ -166,7 +166,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
                 f"{owner}.{name} must be on the device of student.hidden, {device}; got "
                 f"{value.device}"
             )
-        if value.dtype != head.hidden.dtype and not torch.is_autocast_enabled(device.type):
+        if value.dtype != head.hidden.dtype and _autocast_dtype(device) is None:
             raise ValueError(
                 f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
                 f"unless autocast is on; got {value.dtype}"
@@ -193,6 +193,12 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
         )
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None if it is off; tensors on meta stand for CUDA's."""
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _compute_dtypes(
     hidden: Tensor, outputs: Tensor, is_head: bool
 ) -> tuple[torch.dtype, torch.dtype]:
@@ -200,10 +206,9 @@ def _compute_dtypes(
 
     Autocast does not change float64, nor the teacher's logits if they are given.
     """
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    fast, double = _autocast_dtype(hidden.device), torch.float64
+    if fast is None:
         return hidden.dtype, outputs.dtype
-    fast, double = torch.get_autocast_dtype(device), torch.float64
     student = double if hidden.dtype is double else fast
     return student, fast if is_head and outputs.dtype is not double else outputs.dtype
 
