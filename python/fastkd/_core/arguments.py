@@ -39,10 +39,22 @@ _DENSE_OPTIONS = (
 
 
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
+    """Check all arguments of a call for logits, and convert the lists of a sparse teacher."""
+    call = check_arguments(student, teacher, labels, options)
+    if call.topk is None:
+        return call
+    log_probs, indices, tail = call.topk
+    log_probs = checks.to_savable(log_probs.detach().to(call.dtype))
+    return call._replace(topk=TopK(log_probs, checks.to_savable(indices.long()), tail))
+
+
+def check_arguments(
+    student: Tensor, teacher: object, labels: Tensor | None, options: Options
+) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    The numbers in lists of a sparse teacher are checked by :func:`check_list_data`, and labels by
-    the kernels.
+    The lists of a sparse teacher are returned as they are. Their numbers are checked by
+    :func:`raise_cause`, and labels by the kernels.
     """
     topk = teacher if isinstance(teacher, TopK) else None
     teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
@@ -82,9 +94,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
     dtype = accumulator(student, *outputs)
     objective = fit(objective, student, labels, dtype)
     if topk is not None:
-        log_probs = checks.to_savable(topk.log_probs.detach().to(dtype))
-        lists = TopK(log_probs, checks.to_savable(topk.indices.long()), topk.tail)
-        return Call(student, (), labels, objective, dtype, lists)
+        return Call(student, (), labels, objective, dtype, topk)
     outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
     return Call(student, outputs, labels, objective, dtype, None, inplace)
 

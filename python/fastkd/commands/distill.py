@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import extras, teachers
-from fastkd._core.objective import Options
 from fastkd.commands import config
 from fastkd.commands.factories import Factories
 from fastkd.teachers import writing
@@ -158,12 +157,10 @@ def _teacher_and_data(
                 f"{name}: with teacher.cache it must be a data set with __getitem__, whose samples "
                 f"can be given ids; got {type(data).__name__}"
             )
-    defaults = {**Options._field_defaults, **loss}
-    temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
     whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
     if live is not None:
-        options: dict[str, Any] = {"top_k": part.top_k, "temperature": temperature}
-        options["dtype"] = torch.float16
+        options: dict[str, Any] = {"top_k": part.top_k, "dtype": torch.float16}
+        options["temperature"] = _teacher_temperature(loss, part.top_k)
         with _blaming_the_cache():
             there = writing.existing(
                 pathlib.Path(part.cache), **options, teacher=teachers.fingerprint(live)
@@ -183,10 +180,17 @@ def _teacher_and_data(
         accelerator.wait_for_everyone()
     with _blaming_the_cache():
         cache = teachers.TeacherCache(part.cache)
+        temperature = _teacher_temperature(loss, cache.top_k)
         cache.check(ids=torch.arange(len(whole)), temperature=temperature)
     _check_inputs(cache, whole, len(train), chosen["batch_size"])
     held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
     return cache, Subset(whole, range(len(train))), held_out
+
+
+def _teacher_temperature(loss: dict[str, Any], top_k: int | None) -> float:
+    """Return the temperature at which the loss takes the teacher's probabilities."""
+    given = loss.get("teacher_temperature") or loss.get("temperature")
+    return float(given or (2.0 if top_k is None else 1.0))
 
 
 def _check_inputs(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastkd._core import checks
-from fastkd._core.arguments import Teacher, check_options_are_default, prepare
+from fastkd._core.arguments import Teacher, check_arguments, check_options_are_default
 from fastkd._core.objective import Objective, Options
-from fastkd._core.values import Head, TopK, check_head
+from fastkd._core.values import Head, TopK, check_head, check_topk
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
 
 _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplace")
@@ -26,8 +26,11 @@ def prepare_heads(
     if isinstance(teacher, Head):
         _check_teacher_head(student, teacher)
         outputs = teacher.hidden
-    elif isinstance(teacher, (Tensor, TopK)):
-        outputs = teacher.log_probs if isinstance(teacher, TopK) else teacher
+    elif isinstance(teacher, TopK):
+        check_topk(teacher, "teacher")
+        outputs = teacher.log_probs
+    elif isinstance(teacher, Tensor):
+        outputs = teacher
     else:
         raise TypeError(
             "teacher must be a Head, a TopK or a tensor of logits if student is a Head; got "
@@ -89,7 +92,7 @@ def _check_with_stand_ins(
     """Check labels and options against logits that take no memory; return the checked ones."""
     shape = (*student.hidden.shape[:-1], student.weight.shape[0])
     logits = torch.empty((), dtype=dtype, device=student.hidden.device).expand(shape)
-    call = prepare(
+    call = check_arguments(
         logits,
         logits if isinstance(teacher, Head) else teacher,
         labels,
@@ -163,7 +166,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
                 f"{owner}.{name} must be on the device of student.hidden, {device}; got "
                 f"{value.device}"
             )
-        if value.dtype != head.hidden.dtype and not torch.is_autocast_enabled(device.type):
+        if value.dtype != head.hidden.dtype and _autocast_dtype(device) is None:
             raise ValueError(
                 f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
                 f"unless autocast is on; got {value.dtype}"
@@ -190,6 +193,12 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
         )
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, or None if it is off; tensors on meta stand for CUDA's."""
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _compute_dtypes(
     hidden: Tensor, outputs: Tensor, is_head: bool
 ) -> tuple[torch.dtype, torch.dtype]:
@@ -197,10 +206,9 @@ def _compute_dtypes(
 
     Autocast does not change float64, nor the teacher's logits if they are given.
     """
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    fast, double = _autocast_dtype(hidden.device), torch.float64
+    if fast is None:
         return hidden.dtype, outputs.dtype
-    fast, double = torch.get_autocast_dtype(device), torch.float64
     student = double if hidden.dtype is double else fast
     return student, fast if is_head and outputs.dtype is not double else outputs.dtype
 

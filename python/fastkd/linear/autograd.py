@@ -28,7 +28,7 @@ def by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
         hidden, teacher = inputs.hidden, inputs.teacher_logits
         labels = inputs.labels
         if labels is not None and not labels.is_floating_point():
-            ignored = (labels == call.ignore_index).unsqueeze(1)  # they may hold anything
+            ignored = (labels == call.ignore_index).unsqueeze(1)  # these rows may hold NaN
             hidden = hidden.masked_fill(ignored, 0)
         head = (hidden, inputs.weight, inputs.bias)
         student = _logits(head, call.dtype, call.student_softcap, call.student_scale)
@@ -55,26 +55,26 @@ def _logits(
 
 
 class LinearLoss(torch.autograd.Function):
-    """The loop, whose forward pass computes the gradients unless the reduction is "none"."""
+    """The loss by a loop over chunks; forward computes the gradients unless reduction is "none"."""
 
     @staticmethod
     def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None) -> Any:
         """Compute the loss or all terms; ``tensors`` are the fields of ``Inputs``."""
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        later = call.reduction == "none"
-        now = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
-        out, *grads = compute(inputs, now if later else call)
+        in_backward = call.reduction == "none"
+        without = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
+        out, *grads = compute(inputs, without if in_backward else call)
         ctx.call = call
         ctx.save_for_backward(*tensors)
-        # Not saved like the others: backward scales them in place and gives them away.
-        ctx.grads = None if later else tuple(grads)
+        # Not saved by save_for_backward: backward scales the gradients in place and returns them.
+        ctx.grads = None if in_backward else tuple(grads)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """Compute the gradients of hidden states, weight and bias."""
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
-        if call.with_terms:  # only the loss, the first of them, has a gradient
+        if call.with_terms:  # only the loss, the first of the terms, has a gradient
             grad_output, call = grad_output[0], call._replace(with_terms=False)
         if autograd.needs_formula(grad_output):
             return (None, *_differentiable(inputs, call, grad_output), *[None] * len(inputs[3:]))
@@ -87,7 +87,7 @@ class LinearLoss(torch.autograd.Function):
             grads = ctx.grads
             if not autograd.is_traced():
                 ctx.grads = None
-            if grads is None:  # retain_graph=True: the first call gave them away
+            if grads is None:  # retain_graph=True: the first backward returned them
                 _, *grads = compute(inputs, call)
             if scales_late(call):
                 assert inputs.denominator is not None
@@ -95,11 +95,11 @@ class LinearLoss(torch.autograd.Function):
                 # The divisor may be 0 if every row is ignored; the gradient is then 0.
                 scale = grad_output / divisor.where(divisor != 0, 1)
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
-        finished = [
-            _scaled(grad, scale, of.dtype) if want and of is not None else None
-            for grad, of, want in zip(grads, inputs, wanted, strict=False)
+        scaled = [
+            _scaled(grad, scale, leaf.dtype) if want and leaf is not None else None
+            for grad, leaf, want in zip(grads, inputs, wanted, strict=False)
         ]
-        return (None, *finished, *[None] * len(inputs[3:]))
+        return (None, *scaled, *[None] * len(inputs[3:]))
 
 
 def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
@@ -127,15 +127,14 @@ def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         return (grad * scale).to(dtype)
     if grad.dtype == dtype:
         return dense.scale_(grad, scale)
-    return products.finished(grad, scale, dtype)
+    return products.scale_and_round(grad, scale, dtype)
 
 
 def _differentiable(inputs: Inputs, call: LinearCall, grad_output: Tensor) -> list[Tensor | None]:
     """Compute differentiable gradients of hidden states, weight and bias."""
     wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
-    of = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
+    leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
     with torch.enable_grad():
-        grads = iter(
-            torch.autograd.grad(by_operations(inputs, call), of, grad_output, create_graph=True)
-        )
+        loss = by_operations(inputs, call)
+        grads = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
     return [next(grads) if want else None for want in wanted]

@@ -28,7 +28,8 @@ class Inputs(NamedTuple):
     topk_log_probs: Tensor | None
     labels: Tensor | None
     temperature: Tensor | None
-    """One number for each row, instead of the number in ``LinearCall``; so the next three."""
+    """One number for each row; None: ``LinearCall.temperature`` serves all rows. The fields
+    ``teacher_temperature``, ``hard_weight`` and ``soft_weight`` have the same form."""
     teacher_temperature: Tensor | None
     hard_weight: Tensor | None
     soft_weight: Tensor | None
@@ -182,8 +183,8 @@ def call_of(
     return Call(student, (), part.labels, objective, dtype, lists)
 
 
-# An upper bound of what autograd keeps of a loss that is not fused: tensors of logits in float32.
 _REFERENCE_LOGITS = 24
+"""Bound for the tensors of logits that autograd saves for a loss that is not fused."""
 
 
 def logits_per_row(inputs: Inputs, call: LinearCall) -> float:

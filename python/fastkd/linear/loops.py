@@ -25,7 +25,7 @@ def run(inputs: Inputs, call: LinearCall) -> Outputs:
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
         if rows == 0:
             return Outputs(*(value.zero_() for value in empty_outputs(inputs, call)))
-        loop = class_loop.run if call.by_classes else row_loop.run_by_rows
+        loop = class_loop.run if call.by_classes else row_loop.run
         return loop(inputs, call, counted)
 
 

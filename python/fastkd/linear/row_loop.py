@@ -1,9 +1,9 @@
 """The loop over chunks of rows, which computes the gradients in the forward pass.
 
-For each chunk: the logits of both heads into buffers that every chunk reuses; the loss, which
-writes its gradient over the student's logits; and from that gradient the rows of the gradient of
-the hidden states and a term of the gradient of the weight. Nothing waits for the device but
-counting the rows that are not ignored.
+Each chunk has four steps: write the logits of both heads to buffers that every chunk reuses;
+compute the loss, and write its gradient over the student's logits; multiply that gradient by the
+weight, which gives rows of the gradient of the hidden states; and add its product with the hidden
+states to the gradient of the weight. Only counting the rows that are not ignored waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastkd.linear.call import (
 )
 
 
-class _Heads:
+class _Loop:
     """The buffers of a call, and the steps of the loop."""
 
     def __init__(
@@ -110,13 +110,15 @@ class _Heads:
         call, out, scale = self.call, self.out, self.call.student_scale
         factor = part.grad_rows
         if call.hidden_grad:
-            direct = isinstance(rows, slice) and out.hidden.dtype == grad.dtype
-            into = out.hidden[rows] if direct else torch.empty_like(part.hidden, dtype=grad.dtype)
-            products.hidden_gradient_(into, grad, self.weight, scale)
+            is_direct = isinstance(rows, slice) and out.hidden.dtype == grad.dtype
+            rows_grad = (
+                out.hidden[rows] if is_direct else torch.empty_like(part.hidden, dtype=grad.dtype)
+            )
+            products.hidden_gradient_(rows_grad, grad, self.weight, scale)
             if factor is not None:
-                into.mul_(factor.unsqueeze(1))
-            if not direct:
-                out.hidden[rows] = into.to(out.hidden.dtype)
+                rows_grad.mul_(factor.unsqueeze(1))
+            if not is_direct:
+                out.hidden[rows] = rows_grad.to(out.hidden.dtype)
         if factor is not None:
             assert self.power is not None
             factor = (factor / self.power).to(call.dtype)
@@ -132,7 +134,7 @@ class _Heads:
             )
 
 
-def run_by_rows(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
+def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
     With ``scales_late()`` the gradients lack the division by the denominator.
@@ -143,15 +145,15 @@ def run_by_rows(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Out
         out.hidden.zero_()
     if call.reduction != "none" or counted is not None:
         out.loss.zero_()
-    chunk = -(-rows // -(-rows // call.chunk))  # of equal size, now that the number is known
-    heads = _Heads(inputs, call._replace(chunk=chunk), out, counted)
+    chunk = -(-rows // -(-rows // call.chunk))  # equal chunks of the rows that are not ignored
+    loop = _Loop(inputs, call._replace(chunk=chunk), out, counted)
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
         part = inputs._replace(**rows_of(inputs, index))
-        logits, slope = heads.student(part.hidden.to(call.dtype))
-        value, grad = heads.loss(logits, part)
+        logits, slope = loop.student(part.hidden.to(call.dtype))
+        value, grad = loop.loss(logits, part)
         del logits
         if call.reduction == "none":
             out.loss[..., index] = value
@@ -159,14 +161,14 @@ def run_by_rows(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Out
             out.loss.add_(value)
         if grad is not None:
             if chunk == rows:
-                heads.drop_logits()
+                loop.drop_logits()
             if slope is not None:
                 grad.mul_(slope)
-            heads.add_gradients(grad, part, index, start == 0)
-            del grad  # before the next chunk's, where it is not in the buffer of the logits
-    if heads.power is not None:
-        out.weight.mul_(heads.power)
-        out.bias.mul_(heads.power)
+            loop.add_gradients(grad, part, index, start == 0)
+            del grad  # before the next chunk allocates one, if it is not in the logits' buffer
+    if loop.power is not None:
+        out.weight.mul_(loop.power)
+        out.bias.mul_(loop.power)
     if scales_late(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

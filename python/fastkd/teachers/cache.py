@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import batches
 from fastkd._core import checks
+from fastkd._core.values import TopK
 from fastkd.teachers import shard
 from fastkd.teachers.digests import digest_inputs, fingerprint
 
@@ -206,10 +207,8 @@ class TeacherCache:
             )
         return index
 
-    def lookup(
-        self, ids: Tensor, shape: tuple[int, ...] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the teacher's log-probabilities of samples.
+    def lookup(self, ids: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | TopK:
+        """Return the teacher's log-probabilities of these samples.
 
         Args:
             ids: ``(B,)`` integers, on any device, in any order.
@@ -219,9 +218,9 @@ class TeacherCache:
                 length of the longest of these sequences.
 
         Returns:
-            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, ``(B, *shape, k)`` class
-            indices, int64, and their log-probabilities, largest first, the two fields of a
-            :class:`fastkd.TopK`. On the CPU, in the cache's dtype.
+            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
+            shape ``(B, *shape, k)``, largest first, with indices in int64. On the CPU, in the
+            cache's dtype.
 
         Raises:
             TypeError: for ids that are not integers, or a shape that is not a tuple.
@@ -252,7 +251,7 @@ class TeacherCache:
             return log_probs
         if len(indices) and not -1 <= int(indices.min()) <= int(indices.max()) < self.classes:
             raise ValueError(f"{self.path} is damaged: it names a class beyond its {self.classes}")
-        return indices.view(log_probs.shape), log_probs
+        return TopK(log_probs, indices.view(log_probs.shape))
 
     def _resolve_shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
         """Return the shape of each sample's rows in a result of :meth:`lookup`."""

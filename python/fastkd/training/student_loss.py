@@ -17,7 +17,6 @@ from fastkd import batches, losses
 from fastkd._core import checks
 from fastkd._core.arguments import check_sparse_options
 from fastkd._core.objective import Options
-from fastkd._core.values import TopK
 from fastkd.reference import Terms
 from fastkd.training import hints
 
@@ -254,9 +253,6 @@ class StudentLoss(nn.Module):
         given = {**self.loss.options, **options}
         if callable(teacher):
             teacher = teacher(logits)
-        if isinstance(teacher, tuple):
-            indices, log_probs = teacher
-            teacher = TopK(log_probs, indices)
         return losses.terms(logits, teacher, targets, **given)
 
     def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Sums:
