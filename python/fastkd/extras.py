@@ -6,21 +6,25 @@ import importlib
 from typing import Any
 
 
+class MissingPackageError(ImportError):
+    """Error about a package that is not installed; the message names the extra that installs it."""
+
+
 def check(extra: str, *modules: str) -> None:
     """Raise unless these modules can be imported; called before work that would be lost.
 
     Raises:
-        ImportError: as :func:`load`.
+        MissingPackageError: if one of their packages is not installed.
     """
     for module in modules:
         load(module, extra)
 
 
 def load(module: str, extra: str) -> Any:
-    """The module of that name.
+    """Import and return a module.
 
     Raises:
-        ImportError: if it is not installed; the message names the extra of fastkd that brings it.
+        MissingPackageError: if its package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -28,6 +32,6 @@ def load(module: str, extra: str) -> Any:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise  # installed, but broken: its own message says more
-        raise ImportError(
+        raise MissingPackageError(
             f"this needs {package}, which is not installed: pip install 'fastkd[{extra}]'"
         ) from None
