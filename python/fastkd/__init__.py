@@ -8,8 +8,11 @@
 ``loss``, ``terms`` and ``KDLoss`` take logits, ``topk_loss`` a teacher's most probable classes, and
 ``linear_loss`` hidden states and heads. ``Trainer``, ``Hint``, ``teachers`` and ``report`` are what
 training needs around them, ``explain``, ``verify`` and the checks what a reader of results does.
-``fastkd.compat`` and ``fastkd.integrations.transformers`` are imported by these names.
+``fastkd.compat`` and ``fastkd.integrations`` are imported when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
@@ -27,6 +30,7 @@ from fastkd.reports import Report, report
 from fastkd.training.hints import Hint
 from fastkd.training.trainer import Evaluation, Step, Trainer
 
+_LAZY_MODULES = ("compat", "integrations")
 __all__ = [
     "Evaluation",
     "Hint",
@@ -41,8 +45,10 @@ __all__ = [
     "check_inputs",
     "check_logits",
     "chunks",
+    "compat",
     "divergences",
     "explain",
+    "integrations",
     "linear_loss",
     "loss",
     "report",
@@ -51,3 +57,18 @@ __all__ = [
     "topk_loss",
     "verify",
 ]
+
+if TYPE_CHECKING:
+    from fastkd import compat, integrations
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import a module that ``import fastkd`` does not import."""
+        if name in _LAZY_MODULES:
+            return importlib.import_module(f"fastkd.{name}")
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, with those of the modules that are not imported yet."""
+    return sorted({*globals(), *_LAZY_MODULES})

@@ -76,8 +76,10 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         _write(output, trained, [evaluation._asdict() for evaluation in history])
         if history:
             last = history[-1]
-            accuracy = "" if math.isnan(last.accuracy) else f"accuracy {last.accuracy:.1%}, "
-            print(f"{accuracy}agreement {last.agreement:.1%}")
+            accuracy = (
+                "" if math.isnan(last.accuracy) else f"accuracy {100 * last.accuracy:.1f} %, "
+            )
+            print(f"{accuracy}agreement {100 * last.agreement:.1f} %")
         print(f"wrote {output / 'student.safetensors'}; fastkd report shows it")
     # A process that exits without destroying the process group may be aborted by its threads.
     accelerator.end_training()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastkd.compat import CONVENTIONS, Convention
+from fastkd.compat import Convention, conventions
 
 HEAD = """\
 # Switching from another library
@@ -59,15 +59,15 @@ COLUMNS = {
 
 def page() -> str:
     """The whole page, Markdown."""
-    example = next(record for record in CONVENTIONS if record.peer == "TRL")
+    example = next(record for record in conventions() if record.peer == "TRL")
     head = HEAD.format(before=example.before, after=example.after)
-    return "\n".join([head, *_table(), "", COMMON, *map(_section, CONVENTIONS)]).rstrip() + "\n"
+    return "\n".join([head, *_table(), "", COMMON, *map(_section, conventions())]).rstrip() + "\n"
 
 
 def _table() -> list[str]:
     rows = [
         [getattr(record, field) for field in COLUMNS.values()]
-        for record in sorted(CONVENTIONS, key=lambda record: record.peer.lower())
+        for record in sorted(conventions(), key=lambda record: record.peer.lower())
     ]
     lines = [list(COLUMNS), ["-"] * len(COLUMNS), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]

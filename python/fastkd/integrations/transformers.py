@@ -213,6 +213,6 @@ def _divisor(count: Tensor | int) -> Tensor | int:
 
 def _is_causal(model: nn.Module) -> bool:
     """Whether position i of the logits predicts label i + 1."""
-    auto = extras.load("transformers.models.auto.modeling_auto", "examples")
+    auto = extras.load("transformers.models.auto.modeling_auto", "transformers")
     names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return type(model).__name__ in names or getattr(model, "loss_type", None) == "ForCausalLM"
