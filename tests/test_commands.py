@@ -624,7 +624,7 @@ def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
     [
         (
             "loss.divergence=jsd",
-            "config: loss: divergence must be 'forward_kl' with a cache of the top 5",
+            "loss: divergence must be 'forward_kl' with a cache of the top 5",
         ),
         ("train={module}:Stream", "train must return a data set with __getitem__ .*Stream"),
     ],

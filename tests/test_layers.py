@@ -175,7 +175,9 @@ def test_python_layers(path):
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
     if own == "__init__":
-        assert not parts & {"compat", "integrations", "commands"}, "these are imported when they are used"
+        assert not parts & {"compat", "integrations", "commands"}, (
+            "these are imported when they are used"
+        )
         return
     assert parts <= {own, *IMPORTS[own]}, f"{own} imports {sorted(parts - {own, *IMPORTS[own]})}"
 

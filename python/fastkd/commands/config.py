@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -106,14 +107,14 @@ class Training:
 
 
 def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
-    """Call a command with what its arguments, and the file that ``--config`` names, say.
+    """Call a command with the options in its arguments and in the file that ``--config`` names.
 
-    The file has options of :class:`Training` only. It cannot set ``--module``, which decides what
-    code it may call.
+    The file may set the fields of :class:`Training` only, and not ``--module``, which decides what
+    code the file may call.
 
     Args:
-        command: function of the options of the training, the factories, and keyword arguments,
-            which are options of the command line alone. Its docstring is the help.
+        command: function of a :class:`Training`, :class:`Factories` and further options of the
+            command line. Its docstring is the help.
         arguments: the arguments after the command's name.
 
     Raises:
@@ -135,9 +136,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         description=(command.__doc__ or "").partition("Args:")[0],
         **settings,
     )
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for each in (first, parser):
-        each.add_argument("--config", metavar="FILE", help="YAML file of options")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options")
     parser.add_argument(
         "--module",
         action="append",
@@ -145,24 +144,23 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         help="module whose functions the file may name besides those of modules in its folder; "
         "includes submodules; repeatable",
     )
-    own = parser.add_function_arguments(command, as_group=False, skip={"training", "factories"})
+    options = parser.add_function_arguments(command, as_group=False, skip={"training", "factories"})
     for each in (file_parser, parser):
         each.add_class_arguments(Training, as_group=False)
-    source = ""
+    source, file_options = "", None
     try:
-        path = first.parse_known_args(arguments)[0].config
-        namespace = None
+        path = parser.parse_args(arguments).config
         if path is not None:
             source = f"{path}: "
-            namespace = file_parser.parse_object(_read(pathlib.Path(path)))
-            _make_training(namespace)
+            file_options = file_parser.parse_object(_read(pathlib.Path(path)))
+            _make_training(file_options)
             source = ""
-        namespace = parser.parse_args(arguments, namespace=namespace)
+        namespace = parser.parse_args(arguments, namespace=file_options)
         training = _make_training(namespace)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}{one_line(error)}") from None
     factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
-    command(training, factories, **{name: namespace[name] for name in own})
+    command(training, factories, **{name: namespace[name] for name in options})
 
 
 def _make_training(namespace: Any) -> Training:
@@ -213,15 +211,19 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def one_line(text: object) -> str:
-    """Return the beginning of a text in one line."""
-    return " ".join(str(text).split())[:300]
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's message in one line, without jsonargparse's decoration."""
+    text = re.sub(r"Parser key \"([^\"]+)\"|<class '([^']+)'>", r"\1\2", str(error))
+    return " ".join(text.split())[:300]
 
 
 @contextlib.contextmanager
-def errors_of(key: str) -> Iterator[None]:
-    """Report an error in the block as an invalid value of a key. The block calls no user's code."""
+def errors_of(key: str = "") -> Iterator[None]:
+    """Report an invalid value as an error of a key. The block runs no user's code.
+
+    Without a key, the messages of the errors name it themselves.
+    """
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{key}: {one_line(error)}") from None
+        raise ConfigError(f"{key}{': ' if key else ''}{one_line(error)}") from None

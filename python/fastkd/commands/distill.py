@@ -52,20 +52,21 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
     loss, optimizer = _make_loss(training.loss), _make_optimizer(training.optimizer, student)
     teacher, train, validation = _make_teacher_and_data(training, factories, loss, accelerator)
     loader = _make_loader(train, training, shuffle=True)
-    with errors_of("config"):
+    held_out = _make_loader(validation, training, shuffle=False)
+    scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
+    with errors_of():
         trainer = Trainer(
             student,
             teacher,
             optimizer,
             loss=loss,
-            scheduler=_make_scheduler(optimizer, training, loader, accelerator.num_processes),
+            scheduler=scheduler,
             accumulate=training.accumulate,
             clip=None if training.clip == math.inf else training.clip,
             ema=training.ema or None,
             accelerator=accelerator,
             checkpoints=folder,
         )
-    held_out = None if validation is None else _make_loader(validation, training, shuffle=False)
     # The order of the data does not depend on how the teacher was made.
     torch.manual_seed(training.seed)
     if resume and trainer.resume():
@@ -75,11 +76,9 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         trained = student if trainer.ema is None else trainer.ema.module
         _write(output, trained, [evaluation._asdict() for evaluation in history])
         if history:
-            last = history[-1]
-            accuracy = (
-                "" if math.isnan(last.accuracy) else f"accuracy {100 * last.accuracy:.1f} %, "
-            )
-            print(f"{accuracy}agreement {100 * last.agreement:.1f} %")
+            shares = {"accuracy": history[-1].accuracy, "agreement": history[-1].agreement}
+            known = {name: share for name, share in shares.items() if not math.isnan(share)}
+            print(", ".join(f"{name} {100 * share:.1f} %" for name, share in known.items()))
         print(f"wrote {output / 'student.safetensors'}; fastkd report shows it")
     # A process that exits without destroying the process group may be aborted by its threads.
     accelerator.end_training()
@@ -155,11 +154,8 @@ def _make_cache(
     defaults = {**losses.DEFAULTS, **loss.options}
     temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
     if live is not None:
-        options: dict[str, Any] = {
-            "top_k": training.teacher_top_k or None,
-            "dtype": torch.float16,
-            "temperature": temperature,
-        }
+        options: dict[str, Any] = {"dtype": torch.float16, "temperature": temperature}
+        options["top_k"] = training.teacher_top_k or None
         with errors_of("teacher_cache"):
             cache = writing.existing(folder, **options, teacher=teachers.fingerprint(live))
         if cache is not None:  # check before samples are added
@@ -198,8 +194,8 @@ def _check_inputs(
 
 
 def _make_loader(data: Any, training: Training, *, shuffle: bool) -> Any:
-    """Make batches of a data set; a factory may also return a DataLoader."""
-    if isinstance(data, DataLoader):
+    """Make batches of a data set, unless it is None or a DataLoader already."""
+    if data is None or isinstance(data, DataLoader):
         return data
     shuffle = shuffle and not isinstance(data, IterableDataset)
     return DataLoader(data, training.batch_size, shuffle=shuffle, num_workers=training.workers)

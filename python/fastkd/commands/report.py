@@ -36,7 +36,7 @@ def report(
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
-    with errors_of("report"):
+    with errors_of():
         checks.number("seconds", seconds, 0.0, float("inf"))
         checks.folder("save", save)
     students = {}

@@ -1,4 +1,7 @@
-"""fastkd in ``transformers.Trainer``, and the labels of causal language models."""
+"""fastkd in ``transformers.Trainer``, and the labels of causal language models.
+
+``pip install fastkd[transformers]`` installs what this module needs.
+"""
 
 from __future__ import annotations
 
