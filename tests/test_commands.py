@@ -383,7 +383,7 @@ def test_help_describes_every_option(monkeypatch, capsys, command):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("epoch=3", "unrecognized arguments: --epoch=3"),
+        ("epoch=3", "nrecognized arguments: --epoch=3"),
         ("epochs=1.5", "epochs.*int.*1.5"),
         ("epochs=true", "epochs.*int.*True"),
         ("epochs=0", "epochs must be an int of at least 1; got 0"),
