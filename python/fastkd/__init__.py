@@ -9,8 +9,12 @@
 ``Head``, a linear layer whose logits are never all in memory; a teacher may also be a ``TopK``, the
 log-probabilities of a few classes, or several tensors. ``Trainer``, ``Hint``, ``teachers`` and
 ``report`` train a student and measure it. ``explain``, ``verify``, ``check_inputs`` and
-``check_logits`` look at a call. ``fastkd.compat`` has the names and conventions of other libraries.
+``check_logits`` look at a call. ``fastkd.compat`` has the names and conventions of other libraries,
+and ``fastkd.integrations`` works inside their trainers.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
@@ -24,6 +28,7 @@ from fastkd.reference import Terms
 from fastkd.reports import Report, report
 from fastkd.training import Evaluation, Hint, Step, Trainer
 
+_LAZY_MODULES = ("compat", "integrations")
 __all__ = [
     "Evaluation",
     "Head",
@@ -39,11 +44,28 @@ __all__ = [
     "check_inputs",
     "check_logits",
     "chunks",
+    "compat",
     "divergences",
     "explain",
+    "integrations",
     "loss",
     "report",
     "teachers",
     "terms",
     "verify",
 ]
+
+if TYPE_CHECKING:
+    from fastkd import compat, integrations
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import a module that ``import fastkd`` does not import."""
+        if name in _LAZY_MODULES:
+            return importlib.import_module(f"fastkd.{name}")
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, with those of the modules that are not imported yet."""
+    return sorted({*globals(), *_LAZY_MODULES})

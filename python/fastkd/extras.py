@@ -6,8 +6,12 @@ import importlib
 from typing import Any
 
 
+class MissingPackageError(ImportError):
+    """Error about a package that is not installed; the message names the extra that installs it."""
+
+
 def check(extra: str, *modules: str) -> None:
-    """Raise ImportError, as :func:`load` does, unless all these modules can be imported.
+    """Raise MissingPackageError unless all these modules can be imported.
 
     Call it before work that would be lost if a later import failed.
     """
@@ -19,7 +23,7 @@ def load(module: str, extra: str) -> Any:
     """Import a module and return it.
 
     Raises:
-        ImportError: if it is not installed; the message names the extra of fastkd that installs it.
+        MissingPackageError: if its package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -27,6 +31,6 @@ def load(module: str, extra: str) -> Any:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise  # the package is installed, and one of its own imports is missing
-        raise ImportError(
+        raise MissingPackageError(
             f"this needs {package}, which is not installed: pip install 'fastkd[{extra}]'"
         ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastkd.compat import CONVENTIONS, Convention, trl
+from fastkd.compat import Convention, conventions, trl
 
 HEAD = """\
 # Switching from another library
@@ -61,10 +61,10 @@ COLUMNS = {
 def make_page() -> str:
     """Return the page as Markdown."""
     head = HEAD.format(before=trl.CONVENTION.before, after=trl.CONVENTION.after)
-    records = sorted(CONVENTIONS, key=lambda record: record.library.lower())
+    records = sorted(conventions(), key=lambda record: record.library.lower())
     rows = [[getattr(record, field) for field in COLUMNS.values()] for record in records]
     table = [f"| {' | '.join(row)} |" for row in (list(COLUMNS), ["-"] * len(COLUMNS), *rows)]
-    return "\n".join([head, *table, "", COMMON, *map(_make_section, CONVENTIONS)])[:-1]
+    return "\n".join([head, *table, "", COMMON, *map(_make_section, conventions())])[:-1]
 
 
 def _make_section(record: Convention) -> str:

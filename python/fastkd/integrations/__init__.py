@@ -1,1 +1,5 @@
 """Use fastkd in other libraries' training loops; each library has its own module."""
+
+from fastkd.integrations import transformers
+
+__all__ = ["transformers"]

@@ -1,4 +1,7 @@
-"""fastkd in ``transformers.Trainer``, and the labels of causal language models."""
+"""fastkd in ``transformers.Trainer``, and the labels of causal language models.
+
+``pip install fastkd[transformers]`` installs what this module needs.
+"""
 
 from __future__ import annotations
 
@@ -207,6 +210,6 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
 
 def _is_causal(model: nn.Module) -> bool:
     """Return True if position i of the logits predicts label i + 1."""
-    auto = extras.load("transformers.models.auto.modeling_auto", "examples")
+    auto = extras.load("transformers.models.auto.modeling_auto", "transformers")
     names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return type(model).__name__ in names or getattr(model, "loss_type", None) == "ForCausalLM"
