@@ -66,7 +66,6 @@ def test_prints_what_it_returns(capsys):
         ({"teacher_weights": [1, 3]}, ["mixed with weights 0.25, 0.75, in probabilities"]),
         ({"ensemble": "logits"}, ["mixed with equal weights, in logits"]),
         ({"standardize": True}, ["divided by its standard deviation + 1e-7"]),
-        ({"classes": 10}, ["The first 10 of both logits"]),
         ({"divergence": "dkd", "mix": 2}, ["mix 2, the weight of the other classes' KL."]),
         ({"divergence": "dkd"}, ["Labels are class indices, which D needs, as in torch's"]),
         ({"divergence": "cosine"}, ["temperature T = 2; the cosine has none. The cross entropy"]),

@@ -317,15 +317,22 @@ def test_again_and_differentiated_twice():
         torch.autograd.grad(value, student)
 
 
-def test_parts_of_rows_have_no_mixture():
-    logits = torch.zeros(3, 4)
-    options = Options(reduction="none", teacher_form="probs")
-    of_probs = objective.resolve(options, has_labels=False, teachers=1)
-    call = Call(logits, (logits,), None, of_probs, FP32)
-    with pytest.raises(AssertionError):
-        dispatch.statistics(call)
-    with pytest.raises(AssertionError):
-        dispatch.gradient_(call, torch.zeros(3 * shapes.STATS + 1))
+@pytest.mark.parametrize("ensemble", ["probs", "logits"])
+def test_statistics_of_rows_mix_teachers(ensemble):
+    """The two passes of the linear loop, for several teachers."""
+    student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    teachers = teachers_of("logits", (3, 40), FP32, 2)
+    options = {"reduction": "none", "ensemble": ensemble}
+    resolved = objective.resolve(Options(**options), has_labels=False, teachers=2)
+    gradient = student.clone()
+    call = Call(gradient, tuple(teachers), None, resolved, FP32)
+    divergences, statistics = dispatch.statistics(call)
+    dispatch.gradient_(call, statistics)
+    leaf = student.clone().requires_grad_()
+    expected = fastkd.terms(leaf, teachers, **options)
+    torch.testing.assert_close(divergences, expected.soft)
+    (of_sum,) = torch.autograd.grad(expected.loss.sum(), leaf)
+    torch.testing.assert_close(gradient, of_sum)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing

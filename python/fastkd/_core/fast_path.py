@@ -16,7 +16,7 @@ from fastkd._core.arguments import check_sparse_options
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import Options, resolve
 from fastkd._core.shapes import accumulator
-from fastkd._core.values import TopK
+from fastkd._core.values import TAILS, TopK
 
 _TENSORS = (Tensor, torch.nn.Parameter)
 # Each attribute lookup in a module would take time in every call.
@@ -39,7 +39,10 @@ def run(
     try:
         if type(teacher) is TopK:
             log_probs, indices, tail = teacher
-            if with_terms or not _are_lists_eligible(student, log_probs, indices, labels):
+            # A field that _replace() has set was not checked.
+            if with_terms or type(tail) is not str or tail not in TAILS:
+                return None
+            if not _are_lists_eligible(student, log_probs, indices, labels):
                 return None
             call = _find_call(tail, False, labels is not None, options)
             return None if call is None else call(student, indices, log_probs, labels)

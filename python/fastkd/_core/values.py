@@ -192,6 +192,13 @@ def _describe(value: Head | TopK) -> str:
 _Value = TypeVar("_Value", Head, TopK)
 
 
+def _from_collated(topk: TopK) -> TopK:
+    """Replace the tails of samples, which torch's default_collate makes a tuple, by one tail."""
+    tails = topk.tail
+    same = isinstance(tails, (list, tuple)) and len(set(tails)) == 1
+    return topk._replace(tail=tails[0]) if same else topk  # type: ignore[arg-type]
+
+
 def _check_when_made(cls: type[_Value], check: Any) -> None:
     """Make the constructor of a named tuple check its fields: typing.NamedTuple has no hook."""
     make = cls.__new__
@@ -200,6 +207,7 @@ def _check_when_made(cls: type[_Value], check: Any) -> None:
         value: _Value = make(cls, *args, **kwargs)
         # A tree of something else, such as the in_dims of torch.vmap, has no tensor.
         if any(isinstance(field, Tensor) for field in value):
+            value = _from_collated(value) if isinstance(value, TopK) else value
             check(value)
         return value
 

@@ -17,7 +17,7 @@ from fastkd._core import checks, dispatch
 from fastkd._core.arguments import prepare
 from fastkd._core.objective import Objective, Options
 from fastkd._core.rows import Rows, as_rows
-from fastkd._core.values import TopK
+from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
@@ -218,8 +218,11 @@ def _rows(
     options: dict[str, Any],
 ) -> Rows:
     """Check the arguments of :func:`fastkd.loss` and return their rows, with weights as numbers."""
-    if isinstance(teacher, TopK):
-        raise TypeError("teacher must be a tensor of logits or a sequence of tensors; got TopK")
+    if isinstance(teacher, (Head, TopK)):
+        raise TypeError(
+            "teacher must be a tensor of logits or a sequence of tensors; got "
+            f"{type(teacher).__name__}"
+        )
     call = prepare(student, teacher, labels, Options()._replace(**options))
     rows, _ = as_rows(call._replace(student=call.student.detach()), torch.float64)
     numbers = rows.objective._asdict()
