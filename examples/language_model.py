@@ -4,9 +4,9 @@
 
 A teacher learns from the whole training text. Then the same small student is trained three times on
 a twentieth of it: alone, from the characters; distilled from the characters and the live teacher;
-and distilled from a cache of the teacher's 8 most probable characters at each place. Both by
-fastkd.loss of a Head, which never keeps a batch's logits. First weights, batches, steps and
-optimizer are equal. What is compared is the loss on text that nobody has seen.
+and distilled from a cache of the teacher's 8 most probable characters at each place. Both losses
+take the student's hidden states and its head (fastkd.Head), and never hold a batch's logits. First
+weights, batches, steps and optimizer are equal. The loss on held-out text is compared.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
     """Causal convolutions: a position sees itself and some 30 characters before it."""
 
     def __init__(self, characters: int, width: int) -> None:
-        """The head is apart, since fastkd.Head takes its weight."""
+        """The head is a layer of its own, since the loss takes its weight and bias."""
         super().__init__()
         self.embed = nn.Embedding(characters, width)
         self.layers = nn.ModuleList(
@@ -85,21 +85,16 @@ def alone(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
 
 
 def head_of(model: LanguageModel, windows: Tensor) -> fastkd.Head:
-    """The last layer and its input: the logits of all characters but the last, uncomputed."""
+    """The logits of all characters but the last, not computed yet."""
     return fastkd.Head(model.hidden(windows[:, :-1]), model.head.weight, model.head.bias)
 
 
 def distilled(teach: Callable[[Tensor, Tensor], fastkd.Head | fastkd.TopK]) -> Loss:
-    """The next characters' cross entropy, and the divergence from what ``teach`` gives."""
+    """The next characters' cross entropy, and the divergence from the teacher."""
 
     def loss(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
-        return fastkd.loss(
-            head_of(model, windows),
-            teach(ids, windows),
-            windows[:, 1:],
-            temperature=TEMPERATURE,
-            alpha=0.1,
-        )
+        student, teacher = head_of(model, windows), teach(ids, windows)
+        return fastkd.loss(student, teacher, windows[:, 1:], temperature=TEMPERATURE, alpha=0.1)
 
     return loss
 
@@ -116,12 +111,7 @@ def live(teacher: LanguageModel) -> Loss:
 
 def cached(cache: fastkd.teachers.TeacherCache) -> Loss:
     """From a file: the teacher is not needed any more."""
-
-    def teach(ids: Tensor, windows: Tensor) -> fastkd.TopK:
-        indices, log_probs = cache.lookup(ids)
-        return fastkd.TopK(log_probs, indices)
-
-    return distilled(teach)
+    return distilled(lambda ids, windows: cache.lookup(ids))
 
 
 def train(model: LanguageModel, text: Tensor, loss_of: Loss, steps: int, seed: int) -> None:
