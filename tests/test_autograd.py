@@ -392,12 +392,10 @@ def test_heads_and_lists_that_inference_mode_has_made(device):
     with torch.inference_mode():
         made = [x.clone() for x in (eye, teacher, eye, labels, indices, log_probs)]
     for call in (
-        lambda x, w, t, v, y, *_: fastkd.linear_loss(x, w, t, v, y),
-        lambda x, w, t, v, y, *_: fastkd.linear_loss(x, w, labels=y, teacher_logits=t),
-        lambda x, w, t, v, y, i, p: fastkd.linear_loss(
-            x, w, labels=y, topk_indices=i, topk_log_probs=p
-        ),
-        lambda x, w, t, v, y, i, p: fastkd.topk_loss(x, i, p, y, normalizer=w[0, :1]),
+        lambda x, w, t, v, y, *_: fastkd.loss(fastkd.Head(x, w), fastkd.Head(t, v), y),
+        lambda x, w, t, v, y, *_: fastkd.loss(fastkd.Head(x, w), t, y),
+        lambda x, w, t, v, y, i, p: fastkd.loss(fastkd.Head(x, w), fastkd.TopK(p, i), y),
+        lambda x, w, t, v, y, i, p: fastkd.loss(x, fastkd.TopK(p, i), y, normalizer=w[0, :1]),
     ):
         grads = []
         for tensors in ((eye, teacher, eye, labels, indices, log_probs), made):

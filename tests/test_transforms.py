@@ -73,16 +73,16 @@ def test_forward_mode(device):
 
 
 def topk(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    log_probs, indices = (teacher / 2.0).log_softmax(-1).topk(3)
-    return fastkd.topk_loss(student, indices, log_probs, labels, temperature=2.0)
+    lists = fastkd.TopK(*(teacher / 2.0).log_softmax(-1).topk(3))
+    return fastkd.loss(student, lists, labels, temperature=2.0)
 
 
 def linear(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     head = torch.eye(student.shape[-1], dtype=student.dtype)
-    return fastkd.linear_loss(student, head, teacher, head, labels)
+    return fastkd.loss(fastkd.Head(student, head), fastkd.Head(teacher, head), labels)
 
 
-LOSSES = {"loss": fastkd.loss, "topk_loss": topk, "linear_loss": linear}
+LOSSES = {"logits": fastkd.loss, "TopK": topk, "Head": linear}
 TRANSFORMS = {
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x[0, 0]))[0],
