@@ -52,16 +52,16 @@ def calls() -> dict[str, Callable[[], object]]:
         with autograd.without_cpp():
             backward()
 
-    log_probs, indices = torch.log_softmax(teacher, -1).topk(8)
-    hidden, weight = torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12)
+    top = fastkd.TopK(*torch.log_softmax(teacher, -1).topk(8))
+    head = fastkd.Head(torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12))
 
     def sparse() -> None:
-        fastkd.topk_loss(student, indices, log_probs, labels).backward()
+        fastkd.loss(student, top, labels).backward()
         student.grad = None
 
     def heads() -> None:
-        fastkd.linear_loss(hidden, weight, labels=labels, teacher_logits=teacher).backward()
-        hidden.grad = None
+        fastkd.loss(head, teacher, labels).backward()
+        head.hidden.grad = None
 
     return {
         "loss and backward": backward,
