@@ -52,16 +52,16 @@ def calls() -> dict[str, Callable[[], object]]:
         with autograd.without_cpp():
             backward()
 
-    top = fastkd.TopK(*torch.log_softmax(teacher, -1).topk(8))
-    head = fastkd.Head(torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12))
+    log_probs, indices = torch.log_softmax(teacher, -1).topk(8)
+    hidden, weight = torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12)
 
     def sparse() -> None:
-        fastkd.loss(student, top, labels).backward()
+        fastkd.topk_loss(student, indices, log_probs, labels).backward()
         student.grad = None
 
     def heads() -> None:
-        fastkd.loss(head, teacher, labels).backward()
-        head.hidden.grad = None
+        fastkd.linear_loss(hidden, weight, labels=labels, teacher_logits=teacher).backward()
+        hidden.grad = None
 
     return {
         "loss and backward": backward,
