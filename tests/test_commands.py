@@ -330,8 +330,9 @@ def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
 
 def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
-    unlabelled = ("--set", f"train={name}:unlabelled", "--set", f"validation={name}:unlabelled")
-    run(monkeypatch, "distill", "--config", given, *unlabelled)
+    unlabelled = (f"train={name}:unlabelled", f"validation={name}:unlabelled", "loss.alpha=0.0")
+    flags = [flag for change in unlabelled for flag in ("--set", change)]
+    run(monkeypatch, "distill", "--config", given, *flags)
     text = (given.parent / "out" / "history.json").read_text()
     assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
     assert "accuracy" not in capsys.readouterr().out
@@ -610,7 +611,7 @@ def test_a_precision_that_the_machine_lacks(given, monkeypatch, capsys):
     def lacking(**_):
         raise ValueError("fp16 needs a GPU")
 
-    monkeypatch.setattr(trainer_arguments, "accelerator", lacking)
+    monkeypatch.setattr(trainer_arguments, "make_accelerator", lacking)
     error = refused(monkeypatch, capsys, "distill", "--config", given)
     assert "fastkd distill: mixed_precision: fp16 needs a GPU" in error
 

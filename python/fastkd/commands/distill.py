@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _accelerator(precision: str) -> Any:
     try:
-        return trainer_arguments.accelerator(mixed_precision=precision)
+        return trainer_arguments.make_accelerator(mixed_precision=precision)
     except ValueError as error:
         raise config.ConfigError(f"mixed_precision: {error}") from None
 
@@ -133,7 +133,7 @@ def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> 
             raise config.ConfigError("--resume needs checkpoints, and checkpoints is false")
         return None
     folder = output / "checkpoints"
-    if checkpoints.all_of(folder) and not resume:
+    if checkpoints.list_complete(folder) and not resume:
         raise config.ConfigError(
             f"output: {folder} holds the checkpoints of another run. Go on with it by --resume, "
             "choose another --output, or delete them"
