@@ -1,9 +1,10 @@
-"""Hints on a small CNN: the student's inner features learn from the teacher's.
+"""Train inner features of a small CNN to match its teacher's, by feature hints.
 
     python examples/feature_hints.py [--epochs N] [--kind mse|cosine|attention]
 
 A student of two narrow convolutions is distilled with and without a hint between the second
-convolutions, which have 4 and 32 channels: a projection is learned along, and thrown away.
+convolutions, which have 4 and 32 channels. A 1x1 convolution, trained with the student, maps the
+student's feature to the teacher's. It is no part of the student.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import fastkd
 
 
 def network(width: int) -> nn.Sequential:
-    """Two convolutions and a linear layer, with names to refer to."""
+    """Return two convolutions and a linear layer, as named modules."""
     model = nn.Sequential()
     model.add_module("image", nn.Unflatten(1, (1, 8, 8)))
     model.add_module("first", nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU()))
@@ -31,7 +32,7 @@ def network(width: int) -> nn.Sequential:
 def train(
     model: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int, **options: object
 ) -> fastkd.Trainer:
-    """By Adam."""
+    """Train by Adam, and return the trainer."""
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     trainer = fastkd.Trainer(model, teacher, optimizer, progress=False, **options)
     trainer.fit(loader, epochs)
@@ -39,7 +40,7 @@ def train(
 
 
 def main() -> None:
-    """Trains a teacher, a student without and a student with hints."""
+    """Train a teacher, a student without hints and a student with a hint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=5, help="of each network")
     parser.add_argument("--kind", choices=("mse", "cosine", "attention"), default="mse")
@@ -53,21 +54,23 @@ def main() -> None:
     few = DataLoader(TensorDataset(images[:200], labels[:200]), 32, shuffle=True)
     test = DataLoader(TensorDataset(images[1200:], labels[1200:]), 256)
 
-    # Without a soft term the trainer trains on labels alone, whatever the teacher says.
+    # Without a soft term the trainer trains on labels alone.
     teacher = network(32)
     labels_alone = fastkd.KDLoss(hard_weight=1.0, soft_weight=0.0)
     train(teacher, network(1), everything, options.epochs, loss=labels_alone)
 
     loss = fastkd.KDLoss(temperature=4.0, alpha=0.1)
-    hint = fastkd.Hint("second", "second", weight=1.0, loss=options.kind)
+    hint = fastkd.Hint(
+        student="second", teacher="second", loss=options.kind, project=nn.Conv2d(4, 32, 1)
+    )
     for name, hints in {"without hints": [], f"with a hint ({options.kind})": [hint]}.items():
         torch.manual_seed(1)
         student = network(4)
         trainer = train(student, teacher, few, 4 * options.epochs, loss=loss, hints=hints)
-        found = trainer.evaluate(test)
+        result = trainer.evaluate(test)
         print(
-            f"{name}: test accuracy {found.accuracy:.1%}, KL from the teacher {found.soft:.3f}, "
-            f"agreement with it {found.agreement:.1%}"
+            f"{name}: test accuracy {result.accuracy:.1%}, KL from the teacher {result.soft:.3f}, "
+            f"agreement with it {result.agreement:.1%}"
         )
 
 

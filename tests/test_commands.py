@@ -343,7 +343,7 @@ def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
 def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
     unlabelled = (f"--train={name}:unlabelled", f"--validation={name}:unlabelled")
-    run(monkeypatch, "distill", "--config", given, *unlabelled, "--loss={temperature: 4}")
+    run(monkeypatch, "distill", "--config", given, *unlabelled, "--loss={temperature: 4, alpha: 0}")
     text = (given.parent / "out" / "history.json").read_text()
     assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
     assert "accuracy" not in capsys.readouterr().out

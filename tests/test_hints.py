@@ -9,12 +9,10 @@ import fastkd
 from fastkd.training.hints import Features, HintLoss
 
 
-def loss_of(kind: str, student: torch.Tensor, teacher: torch.Tensor, weight: float = 1.0):
-    torch.manual_seed(0)
-    widths = [f.shape[1] if f.dim() > 3 else f.shape[-1] for f in (student, teacher)]
-    learned = HintLoss([fastkd.Hint("a", "b", weight=weight, loss=kind)], *[[w] for w in widths])
-    learned.to(student.dtype)
-    return learned, learned([student], [teacher])
+def loss_of(kind: str, student: torch.Tensor, teacher: torch.Tensor, **options):
+    hint = fastkd.Hint(student="a", teacher="b", loss=kind, **options)
+    (losses,) = HintLoss([hint])([student], [teacher])
+    return losses
 
 
 SHAPES = [((3, 4), (3, 4)), ((3, 5, 4), (3, 5, 4)), ((3, 4, 6, 7), (3, 4, 6, 7))]
@@ -30,7 +28,7 @@ def test_mse_and_cosine_by_torch(ours, theirs):
         "cosine": (1 - F.cosine_similarity(student, teacher, dim=dim)).reshape(3, -1).mean(1),
     }
     for kind, expected in truth.items():
-        _, value = loss_of(kind, student, teacher, weight=0.5)
+        value = loss_of(kind, student, teacher, weight=0.5)
         torch.testing.assert_close(value, 0.5 * expected, rtol=1e-12, atol=0)
 
 
@@ -41,41 +39,49 @@ def test_attention_as_its_authors_compute_it():
     def at(x):
         return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
 
-    learned, value = loss_of("attention", student, teacher)
+    value = loss_of("attention", student, teacher)
     expected = (at(student) - at(teacher)).pow(2).mean()
     torch.testing.assert_close(value.mean(), expected, rtol=1e-12, atol=0)
-    assert not list(learned.parameters())
 
 
-def test_widths_that_differ_are_projected_as_by_a_1x1_convolution():
+@pytest.mark.parametrize(
+    ("ours", "theirs", "project"),
+    [((3, 4, 6, 7), (3, 9, 6, 7), nn.Conv2d(4, 9, 1)), ((3, 5, 4), (3, 5, 9), nn.Linear(4, 9))],
+)
+def test_a_projection_maps_the_student_to_the_teacher_in_its_own_dtype(ours, theirs, project):
     torch.manual_seed(1)
-    student, teacher = torch.randn(3, 4, 6, 7).double(), torch.randn(3, 9, 6, 7).double()
-    learned, value = loss_of("mse", student, teacher)
-    project = learned.projections[0]
-    by_convolution = F.conv2d(student, project.weight[:, :, None, None], project.bias)
-    expected = F.mse_loss(by_convolution, teacher)
-    torch.testing.assert_close(value.mean(), expected, rtol=1e-12, atol=0)
+    student, teacher = torch.randn(ours).double(), torch.randn(theirs)
+    value = loss_of("mse", student, teacher, project=project)
+    expected = F.mse_loss(project(student.float()), teacher)
+    torch.testing.assert_close(value.mean(), expected, rtol=1e-6, atol=0)
 
 
-def test_the_projection_learns_and_the_student_through_it():
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_projection_learns_and_the_student_through_it(listed):
+    """Whether the optimizer has the projection's parameters or not."""
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     student = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs = torch.randn(32, 6)
-    optimizer = torch.optim.Adam(student.parameters(), 0.02)
+    project = nn.Linear(8, 16)
+    before = project.weight.detach().clone()
+    parameters = [*student.parameters(), *(project.parameters() if listed else ())]
+    optimizer = torch.optim.Adam(parameters, 0.02)
     trainer = fastkd.Trainer(
         student,
         teacher,
         optimizer,
         loss=fastkd.KDLoss(hard_weight=0.0, soft_weight=0.0),
-        hints=[fastkd.Hint("1", "1", weight=2.0)],
+        hints=[fastkd.Hint(student="1", teacher="1", weight=2.0, project=project)],
         progress=False,
     )
     labels = torch.zeros(32, dtype=torch.int64)
     steps = list(trainer.steps([(inputs, labels)] * 150))
     assert float(steps[-1].hint) < 0.2 * float(steps[0].hint)
     assert float(steps[0].loss) == float(steps[0].hint)
+    assert len(optimizer.param_groups[0]["params"]) == 6
+    assert not torch.equal(project.weight, before)
     assert set(student.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
@@ -87,9 +93,9 @@ def test_a_module_that_gives_a_tuple():
     model = nn.Sequential(Block())
     with Features(model, ["0"], "student") as features:
         model(torch.zeros(2, 3))
-        assert torch.equal(features.take()[0], torch.ones(2, 3))
-        with pytest.raises(RuntimeError, match="'0' took no part in the forward pass"):
-            features.take()
+        assert torch.equal(features.pop()[0], torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match="forward pass did not call the student module '0'"):
+            features.pop()
 
 
 def test_a_model_without_modules_inside():
@@ -98,8 +104,11 @@ def test_a_model_without_modules_inside():
 
 
 def test_features_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"may differ in channels alone; got .* \(3, 6, 7, 4\)"):
-        loss_of("mse", torch.zeros(3, 4, 6, 7), torch.zeros(3, 4, 5, 7))
+    for kind in ("mse", "attention"):
+        with pytest.raises(ValueError, match=r"have the same shape .*; got \(3, 6, 7, 4\)"):
+            loss_of(kind, torch.zeros(3, 4, 6, 7), torch.zeros(3, 4, 5, 7))
+    with pytest.raises(ValueError, match=r"got \(3, 4\) and \(3, 9\).*project=.*nn.Linear"):
+        loss_of("mse", torch.zeros(3, 4), torch.zeros(3, 9))
     with pytest.raises(ValueError, match=r"positions, and the output of 'a' has none: .* \(3, 4\)"):
         loss_of("attention", torch.zeros(3, 4), torch.zeros(3, 4))
     model = nn.Sequential(nn.Flatten(0))
@@ -111,14 +120,17 @@ def test_features_that_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "words"),
+    ("options", "words"),
     [
-        ((1, "b"), {}, TypeError, "student must be the name of a module; got 1"),
-        (("a", ""), {}, TypeError, "teacher must be the name of a module; got ''"),
-        (("a", "b"), {"weight": 0}, ValueError, "weight must be positive and finite"),
-        (("a", "b"), {"loss": "mae"}, ValueError, "one of 'mse', 'cosine', 'attention'; got 'mae'"),
+        ({"weight": 0}, "weight must be positive and finite"),
+        ({"loss": "mae"}, "one of 'mse', 'cosine', 'attention'; got 'mae'"),
     ],
 )
-def test_bad_arguments(arguments, options, error, words):
-    with pytest.raises(error, match=words):
-        fastkd.Hint(*arguments, **options)
+def test_bad_arguments(options, words):
+    with pytest.raises(ValueError, match=words):
+        fastkd.Hint(student="a", teacher="b", **options)
+
+
+def test_names_are_given_by_keyword():
+    with pytest.raises(TypeError, match="positional"):
+        fastkd.Hint("a", "b")

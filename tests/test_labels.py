@@ -10,7 +10,7 @@ import fastkd
 from fastkd import Head, TopK, reports, teachers
 from fastkd.compat import distilbert, torchtune
 from fastkd.integrations.transformers import causal_labels
-from fastkd.training import student_loss
+from fastkd.training import student_loss, teacher
 
 CLASSES = 200
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
@@ -114,14 +114,14 @@ def test_check_inputs_looks_at_rows_labelled_156():
 
 def test_a_trainer_counts_rows_labelled_156():
     student = nn.Linear(4, CLASSES)
-    _, teacher, _ = make((6, CLASSES))
+    _, logits, _ = make((6, CLASSES))
     for labels in (student_loss.labels, lambda batch: batch[1]):
-        loss = student_loss.StudentLoss(student, fastkd.KDLoss(), student_loss.forward, labels)
+        loss = student_loss.StudentLoss(student, fastkd.KDLoss(), [], teacher.forward, labels)
         batch = (torch.zeros(6, 4), labels_in(torch.uint8))
         targets = loss.labels_of(batch)
-        assert loss.counted(targets)[0] == 6
-        assert loss.sums(student, batch, teacher).rows == 6
-        assert loss.sums(student, batch, top(teacher)).rows == 6
+        assert loss.count_rows(targets) == 6
+        assert loss.sums(student, batch, logits)[-1] == 6
+        assert loss.sums(student, batch, top(logits))[-1] == 6
 
 
 def test_a_report_counts_rows_labelled_156():

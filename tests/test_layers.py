@@ -52,7 +52,7 @@ IMPORTS = {
     "losses": {"_core", "linear", "reference"},
     "diagnostics": {"_core", "losses", "reference"},
     "teachers": {"_core", "batches", "extras"},
-    "training": {"_core", "batches", "extras", "losses", "reference"},
+    "training": {"_core", "batches", "extras", "losses", "reference", "teachers"},
     "reports": {"_C", "_core", "batches", "extras"},
     "compat": {"_core", "losses"},
     "integrations": {"batches", "extras", "losses"},

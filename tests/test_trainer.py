@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastkd
-from fastkd.training import checkpoints, watching
+from fastkd.training import checkpoints, progress
+from fastkd.training.trainer import FORMAT
 
 accelerate = pytest.importorskip("accelerate")
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
@@ -136,22 +137,35 @@ def test_samples_are_counted_in_batches_of_any_form(form):
 
 
 def test_a_batch_without_labels_and_tensors_is_refused():
-    trainer = trainer_of(
-        network(), network(24, 1), forward=lambda model, batch: None, labels=lambda batch: None
-    )
+    functions = {"forward": lambda model, batch: None, "labels": lambda batch: None}
+    loss = fastkd.KDLoss(alpha=0.0)
+    trainer = trainer_of(network(), network(24, 1), loss=loss, **functions)
     with pytest.raises(TypeError, match=r"tensor in its tuples, .* counted; got SimpleNamespace"):
         trainer.fit([types.SimpleNamespace(pixels=torch.zeros(2, 64))])
 
 
-def test_without_labels():
+@pytest.mark.parametrize("weights", [{"alpha": 0.0}, {"alpha": None, "hard_weight": 0.0}])
+def test_without_labels_the_soft_term_alone_is_trained_if_asked_for(weights):
     student, teacher, data = network(), network(24, 1), digits()
     steps = [(x, None) for x, _ in batches(data)]
     expected = by_hand(student, teacher, steps, alpha=None)
-    evaluations = trainer_of(student, teacher, loss=fastkd.KDLoss(temperature=3.0)).fit(
+    loss = fastkd.KDLoss(**{**LOSS, **weights})
+    evaluations = trainer_of(student, teacher, loss=loss).fit(
         [(x,) for x, _ in steps], validation=[(x,) for x, _ in steps]
     )
     assert_same(student, expected)
     assert math.isnan(evaluations[0].accuracy) and evaluations[0].rows == len(data)
+
+
+@pytest.mark.parametrize("options", [{}, LOSS, {"soft_weight": 1.0}])
+def test_batches_that_lost_their_labels_are_refused(options):
+    student, data = network(), [(x,) for x, _ in batches(digits())]
+    before = copy.deepcopy(student)
+    trainer = trainer_of(student, network(24, 1), loss=fastkd.KDLoss(**options))
+    for run in (trainer.fit, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"a batch has none.* use KDLoss\(alpha=0.0\)"):
+            run(data)
+    assert_same(student, before)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
@@ -186,9 +200,9 @@ def test_an_empty_batch_changes_nothing(labelled):
     student = network()
     expected = copy.deepcopy(student)
     inputs, labels = (tensor[:0] for tensor in digits().tensors)
-    loss = fastkd.KDLoss(**LOSS if labelled else {"temperature": 3.0})
-    batch = (inputs, labels) if labelled else inputs
-    (step,) = trainer_of(student, network(24, 1), loss=loss).steps([batch])
+    loss = fastkd.KDLoss(**{**LOSS, **({} if labelled else {"alpha": 0.0})})
+    trainer = trainer_of(student, network(24, 1), loss=loss)
+    (step,) = trainer.steps([(inputs, labels) if labelled else inputs])
     assert_same(student, expected)
     assert float(step.loss) == 0
 
@@ -288,8 +302,8 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="sample ids"):
         trainer_of(network(), cache).fit(DataLoader(data, 16))
-    with pytest.raises(ValueError, match="live teacher"):
-        trainer_of(network(), cache, hints=[fastkd.Hint("0", "0")])
+    with pytest.raises(ValueError, match="hints need features"):
+        trainer_of(network(), cache, hints=[fastkd.Hint(student="0", teacher="0")])
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -396,7 +410,7 @@ def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_pa
         teacher, loader, tmp_path, top_k=4, temperature=3.0, progress=False
     )
     said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
-    options = LOSS if labelled else {"temperature": 3.0}
+    options = {**LOSS, **({} if labelled else {"alpha": 0.0})}
     losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **said)]
     found = [
         trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
@@ -415,29 +429,6 @@ def test_the_teacher_is_frozen_and_keeps_its_dtype():
     trainer_of(student, teacher).fit(DataLoader(digits(dtype=torch.float32), 32))
     assert seen == [(torch.bfloat16, torch.bfloat16, False)] * 2
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-
-
-@pytest.mark.parametrize("weights", [{"alpha": 0.3}, {"hard_weight": 0.5, "soft_weight": 2.0}])
-def test_class_weights_divide_the_hard_term_as_cross_entropy_does(weights):
-    """By their sum over the rows of all accumulated batches, which differ in their classes."""
-    student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
-    labels = labels.masked_fill(torch.arange(64) % 5 == 0, -100)
-    order = labels.argsort()
-    inputs, labels = inputs[order], labels[order]
-    class_weight = torch.arange(1, 11, dtype=torch.float64)
-    options = {"temperature": 3.0, **weights, "class_weight": class_weight}
-    hard = F.cross_entropy(student(inputs), labels, weight=class_weight).detach()
-    whole = by_hand(student, teacher, [(inputs, labels)], **{"alpha": None, **options})
-    with torch.no_grad():
-        truth = fastkd.loss(student(inputs), teacher(inputs), labels, **options)
-    pieces = list(zip(inputs.split(20), labels.split(20), strict=True))
-    trainer = trainer_of(student, teacher, loss=fastkd.KDLoss(**options), accumulate=4)
-    found = trainer.evaluate(pieces)
-    (step,) = trainer.steps(pieces)
-    for values in (found, step):
-        assert float(values.hard) == pytest.approx(float(hard), rel=1e-12)
-        assert float(values.loss) == pytest.approx(float(truth), rel=1e-12)
-    assert_same(student, whole)
 
 
 def test_mixed_precision_keeps_logits_in_16_bits(monkeypatch):
@@ -528,7 +519,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
     if term == "hint":  # behind the hint all is well again
         teacher[1].register_forward_hook(lambda module, inputs, output: output.nan_to_num())
     before_hooks = hooks(student)
-    trainer = trainer_of(student, teacher, hints=[fastkd.Hint("0", "0")])
+    trainer = trainer_of(
+        student, teacher, hints=[fastkd.Hint(student="0", teacher="0", project=nn.Linear(12, 24))]
+    )
     seen = []
     with pytest.raises(FloatingPointError, match=f"loss of step 3 .* its {term} term"):
         for step in trainer.steps(data):
@@ -583,13 +576,22 @@ def test_other_devices_are_read_a_step_late():
         def synchronize(self):
             assert self.recorded
 
-    watch = watching.Watch(["loss", "hard", "soft", "hint"])
+    names, logged = ["loss", "hard", "soft", "hint"], []
+    tracker = types.SimpleNamespace(
+        is_main_process=True,
+        log_with=["a tracker"],
+        trackers=["a tracker"],
+        log=lambda values, step: logged.append((step, values["hard"])),
+    )
+    report = progress.Progress(tracker, show=False, names=names, logged=names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watching, "Event", Event)
-        assert watch.add(1, Far(1.0, 2.0, 3.0, 0.0)) == []
-        assert watch.add(2, Far(math.inf, 2.0, math.inf, 0.0))[0][1]["hard"] == 2.0
+        patch.setattr(progress, "Event", Event)
+        report.add(1, Far(1.0, 2.0, 3.0, 0.0))
+        assert logged == []
+        report.add(2, Far(math.inf, 2.0, math.inf, 0.0))
+        assert logged == [(1, 2.0)]
         with pytest.raises(FloatingPointError, match=r"step 2 .* its soft term"):
-            watch.add(3, Far(1.0, 2.0, 3.0, 0.0))
+            report.add(3, Far(1.0, 2.0, 3.0, 0.0))
 
 
 def hooks(model: nn.Module) -> int:
@@ -599,7 +601,9 @@ def hooks(model: nn.Module) -> int:
 @pytest.mark.parametrize("how", ["to the end", "break", "error"])
 def test_hooks_go_whatever_happens(how):
     student, teacher, data = network(), network(24, 1), batches(digits())
-    trainer = trainer_of(student, teacher, hints=[fastkd.Hint("1", "1")])
+    trainer = trainer_of(
+        student, teacher, hints=[fastkd.Hint(student="1", teacher="1", project=nn.Linear(12, 24))]
+    )
     if how == "error":
         data[1] = "no batch"
         with pytest.raises(TypeError, match="a batch must be"):
@@ -636,9 +640,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
-    about.write_text(about.read_text().replace('"format": 5', '"format": 6'))
+    about.write_text(about.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
-    with pytest.raises(ValueError, match="has format 6, and this run 5"):
+    with pytest.raises(ValueError, match=f"has format 1, and this run {FORMAT}"):
         trainer.resume()
     assert trainer.step == 0
 
@@ -718,36 +722,27 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
         ({"loss": fastkd.KDLoss(normalizer=3.0)}, ValueError, "normalizer=None"),
         ({"loss": F.cross_entropy}, TypeError, "loss must be a fastkd.KDLoss"),
         (
-            {"loss": fastkd.KDLoss(class_weight=torch.ones(10), hard_weight=torch.ones(64))},
+            {"loss": fastkd.KDLoss(class_weight=torch.ones(10))},
             ValueError,
-            "class_weight needs one hard_weight",
+            "class_weight=None, since the trainer divides .* call fastkd.loss in a training loop",
         ),
         ({"accumulate": 0}, ValueError, "accumulate must be an int of at least 1; got 0"),
         ({"clip": -1.0}, ValueError, "clip must be positive"),
-        ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\); got 1.0"),
+        ({"ema": 1.5}, ValueError, "Invalid decay value 1.5"),
         ({"save_every": 5}, ValueError, "save_every needs checkpoints"),
-        ({"hints": [fastkd.Hint("first", "0")]}, ValueError, "the student has no module 'first'"),
-        ({"hints": [fastkd.Hint("0", "x")]}, ValueError, "the teacher has no module 'x'"),
-        ({"hints": [("0", "0")]}, TypeError, "hints must be fastkd.Hint objects; got tuple"),
         (
-            {"hints": fastkd.Hint("0", "0")},
-            TypeError,
-            "hints must be a sequence of fastkd.Hint objects; got Hint",
-        ),
-        ({"scheduler": 3}, TypeError, "lr_scheduler's kind, or None; got int"),
-        (
-            {"accelerator": 3},
-            TypeError,
-            "accelerator must be an accelerate.Accelerator or None; got int",
-        ),
-        ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
-        ({"forward": 3}, TypeError, "forward must be a function of a model and a batch; got int"),
-        ({"labels": 3}, TypeError, "labels must be a function of a batch; got int"),
-        (
-            {"teacher_device": "nope"},
+            {"hints": [fastkd.Hint(student="first", teacher="0")]},
             ValueError,
-            "teacher_device must be a torch.device, or the name of one .*; got 'nope'",
+            "the student has no module 'first'",
         ),
+        (
+            {"hints": [fastkd.Hint(student="0", teacher="x")]},
+            ValueError,
+            "the teacher has no module 'x'",
+        ),
+        ({"hints": fastkd.Hint(student="0", teacher="0")}, TypeError, "'Hint' object is not iter"),
+        ({"checkpoints": 3}, TypeError, "checkpoints must be a folder's path or None; got int"),
+        ({"teacher_device": "nope"}, RuntimeError, "device"),
     ],
 )
 def test_bad_arguments(options, error, words):
@@ -762,12 +757,6 @@ def test_what_would_not_be_trained_is_refused():
     others = torch.optim.SGD(copy.deepcopy(student).parameters(), 0.5)
     with pytest.raises(ValueError, match="optimizer has none of the student's parameters"):
         fastkd.Trainer(student, teacher, others)
-    with pytest.raises(TypeError, match=r"student must be a torch\.nn\.Module; got function"):
-        fastkd.Trainer(lambda images: images, teacher, others)
-    with pytest.raises(TypeError, match=r"optimizer must step without a closure; got LBFGS"):
-        fastkd.Trainer(student, teacher, torch.optim.LBFGS(student.parameters()))
-    with pytest.raises(TypeError, match=r"optimizer must be one of torch\.optim's kind; got list"):
-        fastkd.Trainer(student, teacher, list(student.parameters()))
 
 
 @pytest.mark.parametrize("below", ["", "run"])
@@ -776,14 +765,6 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path, below):
     file.write_text("")
     with pytest.raises(ValueError, match=r"checkpoints must be a folder; got .*file is a file"):
         trainer_of(network(), network(24, 1), checkpoints=file / below)
-
-
-def test_a_schedule_that_needs_a_metric_is_refused():
-    student = network()
-    optimizer = torch.optim.SGD(student.parameters(), 0.5)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    with pytest.raises(ValueError, match="without a metric; got ReduceLROnPlateau"):
-        fastkd.Trainer(student, network(24, 1), optimizer, scheduler=schedule)
 
 
 @pytest.mark.parametrize("epochs", [2.5, 0, True, None])
@@ -823,12 +804,10 @@ def test_a_loader_without_batches_is_refused():
     with pytest.raises(ValueError, match="loader gave no batch: it is empty, or an iterator"):
         trainer.fit(once, 2)
     assert trainer.epoch == 1
-    with pytest.raises(TypeError, match="got the data set TensorDataset, which gives single"):
+    with pytest.raises(TypeError, match="got the dataset TensorDataset, which yields single"):
         trainer.fit(digits(), 2)
-    with pytest.raises(TypeError, match=r"loader must be a DataLoader or another .*; got NoneT"):
-        trainer.fit(None, 2)
-    with pytest.raises(TypeError, match=r"validation must be a DataLoader or another .*; got int"):
-        trainer.fit(batches(digits()), 2, validation=5)
+    with pytest.raises(TypeError, match="validation must yield batches; got the dataset TensorD"):
+        trainer.fit(batches(digits()), 2, validation=digits())
     assert trainer.epoch == 1
 
 
@@ -848,10 +827,9 @@ def test_a_teacher_that_shares_parameters_is_refused():
     assert student[0].weight.requires_grad
 
 
-@pytest.mark.parametrize("teacher", [[], ["teacher"], [network(), torch.zeros(3)], None, "a"])
+@pytest.mark.parametrize("teacher", [["teacher"], [network(), torch.zeros(3)], "a"])
 def test_a_teacher_of_another_kind_is_refused(teacher):
-    kinds = {type(None): "NoneType", str: "str"}.get(type(teacher), r"\[")
-    with pytest.raises(TypeError, match=f"a list of modules or a TeacherCache; got {kinds}"):
+    with pytest.raises(TypeError, match="is not a Module subclass"):
         trainer_of(network(), teacher)
 
 
@@ -867,20 +845,21 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(monkeypatch):
         trainer_of(network(), network(24, 1), accelerator=accelerator)
 
 
-def test_what_sharding_cannot_do_is_refused():
+def test_what_sharding_cannot_do_is_refused(monkeypatch):
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.state.distributed_type = accelerate.DistributedType.FSDP
     accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
-    options = {"accelerator": accelerator, "hints": [fastkd.Hint("0", "0")]}
     with pytest.raises(ValueError, match="FSDP is supported in version 2"):
-        trainer_of(network(), network(24, 1), **options)
+        trainer_of(network(), network(24, 1), accelerator=accelerator)
     accelerator.state.fsdp_plugin.fsdp_version = 2
     with pytest.raises(ValueError, match="ema cannot average"):
-        trainer_of(network(), network(24, 1), ema=0.5, **options)
-    trainer, data = trainer_of(network(), network(24, 1), **options), batches(digits())
-    with pytest.raises(ValueError, match="evaluation needs the whole student"):
+        trainer_of(network(), network(24, 1), ema=0.5, accelerator=accelerator)
+    monkeypatch.setattr(accelerator, "prepare", lambda *parts: parts)
+    trainer = trainer_of(network(), network(24, 1), accelerator=accelerator)
+    data = batches(digits())
+    with pytest.raises(ValueError, match="evaluation needs the full student"):
         trainer.evaluate(data)
-    with pytest.raises(ValueError, match="evaluation needs the whole student"):
+    with pytest.raises(ValueError, match="evaluation needs the full student"):
         trainer.fit(data, validation=data)
     assert trainer.step == 0
 

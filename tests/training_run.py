@@ -69,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(0)
     teacher, student = network(24, 0.0), network(16, options.dropout)
+    project = nn.Linear(16, 24, dtype=torch.float64)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
     trainer = fastkd.Trainer(
         student,
         teacher,
         optimizer,
         loss=fastkd.KDLoss(temperature=3.0, alpha=0.3),
-        hints=[fastkd.Hint("1", "1", weight=0.5)],
+        hints=[fastkd.Hint(student="1", teacher="1", weight=0.5, project=project)],
         scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95),
         accumulate=options.accumulate,
         clip=1.0,
@@ -132,16 +133,16 @@ def sharding_accelerator() -> Accelerator:
 def die_in_save(number: int) -> None:
     """Kills this process in a save, between two of its files; odd ones just before the renaming."""
     written = 0
-    synchronise = checkpoints._synchronise
+    synchronize = checkpoints._synchronize
 
     def killing(path: pathlib.Path) -> None:
         nonlocal written
         written += path.name == checkpoints._INCOMPLETE if number % 2 else path.suffix == ".pt"
         if written == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        synchronise(path)
+        synchronize(path)
 
-    checkpoints._synchronise = killing
+    checkpoints._synchronize = killing
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _check_checkpoints(
     """Return the folder of checkpoints, or None if there are to be none."""
     if resume and not training.checkpoints:
         raise ConfigError("resume needs checkpoints, and checkpoints is false")
-    if training.checkpoints and not resume and checkpoints.all_of(folder):
+    if training.checkpoints and not resume and checkpoints.list_complete(folder):
         raise ConfigError(
             f"output: {folder} holds the checkpoints of another run. Continue it by --resume=true, "
             "choose another --output, or delete them"

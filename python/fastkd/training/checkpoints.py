@@ -1,10 +1,10 @@
-"""Write checkpoints completely or not at all, and check their files before reading them.
+"""Write checkpoints atomically, and check their files before reading them.
 
-A checkpoint is a folder ``step-00000042``. It is written under another name, synchronised to the
-disk and renamed, so that whatever kills the process leaves the one before. One of the same step is
-``step-00000042.replaced`` until the new one has its name. It holds numbers and no code: reading one
-made by somebody else executes nothing. Its ``files.json`` has the CRC-32 of each other file, by
-which :func:`check` finds a damaged file before anything is loaded.
+A checkpoint is a folder ``step-00000042``. It is written under another name, synchronized to the
+disk and renamed, so the previous checkpoint survives if the process is killed. A checkpoint of the
+same step is ``step-00000042.replaced`` until the new one has its name. No file of a checkpoint can
+execute code when it is read. ``files.json`` has the CRC-32 of each other file, by which
+:func:`check` finds a damaged file before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 
 import torch
 
-KEPT = 2
+KEEP = 2  # checkpoints
 CHECKSUMS = "files.json"
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _INCOMPLETE, _DISCARDED, _REPLACED = ".incomplete", ".discarded", ".replaced"
 
 
-def all_of(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The whole checkpoints in a folder, oldest first; what has another name is somebody else's."""
-    found = []
+def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the complete checkpoints in a folder, oldest first; ignore all other names."""
+    complete = []
     for path in folder.glob("step-*"):
         name = _NAME.fullmatch(path.name)
         if name is not None and path.is_dir():
-            found.append((int(name[1]), name[2] is None, path))
-    return [path for *_, path in sorted(found)]
+            complete.append((int(name[1]), name[2] is None, path))
+    return [path for *_, path in sorted(complete)]
 
 
 def write(
@@ -42,40 +42,40 @@ def write(
     step: int,
     fill: Callable[[pathlib.Path], None],
     *,
-    main: bool,
+    is_main: bool,
     barrier: Callable[[], None],
 ) -> pathlib.Path:
-    """A new checkpoint, which each process fills; the oldest go.
+    """Write a checkpoint, delete the oldest ones, and return the folder of the new one.
 
     Args:
-        folder: where checkpoints are; shared by all processes.
-        step: its number.
-        fill: writes this process's files into the folder it is given.
-        main: whether this process is the one that renames.
+        folder: folder of all checkpoints, shared by all processes.
+        step: number in the name.
+        fill: writes the files of this process into the folder that it gets.
+        is_main: True in the process that renames and deletes.
         barrier: waits for all processes.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
-    if main:
+    if is_main:
         for rest in (incomplete, folder / _DISCARDED):
             _delete(rest)
         incomplete.mkdir(parents=True)
     barrier()
     fill(incomplete)
     for file in incomplete.rglob("*"):
-        _synchronise(file)
+        _synchronize(file)
     barrier()
-    if main:
+    if is_main:
         write_checksums(incomplete)
-        _synchronise(incomplete / CHECKSUMS)
-        _synchronise(incomplete)
+        _synchronize(incomplete / CHECKSUMS)
+        _synchronize(incomplete)
         replaced = target.with_name(target.name + _REPLACED)
-        if os.path.lexists(target):  # of this very step, as at the end of an epoch
+        if os.path.lexists(target):
             _discard(replaced)
             target.replace(replaced)
         incomplete.replace(target)
-        _synchronise(folder)
+        _synchronize(folder)
         _discard(replaced)
-        for old in all_of(folder)[:-KEPT]:
+        for old in list_complete(folder)[:-KEEP]:
             _discard(old)
     barrier()
     return target
@@ -97,26 +97,37 @@ def _delete(path: pathlib.Path) -> None:
         shutil.rmtree(path)
 
 
-def put(value: Any, file: pathlib.Path) -> None:
-    """Writes tensors, numbers, text, and containers of them, having made sure that they come back.
+def _synchronize(path: pathlib.Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(value: Any, file: pathlib.Path) -> None:
+    """Write tensors, numbers, text, and containers of them, for :func:`load`.
 
     Raises:
-        TypeError: if there is anything else in it, such as a function.
+        TypeError: if ``value`` holds anything else, such as a function.
     """
     torch.save(value, file)
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    if foreign:
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if unsafe:
         raise TypeError(
-            f"{file.name} would hold {', '.join(foreign)}, but a checkpoint may hold numbers, text "
-            "and tensors alone"
+            f"{file.name} would hold {', '.join(unsafe)}, but a checkpoint may hold only numbers, "
+            "text and tensors"
         )
 
 
-def get(file: pathlib.Path) -> Any:
-    """What :func:`put` wrote; no code of the file's is executed.
+def load(file: pathlib.Path) -> Any:
+    """Read what :func:`save` wrote, without executing code.
 
     Raises:
-        pickle.UnpicklingError: if there is some in it.
+        pickle.UnpicklingError: if the file holds code.
     """
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -143,65 +154,69 @@ def check(folder: pathlib.Path) -> None:
         try:
             actual = _checksum(file)
         except OSError as error:
-            raise _unreadable(file, folder, error) from error
+            raise _unreadable(file, error) from error
         if actual != expected:
-            raise _unreadable(file, folder, f"its CRC-32 is {actual}, not {expected}")
+            raise _unreadable(file, f"its CRC-32 is {actual}, not {expected}")
 
 
 def _checksum(file: pathlib.Path) -> str:
     """Compute the CRC-32 of a regular file."""
-    if file.exists() and not file.is_file():  # opening a named pipe would wait for a writer
-        raise OSError("it is not a regular file")
     crc = 0
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         while chunk := stream.read(2**20):
             crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
 
 
+def _open(file: pathlib.Path) -> Any:
+    """Open a regular file; opening a named pipe would wait for a writer."""
+    if file.exists() and not file.is_file():
+        raise OSError("it is not a regular file")
+    return file.open("rb")
+
+
 def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Read a non-empty JSON object from a checkpoint's file."""
+    """Read a non-empty JSON object from a file of a checkpoint."""
     try:
-        if file.exists() and not file.is_file():
-            raise OSError("it is not a regular file")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with _open(file) as stream:
+            content = json.load(stream)
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(file, file.parent, error) from error
+        raise _unreadable(file, error) from error
     if not isinstance(content, dict) or not content:
-        raise _unreadable(file, file.parent, "it must hold a JSON object with at least one entry")
+        raise _unreadable(file, "it must hold a JSON object with at least one entry")
     return content
 
 
-def _unreadable(file: pathlib.Path, folder: pathlib.Path, reason: object) -> ValueError:
+def _unreadable(file: pathlib.Path, reason: object) -> ValueError:
     return ValueError(
-        f"{file} cannot be read: {reason}. Delete {folder.name} to resume from the previous "
+        f"{file} cannot be read: {reason}. Delete {file.parent.name} to resume from the previous "
         "checkpoint, or from the start if there is none"
     )
 
 
-def about(folder: pathlib.Path, **ours: int) -> dict[str, Any]:
+def read_metadata(folder: pathlib.Path, **expected: int) -> dict[str, Any]:
     """Read a checkpoint's ``trainer.json``.
 
     Raises:
-        ValueError: if the file cannot be read, or if one of its values differs from ``ours``.
+        ValueError: if the file cannot be read, or if a value differs from ``expected``.
     """
     file = folder / "trainer.json"
     content = _read_object(file)
-    for name, expected in ours.items():
+    for name, value in expected.items():
         if name not in content:
-            raise _unreadable(file, folder, f"it has no {name}")
-        if content[name] != expected:
+            raise _unreadable(file, f"it has no {name}")
+        if content[name] != value:
             raise ValueError(
-                f"{folder} has {name} {content[name]}, and this run {expected}. Make the trainer "
-                "as it was when the checkpoint was written, or choose another folder"
+                f"{folder} has {name} {content[name]}, and this run {value}. Make the trainer as "
+                "it was when the checkpoint was written, or choose another folder"
             )
     return content
 
 
-def refuse_code(folder: pathlib.Path) -> None:
-    """Refuses a checkpoint with files that Accelerate would read in a way that executes code.
+def check_no_code(folder: pathlib.Path) -> None:
+    """Raise ValueError for files that Accelerate would unpickle without restrictions.
 
-    They are those of objects registered with it, and the index of what FSDP saved in shards.
+    These are the files of objects registered with Accelerate, and the index of FSDP's shards.
     """
     for file in itertools.chain(folder.glob("custom_checkpoint_*.pkl"), folder.rglob(".metadata")):
         raise ValueError(
@@ -209,14 +224,3 @@ def refuse_code(folder: pathlib.Path) -> None:
             "and that may execute any code. Register no objects with the accelerator, and give "
             'FSDP state_dict_type="FULL_STATE_DICT"'
         )
-
-
-def _synchronise(path: pathlib.Path) -> None:
-    """Waits until a file, or a folder's list of files, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

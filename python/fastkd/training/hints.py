@@ -1,4 +1,4 @@
-"""Hints: a student's inner features taught by its teacher's, found by module names."""
+"""Feature hints (FitNets): train the student's inner features to match the teacher's."""
 
 from __future__ import annotations
 
@@ -6,192 +6,177 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastkd import batches
 from fastkd._core import checks
 
 LOSSES = ("mse", "cosine", "attention")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hint:
-    """One pair of modules, of which the student's output learns to be like the teacher's.
+    """Compare the output of a module of the student with that of a module of the teacher.
 
-    Features are ``(B, C, d1, d2, ...)`` as convolutions on images give them, ``(B, L, C)`` or
-    ``(B, C)``; of a module that returns a tuple, the first item. Where the channels ``C`` differ, a
-    linear map of the student's to the teacher's channels is learned along with the student (the
-    regressor of FitNets), and thrown away with the trainer. All else has to agree.
-
-    Each loss is a mean over everything but the samples, then over the samples, in float32 or wider:
+    A feature is ``(B, C)``, ``(B, L, C)``, or ``(B, C, d1, d2, ...)`` as convolutions return it. If
+    a module returns a tuple, the feature is the first item. Each loss is a mean over the entries of
+    a sample, then over samples, in float32 or wider:
 
     - ``"mse"``: (student - teacher)^2, after Romero et al., "FitNets: Hints for Thin Deep Nets"
       (2015);
-    - ``"cosine"``: 1 - cos of the angle between the channels, as DistilBERT aligns hidden states
+    - ``"cosine"``: 1 - cosine of the angle between the channels, as DistilBERT aligns hidden states
       (Sanh et al. 2019);
     - ``"attention"``: (a_student - a_teacher)^2, where a is the sum of squares over channels,
       divided by its norm over positions: Zagoruyko and Komodakis, "Paying More Attention to
-      Attention" (2017). Channels may differ; nothing is projected. ``(B, C)`` has no positions.
+      Attention" (2017). The numbers of channels may differ. ``(B, C)`` has no positions.
 
     Args:
-        student: name of a module of the student, as ``student.named_modules()`` has it.
-        teacher: name of a module of the teacher; of several teachers, with the number of the
-            teacher in front, such as ``"0.layer4"``.
-        weight: what the loss is multiplied by before it is added to the distillation loss, > 0.
-            Default 1.
+        student: name of a module in ``student.named_modules()``.
+        teacher: name of a module in ``teacher.named_modules()``. With several teachers the name
+            begins with the index of the teacher: ``"0.layer4"``.
+        weight: factor of the hint in the total loss, > 0. Default 1.
         loss: ``"mse"``, ``"cosine"`` or ``"attention"``. Default ``"mse"``.
+        project: module that maps the student's feature to the teacher's shape, trained with the
+            student: ``torch.nn.Conv2d(4, 32, 1)`` for images (the regressor of FitNets),
+            ``torch.nn.Linear(4, 32)`` for ``(B, C)`` and ``(B, L, C)``. Default None.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
+        TypeError, ValueError: if ``weight`` or ``loss`` is not as above.
 
     Example:
         >>> import fastkd
-        >>> fastkd.Hint("layer3", "layer4", weight=0.1, loss="cosine")
-        Hint(student='layer3', teacher='layer4', weight=0.1, loss='cosine')
+        >>> fastkd.Hint(student="layer3", teacher="layer4", weight=0.1, loss="cosine")
+        Hint(student='layer3', teacher='layer4', weight=0.1, loss='cosine', project=None)
     """
 
     student: str
     teacher: str
     weight: float = 1.0
     loss: Literal["mse", "cosine", "attention"] = "mse"
+    project: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        for name in ("student", "teacher"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise TypeError(f"{name} must be the name of a module; got {value!r}")
+        """Check ``weight`` and ``loss``."""
         checks.number("weight", self.weight, 0.0, math.inf, open_low=True)
         checks.one_of("loss", self.loss, LOSSES)
 
 
 class Features:
-    """What named modules of a model put out, caught by hooks while this context is entered.
+    """Record the outputs of named modules by forward hooks, while the context is entered.
 
     Raises:
         ValueError: if the model has no module of such a name; the message suggests some.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], whose: str) -> None:
-        """``whose``: the model's name in messages."""
-        self._names, self._whose = names, whose
+    def __init__(self, model: nn.Module, names: Sequence[str], role: str) -> None:
+        """Find the modules; ``role`` is "student" or "teacher", for messages."""
+        self._names, self._role = names, role
         modules = dict(model.named_modules())
         for name in names:
             if name not in modules:
-                near = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
-                has = f"the nearest names it has are {', '.join(near)}" if near else "it has none"
-                raise ValueError(f"hints: the {whose} has no module {name!r}; {has}")
+                similar = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
+                hint = (
+                    f"the most similar names are {', '.join(similar)}" if similar else "it has none"
+                )
+                raise ValueError(f"hints: the {role} has no module {name!r}; {hint}")
         self._modules = [modules[name] for name in names]
-        self._caught: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Features:
-        """Registers the hooks."""
+        """Register the hooks."""
         for index, module in enumerate(self._modules):
-            self._hooks.append(module.register_forward_hook(self._catch(index)))
+            self._hooks.append(module.register_forward_hook(self._make_hook(index)))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Removes them, whatever happened."""
+    def __exit__(self, *_: object) -> None:
+        """Remove the hooks and forget the outputs."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._caught.clear()
+        self._outputs.clear()
 
-    def _catch(self, index: int) -> Any:
+    def _make_hook(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             feature = output[0] if isinstance(output, (tuple, list)) else output
             if not isinstance(feature, Tensor) or feature.dim() < 2:
                 raise TypeError(
-                    f"hints: {self._whose} module {self._names[index]!r} must give a tensor "
-                    f"(B, ...) of two or more dimensions, or a tuple that begins with one; got "
+                    f"hints: {self._role} module {self._names[index]!r} must return a tensor "
+                    "(B, ...) of two or more dimensions, or a tuple that begins with one; got "
                     f"{type(feature).__name__}"
                 )
-            self._caught[index] = feature
+            self._outputs[index] = feature
 
         return hook
 
-    def take(self) -> list[Tensor]:
-        """The features of the last forward pass, which are forgotten.
+    def pop(self) -> list[Tensor]:
+        """Return the features of the last forward pass, and forget them.
 
         Raises:
-            RuntimeError: if a module took no part in it.
+            RuntimeError: if the forward pass did not call one of the modules.
         """
         for index, name in enumerate(self._names):
-            if index not in self._caught:
+            if index not in self._outputs:
                 raise RuntimeError(
-                    f"hints: {self._whose} module {name!r} took no part in the forward pass"
+                    f"hints: the forward pass did not call the {self._role} module {name!r}"
                 )
-        return [self._caught.pop(index) for index in range(len(self._names))]
-
-
-def channels_last(feature: Tensor) -> Tensor:
-    """``(B, ..., C)`` from the layouts that :class:`Hint` names."""
-    return feature.movedim(1, -1) if feature.dim() > 3 else feature
-
-
-def widths(features: Sequence[Tensor]) -> list[int]:
-    """C of each feature."""
-    return [channels_last(feature).shape[-1] for feature in features]
+        return [self._outputs.pop(index) for index in range(len(self._names))]
 
 
 class HintLoss(nn.Module):
-    """The weighted sum of hints, with the projections that are learned for them."""
+    """Compute the weighted losses of hints; the projections are submodules."""
 
-    def __init__(
-        self, hints: Sequence[Hint], student_widths: Sequence[int], teacher_widths: Sequence[int]
-    ) -> None:
-        """Makes a projection for each hint that needs one."""
+    def __init__(self, hints: Sequence[Hint]) -> None:
+        """Register the projections."""
         super().__init__()
         self.hints = tuple(hints)
-        self.widths = list(student_widths), list(teacher_widths)
-        self.projections = nn.ModuleList(
-            nn.Identity() if ours == theirs or hint.loss == "attention" else nn.Linear(ours, theirs)
-            for hint, ours, theirs in zip(hints, student_widths, teacher_widths, strict=True)
-        )
+        self.projections = nn.ModuleList(hint.project or nn.Identity() for hint in hints)
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The loss of each sample, ``(B,)``, float32 or wider."""
-        total: Tensor | None = None
-        for hint, project, ours, theirs in zip(
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
+        """Return the loss of each sample, ``(B,)``, for each hint."""
+        losses = []
+        for hint, project, *features in zip(
             self.hints, self.projections, student, teacher, strict=True
         ):
-            ours, theirs = channels_last(ours), channels_last(theirs)
-            if ours.shape[:-1] != theirs.shape[:-1]:
-                raise ValueError(
-                    f"hints: {hint.student!r} of the student and {hint.teacher!r} of the teacher "
-                    "may differ in channels alone; got (samples, positions..., channels) "
-                    f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
-                )
-            if hint.loss == "attention" and ours.dim() < 3:
-                raise ValueError(
-                    "hints: loss='attention' compares positions, and the output of "
-                    f"{hint.student!r} has none: its shape is {tuple(ours.shape)}; "
-                    "(B, L, C) or (B, C, d1, d2, ...) is accepted, or another loss"
-                )
-            wide = torch.promote_types(ours.dtype, torch.float32)
-            loss = hint.weight * _distance(hint.loss, project(ours.to(wide)), theirs.to(wide))
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total
+            features[0] = project(features[0].to(batches.dtype_of(project)))
+            features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features]
+            # Move the channels last.
+            features = [f.movedim(1, -1) if f.dim() > 3 else f for f in features]
+            _check_shapes(hint, *features)
+            losses.append(hint.weight * _distance(hint.loss, *features))
+        return losses
 
 
-def _distance(kind: str, ours: Tensor, theirs: Tensor) -> Tensor:
-    """``(B,)`` from two ``(B, ..., C)``."""
+def _check_shapes(hint: Hint, student: Tensor, teacher: Tensor) -> None:
+    """Raise if two features ``(B, ..., C)`` cannot be compared."""
+    shapes = tuple(student.shape), tuple(teacher.shape)
+    attention = hint.loss == "attention"
+    if shapes[0][:-1] != shapes[1][:-1] or (not attention and shapes[0] != shapes[1]):
+        raise ValueError(
+            f"hints: {hint.student!r} of the student and {hint.teacher!r} of the teacher must have "
+            f"the same shape (samples, positions..., channels); got {shapes[0]} and {shapes[1]}. "
+            "Map the first to the second by Hint(project=...): torch.nn.Conv2d(c1, c2, 1) for "
+            "images, torch.nn.Linear(c1, c2) for other features"
+        )
+    if attention and student.dim() < 3:
+        raise ValueError(
+            "hints: loss='attention' compares positions, and the output of "
+            f"{hint.student!r} has none: its shape is {shapes[0]}. Use features (B, L, C) or "
+            "(B, C, d1, d2, ...), or another loss"
+        )
+
+
+def _distance(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the distance of each sample, ``(B,)``, from two ``(B, ..., C)``."""
     if kind == "mse":
-        each = (ours - theirs).square()
+        distance = (student - teacher).square()
     elif kind == "cosine":
-        each = 1 - F.cosine_similarity(ours, theirs, dim=-1).unsqueeze(-1)
+        distance = 1 - F.cosine_similarity(student, teacher, dim=-1).unsqueeze(-1)
     else:
-        maps = [F.normalize(f.square().sum(-1).flatten(1), dim=1) for f in (ours, theirs)]
-        each = (maps[0] - maps[1]).square()
-    return each.flatten(1).mean(1)
+        maps = [F.normalize(f.square().sum(-1).flatten(1), dim=1) for f in (student, teacher)]
+        distance = (maps[0] - maps[1]).square()
+    return distance.flatten(1).mean(1)

@@ -1,4 +1,7 @@
-"""Where a pass over a loader is, so that another process can go on from there."""
+"""Save and restore the position in a pass over a data loader, exactly.
+
+Accelerate's ``use_stateful_dataloader`` does not restore the random numbers that a dataset draws.
+"""
 
 from __future__ import annotations
 
@@ -11,77 +14,61 @@ from typing import Any
 import torch
 
 
-class Position:
-    """A place in a pass: the batches drawn, and the random states that decide those to come.
+class LoaderState:
+    """Count the batches of a pass, and keep the random states that decide the remaining ones.
 
-    Batches before it are drawn again and thrown away rather than skipped, since datasets and
-    worker processes have random states of their own. And a loader draws ahead: Accelerate's has
-    drawn the next batch when it gives one. So the last batch before this place is drawn with the
-    random states that it was drawn with. Between two passes there are no batches, but the states
-    count all the same: the next order is drawn from them.
+    A restored pass draws the batches before its position again and drops them, since datasets and
+    worker processes may have random states that cannot be saved. Accelerate's loader draws one
+    batch ahead. So the batch before the position is drawn with the random states of its first
+    draw. Between two passes the random states alone matter: the next shuffle depends on them.
     """
 
     def __init__(self) -> None:
-        """Before the first pass."""
-        self.resumed: dict[str, Any] = {}  # as training goes on, until it does
-        self._generators: list[torch.Generator] = []  # of the loader
-        self.end()
+        """Start before the first pass."""
+        self.restored: dict[str, Any] = {}  # random states to continue with; empty in a pass
+        self._generators: list[torch.Generator] = []
+        self.reset()
 
-    def end(self) -> None:
-        """Between two passes."""
+    def reset(self) -> None:
+        """Go to the start of a pass."""
         self.batches = 0
-        self._order: dict[str, Any] = {}  # as the pass began
-        self._drawn: dict[str, Any] = {}  # as the last batch was asked for
+        self._pass_start: dict[str, Any] = {}
+        self._last_draw: dict[str, Any] = {}
 
-    def state(self) -> dict[str, Any]:
-        """All of it, and the random states of this moment, for ``torch.save``."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and the current random states."""
         return {
             "batches": self.batches,
-            "order": self._order,
-            "drawn": self._drawn,
-            "now": self.resumed or self._states(),
+            "pass_start": self._pass_start,
+            "last_draw": self._last_draw,
+            "now": self.restored or random_states(self._generators),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """The place that :meth:`state` gave; :meth:`windows` goes there."""
-        self.batches, self._order = state["batches"], state["order"]
-        self._drawn, self.resumed = state["drawn"], state["now"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the position at which :meth:`iterate` continues."""
+        self.batches, self._pass_start = state["batches"], state["pass_start"]
+        self._last_draw, self.restored = state["last_draw"], state["now"]
 
-    def windows(self, loader: Any, size: int) -> Iterator[list[Any]]:
-        """The rest of the pass, ``size`` batches at a time; fewer at its end."""
-        self._generators = generators(loader)
-        if self.resumed:
-            self._set_states(self._order or self.resumed)
-        self._order = self._states()
+    def iterate(self, loader: Any, size: int) -> Iterator[list[Any]]:
+        """Yield the remaining batches of the pass, ``size`` at a time; fewer at the end."""
+        self._generators = loader_generators(loader)
+        if self.restored:
+            self._set(self._pass_start or self.restored)
+        self._pass_start = random_states(self._generators)
         iterator = iter(loader)
         if self.batches:
             for _ in itertools.islice(iterator, self.batches - 1):
                 pass
-            set_rng_state(self._drawn)
+            self._set(self._last_draw)
             next(iterator, None)
-            self._set_states(self.resumed)
-        self.resumed = {}
+            self._set(self.restored)
+        self.restored = {}
         while window := list(itertools.islice(self._draw(iterator), size)):
             yield window
 
-    def _states(self) -> dict[str, Any]:
-        """Those of this moment, the loader's own included."""
-        return {"rng": rng_state(), "own": [own.get_state() for own in self._generators]}
-
-    def _set_states(self, states: dict[str, Any]) -> None:
-        set_rng_state(states["rng"])
-        had, has = len(states["own"]), len(self._generators)
-        if self.batches and had != has:  # between two passes the loader may be another one
-            raise ValueError(
-                f"loader has {has} random generators of its own, and that of the checkpoint had "
-                f"{had}; make it as it was"
-            )
-        for own, state in zip(self._generators, states["own"], strict=False):
-            own.set_state(state)
-
     def _draw(self, iterator: Iterator[Any]) -> Iterator[Any]:
         while True:
-            self._drawn = rng_state()
+            self._last_draw = random_states(self._generators)
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -89,38 +76,55 @@ class Position:
             self.batches += 1
             yield batch
 
+    def _set(self, states: dict[str, Any]) -> None:
+        """Set the random states; between two passes the loader may have other generators."""
+        saved, current = len(states["loader"]), len(self._generators)
+        if self.batches and saved != current:
+            raise ValueError(
+                f"loader has {current} generators, and the loader of the checkpoint had {saved}; "
+                "make the loader as it was"
+            )
+        set_random_states(states, self._generators)
 
-def generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader and its samplers have of their own."""
+
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """Return the distinct generators of a loader and its samplers."""
     parts: list[Any] = [loader]
-    found: list[Any] = []
-    for part in parts:  # which grows on the way
+    generators: dict[int, torch.Generator] = {}
+    for part in parts:  # the list grows in the loop
         for name in ("generator", "synchronized_generator"):
-            found.append(getattr(part, name, None))
+            generator = getattr(part, name, None)
+            if isinstance(generator, torch.Generator):
+                generators[id(generator)] = generator
         for name in ("sampler", "batch_sampler"):
             inner = getattr(part, name, None)
             if inner is not None and all(inner is not other for other in parts):
                 parts.append(inner)
-    unique = {id(own): own for own in found if isinstance(own, torch.Generator)}
-    return list(unique.values())
+    return list(generators.values())
 
 
-def rng_state() -> dict[str, Any]:
-    """The states of Python's, torch's and, where it is in use, NumPy's generators."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+def random_states(generators: list[torch.Generator]) -> dict[str, Any]:
+    """Return the states of ``generators``, Python, torch, CUDA and, if imported, NumPy."""
+    states: dict[str, Any] = {
+        "loader": [generator.get_state() for generator in generators],
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (name, keys.tolist(), *rest)
-    return state
+        states["numpy"] = (name, keys.tolist(), *rest)
+    return states
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what :func:`rng_state` gave."""
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
+def set_random_states(states: dict[str, Any], generators: list[torch.Generator]) -> None:
+    """Restore what :func:`random_states` returned."""
+    for generator, state in zip(generators, states["loader"], strict=False):
+        generator.set_state(state)
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(states["numpy"])

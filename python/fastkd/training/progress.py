@@ -1,56 +1,106 @@
-"""What a training run tells of itself: a bar, and values for Accelerate's trackers."""
+"""Report training: read each step's values, stop at a loss that is not finite, show and log."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from torch import Event, Tensor
 
 from fastkd import extras
 
 
 class Progress:
-    """Shows and logs values that have reached the host."""
+    """Read the values of training steps, and pass them to a progress bar and Accelerate's trackers.
 
-    def __init__(self, accelerator: Any, shown: bool, names: Sequence[str]) -> None:
-        """``shown``: whether there is a bar, on the main process; ``names``: of the values."""
-        self._accelerator, self._names = accelerator, names
-        self._hidden = not (shown and accelerator.is_main_process)
+    Values on the CPU are read at once, so a loss that is not finite raises before the optimizer
+    step. Values on another device are copied asynchronously and read one step later. So the host
+    stays one step ahead of the device, whose queue never runs empty.
+    """
+
+    def __init__(
+        self, accelerator: Any, *, show: bool, names: Sequence[str], logged: Sequence[str]
+    ) -> None:
+        """Take the ``names`` of a step's values, and those that are shown and ``logged``."""
+        self._accelerator, self._names, self._logged = accelerator, names, logged
+        self._disabled = not (show and accelerator.is_main_process)
         self._bar: Any = None
-        self._tqdm = extras.load("tqdm", "train").tqdm  # now, rather than in the first step
+        self._pending: list[tuple[int, Tensor, Any]] = []
+        self._tqdm = extras.load("tqdm", "train").tqdm  # raises here, not in the first step
 
     @contextlib.contextmanager
-    def over(self, total: int | None, done: int) -> Iterator[None]:
-        """A bar of ``total`` steps, unless there is one already."""
+    def bar(self, total: int | None, done: int) -> Iterator[None]:
+        """Show a bar of ``total`` steps, unless there is one."""
         if self._bar is not None:
             yield
             return
-        with self._tqdm(total=total, initial=done, disable=self._hidden) as self._bar:
+        with self._tqdm(total=total, initial=done, disable=self._disabled) as self._bar:
             try:
                 yield
             finally:
                 self._bar = None
 
-    def begin(self, epoch: int) -> None:
-        """A pass, counted from 0."""
+    def start_epoch(self, epoch: int) -> None:
+        """Show the epoch, counted from 0, in the bar."""
         self._bar.set_description(f"epoch {epoch + 1}")
 
     def advance(self) -> None:
-        """By a step."""
+        """Advance the bar by one step."""
         self._bar.update()
 
-    def show(self, known: Sequence[tuple[int, dict[str, float]]]) -> None:
-        """The values of steps, logged and beside the bar."""
-        for step, values in known:
-            chosen = {name: values[name] for name in self._names}
-            self.log(chosen, step)
+    def add(self, step: int, values: Tensor) -> None:
+        """Report the values of a step, one for each name: at once on a CPU, else one step later.
+
+        Raises:
+            FloatingPointError: if the loss of a step that is read is not finite.
+        """
+        if values.device.type == "cpu":
+            self._pending.append((step, values, None))
+            self.flush()
+            return
+        self.flush()
+        copy = values.to("cpu", non_blocking=True)
+        event = Event(values.device)
+        event.record()
+        self._pending.append((step, copy, event))
+
+    def flush(self) -> None:
+        """Wait for all pending values and report them.
+
+        Raises:
+            FloatingPointError: if a loss is not finite; the message names the step and the term.
+        """
+        pending, self._pending = self._pending, []
+        for step, values, event in pending:
+            if event is not None:
+                event.synchronize()
+            named = dict(zip(self._names, values.tolist(), strict=True))
+            if not math.isfinite(named["loss"]):
+                raise FloatingPointError(_explain(step, named))
+            logged = {name: named[name] for name in self._logged}
+            self.log(logged, step)
             if self._bar is not None:
-                shown = {name: f"{value:.3g}" for name, value in chosen.items()}
+                shown = {name: f"{value:.3g}" for name, value in logged.items()}
                 self._bar.set_postfix(shown, refresh=False)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Passes values to Accelerate's trackers, if there are any."""
+        """Pass values to Accelerate's trackers, if there are any."""
         if self._accelerator.log_with:
             if not self._accelerator.trackers:
                 self._accelerator.init_trackers("fastkd")
             self._accelerator.log(values, step=step)
+
+
+def _explain(step: int, named: dict[str, float]) -> str:
+    """Return the message for a loss that is not finite."""
+    terms = [name for name in ("hard", "soft", "hint") if not math.isfinite(named[name])]
+    cause = f"its {' and '.join(terms)} term" if terms else "the weighted sum of finite terms"
+    listed = ", ".join(f"{name} {named[name]:g}" for name in ("loss", "hard", "soft", "hint"))
+    return (
+        f"the loss of step {step} is not finite, because of {cause} ({listed}). Look for NaN and "
+        "inf in the inputs and in both models' logits, then at learning rate and precision. On a "
+        "CPU the parameters are those before this step. Other devices have taken the step: go back "
+        "to the last checkpoint"
+    )

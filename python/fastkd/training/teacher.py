@@ -1,0 +1,131 @@
+"""Ask the teacher of a training run: modules that are called, or a cache that is read."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import batches, losses
+from fastkd._core import checks
+from fastkd._core.arguments import check_sparse_options
+from fastkd._core.objective import Options
+from fastkd._core.values import TopK
+from fastkd.teachers import TeacherCache
+from fastkd.training.hints import Features
+
+Forward = Callable[[nn.Module, Any], Tensor]
+"""``forward(model, batch)`` returns logits."""
+
+
+def forward(model: nn.Module, batch: Any) -> Tensor:
+    """Return a model's logits for a batch in one of the forms of :mod:`fastkd.batches`."""
+    return batches.logits(model, batches.split(batch).inputs)
+
+
+class TeacherOutputs(NamedTuple):
+    """Hold what a teacher returns for a batch."""
+
+    logits: Any
+    """``(..., C)``; a list of them from several teachers; or a function of the student's logits."""
+    features: list[Tensor]
+
+
+class ModuleTeacher:
+    """Call one teacher or several: frozen, in evaluation mode, without change of dtype."""
+
+    def __init__(
+        self,
+        teacher: nn.Module | Sequence[nn.Module],
+        student: nn.Module,
+        hints: Sequence[str],
+        forward: Forward,
+        devices: tuple[torch.device | str, torch.device],
+    ) -> None:
+        """Freeze the teacher.
+
+        Args:
+            teacher: one module, or several.
+            student: must share no parameter with the teacher.
+            hints: names of the teacher's modules whose outputs are features.
+            forward: computes logits.
+            devices: of the teacher, and of the outputs.
+        """
+        several = isinstance(teacher, (list, tuple, nn.ModuleList))
+        root = nn.ModuleList(teacher if several else [teacher])  # type: ignore[arg-type,list-item]
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        for parameter in root.parameters():
+            if parameter in names:
+                raise ValueError(
+                    "teacher is frozen, but the student shares its parameter "
+                    f"{names[parameter]!r}; use a copy.deepcopy of the teacher"
+                )
+        self.features = Features(root if len(root) > 1 else root[0], hints, "teacher")
+        self._device, self._output_device = map(torch.device, devices)
+        root.requires_grad_(False).eval().to(self._device)
+        self._teachers, self._forward = root, forward
+
+    @torch.no_grad()
+    def logits(self, batch: Any) -> Any:
+        """Return the logits of the teacher, or a list of the logits of each teacher."""
+        logits = [
+            self._forward(teacher, batches.to(batch, self._device, batches.dtype_of(teacher))).to(
+                self._output_device
+            )
+            for teacher in self._teachers
+        ]
+        return logits[0] if len(logits) == 1 else logits
+
+    def __call__(self, batch: Any) -> TeacherOutputs:
+        """Return logits and features; the context ``self.features`` must be entered."""
+        logits = self.logits(batch)
+        return TeacherOutputs(logits, [f.to(self._output_device) for f in self.features.pop()])
+
+
+class CachedTeacher:
+    """Read the outputs of a teacher from disk, by the sample ids of a batch."""
+
+    features = contextlib.nullcontext()
+
+    def __init__(self, cache: TeacherCache, loss: losses.KDLoss, device: torch.device) -> None:
+        """Check that the loss can use the cache; outputs go to ``device``."""
+        self._cache, self._device = cache, device
+        options = Options()._replace(**loss.options)
+        self._dim = options.dim
+        if cache.top_k is not None:
+            check_sparse_options(options)
+            temperature = 1.0 if options.temperature is None else options.temperature
+            cache.check(temperature=checks.check_scalar_temperature("temperature", temperature))
+        elif options.teacher_form != "logits":
+            raise ValueError(
+                "loss must have teacher_form='logits' with a cache, which knows its form; got "
+                f"{options.teacher_form!r}"
+            )
+
+    def logits(self, batch: Any) -> Callable[[Tensor], Any]:
+        """Return a function of the student's logits, which have the length of the batch's rows."""
+        ids = batches.split(batch).ids
+        if ids is None:
+            raise ValueError(
+                "a cached teacher is read by sample ids, and this batch has none: wrap the "
+                "dataset in fastkd.teachers.WithIds"
+            )
+        return functools.partial(self._look_up, ids)
+
+    def _look_up(self, ids: Tensor, student_logits: Tensor) -> Any:
+        """Return a TopK or logits for the rows of the student's logits."""
+        shape = student_logits.movedim(self._dim, -1).shape
+        self._cache.check(classes=shape[-1])
+        values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
+        if isinstance(values, TopK):
+            return values
+        # log_probs * T are logits, up to a constant in each row.
+        return (values.float() * self._cache.temperature).movedim(-1, self._dim)
+
+    def __call__(self, batch: Any) -> TeacherOutputs:
+        """Return logits; a cache has no features."""
+        return TeacherOutputs(self.logits(batch), [])
