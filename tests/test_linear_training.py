@@ -23,6 +23,7 @@ compiles = pytest.mark.filterwarnings(
 
 CALLS = {
     "mean": {},
+    "no plan": {"planned": False},
     "none": {"reduction": "none"},
     "soft cap, row temperatures": {"softcap": 5.0, "temperature": torch.linspace(1, 3, 21)},
     "classes": {"chunk_by": "classes"},
@@ -41,7 +42,16 @@ def fresh_compiler():
 class Model(nn.Module):
     """A body, a head, and the loss at their end."""
 
-    def __init__(self, dtype=FP32, rows=21, classes=50, softcap=None, chunk_by="auto", **options):
+    def __init__(
+        self,
+        dtype=FP32,
+        rows=21,
+        classes=50,
+        softcap=None,
+        chunk_by="auto",
+        planned=True,
+        **options,
+    ):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head = nn.Linear(8, 12), nn.Linear(12, classes)
@@ -57,7 +67,7 @@ class Model(nn.Module):
             *self.heads(*self.inputs[:2]), self.inputs[2], chunk_by=chunk_by, chunk_size=8,
             **options,
         )  # fmt: skip
-        self.criterion = fastkd.KDLoss(chunks=plan, **options)
+        self.criterion = fastkd.KDLoss(chunks=plan if planned else "auto", **options)
 
     def heads(self, x, teacher_hidden):
         hidden, teacher = self.body(x).tanh(), self.teacher_weight
@@ -86,8 +96,8 @@ def test_derivatives(options):
     """First and second, by finite differences."""
     torch.manual_seed(0)
     options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    cap, chunks = options.pop("softcap", None), {"chunk_size": 2}
-    chunks["chunk_by"] = options.pop("chunk_by", "auto")
+    cap, chunk_by = options.pop("softcap", None), options.pop("chunk_by", "auto")
+    chunks = {"chunk_size": 2, "chunk_by": chunk_by} if options.pop("planned", True) else None
     leaves = [torch.randn(s, dtype=FP64, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
     teacher = Head(*(torch.randn(s, dtype=FP64) for s in ((5, 2), (4, 2))), None, cap, 0.5)
     labels = torch.tensor([0, -100, 3, 1, 2])
