@@ -381,7 +381,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "teacher grad": (
         {"log_probs": torch.full((ROWS, K), -9.0, requires_grad=True)},
-        "teacher requires grad",
+        "teacher.log_probs requires grad",
     ),
     "tail": ({"tail": "cut"}, "teacher.tail must be one of"),
     "divergence": ({"divergence": "jsd"}, "divergence must be 'forward_kl' with a TopK"),

@@ -75,11 +75,13 @@ def check_arguments(
         check_lists_fit(student, topk)
     else:
         outputs = checks.check_teachers(student, teachers, options.dim)
-    if any(map(checks.is_differentiated, outputs)):
-        raise ValueError(
-            "teacher requires grad, but the loss gives the teacher none: compute it under "
-            "torch.no_grad(), or .detach() it"
-        )
+    for i, output in enumerate(outputs):
+        if checks.is_differentiated(output):
+            name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
+            raise ValueError(
+                f"{name if topk is None else 'teacher.log_probs'} requires grad, but the loss "
+                "gives the teacher none: compute it under torch.no_grad(), or .detach() it"
+            )
     inplace = options.inplace and not is_transformed()
     if inplace:
         _check_inplace(student, outputs, objective.reduction)
