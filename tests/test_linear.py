@@ -408,6 +408,14 @@ def test_options_of_the_module_are_attributes():
     assert torch.equal(module(*given), fastkd.loss(*given, temperature=1.0, chunks=module.chunks))
 
 
+def test_chunks_of_the_module_are_checked_when_it_is_made():
+    message = 'chunks must be "auto" or the result of fastkd.chunks.plan; got 8'
+    with pytest.raises(TypeError, match=message):
+        fastkd.KDLoss(chunks=8)
+    with pytest.raises(TypeError, match=message):
+        fastkd.KDLoss().chunks = 8
+
+
 def test_layouts(device):
     """Slices, transposed weights, narrow labels, another ignore_index: as if copied."""
     given = make_heads(FP64, device)

@@ -272,7 +272,7 @@ class KDLoss(nn.Module):
             reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
             teacher_weights, ensemble, standardize, dim, inplace, chunks,
         )  # fmt: skip
-        resolve(options, has_labels=True, teachers=None)
+        _check(options)
         self._values = options  # with None in the place of tensors
         for name, value in options._asdict().items():
             if isinstance(value, Tensor):
@@ -316,7 +316,7 @@ class KDLoss(nn.Module):
         """Set an option, checked together with the others; or any other attribute."""
         if name not in Options._fields:
             return super().__setattr__(name, value)
-        resolve(self._options()._replace(**{name: value}), has_labels=True, teachers=None)
+        _check(self._options()._replace(**{name: value}))
         self._keep(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -328,6 +328,12 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the options that are not their defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check(options: Options) -> None:
+    """Check options before there are logits."""
+    resolve(options, has_labels=True, teachers=None)
+    linear.chunks.check(options.chunks)
 
 
 def _compute(

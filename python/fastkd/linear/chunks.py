@@ -115,14 +115,19 @@ def plan(
     )
 
 
-def choose(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
-    """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
-    if isinstance(chunks, str) and chunks == "auto":
-        return plan_sizes(sizes_of(inputs, call))
-    if not isinstance(chunks, Plan):
+def check(chunks: object) -> None:
+    """Raise unless ``chunks`` is a plan or "auto"."""
+    if not isinstance(chunks, Plan) and not (isinstance(chunks, str) and chunks == "auto"):
         raise TypeError(
             f'chunks must be "auto" or the result of fastkd.chunks.plan; got {chunks!r}'
         )
+
+
+def choose(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
+    """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
+    check(chunks)
+    if not isinstance(chunks, Plan):
+        return plan_sizes(sizes_of(inputs, call))
     check_accumulate_dtype(chunks.accumulate, inputs.weight.dtype, "chunks.accumulate")
     if not autograd.is_traced() and inputs.hidden.shape[0] > chunks.rows:
         raise ValueError(
