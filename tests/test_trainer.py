@@ -393,8 +393,8 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
             "divergence must be 'forward_kl' with a TopK as teacher; got 'jsd'",
         ),
         (
-            {"temperature": 3.0, "class_weight": torch.ones(10)},
-            "class_weight must be None with a TopK as teacher; got a tensor of shape",
+            {"temperature": 3.0, "standardize": True},
+            "standardize must be False with a TopK as teacher; got True",
         ),
     ):
         with pytest.raises(ValueError, match=words):
