@@ -41,8 +41,7 @@ _DENSE_OPTIONS = (
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    The numbers in lists of a sparse teacher are checked by :func:`check_list_data`, and labels by
-    the kernels.
+    The numbers in lists of a sparse teacher, and labels, are checked by the kernels.
     """
     topk = teacher if isinstance(teacher, TopK) else None
     teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
