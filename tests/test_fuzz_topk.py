@@ -58,6 +58,7 @@ class Case(NamedTuple):
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
+    with_terms: bool = False
 
 
 CASES = st.builds(
@@ -92,6 +93,7 @@ CASES = st.builds(
     grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
+    with_terms=st.booleans(),
 )
 
 
@@ -179,11 +181,12 @@ def check(case: Case, device: torch.device) -> None:
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
     leaf, teacher = student.detach().requires_grad_(), TopK(log_probs, indices, case.tail)
     before = [None if x is None else x.clone() for x in problem]
+    compute = (lambda *a, **k: fastkd.terms(*a, **k).loss) if case.with_terms else fastkd.loss
     if is_refused(problem) and device.type == "cpu":
         with pytest.raises(ValueError, match=r"^teacher\.(indices|log_probs) must"):
-            fastkd.loss(leaf, teacher, labels, **options)
+            compute(leaf, teacher, labels, **options)
         return
-    value = fastkd.loss(leaf, teacher, labels, **options)
+    value = compute(leaf, teacher, labels, **options)
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
