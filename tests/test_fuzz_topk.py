@@ -29,8 +29,9 @@ from support import BF16, FP16, FP32, FP64, compute_dtype
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, TopK
-from fastkd._core import topk
+from fastkd import _C, TopK, reference
+from fastkd._core import checks
+from fastkd._core.values import TAILS
 
 
 class Case(NamedTuple):
@@ -57,6 +58,7 @@ class Case(NamedTuple):
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
+    with_terms: bool = False
 
 
 CASES = st.builds(
@@ -82,7 +84,7 @@ CASES = st.builds(
     layout=st.sampled_from(LAYOUTS),
     labels=st.sampled_from(["indices", "none", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
-    tail=st.sampled_from(topk.TAILS),
+    tail=st.sampled_from(TAILS),
     temperature=TEMPERATURES,
     weights=WEIGHTS,
     smoothing=SMOOTHING,
@@ -91,6 +93,7 @@ CASES = st.builds(
     grad_output=GRAD_OUTPUTS,
     isa=st.sampled_from(_C.available_isas()),
     threads=st.integers(1, 3),
+    with_terms=st.booleans(),
 )
 
 
@@ -137,7 +140,7 @@ def is_refused(problem: Problem) -> bool:
     student, indices, log_probs, labels = problem
     labels = None if labels is None else labels.long()
     try:
-        topk.check_list_data(student, indices, log_probs, labels, -100)
+        checks.check_lists(student, log_probs, indices, labels, -100)
     except ValueError:
         return True
     return False
@@ -149,15 +152,20 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
     smoothing = 0.0 if labels is None else case.smoothing
-    settings = topk.Settings(
-        case.temperature, hard, soft, smoothing, -100, topk.TAILS.index(case.tail),
-        ("none", "sum", "mean").index(reduction), case.normalizer or 0.0,
-    )  # fmt: skip
     classes, k = student.shape[-1], indices.shape[-1]
-    out = topk._reference(
-        leaf.reshape(-1, classes), indices.reshape(-1, k), log_probs.double().reshape(-1, k),
-        None if labels is None else labels.long().reshape(-1), None, settings,
-    )  # fmt: skip
+    out = reference.topk.terms(
+        leaf.reshape(-1, classes),
+        log_probs.double().reshape(-1, k),
+        indices.long().reshape(-1, k),
+        None if labels is None else labels.long().reshape(-1),
+        tail=case.tail,
+        temperature=case.temperature,
+        hard_weight=hard,
+        soft_weight=soft,
+        reduction=reduction,
+        label_smoothing=smoothing,
+        normalizer=case.normalizer,
+    ).loss
     return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
 
 
@@ -173,11 +181,12 @@ def check(case: Case, device: torch.device) -> None:
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
     leaf, teacher = student.detach().requires_grad_(), TopK(log_probs, indices, case.tail)
     before = [None if x is None else x.clone() for x in problem]
+    compute = (lambda *a, **k: fastkd.terms(*a, **k).loss) if case.with_terms else fastkd.loss
     if is_refused(problem) and device.type == "cpu":
         with pytest.raises(ValueError, match=r"^teacher\.(indices|log_probs) must"):
-            fastkd.loss(leaf, teacher, labels, **options)
+            compute(leaf, teacher, labels, **options)
         return
-    value = fastkd.loss(leaf, teacher, labels, **options)
+    value = compute(leaf, teacher, labels, **options)
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):
@@ -224,7 +233,7 @@ REGRESSIONS = [
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
-        for tail in topk.TAILS
+        for tail in TAILS
     ),
     # Outside the kernel a row without any probability was 0 where its list was empty.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),

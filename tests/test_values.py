@@ -447,7 +447,7 @@ def test_terms_of_a_head_are_those_of_its_logits(chunk_by, options, with_labels,
     if chunk_by != "auto":
         size = {"rows": 4, "classes": 8}[chunk_by]
         chunks = fastkd.chunks.plan(
-            ROWS, CLASSES, WIDTH, dtype=FP64, chunk_by=chunk_by, chunk_size=size
+            student, teacher_of("tensor", FP64), chunk_by=chunk_by, chunk_size=size
         )
     given: dict[str, Any] = {"reduction": reduction, "temperature": 1.5}
     if with_labels:
@@ -506,7 +506,7 @@ def every_pair(logits: Tensor, labels: Tensor, layer: torch.nn.Linear) -> Tensor
     total += fastkd.loss(logits, (logits, logits)) + fastkd.loss(logits, student, labels)
     total += fastkd.loss(logits, top, labels) + fastkd.loss(student, logits)
     total += fastkd.loss(student, student, labels) + fastkd.loss(student, top, labels, alpha=0.1)
-    plan = fastkd.chunks.plan(8, 10, 4, max_workspace=1 << 20)
+    plan = fastkd.chunks.plan(student, top, max_workspace=1 << 20)
     total += fastkd.loss(student, top, temperature=torch.ones(3), chunks=plan)
     assert_type(fastkd.terms(student, top, labels), Terms)
     criterion = KDLoss(temperature=2, reduction="none", divergence="jsd", hard_weight=labels)
