@@ -1,4 +1,4 @@
-"""The trainer, and the feature hints that it can add to the loss."""
+"""Train students: the trainer, and the feature hints that it can add to the loss."""
 
 from fastkd.training.hints import Hint
 from fastkd.training.trainer import Evaluation, Step, Trainer

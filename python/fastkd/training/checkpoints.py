@@ -45,14 +45,9 @@ def write(
     is_main: bool,
     barrier: Callable[[], None],
 ) -> pathlib.Path:
-    """Write a checkpoint, delete the oldest ones, and return the folder of the new one.
+    """Write a checkpoint into ``folder``, delete old ones, and return the new one's folder.
 
-    Args:
-        folder: folder of all checkpoints, shared by all processes.
-        step: number in the name.
-        fill: writes the files of this process into the folder that it gets.
-        is_main: True in the process that renames and deletes.
-        barrier: waits for all processes.
+    Every process calls ``fill`` with a folder for its files. ``barrier`` waits for all processes.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
     if is_main:
@@ -134,11 +129,10 @@ def load(file: pathlib.Path) -> Any:
 
 def write_checksums(folder: pathlib.Path) -> None:
     """Write ``files.json``, the checksums of a checkpoint's other files, for :func:`check`."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
     checksums = {
         file.relative_to(folder).as_posix(): _checksum(file)
-        for file in files
-        if file != folder / CHECKSUMS
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / CHECKSUMS
     }
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 

@@ -1,6 +1,6 @@
 """Save and restore the position in a pass over a data loader, exactly.
 
-Accelerate's ``use_stateful_dataloader`` does not restore the random numbers that a dataset draws.
+Accelerate's ``use_stateful_dataloader`` does not restore the order of a shuffled loader.
 """
 
 from __future__ import annotations
@@ -84,7 +84,14 @@ class LoaderState:
                 f"loader has {current} generators, and the loader of the checkpoint had {saved}; "
                 "make the loader as it was"
             )
-        set_random_states(states, self._generators)
+        for generator, state in zip(self._generators, states["loader"], strict=False):
+            generator.set_state(state)
+        random.setstate(states["python"])
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(states["cuda"])
+        if "numpy" in states and "numpy" in sys.modules:
+            sys.modules["numpy"].random.set_state(states["numpy"])
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:
@@ -96,10 +103,8 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
             generator = getattr(part, name, None)
             if isinstance(generator, torch.Generator):
                 generators[id(generator)] = generator
-        for name in ("sampler", "batch_sampler"):
-            inner = getattr(part, name, None)
-            if inner is not None and all(inner is not other for other in parts):
-                parts.append(inner)
+        inner = (getattr(part, name, None) for name in ("sampler", "batch_sampler"))
+        parts += [each for each in inner if each is not None and each not in parts]
     return list(generators.values())
 
 
@@ -116,15 +121,3 @@ def random_states(generators: list[torch.Generator]) -> dict[str, Any]:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         states["numpy"] = (name, keys.tolist(), *rest)
     return states
-
-
-def set_random_states(states: dict[str, Any], generators: list[torch.Generator]) -> None:
-    """Restore what :func:`random_states` returned."""
-    for generator, state in zip(generators, states["loader"], strict=False):
-        generator.set_state(state)
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(states["numpy"])

@@ -31,24 +31,16 @@ class Progress:
         self._tqdm = extras.load("tqdm", "train").tqdm  # raises here, not in the first step
 
     @contextlib.contextmanager
-    def bar(self, total: int | None, done: int) -> Iterator[None]:
-        """Show a bar of ``total`` steps, unless there is one."""
+    def show_bar(self, total: int | None, done: int) -> Iterator[Any]:
+        """Show a bar of ``total`` steps, unless there is one; yield the bar."""
         if self._bar is not None:
-            yield
+            yield self._bar
             return
         with self._tqdm(total=total, initial=done, disable=self._disabled) as self._bar:
             try:
-                yield
+                yield self._bar
             finally:
                 self._bar = None
-
-    def start_epoch(self, epoch: int) -> None:
-        """Show the epoch, counted from 0, in the bar."""
-        self._bar.set_description(f"epoch {epoch + 1}")
-
-    def advance(self) -> None:
-        """Advance the bar by one step."""
-        self._bar.update()
 
     def add(self, step: int, values: Tensor) -> None:
         """Report the values of a step, one for each name: at once on a CPU, else one step later.

@@ -46,15 +46,7 @@ class ModuleTeacher:
         forward: Forward,
         devices: tuple[torch.device | str, torch.device],
     ) -> None:
-        """Freeze the teacher.
-
-        Args:
-            teacher: one module, or several.
-            student: must share no parameter with the teacher.
-            hints: names of the teacher's modules whose outputs are features.
-            forward: computes logits.
-            devices: of the teacher, and of the outputs.
-        """
+        """Freeze the teacher; ``devices``: of its modules, and of its outputs."""
         several = isinstance(teacher, (list, tuple, nn.ModuleList))
         root = nn.ModuleList(teacher if several else [teacher])  # type: ignore[arg-type,list-item]
         names = {parameter: name for name, parameter in student.named_parameters()}

@@ -198,7 +198,7 @@ class Trainer:
         if validation is not None:
             arguments.check_loader("validation", validation)
             self._check_not_sharded()
-        with self._bar(self._prepare(loader), 0, epochs):
+        with self._show_bar(self._prepare(loader), 0, epochs):
             while self.epoch < epochs:
                 for _ in self.steps(loader):
                     pass
@@ -228,10 +228,14 @@ class Trainer:
             loader.set_epoch(self.epoch)
         self._student_loss.train()
         features = self._teacher.features, self._student_loss.features
-        with features[0], features[1], self._bar(loader, self.epoch, 1):
-            self._progress.start_epoch(self.epoch)
+        with features[0], features[1], self._show_bar(loader, self.epoch, 1) as bar:
+            bar.set_description(f"epoch {self.epoch + 1}")
             for window in self._loader_state.iterate(loader, self._accumulate):
-                yield self._take_step(window)
+                step = self._take_step(window)
+                bar.update()
+                if self._save_every is not None and self.step % self._save_every == 0:
+                    self.save()
+                yield step
             self._progress.flush()
         if not self._loader_state.batches:
             raise ValueError(batches.NO_BATCH)
@@ -253,9 +257,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.student)
         self.step = number
-        self._progress.advance()
-        if self._save_every is not None and number % self._save_every == 0:
-            self.save()
         return Step(number, self.epoch, *values.unbind())
 
     def _backward(self, window: list[Any]) -> Tensor:
@@ -428,12 +429,12 @@ class Trainer:
                 config.even_batches = before
         return prepared[even]
 
-    def _bar(self, loader: Any, first: int, epochs: int) -> contextlib.AbstractContextManager[None]:
-        """Return a bar for the steps of ``epochs`` epochs, from the epoch ``first`` on."""
+    def _show_bar(self, loader: Any, first: int, epochs: int) -> Any:
+        """Show a bar for the steps of ``epochs`` epochs, from the epoch ``first`` on."""
         try:
             steps = math.ceil(len(loader) / self._accumulate)
         except TypeError:  # an iterable dataset or a generator has no length
             steps = 0
         resumed = self._loader_state.batches if self._loader_state.restored else 0
         done = steps * (self.epoch - first) + resumed // self._accumulate
-        return self._progress.bar(steps * epochs or None, done)
+        return self._progress.show_bar(steps * epochs or None, done)
