@@ -9,7 +9,7 @@ CUDA_BUILD := build/cuda
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
+.PHONY: help install demo examples test test-all coverage kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -41,8 +41,17 @@ demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and
 	$(RUN) examples/digits.py
 
 # One process for each core, each with one OpenMP thread: tests of threads set their own number.
-test: $(VENV)/complete kernel-test  ## run every test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
+test: $(VENV)/complete  ## run the quick tests: a few minutes
+	$(PYTEST) -m "not slow" --junitxml build/test.xml
+
+test-all: kernel-test $(VENV)/complete  ## run every test, the kernels' own tests among them
+	$(PYTEST) --junitxml build/test-all.xml
+
+coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
+	$(PYTEST) -m "not slow" --junitxml build/test.xml --cov fastkd --cov-report json:build/test.json
+	$(PYTEST) --junitxml build/test-all.xml --cov fastkd --cov-report json:build/test-all.json
+	$(RUN) docs/tests.py
 
 # $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,
 # or the one that is named alone.

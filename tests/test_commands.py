@@ -274,6 +274,7 @@ def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
     assert "schedule: cosine ends with the last step" in error
 
 
+@pytest.mark.slow
 def test_two_processes(given):
     """Each asks the teacher about half of the data, and the schedule ends with the last step."""
     cache = given.parent / "cache"
@@ -342,6 +343,7 @@ def test_a_factory_may_return_a_loader(given, monkeypatch):
     run(monkeypatch, "distill", "--config", given, "--set", f"train={name}:batches")
 
 
+@pytest.mark.slow
 def test_the_example_runs(monkeypatch, tmp_path, capsys):
     example = ROOT / "examples" / "digits.yaml"
     run(monkeypatch, "distill", "--config", example, "--epochs", 5, "--output", tmp_path)

@@ -150,7 +150,7 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("classes", [16411, 2 * S + 5])
+@pytest.mark.parametrize("classes", [16411, pytest.param(2 * S + 5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):

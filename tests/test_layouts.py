@@ -269,8 +269,13 @@ def test_memory(layout, dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "dynamic"),
+    [
+        pytest.param(layout, bool(i % 2), marks=pytest.mark.slow if i > 1 else ())
+        for i, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_compiled(device, layout, dynamic):
     shape = (2, 19, 5, 7)
     student, teacher = (make(shape, layout, seed=seed, device=device) for seed in (0, 1))
