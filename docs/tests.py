@@ -16,8 +16,8 @@ _INTRO = """\
 
 <!-- Written by `make coverage`, which runs both tiers. -->
 
-`make test` leaves out the tests that `@pytest.mark.slow` marks. `make test-all` runs every test, and
-the kernels' own tests. Seconds include a test's fixtures.
+`make test` leaves out the tests that `@pytest.mark.slow` marks. `make test-all` runs every test
+and the kernels' own tests. Seconds include a test's fixtures.
 
 """
 
