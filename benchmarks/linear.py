@@ -28,7 +28,8 @@ from benchmarks import environment, memory, report
 from benchmarks.cases import DTYPES
 from benchmarks.measure import time_in_turns
 from benchmarks.rivals import UnavailableError, _import
-from fastkd.linear.chunks import MIB
+from fastkd import Head
+from fastkd.linear.planner import MIB
 
 TEMPERATURE, ALPHA = 2.0, 0.5
 PAGE = Path(__file__).parent.parent / "docs" / "linear.md"
@@ -95,13 +96,18 @@ def cases(device: str) -> list[LinearCase]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case, in the order that fastkd and Liger take them."""
+    """The tensors of a case, in the order that Liger takes them."""
 
     hidden: Tensor
     weight: Tensor
     teacher_hidden: Tensor
     teacher_weight: Tensor
     labels: Tensor
+
+    @property
+    def heads(self) -> tuple[Head, Head]:
+        """Student and teacher."""
+        return Head(*self[:2]), Head(*self[2:4])
 
 
 def make_inputs(case: LinearCase, device: str) -> Inputs:
@@ -130,9 +136,22 @@ def make_inputs(case: LinearCase, device: str) -> Inputs:
 LossFunction = Callable[[Inputs], Tensor]
 
 
+def _fastkd(**chunks: Any) -> LossFunction:
+    """fastkd.loss with a plan of these options."""
+
+    def loss(given: Inputs) -> Tensor:
+        arguments = (*given.heads, given.labels)
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
+        if chunks:
+            options["chunks"] = fastkd.chunks.plan(*arguments, **chunks, **options)
+        return fastkd.loss(*arguments, **options)
+
+    return loss
+
+
 def fused(case: LinearCase) -> LossFunction:
-    """fastkd.linear_loss as it comes."""
-    return lambda given: fastkd.linear_loss(*given, temperature=TEMPERATURE, alpha=ALPHA)
+    """fastkd.loss as it comes."""
+    return _fastkd()
 
 
 def fused_small(case: LinearCase) -> LossFunction:
@@ -140,21 +159,12 @@ def fused_small(case: LinearCase) -> LossFunction:
     if not case.small_mib:
         raise UnavailableError("not tried")
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
-    return lambda given: fastkd.linear_loss(
-        *given,
-        temperature=TEMPERATURE,
-        alpha=ALPHA,
-        chunk_by="rows",
-        max_workspace=case.small_mib * MIB,
-        accumulate_dtype=dtype,
-    )
+    return _fastkd(chunk_by="rows", max_workspace=case.small_mib * MIB, accumulate_dtype=dtype)
 
 
 def fused_smallest(case: LinearCase) -> LossFunction:
     """Classes in chunks: the logits are computed twice."""
-    return lambda given: fastkd.linear_loss(
-        *given, temperature=TEMPERATURE, alpha=ALPHA, chunk_by="classes"
-    )
+    return _fastkd(chunk_by="classes")
 
 
 def _eager(given: Inputs, upcast: bool) -> Tensor:
@@ -466,18 +476,20 @@ def planned() -> str:
     for case in cases("cuda"):
         if case.smallest_must is None:
             continue
-        dtype = DTYPES[case.dtype]
-        both, ignoring = (
-            fastkd.chunks.plan(
-                case.rows,
-                case.classes,
-                case.student_width,
-                dtype=dtype,
-                device="cuda",
-                chunk_by="classes",
-                copied_per_row=copied,
+        student, teacher = (
+            Head(
+                *(
+                    torch.empty(size, width, dtype=DTYPES[case.dtype], device="meta")
+                    for size in (case.rows, case.classes)
+                )
             )
-            for copied in (0, (case.student_width + case.teacher_width) * dtype.itemsize)
+            for width in (case.student_width, case.teacher_width)
+        )
+        student.weight.requires_grad_()
+        labels = torch.empty(case.rows, dtype=torch.int64, device="meta")
+        both, ignoring = (
+            fastkd.chunks.plan(student, teacher, some, chunk_by="classes")
+            for some in (None, labels)
         )
         lines.append(
             f"| {case.title} | {both.chunks} | {both.chunk} | {both.peak_bytes / MIB:,.0f} "

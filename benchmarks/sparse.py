@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,10 @@ from torch.nn import functional as F
 import fastkd
 from benchmarks.cases import Case, case
 from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turns
+from fastkd import TopK
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
-
-
-class Lists(NamedTuple):
-    """What is kept of a teacher."""
-
-    indices: Tensor
-    log_probs: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,17 +39,13 @@ def cases(device: str) -> list[SparseCase]:
     ]
 
 
-def fused(sparse: SparseCase) -> Callable[[Tensor, Lists, Tensor], Tensor]:
+def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
     """This package's sparse loss."""
-    options: dict[str, Any] = {
-        "temperature": sparse.dense.temperature,
-        "alpha": sparse.dense.alpha,
-        "tail": "ghost",
-    }
-    return lambda s, lists, y: fastkd.topk_loss(s, *lists, y, **options)
+    options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
+    return lambda s, top, y: fastkd.loss(s, top, y, **options)
 
 
-def plain(sparse: SparseCase) -> Callable[[Tensor, Lists, Tensor], Tensor]:
+def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
     """PyTorch as the libraries write it: logarithms gathered, and a ghost class appended."""
     t, alpha = sparse.dense.temperature, sparse.dense.alpha
 
@@ -63,10 +53,10 @@ def plain(sparse: SparseCase) -> Callable[[Tensor, Lists, Tensor], Tensor]:
         kept = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
         return torch.cat([log_probs, torch.log(-torch.expm1(kept))], -1)
 
-    def loss(student: Tensor, lists: Lists, labels: Tensor) -> Tensor:
-        log_q = F.log_softmax(student.to(lists.log_probs.dtype) / t, -1).gather(-1, lists.indices)
+    def loss(student: Tensor, top: TopK, labels: Tensor) -> Tensor:
+        log_q = F.log_softmax(student.to(top.log_probs.dtype) / t, -1).gather(-1, top.indices)
         soft = F.kl_div(
-            with_ghost(log_q), with_ghost(lists.log_probs), reduction="batchmean", log_target=True
+            with_ghost(log_q), with_ghost(top.log_probs), reduction="batchmean", log_target=True
         )
         return alpha * F.cross_entropy(student, labels) + (1 - alpha) * t**2 * soft
 
@@ -79,25 +69,24 @@ def dense(sparse: SparseCase) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda s, t, y: fastkd.loss(s, t, y, **options)
 
 
-def lists_of(sparse: SparseCase, teacher: Tensor) -> Lists:
+def top_of(sparse: SparseCase, teacher: Tensor) -> TopK:
     """The teacher's k most probable classes."""
-    log_probs = F.log_softmax(teacher.float() / sparse.dense.temperature, -1)
-    found = log_probs.topk(sparse.k)
-    return Lists(found.indices, found.values)
+    return TopK(*F.log_softmax(teacher.float() / sparse.dense.temperature, -1).topk(sparse.k))
 
 
 def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
     """How far a step's loss and gradient are from float64, on some rows of its first inputs."""
     given = step.sets[0]
-    lists = Lists(*(one[:rows] for one in given.teacher))  # type: ignore[misc]
+    log_probs, indices, _ = given.teacher  # type: ignore[misc]
+    top = TopK(log_probs[:rows], indices[:rows])
     few = Inputs(
         given.student.detach()[:rows].clone().requires_grad_(),
-        lists,
+        top,
         given.labels[:rows],  # type: ignore[arg-type]
     )
     loss, gradient = step.run(few)
     leaf = few.student.detach().double().requires_grad_()
-    wide = Lists(lists.indices, lists.log_probs.double())
+    wide = TopK(top.log_probs.double(), top.indices)
     exact = plain(sparse)(leaf, wide, few.labels)
     (right,) = torch.autograd.grad(exact, leaf)
     assert gradient is not None
@@ -109,11 +98,11 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
     """All ways checked, then timed side by side; times are those of loss and backward."""
     sets = make_sets(sparse.dense, device)
     short = [
-        Inputs(one.student, lists_of(sparse, one.teacher), one.labels)  # type: ignore[arg-type]
+        Inputs(one.student, top_of(sparse, one.teacher), one.labels)  # type: ignore[arg-type]
         for one in sets
     ]
     steps = {
-        "fastkd.topk_loss": Step(sparse.dense, fused(sparse), short),  # type: ignore[arg-type]
+        "fastkd.loss, TopK": Step(sparse.dense, fused(sparse), short),  # type: ignore[arg-type]
         "PyTorch": Step(sparse.dense, plain(sparse), short),  # type: ignore[arg-type]
     }
     lanes: dict[str, dict[str, Any]] = {}
@@ -127,7 +116,7 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
     times = time_in_turns(dict(steps), device, kind, seconds)
     for name, measured in times.items():
         lanes.setdefault(name, {})["times"] = asdict(measured)
-    ours = times["fastkd.topk_loss"].median
+    ours = times["fastkd.loss, TopK"].median
     return {
         "title": sparse.title,
         "k": sparse.k,

@@ -11,7 +11,8 @@ from torch import nn
 import fastkd
 from fastkd import reference
 from fastkd._core import dispatch
-from fastkd.losses import DEFAULTS, prepare
+from fastkd._core.arguments import prepare
+from fastkd._core.objective import Options
 
 PATH = pathlib.Path(__file__).with_suffix(".md")
 
@@ -33,7 +34,7 @@ what a set of options means.
 
 | option | default | |
 |---|---|---|
-| `temperature` | 2.0 | 1e-18 to 1e18, or a tensor, of one for each row too; can learn |
+| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18, or a tensor, 0-d or of rows; can learn |
 | `teacher_temperature` | `temperature` | the teacher's own |
 | `alpha` | 0.5 | weight of the hard term |
 | `hard_weight`, `soft_weight` | | in place of `alpha`: numbers, or one for each row |
@@ -45,13 +46,13 @@ what a set of options means.
 | `teacher_form` | `"logits"` | or `"log_probs"`, `"probs"` |
 | `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
 | `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
-| `classes` | `None` | the first so many of both: padded vocabularies |
 | `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
 | `inplace` | `False` | write the gradient over the student's logits, to save their memory |
-| `teacher_grad` | `"error"` | `"ignore"`: accept a teacher that requires grad |
+| `chunks` | `"auto"` | or a `fastkd.chunks.plan`: how many logits of a Head exist at a time |
 
-Labels are class indices, or probabilities. `help(fastkd.loss)` says all of it, with shapes, dtypes
-and errors.
+Labels are class indices, or probabilities. Without labels, only 0 is accepted as `alpha` and
+`hard_weight`. Slices such as `logits[..., :n]` of student and teacher leave padded classes out,
+without a copy. `help(fastkd.loss)` says all of it, with shapes, dtypes and errors.
 """
 
 _MATRIX = """
@@ -96,16 +97,15 @@ def _cases() -> dict[str, dict[str, Any]]:
         "learned weights": {"hard_weight": nn.Parameter(rows), "soft_weight": 1.0},
         '`teacher_form="log_probs"`': {"teacher_form": "log_probs"},
         '`teacher_form="probs"`': {"teacher_form": "probs"},
-        'several teachers, `ensemble="probs"`': {"teacher_logits": [logits, logits]},
+        'several teachers, `ensemble="probs"`': {"teacher": [logits, logits]},
         'several teachers, `ensemble="logits"`': {
-            "teacher_logits": [logits, logits],
+            "teacher": [logits, logits],
             "ensemble": "logits",
         },
         "`standardize`": {"standardize": True},
-        "`classes`": {"classes": 2},
         "`dim=1`": {
-            "student_logits": logits.unsqueeze(-1),
-            "teacher_logits": logits.unsqueeze(-1),
+            "student": logits.unsqueeze(-1),
+            "teacher": logits.unsqueeze(-1),
             "labels": labels.unsqueeze(-1),
             "dim": 1,
         },
@@ -116,18 +116,14 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
     """How a call is computed, or that it is refused."""
     logits = torch.zeros(_ROWS, _CLASSES)
     arguments = {
-        "student_logits": logits,
-        "teacher_logits": logits,
+        "student": logits,
+        "teacher": logits,
         "labels": torch.zeros(_ROWS, dtype=torch.int64),
         **case,
     }
-    student, teacher, labels = (
-        arguments.pop(name) for name in ("student_logits", "teacher_logits", "labels")
-    )
+    student, teacher, labels = (arguments.pop(name) for name in ("student", "teacher", "labels"))
     try:
-        call = prepare(
-            student, teacher, labels, {**DEFAULTS, **arguments, "divergence": divergence}
-        )
+        call = prepare(student, teacher, labels, Options(**arguments, divergence=divergence))
     except ValueError:
         return "–"
     if dispatch.uses(call.labels, call.objective) <= dispatch.FUSED:

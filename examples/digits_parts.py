@@ -1,4 +1,4 @@
-"""The models and data of digits.py, as ``python -m fastkd distill --config`` is given them."""
+"""The models and data of digits.py, as ``fastkd distill --config`` is given them."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
 
 A teacher learns from the whole training text. Then the same small student is trained three times on
 a twentieth of it: alone, from the characters; distilled from the characters and the live teacher;
-and distilled from a cache of the teacher's 8 most probable characters at each place. Both by
-fastkd.linear_loss, which never keeps a batch's logits. First weights, batches, steps and optimizer
-are equal. What is compared is the loss on text that nobody has seen.
+and distilled from a cache of the teacher's 8 most probable characters at each place. Both losses
+take the student's hidden states and its head (fastkd.Head), and never hold a batch's logits. First
+weights, batches, steps and optimizer are equal. The loss on held-out text is compared.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
     """Causal convolutions: a position sees itself and some 30 characters before it."""
 
     def __init__(self, characters: int, width: int) -> None:
-        """The head is apart, since linear_loss takes its weight."""
+        """The head is a layer of its own, since the loss takes its weight and bias."""
         super().__init__()
         self.embed = nn.Embedding(characters, width)
         self.layers = nn.ModuleList(
@@ -84,19 +84,17 @@ def alone(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-def distilled(teach: Callable[[Tensor, Tensor], dict[str, Tensor]]) -> Loss:
-    """The next characters' cross entropy, and the divergence from what ``teach`` gives."""
+def head_of(model: LanguageModel, windows: Tensor) -> fastkd.Head:
+    """The logits of all characters but the last, not computed yet."""
+    return fastkd.Head(model.hidden(windows[:, :-1]), model.head.weight, model.head.bias)
+
+
+def distilled(teach: Callable[[Tensor, Tensor], fastkd.Head | fastkd.TopK]) -> Loss:
+    """The next characters' cross entropy, and the divergence from the teacher."""
 
     def loss(model: LanguageModel, ids: Tensor, windows: Tensor) -> Tensor:
-        return fastkd.linear_loss(
-            model.hidden(windows[:, :-1]),
-            model.head.weight,
-            labels=windows[:, 1:],
-            student_bias=model.head.bias,
-            temperature=TEMPERATURE,
-            alpha=0.1,
-            **teach(ids, windows),
-        )
+        student, teacher = head_of(model, windows), teach(ids, windows)
+        return fastkd.loss(student, teacher, windows[:, 1:], temperature=TEMPERATURE, alpha=0.1)
 
     return loss
 
@@ -105,21 +103,15 @@ def live(teacher: LanguageModel) -> Loss:
     """From the teacher's hidden states and its head."""
 
     @torch.no_grad()
-    def teach(ids: Tensor, windows: Tensor) -> dict[str, Tensor]:
-        head = {"teacher_weight": teacher.head.weight, "teacher_bias": teacher.head.bias}
-        return {"teacher_hidden": teacher.hidden(windows[:, :-1]), **head}
+    def teach(ids: Tensor, windows: Tensor) -> fastkd.Head:
+        return head_of(teacher, windows)
 
     return distilled(teach)
 
 
 def cached(cache: fastkd.teachers.TeacherCache) -> Loss:
     """From a file: the teacher is not needed any more."""
-
-    def teach(ids: Tensor, windows: Tensor) -> dict[str, Tensor]:
-        indices, log_probs = cache.lookup(ids)
-        return {"topk_indices": indices, "topk_log_probs": log_probs}
-
-    return distilled(teach)
+    return distilled(lambda ids, windows: cache.lookup(ids))
 
 
 def train(model: LanguageModel, text: Tensor, loss_of: Loss, steps: int, seed: int) -> None:

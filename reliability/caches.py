@@ -176,7 +176,7 @@ def fuzz(arguments: list[str]) -> None:
             return None
         tensors = [opened.ids, *([rows] if opened.top_k is None else rows)]
         texts = repr((opened.header, opened.kl, opened.tail)).encode()
-        return [texts, *(shard.raw_bytes(tensor).tobytes() for tensor in tensors)]
+        return [texts, *(shard.view_bytes(tensor).tobytes() for tensor in tensors)]
 
     def read(data: bytes) -> None:
         found = contents(data)

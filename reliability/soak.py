@@ -52,15 +52,15 @@ def calls() -> dict[str, Callable[[], object]]:
         with autograd.without_cpp():
             backward()
 
-    log_probs, indices = torch.log_softmax(teacher, -1).topk(8)
+    top = fastkd.TopK(*torch.log_softmax(teacher, -1).topk(8))
     hidden, weight = torch.randn(ROWS, 12, requires_grad=True), torch.randn(CLASSES, 12)
 
     def sparse() -> None:
-        fastkd.topk_loss(student, indices, log_probs, labels).backward()
+        fastkd.loss(student, top, labels).backward()
         student.grad = None
 
     def heads() -> None:
-        fastkd.linear_loss(hidden, weight, labels=labels, teacher_logits=teacher).backward()
+        fastkd.loss(fastkd.Head(hidden, weight), teacher, labels).backward()
         hidden.grad = None
 
     return {
@@ -73,6 +73,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "a sparse teacher": sparse,
         "linear heads": heads,
         "terms": lambda: fastkd.terms(student, teacher, labels),
+        "terms of a sparse teacher": lambda: fastkd.terms(student, top, labels),
         "refused": refused,
     }
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import reference
+import fastkd
+from fastkd import Head, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
@@ -75,6 +76,70 @@ def make(
     return Problem(
         student.to(dtype).to(device), teacher.to(teacher_dtype or dtype).to(device), index
     )
+
+
+WIDTH, TEACHER_WIDTH = 24, 40
+
+
+class Heads(NamedTuple):
+    """A student that is a head, whose tensors require grad, and a teacher: a head, or another."""
+
+    student: Head
+    teacher: Any
+    labels: Tensor | None
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.student.hidden, self.student.weight, self.student.bias
+
+    def with_options(self, softcap: Any = None, scale: Any = None) -> "Heads":
+        """The same heads with soft caps and scales: numbers for both, or pairs."""
+        caps, scales = (x if isinstance(x, tuple) else (x, x) for x in (softcap, scale))
+        student = self.student._replace(softcap=caps[0], scale=scales[0])
+        if not isinstance(self.teacher, Head):
+            return self._replace(student=student)
+        teacher = self.teacher._replace(softcap=caps[1], scale=scales[1])
+        return self._replace(student=student, teacher=teacher)
+
+
+def make_heads(
+    dtype: torch.dtype = FP32,
+    device: torch.device | str = "cpu",
+    rows: int = 37,
+    classes: int = 203,
+    ignored: float = 0.3,
+    seed: int = 0,
+) -> Heads:
+    """Random heads with biases, and labels of which a share is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = -100
+
+    def head(width: int) -> Head:
+        return Head(draw(rows, width), draw(classes, width, scale=0.3), draw(classes))
+
+    student, teacher = head(WIDTH), head(TEACHER_WIDTH)
+    for leaf in student[:3]:
+        leaf.requires_grad_()
+    return Heads(student, teacher, labels.to(device))
+
+
+def loss_in_chunks(
+    student: Head,
+    teacher: Any,
+    labels: Tensor | None = None,
+    *,
+    chunks: dict[str, Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """fastkd.loss with a plan made for the call; ``chunks``: options of fastkd.chunks.plan."""
+    plan: Any = "auto"
+    if chunks is not None:
+        plan = fastkd.chunks.plan(student, teacher, labels, **chunks, **options)
+    return fastkd.loss(student, teacher, labels, chunks=plan, **options)
 
 
 def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:

@@ -13,46 +13,46 @@ from support import FP32, make, name_of
 from torch import nn
 
 import fastkd
-from fastkd import losses
 from fastkd._core import shapes
+from fastkd._core.objective import Options
 
 NAN, INF = math.nan, math.inf
 
 
 def good() -> dict[str, Any]:
     student, teacher, labels = make((3, 5), ignored=0.0)
-    return {"student_logits": student, "teacher_logits": teacher, "labels": labels}
+    return {"student": student, "teacher": teacher, "labels": labels}
 
 
 Z = torch.zeros
 # (what is changed in a good call, the error, what its message must say)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
-    "shapes differ": ({"teacher_logits": Z(3, 6)}, ValueError, "student_logits and teacher_logits must have the same shape; got (3, 5) and (3, 6)"),
-    "rows differ": ({"teacher_logits": Z(4, 5)}, ValueError, "same shape; got (3, 5) and (4, 5)"),
-    "broadcastable teacher": ({"teacher_logits": Z(1, 5)}, ValueError, "same shape; got (3, 5) and (1, 5)"),
-    "ranks differ": ({"teacher_logits": Z(1, 3, 5)}, ValueError, "same shape; got (3, 5) and (1, 3, 5)"),
-    "no dimension": ({"student_logits": torch.tensor(1.0), "teacher_logits": torch.tensor(1.0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got ()"),
-    "no class": ({"student_logits": Z(3, 0), "teacher_logits": Z(3, 0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got (3, 0)"),
+    "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
+    "rows differ": ({"teacher": Z(4, 5)}, ValueError, "same shape; got (3, 5) and (4, 5)"),
+    "broadcastable teacher": ({"teacher": Z(1, 5)}, ValueError, "same shape; got (3, 5) and (1, 5)"),
+    "ranks differ": ({"teacher": Z(1, 3, 5)}, ValueError, "same shape; got (3, 5) and (1, 3, 5)"),
+    "no dimension": ({"student": torch.tensor(1.0), "teacher": torch.tensor(1.0)}, ValueError, "student must have shape (..., classes) with at least one class; got ()"),
+    "no class": ({"student": Z(3, 0), "teacher": Z(3, 0)}, ValueError, "student must have shape (..., classes) with at least one class; got (3, 0)"),
     "labels of logits' rank": ({"labels": Z(3, 5, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (3, 5)"),
     "column of labels": ({"labels": Z(3, 1, dtype=torch.int64)}, ValueError, "labels must have one entry for each row of logits, shape (3,)"),
     "too few labels": ({"labels": Z(2, dtype=torch.int64)}, ValueError, "got (2,)"),
     "one label for all": ({"labels": torch.tensor(1)}, ValueError, "got ()"),
     "temperatures' shape": ({"temperature": torch.ones(2)}, ValueError, "temperature must have one entry for each row of logits, shape (3,) for logits of shape (3, 5); got (2,)"),
     # dtypes and types
-    "integer student": ({"student_logits": Z(3, 5, dtype=torch.int64)}, TypeError, "student_logits must be float64, float32, bfloat16 or float16; got torch.int64"),
-    "integer teacher": ({"teacher_logits": Z(3, 5, dtype=torch.int32)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.int32"),
-    "complex student": ({"student_logits": Z(3, 5, dtype=torch.complex64)}, TypeError, "student_logits must be float64, float32, bfloat16 or float16; got torch.complex64"),
-    "boolean teacher": ({"teacher_logits": Z(3, 5, dtype=torch.bool)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.bool"),
-    "fp8 teacher": ({"teacher_logits": Z(3, 5).to(torch.float8_e4m3fn)}, TypeError, "teacher_logits must be float64, float32, bfloat16 or float16; got torch.float8_e4m3fn"),
-    "sparse student": ({"student_logits": Z(3, 5).to_sparse()}, TypeError, "student_logits must be a dense tensor; got layout torch.sparse_coo"),
-    "student a list": ({"student_logits": [[1.0]]}, TypeError, "student_logits must be a tensor; got list"),
-    "teacher None": ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor; got NoneType"),
+    "integer student": ({"student": Z(3, 5, dtype=torch.int64)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
+    "integer teacher": ({"teacher": Z(3, 5, dtype=torch.int32)}, TypeError, "teacher must be float64, float32, bfloat16 or float16; got torch.int32"),
+    "complex student": ({"student": Z(3, 5, dtype=torch.complex64)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.complex64"),
+    "boolean teacher": ({"teacher": Z(3, 5, dtype=torch.bool)}, TypeError, "teacher must be float64, float32, bfloat16 or float16; got torch.bool"),
+    "fp8 teacher": ({"teacher": Z(3, 5).to(torch.float8_e4m3fn)}, TypeError, "teacher must be float64, float32, bfloat16 or float16; got torch.float8_e4m3fn"),
+    "sparse student": ({"student": Z(3, 5).to_sparse()}, TypeError, "student must be a dense tensor; got layout torch.sparse_coo"),
+    "student a list": ({"student": [[1.0]]}, TypeError, "student must be a tensor; got list"),
+    "teacher None": ({"teacher": None}, TypeError, "teacher must be a tensor; got NoneType"),
     "labels a list": ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of class indices or probabilities, or None; got list"),
     "floating labels": ({"labels": Z(3)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
     "boolean labels": ({"labels": Z(3, dtype=torch.bool)}, TypeError, "labels must be class indices of an integer dtype; got torch.bool"),
     # devices
-    "student and teacher apart": ({"teacher_logits": Z(3, 5, device="meta")}, ValueError, "student_logits and teacher_logits must be on the same device; got cpu and meta"),
+    "student and teacher apart": ({"teacher": Z(3, 5, device="meta")}, ValueError, "student and teacher must be on the same device; got cpu and meta"),
     "labels apart": ({"labels": Z(3, dtype=torch.int64, device="meta")}, ValueError, "labels must be on the logits' device, cpu; got meta"),
     "temperatures apart": ({"temperature": torch.ones(3, device="meta")}, ValueError, "temperature must be on the logits' device, cpu; got meta"),
     # labels out of range
@@ -70,7 +70,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one temperature beyond float32": ({"temperature": torch.tensor([1.0, 2.0, 1e39], dtype=torch.float64)}, ValueError, "temperature must be from 1e-18 to 1e+18; row 2 has 1e+39"),
     "the temperature's tensor beyond float32": ({"temperature": torch.tensor(1e39, dtype=torch.float64)}, ValueError, "temperature must be from 1e-18 to 1e+18; row 0 has 1e+39"),
     "temperature a word": ({"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
-    "temperature None": ({"temperature": None}, TypeError, "temperature must be a number; got NoneType"),
     "temperature a bool": ({"temperature": True}, TypeError, "temperature must be a number; got bool"),
     "temperatures integers": ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, "temperature must be a number or a floating-point tensor; got torch.int64"),
     "one temperature 0": ({"temperature": torch.tensor([1.0, 0.0, 2.0])}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
@@ -81,9 +80,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
     "alpha NaN": ({"alpha": NAN}, ValueError, "alpha must be in [0, 1]; got nan"),
     "alpha a tensor": ({"alpha": torch.tensor(0.5)}, TypeError, "alpha must be a number; got Tensor"),
-    "alpha without labels": ({"alpha": 0.3, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels; got alpha=0.3 and labels=None"),
-    "label_smoothing without labels": ({"label_smoothing": 0.1, "labels": None}, ValueError, "label_smoothing is of the labels; got label_smoothing=0.1 and labels=None"),
-    "hard_weight without labels": ({"hard_weight": 0.3, "labels": None}, ValueError, "hard_weight needs labels; got hard_weight=0.3 and labels=None"),
+    "alpha without labels": ({"alpha": 0.3, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels; got alpha=0.3 and labels=None. Pass labels, or alpha=0.0 for the soft term alone"),
+    "label_smoothing without labels": ({"label_smoothing": 0.1, "labels": None}, ValueError, "label_smoothing needs labels; got label_smoothing=0.1 and labels=None"),
+    "hard_weight without labels": ({"hard_weight": 0.3, "labels": None}, ValueError, "hard_weight weighs the hard term, which needs labels; got hard_weight=0.3 and labels=None. Pass labels, or hard_weight=0.0 for the soft term alone"),
     "alpha and hard_weight": ({"alpha": 0.3, "hard_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight; got alpha=0.3, hard_weight=0.2, soft_weight=None"),
     "alpha and soft_weight": ({"alpha": 0.3, "soft_weight": 0.2}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),
     "hard_weight negative": ({"hard_weight": -1.0}, ValueError, "hard_weight must be finite and at least 0; got -1.0"),
@@ -91,12 +90,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "label_smoothing above 1": ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be in [0, 1]; got 1.1"),
     # names
-    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"),
+    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows, as torch's batchmean does"),
     "reduction None": ({"reduction": None}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got None"),
     "unknown divergence": ({"divergence": "hellinger"}, ValueError, "divergence must be one of 'forward_kl'"),
     "divergence a number": ({"divergence": 0}, ValueError, "divergence must be one of 'forward_kl'"),
-    "unknown teacher_grad": ({"teacher_grad": "yes", "teacher_logits": Z(3, 5, requires_grad=True)}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'yes'"),
-    "unknown teacher_grad, of no effect": ({"teacher_grad": "warn"}, ValueError, "teacher_grad must be one of 'error', 'ignore'; got 'warn'"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index a bool": ({"ignore_index": True}, TypeError, "ignore_index must be an int; got bool"),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
@@ -126,8 +123,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mix a tensor": ({"divergence": "jsd", "mix": torch.tensor(0.5)}, TypeError, "mix must be a number; got Tensor"),
     "dkd without labels": ({"divergence": "dkd", "labels": None}, ValueError, "divergence='dkd' needs labels (class indices); got labels=None"),
     "dkd with probabilities": ({"divergence": "dkd", "labels": torch.eye(3, 5)}, ValueError, 'divergence="dkd" needs class indices as labels; got probabilities'),
-    "dkd of one class": ({"divergence": "dkd", "classes": 1}, ValueError, "divergence='dkd' needs at least two classes; got 1"),
-    "standardize one class": ({"standardize": True, "classes": 1}, ValueError, "standardize=True needs at least two classes; got 1"),
+    "dkd of one class": ({"divergence": "dkd", "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "divergence='dkd' needs at least two classes; got 1"),
+    "standardize one class": ({"standardize": True, "student": Z(3, 1), "teacher": Z(3, 1)}, ValueError, "standardize=True needs at least two classes; got 1"),
     "standardize a number": ({"standardize": 1}, TypeError, "standardize must be True or False; got 1"),
     # labels of probabilities, class weights
     "probabilities of fewer classes": ({"labels": torch.eye(3, 4)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32, which would be probabilities if the shape were (3, 5), not (3, 4)"),
@@ -156,30 +153,29 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown ensemble": ({"ensemble": "mean"}, ValueError, "ensemble must be one of 'probs', 'logits'; got 'mean'"),
     "mse of probabilities": ({"divergence": "mse", "teacher_form": "probs"}, ValueError, "divergence='mse' compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
     "standardized probabilities": ({"standardize": True, "teacher_form": "probs"}, ValueError, "standardize=True compares logits and needs teacher_form=\"logits\"; got teacher_form='probs'"),
-    "mse of a mixture of probabilities": ({"divergence": "mse", "teacher_logits": [Z(3, 5), Z(3, 5)]}, ValueError, "divergence='mse' compares logits: with several teachers it needs ensemble=\"logits\"; got ensemble='probs'"),
-    "no teacher": ({"teacher_logits": []}, ValueError, "teacher_logits must be a tensor, or at least one; got an empty sequence"),
-    "a teacher None": ({"teacher_logits": [Z(3, 5), None]}, TypeError, "teacher_logits[1] must be a tensor; got NoneType"),
-    "a teacher of other shape": ({"teacher_logits": [Z(3, 5), Z(4, 5)]}, ValueError, "student_logits and teacher_logits[1] must have the same shape; got (3, 5) and (4, 5)"),
-    "a teacher requires grad": ({"teacher_logits": [Z(3, 5), Z(3, 5, requires_grad=True)]}, ValueError, "teacher_logits requires grad"),
-    "weights of one teacher": ({"teacher_weights": [1.0, 2.0]}, ValueError, "teacher_weights must have one number for each teacher in teacher_logits, 1; got 2"),
-    "a teacher's weight 0": ({"teacher_logits": [Z(3, 5), Z(3, 5)], "teacher_weights": [1, 0]}, ValueError, "teacher_weights[1] must be positive and finite; got 0.0"),
-    "teachers' weights huge": ({"teacher_logits": [Z(3, 5), Z(3, 5)], "teacher_weights": [1e308, 1e308]}, ValueError, "teacher_weights must have a finite sum; got [1e+308, 1e+308]"),
+    "mse of a mixture of probabilities": ({"divergence": "mse", "teacher": [Z(3, 5), Z(3, 5)]}, ValueError, "divergence='mse' compares logits: with several teachers it needs ensemble=\"logits\"; got ensemble='probs'"),
+    "no teacher": ({"teacher": []}, ValueError, "teacher must be a tensor, or at least one; got an empty sequence"),
+    "a teacher None": ({"teacher": [Z(3, 5), None]}, TypeError, "teacher[1] must be a tensor; got NoneType"),
+    "a teacher of other shape": ({"teacher": [Z(3, 5), Z(4, 5)]}, ValueError, "student and teacher[1] must have the same shape; got (3, 5) and (4, 5)"),
+    "a teacher requires grad": ({"teacher": [Z(3, 5), Z(3, 5, requires_grad=True)]}, ValueError, "teacher[1] requires grad, but the loss gives the teacher none: compute it under torch.no_grad(), or .detach() it"),
+    "the teacher requires grad": ({"teacher": Z(3, 5, requires_grad=True)}, ValueError, "teacher requires grad, but the loss gives the teacher none"),
+    "weights of one teacher": ({"teacher_weights": [1.0, 2.0]}, ValueError, "teacher_weights must have one number for each teacher, 1; got 2"),
+    "a teacher's weight 0": ({"teacher": [Z(3, 5), Z(3, 5)], "teacher_weights": [1, 0]}, ValueError, "teacher_weights[1] must be positive and finite; got 0.0"),
+    "teachers' weights huge": ({"teacher": [Z(3, 5), Z(3, 5)], "teacher_weights": [1e308, 1e308]}, ValueError, "teacher_weights must have a finite sum; got [1e+308, 1e+308]"),
     "teachers' weights a tensor": ({"teacher_weights": torch.ones(1)}, TypeError, "teacher_weights must be a sequence of numbers or None; got Tensor"),
     # classes and dim
-    "classes differ": ({"teacher_logits": Z(3, 8)}, ValueError, "got (3, 5) and (3, 8). If the first classes are the same and the rest is padding, classes=5 takes the first 5 of both"),
-    "too many classes": ({"classes": 6}, ValueError, "classes must be at most 5, the fewest there are; got 6"),
-    "classes 0": ({"classes": 0}, ValueError, "classes must be at least 1; got 0"),
-    "classes a float": ({"classes": 3.0}, TypeError, "classes must be an int or None; got float"),
-    "label beyond classes": ({"classes": 3, "labels": torch.tensor([0, 3, 1])}, ValueError, "labels must be in [0, 3) or ignore_index=-100; row 1 has 3"),
-    "probabilities beyond classes": ({"classes": 3, "labels": torch.eye(3, 5)}, TypeError, "which would be probabilities if the shape were (3, 3), not (3, 5)"),
+    "classes differ": ({"teacher": Z(3, 8)}, ValueError, "got (3, 5) and (3, 8). If the first classes are the same and the others are padding, student[..., :5] and teacher[..., :5] are the first 5 of both, without a copy"),
+    "classes of dimension 1 differ": ({"student": Z(3, 5, 2), "teacher": Z(3, 4, 2), "dim": 1}, ValueError, "got (3, 5, 2) and (3, 4, 2). If the first classes are the same and the others are padding, student[:, :4] and teacher[:, :4] are the first 4 of both, without a copy"),
+    "classes of a second teacher differ": ({"teacher": [Z(3, 5), Z(3, 8)]}, ValueError, "student and teacher[1] must have the same shape; got (3, 5) and (3, 8). If the first classes are the same and the others are padding, student[..., :5] and teacher[1][..., :5] are the first 5 of both"),
     "dim 0": ({"dim": 0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got 0"),
     "dim a float": ({"dim": -1.0}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got -1.0"),
     "dim an array": ({"dim": torch.tensor([1, 2])}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got tensor([1, 2])"),
-    "dim 1 of rows": ({"student_logits": Z(5), "teacher_logits": Z(5), "dim": 1}, ValueError, "student_logits must have shape (N, classes, ...) with at least one class; got (5,)"),
+    "dim 1 of rows": ({"student": Z(5), "teacher": Z(5), "dim": 1}, ValueError, "student must have shape (N, classes, ...) with at least one class; got (5,)"),
     # inplace
     "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace=True needs a call that the kernels compute; they do not have standardize=True on cpu"),
-    "inplace with classes": ({"inplace": True, "classes": 4}, ValueError, "inplace=True cannot go with classes"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
+    "chunks without a Head": ({"chunks": fastkd.chunks.plan(3, 5, 2)}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
+    "chunks a number": ({"chunks": 4}, ValueError, 'chunks must be "auto" unless student is a Head; got 4'),
     "normalizer a word": ({"normalizer": "tokens"}, TypeError, "normalizer must be a number; got str"),
 }  # fmt: skip
 
@@ -206,21 +202,21 @@ def test_message(mistake, way):
 def test_a_refused_call_writes_nothing(mistake, grad, inplace):
     changed, error, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
-    before = arguments["student_logits"].clone()
+    before = arguments["student"].clone()
     if grad:
-        arguments["student_logits"] = arguments["student_logits"].requires_grad_() * 1
-    version = arguments["student_logits"]._version
+        arguments["student"] = arguments["student"].requires_grad_() * 1
+    version = arguments["student"]._version
     with pytest.raises(error, match=re.escape(message)):
         fastkd.loss(**arguments, inplace=inplace)
-    assert torch.equal(arguments["student_logits"], before)
-    assert arguments["student_logits"]._version == version
+    assert torch.equal(arguments["student"], before)
+    assert arguments["student"]._version == version
 
 
 def test_the_table_is_of_mistakes():
     """The call that they change is a good one, and each option they change is an option."""
     assert fastkd.loss(**good()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *losses.DEFAULTS}
+        assert set(changed) <= {*good(), *Options._fields}
 
 
 def test_valid_names_are_listed():
@@ -236,19 +232,18 @@ def test_valid_names_are_listed():
 def test_unknown_option(name):
     function = getattr(fastkd, name)
     arguments = good() if name in ("loss", "terms", "verify") else {}
-    with pytest.raises(TypeError, match=f"^{name} has no option 'tau'; it has temperature, "):
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'tau'"):
         function(**arguments, tau=2.0)
 
 
 @pytest.mark.parametrize("name", ["loss", "terms"])
 def test_arguments_of_the_wrong_number(name):
     function, (student, teacher, labels) = getattr(fastkd, name), good().values()
-    head = f"^{name} takes student_logits, teacher_logits, labels, and options by their names: "
-    with pytest.raises(TypeError, match=head + "too many positional arguments"):
+    with pytest.raises(TypeError, match=rf"{name}\(\) takes from 2 to 3 positional arguments"):
         function(student, teacher, labels, 2.0)
-    with pytest.raises(TypeError, match=head + "missing a required argument: 'teacher_logits'"):
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing 1 required .* 'teacher'"):
         function(student)
-    with pytest.raises(TypeError, match=head + "multiple values for argument 'labels'"):
+    with pytest.raises(TypeError, match=rf"{name}\(\) got multiple values for argument 'labels'"):
         function(student, teacher, labels, labels=labels)
 
 
@@ -259,7 +254,7 @@ def test_arguments_of_the_wrong_number(name):
         {"temperature": 0.0},
         {"reduction": "avg"},
         {"divergence": "x"},
-        {"teacher_grad": "x"},
+        {"teacher_form": "x"},
         {"label_smoothing": 3.0},
         {"alpha": 0.5, "soft_weight": 1.0},
         {"hard_weight": -1.0},
@@ -286,9 +281,8 @@ def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
             fastkd.KDLoss(**{name: value})
     message = re.escape(f"temperature must be from 1e-18 to 1e+18; got {value!r}")
     with pytest.raises(ValueError, match=message):
-        fastkd.topk_loss(
-            arguments["student_logits"], Z(3, 1).long(), Z(3, 1) - 1, temperature=value
-        )
+        top = fastkd.TopK(Z(3, 1) - 1, Z(3, 1).long())
+        fastkd.loss(arguments["student"], top, temperature=value)
     with pytest.raises(ValueError, match=message):
         fastkd.check_inputs(**arguments, temperature=value)
 
@@ -383,11 +377,11 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("function", "name"),
     [
-        *(("loss", name) for name in ("student_logits", "teacher_logits", "labels")),
-        *(("verify", name) for name in ("student_logits", "teacher_logits", "labels")),
-        *(("check_inputs", name) for name in ("student_logits", "teacher_logits", "labels")),
-        *(("topk_loss", name) for name in ("student_logits", "indices", "log_probs", "labels")),
-        *(("linear_loss", name) for name in ("student_hidden", "student_weight", "teacher_logits")),
+        *(("loss", name) for name in ("student", "teacher", "labels")),
+        *(("verify", name) for name in ("student", "teacher", "labels")),
+        *(("check_inputs", name) for name in ("student", "teacher", "labels")),
+        *(("TopK", name) for name in ("student", "indices", "log_probs", "labels")),
+        *(("Head", name) for name in ("hidden", "weight", "bias", "teacher")),
         ("check_logits", "logits"),
     ],
 )
@@ -395,12 +389,12 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     """With the call that makes them dense, and not by an internal error of torch's."""
     make_other, advice = LAYOUTS[layout]
     arguments: dict[str, Any] = dict(good(), labels=torch.rand(4, 7))
-    if function == "topk_loss":
-        log_probs, indices = arguments.pop("teacher_logits").log_softmax(-1).topk(2)
+    if function == "TopK":
+        log_probs, indices = arguments["teacher"].log_softmax(-1).topk(2)
         arguments.update(indices=indices, log_probs=log_probs, labels=good()["labels"])
-    elif function == "linear_loss":
-        arguments.update(student_hidden=torch.rand(4, 3), student_weight=torch.rand(7, 3))
-        del arguments["student_logits"]
+    elif function == "Head":
+        arguments.update(hidden=torch.rand(3, 4), weight=torch.rand(5, 4), bias=torch.rand(5))
+        arguments["labels"] = good()["labels"]
     elif function == "check_logits":
         arguments = {"logits": torch.rand(4, 7)}
     value = arguments[name]
@@ -409,18 +403,24 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     ):
         value = torch.rand(4, 7)  # which has no other layout of this kind
     arguments[name] = make_other(value)
+    kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        getattr(fastkd, function)(**arguments)
+        if function in ("TopK", "Head"):  # which are checked when they are made
+            side = {"TopK": "teacher", "Head": "student"}[function]
+            fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
+            fastkd.loss(**{**arguments, side: kind(**fields)})
+        else:
+            kind(**arguments)
     assert advice in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        *(("verify", {name: None}) for name in ("student_logits", "teacher_logits", "repeats")),
-        *(("verify", {name: "x"}) for name in ("student_logits", "teacher_logits", "labels")),
-        ("verify", {"student_logits": torch.ones(4, 7, dtype=torch.int64)}),
-        *(("check_inputs", {name: None}) for name in ("student_logits", "teacher_logits")),
+        *(("verify", {name: None}) for name in ("student", "teacher", "repeats")),
+        *(("verify", {name: "x"}) for name in ("student", "teacher", "labels")),
+        ("verify", {"student": torch.ones(4, 7, dtype=torch.int64)}),
+        *(("check_inputs", {name: None}) for name in ("student", "teacher")),
         *(("check_inputs", {name: "x"}) for name in ("labels", "ignore_index", "temperature")),
         ("check_logits", {"logits": None}),
         ("check_logits", {"logits": torch.zeros(4, 7), "name": None}),
@@ -446,10 +446,10 @@ def test_check_inputs_accepts_good_ones(device):
     [
         (lambda s, t, y: y.__setitem__(2, 40), "labels must be in [0, 40) or ignore_index=-100; row 2 has 40"),
         (lambda s, t, y: y.__setitem__(2, -7), "labels must be in [0, 40) or ignore_index=-100; row 2 has -7"),
-        (lambda s, t, y: s.__setitem__((3, 1), NAN), "student_logits must not hold NaN or +inf; row 3 has nan"),
-        (lambda s, t, y: s.__setitem__((3, 1), INF), "student_logits must not hold NaN or +inf; row 3 has inf"),
-        (lambda s, t, y: t.__setitem__((4, 39), NAN), "teacher_logits must not hold NaN or +inf; row 4 has nan"),
-        (lambda s, t, y: t.__setitem__(5, -INF), "teacher_logits must have at least one class above -inf in each row; row 5"),
+        (lambda s, t, y: s.__setitem__((3, 1), NAN), "student must not hold NaN or +inf; row 3 has nan"),
+        (lambda s, t, y: s.__setitem__((3, 1), INF), "student must not hold NaN or +inf; row 3 has inf"),
+        (lambda s, t, y: t.__setitem__((4, 39), NAN), "teacher must not hold NaN or +inf; row 4 has nan"),
+        (lambda s, t, y: t.__setitem__(5, -INF), "teacher must have at least one class above -inf in each row; row 5"),
     ],
 )  # fmt: skip
 def test_check_inputs_names_the_row(device, change, message):

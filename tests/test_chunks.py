@@ -1,14 +1,37 @@
-"""The planner of linear_loss: which chunks, and what it says they cost."""
+"""The planner of a Head's chunks: which chunks, and what it says they cost."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BF16, FP16, FP32, FP64
+from support import BF16, FP16, FP32, FP64, make_heads
 
-from fastkd.linear.chunks import MIB, buffer_bytes, class_chunks, plan
+import fastkd
+from fastkd import Head, TopK
+from fastkd.linear.chunks import sizes_of
+from fastkd.linear.planner import MIB, Plan, Sizes, buffer_bytes, class_chunks, plan_sizes
+
+
+def plan(
+    rows: int,
+    classes: int,
+    student_width: int,
+    *,
+    dtype: torch.dtype = FP32,
+    weight_dtype: torch.dtype | None = None,
+    device: Any = "cpu",
+    logits_per_row: float = 2.0,
+    weight_grad: bool = True,
+    **options: Any,
+) -> Plan:
+    """A plan of these sizes, of a teacher that is as wide as the student."""
+    widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
+    sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
+    return plan_sizes(sizes, **options)
+
 
 HEADS = st.fixed_dictionaries(
     {
@@ -64,7 +87,7 @@ def test_chunks_of_classes(sizes, most, writes):
     for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
         end += chunk.size
-        if chunk.inside:
+        if chunk.is_inside:
             written = end * grad_row if writes else 0
             assert written + buffer_bytes(rows, chunk.size, item) <= classes * grad_row
         elif sizes["weight_grad"]:
@@ -123,36 +146,92 @@ def test_says_what_it_chose():
     assert "4 x 1024 of 4096 rows" in text and "501.0 MiB" in text and "float32" in text
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"rows": -1}, ValueError, "rows must be an int of at least 0; got -1"),
-        ({"rows": 2.5}, TypeError, "rows must be an int of at least 0; got 2.5"),
-        ({"classes": 0}, ValueError, "classes must be an int of at least 1; got 0"),
-        ({"student_width": -8}, ValueError, "student_width must be an int of at least 0; got -8"),
-        ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype; got 'bf16'"),
-        ({"teacher_dtype": "bf16"}, TypeError, "teacher_dtype must be a torch.dtype"),
-        ({"weight_dtype": 16}, TypeError, "weight_dtype must be a torch.dtype; got 16"),
-        ({"accumulate_dtype": "fp32"}, ValueError, "accumulate_dtype must be 'auto' or torch.floa"),
-        ({"accumulate_dtype": torch.int8}, ValueError, "accumulate_dtype must be 'auto' or torch"),
-        (
-            {"logits_per_row": -3},
-            ValueError,
-            "logits_per_row must be finite and at least 1; got -3",
-        ),
-        ({"cast_per_class": -1}, ValueError, "cast_per_class must be an int of at least 0; got -1"),
-        ({"copied_per_row": -1}, ValueError, "copied_per_row must be an int of at least 0; got -1"),
-        ({"teacher_width": -8}, ValueError, "teacher_width must be an int of at least 0; got -8"),
-        ({"device": "gpu"}, ValueError, "device must be one of 'cuda', 'cpu'; got 'gpu'"),
-        ({"chunk_by": "row"}, ValueError, "chunk_by must be one of 'auto', 'rows', 'classes'"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be a positive number of rows"),
-        ({"max_workspace": 0}, ValueError, "max_workspace must be a positive number of bytes"),
-    ],
-    ids=str,
-)
-def test_sizes_that_are_none_are_refused(change, error, message):
-    with pytest.raises(error, match=f"^{re.escape(message)}"):
-        plan(**{"rows": 8, "classes": 10, "student_width": 4, **change})
+BAD = {
+    "accumulate": ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or torch.floa"),
+    "integers": ({"accumulate_dtype": torch.int8}, "accumulate_dtype must be 'auto' or torch.flo"),
+    "float16": ({"accumulate_dtype": FP16}, "accumulate_dtype must be 'auto' or torch.float32 fo"),
+    "chunk_by": ({"chunk_by": "row"}, "chunk_by must be one of 'auto', 'rows', 'classes'"),
+    "chunk_size": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
+    "max_workspace": ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
+    "bytes": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
+    "too small": ({"max_workspace": 100}, "max_workspace=100 is too small"),
+    "student": ({"student": torch.zeros(37, 203)}, "student must be a fastkd.Head; got Tensor"),
+    "teacher": ({"teacher": None}, "teacher must be a Head, a TopK or a tensor"),
+    "option": ({"divergence": "kl"}, "divergence must be one of"),
+    "unknown": ({"tau": 2.0}, "plan() got an unexpected keyword argument 'tau'"),
+    "chunks": ({"chunks": "auto"}, "plan() got an unexpected keyword argument 'chunks'"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
+def test_bad_input(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+        fastkd.chunks.plan(**{**make_heads()._asdict(), **wrong})
+
+
+# ---- the properties of a call
+
+
+def sizes(given: Any, **options: Any) -> Sizes:
+    """The sizes that the plan of a call is made from."""
+    found: list[Sizes] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastkd.chunks, "sizes_of", lambda *a: found.append(sizes_of(*a)) or found[-1])
+        fastkd.chunks.plan(*given, **options)
+    return found[0]
+
+
+def test_sizes_of_a_call(device):
+    given = make_heads(BF16, device)
+    one = sizes(given)
+    assert one[:4] == (37, 203, 24, 40)
+    assert one[4:7] == (BF16, BF16, BF16) and one.weight_grad
+    assert one.device == device.type and one.logits_per_row == 2
+    assert one.cast_per_class == 0 and one.copied_per_row == (24 + 40) * 2
+    assert sizes(given[:2]).copied_per_row == 0
+    with torch.no_grad():
+        assert not sizes(given).weight_grad
+    assert sizes(given.with_options(softcap=5.0)).logits_per_row == 3
+    assert sizes(given, standardize=True).logits_per_row > 20
+    logits = sizes(given._replace(teacher=given.teacher.logits().float()))
+    assert (logits.teacher_width, logits.teacher_dtype) == (0, FP32)
+    lists = given._replace(teacher=TopK(*given.teacher.logits().float().log_softmax(-1).topk(4)))
+    assert sizes(lists).teacher_dtype == BF16 and 2 < sizes(lists).logits_per_row < 3
+
+
+def test_sizes_under_autocast():
+    with torch.autocast("cpu", dtype=BF16):
+        one = sizes(make_heads())
+    assert one[4:7] == (BF16, BF16, FP32)
+    assert one.cast_per_class == (24 + 40) * 2 and one.copied_per_row == (24 + 40) * (4 + 2)
+
+
+def test_meta_tensors_are_planned_for_a_gpu():
+    """Sizes of a head that no memory holds."""
+
+    def head(width: int) -> Head:
+        shapes = ((4096, width), (128256, width))
+        return Head(*(torch.empty(s, dtype=BF16, device="meta") for s in shapes))
+
+    student, teacher = head(2048), head(4096)
+    student.weight.requires_grad_()
+    labels = torch.empty(4096, dtype=torch.int64, device="meta")
+    one = sizes((student, teacher, labels))
+    assert one == Sizes(
+        4096, 128256, 2048, 4096, BF16, BF16, BF16, True, "cuda", copied_per_row=12288
+    )
+    for options in ({}, {"max_workspace": 560 * MIB}):
+        assert fastkd.chunks.plan(student, teacher, **options) == plan(
+            4096, 128256, 2048, dtype=BF16, device="cuda", **options
+        )
+
+
+def test_a_plan_serves_fewer_rows():
+    given = make_heads()
+    plan = fastkd.chunks.plan(*given, chunk_size=8)
+    few = [head._replace(hidden=head.hidden[:5]) for head in given[:2]]
+    value = fastkd.loss(*few, given.labels[:5], chunks=plan)
+    torch.testing.assert_close(value, fastkd.loss(*few, given.labels[:5]))
 
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))

@@ -1,28 +1,33 @@
 """The command line: a training and a report from a YAML file, and what is said of a bad one."""
 
+import dataclasses
+import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from fastkd import __main__ as command_line
+from fastkd import extras
 from fastkd.commands import config
-from fastkd.training import arguments as trainer_arguments
 
 pytest.importorskip("accelerate")
-pytest.importorskip("yaml")
+pytest.importorskip("jsonargparse")
 pytest.importorskip("safetensors")
 pytest.importorskip("sklearn")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = """
 import os
+from os import system
 import fastkd
 import torch
 from sklearn.datasets import load_digits
@@ -156,8 +161,8 @@ def test_distill_then_report(given, monkeypatch, capsys):
     name = module_of(given).__name__
     target = given.parent / "shown"
     run(
-        *(monkeypatch, "report", "--config", given, "--seconds", 0, "--output", target),
-        *("--model", f"untrained={name}:student", "--title", "Digits"),
+        *(monkeypatch, "report", "--config", given, "--seconds", 0, "--save", target),
+        *("--model.untrained", f"{name}:student", "--title", "Digits"),
     )
     found = json.loads((target / "report.json").read_text())
     by_name = {model["name"]: model for model in found["models"]}
@@ -172,17 +177,24 @@ def test_report_without_a_configuration(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
     monkeypatch.chdir(given.parent)
     run(
-        *(monkeypatch, "report", "--teacher", f"{name}:teacher", "--data", f"{name}:held_out"),
-        *("--model", f"a={name}:student", "--seconds", 0),
+        *(
+            monkeypatch,
+            "report",
+            "--teacher",
+            f"{name}:teacher",
+            "--validation",
+            f"{name}:held_out",
+        ),
+        *("--model.a", f"{name}:student", "--seconds", 0),
     )
     assert "agrees with the teacher" in capsys.readouterr().out
 
 
-def test_flags_and_set_override_the_file(given, monkeypatch, capsys):
+def test_options_override_the_file(given, monkeypatch, capsys):
+    changed = ("--student_options.width", 5, "--output", given.parent / "2026")
     run(
-        *(monkeypatch, "distill", "--config", given, "--epochs", 1, "--output"),
-        *(given.parent / "2026", "--set", "student.options.width=5", "--set", "ema=0.5"),
-        *("--set", "schedule=cosine", "--set", "checkpoints=false", "--set", "clip=1e0"),
+        *(monkeypatch, "distill", "--config", given, "--epochs", 1, "--ema", 0.5, *changed),
+        *("--schedule", "cosine", "--checkpoints", "false", "--clip", "1e0"),
     )
     history = json.loads((given.parent / "2026" / "history.json").read_text())
     assert len(history) == 1 and not (given.parent / "2026" / "checkpoints").exists()
@@ -190,8 +202,7 @@ def test_flags_and_set_override_the_file(given, monkeypatch, capsys):
 
     weights = load_file(given.parent / "2026" / "student.safetensors")
     assert weights["0.weight"].shape == (5, 64)
-    described = ("--set", "student.options.width=5", "--set", f"output={given.parent / '2026'}")
-    run(monkeypatch, "report", "--config", given, *described, "--seconds", 0)
+    run(monkeypatch, "report", "--config", given, *changed, "--seconds", 0)
     assert "385" in capsys.readouterr().out.replace(" ", "").partition("parameters")[2][:40]
 
 
@@ -199,7 +210,7 @@ def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
     arguments = (monkeypatch, "distill", "--config", given)
     run(*arguments, "--output", given.parent / "whole", "--epochs", 4)
     run(*arguments, "--epochs", 2)
-    run(*arguments, "--epochs", 4, "--resume")
+    run(*arguments, "--epochs", 4, "--resume=true")
     for one, other in zip(load(given, "whole").parameters(), load(given).parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -207,8 +218,8 @@ def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
 def test_history_goes_on_where_a_run_was_interrupted(given, monkeypatch, capsys):
     arguments = (monkeypatch, "distill", "--config", given)
     run(*arguments, "--epochs", 1)
-    run(*arguments, "--resume")
-    run(*arguments, "--resume")  # nothing is left to do
+    run(*arguments, "--resume=true")
+    run(*arguments, "--resume=true")  # nothing is left to do
     history = json.loads((given.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
@@ -218,60 +229,60 @@ def test_another_run_s_checkpoints(given, monkeypatch, capsys):
     run(monkeypatch, "distill", "--config", given, "--epochs", 1)
     again = (monkeypatch, capsys, "distill", "--config", given)
     assert re.search("output: .* holds the checkpoints of another run", refused(*again))
-    error = refused(*again, "--resume", "--set", "checkpoints=false")
-    assert "--resume needs checkpoints, and checkpoints is false" in error
+    error = refused(*again, "--resume=true", "--checkpoints=false")
+    assert "resume needs checkpoints, and checkpoints is false" in error
 
 
-@pytest.mark.parametrize("change", ["teacher.top_k=4", "loss.temperature=3"])
+@pytest.mark.parametrize("change", ["teacher_top_k=4", "loss.temperature=3"])
 def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
-    cached = ("distill", "--config", given, "--set", f"teacher.cache={given.parent / 'cache'}")
-    run(monkeypatch, *cached, "--set", "teacher.top_k=5", "--set", "checkpoints=false")
-    changed = ("--set", "teacher.top_k=5", "--set", change, "--set", "checkpoints=false")
+    cached = ("distill", "--config", given, f"--teacher_cache={given.parent / 'cache'}")
+    run(monkeypatch, *cached, "--teacher_top_k=5", "--checkpoints=false")
+    changed = ("--teacher_top_k=5", f"--{change}", "--checkpoints=false")
     error = refused(monkeypatch, capsys, *cached, *changed)
-    assert re.search(r"fastkd distill: teacher.cache: .* holds a cache with", error)
-    without = (*changed, "--set", "teacher.factory=null", "--set", f"teacher.cache={given.parent}")
+    assert re.search(r"fastkd distill: teacher_cache: .* holds a cache with", error)
+    without = (*changed, "--teacher=", f"--teacher_cache={given.parent}")
     error = refused(monkeypatch, capsys, *cached, *without)
-    assert re.search(r"fastkd distill: teacher.cache: .* holds no teacher's cache", error)
+    assert re.search(r"fastkd distill: teacher_cache: .* holds no teacher's cache", error)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        ["train.options={first: 7, last: 400}"],  # more of it
-        ["train.options={first: 7, last: 214}", "teacher.factory=null"],
-        ["validation.options.first=250"],
-        ["validation.options.first=250", "teacher.factory=null"],
+        ["train_options={first: 7, last: 400}"],  # more of it
+        ["train_options={first: 7, last: 214}", "teacher="],
+        ["validation_options.first=250"],
+        ["validation_options.first=250", "teacher="],
     ],
 )
 def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
     """Is refused, and nothing is added to it."""
     cache = given.parent / "cache"
-    cached = ("distill", "--config", given, "--set", f"teacher.cache={cache}")
-    run(monkeypatch, *cached, "--set", "checkpoints=false", "--set", "train.options.last=207")
+    cached = ("distill", "--config", given, f"--teacher_cache={cache}")
+    run(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
     files = list(cache.iterdir())
-    changes = [part for change in other for part in ("--set", change)]
-    error = refused(monkeypatch, capsys, *cached, "--set", "train.options.last=207", *changes)
-    assert "fastkd distill: teacher.cache: batch: the inputs of 50 of 50 samples" in error
+    changes = [f"--{change}" for change in other]
+    error = refused(monkeypatch, capsys, *cached, "--train_options.last=207", *changes)
+    assert "fastkd distill: teacher_cache: batch: the inputs of 50 of 50 samples" in error
     assert "Choose another folder" in error and list(cache.iterdir()) == files
 
 
 def test_a_cache_of_augmented_data(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
-    augmented = ("--set", f"train={name}:Augmented", "--set", f"teacher.cache={given.parent / 'c'}")
+    augmented = (f"--train={name}:Augmented", f"--teacher_cache={given.parent / 'c'}")
     error = refused(monkeypatch, capsys, "distill", "--config", given, *augmented)
-    assert "leave out teacher.cache for random augmentation" in error
+    assert "With random augmentation, leave out teacher_cache" in error
     assert not (given.parent / "out").exists()
 
 
 def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
-    streamed = ("distill", "--config", given, "--set", f"train={name}:Stream")
+    streamed = ("distill", "--config", given, f"--train={name}:Stream")
     run(monkeypatch, *streamed)
     error = refused(
         *(monkeypatch, capsys, *streamed, "--output", given.parent / "b"),
-        *("--set", "schedule=cosine"),
+        "--schedule=cosine",
     )
-    assert "schedule: cosine ends with the last step" in error
+    assert "schedule: cosine needs the number of steps" in error
 
 
 @pytest.mark.slow
@@ -279,8 +290,8 @@ def test_two_processes(given):
     """Each asks the teacher about half of the data, and the schedule ends with the last step."""
     cache = given.parent / "cache"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    changes = (f"teacher.cache={cache}", "schedule=cosine")
-    overrides = [part for change in changes for part in ("--set", change)]
+    changes = (f"teacher_cache={cache}", "schedule=cosine")
+    overrides = [f"--{change}" for change in changes]
     done = subprocess.run(
         [sys.executable, *launch, "fastkd", "distill", "--config", str(given), *overrides],
         capture_output=True,
@@ -302,37 +313,38 @@ def test_two_processes(given):
 def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
     run(monkeypatch, "distill", "--config", given, "--output", given.parent / "live")
     cache = given.parent / "cache"
-    once = (monkeypatch, "distill", "--config", given, "--set", f"teacher.cache={cache}")
+    once = (monkeypatch, "distill", "--config", given, f"--teacher_cache={cache}")
     asked = module_of(given).asked
     run(*once)
     asked = module_of(given).asked - asked - 50 * 1700
     assert asked == 300 and list(cache.glob("shard-*.safetensors"))
     for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
-    run(*once, "--set", "teacher.factory=null", "--output", given.parent / "again")
+    run(*once, "--teacher=", "--output", given.parent / "again")
     for one, other in zip(load(given, "again").parameters(), load(given).parameters(), strict=True):
         assert torch.equal(one, other)
     error = refused(
         *(*once[:1], capsys, *once[1:], "--output", given.parent / "none"),
-        *("--set", f"train={module_of(given).__name__}:batches"),
+        f"--train={module_of(given).__name__}:batches",
     )
-    assert "train: with teacher.cache it must be a data set" in error
+    assert "train must return a data set with __getitem__ if there is a teacher_cache" in error
 
 
 def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
-    """All ten of them, at the default temperature, so what differs is float16 alone."""
-    arguments = (monkeypatch, "distill", "--config", given, "--set", "loss={alpha: 0.1}")
+    """All ten of them, so what differs is float16 alone."""
+    loss = "--loss={temperature: 2, alpha: 0.1}"
+    arguments = (monkeypatch, "distill", "--config", given, loss)
     run(*arguments, "--output", given.parent / "live")
     cache = given.parent / "cache"
-    run(*arguments, "--set", f"teacher.cache={cache}", "--set", "teacher.top_k=10")
+    run(*arguments, f"--teacher_cache={cache}", "--teacher_top_k=10")
     for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
 
 
 def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
     name = next(given.parent.glob("parts_*.py")).stem
-    unlabelled = ("--set", f"train={name}:unlabelled", "--set", f"validation={name}:unlabelled")
-    run(monkeypatch, "distill", "--config", given, *unlabelled)
+    unlabelled = (f"--train={name}:unlabelled", f"--validation={name}:unlabelled")
+    run(monkeypatch, "distill", "--config", given, *unlabelled, "--loss={temperature: 4}")
     text = (given.parent / "out" / "history.json").read_text()
     assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
     assert "accuracy" not in capsys.readouterr().out
@@ -340,7 +352,7 @@ def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
 
 def test_a_factory_may_return_a_loader(given, monkeypatch):
     name = next(given.parent.glob("parts_*.py")).stem
-    run(monkeypatch, "distill", "--config", given, "--set", f"train={name}:batches")
+    run(monkeypatch, "distill", "--config", given, f"--train={name}:batches")
 
 
 @pytest.mark.slow
@@ -358,15 +370,14 @@ def test_help_names_every_command():
     assert all(name in done.stdout for name in ("info", "distill", "report"))
 
 
-@pytest.mark.parametrize(
-    ("command", "texts"), [("distill", list(config.KEYS)), ("report", ["--config", "--model"])]
-)
-def test_help_names_every_key(monkeypatch, capsys, command, texts):
+@pytest.mark.parametrize("command", ["distill", "report"])
+def test_help_describes_every_option(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, command, "--help")
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in texts)
+    assert all(f"--{field.name}" in shown for field in dataclasses.fields(config.Training))
+    assert "largest norm of the gradient" in shown and "--module" in shown
 
 
 # ---- what is refused
@@ -375,69 +386,61 @@ def test_help_names_every_key(monkeypatch, capsys, command, texts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("epoch=3", "epoch is no key of the configuration; did you mean epochs?"),
-        ("epochs=1.5", "epochs must be an integer of at least 1; got 1.5"),
-        ("epochs=true", "epochs must be an integer of at least 1; got True"),
-        ("seed=-1", "seed must be an integer from 0 to 9223372036854775807; got -1"),
-        ("ema=2", "ema must be a number between 0 and 1; got 2"),
-        ("clip=.nan", "clip must be a number between 0 and inf; got nan"),
-        ("schedule=linear", "schedule must be one of constant, cosine; got 'linear'"),
-        ("checkpoints=2", "checkpoints must be true or false; got 2"),
-        ("output=3", "output must be text; got 3"),
-        ("output=null", "output is missing: folder for"),
-        ("loss=3", "loss must be a mapping of names to values; got 3"),
-        ("loss.alhpa=1", "loss.alhpa is no key of the configuration; did you mean alpha?"),
+        ("epoch=3", "nrecognized arguments: --epoch=3"),
+        ("epochs=1.5", "epochs.*int.*1.5"),
+        ("epochs=true", "epochs.*int.*True"),
+        ("epochs=0", "epochs must be an int of at least 1; got 0"),
+        ("epochs.x=1", "epochs.*"),
+        ("seed=-1", "seed must be an int of at least 0; got -1"),
+        (f"seed={2**70}", r"seed must be in \[0, 9.22337e\+18\)"),
+        ("ema=2", r"ema must be in \[0, 1\); got 2"),
+        ("clip=.nan", "clip must be positive and finite; got nan"),
+        ("schedule=linear", "schedule.*linear"),
+        ("checkpoints=2", "checkpoints.*bool.*2"),
+        ("output=", "output is missing"),
+        ("teacher=", "teacher is missing"),
+        ("loss=3", "loss.*dict.*3"),
+        ("loss.alhpa=1", "loss: .*alhpa"),
         ("loss.temperature=0", "loss: temperature must be positive"),
         (
             "optimizer.name=open",
-            "optimizer.name must be an optimizer of torch.optim, .* got 'open'",
+            "optimizer: name must be that of a torch.optim class .* got 'open'",
         ),
-        ("optimizer.name=__builtins__", "optimizer.name must be an optimizer of torch.optim"),
+        ("optimizer.name=__builtins__", "optimizer: name must be that of a torch.optim class"),
         ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
         ("optimizer.lrr=1", "optimizer: .*lrr"),
-        ("student=3", "student must be 'module:factory' or a mapping; got 3"),
-        ("student=os.system", "student must be 'module:factory'; got 'os.system'"),
-        ("student=os:system('x')", "student must be 'module:factory'; got"),
-        ("student=no_such_module:f", "student: there is no module 'no_such_module' to import"),
-        ("student={module}:absent", "student: {module} has no 'absent'"),
-        ("student=json:loads", "student: the module 'json' is not in .*--module json"),
-        ("student=sys:exit", "student: the module 'sys' is not in .*--module sys"),
-        ("student={module}:os.system", "student: .* must be a function or class that {module} def"),
-        ("student={module}:nn.Linear", "got one of torch.nn.modules.linear. Define a function"),
-        ("student={module}:student.__call__", "must be a function or class that {module} defines"),
-        ("student={module}:student.__globals__.get", "must be a function or class that {module} "),
-        ("train={module}:DataLoader", "train: .* must be a function or class that {module} def"),
-        ("student={module}:number", "student: .*:number must be a function or class; got int"),
-        ("student={module}:nothing", "must return a torch.nn.Module; got NoneType"),
-        ("student.cache=x", "student.cache is no key of the configuration"),
-        ("student.options=[1]", "student.options must be a mapping"),
-        ("teacher={{}}", "teacher.factory is missing"),
-        ("teacher.top_k=0", "teacher.top_k must be an integer of at least 1"),
+        ("optimizer.name=LBFGS", "optimizer: name must be .* got 'LBFGS'"),
+        ("optimizer.name=SparseAdam", "optimizer: name must be .* got 'SparseAdam'"),
+        ("student=os.system", "student must be module:function; got 'os.system'"),
+        ("student=os:system('x')", "student must be module:function; got"),
+        ("student=.{module}:student", "student must be module:function; got"),
+        ("student={module}:os.system", "student must be module:function; got"),
+        ("student=no_such_module:f", "student: the module no_such_module is not found"),
+        ("student={module}:absent", "student: {module}:absent must be a function or class that"),
         (
-            "teacher.weights=x.pt",
-            "teacher.weights must be a .safetensors file, since other formats may run",
+            "student=json:loads",
+            "student: the module json is .*json/__init__.py, outside .*--module",
         ),
-        ("teacher.weights=x.safetensors", "teacher.weights: there is no file x.safetensors"),
-        ("train.weights=x", "train.weights is no key of the configuration; there are factory"),
-        ("batch_size=[", "batch_size: '\\[' is no YAML"),
-        ("output=2024-13-45", "output: '2024-13-45' is no YAML: month must be"),
-        (f"seed={2**70}", "seed must be an integer from 0 to 9223372036854775807; got"),
+        ("student=sys:exit", "student: the module sys is built-in, outside .*--module sys"),
+        ("student={module}:load_digits", "student: .* that {module} defines; got .*sklearn"),
+        ("student={module}:TensorDataset", "student: .* that {module} defines; got type of torch"),
+        (
+            "train={module}:DataLoader",
+            "train: .* must be a function or class that {module} defines",
+        ),
+        ("student={module}:number", "student: {module}:number must be a function or class"),
+        ("student={module}:nothing", "student must return a torch.nn.Module; got NoneType"),
+        ("student_options=[1]", "student_options.*dict.*1"),
+        ("student_options.widht=3", "student_options do not fit {module}:student: .*widht"),
+        ("teacher_top_k=-1", "teacher_top_k must be an int of at least 0"),
+        ("teacher_weights=x.pt", "teacher_weights must be an existing .safetensors file"),
+        ("teacher_weights=x.safetensors", "teacher_weights must be an existing .safetensors file"),
         ("loss.reduction=sum", "loss must have reduction='mean'"),
         ("loss.normalizer=5", "loss must have normalizer=None"),
         ("loss.teacher_weights=[1, 2]", "teacher_weights must have one number for each teacher"),
-        ("loss.classes=50", "classes must be at most 10"),
-        ("optimizer.name=LBFGS", "optimizer.name must be .* aside; got 'LBFGS'"),
-        ("optimizer.name=SparseAdam", "optimizer.name must be .* aside; got 'SparseAdam'"),
-        ("student=.{module}:student", "student must be 'module:factory'; got"),
-        (
-            "student.options={{widht: 3}}",
-            "student.options: .*:student does not take these options: .*widht",
-        ),
-        ("train={module}:nothing", "train: .* must return a data set or a DataLoader; got None"),
+        ("train={module}:nothing", "train must return a data set or a DataLoader; got None"),
         ("output={module}.py", "output must be a folder; got .*, and .* is a file"),
-        ("teacher.cache={module}.py/c", "teacher.cache must be a folder; got .*, and .* is a file"),
-        ("x", "--set takes KEY=VALUE; got 'x'"),
-        ("epochs.x=1", "epochs.x: epochs is no mapping, but 3"),
+        ("teacher_cache={module}.py/c", "teacher_cache must be a folder; got .*, and .* is a file"),
     ],
 )
 def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
@@ -445,26 +448,48 @@ def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
     monkeypatch.chdir(given.parent)
     change = change.format(module=name) if "{" in change else change
     message = message.replace("{module}", name)
-    error = refused(monkeypatch, capsys, "distill", "--config", given, "--set", change)
-    assert re.search(f"fastkd distill: .*{message}", error), error
-    assert not (given.parent / "out").exists()
-
-
-RUN = "{{factory: '{factory}', options: {{command: 'echo executed > {proof}'}}}}"
+    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--{change}")
+    assert re.search(f"^fastkd distill: .*{message}", error), error
+    assert error.count("\n") == 1 and not (given.parent / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["distill", "report"])
 @pytest.mark.parametrize("key", ["teacher", "student", "train", "validation"])
-@pytest.mark.parametrize("factory", ["os:system", "{module}:os.system"])
+@pytest.mark.parametrize("factory", ["os:system", "{module}:os.system", "{module}:system"])
 def test_a_configuration_runs_no_command(given, monkeypatch, capsys, command, key, factory):
     name, proof = next(given.parent.glob("parts_*.py")).stem, given.parent / "proof"
     if command == "report" and key == "train":
         key = "validation"  # a report has no training data
-    text = RUN.format(factory=factory.format(module=name), proof=proof)
     lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
-    given.write_text("\n".join([*lines, f"{key}: {text}"]))
+    lines += [f"{key}: '{factory.format(module=name)}'"]
+    lines += [f"{key}_options: {{command: 'echo executed > {proof}'}}"]
+    given.write_text("\n".join(lines))
     refused(monkeypatch, capsys, command, "--config", given)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
+def test_a_file_cannot_set_options_of_the_command_line(given, monkeypatch, capsys, key):
+    """With ``module`` or ``config`` a file could trust other modules."""
+    given.write_text(f"{given.read_text()}\n{key}: os\n")
+    error = refused(monkeypatch, capsys, "distill", "--config", given)
+    assert f"fastkd distill: {given}: " in error and key in error
+
+
+@pytest.mark.parametrize("key", ["student", "student_options", "loss", "epochs"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_class_path_imports_nothing(given, monkeypatch, capsys, key, nested):
+    """jsonargparse imports the classes of this notation, for types that accept them."""
+    proof = given.parent / "imported"
+    (given.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(given.parent)
+    value = "{class_path: evil.Evil, init_args: {}}"
+    lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
+    lines += [f"{key}: {f'{{width: {value}}}' if nested else value}"]
+    given.write_text("\n".join(lines))
+    with pytest.raises((SystemExit, TypeError)):  # the student itself refuses such a width
+        run(monkeypatch, "distill", "--config", given)
+    assert not proof.exists() and "evil" not in sys.modules
 
 
 def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_factory):
@@ -475,52 +500,67 @@ def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_fac
     (package / "__init__.py").write_text("")
     (package / "small.py").write_text(PARTS)
     monkeypatch.syspath_prepend(elsewhere)
-    change = ("distill", "--config", given, "--set", "student=distant_parts.small:student")
+    change = ("distill", "--config", given, "--student=distant_parts.small:student")
     error = refused(monkeypatch, capsys, *change)
-    assert (
-        "If you trust the module, called with any options, add --module distant_parts.small"
-        in error
-    )
+    assert "add --module distant_parts.small" in error
     assert not any(name.startswith("distant_parts") for name in sys.modules)
     error = refused(monkeypatch, capsys, *change, "--module", "distant_parts.sma")
     assert "add --module distant_parts.small" in error
     run(monkeypatch, *change, "--module", "distant_parts", "--epochs", 1)
-    run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume")
+    run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume=true")
 
 
 def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, capsys):
     """Its folder comes last where Python looks for modules."""
     before = list(sys.path)
     (given.parent / "wave.py").write_text("raise ZeroDivisionError")
-    change = ("--set", "student=wave:open")
+    change = ("--student=wave:open",)
     error = refused(monkeypatch, capsys, "distill", "--config", given, *change)
-    assert "another module 'wave' is imported instead of the one in" in error
+    assert "the module wave is" in error and "have a name of its own" in error
     assert sys.path[: len(before)] == before and str(given.parent) in sys.path
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a", "must hold keys and values"),
-        ("", "must hold keys and values"),
-        ("a: [", "is no YAML"),
-        ("student: !!python/object/apply:os.system ['false']", "is no YAML.*python/object"),
-        ("[" * 100_000, "is no YAML"),
-        ("\x00", "is no YAML"),
-        ("output: 2024-13-45", "is no YAML: month must be"),
-        ("epochs: " + "9" * 5000, "is no YAML: Exceeds the limit"),
-        (
-            "epochs: 1\nloss: &a {x: *a}",
-            "config.yaml has the alias \\*a in line 2, and aliases are",
-        ),
-        ("a: &a [1]\nb: {<<: *a}", "config.yaml has the alias \\*a in line 2, and"),
-        ("teacher: m:f", "student is missing: module:factory of the student"),
+        ("- a", "must have keys and values"),
+        ("", "must have keys and values"),
+        ("a: [", "not YAML"),
+        ("student: !!python/object/apply:os.system ['false']", "not YAML.*python/object"),
+        ("epochs: " + "[" * 100_000, "line 1 has .* nested lists"),
+        ("- " * 100_000, "line 1 has .* nested lists"),
+        ("\x00", "not YAML"),
+        ("epochs: 2024-13-45", "epochs must be of type int; got '2024-13-45'"),
+        ("epochs: " + "9" * 5000, "Exceeds the limit"),
+        ("epochs: 1\nloss: &a {x: *a}", "line 2 has an alias"),
+        ("a: &a [1]\nb: {<<: *a}", "line 2 has an alias"),
+        ("epoch: 3", "epoch.* is not accepted|epoch"),
+        ("3: 4", "3"),
+        ("epochs: 1.5", "epochs.*int.*1.5"),
+        ("epochs: 0", "epochs must be an int of at least 1; got 0"),
+        ("student: {a: b}", "student.*str.*'a'"),
+        ("student: 3", "student.*str.*3"),
+        ("loss: '{temperature: 3}'", "loss must be of type dict.*; got '{temperature: 3}'"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, message):
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    assert re.search(message, refused(monkeypatch, capsys, "distill", "--config", file))
+    error = refused(monkeypatch, capsys, "distill", "--config", file)
+    assert re.search(f"^fastkd distill: {file}: .*({message})", error), error
+    assert error.count("\n") == 1
+
+
+def test_numbers_of_a_file(given, monkeypatch):
+    """1e-3 is a number, which YAML 1.1 takes for text; null stands for the default."""
+    texts = ["clip: 1e-3", "ema: 5e-1", "seed: null", "loss: {alpha: 1e-1}", "optimizer: null"]
+    trainings = []
+    name = next(given.parent.glob("parts_*.py")).stem
+    given.write_text("\n".join([f"student: {name}:student", *texts]))
+    config.run(lambda training, factories: trainings.append(training), ["--config", str(given)])
+    (training,) = trainings
+    assert (training.clip, training.ema, training.seed) == (1e-3, 0.5, 0)
+    assert training.loss == {"alpha": 0.1} and training.optimizer == {}
 
 
 def test_nested_aliases_end_at_once(tmp_path):
@@ -530,13 +570,16 @@ def test_nested_aliases_end_at_once(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("\n".join(lines))
     assert file.stat().st_size < 700
-    assert "has the alias *a0 in line 2" in command_in_another_process(file)
+    assert "line 2 has an alias" in command_in_another_process(file)
+    bomb = ", ".join(f"{{{line}}}" for line in lines)
+    file.write_text(f"loss: '[{bomb}]'\nepochs: '[{bomb}]'")  # jsonargparse parses texts as YAML
+    assert "epochs must be of type int" in command_in_another_process(file)
 
 
 def test_long_texts_end_at_once(tmp_path):
     """Looking for a number in them takes time in proportion to their length."""
     file = tmp_path / "config.yaml"
-    file.write_text(f"seed: '{'1' * 500_000}'")
+    file.write_text(f"student: '{'1' * 500_000}'")
     assert "is missing" in command_in_another_process(file)
 
 
@@ -544,7 +587,7 @@ def test_long_texts_end_at_once(tmp_path):
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
     error = command_in_another_process(tmp_path / "config.yaml")
-    assert "config.yaml is no regular file" in error
+    assert "config.yaml: must be a regular file" in error
 
 
 def command_in_another_process(file: pathlib.Path) -> str:
@@ -557,54 +600,42 @@ def command_in_another_process(file: pathlib.Path) -> str:
 
 def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
     error = refused(monkeypatch, capsys, "distill", "--config", tmp_path / "none.yaml")
-    assert "config: cannot read" in error and "No such file" in error
+    assert "none.yaml: cannot read the file" in error and "No such file" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--teacher is missing"),
-        (["--teacher", "json:loads"], "--data is missing"),
-        (["--teacher", "json:loads", "--data", "json:loads"], "--model is missing"),
-        (["--model", "json:loads"], "--model must be NAME=MODULE:FACTORY"),
-        (["--teacher", "json"], "--teacher must be 'module:factory'; got 'json'"),
-        (["--batch-size", "0"], "--batch-size must be an integer of at least 1; got 0"),
-        (["--output", __file__], "--output must be a folder; got"),
-        (["--set", "epochs=3"], "--set changes what a --config says, and there is none"),
+        ([], "teacher is missing"),
+        (["--teacher=json:loads"], "validation is missing"),
+        (["--teacher=json:loads", "--validation=json:loads"], "at least one student"),
+        (["--model=json:loads"], "model.*dict.*json:loads"),
+        (["--batch_size=0"], "batch_size must be an int of at least 1; got 0"),
+        (["--seconds=-1"], "seconds must be finite and at least 0; got -1"),
+        ([f"--save={__file__}"], "save must be a folder; got"),
+        (["--model.teacher=json:loads"], "none may be named teacher"),
+        (["--model.a=json:loads"], "validation: the module json is"),
     ],
 )
 def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
-    assert message in refused(monkeypatch, capsys, "report", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--seconds", "-1", "seconds must be finite and at least 0; got -1"),
-        ("--model", "teacher={module}:student", "students: no student may be named 'teacher'"),
-    ],
-)
-def test_what_a_report_refuses(given, monkeypatch, capsys, flag, value, message):
-    name = next(given.parent.glob("parts_*.py")).stem
-    monkeypatch.chdir(given.parent)
-    parts = ("--teacher", f"{name}:teacher", "--data", f"{name}:data")
-    model = ("--model", f"a={name}:student", flag, value.format(module=name))
-    assert f"fastkd report: {message}" in refused(monkeypatch, capsys, "report", *parts, *model)
+    if arguments and arguments[0].startswith(("--sec", "--save", "--model.")):
+        arguments = ["--teacher=json:loads", "--validation=json:loads", *arguments]
+    assert re.search(message, refused(monkeypatch, capsys, "report", *arguments))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("teacher.top_k=50", "top_k must be at most the number of classes, 10; got 50"),
-        ("loss.divergence=jsd", "loss: divergence must be 'forward_kl' with a cache of the top 5"),
-        ("train={module}:Stream", "train: with teacher.cache it must be a data set with .*Stream"),
+        ("teacher_top_k=50", "top_k must be at most the number of classes, 10; got 50"),
+        ("loss.divergence=jsd", "divergence must be 'forward_kl' with a TopK as teacher"),
+        ("train={module}:Stream", "train must return a data set with __getitem__ .*Stream"),
     ],
 )
 def test_what_a_cache_cannot_do(given, monkeypatch, capsys, change, message):
     name = next(given.parent.glob("parts_*.py")).stem
-    cached = ("--set", f"teacher.cache={given.parent / 'cache'}", "--set", "teacher.top_k=5")
-    change = ("--set", change.format(module=name))
-    error = refused(monkeypatch, capsys, "distill", "--config", given, *cached, *change)
+    cached = (f"--teacher_cache={given.parent / 'cache'}", "--teacher_top_k=5")
+    change = f"--{change.format(module=name)}"
+    error = refused(monkeypatch, capsys, "distill", "--config", given, *cached, change)
     assert re.search(f"fastkd distill: {message}", error), error
 
 
@@ -612,7 +643,7 @@ def test_a_precision_that_the_machine_lacks(given, monkeypatch, capsys):
     def lacking(**_):
         raise ValueError("fp16 needs a GPU")
 
-    monkeypatch.setattr(trainer_arguments, "accelerator", lacking)
+    monkeypatch.setattr("accelerate.Accelerator", lacking)
     error = refused(monkeypatch, capsys, "distill", "--config", given)
     assert "fastkd distill: mixed_precision: fp16 needs a GPU" in error
 
@@ -622,15 +653,11 @@ def test_weights_of_another_model(given, monkeypatch, capsys):
 
     file = given.parent / "other.safetensors"
     save_model(nn.Linear(3, 3), str(file))
-    error = refused(
-        monkeypatch, capsys, "distill", "--config", given, "--set", f"student.weights={file}"
-    )
-    assert "student.weights:" in error and "does not fit" in error
+    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--student_weights={file}")
+    assert "student_weights:" in error and "does not fit" in error
     file.write_bytes(b"no weights")
-    error = refused(
-        monkeypatch, capsys, "distill", "--config", given, "--set", f"student.weights={file}"
-    )
-    assert "student.weights:" in error and "does not fit" in error
+    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--student_weights={file}")
+    assert "student_weights:" in error and "does not fit" in error
 
 
 @pytest.mark.parametrize(
@@ -640,15 +667,47 @@ def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory,
     """Also where they call fastkd with what it refuses."""
     name = next(given.parent.glob("parts_*.py")).stem
     with pytest.raises(error):
-        run(monkeypatch, "distill", "--config", given, "--set", f"student={name}:{factory}")
+        run(monkeypatch, "distill", "--config", given, f"--student={name}:{factory}")
 
 
-def test_a_missing_package_is_named(given, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.setattr(
-        config.extras.importlib,
-        "import_module",
-        lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name=name)),
-    )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--loss.classes=50", "classes must be at most 10"),
+        ("--loss.teacher_weights=[1, 2]", "teacher_weights must have one number for each teacher"),
+        ("--teacher_top_k=50", "top_k must be at most the number of classes, 10; got 50"),
+    ],
+)
+def test_errors_while_models_run_keep_their_traceback(given, monkeypatch, change, message):
+    """They may come from the user's code, which has the models."""
+    cache = f"--teacher_cache={given.parent / 'cache'}" if "top_k" in change else "--epochs=1"
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, "distill", "--config", given, cache, change)
+    assert not (given.parent / "out" / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("package", ["yaml", "jsonargparse"])
+def test_a_missing_package_is_named(given, monkeypatch, capsys, package):
+    def import_module(name):
+        if name == package:
+            raise ModuleNotFoundError(name=name)
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
     error = refused(monkeypatch, capsys, "distill", "--config", given)
-    assert "this needs yaml, which is not installed: pip install 'fastkd[train]'" in error
+    assert f"this needs {package}, which is not installed: pip install 'fastkd[train]'" in error
+
+
+def test_the_user_s_missing_modules_keep_their_traceback(given, monkeypatch):
+    (given.parent / "needs_more.py").write_text("import no_such_module")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        run(monkeypatch, "distill", "--config", given, "--student=needs_more:student")
+
+
+def test_the_console_script_is_the_module():
+    (script,) = (
+        entry
+        for entry in importlib.metadata.entry_points(group="console_scripts")
+        if entry.name == "fastkd"
+    )
+    assert script.load() is command_line.main

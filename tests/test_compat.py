@@ -99,8 +99,8 @@ def test_cuda_agrees_with_the_cpu(name):
 def test_every_adapter_has_a_record():
     files = (ROOT / "python" / "fastkd" / "compat").glob("[!_]*.py")
     modules = {f"fastkd.compat.{path.stem}" for path in files if path.stem != "convention"}
-    assert {record.after.split()[1] for record in compat.CONVENTIONS} == modules
-    for record in compat.CONVENTIONS:
+    assert {record.after.split()[1] for record in compat.conventions()} == modules
+    for record in compat.conventions():
         exec(record.after, {})
 
 

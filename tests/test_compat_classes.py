@@ -152,7 +152,7 @@ def test_timm_teacher_stays_in_evaluation_mode():
 
 
 def test_timm_refuses_a_name():
-    message = r"got the name 'resnet50'\. Load it before: timm\.create_model\('resnet50'"
+    message = r"got the name 'resnet50'\. Load it first: timm\.create_model\('resnet50'"
     with pytest.raises(TypeError, match=message):
         timm.LogitDistillationTask(nn.Linear(2, 3), "resnet50")
 

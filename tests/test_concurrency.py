@@ -59,7 +59,7 @@ def test_threads_share_a_graph(device, each_autograd):
                 torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
 
 
-LOSSES = ("loss", "topk_loss")
+LOSSES = ("dense", "topk")
 SHARED_LEAF = """
 import sys, threading, torch, fastkd
 
@@ -70,10 +70,10 @@ torch.set_num_threads(1)
 sys.setswitchinterval(1e-6)
 generator = torch.Generator().manual_seed(0)
 student, teacher = (torch.randn(8, 10, generator=generator) for _ in range(2))
-log_probs, indices = teacher.log_softmax(-1).topk(3)
+top = fastkd.TopK(*teacher.log_softmax(-1).topk(3))
 calls = {
-    "loss": lambda leaf: fastkd.loss(leaf, teacher),
-    "topk_loss": lambda leaf: fastkd.topk_loss(leaf, indices, log_probs),
+    "dense": lambda leaf: fastkd.loss(leaf, teacher),
+    "topk": lambda leaf: fastkd.loss(leaf, top),
 }
 names = sys.argv[2].split("+")
 for _ in range(5):
@@ -98,7 +98,7 @@ print("equal")
 @pytest.mark.parametrize("language", ["cpp", pytest.param("python", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "calls",
-    ["loss+topk_loss", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
+    ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
 )
 def test_threads_share_a_leaf(language, calls):
     """Forward passes of one leaf at once do not wait for each other for ever."""
@@ -125,9 +125,9 @@ leaf = student.requires_grad_()
 
 def make_value():
     hidden = leaf * 1  # only the graph holds the tensors that it saves
-    if name == "loss":
+    if name == "dense":
         return fastkd.loss(hidden, teacher.clone())
-    return fastkd.topk_loss(hidden, indices.clone(), log_probs.clone())
+    return fastkd.loss(hidden, fastkd.TopK(log_probs.clone(), indices.clone()))
 
 outgoing = torch.full((), 2.0)  # scales without rounding
 expected = torch.autograd.grad(make_value(), leaf, outgoing)[0]
@@ -168,10 +168,10 @@ print("finished")
 @pytest.mark.parametrize(  # every pair of two
     ("language", "retain", "loss"),
     [
-        ("cpp", "free", "loss"),
-        pytest.param("cpp", "retain", "topk_loss", marks=pytest.mark.slow),
-        pytest.param("python", "free", "topk_loss", marks=pytest.mark.slow),
-        pytest.param("python", "retain", "loss", marks=pytest.mark.slow),
+        ("cpp", "free", "dense"),
+        pytest.param("cpp", "retain", "topk", marks=pytest.mark.slow),
+        pytest.param("python", "free", "topk", marks=pytest.mark.slow),
+        pytest.param("python", "retain", "dense", marks=pytest.mark.slow),
     ],
 )
 def test_threads_run_backward_through_one_graph(language, retain, loss):

@@ -170,7 +170,7 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype
         )
         student.requires_grad_()
         if divergence == "topk":
-            loss = fastkd.topk_loss(student, ids, list_, labels, reduction="sum")
+            loss = fastkd.loss(student, fastkd.TopK(list_, ids), labels, reduction="sum")
         else:
             loss = fastkd.loss(student, teacher, labels, reduction="sum", divergence=divergence)
         return torch.autograd.grad(loss, student)[0].view(times, few, classes)

@@ -18,13 +18,13 @@ pytestmark = [
 
 
 def sparse(student: Tensor, teacher: Tensor, labels: Tensor, **options) -> Tensor:
-    log_probs, indices = (teacher / 2.0).log_softmax(-1).topk(4)
-    return fastkd.topk_loss(student, indices, log_probs, labels, **options)
+    top = fastkd.TopK(*teacher.log_softmax(-1).topk(4))
+    return fastkd.loss(student, top, labels, **options)
 
 
 def linear(student: Tensor, teacher: Tensor, labels: Tensor, **options) -> Tensor:
-    head = torch.eye(student.shape[-1])
-    return fastkd.linear_loss(student, head, teacher_logits=teacher, labels=labels, **options)
+    head = fastkd.Head(student, torch.eye(student.shape[-1]))
+    return fastkd.loss(head, teacher, labels, **options)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -38,6 +38,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "standardize": lambda s, t, y: fastkd.loss(s, t, y, standardize=True),
     "topk": sparse,
     "topk none": lambda s, t, y: sparse(s, t, y, reduction="none").sum(),
+    "topk terms": lambda s, t, y: fastkd.terms(s, fastkd.TopK(*t.log_softmax(-1).topk(4)), y).loss,
     "linear": linear,
     "linear none": lambda s, t, y: linear(s, t, y, reduction="none").sum(),
 }

@@ -13,7 +13,7 @@ import fastkd
 from fastkd import __main__ as command_line
 from fastkd import extras
 
-for package in ("accelerate", "safetensors", "numpy", "tqdm", "rich", "matplotlib", "yaml"):
+for package in ("accelerate", "safetensors", "numpy", "tqdm", "rich", "matplotlib", "jsonargparse"):
     pytest.importorskip(package)
 
 LOADER = [(torch.zeros(2, 2), torch.tensor([0, 1]), torch.arange(2))]
@@ -91,7 +91,7 @@ def test_command_line(command, package, hide, tmp_path, monkeypatch, capsys):
     file.write_text(json.dumps({**parts, "output": str(tmp_path / "out")}))
     arguments = ["fastkd", command, "--config", str(file)]
     if command == "report":
-        arguments += ["--output", str(tmp_path / "report")]
+        arguments += ["--save", str(tmp_path / "report")]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(sys, "path", list(sys.path))
     hide(package)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import losses
-from fastkd._core import topk as topk_module
+from fastkd._core import fast_path
 
 
 def dense(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
@@ -24,11 +24,10 @@ def dense(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **opti
 def topk(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
     log_probs, indices = torch.log_softmax(teacher.double(), -1).topk(4)
     acc = FP64 if student.dtype == FP64 else FP32
-    return fastkd.topk_loss(student, indices, log_probs.to(acc), labels, **options)
+    return fastkd.loss(student, fastkd.TopK(log_probs.to(acc), indices), labels, **options)
 
 
 LOSSES = {"loss": dense, "topk": topk}
-MODULES = {"loss": losses, "topk": topk_module}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -43,8 +42,7 @@ def assert_near(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 def test_calls_that_take_the_fast_path(name, dtype, monkeypatch):
     loss = LOSSES[name]
-    slow = {"loss": "_check_and_compute", "topk": "_run"}[name]
-    monkeypatch.setattr(MODULES[name], slow, None)
+    monkeypatch.setattr(losses, "prepare", None)
     student, teacher, labels = make((6, 5, 20), dtype)
     student.requires_grad_()
     sliced = [logits[:, :-1, :15] for logits in (student, teacher)]
@@ -85,7 +83,7 @@ def test_both_paths_give_the_same_bits(name, monkeypatch):
         return value.detach(), gradient
 
     results = {case: run(function) for case, function in calls.items()}
-    monkeypatch.setattr(MODULES[name], "is_eligible", lambda *_: False)
+    monkeypatch.setattr(fast_path, "is_eligible", lambda *_: False)
     for case, function in calls.items():
         value, gradient = run(function)
         assert torch.equal(value, results[case][0]), case

@@ -67,7 +67,7 @@ class Case(NamedTuple):
     mix: float | None = None  # where the divergence has one
     grad_output: float = 1.0
     ignore_index: int = -100
-    unused: int = 0  # classes beyond ``classes=``
+    unused: int = 0  # padded classes, which are sliced off
     dim: int = -1
     way: str = "loss"
     isa: str = "default"
@@ -151,8 +151,6 @@ def build(case: Case, device: torch.device) -> Problem:
     kind = reference.DIVERGENCES[case.divergence]
     if case.mix is not None and kind.mix is not None:
         options["mix"] = min(max(case.mix, 1e-7), 1 - 1e-7) if kind.mix_open else case.mix
-    if case.unused:
-        options["classes"] = case.classes
     rows = math.prod(case.leading)
     growing = torch.linspace(1, 2, max(rows, 1), dtype=FP64)[:rows].view(case.leading).to(device)
     for name in case.per_row & options.keys():
@@ -181,6 +179,11 @@ def labels_of(
     return narrowed(labels, case.labels, case.classes, case.ignore_index)
 
 
+def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
+    """Return the logits without padded classes."""
+    return logits.narrow(dim, 0, logits.shape[dim] - case.unused) if case.unused else logits
+
+
 def is_fused(case: Case) -> bool:
     """Whether kernels compute it, and not PyTorch's operations."""
     return (
@@ -194,35 +197,37 @@ def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, gradient), by one of the ways in."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
+    logits, teacher = (sliced(case, x, options["dim"]) for x in (leaf, teacher))
     whole = case.reduction != "none" and case.layout == "contiguous"
     whole = whole and case.dim == -1 and not case.unused
     if case.way == "inplace" and whole and is_fused(case):
         hidden = leaf * 1
         value = fastkd.loss(hidden, teacher, labels, **options, inplace=True)
     elif case.way == "terms":
-        value = fastkd.terms(leaf, teacher, labels, **options).loss
+        value = fastkd.terms(logits, teacher, labels, **options).loss
     elif case.way == "module":
         module = fastkd.KDLoss(**options)
-        value = module(leaf, teacher, labels)
+        value = module(logits, teacher, labels)
     else:
-        value = fastkd.loss(leaf, teacher, labels, **options)
+        value = fastkd.loss(logits, teacher, labels, **options)
     value.backward(torch.full_like(value, case.grad_output))
     assert leaf.grad is not None
     return value.detach(), leaf.grad
 
 
-def soft_terms(problem: Problem) -> Tensor:
+def soft_terms(case: Case, problem: Problem) -> Tensor:
     """Return the divergence of each row."""
-    student, teacher, labels, options, _ = problem
+    *logits, labels, options, _ = problem
+    student, teacher = (sliced(case, x, options["dim"]) for x in logits)
     options = {k: v for k, v in options.items() if k != "normalizer"}
     return fastkd.terms(student, teacher, labels, **options | {"reduction": "none"}).soft
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
     """Raise if tensors that hold an option's number for each row cost the divergence accuracy."""
-    plain = soft_terms(build(case._replace(constant=frozenset()), device)).double()
+    plain = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & plain.isfinite()
-    got, plain, soft = (x[finite] for x in (soft_terms(problem).double(), plain, soft))
+    got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
     error, of_plain = (got - soft).abs(), (plain - soft).abs()
     eps = torch.finfo(compute_dtype(problem.student, problem.teacher)).eps
     least = min(case.temperature, case.own or case.temperature)
@@ -264,8 +269,9 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or same_bits(tensor, copy), "an input was written"
     leaf = student.detach().double().requires_grad_()
     host = labels if labels is None or labels.is_floating_point() else labels.long()
-    rows = reference.terms(leaf.detach(), teacher.double(), host, **{**exact, "reduction": "none"})
-    want = reference.loss(leaf, teacher.double(), host, **exact)
+    logits, wide = (sliced(case, x, dim) for x in (leaf, teacher.double()))
+    rows = reference.terms(logits.detach(), wide, host, **{**exact, "reduction": "none"})
+    want = reference.loss(logits, wide, host, **exact)
     (gradient,) = torch.autograd.grad(want.sum(), leaf)
     gradient = gradient * case.grad_output
 

@@ -1,4 +1,4 @@
-"""Random linear heads: linear_loss held against the reference on full logits, in float64."""
+"""Random heads: their loss held against the reference on full logits, in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -26,16 +26,15 @@ from fuzzing import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import BF16, FP32, FP64
+from support import BF16, FP32, FP64, loss_in_chunks
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, reference
+from fastkd import _C, Head, reference
 from fastkd.linear import class_statistics
 
 NAMES = ("student_hidden", "student_weight", "student_bias")
-OF_HEADS = ("chunk_by", "chunk_size", "softcap", "logit_scale")  # options that a loss lacks
 
 
 class Case(NamedTuple):
@@ -64,7 +63,7 @@ class Case(NamedTuple):
     reduction: str = "mean"
     normalizer: float | None = None
     softcap: float | None = None
-    logit_scale: float | None = None
+    scale: float | None = None
     chunk: int | None = None
     by_classes: bool = False  # where those have all that the call needs
     grad_output: float = 1.0
@@ -99,7 +98,7 @@ CASES = st.builds(
     reduction=st.sampled_from(["mean", "sum", "none"]),
     normalizer=rarely(None, st.sampled_from([0.5, 7.0, 1e4])),
     softcap=rarely(None, st.floats(1.0, 50.0)),
-    logit_scale=rarely(None, st.floats(0.1, 2.0)),
+    scale=rarely(None, st.floats(0.1, 2.0)),
     chunk=st.one_of(st.none(), st.integers(1, 7)),
     by_classes=st.booleans(),
     grad_output=GRAD_OUTPUTS,
@@ -109,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """(Tensors, options) of the call."""
+    """(Tensors, options) of the call, options of its chunks among them."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -134,9 +133,8 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
     tensors = {k: None if v is None else v.to(device) for k, v in tensors.items()}
     tensors["labels"] = labels_of(case, generator, device)
     options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
-    options |= {"temperature": case.temperature, "chunk_size": case.chunk or "auto"}
-    options |= {"softcap": case.softcap, "logit_scale": case.logit_scale}
-    options |= {"teacher_temperature": case.own}
+    options |= {"temperature": case.temperature, "teacher_temperature": case.own}
+    options["chunks"] = {"chunk_size": case.chunk or "auto"}
     if case.per_row:
         rows = math.prod(case.leading)
         growing = torch.linspace(1, 2, max(rows, 1))[:rows].view(case.leading).to(device)
@@ -147,8 +145,21 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
     if case.normalizer is not None and case.reduction == "mean":
         options["normalizer"] = case.normalizer
     if case.by_classes and has_classes(case, options, device):
-        options |= {"chunk_by": "classes", "chunk_size": 16 * case.chunk if case.chunk else "auto"}
+        options["chunks"] = {"chunk_by": "classes"}
+        if case.chunk:
+            options["chunks"]["chunk_size"] = 16 * case.chunk
     return tensors, options
+
+
+def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> Tensor:
+    """The loss of the call."""
+
+    def head(which: str) -> Head:
+        parts = (tensors[f"{which}_{name}"] for name in ("hidden", "weight", "bias"))
+        return Head(*parts, case.softcap, case.scale)
+
+    teacher = head("teacher") if case.teacher == "head" else tensors["teacher_logits"]
+    return loss_in_chunks(head("student"), teacher, tensors["labels"], **options)
 
 
 def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bool:
@@ -197,10 +208,10 @@ def exact(
         z = F.linear(hidden, wide[f"{which}_weight"], wide[f"{which}_bias"]) * (scale or 1.0)
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-    both = (case.softcap, case.logit_scale)
+    both = (case.softcap, case.scale)
     student = logits("student", *both)
     teacher = wide["teacher_logits"] if case.teacher == "logits" else logits("teacher", *both)
-    given = {k: v for k, v in options.items() if k not in OF_HEADS}
+    given = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         given |= {"hard_weight": 0.0, "soft_weight": 1.0}
     # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
@@ -226,7 +237,7 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
             largest_of(*(x for x in [tensors.get(f"{side}_{name}")] if x is not None))
             for name in ("hidden", "weight", "bias")
         )
-        sums = max(sums, (width * hidden * weight + bias) * (case.logit_scale or 1.0))
+        sums = max(sums, (width * hidden * weight + bias) * (case.scale or 1.0))
     t = case.temperature * (2 if case.per_row else 1)
     least = min(case.temperature, case.own or case.temperature)
     ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
@@ -252,7 +263,7 @@ def check(case: Case, device: torch.device) -> None:
     given = dict(tensors)
     for name in NAMES:
         given[name] = None if given[name] is None else given[name].detach().requires_grad_()
-    value = fastkd.linear_loss(**given, **options)
+    value = loss_of(case, given, options)
     value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
@@ -274,7 +285,7 @@ def check(case: Case, device: torch.device) -> None:
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
         names = [name for name in NAMES if given[name] is not None]
         for name, gradient in zip(names, want.grads, strict=True):
-            gain = gains[name] * (case.logit_scale or 1.0)
+            gain = gains[name] * (case.scale or 1.0)
             exact_gradient = gradient * case.grad_output
             limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
             close(given[name].grad, exact_gradient, 8 * eps, limit, name)

@@ -29,7 +29,7 @@ from support import BF16, FP16, FP32, FP64, compute_dtype
 from torch import Tensor
 
 import fastkd
-from fastkd import _C
+from fastkd import _C, TopK
 from fastkd._core import topk
 
 
@@ -166,18 +166,18 @@ def check(case: Case, device: torch.device) -> None:
     if case.reduction != "mean":
         case = case._replace(normalizer=None)
     student, indices, log_probs, labels = problem
-    options = {"tail": case.tail, "temperature": case.temperature, "reduction": case.reduction}
+    options = {"temperature": case.temperature, "reduction": case.reduction}
     options |= {"normalizer": case.normalizer}
     if labels is not None:
         options |= {"label_smoothing": case.smoothing}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
-    leaf = student.detach().requires_grad_()
+    leaf, teacher = student.detach().requires_grad_(), TopK(log_probs, indices, case.tail)
     before = [None if x is None else x.clone() for x in problem]
     if is_refused(problem) and device.type == "cpu":
-        with pytest.raises(ValueError, match=r"indices must|log_probs must"):
-            fastkd.topk_loss(leaf, indices, log_probs, labels, **options)
+        with pytest.raises(ValueError, match=r"^teacher\.(indices|log_probs) must"):
+            fastkd.loss(leaf, teacher, labels, **options)
         return
-    value = fastkd.topk_loss(leaf, indices, log_probs, labels, **options)
+    value = fastkd.loss(leaf, teacher, labels, **options)
     value.backward(torch.full_like(value, case.grad_output))
     grad, value = leaf.grad, value.detach()
     for tensor, copy in zip(problem, before, strict=True):

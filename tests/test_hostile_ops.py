@@ -168,10 +168,11 @@ def test_released_tensors_raise(what, options):
 def test_released_lists_raise(what):
     given = [*lists(), make((ROWS, CLASSES)).labels]
     given[what] = released(given[what])
+    student, indices, log_probs, labels = given
     for requires_grad in (False, True):
-        leaf = given[0].detach().requires_grad_(requires_grad)
+        leaf = student.detach().requires_grad_(requires_grad)
         with pytest.raises(RuntimeError):
-            fastkd.topk_loss(leaf, *given[1:])
+            fastkd.loss(leaf, fastkd.TopK(log_probs, indices), labels)
 
 
 @pytest.mark.usefixtures("each_autograd")
@@ -190,9 +191,10 @@ def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
     """Its errors are those of the ops, or of Python, whose nodes cannot be called."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
+    _, indices, log_probs = lists()
     values = [
         fastkd.loss(leaf, teacher, labels, reduction=reduction),
-        fastkd.topk_loss(leaf, *lists()[1:], labels, reduction=reduction),
+        fastkd.loss(leaf, fastkd.TopK(log_probs, indices), labels, reduction=reduction),
     ]
     wrong = [torch.empty(0), torch.ones(ROWS + 1), torch.ones((), dtype=FP64), torch.ones(2, 2)]
     if reduction != "none":

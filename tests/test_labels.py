@@ -3,11 +3,11 @@ compares a narrow one with, so that among uint8 the label 156 is -100."""
 
 import pytest
 import torch
-from support import make
+from support import loss_in_chunks, make
 from torch import nn
 
 import fastkd
-from fastkd import reports, teachers
+from fastkd import Head, TopK, reports, teachers
 from fastkd.compat import distilbert, torchtune
 from fastkd.integrations.transformers import causal_labels
 from fastkd.training import student_loss
@@ -22,19 +22,16 @@ def labels_in(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(LABELS.get(dtype, OTHERS), dtype=dtype)
 
 
-def of_top(loss, student, teacher, labels, **options):
-    log_probs, indices = teacher[:, :CLASSES].log_softmax(-1).topk(7)
-    return loss(student, indices, log_probs, labels, **options)
+def top(teacher):
+    return TopK(*teacher[:, :CLASSES].log_softmax(-1).topk(7))
+
+
+def head(logits):
+    return Head(logits, torch.eye(logits.shape[-1]))
 
 
 def of_heads(student, teacher, labels, **options):
-    eye = torch.eye(student.shape[-1])
-    return fastkd.linear_loss(student, eye, teacher, eye, labels, **options)
-
-
-def of_top_heads(student, indices, log_probs, labels):
-    lists = {"topk_indices": indices, "topk_log_probs": log_probs}
-    return fastkd.linear_loss(student, torch.eye(student.shape[-1]), labels=labels, **lists)
+    return loss_in_chunks(head(student), head(teacher), labels, **options)
 
 
 def of_chunks(student, teacher, labels):
@@ -71,10 +68,10 @@ WAYS = {
     "vmap": mapped,
     "reference": fastkd.reference.loss,
     "heads": of_heads,
-    "heads by classes": lambda *a: of_heads(*a, chunk_by="classes", chunk_size=64),
+    "heads by classes": lambda *a: of_heads(*a, chunks={"chunk_by": "classes", "chunk_size": 64}),
     "heads, class_weight": lambda *a: of_heads(*a, class_weight=WEIGHT),
-    "topk": lambda *a: of_top(fastkd.topk_loss, *a),
-    "topk of heads": lambda *a: of_top(of_top_heads, *a),
+    "topk": lambda s, t, y: fastkd.loss(s, top(t), y),
+    "topk of heads": lambda s, t, y: fastkd.loss(head(s), top(t), y),
     "torchtune": of_chunks,
     "distilbert": of_distilbert,
     "causal": lambda s, t, y: fastkd.loss(s, t, causal_labels({"labels": y.unsqueeze(0)})[0]),
@@ -102,16 +99,16 @@ def test_one_out_of_range_is_refused(way):
 
 def test_lists_of_narrow_indices():
     student, teacher, _ = make((6, 300))
-    log_probs, indices = teacher[:, :CLASSES].log_softmax(-1).topk(7)
-    eye = {"student_weight": torch.eye(300), "topk_log_probs": log_probs}
-    got = fastkd.linear_loss(student, topk_indices=indices.to(torch.uint8), **eye)
-    assert torch.equal(got, fastkd.linear_loss(student, topk_indices=indices, **eye))
+    lists = top(teacher)
+    narrow = lists._replace(indices=lists.indices.to(torch.uint8))
+    for logits in (student, head(student)):
+        assert torch.equal(fastkd.loss(logits, narrow), fastkd.loss(logits, lists))
 
 
 def test_check_inputs_looks_at_rows_labelled_156():
     student, teacher, _ = make((6, CLASSES))
     student[2, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"student_logits must not hold NaN or \+inf; row 2"):
+    with pytest.raises(ValueError, match=r"student must not hold NaN or \+inf; row 2"):
         fastkd.check_inputs(student, teacher, labels_in(torch.uint8))
 
 
@@ -124,14 +121,13 @@ def test_a_trainer_counts_rows_labelled_156():
         targets = loss.labels_of(batch)
         assert loss.counted(targets)[0] == 6
         assert loss.sums(student, batch, teacher).rows == 6
-        log_probs, indices = teacher.log_softmax(-1).topk(7)
-        assert loss.sums(student, batch, (indices, log_probs)).rows == 6
+        assert loss.sums(student, batch, top(teacher)).rows == 6
 
 
 def test_a_report_counts_rows_labelled_156():
     logits, _, _ = make((6, CLASSES))
     loader = [(logits, labels_in(torch.uint8))]
-    found = reports.measure.answers({"a": nn.Identity()}, loader, -100, -1)[0]
+    found = reports.measure.measure_answers({"a": nn.Identity()}, loader, -100, -1)[0]
     assert found["a"].rows == 6
 
 

@@ -236,7 +236,7 @@ def test_inplace(device, shape, name):
     assert torch.equal(again, value)
     assert torch.equal(over.grad, plain.grad)
     assert seen == [hidden.data_ptr()]
-    with pytest.raises(ValueError, match="inplace=True needs student_logits that are laid out"):
+    with pytest.raises(ValueError, match="inplace=True needs student to be laid out"):
         fastkd.loss((plain * 1)[..., ::2], teacher[..., ::2], dim=1, inplace=True)
 
 

@@ -8,6 +8,8 @@ from support import BF16, FP32, FP64, make, name_of, pairwise
 import fastkd
 from fastkd import reference
 from fastkd._core import dispatch
+from fastkd._core.arguments import prepare
+from fastkd._core.objective import Options
 
 ROWS, CLASSES = 9, 37
 NAMES = fastkd.divergences()
@@ -221,9 +223,7 @@ def test_what_kernels_lack_is_left_to_operations():
     t = torch.tensor(2.0, requires_grad=True)
 
     def is_kept_by(teacher=teacher, labels=labels, **options):
-        call = fastkd.losses.prepare(
-            student, teacher, labels, {**fastkd.losses.DEFAULTS, **options}
-        )
+        call = prepare(student, teacher, labels, Options(**options))
         return dispatch.in_passes(call.teachers, call.labels, call.objective)
 
     assert is_kept_by(standardize=True)

@@ -1,74 +1,52 @@
-"""linear_loss against float64 on full logits, and against what PyTorch makes of the same dtypes."""
+"""The loss of a student that is a Head: against float64 on full logits, and against what PyTorch
+makes of the same dtypes."""
 
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes, weights
+from support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    WIDTH,
+    Heads,
+    distance,
+    loss_in_chunks,
+    make_heads,
+    name_of,
+    peak_bytes,
+    weights,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import reference
-from fastkd.linear import chunks, row_loop
+from fastkd import Head, TopK, reference
+from fastkd.linear import loops
 
-ROWS, WIDTH, TEACHER_WIDTH, CLASSES = 37, 24, 40, 203
-
-
-class Heads(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor
-    labels: Tensor
-
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.hidden, self.weight, self.bias
+ROWS, CLASSES = 37, 203
 
 
-def make_heads(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3, seed=0) -> Heads:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
-
-    labels = torch.randint(classes, (rows,), generator=generator)
-    labels[torch.rand(rows, generator=generator) < ignored] = -100
-    return Heads(
-        draw(rows, WIDTH).requires_grad_(),
-        draw(classes, WIDTH, scale=0.3).requires_grad_(),
-        draw(classes).requires_grad_(),
-        draw(rows, TEACHER_WIDTH),
-        draw(classes, TEACHER_WIDTH, scale=0.3),
-        draw(classes),
-        labels.to(device),
-    )
-
-
-def run(given: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
-    """The loss and the gradients of hidden states, weight and bias, by linear_loss."""
-    given = given._replace(**{n: v.detach().requires_grad_() for n, v in leaves_of(given)})
-    value = fastkd.linear_loss(
-        given.hidden,
-        given.weight,
-        given.teacher_hidden,
-        given.teacher_weight,
-        given.labels,
-        student_bias=given.bias,
-        teacher_bias=given.teacher_bias,
-        **options,
-    )
+def run(
+    given: Heads,
+    outgoing: Tensor | None = None,
+    *,
+    softcap: Any = None,
+    scale: Any = None,
+    **options: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradients of hidden states, weight and bias."""
+    given = given.with_options(softcap, scale)
+    leaves = [leaf.detach().requires_grad_() for leaf in given.leaves()]
+    value = loss_in_chunks(Head(*leaves, *given.student[3:]), *given[1:], **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
-    return value.detach(), list(torch.autograd.grad(value, given.leaves(), outgoing))
-
-
-def leaves_of(given: Heads) -> list[tuple[str, Tensor]]:
-    return [(name, getattr(given, name)) for name in ("hidden", "weight", "bias")]
+    return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
 
 
 def on_full_logits(
@@ -78,20 +56,19 @@ def on_full_logits(
     loss_dtype: torch.dtype | None = None,
     *,
     softcap: Any = None,
-    logit_scale: Any = None,
+    scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
     """The same by PyTorch's own operations, products in ``dtype``, the loss in ``loss_dtype``."""
-    caps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
-    scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
         return z if cap is None else cap * torch.tanh(z / cap)
 
+    given = given.with_options(softcap, scale)
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given.leaves()]
-    teachers = [getattr(given, f"teacher_{n}").to(dtype) for n in ("hidden", "weight", "bias")]
-    z, w = logits(*leaves, caps[0], scales[0]), logits(*teachers, caps[1], scales[1])
+    z = logits(*leaves, *given.student[3:])
+    w = logits(*(value.to(dtype) for value in given.teacher[:3]), *given.teacher[3:])
     if loss_dtype is not None:
         z, w = z.to(loss_dtype), w.to(loss_dtype)
     value = loss_in(z, w, given.labels, options)
@@ -122,8 +99,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1, "normalizer": 12.0},
     "normalizer tensor": {"normalizer": torch.tensor(7)},
     "soft cap": {"softcap": 3.0},
-    "logit scale": {"logit_scale": 0.25},
-    "pairs": {"softcap": (4.0, None), "logit_scale": (0.5, 2.0)},
+    "scale": {"scale": 0.25},
+    "pairs": {"softcap": (4.0, None), "scale": (0.5, 2.0)},
     "row temperatures": {"temperature": torch.linspace(1, 4, ROWS)},
     "row weights": {"hard_weight": torch.linspace(0, 1, ROWS), "soft_weight": 0.5},
     "class weight": {"class_weight": torch.linspace(0.1, 2, CLASSES)},
@@ -139,7 +116,7 @@ def test_options(device, dtype, options):
     given = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     exact, exact_grads = on_full_logits(given, FP64, **options)
-    value, grads = run(given, chunk_size=8, **options)
+    value, grads = run(given, chunks={"chunk_size": 8}, **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -155,7 +132,7 @@ def test_grad_output(device, dtype, reduction):
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
     exact, exact_grads = on_full_logits(given, FP64, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunk_size=8, **options)
+    value, grads = run(given, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -168,7 +145,7 @@ def test_16_bit_errors(device, dtype, chunk_size):
     """No more than those of PyTorch in 16 bits, nor 1.1 times those of logits cast to float32."""
     given = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(given, FP64)
-    _, grads = run(given, chunk_size=chunk_size)
+    _, grads = run(given, chunks={"chunk_size": chunk_size})
     _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
     _, eager = on_full_logits(given, dtype)
     for name, grad, right, cast, own in zip("xwb", grads, exact, upcast, eager, strict=True):
@@ -183,7 +160,7 @@ def test_float16_under_a_loss_scale(device):
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
     _, exact = on_full_logits(given, FP64, outgoing, **options)
-    _, grads = run(given, outgoing, chunk_size=64, **options)
+    _, grads = run(given, outgoing, chunks={"chunk_size": 64}, **options)
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
@@ -191,10 +168,10 @@ def test_float16_under_a_loss_scale(device):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 def test_chunks_change_rounding_alone(device, dtype):
     given = make_heads(dtype, device)
-    whole, whole_grads = run(given, chunk_size=ROWS)
+    whole, whole_grads = run(given, chunks={"chunk_size": ROWS})
     bound = 16 * torch.finfo(dtype).eps
     for size in (1, 7, 8, 36, 1000):
-        value, grads = run(given, chunk_size=size)
+        value, grads = run(given, chunks={"chunk_size": size})
         torch.testing.assert_close(value, whole, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
         for grad, right in zip(grads, whole_grads, strict=True):
             assert distance(grad, right.double()) <= bound * right.double().norm()
@@ -206,7 +183,7 @@ def test_summing_in_16_bits(device):
     _, (_, exact, _) = on_full_logits(given, FP64)
     _, (_, upcast, _) = on_full_logits(given, BF16, loss_dtype=FP32)
     errors = [
-        distance(run(given, chunk_size=16, accumulate_dtype=how)[1][1], exact)
+        distance(run(given, chunks={"chunk_size": 16, "accumulate_dtype": how})[1][1], exact)
         for how in (FP32, BF16)
     ]
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
@@ -233,16 +210,16 @@ def test_ignored_rows_take_part_in_no_product(device):
     given = make_heads(device=device, ignored=0.6)
     counted = int((given.labels != -100).sum())
     with Products() as products:
-        run(given, chunk_size=8)
+        run(given, chunks={"chunk_size": 8})
     chunk_count = -(-counted // 8)
     for width in (CLASSES, WIDTH):  # logits, and the gradient of the hidden states
         rows = [shape[0] for shape in products.shapes if shape[1] == width and shape[0] < CLASSES]
         assert sum(rows) == counted * (2 if width == CLASSES else 1)
         assert max(rows) - min(rows) <= chunk_count
     with torch.no_grad():
-        given.hidden[given.labels == -100] = float("nan")
-        given.teacher_hidden[given.labels == -100] = float("inf")
-    value, grads = run(given, chunk_size=8)
+        given.student.hidden[given.labels == -100] = float("nan")
+        given.teacher.hidden[given.labels == -100] = float("inf")
+    value, grads = run(given, chunks={"chunk_size": 8})
     assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
     assert not grads[0][given.labels == -100].any()
 
@@ -250,10 +227,11 @@ def test_ignored_rows_take_part_in_no_product(device):
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
 def test_frozen_parts_cost_nothing(device, frozen):
     given = make_heads(device=device)
-    for name, leaf in leaves_of(given):
+    names = Head._fields[:3]
+    for name, leaf in zip(names, given.leaves(), strict=True):
         leaf.requires_grad_(frozen not in (name, "all"))
     with Products() as products:
-        value = fastkd.linear_loss(*given[:2], *given[3:5], student_bias=given.bias, chunk_size=64)
+        value = loss_in_chunks(given.student, given.teacher, chunks={"chunk_size": 64})
     shapes = {"hidden": (ROWS, WIDTH), "weight": (CLASSES, WIDTH), "bias": (CLASSES, 1)}
     for name, shape in shapes.items():
         assert (shape in products.shapes) == (frozen not in (name, "all"))
@@ -261,24 +239,22 @@ def test_frozen_parts_cost_nothing(device, frozen):
         assert not value.requires_grad
         return
     value.backward()
-    assert [leaf.grad is None for name, leaf in leaves_of(given)] == [
-        name == frozen for name, leaf in leaves_of(given)
-    ]
+    assert [leaf.grad is None for leaf in given.leaves()] == [name == frozen for name in names]
 
 
 def test_no_grad(device):
     given = make_heads(device=device)
     with torch.no_grad(), Products() as products:
-        value = fastkd.linear_loss(*given[:2], *given[3:5], given.labels, chunk_size=64)
+        value = loss_in_chunks(*given, chunks={"chunk_size": 64})
     assert len(products.shapes) == 2 and not value.requires_grad
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     """Then nothing may be waited for; the answer is the same."""
     given = make_heads(device=device)
-    expected = run(given, chunk_size=8)
-    monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunk_size=8)
+    expected = run(given, chunks={"chunk_size": 8})
+    monkeypatch.setattr(loops, "counted_rows", lambda labels, ignore_index: None)
+    value, grads = run(given, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad, right)
@@ -290,13 +266,11 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    given = make_heads(dtype, rows=512, classes=16000, ignored=0.0)
+    given = make_heads(dtype, rows=512, classes=16000, ignored=0.0).with_options(cap)
     for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
-        chosen = chunks.plan(
-            512, 16000, WIDTH, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0, **options
-        )
-        peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
+        chosen = fastkd.chunks.plan(*given, **options)
+        peak = peak_bytes(lambda options=options: run(given, softcap=cap, chunks=options))
         small = 2**21  # biases, row statistics
         if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
             small += chosen.chunk * 16000 * dtype.itemsize
@@ -305,8 +279,8 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
 
 def test_a_bound_holds_without_kernels_too():
     given = make_heads(rows=512, classes=2000, ignored=0.0)
-    options = {"divergence": "jsd", "standardize": True, "max_workspace": 2**23}
-    assert peak_bytes(lambda: run(given, **options)) <= 2**23
+    options = {"divergence": "jsd", "standardize": True}
+    assert peak_bytes(lambda: run(given, chunks={"max_workspace": 2**23}, **options)) <= 2**23
 
 
 def test_a_quarter_of_the_memory_of_full_logits():
@@ -316,29 +290,31 @@ def test_a_quarter_of_the_memory_of_full_logits():
     assert ours <= theirs / 4
 
 
-# ---- other ways in
+# ---- teachers, labels, modules
 
 
 def test_teacher_logits(device):
     given = make_heads(device=device)
-    with torch.no_grad():
-        logits = F.linear(given.teacher_hidden, given.teacher_weight, given.teacher_bias)
     expected, grads = run(given)
-    x, w, b = (leaf.detach().requires_grad_() for leaf in given.leaves())
-    value = fastkd.linear_loss(
-        x, w, labels=given.labels, student_bias=b, teacher_logits=logits, chunk_size=8
-    )
-    value.backward()
-    torch.testing.assert_close(value.detach(), expected)
-    for leaf, right in zip((x, w, b), grads, strict=True):
-        torch.testing.assert_close(leaf.grad, right)
+    value, others = run(given._replace(teacher=given.teacher.logits()), chunks={"chunk_size": 8})
+    torch.testing.assert_close(value, expected)
+    for grad, right in zip(others, grads, strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+def test_a_teacher_that_is_a_head_for_full_logits(device):
+    """Its logits are all computed."""
+    given = make_heads(device=device)
+    student = given.student.logits()
+    expected = fastkd.loss(student, given.teacher.logits(), given.labels)
+    assert torch.equal(fastkd.loss(student, given.teacher, given.labels), expected)
 
 
 def test_labels_of_probabilities(device):
     given = make_heads(FP64, device)
     given = given._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
     exact, exact_grads = on_full_logits(given, FP64)
-    value, grads = run(given, chunk_size=8)
+    value, grads = run(given, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, right)
@@ -346,16 +322,18 @@ def test_labels_of_probabilities(device):
 
 def test_batch_dimensions(device):
     given = make_heads(device=device)
-    x, t = given.hidden[:36].view(3, 12, -1), given.teacher_hidden[:36].view(3, 12, -1)
-    labels = given.labels[:36].view(3, 12)
-    flat = fastkd.linear_loss(
-        given.hidden[:36], given.weight, given.teacher_hidden[:36], given.teacher_weight,
-        given.labels[:36], reduction="none",
-    )  # fmt: skip
-    value = fastkd.linear_loss(x, given.weight, t, given.teacher_weight, labels, reduction="none")
+    given = Heads(
+        *(head._replace(hidden=head.hidden[:36]) for head in given[:2]), given.labels[:36]
+    )
+    flat = fastkd.loss(*given, reduction="none")
+    value = fastkd.loss(
+        *(head._replace(hidden=head.hidden.unflatten(0, (3, 12))) for head in given[:2]),
+        given.labels.view(3, 12),
+        reduction="none",
+    )
     assert value.shape == (3, 12) and torch.equal(value.flatten(), flat)
     value.sum().backward()
-    assert given.hidden.grad.shape == given.hidden.shape
+    assert given.student.weight.grad.shape == given.student.weight.shape
 
 
 @pytest.mark.parametrize("labels", ["none", "all ignored"])
@@ -372,12 +350,15 @@ def test_a_weight_that_is_tied(device):
     tokens = torch.arange(ROWS, device=device)
 
     def step(loss):
-        weight = given.weight.detach().requires_grad_()
+        weight = given.student.weight.detach().requires_grad_()
         hidden = F.embedding(tokens, weight).tanh()
         loss(hidden, weight).backward()
         return weight.grad
 
-    ours = step(lambda x, w: fastkd.linear_loss(x, w, x.detach() * 2, w, chunk_size=8))
+    def in_chunks(x, w):
+        return loss_in_chunks(Head(x, w), Head(x.detach() * 2, w), chunks={"chunk_size": 8})
+
+    ours = step(in_chunks)
     right = step(lambda x, w: fastkd.loss(F.linear(x, w), F.linear(x.detach() * 2, w.detach())))
     torch.testing.assert_close(ours, right)
 
@@ -387,7 +368,7 @@ def test_autocast(device, dtype):
     """Products in 16 bits; the gradients of float32 weights are summed, and stay, in float32."""
     given = make_heads(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
-        value, grads = run(given, chunk_size=64)
+        value, grads = run(given, chunks={"chunk_size": 64})
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
     _, exact = on_full_logits(given, FP64)
     with torch.autocast(device.type, dtype=dtype):
@@ -398,56 +379,50 @@ def test_autocast(device, dtype):
 
 def test_module(device):
     given = make_heads(device=device)
-    module = fastkd.LinearKDLoss(temperature=3.0, alpha=0.2, chunk_size=8)
-    arguments = (*given[:2], *given[3:5], given.labels)
-    expected = fastkd.linear_loss(*arguments, temperature=3.0, alpha=0.2, chunk_size=8)
-    assert torch.equal(module(*arguments), expected)
+    plan = fastkd.chunks.plan(*given, chunk_size=8)
+    module = fastkd.KDLoss(temperature=3.0, alpha=0.2, chunks=plan)
+    expected = fastkd.loss(*given, temperature=3.0, alpha=0.2, chunks=plan)
+    assert torch.equal(module(*given), expected)
     assert "temperature=3.0" in repr(module) and not list(module.parameters())
-    without = module(*arguments[:4], student_bias=given.bias)
-    assert torch.equal(
-        without,
-        fastkd.linear_loss(*arguments[:4], student_bias=given.bias, temperature=3.0, chunk_size=8),
-    )
+    module = fastkd.KDLoss(temperature=3.0, chunks=plan)
+    expected = fastkd.loss(*given[:2], temperature=3.0, chunks=plan)
+    assert torch.equal(module(*given[:2]), expected)
 
 
 def test_options_of_the_module_that_are_tensors():
     """They are where the module is, and no part of its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
-    module = fastkd.LinearKDLoss(class_weight=weight).to("meta")
+    module = fastkd.KDLoss(class_weight=weight).to("meta")
     assert module.options["class_weight"].is_meta and not module.state_dict()
     given = make_heads()
-    module = fastkd.LinearKDLoss(class_weight=weight)
-    arguments = (*given[:2], *given[3:5], given.labels)
-    assert torch.equal(module(*arguments), fastkd.linear_loss(*arguments, class_weight=weight))
+    module = fastkd.KDLoss(class_weight=weight)
+    assert torch.equal(module(*given), fastkd.loss(*given, class_weight=weight))
 
 
 def test_options_of_the_module_are_attributes():
     given = make_heads()
-    module = fastkd.LinearKDLoss(temperature=3.0)
-    assert module.temperature == 3.0 and module.softcap is None
-    module.temperature, module.softcap = 1.0, 20.0
-    arguments = (*given[:2], *given[3:5], given.labels)
-    expected = fastkd.linear_loss(*arguments, temperature=1.0, softcap=20.0)
-    assert torch.equal(module(*arguments), expected)
-    with pytest.raises(ValueError, match="softcap"):
-        module.softcap = -1.0
+    module = fastkd.KDLoss(temperature=3.0)
+    assert module.temperature == 3.0 and module.chunks == "auto"
+    module.temperature = 1.0
+    module.chunks = fastkd.chunks.plan(*given, chunk_size=8, temperature=1.0)
+    assert torch.equal(module(*given), fastkd.loss(*given, temperature=1.0, chunks=module.chunks))
 
 
 def test_layouts(device):
     """Slices, transposed weights, narrow labels, another ignore_index: as if copied."""
     given = make_heads(FP64, device)
-    expected, grads = run(given, chunk_size=8)
+    expected, grads = run(given, chunks={"chunk_size": 8})
     wide = torch.randn(ROWS, 2 * WIDTH, dtype=FP64, device=device)
-    wide[:, ::2] = given.hidden.detach()
+    wide[:, ::2] = given.student.hidden.detach()
     x = wide[:, ::2].requires_grad_()
-    w = given.weight.detach().t().contiguous().t().requires_grad_()
-    b = given.bias.detach().clone().requires_grad_()
-    t = given.teacher_hidden.t().contiguous().t()
+    w = given.student.weight.detach().t().contiguous().t().requires_grad_()
+    b = given.student.bias.detach().clone().requires_grad_()
+    t, tw = (value.t().contiguous().t() for value in given.teacher[:2])
+    teacher = Head(t, tw, given.teacher.bias.repeat(2)[:CLASSES])
     labels = given.labels.masked_fill(given.labels == -100, 255).short()
-    value = fastkd.linear_loss(
-        x, w, t, given.teacher_weight.t().contiguous().t(), labels, student_bias=b,
-        teacher_bias=given.teacher_bias.repeat(2)[:CLASSES], ignore_index=255, chunk_size=8,
-    )  # fmt: skip
+    value = loss_in_chunks(
+        Head(x, w, b), teacher, labels, ignore_index=255, chunks={"chunk_size": 8}
+    )
     value.backward()
     torch.testing.assert_close(value.detach(), expected)
     for leaf, right in zip((x, w, b), grads, strict=True):
@@ -459,14 +434,9 @@ def test_layouts(device):
 )
 def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
     given = make_heads(dtype, device)
-    given = given._replace(
-        **{
-            name: getattr(given, name).to(teacher_dtype)
-            for name in ("teacher_hidden", "teacher_weight", "teacher_bias")
-        }
-    )
+    given = given._replace(teacher=Head(*(value.to(teacher_dtype) for value in given.teacher[:3])))
     exact, exact_grads = on_full_logits(given, FP64)
-    value, grads = run(given, chunk_size=8)
+    value, grads = run(given, chunks={"chunk_size": 8})
     bound = (2 if BF16 in (dtype, teacher_dtype) else 64) * max(
         torch.finfo(kind).eps for kind in (dtype, teacher_dtype)
     )
@@ -485,95 +455,126 @@ def test_the_page_runs():
 
 # ---- bad input
 
+STUDENT = {
+    "widths": ({"hidden": torch.zeros(ROWS, 3)}, r"Head\.hidden must have shape \(\.\.\., width\)"),
+    "bias": ({"bias": torch.zeros(3)}, r"Head\.bias must have shape \(203,\)"),
+    "softcap": ({"softcap": -1.0}, r"Head\.softcap must be positive"),
+    "scale": ({"scale": (1.0, 2.0)}, r"Head\.scale must be a number"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
+def test_bad_heads(wrong, message):
+    """A Head is checked when it is made, and again where it is passed."""
+    head = make_heads().student
+    with pytest.raises((ValueError, TypeError), match=message):
+        Head(**{**head._asdict(), **wrong})
+    with pytest.raises((ValueError, TypeError), match=message.replace("Head", "student", 1)):
+        fastkd.loss(head._replace(**wrong), make_heads().teacher)
+
+
+TEACHER = {
+    "none": (None, "teacher must be a Head, a TopK or a tensor of logits .* got NoneType"),
+    "several": ([torch.zeros(ROWS, CLASSES)], "teacher must be a Head, a TopK or a tensor"),
+    "shape": (torch.zeros(ROWS, 200), r"\(37, 203\).*\(37, 200\)"),
+    "classes": (
+        Head(torch.zeros(ROWS, 3), torch.zeros(3, 3)),
+        "teacher.weight and student.weight must have the same classes",
+    ),
+    "rows": (
+        Head(torch.zeros(3, 3), torch.zeros(CLASSES, 3)),
+        "teacher.hidden and student.hidden must have the same rows",
+    ),
+    "dtype": (
+        Head(torch.zeros(ROWS, 3), torch.zeros(CLASSES, 3).half()),
+        "teacher.weight must have the dtype of teacher.hidden, torch.float32, unless autocast",
+    ),
+    "device": (
+        Head(*(torch.zeros(n, 3, device="meta") for n in (ROWS, CLASSES))),
+        "teacher.hidden must be on the device of student.hidden, cpu; got meta",
+    ),
+    "grad": (
+        Head(torch.zeros(ROWS, 3, requires_grad=True), torch.zeros(CLASSES, 3)),
+        "teacher.hidden requires grad",
+    ),
+    "grad of logits": (torch.zeros(ROWS, CLASSES, requires_grad=True), "teacher requires grad"),
+}
+
+
+@pytest.mark.parametrize(("teacher", "message"), TEACHER.values(), ids=TEACHER)
+def test_bad_teachers(teacher, message):
+    given = make_heads()
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.loss(given.student, teacher, given.labels)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.chunks.plan(given.student, teacher, given.labels)
+
+
 BAD = {
-    "no teacher": ({"teacher_hidden": None}, "the teacher needs teacher_hidden and teacher_weight"),
-    "both teachers": ({"teacher_logits": torch.zeros(ROWS, CLASSES)}, "takes the place of"),
-    "widths": ({"student_hidden": torch.zeros(ROWS, 3)}, r"student_hidden must have shape"),
-    "classes": ({"teacher_weight": torch.zeros(3, TEACHER_WIDTH)}, "same number of classes"),
-    "rows": ({"teacher_hidden": torch.zeros(3, TEACHER_WIDTH)}, "the same rows"),
-    "bias": ({"student_bias": torch.zeros(3)}, r"student_bias must have shape \(203,\)"),
-    "dtype": ({"student_weight": torch.zeros(CLASSES, WIDTH).half()}, "student_hidden's dtype"),
+    "dtype": (
+        {"student": make_heads().student._replace(weight=torch.zeros(CLASSES, WIDTH).half())},
+        "student.weight must have the dtype of student.hidden",
+    ),
     "label": ({"labels": torch.full((ROWS,), CLASSES)}, r"labels must be in \[0, 203\).*row 0"),
-    "softcap": ({"softcap": -1.0}, "softcap must be positive"),
-    "pair": ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
-    "chunk": ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
-    "teacher_grad": ({"teacher_grad": "maybe"}, "teacher_grad must be one of"),
     "temperature": (
         {"temperature": torch.tensor(-1.0), "labels": None},
         "temperature must be positive and finite; row 0 has -1.0",
     ),
-    "budget": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
-    "memory": ({"max_workspace": 100}, "max_workspace=100 is too small"),
-    "accumulate": (
-        {"accumulate_dtype": FP16},
-        "accumulate_dtype must be .auto. or torch.float32 for",
-    ),
-    "teacher grad": (
-        {"teacher_hidden": torch.zeros(ROWS, TEACHER_WIDTH, requires_grad=True)},
-        "teacher_hidden requires grad",
-    ),
     "learned": (
         {"temperature": torch.tensor(2.0, requires_grad=True)},
-        "temperature gets no gradient from linear_loss",
+        r"temperature gets no gradient if student is a Head.*Pass student.logits\(\)",
     ),
-    "core option": ({"divergence": "kl"}, "divergence must be one of"),
+    "divergence": ({"divergence": "kl"}, "divergence must be one of"),
+    "inplace": ({"inplace": True}, "inplace must be False with a Head as student"),
+    "dim": ({"dim": 1}, "dim must be -1 with a Head as student"),
+    "teacher form": ({"teacher_form": "probs"}, "teacher_form must be 'logits' with a Head"),
+    "teacher weights": ({"teacher_weights": [1.0]}, "teacher_weights must be None with a Head"),
+    "chunks": ({"chunks": 8}, 'chunks must be "auto" or the result of fastkd.chunks.plan; got 8'),
+    "few rows": (
+        {"chunks": fastkd.chunks.plan(*make_heads(rows=ROWS - 1))},
+        "chunks must be a plan for at least as many rows as the call has, 37; got one for 36",
+    ),
+    "accumulate": (
+        {"chunks": fastkd.chunks.plan(*make_heads(BF16), accumulate_dtype=BF16)},
+        "chunks.accumulate must be .auto. or torch.float32 for a weight in torch.float32",
+    ),
+    "unknown": ({"tau": 2.0}, r"loss\(\) got an unexpected keyword argument 'tau'"),
 }
-
-
-@pytest.mark.parametrize(
-    "options", [{"softcap": (3.0, 3.0)}, {"logit_scale": (None, 3.0)}], ids=str
-)
-def test_no_cap_nor_scale_of_a_teacher_without_a_head(options):
-    given = make_heads()
-    teacher_logits = torch.zeros(ROWS, CLASSES)
-    (name, (student, _)) = next(iter(options.items()))
-    with pytest.raises(ValueError, match=f"^{name} must be a number or a pair \\(student's, None"):
-        fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **options)
-    fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **{name: (student, None)})
-    fastkd.linear_loss(*given[:2], teacher_logits=teacher_logits, **{name: 3.0})
-
-
-def test_teacher_logits_of_another_shape():
-    given = make_heads()
-    message = r"^teacher_logits must have student_hidden's rows .* \(37, 203\); got \(37, 200\)"
-    with pytest.raises(ValueError, match=message):
-        fastkd.linear_loss(*given[:2], teacher_logits=torch.zeros(ROWS, 200))
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
 def test_bad_input(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastkd.loss(**{**make_heads()._asdict(), **wrong})
+
+
+def test_chunks_are_of_heads_alone():
     given = make_heads()
-    arguments = {
-        "student_hidden": given.hidden,
-        "student_weight": given.weight,
-        "teacher_hidden": given.teacher_hidden,
-        "teacher_weight": given.teacher_weight,
-        "labels": given.labels,
+    plan = fastkd.chunks.plan(*given)
+    with pytest.raises(ValueError, match='chunks must be "auto" unless student is a Head'):
+        fastkd.loss(given.student.logits(), given.teacher, given.labels, chunks=plan)
+
+
+@pytest.mark.parametrize("teacher", ["head", "logits", "lists"])
+def test_terms(device, teacher):
+    """All terms are those of full logits, whichever teacher; the loss's gradients too."""
+    given = make_heads(FP64, device)
+    logits = given.teacher.logits()
+    teachers: dict[str, Any] = {
+        "head": given.teacher,
+        "logits": logits,
+        "lists": TopK(*torch.log_softmax(logits / 2, -1).topk(5)),
     }
-    with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.linear_loss(**{**arguments, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"temperature": -1.0}, "temperature must be positive"),
-        ({"divergence": "kl"}, "divergence must be one of"),
-        ({"alpha": 0.5, "hard_weight": 1.0}, "alpha cannot be given together"),
-        ({"softcap": -1.0}, "softcap must be positive"),
-        ({"logit_scale": (1.0, 2.0, 3.0)}, "logit_scale must be a number or a pair"),
-        ({"chunk_size": 0}, "chunk_size must be a positive number of rows"),
-        ({"max_workspace": 0}, "max_workspace must be a positive number of bytes"),
-        ({"chunk_by": "columns"}, "chunk_by must be one of 'auto', 'rows', 'classes'"),
-        ({"accumulate_dtype": "fp32"}, "accumulate_dtype must be 'auto' or a floating"),
-        ({"tail": "cut"}, "tail must be one of"),
-    ],
-)
-def test_module_checks_options_when_it_is_made(wrong, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.LinearKDLoss(**wrong)
-
-
-def test_module_refuses_what_it_does_not_know():
-    with pytest.raises(TypeError, match="LinearKDLoss has no option 'temprature'"):
-        fastkd.LinearKDLoss(temprature=2.0)
+    for reduction in ("mean", "none"):
+        options = {"temperature": 2.0, "reduction": reduction}
+        plan = fastkd.chunks.plan(
+            given.student, teachers[teacher], given.labels, chunk_size=8, **options
+        )
+        ours = fastkd.terms(given.student, teachers[teacher], given.labels, chunks=plan, **options)
+        dense = teachers["lists"] if teacher == "lists" else logits
+        theirs = fastkd.terms(given.student.logits(), dense, given.labels, **options)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+        grads = [torch.autograd.grad(t.loss.sum(), given.leaves()) for t in (ours, theirs)]
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)

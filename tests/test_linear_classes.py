@@ -1,29 +1,40 @@
-"""linear_loss with classes in chunks: against float64, and against rows in chunks; memory."""
+"""Chunks of classes: against float64, and against chunks of rows; memory."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes
-from test_linear import (
-    CLASSES,
-    ROWS,
+from support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
     WIDTH,
     Heads,
-    Products,
-    leaves_of,
+    distance,
+    loss_in_chunks,
     make_heads,
-    on_full_logits,
-    run,
+    name_of,
+    peak_bytes,
 )
-from torch.nn import functional as F
+from test_linear import CLASSES, ROWS, Products, on_full_logits, run
 
 import fastkd
-from fastkd.linear import chunks, products, row_loop
+from fastkd import Head, TopK
+from fastkd._core.objective import Objective
+from fastkd.linear import loops, products
 from fastkd.linear.class_statistics import RowStatistics
 
-BY_CLASSES: dict[str, Any] = {"chunk_by": "classes"}
+
+def by_classes(size: Any = "auto") -> dict[str, Any]:
+    return {"chunk_by": "classes", "chunk_size": size}
+
+
+def by_rows(size: Any = "auto") -> dict[str, Any]:
+    return {"chunk_by": "rows", "chunk_size": size}
+
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -35,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "not whole": {"temperature": 2.5},
     "normalizer tensor": {"normalizer": torch.tensor(7)},
     "soft cap": {"softcap": 3.0},
-    "pairs": {"softcap": (4.0, None), "logit_scale": (0.5, 2.0)},
+    "pairs": {"softcap": (4.0, None), "scale": (0.5, 2.0)},
     "row temperatures": {"temperature": torch.linspace(1, 4, ROWS)},
     "row weights": {"hard_weight": torch.linspace(0, 1, ROWS), "soft_weight": 0.5},
     "reverse_kl": {"divergence": "reverse_kl"},
@@ -62,7 +73,7 @@ def test_options(device, dtype, options, size):
     skip_what_cuda_lacks(device, options)
     given, options = make_heads(dtype, device), on(device, options)
     exact, exact_grads = on_full_logits(given, FP64, **options)
-    value, grads = run(given, chunk_size=size, **BY_CLASSES, **options)
+    value, grads = run(given, chunks=by_classes(size), **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -77,7 +88,7 @@ def test_grad_output(device, dtype, reduction):
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
     exact, exact_grads = on_full_logits(given, FP64, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunk_size=32, **BY_CLASSES, **options)
+    value, grads = run(given, outgoing.to(device), chunks=by_classes(32), **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -90,11 +101,11 @@ def test_16_bit_errors(device, dtype):
     rounded once is as good as rows that are summed in float32."""
     given = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(given, FP64)
-    _, grads = run(given, chunk_size=64, **BY_CLASSES)
-    _, by_rows = run(given, chunk_size=64)
+    _, grads = run(given, chunks=by_classes(64))
+    _, in_rows = run(given, chunks=by_rows(64))
     _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
     _, eager = on_full_logits(given, dtype)
-    rivals = (upcast, eager, by_rows)
+    rivals = (upcast, eager, in_rows)
     for name, grad, right, *others in zip("xwb", grads, exact, *rivals, strict=True):
         error = distance(grad, right)
         of_cast, of_eager, of_rows = (distance(other, right) for other in others)
@@ -106,25 +117,26 @@ def test_float16_under_a_loss_scale(device):
     given = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     _, exact = on_full_logits(given, FP64, outgoing, normalizer=1e5)
-    _, grads = run(given, outgoing, normalizer=1e5, chunk_size=64, **BY_CLASSES)
+    _, grads = run(given, outgoing, normalizer=1e5, chunks=by_classes(64))
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
 
-@pytest.mark.parametrize("chunks_of", [{"chunk_size": 8}, BY_CLASSES], ids=str)
+@pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
     """Factors of rows overflow neither by themselves nor times hidden states, as no sum does."""
     given = make_heads(FP16, device)
     with torch.no_grad():
-        given.hidden[:, 0] = 20.0
+        given.student.hidden[:, 0] = 20.0
     outgoing = torch.linspace(-1, 0.1, ROWS, device=device).mul(largest)
     outgoing[given.labels == -100] = torch.inf
     small = torch.where(given.labels == -100, 0.0, outgoing / largest)
-    options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, **chunks_of}
+    options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, "chunks": chunks_of}
     _, expected = run(given, small, **options)
     with torch.autocast(device.type, dtype=FP16):  # gradients of weights in float32
-        wide = given._replace(weight=given.weight.float(), bias=given.bias.float())
+        hidden, weight, bias = given.leaves()
+        wide = given._replace(student=Head(hidden, weight.float(), bias.float()))
         _, grads = run(wide, outgoing, **options)
     for grad, right in zip(grads[1:], expected[1:], strict=True):
         assert grad.dtype == FP32
@@ -141,7 +153,7 @@ def test_near_the_teacher(device, divergence, size):
     weight = (teacher + size * torch.randn_like(teacher)).t().contiguous()
     hidden = torch.eye(8, device=device)
     options = {"reduction": "none", "temperature": 1.0, "divergence": divergence}
-    value = fastkd.linear_loss(hidden, weight, teacher_logits=teacher, **BY_CLASSES, **options)
+    value = loss_in_chunks(Head(hidden, weight), teacher, chunks=by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
     # It goes with the square of the gap, of which what rounds the statistics is an error.
@@ -166,13 +178,13 @@ def test_masked_classes(device, masks, divergence):
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     given = make_heads(FP64, device)
     with torch.no_grad():
-        for bias, mask in zip((given.bias, given.teacher_bias), masks, strict=True):
+        for bias, mask in zip((given.student.bias, given.teacher.bias), masks, strict=True):
             if mask is not None:
                 bias[mask] = -math.inf
     for reduction in ("none", "sum"):
         options = {"divergence": divergence, "reduction": reduction}
-        value, grads = run(given, chunk_size=32, **BY_CLASSES, **options)
-        expected, right = run(given, chunk_size=8, **options)
+        value, grads = run(given, chunks=by_classes(32), **options)
+        expected, right = run(given, chunks=by_rows(8), **options)
         torch.testing.assert_close(value, expected, equal_nan=True)
         for one, other in zip(grads, right, strict=True):
             torch.testing.assert_close(one, other, equal_nan=True)
@@ -183,8 +195,8 @@ def test_no_number(device, wrong):
     """A row of hidden states that holds no number is NaN, and no other row is."""
     given = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
-        given.hidden[3, 0] = wrong
-    value, _ = run(given, chunk_size=32, reduction="none", **BY_CLASSES)
+        given.student.hidden[3, 0] = wrong
+    value, _ = run(given, chunks=by_classes(32), reduction="none")
     assert value[3].isnan() and value.isnan().sum() == 1
 
 
@@ -193,7 +205,7 @@ def test_references_of_the_cuda_kernels(temperature):
     """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
     parts with large maxima, far from zero, still add up to those of the whole."""
     torch.manual_seed(0)
-    objective = row_loop.Objective(
+    objective = Objective(
         temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
         "logits", None, "probs", False,
     )  # fmt: skip
@@ -235,10 +247,10 @@ def test_ignored_rows_take_part_in_no_product(device):
     given = make_heads(device=device, ignored=0.6)
     counted = int((given.labels != -100).sum())
     with torch.no_grad():
-        given.hidden[given.labels == -100] = float("nan")
-        given.teacher_hidden[given.labels == -100] = float("inf")
+        given.student.hidden[given.labels == -100] = float("nan")
+        given.teacher.hidden[given.labels == -100] = float("inf")
     with Products() as products:
-        value, grads = run(given, chunk_size=32, **BY_CLASSES)
+        value, grads = run(given, chunks=by_classes(32))
     assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
     assert not grads[0][given.labels == -100].any()
     assert counted < 32
@@ -247,7 +259,7 @@ def test_ignored_rows_take_part_in_no_product(device):
 
 def test_all_rows_ignored(device):
     given = make_heads(device=device, ignored=1.0)
-    value, grads = run(given, **BY_CLASSES)
+    value, grads = run(given, chunks=by_classes())
     assert value == 0 and not any(grad.any() for grad in grads)
 
 
@@ -257,10 +269,10 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
     """An ignore_index that is a class, such as a pad id, is that number in no other chunk."""
     given = make_heads(FP64, device, rows=300)
     given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
-    expected, right = run(given, chunk_size=64, ignore_index=ignore_index)
+    expected, right = run(given, chunks=by_rows(64), ignore_index=ignore_index)
     if captured:  # a graph, when all rows are kept
-        monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunk_size=32, ignore_index=ignore_index, **BY_CLASSES)
+        monkeypatch.setattr(loops, "counted_rows", lambda labels, ignore_index: None)
+    value, grads = run(given, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
     for grad, other in zip(grads, right, strict=True):
         torch.testing.assert_close(grad, other)
@@ -269,14 +281,12 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
 def test_frozen_parts_cost_nothing(device, frozen):
     given = make_heads(device=device)
-    expected = dict(zip("xwb", run(given, chunk_size=8)[1], strict=True))
-    for name, leaf in leaves_of(given):
+    _, expected = run(given, chunks=by_rows(8))
+    names = Head._fields[:3]
+    for name, leaf in zip(names, given.leaves(), strict=True):
         leaf.requires_grad_(frozen not in (name, "all"))
     with Products() as products:
-        value = fastkd.linear_loss(
-            *given[:2], *given[3:5], given.labels, student_bias=given.bias,
-            teacher_bias=given.teacher_bias, chunk_size=1000, **BY_CLASSES,
-        )  # fmt: skip
+        value = loss_in_chunks(*given, chunks=by_classes(1000))
     counted = int((given.labels != -100).sum())
     widths = {"hidden": (counted, WIDTH), "weight": WIDTH, "bias": 1}
     for name, shape in widths.items():
@@ -288,7 +298,7 @@ def test_frozen_parts_cost_nothing(device, frozen):
         assert not value.requires_grad
         return
     value.backward()
-    for (name, leaf), right in zip(leaves_of(given), expected.values(), strict=True):
+    for name, leaf, right in zip(names, given.leaves(), expected, strict=True):
         assert (leaf.grad is None) == (name == frozen)
         if leaf.grad is not None:
             torch.testing.assert_close(leaf.grad, right)
@@ -297,19 +307,19 @@ def test_frozen_parts_cost_nothing(device, frozen):
 def test_without_gradients_the_logits_are_computed_once(device):
     given = make_heads(device=device)
     with torch.no_grad(), Products() as products:
-        fastkd.linear_loss(*given[:2], *given[3:5], chunk_size=CLASSES, **BY_CLASSES)
+        loss_in_chunks(given.student, given.teacher, chunks=by_classes(CLASSES))
     assert len(products.shapes) == 2
     with Products() as products:
-        run(given, chunk_size=1000, reduction="none", **BY_CLASSES)
+        run(given, chunks=by_classes(1000), reduction="none")
     forward = [shape for shape in products.shapes if shape[1] != WIDTH]
     assert len(forward) >= 2
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     given = make_heads(device=device)
-    expected = run(given, chunk_size=8)
-    monkeypatch.setattr(row_loop, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunk_size=32, **BY_CLASSES)
+    expected = run(given, chunks=by_rows(8))
+    monkeypatch.setattr(loops, "counted_rows", lambda labels, ignore_index: None)
+    value, grads = run(given, chunks=by_classes(32))
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad, right)
@@ -322,50 +332,36 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
     """Of which the gradient of the weight is the greatest part, as of language models."""
     torch.manual_seed(0)
     given = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
-    return given._replace(
-        hidden=torch.randn(rows, width).to(dtype).requires_grad_(),
-        weight=(torch.randn(classes, width) / 8).to(dtype).requires_grad_(),
-    )
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, width) / 8).to(dtype).requires_grad_()
+    return given._replace(student=Head(hidden, weight, given.student.bias))
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    """The gradients and next to nothing: a third of what rows in chunks take by themselves."""
-    given = wide_heads(dtype)
-    rows, width = given.hidden.shape
-    classes = len(given.weight)
-    chosen = chunks.plan(
-        rows, classes, width, dtype=dtype, logits_per_row=2.0 if cap is None else 3.0,
-        copied_per_row=0, **BY_CLASSES,
-    )  # fmt: skip
+    """The gradients and next to nothing: a third of what chunks of rows take by default."""
+    given = wide_heads(dtype)._replace(labels=None)
+    rows, width = given.student.hidden.shape
+    classes = len(given.student.weight)
+    chosen = fastkd.chunks.plan(*given.with_options(cap), **by_classes())
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
     small = 2**18  # biases
     if dtype == BF16:  # a factor of a product, as oneDNN packs it
         small += 4 * chosen.chunk * width
-    peak = peak_bytes(lambda: run(given, softcap=cap, **BY_CLASSES))
+    peak = peak_bytes(lambda: run(given, softcap=cap, chunks=by_classes()))
     assert gradients <= peak <= chosen.peak_bytes + small
 
 
 def test_ignored_rows_are_not_copied_with_the_teachers_logits():
-    given = wide_heads(FP32)
+    given = wide_heads(FP32)._replace(teacher=torch.randn(256, 8000))
     given.labels[::2] = -100
-    teacher_logits = torch.randn(256, 8000)
-
-    def step():
-        return fastkd.linear_loss(
-            given.hidden, given.weight, labels=given.labels, teacher_logits=teacher_logits,
-            **BY_CLASSES,
-        )  # fmt: skip
-
-    peak = peak_bytes(lambda: step().backward())
+    peak = peak_bytes(lambda: loss_in_chunks(*given, chunks=by_classes()).backward())
     assert peak < (8000 + 4 * 256) * 256 * 4 + 2**20
-    by_rows = fastkd.linear_loss(
-        given.hidden, given.weight, labels=given.labels, teacher_logits=teacher_logits
-    )
-    torch.testing.assert_close(step(), by_rows)
+    value = loss_in_chunks(*given, chunks=by_classes())
+    torch.testing.assert_close(value, fastkd.loss(*given))
 
 
 def test_a_bound_that_rows_cannot_keep_to():
@@ -373,19 +369,19 @@ def test_a_bound_that_rows_cannot_keep_to():
     given = wide_heads(FP32)
     bound = 10 * 2**20
     with Products() as products:
-        value, grads = run(given, max_workspace=bound)
+        value, grads = run(given, chunks={"max_workspace": bound})
     assert sum(shape[0] == 256 and shape[1] != 256 for shape in products.shapes) > 4
-    assert peak_bytes(lambda: run(given, max_workspace=bound)) <= bound
+    assert peak_bytes(lambda: run(given, chunks={"max_workspace": bound})) <= bound
     expected, right = run(given)
     torch.testing.assert_close(value, expected)
     for one, other in zip(grads, right, strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match=r"max_workspace=1048576 is too small"):
-        run(given, max_workspace=2**20)
+        run(given, chunks={"max_workspace": 2**20})
     with pytest.raises(ValueError, match=r"too small for chunks of classes"):
-        run(given, max_workspace=2**20, **BY_CLASSES)
+        run(given, chunks={"max_workspace": 2**20, "chunk_by": "classes"})
     # What chunks of classes lack takes rows, however few.
-    run(given, max_workspace=bound, label_smoothing=0.1)
+    run(given, chunks={"max_workspace": bound}, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("chunk_by", ["rows", "classes"])
@@ -394,7 +390,7 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
     given = make_heads(BF16, rows=512, classes=16000, ignored=0.0)
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
-        peak = peak_bytes(lambda options=options: run(given, **options))
+        peak = peak_bytes(lambda options=options: run(given, chunks=options))
         assert peak <= bound + 2**17  # biases
 
 
@@ -406,18 +402,17 @@ def test_tied_weights_and_autocast(device):
     given = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
 
-    def step(**options):
-        leaf = given.weight.detach().requires_grad_()
+    def step(chunks):
+        leaf = given.student.weight.detach().requires_grad_()
         with torch.autocast(device.type, dtype=BF16):
-            value = fastkd.linear_loss(
-                given.hidden, leaf, teacher_hidden, leaf, given.labels, **options
-            )
+            student, teacher = Head(given.student.hidden, leaf), Head(teacher_hidden, leaf)
+            value = loss_in_chunks(student, teacher, given.labels, chunks=chunks)
         value.backward()
         assert leaf.grad.dtype == FP32
         return value.detach(), leaf.grad
 
-    value, grad = step(chunk_size=32, **BY_CLASSES)
-    expected, right = step(chunk_size=8)
+    value, grad = step(by_classes(32))
+    expected, right = step(by_rows(8))
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
     assert distance(grad, right) <= 2e-3 * right.norm()
 
@@ -432,18 +427,26 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_what_it_lacks(options, message):
+    """A plan for the call is refused, and so is a call with a plan for another."""
     given = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
-        run(given, **BY_CLASSES, **options)
+        run(given, chunks=by_classes(), **options)
+    plan = fastkd.chunks.plan(*given, chunk_by="classes")
+    with pytest.raises(
+        ValueError, match=rf'must be a plan of rows \(chunk_by="rows"\) with {message}'
+    ):
+        fastkd.loss(*given, chunks=plan, **options)
+
+
+def test_terms_are_lacking():
+    given = make_heads()
+    plan = fastkd.chunks.plan(*given, chunk_by="classes")
+    with pytest.raises(ValueError, match=r"must be a plan of rows .* with fastkd.terms"):
+        fastkd.terms(*given, chunks=plan)
 
 
 def test_lists_of_a_sparse_teacher():
     given = make_heads()
-    teacher = F.linear(given.teacher_hidden, given.teacher_weight).log_softmax(-1)
-    log_probs, indices = teacher.topk(4)
-    with pytest.raises(ValueError, match="with topk_indices"):
-        fastkd.linear_loss(
-            given.hidden, given.weight, topk_indices=indices, topk_log_probs=log_probs, **BY_CLASSES
-        )
-    with pytest.raises(ValueError, match="chunk_by must be one of 'auto', 'rows', 'classes'"):
-        run(given, chunk_by="columns")
+    teacher = TopK(*given.teacher.logits().log_softmax(-1).topk(4))
+    with pytest.raises(ValueError, match="with a TopK as teacher"):
+        run(given._replace(teacher=teacher), chunks=by_classes())

@@ -1,72 +1,57 @@
-"""linear_loss with a sparse teacher, against the definition on full logits in float64."""
+"""A Head with a sparse teacher, against the definition on full logits in float64."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, distance, name_of, peak_bytes
+from support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    Heads,
+    distance,
+    loss_in_chunks,
+    make_heads,
+    name_of,
+    peak_bytes,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
+from fastkd import Head, TopK
 from fastkd._core import topk
-from fastkd.linear import chunks
+from fastkd._core.values import TAILS
 
-ROWS, WIDTH, CLASSES, K = 37, 24, 203, 9
-
-
-class Problem(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    indices: Tensor
-    log_probs: Tensor
-    labels: Tensor | None
+ROWS, CLASSES, K = 37, 203, 9
 
 
-def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, width=WIDTH, ignored=0.3) -> Problem:
+def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> Heads:
+    """Heads whose teacher is k classes of each row, at temperature 1."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
-
-    teacher = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
-    log_probs, indices = torch.log_softmax(teacher, -1).topk(min(K, classes - 1))
-    labels = torch.randint(classes, (rows,), generator=generator)
-    labels[torch.rand(rows, generator=generator) < ignored] = -100
-    return Problem(
-        draw(rows, width).requires_grad_(),
-        draw(classes, width, scale=0.3).requires_grad_(),
-        draw(classes).requires_grad_(),
-        indices.to(device),
-        log_probs.to(device, dtype),
-        labels.to(device),
-    )
+    logits = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
+    log_probs, indices = torch.log_softmax(logits, -1).topk(min(K, classes - 1))
+    teacher = TopK(log_probs.to(device, dtype), indices.to(device))
+    return make_heads(dtype, device, rows, classes, ignored)._replace(teacher=teacher)
 
 
-def loss(given: Problem, **options) -> Tensor:
+def loss(given: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
     """The loss, at temperature 2 unless the options have another."""
-    options = {"temperature": 2.0, **options}
-    return fastkd.linear_loss(
-        given.hidden,
-        given.weight,
-        labels=given.labels,
-        student_bias=given.bias,
-        topk_indices=given.indices,
-        topk_log_probs=given.log_probs,
-        **options,
-    )
+    given = given._replace(teacher=given.teacher._replace(tail=tail)).with_options(softcap, scale)
+    return loss_in_chunks(*given, **{"temperature": 2.0, **options})
 
 
-def run(given: Problem, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
+def run(given: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the gradients of hidden states, weight and bias."""
     value = loss(given, **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
-    return value.detach(), list(torch.autograd.grad(value, given[:3], outgoing))
+    return value.detach(), list(torch.autograd.grad(value, given.leaves(), outgoing))
 
 
 def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tensor:
-    """D of each row, as fastkd.topk_loss has it."""
+    """D of each row, as fastkd.TopK has it."""
     log_q = log_q.gather(-1, indices)
     if tail == "ignore":
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -80,7 +65,7 @@ def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tens
 
 
 def on_full_logits(
-    given: Problem,
+    given: Heads,
     outgoing: Tensor | None = None,
     *,
     dtype: torch.dtype = FP64,
@@ -92,15 +77,15 @@ def on_full_logits(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
     """The same by PyTorch's own operations, products in ``dtype``, the loss in float32 at least."""
-    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given[:3]]
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given.leaves()]
     wide = torch.promote_types(dtype, FP32)
-    z = F.linear(*leaves).to(wide) * logit_scale
+    z = F.linear(*leaves).to(wide) * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_q = torch.log_softmax(z / temperature, -1)
-    soft = divergence(log_q, given.indices, given.log_probs.to(wide), tail)
+    soft = divergence(log_q, given.teacher.indices, given.teacher.log_probs.to(wide), tail)
     value = soft_weight * temperature**2 * soft
     count: float | Tensor = len(z)
     if given.labels is not None:
@@ -125,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1, "normalizer": 12.0},
     "normalizer tensor": {"normalizer": torch.tensor(7)},
     "soft cap": {"softcap": 3.0, "tail": "renormalize"},
-    "logit scale": {"logit_scale": 0.25},
+    "scale": {"scale": 0.25},
 }
 
 
@@ -144,7 +129,7 @@ def test_options(device, way, dtype, options):
     exact, exact_grads = on_full_logits(given, **options)
     bound = 64 * torch.finfo(dtype).eps
     for size in (8, ROWS):
-        value, grads = run(given, chunk_size=size, **options)
+        value, grads = run(given, chunks={"chunk_size": size}, **options)
         assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
         for grad, right in zip(grads, exact_grads, strict=True):
             assert grad.dtype == dtype
@@ -159,7 +144,7 @@ def test_grad_output(device, dtype, reduction):
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
     exact, exact_grads = on_full_logits(given, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunk_size=8, **options)
+    value, grads = run(given, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -173,40 +158,40 @@ def test_16_bit_errors(device, dtype):
     _, exact = on_full_logits(given)
     _, cast = on_full_logits(given, dtype=dtype)
     for size in (8, 300):
-        _, grads = run(given, chunk_size=size)
+        _, grads = run(given, chunks={"chunk_size": size})
         for name, grad, right, own in zip("xwb", grads, exact, cast, strict=True):
             assert distance(grad, right) <= 1.1 * distance(own, right), name
 
 
-def test_it_is_topk_loss(device):
-    """Of the student's logits, also with narrow lists, padding and batch dimensions."""
+def test_it_is_the_loss_of_full_logits(device):
+    """Also with narrow lists, padding and batch dimensions."""
     given = make(device=device)
-    indices = given.indices.int().clone()
+    indices = given.teacher.indices.int().clone()
     indices[::2, -3:] = -1
-    log_probs = given.log_probs.to(BF16)
-    logits = F.linear(*given[:3])
-    expected = fastkd.topk_loss(
-        logits, indices, log_probs, given.labels, reduction="none", temperature=2.0
-    )
+    teacher = TopK(given.teacher.log_probs.to(BF16), indices)
+    options = {"reduction": "none", "temperature": 2.0}
+    expected = fastkd.loss(given.student.logits(), teacher, given.labels, **options)
     shape = (ROWS, 1)
-    value = loss(
-        given._replace(
-            hidden=given.hidden.unflatten(0, shape),
-            indices=indices.unflatten(0, shape),
-            log_probs=log_probs.unflatten(0, shape),
-            labels=given.labels.unflatten(0, shape),
-        ),
-        reduction="none",
-        chunk_size=8,
+    value = loss_in_chunks(
+        given.student._replace(hidden=given.student.hidden.unflatten(0, shape)),
+        TopK(*(value.unflatten(0, shape) for value in teacher[:2])),
+        given.labels.unflatten(0, shape),
+        chunks={"chunk_size": 8},
+        **options,
     )
     assert value.shape == shape
     torch.testing.assert_close(value.flatten(), expected)
 
 
+def test_the_default_temperature_is_that_of_the_lists(device):
+    given = make(device=device)
+    assert torch.equal(fastkd.loss(*given), fastkd.loss(*given, temperature=1.0))
+
+
 def test_without_labels(device):
     given = make(FP64, device)._replace(labels=None)
     exact, exact_grads = on_full_logits(given, soft_weight=1.0)
-    value, grads = run(given, chunk_size=8)
+    value, grads = run(given, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, right)
@@ -214,13 +199,13 @@ def test_without_labels(device):
 
 def test_ignored_rows_are_not_read(device):
     given = make(device=device)
-    expected = run(given, chunk_size=8)
+    expected = run(given, chunks={"chunk_size": 8})
     ignored = given.labels == -100
     with torch.no_grad():
-        given.hidden[ignored] = float("nan")
-    given.indices[ignored] = CLASSES + 5
-    given.log_probs[ignored] = float("inf")
-    value, grads = run(given, chunk_size=8)
+        given.student.hidden[ignored] = float("nan")
+    given.teacher.indices[ignored] = CLASSES + 5
+    given.teacher.log_probs[ignored] = float("inf")
+    value, grads = run(given, chunks={"chunk_size": 8})
     assert torch.equal(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         assert torch.equal(grad, right)
@@ -233,16 +218,16 @@ def test_no_gradient_where_none_is_asked_for(device):
     expected, _ = run(given)
     with torch.no_grad():
         assert torch.equal(loss(given), expected)
-    frozen = given._replace(weight=given.weight.detach(), bias=given.bias.detach())
-    loss(frozen).backward()
-    assert frozen.hidden.grad is not None
+    hidden, weight, bias = given.leaves()
+    loss(given._replace(student=Head(hidden, weight.detach(), bias.detach()))).backward()
+    assert hidden.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_autocast(device, dtype):
     given = make(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
-        value, grads = run(given, chunk_size=64)
+        value, grads = run(given, chunks={"chunk_size": 64})
         _, eager = on_full_logits(given, dtype=FP32)
     _, exact = on_full_logits(given)
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
@@ -258,15 +243,9 @@ def test_peak_memory_is_what_the_plan_says(cap):
     """The gradient is a tensor beside the logits, as a teacher's logits would be."""
     given = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
-        chosen = chunks.plan(
-            512,
-            16000,
-            WIDTH,
-            logits_per_row=2.0 if cap is None else 3.0,
-            chunk_by="rows",
-            **options,
-        )
-        peak = peak_bytes(lambda options=options: run(given, softcap=cap, **options))
+        options["chunk_by"] = "rows"
+        chosen = fastkd.chunks.plan(*given.with_options(cap), **options)
+        peak = peak_bytes(lambda options=options: run(given, softcap=cap, chunks=options))
         small = 2**22  # a block of a product, biases, lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
@@ -274,59 +253,58 @@ def test_peak_memory_is_what_the_plan_says(cap):
 def test_a_bound_holds_for_long_lists_too():
     """Checking them takes little, whatever their length."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8)
+    student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
     log_probs, indices = torch.randn(1024, 1000).log_softmax(-1).topk(512)
-    options = {"topk_indices": indices.int(), "topk_log_probs": log_probs}
-    bound = 2**21
-    peak = peak_bytes(lambda: fastkd.linear_loss(hidden, weight, max_workspace=bound, **options))
-    assert peak <= bound
+    teacher, bound = TopK(log_probs, indices.int()), {"max_workspace": 2**21}
+    assert peak_bytes(lambda: loss_in_chunks(student, teacher, chunks=bound)) <= 2**21
     indices[700, 3] = 1000
-    options["topk_indices"] = indices
-    with pytest.raises(ValueError, match=r"topk_indices must be in .*; row 700 has 1000"):
-        fastkd.linear_loss(hidden, weight, **options)
+    with pytest.raises(ValueError, match=r"teacher.indices must be in .*; row 700 has 1000"):
+        fastkd.loss(student, TopK(log_probs, indices))
 
 
 def test_a_bound_holds_without_the_kernel_too(monkeypatch):
     given = make(rows=512, classes=2000, ignored=0.0)
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
-    assert peak_bytes(lambda: run(given, max_workspace=2**23)) <= 2**23
+    assert peak_bytes(lambda: run(given, chunks={"max_workspace": 2**23})) <= 2**23
 
 
 # ---- derivatives, compilation
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("tail", topk.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 def test_derivatives(tail, reduction):
     """First and second, by finite differences."""
-    given = make(FP64, rows=5, classes=6, width=3)
+    given = make(FP64, rows=5, classes=6)
+    hidden, weight, bias = given.leaves()
+    leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]
 
     def of(x, w, b):
-        leaves = given._replace(hidden=x, weight=w, bias=b)
-        return loss(leaves, tail=tail, reduction=reduction, chunk_size=2, softcap=5.0)
+        options = {"tail": tail, "reduction": reduction, "softcap": 5.0}
+        return loss(given._replace(student=Head(x, w, b)), chunks={"chunk_size": 2}, **options)
 
-    assert torch.autograd.gradcheck(of, given[:3])
-    assert torch.autograd.gradgradcheck(of, given[:3])
+    assert torch.autograd.gradcheck(of, leaves)
+    assert torch.autograd.gradgradcheck(of, leaves)
 
 
 def test_backward_twice():
     given = make()
-    value = loss(given, chunk_size=8)
-    first = torch.autograd.grad(value, given[:3], retain_graph=True)
+    value = loss(given, chunks={"chunk_size": 8})
+    first = torch.autograd.grad(value, given.leaves(), retain_graph=True)
     kept = [grad.clone() for grad in first]
-    second = torch.autograd.grad(value, given[:3])
+    second = torch.autograd.grad(value, given.leaves())
     for one, copy, two in zip(first, kept, second, strict=True):
         assert torch.equal(one, copy) and torch.equal(one, two)
 
 
 def test_function_transforms():
     given = make(FP64, ignored=0.0)
+    hidden, weight, bias = (leaf.detach() for leaf in given.leaves())
 
-    def of(x, indices, log_probs, labels):
-        rows = given._replace(hidden=x, indices=indices, log_probs=log_probs, labels=labels)
-        return loss(rows._replace(weight=given.weight.detach(), bias=given.bias.detach()))
+    def of(x, log_probs, indices, labels):
+        return loss(Heads(Head(x, weight, bias), TopK(log_probs, indices), labels))
 
-    rows = (given.hidden.detach(), *given[3:])
+    rows = (hidden, *given.teacher[:2], given.labels)
     _, (right, _, _) = run(given)
     torch.testing.assert_close(torch.func.grad(of)(*rows), right)
     batch = [value[:36].unflatten(0, (4, 9)) for value in rows]
@@ -348,13 +326,16 @@ def test_compiled(reduction):
 
     from torch._dynamo.backends.common import aot_autograd
 
+    teacher = given.teacher._replace(tail="renormalize")
+    plan = fastkd.chunks.plan(given.student, teacher, given.labels, chunk_size=8)
+
     def of(x, w, b):
-        leaves = given._replace(hidden=x, weight=w, bias=b)
-        return loss(leaves, reduction=reduction, tail="renormalize", chunk_size=8)
+        return fastkd.loss(Head(x, w, b), teacher, given.labels, reduction=reduction, chunks=plan)
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(of, fullgraph=True, backend=backend)
-    grads = [torch.autograd.grad(call(*given[:3]).sum(), given[:3]) for call in (compiled, of)]
+    leaves = given.leaves()
+    grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, of)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert "fastkd.linear_loss.default" in graphs[0]
@@ -366,68 +347,52 @@ def test_compiled(reduction):
 
 def test_module(device):
     given = make(device=device)
-    module = fastkd.LinearKDLoss(tail="renormalize", temperature=1.0, alpha=0.2)
-    tensors = {
-        "labels": given.labels,
-        "student_bias": given.bias,
-        "topk_indices": given.indices,
-        "topk_log_probs": given.log_probs,
-    }
+    teacher = given.teacher._replace(tail="renormalize")
+    module = fastkd.KDLoss(temperature=1.0, alpha=0.2)
     expected = loss(given, tail="renormalize", temperature=1.0, alpha=0.2)
-    assert torch.equal(module(given.hidden, given.weight, **tensors), expected)
+    assert torch.equal(module(given.student, teacher, given.labels), expected)
 
 
 ROW = torch.ones(ROWS)
+LISTS = TopK(*torch.randn(ROWS, CLASSES).log_softmax(-1).topk(K))
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "half of it": ({"topk_log_probs": None}, "topk_log_probs must be a tensor; got NoneType"),
-    "no indices": ({"topk_indices": None}, "topk_indices must be a tensor of class indices"),
-    "a head too": (
-        {"teacher_hidden": torch.zeros(ROWS, 3), "teacher_weight": torch.zeros(CLASSES, 3)},
-        "topk_indices and topk_log_probs take the place of teacher_hidden",
+    "half of it": ({"log_probs": None}, "teacher.log_probs must be a tensor; got NoneType"),
+    "no indices": ({"indices": None}, "teacher.indices must be a tensor of class indices"),
+    "index dtype": ({"indices": torch.zeros(ROWS, K)}, "teacher.indices must be class indices"),
+    "rows": (
+        {"log_probs": LISTS.log_probs[:3], "indices": LISTS.indices[:3]},
+        r"teacher.log_probs must have k >= 1 entries",
     ),
-    "logits too": (
-        {"teacher_logits": torch.zeros(ROWS, CLASSES)},
-        "topk_indices and topk_log_probs take the place of",
-    ),
-    "index dtype": ({"topk_indices": torch.zeros(ROWS, K)}, "topk_indices must be class indices"),
-    "rows": ({"topk_indices": torch.zeros(3, K).long()}, r"topk_indices must have k >= 1 entries"),
     "k": (
-        {"topk_log_probs": torch.zeros(ROWS, K + 1)},
-        "topk_indices and topk_log_probs must have the same shape",
+        {"log_probs": torch.zeros(ROWS, K + 1)},
+        "teacher.log_probs and teacher.indices must have the same shape",
     ),
     "index": (
-        {"topk_indices": torch.full((ROWS, K), CLASSES)},
-        r"topk_indices must be in \[0, 203\).*row 0 has 203",
+        {"indices": torch.full((ROWS, K), CLASSES)},
+        r"teacher.indices must be in \[0, 203\).*row 0 has 203",
     ),
     "twice": (
-        {"topk_indices": torch.full((ROWS, K), 1)},
-        "topk_indices must not list a class twice; row 0 has 1",
+        {"indices": torch.full((ROWS, K), 1)},
+        "teacher.indices must not list a class twice; row 0 has 1",
     ),
     "probabilities": (
-        {"topk_log_probs": torch.full((ROWS, K), 0.5)},
-        "topk_log_probs must be logarithms of probabilities",
+        {"log_probs": torch.full((ROWS, K), 0.5)},
+        "teacher.log_probs must be logarithms of probabilities",
     ),
     "teacher grad": (
-        {"topk_log_probs": torch.full((ROWS, K), -9.0, requires_grad=True)},
-        "topk_log_probs requires grad",
+        {"log_probs": torch.full((ROWS, K), -9.0, requires_grad=True)},
+        "teacher requires grad",
     ),
-    "tail": ({"tail": "cut"}, "tail must be one of"),
-    "tail of a head": (
-        {
-            **{"topk_indices": None, "topk_log_probs": None, "tail": "ignore"},
-            **{"teacher_logits": torch.zeros(ROWS, CLASSES)},
-        },
-        "tail belongs to topk_indices; got tail='ignore'",
-    ),
-    "divergence": ({"divergence": "jsd"}, "divergence must be 'forward_kl' with topk_indices"),
-    "standardize": ({"standardize": True}, "standardize must be False with topk_indices"),
+    "tail": ({"tail": "cut"}, "teacher.tail must be one of"),
+    "divergence": ({"divergence": "jsd"}, "divergence must be 'forward_kl' with a TopK"),
+    "standardize": ({"standardize": True}, "standardize must be False with a TopK"),
     "teacher temperature": ({"teacher_temperature": 2.0}, "teacher_temperature must be None with"),
     "class weight": ({"class_weight": torch.ones(CLASSES)}, "class_weight must be None with"),
-    "row temperatures": ({"temperature": ROW}, "temperature must be a number with topk_indices"),
-    "row weights": ({"hard_weight": ROW}, "hard_weight must be a number with topk_indices"),
+    "row temperatures": ({"temperature": ROW}, "temperature must be a number with a TopK"),
+    "row weights": ({"hard_weight": ROW}, "hard_weight must be a number with a TopK"),
     "soft labels": (
         {"labels": torch.full((ROWS, CLASSES), 1 / CLASSES)},
-        "labels must be class indices with topk_indices",
+        "labels must be class indices of an integer dtype with a TopK",
     ),
 }
 
@@ -435,20 +400,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
 def test_bad_input(wrong, message):
     given = make()
-    arguments = {
-        "labels": given.labels.clamp(min=0),
-        "topk_indices": given.indices,
-        "topk_log_probs": given.log_probs,
-    }
-    fastkd.linear_loss(*given[:2], **arguments)
+    fields = {name: value for name, value in wrong.items() if name in TopK._fields}
+    options = {"labels": given.labels.clamp(min=0), **wrong}
+    options = {name: value for name, value in options.items() if name not in TopK._fields}
+    fastkd.loss(*given)
     with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.linear_loss(*given[:2], **{**arguments, **wrong})
+        fastkd.loss(given.student, given.teacher._replace(**fields), **options)
 
 
-def test_teacher_grad_may_be_ignored():
+def test_a_detached_teacher():
     given = make()
     expected, _ = run(given)
-    learned = given._replace(log_probs=given.log_probs.clone().requires_grad_())
-    loss(learned, teacher_grad="ignore").backward()
-    assert learned.log_probs.grad is None
-    assert torch.equal(loss(learned, teacher_grad="ignore"), expected)
+    learned = given.teacher._replace(log_probs=given.teacher.log_probs.clone().requires_grad_())
+    detached = learned._replace(log_probs=learned.log_probs.detach())
+    assert torch.equal(loss(given._replace(teacher=detached)), expected)

@@ -1,4 +1,4 @@
-"""linear_loss in what training puts around it: derivatives of derivatives, torch.compile,
+"""The loss of a Head in what training puts around it: derivatives of derivatives, torch.compile,
 checkpointing, function transforms, several processes."""
 
 import pathlib
@@ -8,13 +8,14 @@ import textwrap
 
 import pytest
 import torch
-from support import BF16, FP16, FP32, FP64, name_of
+from support import BF16, FP16, FP32, FP64, loss_in_chunks, name_of
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastkd
-from fastkd.linear import row_loop
+from fastkd import Head
+from fastkd.linear.call import Inputs, LinearCall
 
 compiles = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -40,25 +41,31 @@ def fresh_compiler():
 class Model(nn.Module):
     """A body, a head, and the loss at their end."""
 
-    def __init__(self, dtype=FP32, rows=21, classes=50, **options):
+    def __init__(self, dtype=FP32, rows=21, classes=50, softcap=None, chunk_by="auto", **options):
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head = nn.Linear(8, 12), nn.Linear(12, classes)
-        self.criterion = fastkd.LinearKDLoss(chunk_size=8, **options)
         self.teacher_weight = nn.Buffer(torch.randn(classes, 20))
+        self.softcap = softcap
         self.to(dtype)
         self.inputs = (
             torch.randn(rows, 8, dtype=dtype),
             torch.randn(rows, 20, dtype=dtype),
             torch.randint(classes, (rows,)).masked_fill(torch.arange(rows) % 4 == 1, -100),
         )
+        plan = fastkd.chunks.plan(
+            *self.heads(*self.inputs[:2]), self.inputs[2], chunk_by=chunk_by, chunk_size=8,
+            **options,
+        )  # fmt: skip
+        self.criterion = fastkd.KDLoss(chunks=plan, **options)
+
+    def heads(self, x, teacher_hidden):
+        hidden, teacher = self.body(x).tanh(), self.teacher_weight
+        student = Head(hidden, self.head.weight, self.head.bias, softcap=self.softcap)
+        return student, Head(teacher_hidden, teacher, softcap=self.softcap)
 
     def forward(self, x, teacher_hidden, labels):
-        hidden = self.body(x).tanh()
-        return self.criterion(
-            hidden, self.head.weight, teacher_hidden, self.teacher_weight, labels,
-            student_bias=self.head.bias,
-        )  # fmt: skip
+        return self.criterion(*self.heads(x, teacher_hidden), labels)
 
 
 def step(model, function=None):
@@ -79,14 +86,14 @@ def test_derivatives(options):
     """First and second, by finite differences."""
     torch.manual_seed(0)
     options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    cap, chunks = options.pop("softcap", None), {"chunk_size": 2}
+    chunks["chunk_by"] = options.pop("chunk_by", "auto")
     leaves = [torch.randn(s, dtype=FP64, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
-    teacher = [torch.randn(s, dtype=FP64) for s in ((5, 2), (4, 2))]
+    teacher = Head(*(torch.randn(s, dtype=FP64) for s in ((5, 2), (4, 2))), None, cap, 0.5)
     labels = torch.tensor([0, -100, 3, 1, 2])
 
     def loss(x, w, b):
-        return fastkd.linear_loss(
-            x, w, *teacher, labels, student_bias=b, chunk_size=2, logit_scale=0.5, **options
-        )
+        return loss_in_chunks(Head(x, w, b, cap, 0.5), teacher, labels, chunks=chunks, **options)
 
     assert gradcheck(loss, leaves)
     assert gradgradcheck(loss, leaves)
@@ -175,15 +182,16 @@ def test_opcheck(reduction, by_classes):
     """torch's own checks of the op: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
-    inputs = row_loop.Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
+    inputs = Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
     inputs = inputs._replace(denominator=torch.tensor(11.0))
     grads = reduction == "mean"
-    call = row_loop.Call(
+    call = LinearCall(
         temperature=2.0, teacher_temperature=None, hard_weight=0.5, soft_weight=0.5,
         ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
         mix=None, standardize=False, tail="ghost", student_softcap=None, teacher_softcap=None,
         student_scale=1.0, teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32,
         chunk=8, by_classes=by_classes, hidden_grad=grads, weight_grad=grads, bias_grad=False,
+        with_terms=False,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.fastkd.linear_loss.default,
@@ -198,7 +206,7 @@ def test_function_transforms():
     weight = model.head.weight.detach()[:, :8]
 
     def loss(x, t, labels):
-        return fastkd.linear_loss(x, weight, t, model.teacher_weight, labels)
+        return fastkd.loss(Head(x, weight), Head(t, model.teacher_weight), labels)
 
     right = torch.autograd.grad(loss(x.requires_grad_(), t, labels), x)[0]
     torch.testing.assert_close(torch.func.grad(loss)(x.detach(), t, labels), right)

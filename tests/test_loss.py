@@ -487,15 +487,13 @@ def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, dev
     """A step of accumulated batches may have no label at all; its count of tokens is 0."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
-    head, lists = torch.eye(20, device=device), teacher.log_softmax(-1).topk(3)
+    weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))
 
     def topk(s, y):
-        return fastkd.topk_loss(s, lists.indices, lists.values, y, normalizer=normalizer)
+        return fastkd.loss(s, top, y, normalizer=normalizer)
 
     def linear(s, y):
-        return fastkd.linear_loss(
-            s, head, teacher_logits=teacher, labels=y, normalizer=normalizer, **options
-        )
+        return fastkd.loss(fastkd.Head(s, weight), teacher, y, normalizer=normalizer, **options)
 
     def dense(s, y):
         return fastkd.loss(s, teacher, y, normalizer=normalizer, **options)

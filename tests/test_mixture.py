@@ -11,8 +11,9 @@ from support import BF16, DTYPES, FP32, FP64, pairwise, peak_bytes
 from torch import Tensor
 
 import fastkd
-from fastkd import losses
 from fastkd._core import dispatch, mixture, objective, shapes
+from fastkd._core.arguments import Call
+from fastkd._core.objective import Options
 
 INF = math.inf
 # Of log p, beside its own size; of p, absolute.
@@ -38,8 +39,7 @@ def teachers_of(
 
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
     """The mixture as one teacher."""
-    given = {**losses.DEFAULTS, **options}
-    resolved = objective.resolve(given, has_labels=False, teachers=len(teachers))
+    resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
     resolved = objective.fit(resolved, teachers[0], None, dtype)
     mixing = mixture.mixing(tuple(teachers), resolved, dtype)
     assert mixing is not None
@@ -50,7 +50,7 @@ def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     """The mixture's logits at temperature 1, in float64, on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
-    temperature = options.get("temperature", losses.DEFAULTS["temperature"])
+    temperature = options.get("temperature", 2.0)
     if isinstance(temperature, Tensor):
         temperature = temperature.double().unsqueeze(-1)
     return (logits.double() / temperature).cpu()
@@ -114,8 +114,7 @@ def test_layouts(device):
     check([logits[1:2].expand(3, 6, 50) for logits in wide])
     pixels = [logits.movedim(-1, 1).contiguous().movedim(1, -1) for logits in wide]
     dense = mixed(wide)
-    given = {**losses.DEFAULTS}
-    resolved = objective.resolve(given, has_labels=False, teachers=2)
+    resolved = objective.resolve(Options(), has_labels=False, teachers=2)
     assert mixture.mixing(tuple(pixels), resolved, FP32) is None
     by_torch = mixture.mixed_by_operations(tuple(pixels), resolved, FP32)
     torch.testing.assert_close(by_torch.double().cpu() / 2.0, dense, rtol=0, atol=4e-6)
@@ -324,14 +323,22 @@ def test_again_and_differentiated_twice():
         torch.autograd.grad(value, student)
 
 
-def test_parts_of_rows_have_no_mixture():
-    logits = torch.zeros(3, 4)
-    options = {**losses.DEFAULTS, "reduction": "none", "teacher_form": "probs"}
-    of_probs = objective.resolve(options, has_labels=False, teachers=1)
-    with pytest.raises(AssertionError):
-        dispatch.statistics(logits, logits, None, of_probs)
-    with pytest.raises(AssertionError):
-        dispatch.gradient_(logits, logits, None, of_probs, torch.zeros(3 * shapes.STATS + 1))
+@pytest.mark.parametrize("ensemble", ["probs", "logits"])
+def test_statistics_of_rows_mix_teachers(ensemble):
+    """The two passes of the linear loop, for several teachers."""
+    student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    teachers = teachers_of("logits", (3, 40), FP32, 2)
+    options = {"reduction": "none", "ensemble": ensemble}
+    resolved = objective.resolve(Options(**options), has_labels=False, teachers=2)
+    gradient = student.clone()
+    call = Call(gradient, tuple(teachers), None, resolved, FP32)
+    divergences, statistics = dispatch.statistics(call)
+    dispatch.gradient_(call, statistics)
+    leaf = student.clone().requires_grad_()
+    expected = fastkd.terms(leaf, teachers, **options)
+    torch.testing.assert_close(divergences, expected.soft)
+    (of_sum,) = torch.autograd.grad(expected.loss.sum(), leaf)
+    torch.testing.assert_close(gradient, of_sum)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing

@@ -155,9 +155,6 @@ def test_a_sparse_divergence_is_never_negative(device, tail):
     student = torch.randn(2000, 3, generator=generator, dtype=FP64) * 20
     student[:, 0] += torch.linspace(650, 760, 2000)
     teacher = student + torch.randn(2000, 3, generator=generator, dtype=FP64)
-    log_probs, indices = teacher.log_softmax(-1).topk(2)
-    options = {"temperature": 1.0, "reduction": "none", "tail": tail}
-    value = fastkd.topk_loss(
-        student.to(device), indices.to(device), log_probs.to(device), **options
-    )
+    top = fastkd.TopK(*teacher.to(device).log_softmax(-1).topk(2), tail)
+    value = fastkd.loss(student.to(device), top, reduction="none")
     assert float(value.min()) >= 0

@@ -57,6 +57,27 @@ def test_public_names():
         assert hasattr(fastkd, name)
 
 
+def test_compat_and_integrations_are_imported_when_they_are_used():
+    script = """
+import sys
+import fastkd
+assert {"compat", "integrations"} <= set(dir(fastkd)) and "fastkd.compat" not in sys.modules
+fastkd.compat.trl.generalized_jsd_loss
+assert "timm" in dir(fastkd.compat) and "fastkd.compat.timm" not in sys.modules
+fastkd.integrations.transformers.DistillationMixin
+assert "transformers" not in sys.modules
+for module in (fastkd, fastkd.compat):
+    try:
+        module.nothing
+    except AttributeError as error:
+        assert str(error) == f"module {module.__name__!r} has no attribute 'nothing'"
+    else:
+        raise AssertionError(module)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_loss_terms_and_module_have_the_same_options():
     def options(function) -> dict:
         return {

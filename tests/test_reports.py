@@ -126,7 +126,7 @@ def test_float64_is_kept():
 def test_wilson_interval_against_its_definition():
     """Its ends are the shares at which the normal test just rejects."""
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
-        for end in measure.wilson(share, rows):
+        for end in measure.compute_wilson_interval(share, rows):
             gap = abs(share - end)
             assert gap == pytest.approx(1.959964 * (end * (1 - end) / rows) ** 0.5, abs=1e-9)
 
@@ -168,18 +168,18 @@ def test_without_labels_only_agreement_is_left(models, tmp_path):
 def test_size_counts_shared_weights_once():
     made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
     made[2].weight = made[0].weight
-    found = measure.size(made)
+    found = measure.measure_size(made)
     assert found.parameters == 64 + 8 + 16 + 8
     assert found.bytes == 4 * (found.parameters + 16) + 8
     made[2].weight = nn.Parameter(made[0].weight.detach().t())  # the same memory
-    assert measure.size(made).bytes == found.bytes
+    assert measure.measure_size(made).bytes == found.bytes
 
 
 def test_size_of_parameters_that_are_views_of_one_buffer():
     made, flat = nn.Bilinear(4, 4, 2, bias=False), torch.zeros(100)
     made.weight = nn.Parameter(flat[:32].view(2, 4, 4))
     made.other = nn.Parameter(flat[32:40])
-    assert measure.size(made) == (40, 160)
+    assert measure.measure_size(made) == (40, 160)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
@@ -187,7 +187,7 @@ def test_size_of_a_quantised_model():
     plain = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     quantised = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
     weights = 64 * 32 + 32 * 10
-    assert weights < measure.size(quantised).bytes < measure.size(plain).bytes
+    assert weights < measure.measure_size(quantised).bytes < measure.measure_size(plain).bytes
     found = fastkd.report(plain, quantised, LOADER[:1], seconds=0, show=False)
     assert found.models[1].answers.agreement > 0.5
 
@@ -344,7 +344,7 @@ def test_json_is_everything(report):
 
 def test_markdown_is_one_table(report, tmp_path):
     lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(tables.rows(report))
+    assert len(lines) == 2 + len(tables.make_rows(report))
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
     report.save(tmp_path)
     for name in re.findall(r"\]\((.*?)\)", report.markdown()):
@@ -352,10 +352,10 @@ def test_markdown_is_one_table(report, tmp_path):
 
 
 def test_numbers_in_words():
-    counts = [tables.count(n) for n in (0, 7, 999, 1000, 99_960, 999_600, 10**9, 10**13)]
+    counts = [tables.format_count(n) for n in (0, 7, 999, 1000, 99_960, 999_600, 10**9, 10**13)]
     assert counts == ["0", "7", "999", "1.00k", "100k", "1.00M", "1.00G", "10.0T"]
-    assert tables.size(999) == "999 B" and tables.size(1_000_000) == "1.00 MB"
-    assert tables.duration(1.5) == "1.50 s" and tables.duration(0.012) == "12.0 ms"
+    assert tables.format_size(999) == "999 B" and tables.format_size(1_000_000) == "1.00 MB"
+    assert tables.format_duration(1.5) == "1.50 s" and tables.format_duration(0.012) == "12.0 ms"
 
 
 @pytest.mark.parametrize("name", ["teachers", "report"])
@@ -394,7 +394,7 @@ def test_page_refers_to_nothing_outside_itself(report):
     assert not {"script", "link", "iframe", "img", "object", "base"} & set(page.tags)
     assert all(link.startswith("#") for tag, link in page.links if tag != "meta")
     assert "default-src 'none'" in text
-    assert page.tags.count("svg") == len(plots.figures(report)) == 2
+    assert page.tags.count("svg") == len(plots.draw_figures(report)) == 2
     ids = re.findall(r'\bid="(.*?)"', text)
     assert len(ids) > 20 and {link[1:] for tag, link in page.links if tag != "meta"} <= set(ids)
 
@@ -484,7 +484,7 @@ def test_page_in_a_browser(report, tmp_path, dark):
         drawn = shot.convert("RGB")
     assert (sum(drawn.getpixel((2, 2))) < 150) == dark
     counts = {colour: n for n, colour in drawn.getcolors(2**24)}
-    for colour in plots.colours(report):
+    for colour in plots.choose_colors(report):
         wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
         near = [
             n
@@ -503,5 +503,7 @@ def test_page_is_understood_by_a_browser(report, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(report.html(), encoding="utf-8")
     shown = Page(browse(page, "--dump-dom").stdout.decode())
-    assert shown.tags.count("svg") == 2 and shown.tags.count("tr") == 1 + len(tables.rows(report))
+    assert shown.tags.count("svg") == 2 and shown.tags.count("tr") == 1 + len(
+        tables.make_rows(report)
+    )
     assert "distilled" in shown.text and "calibration error" in shown.text

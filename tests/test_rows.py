@@ -7,7 +7,8 @@ from support import FP64, make
 import fastkd
 from fastkd import reference
 from fastkd._core import rows
-from fastkd.losses import DEFAULTS, prepare
+from fastkd._core.arguments import Call, prepare
+from fastkd._core.objective import Options
 
 ROWS, CLASSES = 7, 6
 OPTIONS = {
@@ -38,15 +39,18 @@ def test_parts(monkeypatch, device, options, kind):
     teachers = [teacher, student.flip(1)] if options == "two teachers" else teacher
     t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
     leaf = student.requires_grad_()
-    call = prepare(leaf, teachers, labels, {**DEFAULTS, "teacher_temperature": t, **given})
+    call = prepare(leaf, teachers, labels, Options(teacher_temperature=t, **given))
+
+    def at_once(call: Call) -> reference.Terms:
+        return reference.terms(*call[:3], **call.objective._asdict())
 
     def results(compute) -> tuple:
-        terms = compute(*call)
+        terms = compute(call)
         gradients = torch.autograd.grad(terms.loss.sum(), (leaf, t), create_graph=True)
         second = torch.autograd.grad(gradients[0].square().sum(), leaf)
         return (*terms, *gradients, *second)
 
-    expected = results(lambda *a: reference.terms(*a[:3], **a[3]._asdict()))
+    expected = results(at_once)
     monkeypatch.setattr(rows, "AT_ONCE", 3 * CLASSES)
     for ours, theirs in zip(results(rows.in_parts), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -158,18 +158,16 @@ def with_heads(
     temperature=1.0,
     **_,
 ):
-    """The same by :func:`fastkd.linear_loss`, which never has the logits of all rows either."""
-    loss = fastkd.linear_loss(
-        student_hidden_states,
-        student_lm_head_weight,
-        teacher_hidden_states,
-        teacher_lm_head_weight,
+    """The same by two :class:`fastkd.Head`, which never has the logits of all rows either."""
+    loss = fastkd.loss(
+        fastkd.Head(student_hidden_states, student_lm_head_weight),
+        fastkd.Head(teacher_hidden_states, teacher_lm_head_weight),
         torch.where(completion_mask != 0, 0, -100),
         temperature=temperature,
         hard_weight=0.0,
         soft_weight=1 / temperature**2,
         normalizer=num_items_in_batch,
-        **convention.generalized_jsd(beta),
+        **convention.choose_divergence(beta),
     )
     return loss, torch.zeros(()), completion_mask.sum()
 

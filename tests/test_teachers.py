@@ -94,7 +94,7 @@ def test_all_classes(tmp_path, dtype):
 def test_top_k(tmp_path, top_k):
     cache = write(Counting(), tmp_path, top_k=top_k, dtype=torch.float32)
     ids = torch.tensor([199, 0, 7, 7])
-    indices, log_probs = cache.lookup(ids)
+    log_probs, indices, _ = cache.lookup(ids)
     values, places = truth(Counting())[ids].topk(top_k)
     assert indices.dtype == torch.int64 and torch.equal(indices, places)
     torch.testing.assert_close(log_probs.double(), values, rtol=1e-6, atol=1e-6)
@@ -110,7 +110,7 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
     if top_k is None:
         log_q, tail = read.double(), torch.zeros(1)
     else:
-        indices, values = read
+        values, indices, _ = read
         tail = log_p.exp().scatter(-1, indices, 0.0).sum(-1)
         log_q = (tail / max(1, 10 - top_k)).log()[:, None].repeat(1, 10)
         log_q.scatter_(-1, indices, values.double())
@@ -139,7 +139,7 @@ def test_masked_classes(tmp_path):
             return logits
 
     cache = write(Masked(), tmp_path, top_k=5)
-    _, log_probs = cache.lookup(torch.arange(200))
+    log_probs = cache.lookup(torch.arange(200)).log_probs
     assert bool((log_probs[:, :3].exp().sum(-1) - 1).abs().max() < 1e-3)
     assert bool((log_probs[:, 3:] == -torch.inf).all())
     assert 0 <= cache.kl < 1e-5 and cache.tail == 0
@@ -159,13 +159,13 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_top_k_cache_is_what_topk_loss_takes(tmp_path):
+def test_a_top_k_cache_is_a_teacher(tmp_path):
     """With all classes in it, the loss is that of the teacher; padding counts nothing."""
     cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
         logits = Counting()(IMAGES[:64])
-    mine = fastkd.topk_loss(student, *cache.lookup(ids), LABELS[:64], temperature=3.0)
+    mine = fastkd.loss(student, cache.lookup(ids), LABELS[:64], temperature=3.0)
     theirs = fastkd.loss(student, logits, LABELS[:64], temperature=3.0)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -173,12 +173,11 @@ def test_a_top_k_cache_is_what_topk_loss_takes(tmp_path):
     batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
     student = torch.randn(2, 9, 30)
     found = text.lookup(batch.ids, student.shape[1:-1])
-    whole = fastkd.topk_loss(student, *found, batch.labels, reduction="sum")
-    rows = [(found[0][row, :n], found[1][row, :n], n) for row, n in ((0, 3), (1, 9))]
-    alone = [
-        fastkd.topk_loss(student[row, :n], *lists, TEXT[row], reduction="sum")
-        for row, (*lists, n) in enumerate(rows)
-    ]
+    whole = fastkd.loss(student, found, batch.labels, reduction="sum")
+    alone = []
+    for row, n in ((0, 3), (1, 9)):
+        lists = fastkd.TopK(found.log_probs[row, :n], found.indices[row, :n])
+        alone.append(fastkd.loss(student[row, :n], lists, TEXT[row], reduction="sum"))
     torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -212,15 +211,15 @@ def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
     assert sum(len(part.log_probs) for part in cache._shards) == sum(map(len, TEXT))
     order = [4, 2, 0]
     found = cache.lookup(torch.tensor(order), shape=(12,))
-    log_probs = found if top_k is None else found[1]
+    log_probs = found if top_k is None else found.log_probs
     assert log_probs.shape == (3, 12, top_k or 30)
     for row, number in enumerate(order):
         tokens = TEXT[number]
         exact = Characters()(tokens).log_softmax(-1)
         if top_k is not None:
             exact, places = exact.topk(top_k)
-            assert torch.equal(found[0][row, : len(tokens)], places)
-            assert bool((found[0][row, len(tokens) :] == -1).all())
+            assert torch.equal(found.indices[row, : len(tokens)], places)
+            assert bool((found.indices[row, len(tokens) :] == -1).all())
             assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
         else:  # padding is a distribution, too
             rest = log_probs[row, len(tokens) :].exp().sum(-1)
@@ -260,20 +259,26 @@ def test_images_of_classes(tmp_path):
     data = WithIds(TensorDataset(torch.arange(5 * 12).view(5, 3, 4) % 30))
     cache = write(Characters(), tmp_path, loader=DataLoader(data, 2), top_k=2)
     assert cache.positions == (3, 4)
-    indices, log_probs = cache.lookup(torch.tensor([4, 0]), shape=(3, 4))
+    log_probs, indices, _ = cache.lookup(torch.tensor([4, 0]), shape=(3, 4))
     assert indices.shape == log_probs.shape == (2, 3, 4, 2)
     exact = Characters()(data[4].inputs).topk(2).indices
     assert torch.equal(indices[0], exact)
-    with pytest.raises(ValueError, match=r"rows are \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"rows of shape \(3, 4\)"):
         cache.lookup(torch.tensor([4]), shape=(4, 3))
 
 
 # ---- interruptions
 
 
+def lookup(cache: TeacherCache, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that a cache has for some samples."""
+    found = cache.lookup(ids)
+    return (found,) if cache.top_k is None else found[:2]
+
+
 def same(one: TeacherCache, other: TeacherCache) -> None:
     assert torch.equal(one.ids, other.ids)
-    for mine, theirs in zip(one.lookup(one.ids), other.lookup(one.ids), strict=True):
+    for mine, theirs in zip(lookup(one, one.ids), lookup(other, one.ids), strict=True):
         assert torch.equal(mine, theirs)
     assert one.kl == pytest.approx(other.kl, rel=1e-5)
 
@@ -313,7 +318,7 @@ def test_batches_that_are_partly_there(tmp_path, cache):
     write(Counting(), tmp_path, loader=DataLoader(Subset(DATA, order[:70]), 32), top_k=4)
     resumed = write(Counting(), tmp_path, top_k=4, loader=DataLoader(DATA, 32, shuffle=True))
     assert sum(len(part.ids) for part in resumed._shards) == 200
-    assert torch.equal(resumed.lookup(cache.ids)[0], cache.lookup(cache.ids)[0])
+    assert torch.equal(lookup(resumed, cache.ids)[-1], lookup(cache, cache.ids)[-1])
 
 
 def test_samples_that_come_twice_are_kept_once(tmp_path):
@@ -350,12 +355,11 @@ def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
     assert process.wait() == -signal.SIGKILL
     left = TeacherCache(tmp_path)
     assert 0 < len(left) < 200
-    indices, _ = left.lookup(left.ids)
-    assert torch.equal(indices, cache.lookup(left.ids)[0])
+    assert torch.equal(left.lookup(left.ids).indices, cache.lookup(left.ids).indices)
     teacher = Counting()
     resumed = write(teacher, tmp_path, top_k=4)
     assert teacher.samples < 200 and len(resumed) == 200
-    assert torch.equal(resumed.lookup(cache.ids)[0], cache.lookup(cache.ids)[0])
+    assert torch.equal(lookup(resumed, cache.ids)[-1], lookup(cache, cache.ids)[-1])
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -415,9 +419,10 @@ def test_workers_read(cache, method):
         num_workers=2,
         multiprocessing_context=method,
     )
-    for asked, (indices, log_probs) in zip(ids, loader, strict=True):
+    for asked, found in zip(ids, loader, strict=True):
         expected = cache.lookup(asked)
-        assert torch.equal(indices, expected[0]) and torch.equal(log_probs, expected[1])
+        assert type(found) is fastkd.TopK and found.tail == expected.tail
+        assert all(torch.equal(*pair) for pair in zip(found[:2], expected[:2], strict=True))
 
 
 def test_pickled_it_is_a_path(cache):
@@ -536,7 +541,7 @@ def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, "top_k must be a positive integer or None; got 0"),
+        ({"top_k": 0}, "top_k must be an int of at least 1; got 0"),
         ({"top_k": True}, "top_k must be"),
         ({"top_k": 11}, "at most the number of classes, 10; got 11"),
         ({"dtype": torch.int8}, "dtype must be float16, bfloat16 or float32; got torch.int8"),
@@ -550,7 +555,7 @@ def test_a_cache_with_other_options_is_not_gone_on_with(cache, options, message)
     ],
 )
 def test_bad_arguments_write_nothing(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         write(Counting(), tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*"))
 
@@ -625,7 +630,7 @@ def forged(cache, tmp_path):
         ("classes", "-3", "its classes is"),
         ("classes", "9" * 30, "its classes is"),
         ("classes", "3", "its top_k is"),
-        ("top_k", "5", "log_probs is"),
+        ("top_k", "5", "(log_probs|indices) is"),
         ("top_k", "", "it holds the tensors"),
         ("temperature", "nan", "its temperature is"),
         ("temperature", "0", "its temperature is 0"),
@@ -641,7 +646,9 @@ def test_forged_metadata(forged, key, value, message):
     data, forge = forged
     header, body = parts_of(data)
     header["__metadata__"][key] = value
-    with pytest.raises(ValueError, match=f"no whole shard of a teacher's cache: .*({message})"):
+    with pytest.raises(
+        ValueError, match=f"not a complete shard of a teacher's cache: .*({message})"
+    ):
         TeacherCache(forge(joined(header, body)))
 
 
@@ -668,7 +675,7 @@ def test_forged_metadata(forged, key, value, message):
 )
 def test_forged_files(forged, change):
     data, forge = forged
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is no whole shard"):
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is not a complete shard"):
         TeacherCache(forge(change(*parts_of(data))))
 
 
@@ -718,7 +725,7 @@ def contents(path: pathlib.Path) -> list[torch.Tensor]:
     """All that can be read of a cache."""
     read = TeacherCache(path)
     numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
-    return [read.ids, read._lengths, read._inputs, numbers, *read.lookup(read.ids)]
+    return [read.ids, read._lengths, read._inputs, numbers, *lookup(read, read.ids)]
 
 
 def test_damaged_bytes_and_cut_files_are_refused(forged):
@@ -789,7 +796,7 @@ def test_shards_of_two_caches_are_not_mixed(cache, tmp_path):
     (tmp_path / "shard-00001.safetensors").write_bytes(
         (cache.path / "shard-00000.safetensors").read_bytes()
     )
-    with pytest.raises(ValueError, match=r"shard-00001.* its top_k is 4, there it is 3"):
+    with pytest.raises(ValueError, match=r"shard-00001.* their top_k are 4 and 3"):
         TeacherCache(tmp_path)
 
 

@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C
+from fastkd import _C, Head, TopK
 from fastkd._core import autograd, native, topk
+from fastkd._core.objective import Options
+from fastkd._core.values import TAILS
 
 S = _C.segment
 INF, NAN = math.inf, math.nan
-TAILS = topk.TAILS
 
 
 class Problem(NamedTuple):
@@ -40,6 +41,9 @@ class Problem(NamedTuple):
     indices: Tensor
     log_probs: Tensor
     labels: Tensor | None
+
+    def teacher(self, tail: str = "ghost") -> TopK:
+        return TopK(self.log_probs, self.indices, tail)
 
 
 def make(
@@ -145,7 +149,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     leaf = problem.student.detach().requires_grad_()
     options = {"temperature": 2.0, **options}  # that of make()'s lists
-    value = fastkd.topk_loss(leaf, *problem[1:], tail=tail, **options)
+    value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
     return value.detach(), grad
@@ -262,11 +266,13 @@ def test_weights_given_apart(device):
 def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
     if native.EAGER is None:
         pytest.skip("fastkd._eager was not built, or with another torch")
-    student, *others = make((12, 181), 20, dtype)
+    options = dict(options)
+    tail = options.pop("tail", "ghost")
+    problem = make((12, 181), 20, dtype)
 
     def run() -> tuple[Tensor, Tensor, Tensor, str]:
-        leaf = student.clone().requires_grad_()
-        loss = fastkd.topk_loss(leaf, *others, **options)
+        leaf = problem.student.clone().requires_grad_()
+        loss = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
         loss.backward(retain_graph=True)
         once = leaf.grad.clone()
         loss.backward(torch.tensor(3.0, dtype=loss.dtype), retain_graph=True)
@@ -301,7 +307,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
     def run_list(ids: Tensor, logs: Tensor) -> list[Tensor]:
         leaf = student.clone().requires_grad_(requires_grad)
-        value = fastkd.topk_loss(leaf, ids, logs, labels, tail=tail, temperature=2.0)
+        value = fastkd.loss(leaf, TopK(logs, ids, tail), labels, temperature=2.0)
         if requires_grad:
             value.backward()
             return [value.detach(), leaf.grad]
@@ -313,33 +319,28 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         for one, other in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(one, other, msg=name)
         with torch.no_grad():  # the formula, too
-            head = torch.eye(40, device=device)
-            lists = {"topk_indices": ids, "topk_log_probs": padded}
-            linear = fastkd.linear_loss(
-                student, head, labels=labels, tail=tail, temperature=2.0, **lists
-            )
+            head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
+            linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
             value = torch.func.vmap(
-                lambda s, i, p, y: fastkd.topk_loss(s, i, p, y, tail=tail, temperature=2.0)
-            )(student, ids, padded, labels)
+                lambda s, p, i, y: fastkd.loss(s, TopK(p, i, tail), y, temperature=2.0)
+            )(student, padded, ids, labels)
             torch.testing.assert_close(value.mean(), expected[0])
 
 
 def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
     """As what servers return and what log_softmax gives is."""
     logits = make((6, 40), 5).student
-    log_probs, indices = logits.log_softmax(-1).topk(40)
+    teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     expected = fastkd.loss(student, logits, temperature=1.0)
-    torch.testing.assert_close(fastkd.topk_loss(student, indices, log_probs), expected)
-    head = torch.eye(40)
-    lists = {"topk_indices": indices, "topk_log_probs": log_probs}
-    torch.testing.assert_close(fastkd.linear_loss(student, head, **lists), expected)
-    module = fastkd.LinearKDLoss()
-    torch.testing.assert_close(module(student, head, **lists), expected)
-    torch.testing.assert_close(
-        module(student, head, teacher_logits=logits), fastkd.loss(student, logits, temperature=2.0)
-    )
+    module, softer = fastkd.KDLoss(), fastkd.loss(student, logits, temperature=2.0)
+    for inputs in (student, Head(student, torch.eye(40))):
+        torch.testing.assert_close(fastkd.loss(inputs, teacher), expected)
+        torch.testing.assert_close(fastkd.terms(inputs, teacher).loss, expected)
+        torch.testing.assert_close(module(inputs, teacher), expected)
+        torch.testing.assert_close(module.terms(inputs, teacher).loss, expected)
+        torch.testing.assert_close(module(inputs, logits), softer)
 
 
 def test_a_tensor_as_normalizer(device):
@@ -448,9 +449,9 @@ def test_ignore_of_a_normalised_list_is_the_truncated_teacher(device):
 
 def test_ignore_may_be_negative():
     student = torch.tensor([[9.0, 0.0, 0.0]])
-    lists = torch.tensor([[0]]), torch.tensor([[0.5]]).log()
-    assert fastkd.topk_loss(student, *lists, tail="ignore") < 0
-    assert fastkd.topk_loss(student, *lists, tail="ghost") > 0
+    lists = torch.tensor([[0.5]]).log(), torch.tensor([[0]])
+    assert fastkd.loss(student, TopK(*lists, tail="ignore")) < 0
+    assert fastkd.loss(student, TopK(*lists, tail="ghost")) > 0
 
 
 # ---- lists
@@ -522,7 +523,7 @@ def test_more_than_one(device, tail):
         perfect = problem.student.scatter(-1, problem.indices, 2 * normal + 200)
         assert (run(problem._replace(student=perfect), reduction="none")[0] >= 0).all()
     leaf = problem.student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: fastkd.topk_loss(s, *problem[1:], tail=tail), leaf)
+    assert torch.autograd.gradcheck(lambda s: fastkd.loss(s, problem.teacher(tail)), leaf)
 
 
 # ---- masked classes, special values, ignored rows
@@ -639,9 +640,8 @@ def test_layouts(device):
     wide[:, :-1, :300] = problem.student
     columns = problem.student.transpose(0, 2).contiguous().transpose(0, 2)
     for student in (wide[:, :-1, :300], columns):
-        strided = problem._replace(student=student)
         leaf = student.detach().requires_grad_()
-        value = fastkd.topk_loss(leaf, *strided[1:], temperature=2.0)
+        value = fastkd.loss(leaf, problem.teacher(), problem.labels, temperature=2.0)
         (grad,) = torch.autograd.grad(value, leaf)
         assert_same(value.detach(), expected[0])
         assert_same(grad, expected[1])
@@ -678,8 +678,12 @@ def test_gradcheck(device, tail, reduction):
     leaf = problem.student.requires_grad_()
 
     def function(student: Tensor) -> Tensor:
-        return fastkd.topk_loss(
-            student, *problem[1:], tail=tail, reduction=reduction, label_smoothing=0.1
+        return fastkd.loss(
+            student,
+            problem.teacher(tail),
+            problem.labels,
+            reduction=reduction,
+            label_smoothing=0.1,
         )
 
     assert torch.autograd.gradcheck(function, leaf)
@@ -693,7 +697,7 @@ def test_function_transforms(device, tail):
     expected = run(Problem(student, indices, log_probs, labels), tail, reduction="sum")[1]
 
     def one(z: Tensor, ids: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        return fastkd.topk_loss(z, ids, p, y, tail=tail, reduction="sum", temperature=2.0)
+        return fastkd.loss(z, TopK(p, ids, tail), y, reduction="sum", temperature=2.0)
 
     torch.testing.assert_close(torch.func.grad(one)(student, indices, log_probs, labels), expected)
     rows = torch.func.vmap(torch.func.grad(one))(student, indices, log_probs, labels)
@@ -710,7 +714,7 @@ def test_function_transforms(device, tail):
 def test_backward_twice(device, reduction, dtype):
     problem = make((5, 300), 20, dtype, device=device)
     leaf = problem.student.requires_grad_()
-    value = fastkd.topk_loss(leaf, *problem[1:], reduction=reduction).sum()
+    value = fastkd.loss(leaf, problem.teacher(), problem.labels, reduction=reduction).sum()
     (first,) = torch.autograd.grad(3 * value, leaf, retain_graph=True)
     (second,) = torch.autograd.grad(3 * value, leaf)
     torch.testing.assert_close(first, second, rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -728,10 +732,11 @@ def test_fp16_gradients_survive_a_loss_scale(device):
 
 def test_no_gradient_is_made_where_none_is_asked_for():
     problem = make((5, 300), 20)
+    student, teacher, labels = problem.student, problem.teacher(), problem.labels
     expected = run(problem)[0]
-    assert torch.equal(fastkd.topk_loss(*problem, temperature=2.0), expected)
+    assert torch.equal(fastkd.loss(student, teacher, labels, temperature=2.0), expected)
     with torch.no_grad():
-        value = fastkd.topk_loss(problem.student.requires_grad_(), *problem[1:], temperature=2.0)
+        value = fastkd.loss(student.requires_grad_(), teacher, labels, temperature=2.0)
     assert torch.equal(value, expected) and not value.requires_grad
 
 
@@ -772,7 +777,7 @@ def test_compile(device, reduction, dtype):
     problem = make((4, 50), 5, dtype, device=device)
 
     def step(student: Tensor) -> tuple[Tensor, Tensor]:
-        value = fastkd.topk_loss(student, *problem[1:], reduction=reduction)
+        value = fastkd.loss(student, problem.teacher(), problem.labels, reduction=reduction)
         return value, (2 * value).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -798,7 +803,7 @@ def test_the_plain_formula_is_quiet(formula):
 def good() -> dict[str, Any]:
     student = torch.arange(15.0).view(3, 5)
     return {
-        "student_logits": student,
+        "student": student,
         "indices": torch.tensor([[0, 1], [2, -1], [4, 3]]),
         "log_probs": torch.full((3, 2), 0.25).log(),
         "labels": torch.tensor([0, 1, 4]),
@@ -808,47 +813,69 @@ def good() -> dict[str, Any]:
 Z, L = torch.zeros, torch.int64
 # (what is changed in a good call, the error, what its message must say)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "student a list": ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor; got list"),
-    "integer student": ({"student_logits": Z(3, 5, dtype=L)}, TypeError, "student_logits must be float64, float32, bfloat16 or float16; got torch.int64"),
-    "no class": ({"student_logits": Z(3, 0)}, ValueError, "student_logits must have shape (..., classes) with at least one class; got (3, 0)"),
-    "indices a list": ({"indices": [[0, 1]] * 3}, TypeError, "indices must be a tensor of class indices; got list"),
-    "floating indices": ({"indices": Z(3, 2)}, TypeError, "indices must be class indices of an integer dtype; got torch.float32"),
-    "indices of other rows": ({"indices": Z(2, 2, dtype=L)}, ValueError, "indices must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (2, 2)"),
-    "indices of fewer dimensions": ({"indices": Z(3, dtype=L)}, ValueError, "indices must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (3,)"),
-    "k = 0": ({"indices": Z(3, 0, dtype=L), "log_probs": Z(3, 0)}, ValueError, "indices must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (3, 0)"),
-    "swapped": ({"indices": Z(3, 2), "log_probs": Z(3, 2, dtype=L)}, TypeError, "indices must be class indices"),
-    "log_probs None": ({"log_probs": None}, TypeError, "log_probs must be a tensor; got NoneType"),
-    "integer log_probs": ({"log_probs": Z(3, 2, dtype=L)}, TypeError, "log_probs must be float64, float32, bfloat16 or float16; got torch.int64"),
-    "log_probs of other rows": ({"log_probs": Z(1, 2)}, ValueError, "log_probs must have k >= 1 entries for each row of logits, shape (3, k)"),
-    "log_probs of another k": ({"log_probs": Z(3, 4)}, ValueError, "indices and log_probs must have the same shape; got (3, 2) and (3, 4)"),
-    "a trained teacher": ({"log_probs": Z(3, 2, requires_grad=True)}, ValueError, "log_probs requires grad, but the loss gives the teacher none"),
-    "indices elsewhere": ({"indices": Z(3, 2, dtype=L, device="meta")}, ValueError, "indices must be on the logits' device, cpu; got meta"),
-    "log_probs elsewhere": ({"log_probs": Z(3, 2, device="meta")}, ValueError, "log_probs must be on the logits' device, cpu; got meta"),
-    "index too large": ({"indices": torch.tensor([[0, 1], [2, 5], [4, 3]])}, ValueError, "indices must be in [0, 5), or negative where there is nothing; row 1 has 5"),
+    "student a list": ({"student": [1.0]}, TypeError, "student must be a tensor; got list"),
+    "integer student": ({"student": Z(3, 5, dtype=L)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
+    "no class": ({"student": Z(3, 0)}, ValueError, "student must have shape (..., classes) with at least one class; got (3, 0)"),
+    "indices a list": ({"indices": [[0, 1]] * 3}, TypeError, "TopK.indices must be a tensor of class indices; got list"),
+    "floating indices": ({"indices": Z(3, 2)}, TypeError, "TopK.indices must be class indices of an integer dtype; got torch.float32"),
+    "indices of other rows": ({"indices": Z(2, 2, dtype=L)}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got (3, 2) and (2, 2)"),
+    "indices of fewer dimensions": ({"indices": Z(3, dtype=L)}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got (3, 2) and (3,)"),
+    "k = 0": ({"indices": Z(3, 0, dtype=L), "log_probs": Z(3, 0)}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got (3, 0) and (3, 0)"),
+    "swapped": ({"indices": Z(3, 2), "log_probs": Z(3, 2, dtype=L)}, TypeError, "TopK.log_probs must be float64, float32, bfloat16 or float16; got torch.int64"),
+    "log_probs None": ({"log_probs": None}, TypeError, "TopK.log_probs must be a tensor; got NoneType"),
+    "integer log_probs": ({"log_probs": Z(3, 2, dtype=L)}, TypeError, "TopK.log_probs must be float64, float32, bfloat16 or float16; got torch.int64"),
+    "log_probs of other rows": ({"log_probs": Z(1, 2)}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got (1, 2) and (3, 2)"),
+    "log_probs of another k": ({"log_probs": Z(3, 4)}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got (3, 4) and (3, 2)"),
+    "lists of other rows": ({"indices": Z(2, 2, dtype=L), "log_probs": Z(2, 2)}, ValueError, "teacher.log_probs must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (2, 2)"),
+    "lists of one row": ({"indices": Z(1, 2, dtype=L), "log_probs": Z(1, 2)}, ValueError, "teacher.log_probs must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (1, 2)"),
+    "lists of fewer dimensions": ({"indices": Z(3, dtype=L), "log_probs": Z(3)}, ValueError, "teacher.log_probs must have k >= 1 entries for each row of logits, shape (3, k) for logits of shape (3, 5); got (3,)"),
+    "lists without a dimension": ({"indices": Z((), dtype=L), "log_probs": Z(())}, ValueError, "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got () and ()"),
+    "a trained teacher": ({"log_probs": Z(3, 2, requires_grad=True)}, ValueError, "teacher.log_probs requires grad, but the loss gives the teacher none"),
+    "indices elsewhere": ({"indices": Z(3, 2, dtype=L, device="meta")}, ValueError, "teacher.indices must be on the logits' device, cpu; got meta"),
+    "log_probs elsewhere": ({"log_probs": Z(3, 2, device="meta")}, ValueError, "teacher.log_probs must be on the logits' device, cpu; got meta"),
+    "index too large": ({"indices": torch.tensor([[0, 1], [2, 5], [4, 3]])}, ValueError, "teacher.indices must be in [0, 5), or negative for padding; row 1 has 5"),
     "index huge": ({"indices": torch.tensor([[0, 1], [2, 2**62], [4, 3]])}, ValueError, f"row 1 has {2**62}"),
-    "index twice": ({"indices": torch.tensor([[0, 1], [2, 3], [4, 4]])}, ValueError, "indices must not list a class twice; row 2 has 4"),
-    "probabilities": ({"log_probs": torch.full((3, 2), 0.25)}, ValueError, "log_probs must be logarithms of probabilities, which add up to at most 1 (1.1 with rounding); row 0 has 2.56"),
+    "index twice": ({"indices": torch.tensor([[0, 1], [2, 3], [4, 4]])}, ValueError, "teacher.indices must not list a class twice; row 2 has 4"),
+    "probabilities": ({"log_probs": torch.full((3, 2), 0.25)}, ValueError, "teacher.log_probs must be logarithms of probabilities at the temperature of the loss, which add up to at most 1 (1.1 with rounding) in each row; row 0 has 2.56"),
     "logits": ({"log_probs": torch.tensor([[-1.0, -2.0], [-1.0, -2.0], [7.0, 6.0]])}, ValueError, "row 2 has 1500"),
     "NaN log_probs": ({"log_probs": torch.tensor([[-1.0, -2.0], [NAN, -2.0], [-1.0, -2.0]])}, ValueError, "row 1 has nan"),
-    "one-hot labels": ({"labels": torch.eye(3, 5)}, TypeError, "labels must be class indices of an integer dtype; got torch.float32"),
+    "one-hot labels": ({"labels": torch.eye(3, 5)}, TypeError, "labels must be class indices of an integer dtype with a TopK as teacher; got torch.float32"),
     "too few labels": ({"labels": Z(2, dtype=L)}, ValueError, "labels must have one entry for each row of logits, shape (3,)"),
     "label too large": ({"labels": torch.tensor([0, 5, 1])}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 1 has 5"),
-    "unknown tail": ({"tail": "drop"}, ValueError, "tail must be one of 'ghost', 'renormalize', 'ignore'; got 'drop'"),
-    "tail None": ({"tail": None}, ValueError, "tail must be one of 'ghost', 'renormalize', 'ignore'; got None"),
+    "unknown tail": ({"tail": "drop"}, ValueError, "TopK.tail must be one of 'ghost', 'renormalize', 'ignore'; got 'drop'"),
+    "tail None": ({"tail": None}, ValueError, "TopK.tail must be one of 'ghost', 'renormalize', 'ignore'; got None"),
     "temperature 0": ({"temperature": 0}, ValueError, "temperature must be positive and finite; got 0"),
-    "temperature a tensor": ({"temperature": torch.ones(3)}, TypeError, "temperature must be a number; got Tensor"),
+    "temperature a tensor": ({"temperature": torch.ones(3)}, TypeError, "temperature must be a number with a TopK as teacher; got a tensor"),
     "alpha above 1": ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1]; got 1.5"),
     "alpha without labels": ({"alpha": 0.5, "labels": None}, ValueError, "alpha weighs the hard term, which needs labels"),
     "alpha and hard_weight": ({"alpha": 0.5, "hard_weight": 1.0}, ValueError, "alpha cannot be given together with hard_weight or soft_weight"),
-    "weight of each row": ({"hard_weight": torch.ones(3)}, TypeError, "hard_weight must be a number; got Tensor"),
-    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'"),
+    "weight of each row": ({"hard_weight": torch.ones(3)}, TypeError, "hard_weight must be a number with a TopK as teacher; got a tensor"),
+    "unknown reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of 'none', 'sum', 'mean'; got 'batchmean'. \"mean\" divides by the rows, as torch's batchmean does"),
     "label_smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be in [0, 1]; got -0.1"),
     "ignore_index a float": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index beyond 64 bits": ({"ignore_index": 2**70}, ValueError, "ignore_index must be an int of 64 bits; got"),
     "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer must be positive and finite; got 0"),
     "normalizer that requires grad": ({"normalizer": torch.tensor(3.0, requires_grad=True)}, ValueError, "normalizer gets no gradient; got a tensor that requires grad"),
+    "a class_weight": ({"class_weight": torch.ones(5)}, ValueError, "class_weight must be None with a TopK as teacher; got a tensor of shape (5,)"),
+    "a divergence": ({"divergence": "jsd"}, ValueError, "divergence must be 'forward_kl' with a TopK as teacher; got 'jsd'"),
+    "a mix": ({"mix": 0.5}, ValueError, "mix must be None with a TopK as teacher; got 0.5"),
+    "teacher_temperature": ({"teacher_temperature": 2.0}, ValueError, "teacher_temperature must be None with a TopK as teacher; got 2.0"),
+    "teacher_form": ({"teacher_form": "log_probs"}, ValueError, "teacher_form must be 'logits' with a TopK as teacher; got 'log_probs'"),
+    "teacher_weights": ({"teacher_weights": [1.0]}, ValueError, "teacher_weights must be None with a TopK as teacher; got [1.0]"),
+    "ensemble": ({"ensemble": "logits"}, ValueError, "ensemble must be 'probs' with a TopK as teacher; got 'logits'"),
+    "standardize": ({"standardize": True}, ValueError, "standardize must be False with a TopK as teacher; got True"),
+    "dim": ({"dim": 1}, ValueError, "dim must be -1 with a TopK as teacher; got 1"),
+    "inplace": ({"inplace": True}, ValueError, "inplace must be False with a TopK as teacher; got True"),
+    "chunks": ({"chunks": 8}, ValueError, "chunks must be \"auto\" unless student is a Head; got 8"),
     "normalizer with sum": ({"normalizer": 3.0, "reduction": "sum"}, ValueError, "normalizer goes with reduction=\"mean\"; got reduction='sum'"),
 }  # fmt: skip
+
+
+def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
+    """The loss with the teacher of these lists, which is checked when it is made."""
+    given = {**arguments, **options}
+    fields = {name: given.pop(name) for name in TopK._fields if name in given}
+    return fastkd.loss(given.pop("student"), TopK(**fields), **given)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -858,18 +885,18 @@ def test_message(mistake, grad):
     arguments = {**good(), **changed}
     if (
         grad
-        and isinstance(arguments["student_logits"], Tensor)
-        and arguments["student_logits"].is_floating_point()
+        and isinstance(arguments["student"], Tensor)
+        and arguments["student"].is_floating_point()
     ):
-        arguments["student_logits"].requires_grad_()
+        arguments["student"].requires_grad_()
     with pytest.raises(error, match=re.escape(message)):
-        fastkd.topk_loss(**arguments)
+        loss_of(arguments)
 
 
 def test_the_table_is_of_mistakes():
-    assert fastkd.topk_loss(**good()).isfinite()
+    assert loss_of(good()).isfinite()
     for changed, _, _ in MISTAKES.values():
-        assert set(changed) <= {*good(), *fastkd.topk_loss.__kwdefaults__}
+        assert set(changed) <= {*good(), *TopK._fields, *Options._fields}
 
 
 DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d has", message)]
@@ -887,14 +914,14 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
         arguments = {
             name: x.cuda() if isinstance(x, Tensor) else x for name, x in arguments.items()
         }
-    arguments["student_logits"].requires_grad_()
-    value = fastkd.topk_loss(**arguments, reduction="none")
+    arguments["student"].requires_grad_()
+    value = loss_of(arguments, reduction="none")
     value.sum().backward()
     bad = {int(re.search(r"row (\d)", message)[1])} if mistake != "probabilities" else {0, 1, 2}
     # Of one listed class exp(0.25) is too much as well.
     for row in range(3):
         assert bool(value[row].isnan()) == (row in bad)
-        assert bool(arguments["student_logits"].grad[row].isnan().all()) == (row in bad)
+        assert bool(arguments["student"].grad[row].isnan().all()) == (row in bad)
 
 
 # ---- real text
@@ -918,7 +945,7 @@ def test_a_table_of_characters_learns_from_the_top_four():
         optimiser = torch.optim.Adam([student], lr=0.3)
         for _ in range(60):
             optimiser.zero_grad()
-            fastkd.topk_loss(student, indices, log_probs, tail=tail, temperature=1.0).backward()
+            fastkd.loss(student, TopK(log_probs, indices, tail), temperature=1.0).backward()
             optimiser.step()
         return float(fastkd.loss(student.detach(), log_p, temperature=1.0))
 

@@ -147,7 +147,7 @@ def test_without_labels():
     student, teacher, data = network(), network(24, 1), digits()
     steps = [(x, None) for x, _ in batches(data)]
     expected = by_hand(student, teacher, steps, alpha=None)
-    evaluations = trainer_of(student, teacher).fit(
+    evaluations = trainer_of(student, teacher, loss=fastkd.KDLoss(temperature=3.0)).fit(
         [(x,) for x, _ in steps], validation=[(x,) for x, _ in steps]
     )
     assert_same(student, expected)
@@ -186,7 +186,9 @@ def test_an_empty_batch_changes_nothing(labelled):
     student = network()
     expected = copy.deepcopy(student)
     inputs, labels = (tensor[:0] for tensor in digits().tensors)
-    (step,) = trainer_of(student, network(24, 1)).steps([(inputs, labels) if labelled else inputs])
+    loss = fastkd.KDLoss(**LOSS if labelled else {"temperature": 3.0})
+    batch = (inputs, labels) if labelled else inputs
+    (step,) = trainer_of(student, network(24, 1), loss=loss).steps([batch])
     assert_same(student, expected)
     assert float(step.loss) == 0
 
@@ -318,8 +320,8 @@ def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim
 
     other = copy.deepcopy(student)
     if top_k:
-        log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(top_k)
-        fastkd.topk_loss(other(inputs), indices, log_probs, labels, **LOSS).backward()
+        lists = fastkd.TopK(*(teacher(inputs).detach() / 3.0).log_softmax(-1).topk(top_k))
+        fastkd.loss(other(inputs), lists, labels, **LOSS).backward()
         torch.optim.SGD(other.parameters(), 0.5).step()
     else:
         list(trainer(other, teacher).steps(loader))
@@ -342,7 +344,7 @@ def test_a_cache_of_other_classes_is_refused(tmp_path, top_k):
         trainer_of(student, cache).fit(data)
     assert_same(student, before)
     if top_k is None:  # a padded vocabulary
-        trainer = trainer_of(student, cache, loss=fastkd.KDLoss(**LOSS, classes=10))
+        trainer = trainer_of(student, cache, forward=lambda model, batch: model(batch[0])[..., :10])
         assert trainer.evaluate(data).rows == 64
 
 
@@ -357,7 +359,7 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     )
     other = copy.deepcopy(student)
     log_probs, indices = (teacher(inputs).detach() / 3.0).log_softmax(-1).topk(4)
-    loss = fastkd.topk_loss(other(inputs), indices, log_probs.float(), labels, **LOSS)
+    loss = fastkd.loss(other(inputs), fastkd.TopK(log_probs.float(), indices), labels, **LOSS)
     loss.backward()
     torch.optim.SGD(other.parameters(), 0.5).step()
     (step,) = trainer_of(student, cache, accumulate=2).steps(loader)
@@ -374,11 +376,11 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
         ({"temperature": 2.0}, "at temperature 3, which cannot be turned into those at 2"),
         (
             {"temperature": 3.0, "divergence": "jsd"},
-            "divergence must be 'forward_kl' with a cache of the top 4 classes; got 'jsd'",
+            "divergence must be 'forward_kl' with a TopK as teacher; got 'jsd'",
         ),
         (
             {"temperature": 3.0, "class_weight": torch.ones(10)},
-            "class_weight must be None with a cache of the top 4 classes; got tensor",
+            "class_weight must be None with a TopK as teacher; got a tensor of shape",
         ),
     ):
         with pytest.raises(ValueError, match=words):
@@ -394,7 +396,8 @@ def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_pa
         teacher, loader, tmp_path, top_k=4, temperature=3.0, progress=False
     )
     said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
-    losses = [fastkd.KDLoss(**LOSS), fastkd.KDLoss(**LOSS, **said)]
+    options = LOSS if labelled else {"temperature": 3.0}
+    losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **said)]
     found = [
         trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
         for loss in losses
@@ -497,8 +500,8 @@ def test_accuracy_is_among_the_classes_that_count(dim, soft):
     trainer = trainer_of(
         nn.Linear(1, 1),
         nn.Linear(1, 1),
-        forward=lambda model, batch: batch[0],
-        loss=fastkd.KDLoss(**LOSS, classes=3, dim=dim),
+        forward=lambda model, batch: batch[0].narrow(dim, 0, 3),
+        loss=fastkd.KDLoss(**LOSS, dim=dim),
     )
     found = trainer.evaluate([(logits, labels)])
     assert (found.accuracy, found.agreement) == (1.0, 1.0)

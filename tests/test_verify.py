@@ -27,7 +27,7 @@ def test_agrees(device, dtype):
         {"hard_weight": torch.linspace(0, 1, ROWS), "soft_weight": torch.tensor(0.5)},
         {"class_weight": torch.linspace(0.5, 2, CLASSES), "label_smoothing": 0.1},
         {"normalizer": torch.tensor(9.0)},
-        {"classes": 30, "ignore_index": -1},
+        {"ignore_index": -1},
         {"reduction": "none", "standardize": True},
         {"reduction": "sum", "inplace": True},
     ],
@@ -35,7 +35,7 @@ def test_agrees(device, dtype):
 )
 def test_agrees_whatever_the_options(options):
     student, teacher, labels = make((ROWS, CLASSES))
-    labels = labels.clamp(min=-1, max=29) if "classes" in options else labels
+    labels = labels.clamp(min=-1) if "ignore_index" in options else labels
     found = fastkd.verify(student, teacher, labels, repeats=1, show=False, **options)
     assert found.agrees, str(found)
     assert student.grad is None
@@ -45,6 +45,12 @@ def test_agrees_with_classes_in_dimension_1():
     student, teacher, _ = make((2, 5, 3), labels=False)
     labels = make((2, 3, 5)).labels
     assert fastkd.verify(student, teacher, labels, dim=1, repeats=1, show=False).agrees
+
+
+def test_agrees_on_slices_of_padded_classes():
+    student, teacher, labels = make((ROWS, CLASSES))
+    student, teacher, labels = student[:, :30], teacher[:, :30], labels.clamp(max=29)
+    assert fastkd.verify(student, teacher, labels, repeats=1, show=False).agrees
 
 
 def test_says_so_where_something_is_wrong(monkeypatch):
@@ -66,5 +72,13 @@ def test_prints_a_table(capsys):
 def test_refuses_what_the_loss_refuses():
     with pytest.raises(ValueError, match="temperature must be positive"):
         fastkd.verify(*make((ROWS, CLASSES)), temperature=-1.0)
+    student, teacher, labels = make((ROWS, CLASSES))
+    with pytest.raises(TypeError, match=r"teacher must be a tensor of logits .*; got TopK"):
+        fastkd.verify(student, fastkd.TopK(*teacher.log_softmax(-1).topk(3)), labels)
+    head = fastkd.Head(student, teacher)
+    with pytest.raises(TypeError, match="student must be a tensor; got Head"):
+        fastkd.verify(head, teacher, labels)
+    with pytest.raises(TypeError, match=r"teacher must be a tensor of logits .*; got Head"):
+        fastkd.verify(student, head, labels)
     with pytest.raises(ValueError, match="repeats must be an int of at least 1; got 0"):
         fastkd.verify(*make((ROWS, CLASSES)), repeats=0)

@@ -279,8 +279,11 @@ struct LaneEngine {
       exponentiate(b);
       sum(tile.student_power + b.at, b.count, student_sum);
       sum(tile.teacher_power + b.at, b.count, teacher_sum);
-      if (unit) add_moments<true>(b);
-      if (centered) add_moments<false>(b);
+      if (unit) add_squares(b);
+      if (centered) {
+        add_logits(tile.student + b.at, b.count, student_moment, student_count);
+        add_logits(tile.teacher + b.at, b.count, teacher_moment, teacher_count);
+      }
       if (!hard) return;
       sum(tile.hard_power + b.at, b.count, hard_sum);
       sum_logits(b);
@@ -303,26 +306,36 @@ struct LaneEngine {
     }
   }
 
-  // Add a block to the moments of each row, as sum_moments() in blocks.h does for one row.
-  template <bool kSquares>
-  void add_moments(const Block& b) {
+  // Add a block to the moments of each row, as sum_squares() in blocks.h does for one row.
+  void add_squares(const Block& b) {
     for (int64_t c = b.at; c < b.at + b.count; ++c) {
       const Column x = column(c);
 #pragma omp simd
       for (int64_t i = 0; i < kTileRows; ++i) {
         const T z = x.z[i], w = x.w[i];
-        const bool masks = z == -kInfinity<T>, teacher_masks = w == -kInfinity<T>;
-        const bool masked = masks & teacher_masks;
-        const double counted = (kSquares ? masked : masks) ? T(0) : z;
-        const double teacher_counted = (kSquares ? masked : teacher_masks) ? T(0) : w;
-        student_moment[i] += kSquares ? counted * counted : counted;
-        teacher_moment[i] += kSquares ? teacher_counted * teacher_counted : teacher_counted;
-        if constexpr (!kSquares) {
-          student_count[i] += masks ? T(0) : T(1);
-          teacher_count[i] += teacher_masks ? T(0) : T(1);
-        }
+        const bool masked = z == -kInfinity<T> && w == -kInfinity<T>;
+        const double counted = masked ? T(0) : z, teacher_counted = masked ? T(0) : w;
+        student_moment[i] += counted * counted;
+        teacher_moment[i] += teacher_counted * teacher_counted;
       }
     }
+  }
+
+  // Add the logits of a block to the moments of each row, as sum_logits() in blocks.h does.
+  static void add_logits(const Lanes<T>* logits, int64_t classes, Lanes<double>& sums,
+                         Lanes<T>& counts) {
+    alignas(64) Lanes<double> of_block = {};
+    alignas(64) Lanes<T> counted = {};
+    for (int64_t c = 0; c < classes; ++c) {
+#pragma omp simd
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const bool masked = logits[c][i] == -kInfinity<T>;
+        counted[i] += masked ? T(0) : T(1);
+        of_block[i] += static_cast<double>(masked ? T(0) : logits[c][i]);
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < kTileRows; ++i) sums[i] += of_block[i], counts[i] += counted[i];
   }
 
   // As inverses_of() of divergences.h.
@@ -606,7 +619,7 @@ struct LaneEngine {
         const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
         const bool counted = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
         values[i] += static_cast<Value>(counted ? here.value : T(0));
-        sums[i] += counted ? summed : T(0);
+        if constexpr (D::kBalance != Balance::kMean) sums[i] += counted ? summed : T(0);
         counts[i] += is_mean(D::kBalance) && counted ? T(1) : T(0);
         x.result[i] = here.slope;
       }

@@ -103,6 +103,9 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
   in.teacher = call.teacher.const_data_ptr();
 
   if (labels) {
+    STD_TORCH_CHECK(
+        labels->sizes().equals(student.sizes().slice(0, static_cast<size_t>(student.dim() - 1))),
+        "labels must have the shape of the student logits without the classes");
     call.labels = checked_rows(*labels, student, ScalarType::Long, in.rows, "labels", 1);
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
   }

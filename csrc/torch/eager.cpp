@@ -52,7 +52,6 @@ struct Ops {
     for (const c10::Argument& argument : loss.schema().arguments()) {
       const std::string type = argument.type()->str();
       if (argument.name() == "reduction") reduction = kinds.size();
-      if (argument.name() == "with_terms") with_terms = kinds.size();
       kinds.push_back(type == "Tensor" || type == "Tensor?" ? Kind::kTensor
                       : type == "Tensor[]"                  ? Kind::kTensors
                       : type == "float[]"                   ? Kind::kNumbers
@@ -60,11 +59,8 @@ struct Ops {
     }
   }
 
-  bool is_per_row(const Stack& arguments) const {
+  bool is_per_row(c10::ArrayRef<IValue> arguments) const {
     return arguments[reduction].toInt() == static_cast<int64_t>(Reduction::kNone);
-  }
-  bool has_terms(const Stack& arguments) const {
-    return with_terms > 0 && arguments[with_terms].toBool();
   }
 
   c10::OperatorHandle loss, into, backward, gradient;
@@ -72,25 +68,25 @@ struct Ops {
   bool strided;             // `into` can write a gradient whose classes are not adjacent
   std::vector<Kind> kinds;  // of the arguments of the loss
   size_t reduction = 0;     // index of this argument
-  size_t with_terms = 0;    // index of this argument; 0 if the loss does not have it
 };
 
-// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. A
-// missing tensor is appended as an undefined one. A list becomes its length, followed by its
-// numbers if it holds numbers.
-std::vector<IValue> take_tensors(const Ops& ops, const Stack& arguments, variable_list* tensors) {
+// Append the tensors among `arguments` to `tensors`, and return the other arguments as scalars. An
+// optional tensor becomes true if it is there. A list becomes its length, followed by its numbers
+// if it holds numbers.
+std::vector<IValue> take_tensors(const Ops& ops, c10::ArrayRef<IValue> arguments,
+                                 variable_list* tensors) {
   std::vector<IValue> numbers;
+  numbers.reserve(arguments.size());
+  tensors->reserve(arguments.size());
   for (size_t i = 0; i < arguments.size(); ++i) {
     if (ops.kinds[i] == Ops::Kind::kTensor) {
-      tensors->push_back(arguments[i].isNone() ? Tensor() : arguments[i].toTensor());
-    } else if (ops.kinds[i] == Ops::Kind::kTensors) {
-      const auto list = arguments[i].toTensorVector();
-      tensors->insert(tensors->end(), list.begin(), list.end());
+      numbers.emplace_back(arguments[i].isTensor());
+      if (arguments[i].isTensor()) tensors->push_back(arguments[i].toTensor());
+    } else if (arguments[i].isList()) {
+      const auto list = arguments[i].toListRef();
       numbers.emplace_back(static_cast<int64_t>(list.size()));
-    } else if (ops.kinds[i] == Ops::Kind::kNumbers) {
-      const auto list = arguments[i].toDoubleVector();
-      numbers.emplace_back(static_cast<int64_t>(list.size()));
-      numbers.insert(numbers.end(), list.begin(), list.end());
+      for (const IValue& value : list)
+        value.isTensor() ? tensors->push_back(value.toTensor()) : numbers.push_back(value);
     } else {
       numbers.push_back(arguments[i]);
     }
@@ -104,8 +100,7 @@ Stack join_tensors(const Ops& ops, const Tensor* tensors, c10::ArrayRef<IValue> 
   auto number = numbers.begin();
   for (const Ops::Kind kind : ops.kinds) {
     if (kind == Ops::Kind::kTensor) {
-      arguments.push_back(tensors->defined() ? IValue(*tensors) : IValue());
-      ++tensors;
+      arguments.push_back((number++)->toBool() ? IValue(*tensors++) : IValue());
     } else if (kind == Ops::Kind::kTensors) {
       const int64_t count = (number++)->toInt();
       arguments.emplace_back(std::vector<Tensor>(tensors, tensors + count));
@@ -169,48 +164,52 @@ template <class T>
 struct FusedLoss : torch::autograd::Function<T> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace backward()
 
-  // `arguments`: those of the loss, `student` among them.
-  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Stack* arguments) {
+  // `stack`: the arguments of the loss on top, `student` among them. The op that is called takes
+  // these arguments from the stack.
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, Stack* stack) {
     const Ops& ops = T::ops();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto arguments = torch::jit::last(*stack, ops.kinds.size());
     variable_list tensors;
-    // Taken before the op is called: its kernel empties a list of tensors in `arguments`.
-    auto numbers = take_tensors(ops, *arguments, &tensors);
+    auto numbers = take_tensors(ops, arguments, &tensors);
     IValue grad;
-    if (!ops.is_per_row(*arguments)) grad = empty_gradient(ops, student);
-    const Stack results = ops.has_stats     ? call(ops.into, {grad}, *arguments, {true})
-                          : grad.isTensor() ? call(ops.into, {grad}, *arguments)
-                                            : call(ops.loss, {}, *arguments);
-    if (ops.has_stats) tensors.push_back(results[1].toTensor());
+    if (!ops.is_per_row(arguments)) grad = empty_gradient(ops, student);
+    const bool into = ops.has_stats || grad.isTensor();
+    if (into) stack->insert(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), grad);
+    if (ops.has_stats) stack->emplace_back(true);
+    (into ? ops.into : ops.loss).callBoxed(*stack);
+    if (ops.has_stats) tensors.push_back(torch::jit::pop(*stack).toTensor());
     ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
     ctx->save_for_backward(std::move(tensors));
     // Not a saved tensor: the first backward pass scales `grad` in place and returns it.
     ctx->saved_data["grad"] = std::move(grad);
-    return results[0].toTensor();
+    return torch::jit::pop(*stack).toTensor();
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const Ops& ops = T::ops();
     const variable_list saved = ctx->get_saved_variables();
-    const Stack arguments = join_tensors(
-        ops, saved.data(), ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef());
+    const auto numbers = ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef();
     Tensor factor = grad_outputs[0];
-    if (ops.has_terms(arguments)) factor = factor.select(0, 0);
-    return {gradient(ops, saved, arguments, factor, &ctx->saved_data["grad"]), Tensor()};
+    // With terms, only the loss, the first of them, has a gradient.
+    if (ops.has_stats && numbers.back().toBool()) factor = factor.select(0, 0);
+    return {gradient(ops, saved, numbers, factor, &ctx->saved_data["grad"]), Tensor()};
   }
 
  private:
   // Return `factor` times the gradient. `cached`: the gradient for a factor of 1, or None.
-  static Tensor gradient(const Ops& ops, const variable_list& saved, const Stack& arguments,
+  static Tensor gradient(const Ops& ops, const variable_list& saved, c10::ArrayRef<IValue> numbers,
                          const Tensor& factor, IValue* cached) {
     const Tensor& student = saved[0];
+    const auto arguments = [&] { return join_tensors(ops, saved.data(), numbers); };
     if (is_batch(factor)) {
+      const Stack all = arguments();
       const Tensor one = at::ones(factor.sizes(), factor.options());
-      const Tensor unscaled = call(ops.gradient, {one}, arguments)[0].toTensor();
-      const bool per_row = ops.is_per_row(arguments);
+      const Tensor unscaled = call(ops.gradient, {one}, all)[0].toTensor();
+      const bool per_row = ops.is_per_row(all);
       return unscaled.mul(per_row ? as_column(factor, student) : factor).to(student.scalar_type());
     }
-    if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments)[0].toTensor();
+    if (at::GradMode::is_enabled()) return call(ops.gradient, {factor}, arguments())[0].toTensor();
     Tensor grad = cached->isTensor() ? std::exchange(*cached, IValue()).toTensor() : Tensor();
     // Compiled autograd calls this function on a copy of the saved data, which shares `grad`, and
     // calls it again on the original data. So `grad` is scaled in place only if nothing shares it.
@@ -226,7 +225,7 @@ struct FusedLoss : torch::autograd::Function<T> {
     if (!filled) grad = empty_gradient(ops, student);
     Stack first{grad, factor.contiguous()};
     if (ops.has_stats) first.emplace_back(saved.back());
-    call(ops.backward, std::move(first), arguments, {filled});
+    call(ops.backward, std::move(first), arguments(), {filled});
     return grad;
   }
 };
@@ -254,8 +253,7 @@ void loss_with_autograd(const c10::OperatorHandle& op, Stack* stack) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return op.callBoxed(*stack);
   }
-  const Stack arguments = torch::jit::pop(*stack, count);
-  torch::jit::push(*stack, T::apply(arguments[0].toTensor(), &arguments));
+  torch::jit::push(*stack, T::apply(Tensor(student), stack));
 }
 
 // The op of a loss with all arguments bound except some tensors. torch.ops converts and checks
@@ -279,7 +277,9 @@ class PreparedCall {
   // `tensors`: one for each place. Where the op takes a list, the tensor becomes its only element.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
-    Stack stack = arguments_;
+    Stack stack;
+    stack.reserve(arguments_.size() + 2);  // the autograd kernel adds two arguments
+    stack = arguments_;
     for (size_t i = 0; i < places_.size(); ++i) {
       if (tensors[i].is_none()) continue;
       const auto tensor = tensors[i].cast<Tensor>();

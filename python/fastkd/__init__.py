@@ -5,49 +5,67 @@
 >>> teacher, labels = torch.randn(8, 10), torch.randint(10, (8,))
 >>> fastkd.loss(student, teacher, labels, temperature=2.0, alpha=0.5).backward()
 
-``loss``, ``terms`` and ``KDLoss`` take logits, ``topk_loss`` a teacher's most probable classes, and
-``linear_loss`` hidden states and heads. ``Trainer``, ``Hint``, ``teachers`` and ``report`` are what
-training needs around them, ``explain``, ``verify`` and the checks what a reader of results does.
-``fastkd.compat`` and ``fastkd.integrations.transformers`` are imported by these names.
+``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
+``Head``, a linear layer whose logits are never all in memory; a teacher may also be a ``TopK``, the
+log-probabilities of a few classes, or several tensors. ``Trainer``, ``Hint``, ``teachers`` and
+``report`` train a student and measure it. ``explain``, ``verify``, ``check_inputs`` and
+``check_logits`` look at a call. ``fastkd.compat`` has the names and conventions of other libraries,
+and ``fastkd.integrations`` works inside their trainers.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
 from fastkd import teachers
 from fastkd._C import version as __version__
-from fastkd._core.checks import check_inputs, check_logits
-from fastkd._core.topk import topk_loss
-from fastkd.diagnostics.explanation import explain
-from fastkd.diagnostics.verification import Verification, verify
+from fastkd._core.values import Head, TopK
+from fastkd.diagnostics import Verification, check_inputs, check_logits, explain, verify
 from fastkd.linear import chunks
-from fastkd.linear.loss import LinearKDLoss, linear_loss
 from fastkd.losses import KDLoss, divergences, loss, terms
 from fastkd.reference import Terms
 from fastkd.reports import Report, report
-from fastkd.training.hints import Hint
-from fastkd.training.trainer import Evaluation, Step, Trainer
+from fastkd.training import Evaluation, Hint, Step, Trainer
 
+_LAZY_MODULES = ("compat", "integrations")
 __all__ = [
     "Evaluation",
+    "Head",
     "Hint",
     "KDLoss",
-    "LinearKDLoss",
     "Report",
     "Step",
     "Terms",
+    "TopK",
     "Trainer",
     "Verification",
     "__version__",
     "check_inputs",
     "check_logits",
     "chunks",
+    "compat",
     "divergences",
     "explain",
-    "linear_loss",
+    "integrations",
     "loss",
     "report",
     "teachers",
     "terms",
-    "topk_loss",
     "verify",
 ]
+
+if TYPE_CHECKING:
+    from fastkd import compat, integrations
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import a module that ``import fastkd`` does not import."""
+        if name in _LAZY_MODULES:
+            return importlib.import_module(f"fastkd.{name}")
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, with those of the modules that are not imported yet."""
+    return sorted({*globals(), *_LAZY_MODULES})

@@ -1,23 +1,23 @@
-"""``python -m fastkd``: what a bug report needs, and training and reports without a script."""
+"""Command line of fastkd: ``fastkd`` and ``python -m fastkd``."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-import traceback
 
 import torch
 
 import fastkd
 from fastkd import _C
-from fastkd.commands import distill, report
-
-# Who calls what in a training; all else is the user's code.
-CALLERS = {"fastkd", "torch", "accelerate", "contextlib"}
+from fastkd.commands import config
+from fastkd.commands.distill import distill
+from fastkd.commands.factories import ConfigError
+from fastkd.commands.report import report
+from fastkd.extras import MissingPackageError
 
 
 def info() -> dict[str, str]:
-    """Versions, the instruction set in use, what was built, and the threads at hand."""
+    """Return versions, the kernels that are built and in use, and the number of threads."""
     facts = {
         "fastkd": fastkd.__version__,
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",
@@ -38,7 +38,7 @@ def info() -> dict[str, str]:
     return facts
 
 
-def _print_info(_: argparse.Namespace) -> None:
+def _print_info() -> None:
     facts = info()
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -46,29 +46,25 @@ def _print_info(_: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parses the command line, and runs what it names."""
-    parser = argparse.ArgumentParser(prog="python -m fastkd", description="Knowledge distillation.")
+    """Run the command that the command line names."""
+    parser = argparse.ArgumentParser(prog="fastkd", description="Knowledge distillation.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "info", help="print versions, kernels and threads: what a bug report needs"
-    )
-    command.set_defaults(run=_print_info)
-    distill.add(commands)
-    report.add(commands)
-    arguments = parser.parse_args()
+    commands.add_parser("info", help="print versions, kernels and threads for a bug report")
+    # config.run parses their options, and prints their help.
+    commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
+    commands.add_parser("report", add_help=False, help="compare students with their teacher")
+    arguments, options = parser.parse_known_args()
     try:
-        arguments.run(arguments)
-    except (ValueError, ImportError) as error:
-        if not _says_what_does_not_fit(error):
-            raise
+        if arguments.command == "distill":
+            config.run(distill, options)
+        elif arguments.command == "report":
+            config.run(report, options)
+        elif options:
+            parser.error(f"info has no options; got {' '.join(options)}")
+        else:
+            _print_info()
+    except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
-
-
-def _says_what_does_not_fit(error: Exception) -> bool:
-    """Whether fastkd raised it, and no code of the user's led there: that keeps its traceback."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
-    packages = [frame.f_globals["__name__"].partition(".")[0] for frame in frames]
-    return packages[-1] == "fastkd" and set(packages) <= CALLERS
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What a loader's batch is: the one place that trainer, teacher's cache and report ask.
+"""Batches of a loader: their accepted forms, and how to split, move and pass them to a model.
 
 A batch is one of
 
 - ``(inputs, labels)``, ``(inputs,)`` or a tensor of inputs;
-- ``(inputs, labels, ids)``, where ids are the samples' numbers in a teacher's cache: a
-  :class:`Labelled`, or any tuple of that form;
+- ``(inputs, labels, ids)``: a :class:`Labelled`, or any tuple of that form. The ids are those of
+  the samples in a :class:`fastkd.teachers.TeacherCache`;
 - an :class:`Unlabelled`, ``(inputs, ids)``;
-- a mapping with ``"labels"`` and ``"ids"`` (both optional), all else being keyword arguments of the
-  models, as in Hugging Face's libraries.
+- a mapping with ``"labels"`` and ``"ids"``, both optional. All other entries are keyword arguments
+  of the models, as in Hugging Face's libraries.
 
 :class:`WithIds` adds the ids to a dataset.
 """
@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ NO_BATCH = (
 
 
 class Labelled(NamedTuple):
-    """A sample, or a batch of them, as :class:`WithIds` gives it. ``default_collate`` keeps it."""
+    """A sample of :class:`WithIds`, or a batch of them: ``default_collate`` keeps the type."""
 
     inputs: Any
     labels: Any
@@ -40,14 +40,14 @@ class Labelled(NamedTuple):
 
 
 class Unlabelled(NamedTuple):
-    """A sample without labels, or a batch of them, as :class:`WithIds` gives it."""
+    """A sample of :class:`WithIds` without labels, or a batch of them."""
 
     inputs: Any
     ids: Any
 
 
 class Batch(NamedTuple):
-    """A batch taken apart by :func:`split`."""
+    """The parts of a batch, as :func:`split` returns them."""
 
     inputs: Any
     """A tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
@@ -57,15 +57,15 @@ class Batch(NamedTuple):
 
 
 class WithIds(Dataset[Any]):
-    """A map-style dataset whose samples also carry their position in it, as their id.
+    """A map-style dataset whose samples also carry their index in it, as their id.
 
     ``(x, y)`` becomes ``Labelled(x, y, i)``; ``x`` or ``(x,)`` becomes ``Unlabelled(x, i)``; a
-    mapping gets the key ``"ids"``. Wrap the whole dataset first and take subsets of that, so that a
-    sample keeps its id whatever part of the data a run uses.
+    mapping gets the key ``"ids"``. Wrap the complete dataset first and take subsets of the result,
+    so that a sample has the same id in every subset.
 
     Raises:
-        TypeError: for a dataset without ``__len__`` and ``__getitem__`` (an iterable one has no
-            positions; let its samples carry ids of their own), or for a sample of another form.
+        TypeError: for a dataset without ``__len__`` and ``__getitem__``, or for a sample of another
+            form.
 
     Example:
         >>> import torch, fastkd
@@ -77,7 +77,7 @@ class WithIds(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        """Wraps ``dataset``."""
+        """Wrap ``dataset``."""
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 "dataset must be map-style, with __len__ and __getitem__; got "
@@ -87,11 +87,11 @@ class WithIds(Dataset[Any]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """As many as the dataset has."""
+        """Return the number of samples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """The sample, with its id."""
+        """Return a sample with its id."""
         index = range(len(self))[index]
         item = self.dataset[index]
         if isinstance(item, Mapping):
@@ -109,11 +109,10 @@ class WithIds(Dataset[Any]):
 
 
 def split(batch: Any) -> Batch:
-    """A loader's batch, taken apart; see this module's head for what is accepted.
+    """Split a loader's batch into inputs, labels and ids; the module lists the accepted forms.
 
     Raises:
-        TypeError: for anything else.
-        ValueError: for ids that are not a ``(B,)`` integer tensor.
+        TypeError: for a batch of another form, or for ids that are not a ``(B,)`` integer tensor.
 
     Example:
         >>> import torch
@@ -121,33 +120,35 @@ def split(batch: Any) -> Batch:
         >>> batches.split((torch.zeros(2, 3), torch.tensor([0, 1]))).labels
         tensor([0, 1])
     """
+    labels = ids = None
     if isinstance(batch, Tensor):
-        return Batch(batch, None, None)
-    if isinstance(batch, Mapping):
-        rest = {key: value for key, value in batch.items() if key not in ("labels", "ids")}
-        return Batch(rest, batch.get("labels"), _ids(batch.get("ids")))
-    if isinstance(batch, Unlabelled):
-        return Batch(batch.inputs, None, _ids(batch.ids))
-    if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3:
+        inputs: Any = batch
+    elif isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "ids")}
+        labels, ids = batch.get("labels"), batch.get("ids")
+    elif isinstance(batch, Unlabelled):
+        inputs, ids = batch
+    elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 3:
         inputs, labels, ids = (*batch, None, None)[:3]
-        return Batch(inputs, labels, _ids(ids))
-    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
-    raise TypeError(
-        "a batch must be a tensor, (inputs, labels), (inputs, labels, ids) or a mapping; got "
-        f"{type(batch).__name__}{size}"
-    )
-
-
-def _ids(ids: Any) -> Tensor | None:
-    if ids is None:
-        return None
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point:
-        what = (
-            f"{ids.dtype} of shape {tuple(ids.shape)}"
-            if isinstance(ids, Tensor)
-            else type(ids).__name__
+    else:
+        size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise TypeError(
+            "a batch must be a tensor, (inputs, labels), (inputs, labels, ids) or a mapping; got "
+            f"{type(batch).__name__}{size}"
         )
-        raise ValueError(f"a batch's ids must be an integer tensor of shape (B,); got {what}")
+    return Batch(inputs, labels, None if ids is None else check_ids(ids))
+
+
+def check_ids(ids: object) -> Tensor:
+    """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be an integer tensor of shape (B,); got {type(ids).__name__}")
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
+    if ids.dim() != 1 or not is_integer:
+        raise TypeError(
+            "ids must be an integer tensor of shape (B,); got "
+            f"{ids.dtype} of shape {tuple(ids.shape)}"
+        )
     return ids.long()
 
 
@@ -234,22 +235,22 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
 
 
 def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
-    """Whether it failed since the keywords are not the model's, or for reasons of its own."""
+    """Raise, from the ``error`` of a call, if ``model`` does not take the keys of ``inputs``."""
     try:
         inspect.signature(model.forward).bind(**inputs)
     except TypeError as reason:
         raise TypeError(
             f"a batch that is a mapping gives the model keyword arguments, here {sorted(inputs)}, "
             f"and {type(model).__name__} does not take them: {reason}. Only 'labels' and 'ids' are "
-            "taken out of it before; rename its keys, or yield tuples"
+            "removed from the batch first; rename its keys, or yield tuples"
         ) from error
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
-    """The number of samples: of the first tensor in a batch of any form, or else of its labels.
+    """Return the number of samples: the length of the first tensor of a batch or its labels.
 
     Raises:
-        TypeError: if there is no tensor in sight.
+        TypeError: if the batch contains no tensor, and there are no labels.
     """
     for tensor in tensors((batch, labels)):
         if tensor.dim():
@@ -261,7 +262,7 @@ def size(batch: Any, labels: Tensor | None) -> int:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Those in a batch, or in other nested containers, in order."""
+    """Yield the tensors in nested tuples, lists, mappings and dataclasses, in order."""
     items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
@@ -275,25 +276,30 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(item)
 
 
-def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """``value`` with every tensor in it on ``device``, and floating-point ones as ``dtype``.
-
-    Tuples and mappings are gone through.
-    """
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Replace each tensor in nested tuples, lists and mappings by the function's result."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: to(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to(item, device, dtype) for item in value))
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(to(item, device, dtype) for item in value)
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Move every tensor in a batch to ``device``, and convert floating-point ones to ``dtype``."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+    return map_tensors(move, value)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode and without gradients; each submodule's mode is put back."""
+    """Set ``model`` to evaluation mode without gradients; restore each submodule's mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -305,12 +311,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its first parameter or buffer is; the CPU if it has none."""
+    """Return the device of a model's first parameter or buffer, or the CPU if it has none."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """In which its parameters are, if it has floating-point ones."""
+    """Return the dtype of a model's first floating-point parameter, or None if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

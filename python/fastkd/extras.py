@@ -1,4 +1,4 @@
-"""Packages beyond torch, loaded where needed, so that ``import fastkd`` needs torch alone."""
+"""Import packages of fastkd's extras where they are used: ``import fastkd`` needs torch alone."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import importlib
 from typing import Any
 
 
-def check(extra: str, *modules: str) -> None:
-    """Raise unless these modules can be imported; called before work that would be lost.
+class MissingPackageError(ImportError):
+    """Error about a package that is not installed; the message names the extra that installs it."""
 
-    Raises:
-        ImportError: as :func:`load`.
+
+def check(extra: str, *modules: str) -> None:
+    """Raise MissingPackageError unless all these modules can be imported.
+
+    Call it before work that would be lost if a later import failed.
     """
     for module in modules:
         load(module, extra)
 
 
 def load(module: str, extra: str) -> Any:
-    """The module of that name.
+    """Import a module and return it.
 
     Raises:
-        ImportError: if it is not installed; the message names the extra of fastkd that brings it.
+        MissingPackageError: if its package is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
-            raise  # installed, but broken: its own message says more
-        raise ImportError(
+            raise  # the package is installed, and one of its own imports is missing
+        raise MissingPackageError(
             f"this needs {package}, which is not installed: pip install 'fastkd[{extra}]'"
         ) from None

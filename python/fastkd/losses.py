@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastkd import reference
-from fastkd._core import checks, dispatch, native, shapes
-from fastkd._core.autograd import is_transformed
-from fastkd._core.fast_path import IMMUTABLE, is_eligible
-from fastkd._core.module import OptionsModule
-from fastkd._core.objective import TEACHER_GRADS, Objective, fit, resolve
+from fastkd import linear, reference
+from fastkd._core import dispatch, fast_path, native
+from fastkd._core.arguments import Student, Teacher, prepare, raise_cause
+from fastkd._core.objective import Options, resolve
+from fastkd._core.values import Head, TopK
+from fastkd.linear.chunks import Plan
 from fastkd.reference import Terms
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Teacher = Tensor | Sequence[Tensor]
+__all__ = ["Head", "KDLoss", "Student", "Teacher", "Terms", "TopK", "divergences", "loss", "terms"]
 
 
-def _compute(
-    with_terms: bool,
-    student_logits: Tensor,
-    teacher_logits: Teacher,
+def loss(
+    student: Student,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
-    temperature: float | Tensor = 2.0,
+    temperature: float | Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
     hard_weight: float | Tensor | None = None,
@@ -45,120 +40,11 @@ def _compute(
     teacher_weights: Sequence[float] | None = None,
     ensemble: Literal["probs", "logits"] = "probs",
     standardize: bool = False,
-    classes: int | None = None,
     dim: int = -1,
     inplace: bool = False,
-    teacher_grad: Literal["error", "ignore"] = "error",
+    chunks: Plan | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Compute the loss, or all terms stacked.
-
-    Other functions take the list of options and their defaults from this signature.
-    """
-    if (
-        not native.is_dynamo_compiling()
-        and class_weight is None
-        and teacher_weights is None
-        and classes is None
-        and teacher_form == "logits"
-        and ensemble == "probs"
-        and standardize is False
-        and type(dim) is int
-        and dim == -1
-        and inplace is False
-        and teacher_grad in TEACHER_GRADS
-    ):
-        # On a RuntimeError the slow path checks the call, fails likewise, and explains why.
-        try:
-            if (
-                is_eligible(student_logits, teacher_logits, labels)
-                and student_logits.shape == teacher_logits.shape  # type: ignore[union-attr]
-            ):
-                call = _fast_call(
-                    with_terms, labels is not None, temperature, teacher_temperature, alpha,
-                    hard_weight, soft_weight, ignore_index, reduction, label_smoothing, normalizer,
-                    divergence, mix,
-                )  # fmt: skip
-                if call is not None:
-                    return call(student_logits, teacher_logits, labels)
-        except RuntimeError:
-            pass
-    options = dict(
-        temperature=temperature, teacher_temperature=teacher_temperature, alpha=alpha,
-        hard_weight=hard_weight, soft_weight=soft_weight, ignore_index=ignore_index,
-        reduction=reduction, label_smoothing=label_smoothing, class_weight=class_weight,
-        normalizer=normalizer, divergence=divergence, mix=mix, teacher_form=teacher_form,
-        teacher_weights=teacher_weights, ensemble=ensemble, standardize=standardize,
-        classes=classes, dim=dim, inplace=inplace, teacher_grad=teacher_grad,
-    )  # fmt: skip
-    return _check_and_compute(student_logits, teacher_logits, labels, options, with_terms)
-
-
-def _fast_call(*options: Any) -> Callable[..., Tensor] | None:
-    """Return the op with these options bound (:func:`_prepare`), or None for the slow path."""
-    if not IMMUTABLE.issuperset(map(type, options)):
-        return None
-    try:
-        return _prepare(native.EAGER, *options)
-    except TypeError:  # an option of a wrong type, which the slow path reports
-        return None
-
-
-@functools.lru_cache(maxsize=128, typed=True)
-def _prepare(
-    _eager: Any, with_terms: bool, has_labels: bool, *values: Any
-) -> Callable[..., Tensor] | None:
-    """Check the options and bind them to the op; return None if the fast path lacks one of them.
-
-    ``_eager`` is only part of the cache key: autograd in C++ and in Python have different calls.
-    """
-    names = (
-        "temperature", "teacher_temperature", "alpha", "hard_weight", "soft_weight", "ignore_index",
-        "reduction", "label_smoothing", "normalizer", "divergence", "mix",
-    )  # fmt: skip
-    options = {**DEFAULTS, **dict(zip(names, values, strict=True))}
-    objective = resolve(options, has_labels=has_labels, teachers=1)
-    fused = objective.divergence in dispatch.FUSED and objective.divergence != "dkd"
-    if not fused or objective.reduction == "none" or objective.normalizer == 0:
-        return None
-    return dispatch.prepare_call(objective, with_terms)
-
-
-def _options_of(
-    function: Callable[Concatenate[bool, P], object],
-) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Says, to type checkers and to help(), that the decorated one takes the same arguments."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-
-    def decorate(decorated: Callable[..., R]) -> Callable[P, R]:
-        returned = inspect.signature(decorated).return_annotation
-        decorated.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            parameters, return_annotation=returned
-        )
-        return decorated
-
-    return decorate
-
-
-def _keywords_of(
-    function: Callable[Concatenate[bool, Tensor, Teacher, Tensor | None, P], object],
-) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
-    """The same for a method that takes the options alone."""
-    all_of_them = inspect.signature(function).parameters.values()
-
-    def decorate(method: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
-        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        options = [each for each in all_of_them if each.kind is each.KEYWORD_ONLY]
-        method.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [itself, *options], return_annotation="None"
-        )
-        return method
-
-    return decorate
-
-
-@_options_of(_compute)
-def loss(*args: Any, **options: Any) -> Tensor:
-    """Distillation loss in one fused pass; ``alpha`` weighs the **hard** term, the cross entropy.
+    """Compute the distillation loss; ``alpha`` weighs the **hard** term, the cross entropy.
 
     ::
 
@@ -166,85 +52,99 @@ def loss(*args: Any, **options: Any) -> Tensor:
              + (1 - alpha) * T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
     This is the loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
-    (2015); T^2 keeps the soft gradients' size independent of T. Both logits are read once and the
-    gradient is written in the same pass. Arithmetic is float32 inside whatever the inputs are
-    (float64 if either is), and free of cancellation when the student is close to its teacher.
-    ``divergence=`` and the options below put other objectives in the place of the KL; those that
-    have no kernel yet are computed by PyTorch operations (``docs/objectives.md`` says which), and
-    :func:`fastkd.explain` says in words what a set of options means.
+    (2015); T^2 keeps the size of the soft gradients independent of T. The gradient is written in
+    the same pass that reads the logits. Arithmetic is float32 whatever the dtypes of the inputs
+    (float64 if either is), and does not cancel when the student is close to its teacher.
+    ``divergence`` and the options below it choose other objectives. Those without a kernel are
+    computed by PyTorch operations (docs/objectives.md lists them); :func:`fastkd.explain` describes
+    in words what a set of options computes.
 
     Args:
-        student_logits: ``(..., C)`` float64, float32, bfloat16 or float16. Slices such as
-            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are used where they are, and so are
-            ``(N, C, H, W)`` and ``(N, C, L)`` with ``dim=1``, whose gradient is laid out like
-            them. A copy is what logits cost of which neither classes nor pixels are adjacent, and
-            spatial crops.
-        teacher_logits: ``(..., C)``, any of the same dtypes, not necessarily the student's; or a
-            sequence of such tensors, several teachers. What was made under
-            ``torch.inference_mode()`` is copied, since autograd cannot save it.
+        student: ``(..., C)`` logits, float64, float32, bfloat16 or float16, or a
+            :class:`fastkd.Head`, whose logits are never all in memory. Slices such as
+            ``logits[:, :-1]`` and ``logits[..., :vocab]`` are not copied, nor are ``(N, C, H, W)``
+            and ``(N, C, L)`` with ``dim=1``, whose gradient is laid out like the logits. Other
+            logits whose classes are not adjacent are copied, and so are spatial crops.
+        teacher: ``(..., C)`` logits of any of these dtypes; a sequence of several teachers' logits;
+            a :class:`fastkd.Head`; or a :class:`fastkd.TopK`, the log-probabilities of a few
+            classes. If ``student`` is a Head, any of these but a sequence; if ``student`` is a
+            tensor, the logits of a Head are all computed. The teacher gets no gradient. Tensors
+            made under ``torch.inference_mode()`` are copied, since autograd cannot save them.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
-            cutmix), as :func:`torch.nn.functional.cross_entropy` has them. None: the soft term
-            alone, with weight 1.
+            cutmix), as in :func:`torch.nn.functional.cross_entropy`. None: the soft term alone,
+            with weight 1.
         temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
-            each row. A tensor that requires grad gets its gradient. Default 2.
-        teacher_temperature: the teacher's own temperature, likewise. Default T, or 1 if
-            ``teacher_form`` says that the teacher is softened already.
-        alpha: weight of the hard term in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
-            with labels.
-        hard_weight: weight of the hard term, given instead of ``alpha``: a number, or a tensor
-            ``(...)`` with one for each row, which changes no denominator; 1 if only ``soft_weight``
-            is given.
-        soft_weight: weight of the soft term, likewise; 1 if only ``hard_weight`` is given.
+            each row. A tensor that requires grad gets its gradient. Default 2; with a TopK 1, the
+            temperature of the log-probabilities that inference servers return.
+        teacher_temperature: the teacher's temperature, likewise. Default T, or 1 if
+            ``teacher_form`` is not ``"logits"``.
+        alpha: weight of the hard term, in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
+            with labels. Without labels, only 0.0 is accepted: the soft term alone.
+        hard_weight: weight of the hard term, instead of ``alpha``: a number, or a tensor ``(...)``
+            with one weight for each row, which changes no denominator. Default 1 if
+            ``soft_weight`` is given.
+        soft_weight: weight of the soft term, likewise. Default 1 if ``hard_weight`` is given.
         ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
-            their logits may hold anything, NaN too. Default -100. Probabilities have none.
+            their logits may hold anything, NaN too. Probabilities as labels ignore no row. Default
+            -100.
         reduction: ``"mean"`` divides both terms by the number of rows that are not ignored (0 if
-            there are none); ``"sum"``; ``"none"`` gives one loss for each row, ``(...)``, and its
+            all are); ``"sum"``; ``"none"`` returns one loss for each row, ``(...)``, and its
             backward pass reads the logits again instead of keeping a gradient. Default ``"mean"``.
-        label_smoothing: of the hard term, in [0, 1], as :func:`torch.nn.functional.cross_entropy`
-            has it; it needs labels.
+        label_smoothing: of the hard term, in [0, 1], as in
+            :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
             :func:`torch.nn.functional.cross_entropy`. As there, ``"mean"`` then divides the hard
             term by the sum of the labels' weights (by the rows if labels are probabilities).
-        normalizer: what ``"mean"`` divides both terms by instead: a positive number, or a tensor
-            with one element (never waited for on CUDA). Pass the global token count under gradient
-            accumulation. 0 is accepted if every row is ignored; the loss is then 0.
+        normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows: a
+            positive number, or a tensor with one element (never synchronized on CUDA). Pass the
+            global token count under gradient accumulation. 0 is accepted if every row is ignored;
+            the loss is then 0.
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
-        mix: the one number that some divergences have: ``"symmetric_kl"``, weight of the forward KL
+        mix: the parameter of some divergences: ``"symmetric_kl"``, weight of the forward KL
             (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
             ``"skewed_reverse_kl"``, share of the other side (0.1); ``"dkd"``, weight of the classes
             other than the label (8).
-        teacher_form: what ``teacher_logits`` holds: ``"logits"``, or ``"log_probs"`` or ``"probs"``
-            of a teacher that is softened already. They need not sum to 1 exactly: rows are
-            renormalised. Default ``"logits"``.
+        teacher_form: ``"logits"``, or ``"log_probs"`` or ``"probs"`` of a teacher that is softened
+            already. They need not sum to 1 exactly: rows are renormalized. Default ``"logits"``.
         teacher_weights: a positive number for each of several teachers, divided by their sum.
-            Default equal ones.
+            Default: equal weights.
         ensemble: whether several teachers are mixed in ``"probs"`` (after softening) or in
             ``"logits"``. Default ``"probs"``.
-        standardize: take each row's mean off the logits of both and divide by its standard
-            deviation (unbiased, + 1e-7) before anything of the soft term (Sun et al., "Logit
-            Standardization in Knowledge Distillation", CVPR 2024). Default False.
-        classes: use the first ``classes`` of both logits: padded vocabularies, or class counts that
-            differ. Default None, all of them.
-        dim: where the classes are: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
+        standardize: subtract each row's mean from the logits of student and teacher, and divide by
+            the row's standard deviation (unbiased, + 1e-7), before the soft term (Sun et al.,
+            "Logit Standardization in Knowledge Distillation", CVPR 2024). Default False.
+        dim: the dimension of the classes: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
             ``(N, d1, ...)``. Default -1.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
-            Without effect where no gradient is asked for, under torch.compile and under function
-            transforms; refused for what has no kernel.
-        teacher_grad: what to do with a teacher that requires grad, since it gets none: ``"error"``
-            or ``"ignore"``.
+            Ignored if no gradient is asked for, under torch.compile and under function transforms;
+            refused for calls without a kernel. Default False.
+        chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
+            :func:`fastkd.chunks.plan`, which takes a bound for the memory. Default ``"auto"``.
+
+    A TopK supports temperature and weights as numbers, labels as class indices, and the options
+    ``ignore_index``, ``reduction``, ``label_smoothing``, ``normalizer`` and ``chunks``. A Head as
+    student gives temperature and weights no gradient, and supports neither ``teacher_form``,
+    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``. For a Head with labels that are
+    class indices, counting the rows that are not ignored waits for a GPU once a call. (While a
+    CUDA graph is captured nothing waits: all rows are computed, and ignored ones must be finite.)
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
         float64). Masked classes (logits of -inf) contribute what mathematics says: for the default
         divergence nothing where the teacher masks, +inf with a finite gradient where only the
-        student does. A row with NaN or +inf among its logits gives NaN.
+        student does. A row with NaN or +inf among its logits gives NaN. With a TopK, listed
+        classes that the student masks give +inf with a finite gradient unless the teacher's
+        probability is 0. The ghost class has probability 0 where no unmasked class remains for it,
+        and where rounding has brought the listed probabilities above 1; ``"ghost"`` then adds the
+        sum of q - p over its classes, which is 0 otherwise, so that it is never negative.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above; the message names the argument,
-            what was given, and what is accepted. A label out of range raises on the CPU; on CUDA,
-            which is never waited for, it makes that row's loss and gradient NaN
-            (:func:`fastkd.check_inputs` finds it).
+        TypeError, ValueError: for arguments that are not as above, before anything is computed; the
+            message names the argument, what was given, and what is accepted. A label or an index
+            out of range, and an invalid list, raise on the CPU; on CUDA, which is never
+            synchronized for this, they make the row's loss and gradient NaN
+            (:func:`fastkd.check_inputs` finds the row).
 
     Example:
         >>> import torch, fastkd
@@ -254,25 +154,57 @@ def loss(*args: Any, **options: Any) -> Tensor:
         >>> loss.backward()
         >>> student.grad.shape
         torch.Size([8, 10])
-        >>> fastkd.loss(student, [teacher, -teacher], labels, divergence="jsd", mix=0.1).shape
+        >>> top = fastkd.TopK(*torch.log_softmax(teacher, -1).topk(3))
+        >>> fastkd.loss(student, top, labels).shape
         torch.Size([])
+        >>> hidden, layer = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 10)
+        >>> head = fastkd.Head(hidden, layer.weight, layer.bias)
+        >>> fastkd.loss(head, teacher, labels).backward()
+        >>> layer.weight.grad.shape
+        torch.Size([10, 16])
     """
-    try:
-        return _compute(False, *args, **options)
-    except TypeError:
-        _check_signature("loss", args, options)
-        raise
+    return _compute(
+        False, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
+        soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
+        mix, teacher_form, teacher_weights, ensemble, standardize, dim, inplace, chunks,
+    )  # fmt: skip
 
 
-@_options_of(_compute)
-def terms(*args: Any, **options: Any) -> Terms:
-    """The loss and what is worth logging about it, from one pass; arguments as in :func:`loss`.
+def terms(
+    student: Student,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    teacher_temperature: float | Tensor | None = None,
+    alpha: float | None = None,
+    hard_weight: float | Tensor | None = None,
+    soft_weight: float | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    divergence: str = "forward_kl",
+    mix: float | None = None,
+    teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    ensemble: Literal["probs", "logits"] = "probs",
+    standardize: bool = False,
+    dim: int = -1,
+    inplace: bool = False,
+    chunks: Plan | Literal["auto"] = "auto",
+) -> Terms:
+    """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
+
+    Logits of student and teacher are read once; a TopK takes three more passes over the student.
 
     Returns:
         A named tuple of tensors, each reduced like the loss: ``loss``, ``hard`` (cross entropy),
         ``soft`` (the divergence without weight and T^2), ``student_entropy`` and
-        ``teacher_entropy`` (nats, at temperature T) and ``agreement`` (share of rows on whose most
-        probable class both agree). Only ``loss`` carries a gradient. Nothing waits for the device.
+        ``teacher_entropy`` (nats, at temperature T; of the listed classes and the tail for a TopK)
+        and ``agreement`` (share of rows whose most probable class is the same for both). Only
+        ``loss`` carries a gradient. Nothing waits for the device.
 
     Example:
         >>> import torch, fastkd
@@ -280,28 +212,27 @@ def terms(*args: Any, **options: Any) -> Terms:
         >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields
         ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy', 'agreement')
     """
-    try:
-        packed = _compute(True, *args, **options)
-    except TypeError:
-        _check_signature("terms", args, options)
-        raise
+    packed = _compute(
+        True, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
+        soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
+        mix, teacher_form, teacher_weights, ensemble, standardize, dim, inplace, chunks,
+    )  # fmt: skip
     total, *logged = packed.unbind(0)
     return Terms(total, *(term.detach() for term in logged))
 
 
 def divergences() -> tuple[str, ...]:
-    """The names that ``divergence=`` accepts."""
+    """Return the names that ``divergence`` accepts."""
     return tuple(reference.DIVERGENCES)
 
 
-class KDLoss(OptionsModule):
-    """:func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
+class KDLoss(nn.Module):
+    """The loss of :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
 
-    Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` takes
-    ``(student_logits, teacher_logits, labels=None)``, and :meth:`terms` the same. Without labels
-    the soft term counts alone, whatever weighs the hard one. Options that are tensors are buffers
+    Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` and
+    :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers
     that follow the module to another device, and a ``temperature`` or a weight that is an
-    ``nn.Parameter`` is a parameter of the module and learns. Options are attributes, which may be
+    ``nn.Parameter`` is a parameter of the module and learns. Options are attributes that may be
     assigned: ``criterion.temperature = 2.0``.
 
     Example:
@@ -311,194 +242,111 @@ class KDLoss(OptionsModule):
         tensor(0.1099)
     """
 
-    @_keywords_of(_compute)
-    def __init__(self, **options: Any) -> None:
-        """Keeps the options, having checked them."""
-        super().__init__(options)
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor | None = None,
+        teacher_temperature: float | Tensor | None = None,
+        alpha: float | None = None,
+        hard_weight: float | Tensor | None = None,
+        soft_weight: float | Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        divergence: str = "forward_kl",
+        mix: float | None = None,
+        teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+        teacher_weights: Sequence[float] | None = None,
+        ensemble: Literal["probs", "logits"] = "probs",
+        standardize: bool = False,
+        dim: int = -1,
+        inplace: bool = False,
+        chunks: Plan | Literal["auto"] = "auto",
+    ) -> None:
+        """Check the options, and keep them."""
+        super().__init__()
+        options = Options(
+            temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
+            reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
+            teacher_weights, ensemble, standardize, dim, inplace, chunks,
+        )  # fmt: skip
+        resolve(options, has_labels=True, teachers=None)
+        self._values = options  # with None in the place of tensors
+        for name, value in options._asdict().items():
+            if isinstance(value, Tensor):
+                self._keep(name, value)
 
-    @staticmethod
-    def default_options() -> Mapping[str, Any]:
-        """Those of :func:`fastkd.loss`."""
-        return DEFAULTS
+    def forward(self, student: Student, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
+        """Compute the loss, as :func:`fastkd.loss` does."""
+        return _compute(False, student, teacher, labels, *self._options())
 
-    @staticmethod
-    def check_options(options: Mapping[str, Any]) -> None:
-        """Raises as :func:`fastkd.loss` does, as far as it can without tensors."""
-        check_names("KDLoss", options)
-        resolve({**DEFAULTS, **options}, has_labels=True, teachers=None)
+    def terms(self, student: Student, teacher: Teacher, labels: Tensor | None = None) -> Terms:
+        """Compute the loss and its terms, as :func:`fastkd.terms` does."""
+        return terms(student, teacher, labels, **self._options()._asdict())
 
-    def options_for(self, labels: Tensor | None) -> dict[str, Any]:
-        """Those that :func:`fastkd.loss` takes: without labels, none that weighs the hard term."""
-        return self.options if labels is not None else {**self.options, **HARD}
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that are not their defaults; tensors are where the module is."""
+        return self._options().nondefault
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
-    ) -> Tensor:
-        """The loss of :func:`fastkd.loss`."""
-        return loss(student_logits, teacher_logits, labels, **self.options_for(labels))
+    def _options(self) -> Options:
+        if not self._parameters and not self._buffers:
+            return self._values
+        tensors: Any = {**self._parameters, **self._buffers}
+        return self._values._replace(**tensors)
 
-    def terms(
-        self, student_logits: Tensor, teacher_logits: Teacher, labels: Tensor | None = None
-    ) -> Terms:
-        """The loss and its terms, as :func:`fastkd.terms` gives them."""
-        return terms(student_logits, teacher_logits, labels, **self.options_for(labels))
+    def _keep(self, name: str, value: object) -> None:
+        """Set an option, without a check."""
+        # register_parameter() and register_buffer() refuse the name of an attribute.
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+        if isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        elif isinstance(value, Tensor):
+            self._buffers[name] = value
+            self._non_persistent_buffers_set.add(name)
+        plain = None if isinstance(value, Tensor) else value
+        change: Any = {name: plain}
+        self._values = self._values._replace(**change)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an option, checked together with the others; or any other attribute."""
+        if name not in Options._fields:
+            return super().__setattr__(name, value)
+        resolve(self._options()._replace(**{name: value}), has_labels=True, teachers=None)
+        self._keep(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an option, or what ``nn.Module`` has by this name."""
+        if name not in Options._fields or name in self._parameters or name in self._buffers:
+            return super().__getattr__(name)
+        return getattr(self._values, name)
+
+    def extra_repr(self) -> str:
+        """Return the options that are not their defaults."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-DEFAULTS: dict[str, Any] = dict(_compute.__kwdefaults__ or {})
-"""The options of :func:`loss`, :func:`terms` and :class:`KDLoss`, and their defaults."""
-HARD = {"alpha": None, "hard_weight": None, "class_weight": None, "label_smoothing": 0.0}
-
-
-def check_names(function: str, options: Mapping[str, object]) -> None:
-    """Whether these are options of the loss, whose values are not looked at."""
-    unknown = sorted(options.keys() - DEFAULTS.keys())
-    if unknown:
-        raise TypeError(f"{function} has no option {unknown[0]!r}; it has {', '.join(DEFAULTS)}")
-
-
-def _check_signature(function: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Whether :func:`_compute` takes these; its own words would name it, and not ``function``."""
-    tensors = ("student_logits", "teacher_logits", "labels")
-    check_names(function, {k: v for k, v in options.items() if k not in tensors})
-    try:
-        inspect.signature(_compute).bind(False, *args, **options)
-    except TypeError as error:
-        raise TypeError(
-            f"{function} takes {', '.join(tensors)}, and options by their names: {error}"
-        ) from None
-
-
-def _check_and_compute(
-    student: Tensor,
-    teacher: Teacher,
-    labels: Tensor | None,
-    options: dict[str, Any],
-    with_terms: bool,
+def _compute(
+    with_terms: bool, student: Student, teacher: Teacher, labels: Tensor | None, *values: Any
 ) -> Tensor:
-    """Check the arguments, and compute the loss or all terms stacked."""
+    """Compute the loss, or all terms stacked; ``values``: the fields of ``Options``."""
+    if not native.is_dynamo_compiling():
+        out = fast_path.run(with_terms, student, teacher, labels, values)
+        if out is not None:
+            return out
+    options = Options(*values)
+    if isinstance(student, Head):
+        return linear.compute(student, teacher, labels, options, with_terms)
+    if isinstance(teacher, Head):
+        with torch.no_grad():
+            teacher = teacher.logits()
     call = prepare(student, teacher, labels, options)
-    inplace = options["inplace"] and not is_transformed()
-    if inplace:
-        _check_inplace(student, call.teachers, call.objective.reduction, options["classes"])
     try:
-        return dispatch.compute(*call, with_terms=with_terms, inplace=inplace)
+        return dispatch.compute(call, with_terms)
     except RuntimeError as error:
-        told = call.objective.ignore_index, call.objective.temperature
-        _explain(error, call.student, call.labels, *told)
+        raise_cause(error, call)
         raise
-
-
-class Call(NamedTuple):
-    """A call to the loss, checked; the classes are last, and those that do not count are gone."""
-
-    student: Tensor
-    teachers: tuple[Tensor, ...]
-    labels: Tensor | None
-    objective: Objective
-
-
-def prepare(
-    student: Tensor, teacher: Teacher, labels: Tensor | None, options: Mapping[str, Any]
-) -> Call:
-    """Checks what :func:`loss` is given, with every option present; ``inplace`` aside."""
-    teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
-    objective = resolve(options, has_labels=labels is not None, teachers=len(teachers))
-    dim, classes = options["dim"], options["classes"]
-    checks.logits(student, teachers, dim, classes)
-    if any(map(checks.learns, teachers)) and options["teacher_grad"] == "error":
-        raise ValueError(
-            "teacher_logits requires grad, but the loss gives the teacher none: compute it under "
-            'torch.no_grad(), .detach() it, or pass teacher_grad="ignore"'
-        )
-    teachers = tuple(
-        rows_last(checks.savable(teacher.detach()), dim, classes) for teacher in teachers
-    )
-    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == student.dim():
-        labels = rows_last(labels, dim, None)
-    student = rows_last(student, dim, classes)
-    soft_labels = labels is not None and checks.targets(labels, student)
-    labels = None if labels is None else checks.savable(checks.int64(labels))
-    checks.enough_classes(objective.divergence, objective.standardize, soft_labels, student)
-    objective = fit(objective, student, labels, shapes.accumulator(student, *teachers))
-    return Call(student, teachers, labels, objective)
-
-
-def rows_last(value: Tensor, dim: int, classes: int | None) -> Tensor:
-    """A view with the classes last, and those that count alone."""
-    if dim != -1:
-        value = value.movedim(dim, -1)
-    return value if classes is None else value[..., :classes]
-
-
-def _explain(
-    error: RuntimeError,
-    student: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
-    temperature: float | Tensor,
-) -> None:
-    """Raise the Python exception for a kernel's error: a bad label or temperature, an unsupported
-    layout, or no memory."""
-    if torch.compiler.is_compiling() or not checks.has_data(student, labels, temperature):
-        return
-    if "inplace needs" in str(error):
-        raise ValueError(
-            "inplace=True needs student_logits that are laid out row by row, or class by class, "
-            f"and lie at a multiple of their {student.element_size()} bytes; got strides "
-            f"{student.stride()} of shape {tuple(student.shape)}, the classes last, at "
-            f"{student.data_ptr():#x}"
-        )
-    checks.ignored_label(ignore_index)
-    if "API call failed" in str(error):
-        # On its way through torch's stable ABI an error loses its type and its words: what asks for
-        # as much memory once more raises torch's own, which others catch (and halve their batches).
-        torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
-    if student.device.type == "cpu":
-        checks.check_rows(student, labels, ignore_index, temperature)
-
-
-def _check_inplace(
-    student: Tensor, teachers: Sequence[Tensor], reduction: str, classes: int | None
-) -> None:
-    if reduction == "none":
-        raise ValueError(
-            'inplace=True needs reduction="mean" or "sum"; got "none", which keeps no gradient'
-        )
-    if classes is not None:
-        raise ValueError(
-            "inplace=True cannot go with classes, whose gradient is as large as student_logits "
-            f"all the same; got classes={classes}"
-        )
-    compiling = torch.compiler.is_compiling()
-    owner = student._base if not compiling and student._is_view() else student
-    if owner is not None and owner.requires_grad and owner.is_leaf:
-        raise ValueError(
-            "inplace=True writes the gradient over student_logits, which cannot be a leaf that "
-            "requires grad, or a view of one"
-        )
-    if compiling:
-        return  # it has no effect
-    if student.is_neg():
-        raise ValueError(
-            "inplace=True writes the gradient over student_logits, whose memory must hold them; "
-            "got a view of their negatives (.resolve_neg() it)"
-        )
-    if _overlaps(student):
-        raise ValueError(
-            "inplace=True writes the gradient over student_logits, whose rows must not share "
-            f"memory; got strides {student.stride()} of shape {tuple(student.shape)} "
-            "(.contiguous() them)"
-        )
-    memory = student.untyped_storage().data_ptr()
-    if memory and any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
-        raise ValueError("inplace=True needs student_logits and teacher_logits in different memory")
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether entries may share memory: a stride steps into what the smaller ones reach."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return tensor.numel() > 0
-        reach += stride * (size - 1)
-    return False

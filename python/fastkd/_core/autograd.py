@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd._core import native
 from fastkd._core.shapes import REDUCTIONS
 
 _NONE = REDUCTIONS.index("none")
 _empty_gradient = torch.ops.fastkd.empty_gradient.default
+_is_under_functorch = torch._C._are_functorch_transforms_active
 
 
 def is_transformed() -> bool:
     """Return True under torch.func (grad, vmap, jvp, ...) and forward-mode differentiation."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _is_under_functorch() or forward_ad._current_level >= 0
 
 
 def is_batch(grad_output: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""Checks of arguments: every message names the argument, what was given, and what is accepted.
+"""Check arguments. Every message names the argument, what was given, and what is accepted.
 
-The functions that :func:`fastkd.loss` calls are cheap: they look at shapes, dtypes and numbers, and
-where nothing is waited for (:func:`may_look`) at the numbers of rows, never at logits.
-:func:`check_inputs` and :func:`check_logits` do, for those who ask.
+The checks that each call makes are cheap: they read shapes, dtypes and numbers, and the data of
+tensors with one number for each row if that needs no synchronization (:func:`may_look`). They never
+read logits; :func:`fastkd.check_inputs` does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 import numbers
 import os
 import pathlib
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastkd import reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Within this range a temperature, its square and the inverse of either are normal float32 numbers.
@@ -28,7 +29,7 @@ INTEGERS = (
 
 
 def one_of(name: str, value: object, accepted: Sequence[str]) -> int:
-    """The position of ``value`` among the accepted names."""
+    """Return the position of ``value`` among the accepted names; raise if it is not one of them."""
     if isinstance(value, str) and value in accepted:
         return accepted.index(value)
     listed = ", ".join(repr(option) for option in accepted)
@@ -44,7 +45,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """``value`` as a float in [low, high], without the ends that are open; always finite."""
+    """Return ``value`` as a finite float in [low, high], without the ends that are open."""
     if type(value) is not float:
         # NumPy's scalars are Real, its booleans and torch's tensors are not.
         if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
@@ -73,7 +74,10 @@ def count(name: str, value: object, least: int = 1) -> None:
 
 
 def folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
-    """A path at which there is a folder, or can be one. ``otherwise``: what else is accepted."""
+    """Return ``value`` as the path of a folder that exists or can be made.
+
+    ``otherwise``: what else is accepted, for the message.
+    """
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
     path = pathlib.Path(value)
@@ -83,25 +87,33 @@ def folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
     return path
 
 
-def ignored_label(value: object) -> None:
-    """A label, which may be of any integer dtype."""
+def check_reduction(value: object) -> None:
+    """Raise unless ``value`` names a reduction; for torch's "batchmean", name the equivalent."""
+    try:
+        one_of("reduction", value, reference.REDUCTIONS)
+    except ValueError as error:
+        if value != "batchmean":
+            raise
+        raise ValueError(
+            f'{error}. "mean" divides by the rows, as torch\'s batchmean does'
+        ) from None
+
+
+def check_ignore_index(value: object) -> None:
+    """Raise unless ``value`` is an int of 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"ignore_index must be an int of 64 bits; got {value}")
 
 
-def dim_and_classes(dim: object, classes: object) -> None:
-    """Where the classes are, and how many of them count."""
-    if type(dim) is not int or dim not in (-1, 1):
+def check_dim(value: object) -> None:
+    """Raise unless ``value`` is a position that classes may have."""
+    if type(value) is not int or value not in (-1, 1):
         raise ValueError(
             "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
-            + repr(dim)
+            + repr(value)
         )
-    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int)):
-        raise TypeError(f"classes must be an int or None; got {type(classes).__name__}")
-    if classes is not None and classes < 1:
-        raise ValueError(f"classes must be at least 1; got {classes}")
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -118,65 +130,71 @@ def check_dense(name: str, value: Tensor) -> None:
         )
 
 
-def logits(
-    student: object, teachers: Sequence[object], dim: int = -1, classes: int | None = None
-) -> None:
-    """Check that tensors are logits of one shape and device.
-
-    ``dim`` and ``classes`` are checked before.
-    """
-    if not teachers:
-        raise ValueError("teacher_logits must be a tensor, or at least one; got an empty sequence")
-    named = [("student_logits", student)]
-    for i, teacher in enumerate(teachers):
-        named.append(("teacher_logits" if len(teachers) == 1 else f"teacher_logits[{i}]", teacher))
-    for name, value in named:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        check_dense(name, value)
-        if value.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
-            )
-    assert isinstance(student, Tensor)
-    if student.dim() <= max(dim, 0) or student.shape[dim] == 0:
+def check_student(value: object, dim: int = -1, name: str = "student") -> None:
+    """Raise unless ``value`` is a tensor of logits with at least one class."""
+    _check_logits_dtype(name, value)
+    assert isinstance(value, Tensor)
+    if value.dim() <= max(dim, 0) or value.shape[dim] == 0:
         layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
         raise ValueError(
-            f"student_logits must have shape {layout} with at least one class; got "
-            f"{tuple(student.shape)}"
+            f"{name} must have shape {layout} with at least one class; got {tuple(value.shape)}"
         )
-    for name, value in named[1:]:
+
+
+def check_teachers(
+    student: Tensor, values: Sequence[object], dim: int = -1, name: str = "student"
+) -> tuple[Tensor, ...]:
+    """Return the teachers' logits; raise unless shape and device are the student's.
+
+    ``name``: what the messages call the student.
+    """
+    if not values:
+        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
+    checked = []
+    for i, value in enumerate(values):
+        label = "teacher" if len(values) == 1 else f"teacher[{i}]"
+        _check_logits_dtype(label, value)
         assert isinstance(value, Tensor)
-        _same_shape(student, name, value, dim, classes)
+        _check_same_shape(student, label, value, dim, name)
         if student.device != value.device:
             raise ValueError(
-                f"student_logits and {name} must be on the same device; got "
-                f"{student.device} and {value.device}"
+                f"{name} and {label} must be on the same device; got {student.device} and "
+                f"{value.device}"
             )
+        checked.append(value)
+    return tuple(checked)
 
 
-def _same_shape(student: Tensor, name: str, teacher: Tensor, dim: int, classes: int | None) -> None:
-    """The same rows, and the same classes or enough of them."""
-    shapes = [list(student.shape), list(teacher.shape)]
-    given = f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
-    if shapes[0] == shapes[1] and (classes is None or classes <= student.shape[dim]):
+def _check_logits_dtype(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+
+
+def _check_same_shape(student: Tensor, label: str, teacher: Tensor, dim: int, name: str) -> None:
+    """Raise unless rows and classes are the same; name the slice if only classes differ."""
+    if student.shape == teacher.shape:
         return
-    rows = [shape[:dim] + shape[dim:][1:] for shape in shapes]
-    if rows[0] != rows[1] or teacher.dim() != student.dim():
-        raise ValueError(f"student_logits and {name} must have the same shape; {given}")
-    fewest = min(student.shape[dim], teacher.shape[dim])
-    if classes is None:
-        raise ValueError(
-            f"student_logits and {name} must have the same shape; {given}. If the first classes "
-            f"are the same and the rest is padding, classes={fewest} takes the first {fewest} of "
-            "both"
-        )
-    if classes > fewest:
-        raise ValueError(f"classes must be at most {fewest}, the fewest there are; got {classes}")
+    message = (
+        f"{name} and {label} must have the same shape; got {tuple(student.shape)} and "
+        f"{tuple(teacher.shape)}"
+    )
+    rows = [list(each.shape) for each in (student, teacher)]
+    if teacher.dim() == student.dim():
+        fewest = min(each.pop(dim) for each in rows)
+        if rows[0] == rows[1] and fewest > 0:
+            some = f"[..., :{fewest}]" if dim == -1 else f"[:, :{fewest}]"
+            message += (
+                f". If the first classes are the same and the others are padding, {name}{some} and "
+                f"{label}{some} are the first {fewest} of both, without a copy"
+            )
+    raise ValueError(message)
 
 
-def targets(value: object, student: Tensor) -> bool:
-    """Check labels: one class index for each row of logits (False), or probabilities (True)."""
+def check_labels(value: object, student: Tensor) -> bool:
+    """Check labels; return True for probabilities, False for class indices."""
     if not isinstance(value, Tensor):
         raise TypeError(
             "labels must be a tensor of class indices or probabilities, or None; got "
@@ -184,7 +202,7 @@ def targets(value: object, student: Tensor) -> bool:
         )
     check_dense("labels", value)
     if value.is_floating_point() and value.shape == student.shape:
-        rows(value[..., 0], "labels", student)
+        check_row_tensor(value[..., 0], "labels", student)
         if value.requires_grad:
             raise ValueError(
                 "labels get no gradient; got probabilities that require grad (.detach() them)"
@@ -195,32 +213,32 @@ def targets(value: object, student: Tensor) -> bool:
             f"labels must be class indices of an integer dtype; got {value.dtype}, which would be "
             f"probabilities if the shape were {tuple(student.shape)}, not {tuple(value.shape)}"
         )
-    indices(value, student)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
+    check_row_tensor(value, "labels", student)
     return False
 
 
-def indices(value: Tensor, student: Tensor) -> None:
-    """Class indices, one for each row of logits."""
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
-    rows(value, "labels", student)
+def to_int64(labels: Tensor) -> Tensor:
+    """Convert class indices to int64, and return probabilities as they are.
 
-
-def int64(labels: Tensor) -> Tensor:
-    """Class indices as int64: torch wraps what it compares a narrower dtype with, -100 to 156 for
-    uint8. What else there is stays as it is."""
+    PyTorch converts a number to the dtype of the tensor that it is compared with: -100 becomes 156
+    for uint8.
+    """
     return labels.long() if labels.dtype in INTEGERS else labels
 
 
-def savable(value: Tensor) -> Tensor:
-    """What autograd can save: a copy of a tensor that was made under ``torch.inference_mode()``."""
+def to_savable(value: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: a copy if made under ``torch.inference_mode()``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return value
     return value.clone() if value.is_inference() else value
 
 
-def enough_classes(divergence: str, standardize: bool, soft_labels: bool, student: Tensor) -> None:
-    """What some options need of the classes and of the labels."""
+def check_class_count(
+    divergence: str, standardize: bool, soft_labels: bool, student: Tensor
+) -> None:
+    """Raise if an option needs more classes, or other labels, than there are."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
     what = "standardize=True" if standardize else f"divergence={divergence!r}"
@@ -228,8 +246,8 @@ def enough_classes(divergence: str, standardize: bool, soft_labels: bool, studen
         raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
 
 
-def rows(value: Tensor, name: str, student: Tensor) -> None:
-    """A tensor with one entry for each row of logits, on their device."""
+def check_row_tensor(value: Tensor, name: str, student: Tensor) -> None:
+    """Raise unless ``value`` has one entry for each row of logits, and their device."""
     if value.shape != student.shape[:-1]:
         raise ValueError(
             f"{name} must have one entry for each row of logits, shape {tuple(student.shape[:-1])} "
@@ -238,8 +256,8 @@ def rows(value: Tensor, name: str, student: Tensor) -> None:
     _same_device(value, name, student)
 
 
-def classes(value: Tensor, name: str, student: Tensor) -> None:
-    """A tensor with one entry for each class, on the logits' device."""
+def check_class_tensor(value: Tensor, name: str, student: Tensor) -> None:
+    """Raise unless ``value`` has one entry for each class, and the logits' device."""
     if value.shape != student.shape[-1:]:
         raise ValueError(
             f"{name} must have one entry for each class, shape {tuple(student.shape[-1:])}; got "
@@ -255,7 +273,7 @@ def _same_device(value: Tensor, name: str, student: Tensor) -> None:
         )
 
 
-def scalar_temperature(name: str, value: object) -> float:
+def check_scalar_temperature(name: str, value: object) -> float:
     """Check that ``value`` is a number from 1e-18 to 1e18, and return it as a float."""
     checked = number(name, value, 0.0, math.inf, open_low=True)
     if not LEAST_TEMPERATURE <= checked <= MOST_TEMPERATURE:
@@ -263,58 +281,57 @@ def scalar_temperature(name: str, value: object) -> float:
     return checked
 
 
-def temperature(name: str, value: object) -> float | Tensor:
+def check_temperature(name: str, value: object) -> float | Tensor:
     """Check a temperature: a number, or a floating-point tensor, whose data is not read."""
     if not isinstance(value, Tensor):
-        return scalar_temperature(name, value)
+        return check_scalar_temperature(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
     return value
 
 
-def _temperature(value: object, student: Tensor) -> None:
-    """The same, which has an entry for each row unless it is 0-d."""
-    checked = temperature("temperature", value)
-    if isinstance(checked, Tensor) and checked.dim() > 0:
-        rows(checked, "temperature", student)
-
-
-def weights(
+def resolve_weights(
     alpha: object, hard: object, soft: object, has_labels: bool
 ) -> tuple[float | Tensor, float | Tensor]:
-    """(hard_weight, soft_weight) from the two ways to give them."""
+    """Return (hard_weight, soft_weight) from ``alpha``, or from the two weights."""
     if hard is None and soft is None:
-        if not has_labels:
-            if alpha is None:
-                return 0.0, 1.0
+        if alpha is None:
+            return (0.5, 0.5) if has_labels else (0.0, 1.0)
+        share = number("alpha", alpha, 0.0, 1.0)
+        if share and not has_labels:
             raise ValueError(
                 f"alpha weighs the hard term, which needs labels; got alpha={alpha!r} and "
-                "labels=None. Leave alpha out (the soft term alone), or pass labels"
+                "labels=None. Pass labels, or alpha=0.0 for the soft term alone"
             )
-        share = 0.5 if alpha is None else number("alpha", alpha, 0.0, 1.0)
         return share, 1.0 - share
     if alpha is not None:
         raise ValueError(
             f"alpha cannot be given together with hard_weight or soft_weight; got alpha={alpha!r}, "
             f"hard_weight={hard!r}, soft_weight={soft!r}"
         )
-    if not has_labels and hard is not None:
-        raise ValueError(f"hard_weight needs labels; got hard_weight={hard!r} and labels=None")
-    return _weight("hard_weight", hard), _weight("soft_weight", soft)
-
-
-def smoothing(value: object, has_labels: bool) -> float:
-    """What is taken of a label's weight for all classes."""
-    found = number("label_smoothing", value, 0.0, 1.0)
-    if found and not has_labels:
+    if has_labels:
+        return _weight("hard_weight", hard), _weight("soft_weight", soft)
+    if hard is not None and (isinstance(hard, Tensor) or _weight("hard_weight", hard) != 0.0):
         raise ValueError(
-            f"label_smoothing is of the labels; got label_smoothing={value!r} and labels=None"
+            "hard_weight weighs the hard term, which needs labels; got "
+            f"hard_weight={hard!r} and labels=None. Pass labels, or hard_weight=0.0 for the soft "
+            "term alone"
         )
-    return found
+    return 0.0, _weight("soft_weight", soft)
+
+
+def check_smoothing(value: object, has_labels: bool) -> float:
+    """Return the label smoothing as a float; raise if it is not 0 and there are no labels."""
+    smoothing = number("label_smoothing", value, 0.0, 1.0)
+    if smoothing and not has_labels:
+        raise ValueError(
+            f"label_smoothing needs labels; got label_smoothing={value!r} and labels=None"
+        )
+    return smoothing
 
 
 def _weight(name: str, value: object) -> float | Tensor:
-    """A number of at least 0, 1 if not given, or a floating-point tensor."""
+    """Return a weight: a number of at least 0, 1 for None, or a floating-point tensor."""
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
@@ -324,31 +341,34 @@ def _weight(name: str, value: object) -> float | Tensor:
     return value
 
 
-def class_weight(value: object) -> None:
-    """A tensor of one number for each class."""
+def check_class_weight(value: object) -> None:
+    """Raise unless ``value`` is a floating-point tensor that needs no gradient."""
     if not isinstance(value, Tensor):
         raise TypeError(f"class_weight must be a tensor or None; got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"class_weight must be a floating-point tensor; got {value.dtype}")
-    constant("class_weight", value)
+    check_no_gradient("class_weight", value)
 
 
-def constant(name: str, value: Tensor) -> None:
-    """A tensor that does not learn."""
-    if learns(value):
+def check_no_gradient(name: str, value: Tensor) -> None:
+    """Raise if ``value`` requires grad."""
+    if is_differentiated(value):
         raise ValueError(f"{name} gets no gradient; got a tensor that requires grad (.detach() it)")
 
 
-def learns(value: Tensor) -> bool:
-    """Whether a derivative by it may be asked for, backwards or forwards."""
+def is_differentiated(value: Tensor) -> bool:
+    """Return True if a reverse-mode or forward-mode derivative by ``value`` may be asked for."""
     forward = torch.autograd.forward_ad
     if value.requires_grad or forward._current_level < 0:
         return value.requires_grad
     return forward.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
-    """One positive number for each teacher; how many there are may not be known yet."""
+def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
+    """Return one positive number for each teacher, or None.
+
+    ``teachers``: their number, or None if it is not known yet.
+    """
     if value is None:
         return None
     if not isinstance(value, (list, tuple)):
@@ -357,8 +377,7 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
         )
     if teachers is not None and len(value) != teachers:
         raise ValueError(
-            f"teacher_weights must have one number for each teacher in teacher_logits, {teachers}; "
-            f"got {len(value)}"
+            f"teacher_weights must have one number for each teacher, {teachers}; got {len(value)}"
         )
     weights = tuple(
         number(f"teacher_weights[{i}]", weight, 0.0, math.inf, open_low=True)
@@ -369,7 +388,7 @@ def teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | 
     return weights
 
 
-def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
+def check_normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     """Check the tensor that the mean divides by, and return it as a 0-d tensor.
 
     0 is accepted here; :func:`check_nonzero` decides if it is valid.
@@ -381,7 +400,7 @@ def normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
         )
     if may_look(value) and not 0 <= value.item() < math.inf:
         raise ValueError(f"{name} must be positive and finite; got {value.item()}")
-    return savable(value.detach().reshape(()))
+    return to_savable(value.detach().reshape(()))
 
 
 def check_divisor(value: object) -> float:
@@ -434,7 +453,7 @@ def has_data(*values: object) -> bool:
 
 
 def may_look(value: Tensor) -> bool:
-    """Whether the data are there to be looked at, without waiting for a device or for a trace."""
+    """Return True if the data of ``value`` may be read: no trace, and no device to wait for."""
     return (
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"
@@ -449,7 +468,9 @@ def check_weight_data(name: str, value: Tensor) -> None:
     """Raise if a row's weight is negative or not finite, and the data may be read."""
     if may_look(value):
         value = value.detach()
-        refuse(~((value >= 0) & value.isfinite()), value, f"{name} must be finite and at least 0")
+        raise_for_first(
+            ~((value >= 0) & value.isfinite()), value, f"{name} must be finite and at least 0"
+        )
 
 
 def check_temperature_data(name: str, value: Tensor) -> None:
@@ -461,68 +482,11 @@ def check_temperature_data(name: str, value: Tensor) -> None:
 def _check_temperatures(name: str, value: Tensor) -> None:
     """Raise unless all temperatures are positive, finite and from 1e-18 to 1e18."""
     bad = ~((value > 0) & value.isfinite())
-    refuse(bad, value, f"{name} must be positive and finite")
+    raise_for_first(bad, value, f"{name} must be positive and finite")
     # In float64: float16 cannot represent either bound.
     wide = value.double()
     bad = (wide < LEAST_TEMPERATURE) | (wide > MOST_TEMPERATURE)
-    refuse(bad, value, f"{name} must be {_TEMPERATURE_RANGE}")
-
-
-def check_inputs(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    temperature: float | Tensor = 1.0,
-) -> None:
-    """Raises if the data of a call to :func:`fastkd.loss` is not what it accepts.
-
-    On CUDA the loss never waits for the device, so a label that is out of range, or a temperature
-    that is not positive, cannot raise there: it makes its row's loss and gradient NaN. This
-    function waits, looks, and names the first offender. Use it when a loss turns NaN. On the CPU
-    the loss makes the same checks itself.
-
-    Args:
-        student_logits: ``(..., C)``.
-        teacher_logits: ``(..., C)``.
-        labels: ``(...)`` class indices, or None.
-        ignore_index: the label of rows that are left out.
-        temperature: a number, or a tensor of shape ``(...)``.
-
-    Raises:
-        ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
-            ``ignore_index``, a temperature that is not from 1e-18 to 1e18, or NaN or +inf among the
-            logits of a row that counts.
-        TypeError: for an argument of a wrong type, and for a tensor with a dtype or layout that is
-            not accepted.
-
-    Example:
-        >>> import torch, fastkd
-        >>> fastkd.check_inputs(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 3]))
-        Traceback (most recent call last):
-        ValueError: labels must be in [0, 3) or ignore_index=-100; row 1 has 3
-    """
-    logits(student_logits, [teacher_logits])
-    ignored_label(ignore_index)
-    counts = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    if labels is not None and not targets(labels, student_logits):
-        labels = int64(labels)
-        counts = labels != ignore_index
-    _temperature(temperature, student_logits)
-    check_rows(student_logits, labels, ignore_index, temperature)
-    for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        greatest = value.amax(-1)  # NaN if any is
-        refuse(
-            counts & ~(greatest < math.inf),
-            greatest,
-            f"{name} must not hold NaN or +inf",
-        )
-        refuse(
-            counts & (greatest == -math.inf),
-            greatest,
-            f"{name} must have at least one class above -inf in each row",
-        )
+    raise_for_first(bad, value, f"{name} must be {_TEMPERATURE_RANGE}")
 
 
 def check_rows(
@@ -532,61 +496,50 @@ def check_rows(
     if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        refuse(bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}")
+        raise_for_first(
+            bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}"
+        )
     if isinstance(temperature, Tensor):
         _check_temperatures("temperature", temperature.detach())
 
 
-def refuse(bad: Tensor, value: Tensor, message: str) -> None:
-    """Raises for the first row that is bad; the message ends with the row and its value."""
+def raise_for_first(bad: Tensor, value: Tensor, message: str) -> None:
+    """Raise for the first row that is bad; the message ends with the row and its value."""
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise ValueError(f"{message}; row {row} has {value.flatten()[row].item()}")
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> bool:
-    """Warns if ``logits`` look like probabilities, which the loss would soften again.
-
-    Passing ``softmax`` outputs where logits belong is the commonest mistake with distillation
-    losses: nothing fails, the student just learns a much flatter teacher. Log-probabilities are
-    harmless (softmax undoes them at any temperature) and not warned about.
-
-    Args:
-        logits: ``(..., C)``.
-        name: how the warning calls them.
-
-    Returns:
-        Whether they look like logits.
-
-    Raises:
-        TypeError: if ``logits`` is not a dense tensor, or ``name`` is not a str.
-        ValueError: if ``logits`` are not floating-point, or have no dimension.
-
-    Example:
-        >>> import torch, fastkd
-        >>> fastkd.check_logits(torch.randn(4, 10))
-        True
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str; got {type(name).__name__}")
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
-    check_dense(name, logits)
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise ValueError(
-            f"{name} must be floating-point, of shape (..., C); got {logits.dtype} of shape "
-            f"{tuple(logits.shape)}"
-        )
-    values = logits.detach()
-    if values.numel() == 0 or values.shape[-1] < 2:
-        return True
-    sums = values.double().sum(-1)
-    probable = (values >= 0).all() and (values <= 1).all() and ((sums - 1).abs() < 1e-2).all()
-    if probable:
-        warnings.warn(
-            f"{name} look like probabilities (every entry in [0, 1], every row sums to 1). fastkd "
-            "expects logits: pass what goes into softmax, not what comes out of it.",
-            UserWarning,
-            stacklevel=2,
-        )
-    return not bool(probable)
+def check_lists(
+    student: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor | None, ignore_index: int
+) -> None:
+    """Raise for the first row with an invalid list; name the row."""
+    counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
+    if labels is not None:
+        counts = labels != ignore_index
+    classes, k = student.shape[-1], indices.shape[-1]
+    # The float64 copies are of a few rows at a time.
+    blocks = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (log_probs, indices))
+    columns = []
+    for logs, listed in zip(*blocks, strict=True):
+        listed = reference.topk.mark_padding(to_int64(listed), logs)
+        mass = reference.topk.mass(listed, logs.double())
+        columns.append((listed.amax(-1), reference.topk.find_duplicate(listed), mass))
+    greatest, duplicate, mass = (
+        torch.cat(column).view(counts.shape) for column in zip(*columns, strict=True)
+    )
+    raise_for_first(
+        counts & (greatest >= classes),
+        greatest,
+        f"teacher.indices must be in [0, {classes}), or negative for padding",
+    )
+    raise_for_first(
+        counts & (duplicate >= 0), duplicate, "teacher.indices must not list a class twice"
+    )
+    most = reference.topk.MOST_MASS
+    raise_for_first(
+        counts & ~(mass <= most),
+        mass,
+        "teacher.log_probs must be logarithms of probabilities at the temperature of the loss, "
+        f"which add up to at most 1 ({most} with rounding) in each row",
+    )

@@ -106,7 +106,7 @@ def _scale_(grad: Tensor, factor: Tensor, stats: Tensor) -> None:
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad *= factor, which the device looks at itself: a factor of 1 costs next to nothing.
+    """Multiply ``grad`` by ``factor`` in place, without synchronizing; a factor of 1 is cheap.
 
     ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
     """
@@ -142,7 +142,7 @@ def by_operations(
     denominator: Tensor | None,
     settings: Settings,
 ) -> Tensor:
-    """The same result by differentiable PyTorch operations."""
+    """Compute the result of the op ``loss`` by differentiable PyTorch operations."""
     numbers: Any = settings[:4]
     if row_settings is not None:
         numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)

@@ -1,5 +1,7 @@
-"""``compute``, the one way in: native ops for what they have; :mod:`fastkd.reference` for what is
-not fused, under function transforms and on devices without kernels.
+"""Choose how a checked call is computed: by the kernels, or by :mod:`fastkd.reference`.
+
+The reference computes what is not fused, calls under function transforms, and calls on devices
+without kernels.
 """
 
 from __future__ import annotations
@@ -11,19 +13,19 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import autograd, checks, dense, mixture, row_terms
+from fastkd._core import autograd, checks, dense, mixture, row_terms, topk
+from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
-from fastkd._core.objective import Objective, row_numbers
+from fastkd._core.objective import Objective
 from fastkd._core.rows import in_parts, label_targets, label_weights
-from fastkd._core.shapes import REDUCTIONS, Settings, accumulator
+from fastkd._core.shapes import REDUCTIONS, Settings, row_numbers
 
 _warned: set[str] = set()
 
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-# What an objective may use beyond what every kernel has: how it is written, for the docs.
 USES = {
     **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
     "soft labels": "labels of probabilities",
@@ -33,16 +35,17 @@ USES = {
     "learned": "gradients of temperatures and of weights",
     "standardize": "standardize=True",
 }
-# What of it the kernels have. All else is computed by fastkd.reference.
+"""Features that some kernel lacks, and how users write them."""
 FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
-# What CPUs have by two passes of the kernels, which cannot be in place.
+"""Features that the kernels have."""
 IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
-# What they have by the terms of each row and their derivatives.
+"""Features that the CPU kernels compute in two passes, which cannot be in place."""
 BY_ROWS = frozenset({"learned", "standardize"})
+"""Features that the CPU kernels compute by the terms of each row and their derivatives."""
 
 
 def uses(labels: Tensor | None, objective: Objective) -> set[str]:
-    """The names in USES that apply to a call."""
+    """Return the names in USES that apply to a call."""
     o = objective
     weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
     temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
@@ -62,12 +65,12 @@ def uses(labels: Tensor | None, objective: Objective) -> set[str]:
 
 
 def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
-    """What of a call the kernels lack."""
+    """Return the features of a call that the kernels lack."""
     return uses(labels, objective) - FUSED
 
 
 def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective) -> bool:
-    """Whether what the kernels lack of a call is computed by several passes of them, on a CPU."""
+    """Return True if several passes of the CPU kernels compute what one pass lacks."""
     missing = _missing(labels, objective)
     if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
         return False
@@ -75,7 +78,7 @@ def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Ob
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
-    """Whether the kernels have all that a call uses, so that it may be in place."""
+    """Return True if one pass of the kernels computes the call, so that it may be in place."""
     device = student.device.type
     if device not in KERNEL_DEVICES or is_transformed():
         return False
@@ -83,106 +86,121 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
 
 
 def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
-    """What of a call the kernels lack, as users write it."""
+    """Return the features of a call that the kernels lack, as users write them."""
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
     return [USES[use] for use in sorted(_missing(labels, objective))]
 
 
-def compute(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    *,
-    with_terms: bool,
-    inplace: bool,
-) -> Tensor:
-    """The loss, or all terms stacked, of checked arguments, by kernels or by the reference."""
-    device = student.device.type
-    transformed = is_transformed()
+def compute(call: Call, with_terms: bool) -> Tensor:
+    """Compute the loss, or all terms stacked, by kernels or by the reference."""
+    student, device = call.student, call.student.device.type
     if device not in KERNEL_DEVICES:
         _warn_once(device)
-    elif not transformed:
-        missing = _missing(labels, objective)
+    if call.topk is not None:
+        return _sparse(call, with_terms)
+    transformed = is_transformed()
+    if device in KERNEL_DEVICES and not transformed:
+        missing = _missing(call.labels, call.objective)
         if not missing:
-            return _fused(student, teachers, labels, objective, with_terms, inplace)
-        if inplace:
+            return _fused(call, with_terms)
+        if call.inplace:
             raise ValueError(
                 "inplace=True needs a call that the kernels compute; they do not have "
-                f"{', '.join(lacking(student, labels, objective))} on {device}"
+                f"{', '.join(lacking(student, call.labels, call.objective))} on {device}"
             )
         if checks.may_look(student):
-            checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-            if in_passes(teachers, labels, objective):
+            objective = call.objective
+            checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
+            if in_passes(call.teachers, call.labels, objective):
                 passes = _in_two_passes if missing & IN_TWO_PASSES else _by_rows
-                out = passes(student, teachers, labels, objective, with_terms)
+                out = passes(call, with_terms)
                 if out is not None:
                     return out
     if transformed or torch.compiler.is_compiling():
-        terms = reference.terms(student, teachers, labels, **objective._asdict())
+        terms = reference.terms(student, call.teachers, call.labels, **call.objective._asdict())
     else:
-        terms = in_parts(student, teachers, labels, objective)
+        terms = in_parts(call)
     return torch.stack(terms) if with_terms else terms.loss
 
 
-def _fused(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    with_terms: bool,
-    inplace: bool,
-) -> Tensor:
-    """The same by the native ops, for what they have; weights of classes as weights of rows."""
-    o, hard = objective, None
+def _sparse(call: Call, with_terms: bool) -> Tensor:
+    """Compute the loss with a sparse teacher, or all its terms stacked."""
+    if not topk.is_fused(call.student):
+        terms = topk.compute_by_operations(call)
+        return torch.stack(terms) if with_terms else terms.loss
+    loss = topk.compute(call)
+    if not with_terms:
+        return loss
+    o, lists = call.objective, call.topk
+    assert lists is not None
+    with torch.no_grad():
+        student = call.student.detach()
+        # The dense op of the student and itself gives the cross entropy and the entropy.
+        itself = Call(student, (student,), call.labels, o, call.dtype)
+        _, hard, _, student_entropy, _, _ = _fused(itself, True).to(call.dtype)
+        alone = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
+        soft = topk.compute(call._replace(objective=alone))
+        indices = reference.topk.mark_padding(lists.indices, lists.log_probs)
+        of_rows = (
+            reference.topk.entropy(indices, lists.log_probs, lists.tail),
+            reference.topk.agreement(student, indices, lists.log_probs),
+        )
+        teacher_entropy, agreement = (
+            reference.topk.reduce(
+                rows,
+                call.labels,
+                ignore_index=o.ignore_index,
+                reduction=o.reduction,
+                normalizer=o.normalizer,
+            )
+            for rows in of_rows
+        )
+    return torch.stack((loss, hard, soft, student_entropy, teacher_entropy, agreement))
+
+
+def _fused(call: Call, with_terms: bool) -> Tensor:
+    """Compute a call by one pass of the kernels; weights of classes become weights of rows."""
+    student, o, hard = call.student, call.objective, None
     if o.class_weight is not None:
-        weight = label_weights(student, labels, o)
+        weight = label_weights(student, call.labels, o)
         o = o._replace(class_weight=None)
-        if with_terms:  # what they show of the hard term has these weights, which the ops' has not
+        if with_terms:  # the op's hard term has no weights of classes
             alone = o._replace(hard_weight=weight, soft_weight=0.0)
             with torch.no_grad():
-                hard = _fused(student, teachers, labels, alone, False, False)
+                hard = _fused(call._replace(objective=alone, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    out = dense.loss(student, _arguments(student, teachers, labels, o, with_terms), inplace)
+    arguments = _arguments(call._replace(objective=o), with_terms)
+    out = dense.loss(student, arguments, call.inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
-def _by_rows(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    with_terms: bool,
-) -> Tensor:
-    """The same by the native ops, for what they have by the terms of each row."""
-    if not _missing(labels, objective):
-        return _fused(student, teachers, labels, objective, with_terms, False)
-    terms = row_terms.terms(student, teachers, labels, objective)
+def _by_rows(call: Call, with_terms: bool) -> Tensor:
+    """Compute a call by the kernels' terms of each row, where its gradient needs these."""
+    if not _missing(call.labels, call.objective):
+        return _fused(call, with_terms)
+    terms = row_terms.terms(call)
     return torch.stack(terms) if with_terms else terms.loss
 
 
-def _in_two_passes(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    with_terms: bool,
-) -> Tensor | None:
-    """The divergence, and the cross entropy with probabilities: the soft cross entropy of one more
-    teacher, at temperature 1. None where labels are not all positive, as those of teachers are.
+def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
+    """Compute the divergence, then the cross entropy with probabilities as one more divergence.
+
+    The cross entropy is the soft cross entropy of a teacher at temperature 1 whose probabilities
+    are the labels. Return None if some label is negative or sums to 0, as no teacher's may.
     """
-    assert labels is not None
-    o, acc = objective, accumulator(student, *teachers)
-    target, total = label_targets(labels, student.shape[-1], o, acc)
+    assert call.labels is not None
+    labels, o, acc = call.labels, call.objective, call.dtype
+    target, total = label_targets(labels, call.student.shape[-1], o, acc)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
         return None
     indices = None if labels.is_floating_point() else labels  # which mask rows
-    student = student.to(acc)  # so that the sum of the two gradients is rounded once
+    student = call.student.to(acc)  # so that the sum of the two gradients is rounded once
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
-    out = _by_rows(student, teachers, indices, o, with_terms)
+    divergence = call._replace(student=student, labels=indices, objective=o)
+    out = _by_rows(divergence, with_terms)
     cross_entropy = o._replace(
         temperature=1.0,
         teacher_temperature=1.0,
@@ -195,62 +213,21 @@ def _in_two_passes(
     )
 
     def hard(weight: float | Tensor) -> Tensor:
-        of_rows = cross_entropy._replace(soft_weight=weight * total)
-        return _by_rows(student, (target,), indices, of_rows, False)
+        weighted = cross_entropy._replace(soft_weight=weight * total)
+        return _by_rows(divergence._replace(teachers=(target,), objective=weighted), False)
 
+    weight = call.objective.hard_weight
     if not with_terms:
-        return out + hard(objective.hard_weight)
+        return out + hard(weight)
     with torch.no_grad():
         alone = hard(1.0)
-    return torch.cat((out[:1] + hard(objective.hard_weight), alone.unsqueeze(0), out[2:]))
+    return torch.cat((out[:1] + hard(weight), alone.unsqueeze(0), out[2:]))
 
 
-def _arguments(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    with_terms: bool,
-) -> Arguments:
-    """Convert an objective to the arguments of the native ops."""
-    o, mixing, row_temperatures = objective, None, None
-    if not mixture.is_one(teachers, o):
-        acc = accumulator(student, *teachers)
-        kernel = mixture.mixing(teachers, o, acc)
-        if kernel is None or student.is_cuda:  # whose kernels read a mixture as they read a teacher
-            teachers = (mixture.as_one(teachers, o, acc),)
-        else:
-            mixing, row_temperatures = kernel
-        o = o._replace(teacher_temperature=o.temperature)
-    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
-    row_settings = None
-    if any(isinstance(number, Tensor) for number in numbers):
-        row_settings = row_numbers(numbers, student, accumulator(student, *teachers))
-        # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
-        numbers = (1.0, 1.0 if _same_temperature(o) else 2.0, 1.0, 1.0)
-    settings = Settings(
-        *numbers,  # type: ignore[arg-type]
-        o.label_smoothing,
-        o.ignore_index,
-        DIVERGENCES.index(o.divergence),
-        0.5 if o.mix is None else o.mix,
-        REDUCTIONS.index(o.reduction),
-        0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
-        with_terms,
-    )
-    return Arguments(
-        teachers, row_temperatures, mixing, labels, row_settings, denominator, settings
-    )
-
-
-def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
-    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
-
-    No option may be a tensor, and the kernels must implement every option.
-    """
+def _settings(objective: Objective, with_terms: bool) -> Settings:
+    """Return the numbers of the op; a number that is a tensor must be replaced by the caller."""
     o = objective
-    settings = Settings(
+    return Settings(
         o.temperature,  # type: ignore[arg-type]
         o.teacher_temperature,  # type: ignore[arg-type]
         o.hard_weight,  # type: ignore[arg-type]
@@ -260,40 +237,69 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
         DIVERGENCES.index(o.divergence),
         0.5 if o.mix is None else o.mix,
         REDUCTIONS.index(o.reduction),
-        o.normalizer or 0.0,  # type: ignore[arg-type]
+        0.0 if isinstance(o.normalizer, Tensor) else o.normalizer or 0.0,
         with_terms,
     )
+
+
+def _arguments(call: Call, with_terms: bool) -> Arguments:
+    """Convert a call to the arguments of the native ops."""
+    o, teachers, mixing, row_temperatures = call.objective, call.teachers, None, None
+    if not mixture.is_one(teachers, o):
+        kernel = mixture.mixing(teachers, o, call.dtype)
+        # The CUDA kernels of the loss take one teacher: the mixture.
+        if kernel is None or call.student.is_cuda:
+            teachers = (mixture.as_one(teachers, o, call.dtype),)
+        else:
+            mixing, row_temperatures = kernel
+        o = o._replace(teacher_temperature=o.temperature)
+    settings, row_settings = _settings(o, with_terms), None
+    if any(isinstance(number, Tensor) for number in settings[:4]):
+        row_settings = row_numbers(settings[:4], call.student, call.dtype)
+        # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
+        same = 1.0 if _same_temperature(o) else 2.0
+        settings = settings._replace(
+            temperature=1.0, teacher_temperature=same, hard_weight=1.0, soft_weight=1.0
+        )
+    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
+    return Arguments(
+        teachers, row_temperatures, mixing, call.labels, row_settings, denominator, settings
+    )
+
+
+def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
+    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
+
+    No option may be a tensor, and the kernels must implement every option.
+    """
+    settings = _settings(objective, with_terms)
     arguments = (None, None, *NO_MIXTURE, None, None, None, *settings)
     return autograd.prepare_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
 
 
-def statistics(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
-    assert objective.reduction == "none" and mixture.is_one((teacher,), objective)
-    call = _arguments(student, (teacher,), labels, objective, True)
-    terms, stats = _loss_into(None, student, *call.flat(), True)
+    assert call.objective.reduction == "none"
+    terms, stats = _loss_into(None, call.student, *_arguments(call, True).flat(), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
-def gradient_(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, stats: Tensor
-) -> None:
+def gradient_(call: Call, stats: Tensor) -> None:
     """Write the gradient of rows with these statistics over the student's logits."""
-    assert mixture.is_one((teacher,), objective)
-    call = _arguments(student, (teacher,), labels, objective, False)
-    _loss_backward_(student, stats.new_ones(()), stats, student, *call.flat(), False)
+    arguments = _arguments(call, False).flat()
+    _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
 
 
 def _same_temperature(objective: Objective) -> bool:
-    """Whether student and teacher are known to have the same temperature in every row."""
-    mine, own = objective.temperature, objective.teacher_temperature
-    return own is mine or (isinstance(mine, float) and isinstance(own, float) and mine == own)
+    """Return True if student and teacher are known to share each row's temperature."""
+    student, teacher = objective.temperature, objective.teacher_temperature
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+        return teacher is student
+    return teacher == student
 
 
 def _warn_once(device_type: str) -> None:
-    """Says, once for each type of device, that the kernels are not at work there."""
+    """Warn, once for each type of device, that this build has no kernels for it."""
     if device_type in _warned:
         return
     _warned.add(device_type)

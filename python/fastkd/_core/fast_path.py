@@ -1,49 +1,142 @@
-"""Decide by a few cheap checks whether a call of ``loss`` or ``topk_loss`` takes the fast path."""
+"""Run a call of the loss with cached options if a few cheap checks show that its tensors allow it.
+
+The slow path (arguments.py, dispatch.py) checks every argument of every call.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd._core import dispatch, native, topk
+from fastkd._core.arguments import check_sparse_options
 from fastkd._core.autograd import is_transformed
-from fastkd._core.checks import FLOATS
-from fastkd._core.dense import KERNEL_DEVICES
+from fastkd._core.objective import Options, resolve
+from fastkd._core.shapes import accumulator
+from fastkd._core.values import TAILS, TopK
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-_FLOATS = frozenset(FLOATS)
-IMMUTABLE = frozenset({bool, float, int, str, type(None)})
-"""Types of options that may be part of the cache key of a checked call."""
+# Each attribute lookup in a module would take time in every call.
+_function_modes = torch._C._len_torch_function_stack
+_is_grad_enabled = torch.is_grad_enabled
+_int64 = torch.int64
+_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
+_Call = Callable[..., Tensor] | None
+_calls: dict[tuple[Any, ...], _Call] = {}
+_MOST_CALLS = 128
+
+
+def run(
+    with_terms: bool, student: object, teacher: object, labels: object, options: tuple[Any, ...]
+) -> Tensor | None:
+    """Compute the loss, or all terms stacked; return None if the slow path must do it.
+
+    ``options``: the fields of :class:`Options`. None does not mean that the call is wrong.
+    """
+    try:
+        if type(teacher) is TopK:
+            log_probs, indices, tail = teacher
+            # A field that _replace() has set was not checked.
+            if with_terms or type(tail) is not str or tail not in TAILS:
+                return None
+            if not _are_lists_eligible(student, log_probs, indices, labels):
+                return None
+            call = _find_call(tail, False, labels is not None, options)
+            return None if call is None else call(student, indices, log_probs, labels)
+        if not is_eligible(student, teacher, labels):
+            return None
+        call = _find_call(None, with_terms, labels is not None, options)
+        return None if call is None else call(student, teacher, labels)
+    except RuntimeError:
+        # The op refused the tensors. The slow path fails likewise, and explains why.
+        return None
+
+
+def _find_call(
+    tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
+) -> _Call:
+    """Return the op with these options bound, or None if the fast path lacks one of them."""
+    # Types are part of the key since True == 1 == 1.0; native.EAGER is, since tests replace it.
+    types = tuple(map(type, options))
+    key = (native.EAGER, tail, with_terms, has_labels, types, options)
+    try:
+        return _calls[key]
+    except TypeError:  # an option that cannot be hashed, such as a list
+        return None
+    except KeyError:
+        pass
+    if not _IMMUTABLE.issuperset(types):
+        return None
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+    call = _calls[key] = _bind(tail, with_terms, has_labels, Options(*options))
+    return call
+
+
+def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _Call:
+    """Check the options and bind them to the op; return None if the fast path lacks one of them."""
+    if options.chunks != "auto" or options.inplace is not False or options.dim != -1:
+        return None
+    if tail is not None:
+        check_sparse_options(options)
+    objective = resolve(
+        options,
+        has_labels=has_labels,
+        teachers=1,
+        default_temperature=2.0 if tail is None else 1.0,
+    )
+    if objective.reduction == "none" or objective.normalizer == 0:
+        return None
+    if tail is not None:
+        return topk.prepare_call(objective, tail)
+    fused = objective.divergence in dispatch.FUSED and objective.divergence != "dkd"
+    if not fused or objective.teacher_form != "logits" or objective.standardize:
+        return None
+    return dispatch.prepare_call(objective, with_terms)
 
 
 def is_eligible(student: object, teacher: object, labels: object) -> bool:
     """Return True if the kernels may take these logits and class indices as they are.
 
-    ``teacher``: logits, or the log-probabilities of a sparse teacher. The caller checks its shape.
-    False does not mean that the call is wrong: the slow path then checks the call and computes it.
-    Devices and memory layouts are left to the op, which refuses what it cannot take by a
-    RuntimeError; the caller then takes the slow path, whose error names the argument.
+    ``teacher``: logits, or the log-probabilities of a sparse teacher. Shapes, floating-point dtypes
+    and memory layouts are left to the op, which refuses what it cannot take by a RuntimeError.
     """
     if type(student) not in _TENSORS or type(teacher) not in _TENSORS:
         return False
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    shape = student.shape
     if not (
-        student.dtype in _FLOATS
-        and teacher.dtype in _FLOATS
-        and (student.is_cpu or student.device.type in KERNEL_DEVICES)
-        and len(shape) > 0
-        and shape[-1] > 0
+        (student.is_cpu or (native.CUDA_KERNELS and student.is_cuda))
         and not teacher.requires_grad
         and not is_transformed()
-        and torch._C._len_torch_function_stack() == 0
+        and _function_modes() == 0
     ):
         return False
-    saves = torch.is_grad_enabled()  # autograd cannot save inference tensors
+    saves = _is_grad_enabled()  # autograd cannot save inference tensors
     if labels is None:
         return not (saves and teacher.is_inference())
     return (
         type(labels) is Tensor
-        and labels.dtype is torch.int64
-        and labels.shape == shape[:-1]
+        and labels.dtype is _int64
         and not (saves and (teacher.is_inference() or labels.is_inference()))
+    )
+
+
+def _are_lists_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
+    """Return True if the kernels may take these logits, lists and class indices as they are."""
+    return (
+        is_eligible(student, log_probs, labels)
+        and type(indices) is Tensor
+        and indices.dtype is torch.int64
+        and not indices.is_nested
+        and indices.shape == log_probs.shape
+        and indices.shape[:-1] == student.shape[:-1]
+        and indices.dim() == student.dim()
+        and indices.shape[-1] > 0
+        and indices.device == student.device
+        and indices.layout is torch.strided
+        and log_probs.dtype is accumulator(student, log_probs)
+        and not (torch.is_grad_enabled() and indices.is_inference())
     )

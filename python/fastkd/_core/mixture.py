@@ -1,4 +1,4 @@
-"""Several teachers, or probabilities, in place of one, whose logits are what the kernels take."""
+"""Mix several teachers, or a teacher of probabilities, into the logits of one teacher."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._core import native
-from fastkd._core.objective import Objective, row_numbers
+from fastkd._core.objective import Objective
+from fastkd._core.shapes import row_numbers
 
 _mixture = torch.ops.fastkd.mixture.default
 _MOST_ON_CUDA = 32  # as csrc/mixture.h has it
 
 
 class Mixing(NamedTuple):
-    """How, as the ops take it beside the teachers and the temperatures of rows
-    (csrc/torch/mixture.cpp). The mixture's softmax is taken at the student's temperature.
+    """The ops' arguments that describe a mixture (csrc/torch/mixture.cpp).
+
+    The softmax of the mixture is taken at the student's temperature.
     """
 
     shares: tuple[float, ...]
@@ -28,15 +30,17 @@ class Mixing(NamedTuple):
 
 
 def is_one(teachers: tuple[Tensor, ...], objective: Objective) -> bool:
-    """Whether the kernels take the teacher as it is."""
+    """Return True for a single teacher whose logits the kernels take as they are."""
     return len(teachers) == 1 and objective.teacher_form != "probs"
 
 
 def mixing(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> tuple[Mixing, Tensor | None] | None:
-    """How a kernel mixes these, and the temperatures of rows; None where it cannot: it wants the
-    classes of all adjacent, and on CUDA no more than so many teachers.
+    """Return the ops' arguments of a mixture and the temperatures of rows.
+
+    Return None if no kernel mixes these teachers: the classes of one are not adjacent, or there are
+    more than 32 teachers on CUDA.
     """
     o = objective
     device = teachers[0].device.type
@@ -49,10 +53,10 @@ def mixing(
     weights = o.teacher_weights or (1.0,) * len(teachers)
     shares = tuple(weight / sum(weights) for weight in weights)
     how = (shares, o.teacher_form == "probs", reference.ENSEMBLES.index(o.ensemble))
-    mine, own = o.temperature, o.teacher_temperature
-    if isinstance(mine, Tensor) or isinstance(own, Tensor):
-        return Mixing(*how, 1.0, 1.0), row_numbers((mine, own), teachers[0], dtype)
-    return Mixing(*how, mine, own), None
+    temperatures = (o.temperature, o.teacher_temperature)
+    if any(isinstance(t, Tensor) for t in temperatures):
+        return Mixing(*how, 1.0, 1.0), row_numbers(temperatures, teachers[0], dtype)
+    return Mixing(*how, *temperatures), None  # type: ignore[arg-type]
 
 
 def mixed(
@@ -61,15 +65,17 @@ def mixed(
     row_temperatures: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The logits of the mixture, by the kernel, as one tensor in ``dtype``."""
+    """Return the logits of the mixture as one tensor in ``dtype``, by the kernel."""
     in_double = dtype is torch.float64
     with torch.no_grad():
         return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
 
 
 def as_one(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype) -> Tensor:
-    """The logits of the mixture, whose softmax is taken at the student's temperature, as one tensor
-    in ``dtype``."""
+    """Return the logits of the mixture as one tensor in ``dtype``.
+
+    Their softmax is taken at the student's temperature.
+    """
     kernel = mixing(teachers, objective, dtype)
     if kernel is None:
         return mixed_by_operations(teachers, objective, dtype)
@@ -79,7 +85,7 @@ def as_one(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtyp
 def mixed_by_operations(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> Tensor:
-    """The same by PyTorch operations."""
+    """Return the logits of the mixture as one tensor in ``dtype``, by PyTorch operations."""
     o = objective
     with torch.no_grad():
         logits, _ = reference.softened_teacher(

@@ -1,9 +1,9 @@
-"""A call's options, checked and made explicit: what the kernels and the reference both take."""
+"""The options of a loss: as they are given, and checked and made explicit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,38 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import checks
 
-TEACHER_GRADS = ("error", "ignore")
+
+class Options(NamedTuple):
+    """The options of :func:`fastkd.loss`, as they are given, and their defaults."""
+
+    temperature: float | Tensor | None = None
+    teacher_temperature: float | Tensor | None = None
+    alpha: float | None = None
+    hard_weight: float | Tensor | None = None
+    soft_weight: float | Tensor | None = None
+    ignore_index: int = -100
+    reduction: Literal["mean", "sum", "none"] = "mean"
+    label_smoothing: float = 0.0
+    class_weight: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    divergence: str = "forward_kl"
+    mix: float | None = None
+    teacher_form: Literal["logits", "log_probs", "probs"] = "logits"
+    teacher_weights: Sequence[float] | None = None
+    ensemble: Literal["probs", "logits"] = "probs"
+    standardize: bool = False
+    dim: int = -1
+    inplace: bool = False
+    chunks: Any = "auto"
+
+    @property
+    def nondefault(self) -> dict[str, Any]:
+        """The options that are not their defaults."""
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) or value != self._field_defaults[name]
+        }
 
 
 class Objective(NamedTuple):
@@ -34,74 +65,69 @@ class Objective(NamedTuple):
     standardize: bool
 
 
-def resolve(options: Mapping[str, Any], *, has_labels: bool, teachers: int | None) -> Objective:
-    """The objective that the options of :func:`fastkd.loss` ask for.
+def resolve(
+    options: Options, *, has_labels: bool, teachers: int | None, default_temperature: float = 2.0
+) -> Objective:
+    """Check all that needs no logits to be checked, and return the objective asked for.
 
-    Checks what needs no logits to be checked; ``teachers``: how many, None for not known yet.
+    ``teachers``: their number, or None if it is not known yet.
     """
-    names = reference.DIVERGENCES
-    divergence = options["divergence"]
-    checks.one_of("divergence", divergence, tuple(names))
-    form = options["teacher_form"]
-    checks.one_of("teacher_form", form, reference.TEACHER_FORMS)
-    checks.one_of("ensemble", options["ensemble"], reference.ENSEMBLES)
-    checks.one_of("reduction", options["reduction"], reference.REDUCTIONS)
-    checks.one_of("teacher_grad", options["teacher_grad"], TEACHER_GRADS)
+    o = options
+    checks.one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
+    checks.one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
+    checks.one_of("ensemble", o.ensemble, reference.ENSEMBLES)
+    checks.check_reduction(o.reduction)
     for name in ("standardize", "inplace"):
-        if not isinstance(options[name], bool):
-            raise TypeError(f"{name} must be True or False; got {options[name]!r}")
-    checks.dim_and_classes(options["dim"], options["classes"])
-    temperature = checks.temperature("temperature", options["temperature"])
-    given = options["teacher_temperature"]
-    own = 1.0 if form != "logits" else temperature
-    if given is not None:
-        own = checks.temperature("teacher_temperature", given)
-    hard, soft = checks.weights(
-        options["alpha"], options["hard_weight"], options["soft_weight"], has_labels
-    )
-    class_weight = options["class_weight"]
-    if class_weight is not None:
-        checks.class_weight(class_weight)
+        if not isinstance(getattr(o, name), bool):
+            raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
+    checks.check_dim(o.dim)
+    given = default_temperature if o.temperature is None else o.temperature
+    temperature = checks.check_temperature("temperature", given)
+    teacher_temperature = 1.0 if o.teacher_form != "logits" else temperature
+    if o.teacher_temperature is not None:
+        teacher_temperature = checks.check_temperature("teacher_temperature", o.teacher_temperature)
+    hard, soft = checks.resolve_weights(o.alpha, o.hard_weight, o.soft_weight, has_labels)
+    if o.class_weight is not None:
+        checks.check_class_weight(o.class_weight)
         if not has_labels:
             raise ValueError(
                 "class_weight weighs the hard term, which needs labels; got labels=None"
             )
-    normalizer = options["normalizer"]
-    if normalizer is not None and options["reduction"] != "mean":
-        raise ValueError(
-            f'normalizer goes with reduction="mean"; got reduction={options["reduction"]!r}'
-        )
+    normalizer = o.normalizer
+    if normalizer is not None and o.reduction != "mean":
+        raise ValueError(f'normalizer goes with reduction="mean"; got reduction={o.reduction!r}')
     if isinstance(normalizer, Tensor):
-        checks.constant("normalizer", normalizer)
+        checks.check_no_gradient("normalizer", normalizer)
     elif normalizer is not None:
         normalizer = checks.check_divisor(normalizer)
-    ignore_index = options["ignore_index"]
-    checks.ignored_label(ignore_index)
-    if names[divergence].needs_labels and not has_labels:
-        raise ValueError(f"divergence={divergence!r} needs labels (class indices); got labels=None")
-    result = Objective(
+    checks.check_ignore_index(o.ignore_index)
+    if reference.DIVERGENCES[o.divergence].needs_labels and not has_labels:
+        raise ValueError(
+            f"divergence={o.divergence!r} needs labels (class indices); got labels=None"
+        )
+    objective = Objective(
         temperature,
-        own,
+        teacher_temperature,
         hard,
         soft,
-        ignore_index,
-        options["reduction"],
-        checks.smoothing(options["label_smoothing"], has_labels),
-        class_weight,
+        o.ignore_index,
+        o.reduction,
+        checks.check_smoothing(o.label_smoothing, has_labels),
+        o.class_weight,
         normalizer,
-        divergence,
-        _mix(divergence, options["mix"]),
-        form,
-        checks.teacher_weights(options["teacher_weights"], teachers),
-        options["ensemble"],
-        options["standardize"],
+        o.divergence,
+        _mix(o.divergence, o.mix),
+        o.teacher_form,
+        checks.check_teacher_weights(o.teacher_weights, teachers),
+        o.ensemble,
+        o.standardize,
     )
-    _check_logits_are_there(result, teachers)
-    return result
+    _check_compares_logits(objective, teachers)
+    return objective
 
 
 def _mix(divergence: str, mix: object) -> float | None:
-    """The mixture weight of a divergence that has one."""
+    """Check the mixture weight of a divergence, or return its default."""
     kind = reference.DIVERGENCES[divergence]
     if mix is None:
         return kind.mix
@@ -117,8 +143,8 @@ def _mix(divergence: str, mix: object) -> float | None:
     return checked
 
 
-def _check_logits_are_there(objective: Objective, teachers: int | None) -> None:
-    """What compares logits needs the teacher's."""
+def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
+    """Raise if an option that compares logits has a teacher without logits."""
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return
@@ -151,20 +177,20 @@ def fit(
         if value.dim() == 0:
             value = value.to(student.device)
         else:
-            checks.rows(value, name, student)
+            checks.check_row_tensor(value, name, student)
         check_data(name, value)
-        return checks.savable(value.to(dtype))
+        return checks.to_savable(value.to(dtype))
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
     if isinstance(normalizer, Tensor):
-        normalizer = checks.normalizer(normalizer)
+        normalizer = checks.check_normalizer(normalizer)
     if normalizer is not None:
         normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device=student.device, dtype=dtype)
     if class_weight is not None:
-        checks.classes(class_weight, "class_weight", student)
-        class_weight = checks.savable(class_weight.detach().to(dtype))
+        checks.check_class_tensor(class_weight, "class_weight", student)
+        class_weight = checks.to_savable(class_weight.detach().to(dtype))
     temperature = rows("temperature", objective.temperature, checks.check_temperature_data)
     same = objective.teacher_temperature is objective.temperature
     return objective._replace(
@@ -179,15 +205,3 @@ def fit(
         normalizer=normalizer,
         class_weight=class_weight,
     )
-
-
-def row_numbers(numbers: tuple[float | Tensor, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers that rows may have of their own, one after the other, as the ops take them."""
-    rows = logits.shape[:-1]
-    with torch.no_grad():
-        return torch.stack(
-            [
-                torch.as_tensor(number, dtype=dtype, device=logits.device).expand(rows)
-                for number in numbers
-            ]
-        ).flatten()

@@ -1,6 +1,7 @@
-"""Objectives whose gradient also goes through numbers of the rows, by the kernels: temperatures and
-weights that are learned, and standardized logits, which are logits whose temperature is their rows'
-deviation (docs/maths.md, section 15).
+"""Compute the loss from per-row terms, for options whose gradient the fused op does not return.
+
+These are learned temperatures and weights, and standardized logits: logits whose temperature is the
+deviation of their row (docs/maths.md, section 15).
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._core import checks, mixture
+from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_traced, needs_formula
 from fastkd._core.dense import DIVERGENCES, Arguments, by_operations
 from fastkd._core.objective import Objective
 from fastkd._core.rows import Rows, as_rows
-from fastkd._core.shapes import REDUCTIONS, Settings, accumulator
+from fastkd._core.shapes import REDUCTIONS, Settings
 
 _loss_into = torch.ops.fastkd.loss_into.default
 _empty_gradient = torch.ops.fastkd.empty_gradient.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-# The divergence that is the same once student and teacher change places, and whether `mix` becomes
-# 1 - mix: its gradient is what the teacher's temperature learns by.
+# For each divergence the one with student and teacher swapped, and whether `mix` becomes 1 - mix.
+# The gradient of the swapped divergence is that of the teacher's temperature.
 _SWAPPED = {
     "forward_kl": ("reverse_kl", False),
     "reverse_kl": ("forward_kl", False),
@@ -39,45 +41,52 @@ _SWAPPED = {
 
 
 def _swapped(settings: Settings) -> Settings:
-    """Of the same divergence with student and teacher in each other's place."""
+    """Return the settings with student and teacher swapped."""
     name, other_mix = _SWAPPED[DIVERGENCES[settings.divergence]]
     mix = 1 - settings.mix if other_mix else settings.mix
     return settings._replace(divergence=DIVERGENCES.index(name), mix=mix)
 
 
 def has(objective: Objective, one: bool) -> bool:
-    """Whether :func:`terms` has all that an objective learns; ``one`` teacher, as logits."""
+    """Return True if :func:`terms` differentiates all that an objective learns.
+
+    ``one``: whether there is a single teacher, given as logits.
+    """
     o = objective
     if o.standardize and (o.divergence == "cosine" or not one):
         return False  # a row's mean changes the cosine; each of several teachers has its deviation
-    own = o.teacher_temperature
-    learns = isinstance(own, Tensor) and own.requires_grad and torch.is_grad_enabled()
+    teacher_temperature = o.teacher_temperature
+    learns = (
+        isinstance(teacher_temperature, Tensor)
+        and teacher_temperature.requires_grad
+        and torch.is_grad_enabled()
+    )
     return not learns or (one and o.divergence in _SWAPPED)
 
 
-def terms(
-    student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
-) -> reference.Terms:
-    """:func:`fastkd.reference.terms`; labels are indices, in range."""
-    acc = accumulator(student, *teachers)
-    if not mixture.is_one(teachers, objective):  # their mixture, softened already
-        teachers = (mixture.as_one(teachers, objective._replace(temperature=1.0), acc),)
+def terms(call: Call) -> reference.Terms:
+    """Compute :func:`fastkd.reference.terms`; labels are class indices in range."""
+    teachers, objective, acc = call.teachers, call.objective, call.dtype
+    if not mixture.is_one(teachers, objective):  # the mixture is softened already
+        mixed = mixture.as_one(teachers, objective._replace(temperature=1.0), acc)
         objective = objective._replace(teacher_temperature=1.0)
-    rows, (of_hard, of_soft) = as_rows(checks.savable(student), teachers, labels, objective, acc)
+        call = call._replace(teachers=(mixed,), objective=objective)
+    call = call._replace(student=checks.to_savable(call.student))
+    rows, (of_hard, of_soft) = as_rows(call, acc)
     t = objective.temperature
     if objective.standardize or (isinstance(t, Tensor) and t.requires_grad):
-        # What else depends on the logits' gradient should know it unrounded.
+        # The gradients of temperature and deviation are computed from the unrounded gradient.
         rows = rows._replace(student=rows.student.to(acc))
     fields = _of_rows(rows, acc)
     if objective.reduction == "none":
-        shape = student.shape[:-1]
+        shape = call.student.shape[:-1]
         return reference.Terms(*(field.reshape(shape) for field in fields))
     loss, hard, *others = (field.sum() for field in fields)
     return reference.Terms(loss, hard / of_hard, *(field / of_soft for field in others))
 
 
 def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
-    """The terms of each row, in ``acc``."""
+    """Compute the terms of each row, in ``acc``."""
     student, (teacher,), labels, o = rows
     count = len(student)
 
@@ -86,14 +95,14 @@ def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
 
     same = o.teacher_temperature is o.temperature and not o.standardize
     temperature = of_rows(o.temperature)
-    own = temperature if same else of_rows(o.teacher_temperature)
+    teacher_temperature = temperature if same else of_rows(o.teacher_temperature)
     divergence = o.divergence
     if o.standardize:
         if labels is not None and (masked := labels == o.ignore_index).any():
             student = student.masked_fill(masked.unsqueeze(-1), 0)  # it may hold anything
         largest = torch.finfo(acc).max
         temperature = (temperature * _deviation(student)).clamp(max=largest)
-        own = (own * _deviation(teacher.to(acc))).clamp(max=largest)
+        teacher_temperature = (teacher_temperature * _deviation(teacher.to(acc))).clamp(max=largest)
         divergence = "centered_mse" if divergence == "mse" else divergence
     settings = Settings(
         *(1.0, 1.0 if same else 2.0, 1.0, 1.0),  # equal temperatures promise those of rows are
@@ -106,7 +115,7 @@ def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
         with_terms=True,
     )
     hard, soft, *logged = _RowTerms.apply(  # type: ignore[no-untyped-call]
-        student, teacher, labels, temperature, own, settings, o.standardize
+        student, teacher, labels, temperature, teacher_temperature, settings, o.standardize
     )
     loss = reference.weighted(o.soft_weight * o.temperature**2, soft)
     if labels is not None:
@@ -118,9 +127,9 @@ def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
 
 
 def _deviation(logits: Tensor) -> Tensor:
-    """Of each row, but 1 where a logit is NaN or +inf: such a row will be NaN by itself."""
-    found: Tensor = _Deviation.apply(logits)  # type: ignore[no-untyped-call]
-    return found.where(found.isfinite(), torch.ones_like(found))
+    """Return each row's deviation, or 1 if a logit is NaN or +inf, whose row becomes NaN anyway."""
+    deviation: Tensor = _Deviation.apply(logits)  # type: ignore[no-untyped-call]
+    return deviation.where(deviation.isfinite(), torch.ones_like(deviation))
 
 
 class _RowTerms(torch.autograd.Function):
@@ -133,23 +142,25 @@ class _RowTerms(torch.autograd.Function):
         teacher: Tensor,
         labels: Tensor | None,
         temperature: Tensor,
-        own: Tensor,
+        teacher_temperature: Tensor,
         settings: Settings,
         standardized: bool,
     ) -> Any:
-        of_rows = torch.cat((temperature, own, temperature.new_ones(2 * len(temperature))))
+        of_rows = torch.cat(
+            (temperature, teacher_temperature, temperature.new_ones(2 * len(temperature)))
+        )
         call = Arguments((teacher,), None, None, labels, of_rows, None, settings)
         (_, hard, soft, *logged), stats = _loss_into(None, student, *call.flat(), True)
         ctx.settings, ctx.standardized = settings, standardized
-        ctx.save_for_backward(student, teacher, labels, temperature, own, stats)
+        ctx.save_for_backward(student, teacher, labels, temperature, teacher_temperature, stats)
         ctx.mark_non_differentiable(*logged)
         return hard, soft, *logged
 
     @staticmethod
     def backward(ctx: Any, of_hard: Tensor, of_soft: Tensor, *_: Any) -> Any:
-        student, teacher, labels, temperature, own, stats = ctx.saved_tensors
+        student, teacher, labels, temperature, teacher_temperature, stats = ctx.saved_tensors
         needs, settings, standardized = ctx.needs_input_grad, ctx.settings, ctx.standardized
-        of_terms = (student, teacher, labels, temperature, own)
+        of_terms = (student, teacher, labels, temperature, teacher_temperature)
         if needs_formula(of_soft):
             return _formula(*of_terms, of_hard, of_soft, settings, needs)
         results: list[Tensor | None] = [None] * len(needs)
@@ -161,15 +172,17 @@ class _RowTerms(torch.autograd.Function):
         if needs[0]:
             results[0] = _gradient(*of_terms, of_hard, weights, stats, settings)
         if needs[4]:
-            of_rows = torch.cat((own, temperature, nothing, of_soft / own.square()))
+            of_rows = torch.cat(
+                (teacher_temperature, temperature, nothing, of_soft / teacher_temperature.square())
+            )
             summed = _swapped(settings)._replace(
                 reduction=REDUCTIONS.index("sum"), with_terms=False
             )
-            wide = teacher.to(own.dtype)
+            wide = teacher.to(teacher_temperature.dtype)
             gradient = _empty_gradient(wide, True)
             call = Arguments((student,), None, None, labels, of_rows, None, summed)
             _loss_into(gradient, wide, *call.flat(), False)
-            results[4] = _by_scale(teacher, gradient, own, standardized)
+            results[4] = _by_scale(teacher, gradient, teacher_temperature, standardized)
         return tuple(results)
 
 
@@ -178,7 +191,7 @@ def _gradient(
     teacher: Tensor,
     labels: Tensor | None,
     temperature: Tensor,
-    own: Tensor,
+    teacher_temperature: Tensor,
     hard_weight: Tensor,
     soft_weight: Tensor,
     stats: Tensor,
@@ -186,7 +199,7 @@ def _gradient(
 ) -> Tensor:
     """Compute the gradient in the logits of the sum of the terms with these weights."""
     gradient: Tensor = _empty_gradient(student, True)
-    of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
+    of_rows = torch.cat((temperature, teacher_temperature, hard_weight, soft_weight))
     # With reduction sum, a row's gradient has no factor but the row's weights.
     summed = settings._replace(reduction=REDUCTIONS.index("sum"), with_terms=False)
     call = Arguments((teacher,), None, None, labels, of_rows, None, summed)
@@ -214,22 +227,24 @@ def _formula(
     teacher: Tensor,
     labels: Tensor | None,
     temperature: Tensor,
-    own: Tensor,
+    teacher_temperature: Tensor,
     of_hard: Tensor,
     of_soft: Tensor,
     settings: Settings,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The backward pass by differentiable PyTorch operations."""
+    """Compute the backward pass by differentiable PyTorch operations."""
     with torch.enable_grad():
         # Aliases, so that no gradient goes from one to another, as from a temperature that is a
         # deviation to the logits: the graph outside has that.
-        student, temperature, own = (x.view_as(x) for x in (student, temperature, own))
+        student, temperature, teacher_temperature = (
+            x.view_as(x) for x in (student, temperature, teacher_temperature)
+        )
 
         zeros, ones = torch.zeros_like(temperature), torch.ones_like(temperature)
 
         def rows(hard_weight: Tensor, soft_weight: Tensor) -> Tensor:
-            of_rows = torch.cat((temperature, own, hard_weight, soft_weight))
+            of_rows = torch.cat((temperature, teacher_temperature, hard_weight, soft_weight))
             alone = settings._replace(with_terms=False)
             return by_operations(student, teacher, labels, of_rows, None, alone)
 
@@ -238,7 +253,7 @@ def _formula(
         if labels is not None:
             out.append(rows(ones, zeros))
             factors.append(of_hard)
-        inputs = {0: student, 3: temperature, 4: own}
+        inputs = {0: student, 3: temperature, 4: teacher_temperature}
         inputs = {i: tensor for i, tensor in inputs.items() if needs[i]}
         found = torch.autograd.grad(
             out, list(inputs.values()), factors, create_graph=True, materialize_grads=True
@@ -250,7 +265,7 @@ def _formula(
 
 
 def _centered(logits: Tensor) -> Tensor:
-    """Each row minus its mean. The mean of what is left is what the mean was rounded by."""
+    """Return each row minus its mean. Subtracting the mean twice removes its rounding error."""
     centered = logits - logits.mean(-1, keepdim=True)
     return centered.sub_(centered.mean(-1, keepdim=True))
 
@@ -279,6 +294,6 @@ class _Deviation(torch.autograd.Function):
 
 
 def _of_unmasked(logits: Tensor) -> Tensor:
-    """In float64, where no square of a finite float32 is infinite."""
+    """Return the deviation of unmasked classes; float64 holds the square of any finite float32."""
     _, deviation = reference.deviation(logits.double())
     return deviation.squeeze(-1).to(logits.dtype)

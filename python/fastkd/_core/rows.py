@@ -1,4 +1,4 @@
-"""A checked call as rows of logits, which can be taken in parts; the reference in such parts."""
+"""Split a checked call into rows of logits, and run the reference on parts of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastkd import reference
+from fastkd._core.arguments import Call
 from fastkd._core.objective import Objective
 
 # The reference keeps about 14 tensors of the logits' size for its backward pass. Beyond this many
@@ -20,7 +21,7 @@ _OF_ROWS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 
 
 class Rows(NamedTuple):
-    """A call whose losses are to be summed: what a mean divides by is in the weights."""
+    """A call whose losses are summed: the weights contain the divisors of a mean."""
 
     student: Tensor  # (rows, classes)
     teachers: tuple[Tensor, ...]
@@ -28,11 +29,11 @@ class Rows(NamedTuple):
     objective: Objective  # numbers of rows are (rows,), or 0-d
 
     def terms(self) -> reference.Terms:
-        """The reference's."""
+        """Compute the terms by the reference."""
         return reference.terms(self.student, self.teachers, self.labels, **self.objective._asdict())
 
     def take(self, rows: Tensor | slice) -> Rows:
-        """Some of the rows."""
+        """Return some of the rows."""
         return Rows(
             self.student[rows],
             tuple(teacher[rows] for teacher in self.teachers),
@@ -41,7 +42,7 @@ class Rows(NamedTuple):
         )
 
     def split(self, step: int) -> Iterator[Rows]:
-        """Parts of at most ``step`` rows, whose gradients are put together once."""
+        """Yield parts of at most ``step`` rows; autograd concatenates their gradients once."""
         students = _split(self.student, step)
         teachers = zip(*(_split(teacher, step) for teacher in self.teachers), strict=True)
         labels: Sequence[Tensor | None] = [None] * len(students)
@@ -53,7 +54,7 @@ class Rows(NamedTuple):
             yield Rows(student, teacher, label, objective)
 
     def double(self) -> Rows:
-        """In float64."""
+        """Convert all tensors to float64."""
         return Rows(
             self.student.double(),
             tuple(teacher.double() for teacher in self.teachers),
@@ -73,14 +74,9 @@ def _split(tensor: Tensor, step: int) -> tuple[Tensor, ...]:
     return tensor.split(step)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def as_rows(
-    student: Tensor,
-    teachers: tuple[Tensor, ...],
-    labels: Tensor | None,
-    objective: Objective,
-    dtype: torch.dtype,
-) -> tuple[Rows, tuple[float | Tensor, float | Tensor]]:
-    """(the call as rows, what the hard and the soft term have been divided by, in ``dtype``)."""
+def as_rows(call: Call, dtype: torch.dtype) -> tuple[Rows, tuple[float | Tensor, float | Tensor]]:
+    """Return the call as rows, and the divisors of the hard and the soft term, in ``dtype``."""
+    student, teachers, labels, objective = call[:4]
     o, classes = objective._asdict(), student.shape[-1]
     if labels is not None:
         labels = labels.reshape(-1, classes) if labels.is_floating_point() else labels.reshape(-1)
@@ -93,14 +89,14 @@ def as_rows(
         o.update(reduction="sum", normalizer=None)
     o["hard_weight"] = o["hard_weight"] / divisors[0]
     o["soft_weight"] = o["soft_weight"] / divisors[1]
-    teachers = tuple(teacher.reshape(-1, classes) for teacher in teachers)
-    return Rows(student.reshape(-1, classes), teachers, labels, Objective(**o)), divisors
+    flat = tuple(teacher.reshape(-1, classes) for teacher in teachers)
+    return Rows(student.reshape(-1, classes), flat, labels, Objective(**o)), divisors
 
 
 def _divisors(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
-    """What the mean divides the hard and the soft term by."""
+    """Return what the mean divides the hard and the soft term by."""
     if o.normalizer is not None:
         return o.normalizer, o.normalizer
     if labels is None or labels.is_floating_point():
@@ -116,9 +112,9 @@ def _divisors(
 
 
 def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) -> Tensor:
-    """The rows' class weights, times what the hard term's divisor differs by from the soft one's.
+    """Return each row's class weight, times the soft term's divisor over the hard term's.
 
-    So that, divided by the latter, their hard terms make up the mean that the objective asks for.
+    The kernels divide both terms by the soft term's divisor.
     """
     o = objective
     assert labels is not None and o.class_weight is not None
@@ -133,8 +129,11 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
 def label_targets(
     labels: Tensor, classes: int, objective: Objective, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(..., C) weights of -log q that make up the hard term, probabilities but for their sums; and
-    these sums, times what the hard term's divisor differs by from the soft one's."""
+    """Return the hard term as a cross entropy with targets: (targets, sums of targets).
+
+    ``(..., C)`` targets weigh -log q, and are probabilities up to their sums, ``(...)``. The sums
+    are multiplied by the soft term's divisor over the hard term's (see :func:`label_weights`).
+    """
     o, by_index = objective, not labels.is_floating_point()
     each = o.class_weight
     if each is None:
@@ -155,16 +154,12 @@ def label_targets(
     return target, total
 
 
-def in_parts(
-    student: Tensor, teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
-) -> reference.Terms:
-    """:func:`fastkd.reference.terms`, in memory that does not grow with the number of rows."""
+def in_parts(call: Call) -> reference.Terms:
+    """Compute :func:`fastkd.reference.terms` in memory that does not grow with the rows."""
+    student, teachers, labels, objective = call[:4]
     if student.numel() <= AT_ONCE:
         return reference.terms(student, teachers, labels, **objective._asdict())
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    for teacher in teachers:
-        dtype = torch.promote_types(dtype, teacher.dtype)
-    rows, (of_hard, of_soft) = as_rows(student, teachers, labels, objective, dtype)
+    rows, (of_hard, of_soft) = as_rows(call, call.dtype)
     step = max(1, AT_ONCE // student.shape[-1])
     parts = [
         checkpoint(Rows.terms, part, use_reentrant=False, preserve_rng_state=False)

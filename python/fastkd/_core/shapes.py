@@ -1,5 +1,7 @@
-"""Describe the native ops: their numeric arguments, and the shapes, dtypes and layouts of their
-results for FakeTensor, meta and torch.compile."""
+"""Describe the native ops: numeric arguments, and fake kernels that give the results' layouts.
+
+FakeTensor, meta tensors and torch.compile call the fake kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fastkd import reference
 
-REDUCTIONS = reference.REDUCTIONS  # a name's place is its number in C++
+REDUCTIONS = reference.REDUCTIONS  # the position of a name is its number in C++
 TERMS = len(reference.Terms._fields)
 STATS = 7  # Stat in csrc/kernels.h
 
@@ -34,9 +36,21 @@ class Settings(NamedTuple):
 
 
 def accumulator(*logits: Tensor) -> torch.dtype:
-    """What the loss is computed in, and its dtype: float64 if any of the logits are."""
+    """Return the dtype of the arithmetic and of the loss: float64 if any of the logits are."""
     double = any(tensor.dtype is torch.float64 for tensor in logits)
     return torch.float64 if double else torch.float32
+
+
+def row_numbers(numbers: tuple[float | Tensor, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers that may differ from row to row, one vector after the other, for the ops."""
+    rows = logits.shape[:-1]
+    with torch.no_grad():
+        return torch.stack(
+            [
+                torch.as_tensor(number, dtype=dtype, device=logits.device).expand(rows)
+                for number in numbers
+            ]
+        ).flatten()
 
 
 def check_devices(*arguments: Any) -> None:

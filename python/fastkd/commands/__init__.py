@@ -1,1 +1,1 @@
-"""The command line, ``python -m fastkd``: what each command takes and does."""
+"""The commands of ``fastkd`` and ``python -m fastkd``."""

@@ -1,327 +1,229 @@
-"""Read a training's configuration: plain YAML, with every key checked and nothing executed.
-
-Code is named, never written: ``"module:factory"`` is a function or class without arguments, or with
-the ``options`` beside it, that makes a model or a data set. Its module has to lie beside the
-configuration file or to be named on the command line, and has to define it: a configuration reaches
-no other code. :mod:`fastkd.commands.factories` checks that before it imports anything.
-"""
+"""Read the options of a training from a YAML file and the command line, by jsonargparse."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import inspect
+import contextlib
+import dataclasses
+import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from fastkd import extras, losses
+from fastkd import extras
 from fastkd._core import checks
+from fastkd.commands.factories import ConfigError, Factories
+
+# The YAML parser recurses once per level of nesting.
+_MAX_DEPTH = 50
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message begins with the key at fault."""
+class Value:
+    """Type of one option's value: a number, text, true, false, null, a list or a mapping.
+
+    It stands for ``typing.Any``: for a value of that type, jsonargparse would import the class that
+    the value names by ``class_path``.
+    """
 
 
-class Part(NamedTuple):
-    """Something that the user's code makes: ``"module:factory"``, or a mapping with more."""
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Options of a training: keys of a configuration file, and options of the command line.
 
-    factory: str | None
-    options: dict[str, Any]
-    weights: str | None
-    """A safetensors file that the model is loaded from."""
-    cache: str | None
-    """A folder with a teacher's log-probabilities."""
-    top_k: int | None
+    Args:
+        teacher: function that returns the teacher, as module:function.
+        teacher_options: arguments of the teacher's function, such as {width: 512}.
+        teacher_weights: .safetensors file with the teacher's weights.
+        teacher_cache: folder of the teacher's log-probabilities; a teacher adds what it lacks.
+        teacher_top_k: number of classes in the cache; 0 for all.
+        student: function that returns the student.
+        student_options: arguments of the student's function.
+        student_weights: .safetensors file with the student's initial weights.
+        train: function that returns the training data, a data set or a DataLoader.
+        train_options: arguments of the training data's function.
+        validation: function that returns held-out data.
+        validation_options: arguments of the held-out data's function.
+        output: folder for checkpoints, student.safetensors and history.json.
+        epochs: number of passes over the training data.
+        batch_size: number of samples in a batch of one process.
+        seed: seed of the weights, the order of the data and dropout.
+        workers: number of processes that load data.
+        loss: options of fastkd.KDLoss, such as {temperature: 4, alpha: 0.1}.
+        optimizer: options of a torch.optim class and its name, {name: AdamW} by default.
+        schedule: schedule of the learning rate.
+        accumulate: number of batches in one optimizer step.
+        clip: largest norm of the gradient.
+        ema: decay of the moving average of the student's weights; 0 for no average.
+        mixed_precision: mixed precision of Accelerate.
+        checkpoints: save a checkpoint after each epoch.
+    """
 
+    teacher: str = ""
+    teacher_options: dict[str, Value] = dataclasses.field(default_factory=dict)
+    teacher_weights: str = ""
+    teacher_cache: str = ""
+    teacher_top_k: int = 0
+    student: str = ""
+    student_options: dict[str, Value] = dataclasses.field(default_factory=dict)
+    student_weights: str = ""
+    train: str = ""
+    train_options: dict[str, Value] = dataclasses.field(default_factory=dict)
+    validation: str = ""
+    validation_options: dict[str, Value] = dataclasses.field(default_factory=dict)
+    output: str = ""
+    epochs: int = 10
+    batch_size: int = 64
+    seed: int = 0
+    workers: int = 0
+    loss: dict[str, Value] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Value] = dataclasses.field(default_factory=dict)
+    schedule: Literal["constant", "cosine"] = "constant"
+    accumulate: int = 1
+    clip: float = math.inf
+    ema: float = 0.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    checkpoints: bool = True
 
-class Key(NamedTuple):
-    """A key of the configuration."""
+    def __post_init__(self) -> None:
+        """Check the ranges of the numbers, and that the folders are not files."""
+        for name in ("epochs", "batch_size", "accumulate"):
+            checks.count(name, getattr(self, name))
+        for name in ("teacher_top_k", "seed", "workers"):
+            checks.count(name, getattr(self, name), 0)
+        checks.number("seed", self.seed, 0, 2**63, open_high=True)
+        checks.number("ema", self.ema, 0.0, 1.0, open_high=True)
+        if self.clip != math.inf:
+            checks.number("clip", self.clip, 0.0, math.inf, open_low=True)
+        for name in ("teacher_cache", "output"):
+            checks.folder(name, getattr(self, name))
 
-    read: Callable[[str, Any], Any]
-    """``read(name, value)`` gives the value that is used, or raises ConfigError."""
-    default: Any
-    help: str
-
-
-REQUIRED = object()
-
-
-# ---- values
-
-
-def _part(allowed: Sequence[str]) -> Callable[[str, Any], Part]:
-    def read(name: str, value: Any) -> Part:
-        given: Any = {"factory": value} if isinstance(value, str) else value
-        if not isinstance(given, dict):
-            raise ConfigError(f"{name} must be 'module:factory' or a mapping; got {value!r}")
-        _known(f"{name}.", given, allowed)
-        given = {key: item for key, item in given.items() if item is not None}
-        for key, check in (("factory", _text), ("weights", _text), ("cache", _folder)):
-            if key in given:
-                check(f"{name}.{key}", given[key])
-        factory = given.get("factory")
-        if factory is None and given.get("cache") is None:
-            raise ConfigError(f"{name}.factory is missing: 'module:factory'")
-        if factory is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", factory):
-            raise ConfigError(f"{name} must be 'module:factory'; got {factory!r}")
-        options = _mapping(f"{name}.options", given.get("options", {}))
-        top_k = given.get("top_k")
-        if top_k is not None:
-            _integer(1)(f"{name}.top_k", top_k)
-        return Part(factory, options, given.get("weights"), given.get("cache"), top_k)
-
-    return read
-
-
-def _integer(low: int, high: float = math.inf) -> Callable[[str, Any], int]:
-    accepted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-
-    def read(name: str, value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ConfigError(f"{name} must be an integer {accepted}; got {value!r}")
-        return value
-
-    return read
-
-
-def _number(low: float, high: float) -> Callable[[str, Any], float]:
-    def read(name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not low < value < high:
-            raise ConfigError(
-                f"{name} must be a number between {low:g} and {high:g}; got {value!r}"
-            )
-        return float(value)
-
-    return read
-
-
-def _one_of(*accepted: str) -> Callable[[str, Any], str]:
-    def read(name: str, value: Any) -> str:
-        if value not in accepted:
-            raise ConfigError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
-        return str(value)
-
-    return read
+    def require(self, *names: str) -> None:
+        """Raise if one of these options is not given."""
+        for name in names:
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is missing: give it in the file or by --{name}")
 
 
-def _boolean(name: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise ConfigError(f"{name} must be true or false; got {value!r}")
-    return value
+def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
+    """Call a command with the options in its arguments and in the file that ``--config`` names.
 
+    The file may set the fields of :class:`Training` only, and not ``--module``, which decides what
+    code the file may call.
 
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} must be text; got {value!r}")
-    return value
-
-
-def _folder(name: str, value: Any) -> str:
-    try:
-        return str(checks.folder(name, _text(name, value)))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name} must be a mapping of names to values; got {value!r}")
-    return value
-
-
-KEYS: dict[str, Key] = {
-    "teacher": Key(
-        _part(("factory", "options", "weights", "cache", "top_k")),
-        REQUIRED,
-        "module:factory of the teacher; or a mapping with factory, options, weights (a "
-        ".safetensors file), cache (a folder of its log-probabilities, computed there first if "
-        "there is a factory) and top_k (how many of them to keep)",
-    ),
-    "student": Key(
-        _part(("factory", "options", "weights")),
-        REQUIRED,
-        "module:factory of the student, likewise",
-    ),
-    "train": Key(
-        _part(("factory", "options")), REQUIRED, "module:factory of the training data set"
-    ),
-    "validation": Key(_part(("factory", "options")), None, "module:factory of held-out data"),
-    "output": Key(_folder, REQUIRED, "folder for checkpoints, the student and its history"),
-    "epochs": Key(_integer(1), 10, "passes over the training data"),
-    "batch_size": Key(_integer(1), 64, "samples in a batch, for each process"),
-    "seed": Key(_integer(0, 2**63 - 1), 0, "of weights, order and dropout"),
-    "workers": Key(_integer(0), 0, "processes that load data"),
-    "loss": Key(_mapping, {}, "options of fastkd.KDLoss, such as {temperature: 4, alpha: 0.1}"),
-    "optimizer": Key(
-        _mapping, {"name": "AdamW", "lr": 1e-3}, "name of a torch.optim class, and its options"
-    ),
-    "schedule": Key(
-        _one_of("constant", "cosine"), "constant", "of the learning rate: constant or cosine"
-    ),
-    "accumulate": Key(_integer(1), 1, "batches that make one optimizer step"),
-    "clip": Key(_number(0, math.inf), None, "largest norm of the gradient"),
-    "ema": Key(_number(0, 1), None, "decay of a moving average of the student"),
-    "mixed_precision": Key(_one_of("no", "fp16", "bf16"), "no", "no, fp16 or bf16"),
-    "checkpoints": Key(_boolean, True, "after every epoch, to resume from"),
-}
-
-
-# ---- reading
-
-
-def add_set(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that changes what a file says."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="instead of what the file says; KEY may be an inner one, such as loss.temperature",
-    )
-
-
-def read(path: pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration in a YAML file, changed by ``KEY=VALUE`` texts, with every key checked.
-
-    ``KEY`` may be of an inner mapping, such as ``loss.temperature``; ``VALUE`` is YAML.
+    Args:
+        command: function of a :class:`Training`, :class:`Factories` and further options of the
+            command line. Its docstring is the help.
+        arguments: the arguments after the command's name.
 
     Raises:
-        ConfigError: for anything that is not as :data:`KEYS` has it.
+        ConfigError: if the file or an option is invalid; the message names it.
+        fastkd.extras.MissingPackageError: if jsonargparse is not installed.
     """
-    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
-        raise ConfigError(f"config: {path} is no regular file")
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from None
-    given = _parsed(f"config: {path}", text)
-    if not isinstance(given, dict):
-        raise ConfigError(f"config: {path} must hold keys and values; it holds {line(given)}")
-    for override in overrides:
-        _override(given, override)
-    _known("", given, list(KEYS))
-    found = {}
-    for name, key in KEYS.items():
-        if given.get(name) is not None:
-            found[name] = key.read(name, given[name])
-        elif key.default is REQUIRED:
-            raise ConfigError(f"{name} is missing: {key.help}")
-        else:
-            found[name] = key.default
-    return found
-
-
-def _parsed(name: str, text: str | bytes) -> Any:
-    """Return the value of a YAML text without aliases.
-
-    A few nested aliases stand for billions of values.
-    """
-    yaml = extras.load("yaml", "train")
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                event = self.peek_event()
-                raise ConfigError(
-                    f"{name} has the alias *{event.anchor} in line {event.start_mark.line + 1}, "
-                    "and aliases are not accepted: write the value out"
-                )
-            return super().compose_node(parent, index)
-
-    try:
-        return _numbers(Loader(text).get_single_data())
-    except ConfigError as error:
-        raise ConfigError(str(error)) from None  # without the parser's traceback
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-13-45 is a ValueError
-        raise ConfigError(f"{name} is no YAML: {line(error)}") from None
-
-
-def _override(given: dict[str, Any], text: str) -> None:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--set takes KEY=VALUE; got {text!r}")
-    *outer, last = name.split(".")
-    for key in outer:
-        inner = given.setdefault(key, {})
-        if isinstance(inner, str):  # module:factory, the short form
-            inner = given[key] = {"factory": inner}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{name}: {key} is no mapping, but {inner!r}")
-        given = inner
-    given[last] = _parsed(f"{name}: {value!r}", value)
-
-
-def _numbers(value: Any) -> Any:
-    """1e-3 as a number: YAML 1.1, which the parser reads, takes it for text."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-def _known(prefix: str, given: Mapping[Any, Any], names: Sequence[str]) -> None:
-    for key in given:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"{prefix}{key} is no key of the configuration; {hint}")
-
-
-def line(value: Any) -> str:
-    """Return the beginning of a text in one line."""
-    return " ".join(str(value).split())[:200]
-
-
-def add_modules(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names modules from which a configuration may take factories."""
+    jsonargparse = extras.load("jsonargparse", "train")
+    jsonargparse.typing.register_type(
+        Value,
+        serializer=lambda value: value,
+        deserializer=_parse_value,
+        type_check=lambda value, _: not isinstance(value, str),
+        fail_already_registered=False,
+    )
+    settings = {"exit_on_error": False, "allow_abbrev": False, "print_config": None}
+    file_parser = jsonargparse.ArgumentParser(**settings)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fastkd {command.__name__}",
+        description=(command.__doc__ or "").partition("Args:")[0],
+        **settings,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options")
     parser.add_argument(
         "--module",
         action="append",
         default=[],
-        metavar="MODULE",
-        dest="modules",
-        help="a module that the file may take functions from, beside those in the file's folder; "
-        "its submodules, too; repeatable",
+        help="module whose functions the file may name besides those of modules in its folder; "
+        "includes submodules; repeatable",
     )
-
-
-# ---- making what needs no code of the user's
-
-
-def make_loss(options: dict[str, Any]) -> losses.KDLoss:
-    """The loss with these options."""
-    _known("loss.", options, list(inspect.signature(losses.KDLoss).parameters))
+    options = parser.add_function_arguments(command, as_group=False, skip={"training", "factories"})
+    for each in (file_parser, parser):
+        each.add_class_arguments(Training, as_group=False)
+    source, file_options = "", None
     try:
-        return losses.KDLoss(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss: {line(error)}") from None
+        path = parser.parse_args(arguments).config
+        if path is not None:
+            source = f"{path}: "
+            file_options = file_parser.parse_object(_read(pathlib.Path(path)))
+            _make_training(file_options)
+            source = ""
+        namespace = parser.parse_args(arguments, namespace=file_options)
+        training = _make_training(namespace)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(f"{source}{one_line(error)}") from None
+    factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
+    command(training, factories, **{name: namespace[name] for name in options})
 
 
-# One wants a closure, the other sparse gradients.
-OTHERS = ("LBFGS", "SparseAdam")
+def _make_training(namespace: Any) -> Training:
+    """Return the options of a training; null stands for the default."""
+    values = {field.name: namespace[field.name] for field in dataclasses.fields(Training)}
+    return Training(**{name: value for name, value in values.items() if value is not None})
 
 
-def make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
-    """One of ``torch.optim``."""
-    options = dict(options)
-    name = options.pop("name", "AdamW")
-    kind = getattr(torch.optim, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or name in OTHERS:
-        raise ConfigError(
-            f"optimizer.name must be an optimizer of torch.optim, {' and '.join(OTHERS)} aside; "
-            f"got {name!r}"
-        )
+def _parse_value(value: Any) -> Any:
+    """Return the value of a text that is JSON, such as ``8`` or ``[0.9, 0.99]``."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """Read a configuration file: YAML without aliases.
+
+    A short file with nested aliases would stand for billions of values.
+    """
+    yaml = extras.load("yaml", "train")
+    if path.exists() and not path.is_file():  # reading a named pipe waits for a writer
+        raise ValueError("must be a regular file")
+    depth = 0
     try:
-        return kind(student.parameters(), **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {line(error)}") from None
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+                raise ValueError(
+                    f"line {event.start_mark.line + 1} has an alias, or more than {_MAX_DEPTH} "
+                    "nested lists; neither is accepted"
+                )
+        values = extras.load("jsonargparse", "train").get_loader("yaml")(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the file: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"must have keys and values; got {values!r}")
+    for field in dataclasses.fields(Training):
+        value = values.get(field.name)
+        # jsonargparse would parse the text once more, as YAML with aliases.
+        if isinstance(value, str) and not str(field.type).startswith(("str", "Literal")):
+            raise ValueError(f"{field.name} must be of type {field.type}; got {value!r}")
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of an error's message in one line, without jsonargparse's decoration."""
+    text = re.sub(r"Parser key \"([^\"]+)\"|<class '([^']+)'>", r"\1\2", str(error))
+    return " ".join(text.split())[:300]
+
+
+@contextlib.contextmanager
+def errors_of(key: str = "") -> Iterator[None]:
+    """Report an invalid value as an error of a key. The block runs no user's code.
+
+    Without a key, the messages of the errors name it themselves.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{key}{': ' if key else ''}{one_line(error)}") from None

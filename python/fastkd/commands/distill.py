@@ -1,15 +1,11 @@
-"""``python -m fastkd distill``: trains the student that a configuration names."""
+"""``fastkd distill``: train the student that a configuration names."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import math
 import os
 import pathlib
-import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,238 +13,226 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import extras, losses, teachers
-from fastkd.commands import config
-from fastkd.commands.factories import Factories
+from fastkd.commands.config import Training, errors_of
+from fastkd.commands.factories import ConfigError, Factories
 from fastkd.teachers import writing
-from fastkd.training import arguments as trainer_arguments
 from fastkd.training import checkpoints
 from fastkd.training.trainer import Trainer
 
-DESCRIPTION = """Trains a student on a teacher's answers, as a YAML file says:
-
-    teacher: my_models:teacher        # a function that returns a torch.nn.Module
-    student: my_models:student
-    train: my_data:training_set       # a function that returns a data set of (input, label)
-    validation: my_data:test_set
-    output: runs/first
-    loss: {temperature: 4, alpha: 0.1}
-
-and writes student.safetensors, history.json and checkpoints to the output folder. The functions
-have to be defined in modules beside the file, or in those that --module names. Read the modules
-beside it before you run a configuration of somebody else. For several processes:
-accelerate launch -m fastkd distill --config FILE. Keys of the file:
-"""
-# Keys that have a flag of their own; --set reaches all of them.
-FLAGS = ("output", "epochs", "batch_size", "seed", "workers")
+# LBFGS.step needs a closure, and SparseAdam sparse gradients.
+_UNSUPPORTED = ("LBFGS", "SparseAdam")
 
 
-def add(commands: Any) -> None:
-    """Adds the command."""
-    keys = "\n".join(f"  {name:<16}{_wrapped(key)}" for name, key in config.KEYS.items())
-    parser = commands.add_parser(
-        "distill",
-        help="train a student on a teacher's answers, as a YAML file says",
-        description=DESCRIPTION + "\n" + keys,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=pathlib.Path, required=True, metavar="FILE")
-    config.add_set(parser)
-    config.add_modules(parser)
-    for name in FLAGS:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", metavar="VALUE", help=f"instead of the file's {name}"
+def distill(training: Training, factories: Factories, resume: bool = False) -> None:
+    """Train a student on a teacher's outputs, and write it to the output folder.
+
+    Options come from the file that --config names, and from the command line, which takes
+    precedence: --loss.temperature=8 sets one entry of a mapping. Functions are named as
+    module:function. Their modules must be in the file's folder, or named by --module; read these
+    modules before you run somebody else's configuration. With several processes: accelerate launch
+    -m fastkd distill --config FILE.
+
+    Args:
+        training: the options of the training.
+        factories: what makes the models and the data.
+        resume: resume from the newest checkpoint in the output folder.
+    """
+    training.require("student", "train", "output")
+    if not training.teacher_cache:
+        training.require("teacher")
+    extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
+    output = pathlib.Path(training.output)
+    folder = _check_checkpoints(output / "checkpoints", training, resume)
+    with errors_of("mixed_precision"):
+        accelerator = extras.load("accelerate", "train").Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision=training.mixed_precision
         )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in the output"
-    )
-    parser.set_defaults(run=run)
-
-
-def _wrapped(key: config.Key) -> str:
-    default = "" if key.default in (None, config.REQUIRED, {}) else f"; default {key.default}"
-    indent = " " * 18
-    filled = textwrap.fill(key.help + default, 98, initial_indent=indent, subsequent_indent=indent)
-    return filled.strip()
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Trains."""
-    overrides = list(arguments.overrides)
-    for name in FLAGS:
-        value = getattr(arguments, name)
-        if value is not None:
-            overrides.append(f"{name}={json.dumps(value) if name == 'output' else value}")
-    chosen = config.read(arguments.config, overrides)
-    extras.check("train", "safetensors.torch", "numpy")  # for the student, after the training
-    factories = Factories(arguments.config.parent, arguments.modules)
-    output = pathlib.Path(chosen["output"])
-    checkpoints = _checkpoints(output, chosen, arguments.resume)
-    accelerator = _accelerator(chosen["mixed_precision"])
-    torch.manual_seed(chosen["seed"])
-    student = factories.make_model("student", chosen["student"])
-    loss = config.make_loss(chosen["loss"])
-    optimizer = config.make_optimizer(chosen["optimizer"], student)
-    teacher, train, validation = _teacher_and_data(chosen, factories, loss.options, accelerator)
-    loader = _loader(train, chosen, shuffle=True)
-    trainer = Trainer(
-        student,
-        teacher,
-        optimizer,
-        loss=loss,
-        scheduler=_scheduler(optimizer, chosen, loader, accelerator.num_processes),
-        accumulate=chosen["accumulate"],
-        clip=chosen["clip"],
-        ema=chosen["ema"],
-        accelerator=accelerator,
-        checkpoints=checkpoints,
-    )
-    held_out = None if validation is None else _loader(validation, chosen, shuffle=False)
-    torch.manual_seed(chosen["seed"])  # the order of the data, however the teacher was made
-    if arguments.resume and trainer.resume():
-        accelerator.print(f"going on after step {trainer.step}")
-    history = trainer.fit(loader, chosen["epochs"], validation=held_out)
+    torch.manual_seed(training.seed)
+    student = factories.make_model("student", training)
+    loss, optimizer = _make_loss(training.loss), _make_optimizer(training.optimizer, student)
+    teacher, train, validation = _make_teacher_and_data(training, factories, loss, accelerator)
+    loader = _make_loader(train, training, shuffle=True)
+    held_out = _make_loader(validation, training, shuffle=False)
+    scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
+    with errors_of():
+        trainer = Trainer(
+            student,
+            teacher,
+            optimizer,
+            loss=loss,
+            scheduler=scheduler,
+            accumulate=training.accumulate,
+            clip=None if training.clip == math.inf else training.clip,
+            ema=training.ema or None,
+            accelerator=accelerator,
+            checkpoints=folder,
+        )
+    # The order of the data does not depend on how the teacher was made.
+    torch.manual_seed(training.seed)
+    if resume and trainer.resume():
+        accelerator.print(f"resumed after step {trainer.step}")
+    history = trainer.fit(loader, training.epochs, validation=held_out)
     if accelerator.is_main_process:
         trained = student if trainer.ema is None else trainer.ema.module
-        _write(output, trained, [found._asdict() for found in history])
+        _write(output, trained, [evaluation._asdict() for evaluation in history])
         if history:
-            last = history[-1]
-            right = "" if math.isnan(last.accuracy) else f"accuracy {100 * last.accuracy:.1f} %, "
-            print(f"{right}agreement {100 * last.agreement:.1f} %")
-        print(f"wrote {output / 'student.safetensors'}; python -m fastkd report shows it")
-    # Ends the group of processes, whose threads may abort one that leaves without.
+            shares = {"accuracy": history[-1].accuracy, "agreement": history[-1].agreement}
+            known = {name: share for name, share in shares.items() if not math.isnan(share)}
+            print(", ".join(f"{name} {100 * share:.1f} %" for name, share in known.items()))
+        print(f"wrote {output / 'student.safetensors'}; fastkd report shows it")
+    # A process that exits without destroying the process group may be aborted by its threads.
     accelerator.end_training()
 
 
-def _accelerator(precision: str) -> Any:
-    try:
-        return trainer_arguments.accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise config.ConfigError(f"mixed_precision: {error}") from None
-
-
-def _checkpoints(output: pathlib.Path, chosen: dict[str, Any], resume: bool) -> pathlib.Path | None:
-    """The folder of checkpoints, if it is as it has to be."""
-    if not chosen["checkpoints"]:
-        if resume:
-            raise config.ConfigError("--resume needs checkpoints, and checkpoints is false")
-        return None
-    folder = output / "checkpoints"
-    if checkpoints.all_of(folder) and not resume:
-        raise config.ConfigError(
-            f"output: {folder} holds the checkpoints of another run. Go on with it by --resume, "
+def _check_checkpoints(
+    folder: pathlib.Path, training: Training, resume: bool
+) -> pathlib.Path | None:
+    """Return the folder of checkpoints, or None if there are to be none."""
+    if resume and not training.checkpoints:
+        raise ConfigError("resume needs checkpoints, and checkpoints is false")
+    if training.checkpoints and not resume and checkpoints.all_of(folder):
+        raise ConfigError(
+            f"output: {folder} holds the checkpoints of another run. Continue it by --resume=true, "
             "choose another --output, or delete them"
         )
-    return folder
+    return folder if training.checkpoints else None
 
 
-def _teacher_and_data(
-    chosen: dict[str, Any], factories: Factories, loss: dict[str, Any], accelerator: Any
+def _make_loss(options: dict[str, Any]) -> losses.KDLoss:
+    with errors_of("loss"):
+        return losses.KDLoss(**options)
+
+
+def _make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
+    options = {"name": "AdamW", **options}
+    name = str(options.pop("name"))
+    kind: Any = getattr(torch.optim, name, None)
+    is_optimizer = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not is_optimizer or name in _UNSUPPORTED:
+        raise ConfigError(
+            "optimizer: name must be that of a torch.optim class other than "
+            f"{' and '.join(_UNSUPPORTED)}; got {name!r}"
+        )
+    with errors_of("optimizer"):
+        optimizer: torch.optim.Optimizer = kind(student.parameters(), **options)
+        return optimizer
+
+
+def _make_teacher_and_data(
+    training: Training, factories: Factories, loss: losses.KDLoss, accelerator: Any
 ) -> tuple[Any, Any, Any]:
-    """The teacher, live or cached, and the data; with a cache, samples that carry their ids."""
-    part: config.Part = chosen["teacher"]
-    train = factories.make_data("train", chosen["train"])
-    validation = chosen["validation"] and factories.make_data("validation", chosen["validation"])
-    live = None if part.factory is None else factories.make_model("teacher", part)
-    if part.cache is None:
+    """Make the teacher, a model or a cache, and the data; a cache needs samples with ids."""
+    train = factories.make_data("train", training)
+    validation = factories.make_data("validation", training)
+    live = factories.make_model("teacher", training) if training.teacher else None
+    if not training.teacher_cache:
         return live, train, validation
     for name, data in (("train", train), ("validation", validation)):
         if isinstance(data, (DataLoader, IterableDataset)):
-            raise config.ConfigError(
-                f"{name}: with teacher.cache it must be a data set with __getitem__, whose samples "
-                f"can be given ids; got {type(data).__name__}"
+            raise ConfigError(
+                f"{name} must return a data set with __getitem__ if there is a teacher_cache, so "
+                f"that its samples have ids; got {type(data).__name__}"
             )
-    defaults = {**losses.DEFAULTS, **loss}
-    temperature = float(defaults["teacher_temperature"] or defaults["temperature"])
-    whole = teachers.WithIds(ConcatDataset([train, *([] if validation is None else [validation])]))
+    samples = teachers.WithIds(
+        ConcatDataset([train] if validation is None else [train, validation])
+    )
+    cache = _make_cache(training, live, samples, len(train), loss, accelerator)
+    held_out = None if validation is None else Subset(samples, range(len(train), len(samples)))
+    return cache, Subset(samples, range(len(train))), held_out
+
+
+def _make_cache(
+    training: Training,
+    live: nn.Module | None,
+    samples: teachers.WithIds,
+    first_validation: int,
+    loss: losses.KDLoss,
+    accelerator: Any,
+) -> teachers.TeacherCache:
+    """Open the teacher's cache, after computing what it lacks if there is a live teacher."""
+    folder = pathlib.Path(training.teacher_cache)
     if live is not None:
-        options: dict[str, Any] = {"top_k": part.top_k, "temperature": temperature}
-        options["dtype"] = torch.float16
-        with _blaming_the_cache():
-            there = writing.existing(
-                pathlib.Path(part.cache), **options, teacher=teachers.fingerprint(live)
-            )
-        if there is not None:  # before it is added to
-            _check_inputs(there, whole, len(train), chosen["batch_size"])
-        # Each process asks it about its share.
-        first, step = accelerator.process_index, accelerator.num_processes
-        share = Subset(whole, range(first, len(whole), step))
+        top_k = training.teacher_top_k or None
+        options: dict[str, Any] = {"dtype": torch.float16, "top_k": top_k}
+        options["temperature"] = _teacher_temperature(loss, top_k)
+        with errors_of("teacher_cache"):
+            cache = writing.existing(folder, **options, teacher=teachers.fingerprint(live))
+        if cache is not None:  # check before samples are added
+            _check_inputs(cache, samples, first_validation, training.batch_size)
+        # Each process computes its share of the samples.
+        share = range(accelerator.process_index, len(samples), accelerator.num_processes)
         teachers.precompute(
             live.to(accelerator.device),
-            _loader(share, chosen, shuffle=False),
-            part.cache,
+            _make_loader(Subset(samples, share), training, shuffle=False),
+            folder,
             **options,
             progress=accelerator.is_main_process,
         )
         accelerator.wait_for_everyone()
-    with _blaming_the_cache():
-        cache = teachers.TeacherCache(part.cache)
-        cache.check(ids=torch.arange(len(whole)), temperature=temperature)
-    _check_inputs(cache, whole, len(train), chosen["batch_size"])
-    held_out = None if validation is None else Subset(whole, range(len(train), len(whole)))
-    return cache, Subset(whole, range(len(train))), held_out
+    with errors_of("teacher_cache"):
+        cache = teachers.TeacherCache(folder)
+        temperature = _teacher_temperature(loss, cache.top_k)
+        cache.check(ids=torch.arange(len(samples)), temperature=temperature)
+    _check_inputs(cache, samples, first_validation, training.batch_size)
+    return cache
+
+
+def _teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
+    """Return the temperature at which the loss takes the teacher's probabilities."""
+    temperature = loss.options.get("teacher_temperature") or loss.options.get("temperature")
+    return float(temperature or (2.0 if top_k is None else 1.0))
 
 
 def _check_inputs(
-    cache: teachers.TeacherCache, whole: teachers.WithIds, trained_on: int, count: int
+    cache: teachers.TeacherCache, samples: teachers.WithIds, first_validation: int, count: int
 ) -> None:
-    """Whether the first samples of training and validation are those that the teacher was shown."""
-    for first in (0, trained_on):
-        ids = torch.arange(first, min(first + count, len(whole)))
-        there = ids[cache.contains(ids)].tolist()
-        for batch in DataLoader(Subset(whole, there), count):
+    """Raise if the cache has other inputs for the first samples of training or validation."""
+    for first in (0, first_validation):
+        ids = torch.arange(first, min(first + count, len(samples)))
+        for batch in DataLoader(Subset(samples, ids[cache.contains(ids)].tolist()), count):
             try:
                 cache.check(batch=batch)
             except ValueError as error:
-                raise config.ConfigError(
-                    f"teacher.cache: {error}. Choose another folder for other data; leave out "
-                    "teacher.cache for random augmentation: a live teacher sees what the student "
-                    "sees"
+                raise ConfigError(
+                    f"teacher_cache: {error}. Choose another folder for other data. With random "
+                    "augmentation, leave out teacher_cache"
                 ) from None
 
 
-@contextlib.contextmanager
-def _blaming_the_cache() -> Iterator[None]:
-    """A cache that does not fit is the configuration's fault."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise config.ConfigError(f"teacher.cache: {error}") from None
-
-
-def _loader(data: Any, chosen: dict[str, Any], *, shuffle: bool) -> Any:
-    """Batches; a factory may also return a DataLoader of its own."""
-    if isinstance(data, DataLoader):
+def _make_loader(data: Any, training: Training, *, shuffle: bool) -> Any:
+    """Make batches of a data set, unless it is None or a DataLoader already."""
+    if data is None or isinstance(data, DataLoader):
         return data
     shuffle = shuffle and not isinstance(data, IterableDataset)
-    return DataLoader(data, chosen["batch_size"], shuffle=shuffle, num_workers=chosen["workers"])
+    return DataLoader(data, training.batch_size, shuffle=shuffle, num_workers=training.workers)
 
 
-def _scheduler(
-    optimizer: torch.optim.Optimizer, chosen: dict[str, Any], loader: Any, processes: int
+def _make_scheduler(
+    optimizer: torch.optim.Optimizer, training: Training, loader: Any, processes: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    if chosen["schedule"] == "constant":
+    if training.schedule == "constant":
         return None
     try:
-        batches = math.ceil(len(loader) / processes)  # of each
+        batches = math.ceil(len(loader) / processes)  # of each process
     except TypeError:
-        raise config.ConfigError(
-            "schedule: cosine ends with the last step, and how many there are, an iterable data "
-            "set does not say; constant does without"
+        raise ConfigError(
+            "schedule: cosine needs the number of steps, and an iterable data set has no length; "
+            "use constant"
         ) from None
-    steps = chosen["epochs"] * math.ceil(batches / chosen["accumulate"])
+    steps = training.epochs * math.ceil(batches / training.accumulate)
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
 def _write(output: pathlib.Path, student: nn.Module, history: list[dict[str, Any]]) -> None:
-    """The student and what its evaluations gave, each file whole or not at all."""
+    """Write the student and its history, each file completely or not at all."""
     # JSON has no NaN, which is the accuracy without labels.
-    found = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
+    finite = [{k: v if math.isfinite(v) else None for k, v in each.items()} for each in history]
     output.mkdir(parents=True, exist_ok=True)
     part = output / "student.part"
     try:
         extras.load("safetensors.torch", "train").save_model(student, str(part))
         os.replace(part, output / "student.safetensors")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
         os.replace(part, output / "history.json")
     finally:
-        part.unlink(missing_ok=True)  # of a full disk
+        part.unlink(missing_ok=True)  # if the disk is full

@@ -1,8 +1,8 @@
-"""``python -m fastkd.compat``: prints ``docs/compat.md``, written from the adapters' records."""
+"""``python -m fastkd.compat``: print ``docs/compat.md``, written from the adapters' records."""
 
 from __future__ import annotations
 
-from fastkd.compat import CONVENTIONS, Convention
+from fastkd.compat import Convention, conventions, trl
 
 HEAD = """\
 # Switching from another library
@@ -10,9 +10,10 @@ HEAD = """\
 <!-- Written by `python -m fastkd.compat > docs/compat.md`; edit the records in
      python/fastkd/compat/ instead. -->
 
-Libraries disagree on which term `alpha` weighs, on T², on what a mean divides by and on what is
-masked. `fastkd.compat` has a module for each of these libraries, with its names, its signatures and
-its conventions, so that switching is a changed import. With TRL's loss, for example, before:
+Libraries disagree on which term `alpha` weighs, on T², on what a mean divides by and on which rows
+are masked. `fastkd.compat` has a module for each of these libraries, with the library's names,
+signatures and conventions, so switching means changing an import. With TRL's loss, for example,
+before:
 
 ```python
 {before}
@@ -28,12 +29,12 @@ and after:
 loss = generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.1)
 ```
 
-The loss is the same number and the student's gradient the same tensor, up to rounding; tests hold
-every adapter against its library's own code where that can be installed (`make test`), and against
-the formula written out where it cannot.
+The loss and the student's gradient are equal to the library's up to rounding. Tests compare every
+adapter with its library's own code where that can be installed (`make test`), and with the formula
+written out where it cannot.
 
-In `fastkd.loss` itself `alpha` weighs the **hard** term, the soft term is multiplied by T², a mean
-is over the rows that are not ignored, and a row that is ignored counts in neither term.
+In `fastkd.loss` itself `alpha` weighs the **hard** term and the soft term is multiplied by T². A
+mean is over the rows that are not ignored; an ignored row counts in neither term.
 """
 
 COMMON = """\
@@ -49,43 +50,34 @@ COMMON = """\
 """
 
 COLUMNS = {
-    "from": "peer",
-    "the weight is of": "weighs",
+    "library": "library",
+    "weights": "weights",
     "T²": "t_squared",
     "divided by": "denominator",
-    "left out": "mask",
+    "masked": "mask",
 }
 
 
-def page() -> str:
-    """The whole page, Markdown."""
-    example = next(record for record in CONVENTIONS if record.peer == "TRL")
-    head = HEAD.format(before=example.before, after=example.after)
-    return "\n".join([head, *_table(), "", COMMON, *map(_section, CONVENTIONS)]).rstrip() + "\n"
+def make_page() -> str:
+    """Return the page as Markdown."""
+    head = HEAD.format(before=trl.CONVENTION.before, after=trl.CONVENTION.after)
+    records = sorted(conventions(), key=lambda record: record.library.lower())
+    rows = [[getattr(record, field) for field in COLUMNS.values()] for record in records]
+    table = [f"| {' | '.join(row)} |" for row in (list(COLUMNS), ["-"] * len(COLUMNS), *rows)]
+    return "\n".join([head, *table, "", COMMON, *map(_make_section, conventions())])[:-1]
 
 
-def _table() -> list[str]:
-    rows = [
-        [getattr(record, field) for field in COLUMNS.values()]
-        for record in sorted(CONVENTIONS, key=lambda record: record.peer.lower())
-    ]
-    lines = [list(COLUMNS), ["-"] * len(COLUMNS), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _section(record: Convention) -> str:
-    differences = "\n".join(f"- {line}" for line in record.differences)
-    return f"""\
-## {record.peer}
-
-```diff
-- {record.before}
-+ {record.after}
-```
-
-{differences or "- Nothing else differs."}
-"""
+def _make_section(record: Convention) -> str:
+    differences = record.differences or ("Nothing else differs.",)
+    return "\n".join(
+        [
+            f"## {record.library}\n",
+            f"```diff\n- {record.before}\n+ {record.after}\n```\n",
+            *(f"- {line}" for line in differences),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(make_page())

@@ -1,46 +1,32 @@
-"""What the adapters share: the record that says what a peer's convention is, and two translations.
-
-A record is what ``docs/compat.md`` prints (``python -m fastkd.compat`` writes it), so that the
-page cannot say something else than the file that computes.
-"""
+"""The record of a library's convention, and option checks and translations for all adapters."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from fastkd._core import checks
 
 
-@dataclass(frozen=True)
-class Convention:
-    """One peer's way to define the loss, in words."""
+class Convention(NamedTuple):
+    """How one library defines the loss, in words; ``docs/compat.md`` prints these records."""
 
-    peer: str
-    """The library's name."""
-    before: str
-    """The import that is replaced."""
-    after: str
-    """The import that replaces it."""
-    weighs: str
-    """Which term the peer's weight multiplies."""
-    t_squared: str
-    """Whether the soft term is multiplied by the temperature squared."""
-    denominator: str
-    """What sums are divided by."""
-    mask: str
-    """Which rows are left out, and of which term."""
-    differences: tuple[str, ...]
-    """What is not as in the peer, and why."""
+    library: str
+    before: str  # the import that is replaced
+    after: str  # the import that replaces it
+    weights: str  # which term each of the library's weights multiplies
+    denominator: str  # what sums are divided by
+    t_squared: str = "yes"  # whether the soft term is multiplied by the temperature squared
+    mask: str = "none"  # which rows are masked, and in which term
+    differences: tuple[str, ...] = ()  # where the adapter differs from the library, and why
 
 
-def kl_div_reduction(
+def convert_reduction(
     reduction: str, logits: Tensor, dim: int = -1
 ) -> tuple[Literal["mean", "sum"], float]:
-    """:class:`torch.nn.KLDivLoss`'s reduction as fastkd's, and a factor of the soft term.
+    """Return fastkd's reduction and soft weight for a reduction of :class:`torch.nn.KLDivLoss`.
 
     fastkd sums over classes and averages over rows; ``KLDivLoss`` divides by all elements
     (``"mean"``) or by the first dimension alone (``"batchmean"``).
@@ -48,36 +34,57 @@ def kl_div_reduction(
     checks.one_of("reduction", reduction, ("mean", "batchmean", "sum"))
     if reduction == "sum":
         return "sum", 1.0
-    classes = logits.shape[dim]
+    classes = max(logits.shape[dim], 1)
     if reduction == "mean":
-        return "mean", 1.0 / max(classes, 1)
-    return "mean", logits.numel() / max(classes * logits.shape[0], 1)
+        return "mean", 1.0 / classes
+    return "mean", logits.numel() / (classes * max(logits.shape[0], 1))
 
 
-def generalized_jsd(beta: float) -> dict[str, Any]:
-    """fastkd's options for beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+def choose_divergence(beta: float) -> dict[str, Any]:
+    """Return fastkd's options for the generalized Jensen-Shannon divergence of TRL and Liger.
 
-    At 0 and 1, where that is 0 everywhere, TRL and Liger define it as forward and reverse KL.
+    It is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. At 0 and 1 the
+    formula is 0 everywhere, and both libraries use forward and reverse KL instead.
     """
     checks.number("beta", beta, 0.0, 1.0)
     if beta == 0:
         return {"divergence": "forward_kl"}
-    if beta == 1:
-        return {"divergence": "reverse_kl"}
-    return {"divergence": "jsd", "mix": beta}
+    return {"divergence": "reverse_kl"} if beta == 1 else {"divergence": "jsd", "mix": beta}
 
 
-def absent(name: str, value: object, why: str) -> None:
-    """Refuses what a peer's signature has and the adapter does not."""
+def mask_rows(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
+    """Return fastkd's options for labels that mask rows and have no hard term."""
+    if labels is None:
+        return {}
+    return {"labels": labels, "hard_weight": 0.0, "ignore_index": ignore_index}
+
+
+def check_none(name: str, value: object, reason: str) -> None:
+    """Raise ValueError if an argument that the adapter does not support was passed."""
     if value is not None:
-        raise ValueError(f"{name} must be None: {why}; got {value!r}")
+        raise ValueError(f"{name} must be None: {reason}; got {value!r}")
 
 
-def positive(name: str, value: float) -> float:
-    """``value`` as a positive, finite number."""
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise unless it is a positive, finite number."""
     return checks.number(name, value, 0.0, math.inf, open_low=True)
 
 
-def divisor(name: str, value: float | Tensor) -> float | Tensor:
-    """What the sum over rows is divided by: a positive number, or a tensor with one element."""
-    return checks.normalizer(value, name) if isinstance(value, Tensor) else positive(name, value)
+def check_weight(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise unless it is finite and at least 0."""
+    return checks.number(name, value, 0.0, math.inf)
+
+
+def check_normalizer(
+    name: str, value: float | Tensor, labels: Tensor | None, ignore_index: int
+) -> float | Tensor:
+    """Return the number that divides the sum over rows, or raise unless it is positive.
+
+    ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
+    """
+    value = (
+        checks.check_normalizer(value, name)
+        if isinstance(value, Tensor)
+        else check_weight(name, value)
+    )
+    return checks.check_nonzero(value, labels, ignore_index, name)

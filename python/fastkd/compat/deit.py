@@ -1,13 +1,4 @@
-"""DeiT's DistillationLoss: a base criterion on one head, the teacher on the other.
-
->>> import torch
->>> from fastkd.compat.deit import DistillationLoss
->>> teacher = torch.nn.Linear(2, 4)
->>> criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), teacher, "hard", alpha=0.5, tau=1.0)
->>> heads = torch.zeros(3, 4), torch.zeros(3, 4)
->>> criterion(torch.zeros(3, 2), heads, torch.tensor([0, 1, 2]))
-tensor(1.3863)
-"""
+"""DeiT's DistillationLoss: a base criterion on the class head, the teacher on the other head."""
 
 from __future__ import annotations
 
@@ -18,30 +9,28 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import Convention, kl_div_reduction, positive
+from fastkd.compat.convention import Convention, check_positive, convert_reduction
 
 CONVENTION = Convention(
-    peer="DeiT",
+    library="DeiT",
     before="from losses import DistillationLoss  # of the DeiT repository",
     after="from fastkd.compat.deit import DistillationLoss",
-    weighs="`alpha` the **teacher's** term; the base criterion weighs 1 - alpha",
+    weights="`alpha`: the **teacher's** term; 1 - alpha: the base criterion",
     t_squared="`soft`: yes; `hard` has no temperature",
     denominator="`soft`: all elements, classes too; `hard`: rows",
-    mask="none",
-    differences=(),
 )
 
 
 class DistillationLoss(nn.Module):
-    """(1 - alpha) * base_criterion + alpha * the teacher's term.
+    """DeiT's loss: (1 - alpha) * base_criterion + alpha * the teacher's term.
 
-    Touvron et al., "Training data-efficient image transformers & distillation through attention"
-    (2021). The two terms read different logits, so the base criterion stays what it is.
+    From Touvron et al., "Training data-efficient image transformers & distillation through
+    attention" (2021). The two terms have different logits, so the base criterion is not fused.
 
     Args:
         base_criterion: called with the class head's logits and the labels.
-        teacher_model: called with the inputs, without gradient; gives logits ``(N, C)``. It is in
-            the mode that it is put in, which ``.train()`` of this module does too, as in DeiT.
+        teacher_model: called with the inputs, without gradient; returns logits ``(N, C)``. As in
+            DeiT, it is not put into evaluation mode, and ``.train()`` of this module reaches it.
         distillation_type: ``"none"``; ``"soft"``, T^2 KL(teacher || student) over all elements; or
             ``"hard"``, the cross entropy with the teacher's most probable class.
         alpha: weight of the **teacher's** term, in [0, 1].
@@ -49,12 +38,11 @@ class DistillationLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> teacher = torch.nn.Linear(2, 4)
-        >>> base = torch.nn.CrossEntropyLoss()
-        >>> criterion = DistillationLoss(base, teacher, "soft", alpha=0.5, tau=3.0)
+        >>> teacher, base = torch.nn.Linear(2, 4), torch.nn.CrossEntropyLoss()
+        >>> criterion = DistillationLoss(base, teacher, "hard", alpha=0.5, tau=1.0)
         >>> heads = torch.zeros(3, 4), torch.zeros(3, 4)
-        >>> criterion(torch.zeros(3, 2), heads, torch.tensor([0, 1, 2])).shape
-        torch.Size([])
+        >>> criterion(torch.zeros(3, 2), heads, torch.tensor([0, 1, 2]))
+        tensor(1.3863)
     """
 
     def __init__(
@@ -65,21 +53,21 @@ class DistillationLoss(nn.Module):
         alpha: float,
         tau: float,
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         checks.one_of("distillation_type", distillation_type, ("none", "soft", "hard"))
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
         self.alpha = checks.number("alpha", alpha, 0.0, 1.0)
-        self.tau = positive("tau", tau)
+        self.tau = check_positive("tau", tau)
 
     def forward(
         self, inputs: Tensor, outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor
     ) -> Tensor:
-        """The loss of the model's outputs, a pair of class logits and distillation logits."""
-        logits, distilled = (outputs, None) if isinstance(outputs, Tensor) else outputs
-        base = self.base_criterion(logits, labels)
+        """Compute the loss of the model's outputs: (class logits, distillation logits)."""
+        student, distilled = (outputs, None) if isinstance(outputs, Tensor) else outputs
+        base = self.base_criterion(student, labels)
         if self.distillation_type == "none":
             return base
         if distilled is None:
@@ -89,12 +77,10 @@ class DistillationLoss(nn.Module):
             )
         with torch.no_grad():
             teacher = self.teacher_model(inputs)
-        return base * (1 - self.alpha) + self._teachers_term(distilled, teacher)
-
-    def _teachers_term(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.distillation_type == "hard":
-            return losses.loss(
-                student, teacher, teacher.argmax(1), hard_weight=self.alpha, soft_weight=0.0
-            )
-        _, factor = kl_div_reduction("mean", student)
-        return losses.loss(student, teacher, temperature=self.tau, soft_weight=self.alpha * factor)
+            hard = teacher.argmax(1)
+            term = losses.loss(distilled, teacher, hard, hard_weight=self.alpha, soft_weight=0.0)
+        else:
+            weight = self.alpha * convert_reduction("mean", distilled)[1]
+            term = losses.loss(distilled, teacher, temperature=self.tau, soft_weight=weight)
+        return base * (1 - self.alpha) + term

@@ -1,35 +1,26 @@
-"""DistilBERT's loss on logits: what ``Distiller.step`` of its research project adds up.
-
->>> import torch
->>> from fastkd.compat.distilbert import step_loss
->>> logits, tokens = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
->>> step_loss(logits, logits, torch.ones(1, 3), tokens, alpha_ce=5.0, alpha_clm=1.0)
-tensor(1.3863)
-"""
+"""DistilBERT's loss on logits: the sum that ``Distiller.step`` of its research project computes."""
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import losses
 from fastkd._core import checks, shapes
-from fastkd.compat.convention import Convention, positive
+from fastkd.compat.convention import Convention, check_positive, check_weight
 
 CONVENTION = Convention(
-    peer="DistilBERT",
+    library="DistilBERT",
     before="from distiller import Distiller  # of the research project; its step()",
     after="from fastkd.compat.distilbert import step_loss",
-    weighs="`alpha_ce` the **soft** term, `alpha_mlm` or `alpha_clm` the hard term, `alpha_mse` "
-    "the squared error of the logits",
+    weights="`alpha_ce`: the **soft** term; `alpha_mlm` or `alpha_clm`: the hard term; "
+    "`alpha_mse`: the squared error of the logits",
     t_squared="yes; the squared error has no temperature",
     denominator="each term: its own rows; the squared error is summed over classes",
     mask="soft terms: `attention_mask`, or with `restrict_ce_to_mask` rows whose label is >= 0; "
     "hard term: rows whose label is -100",
     differences=(
-        "`alpha_cos` weighs hidden states, which are no logits: add that term yourself.",
+        "`alpha_cos` weighs hidden states, which are not logits: add that term yourself.",
         "A term without rows is 0, where Distiller's is NaN (and it exits the process).",
         "`alpha_mlm` and `alpha_clm` together are refused, as by the project's command line.",
     ),
@@ -49,14 +40,13 @@ def step_loss(
     alpha_mse: float = 0.0,
     restrict_ce_to_mask: bool = False,
 ) -> Tensor:
-    """``alpha_ce`` T^2 KL + ``alpha_mlm`` or ``alpha_clm`` CE + ``alpha_mse`` squared error.
+    """Compute alpha_ce T^2 KL + (alpha_mlm or alpha_clm) CE + alpha_mse squared error.
 
-    Sanh et al., "DistilBERT, a distilled version of BERT" (2019). Terms have masks of their own; KL
-    and cross entropy are one pass over the logits all the same. Defaults are those of the project.
+    From Sanh et al., "DistilBERT, a distilled version of BERT" (2019); the defaults are those of
+    the project. KL and cross entropy mask different rows, and are still one pass over the logits.
 
     Args:
-        s_logits: the student's, ``(batch, tokens, C)``.
-        t_logits: the teacher's, ``(batch, tokens, C)``.
+        s_logits, t_logits: the student's and the teacher's, ``(batch, tokens, C)``.
         attention_mask: ``(batch, tokens)``; soft terms count rows where it is not 0.
         lm_labels: ``(batch, tokens)``; -100 where the hard term counts nothing.
         temperature: T > 0 of the KL.
@@ -64,10 +54,7 @@ def step_loss(
         alpha_mlm: weight of the cross entropy of each token with its own label.
         alpha_clm: weight of the cross entropy of each token with the next one's label.
         alpha_mse: weight of the squared error of the logits.
-        restrict_ce_to_mask: soft terms count rows with a label instead of ``attention_mask``'s.
-
-    Raises:
-        TypeError, ValueError: for options that are not as above, and from :func:`fastkd.loss`.
+        restrict_ce_to_mask: soft terms count the rows with a label instead of ``attention_mask``.
 
     Example:
         >>> import torch
@@ -75,43 +62,37 @@ def step_loss(
         >>> step_loss(logits, logits, torch.ones(1, 3), labels, alpha_mlm=2.0, alpha_clm=0.0)
         tensor(2.7726)
     """
-    given = {"alpha_ce": alpha_ce, "alpha_mlm": alpha_mlm, "alpha_clm": alpha_clm}
-    for name, value in {**given, "alpha_mse": alpha_mse}.items():
-        checks.number(name, value, 0.0, math.inf)
+    alpha_ce, alpha_mse = check_weight("alpha_ce", alpha_ce), check_weight("alpha_mse", alpha_mse)
+    alpha_mlm, alpha_clm = (
+        check_weight("alpha_mlm", alpha_mlm),
+        check_weight("alpha_clm", alpha_clm),
+    )
     if alpha_mlm and alpha_clm:
         raise ValueError(
             "alpha_mlm and alpha_clm must not both be positive; got "
             f"alpha_mlm={alpha_mlm!r}, alpha_clm={alpha_clm!r}"
         )
-    lm_labels = checks.int64(lm_labels)
+    lm_labels = checks.to_int64(lm_labels)
     soft = lm_labels >= 0 if restrict_ce_to_mask else attention_mask != 0
     labels = F.pad(lm_labels[:, 1:], (0, 1), value=-100) if alpha_clm else lm_labels
     hard = labels != -100
-    # A row of the soft term alone needs some label in range; its hard weight is 0.
+    # A row that only the soft term counts gets label 0, since its label must be in range.
     labels = labels.masked_fill(~hard, 0).masked_fill(~(hard | soft), -100)
     total = losses.loss(
-        s_logits,
-        t_logits,
-        labels,
-        temperature=positive("temperature", temperature),
-        hard_weight=_mean(hard, s_logits) * (alpha_mlm or alpha_clm),
-        soft_weight=_mean(soft, s_logits) * alpha_ce,
-        reduction="sum",
-    )
+        s_logits, t_logits, labels, temperature=check_positive("temperature", temperature),
+        hard_weight=_mean_weights(hard, s_logits) * (alpha_mlm or alpha_clm),
+        soft_weight=_mean_weights(soft, s_logits) * alpha_ce, reduction="sum",
+    )  # fmt: skip
     if alpha_mse:
+        labels = lm_labels.new_zeros(soft.shape).masked_fill(~soft, -100)
         total = total + losses.loss(
-            s_logits,
-            t_logits,
-            lm_labels.new_zeros(soft.shape).masked_fill(~soft, -100),
-            temperature=1.0,
-            hard_weight=0.0,
-            soft_weight=alpha_mse * s_logits.shape[-1],
-            divergence="mse",
-        )
+            s_logits, t_logits, labels, temperature=1.0, hard_weight=0.0,
+            soft_weight=alpha_mse * s_logits.shape[-1], divergence="mse",
+        )  # fmt: skip
     return total
 
 
-def _mean(rows: Tensor, logits: Tensor) -> Tensor:
-    """The weights with which a sum over rows is the mean over some of them."""
-    weights = rows.to(shapes.accumulator(logits))
+def _mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
+    """Return row weights that turn a sum over rows into the mean over the rows of ``mask``."""
+    weights = mask.to(shapes.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -1,12 +1,6 @@
-"""Keras' LogitsDistillation and Distiller, for models that give torch tensors.
+"""Keras' LogitsDistillation and Distiller, for models that return torch tensors.
 
-A Keras model on the torch backend is such a model, and so is any :class:`torch.nn.Module`.
-
->>> import torch
->>> from fastkd.compat.keras import Distiller, LogitsDistillation
->>> teacher, student = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
->>> distiller = Distiller(teacher, student, LogitsDistillation(temperature=10.0))
->>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).backward()
+Both Keras models on the torch backend and :class:`torch.nn.Module` are such models.
 """
 
 from __future__ import annotations
@@ -18,20 +12,19 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import Convention, absent, positive
+from fastkd.compat.convention import Convention, check_none, check_positive
 
 CONVENTION = Convention(
-    peer="Keras",
+    library="Keras",
     before="from keras.distillation import Distiller, LogitsDistillation",
     after="from fastkd.compat.keras import Distiller, LogitsDistillation",
-    weighs="`student_loss_weight` (`alpha` in the keras.io example) the hard term, 1 - it the soft",
-    t_squared="yes",
+    weights="`student_loss_weight` (`alpha` in the keras.io example): the hard term; 1 - it: the "
+    "soft term",
     denominator="rows",
-    mask="none",
     differences=(
-        "The hard term is the cross entropy from logits: compile Keras' Distiller with "
-        "`SparseCategoricalCrossentropy(from_logits=True)` (or `CategoricalCrossentropy`) to have "
-        "the same.",
+        "The hard term is the cross entropy from logits. Keras' Distiller computes the same if it "
+        "is compiled with `SparseCategoricalCrossentropy(from_logits=True)` (or "
+        "`CategoricalCrossentropy`).",
         "Keras' own `LogitsDistillation` (3.15) given the *name* `'kl_divergence'`, its default, "
         "clips the logits and takes them for probabilities, without T². Here the name means what "
         "Keras documents, and computes with `loss=keras.losses.KLDivergence()`.",
@@ -39,9 +32,9 @@ CONVENTION = Convention(
         "One `LogitsDistillation` with the loss `kl_divergence`, not in a list; neither features "
         "nor several losses, so `distillation_loss_weights` is None.",
         "`sample_weight`, which Keras' `compute_loss` does not use, is refused.",
-        "A student that is no Keras model is in the mode that `.train()` and `.eval()` put it in, "
+        "A student that is not a Keras model is in the mode that `.train()` and `.eval()` set, "
         "whatever `training` says.",
-        "`compute_loss` is what is there of the training loop: no `compile`, no `fit`.",
+        "Of the training loop only `compute_loss` is provided: no `compile`, no `fit`.",
     ),
 )
 
@@ -51,7 +44,7 @@ class LogitsDistillation:
 
     Args:
         temperature: T > 0. Default 3.
-        loss: ``"kl_divergence"``, and no other.
+        loss: ``"kl_divergence"``, the only one supported.
 
     Example:
         >>> import torch
@@ -61,14 +54,14 @@ class LogitsDistillation:
     """
 
     def __init__(self, temperature: float = 3.0, loss: str = "kl_divergence") -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         checks.one_of("loss", loss, ("kl_divergence",))
-        self.temperature = positive("temperature", temperature)
+        self.temperature = check_positive("temperature", temperature)
 
     def compute_loss(
         self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
     ) -> Tensor:
-        """The loss of logits ``(..., C)``; what else is passed is ignored, as by Keras."""
+        """Compute the loss of logits ``(..., C)``; other keywords are ignored, as by Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 
@@ -76,20 +69,19 @@ class Distiller(nn.Module):
     """student_loss_weight * CE + (1 - student_loss_weight) * T^2 * KL(teacher || student).
 
     Args:
-        teacher: gives logits ``(N, C)``. It is frozen, and always in evaluation mode.
-        student: gives logits ``(N, C)``.
+        teacher: returns logits ``(N, C)``; frozen, and always in evaluation mode.
+        student: returns logits ``(N, C)``.
         distillation_losses: a :class:`LogitsDistillation`.
         distillation_loss_weights: must be None.
         student_loss_weight: weight of the **hard** term, in [0, 1]. Default 0.5. At 1 the teacher
             is not called.
-        name: without effect.
+        name: no effect.
 
     Example:
         >>> import torch
         >>> teacher, student = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
         >>> distiller = Distiller(teacher, student, LogitsDistillation(), student_loss_weight=0.1)
-        >>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).shape
-        torch.Size([])
+        >>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).backward()
     """
 
     def __init__(
@@ -101,15 +93,15 @@ class Distiller(nn.Module):
         student_loss_weight: float = 0.5,
         name: str = "distiller",
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         if not isinstance(distillation_losses, LogitsDistillation):
             raise TypeError(
                 "distillation_losses must be one fastkd.compat.keras.LogitsDistillation; got "
                 f"{type(distillation_losses).__name__}"
             )
-        why = "there is one loss, whose weight is 1"
-        absent("distillation_loss_weights", distillation_loss_weights, why)
+        reason = "the one loss has weight 1"
+        check_none("distillation_loss_weights", distillation_loss_weights, reason)
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.distillation_losses = distillation_losses
@@ -118,13 +110,13 @@ class Distiller(nn.Module):
         )
 
     def train(self, mode: bool = True) -> Distiller:
-        """As any module's, but the teacher stays in evaluation mode."""
+        """Set the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def forward(self, x: Tensor, training: bool | None = None) -> Tensor:
-        """The student's logits."""
+        """Return the student's logits."""
         return _call(self.student, x, training)
 
     def compute_loss(
@@ -135,28 +127,26 @@ class Distiller(nn.Module):
         sample_weight: None = None,
         training: bool = True,
     ) -> Tensor:
-        """The loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities ``(N, C)``.
+        """Compute the loss for inputs ``x`` and labels ``y``, ids ``(N,)`` or probabilities.
 
-        Without ``y`` the soft term alone remains, with its weight. ``y_pred`` saves calling the
-        student if its logits are at hand; a Keras student is called with ``training``.
+        Without ``y`` the loss is the weighted soft term alone. ``y_pred`` are the student's logits,
+        if they are known already; else the student is called, with ``training`` if it is a Keras
+        model.
         """
-        absent("sample_weight", sample_weight, "Keras' Distiller does not use it either")
+        check_none("sample_weight", sample_weight, "Keras' Distiller does not use it either")
         student_logits = _call(self.student, x, training) if y_pred is None else y_pred
-        teacher_logits = student_logits.detach()  # any, where the soft term weighs nothing
+        teacher_logits = student_logits.detach()  # any logits: the soft term's weight may be 0
         if self.student_loss_weight < 1:
             with torch.no_grad():
                 teacher_logits = _call(self.teacher, x, training=False)
         return losses.loss(
-            student_logits,
-            teacher_logits,
-            y,
-            temperature=self.distillation_losses.temperature,
+            student_logits, teacher_logits, y, temperature=self.distillation_losses.temperature,
             hard_weight=None if y is None else self.student_loss_weight,
             soft_weight=1.0 - self.student_loss_weight,
-        )
+        )  # fmt: skip
 
 
 def _call(model: nn.Module, x: Tensor | None, training: bool | None) -> Tensor:
-    """A Keras model, which has ``call``, is told its mode; a torch module has its own."""
+    """Call a model; only Keras models, which have ``call``, take ``training``."""
     logits: Tensor = model(x, training=training) if hasattr(model, "call") else model(x)
     return logits

@@ -1,38 +1,30 @@
-"""Liger's KL, JSD and TVD modules: no temperature, no hard term, (log-)probabilities come in.
+"""Liger's KL, JSD and TVD modules: no temperature, no hard term, probabilities as inputs.
 
-Log-probabilities are valid logits, since softmax(log q) is q, so these adapters are fastkd on what
-they are given. Passing the logits themselves to :func:`fastkd.loss` saves the log_softmax before,
-its backward pass, and a tensor of the logits' size for each.
-
->>> import torch
->>> from fastkd.compat.liger import LigerJSD
->>> student, teacher = torch.zeros(2, 4).log_softmax(-1), torch.zeros(2, 4).log_softmax(-1)
->>> LigerJSD(beta=0.1)(student, teacher)
-tensor(0.)
+Log-probabilities are valid logits, since softmax(log q) = q, so these adapters pass them to
+:func:`fastkd.loss`. Passing the logits to it instead saves the log_softmax, its backward pass, and
+a tensor of the logits' size for each.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks, shapes
-from fastkd.compat.convention import Convention, generalized_jsd, kl_div_reduction
+from fastkd.compat.convention import Convention, choose_divergence, convert_reduction, mask_rows
 
 CONVENTION = Convention(
-    peer="Liger-Kernel",
+    library="Liger-Kernel",
     before="from liger_kernel.transformers import LigerJSD",
     after="from fastkd.compat.liger import LigerJSD",
-    weighs="no hard term; `beta` weighs the teacher in the mixture",
+    weights="`beta`: the teacher in the mixture; no hard term",
     t_squared="no temperature",
-    denominator="JSD: rows not ignored; TVD: those (`batchmean`), or those and the classes "
+    denominator="JSD: rows not ignored; TVD: rows not ignored (`batchmean`), times the classes "
     "(`mean`); KL as `torch.nn.KLDivLoss`, whose default `mean` divides by all elements",
     mask="JSD and TVD: rows whose label is `ignore_index`; KL: none",
     differences=(
-        "What comes in is normalised (softmax of log-probabilities), so the gradient for the "
+        "The inputs are normalized (softmax of log-probabilities). So the gradient for the "
         "log-probabilities differs by what the log_softmax before them drops; the gradient for "
         "the logits is the same.",
         "`LigerKLDIVLoss` clamps the target at `eps` before its logarithm, which changes the value "
@@ -40,7 +32,7 @@ CONVENTION = Convention(
         "Older releases of `LigerTVDLoss` had the subgradient -1/2 where p = q; here it is 0.",
         "`reduction='none'`, one loss for each class, is refused.",
         "With every row ignored Liger divides by zero; here the loss is 0 with a zero gradient.",
-        "These run on CPUs too, and need no Triton.",
+        "The adapters also run on CPUs, and need no Triton.",
     ),
 )
 
@@ -49,9 +41,9 @@ class LigerKLDIVLoss(nn.Module):
     """Forward KL of log-probabilities and a target, as :class:`torch.nn.KLDivLoss` reduces it.
 
     Args:
-        eps: only for the signature's sake: there is nothing to clamp. 1e-10.
+        eps: must be 1e-10, Liger's default; nothing is clamped.
         reduction: ``"mean"`` (over all elements), ``"batchmean"`` or ``"sum"``. Default ``"mean"``.
-        log_target: whether the target holds log-probabilities. Default False: probabilities.
+        log_target: True if the target holds log-probabilities, False (default) for probabilities.
 
     Example:
         >>> import torch
@@ -63,7 +55,7 @@ class LigerKLDIVLoss(nn.Module):
     def __init__(
         self, eps: float = 1e-10, *, reduction: str = "mean", log_target: bool = False
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         if eps != 1e-10:
             raise ValueError(f"eps has no use here and must be left at 1e-10; got {eps!r}")
@@ -72,25 +64,21 @@ class LigerKLDIVLoss(nn.Module):
         self.log_target = log_target
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
-        """The loss of student log-probabilities ``(..., C)`` and a teacher's ``(..., C)``."""
-        reduction, factor = kl_div_reduction(self.reduction, y_pred)
+        """Compute the loss of student log-probabilities and the teacher's, both ``(..., C)``."""
+        reduction, factor = convert_reduction(self.reduction, y_pred)
         return losses.loss(
-            y_pred,
-            y_true,
-            temperature=1.0,
-            soft_weight=factor,
-            reduction=reduction,
+            y_pred, y_true, temperature=1.0, soft_weight=factor, reduction=reduction,
             teacher_form="log_probs" if self.log_target else "probs",
-        )
+        )  # fmt: skip
 
 
 class LigerJSD(nn.Module):
-    """Generalised Jensen-Shannon divergence of log-probabilities, mean over rows.
+    """Generalized Jensen-Shannon divergence of log-probabilities, mean over rows.
 
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1 reverse KL.
             Default 0.5.
-        ignore_index: rows with this label are left out. Default -100.
+        ignore_index: rows with this label are ignored. Default -100.
 
     Example:
         >>> import torch
@@ -100,32 +88,27 @@ class LigerJSD(nn.Module):
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
-        self.options = generalized_jsd(beta)
+        self.options = choose_divergence(beta)
         self.beta = beta
         self.ignore_index = ignore_index
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """The loss of student and teacher log-probabilities ``(..., C)``, labels ``(...)``."""
+        """Compute the loss of student and teacher log-probabilities ``(..., C)``."""
         return losses.loss(
-            log_q,
-            log_p,
-            shift_labels,
-            temperature=1.0,
-            teacher_form="log_probs",
-            **_masked(shift_labels, self.ignore_index),
-            **self.options,
-        )
+            log_q, log_p, temperature=1.0, teacher_form="log_probs", **self.options,
+            **mask_rows(shift_labels, self.ignore_index),
+        )  # fmt: skip
 
 
 class LigerTVDLoss(nn.Module):
-    """Total variation distance, half the sum of \\|p - q\\|, of probabilities.
+    """Total variation distance of probabilities, half the sum of \\|p - q\\|.
 
     Args:
         reduction: ``"batchmean"`` (over rows not ignored), ``"mean"`` (over classes too) or
             ``"sum"``. Default ``"batchmean"``.
-        ignore_index: rows with this label are left out. Default -100.
+        ignore_index: rows with this label are ignored. Default -100.
 
     Example:
         >>> import torch
@@ -134,31 +117,20 @@ class LigerTVDLoss(nn.Module):
     """
 
     def __init__(self, reduction: str = "batchmean", ignore_index: int = -100) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         checks.one_of("reduction", reduction, ("batchmean", "mean", "sum"))
         self.reduction = reduction
         self.ignore_index = ignore_index
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
-        """The loss of ``p``, the student's probabilities ``(..., C)``, and ``q``, the teacher's."""
+        """Compute the loss of ``p``, the student's probabilities, and ``q``, the teacher's."""
         wide = p.to(shapes.accumulator(p))
-        # A probability that is 0 has no logarithm whose gradient is finite; the least one has.
+        # The gradient of log is infinite at 0, and finite at the smallest normal number.
         log_p = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
-        reduction, factor = kl_div_reduction(self.reduction, log_p)
+        reduction, factor = convert_reduction(self.reduction, log_p)
         return losses.loss(
-            log_p,
-            q,
-            shift_labels,
-            temperature=1.0,
-            soft_weight=1.0 if self.reduction == "batchmean" else factor,
-            reduction=reduction,
-            divergence="total_variation",
-            teacher_form="probs",
-            **_masked(shift_labels, self.ignore_index),
-        )
-
-
-def _masked(labels: Tensor | None, ignore_index: int) -> dict[str, Any]:
-    """Labels that mask and weigh nothing."""
-    return {} if labels is None else {"hard_weight": 0.0, "ignore_index": ignore_index}
+            log_p, q, temperature=1.0, divergence="total_variation", teacher_form="probs",
+            soft_weight=1.0 if self.reduction == "batchmean" else factor, reduction=reduction,
+            **mask_rows(shift_labels, self.ignore_index),
+        )  # fmt: skip

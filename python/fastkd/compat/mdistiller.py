@@ -1,32 +1,21 @@
-"""mdistiller's kd_loss and dkd_loss, the soft terms of its KD and DKD distillers.
-
->>> import torch
->>> from fastkd.compat.mdistiller import dkd_loss, kd_loss
->>> kd_loss(torch.zeros(2, 4), torch.zeros(2, 4), temperature=4)
-tensor(0.)
-"""
+"""mdistiller's kd_loss and dkd_loss, the soft terms of its KD and DKD distillers."""
 
 from __future__ import annotations
-
-import math
 
 from torch import Tensor
 
 from fastkd import losses
-from fastkd._core import checks
-from fastkd.compat.convention import Convention, positive
+from fastkd.compat.convention import Convention, check_positive, check_weight
 
 CONVENTION = Convention(
-    peer="mdistiller",
+    library="mdistiller",
     before="from mdistiller.distillers.DKD import dkd_loss",
     after="from fastkd.compat.mdistiller import dkd_loss",
-    weighs="`dkd_loss`: `alpha` the target class's KL, `beta` the other classes' KL; hard terms "
-    "have weights of their own",
-    t_squared="yes",
+    weights="`dkd_loss`: `alpha` the target class's KL, `beta` the other classes' KL; mdistiller "
+    "weighs the hard term separately",
     denominator="rows",
-    mask="none",
     differences=(
-        "The target class is left out of the other classes' softmax exactly; mdistiller lowers its "
+        "The other classes' softmax leaves the target class out exactly. mdistiller lowers its "
         "logit by 1000, which is the same unless logits differ by hundreds.",
         "`dkd_loss` needs `alpha` > 0.",
         "mdistiller's log(softmax) is infinite where a probability underflows; here it is not.",
@@ -35,16 +24,15 @@ CONVENTION = Convention(
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the mean over rows of KL(teacher || student); logits ``(N, C)``.
+    """Compute T^2 times the mean over rows of KL(teacher || student) from logits ``(N, C)``.
 
     Example:
         >>> import torch
         >>> kd_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), temperature=1)
         tensor(0.4621)
     """
-    return losses.loss(
-        logits_student, logits_teacher, temperature=positive("temperature", temperature)
-    )
+    temperature = check_positive("temperature", temperature)
+    return losses.loss(logits_student, logits_teacher, temperature=temperature)
 
 
 def dkd_loss(
@@ -55,21 +43,18 @@ def dkd_loss(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """T^2 times the mean over rows of alpha * TCKD + beta * NCKD.
+    """Compute T^2 times the mean over rows of alpha * TCKD + beta * NCKD.
 
-    Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022): TCKD is the KL of target against
-    all other classes, NCKD the KL among the others.
+    From Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022). TCKD is the KL of the target
+    class against all other classes; NCKD is the KL among the other classes. mdistiller's default
+    configuration has alpha 1, beta 8 and temperature 4.
 
     Args:
-        logits_student: ``(N, C)``.
-        logits_teacher: ``(N, C)``.
+        logits_student, logits_teacher: ``(N, C)``.
         target: ``(N,)`` class indices.
-        alpha: weight of TCKD, positive. mdistiller's default configuration has 1.
-        beta: weight of NCKD. mdistiller's default configuration has 8.
-        temperature: T > 0. mdistiller's default configuration has 4.
-
-    Raises:
-        TypeError, ValueError: for options that are not as above, and from :func:`fastkd.loss`.
+        alpha: weight of TCKD, positive.
+        beta: weight of NCKD, at least 0.
+        temperature: T > 0.
 
     Example:
         >>> import torch
@@ -77,15 +62,9 @@ def dkd_loss(
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4)
         tensor(5.0100)
     """
-    alpha = checks.number("alpha", alpha, 0.0, math.inf, open_low=True)
-    beta = checks.number("beta", beta, 0.0, math.inf)
+    alpha, beta = check_positive("alpha", alpha), check_weight("beta", beta)
+    temperature = check_positive("temperature", temperature)
     return losses.loss(
-        logits_student,
-        logits_teacher,
-        target,
-        temperature=positive("temperature", temperature),
-        hard_weight=0.0,
-        soft_weight=alpha,
-        divergence="dkd",
-        mix=beta / alpha,
-    )
+        logits_student, logits_teacher, target, temperature=temperature,
+        hard_weight=0.0, soft_weight=alpha, divergence="dkd", mix=beta / alpha,
+    )  # fmt: skip

@@ -1,33 +1,27 @@
-"""Model-Optimizer's LogitsDistillationLoss: forward KL, T squared, reduced as KLDivLoss does.
-
->>> import torch
->>> from fastkd.compat.modelopt import LogitsDistillationLoss
->>> LogitsDistillationLoss(temperature=2.0)(torch.zeros(2, 4), torch.zeros(2, 4))
-tensor(0.)
-"""
+"""Model-Optimizer's LogitsDistillationLoss: forward KL times T squared, reduced as KLDivLoss is."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import Convention, kl_div_reduction, positive
+from fastkd.compat.convention import Convention, check_positive, convert_reduction
 
 CONVENTION = Convention(
-    peer="NVIDIA Model-Optimizer",
+    library="NVIDIA Model-Optimizer",
     before="from modelopt.torch.distill import LogitsDistillationLoss",
     after="from fastkd.compat.modelopt import LogitsDistillationLoss",
-    weighs="no weight here; `StaticLossBalancer`'s `kd_loss_weight` weighs the soft term",
-    t_squared="yes",
+    weights="none in the loss; `StaticLossBalancer`'s `kd_loss_weight` weighs the soft term",
     denominator="`mean`, the default: all elements, classes too; `batchmean`: the first dimension",
     mask="none (`reduction='none'` gives one loss for each row, to be masked)",
-    differences=(),
 )
 
 
 class LogitsDistillationLoss(nn.Module):
-    """T^2 KL(teacher || student).
+    """T^2 KL(teacher || student) of logits, reduced as :class:`torch.nn.KLDivLoss` does.
 
     Args:
         temperature: T > 0. Default 1.
@@ -42,21 +36,17 @@ class LogitsDistillationLoss(nn.Module):
     """
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         checks.one_of("reduction", reduction, ("mean", "batchmean", "sum", "none"))
-        self.temperature = positive("temperature", temperature)
+        self.temperature = check_positive("temperature", temperature)
         self.reduction = reduction
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """The loss of student and teacher logits, both ``(..., C)``."""
-        if self.reduction == "none":
-            return losses.loss(logits_s, logits_t, temperature=self.temperature, reduction="none")
-        reduction, factor = kl_div_reduction(self.reduction, logits_s)
-        return losses.loss(
-            logits_s,
-            logits_t,
-            temperature=self.temperature,
-            soft_weight=factor,
-            reduction=reduction,
-        )
+        """Compute the loss of student and teacher logits ``(..., C)``."""
+        options: dict[str, Any] = {"reduction": "none"}
+        if self.reduction != "none":
+            options["reduction"], options["soft_weight"] = convert_reduction(
+                self.reduction, logits_s
+            )
+        return losses.loss(logits_s, logits_t, temperature=self.temperature, **options)

@@ -1,29 +1,28 @@
-"""NeMo AutoModel's KDLoss: forward KL on tokens, T squared, masked by the labels, no hard term.
-
->>> import torch
->>> from fastkd.compat.nemo import KDLoss
->>> KDLoss(temperature=2.0)(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([1, -100]))
-tensor(0.)
-"""
+"""NeMo AutoModel's KDLoss: forward KL on tokens, T squared, masked by labels, no hard term."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, absent, divisor, positive
+from fastkd.compat.convention import (
+    Convention,
+    check_none,
+    check_normalizer,
+    check_positive,
+    mask_rows,
+)
 
 CONVENTION = Convention(
-    peer="NeMo AutoModel",
+    library="NeMo AutoModel",
     before="from nemo_automodel.components.loss.kd_loss import KDLoss",
     after="from fastkd.compat.nemo import KDLoss",
-    weighs="no weight here; the recipe's `kd_ratio` weighs the soft term",
-    t_squared="yes",
+    weights="none in the loss; the recipe's `kd_ratio` weighs the soft term",
     denominator="rows not ignored, or `num_batch_labels`",
     mask="rows whose label is `ignore_index`",
     differences=(
-        "`fp32_upcast` and `chunk_size` are accepted and change nothing: the arithmetic is float32 "
-        "always, and no probabilities are stored that chunks could make smaller.",
+        "`fp32_upcast` and `chunk_size` have no effect: the arithmetic is always float32, and no "
+        "probabilities are stored.",
         "Logits sharded over the vocabulary (`tp_group`, DTensor) are refused.",
     ),
 )
@@ -33,11 +32,10 @@ class KDLoss(nn.Module):
     """T^2 times the mean over rows of KL(teacher || student).
 
     Args:
-        ignore_index: rows with this label are left out. Default -100.
+        ignore_index: rows with this label are ignored. Default -100.
         temperature: T > 0. Default 1.
-        fp32_upcast: without effect.
+        fp32_upcast, chunk_size: no effect.
         tp_group: must be None.
-        chunk_size: without effect.
 
     Example:
         >>> import torch
@@ -54,11 +52,11 @@ class KDLoss(nn.Module):
         tp_group: None = None,
         chunk_size: int = 0,
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
-        absent("tp_group", tp_group, "logits hold every class here")
+        check_none("tp_group", tp_group, "logits must not be sharded over classes")
         self.ignore_index = ignore_index
-        self.temperature = positive("temperature", temperature)
+        self.temperature = check_positive("temperature", temperature)
 
     def forward(
         self,
@@ -67,22 +65,16 @@ class KDLoss(nn.Module):
         labels: Tensor,
         num_batch_labels: int | None = None,
     ) -> Tensor:
-        """The loss of logits ``(..., C)`` and labels ``(...)``."""
+        """Compute the loss of logits ``(..., C)`` and labels ``(...)``."""
         for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if hasattr(value, "full_tensor"):
                 raise TypeError(
                     f"{name} must be a tensor that holds every class; got {type(value).__name__} "
                     "(.full_tensor() it)"
                 )
-        count = None
+        options = mask_rows(labels, self.ignore_index)
         if num_batch_labels is not None:
-            count = divisor("num_batch_labels", num_batch_labels)
-        return losses.loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=self.temperature,
-            hard_weight=0.0,
-            ignore_index=self.ignore_index,
-            normalizer=count,
-        )
+            options["normalizer"] = check_normalizer(
+                "num_batch_labels", num_batch_labels, labels, self.ignore_index
+            )
+        return losses.loss(student_logits, teacher_logits, temperature=self.temperature, **options)

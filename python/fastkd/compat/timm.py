@@ -1,15 +1,7 @@
-"""timm's LogitDistillationTask: two models and two weights in, a dictionary of losses out.
-
->>> import torch
->>> from fastkd.compat.timm import LogitDistillationTask
->>> task = LogitDistillationTask(torch.nn.Linear(2, 4), torch.nn.Linear(2, 4), task_loss_weight=0.3)
->>> sorted(task(torch.zeros(3, 2), torch.tensor([0, 1, 2])))
-['kd_loss', 'loss', 'output', 'task_loss']
-"""
+"""timm's LogitDistillationTask: student, teacher and weights in, a dictionary of losses out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,27 +9,25 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import Convention, absent, positive
+from fastkd.compat.convention import Convention, check_none, check_positive, check_weight
 
 CONVENTION = Convention(
-    peer="timm",
+    library="timm",
     before="from timm.task import LogitDistillationTask",
     after="from fastkd.compat.timm import LogitDistillationTask",
-    weighs="`task_loss_weight` the hard and `distill_loss_weight` the soft term; given the first "
-    "alone, the second is 1 - it; given none, both are 1",
-    t_squared="yes",
+    weights="`task_loss_weight`: the hard term; `distill_loss_weight`: the soft term. Given the "
+    "first alone, the second is 1 - it; given none, both are 1",
     denominator="rows",
-    mask="none",
     differences=(
-        "`teacher_model` is a module, not a name; it gets the student's input as it is, where timm "
-        "normalises it anew if the two models' mean and standard deviation differ.",
+        "`teacher_model` is a module, not a name. It gets the student's input as it is, where timm "
+        "renormalizes it if the two models' mean and standard deviation differ.",
         "Without `criterion` the cross entropy is computed in the same pass; the entries "
         "`task_loss` and `kd_loss` are then for the log and carry no gradient.",
-        "`prepare_distributed` and `compile` are not there: wrap the student before.",
-        "`criterion_kwargs` and `teacher_pretrained_...` are refused: pass the criterion and the "
-        "teacher that they would make.",
-        "`device`, `dtype` and `verbose` are accepted and change nothing: the task has no tensors "
-        "of its own, leaves the criterion where it is, and logs nothing.",
+        "`prepare_distributed` and `compile` are missing: wrap the student first.",
+        "`criterion_kwargs` and `teacher_pretrained_...` are refused: pass a criterion and a "
+        "teacher that were made with them.",
+        "`device`, `dtype` and `verbose` have no effect: the task has no tensors of its own, "
+        "leaves the criterion where it is, and logs nothing.",
     ),
 )
 
@@ -46,19 +36,16 @@ class LogitDistillationTask(nn.Module):
     """task_loss_weight * criterion + distill_loss_weight * T^2 * KL(teacher || student).
 
     Args:
-        student_model: gives logits ``(N, C)``; it is what is trained.
-        teacher_model: gives logits ``(N, C)``; called without gradient, always in evaluation mode.
+        student_model: returns logits ``(N, C)``; the model that is trained.
+        teacher_model: returns logits ``(N, C)``; called without gradient, always in evaluation
+            mode.
         criterion: called with logits and targets. Default: cross entropy, in the same pass.
-        criterion_kwargs: must be None.
-        teacher_pretrained_path: must be None.
-        teacher_pretrained_cfg_overlay: must be None.
-        loss_type: ``"kl"``, and no other.
+        criterion_kwargs, teacher_pretrained_path, teacher_pretrained_cfg_overlay: must be None.
+        loss_type: ``"kl"``, the only one supported.
         distill_loss_weight: weight of the soft term.
         task_loss_weight: weight of the hard term.
         temperature: T > 0. Default 1.
-        device: without effect.
-        dtype: without effect.
-        verbose: without effect.
+        device, dtype, verbose: no effect.
 
     Example:
         >>> import torch
@@ -83,17 +70,17 @@ class LogitDistillationTask(nn.Module):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
-        absent("criterion_kwargs", criterion_kwargs, "pass a criterion instead")
-        why = "teacher_model is a module that has its weights"
-        absent("teacher_pretrained_path", teacher_pretrained_path, why)
-        absent("teacher_pretrained_cfg_overlay", teacher_pretrained_cfg_overlay, why)
+        check_none("criterion_kwargs", criterion_kwargs, "pass a criterion instead")
+        reason = "teacher_model is a module that has its weights"
+        check_none("teacher_pretrained_path", teacher_pretrained_path, reason)
+        check_none("teacher_pretrained_cfg_overlay", teacher_pretrained_cfg_overlay, reason)
         checks.one_of("loss_type", loss_type, ("kl",))
         if isinstance(teacher_model, str):
             raise TypeError(
                 f"teacher_model must be a torch.nn.Module; got the name {teacher_model!r}. Load it "
-                f"before: timm.create_model({teacher_model!r}, pretrained=True, num_classes=...)"
+                f"first: timm.create_model({teacher_model!r}, pretrained=True, num_classes=...)"
             )
         if distill_loss_weight is None:
             distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
@@ -102,39 +89,30 @@ class LogitDistillationTask(nn.Module):
         self.trainable_module = student_model
         self.teacher = teacher_model.eval()
         self.criterion = criterion
-        self.distill_loss_weight = checks.number(
-            "distill_loss_weight", distill_loss_weight, 0.0, math.inf
-        )
-        self.task_loss_weight = checks.number("task_loss_weight", task_loss_weight, 0.0, math.inf)
-        self.temperature = positive("temperature", temperature)
+        self.distill_loss_weight = check_weight("distill_loss_weight", distill_loss_weight)
+        self.task_loss_weight = check_weight("task_loss_weight", task_loss_weight)
+        self.temperature = check_positive("temperature", temperature)
 
     def train(self, mode: bool = True) -> LogitDistillationTask:
-        """As any module's, but the teacher stays in evaluation mode."""
+        """Set the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """``loss``, ``output`` (the student's logits), ``task_loss`` and ``kd_loss``."""
+        """Return ``loss``, ``output`` (the student's logits), ``task_loss`` and ``kd_loss``."""
         output = self.trainable_module(input)
         with torch.no_grad():
             teacher = self.teacher(input)
-        fused = self.criterion is None
+        is_fused = self.criterion is None
         terms = losses.terms(
-            output,
-            teacher,
-            target if fused else None,
-            temperature=self.temperature,
-            hard_weight=self.task_loss_weight if fused else None,
+            output, teacher, target if is_fused else None, temperature=self.temperature,
+            hard_weight=self.task_loss_weight if is_fused else None,
             soft_weight=self.distill_loss_weight,
-        )
-        total, task_loss = terms.loss, terms.hard
+        )  # fmt: skip
+        loss, task_loss = terms.loss, terms.hard
         if self.criterion is not None:
             task_loss = self.criterion(output, target)
-            total = self.task_loss_weight * task_loss + total
-        return {
-            "loss": total,
-            "output": output,
-            "task_loss": task_loss,
-            "kd_loss": terms.soft * self.temperature**2,
-        }
+            loss = self.task_loss_weight * task_loss + loss
+        kd_loss = terms.soft * self.temperature**2
+        return {"loss": loss, "output": output, "task_loss": task_loss, "kd_loss": kd_loss}

@@ -1,16 +1,7 @@
-"""torchdistill's KDLoss and LogitStdKDLoss: logits come out of the dictionaries its hooks fill.
-
->>> import torch
->>> from fastkd.compat.torchdistill import KDLoss
->>> criterion = KDLoss("fc", "output", "fc", "output", temperature=4.0, alpha=0.1)
->>> outputs = {"fc": {"output": torch.zeros(2, 3)}}
->>> criterion(outputs, outputs, torch.tensor([0, 2]))
-tensor(0.1099)
-"""
+"""torchdistill's KDLoss and LogitStdKDLoss, of logits in the dictionaries that its hooks fill."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,48 +9,43 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd._core import checks
-from fastkd.compat.convention import Convention, kl_div_reduction, positive
+from fastkd.compat.convention import Convention, check_positive, check_weight, convert_reduction
 
 CONVENTION = Convention(
-    peer="torchdistill",
+    library="torchdistill",
     before="from torchdistill.losses.mid_level import KDLoss",
     after="from fastkd.compat.torchdistill import KDLoss",
-    weighs="`alpha` the hard term, `beta` (default 1 - alpha) the soft term",
+    weights="`alpha`: the hard term; `beta` (default 1 - alpha): the soft term",
     t_squared="yes; but with `alpha` 0 or None, or without targets, neither T² nor `beta`",
     denominator="hard: rows (the sum of their class weights); soft: the first dimension "
     "(`batchmean`), or all elements (`mean`)",
-    mask="none",
     differences=(
         "`ignore_index` leaves a row out of both terms and of their denominators. torchdistill "
-        "leaves it out of the hard term alone, and the padding's soft loss is trained on.",
-        "With a YAML configuration, `register_mid_level_loss(KDLoss)` puts the adapter where "
-        "torchdistill looks for its own class.",
+        "leaves it out of the hard term alone, so it trains on the soft loss of padding.",
+        "With a YAML configuration, `register_mid_level_loss(KDLoss)` makes torchdistill use the "
+        "adapter instead of its own class.",
         "`reduction='none'` is refused: torchdistill adds losses per class to losses per row.",
-        "`LogitStdKDLoss` standardises over classes, whatever the shape (torchdistill over the "
-        "last dimension, which are the classes of (N, C) alone); its `eps` is always 1e-7.",
+        "`LogitStdKDLoss` standardizes over classes, whatever the shape. torchdistill standardizes "
+        "over the last dimension, which holds the classes only for (N, C). `eps` is always 1e-7.",
     ),
 )
 
 
 class KDLoss(nn.Module):
-    """``alpha * CE + beta * T^2 * KL``, logits ``(N, C, ...)`` and targets ``(N, ...)``.
+    """alpha * CE + beta * T^2 * KL of logits ``(N, C, ...)`` and targets ``(N, ...)``.
 
     Args:
-        student_module_path: key of the student's module in the student's dictionary.
-        student_module_io: ``"input"`` or ``"output"`` of that module.
-        teacher_module_path: the same for the teacher.
-        teacher_module_io: the same for the teacher.
+        student_module_path, teacher_module_path: key of the module in the dictionary of the student
+            or the teacher.
+        student_module_io, teacher_module_io: ``"input"`` or ``"output"`` of that module.
         temperature: T > 0.
-        alpha: weight of the **hard** term. With None or 0 the loss is the plain KL.
+        alpha: weight of the **hard** term. With None or 0 the loss is the KL alone.
         beta: weight of the soft term. Default ``1 - alpha``.
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, as :class:`torch.nn.KLDivLoss` has it;
             the hard term is averaged over rows with the first two. Default ``"batchmean"``.
         weight: class weights of the hard term, ``(C,)``.
-        ignore_index: rows with this target are left out. Default -100.
+        ignore_index: rows with this target are ignored. Default -100.
         label_smoothing: of the hard term. Default 0.
-
-    Raises:
-        TypeError, ValueError: for options that are not as above, and from :func:`fastkd.loss`.
 
     Example:
         >>> import torch
@@ -86,7 +72,7 @@ class KDLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         super().__init__()
         if alpha is None and beta is None:
             raise TypeError("alpha and beta must not both be None: give one of them")
@@ -95,10 +81,9 @@ class KDLoss(nn.Module):
         self.student_module_io = student_module_io
         self.teacher_module_path = teacher_module_path
         self.teacher_module_io = teacher_module_io
-        self.temperature = positive("temperature", temperature)
-        self.alpha = None if alpha is None else checks.number("alpha", alpha, 0.0, math.inf)
-        rest = 1 - alpha if beta is None and alpha is not None else beta
-        self.beta = checks.number("beta", rest, 0.0, math.inf)
+        self.temperature = check_positive("temperature", temperature)
+        self.alpha = 0.0 if alpha is None else check_weight("alpha", alpha)
+        self.beta = check_weight("beta", 1 - self.alpha if beta is None else beta)
         self.reduction = reduction
         self.register_buffer("weight", weight, persistent=False)
         self.ignore_index = ignore_index
@@ -112,39 +97,29 @@ class KDLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """The loss; what else torchdistill passes to every loss is ignored, as there."""
+        """Compute the loss; torchdistill's other arguments are ignored, as by its own class."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
-        reduction, factor = kl_div_reduction(self.reduction, student, dim=1)
-        options: dict[str, Any] = {}
-        if not self.alpha or targets is None:
-            targets, factor = None, factor / self.temperature**2
+        reduction, factor = convert_reduction(self.reduction, student, dim=1)
+        if self.alpha and targets is not None:
+            hard: dict[str, Any] = dict(
+                labels=targets, hard_weight=self.alpha, ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing, class_weight=self.weight,
+            )  # fmt: skip
+            soft_weight = factor * self.beta
         else:
-            factor *= self.beta
-            options = {
-                "hard_weight": self.alpha,
-                "ignore_index": self.ignore_index,
-                "label_smoothing": self.label_smoothing,
-                "class_weight": self.weight,
-            }
+            hard, soft_weight = {}, factor / self.temperature**2
         return losses.loss(
-            student,
-            teacher,
-            targets,
-            temperature=self.temperature,
-            soft_weight=factor,
-            reduction=reduction,
-            standardize=self.standardize,
-            dim=1,
-            **options,
-        )
+            student, teacher, temperature=self.temperature, soft_weight=soft_weight,
+            reduction=reduction, standardize=self.standardize, dim=1, **hard,
+        )  # fmt: skip
 
 
 class LogitStdKDLoss(KDLoss):
-    """:class:`KDLoss` whose soft term sees logits of mean 0 and standard deviation 1 in each row.
+    """:class:`KDLoss` whose soft term standardizes each row of logits (mean 0, deviation 1).
 
-    Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024). Arguments are those
-    of :class:`KDLoss`, with torchdistill's ``eps`` after ``temperature``; it must be 1e-7.
+    From Sun et al., "Logit Standardization in Knowledge Distillation" (CVPR 2024). Arguments are
+    those of :class:`KDLoss`, with torchdistill's ``eps`` after ``temperature``; it must be 1e-7.
 
     Example:
         >>> import torch
@@ -169,7 +144,7 @@ class LogitStdKDLoss(KDLoss):
         reduction: str = "batchmean",
         **kwargs: Any,
     ) -> None:
-        """Keeps the options, having checked them."""
+        """Check and store the options."""
         if eps != 1e-7:
             raise ValueError(f"eps must be 1e-7; got {eps!r}")
         super().__init__(

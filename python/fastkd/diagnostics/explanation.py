@@ -1,4 +1,4 @@
-"""What a set of options means, in words."""
+"""Describe in words what a set of options computes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._core import checks
-from fastkd._core.objective import Objective, resolve
-from fastkd.losses import DEFAULTS, check_names
+from fastkd._core.objective import Objective, Options, resolve
+from fastkd.losses import KDLoss
 
 
 def _number(value: float | Tensor) -> str:
-    """A number as one writes it, or what kind of tensor stands there."""
+    """Format a number, or describe a tensor."""
     if not isinstance(value, Tensor):
         return f"{value:g}"
     learned = ", learned" if value.requires_grad else ""
@@ -25,14 +25,14 @@ def _kind(objective: Objective) -> reference.Divergence:
     return reference.DIVERGENCES[objective.divergence]
 
 
-def _weights(options: dict[str, Any], objective: Objective) -> str:
-    if options["hard_weight"] is None and options["soft_weight"] is None:
-        share = "alpha" if options["alpha"] is not None else "alpha, 0.5 by default,"
+def _weights(options: Options, objective: Objective) -> str:
+    if options.hard_weight is None and options.soft_weight is None:
+        share = "alpha" if options.alpha is not None else "alpha, 0.5 by default,"
         text = (
             f"{share} weighs the hard term, the cross entropy; the soft term weighs 1 - alpha = "
             f"{_number(objective.soft_weight)}."
         )
-        if _kind(objective).needs_labels:
+        if _kind(objective).needs_labels or options.alpha:
             return text
         return f"{text} Without labels the soft term stands alone, with weight 1."
     return (
@@ -42,13 +42,13 @@ def _weights(options: dict[str, Any], objective: Objective) -> str:
 
 
 def _softens_again(objective: Objective) -> bool:
-    """Whether a teacher that is softened already has a temperature of its own."""
-    own = objective.teacher_temperature
-    return objective.teacher_form != "logits" and (isinstance(own, Tensor) or own != 1.0)
+    """Return True if a teacher that is softened already is softened again."""
+    t = objective.teacher_temperature
+    return objective.teacher_form != "logits" and (isinstance(t, Tensor) or t != 1.0)
 
 
 def _distribution(objective: Objective) -> str:
-    """The teacher's, of what it comes as, w."""
+    """Return the formula of the teacher's distribution p."""
     form = objective.teacher_form
     if form != "logits" and not _softens_again(objective):
         return "softmax(w)" if form == "log_probs" else "w / sum w"
@@ -78,8 +78,8 @@ def _temperatures(objective: Objective) -> str:
     )
 
 
-def _teacher(options: dict[str, Any], objective: Objective) -> str:
-    weights = options["teacher_weights"]
+def _teacher(options: Options, objective: Objective) -> str:
+    weights = options.teacher_weights
     shares = "equal weights"
     if weights:
         shares = "weights " + ", ".join(f"{w / sum(weights):.3g}" for w in weights)
@@ -106,7 +106,7 @@ def _reduction(objective: Objective) -> str:
     if objective.normalizer is not None:
         divisor = objective.normalizer
         if isinstance(divisor, Tensor):
-            divisor = checks.normalizer(divisor)
+            divisor = checks.check_normalizer(divisor)
         number = f"{float(divisor):g}"
         return f"Both terms are summed over the rows and divided by the normalizer, {number}."
     rows = f"the number of rows whose label is not {objective.ignore_index}"
@@ -121,7 +121,7 @@ def _reduction(objective: Objective) -> str:
 
 
 def explain(*, show: bool = True, **options: Any) -> str:
-    """Says what a set of options means: weights, T^2, denominators, masks.
+    """Describe what a set of options computes: weights, T^2, denominators, masks.
 
     Args:
         show: whether to print the text as well.
@@ -142,11 +142,9 @@ def explain(*, show: bool = True, **options: Any) -> str:
         <BLANKLINE>
         weights      alpha weighs the hard term, the cross entropy; the soft term weighs 1 - ...
     """
-    check_names("explain", options)
-    given = {**DEFAULTS, **options}
-    weights = given["teacher_weights"]
-    teachers = len(weights) if weights and isinstance(weights, (list, tuple)) else None
-    objective = resolve(given, has_labels=True, teachers=teachers)
+    given = Options()._replace(**KDLoss(**options).options)
+    weights = given.teacher_weights
+    objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)
     kind, p = _kind(objective), _distribution(objective)
     softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
@@ -176,8 +174,6 @@ def explain(*, show: bool = True, **options: Any) -> str:
             "In D, each row of z and of w has its mean taken off and is divided by its standard "
             "deviation + 1e-7 first."
         )
-    if given["classes"] is not None:
-        words["classes"] = f"The first {given['classes']} of both logits; the others get no part."
     indent = " " * 13
     lines = [
         textwrap.fill(line, 100, initial_indent=f"{name:<13}", subsequent_indent=indent)

@@ -1,11 +1,11 @@
-"""Is the fused loss right on your tensors, and how much faster is it there?"""
+"""Compare the loss with float64 and with eager PyTorch, on the user's tensors."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from fastkd import losses, reference
 from fastkd._core import checks, dispatch
-from fastkd._core.objective import Objective
+from fastkd._core.arguments import prepare
+from fastkd._core.objective import Objective, Options
 from fastkd._core.rows import Rows, as_rows
+from fastkd._core.values import Head, TopK
+from fastkd.losses import KDLoss
 
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
 # tensor.
@@ -27,16 +30,14 @@ _FLOOR_OTHERS = 1e-5
 
 
 class Verification(NamedTuple):
-    """What :func:`verify` found. Errors are relative to float64: of the gradient, in the 2-norm."""
+    """The result of :func:`verify`. Errors are relative to float64; for gradients in the 2-norm."""
 
     agrees: bool
-    """Loss and gradient are as near to float64 as eager PyTorch's, or as near as their dtype
-    allows.
-    """
+    """True if loss and gradient are as accurate as eager PyTorch's, or as their dtype allows."""
     loss_error: float
     gradient_error: float
     eager_loss_error: float | None
-    """None if eager PyTorch ran out of memory; so for all that is eager's."""
+    """None if eager PyTorch ran out of memory, as all fields that begin with ``eager``."""
     eager_gradient_error: float | None
     rounding_error: float
     """The error of the float64 gradient once rounded to the logits' dtype."""
@@ -48,7 +49,7 @@ class Verification(NamedTuple):
     """How many rows' gradients were compared; the loss is compared over all rows."""
 
     def __str__(self) -> str:
-        """A short table."""
+        """Return a short table."""
 
         def number(value: float | None, form: str) -> str:
             return "out of memory" if value is None else format(value, form)
@@ -86,7 +87,7 @@ class Verification(NamedTuple):
 
 
 def _eager(rows: Rows) -> Tensor:
-    """The loss as one writes it in PyTorch without further thought, in the student's dtype."""
+    """Compute the loss by the usual PyTorch operations, in the student's dtype."""
     o = rows.objective
     if (
         dispatch.uses(rows.labels, o) != {"forward_kl"}
@@ -116,26 +117,26 @@ def _eager(rows: Rows) -> Tensor:
 
 
 def verify(
-    student_logits: Tensor,
-    teacher_logits: losses.Teacher,
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     repeats: int = 10,
     show: bool = True,
     **options: Any,
 ) -> Verification:
-    """Checks :func:`fastkd.loss` on your tensors against float64; times it against eager PyTorch.
+    """Compare :func:`fastkd.loss` with float64 and with eager PyTorch on your tensors.
 
-    Nothing is changed: the tensors get no gradient. Memory for one gradient is needed, and a few
-    times that for eager PyTorch, which is left out if it does not fit.
+    The tensors are not changed and get no gradient. One gradient needs memory, and eager PyTorch a
+    few times as much; it is left out if it does not fit.
 
     Args:
-        student_logits: as for :func:`fastkd.loss`.
-        teacher_logits: as for :func:`fastkd.loss`.
+        student: logits, as for :func:`fastkd.loss`.
+        teacher: logits, or a sequence of several teachers' logits.
         labels: as for :func:`fastkd.loss`.
         repeats: how often each is timed.
         show: whether to print the result.
-        options: those of :func:`fastkd.loss`; ``inplace`` and ``teacher_grad`` make no difference.
+        options: those of :func:`fastkd.loss`; ``inplace`` makes no difference.
 
     Returns:
         A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.
@@ -150,15 +151,12 @@ def verify(
         >>> result.agrees
         True
     """
-    losses.check_names("verify", options)
     checks.count("repeats", repeats)
-    options = {**options, "inplace": False, "teacher_grad": "ignore"}
-    problem = _rows(student_logits, teacher_logits, labels, options)
-    student, teacher = student_logits.detach().requires_grad_(), teacher_logits
+    options = {**KDLoss(**options).options, "inplace": False}
+    problem = _rows(student, teacher, labels, options)
+    student = student.detach().requires_grad_()
     result = losses.loss(student, teacher, labels, **options)
-    ours = losses.rows_last(
-        _gradient(result, student), options.get("dim", -1), options.get("classes")
-    )
+    ours = _gradient(result, student).movedim(options.get("dim", -1), -1)
     ours_rows = ours.reshape(problem.student.shape)
 
     count, classes = problem.student.shape
@@ -214,11 +212,19 @@ def verify(
 
 
 def _rows(
-    student: Tensor, teacher: losses.Teacher, labels: Tensor | None, options: dict[str, Any]
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    labels: Tensor | None,
+    options: dict[str, Any],
 ) -> Rows:
     """Check the arguments of :func:`fastkd.loss` and return their rows, with weights as numbers."""
-    call = losses.prepare(student, teacher, labels, {**losses.DEFAULTS, **options})
-    rows, _ = as_rows(*call._replace(student=call.student.detach()), torch.float64)
+    if isinstance(teacher, (Head, TopK)):
+        raise TypeError(
+            "teacher must be a tensor of logits or a sequence of tensors; got "
+            f"{type(teacher).__name__}"
+        )
+    call = prepare(student, teacher, labels, Options()._replace(**options))
+    rows, _ = as_rows(call._replace(student=call.student.detach()), torch.float64)
     numbers = rows.objective._asdict()
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -231,7 +237,7 @@ def _gradient(loss: Tensor, student: Tensor) -> Tensor:
 
 
 def _truth(problem: Rows, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The loss over all rows, and the gradient of some, in float64, a chunk of rows at a time."""
+    """Return the loss of all rows and the gradient of some, in float64, in chunks of rows."""
     count, classes = problem.student.shape
     step = max(1, chunk // classes)
     with torch.no_grad():
@@ -250,19 +256,19 @@ def _truth(problem: Rows, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     return loss, torch.cat(gradients) if gradients else problem.student.double()
 
 
-def _distance(there: Tensor, right: Tensor) -> float:
-    """||there - right|| / ||right||, equal infinities and NaN in both places being equal."""
-    there = there.detach().double().reshape(right.shape)
-    same = (there == right) | (there.isnan() & right.isnan())
-    off = float(torch.linalg.vector_norm((there - right).masked_fill(same, 0.0)))
-    size = float(torch.linalg.vector_norm(right.masked_fill(~right.isfinite(), 0.0)))
+def _distance(value: Tensor, exact: Tensor) -> float:
+    """Return ||value - exact|| / ||exact||; equal infinities, and NaN in both, have no distance."""
+    value = value.detach().double().reshape(exact.shape)
+    same = (value == exact) | (value.isnan() & exact.isnan())
+    off = float(torch.linalg.vector_norm((value - exact).masked_fill(same, 0.0)))
+    size = float(torch.linalg.vector_norm(exact.masked_fill(~exact.isfinite(), 0.0)))
     if math.isnan(off):
         return math.inf
     return off / size if size > 0 else off
 
 
 def _time(calls: tuple[Callable[[], None], ...], repeats: int, cuda: bool) -> list[float]:
-    """Median seconds of each call; they take turns."""
+    """Return the median seconds of each call; the calls take turns."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):
         for call, taken in zip(calls, samples, strict=True):

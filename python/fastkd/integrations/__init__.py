@@ -1,1 +1,5 @@
-"""fastkd in the training loops of other libraries, each in a module of its own."""
+"""Use fastkd in other libraries' training loops; each library has its own module."""
+
+from fastkd.integrations import transformers
+
+__all__ = ["transformers"]

@@ -1,4 +1,7 @@
-"""fastkd in ``transformers.Trainer``, and the labels of causal language models."""
+"""fastkd in ``transformers.Trainer``, and the labels of causal language models.
+
+``pip install fastkd[transformers]`` installs what this module needs.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from fastkd.losses import KDLoss, loss
 
 
 def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return the labels of a causal language model's batch, moved to the logits that predict them.
+    """Return the labels of a causal language model's batch, shifted to align with the logits.
 
-    Position i's logits predict token i + 1, so labels ``(B, L)`` move left by one, and the last
-    position's become -100. If the batch has ``shift_labels``, which have been moved already, they
-    are returned as they are. Give this function to :class:`fastkd.Trainer` as ``labels=``.
+    The logits at position i predict token i + 1, so labels ``(B, L)`` are shifted left by one, and
+    the last position gets -100. If the batch has ``shift_labels``, which are shifted already, they
+    are returned unchanged. Pass this function to :class:`fastkd.Trainer` as ``labels=``.
 
     Example:
         >>> import torch
@@ -36,17 +39,17 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
 class DistillationMixin:
     """Make a ``transformers.Trainer`` distil: put this class before the trainer among the bases.
 
-    The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels. Labels
-    move by one for causal language models; ``shift_labels`` in a batch are used as they are. The
-    loss is divided by ``num_items_in_batch``, as the losses of transformers' models are: the number
-    of tokens in all batches of an optimizer step, summed over all processes with
+    The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
+    are shifted by one for causal language models (:func:`causal_labels`). The loss is divided by
+    ``num_items_in_batch``, as the losses of transformers' models are: the number of tokens in all
+    batches of an optimizer step, summed over all processes with
     ``args.average_tokens_across_devices``. ``args.label_smoothing_factor`` smooths the labels of
-    the hard term. The student gets no labels, so it computes no loss of its own. An encoder-decoder
+    the hard term. The student gets no labels, so it computes no loss itself. An encoder-decoder
     gets labels, because they are its decoder's inputs.
 
     Student and teacher may be any modules that take a batch as keyword arguments. They may return
     the logits as a tensor, as the entry ``logits`` of an output or mapping, or as the first tensor
-    of a tuple that is not 0-d. A causal language model of another library needs an attribute
+    with a dimension in a tuple. A causal language model of another library needs an attribute
     ``loss_type = "ForCausalLM"``.
 
     Args:
@@ -90,15 +93,15 @@ class DistillationMixin:
         _check_teacher(teacher)
         super().__init__(*arguments, **options)
         _check_trainer(self, self.kd_loss)
-        # So that the trainer counts the tokens, and does not divide by the number of batches.
+        # Makes the trainer count the tokens, and not divide by the number of batches.
         self.model_accepts_loss_kwargs = True
         # The trainer drops every input that is in neither the model's signature nor this list.
         self.label_names = self.label_names or ["labels"]
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        # It decides what tokens are counted. The trainer's own answer misses models whose loss is
-        # not in their class's name, such as GPT2LMHeadModel, and would count a token too many.
+        # The trainer reads this attribute to count tokens. Its own value is False for causal models
+        # without "ForCausalLM" in their name, such as GPT2LMHeadModel: one token too many.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)
@@ -110,7 +113,7 @@ class DistillationMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the distillation loss of a batch, as ``transformers.Trainer`` asks for it."""
+        """Compute the distillation loss of a batch; ``transformers.Trainer`` calls this method."""
         arguments = dict(inputs)
         labels = arguments.get("labels")
         is_shifted = arguments.pop("shift_labels", None) is not None
@@ -125,24 +128,27 @@ class DistillationMixin:
             teacher = _logits_of(batches.outputs(self.teacher, arguments), self.teacher)
         if is_shifted or self._loss_shifts_labels:
             labels = causal_labels(inputs)
-        options = self.kd_loss.options_for(labels)
+        options = self.kd_loss.options
         if labels is not None and self.args.label_smoothing_factor:
             options = {**options, "label_smoothing": self.args.label_smoothing_factor}
+        scale: float = 1
         if num_items_in_batch is not None:
-            options = {**options, "normalizer": _divisor(num_items_in_batch)}
-        total = loss(logits, teacher, labels, **options)
-        if num_items_in_batch is not None:
+            count = num_items_in_batch
+            if isinstance(count, Tensor):  # nn.DataParallel gets the count once for each GPU
+                count = count.reshape(-1)[:1]
+            options = {**options, "normalizer": count}
             if self.args.average_tokens_across_devices:
                 # Gradients are averaged over processes, but the count is summed over them.
-                total = total * self.accelerator.num_processes
+                scale = self.accelerator.num_processes
             elif self.args.n_gpu > 1:
                 # nn.DataParallel: the trainer has divided the count by the number of GPUs, but the
                 # logits here are those of all GPUs.
-                total = total / self.args.n_gpu
+                scale = 1 / self.args.n_gpu
+        total = loss(logits, teacher, labels, **options) * scale
         if not return_outputs:
             return total
-        # Wrapped in a mapping, because the trainer drops the first item of any other output, as a
-        # loss; of a tensor that would be the first sample.
+        # The trainer drops the first item of outputs that are not a mapping, taking it for a loss.
+        # The first item of a tensor would be the first sample.
         return total, outputs if isinstance(outputs, dict) else {"logits": logits}
 
 
@@ -165,7 +171,7 @@ def _check_loss(kd_loss: object) -> None:
 
 
 def _check_teacher(teacher: object) -> None:
-    """Raise unless the teacher is a module."""
+    """Raise TypeError unless the teacher is a module."""
     if isinstance(teacher, str):
         raise TypeError(
             f"teacher must be a torch.nn.Module; got the name {teacher!r}. Load it first: "
@@ -202,17 +208,8 @@ def _logits_of(output: Any, model: nn.Module) -> Tensor:
     return batches.logits_of(output, model)
 
 
-def _divisor(count: Tensor | int) -> Tensor | int:
-    """Return the token count, with one element, that a step's loss is divided by.
-
-    For ``nn.DataParallel`` the trainer repeats the count once for each GPU, in shape ``(n, 1)``, so
-    that every replica gets it.
-    """
-    return count.reshape(-1)[:1] if isinstance(count, Tensor) else count
-
-
 def _is_causal(model: nn.Module) -> bool:
-    """Whether position i of the logits predicts label i + 1."""
-    auto = extras.load("transformers.models.auto.modeling_auto", "examples")
+    """Return True if position i of the logits predicts label i + 1."""
+    auto = extras.load("transformers.models.auto.modeling_auto", "transformers")
     names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return type(model).__name__ in names or getattr(model, "loss_type", None) == "ForCausalLM"

@@ -1,400 +1,174 @@
-"""How much of two linear heads' logits exists at a time, and what that costs in memory.
-
-:func:`plan` is arithmetic on sizes: it looks at no tensor and at no device, and the same sizes give
-the same plan anywhere.
-"""
+"""Bound the memory of a loss whose student is a :class:`fastkd.Head`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from fastkd._core import checks
-from fastkd.linear import products
+from fastkd._core import autograd, checks
+from fastkd._core.arguments import Teacher
+from fastkd._core.objective import Options
+from fastkd._core.values import Head
+from fastkd.linear import class_loop
+from fastkd.linear.arguments import cast_per_class, copied_per_row, prepare_heads
+from fastkd.linear.call import Inputs, LinearCall, logits_per_row
+from fastkd.linear.planner import ChunkBy, Plan, Sizes, check_accumulate_dtype, plan_sizes
 
-MIB = 2**20
-LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
-"""How much the logits of a chunk, student's and teacher's, take if nobody says otherwise. On a GPU
-the products are as fast as one large one from about 2048 rows on; on a CPU from about 256."""
-LEAST_ROWS = {"cuda": 512, "cpu": 128}
-"""Fewer than these are planned only for ``max_workspace``: every chunk reads both weights and adds
-to the whole gradient of the student's, however few its rows are."""
-FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
-CLASSES = {"cuda": 8192, "cpu": 4096}
-"""Most classes of a chunk, where it has all rows."""
-PADDING = 8
-"""Classes that a chunk of classes has beside its own: 16 bytes, so that rows stay aligned."""
-ALIGNMENT = 256
-_LAST = 64  # classes of a chunk for which no room is left in the weight's gradient
-_MULTIPLE = 64  # rows or classes of a tile of the matrix products
-_HALF = (torch.bfloat16, torch.float16)
+__all__ = ["Plan", "plan"]
 
-AccumulateDtype = torch.dtype | Literal["auto"]
-ChunkBy = Literal["auto", "rows", "classes"]
-CHUNK_BY: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
-
-
-class Plan(NamedTuple):
-    """Rows or classes in chunks; ``print`` it."""
-
-    rows: int
-    """Rows of hidden states, ignored ones among them."""
-    chunk: int
-    """Rows whose logits exist at a time; or classes, at most."""
-    logits_bytes: int
-    """Size of the logits of a chunk."""
-    peak_bytes: int
-    """Most memory in use at a time beyond the inputs, gradients included."""
-    accumulate: torch.dtype
-    """What the gradient of the student's weight is summed up in."""
-    chunks: int
-    """How many there are, if no row is ignored."""
-    chunk_by: Literal["rows", "classes"] = "rows"
-
-    def __str__(self) -> str:
-        """The plan in words."""
-        each = f"{self.chunks} x {self.chunk} of {self.rows} rows"
-        if self.chunk_by == "classes":
-            each = f"{self.chunks} chunks of up to {self.chunk} classes, of all {self.rows} rows"
-        return (
-            f"{each}: "
-            f"{self.logits_bytes / MIB:,.1f} MiB of logits at a time, weight gradient in "
-            f"{str(self.accumulate).removeprefix('torch.')}, at most "
-            f"{self.peak_bytes / MIB:,.1f} MiB beyond the inputs"
-        )
+_CHUNK_BY: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
+_TYPICAL_ROWS = 4096
 
 
 def plan(
-    rows: int,
-    classes: int,
-    student_width: int,
+    student: Head,
+    teacher: Teacher,
+    labels: Tensor | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
-    teacher_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
-    teacher_width: int | None = None,
-    device: str = "cpu",
-    logits_per_row: float = 2.0,
-    cast_per_class: int = 0,
-    copied_per_row: int = 0,
-    weight_grad: bool = True,
+    max_workspace: int | None = None,
     chunk_by: ChunkBy = "auto",
     chunk_size: int | Literal["auto"] = "auto",
-    max_workspace: int | None = None,
-    accumulate_dtype: AccumulateDtype = "auto",
+    accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
+    **options: Any,
 ) -> Plan:
-    """Chooses how :func:`fastkd.linear_loss` goes through its logits.
+    """Choose how many logits of a :class:`fastkd.Head` are in memory at a time.
 
-    One chunk of rows, if its logits fit; else the fewest equal ones that do. The gradient of a
-    16-bit weight is then summed in float32, and rounded once at the end; with one bfloat16 chunk
-    there is nothing to sum. (In float16 the sum is float32 always: it is scaled before it is
-    rounded.) Chunks of classes, which compute the logits twice, sum nothing of it either; they are
-    chosen where ``max_workspace`` leaves room for only a few rows at a time.
+    ::
+
+        chunks = fastkd.chunks.plan(student, teacher, labels, max_workspace=2**30)
+        loss = fastkd.loss(student, teacher, labels, chunks=chunks)
+
+    A plan depends on the shapes, dtypes and device of the tensors, on which of them require grad,
+    on autocast, and on the options of the loss; it computes nothing. It serves every call that
+    agrees in these and has at most as many rows. Without a GPU, or before the tensors exist, pass
+    tensors on the meta device: they are planned for a GPU.
+
+    By default there is one chunk of rows if its logits fit in 2 GiB on a GPU or 48 MiB on a CPU;
+    otherwise there are the fewest chunks of equal size that fit.
 
     Args:
-        rows: rows of hidden states.
-        classes: rows of the weights.
-        student_width: columns of the student's weight.
-        dtype: the student's logits'.
-        teacher_dtype: the teacher's logits'. Default: ``dtype``.
-        weight_dtype: of the gradient of the student's weight. Default: ``dtype``.
-        teacher_width: columns of the teacher's weight. Default: ``student_width``.
-        device: ``"cpu"`` or ``"cuda"``.
-        logits_per_row: tensors of logits alive at a time: 2 for a student and a teacher.
-        cast_per_class: bytes of autocast's copies of the weights, for each class.
-        copied_per_row: bytes of the hidden states that chunks of classes copy, for each row:
-            where some rows are ignored, the others; and autocast's.
-        weight_grad: whether the student's weight gets a gradient.
-        chunk_by: ``"rows"`` or ``"classes"``; ``"auto"`` chooses.
-        chunk_size: rows of a chunk, or most classes if ``chunk_by="classes"``; or ``"auto"``.
-        max_workspace: bound for ``peak_bytes``. Default: as much as it takes to be fast.
-        accumulate_dtype: ``"auto"``, or a dtype for the sum.
+        student, teacher, labels: the arguments of the call, as in :func:`fastkd.loss`.
+        max_workspace: bound for ``peak_bytes``, the memory in use beyond the inputs, which includes
+            the gradients. If it leaves room for only a few rows at a time, chunks of classes are
+            chosen: they compute the logits twice, and need little memory besides the gradients.
+            Default None: as much memory as it takes to be fast.
+        chunk_by: ``"rows"``, ``"classes"``, or ``"auto"``: chunks of rows unless ``max_workspace``
+            is too small for them. docs/linear.md lists the options that chunks of classes support.
+            Default ``"auto"``.
+        chunk_size: rows of a chunk, or the largest number of classes of a chunk if
+            ``chunk_by="classes"``; or ``"auto"``. Default ``"auto"``.
+        accumulate_dtype: the dtype in which several chunks of rows sum the gradient of the
+            student's weight. ``"auto"``: float32 for a 16-bit weight, else the weight's dtype.
+            ``torch.bfloat16`` needs half the memory for a bfloat16 weight, and rounds once a chunk.
+            Default ``"auto"``.
+        **options: the options of the loss, as in :func:`fastkd.loss`.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above.
-        ValueError: if no chunk keeps to ``max_workspace``.
+        TypeError, ValueError: for arguments that are not as above, or that the loss refuses.
+        ValueError: if ``max_workspace`` is too small; the message has the bytes that it takes.
 
     Example:
         >>> import torch, fastkd
-        >>> head = {"rows": 4096, "classes": 128256, "student_width": 2048, "device": "cuda"}
-        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16).peak_bytes // 2**20
+        >>> def head(rows, classes, width):
+        ...     shapes, kind = ((rows, width), (classes, width)), torch.bfloat16
+        ...     return fastkd.Head(*(torch.empty(s, dtype=kind, device="meta") for s in shapes))
+        >>> student, teacher = head(4096, 128256, 2048), head(4096, 128256, 4096)
+        >>> student.weight.requires_grad_().shape
+        torch.Size([128256, 2048])
+        >>> fastkd.chunks.plan(student, teacher).peak_bytes // 2**20
         2020
-        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=1600 * 2**20).chunk
+        >>> fastkd.chunks.plan(student, teacher, max_workspace=1600 * 2**20).chunk
         1024
-        >>> fastkd.chunks.plan(**head, dtype=torch.bfloat16, max_workspace=560 * 2**20).chunk_by
+        >>> fastkd.chunks.plan(student, teacher, max_workspace=560 * 2**20).chunk_by
         'classes'
     """
-    teacher_dtype, weight_dtype = teacher_dtype or dtype, weight_dtype or dtype
-    checks.count("rows", rows, 0)
-    checks.count("classes", classes)
-    checks.count("student_width", student_width, 0)
-    teacher_width = student_width if teacher_width is None else teacher_width
-    checks.count("teacher_width", teacher_width, 0)
-    dtypes = {"dtype": dtype, "teacher_dtype": teacher_dtype, "weight_dtype": weight_dtype}
-    for name, value in dtypes.items():
-        if not isinstance(value, torch.dtype):
-            raise TypeError(f"{name} must be a torch.dtype; got {value!r}")
-    check_accumulate_dtype(accumulate_dtype, weight_dtype)
-    checks.number("logits_per_row", logits_per_row, 1.0, math.inf)
-    checks.count("cast_per_class", cast_per_class, 0)
-    checks.count("copied_per_row", copied_per_row, 0)
-    checks.one_of("device", device, tuple(CLASSES))
-    checks.one_of("chunk_by", chunk_by, CHUNK_BY)
-    check_room(chunk_size, max_workspace)
-    sizes = _Sizes(
-        rows,
-        classes,
-        student_width,
-        max(student_width, teacher_width),
-        dtype.itemsize,
-        math.ceil(classes * (dtype.itemsize * (logits_per_row - 1) + teacher_dtype.itemsize)),
-        cast_per_class,
-        copied_per_row,
-        weight_grad,
-        weight_dtype,
-        device == "cpu" and 2 in (dtype.itemsize, teacher_dtype.itemsize),
-        device,
-    )
-    summed, whole = _sums(weight_dtype, accumulate_dtype)
-    by_classes = _by_classes(sizes, whole, chunk_size, max_workspace)
-    if chunk_by == "classes":
-        if max_workspace is not None and by_classes.peak_bytes > max_workspace:
-            raise ValueError(
-                f"max_workspace={max_workspace} is too small for chunks of classes: the gradients "
-                f"and the logits of a few classes take {by_classes.peak_bytes} bytes"
-            )
-        return by_classes
-    try:
-        by_rows = _by_rows(sizes, summed, whole, chunk_size, max_workspace)
-    except ValueError as error:
-        if chunk_by == "rows" or chunk_size != "auto":
-            raise
-        if by_classes.peak_bytes > (max_workspace or 0):
-            take = f"chunks of classes take {by_classes.peak_bytes} bytes"
-            raise ValueError(f"{error}; {take}") from None
-        return by_classes
-    few = by_rows.chunk < min(rows, FEW_ROWS[sizes.kind]) and chunk_size == "auto"
-    if chunk_by == "auto" and few and by_classes.peak_bytes <= (max_workspace or 0):
-        return by_classes
-    return by_rows
-
-
-def check_accumulate_dtype(value: object, weight: torch.dtype) -> None:
-    """What sums of a weight's gradient may be kept in; in float16 they might overflow."""
-    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
-    if weight is torch.bfloat16:
-        accepted.append(weight)
-    if value != "auto" and value not in accepted:
-        listed = " or ".join(str(dtype) for dtype in accepted)
-        raise ValueError(
-            f"accumulate_dtype must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
-        )
-
-
-def check_room(chunk_size: object, max_workspace: object) -> None:
-    """A number of rows or classes, or "auto"; a number of bytes, or None."""
+    unknown = next((name for name in options if name not in Options._fields[:-1]), None)
+    if unknown is not None:
+        raise TypeError(f"plan() got an unexpected keyword argument {unknown!r}")
+    if not isinstance(student, Head):
+        raise TypeError(f"student must be a fastkd.Head; got {type(student).__name__}")
+    checks.one_of("chunk_by", chunk_by, _CHUNK_BY)
     if chunk_size != "auto" and not _is_positive(chunk_size):
         raise ValueError(
-            f'chunk_size must be a positive number of rows or classes, or "auto"; got '
+            'chunk_size must be a positive number of rows or classes, or "auto"; got '
             f"{chunk_size!r}"
         )
     if max_workspace is not None and not _is_positive(max_workspace):
         raise ValueError(
             f"max_workspace must be a positive number of bytes or None; got {max_workspace!r}"
         )
+    inputs, call = prepare_heads(student, teacher, labels, Options(**options), with_terms=False)
+    check_accumulate_dtype(accumulate_dtype, inputs.weight.dtype)
+    missing = class_loop.missing(inputs, call)
+    if missing and chunk_by == "classes":
+        raise ValueError(
+            f'chunk_by must be "auto" or "rows" with {" and ".join(missing)}; got "classes"'
+        )
+    return plan_sizes(
+        sizes_of(inputs, call),
+        max_workspace=max_workspace,
+        chunk_by="rows" if missing else chunk_by,
+        chunk_size=chunk_size,
+        accumulate_dtype=accumulate_dtype,
+    )
+
+
+def choose(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
+    """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
+    if isinstance(chunks, str) and chunks == "auto":
+        return plan_sizes(sizes_of(inputs, call))
+    if not isinstance(chunks, Plan):
+        raise TypeError(
+            f'chunks must be "auto" or the result of fastkd.chunks.plan; got {chunks!r}'
+        )
+    check_accumulate_dtype(chunks.accumulate, inputs.weight.dtype, "chunks.accumulate")
+    if not autograd.is_traced() and inputs.hidden.shape[0] > chunks.rows:
+        raise ValueError(
+            f"chunks must be a plan for at least as many rows as the call has, "
+            f"{inputs.hidden.shape[0]}; got one for {chunks.rows}"
+        )
+    missing = class_loop.missing(inputs, call) if chunks.chunk_by == "classes" else []
+    if missing:
+        raise ValueError(
+            f'chunks must be a plan of rows (chunk_by="rows") with {" and ".join(missing)}; got '
+            "chunks of classes"
+        )
+    return chunks
+
+
+def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
+    """Return the properties of a call that decide its chunks."""
+    classes, width = inputs.weight.shape
+    return Sizes(
+        _rows(inputs.hidden),
+        classes,
+        width,
+        0 if inputs.teacher_weight is None else inputs.teacher_weight.shape[1],
+        call.dtype,
+        call.dtype if inputs.topk_indices is not None else call.teacher_dtype,
+        inputs.weight.dtype,
+        call.weight_grad,
+        "cpu" if inputs.hidden.device.type == "cpu" else "cuda",
+        logits_per_row(inputs, call),
+        cast_per_class(inputs, call),
+        copied_per_row(inputs, call),
+    )
+
+
+def _rows(hidden: Tensor) -> int:
+    """Return the number of rows, or a typical one if a trace does not know it.
+
+    After a boolean mask the number of rows depends on the data. It sets the size of chunks alone.
+    """
+    rows = hidden.shape[0]
+    if not autograd.is_traced():
+        return rows
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return rows if statically_known_true(rows > 0) else _TYPICAL_ROWS
 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-class _Sizes(NamedTuple):
-    """What a plan depends on, in bytes where it says nothing else."""
-
-    rows: int  # a number
-    classes: int  # a number
-    width: int  # a number
-    widest: int  # a number
-    item: int
-    """A logit of the student."""
-    row: int
-    """The logits of a row, of student and teacher and what comes between."""
-    cast_per_class: int
-    copied_per_row: int
-    weight_grad: bool
-    weight_dtype: torch.dtype
-    widens: bool
-    """Whether products go through float32, as those of 16 bits may on a CPU."""
-    kind: str
-
-    def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
-        """The weight's gradient until it is finished, and the one that is handed back, where it is
-        not that one itself; else 0."""
-        size = self.classes * self.width if self.weight_grad else 0
-        cast = size * self.weight_dtype.itemsize + self.scratch(0)
-        return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
-
-    def scratch(self, rows: int) -> int:
-        """What the products of some rows take beside their factors."""
-        return products.scratch_bytes(rows, self.widest) if self.widens else 0
-
-
-def _by_rows(
-    sizes: _Sizes,
-    summed: torch.dtype,
-    whole: torch.dtype,
-    chunk_size: int | Literal["auto"],
-    max_workspace: int | None,
-) -> Plan:
-    """Chunks of rows. Gradients of the weight are ``whole`` of one chunk, else ``summed``."""
-    rows, row = sizes.rows, sizes.row
-    throughout = rows * sizes.width * sizes.item + sizes.classes * sizes.cast_per_class
-
-    def several(chunk: int) -> int:
-        total, cast = sizes.weight_bytes(summed)
-        return throughout + total + max(chunk * row + sizes.scratch(chunk), cast)
-
-    def finished(chunk: int, accumulate: torch.dtype) -> Plan:
-        total, cast = sizes.weight_bytes(accumulate)
-        scratch = sizes.scratch(chunk)
-        peak = throughout + total + max(chunk * row + scratch, cast)
-        if chunk >= rows:  # its logits of the teacher are gone when the gradients are made
-            own = rows * sizes.classes * sizes.item
-            peak = throughout + max(rows * row + scratch, own + total + scratch, total + cast)
-        return Plan(rows, chunk, chunk * row, peak, accumulate, -(-rows // chunk) if rows else 0)
-
-    least = max(1, rows)
-    if chunk_size != "auto":
-        chunk = min(least, chunk_size)
-        chosen = finished(chunk, whole if chunk >= rows else summed)
-        if max_workspace is not None and chosen.peak_bytes > max_workspace:
-            raise ValueError(
-                f"max_workspace={max_workspace} is too small for chunk_size={chunk_size}: the "
-                f"gradients and the logits of {chunk} rows take {chosen.peak_bytes} bytes"
-            )
-        return chosen
-    one = finished(least, whole)
-    if max_workspace is None:
-        most = max(LEAST_ROWS[sizes.kind], LOGITS_BYTES[sizes.kind] // row)
-        return one if rows <= most else finished(_equal(rows, most), summed)
-    if one.peak_bytes <= max_workspace:
-        return one
-    fixed, each = sizes.scratch(0), sizes.scratch(1) - sizes.scratch(0)
-    most = (max_workspace - throughout - sizes.weight_bytes(summed)[0] - fixed) // (row + each)
-    if most < 1 or several(1) > max_workspace:
-        raise ValueError(
-            f"max_workspace={max_workspace} is too small: the gradients of the hidden states and "
-            f"of the weight and one row of logits take {several(1)} bytes"
-            + (
-                f". accumulate_dtype={sizes.weight_dtype} takes less than {summed}"
-                if summed != sizes.weight_dtype and sizes.weight_dtype is torch.bfloat16
-                else ""
-            )
-        )
-    return finished(_equal(rows, most), summed)
-
-
-def _by_classes(
-    sizes: _Sizes,
-    accumulate: torch.dtype,
-    chunk_size: int | Literal["auto"],
-    max_workspace: int | None,
-) -> Plan:
-    """Chunks of classes, in ``max_workspace`` if they fit."""
-    rows, classes = sizes.rows, sizes.classes
-    item = -(-sizes.row // classes)
-    total, cast = sizes.weight_bytes(accumulate)
-    wide = max(4, sizes.item)  # what the gradient of the hidden states is summed in
-    throughout = total + rows * (sizes.width * wide + sizes.copied_per_row + _NUMBERS_OF_A_ROW)
-    if sizes.copied_per_row:
-        throughout += rows * sizes.width * sizes.item
-
-    def finished(chunk: int) -> Plan:
-        own = buffer_bytes(rows, chunk_beside(chunk, sizes.weight_grad), item)
-        peak = throughout + max(own + chunk * sizes.cast_per_class + sizes.scratch(rows), cast)
-        grad = total // classes
-        count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
-        logits = buffer_bytes(rows, chunk, item)
-        return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
-
-    if chunk_size != "auto":
-        return finished(min(classes, chunk_size))
-    chunk = min(classes, CLASSES[sizes.kind])
-    if sizes.weight_grad:  # no more than what its gradient has room for
-        chunk = next(class_chunks(rows, classes, chunk, item, total // classes, writes=False)).size
-    chosen = finished(chunk)
-    while max_workspace is not None and chosen.peak_bytes > max_workspace and chunk > _LAST:
-        chunk = max(_LAST, chunk // 2)
-        chosen = finished(chunk)
-    return chosen
-
-
-# Losses, labels, statistics.
-_NUMBERS_OF_A_ROW = 128
-
-
-class ClassChunk(NamedTuple):
-    """Some classes, and where their logits lie."""
-
-    start: int
-    size: int
-    inside: bool
-    """In the gradient of the weight, in the part that is not written yet; else beside it."""
-
-
-def buffer_bytes(rows: int, classes: int, item: int) -> int:
-    """Memory for the logits of a chunk of classes, ``item`` bytes for each class of a row."""
-    return rows * (classes + PADDING) * item + 4 * ALIGNMENT
-
-
-def chunk_beside(chunk: int, weight_grad: bool) -> int:
-    """Classes of the chunks whose logits do not lie in the gradient of the weight."""
-    return min(chunk, _LAST) if weight_grad else chunk
-
-
-def class_chunks(
-    rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
-) -> Iterator[ClassChunk]:
-    """Chunks of at most ``most`` classes, and of as many as their logits have room for.
-
-    The gradient of the weight, of ``grad_row`` bytes for each class, is memory that every call
-    needs in the end: until its rows are written, the logits of other classes lie there. ``writes``:
-    the rows of each chunk are written, so that what is left shrinks. The last chunks are small.
-    """
-    start = 0
-    fixed = buffer_bytes(rows, 0, item) + ALIGNMENT
-    beside = chunk_beside(most, grad_row > 0)
-    while start < classes:
-        left = classes - start
-        room = (left if writes else classes) * grad_row - fixed
-        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
-        size = min(left, most, max(fit, beside))
-        if _MULTIPLE < size < left:
-            size -= size % _MULTIPLE
-        yield ClassChunk(start, size, size <= fit)
-        start += size
-
-
-def _sums(
-    weight_dtype: torch.dtype, accumulate_dtype: AccumulateDtype
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the weight's gradient until it is finished: of several chunks, and of one."""
-    if accumulate_dtype != "auto":
-        return accumulate_dtype, accumulate_dtype
-    summed = torch.float32 if weight_dtype in _HALF else weight_dtype
-    return summed, torch.float32 if weight_dtype is torch.float16 else weight_dtype
-
-
-def _equal(rows: int, most: int) -> int:
-    """Chunks of about the same size, at most ``most`` rows."""
-    if most >= rows:
-        return rows
-    if most >= _MULTIPLE:
-        most -= most % _MULTIPLE
-    count = -(-rows // most)
-    chunk = -(-rows // count)
-    return min(most, -(-chunk // _MULTIPLE) * _MULTIPLE)

@@ -1,12 +1,10 @@
-"""The loop behind :func:`fastkd.linear_loss` with classes in chunks: the least memory.
+"""The loop over chunks of classes, which needs the least memory.
 
-Each chunk has some classes of all rows, so that its part of the weight's gradient is complete: one
-product writes it, and nothing is summed. But the loss of a row is known only when all classes have
-been seen, so the logits are computed twice: once for the statistics of the rows and the loss
-(class_statistics.py), once for the gradients.
-
-The logits take no memory of their own, while the gradient of the weight has some that is not
-written yet: they lie there (``chunks.class_chunks``).
+Each chunk has some classes of all rows, so that its rows of the weight's gradient are complete
+after one matrix product, without a sum over chunks. The loss of a row is known only after all
+classes, so the logits are computed twice: once for the loss and the statistics of the rows
+(class_statistics.py), once for the gradients. The logits of a chunk lie in the part of the weight's
+gradient that is not written yet (``planner.class_chunks``).
 """
 
 from __future__ import annotations
@@ -19,74 +17,92 @@ import torch
 from torch import Tensor
 
 from fastkd._core import dispatch
-from fastkd.linear import products, row_loop
-from fastkd.linear.chunks import (
+from fastkd._core.arguments import Call
+from fastkd.linear import products
+from fastkd.linear.call import (
+    Inputs,
+    LinearCall,
+    Outputs,
+    acc_dtype,
+    call_of,
+    empty_outputs,
+    objective_of,
+    power_of,
+    rows_of,
+    scales_late,
+    soft_cap_,
+)
+from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
+from fastkd.linear.planner import (
     ALIGNMENT,
     PADDING,
     ClassChunk,
     buffer_bytes,
-    chunk_beside,
     class_chunks,
+    separate_classes,
 )
-from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
-from fastkd.linear.row_loop import Call, Inputs, Outputs
 
 
-def missing(inputs: Inputs, call: Call) -> list[str]:
-    """What of a call chunks of classes do not have, as users write it."""
-    found = dispatch.lacking(inputs.hidden, inputs.labels, row_loop.objective_of(inputs, call))
+def missing(inputs: Inputs, call: LinearCall) -> list[str]:
+    """Return the features of a call that chunks of classes lack, as users write them."""
+    names = dispatch.lacking(inputs.hidden, inputs.labels, objective_of(inputs, call))
     if inputs.topk_indices is not None:
-        found.append("topk_indices")
+        names.append("a TopK as teacher")
     if inputs.class_weight is not None and not call.label_smoothing:
-        found.append("class_weight=")
-    if call.divergence not in DIVERGENCES and not found:
-        found.append(f'divergence="{call.divergence}"')
+        names.append("class_weight=")
+    if call.divergence not in DIVERGENCES and not names:
+        names.append(f'divergence="{call.divergence}"')
     if call.label_smoothing:
-        found.append(f"label_smoothing={call.label_smoothing}")
-    other = call.teacher_temperature is not None or inputs.teacher_temperature is not None
-    if other and inputs.hidden.is_cuda:
-        found.append("a teacher_temperature of its own on cuda")
-    return found
+        names.append(f"label_smoothing={call.label_smoothing}")
+    if call.with_terms:
+        names.append("fastkd.terms")
+    differs = call.teacher_temperature is not None or inputs.teacher_temperature is not None
+    if differs and inputs.hidden.device.type != "cpu":
+        names.append("teacher_temperature= on cuda")
+    return names
 
 
 class _Logits(NamedTuple):
-    """A chunk's logits; the classes beyond ``size`` are masked."""
+    """The logits of a chunk; ``PADDING`` classes beyond ``size`` are masked."""
 
     size: int
     student: Tensor
     teacher: Tensor
     slope: Tensor
-    """What the soft cap multiplies the student's gradient by; empty without one."""
+    """The derivative of the student's soft cap; empty without a soft cap."""
 
 
 class _Loop:
-    """The buffers of a call, and the steps of the loop; the rows are those that count."""
+    """The buffers of a call, and the two passes over its classes."""
 
-    def __init__(self, inputs: Inputs, call: Call, weight: Tensor, counted: Tensor | None) -> None:
-        """``weight``: memory of its gradient, or empty."""
-        part = inputs._replace(teacher_logits=None)
-        if counted is not None:
-            part = inputs._replace(**row_loop.rows_of(part, counted))
-        self.inputs = part._replace(teacher_logits=inputs.teacher_logits)
+    def __init__(
+        self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
+    ) -> None:
+        """Select the rows that are not ignored; ``weight_grad`` may be empty."""
+        teacher_logits = inputs.teacher_logits
+        if counted is not None:  # the teacher's logits are selected chunk by chunk
+            without = inputs._replace(teacher_logits=None)
+            inputs = inputs._replace(**rows_of(without, counted))
+        self.inputs = inputs._replace(teacher_logits=teacher_logits)
         self.call, self.counted = call, counted
-        self.hidden = part.hidden.to(call.dtype)
+        self.hidden = inputs.hidden.to(call.dtype)
         self.teacher_hidden = None
-        if part.teacher_hidden is not None:
-            self.teacher_hidden = part.teacher_hidden.to(call.teacher_dtype)
-        self.whole = row_loop.objective_of(part, call)._replace(reduction="none", normalizer=None)
-        # Labels of a chunk are numbered anew (labels_in): any number from 0 on is a class there.
-        self.objective = self.whole._replace(ignore_index=-1)
-        self.free = weight.view(-1).view(torch.uint8)
-        self.grad_row = self.free.numel() // inputs.weight.shape[0]
-        caps = call.student_softcap is not None and call.grads
-        self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * caps)
+        if inputs.teacher_hidden is not None:
+            self.teacher_hidden = inputs.teacher_hidden.to(call.teacher_dtype)
+        self.objective = objective_of(inputs, call)._replace(reduction="none", normalizer=None)
+        # labels_in() returns positions in a chunk, from 0 on, and -1 for ignored rows.
+        self.chunk_objective = self.objective._replace(ignore_index=-1)
+        self.weight_grad = weight_grad.view(-1).view(torch.uint8)
+        self.grad_row = self.weight_grad.numel() // inputs.weight.shape[0]
+        needs_slope = call.student_softcap is not None and call.grads
+        self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * needs_slope)
         self.item = sum(dtype.itemsize for dtype in self.dtypes)
         rows, classes = len(self.hidden), inputs.weight.shape[0]
-        beside = chunk_beside(min(call.chunk, classes), self.grad_row > 0)
-        self.beside = self.free.new_empty(buffer_bytes(rows, beside, self.item))
+        separate = separate_classes(min(call.chunk, classes), self.grad_row > 0)
+        self.buffer = self.weight_grad.new_empty(buffer_bytes(rows, separate, self.item))
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, _Logits]]:
-        """The logits of all classes, chunk by chunk, in memory that each overwrites."""
+        """Yield the logits of all classes, chunk by chunk, in memory that each overwrites."""
         rows, classes = len(self.hidden), self.inputs.weight.shape[0]
         for chunk in class_chunks(
             rows, classes, self.call.chunk, self.item, self.grad_row, writes=writes
@@ -95,97 +111,108 @@ class _Loop:
             part = slice(chunk.start, chunk.start + chunk.size)
             self._student(logits, part, writes)
             self._teacher(logits, part)
-            for one in (logits.student, logits.teacher):
-                one[:, chunk.size :] = -math.inf
+            for values in (logits.student, logits.teacher):
+                values[:, chunk.size :] = -math.inf
             yield part, logits
 
     def _memory(self, chunk: ClassChunk) -> _Logits:
         rows, width = len(self.hidden), chunk.size + PADDING
-        at, memory = 0, self.beside
-        if chunk.inside:
-            at, memory = self.free.numel() - buffer_bytes(rows, chunk.size, self.item), self.free
-        found = []
+        start, memory = 0, self.buffer
+        if chunk.is_inside:
+            memory = self.weight_grad
+            start = memory.numel() - buffer_bytes(rows, chunk.size, self.item)
+        parts: list[Tensor] = []
         for dtype in self.dtypes:
-            at = -(-at // ALIGNMENT) * ALIGNMENT
+            start = -(-start // ALIGNMENT) * ALIGNMENT
             size = rows * width * dtype.itemsize
-            found.append(memory[at : at + size].view(dtype).view(rows, width))
-            at += size
-        slope = found[2][:, : chunk.size] if len(found) > 2 else found[0][:0]
-        return _Logits(chunk.size, found[0], found[1], slope)
+            parts.append(memory[start : start + size].view(dtype).view(rows, width))
+            start += size
+        slope = parts[2][:, : chunk.size] if len(parts) > 2 else parts[0][:0]
+        return _Logits(chunk.size, parts[0], parts[1], slope)
 
     def _student(self, logits: _Logits, part: slice, writes: bool) -> None:
-        call, given = self.call, self.inputs
+        call, inputs = self.call, self.inputs
         out = logits.student[:, : logits.size]
-        weight = given.weight[part].to(call.dtype)
-        bias = None if given.bias is None else given.bias[part].to(call.dtype)
+        weight = inputs.weight[part].to(call.dtype)
+        bias = None if inputs.bias is None else inputs.bias[part].to(call.dtype)
         products.logits_(out, self.hidden, weight, bias, call.student_scale)
         if call.student_softcap is not None:
-            row_loop.soft_cap_(out, call.student_softcap, logits.slope if writes else None)
+            soft_cap_(out, call.student_softcap, logits.slope if writes else None)
 
     def _teacher(self, logits: _Logits, part: slice) -> None:
-        call, given = self.call, self.inputs
+        call, inputs = self.call, self.inputs
         out = logits.teacher[:, : logits.size]
-        if given.teacher_logits is not None:
+        if inputs.teacher_logits is not None:
             if self.counted is None:
-                out.copy_(given.teacher_logits[:, part])
+                out.copy_(inputs.teacher_logits[:, part])
             else:
-                torch.index_select(given.teacher_logits[:, part], 0, self.counted, out=out)
+                torch.index_select(inputs.teacher_logits[:, part], 0, self.counted, out=out)
             return
-        if self.teacher_hidden is None or given.teacher_weight is None:
+        if self.teacher_hidden is None or inputs.teacher_weight is None:
             raise ValueError(
                 "by_classes=True needs teacher_logits, or teacher_hidden and teacher_weight; "
-                "got neither"
+                "got none of them"
             )
-        weight, bias = given.teacher_weight[part].to(call.teacher_dtype), given.teacher_bias
+        weight, bias = inputs.teacher_weight[part].to(call.teacher_dtype), inputs.teacher_bias
         bias = None if bias is None else bias[part].to(call.teacher_dtype)
         products.logits_(out, self.teacher_hidden, weight, bias, call.teacher_scale)
         if call.teacher_softcap is not None:
-            row_loop.soft_cap_(out, call.teacher_softcap, None)
+            soft_cap_(out, call.teacher_softcap, None)
 
     def labels_in(self, part: slice) -> Tensor | None:
-        """Labels as a chunk has them: the label of a row whose own is in another chunk is the first
-        of the classes that are masked."""
+        """Return the labels as positions in a chunk.
+
+        A label outside the chunk becomes the position of the first masked class.
+        """
         labels, size = self.inputs.labels, part.stop - part.start
         if labels is None:
             return None
-        has = (labels >= part.start) & (labels < part.stop)
-        inside = (labels - part.start).where(has, size)
-        # Of ignored rows there are any only while a graph is captured.
+        is_inside = (labels >= part.start) & (labels < part.stop)
+        positions = (labels - part.start).where(is_inside, size)
+        # Ignored rows are still there while a CUDA graph is captured.
         ignored: Tensor = labels == self.call.ignore_index
-        return torch.where(ignored, self.objective.ignore_index, inside)
+        return torch.where(ignored, self.chunk_objective.ignore_index, positions)
+
+    def core_call(self, logits: _Logits, labels: Tensor | None) -> Call:
+        """Return the core's call for a chunk."""
+        part = self.inputs._replace(labels=labels)
+        return call_of(logits.student, logits.teacher, part, self.chunk_objective, self.call)
 
     def statistics(self) -> RowStatistics:
-        """The first pass over the classes."""
-        acc = row_loop.acc_dtype(self.call.dtype, self.call.teacher_dtype)
+        """Run the first pass over the classes."""
+        acc = acc_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.hidden.new_empty((), dtype=acc)
-        rows = RowStatistics(len(self.hidden), self.whole, like)
+        rows = RowStatistics(len(self.hidden), self.objective, like)
         for part, logits in self.chunks(writes=False):
             labels = self.labels_in(part)
-            of_part = dispatch.statistics(logits.student, logits.teacher, labels, self.objective)
+            divergence, stats = dispatch.statistics(self.core_call(logits, labels))
             label_logits = None
             if labels is not None:
-                at = labels.clamp(0, logits.size).unsqueeze(1)
-                label_logits = logits.student.gather(1, at).squeeze(1)
-            rows.add(*of_part, label_logits)
+                positions = labels.clamp(0, logits.size).unsqueeze(1)
+                label_logits = logits.student.gather(1, positions).squeeze(1)
+            rows.add(divergence, stats, label_logits)
         return rows
 
     def gradients(self, stats: Tensor, out: Outputs) -> None:
-        """The second pass. ``out.hidden`` has the rows that count, in a dtype to sum in."""
-        call, given, scale = self.call, self.inputs, self.call.student_scale
-        factor, hidden = given.grad_rows, self.hidden
+        """Run the second pass over the classes, which writes the gradients.
+
+        ``out.hidden`` has the rows that are not ignored, in the dtype of the sum.
+        """
+        call, inputs, scale = self.call, self.inputs, self.call.student_scale
+        factor, hidden = inputs.grad_rows, self.hidden
         ones = hidden.new_ones(len(hidden), 1)
         if factor is not None:
-            power = row_loop.power_of(factor)
+            power = power_of(factor)
             ones = (factor / power).to(call.dtype)[:, None]
             hidden = hidden * ones
         for part, logits in self.chunks(writes=True):
             labels = self.labels_in(part)
-            dispatch.gradient_(logits.student, logits.teacher, labels, self.objective, stats)
+            dispatch.gradient_(self.core_call(logits, labels), stats)
             grad = logits.student[:, : logits.size]
             if logits.slope.numel():
                 grad.mul_(logits.slope)
             if call.hidden_grad:
-                weight = given.weight[part].to(call.dtype)
+                weight = inputs.weight[part].to(call.dtype)
                 products.add_product_(out.hidden, grad, weight, scale, part.start == 0)
             if call.weight_grad:
                 products.add_product_(out.weight[part], grad.t(), hidden, scale, True)
@@ -198,12 +225,12 @@ class _Loop:
                 out.hidden.mul_(factor.unsqueeze(1))
 
 
-def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
-    """The loss, and its gradients for a grad_output of 1, of at least one row that counts.
+def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
+    """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``heads.scales_late()`` the gradients lack the division by the denominator.
+    With ``scales_late()`` the gradients lack the division by the denominator.
     """
-    out = row_loop.empty_outputs(inputs, call._replace(hidden_grad=False))
+    out = empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
     rows = loop.statistics()
     losses = rows.loss(loop.inputs.labels)
@@ -214,14 +241,14 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not row_loop.scales_late(call):
+            if not scales_late(call):
                 scale = scale / inputs.denominator
     if not call.grads:
         return out._replace(loss=loss)
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide = row_loop.acc_dtype(call.dtype, inputs.hidden.dtype)
+        wide = acc_dtype(call.dtype, inputs.hidden.dtype)
         out = out._replace(hidden=loop.hidden.new_empty(loop.hidden.shape, dtype=wide))
     loop.gradients(stats, out)
     hidden = out.hidden
@@ -230,5 +257,5 @@ def run(inputs: Inputs, call: Call, counted: Tensor | None) -> Outputs:
         hidden = inputs.hidden.new_zeros(inputs.hidden.shape)
         hidden[counted] = out.hidden.to(hidden.dtype)
     elif hidden.dtype != inputs.hidden.dtype and call.hidden_grad:
-        hidden = products.narrowed(hidden, inputs.hidden.dtype)
+        hidden = products.round_in_place(hidden, inputs.hidden.dtype)
     return out._replace(loss=loss, hidden=hidden)

@@ -1,5 +1,6 @@
 """The definitions of the losses, in plain PyTorch, from the papers."""
 
+from fastkd.reference import topk
 from fastkd.reference.dense import (
     ENSEMBLES,
     REDUCTIONS,
@@ -35,5 +36,6 @@ __all__ = [
     "softened_teacher",
     "standardized",
     "terms",
+    "topk",
     "weighted",
 ]

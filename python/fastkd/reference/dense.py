@@ -1,4 +1,4 @@
-"""fastkd's loss in plain PyTorch: the definition of every option, written to be read.
+"""Define the loss and every option in plain PyTorch.
 
 Tests and benchmarks hold the kernels against it in float64, and fastkd itself uses it where no
 kernel can run (options that are not fused, function transforms, second derivatives, devices without
@@ -45,7 +45,7 @@ ENSEMBLES = ("probs", "logits")
 
 
 class Terms(NamedTuple):
-    """What one call computes, each reduced like the loss. Only ``loss`` carries a gradient."""
+    """The results of one call, each reduced like the loss. Only ``loss`` carries a gradient."""
 
     loss: Tensor
     """``hard_weight * hard + soft_weight * T^2 * soft``."""
@@ -65,12 +65,12 @@ class Terms(NamedTuple):
 
 
 def column(value: float | Tensor) -> float | Tensor:
-    """One number for each row, (..., 1), to go with (..., C)."""
+    """Return one number for each row as (..., 1), to broadcast with (..., C)."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
 def _mixed_log_probs(log_probs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """log of the weighted sum of several teachers' probabilities."""
+    """Return the log of the weighted sum of several teachers' probabilities."""
     stack = torch.stack([x + math.log(w) for x, w in zip(log_probs, weights, strict=True)])
     absent = (stack == -math.inf).all(0)
     return stack.masked_fill(absent, 0).logsumexp(0).masked_fill(absent, -math.inf)
@@ -84,7 +84,7 @@ def softened_teacher(
     ensemble: str,
     standardize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(w / T_t, logits whose softmax is p; what agreement ranks the classes by).
+    """Return w / T_t, logits whose softmax is p, and the logits that rank classes for agreement.
 
     ``teachers``: each ``(..., C)`` in the given form. ``t``: T_t, a number or ``(..., 1)``.
     """
@@ -111,14 +111,17 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 
 def _products(weights: Tensor, log_q: Tensor) -> Tensor:
-    """-sum weights log q over classes, where a weight of 0 leaves a masked class out."""
+    """Return -sum weights log q over classes; a masked class with weight 0 adds 0."""
     return -(weights * log_q.masked_fill(weights == 0, 0)).sum(-1)
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """``F.cross_entropy`` of each row; labels (...) are in range, or probabilities (..., C)."""
+    """Compute ``F.cross_entropy`` of each row.
+
+    ``labels``: ``(...)`` class indices in range, or ``(..., C)`` probabilities.
+    """
     log_q = F.log_softmax(logits, -1)
     each = log_q.new_ones(log_q.shape[-1]) if class_weight is None else class_weight
     if labels.is_floating_point():
@@ -157,13 +160,12 @@ def terms(
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "probs",
     standardize: bool = False,
-    classes: int | None = None,
     dim: int = -1,
 ) -> Terms:
-    """The loss and its terms, by differentiable PyTorch operations, in float32 or better.
+    """Compute the loss and its terms by differentiable PyTorch operations, in float32 or better.
 
     Arguments are those of :func:`fastkd.loss`, not checked, with ``hard_weight`` and
-    ``soft_weight`` in the place of ``alpha``. Without labels the soft term stands alone.
+    ``soft_weight`` instead of ``alpha``. Without labels the loss is the soft term alone.
     """
     teachers = [teacher_logits] if isinstance(teacher_logits, Tensor) else list(teacher_logits)
     soft_labels = labels is not None and labels.is_floating_point()
@@ -174,15 +176,15 @@ def terms(
     acc = torch.promote_types(student_logits.dtype, torch.float32)
     for teacher in teachers:
         acc = torch.promote_types(acc, teacher.dtype)
-    student = student_logits[..., :classes].to(acc)
-    teachers = [teacher[..., :classes].to(acc) for teacher in teachers]
+    student = student_logits.to(acc)
+    teachers = [teacher.to(acc) for teacher in teachers]
     if class_weight is not None:
         class_weight = class_weight.detach().to(acc)
 
     valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     known: float | Tensor = 1.0
     if labels is not None and not soft_labels:
-        # Masked rows are taken out before anything is computed, so that a NaN in them stays out.
+        # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
         labels = labels.long()
         valid = labels != ignore_index
         keep = valid.unsqueeze(-1)
@@ -257,5 +259,5 @@ def loss(
     labels: Tensor | None = None,
     **options: object,
 ) -> Tensor:
-    """The loss of :func:`terms`, with the same arguments."""
+    """Compute the loss; arguments as in :func:`terms`."""
     return terms(student_logits, teacher_logits, labels, **options).loss  # type: ignore[arg-type]

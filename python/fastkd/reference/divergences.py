@@ -1,7 +1,7 @@
-"""The divergences: their definitions, and the table of their names, formulas and sources.
+"""Define the divergences, and list their names, formulas and sources.
 
-Letters are those of docs/maths.md: p the teacher, q the student, z and w their logits. Rows are
-``(..., C)``, and a divergence gives one number for each, ``(...)``.
+The letters are those of docs/maths.md: p is the teacher, q the student, z the student's logits and
+w the teacher's. Rows are ``(..., C)``, and a divergence has one number for each row, ``(...)``.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_DEVIATION = 1e-7
-"""What is added to the deviation that standardized logits are divided by."""
+"""Added to the deviation by which standardized logits are divided."""
 
 
 def over(logits: Tensor, t: float | Tensor) -> Tensor:
-    """logits / t, such that masked classes say nothing about t (no 0 * inf in its gradient)."""
+    """Return logits / t, where masked classes add nothing to the gradient of t (no 0 * inf)."""
     if not isinstance(t, Tensor):
         return logits / t
     masked = logits == -math.inf
     return torch.where(masked, logits / t.detach(), logits.masked_fill(masked, 0) / t)
 
 
-# ---- divergences of probabilities; a class of probability 0 counts nothing where 0 log 0 would
+# ---- divergences of probabilities, where 0 log 0 = 0
 
 
 def log_ratio_sum(p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Sum of p (log_a - log_b) over classes, where classes with p = 0 count nothing."""
+    """Sum p (log_a - log_b) over the classes with p > 0."""
     absent = p == 0
     return (p * (log_a.masked_fill(absent, 0) - log_b.masked_fill(absent, 0))).sum(-1)
 
@@ -40,69 +40,69 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b), 0 < weight < 1; 0 where both are 0, for nobody to use."""
+    """Return log(weight a + (1 - weight) b) for 0 < weight < 1, or 0 where a and b are 0."""
     mixed = weight * log_a.exp() + (1 - weight) * log_b.exp()
     return mixed.masked_fill(mixed == 0, 1).log()
 
 
 def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
-    """Weight * value, where a term that weighs nothing is left out even when it is infinite."""
+    """Multiply ``value`` by ``weight``; a term with weight 0 is 0 even if it is infinite."""
     nothing = value.isinf() & (weight == 0)
     return value.masked_fill(nothing, 0) * weight
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The teacher's surprise at the student."""
+    """Compute KL(p || q), which covers all modes of the teacher."""
     return _kl(log_p, log_q)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The student's surprise at the teacher: it seeks the teacher's modes."""
+    """Compute KL(q || p), which seeks modes of the teacher."""
     return _kl(log_q, log_p)
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """``mix`` weighs the forward KL."""
+    """Compute the sum of both KLs; ``mix`` weighs the forward KL."""
     if mix in (0, 1):  # the other KL may be infinite, and its gradient NaN
         return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
     return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
 
 
 def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """``mix`` weighs the teacher."""
+    """Compute the generalized Jensen-Shannon divergence; ``mix`` weighs the teacher."""
     log_m = _log_mixture(log_p, log_q, mix)
     return mix * _kl(log_p, log_m) + (1 - mix) * _kl(log_q, log_m)
 
 
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """``mix`` is the teacher's share of what stands in for the student."""
+    """Compute the KL of the teacher and a mixture; ``mix`` is the teacher's share of it."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
 
 
 def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """``mix`` is the student's share of what stands in for the teacher."""
+    """Compute the KL of the student and a mixture; ``mix`` is the student's share of it."""
     return _kl(log_q, _log_mixture(log_q, log_p, mix))
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Half of the L1 distance; its slope where p = q is taken to be 0."""
+    """Compute half of the L1 distance, whose slope where p = q is defined as 0."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The forward KL plus the teacher's entropy, which has no gradient for the student."""
+    """Compute the forward KL plus the teacher's entropy, which has no gradient for the student."""
     return log_ratio_sum(log_p.exp(), torch.zeros_like(log_q), log_q)
 
 
 def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
-    """The KL of (label, the rest), plus ``mix`` times that of the other classes among themselves.
+    """Compute decoupled distillation: a binary KL, plus ``mix`` times a KL of the other classes.
 
-    ``labels``: class indices, ``(...)``. The second part is 0 where the teacher masks every other
-    class.
+    The binary KL is of (label, all other classes). ``labels``: class indices, ``(...)``. The second
+    KL is 0 where the teacher masks every other class.
     """
     index = labels.unsqueeze(-1)
-    # The same two for teacher and student: log-probabilities of (label, the rest), (..., 2), and of
-    # the other classes among themselves, (..., C), that of the label being -inf.
+    # For teacher and student: log-probabilities of (label, the rest), (..., 2), and of the other
+    # classes without the label, (..., C), where the label has -inf.
     binary, others, alone = [], [], []
     for log_probs in (log_p, log_q):
         rest = log_probs.scatter(-1, index, -math.inf)
@@ -116,53 +116,54 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     return _kl(*binary) + mix * within if mix else _kl(*binary)
 
 
-# ---- divergences of logits; a class that both mask is as if it were not there
+# ---- divergences of logits, without the classes that both mask
 
 
 def _gap(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """(student - teacher, 0 for classes that both mask; how many classes there are without)."""
+    """Return (student - teacher, or 0 for classes that both mask; the number of other classes)."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     gap = student.masked_fill(absent, 0) - teacher.masked_fill(absent, 0)
     return gap, (~absent).sum(-1, keepdim=True)
 
 
 def _centered(logits: Tensor) -> Tensor:
-    """Logits minus the mean of those that are not masked."""
+    """Subtract from each row the mean of its unmasked logits."""
     masked = logits == -math.inf
     total = logits.masked_fill(masked, 0).sum(-1, keepdim=True)
     return logits - total / (~masked).sum(-1, keepdim=True)
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(each row minus its mean, its unbiased standard deviation (..., 1) + LEAST_DEVIATION);
-    masked classes are as if they were not there.
+    """Return each row minus its mean, and its unbiased deviation ``(..., 1)`` + LEAST_DEVIATION.
+
+    Masked classes do not count.
     """
     centered = _centered(logits)
     masked = logits == -math.inf
     freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
-    # The norm, whose slope at 0 is 0, and not the root of a variance, which has none.
+    # The derivative of a norm at 0 is 0; that of the root of a variance does not exist.
     length: Tensor = torch.linalg.vector_norm(centered.masked_fill(masked, 0), dim=-1, keepdim=True)
     return centered, length / freedom.to(logits.dtype).sqrt() + LEAST_DEVIATION
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Each row minus its mean, over its deviation (Sun et al. 2024)."""
+    """Divide each row minus its mean by its deviation (Sun et al. 2024)."""
     return over(*deviation(logits))
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """The mean over classes of the squared difference."""
+    """Compute the mean over classes of the squared difference."""
     gap, count = _gap(teacher, student)
     return gap.square().sum(-1) / count.squeeze(-1)
 
 
 def centered_mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """The same once each row's mean has been taken off: adding a constant changes nothing."""
+    """Compute the mean squared difference of rows minus their means."""
     return mse(_centered(teacher), _centered(student))
 
 
 def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """One minus the cosine of the angle between the rows; 1 if either is all zeros."""
+    """Compute 1 minus the cosine of the angle between two rows; 1 if either is all zeros."""
     absent = (teacher == -math.inf) & (student == -math.inf)
     rows = [logits.masked_fill(absent, 0) for logits in (teacher, student)]
     squares = [row.square().sum(-1) for row in rows]
@@ -171,20 +172,20 @@ def cosine(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """One choice of the soft term's D, before weight and T^2."""
+    """A divergence D of the soft term, before weight and T^2."""
 
     compute: Callable[..., Tensor]
-    """Of (teacher, student), of the labels if it needs them, of ``mix`` if it has one."""
+    """A function of (teacher, student[, labels][, mix])."""
     formula: str
     source: str
     compares: str = "probabilities"
-    """``"probabilities"``: it is given log p and log q; ``"logits"``: w / T_t and z / T."""
+    """What ``compute`` takes: ``"probabilities"``: log p, log q; ``"logits"``: w / T_t, z / T."""
     mix: float | None = None
-    """The default of ``mix``; None for those that have none."""
+    """The default of ``mix``; None if the divergence has no such parameter."""
     mix_meaning: str = ""
     mix_range: tuple[float, float] = (0.0, 1.0)
     mix_open: bool = False
-    """Whether the ends of the range are outside."""
+    """True if the range excludes its ends."""
     needs_labels: bool = False
 
 

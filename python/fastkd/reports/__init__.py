@@ -1,7 +1,7 @@
-"""What distillation brought: size, speed, accuracy and calibration of a teacher and its students.
+"""Compare a teacher and its students: size, speed, accuracy and calibration.
 
-:func:`report` measures, and the :class:`Report` it returns is a table in the terminal, Markdown,
-JSON, and one page of HTML that needs nothing else. Needs ``pip install fastkd[report]``.
+:func:`report` measures them and returns a :class:`Report`: a table in the terminal, Markdown, JSON,
+and one self-contained page of HTML. Needs ``pip install fastkd[report]``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import secrets
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +23,18 @@ from torch import nn
 from fastkd import _C, extras
 from fastkd._core import checks
 from fastkd.reports import page, plots, tables
-from fastkd.reports.measure import Answers, Latency, Size, answers, latencies, size
+from fastkd.reports.measure import (
+    Answers,
+    Latency,
+    Size,
+    measure_answers,
+    measure_latencies,
+    measure_size,
+)
 
 
 class Model(NamedTuple):
-    """What was measured of one model."""
+    """The measurements of one model."""
 
     name: str
     size: Size
@@ -43,21 +51,21 @@ class Report(NamedTuple):
     environment: dict[str, str]
 
     def __str__(self) -> str:
-        """A table for the terminal."""
-        return tables.terminal(self)
+        """Return a table for the terminal."""
+        return tables.format_terminal(self)
 
     def markdown(self) -> str:
-        """A Markdown document; it shows ``reliability.png`` and ``tradeoff.png`` beside it."""
-        return tables.markdown(self)
+        """Return a Markdown document, which shows ``reliability.png`` and ``tradeoff.png``."""
+        return tables.format_markdown(self)
 
     def json(self) -> str:
-        """Everything that was measured; seconds, bytes, shares from 0 to 1, nats."""
+        """Return all measurements as JSON: seconds, bytes, shares from 0 to 1, nats."""
         models = [
             {
                 "name": model.name,
                 **model.size._asdict(),
                 **model.answers._asdict(),
-                "bins": [row._asdict() for row in model.answers.bins],
+                "bins": [part._asdict() for part in model.answers.bins],
                 "latency": {
                     device: {batch: times._asdict() for batch, times in by_batch.items()}
                     for device, by_batch in model.latency.items()
@@ -65,17 +73,17 @@ class Report(NamedTuple):
             }
             for model in self.models
         ]
-        found = {"title": self.title, "environment": self.environment, "models": models}
-        return json.dumps(found, indent=2, allow_nan=False)
+        report = {"title": self.title, "environment": self.environment, "models": models}
+        return json.dumps(report, indent=2, allow_nan=False)
 
     def html(self) -> str:
-        """One page with its pictures inside; opening it requests nothing from anywhere."""
-        return page.html(self)
+        """Return one page that contains its pictures and loads nothing from elsewhere."""
+        return page.make_page(self)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Write ``report.html``, ``report.md``, ``report.json`` and the pictures.
 
-        If writing fails, as on a full disk, the files of an earlier report stay as they were.
+        If writing fails, as on a full disk, the files of an earlier report remain unchanged.
 
         Returns:
             The folder.
@@ -86,21 +94,21 @@ class Report(NamedTuple):
             OSError: if a file cannot be written.
         """
         folder = checks.folder("folder", folder)
-        figures = plots.figures(self)
-        files = {f"{name}.png": plots.png(figure) for name, figure in figures.items()}
+        figures = plots.draw_figures(self)
+        files = {f"{name}.png": plots.render_png(figure) for name, figure in figures.items()}
         files["report.html"] = self.html().encode()
         files["report.md"] = self.markdown().encode()
         files["report.json"] = f"{self.json()}\n".encode()
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {name: folder / f".{secrets.token_hex(8)}.part" for name in files}
+        parts = folder / f".{secrets.token_hex(8)}"
+        parts.mkdir()
         try:
             for name, data in files.items():
-                parts[name].write_bytes(data)
-            for name, part in parts.items():
-                part.replace(folder / name)
+                (parts / name).write_bytes(data)
+            for name in files:
+                (parts / name).replace(folder / name)
         finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+            shutil.rmtree(parts)
         return folder
 
 
@@ -117,31 +125,31 @@ def report(
     dim: int = -1,
     show: bool = True,
 ) -> Report:
-    """Measures a teacher and its students on the same data: is the student worth deploying?
+    """Measure a teacher and its students on the same data.
 
-    - **Size**: parameters, and bytes of weights and buffers; shared ones once.
+    - **Size**: parameters, and bytes of weights and buffers; shared ones count once.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
-      "On Calibration of Modern Neural Networks", 2017). Models answer where they are.
+      "On Calibration of Modern Neural Networks", 2017). Each model runs on its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
-      percentile. Models take turns, in bursts, so that what changes meanwhile meets all of them.
-      Throughput is the largest batch over its median.
+      percentile. Models take turns in bursts of calls, so that changes of the machine's speed
+      affect all of them. Throughput is the largest batch divided by its median.
 
-    Nothing is changed: models are run in evaluation mode without gradients, put back, and copied to
-    devices where they are not.
+    The models are not changed: they run in evaluation mode without gradients, return to their mode,
+    and are copied to devices where they are not.
 
     Args:
         teacher: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
         students: one module, or several by name, such as ``{"alone": a, "distilled": b}``.
-        loader: held-out batches, as :mod:`fastkd.batches` has them, with labels ``(B, ...)`` or
-            without (then accuracy, cross entropy and calibration are left out).
+        loader: held-out batches in a form that :mod:`fastkd.batches` lists, with labels
+            ``(B, ...)``. Without labels there is no accuracy, cross entropy or calibration error.
         title: heading.
         devices: where to measure latency. Default: the CPU, and the GPU if there is one.
         batch_sizes: of the latency. Default 1 and 32.
         seconds: of timing for each model, device and batch size. Default 1.
-        ignore_index: rows with this label are left out. Default -100.
+        ignore_index: rows with this label are ignored. Default -100.
         dim: of the classes in the logits. Default -1.
         show: print the table.
 
@@ -156,51 +164,46 @@ def report(
     Example:
         >>> import torch, fastkd
         >>> data = [(torch.randn(64, 16), torch.randint(4, (64,)))]
-        >>> found = fastkd.report(
+        >>> report = fastkd.report(
         ...     torch.nn.Linear(16, 4), torch.nn.Linear(16, 4), data, seconds=0.01, show=False
         ... )
-        >>> [model.name for model in found.models]
+        >>> [model.name for model in report.models]
         ['teacher', 'student']
     """
-    models = _named(teacher, students)
+    models = _name_models(teacher, students)
     if not isinstance(title, str):
         raise TypeError(f"title must be text; got {type(title).__name__}")
-    _check_sequence("devices", devices or ())
-    _check_sequence("batch_sizes", batch_sizes)
+    for name, value in (("devices", devices or ()), ("batch_sizes", batch_sizes)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a list or tuple; got {value!r}")
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     checks.number("seconds", seconds, 0.0, math.inf)
-    checks.ignored_label(ignore_index)
+    checks.check_ignore_index(ignore_index)
     if show:
         extras.check("report", "rich")
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    places = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    found, sample = answers(models, loader, ignore_index, dim)
-    times = {
-        str(place): latencies(models, sample, place, tuple(batch_sizes), seconds)
-        for place in places
+    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    answers, inputs = measure_answers(models, loader, ignore_index, dim)
+    latencies = {
+        str(device): measure_latencies(models, inputs, device, tuple(batch_sizes), seconds)
+        for device in resolved
     }
-    result = Report(
-        title,
-        tuple(
-            Model(
-                name,
-                size(model),
-                found[name],
-                {place: by_name[name] for place, by_name in times.items()},
-            )
-            for name, model in models.items()
-        ),
-        environment(places),
-    )
+    rows = []
+    for name, model in models.items():
+        latency = {device: by_name[name] for device, by_name in latencies.items()}
+        rows.append(Model(name, measure_size(model), answers[name], latency))
+    result = Report(title, tuple(rows), _describe_environment(resolved))
     if show:
         tables.show(result)
     return result
 
 
-def _named(teacher: nn.Module, students: nn.Module | Mapping[str, nn.Module]) -> dict[str, Any]:
-    """The models by name, the teacher first."""
+def _name_models(
+    teacher: nn.Module, students: nn.Module | Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Return the models by name, the teacher first, or raise if one is not a named module."""
     named = {"student": students} if isinstance(students, nn.Module) else students
     if not isinstance(named, Mapping):
         raise TypeError(
@@ -220,28 +223,24 @@ def _named(teacher: nn.Module, students: nn.Module | Mapping[str, nn.Module]) ->
     return models
 
 
-def _check_sequence(name: str, given: object) -> None:
-    """No text, whose letters would be taken for what it holds."""
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise TypeError(f"{name} must be a list or tuple; got {given!r}")
-
-
-def environment(devices: Sequence[torch.device]) -> dict[str, str]:
-    """What the numbers depend on besides the models."""
+def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
+    """Describe what the measurements depend on besides the models."""
     threads = torch.get_num_threads()
-    found = {
+    gpus = {
+        f"GPU ({device})": torch.cuda.get_device_name(device)
+        for device in devices
+        if device.type == "cuda"
+    }
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}",
+        "CPU": f"{_read_processor()}, {threads} thread{'' if threads == 1 else 's'}",
+        **gpus,
     }
-    for device in devices:
-        if device.type == "cuda":
-            found[f"GPU ({device})"] = torch.cuda.get_device_name(device)
-    return found
 
 
-def _processor() -> str:
+def _read_processor() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""A report as one page of HTML that asks nothing of anyone."""
+"""A report as one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastkd.reports import plots, tables
 if TYPE_CHECKING:
     from fastkd.reports import Report
 
-# No request can leave: a browser refuses everything but the styles that are in the page.
+# The policy makes browsers refuse everything but the styles in the page, so no request is sent.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -55,7 +55,7 @@ section { margin-top: 1.5rem; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .card, .wide, figure { background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem; }
-.card { padding: 1rem 1.2rem; border-top: 4px solid var(--colour); }
+.card { padding: 1rem 1.2rem; border-top: 4px solid var(--color); }
 .card h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .card .figure { font-size: 2rem; font-weight: 650; line-height: 1.3; }
 .card p { margin: 0; }
@@ -67,9 +67,10 @@ thead th { border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 td small { display: block; line-height: 1.2; }
 .dot { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; margin-right: .4rem;
-  background: var(--colour); }
+  background: var(--color); }
 figure { margin: 0 0 1rem; padding: 1rem 1.2rem; }
 figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: inherit !important; }
 figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 @media (max-width: 40rem) {
   th, td { padding: .45rem .7rem; }
@@ -79,50 +80,38 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 """
 
 
-def html(report: Report) -> str:
-    """The page."""
-    colours = plots.colours(report)
-    names = "".join(
-        f'<th scope="col"><span class="dot" style="--colour: {colour}"></span>'
-        f"{escape(model.name)}</th>"
-        for model, colour in zip(report.models, colours, strict=True)
-    )
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row.label)}</th>'
-        + "".join(_cell(cell) for cell in row.cells)
-        + "</tr>\n"
-        for row in tables.rows(report)
-    )
+def make_page(report: Report) -> str:
+    """Return the page of a report."""
+    colors = plots.choose_colors(report)
+    names, cards, rows = "", "", ""
+    for model, color in zip(report.models, colors, strict=True):
+        style, name = f'style="--color: {color}"', escape(model.name)
+        share, kind = tables.summarize_quality(model)
+        cost = escape(tables.summarize_cost(report, model))
+        names += f'<th scope="col"><span class="dot" {style}></span>{name}</th>'
+        cards += (
+            f'<div class="card" {style}><h2>{name}</h2><p class="figure">{share}</p>'
+            f'<p class="muted">{kind}, {cost}</p></div>'
+        )
+    for row in tables.make_rows(report):
+        cells = "".join(
+            f"<td>{escape(text)}{f'<small>{escape(note)}</small>' if note else ''}</td>"
+            for text, note in row.cells
+        )
+        rows += f'<tr><th scope="row">{escape(row.label)}</th>{cells}</tr>\n'
     pictures = "".join(
-        f"<figure>{plots.svg(figure, name)}<figcaption>{plots.CAPTIONS[name]}</figcaption></figure>"
-        for name, figure in plots.figures(report).items()
+        f"<figure>{plots.render_svg(figure, name)}"
+        f"<figcaption>{plots.CAPTIONS[name]}</figcaption></figure>"
+        for name, figure in plots.draw_figures(report).items()
     )
     environment = " · ".join(f"{key} {value}" for key, value in report.environment.items())
     return PAGE.format(
         title=escape(report.title),
         style=STYLE,
         environment=escape(environment),
-        cards=_cards(report, colours),
+        cards=cards,
         names=names,
         rows=rows,
         pictures=pictures,
-        method=escape(tables.method(report)),
+        method=escape(tables.describe_method(report)),
     )
-
-
-def _cell(cell: tables.Cell) -> str:
-    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    return f"<td>{escape(cell.text)}{note}</td>"
-
-
-def _cards(report: Report, colours: list[str]) -> str:
-    """Each model's headline."""
-    found = []
-    for model, colour in zip(report.models, colours, strict=True):
-        share, name = tables.quality(model)
-        found.append(
-            f'<div class="card" style="--colour: {colour}"><h2>{escape(model.name)}</h2>'
-            f'<p class="figure">{share}</p>'
-            f'<p class="muted">{name}, {escape(tables.headline(report, model))}</p></div>'
-        )
-    return "".join(found)

@@ -1,198 +1,172 @@
-"""A report as text: one row for each figure, one column for each model."""
+"""A report as text: a table with one row for each figure and one column for each model."""
 
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd import extras
+from fastkd.reports import plots
 
 if TYPE_CHECKING:
     from fastkd.reports import Model, Report
 
+COUNTS = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
+DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
+
 
 class Cell(NamedTuple):
-    """A figure, and how it compares with the teacher's."""
+    """A figure, and a note such as its ratio to the teacher's."""
 
     text: str
     note: str = ""
 
 
 class Row(NamedTuple):
-    """A figure of every model."""
+    """One figure of every model."""
 
     label: str
     cells: tuple[Cell, ...]
 
 
-def count(value: float) -> str:
-    """A number of things, in three digits.
-
-    Example:
-        >>> count(999), count(1234), count(25_600_000)
-        ('999', '1.23k', '25.6M')
-    """
-    for unit, scale in (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12)):
-        if value < 999.5 * scale or unit == "T":
-            break
-    return f"{value:.0f}" if not unit else f"{_digits(value / scale)}{unit}"
+def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
+    """Return three digits of a value and its unit, the largest that keeps it at least 1."""
+    unit, scale = next((pair for pair in units if value < 999.5 * pair[1]), units[-1])
+    return f"{value / scale:#.3g}".rstrip("."), unit
 
 
-def size(value: int) -> str:
-    """Bytes, in three digits.
-
-    Example:
-        >>> size(10_500_000)
-        '10.5 MB'
-    """
-    text = count(value)
-    return f"{text} B" if text[-1].isdigit() else f"{text[:-1]} {text[-1]}B"
+def format_count(value: float) -> str:
+    """Format a number in three digits: 999, 1.23k, 25.6M."""
+    digits, unit = _scale(value, COUNTS)
+    return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
-    """A time, in three digits.
-
-    Example:
-        >>> duration(0.00123), duration(4.2e-5)
-        ('1.23 ms', '42.0 µs')
-    """
-    for unit, scale in (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0)):
-        if seconds < 0.9995e3 * scale or unit == "s":
-            break
-    return f"{_digits(seconds / scale)} {unit}"
+def format_size(value: int) -> str:
+    """Format a number of bytes in three digits: 10.5 MB."""
+    digits, unit = _scale(value, COUNTS)
+    return f"{digits} {unit}B" if unit else f"{value} B"
 
 
-def _digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
+def format_duration(seconds: float) -> str:
+    """Format a duration in three digits: 42.0 µs, 1.23 ms."""
+    return " ".join(_scale(seconds, DURATIONS))
 
 
-def percent(share: float) -> str:
-    """A share with one decimal.
-
-    Example:
-        >>> percent(0.9642)
-        '96.4 %'
-    """
+def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _times(teacher: float, student: float, less: str, more: str) -> str:
-    """How many times less or more the student has; nothing where one of them has nothing."""
+def _format_ratio(teacher: float, student: float, less: str, more: str) -> str:
+    """Describe how many times less or more the student has, or return "" if a value is 0."""
     if not teacher or not student:
         return ""
     ratio = teacher / student
     if 0.995 < ratio < 1.005:
         return "the same"
-    return f"{_digits(ratio)}x {less}" if ratio > 1 else f"{_digits(1 / ratio)}x {more}"
+    times = max(ratio, 1 / ratio)
+    digits = f"{times:#.3g}" if times < 99.95 else f"{times:,.0f}"
+    return f"{digits}x {less if ratio > 1 else more}"
 
 
-def rows(report: Report) -> list[Row]:
-    """The table."""
-    teacher, models = report.models[0], report.models
+def make_rows(report: Report) -> list[Row]:
+    """Make the rows of the table."""
+    models = report.models
+    answers: list[Any] = [model.answers for model in models]
 
-    def ratios(label: str, values: list[float], text: Any, less: str, more: str) -> Row:
-        notes = [_times(values[0], value, less, more) for value in values]
-        cells = zip(values, ["", *notes[1:]], strict=True)
-        return Row(label, tuple(Cell(text(value), note) for value, note in cells))
+    def make(label: str, texts: Sequence[str]) -> Row:
+        return Row(label, tuple(map(Cell, texts)))
 
-    found = [
-        ratios("parameters", [m.size.parameters for m in models], count, "fewer", "more"),
-        ratios("bytes on disk", [m.size.bytes for m in models], size, "smaller", "larger"),
+    def compare(
+        label: str, values: Sequence[Any], text: Callable[[Any], str], less: str, more: str
+    ) -> Row:
+        notes = ["", *(_format_ratio(values[0], value, less, more) for value in values[1:])]
+        return Row(label, tuple(map(Cell, map(text, values), notes)))
+
+    rows = [
+        compare("parameters", [m.size.parameters for m in models], format_count, "fewer", "more"),
+        compare("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger"),
     ]
-    if teacher.answers.accuracy is not None:
-        found += _labelled(models)
-    agreement = [Cell(percent(model.answers.agreement)) for model in models[1:]]
-    found.append(Row("agrees with the teacher", (Cell(""), *agreement)))
-    for device, by_batch in teacher.latency.items():
-        name = device.upper() if device == "cpu" else f"GPU {device}"
+    if answers[0].accuracy is not None:
+        accuracy = [
+            Cell(
+                _format_percent(a.accuracy),
+                f"{100 * a.accuracy_low:.1f} to {100 * a.accuracy_high:.1f}",
+            )
+            for a in answers
+        ]
+        rows += [
+            Row("accuracy", tuple(accuracy)),
+            make("cross entropy, nats", [f"{a.cross_entropy:.3f}" for a in answers]),
+            make("calibration error", [_format_percent(a.calibration_error) for a in answers]),
+        ]
+    agreement = ["", *(_format_percent(a.agreement) for a in answers[1:])]
+    rows.append(make("agrees with the teacher", agreement))
+    for device, by_batch in models[0].latency.items():
+        name = "CPU" if device == "cpu" else f"GPU {device}"
         for batch in by_batch:
             times = [m.latency[device][batch] for m in models]
-            label = f"{name}, batch {batch}"
-            medians = [t.p50 for t in times]
-            found.append(ratios(f"{label}: median", medians, duration, "faster", "slower"))
-            found.append(
-                Row(f"{label}: 95th percentile", tuple(Cell(duration(t.p95)) for t in times))
-            )
-        found.append(
-            Row(f"{name}: samples a second", tuple(Cell(count(t.throughput)) for t in times))
-        )
-    return found
+            label, medians = f"{name}, batch {batch}", [t.p50 for t in times]
+            rows += [
+                compare(f"{label}: median", medians, format_duration, "faster", "slower"),
+                make(f"{label}: 95th percentile", [format_duration(t.p95) for t in times]),
+            ]
+        rows.append(make(f"{name}: samples a second", [format_count(t.throughput) for t in times]))
+    return rows
 
 
-def _labelled(models: tuple[Model, ...]) -> list[Row]:
-    """The figures that need labels."""
-    answers = [model.answers for model in models]
-    accuracy, entropy, error = [], [], []
-    for a in answers:
-        assert a.accuracy is not None and a.accuracy_low is not None
-        assert a.accuracy_high is not None and a.cross_entropy is not None
-        assert a.calibration_error is not None
-        low, high = 100 * a.accuracy_low, 100 * a.accuracy_high
-        accuracy.append(Cell(percent(a.accuracy), f"{low:.1f} to {high:.1f}"))
-        entropy.append(Cell(f"{a.cross_entropy:.3f}"))
-        error.append(Cell(percent(a.calibration_error)))
-    return [
-        Row("accuracy", tuple(accuracy)),
-        Row("cross entropy, nats", tuple(entropy)),
-        Row("calibration error", tuple(error)),
-    ]
-
-
-def headline(report: Report, model: Model) -> str:
-    """What a model saves, in a few words; of the teacher, how large and slow it is."""
+def summarize_cost(report: Report, model: Model) -> str:
+    """Describe a student's size and latency relative to the teacher, or the teacher's own."""
     teacher = report.models[0]
-    parameters = model.size.parameters
-    fewer = ""
-    if model is not teacher:
-        fewer = _times(teacher.size.parameters, parameters, "fewer", "more")
-    found = [f"{fewer.replace('the same', 'as many') or count(parameters)} parameters"]
+    parameters, is_student = model.size.parameters, model is not teacher
+    ratio = _format_ratio(teacher.size.parameters, parameters, "fewer", "more")
+    count = ratio.replace("the same", "as many") if is_student else ""
+    parts = [f"{count or format_count(parameters)} parameters"]
     for device, by_batch in teacher.latency.items():
         batch = min(by_batch)
         seconds = model.latency[device][batch].p50
-        speed = duration(seconds)
-        if model is not teacher:
-            speed = _times(by_batch[batch].p50, seconds, "faster", "slower")
+        speed = format_duration(seconds)
+        if is_student:
+            speed = _format_ratio(by_batch[batch].p50, seconds, "faster", "slower")
             speed = speed.replace("the same", "as fast")
-        found.append(f"{speed} on {'CPU' if device == 'cpu' else 'GPU'}")
-    return ", ".join(found)
+        parts.append(f"{speed} on {'CPU' if device == 'cpu' else 'GPU'}")
+    return ", ".join(parts)
 
 
-def quality(model: Model) -> tuple[str, str]:
-    """The figure that a model is judged by, and its name."""
+def summarize_quality(model: Model) -> tuple[str, str]:
+    """Return a model's accuracy, or without labels its agreement, and the figure's name."""
     if model.answers.accuracy is None:
-        return percent(model.answers.agreement), "agreement with the teacher"
-    return percent(model.answers.accuracy), "accuracy"
+        return _format_percent(model.answers.agreement), "agreement with the teacher"
+    return _format_percent(model.answers.accuracy), "accuracy"
 
 
-def headlines(report: Report) -> list[str]:
-    """A line for each model."""
-    found = []
-    for model in report.models:
-        share, name = quality(model)
-        found.append(f"{model.name}: {share} {name}, {headline(report, model)}")
-    return found
+def summarize(report: Report) -> list[str]:
+    """Return a line for each model: its quality and its cost."""
+    return [
+        f"{model.name}: {' '.join(summarize_quality(model))}, {summarize_cost(report, model)}"
+        for model in report.models
+    ]
 
 
-METHOD = (
-    "{rows} rows. Accuracy with its 95 % Wilson interval; expected calibration error over 15 bins "
-    "of confidence. Latency of a forward pass: models took turns in one process, {calls} calls or "
-    "more each."
-)
-
-
-def method(report: Report) -> str:
-    """How it was measured, in a sentence or two."""
+def describe_method(report: Report) -> str:
+    """Describe how the figures were measured."""
     calls = [
         times.calls
         for model in report.models
         for by_batch in model.latency.values()
         for times in by_batch.values()
     ]
-    return METHOD.format(rows=f"{report.models[0].answers.rows:,}", calls=min(calls, default=0))
+    return (
+        f"{report.models[0].answers.rows:,} rows. Accuracy with its 95 % Wilson interval; expected "
+        "calibration error over 15 bins of confidence. Latency of a forward pass: models took "
+        f"turns in one process, {min(calls, default=0)} calls or more each."
+    )
 
 
-def _table(report: Report) -> Any:
-    text = extras.load("rich.text", "report").Text  # unlike str, it is shown without markup
+def show(report: Report, console: Any = None) -> None:
+    """Print the table and the summary to a Rich console, by default the terminal's."""
+    text = extras.load("rich.text", "report").Text  # Rich would read markup in a str
     table = extras.load("rich.table", "report").Table(
         title=text(report.title, style="table.title"),
         box=extras.load("rich.box", "report").SIMPLE_HEAD,
@@ -201,52 +175,42 @@ def _table(report: Report) -> Any:
     table.add_column("")
     for model in report.models:
         table.add_column(text(model.name), justify="right")
-    for row in rows(report):
+    for row in make_rows(report):
         cells = [
             text(cell.text) + text(f"\n{cell.note}" if cell.note else "", style="dim")
             for cell in row.cells
         ]
         table.add_row(text(row.label), *cells)
-    return table
+    console = console or extras.load("rich.console", "report").Console()
+    console.print(table)
+    for line in summarize(report):
+        console.print(text(line), soft_wrap=True)
 
 
-def show(report: Report) -> None:
-    """Prints the table, in colours where the terminal has them."""
-    console = extras.load("rich.console", "report").Console()
-    console.print(_table(report))
-    for line in headlines(report):
-        console.print(line, markup=False, emoji=False, highlight=False)
-
-
-def terminal(report: Report) -> str:
-    """What :func:`show` prints, without colours."""
+def format_terminal(report: Report) -> str:
+    """Return what :func:`show` prints, without colors."""
     console = extras.load("rich.console", "report").Console(file=io.StringIO(), width=100)
-    console.print(_table(report))
-    text: str = console.file.getvalue()
-    return "\n".join([*(line.rstrip() for line in text.splitlines()), *headlines(report)])
+    show(report, console)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def markdown(report: Report) -> str:
-    """A document with the table, the pictures and how it was measured."""
-    from fastkd.reports import plots
-
-    names = [_escaped(model.name) for model in report.models]
-    lines = [f"# {_escaped(report.title)}", ""]
-    lines += [f"- {_escaped(line)}" for line in headlines(report)]
+def format_markdown(report: Report) -> str:
+    """Return a Markdown document with the table, the pictures and the method."""
+    names = [_escape(model.name) for model in report.models]
+    lines = [f"# {_escape(report.title)}", ""]
+    lines += [f"- {_escape(line)}" for line in summarize(report)]
     lines += ["", "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for row in rows(report):
+    for row in make_rows(report):
         cells = [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
         lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
     lines.append("")
-    for name in plots.figures(report):
+    for name in plots.draw_figures(report):
         lines += [f"![{plots.CAPTIONS[name]}]({name}.png)", ""]
-    lines += [method(report), ""]
+    lines += [describe_method(report), ""]
     lines += [", ".join(f"{key} {value}" for key, value in report.environment.items()), ""]
     return "\n".join(lines)
 
 
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    for sign in "\\`*_[]<>|#":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("\n", " ")
+def _escape(text: str) -> str:
+    """Escape what Markdown would interpret."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text).replace("\n", " ")

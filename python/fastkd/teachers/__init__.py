@@ -1,8 +1,8 @@
-"""An offline teacher: its log-probabilities, computed once, read by sample id ever after.
+"""Cached teachers: log-probabilities computed once, written to disk and read by sample id.
 
-:func:`precompute` writes them, :class:`TeacherCache` reads them, :class:`WithIds` gives a dataset's
-samples the ids by which they are found. ``docs/teachers.md`` has the file format, measured sizes
-and speeds. Needs ``pip install fastkd[train]``.
+:func:`precompute` writes them, :class:`TeacherCache` reads them, and :class:`WithIds` adds the ids
+to a dataset. ``docs/teachers.md`` has the file format, measured sizes and speeds. Needs
+``pip install fastkd[train]``.
 """
 
 from fastkd.batches import WithIds

@@ -1,4 +1,4 @@
-"""Reading a teacher's cache by sample id."""
+"""Read a teacher cache by sample id."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from torch import Tensor, nn
 
 from fastkd import batches
 from fastkd._core import checks
+from fastkd._core.values import TopK
 from fastkd.teachers import shard
-from fastkd.teachers.digests import fingerprint, inputs_digests
+from fastkd.teachers.digests import digest_inputs, fingerprint
 
 
 class TeacherCache:
     """The log-probabilities that :func:`precompute` wrote, read by sample id, in any order.
 
-    Files are mapped into memory and read where a sample lies, so a cache may be larger than memory,
-    and processes share what they read. It may be used in ``DataLoader`` workers, forked or spawned:
-    no open file is pickled, a worker opens the path anew. Each group of rows, of about 64 KiB, has
-    a checksum. Each process checks a group when it first reads one of the group's rows.
+    Files are memory-mapped, so a cache may be larger than memory, and processes share the pages
+    that they read. ``DataLoader`` workers may use the cache, forked or spawned: it is pickled as
+    its path, and a worker opens the files itself. Each group of rows, of about 64 KiB, has a
+    checksum. Each process checks a group when it first reads one of the group's rows.
 
     Args:
-        path: the folder that :func:`precompute` wrote, finished or not.
-        classes: refuse a cache of another number of classes.
+        path: the folder that :func:`precompute` wrote, completely or in part.
+        classes: refuse a cache with another number of classes.
         teacher: refuse a cache of a teacher with other weights.
 
     Attributes:
         classes: number of classes of the teacher.
-        top_k: how many of them are kept in each row; None: all.
-        temperature: T; what is kept is log softmax(logits / T). Times T, dense log-probabilities
-            are the teacher's logits up to a constant, so they serve any temperature; top-k ones
-            serve this one.
-        dtype: in which it is kept.
-        positions: shape of a sample's rows: () for a class each, (-1,) for sequences, or sizes.
+        top_k: how many of them are stored in each row; None: all.
+        temperature: T; the cache holds log softmax(logits / T). If it holds all classes, T times
+            the log-probabilities are the teacher's logits up to a constant in each row, so they can
+            be used at any temperature. The top k can be used at this temperature alone.
+        dtype: dtype of the log-probabilities.
+        positions: shape of a sample's rows: () for one row, (-1,) for sequences, or sizes.
         teacher: :func:`fingerprint` of the teacher.
         ids: int64, the ids of all samples, ascending.
-        kl: KL(teacher || what can be read of it), mean over rows, nats, at that temperature, where
-            the classes that are not kept share the rest evenly.
-        tail: mean probability of the classes that are not kept.
+        kl: KL(teacher || distribution reconstructed from the cache), mean over rows, in nats, at
+            that temperature. The reconstruction spreads the tail evenly over its classes.
+        tail: mean probability of the classes that are not stored.
 
     Raises:
-        TypeError: if ``path`` is no path.
+        TypeError: if ``path`` is not a path.
         FileNotFoundError: if there is no cache.
         ValueError: if ``path`` cannot be a folder; if a file is damaged, is not a regular file, or
             has another format or another teacher than the first file; or if ``classes`` or
@@ -75,30 +76,30 @@ class TeacherCache:
         files = sorted(self.path.glob(shard.PATTERN))
         if not files:
             raise FileNotFoundError(f"{self.path} holds no teacher's cache (no {shard.PATTERN})")
-        opened = [shard.read(file) for file in files]
-        self._shards = [part for part, _ in opened]
-        self._checksums = [checksums for _, checksums in opened]
-        self.header = header = self._shards[0].header
-        for file, other in zip(files, self._shards, strict=True):
-            for name, ours, theirs in zip(header._fields, header, other.header, strict=True):
-                if ours != theirs:
+        self._shards, self._checksums = zip(*map(shard.read, files), strict=True)
+        self.header: shard.Header = self._shards[0].header
+        for file, part in zip(files, self._shards, strict=True):
+            for name, first, value in zip(
+                self.header._fields, self.header, part.header, strict=True
+            ):
+                if first != value:
                     raise ValueError(
-                        f"{file} does not belong to {files[0].name}: its {name} is {theirs}, "
-                        f"there it is {ours}. Delete one of them"
+                        f"{file} does not belong to {files[0].name}: their {name} are {value} and "
+                        f"{first}. Delete one of them"
                     )
         self.classes, self.top_k, self.temperature, self.dtype, self.positions, self.teacher = (
-            header
+            self.header
         )
         rows = [len(part.log_probs) for part in self._shards]
-        total = max(1, sum(rows))
-        lost = [part.lost for part in self._shards]
-        self.kl = sum(n * part.kl for n, part in zip(rows, lost, strict=True)) / total
-        self.tail = sum(n * part.tail for n, part in zip(rows, lost, strict=True)) / total
-        self._index()
+        self.kl, self.tail = (
+            sum(n * mean for n, mean in zip(rows, means, strict=True)) / max(1, sum(rows))
+            for means in zip(*(part.distortion for part in self._shards), strict=True)
+        )
+        self._build_index()
         self.check(classes=classes, teacher=teacher)
 
-    def _index(self) -> None:
-        """Where each id's rows are; of an id that is there twice, the first."""
+    def _build_index(self) -> None:
+        """Find the rows of each id; of an id that occurs twice, the first ones."""
         counts = torch.tensor([len(part.ids) for part in self._shards])
         lengths = torch.cat([part.lengths for part in self._shards])
         starts = torch.cat([part.lengths.cumsum(0) - part.lengths for part in self._shards])
@@ -111,28 +112,28 @@ class TeacherCache:
         self._inputs = torch.cat([part.inputs for part in self._shards])[order]
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.ids)
 
     def __repr__(self) -> str:
-        """In one line."""
-        kept = "all" if self.top_k is None else f"the top {self.top_k}"
+        """Return the path and the attributes in one line."""
+        stored = "all" if self.top_k is None else f"the top {self.top_k}"
         return (
-            f"TeacherCache({str(self.path)!r}: {len(self)} samples, {kept} of {self.classes} "
+            f"TeacherCache({str(self.path)!r}: {len(self)} samples, {stored} of {self.classes} "
             f"classes, {str(self.dtype).removeprefix('torch.')}, temperature {self.temperature:g}, "
-            f"KL lost {self.kl:.2g})"
+            f"KL {self.kl:.2g})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its path: a process that gets it opens the files anew."""
+        """Pickle the path alone, so that the process that unpickles it opens the files itself."""
         return (TeacherCache, (self.path,))
 
     def contains(self, ids: Tensor) -> Tensor:
-        """``(B,)`` bool: which of these ``(B,)`` ids are in the cache."""
-        ids = _checked(ids)
-        return self.ids[self._places(ids)] == ids
+        """Return a mask, bool ``(B,)``, of the ``(B,)`` ids that are in the cache."""
+        ids = batches.check_ids(ids).cpu()
+        return self.ids[self._search(ids)] == ids
 
-    def _places(self, ids: Tensor) -> Tensor:
+    def _search(self, ids: Tensor) -> Tensor:
         return torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
 
     def check(
@@ -144,15 +145,15 @@ class TeacherCache:
         ids: Tensor | None = None,
         batch: Any = None,
     ) -> None:
-        """Refuses, with a sentence, a cache that does not fit what is given.
+        """Raise if the cache does not fit the arguments.
 
         Args:
-            classes: the number of classes of the student.
-            teacher: the module whose log-probabilities these should be.
-            temperature: the teacher's temperature in the loss. A dense cache fits any.
-            ids: samples that must be there.
-            batch: a batch of the loader, with ids (:class:`WithIds`), whose inputs must be those
-                that the teacher was shown. Leave it out where inputs are augmented at random.
+            classes: number of classes of the student.
+            teacher: module that the cache should have been computed with.
+            temperature: the teacher's temperature in the loss. A cache of all classes fits any.
+            ids: samples that must be in the cache.
+            batch: a batch of the loader, with ids (:class:`WithIds`), whose inputs must equal those
+                that the teacher got. Omit it if inputs are augmented at random.
 
         Raises:
             ValueError: if anything does not fit.
@@ -161,10 +162,10 @@ class TeacherCache:
             raise ValueError(
                 f"classes: {self.path} holds a teacher of {self.classes} classes; got {classes}"
             )
-        if teacher is not None and fingerprint(teacher) != self.teacher:
+        if teacher is not None and (identity := fingerprint(teacher)) != self.teacher:
             raise ValueError(
                 f"teacher: {self.path} was computed with other weights than this teacher has "
-                f"({self.teacher[:15]}..., here {fingerprint(teacher)[:15]}...)"
+                f"(fingerprints {self.teacher[:15]}... and {identity[:15]}...)"
             )
         if temperature is not None and self.top_k and temperature != self.temperature:
             raise ValueError(
@@ -173,7 +174,7 @@ class TeacherCache:
                 f"{temperature:g}. Distil at {self.temperature:g}, or precompute at {temperature:g}"
             )
         if ids is not None:
-            self._found(ids)
+            self._find(ids)
         if batch is not None:
             self._check_inputs(batch)
 
@@ -183,104 +184,91 @@ class TeacherCache:
             raise ValueError(
                 "batch: its samples carry no ids; wrap the dataset in fastkd.teachers.WithIds"
             )
-        at = self._found(ids)
-        lengths = self._lengths[at].tolist() if self.positions == (-1,) else None
-        differs = inputs_digests(inputs, len(ids), lengths) != self._inputs[at]
+        index = self._find(ids)
+        lengths = self._lengths[index].tolist() if self.positions == (-1,) else None
+        differs = digest_inputs(inputs, len(ids), lengths) != self._inputs[index]
         if bool(differs.any()):
             raise ValueError(
-                f"batch: the inputs of {int(differs.sum())} of {len(ids)} samples are not those "
-                f"that the teacher was shown for {self.path} (such as id "
-                f"{int(ids.cpu()[differs][0])}): another dataset, another order, or random "
-                "augmentation"
+                f"batch: the inputs of {int(differs.sum())} of {len(ids)} samples differ from "
+                f"those in {self.path} (such as id {int(ids.cpu()[differs][0])}): another dataset, "
+                "another order, or random augmentation"
             )
 
-    def _found(self, ids: Tensor) -> Tensor:
-        """Where these ids are in the index; they must be there."""
-        ids = _checked(ids)
-        at = self._places(ids)
-        missing = ids[self.ids[at] != ids]
+    def _find(self, ids: Tensor) -> Tensor:
+        """Return the positions of ids in the index, or raise if one is missing."""
+        ids = batches.check_ids(ids).cpu()
+        index = self._search(ids)
+        missing = ids[self.ids[index] != ids]
         if len(missing):
             raise ValueError(
-                f"ids: {self.path} lacks {len(missing)} of the {len(ids)} samples asked for, such "
-                f"as {int(missing[0])}; it holds {len(self)}, ids {int(self.ids[0])} to "
-                f"{int(self.ids[-1])}. Run precompute again: it adds what is missing"
+                f"ids: {self.path} lacks {len(missing)} of the {len(ids)} samples, such as "
+                f"{int(missing[0])}; it holds {len(self)}, ids {int(self.ids[0])} to "
+                f"{int(self.ids[-1])}. Run precompute again: it adds the missing samples"
             )
-        return at
+        return index
 
-    def lookup(
-        self, ids: Tensor, shape: tuple[int, ...] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """What the teacher said about these samples.
+    def lookup(self, ids: Tensor, shape: tuple[int, ...] | None = None) -> Tensor | TopK:
+        """Return the teacher's log-probabilities of these samples.
 
         Args:
             ids: ``(B,)`` integers, on any device, in any order.
             shape: shape of a sample's rows in the batch, ``student_logits.shape[1:-1]``. Sequences
-                are filled up to it: with id -1 and log-probability -inf, or, where all classes are
-                kept, with equal probabilities; mask these rows by their labels. Default: the
-                longest sequence asked for.
+                are padded to it: with id -1 and log-probability -inf, or, if the cache holds all
+                classes, with equal probabilities; mask these rows by their labels. Default: the
+                length of the longest of these sequences.
 
         Returns:
-            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, ``(B, *shape, k)`` class
-            indices, int64, and their log-probabilities, largest first, as
-            :func:`fastkd.topk_loss` takes them. On the CPU, in the cache's dtype.
+            ``(B, *shape, classes)`` log-probabilities; with ``top_k``, a :class:`fastkd.TopK` of
+            shape ``(B, *shape, k)``, largest first, with indices in int64. On the CPU, in the
+            cache's dtype.
 
         Raises:
-            TypeError: for ids that are no integers, or a shape that is none.
-            ValueError: for ids that are not there, a shape that does not fit, or a damaged file.
+            TypeError: for ids that are not integers, or a shape that is not a tuple.
+            ValueError: for missing ids, a shape that does not fit, or a damaged file.
         """
-        at = self._found(ids)
-        lengths = self._lengths[at]
-        shape = self._shape(shape, lengths)
+        index = self._find(ids)
+        lengths = self._lengths[index]
+        shape = self._resolve_shape(shape, lengths)
         width = math.prod(shape)
-        sample = torch.repeat_interleave(torch.arange(len(at)), lengths)
+        sample = torch.repeat_interleave(torch.arange(len(index)), lengths)
         within = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
-        source, target = self._starts[at][sample] + within, sample * width + within
-        shards = self._shard_of[at][sample]
+        source, target = self._starts[index][sample] + within, sample * width + within
+        shards = self._shard_of[index][sample]
 
         columns = self.top_k or self.classes
         fill = -math.inf if self.top_k else -math.log(self.classes)
-        log_probs = torch.full((len(at) * width, columns), fill, dtype=self.dtype)
-        indices = torch.full((len(at) * width, columns) if self.top_k else (0,), -1)
+        log_probs = torch.full((len(index) * width, columns), fill, dtype=self.dtype)
+        indices = torch.full((len(index) * width, columns) if self.top_k else (0,), -1)
         for number in torch.unique(shards).tolist():
-            here = shards == number
+            mask = shards == number
             part = self._shards[number]
-            self._checksums[number].check(source[here])
-            log_probs[target[here]] = part.log_probs[source[here]]
+            self._checksums[number].check(source[mask])
+            log_probs[target[mask]] = part.log_probs[source[mask]]
             if part.indices is not None:
-                indices[target[here]] = part.indices[source[here]].long()
-        log_probs = log_probs.view(len(at), *shape, columns)
+                indices[target[mask]] = part.indices[source[mask]].long()
+        log_probs = log_probs.view(len(index), *shape, columns)
         if self.top_k is None:
             return log_probs
         if len(indices) and not -1 <= int(indices.min()) <= int(indices.max()) < self.classes:
             raise ValueError(f"{self.path} is damaged: it names a class beyond its {self.classes}")
-        return indices.view(log_probs.shape), log_probs
+        return TopK(log_probs, indices.view(log_probs.shape))
 
-    def _shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
-        """The shape of each sample's rows in the answer."""
+    def _resolve_shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
+        """Return the shape of each sample's rows in a result of :meth:`lookup`."""
+        is_sequence = self.positions == (-1,)
         longest = int(lengths.max()) if len(lengths) else 0
         if shape is None:
-            return (longest,) if self.positions == (-1,) else self.positions
+            return (longest,) if is_sequence else self.positions
         if not isinstance(shape, (tuple, list)):
             raise TypeError(
                 f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
             )
         shape = tuple(shape)
-        if self.positions != (-1,):
-            if shape != self.positions:
-                raise ValueError(
-                    f"shape: a sample's rows are {self.positions} in {self.path}; got {shape}"
-                )
-        elif len(shape) != 1 or shape[0] < longest:
-            raise ValueError(
-                f"shape: {self.path} holds sequences, of up to {longest} positions in this batch; "
-                f"got {shape}"
-            )
+        if is_sequence:
+            fits = len(shape) == 1 and shape[0] >= longest
+            content = f"sequences, of up to {longest} positions in this batch"
+        else:
+            fits, content = shape == self.positions, f"rows of shape {self.positions} per sample"
+        if not fits:
+            raise ValueError(f"shape: {self.path} holds {content}; got {shape}")
         return shape
-
-
-def _checked(ids: Tensor) -> Tensor:
-    """Ids as int64 on the CPU."""
-    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in checks.INTEGERS:
-        what = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
-        raise TypeError(f"ids must be an integer tensor of shape (B,); got {what}")
-    return ids.cpu().long()

@@ -1,4 +1,4 @@
-"""What tells one teacher's weights, or one sample's inputs, from another's."""
+"""Digests of a teacher's weights and of samples' inputs, to detect that they have changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastkd import batches
 
 
 def fingerprint(teacher: nn.Module) -> str:
-    """The SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in their order.
+    """Compute the SHA-256 of a module's parameters and buffers: dtypes, shapes and bytes, in order.
 
-    Quantized ones too, packed or not. Names are left out, so that ``torch.compile`` and wrappers
-    for many GPUs make no difference.
+    Quantized weights are included, packed or not. Names are not, so that ``torch.compile`` and
+    wrappers such as ``DataParallel`` do not change the fingerprint.
 
     Raises:
-        TypeError: for anything but a module.
+        TypeError: if ``teacher`` is not a module.
 
     Example:
         >>> import torch, fastkd
@@ -29,37 +29,39 @@ def fingerprint(teacher: nn.Module) -> str:
     if not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher must be one torch.nn.Module; got {type(teacher).__name__}. Put a function "
-            "into a module, and give each of several teachers a cache of its own"
+            "into a module, and give each of several teachers its own cache"
         )
     digest = hashlib.sha256()
     for value in batches.tensors(teacher.state_dict()):
-        for tensor in _plain(value):
+        for tensor in _unpack(value):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(raw_bytes(tensor))
+            digest.update(view_bytes(tensor))
     return f"sha256:{digest.hexdigest()}"
 
 
-def inputs_digests(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
-    """``(B,)`` int64: a digest of each of ``count`` samples' inputs, to notice swapped data.
+def digest_inputs(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
+    """Compute a digest of each sample's inputs, as int64 ``(count,)``.
 
-    Of sequences, only as much as each one's length, so that padding makes no difference. A 0-d
-    tensor is no sample's, and left out.
+    With ``lengths``, only that many positions of each sample are read, so that padding makes no
+    difference. A 0-d tensor belongs to no sample and is ignored.
     """
-    tensors = list(_tensors(inputs))
-    found = []
+    if isinstance(inputs, Mapping):
+        inputs = dict(sorted(inputs.items()))
+    tensors = [tensor.detach().cpu() for tensor in batches.tensors(inputs) if tensor.dim()]
+    digests = []
     for row in range(count):
         digest = hashlib.blake2b(digest_size=8)
         for tensor in tensors:
             part = tensor[row]
             if lengths is not None and part.dim():
                 part = part[: lengths[row]]
-            digest.update(raw_bytes(part))
-        found.append(int.from_bytes(digest.digest(), "little", signed=True))
-    return torch.tensor(found, dtype=torch.int64)
+            digest.update(view_bytes(part))
+        digests.append(int.from_bytes(digest.digest(), "little", signed=True))
+    return torch.tensor(digests, dtype=torch.int64)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """What a tensor is made of: integers and their scales, or those that a subclass wraps."""
+def _unpack(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors of a quantized tensor or a wrapper subclass, or the tensor itself."""
     if tensor.is_quantized:
         yield tensor.int_repr()
         if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
@@ -69,24 +71,12 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     elif hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from _plain(getattr(tensor, name))
+            yield from _unpack(getattr(tensor, name))
     else:
         yield tensor
 
 
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    if isinstance(inputs, Tensor):
-        if inputs.dim():
-            yield inputs.detach().cpu()
-    elif isinstance(inputs, Mapping):
-        for key in sorted(inputs):
-            yield from _tensors(inputs[key])
-    elif isinstance(inputs, (tuple, list)):
-        for item in inputs:
-            yield from _tensors(item)
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
+def view_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor's entries, copied only if they are not contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

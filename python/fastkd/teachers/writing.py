@@ -1,13 +1,12 @@
-"""Writing a teacher's cache: one pass over the data, resumed wherever it was interrupted."""
+"""Write a teacher cache: one pass over the data, which can be interrupted and resumed."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from fastkd import batches, extras
 from fastkd._core import checks
 from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
-from fastkd.teachers.digests import fingerprint, inputs_digests
+from fastkd.teachers.digests import digest_inputs, fingerprint
 
-# Logits handled at a time, in float32: some five tensors of this size are alive at once.
+# Logits in a chunk, in float32. About five tensors of this size are alive at once.
 _CHUNK = 2**20
 
 
@@ -34,37 +33,38 @@ def precompute(
     shard_bytes: int = 2**26,
     progress: bool = True,
 ) -> TeacherCache:
-    """Writes a teacher's log-probabilities for every sample of a loader, once.
+    """Write a teacher's log-probabilities for every sample of a loader to disk.
 
-    What is kept is log softmax(teacher(x) / T), whole or its ``top_k`` largest classes, in files of
-    which each is whole or absent. Killed at any moment, it leaves a cache of what it had done, up
-    to the last file; called again, it computes only what is missing. The teacher is run where it
-    is, in evaluation mode and without gradients.
+    The rows of log softmax(teacher(x) / T), or the ``top_k`` largest entries of each row, are
+    written in files, each of which appears complete or not at all. If the process is killed, the
+    completed files are a valid cache; another call computes only the missing samples. The teacher
+    runs on its own device, in evaluation mode and without gradients.
 
     Args:
         teacher: module that returns logits ``(B, C)``, ``(B, T, C)`` or ``(B, ..., C)``, or an
             output that has them as ``.logits``.
         loader: batches with sample ids: a ``DataLoader`` over a :class:`WithIds`, or anything that
             yields ``(inputs, labels, ids)`` or mappings with ``"ids"``.
-        path: a folder; created if need be.
-        top_k: how many classes of each row to keep, largest first. None: all of them.
+        path: a folder; created if it does not exist.
+        top_k: how many classes of each row to store, largest first. None: all of them.
         dtype: float16, bfloat16 or float32. Default float16.
-        temperature: T > 0. Dense log-probabilities serve any temperature later; the top k of them
-            only this one. Default 2, as in :func:`fastkd.loss`.
-        ignore_index: sequences ``(B, T, C)`` are kept up to their last label other than this (or
-            their last place in the ``attention_mask``, if the batch is a mapping with one), so that
-            padding is not stored. Default -100.
-        shard_bytes: size at which a file is closed: what an interruption may cost. Default 64 MiB.
+        temperature: T > 0. A cache of all classes can be used at any temperature, a cache of the
+            top k only at this one. Default 2, as in :func:`fastkd.loss`.
+        ignore_index: sequences ``(B, T, C)`` are stored up to their last label other than this, so
+            that padding is not stored. Without labels, the ``attention_mask`` of a mapping is used.
+            Default -100.
+        shard_bytes: size at which a file is completed, and the most that a killed process loses.
+            Default 64 MiB.
         progress: show a progress bar.
 
     Returns:
-        The cache, opened. Its ``kl`` is the divergence from the teacher that dropping classes and
-        rounding cost, measured while writing.
+        The opened cache. Its ``kl`` is the measured divergence between the teacher and the cache,
+        which dropping classes and rounding cause.
 
     Raises:
         ImportError: before the teacher is called, if safetensors or numpy is missing, or tqdm with
             ``progress``.
-        TypeError: if ``teacher`` is no module.
+        TypeError: if ``teacher`` is not a module.
         ValueError: if ``path`` holds a cache with other options or of other weights; if the loader
             gives no batch, or one without ids; if the teacher's logits hold NaN or +inf, or change
             their shape.
@@ -73,52 +73,77 @@ def precompute(
     """
     if dtype not in shard.DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16 or float32; got {dtype}")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise ValueError(f"top_k must be a positive integer or None; got {top_k!r}")
-    if type(shard_bytes) is not int or shard_bytes < 1:
-        raise ValueError(f"shard_bytes must be a positive integer; got {shard_bytes!r}")
-    temperature = checks.scalar_temperature("temperature", temperature)
-    checks.ignored_label(ignore_index)
+    if top_k is not None:
+        checks.count("top_k", top_k)
+    checks.count("shard_bytes", shard_bytes)
+    temperature = checks.check_scalar_temperature("temperature", temperature)
+    checks.check_ignore_index(ignore_index)
     folder = checks.folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
-    done = existing(folder, top_k, dtype, temperature, identity)
-    writer = _Writer(folder, shard_bytes, done)
-    device, own = batches.device_of(teacher), batches.dtype_of(teacher)
+    writer = _Writer(folder, shard_bytes, existing(folder, top_k, dtype, temperature, identity))
+    if progress:
+        loader = extras.load("tqdm", "train").tqdm(loader, desc="teacher", unit="batch")
+    device, teacher_dtype = batches.device_of(teacher), batches.dtype_of(teacher)
     batch = None
-    with batches.evaluating(teacher), writer:
-        for batch in _bar(loader, progress):
-            inputs, labels, ids = batches.split(batch)
-            if ids is None:
-                raise ValueError(
-                    "loader: its batches carry no sample ids; wrap its dataset in "
-                    "fastkd.teachers.WithIds, or yield (inputs, labels, ids)"
+    try:
+        with batches.evaluating(teacher):
+            for batch in loader:
+                inputs, labels, ids = batches.split(batch)
+                if ids is None:
+                    raise ValueError(
+                        "loader: its batches carry no sample ids; wrap its dataset in "
+                        "fastkd.teachers.WithIds, or yield (inputs, labels, ids)"
+                    )
+                ids = ids.cpu()
+                new = writer.select_new(ids)
+                if not bool(new.any()):
+                    continue
+                folder.mkdir(parents=True, exist_ok=True)
+                logits = batches.logits(teacher, batches.to(inputs, device, teacher_dtype))
+                _check_logits(logits, len(ids), top_k)
+                positions = (-1,) if logits.dim() == 3 else tuple(logits.shape[1:-1])
+                header = shard.Header(
+                    logits.shape[-1], top_k, temperature, dtype, positions, identity
                 )
-            new = writer.lacks(ids.cpu())
-            if not bool(new.any()):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            logits = batches.logits(teacher, batches.to(inputs, device, own))
-            _check_logits(logits, len(ids), top_k)
-            positions = (-1,) if logits.dim() == 3 else tuple(logits.shape[1:-1])
-            header = shard.Header(logits.shape[-1], top_k, temperature, dtype, positions, identity)
-            lengths = _lengths(logits, inputs, labels, ignore_index)
-            writer.add(
-                header,
-                ids.cpu(),
-                lengths,
-                inputs_digests(inputs, len(ids), lengths.tolist() if positions == (-1,) else None),
-                _kept(_valid_rows(logits, lengths), header),
-                new,
-            )
+                lengths = _count_rows(logits, inputs, labels, ignore_index)
+                prefixes = lengths.tolist() if positions == (-1,) else None
+                digests = digest_inputs(inputs, len(ids), prefixes)
+                tensors = {"ids": ids[new], "lengths": lengths[new], "inputs": digests[new]}
+                tensors |= _encode(_select_rows(logits, lengths * new), header)
+                writer.add(header, tensors)
         writer.flush()
+    finally:
+        writer.flush()  # after an error or an interrupt, also one of the flush before
     if batch is None:
         raise ValueError(batches.NO_BATCH)
     return TeacherCache(folder)
 
 
+def existing(
+    folder: pathlib.Path, top_k: int | None, dtype: torch.dtype, temperature: float, teacher: str
+) -> TeacherCache | None:
+    """Open the cache in ``folder``, or return None if there is none.
+
+    Raises:
+        ValueError: if the cache has other options; the message names the first that differs.
+    """
+    if not any(folder.glob(shard.PATTERN)):
+        return None
+    cache = TeacherCache(folder)
+    options = {"top_k": top_k, "dtype": dtype, "temperature": temperature, "teacher": teacher}
+    for name, value in options.items():
+        cached = getattr(cache, name)
+        if cached != value:
+            raise ValueError(
+                f"{name}: {folder} holds a cache with {name} {cached}, which cannot be continued "
+                f"with {name} {value}. Choose another path, or delete the cache"
+            )
+    return cache
+
+
 def _check_logits(logits: Tensor, samples: int, top_k: int | None) -> None:
-    """One answer for each sample, with enough classes."""
+    """Raise unless there are logits for each sample, with at least ``top_k`` classes."""
     if logits.dim() < 2 or logits.shape[0] != samples or logits.shape[-1] == 0:
         raise ValueError(
             f"teacher must return logits (B, ..., C) with B = {samples}, one for each sample id; "
@@ -130,214 +155,124 @@ def _check_logits(logits: Tensor, samples: int, top_k: int | None) -> None:
         )
 
 
-def existing(
-    folder: pathlib.Path, top_k: int | None, dtype: torch.dtype, temperature: float, teacher: str
-) -> TeacherCache | None:
-    """The cache that an earlier run left, if it is one to go on with.
-
-    Raises:
-        ValueError: if it is another; the message names what differs.
-    """
-    if not any(folder.glob(shard.PATTERN)):
-        return None
-    cache = TeacherCache(folder)
-    wanted = {"top_k": top_k, "dtype": dtype, "temperature": temperature, "teacher": teacher}
-    for name, value in wanted.items():
-        there = getattr(cache, name)
-        if there != value:
-            raise ValueError(
-                f"{name}: {folder} holds a cache with {name} {there}, which cannot be gone on with "
-                f"at {name} {value}. Choose another path, or delete it"
-            )
-    return cache
-
-
-def _bar(loader: Iterable[Any], progress: bool) -> Iterator[Any]:
-    """The loader, behind a progress bar if one is wanted."""
-    if not progress:
-        yield from loader
-        return
-    tqdm = extras.load("tqdm", "train").tqdm
-    yield from tqdm(loader, desc="teacher", unit="batch")
-
-
-def _lengths(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Tensor:
-    """``(B,)`` int64, on the CPU: how many rows of each sample are worth keeping."""
-    whole = torch.full((len(logits),), math.prod(logits.shape[1:-1]))
-    if logits.dim() != 3:
-        return whole
-    valid = None
+def _count_rows(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Tensor:
+    """Return the number of rows to store of each sample, ``(B,)`` int64 on the CPU."""
+    mask = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        valid = checks.int64(labels) != ignore_index
-    elif isinstance(inputs, dict) and isinstance(inputs.get("attention_mask"), Tensor):
-        valid = inputs["attention_mask"] != 0
-    if valid is None or valid.shape != logits.shape[:-1]:
-        return whole
-    places = torch.arange(1, logits.shape[1] + 1) * valid.cpu()
-    return places.amax(1) if logits.shape[1] else whole
+        mask = checks.to_int64(labels) != ignore_index
+    elif isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
+        mask = inputs["attention_mask"] != 0
+    if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2] and mask.numel():
+        return (torch.arange(1, mask.shape[1] + 1) * mask.cpu()).amax(1)
+    return torch.full((len(logits),), math.prod(logits.shape[1:-1]))
 
 
-def _valid_rows(logits: Tensor, lengths: Tensor) -> Tensor:
-    """``[R, C]``: the rows that are kept, one sample's after the other's."""
+def _select_rows(logits: Tensor, lengths: Tensor) -> Tensor:
+    """Return the first rows of each sample, concatenated: ``[sum of lengths, C]``."""
     flat = logits.reshape(len(logits), -1, logits.shape[-1])
-    keep = torch.arange(flat.shape[1]) < lengths[:, None]
-    return flat.reshape(-1, flat.shape[-1]) if bool(keep.all()) else flat[keep.to(logits.device)]
+    mask = torch.arange(flat.shape[1]) < lengths[:, None]
+    return flat.reshape(-1, flat.shape[-1]) if bool(mask.all()) else flat[mask.to(logits.device)]
 
 
-class _Kept(NamedTuple):
-    """What is kept of some rows, on the CPU."""
+def _encode(rows: Tensor, header: shard.Header) -> dict[str, Tensor]:
+    """Compute, truncate and round the log-probabilities of logits [R, C].
 
-    log_probs: Tensor  # [R, classes or k]
-    indices: Tensor | None  # [R, k]
-    kl: Tensor  # [R]
-    tail: Tensor  # [R]
-
-
-def _kept(rows: Tensor, header: shard.Header) -> _Kept:
-    """Log-probabilities of logits [R, C], cut and rounded, and what that cost."""
+    Returns CPU tensors: log_probs and, with top_k, indices, as in a shard; kl and tail [R].
+    """
     parts = []
     for part in torch.split(rows, max(1, _CHUNK // rows.shape[-1])):
         logits = part.float() / header.temperature
-        if not bool((logits.amax(-1) < math.inf).all()) or not bool(
-            (logits.amax(-1) > -math.inf).all()
-        ):  # NaN is neither
+        if not bool(logits.amax(-1).isfinite().all()):  # amax is NaN if one entry is
             raise ValueError("teacher: its logits hold NaN or +inf, or a row of -inf")
         log_p = logits.log_softmax(-1)
-        indices = None
-        stored = log_p
+        stored, indices = log_p, None
         if header.top_k is not None:
             stored, indices = log_p.topk(header.top_k, sorted=True)
-        stored = stored.to(header.dtype)
-        kl, tail = _lost(log_p, stored, indices)
-        indices = None if indices is None else indices.int().cpu()
-        parts.append(_Kept(stored.cpu(), indices, kl.cpu(), tail.cpu()))
-    return _join(parts) if parts else _empty(header)
+        tensors = {"log_probs": stored.to(header.dtype)}
+        if indices is not None:
+            tensors["indices"] = indices.int()
+        tensors["kl"], tensors["tail"] = _measure_distortion(log_p, tensors["log_probs"], indices)
+        parts.append({name: tensor.cpu() for name, tensor in tensors.items()})
+    return _concatenate(parts)
 
 
-def _lost(log_p: Tensor, stored: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``[R]``: KL(p || what a reader reconstructs of p), and the probability of what is not kept.
+def _concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    A reader knows what is stored, and that the other classes share the rest evenly: q, which adds
-    up to 1 + z. Then KL = sum p log(p / q) + log(1 + z). What is kept contributes
-    p (d + exp(-d) - 1) with d = log(p / q), which does not cancel where q is near p.
+
+def _measure_distortion(
+    log_p: Tensor, stored: Tensor, indices: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return KL(p || the reader's reconstruction of p) and the tail's probability, both ``[R]``.
+
+    A reader knows the stored log-probabilities, and spreads the tail, the probability of all other
+    classes, evenly over them. These values q add up to 1 + z, so
+    KL = sum p log(p / q) + log(1 + z). A stored class contributes p (d + exp(-d) - 1) with
+    d = log(p / q): this form does not cancel where q is near p.
     """
     p = log_p.exp()
     if indices is None:
-        tail = lost_in_tail = torch.zeros_like(p[:, 0])
+        tail = tail_kl = torch.zeros_like(p[:, 0])
     else:
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
         spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
-        # Not xlogy(tail, tail / n): a tail of 1e-44 over a thousand classes is 0 each.
+        # Not xlogy(tail, tail / n): a tail of 1e-44 divided by a thousand classes is 0.
         even = tail * spread - torch.special.xlogy(tail, tail)
-        lost_in_tail = even - torch.special.entr(others).sum(-1)
+        tail_kl = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)
     d = torch.where(p > 0, log_p - stored.float(), 0.0)
     excess = torch.expm1(-d)
     z = (p * excess).sum(-1)
-    kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + lost_in_tail.clamp(min=0)
-    return kl.clamp(min=0), tail  # rounding may leave -1e-11
+    kl = (p * (d + excess)).sum(-1) + torch.log1p(z) - z + tail_kl.clamp(min=0)
+    return kl.clamp(min=0), tail  # rounding may produce -1e-11
 
 
-def _join(parts: list[_Kept]) -> _Kept:
-    log_probs, indices, kl, tail = zip(*parts, strict=True)
-    some = [part for part in indices if part is not None]
-    return _Kept(
-        torch.cat(log_probs), torch.cat(some) if some else None, torch.cat(kl), torch.cat(tail)
-    )
+class _Writer:
+    """Collect samples and write them in shards of about ``shard_bytes``."""
 
+    def __init__(self, folder: pathlib.Path, shard_bytes: int, cache: TeacherCache | None) -> None:
+        self._folder, self._shard_bytes, self._cache = folder, shard_bytes, cache
+        self._header = None if cache is None else cache.header
+        self._selected: set[int] = set()
+        self._parts: list[dict[str, Tensor]] = []
+        self._bytes = 0
 
-def _empty(header: shard.Header) -> _Kept:
-    size = (0, header.top_k or header.classes)
-    indices = torch.zeros(size, dtype=torch.int32) if header.top_k else None
-    return _Kept(torch.zeros(size, dtype=header.dtype), indices, torch.zeros(0), torch.zeros(0))
-
-
-class _Batch(NamedTuple):
-    ids: Tensor
-    lengths: Tensor
-    inputs: Tensor
-    kept: _Kept
-
-
-class _Writer(contextlib.AbstractContextManager["_Writer"]):
-    """Gathers samples and writes them as shards; on leaving for an error, the rest."""
-
-    def __init__(self, folder: pathlib.Path, shard_bytes: int, done: TeacherCache | None) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.done = done
-        self.header = None if done is None else done.header
-        self.fresh: set[int] = set()  # ids that this run has added
-        self.parts: list[_Batch] = []
-        self.bytes = 0
-
-    def lacks(self, ids: Tensor) -> Tensor:
-        """``(B,)`` bool: the samples that are in no shard yet, each once."""
-        new = (
-            torch.ones(len(ids), dtype=torch.bool)
-            if self.done is None
-            else ~self.done.contains(ids)
-        )
-        seen: set[int] = set()
+    def select_new(self, ids: Tensor) -> Tensor:
+        """Return a mask, bool ``(B,)``, of the ids that are not cached and not selected before."""
+        new = torch.ones_like(ids, dtype=torch.bool)
+        if self._cache is not None:
+            new = ~self._cache.contains(ids)
         for row, number in enumerate(ids.tolist()):
-            if number in self.fresh or number in seen:
+            if number in self._selected:
                 new[row] = False
-            seen.add(number)
+            self._selected.add(number)
         return new
 
-    def add(
-        self,
-        header: shard.Header,
-        ids: Tensor,
-        lengths: Tensor,
-        inputs: Tensor,
-        kept: _Kept,
-        new: Tensor,
-    ) -> None:
-        """Takes those samples of a batch that are new."""
-        if self.header is None:
-            self.header = header
-        if header != self.header:
-            changed = [
-                f"{name} {was} to {now}"
-                for name, was, now in zip(header._fields, self.header, header, strict=True)
-                if was != now
+    def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
+        """Add samples, and write a shard if enough have been collected."""
+        self._header = self._header or header
+        if header != self._header:
+            changes = [
+                f"{name} {old} to {new}"
+                for name, old, new in zip(header._fields, self._header, header, strict=True)
+                if old != new
             ]
-            raise ValueError(f"teacher: its logits changed from {', '.join(changed)}")
-        rows = torch.repeat_interleave(new, lengths)
-        if not bool(new.all()):
-            kept = _Kept(*(None if value is None else value[rows] for value in kept))  # type: ignore[arg-type]
-        self.parts.append(_Batch(ids[new], lengths[new], inputs[new], kept))
-        self.fresh.update(ids[new].tolist())
-        size = kept.log_probs.nbytes + (0 if kept.indices is None else kept.indices.nbytes)
-        self.bytes += size
-        if self.bytes >= self.shard_bytes:
+            raise ValueError(f"teacher: its logits changed from {', '.join(changes)}")
+        self._parts.append(tensors)
+        self._bytes += sum(
+            tensors[name].nbytes for name in ("log_probs", "indices") if name in tensors
+        )
+        if self._bytes >= self._shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has gathered as one shard."""
-        if not self.parts or self.header is None:
+        """Write the collected samples as one shard."""
+        if not self._parts or self._header is None:
             return
-        parts = self.parts
-        kept = _join([part.kept for part in parts])
-        rows = max(1, len(kept.kl))
-        lost = shard.Loss(
-            float(kept.kl.double().sum()) / rows, float(kept.tail.double().sum()) / rows
-        )
-        shard.write(
-            self.folder,
-            shard.Shard(
-                self.header,
-                lost,
-                torch.cat([part.ids for part in parts]),
-                torch.cat([part.lengths for part in parts]),
-                torch.cat([part.inputs for part in parts]),
-                kept.log_probs,
-                kept.indices,
-            ),
-        )
-        self.parts, self.bytes = [], 0  # now, since an interrupted write is begun anew on leaving
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing that was computed is lost, not by an error or an interrupt from the keyboard."""
-        self.flush()
+        tensors = _concatenate(self._parts)
+        rows = max(1, len(tensors["log_probs"]))
+        kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
+        content = shard.Shard(self._header, shard.Distortion(kl, tail), **tensors)
+        shard.write(self._folder, content)
+        self._parts, self._bytes = [], 0  # after the write: an interrupted one is repeated

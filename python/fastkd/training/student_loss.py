@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import batches, losses
-from fastkd._core import checks, topk
+from fastkd._core import checks
+from fastkd._core.arguments import check_sparse_options
+from fastkd._core.objective import Options
 from fastkd.reference import Terms
 from fastkd.training import hints
 
@@ -122,8 +123,8 @@ class Cached:
     def __init__(self, cache: Cache, loss: losses.KDLoss, home: torch.device) -> None:
         """``home``: where the student wants the answers."""
         self._cache, self._home = cache, home
-        options = {**losses.DEFAULTS, **loss.options}
-        self._dim, self._classes = options["dim"], options["classes"]
+        options = {**Options._field_defaults, **loss.options}
+        self._dim = options["dim"]
         if cache.top_k is not None:
             _check_topk(cache, loss)
         elif options["teacher_form"] != "logits":
@@ -141,9 +142,8 @@ class Cached:
 
     def _look_up(self, ids: Tensor, student_logits: Tensor) -> Any:
         """What the cache has for these samples, in the shape of the student's logits."""
-        shape = losses.rows_last(student_logits, self._dim, None).shape
-        if self._classes is None:  # else the loss cuts both to the same number
-            self._cache.check(classes=shape[-1])
+        shape = student_logits.movedim(self._dim, -1).shape
+        self._cache.check(classes=shape[-1])
         found = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._home)
         if not isinstance(found, Tensor):
             return found
@@ -158,19 +158,11 @@ class Cached:
 Teacher = Modules | Cached
 
 
-TOPK_OPTIONS = frozenset(inspect.signature(topk.topk_loss).parameters)
-
-
 def _check_topk(cache: Cache, loss: losses.KDLoss) -> None:
-    """Whether :func:`fastkd.topk_loss` can do what is asked of it."""
-    for name, given in loss.options.items():
-        default = losses.DEFAULTS[name]
-        if name not in TOPK_OPTIONS and given is not default and given != default:
-            raise ValueError(
-                f"loss: {name} must be {default!r} with a cache of the top {cache.top_k} classes; "
-                f"got {given!r}"
-            )
-    temperature = loss.options.get("temperature", losses.DEFAULTS["temperature"])
+    """Raise if the loss has an option that a sparse teacher does not support."""
+    options = Options()._replace(**loss.options)
+    check_sparse_options(options)
+    temperature = 1.0 if options.temperature is None else options.temperature
     cache.check(temperature=checks.number("temperature", temperature, 0.0, math.inf))
 
 
@@ -250,7 +242,7 @@ class StudentLoss(nn.Module):
     def labels_of(self, batch: Any) -> Tensor | None:
         """The batch's labels, class indices as int64."""
         found = self._labels(batch)
-        return None if found is None else checks.int64(found)
+        return None if found is None else checks.to_int64(found)
 
     def forward_student(self, batch: Any) -> Tensor:
         """The student's logits."""
@@ -258,11 +250,9 @@ class StudentLoss(nn.Module):
 
     def terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """The distillation loss and its terms."""
-        given = {**self.loss.options_for(targets), **options}
+        given = {**self.loss.options, **options}
         if callable(teacher):
             teacher = teacher(logits)
-        if isinstance(teacher, tuple):
-            return topk_terms(logits, teacher, targets, given)
         return losses.terms(logits, teacher, targets, **given)
 
     def sums(self, model: nn.Module, batch: Any, teacher: Any) -> Sums:
@@ -277,7 +267,7 @@ class StudentLoss(nn.Module):
             rows, weight = self.counted(targets)
             if targets.is_floating_point():
                 targets = targets.argmax(self.dim)
-            counted = losses.rows_last(logits, self.dim, self._option("classes"))
+            counted = logits.movedim(self.dim, -1)
             hits = (counted.argmax(-1) == targets).sum()
         parts = (terms.loss, terms.hard, terms.soft, terms.agreement, hits, rows, weight)
         return Sums(*(part.double() for part in parts))
@@ -288,13 +278,13 @@ class StudentLoss(nn.Module):
         if self._class_weight is not None and weight:
             ratio = rows / weight
             alpha, hard_weight, soft_weight = map(self._option, WEIGHTS)
-            weighs, _ = checks.weights(alpha, hard_weight, soft_weight, True)
+            weighs, _ = checks.resolve_weights(alpha, hard_weight, soft_weight, True)
             loss += float(weighs) * hard * (ratio - 1)
             hard *= ratio
         return [value / rows for value in (loss, hard, soft, agreement, hits)]
 
     def _option(self, name: str) -> Any:
-        return self.loss.options.get(name, losses.DEFAULTS[name])
+        return self.loss.options.get(name, Options._field_defaults[name])
 
     @property
     def _class_weight(self) -> Tensor | None:
@@ -322,44 +312,3 @@ class StudentLoss(nn.Module):
 def rows_of(logits: Tensor, dim: int) -> int:
     """The number of rows."""
     return logits.numel() // logits.shape[dim]
-
-
-def topk_terms(
-    logits: Tensor,
-    lists: tuple[Tensor, Tensor],
-    targets: Tensor | None,
-    options: dict[str, Any],
-) -> Terms:
-    """:func:`fastkd.topk_loss` and its terms; the entropies are not known, hence NaN.
-
-    The terms are read from the logits once more each, which is little beside a model's passes.
-    """
-    indices, log_probs = lists
-    options = {name: value for name, value in options.items() if name in TOPK_OPTIONS}
-    # The options are those of fastkd.loss, whose default of the temperature is another.
-    options.setdefault("temperature", losses.DEFAULTS["temperature"])
-
-    def loss(**weights: Any) -> Tensor:
-        return topk.topk_loss(logits, *lists, targets, **{**options, **weights})
-
-    def default(name: str) -> Any:
-        return options.get(name, losses.DEFAULTS[name])
-
-    total = loss()
-    hard = torch.zeros_like(total)
-    with torch.no_grad():
-        soft_weight = 1 / default("temperature") ** 2
-        if targets is None:
-            soft = loss(soft_weight=soft_weight)
-        else:
-            hard = loss(alpha=None, hard_weight=1.0, soft_weight=0.0)
-            soft = loss(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
-        best = indices.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
-        agrees = logits.argmax(-1) == best
-        if targets is not None:
-            agrees &= targets != default("ignore_index")
-        agreement = agrees.sum().to(total.dtype)
-        if default("reduction") == "mean":
-            agreement = agreement / options["normalizer"]
-    unknown = torch.full_like(hard, math.nan)
-    return Terms(total, hard, soft, unknown, unknown, agreement)

@@ -1,0 +1,234 @@
+"""Check the arguments of a call, once, and convert them to what the kernels and formulas take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd._core import checks
+from fastkd._core.autograd import is_transformed
+from fastkd._core.objective import Objective, Options, fit, resolve
+from fastkd._core.shapes import accumulator
+from fastkd._core.values import Head, TopK, check_topk
+
+Student = Tensor | Head
+Teacher = Tensor | Sequence[Tensor] | Head | TopK
+
+
+class Call(NamedTuple):
+    """A checked call of the loss for logits, with the classes last."""
+
+    student: Tensor
+    teachers: tuple[Tensor, ...]
+    labels: Tensor | None
+    objective: Objective
+    dtype: torch.dtype
+    """The dtype of the arithmetic and of the loss: float64 if any logits are, else float32."""
+    topk: TopK | None = None
+    """A sparse teacher, instead of ``teachers``."""
+    inplace: bool = False
+
+
+_DENSE_OPTIONS = (
+    "teacher_temperature", "class_weight", "divergence", "mix", "teacher_form", "teacher_weights",
+    "ensemble", "standardize", "dim", "inplace",
+)  # fmt: skip
+
+
+def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
+    """Check all arguments of a call for logits, and convert the lists of a sparse teacher."""
+    call = check_arguments(student, teacher, labels, options)
+    if call.topk is None:
+        return call
+    log_probs, indices, tail = call.topk
+    log_probs = checks.to_savable(log_probs.detach().to(call.dtype))
+    return call._replace(topk=TopK(log_probs, checks.to_savable(indices.long()), tail))
+
+
+def check_arguments(
+    student: Tensor, teacher: object, labels: Tensor | None, options: Options
+) -> Call:
+    """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
+
+    The lists of a sparse teacher are returned as they are. Their numbers are checked by
+    :func:`raise_cause`, and labels by the kernels.
+    """
+    topk = teacher if isinstance(teacher, TopK) else None
+    teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
+    if options.chunks != "auto":
+        raise ValueError(f'chunks must be "auto" unless student is a Head; got {options.chunks!r}')
+    if topk is not None:
+        check_sparse_options(options)
+    objective = resolve(
+        options,
+        has_labels=labels is not None,
+        teachers=len(teachers),
+        default_temperature=2.0 if topk is None else 1.0,
+    )
+    checks.check_student(student, options.dim)
+    if topk is not None:
+        outputs: tuple[Tensor, ...] = (topk.log_probs,)
+        check_topk(topk, "teacher")
+        check_lists_fit(student, topk)
+    else:
+        outputs = checks.check_teachers(student, teachers, options.dim)
+    for i, output in enumerate(outputs):
+        if checks.is_differentiated(output):
+            name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
+            raise ValueError(
+                f"{name if topk is None else 'teacher.log_probs'} requires grad, but the loss "
+                "gives the teacher none: compute it under torch.no_grad(), or .detach() it"
+            )
+    inplace = options.inplace and not is_transformed()
+    if inplace:
+        _check_inplace(student, outputs, objective.reduction)
+    student, labels = _classes_last(student, options.dim), _labels_last(student, labels, options)
+    soft_labels = labels is not None and checks.check_labels(labels, student)
+    if topk is not None:
+        _check_sparse(objective, labels)
+    labels = None if labels is None else checks.to_savable(checks.to_int64(labels))
+    checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
+    dtype = accumulator(student, *outputs)
+    objective = fit(objective, student, labels, dtype)
+    if topk is not None:
+        return Call(student, (), labels, objective, dtype, topk)
+    outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
+    return Call(student, outputs, labels, objective, dtype, None, inplace)
+
+
+def check_sparse_options(options: Options) -> None:
+    """Raise if an option is given that a sparse teacher does not support."""
+    check_options_are_default(options, _DENSE_OPTIONS, "a TopK as teacher")
+
+
+def check_options_are_default(options: Options, names: Sequence[str], what: str) -> None:
+    """Raise if an option that ``what`` does not support is not its default."""
+    for name in names:
+        default = options._field_defaults[name]
+        if name in options.nondefault and getattr(options, name) != default:
+            raise ValueError(f"{name} must be {default!r} with {what}; got {_shown(options, name)}")
+
+
+def _shown(options: Options, name: str) -> str:
+    value = getattr(options, name)
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _classes_last(value: Tensor, dim: int) -> Tensor:
+    return value if dim == -1 else value.movedim(dim, -1)
+
+
+def _labels_last(student: Tensor, labels: Tensor | None, options: Options) -> Tensor | None:
+    is_distribution = isinstance(labels, Tensor) and labels.is_floating_point()
+    if is_distribution and labels.dim() == student.dim():  # type: ignore[union-attr]
+        return _classes_last(labels, options.dim)  # type: ignore[arg-type]
+    return labels
+
+
+# ---- sparse teachers
+
+
+def check_lists_fit(student: Tensor, topk: TopK) -> None:
+    """Raise unless the lists have k entries for each row of logits, on the logits' device."""
+    rows = student.shape[:-1]
+    for name in ("log_probs", "indices"):
+        value = getattr(topk, name)
+        if value.shape[:-1] != rows:
+            shape = ", ".join([*map(str, rows), "k"])
+            raise ValueError(
+                f"teacher.{name} must have k >= 1 entries for each row of logits, shape ({shape}) "
+                f"for logits of shape {tuple(student.shape)}; got {tuple(value.shape)}"
+            )
+        if value.device != student.device:
+            raise ValueError(
+                f"teacher.{name} must be on the logits' device, {student.device}; got "
+                f"{value.device}"
+            )
+
+
+def _check_sparse(objective: Objective, labels: Tensor | None) -> None:
+    """Raise for tensors that a sparse teacher does not support."""
+    for name in ("temperature", "hard_weight", "soft_weight"):
+        if isinstance(getattr(objective, name), Tensor):
+            raise TypeError(f"{name} must be a number with a TopK as teacher; got a tensor")
+    if labels is not None and labels.is_floating_point():
+        raise TypeError(
+            f"labels must be class indices of an integer dtype with a TopK as teacher; got "
+            f"{labels.dtype}"
+        )
+
+
+# ---- inplace
+
+
+def _check_inplace(student: Tensor, teachers: Sequence[Tensor], reduction: str) -> None:
+    """Raise unless the student's logits may be overwritten by their gradient."""
+    if reduction == "none":
+        raise ValueError(
+            'inplace=True needs reduction="mean" or "sum"; got "none", which keeps no gradient'
+        )
+    compiling = torch.compiler.is_compiling()
+    owner = student._base if not compiling and student._is_view() else student
+    if owner is not None and owner.requires_grad and owner.is_leaf:
+        raise ValueError(
+            "inplace=True writes the gradient over student, which cannot be a leaf that requires "
+            "grad, or a view of one"
+        )
+    if compiling:
+        return  # torch.compile ignores inplace
+    if student.is_neg():
+        raise ValueError(
+            "inplace=True writes the gradient over student, whose memory must hold the logits; got "
+            "a view of their negatives (.resolve_neg() it)"
+        )
+    if _overlaps(student):
+        raise ValueError(
+            "inplace=True writes the gradient over student, whose rows must not share memory; got "
+            f"strides {student.stride()} of shape {tuple(student.shape)} (.contiguous() them)"
+        )
+    memory = student.untyped_storage().data_ptr()
+    if memory and any(teacher.untyped_storage().data_ptr() == memory for teacher in teachers):
+        raise ValueError("inplace=True needs student and teacher in different memory")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return True if entries may share memory: a stride is within the reach of smaller strides."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+# ---- errors of kernels
+
+
+def raise_cause(error: RuntimeError, call: Call) -> None:
+    """Raise the Python exception for a kernel's error; return if the cause is none of these.
+
+    Causes are a bad label, temperature or list, an unsupported layout, and no memory.
+    """
+    student, labels, objective = call.student, call.labels, call.objective
+    tensors: list[Any] = [student, labels, objective.temperature]
+    if call.topk is not None:
+        tensors += call.topk[:2]
+    if torch.compiler.is_compiling() or not checks.has_data(*tensors):
+        return
+    if "inplace needs" in str(error):
+        raise ValueError(
+            "inplace=True needs student to be laid out row by row, or class by class, and to lie "
+            f"at a multiple of its {student.element_size()} bytes; got strides {student.stride()} "
+            f"of shape {tuple(student.shape)}, the classes last, at {student.data_ptr():#x}"
+        )
+    if "API call failed" in str(error):
+        # The stable ABI drops the type and the message of an exception. Asking for as much memory
+        # again raises torch's own OutOfMemoryError, which trainers catch to halve their batches.
+        torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
+    if student.device.type == "cpu":
+        checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
+        if call.topk is not None:
+            checks.check_lists(student, *call.topk[:2], labels, objective.ignore_index)

@@ -1,0 +1,220 @@
+"""``Head`` and ``TopK``: what the loss takes in place of a tensor of logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd._core import checks
+
+Tail = Literal["ghost", "renormalize", "ignore"]
+TAILS: tuple[Tail, ...] = ("ghost", "renormalize", "ignore")
+"""The position of a name is its number in csrc/topk.h."""
+
+
+class Head(NamedTuple):
+    """A linear layer and its input, in place of the logits, which are then computed in chunks.
+
+    ::
+
+        logits = hidden @ weight.T + bias
+        logits = scale * logits                      # if scale is given (Cohere)
+        logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
+
+    A named tuple: PyTorch's pytrees, ``torch.compile``, data loaders and Accelerate move and take
+    it apart like any other. docs/linear.md describes the chunks and their memory.
+
+    Args:
+        hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
+        weight: ``(classes, width)``, of the dtype of ``hidden`` unless autocast is on.
+        bias: ``(classes,)`` or None. Default None.
+        softcap: a positive number or None. Default None.
+        scale: a positive number or None, applied before ``softcap``. Default None.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.Head(torch.zeros(6, 8), torch.zeros(50, 8), softcap=30.0)
+        Head(hidden=float32 (6, 8) on cpu, weight=float32 (50, 8) on cpu, softcap=30.0)
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+    def __repr__(self) -> str:
+        """Describe the tensors by dtype, shape and device, and leave out what was not given."""
+        return _describe(self)
+
+    def logits(self) -> Tensor:
+        """Compute all logits, ``(..., classes)``, by differentiable PyTorch operations."""
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        if self.scale is not None:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class TopK(NamedTuple):
+    """The log-probabilities of a teacher's k most probable classes, in place of all logits.
+
+    The fields are in the order of what ``torch.topk`` returns::
+
+        teacher = fastkd.TopK(*torch.log_softmax(teacher_logits / T, -1).topk(k))
+
+    With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
+    q = softmax(student / T) the student's, ``tail`` chooses the divergence D:
+
+    - ``"ghost"``: all other classes are one more class, for teacher and student. D is the forward
+      KL of k + 1 classes, sum over K of p log(p / q) + p' log(p' / q'), with p' = 1 - sum over K of
+      p, and q' the student's probability of everything outside K. The student learns how much to
+      leave to the other classes, and not how to divide it. (Model-Optimizer; DistillKit's
+      "symmetric_uniform"; TRL's tail bucket.)
+    - ``"renormalize"``: both distributions are divided by their sum over K, and D is the forward KL
+      of the two. The student's probability of other classes has no influence. (TRL without tail.)
+    - ``"ignore"``: D = sum over K of p log(p / q) as it stands, which may be negative. With
+      ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of the
+      teacher truncated to K and the student over all classes. (DistillKit's "zero".)
+
+    Inference servers return log-probabilities at T = 1, before any temperature, unless they are
+    told otherwise (vLLM's ``logprobs_mode="processed_logprobs"``). The loss cannot soften
+    log-probabilities of some classes, since it does not know the others: they must be those at the
+    temperature of the loss, which is 1 by default with a ``TopK``.
+
+    A named tuple: PyTorch's pytrees, ``torch.compile``, data loaders and Accelerate move and take
+    it apart like any other.
+
+    Args:
+        log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
+            teacher's probabilities at the temperature of the loss. They are neither softened nor
+            normalized.
+        indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
+            row. An entry is padding if its index is negative or its log-probability is -inf; both
+            forms are in use, by inference servers and by TRL. Padding lists no class.
+        tail: how classes that are not listed count, as above. Default ``"ghost"``.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.TopK(*torch.log_softmax(torch.zeros(2, 10), -1).topk(3))
+        TopK(log_probs=float32 (2, 3) on cpu, indices=int64 (2, 3) on cpu, tail='ghost')
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    tail: Tail = "ghost"
+
+    def __repr__(self) -> str:
+        """Describe the tensors by dtype, shape and device."""
+        return _describe(self)
+
+
+def check_head(head: Head, name: str = "Head") -> None:
+    """Raise unless the fields of a head fit each other; ``name``: the argument, for the message."""
+    for field in ("hidden", "weight", "bias"):
+        value = getattr(head, field)
+        if value is not None or field != "bias":
+            _check_floats(f"{name}.{field}", value)
+    hidden, weight, bias = head[:3]
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}.hidden must have shape (..., width) and {name}.weight (classes, width); got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{name}.weight must have at least one class; got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}.bias must have shape {tuple(weight.shape[:1])}, one number for each class; "
+            f"got {tuple(bias.shape)}"
+        )
+    for field in ("softcap", "scale"):
+        value = getattr(head, field)
+        if value is not None:
+            checks.number(f"{name}.{field}", value, 0.0, math.inf, open_low=True)
+
+
+def check_topk(topk: TopK, name: str = "TopK") -> None:
+    """Raise unless the fields of a sparse teacher fit each other; ``name``: see check_head."""
+    _check_floats(f"{name}.log_probs", topk.log_probs)
+    indices = topk.indices
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"{name}.indices must be a tensor of class indices; got {type(indices).__name__}"
+        )
+    checks.check_dense(f"{name}.indices", indices)
+    if indices.dtype not in checks.INTEGERS:
+        raise TypeError(
+            f"{name}.indices must be class indices of an integer dtype; got {indices.dtype}"
+        )
+    if indices.shape != topk.log_probs.shape or indices.dim() == 0 or indices.shape[-1] == 0:
+        raise ValueError(
+            f"{name}.log_probs and {name}.indices must have the same shape (..., k) with k >= 1; "
+            f"got {tuple(topk.log_probs.shape)} and {tuple(indices.shape)}"
+        )
+    checks.one_of(f"{name}.tail", topk.tail, TAILS)
+
+
+def _check_floats(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    checks.check_dense(name, value)
+    if value.dtype not in checks.FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+
+
+def _describe(value: Head | TopK) -> str:
+    """Return the repr of a named tuple of tensors, without their numbers."""
+
+    def one(field: object) -> str:
+        if not isinstance(field, Tensor):
+            return repr(field)
+        dtype = str(field.dtype).removeprefix("torch.")
+        return f"{dtype} {tuple(field.shape)} on {field.device}"
+
+    fields = ", ".join(
+        f"{name}={one(field)}"
+        for name, field in zip(value._fields, value, strict=True)
+        if field is not None
+    )
+    return f"{type(value).__name__}({fields})"
+
+
+_Value = TypeVar("_Value", Head, TopK)
+
+
+def _from_collated(topk: TopK) -> TopK:
+    """Replace the tails of samples, which torch's default_collate makes a tuple, by one tail."""
+    tails = topk.tail
+    same = isinstance(tails, (list, tuple)) and len(set(tails)) == 1
+    return topk._replace(tail=tails[0]) if same else topk  # type: ignore[arg-type]
+
+
+def _check_when_made(cls: type[_Value], check: Any) -> None:
+    """Make the constructor of a named tuple check its fields: typing.NamedTuple has no hook."""
+    make = cls.__new__
+
+    def __new__(cls: type[_Value], *args: Any, **kwargs: Any) -> _Value:  # noqa: N807
+        value: _Value = make(cls, *args, **kwargs)
+        # A tree of something else, such as the in_dims of torch.vmap, has no tensor.
+        if any(isinstance(field, Tensor) for field in value):
+            value = _from_collated(value) if isinstance(value, TopK) else value
+            check(value)
+        return value
+
+    __new__.__defaults__ = make.__defaults__
+    __new__.__wrapped__ = make  # type: ignore[attr-defined] # for inspect.signature
+    cls.__new__ = __new__  # type: ignore[assignment]
+
+
+_check_when_made(Head, check_head)
+_check_when_made(TopK, check_topk)

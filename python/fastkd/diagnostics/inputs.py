@@ -1,0 +1,117 @@
+"""Check the data of a call, which the loss itself does not read."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastkd._core import checks
+
+
+def check_inputs(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+) -> None:
+    """Raise if the data of a call of :func:`fastkd.loss` with logits is not valid.
+
+    On CUDA the loss never waits for the device, so a label out of range, or a temperature that is
+    not positive, cannot raise there: it makes the loss and the gradient of its row NaN. This
+    function waits, reads the data, and names the first invalid row. Use it when a loss becomes NaN.
+    On the CPU the loss itself checks labels and temperatures.
+
+    Args:
+        student: ``(..., C)``.
+        teacher: ``(..., C)``.
+        labels: ``(...)`` class indices, or None.
+        ignore_index: the label of rows that are ignored.
+        temperature: a number, or a tensor of shape ``(...)``.
+
+    Raises:
+        ValueError: for shapes or devices that differ, a label outside ``[0, C)`` that is not
+            ``ignore_index``, a temperature that is not from 1e-18 to 1e18, or NaN or +inf among the
+            logits of a row that counts.
+        TypeError: for an argument of a wrong type, and for a tensor with a dtype or layout that is
+            not accepted.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.check_inputs(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 3]))
+        Traceback (most recent call last):
+        ValueError: labels must be in [0, 3) or ignore_index=-100; row 1 has 3
+    """
+    checks.check_student(student)
+    checks.check_teachers(student, [teacher])
+    checks.check_ignore_index(ignore_index)
+    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if labels is not None and not checks.check_labels(labels, student):
+        labels = checks.to_int64(labels)
+        counts = labels != ignore_index
+    checked = checks.check_temperature("temperature", temperature)
+    if isinstance(checked, Tensor) and checked.dim() > 0:
+        checks.check_row_tensor(checked, "temperature", student)
+    checks.check_rows(student, labels, ignore_index, checked)
+    for name, value in (("student", student), ("teacher", teacher)):
+        greatest = value.amax(-1)  # NaN if any is
+        checks.raise_for_first(
+            counts & ~(greatest < math.inf), greatest, f"{name} must not hold NaN or +inf"
+        )
+        checks.raise_for_first(
+            counts & (greatest == -math.inf),
+            greatest,
+            f"{name} must have at least one class above -inf in each row",
+        )
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> bool:
+    """Warn if ``logits`` look like probabilities, which the loss would soften again.
+
+    Outputs of ``softmax`` in place of logits are a common mistake with distillation losses: nothing
+    fails, and the student learns a much flatter teacher. Log-probabilities cause no warning: they
+    are logits of the same distribution.
+
+    Args:
+        logits: ``(..., C)``.
+        name: the name of the argument in the warning.
+
+    Returns:
+        True if they look like logits.
+
+    Raises:
+        TypeError: if ``logits`` is not a dense tensor, or ``name`` is not a str.
+        ValueError: if ``logits`` are not floating-point, or have no dimension.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.check_logits(torch.randn(4, 10))
+        True
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str; got {type(name).__name__}")
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
+    checks.check_dense(name, logits)
+    if not logits.is_floating_point() or logits.dim() == 0:
+        raise ValueError(
+            f"{name} must be floating-point, of shape (..., C); got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}"
+        )
+    values = logits.detach()
+    if values.numel() == 0 or values.shape[-1] < 2:
+        return True
+    sums = values.double().sum(-1)
+    probable = (values >= 0).all() and (values <= 1).all() and ((sums - 1).abs() < 1e-2).all()
+    if probable:
+        warnings.warn(
+            f"{name} look like probabilities (every entry in [0, 1], every row sums to 1). fastkd "
+            "expects logits: pass what goes into softmax, not what comes out of it.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return not bool(probable)

@@ -1,0 +1,321 @@
+"""Choose how many logits of a call exist at a time, from sizes alone.
+
+Nothing here reads a tensor or a device: equal sizes give an equal plan on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastkd.linear import products
+
+MIB = 2**20
+LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
+"""Bound for the logits of a chunk of rows, of student and teacher, without ``max_workspace``. The
+matrix products are as fast as one large product from about 2048 rows on a GPU, and from about 256
+rows on a CPU."""
+LEAST_ROWS = {"cuda": 512, "cpu": 128}
+"""Fewest rows of a chunk without ``max_workspace``: every chunk reads both weights and adds to all
+of the weight's gradient, however few its rows are."""
+FEW_ROWS = {"cuda": 256, "cpu": 32}
+"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
+CLASSES = {"cuda": 8192, "cpu": 4096}
+"""Most classes of a chunk of classes."""
+PADDING = 8
+"""Masked classes at the end of each row of a chunk of classes: 16 bytes keep rows aligned."""
+ALIGNMENT = 256
+_FEWEST_CLASSES = 64
+"""Most classes of a chunk whose logits do not fit in the weight's gradient."""
+_MULTIPLE = 64
+"""Rows or classes of a tile of the matrix products."""
+_ROW_STATISTICS_BYTES = 128
+"""Losses, labels and statistics of a row in the loop over chunks of classes."""
+
+ChunkBy = Literal["auto", "rows", "classes"]
+
+
+class Plan(NamedTuple):
+    """The chunks of a call, as :func:`fastkd.chunks.plan` returns them; ``print`` it."""
+
+    rows: int
+    """Rows of hidden states, including ignored rows."""
+    chunk: int
+    """Rows whose logits exist at a time; for chunks of classes, the largest number of classes."""
+    logits_bytes: int
+    """Size of the logits of a chunk."""
+    peak_bytes: int
+    """Bound for the memory in use beyond the inputs; it includes the gradients."""
+    accumulate: torch.dtype
+    """The dtype in which the gradient of the student's weight is summed."""
+    chunks: int
+    """Number of chunks if no row is ignored."""
+    chunk_by: Literal["rows", "classes"] = "rows"
+
+    def __str__(self) -> str:
+        """Describe the plan in words."""
+        chunks = f"{self.chunks} x {self.chunk} of {self.rows} rows"
+        if self.chunk_by == "classes":
+            chunks = f"{self.chunks} chunks of up to {self.chunk} classes, of all {self.rows} rows"
+        return (
+            f"{chunks}: "
+            f"{self.logits_bytes / MIB:,.1f} MiB of logits at a time, weight gradient in "
+            f"{str(self.accumulate).removeprefix('torch.')}, at most "
+            f"{self.peak_bytes / MIB:,.1f} MiB beyond the inputs"
+        )
+
+
+class Sizes(NamedTuple):
+    """The properties of a call that decide its chunks."""
+
+    rows: int
+    classes: int
+    width: int
+    """Columns of the student's weight."""
+    teacher_width: int
+    """Columns of the teacher's weight; 0 without one."""
+    dtype: torch.dtype
+    """The dtype of the student's logits."""
+    teacher_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    """The dtype of the student's weight and of its gradient."""
+    weight_grad: bool
+    """True if the student's weight gets a gradient."""
+    device: Literal["cpu", "cuda"]
+    logits_per_row: float = 2.0
+    """Tensors of logits that exist at a time: 2 for a student and a teacher."""
+    cast_per_class: int = 0
+    """Bytes of autocast's copies of the weights, for each class."""
+    copied_per_row: int = 0
+    """Bytes of the copied hidden states, for each row of chunks of classes."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of all logits of a row: student, teacher, and intermediate results."""
+        item = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
+        return math.ceil(self.classes * item)
+
+    def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
+        """Return the size of the weight's sum, and of the gradient that backward makes of it.
+
+        The second is 0 if the sum itself is the gradient.
+        """
+        size = self.classes * self.width if self.weight_grad else 0
+        cast = size * self.weight_dtype.itemsize + self.scratch_bytes(0)
+        return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
+
+    def scratch_bytes(self, rows: int) -> int:
+        """Return what matrix products of some rows need besides their factors."""
+        if self.device != "cpu" or 2 not in (self.dtype.itemsize, self.teacher_dtype.itemsize):
+            return 0
+        return products.scratch_bytes(rows, max(self.width, self.teacher_width))
+
+
+def plan_sizes(
+    sizes: Sizes,
+    *,
+    max_workspace: int | None = None,
+    chunk_by: ChunkBy = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
+) -> Plan:
+    """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
+    summed, single = _sum_dtypes(sizes.weight_dtype, accumulate_dtype)
+    by_classes = _by_classes(sizes, single, chunk_size, max_workspace)
+    fits = max_workspace is not None and by_classes.peak_bytes <= max_workspace
+    if chunk_by == "classes":
+        if max_workspace is not None and not fits:
+            raise ValueError(
+                f"max_workspace={max_workspace} is too small for chunks of classes: the gradients "
+                f"and the logits of a few classes take {by_classes.peak_bytes} bytes"
+            )
+        return by_classes
+    try:
+        by_rows = _by_rows(sizes, summed, single, chunk_size, max_workspace)
+    except ValueError as error:
+        if chunk_by == "rows" or chunk_size != "auto":
+            raise
+        if not fits:
+            take = f"chunks of classes take {by_classes.peak_bytes} bytes"
+            raise ValueError(f"{error}; {take}") from None
+        return by_classes
+    is_small = chunk_size == "auto" and by_rows.chunk < min(sizes.rows, FEW_ROWS[sizes.device])
+    return by_classes if chunk_by == "auto" and is_small and fits else by_rows
+
+
+def check_accumulate_dtype(
+    value: object, weight: torch.dtype, name: str = "accumulate_dtype"
+) -> None:
+    """Raise unless the gradient of a weight may be summed in ``value``; float16 overflows."""
+    accepted: list[object] = [torch.float32 if weight.itemsize == 2 else weight]
+    if weight is torch.bfloat16:
+        accepted.append(weight)
+    if value != "auto" and value not in accepted:
+        listed = " or ".join(str(dtype) for dtype in accepted)
+        raise ValueError(
+            f"{name} must be 'auto' or {listed} for a weight in {weight}; got {value!r}"
+        )
+
+
+def _sum_dtypes(
+    weight_dtype: torch.dtype, accumulate_dtype: torch.dtype | Literal["auto"]
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes in which several chunks, and a single chunk, sum the weight's gradient.
+
+    A single chunk has nothing to sum. In float16 its gradient is float32 all the same, since
+    backward scales it before it is rounded.
+    """
+    if accumulate_dtype != "auto":
+        return accumulate_dtype, accumulate_dtype
+    summed = torch.float32 if weight_dtype.itemsize == 2 else weight_dtype
+    return summed, weight_dtype if weight_dtype is torch.bfloat16 else summed
+
+
+def _by_rows(
+    sizes: Sizes,
+    summed: torch.dtype,
+    single: torch.dtype,
+    chunk_size: int | Literal["auto"],
+    max_workspace: int | None,
+) -> Plan:
+    """Plan chunks of rows; see ``_sum_dtypes`` for ``summed`` and ``single``."""
+    rows, row_bytes = sizes.rows, sizes.row_bytes
+    throughout = rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
+
+    def peak_of_several(chunk: int, accumulate: torch.dtype) -> int:
+        total, cast = sizes.weight_bytes(accumulate)
+        return throughout + total + max(chunk * row_bytes + sizes.scratch_bytes(chunk), cast)
+
+    def make_plan(chunk: int, accumulate: torch.dtype) -> Plan:
+        peak = peak_of_several(chunk, accumulate)
+        if chunk >= rows:  # the teacher's logits are freed before the gradients are made
+            total, cast = sizes.weight_bytes(accumulate)
+            scratch, grad = sizes.scratch_bytes(chunk), rows * sizes.classes * sizes.dtype.itemsize
+            peak = throughout + max(
+                rows * row_bytes + scratch, grad + total + scratch, total + cast
+            )
+        count = -(-rows // chunk) if rows else 0
+        return Plan(rows, chunk, chunk * row_bytes, peak, accumulate, count)
+
+    if chunk_size != "auto":
+        chunk = min(max(1, rows), chunk_size)
+        plan = make_plan(chunk, single if chunk >= rows else summed)
+        if max_workspace is not None and plan.peak_bytes > max_workspace:
+            raise ValueError(
+                f"max_workspace={max_workspace} is too small for chunk_size={chunk_size}: the "
+                f"gradients and the logits of {chunk} rows take {plan.peak_bytes} bytes"
+            )
+        return plan
+    single_chunk = make_plan(max(1, rows), single)
+    if max_workspace is None:
+        most = max(LEAST_ROWS[sizes.device], LOGITS_BYTES[sizes.device] // row_bytes)
+        return single_chunk if rows <= most else make_plan(_equal_chunk(rows, most), summed)
+    if single_chunk.peak_bytes <= max_workspace:
+        return single_chunk
+    fixed = throughout + sizes.weight_bytes(summed)[0] + sizes.scratch_bytes(0)
+    scratch_per_row = sizes.scratch_bytes(1) - sizes.scratch_bytes(0)
+    most = (max_workspace - fixed) // (row_bytes + scratch_per_row)
+    if most < 1 or peak_of_several(1, summed) > max_workspace:
+        can_narrow = sizes.weight_dtype is torch.bfloat16 and summed is not torch.bfloat16
+        raise ValueError(
+            f"max_workspace={max_workspace} is too small: the gradients of the hidden states and "
+            "of the weight and one row of logits take "
+            f"{peak_of_several(1, summed)} bytes"
+            + f". accumulate_dtype=torch.bfloat16 takes less than {summed}"
+            * can_narrow
+        )
+    return make_plan(_equal_chunk(rows, most), summed)
+
+
+def _equal_chunk(rows: int, most: int) -> int:
+    """Return the size of the fewest chunks of about equal size, at most ``most`` rows."""
+    if most >= rows:
+        return rows
+    if most >= _MULTIPLE:
+        most -= most % _MULTIPLE
+    count = -(-rows // most)
+    chunk = -(-rows // count)
+    return min(most, -(-chunk // _MULTIPLE) * _MULTIPLE)
+
+
+def _by_classes(
+    sizes: Sizes,
+    accumulate: torch.dtype,
+    chunk_size: int | Literal["auto"],
+    max_workspace: int | None,
+) -> Plan:
+    """Plan chunks of classes, as small as ``max_workspace`` asks for."""
+    rows, classes = sizes.rows, sizes.classes
+    item = -(-sizes.row_bytes // classes)
+    total, cast = sizes.weight_bytes(accumulate)
+    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the sum of the hidden states' gradient
+    row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
+    throughout = total + rows * row_bytes
+    if sizes.copied_per_row:
+        throughout += rows * sizes.width * sizes.dtype.itemsize
+
+    def make_plan(chunk: int) -> Plan:
+        buffer = buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
+        buffer += chunk * sizes.cast_per_class + sizes.scratch_bytes(rows)
+        grad = total // classes
+        count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
+        logits = buffer_bytes(rows, chunk, item)
+        peak = throughout + max(buffer, cast)
+        return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
+
+    if chunk_size != "auto":
+        return make_plan(min(classes, chunk_size))
+    chunk = min(classes, CLASSES[sizes.device])
+    if sizes.weight_grad:  # no larger than what fits in the weight's gradient
+        chunk = next(class_chunks(rows, classes, chunk, item, total // classes, writes=False)).size
+    plan = make_plan(chunk)
+    while max_workspace is not None and plan.peak_bytes > max_workspace and chunk > _FEWEST_CLASSES:
+        chunk = max(_FEWEST_CLASSES, chunk // 2)
+        plan = make_plan(chunk)
+    return plan
+
+
+class ClassChunk(NamedTuple):
+    """A range of classes, and the place of their logits."""
+
+    start: int
+    size: int
+    is_inside: bool
+    """True if the logits lie in the unwritten part of the weight's gradient, not in a buffer."""
+
+
+def buffer_bytes(rows: int, classes: int, item: int) -> int:
+    """Return the memory for the logits of some classes; ``item``: bytes of a class of a row."""
+    return rows * (classes + PADDING) * item + 4 * ALIGNMENT
+
+
+def separate_classes(chunk: int, weight_grad: bool) -> int:
+    """Return the most classes of a chunk whose logits lie outside the weight's gradient."""
+    return min(chunk, _FEWEST_CLASSES) if weight_grad else chunk
+
+
+def class_chunks(
+    rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
+) -> Iterator[ClassChunk]:
+    """Divide the classes into chunks of at most ``most``, whose logits fit in their place.
+
+    The weight's gradient, ``grad_row`` bytes for each class, is memory that every call needs in
+    the end. Until its rows are written, the logits of other classes lie there. With ``writes``, the
+    rows of each chunk are written after the chunk, so that the place shrinks, and the last chunks
+    are small.
+    """
+    start = 0
+    fixed = buffer_bytes(rows, 0, item) + ALIGNMENT
+    separate = separate_classes(most, grad_row > 0)
+    while start < classes:
+        remaining = classes - start
+        room = (remaining if writes else classes) * grad_row - fixed
+        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
+        size = min(remaining, most, max(fit, separate))
+        if _MULTIPLE < size < remaining:
+            size -= size % _MULTIPLE
+        yield ClassChunk(start, size, size <= fit)
+        start += size
