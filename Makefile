@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
+CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
 CLANG ?= clang++
 COMMA := ,
 
@@ -64,13 +65,13 @@ endef
 
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
 	$(call kernels,kernels)
-	$(VENV)/bin/ctest --test-dir build/kernels --output-on-failure
+	$(CTEST) --test-dir build/kernels
 
 sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour and thread sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	$(CTEST) --test-dir build/sanitize
 	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread,cpu_threads)
-	$(VENV)/bin/ctest --test-dir build/sanitize-threads --output-on-failure -R cpu_threads
+	$(CTEST) --test-dir build/sanitize-threads -R cpu_threads
 
 # valgrind shows programs a processor without AVX-512: those kernels are not tried here.
 valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitialised values, leaks
