@@ -6,10 +6,11 @@ TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt pyproject.toml
 CUDA_BUILD := build/cuda
+CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
+.PHONY: help install demo examples test test-all coverage kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -41,8 +42,17 @@ demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and
 	$(RUN) examples/digits.py
 
 # One process for each core, each with one OpenMP thread: tests of threads set their own number.
-test: $(VENV)/complete kernel-test  ## run every test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist worksteal
+test: $(VENV)/complete  ## run the quick tests: a few minutes
+	$(PYTEST) -m "not slow" --junitxml build/test.xml
+
+test-all: kernel-test $(VENV)/complete  ## run every test, the kernels' own tests among them
+	$(PYTEST) --junitxml build/test-all.xml
+
+coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
+	$(PYTEST) -m "not slow" --junitxml build/test.xml --cov fastkd --cov-report json:build/test.json
+	$(PYTEST) --junitxml build/test-all.xml --cov fastkd --cov-report json:build/test-all.json
+	$(RUN) docs/tests.py
 
 # $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,
 # or the one that is named alone.
@@ -55,13 +65,13 @@ endef
 
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
 	$(call kernels,kernels)
-	$(VENV)/bin/ctest --test-dir build/kernels --output-on-failure
+	$(CTEST) --test-dir build/kernels
 
 sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour and thread sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	$(CTEST) --test-dir build/sanitize
 	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread,cpu_threads)
-	$(VENV)/bin/ctest --test-dir build/sanitize-threads --output-on-failure -R cpu_threads
+	$(CTEST) --test-dir build/sanitize-threads -R cpu_threads
 
 # valgrind shows programs a processor without AVX-512: those kernels are not tried here.
 valgrind: $(VENV)/created  ## the same under valgrind: memory errors, uninitialised values, leaks

@@ -39,30 +39,39 @@ else:
     settings.load_profile("fastkd")
 
 
+def _why_no_cuda() -> str:
+    if not _C.cuda_architectures:
+        return "this build has no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return ""
+
+
+WHY_NO_CUDA = _why_no_cuda()
+DEVICES = ["cpu"] if WHY_NO_CUDA else ["cpu", "cuda"]
+
+
 def pytest_report_header() -> list[str]:
-    return [f"left out, for want of hypothesis: {', '.join(collect_ignore)}"][: len(collect_ignore)]
+    header = [f"left out, for want of hypothesis: {', '.join(collect_ignore)}"] * bool(
+        collect_ignore
+    )
+    return header + [f"tests on the CPU alone: {WHY_NO_CUDA}"] * bool(WHY_NO_CUDA)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device and a build with CUDA kernels")
+    config.addinivalue_line("markers", "slow: left out by `make test`, run by `make test-all`")
 
 
-def _why_no_cuda() -> str:
-    if not _C.cuda_architectures:
-        return "CUDA: this build has no CUDA kernels"
-    if not torch.cuda.is_available():
-        return "CUDA: torch finds no CUDA device"
-    return ""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not WHY_NO_CUDA:
+        return
+    cuda = [item for item in items if item.get_closest_marker("cuda")]
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=cuda)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_no_cuda()
-    for item in items:
-        if reason and item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

@@ -1,7 +1,8 @@
 """Problems, their truth in float64, torch's eager answer, and the bounds that tests hold."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,25 @@ DTYPES = (FP64, FP32, BF16, FP16)
 CUDA_SIZE_CLASSES = (
     *(32, 128, 512, 1024, 2048, 4096, 8192, 10240, 20480, 40960, 81920, 163840, 327680, 425984),
 )
+
+
+def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return rows of values, one of each factor, among which every two values meet."""
+    lists = [list(factor) for factor in factors]
+
+    def pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        places = list(enumerate(row))
+        return {(i, a, j, b) for (i, a), (j, b) in itertools.combinations(places, 2)}
+
+    candidates = {
+        row: pairs(row) for row in itertools.product(*(range(len(values)) for values in lists))
+    }
+    missing, chosen = set().union(*candidates.values()), []
+    while missing:
+        best = max(candidates, key=lambda row: len(candidates[row] & missing))
+        missing -= candidates[best]
+        chosen.append(best)
+    return [tuple(values[i] for values, i in zip(lists, row, strict=True)) for row in chosen]
 
 
 def name_of(dtype: torch.dtype) -> str:

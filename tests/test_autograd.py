@@ -17,6 +17,7 @@ from support import (
     compute_dtype,
     make,
     name_of,
+    pairwise,
     truth,
     weights,
 )
@@ -127,9 +128,9 @@ def test_gradient_penalty_through_a_model(device):
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("scale", [1.0, -0.3, 1024.0, 0.0])
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "scale"), pairwise(DTYPES, REDUCTIONS, [1.0, -0.3, 1024.0, 0.0]), ids=str
+)
 def test_grad_output(device, scale, reduction, dtype):
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
@@ -145,9 +146,9 @@ def test_grad_output(device, scale, reduction, dtype):
 
 
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
+)
 def test_backward_twice(device, terms, reduction, dtype):
     """retain_graph: all gradients are right, and a later call leaves earlier results alone."""
     student, teacher, labels = make((6, 203), dtype, device=device)

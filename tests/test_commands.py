@@ -285,6 +285,7 @@ def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
     assert "schedule: cosine needs the number of steps" in error
 
 
+@pytest.mark.slow
 def test_two_processes(given):
     """Each asks the teacher about half of the data, and the schedule ends with the last step."""
     cache = given.parent / "cache"
@@ -354,6 +355,7 @@ def test_a_factory_may_return_a_loader(given, monkeypatch):
     run(monkeypatch, "distill", "--config", given, f"--train={name}:batches")
 
 
+@pytest.mark.slow
 def test_the_example_runs(monkeypatch, tmp_path, capsys):
     example = ROOT / "examples" / "digits.yaml"
     run(monkeypatch, "distill", "--config", example, "--epochs", 5, "--output", tmp_path)

@@ -182,6 +182,7 @@ EVERY_OPTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_every_option_compiles(name):
     """In one graph, also those that PyTorch operations compute."""
@@ -285,9 +286,18 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     return Arguments((teacher,), None, None, labels, rows, None, settings).flat()
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-@pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
-@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize(  # every pair of two
+    ("labels", "reduction", "dtype"),
+    [
+        (True, "none", FP32),
+        pytest.param(True, "mean", BF16, marks=pytest.mark.slow),
+        pytest.param(True, "sum", FP32, marks=pytest.mark.slow),
+        pytest.param(False, "none", BF16, marks=pytest.mark.slow),
+        pytest.param(False, "mean", FP32, marks=pytest.mark.slow),
+        pytest.param(False, "sum", BF16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("each_autograd")
 def test_opcheck_loss(device, labels, reduction, dtype):
     student, teacher, index = make((6, 50), dtype, device=device, labels=labels)

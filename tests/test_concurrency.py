@@ -59,6 +59,7 @@ def test_threads_share_a_graph(device, each_autograd):
                 torch.testing.assert_close(grad, factor * expected, rtol=1e-6, atol=0)
 
 
+LOSSES = ("dense", "topk")
 SHARED_LEAF = """
 import sys, threading, torch, fastkd
 
@@ -94,8 +95,11 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("language", ["cpp", "python"])
-@pytest.mark.parametrize("calls", ["dense+dense", "topk+topk", "dense+topk"])
+@pytest.mark.parametrize("language", ["cpp", pytest.param("python", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "calls",
+    ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
+)
 def test_threads_share_a_leaf(language, calls):
     """Forward passes of one leaf at once do not wait for each other for ever."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
@@ -161,9 +165,15 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize("language", ["cpp", "python"])
-@pytest.mark.parametrize("retain", ["free", "retain"])
-@pytest.mark.parametrize("loss", ["dense", "topk"])
+@pytest.mark.parametrize(  # every pair of two
+    ("language", "retain", "loss"),
+    [
+        ("cpp", "free", "dense"),
+        pytest.param("cpp", "retain", "topk", marks=pytest.mark.slow),
+        pytest.param("python", "free", "topk", marks=pytest.mark.slow),
+        pytest.param("python", "retain", "dense", marks=pytest.mark.slow),
+    ],
+)
 def test_threads_run_backward_through_one_graph(language, retain, loss):
     """Each thread gets a gradient of its own, or, without retain_graph, torch's error.
 
@@ -237,7 +247,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers(tmp_path, method):
     """Processes forked after the parent's threads were at work; a script, as spawn needs one."""
     script = tmp_path / "dataset.py"
@@ -265,6 +275,7 @@ OPENMP = {
 }
 
 
+@pytest.mark.slow
 def test_openmp_settings_change_no_bit():
     """In several threads of Python, too, each of which opens a parallel region of its own."""
     found = []

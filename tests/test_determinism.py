@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP32, FP64, assert_same, distance, make, name_of
+from support import BF16, DTYPES, FP32, FP64, assert_same, distance, make, name_of, pairwise
 from torch import Tensor
 
 import fastkd
@@ -49,10 +49,11 @@ def test_bitwise_repeatable(device, shape, reduction, dtype):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("divergence", SWEEPS)
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "shape", "divergence"),
+    pairwise(DTYPES, ["mean", "none"], SHAPES, SWEEPS),
+    ids=str,
+)
 def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
     problem = make(shape, dtype, ignored=0.1)
     torch.set_num_threads(1)
@@ -131,9 +132,11 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
     _C.use_isa(before)
 
 
-@pytest.mark.parametrize("classes", [2, 20, 32, 33, 39, 64, 1003, S + 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("divergence", SWEEPS)
+@pytest.mark.parametrize(
+    ("classes", "dtype", "divergence"),
+    pairwise([2, 20, 32, 33, 39, 64, 1003, S + 5], DTYPES, SWEEPS),
+    ids=str,
+)
 def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     device, divergence, dtype, classes
 ):
@@ -150,7 +153,7 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("classes", [16411, 2 * S + 5])
+@pytest.mark.parametrize("classes", [16411, pytest.param(2 * S + 5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):

@@ -3,7 +3,7 @@ from the gradient too, even where it is infinite."""
 
 import pytest
 import torch
-from support import BF16, FP32, FP64, make, name_of
+from support import BF16, FP32, FP64, make, pairwise
 from torch import Tensor
 
 import fastkd
@@ -32,12 +32,19 @@ def gradient(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
     return leaf.grad
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("who", ["teacher", "student"])
-@pytest.mark.parametrize(("mix", "name"), [(1.0, "forward_kl"), (0.0, "reverse_kl")])
-def test_the_symmetric_kl_of_one_kl_is_that_kl(device, mix, name, who, reduction, classes, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "classes", "reduction", "who", "name"),
+    pairwise(
+        [FP32, BF16, FP64],
+        CLASSES,
+        ["sum", "none"],
+        ["teacher", "student"],
+        ["forward_kl", "reverse_kl"],
+    ),
+    ids=str,
+)
+def test_the_symmetric_kl_of_one_kl_is_that_kl(device, name, who, reduction, classes, dtype):
+    mix = 1.0 if name == "forward_kl" else 0.0
     student, teacher, _ = masked(who, classes, dtype, device)
     options = {"reduction": reduction, "temperature": 1.5}
     both = {**options, "divergence": "symmetric_kl", "mix": mix}
@@ -67,10 +74,16 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     assert torch.autograd.grad(value, leaf)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("classes", [6, 200])
-@pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
-@pytest.mark.parametrize("mix", [1e-12, 1e-7, 1 - 1e-12])
-@pytest.mark.parametrize("name", ["jsd", "skewed_forward_kl", "skewed_reverse_kl"])
+@pytest.mark.parametrize(
+    ("classes", "dtype", "mix", "name"),
+    pairwise(
+        [6, 200],
+        [FP32, FP64],
+        [1e-12, 1e-7, 1 - 1e-12],
+        ["jsd", "skewed_forward_kl", "skewed_reverse_kl"],
+    ),
+    ids=str,
+)
 def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     """The ends themselves are refused."""
     student, teacher, _ = masked("teacher", classes, dtype, device)
@@ -81,12 +94,14 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     assert not gradient(student, teacher, None, **options).isnan().any()
 
 
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
-@pytest.mark.parametrize("how", ["number", "rows", "grad_output", "reference"])
-@pytest.mark.parametrize(("who", "name"), MASKED)
-def test_an_infinite_soft_term_of_no_weight(device, who, name, how, dtype, classes):
+@pytest.mark.parametrize(
+    ("classes", "dtype", "how", "masking"),
+    pairwise(CLASSES, [FP32, FP64], ["number", "rows", "grad_output", "reference"], MASKED),
+    ids=str,
+)
+def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes):
     """The gradient is that of the hard term alone."""
+    who, name = masking
     student, teacher, labels = masked(who, classes, dtype, device)
     weight = torch.zeros(4, device=device) if how == "rows" else 0.0
     options = {"divergence": name, "soft_weight": weight, "reduction": "none"}

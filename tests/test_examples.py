@@ -20,7 +20,10 @@ SCRIPTS = {
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "plain_loop.py" else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS],
+)
 def test_script(name):
     arguments, needs, word = SCRIPTS[name]
     pytest.importorskip(needs)
@@ -34,6 +37,7 @@ def test_script(name):
     assert word in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_language_model_writes_between_its_markers(tmp_path):
     document = tmp_path / "a.md"
     document.write_text(
@@ -50,6 +54,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
     assert done.returncode == 2 and document.read_text() == "no markers\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebook(name):

@@ -5,12 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import fastkd
-from fastkd import reference
-from fastkd._core import dense, shapes
-from tests.support import (
+from support import (
     BF16,
     DTYPES,
     FP16,
@@ -19,8 +14,14 @@ from tests.support import (
     assert_grad,
     compute_dtype,
     name_of,
+    pairwise,
     weights,
 )
+from torch import Tensor
+
+import fastkd
+from fastkd import reference
+from fastkd._core import dense, shapes
 
 # (N, classes, ...): few pixels, several tiles of them and an odd rest, groups that tiles straddle,
 # classes of several blocks, more classes than a tile keeps, and one class.
@@ -122,9 +123,11 @@ def test_every_dtype_on_cuda(shape, dtype):
     check_dtypes(shape, dtype, "cuda")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
-@pytest.mark.parametrize("name", dense.DIVERGENCES)
+@pytest.mark.parametrize(
+    ("reduction", "shape", "name"),
+    pairwise(["mean", "sum", "none"], [(2, 19, 5, 7), (1, 1100, 40)], dense.DIVERGENCES),
+    ids=str,
+)
 def test_every_divergence(device, name, shape, reduction):
     options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
     for dtype in (FP32, FP64):
@@ -132,9 +135,9 @@ def test_every_divergence(device, name, shape, reduction):
         check(student, teacher, make_labels(shape, device), **options)
 
 
-@pytest.mark.parametrize("ours", LAYOUTS)
-@pytest.mark.parametrize("theirs", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (3, 60, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape"), pairwise(LAYOUTS, LAYOUTS, [(2, 19, 5, 7), (3, 60, 9)]), ids=str
+)
 def test_any_two_layouts(device, shape, ours, theirs):
     labels = make_labels(shape, device)
     student, teacher = make(shape, ours, device=device), make(shape, theirs, seed=1, device=device)
@@ -269,8 +272,13 @@ def test_memory(layout, dtype):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "dynamic"),
+    [
+        pytest.param(layout, bool(i % 2), marks=pytest.mark.slow if i > 1 else ())
+        for i, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_compiled(device, layout, dynamic):
     shape = (2, 19, 5, 7)
     student, teacher = (make(shape, layout, seed=seed, device=device) for seed in (0, 1))

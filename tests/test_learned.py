@@ -3,7 +3,7 @@ CPUs; tests/test_divergences.py has their derivatives by differences."""
 
 import pytest
 import torch
-from support import BF16, FP32, FP64, make, name_of
+from support import BF16, FP32, FP64, make, name_of, pairwise
 
 import fastkd
 from fastkd import reference
@@ -77,9 +77,9 @@ def refused(*args, **kwargs):
     raise AssertionError("PyTorch operations were used")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("learn", LEARN)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("reduction", "learn", "name"), pairwise(["mean", "none"], LEARN, NAMES), ids=str
+)
 def test_kernels_give_the_gradients_of_the_reference(monkeypatch, name, learn, reduction):
     for dtype, bound in ((FP64, 1e-13), (FP32, 2e-6), (BF16, 2.0**-8)):
         student, teacher, labels = problem(dtype)

@@ -134,7 +134,13 @@ def test_checkpointing(options, reentrant):
 
 
 @compiles
-@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=pytest.mark.slow if i else ())
+        for i, (name, options) in enumerate(CALLS.items())
+    ],
+)
 def test_compiled(options, fresh_compiler):
     """In one graph, with the op and not what it stands for."""
     from functorch.compile import make_boxed_func
@@ -156,6 +162,7 @@ def test_compiled(options, fresh_compiler):
     assert ("fastkd.linear_loss.default" in backward) == (options.get("reduction") == "none")
 
 
+@pytest.mark.slow
 @compiles
 def test_inductor(fresh_compiler):
     """The default backend; in float16, where the gradients are scaled last."""
@@ -168,6 +175,7 @@ def test_inductor(fresh_compiler):
         torch.testing.assert_close(one, other, rtol=bound, atol=bound * float(other.abs().max()))
 
 
+@pytest.mark.slow
 @compiles
 def test_dynamic_rows(fresh_compiler):
     model = Model()
@@ -241,6 +249,7 @@ DISTRIBUTED = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Under DDP and FSDP the gradients are those of one process with all rows."""
     if not torch.distributed.is_gloo_available():

@@ -477,10 +477,11 @@ NORMALIZERS = {
 }
 
 
+NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothing": 0.1})
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS)
-@pytest.mark.parametrize(
-    "options", [{}, {"divergence": "jsd"}, {"standardize": True}, {"label_smoothing": 0.1}], ids=str
-)
+@pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
     """A step of accumulated batches may have no label at all; its count of tokens is 0."""
@@ -506,9 +507,29 @@ def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, dev
             for rows in (labels,) if options else (labels, None):
                 with pytest.raises(ValueError, match="normalizer must be positive and finite"):
                     loss(leaf, rows)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "options"),
+    [
+        (NORMALIZERS["a tensor"], {}),
+        *(
+            pytest.param(normalizer, options, marks=pytest.mark.slow)
+            for normalizer, options in zip(NORMALIZERS.values(), NORMALIZED, strict=True)
+        ),
+    ],
+    ids=str,
+)
+def test_a_normalizer_of_0_is_compiled(normalizer, options, device):
+    student, teacher, labels = make((6, 20), device=device)
+
+    def loss(s, y):
+        return fastkd.loss(s, teacher, y, normalizer=normalizer, **options)
+
     torch._dynamo.reset()
-    compiled = torch.compile(dense, fullgraph=True, backend="aot_eager")
-    leaf = student.clone().requires_grad_()
-    value = compiled(leaf, ignored)
+    leaf = student.requires_grad_()
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(
+        leaf, torch.full_like(labels, -100)
+    )
     value.backward()
     assert value == 0 and not leaf.grad.any()

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 def test_no_call_keeps_memory():
     """A short run of ``make soak``, which makes 100,000 calls of each kind."""
     command = [sys.executable, "-m", "reliability.soak", "1000"]
@@ -58,8 +60,10 @@ print("works again", bool(leaf.grad.isfinite().all()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-@pytest.mark.parametrize("what", ["forward", "copy", "backward", "rows"])
-@pytest.mark.parametrize("language", ["cpp", "python"])
+@pytest.mark.parametrize(
+    "what", ["forward", *(pytest.param(w, marks=SLOW) for w in ("copy", "backward", "rows"))]
+)
+@pytest.mark.parametrize("language", ["cpp", pytest.param("python", marks=SLOW)])
 def test_no_memory_left_is_torchs_error(language, what):
     command = [sys.executable, "-c", SHORT_OF_MEMORY, language, what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -105,11 +109,24 @@ print((resident() - before) / used)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux reports it")
 @pytest.mark.parametrize(
     ("size", "count"),
-    [(65 * 2**10, 500), (2**20, 60), (2**21 + 2**16, 30), (3 * 2**20, 20)],
+    [
+        (65 * 2**10, 500),
+        pytest.param(2**20, 60, marks=SLOW),
+        pytest.param(2**21 + 2**16, 30, marks=SLOW),
+        pytest.param(3 * 2**20, 20, marks=SLOW),
+    ],
     ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
 )
-@pytest.mark.parametrize("loss", ["dense", "topk"])
-@pytest.mark.parametrize("language", ["cpp", "python"])
+@pytest.mark.parametrize(  # every pair of two
+    ("language", "loss"),
+    [
+        ("cpp", "dense"),
+        *(
+            pytest.param(*both, marks=SLOW)
+            for both in (("python", "dense"), ("cpp", "topk"), ("python", "topk"))
+        ),
+    ],
+)
 def test_gradients_hold_little_more_memory_than_their_size(language, loss, size, count):
     """Memory in whole huge pages would be up to 32 times a gradient of 64 KB."""
     command = [sys.executable, "-c", KEPT_GRADIENTS, language, str(size), str(count), loss]

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from support import BF16, DTYPES, FP32, FP64, peak_bytes
+from support import BF16, DTYPES, FP32, FP64, pairwise, peak_bytes
 from torch import Tensor
 
 import fastkd
@@ -78,9 +78,15 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("classes", [1, 2, 31, 33, 1000, 1024, 1025, 3001])
-@pytest.mark.parametrize("ensemble", ["probs", "logits"])
-@pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
+@pytest.mark.parametrize(
+    ("classes", "ensemble", "form"),
+    pairwise(
+        [1, 2, 31, 33, 1000, 1024, 1025, 3001],
+        ["probs", "logits"],
+        ["logits", "log_probs", "probs"],
+    ),
+    ids=str,
+)
 def test_mixtures(device, form, ensemble, classes):
     for dtype in DTYPES:
         acc = FP64 if dtype == FP64 else FP32

@@ -21,6 +21,7 @@ from support import (
     eager,
     make,
     name_of,
+    pairwise,
     truth,
 )
 from torch import Tensor
@@ -117,10 +118,12 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     assert distance(leaf.grad, exact.grad) <= 1e-6 * float(exact.grad.norm())
 
 
-@pytest.mark.parametrize("mix", [0.5, 0.3])
-@pytest.mark.parametrize("apart", [3.0, 1.0, 0.3, 0.1, 0.01, 0.001])
-@pytest.mark.parametrize("classes, bound", [(10, 1e-5), (1000, 2e-6), (CLASSES, 2e-6)])
-def test_jsd_near_and_far(device, classes, bound, apart, mix):
+@pytest.mark.parametrize(
+    ("mix", "apart", "classes"),
+    pairwise([0.5, 0.3], [3.0, 1.0, 0.3, 0.1, 0.01, 0.001], [10, 1000, CLASSES]),
+    ids=str,
+)
+def test_jsd_near_and_far(device, classes, apart, mix):
     """Both of its forms, series and logarithm. At their border the logarithm's loses four bits of a
     class, which ten classes do not average.
     """
@@ -129,7 +132,7 @@ def test_jsd_near_and_far(device, classes, bound, apart, mix):
     exact = truth(student, teacher, **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, **options)
-    assert float((rows.detach() / exact.loss - 1).abs().max()) <= bound
+    assert float((rows.detach() / exact.loss - 1).abs().max()) <= (1e-5 if classes == 10 else 2e-6)
     rows.sum().backward()
     assert distance(leaf.grad, exact.grad) <= 1e-6 * float(exact.grad.norm())
 
@@ -219,9 +222,11 @@ def test_divergence_near_the_teacher_in_double(device, student_dtype):
     assert float(got) == pytest.approx(float(exact.loss), rel=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 20.0])
-@pytest.mark.parametrize("classes", [2, 33, 5001])
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "classes"),
+    pairwise(DTYPES, [0.5, 1.0, 2.0, 3.0, 20.0], [2, 33, 5001]),
+    ids=str,
+)
 def test_equal_logits_have_no_divergence(device, classes, temperature, dtype):
     student, _, _ = make((6, classes), dtype, device=device, labels=False)
     rows = fastkd.loss(student, student, temperature=temperature, reduction="none")
@@ -263,9 +268,13 @@ def test_gradient_error(device, options, dtype):
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
 
-@pytest.mark.parametrize("shape", [(8, 10), (512, 19), (37, 100), (16, 1000)], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 7.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "temperature", "alpha"),
+    pairwise(
+        [(8, 10), (512, 19), (37, 100), (16, 1000)], [1.0, 2.0, 4.0, 7.0], [0.0, 0.5, 0.9, 1.0]
+    ),
+    ids=str,
+)
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
     # Root mean squares: of one problem, how 1 / rows is rounded may decide.
     ours, theirs = [], []
@@ -343,10 +352,11 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("where", MASKS)
-@pytest.mark.parametrize("classes", [5, 40, 1500, 20000])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "where", "classes", "reduction"),
+    pairwise(DTYPES, MASKS, [5, 40, 1500, 20000], ["mean", "none"]),
+    ids=str,
+)
 def test_masked_classes(device, where, classes, dtype, reduction):
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     columns = torch.arange(classes, device=device) % 3 == 1
@@ -413,10 +423,11 @@ def test_rows_without_any_class(device, masked):
 # ---- rows that hold no answer
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("where", ["student", "teacher"])
-@pytest.mark.parametrize("classes", [10, 200, 3000, 40000])
+@pytest.mark.parametrize(
+    ("dtype", "bad", "where", "classes"),
+    pairwise(DTYPES, [NAN, INF], ["student", "teacher"], [10, 200, 3000, 40000]),
+    ids=str,
+)
 def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
     rows = 5
     student, teacher, labels = make((rows, classes), dtype, device=device, ignored=0.0)
@@ -461,13 +472,14 @@ def test_ignored_rows_may_hold_anything(device, classes):
 # ---- huge logits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("size", [1e4, 1e38])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [*((dtype, 1e4) for dtype in DTYPES), (FP32, 1e38), (BF16, 1e38), (FP64, 1e38)],
+    ids=str,
+)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_offsets(device, sign, size, dtype):
     """Rows far from zero: softmax does not see the offset, so neither may the loss."""
-    if size > torch.finfo(dtype).max:
-        pytest.skip("not a number of this dtype")
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
     exact = truth(student, teacher, labels)
@@ -492,9 +504,11 @@ def test_huge_differences(device, size, dtype):
     assert_grad(leaf.grad, exact.grad, compute_dtype(student, teacher))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("classes", [49, 1500, 40000])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+@pytest.mark.parametrize(
+    ("dtype", "classes", "temperature"),
+    pairwise(DTYPES, [49, 1500, 40000], [1.0, 2.0, 2.5]),
+    ids=str,
+)
 def test_probabilities_that_underflow(device, classes, temperature, dtype):
     """Exponentials that are normal numbers until they are divided by the sum of many others."""
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BF16, FP16, FP32, FP64, make, name_of, truth
+from support import BF16, FP16, FP32, FP64, make, name_of, pairwise, truth
 
 import fastkd
 
@@ -21,9 +21,11 @@ def errors(divergence, student, teacher, **options):
     return (value.detach().double() / exact.loss - 1).abs(), grad, exact.grad.abs()
 
 
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("size_of_one", [1e4, 1e6, 1e8, -1e8])
-@pytest.mark.parametrize("teacher_temperature", [None, 0.7])
+@pytest.mark.parametrize(
+    ("classes", "size_of_one", "teacher_temperature"),
+    pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
+    ids=str,
+)
 def test_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
@@ -38,9 +40,11 @@ def test_squared_error_of_one_logit_far_from_the_rest(
     assert bool((grad <= limit)[rest].all())
 
 
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("size_of_one", [1e4, 1e6, 1e8, -1e8])
-@pytest.mark.parametrize("teacher_temperature", [None, 0.7])
+@pytest.mark.parametrize(
+    ("classes", "size_of_one", "teacher_temperature"),
+    pairwise(CLASSES, [1e4, 1e6, 1e8, -1e8], [None, 0.7]),
+    ids=str,
+)
 def test_centered_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
@@ -77,9 +81,11 @@ def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, clas
     )
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("divergence", ["mse", "centered_mse", "forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("dtype", "classes", "divergence"),
+    pairwise([FP32, BF16], CLASSES, ["mse", "centered_mse", "forward_kl", "reverse_kl", "jsd"]),
+    ids=str,
+)
 def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
     """The second backward pass writes the bits of the first, hard term and all."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
@@ -109,9 +115,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("offset", [0.0, 20.0])
-@pytest.mark.parametrize("classes", [3, 10, 100, 144, 145, 1000])
-@pytest.mark.parametrize("how", SAME)
+@pytest.mark.parametrize(
+    ("offset", "classes", "how"), pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], SAME), ids=str
+)
 def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
     """A student near its teacher, whose KL a rounded difference of quotients would drown."""
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)

@@ -174,6 +174,7 @@ def test_readme_lists_the_extras():
     assert listed == metadata
 
 
+@pytest.mark.slow
 def test_another_isa_can_be_asked_for_by_the_environment():
     for name in _C.available_isas():
         done = subprocess.run(

@@ -38,7 +38,7 @@ def evaluations(path: pathlib.Path) -> list[list[float]]:
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_a_save(workers, tmp_path):
     """What a resumed run gives is what an uninterrupted one gives, to the last bit."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
@@ -56,6 +56,7 @@ def test_killed_in_a_save(workers, tmp_path):
     assert kept == ["step-00000011", "step-00000012"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
     """The same global batches; the rows that count differ between processes and batches."""
     same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
@@ -78,6 +79,7 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_student(tmp_path):
     """FSDP, resumed half way, gives the parameters of one process."""
     same = ("--no-shuffle", "--noise", 0, "--dropout", 0)

@@ -132,7 +132,10 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    "situation",
+    [s if s == "accumulation" else pytest.param(s, marks=pytest.mark.slow) for s in SITUATIONS],
+)
 def test_each_step_has_the_loss_by_hand(situation, tmp_path):
     ours = run(Distilling, tmp_path, **SITUATIONS[situation])
     theirs = run(ByHand, tmp_path, **SITUATIONS[situation])
@@ -141,6 +144,7 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
     """Simulated: the trainer counts for two, as (2, 1), and DataParallel finds none."""
@@ -180,6 +184,7 @@ def packed_and_padded():
     return PACKED([dict(sample) for sample in samples]), pad(samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixin", "fastkd.Trainer"])
 def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
     """No sequence sees the one before, neither in the student nor in the teacher."""
@@ -399,6 +404,7 @@ def test_a_temperature_that_does_not_learn_is_taken(tmp_path):
     assert ours == pytest.approx(run(ByHand, tmp_path), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_label_smoothing_of_the_loss_and_of_the_arguments_is_the_same(tmp_path):
     loss = fastkd.KDLoss(temperature=TEMPERATURE, alpha=ALPHA, label_smoothing=0.2)
     expected = run(Distilling, tmp_path, label_smoothing_factor=0.2)
@@ -409,6 +415,7 @@ def test_label_smoothing_of_the_loss_and_of_the_arguments_is_the_same(tmp_path):
 # ---- interrupted, and on two processes
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path):
     options = {"save_strategy": "steps", "save_steps": STEPS // 2}
     expected = run(Distilling, tmp_path / "one", **options)
@@ -425,6 +432,7 @@ def free_port() -> int:
         return bound.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = []

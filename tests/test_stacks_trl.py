@@ -31,7 +31,7 @@ from fastkd.compat import convention  # noqa: E402
 from fastkd.compat.trl import generalized_jsd_loss  # noqa: E402
 from fastkd.integrations.transformers import DistillationMixin  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 STEPS = 20
 SHARED = {
     "per_device_train_batch_size": 4,

@@ -344,6 +344,7 @@ write(Slow(), {path!r}, top_k=4, shard_bytes=400, loader=DataLoader(DATA, 4))
 """
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
     script = KILLED.format(tests=str(pathlib.Path(__file__).parent), path=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script])
@@ -408,7 +409,7 @@ def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read(cache, method):
     ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))
     loader = DataLoader(

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from support import BF16, DTYPES, FP16, FP32, FP64, assert_grad, compute_dtype, make, name_of, truth
+from support import (
+    BF16,
+    DTYPES,
+    FP16,
+    FP32,
+    FP64,
+    assert_grad,
+    compute_dtype,
+    make,
+    name_of,
+    pairwise,
+    truth,
+)
 from torch import Tensor
 
 import fastkd
@@ -35,9 +47,13 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) ->
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(6, 10), (2, 3, 170), (4, 3001), (3, _C.segment + 5)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "shape"),
+    pairwise(
+        DTYPES, ["mean", "sum", "none"], [(6, 10), (2, 3, 170), (4, 3001), (3, _C.segment + 5)]
+    ),
+    ids=str,
+)
 def test_every_field(device, shape, reduction, dtype):
     check(*make(shape, dtype, device=device), reduction=reduction)
 
