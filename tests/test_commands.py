@@ -576,6 +576,7 @@ def test_nested_aliases_end_at_once(tmp_path):
     assert "epochs must be of type int" in command_in_another_process(file)
 
 
+@pytest.mark.slow
 def test_long_texts_end_at_once(tmp_path):
     """Looking for a number in them takes time in proportion to their length."""
     file = tmp_path / "config.yaml"

@@ -425,7 +425,9 @@ def test_a_title_is_text():
         fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), [], title=3)
 
 
-@pytest.mark.parametrize("written", range(5))
+@pytest.mark.parametrize(
+    "written", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(4)), 4]
+)
 def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, written):
     """Of a first report nothing, and an earlier one as it was."""
     write, done = pathlib.Path.write_bytes, []

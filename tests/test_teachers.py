@@ -683,7 +683,10 @@ READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+@pytest.mark.parametrize(
+    "kind",
+    ["pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("socket", "device", "folder"))],
+)
 def test_only_regular_files_are_opened(tmp_path, kind):
     """A process of its own, since opening a named pipe would wait for ever."""
     file = tmp_path / "shard-00000.safetensors"

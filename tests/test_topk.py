@@ -743,9 +743,20 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
+@pytest.mark.parametrize(  # every pair of two
+    ("reduction", "requires_grad", "dtype"),
+    [
+        (0, True, FP32),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (
+                *((1, True, BF16), (2, True, FP32), (0, False, BF16)),
+                *((1, False, FP32), (2, False, BF16)),
+            )
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("each_autograd")
 def test_opcheck(dtype, reduction, requires_grad):
     problem = make((4, 50), 5, dtype)

@@ -95,7 +95,9 @@ TRANSFORMS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
+)
 def test_compiled_transforms(name, transform):
     """The ops have no formula for these, and a compiled one would leave out their derivatives."""
     student, teacher, labels = problem64(torch.device("cpu"))

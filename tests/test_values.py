@@ -267,7 +267,9 @@ def teacher_of(kind: str, dtype: torch.dtype = FP32) -> Tensor | Head | TopK:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("values", ["made inside", "as arguments"])
+@pytest.mark.parametrize(
+    "values", [pytest.param("made inside", marks=pytest.mark.slow), "as arguments"]
+)
 @each_pair
 def test_compiled(student, teacher, values):
     inputs = (draw(ROWS, CLASSES),) if student == "tensor" else head()
@@ -533,6 +535,7 @@ def mistakes(logits: Tensor, top: TopK) -> None:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_types_of_every_pair(checker, tmp_path):
     """A type checker accepts the calls that work, and finds the mistakes."""
