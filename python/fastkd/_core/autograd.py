@@ -132,6 +132,8 @@ def without_cpp() -> Iterator[None]:
     finally:
         native.EAGER = eager
         library._destroy()
+        for ops in _LOSSES.values():  # torch caches what traced calls dispatch to
+            ops.loss._dispatch_cache.clear()
 
 
 def prepare_call(
