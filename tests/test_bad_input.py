@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import FP32, make, name_of
+from support import FP32, make, make_heads, name_of
 from torch import nn
 
 import fastkd
@@ -174,7 +174,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # inplace
     "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace=True needs a call that the kernels compute; they do not have standardize=True on cpu"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
-    "chunks without a Head": ({"chunks": fastkd.chunks.plan(3, 5, 2)}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
+    "chunks without a Head": ({"chunks": fastkd.chunks.plan(*make_heads())}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
     "chunks a number": ({"chunks": 4}, ValueError, 'chunks must be "auto" unless student is a Head; got 4'),
     "normalizer a word": ({"normalizer": "tokens"}, TypeError, "normalizer must be a number; got str"),
 }  # fmt: skip

@@ -46,17 +46,20 @@ IMPORTS = {
     "_eager": set(),
     "extras": set(),
     "batches": set(),
+    "validation": set(),
     "reference": set(),
-    "_core": {"_C", "_eager", "reference"},
-    "linear": {"_core", "reference"},
+    "_core": {"_C", "_eager", "reference", "validation"},
+    "linear": {"_core", "reference", "validation"},
     "losses": {"_core", "linear", "reference"},
-    "diagnostics": {"_core", "losses", "reference"},
-    "teachers": {"_core", "batches", "extras"},
-    "training": {"_core", "batches", "extras", "losses", "reference", "teachers"},
-    "reports": {"_C", "_core", "batches", "extras"},
-    "compat": {"_core", "losses"},
+    "diagnostics": {"_core", "losses", "reference", "validation"},
+    "teachers": {"_core", "batches", "extras", "validation"},
+    "training": {
+        *("_core", "batches", "extras", "losses", "reference", "teachers", "validation"),
+    },
+    "reports": {"_C", "batches", "extras", "validation"},
+    "compat": {"_core", "losses", "validation"},
     "integrations": {"batches", "extras", "losses"},
-    "commands": {"_core", "extras", "losses", "reports", "teachers", "training"},
+    "commands": {"extras", "losses", "reports", "teachers", "training", "validation"},
 }
 # The optional module of autograd in C++, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}

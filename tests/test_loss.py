@@ -232,8 +232,6 @@ def test_module_is_the_function(device):
     assert torch.equal(
         criterion(student, teacher, labels), fastkd.loss(student, teacher, labels, **options)
     )
-    soft = fastkd.loss(student, teacher, temperature=3.0, reduction="sum")
-    assert torch.equal(criterion(student, teacher), soft)
     ours, theirs = (
         criterion.terms(student, teacher, labels),
         fastkd.terms(student, teacher, labels, **options),

@@ -159,17 +159,17 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
 
 @OLD_SCRIPT
 @pytest.mark.usefixtures("each_autograd")
-@pytest.mark.parametrize("name", ["teacher_logits", "normalizer", "class_weight"])
+@pytest.mark.parametrize("name", ["teacher", "normalizer", "class_weight"])
 def test_tangents_of_what_gets_none_are_refused(name):
     student, teacher, labels = problem64(torch.device("cpu"))
     given: dict[str, Any] = {
-        "teacher_logits": teacher,
+        "teacher": teacher,
         "normalizer": torch.tensor(3.0, dtype=FP64),
         "class_weight": torch.ones(7, dtype=FP64),
     }
 
     def function(x: Tensor) -> Tensor:
-        options = {"teacher_logits": teacher, name: x}
+        options = {"teacher": teacher, name: x}
         return fastkd.loss(student, labels=labels, **options)
 
     with pytest.raises(ValueError, match=rf"{name}.* (the teacher none|no gradient)"):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd import validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import Objective, Options, fit, resolve
@@ -89,7 +90,7 @@ def check_arguments(
     soft_labels = labels is not None and checks.check_labels(labels, student)
     if topk is not None:
         _check_sparse(objective, labels)
-    labels = None if labels is None else checks.to_savable(checks.to_int64(labels))
+    labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
     dtype = accumulator(student, *outputs)
     objective = fit(objective, student, labels, dtype)

@@ -8,103 +8,29 @@ read logits; :func:`fastkd.check_inputs` does.
 from __future__ import annotations
 
 import math
-import numbers
-import os
-import pathlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd.validation import FLOATS, INTEGERS, check_number, check_one_of, to_int64
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Within this range a temperature, its square and the inverse of either are normal float32 numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
 _TEMPERATURE_RANGE = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
-INTEGERS = (
-    *(torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-)
-
-
-def one_of(name: str, value: object, accepted: Sequence[str]) -> int:
-    """Return the position of ``value`` among the accepted names; raise if it is not one of them."""
-    if isinstance(value, str) and value in accepted:
-        return accepted.index(value)
-    listed = ", ".join(repr(option) for option in accepted)
-    raise ValueError(f"{name} must be one of {listed}; got {value!r}")
-
-
-def number(
-    name: str,
-    value: object,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    open_high: bool = False,
-) -> float:
-    """Return ``value`` as a finite float in [low, high], without the ends that are open."""
-    if type(value) is not float:
-        # NumPy's scalars are Real, its booleans and torch's tensors are not.
-        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-        try:
-            value = float(value)
-        except OverflowError:  # of an int
-            value = -math.inf if isinstance(value, int) and value < 0 else math.inf
-    above = low < value if open_low else low <= value
-    if above and (value < high if open_high else value <= high) and value != math.inf:
-        return value
-    if high == math.inf:
-        accepted = "positive and finite" if open_low else f"finite and at least {low:g}"
-    else:
-        left, right = "(" if open_low else "[", ")" if open_high else "]"
-        accepted = f"in {left}{low:g}, {high:g}{right}"
-    raise ValueError(f"{name} must be {accepted}; got {value!r}")
-
-
-def count(name: str, value: object, least: int = 1) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int of at least {least}; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
-
-
-def folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
-    """Return ``value`` as the path of a folder that exists or can be made.
-
-    ``otherwise``: what else is accepted, for the message.
-    """
-    if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
-    path = pathlib.Path(value)
-    there = next((each for each in (path, *path.parents) if each.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ValueError(f"{name} must be a folder; got {path}, and {there} is a file")
-    return path
 
 
 def check_reduction(value: object) -> None:
     """Raise unless ``value`` names a reduction; for torch's "batchmean", name the equivalent."""
     try:
-        one_of("reduction", value, reference.REDUCTIONS)
+        check_one_of("reduction", value, reference.REDUCTIONS)
     except ValueError as error:
         if value != "batchmean":
             raise
         raise ValueError(
             f'{error}. "mean" divides by the rows, as torch\'s batchmean does'
         ) from None
-
-
-def check_ignore_index(value: object) -> None:
-    """Raise unless ``value`` is an int of 64 bits."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must be an int of 64 bits; got {value}")
 
 
 def check_dim(value: object) -> None:
@@ -219,15 +145,6 @@ def check_labels(value: object, student: Tensor) -> bool:
     return False
 
 
-def to_int64(labels: Tensor) -> Tensor:
-    """Convert class indices to int64, and return probabilities as they are.
-
-    PyTorch converts a number to the dtype of the tensor that it is compared with: -100 becomes 156
-    for uint8.
-    """
-    return labels.long() if labels.dtype in INTEGERS else labels
-
-
 def to_savable(value: Tensor) -> Tensor:
     """Return a tensor that autograd can save: a copy if made under ``torch.inference_mode()``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -275,7 +192,7 @@ def _same_device(value: Tensor, name: str, student: Tensor) -> None:
 
 def check_scalar_temperature(name: str, value: object) -> float:
     """Check that ``value`` is a number from 1e-18 to 1e18, and return it as a float."""
-    checked = number(name, value, 0.0, math.inf, open_low=True)
+    checked = check_number(name, value, 0.0, math.inf, open_low=True)
     if not LEAST_TEMPERATURE <= checked <= MOST_TEMPERATURE:
         raise ValueError(f"{name} must be {_TEMPERATURE_RANGE}; got {value!r}")
     return checked
@@ -297,7 +214,7 @@ def resolve_weights(
     if hard is None and soft is None:
         if alpha is None:
             return (0.5, 0.5) if has_labels else (0.0, 1.0)
-        share = number("alpha", alpha, 0.0, 1.0)
+        share = check_number("alpha", alpha, 0.0, 1.0)
         if share and not has_labels:
             raise ValueError(
                 f"alpha weighs the hard term, which needs labels; got alpha={alpha!r} and "
@@ -322,7 +239,7 @@ def resolve_weights(
 
 def check_smoothing(value: object, has_labels: bool) -> float:
     """Return the label smoothing as a float; raise if it is not 0 and there are no labels."""
-    smoothing = number("label_smoothing", value, 0.0, 1.0)
+    smoothing = check_number("label_smoothing", value, 0.0, 1.0)
     if smoothing and not has_labels:
         raise ValueError(
             f"label_smoothing needs labels; got label_smoothing={value!r} and labels=None"
@@ -335,7 +252,7 @@ def _weight(name: str, value: object) -> float | Tensor:
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
-        return number(name, value, 0.0, math.inf)
+        return check_number(name, value, 0.0, math.inf)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
     return value
@@ -380,7 +297,7 @@ def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, .
             f"teacher_weights must have one number for each teacher, {teachers}; got {len(value)}"
         )
     weights = tuple(
-        number(f"teacher_weights[{i}]", weight, 0.0, math.inf, open_low=True)
+        check_number(f"teacher_weights[{i}]", weight, 0.0, math.inf, open_low=True)
         for i, weight in enumerate(value)
     )
     if sum(weights) == math.inf:
@@ -409,7 +326,7 @@ def check_divisor(value: object) -> float:
     0 is accepted here; :func:`check_nonzero` decides if it is valid.
     """
     is_zero = type(value) in (int, float) and value == 0
-    return 0.0 if is_zero else number("normalizer", value, 0.0, math.inf, open_low=True)
+    return 0.0 if is_zero else check_number("normalizer", value, 0.0, math.inf, open_low=True)
 
 
 def check_nonzero(

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import reference, validation
 from fastkd._core import checks
 
 
@@ -73,9 +73,9 @@ def resolve(
     ``teachers``: their number, or None if it is not known yet.
     """
     o = options
-    checks.one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
-    checks.one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
-    checks.one_of("ensemble", o.ensemble, reference.ENSEMBLES)
+    validation.check_one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
+    validation.check_one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
+    validation.check_one_of("ensemble", o.ensemble, reference.ENSEMBLES)
     checks.check_reduction(o.reduction)
     for name in ("standardize", "inplace"):
         if not isinstance(getattr(o, name), bool):
@@ -100,7 +100,7 @@ def resolve(
         checks.check_no_gradient("normalizer", normalizer)
     elif normalizer is not None:
         normalizer = checks.check_divisor(normalizer)
-    checks.check_ignore_index(o.ignore_index)
+    validation.check_ignore_index(o.ignore_index)
     if reference.DIVERGENCES[o.divergence].needs_labels and not has_labels:
         raise ValueError(
             f"divergence={o.divergence!r} needs labels (class indices); got labels=None"
@@ -137,7 +137,9 @@ def _mix(divergence: str, mix: object) -> float | None:
         )
         raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
     low, high = kind.mix_range
-    checked = checks.number("mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open)
+    checked = validation.check_number(
+        "mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open
+    )
     if kind.mix_open and 1 - checked == 1:  # the mixture would be equal to one side
         raise ValueError(f"mix must be large enough that 1 - mix is less than 1; got {checked!r}")
     return checked

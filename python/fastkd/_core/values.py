@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastkd import validation
 from fastkd._core import checks
 
 Tail = Literal["ghost", "renormalize", "ignore"]
@@ -140,7 +141,7 @@ def check_head(head: Head, name: str = "Head") -> None:
     for field in ("softcap", "scale"):
         value = getattr(head, field)
         if value is not None:
-            checks.number(f"{name}.{field}", value, 0.0, math.inf, open_low=True)
+            validation.check_number(f"{name}.{field}", value, 0.0, math.inf, open_low=True)
 
 
 def check_topk(topk: TopK, name: str = "TopK") -> None:
@@ -152,7 +153,7 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
             f"{name}.indices must be a tensor of class indices; got {type(indices).__name__}"
         )
     checks.check_dense(f"{name}.indices", indices)
-    if indices.dtype not in checks.INTEGERS:
+    if indices.dtype not in validation.INTEGERS:
         raise TypeError(
             f"{name}.indices must be class indices of an integer dtype; got {indices.dtype}"
         )
@@ -161,14 +162,14 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
             f"{name}.log_probs and {name}.indices must have the same shape (..., k) with k >= 1; "
             f"got {tuple(topk.log_probs.shape)} and {tuple(indices.shape)}"
         )
-    checks.one_of(f"{name}.tail", topk.tail, TAILS)
+    validation.check_one_of(f"{name}.tail", topk.tail, TAILS)
 
 
 def _check_floats(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     checks.check_dense(name, value)
-    if value.dtype not in checks.FLOATS:
+    if value.dtype not in validation.FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
 
 

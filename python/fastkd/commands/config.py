@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from fastkd import extras
-from fastkd._core import checks
+from fastkd import extras, validation
 from fastkd.commands.factories import ConfigError, Factories
 
 # The YAML parser recurses once per level of nesting.
@@ -89,15 +88,15 @@ class Training:
     def __post_init__(self) -> None:
         """Check the ranges of the numbers, and that the folders are not files."""
         for name in ("epochs", "batch_size", "accumulate"):
-            checks.count(name, getattr(self, name))
+            validation.check_count(name, getattr(self, name))
         for name in ("teacher_top_k", "seed", "workers"):
-            checks.count(name, getattr(self, name), 0)
-        checks.number("seed", self.seed, 0, 2**63, open_high=True)
-        checks.number("ema", self.ema, 0.0, 1.0, open_high=True)
+            validation.check_count(name, getattr(self, name), 0)
+        validation.check_number("seed", self.seed, 0, 2**63, open_high=True)
+        validation.check_number("ema", self.ema, 0.0, 1.0, open_high=True)
         if self.clip != math.inf:
-            checks.number("clip", self.clip, 0.0, math.inf, open_low=True)
+            validation.check_number("clip", self.clip, 0.0, math.inf, open_low=True)
         for name in ("teacher_cache", "output"):
-            checks.folder(name, getattr(self, name))
+            validation.check_folder(name, getattr(self, name))
 
     def require(self, *names: str) -> None:
         """Raise if one of these options is not given."""

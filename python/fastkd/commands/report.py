@@ -7,8 +7,7 @@ import pathlib
 
 from torch.utils.data import DataLoader
 
-from fastkd import extras, reports
-from fastkd._core import checks
+from fastkd import extras, reports, validation
 from fastkd.commands.config import Training, errors_of
 from fastkd.commands.factories import ConfigError, Factories
 
@@ -37,8 +36,8 @@ def report(
     """
     training.require("teacher", "validation")
     with errors_of():
-        checks.number("seconds", seconds, 0.0, float("inf"))
-        checks.folder("save", save)
+        validation.check_number("seconds", seconds, 0.0, float("inf"))
+        validation.check_folder("save", save)
     students = {}
     if training.student:
         training.require("output")

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from fastkd import validation
 from fastkd._core import checks
 
 
@@ -31,7 +32,7 @@ def convert_reduction(
     fastkd sums over classes and averages over rows; ``KLDivLoss`` divides by all elements
     (``"mean"``) or by the first dimension alone (``"batchmean"``).
     """
-    checks.one_of("reduction", reduction, ("mean", "batchmean", "sum"))
+    validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
     if reduction == "sum":
         return "sum", 1.0
     classes = max(logits.shape[dim], 1)
@@ -46,7 +47,7 @@ def choose_divergence(beta: float) -> dict[str, Any]:
     It is beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. At 0 and 1 the
     formula is 0 everywhere, and both libraries use forward and reverse KL instead.
     """
-    checks.number("beta", beta, 0.0, 1.0)
+    validation.check_number("beta", beta, 0.0, 1.0)
     if beta == 0:
         return {"divergence": "forward_kl"}
     return {"divergence": "reverse_kl"} if beta == 1 else {"divergence": "jsd", "mix": beta}
@@ -67,12 +68,12 @@ def check_none(name: str, value: object, reason: str) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise unless it is a positive, finite number."""
-    return checks.number(name, value, 0.0, math.inf, open_low=True)
+    return validation.check_number(name, value, 0.0, math.inf, open_low=True)
 
 
 def check_weight(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise unless it is finite and at least 0."""
-    return checks.number(name, value, 0.0, math.inf)
+    return validation.check_number(name, value, 0.0, math.inf)
 
 
 def check_normalizer(

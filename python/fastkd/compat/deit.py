@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, check_positive, convert_reduction
 
 CONVENTION = Convention(
@@ -55,11 +54,11 @@ class DistillationLoss(nn.Module):
     ) -> None:
         """Check and store the options."""
         super().__init__()
-        checks.one_of("distillation_type", distillation_type, ("none", "soft", "hard"))
+        validation.check_one_of("distillation_type", distillation_type, ("none", "soft", "hard"))
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
-        self.alpha = checks.number("alpha", alpha, 0.0, 1.0)
+        self.alpha = validation.check_number("alpha", alpha, 0.0, 1.0)
         self.tau = check_positive("tau", tau)
 
     def forward(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import losses
-from fastkd._core import checks, shapes
+from fastkd import losses, validation
+from fastkd._core import shapes
 from fastkd.compat.convention import Convention, check_positive, check_weight
 
 CONVENTION = Convention(
@@ -72,7 +72,7 @@ def step_loss(
             "alpha_mlm and alpha_clm must not both be positive; got "
             f"alpha_mlm={alpha_mlm!r}, alpha_clm={alpha_clm!r}"
         )
-    lm_labels = checks.to_int64(lm_labels)
+    lm_labels = validation.to_int64(lm_labels)
     soft = lm_labels >= 0 if restrict_ce_to_mask else attention_mask != 0
     labels = F.pad(lm_labels[:, 1:], (0, 1), value=-100) if alpha_clm else lm_labels
     hard = labels != -100

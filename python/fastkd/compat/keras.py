@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, check_none, check_positive
 
 CONVENTION = Convention(
@@ -55,7 +54,7 @@ class LogitsDistillation:
 
     def __init__(self, temperature: float = 3.0, loss: str = "kl_divergence") -> None:
         """Check and store the options."""
-        checks.one_of("loss", loss, ("kl_divergence",))
+        validation.check_one_of("loss", loss, ("kl_divergence",))
         self.temperature = check_positive("temperature", temperature)
 
     def compute_loss(
@@ -105,7 +104,7 @@ class Distiller(nn.Module):
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student
         self.distillation_losses = distillation_losses
-        self.student_loss_weight = checks.number(
+        self.student_loss_weight = validation.check_number(
             "student_loss_weight", student_loss_weight, 0.0, 1.0
         )
 

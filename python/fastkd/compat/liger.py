@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks, shapes
+from fastkd import losses, validation
+from fastkd._core import shapes
 from fastkd.compat.convention import Convention, choose_divergence, convert_reduction, mask_rows
 
 CONVENTION = Convention(
@@ -59,7 +59,7 @@ class LigerKLDIVLoss(nn.Module):
         super().__init__()
         if eps != 1e-10:
             raise ValueError(f"eps has no use here and must be left at 1e-10; got {eps!r}")
-        checks.one_of("reduction", reduction, ("mean", "batchmean", "sum"))
+        validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
         self.reduction = reduction
         self.log_target = log_target
 
@@ -119,7 +119,7 @@ class LigerTVDLoss(nn.Module):
     def __init__(self, reduction: str = "batchmean", ignore_index: int = -100) -> None:
         """Check and store the options."""
         super().__init__()
-        checks.one_of("reduction", reduction, ("batchmean", "mean", "sum"))
+        validation.check_one_of("reduction", reduction, ("batchmean", "mean", "sum"))
         self.reduction = reduction
         self.ignore_index = ignore_index
 

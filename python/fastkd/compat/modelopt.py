@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, check_positive, convert_reduction
 
 CONVENTION = Convention(
@@ -38,7 +37,7 @@ class LogitsDistillationLoss(nn.Module):
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         """Check and store the options."""
         super().__init__()
-        checks.one_of("reduction", reduction, ("mean", "batchmean", "sum", "none"))
+        validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum", "none"))
         self.temperature = check_positive("temperature", temperature)
         self.reduction = reduction
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, check_none, check_positive, check_weight
 
 CONVENTION = Convention(
@@ -76,7 +75,7 @@ class LogitDistillationTask(nn.Module):
         reason = "teacher_model is a module that has its weights"
         check_none("teacher_pretrained_path", teacher_pretrained_path, reason)
         check_none("teacher_pretrained_cfg_overlay", teacher_pretrained_cfg_overlay, reason)
-        checks.one_of("loss_type", loss_type, ("kl",))
+        validation.check_one_of("loss_type", loss_type, ("kl",))
         if isinstance(teacher_model, str):
             raise TypeError(
                 f"teacher_model must be a torch.nn.Module; got the name {teacher_model!r}. Load it "

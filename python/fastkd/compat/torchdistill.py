@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, check_positive, check_weight, convert_reduction
 
 CONVENTION = Convention(
@@ -76,7 +75,7 @@ class KDLoss(nn.Module):
         super().__init__()
         if alpha is None and beta is None:
             raise TypeError("alpha and beta must not both be None: give one of them")
-        checks.one_of("reduction", reduction, ("batchmean", "mean", "sum"))
+        validation.check_one_of("reduction", reduction, ("batchmean", "mean", "sum"))
         self.student_module_path = student_module_path
         self.student_module_io = student_module_io
         self.teacher_module_path = teacher_module_path

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastkd import losses
-from fastkd._core import checks
+from fastkd import losses, validation
 from fastkd.compat.convention import Convention, mask_rows
 
 CONVENTION = Convention(
@@ -108,7 +107,7 @@ class SymmetricKLLoss(_MaskedLoss):
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100) -> None:
         """Check and store the options."""
         super().__init__(ignore_index)
-        self.sym_kd_ratio = checks.number("sym_kd_ratio", sym_kd_ratio, 0.0, 1.0)
+        self.sym_kd_ratio = validation.check_number("sym_kd_ratio", sym_kd_ratio, 0.0, 1.0)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from fastkd import validation
 from fastkd._core import checks
 
 
@@ -48,10 +49,10 @@ def check_inputs(
     """
     checks.check_student(student)
     checks.check_teachers(student, [teacher])
-    checks.check_ignore_index(ignore_index)
+    validation.check_ignore_index(ignore_index)
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None and not checks.check_labels(labels, student):
-        labels = checks.to_int64(labels)
+        labels = validation.to_int64(labels)
         counts = labels != ignore_index
     checked = checks.check_temperature("temperature", temperature)
     if isinstance(checked, Tensor) and checked.dim() > 0:

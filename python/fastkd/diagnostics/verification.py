@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd import losses, reference
-from fastkd._core import checks, dispatch
+from fastkd import losses, reference, validation
+from fastkd._core import dispatch
 from fastkd._core.arguments import prepare
 from fastkd._core.objective import Objective, Options
 from fastkd._core.rows import Rows, as_rows
@@ -151,7 +151,7 @@ def verify(
         >>> result.agrees
         True
     """
-    checks.count("repeats", repeats)
+    validation.check_count("repeats", repeats)
     options = {**KDLoss(**options).options, "inplace": False}
     problem = _rows(student, teacher, labels, options)
     student = student.detach().requires_grad_()

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd._core import autograd, checks
+from fastkd import validation
+from fastkd._core import autograd
 from fastkd._core.arguments import Teacher
 from fastkd._core.objective import Options
 from fastkd._core.values import Head
@@ -89,7 +90,7 @@ def plan(
         raise TypeError(f"plan() got an unexpected keyword argument {unknown!r}")
     if not isinstance(student, Head):
         raise TypeError(f"student must be a fastkd.Head; got {type(student).__name__}")
-    checks.one_of("chunk_by", chunk_by, _CHUNK_BY)
+    validation.check_one_of("chunk_by", chunk_by, _CHUNK_BY)
     if chunk_size != "auto" and not _is_positive(chunk_size):
         raise ValueError(
             'chunk_size must be a positive number of rows or classes, or "auto"; got '

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastkd import _C, extras
-from fastkd._core import checks
+from fastkd import _C, extras, validation
 from fastkd.reports import page, plots, tables
 from fastkd.reports.measure import (
     Answers,
@@ -93,7 +92,7 @@ class Report(NamedTuple):
             ValueError: if ``folder`` or one of its parents is a file.
             OSError: if a file cannot be written.
         """
-        folder = checks.folder("folder", folder)
+        folder = validation.check_folder("folder", folder)
         figures = plots.draw_figures(self)
         files = {f"{name}.png": plots.render_png(figure) for name, figure in figures.items()}
         files["report.html"] = self.html().encode()
@@ -178,8 +177,8 @@ def report(
             raise TypeError(f"{name} must be a list or tuple; got {value!r}")
     if not batch_sizes or any(type(n) is not int or n < 1 for n in batch_sizes):
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
-    checks.number("seconds", seconds, 0.0, math.inf)
-    checks.check_ignore_index(ignore_index)
+    validation.check_number("seconds", seconds, 0.0, math.inf)
+    validation.check_ignore_index(ignore_index)
     if show:
         extras.check("report", "rich")
     if devices is None:

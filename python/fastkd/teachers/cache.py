@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches
-from fastkd._core import checks
+from fastkd import batches, validation
 from fastkd._core.values import TopK
 from fastkd.teachers import shard
 from fastkd.teachers.digests import digest_inputs, fingerprint
@@ -72,7 +71,7 @@ class TeacherCache:
         teacher: nn.Module | None = None,
     ) -> None:
         """Open and check every shard, and read the ids."""
-        self.path = checks.folder("path", path)
+        self.path = validation.check_folder("path", path)
         files = sorted(self.path.glob(shard.PATTERN))
         if not files:
             raise FileNotFoundError(f"{self.path} holds no teacher's cache (no {shard.PATTERN})")

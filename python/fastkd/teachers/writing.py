@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, extras
+from fastkd import batches, extras, validation
 from fastkd._core import checks
 from fastkd.teachers import shard
 from fastkd.teachers.cache import TeacherCache
@@ -74,11 +74,11 @@ def precompute(
     if dtype not in shard.DTYPES.values():
         raise ValueError(f"dtype must be float16, bfloat16 or float32; got {dtype}")
     if top_k is not None:
-        checks.count("top_k", top_k)
-    checks.count("shard_bytes", shard_bytes)
+        validation.check_count("top_k", top_k)
+    validation.check_count("shard_bytes", shard_bytes)
     temperature = checks.check_scalar_temperature("temperature", temperature)
-    checks.check_ignore_index(ignore_index)
-    folder = checks.folder("path", path)
+    validation.check_ignore_index(ignore_index)
+    folder = validation.check_folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
     writer = _Writer(folder, shard_bytes, existing(folder, top_k, dtype, temperature, identity))
@@ -159,7 +159,7 @@ def _count_rows(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> 
     """Return the number of rows to store of each sample, ``(B,)`` int64 on the CPU."""
     mask = None
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]:
-        mask = checks.to_int64(labels) != ignore_index
+        mask = validation.to_int64(labels) != ignore_index
     elif isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
         mask = inputs["attention_mask"] != 0
     if logits.dim() == 3 and mask is not None and mask.shape == logits.shape[:2] and mask.numel():

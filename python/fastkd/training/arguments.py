@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from fastkd import extras
-from fastkd._core import checks
+from fastkd import extras, validation
 from fastkd.losses import KDLoss
 
 
@@ -92,12 +91,12 @@ def check_numbers(
     save_every: int | None,
 ) -> None:
     """Raise unless these arguments are in range."""
-    checks.count("accumulate", accumulate)
+    validation.check_count("accumulate", accumulate)
     if clip is not None:
-        checks.number("clip", clip, 0.0, math.inf, open_low=True)
+        validation.check_number("clip", clip, 0.0, math.inf, open_low=True)
     if checkpoints is not None:
-        checks.folder("checkpoints", checkpoints, " or None")
+        validation.check_folder("checkpoints", checkpoints, " or None")
     if save_every is not None:
-        checks.count("save_every", save_every)
+        validation.check_count("save_every", save_every)
         if checkpoints is None:
             raise ValueError("save_every needs checkpoints, the folder to write to; got None")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import batches
-from fastkd._core import checks
+from fastkd import batches, validation
 
 LOSSES = ("mse", "cosine", "attention")
 
@@ -61,8 +60,8 @@ class Hint:
 
     def __post_init__(self) -> None:
         """Check ``weight`` and ``loss``."""
-        checks.number("weight", self.weight, 0.0, math.inf, open_low=True)
-        checks.one_of("loss", self.loss, LOSSES)
+        validation.check_number("weight", self.weight, 0.0, math.inf, open_low=True)
+        validation.check_one_of("loss", self.loss, LOSSES)
 
 
 class Features:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd import batches, losses
-from fastkd._core import checks
+from fastkd import batches, losses, validation
 from fastkd.reference import Terms
 from fastkd.training.hints import Features, Hint, HintLoss
 from fastkd.training.teacher import Forward, TeacherOutputs
@@ -117,7 +116,7 @@ class StudentLoss(nn.Module):
                 f"labels must be a tensor; got {type(targets).__name__}. For batches of another "
                 "form use Trainer(forward=..., labels=...)"
             )
-        return checks.to_int64(targets)
+        return validation.to_int64(targets)
 
     def count_rows(self, targets: Tensor) -> Tensor:
         """Return the number of rows that are not ignored, 0-d."""

@@ -16,7 +16,6 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
 from fastkd import batches
-from fastkd._core import checks
 from fastkd.losses import KDLoss
 from fastkd.teachers import TeacherCache
 from fastkd.training import arguments, checkpoints, student_loss
@@ -24,6 +23,7 @@ from fastkd.training import teacher as teachers
 from fastkd.training.hints import Hint
 from fastkd.training.loader_state import LoaderState
 from fastkd.training.progress import Progress
+from fastkd.validation import check_count
 
 FORMAT = 6  # of a checkpoint
 
@@ -194,7 +194,7 @@ class Trainer:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        checks.count("epochs", epochs)
+        check_count("epochs", epochs)
         if validation is not None:
             arguments.check_loader("validation", validation)
             self._check_not_sharded()

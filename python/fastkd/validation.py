@@ -1,0 +1,94 @@
+"""Check arguments of any kind. Every message has the name, what was given, and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+
+
+def check_one_of(name: str, value: object, accepted: Sequence[str]) -> int:
+    """Return the position of ``value`` among the accepted names; raise if it is not one of them."""
+    if isinstance(value, str) and value in accepted:
+        return accepted.index(value)
+    listed = ", ".join(repr(option) for option in accepted)
+    raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` as a finite float in [low, high], without the ends that are open."""
+    if type(value) is not float:
+        # NumPy's scalars are Real, its booleans and torch's tensors are not.
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        try:
+            value = float(value)
+        except OverflowError:  # of an int
+            value = -math.inf if isinstance(value, int) and value < 0 else math.inf
+    above = low < value if open_low else low <= value
+    if above and (value < high if open_high else value <= high) and value != math.inf:
+        return value
+    if high == math.inf:
+        accepted = "positive and finite" if open_low else f"finite and at least {low:g}"
+    else:
+        left, right = "(" if open_low else "[", ")" if open_high else "]"
+        accepted = f"in {left}{low:g}, {high:g}{right}"
+    raise ValueError(f"{name} must be {accepted}; got {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int of at least {least}; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+
+
+def check_folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
+    """Return ``value`` as the path of a folder that exists or can be made.
+
+    ``otherwise``: what else is accepted, for the message.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
+    path = pathlib.Path(value)
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{name} must be a folder; got {path}, and {there} is a file")
+    return path
+
+
+def check_ignore_index(value: object) -> None:
+    """Raise unless ``value`` is an int of 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"ignore_index must be an int; got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits; got {value}")
+
+
+def to_int64(labels: Tensor) -> Tensor:
+    """Convert class indices to int64, and return probabilities as they are.
+
+    PyTorch converts a number to the dtype of the tensor that it is compared with: -100 becomes 156
+    for uint8.
+    """
+    return labels.long() if labels.dtype in INTEGERS else labels
