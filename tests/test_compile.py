@@ -178,7 +178,7 @@ EVERY_OPTION = {
         "hard_weight": torch.linspace(0, 1, 6),
         "class_weight": torch.linspace(0.5, 2, 50),
     },
-    "logits": {"divergence": "dkd", "standardize": True, "classes": 40},
+    "logits": {"divergence": "dkd", "standardize": True},
 }
 
 
