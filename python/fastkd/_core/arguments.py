@@ -58,7 +58,8 @@ def check_arguments(
     :func:`raise_cause`, and labels by the kernels.
     """
     topk = teacher if isinstance(teacher, TopK) else None
-    teachers = tuple(teacher) if isinstance(teacher, (list, tuple)) else (teacher,)
+    is_sequence = topk is None and isinstance(teacher, (list, tuple))
+    teachers: tuple[object, ...] = tuple(teacher) if is_sequence else (teacher,)  # type: ignore[arg-type]
     if options.chunks != "auto":
         raise ValueError(f'chunks must be "auto" unless student is a Head; got {options.chunks!r}')
     if topk is not None:
