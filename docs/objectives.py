@@ -126,9 +126,13 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         call = prepare(student, teacher, labels, Options(**arguments, divergence=divergence))
     except ValueError:
         return "–"
-    if dispatch.uses(call.labels, call.objective) <= dispatch.FUSED:
+    if dispatch.find_features(call.labels, call.objective) <= dispatch.FUSED:
         return "●"
-    return "◑" if dispatch.in_passes(call.teachers, call.labels, call.objective) else "○"
+    return (
+        "◑"
+        if dispatch.supports_multiple_passes(call.teachers, call.labels, call.objective)
+        else "○"
+    )
 
 
 def _table(rows: list[list[str]]) -> str:

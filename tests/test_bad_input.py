@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalizer's tensor infinite": ({"normalizer": torch.tensor(INF)}, ValueError, "normalizer must be positive and finite; got inf"),
     "normalizer's tensor NaN": ({"normalizer": torch.tensor(NAN)}, ValueError, "normalizer must be positive and finite; got nan"),
     # divergences
-    "mix without use": ({"mix": 0.5}, ValueError, "mix belongs to 'symmetric_kl', 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl', 'dkd'; got mix=0.5 with divergence='forward_kl'"),
+    "mix without use": ({"mix": 0.5}, ValueError, "mix belongs to the divergences 'symmetric_kl', 'jsd', 'skewed_forward_kl', 'skewed_reverse_kl', 'dkd'; got mix=0.5 with divergence='forward_kl'. Omit mix."),
     "jsd's mix 0": ({"divergence": "jsd", "mix": 0}, ValueError, "mix must be in (0, 1); got 0.0"),
     "jsd's mix 1": ({"divergence": "jsd", "mix": 1.0}, ValueError, "mix must be in (0, 1); got 1.0"),
     "skew 0": ({"divergence": "skewed_forward_kl", "mix": 0.0}, ValueError, "mix must be in (0, 1); got 0.0"),
@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one teacher_temperature below float32": ({"teacher_temperature": torch.tensor([1.0, 1.0, 1e-46], dtype=torch.float64)}, ValueError, "teacher_temperature must be from 1e-18 to 1e+18; row 2 has 1e-46"),
     "one temperature 0, not fused": ({"temperature": torch.tensor([1.0, 0.0, 1.0]), "divergence": "jsd"}, ValueError, "temperature must be positive and finite; row 1 has 0.0"),
     "label too large, not fused": ({"labels": torch.tensor([0, 5, 1]), "divergence": "jsd"}, ValueError, "labels must be in [0, 5) or ignore_index=-100; row 1 has 5"),
-    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix must be large enough that 1 - mix is less than 1; got 1e-300"),
+    "mix next to 0": ({"divergence": "jsd", "mix": 1e-300}, ValueError, "mix is too small for float64: 1 - mix must be less than 1; got 1e-300"),
     # teachers
     "unknown teacher_form": ({"teacher_form": "softmax"}, ValueError, "teacher_form must be one of 'logits', 'log_probs', 'probs'; got 'softmax'"),
     "unknown ensemble": ({"ensemble": "mean"}, ValueError, "ensemble must be one of 'probs', 'logits'; got 'mean'"),
@@ -172,7 +172,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dim an array": ({"dim": torch.tensor([1, 2])}, ValueError, "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got tensor([1, 2])"),
     "dim 1 of rows": ({"student": Z(5), "teacher": Z(5), "dim": 1}, ValueError, "student must have shape (N, classes, ...) with at least one class; got (5,)"),
     # inplace
-    "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace=True needs a call that the kernels compute; they do not have standardize=True on cpu"),
+    "inplace not fused": ({"inplace": True, "standardize": True}, ValueError, "inplace must be False with standardize=True: no single-pass kernel computes this call on cpu"),
     "inplace a number": ({"inplace": 1}, TypeError, "inplace must be True or False; got 1"),
     "chunks without a Head": ({"chunks": fastkd.chunks.plan(*make_heads())}, ValueError, 'chunks must be "auto" unless student is a Head; got Plan('),
     "chunks a number": ({"chunks": 4}, ValueError, 'chunks must be "auto" unless student is a Head; got 4'),

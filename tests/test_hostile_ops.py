@@ -123,14 +123,14 @@ def test_the_backward_ops_refuse(case, filled):
     with pytest.raises(RuntimeError):
         OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
     if "statistics" not in case:
-        settings = topk.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
+        settings = topk.TopKSettings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
         with pytest.raises(RuntimeError):
             OPS.topk_loss_backward_(*first, *lists(), None, None, *settings, filled)
 
 
 def test_the_sparse_op_refuses():
     student, indices, log_probs = lists()
-    settings = topk.Settings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
+    settings = topk.TopKSettings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
     wrong = [
         (student, indices[:-1], log_probs[:-1]),
         (student, indices[:, :-1], log_probs),

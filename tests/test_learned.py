@@ -224,7 +224,7 @@ def test_what_kernels_lack_is_left_to_operations():
 
     def is_kept_by(teacher=teacher, labels=labels, **options):
         call = prepare(student, teacher, labels, Options(**options))
-        return dispatch.in_passes(call.teachers, call.labels, call.objective)
+        return dispatch.supports_multiple_passes(call.teachers, call.labels, call.objective)
 
     assert is_kept_by(standardize=True)
     assert is_kept_by(labels=None, temperature=t)

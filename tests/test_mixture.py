@@ -41,9 +41,9 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     """The mixture as one teacher."""
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
     resolved = objective.fit(resolved, teachers[0], None, dtype)
-    mixing = mixture.mixing(tuple(teachers), resolved, dtype)
+    mixing = mixture.mixture_arguments(tuple(teachers), resolved, dtype)
     assert mixing is not None
-    return mixture.mixed(tuple(teachers), *mixing, dtype)
+    return mixture.mix_with_kernel(tuple(teachers), *mixing, dtype)
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -115,8 +115,8 @@ def test_layouts(device):
     pixels = [logits.movedim(-1, 1).contiguous().movedim(1, -1) for logits in wide]
     dense = mixed(wide)
     resolved = objective.resolve(Options(), has_labels=False, teachers=2)
-    assert mixture.mixing(tuple(pixels), resolved, FP32) is None
-    by_torch = mixture.mixed_by_operations(tuple(pixels), resolved, FP32)
+    assert mixture.mixture_arguments(tuple(pixels), resolved, FP32) is None
+    by_torch = mixture.mix_by_operations(tuple(pixels), resolved, FP32)
     torch.testing.assert_close(by_torch.double().cpu() / 2.0, dense, rtol=0, atol=4e-6)
 
 

@@ -51,8 +51,8 @@ def test_parts(monkeypatch, device, options, kind):
         return (*terms, *gradients, *second)
 
     expected = results(at_once)
-    monkeypatch.setattr(rows, "AT_ONCE", 3 * CLASSES)
-    for ours, theirs in zip(results(rows.in_parts), expected, strict=True):
+    monkeypatch.setattr(rows, "MAX_LOGITS_PER_PART", 3 * CLASSES)
+    for ours, theirs in zip(results(rows.compute_checkpointed), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -66,7 +66,7 @@ def test_memory_is_that_of_the_parts(monkeypatch):
             kept.append(tensor.numel())
         return tensor
 
-    monkeypatch.setattr(rows, "AT_ONCE", 8 * CLASSES)
+    monkeypatch.setattr(rows, "MAX_LOGITS_PER_PART", 8 * CLASSES)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         options = {"divergence": "cosine", "standardize": True}  # which no kernel has
         fastkd.loss(student.requires_grad_(), teacher, labels, **options).backward()

@@ -152,6 +152,7 @@ def test_fields_that_replace_others_are_checked_by_the_call():
         (Head(Z(3, 4), Z(5, 4)), Head(Z(3, 4), Z(6, 4)), ValueError, "teacher.weight and student.weight must have the same classes; got (6,) and (5,)"),
         (Head(Z(3, 4), Z(5, 4)), Head(Z(2, 4), Z(5, 4)), ValueError, "teacher.hidden and student.hidden must have the same rows; got (2,) and (3,)"),
         (Head(Z(3, 4), Z(5, 4)), Head(Z(3, 4, requires_grad=True), Z(5, 4)), ValueError, "teacher.hidden requires grad, but the loss gives the teacher none"),
+        (Z(3, 5), Head(Z(3, 4, requires_grad=True), Z(5, 4)), ValueError, "teacher.hidden requires grad, but the loss gives the teacher none"),
         (Head(Z(3, 4), Z(5, 4)), TopK(Z(3, 2, requires_grad=True), Z(3, 2, dtype=L)), ValueError, "teacher.log_probs requires grad, but the loss gives the teacher none"),
         (Head(Z(3, 4), Z(5, 4, dtype=FP64)), Z(3, 5), ValueError, "student.weight must have the dtype of student.hidden, torch.float32"),
         (Head(Z(3, 4), Z(5, 4)), Z(3, 8), ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 8)"),

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from fastkd import linear, reference
 from fastkd._core import dispatch, fast_path, native
-from fastkd._core.arguments import Student, Teacher, prepare, raise_cause
+from fastkd._core.arguments import (
+    Student,
+    Teacher,
+    check_teacher_has_no_gradient,
+    prepare,
+    raise_for_kernel_error,
+)
 from fastkd._core.objective import Options, resolve
 from fastkd._core.values import Head, TopK
 from fastkd.linear.chunks import Plan
@@ -68,22 +74,25 @@ def loss(
         teacher: ``(..., C)`` logits of any of these dtypes; a sequence of several teachers' logits;
             a :class:`fastkd.Head`; or a :class:`fastkd.TopK`, the log-probabilities of a few
             classes. If ``student`` is a Head, any of these but a sequence; if ``student`` is a
-            tensor, the logits of a Head are all computed. The teacher gets no gradient. Tensors
-            made under ``torch.inference_mode()`` are copied, since autograd cannot save them.
+            tensor, the logits of a Head are all computed. The teacher gets no gradient: teacher
+            logits or hidden states that require grad raise an error. Tensors made under
+            ``torch.inference_mode()`` are copied, since autograd cannot save them.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as in :func:`torch.nn.functional.cross_entropy`. None: the soft term alone,
             with weight 1.
         temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
             each row. A tensor that requires grad gets its gradient. Default 2; with a TopK 1, the
             temperature of the log-probabilities that inference servers return.
-        teacher_temperature: the teacher's temperature, likewise. Default T, or 1 if
+        teacher_temperature: the teacher's temperature: a number from 1e-18 to 1e18, or a tensor,
+            0-d or ``(...)``, which gets its gradient if it requires grad. Default T, or 1 if
             ``teacher_form`` is not ``"logits"``.
         alpha: weight of the hard term, in [0, 1]; the soft term weighs ``1 - alpha``. Default 0.5
             with labels. Without labels, only 0.0 is accepted: the soft term alone.
         hard_weight: weight of the hard term, instead of ``alpha``: a number, or a tensor ``(...)``
             with one weight for each row, which changes no denominator. Default 1 if
             ``soft_weight`` is given.
-        soft_weight: weight of the soft term, likewise. Default 1 if ``hard_weight`` is given.
+        soft_weight: weight of the soft term: a number, or a tensor ``(...)`` with one weight for
+            each row, which changes no denominator. Default 1 if ``hard_weight`` is given.
         ignore_index: rows with this label count nothing in **both** terms and get a zero gradient;
             their logits may hold anything, NaN too. Probabilities as labels ignore no row. Default
             -100.
@@ -102,8 +111,8 @@ def loss(
         divergence: the soft term; one of :func:`fastkd.divergences`. Default ``"forward_kl"``.
         mix: the parameter of some divergences: ``"symmetric_kl"``, weight of the forward KL
             (default 0.5); ``"jsd"``, weight of the teacher (0.5); ``"skewed_forward_kl"`` and
-            ``"skewed_reverse_kl"``, share of the other side (0.1); ``"dkd"``, weight of the classes
-            other than the label (8).
+            ``"skewed_reverse_kl"``, weight of the other distribution in the mixture (0.1);
+            ``"dkd"``, weight of the classes other than the label (8).
         teacher_form: ``"logits"``, or ``"log_probs"`` or ``"probs"`` of a teacher that is softened
             already. They need not sum to 1 exactly: rows are renormalized. Default ``"logits"``.
         teacher_weights: a positive number for each of several teachers, divided by their sum.
@@ -117,34 +126,35 @@ def loss(
             ``(N, d1, ...)``. Default -1.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
-            Ignored if no gradient is asked for, under torch.compile and under function transforms;
-            refused for calls without a kernel. Default False.
+            Ignored if no gradient is asked for, under torch.compile and under function transforms.
+            Raises for calls that no single-pass kernel computes. Default False.
         chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
             :func:`fastkd.chunks.plan`, which takes a bound for the memory. Default ``"auto"``.
 
     A TopK supports temperature and weights as numbers, labels as class indices, and the options
     ``ignore_index``, ``reduction``, ``label_smoothing``, ``normalizer`` and ``chunks``. A Head as
     student gives temperature and weights no gradient, and supports neither ``teacher_form``,
-    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``. For a Head with labels that are
-    class indices, counting the rows that are not ignored waits for a GPU once a call. (While a
-    CUDA graph is captured nothing waits: all rows are computed, and ignored ones must be finite.)
+    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``. With a Head as student and labels
+    that are class indices, counting the rows that are not ignored synchronizes CUDA once a call.
+    During CUDA graph capture, all rows are computed; the hidden states of ignored rows must then be
+    finite.
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
-        float64). Masked classes (logits of -inf) contribute what mathematics says: for the default
-        divergence nothing where the teacher masks, +inf with a finite gradient where only the
-        student does. A row with NaN or +inf among its logits gives NaN. With a TopK, listed
-        classes that the student masks give +inf with a finite gradient unless the teacher's
-        probability is 0. The ghost class has probability 0 where no unmasked class remains for it,
-        and where rounding has brought the listed probabilities above 1; ``"ghost"`` then adds the
-        sum of q - p over its classes, which is 0 otherwise, so that it is never negative.
+        float64). A logit of -inf masks its class. For the forward KL, a class masked by the teacher
+        contributes 0. A class masked only by the student makes the loss +inf with a finite
+        gradient. A row with NaN or +inf among its logits gives NaN. With a TopK, a listed class
+        that the student masks makes the loss +inf with a finite gradient unless the teacher's
+        probability is 0. With ``tail="ghost"``, the teacher's extra class has probability 0 if no
+        unmasked class is left for it or the listed probabilities sum to 1 or more. The divergence
+        then includes sum(q - p), which keeps it nonnegative.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, before anything is computed; the
             message names the argument, what was given, and what is accepted. A label or an index
-            out of range, and an invalid list, raise on the CPU; on CUDA, which is never
-            synchronized for this, they make the row's loss and gradient NaN
-            (:func:`fastkd.check_inputs` finds the row).
+            out of range, and an invalid list, raise on the CPU. On CUDA, which is not synchronized
+            for this check, they make the row's loss and gradient NaN;
+            :func:`fastkd.check_inputs` reports the first invalid label.
 
     Example:
         >>> import torch, fastkd
@@ -197,14 +207,16 @@ def terms(
 ) -> Terms:
     """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
 
-    Logits of student and teacher are read once; a TopK takes three more passes over the student.
+    The fused options take one pass over the logits. ``class_weight`` and probabilities as labels
+    need extra passes, and a TopK three more over the student.
 
     Returns:
         A named tuple of tensors, each reduced like the loss: ``loss``, ``hard`` (cross entropy),
         ``soft`` (the divergence without weight and T^2), ``student_entropy`` and
         ``teacher_entropy`` (nats, at temperature T; of the listed classes and the tail for a TopK)
         and ``agreement`` (share of rows whose most probable class is the same for both). Only
-        ``loss`` carries a gradient. Nothing waits for the device.
+        ``loss`` carries a gradient. CUDA is not synchronized, except once to count rows if the
+        student is a Head with class-index labels.
 
     Example:
         >>> import torch, fastkd
@@ -227,7 +239,7 @@ def divergences() -> tuple[str, ...]:
 
 
 class KDLoss(nn.Module):
-    """The loss of :func:`fastkd.loss` as a module; ``alpha`` weighs the **hard** term.
+    """Module form of :func:`fastkd.loss`; ``alpha`` weighs the **hard** term.
 
     Options are those of :func:`fastkd.loss`, checked when the module is made. ``forward`` and
     :meth:`terms` take ``(student, teacher, labels=None)``. Options that are tensors are buffers
@@ -265,7 +277,7 @@ class KDLoss(nn.Module):
         inplace: bool = False,
         chunks: Plan | Literal["auto"] = "auto",
     ) -> None:
-        """Check the options, and keep them."""
+        """Check the options, and store them."""
         super().__init__()
         options = Options(
             temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
@@ -273,31 +285,31 @@ class KDLoss(nn.Module):
             teacher_weights, ensemble, standardize, dim, inplace, chunks,
         )  # fmt: skip
         _check(options)
-        self._values = options  # with None in the place of tensors
+        self._static_options = options  # with None in the place of tensors
         for name, value in options._asdict().items():
             if isinstance(value, Tensor):
-                self._keep(name, value)
+                self._set_option(name, value)
 
     def forward(self, student: Student, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
         """Compute the loss, as :func:`fastkd.loss` does."""
-        return _compute(False, student, teacher, labels, *self._options())
+        return _compute(False, student, teacher, labels, *self._current_options())
 
     def terms(self, student: Student, teacher: Teacher, labels: Tensor | None = None) -> Terms:
         """Compute the loss and its terms, as :func:`fastkd.terms` does."""
-        return terms(student, teacher, labels, **self._options()._asdict())
+        return terms(student, teacher, labels, **self._current_options()._asdict())
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that are not their defaults; tensors are where the module is."""
-        return self._options().nondefault
+        return self._current_options().nondefault
 
-    def _options(self) -> Options:
+    def _current_options(self) -> Options:
         if not self._parameters and not self._buffers:
-            return self._values
+            return self._static_options
         tensors: Any = {**self._parameters, **self._buffers}
-        return self._values._replace(**tensors)
+        return self._static_options._replace(**tensors)
 
-    def _keep(self, name: str, value: object) -> None:
+    def _set_option(self, name: str, value: object) -> None:
         """Set an option, without a check."""
         # register_parameter() and register_buffer() refuse the name of an attribute.
         self._parameters.pop(name, None)
@@ -308,22 +320,22 @@ class KDLoss(nn.Module):
         elif isinstance(value, Tensor):
             self._buffers[name] = value
             self._non_persistent_buffers_set.add(name)
-        plain = None if isinstance(value, Tensor) else value
-        change: Any = {name: plain}
-        self._values = self._values._replace(**change)
+        non_tensor = None if isinstance(value, Tensor) else value
+        change: Any = {name: non_tensor}
+        self._static_options = self._static_options._replace(**change)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option, checked together with the others; or any other attribute."""
         if name not in Options._fields:
             return super().__setattr__(name, value)
-        _check(self._options()._replace(**{name: value}))
-        self._keep(name, value)
+        _check(self._current_options()._replace(**{name: value}))
+        self._set_option(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Return an option, or what ``nn.Module`` has by this name."""
         if name not in Options._fields or name in self._parameters or name in self._buffers:
             return super().__getattr__(name)
-        return getattr(self._values, name)
+        return getattr(self._static_options, name)
 
     def extra_repr(self) -> str:
         """Return the options that are not their defaults."""
@@ -348,11 +360,12 @@ def _compute(
     if isinstance(student, Head):
         return linear.compute(student, teacher, labels, options, with_terms)
     if isinstance(teacher, Head):
+        check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
         with torch.no_grad():
             teacher = teacher.logits()
     call = prepare(student, teacher, labels, options)
     try:
         return dispatch.compute(call, with_terms)
     except RuntimeError as error:
-        raise_cause(error, call)
+        raise_for_kernel_error(error, call)
         raise

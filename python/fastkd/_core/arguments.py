@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd import validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
-from fastkd._core.objective import Objective, Options, fit, resolve
+from fastkd._core.objective import Objective, Options, check_tensors, resolve
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import Head, TopK, check_topk
 
@@ -40,7 +40,7 @@ _DENSE_OPTIONS = (
 
 
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
-    """Check all arguments of a call for logits, and convert the lists of a sparse teacher."""
+    """Check a call, and convert the TopK's dtypes."""
     call = check_arguments(student, teacher, labels, options)
     if call.topk is None:
         return call
@@ -54,8 +54,8 @@ def check_arguments(
 ) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    The lists of a sparse teacher are returned as they are. Their numbers are checked by
-    :func:`raise_cause`, and labels by the kernels.
+    TopK tensors are not converted here. Kernels detect bad indices and labels;
+    :func:`raise_for_kernel_error` then explains the error.
     """
     topk = teacher if isinstance(teacher, TopK) else None
     is_sequence = topk is None and isinstance(teacher, (list, tuple))
@@ -74,16 +74,12 @@ def check_arguments(
     if topk is not None:
         outputs: tuple[Tensor, ...] = (topk.log_probs,)
         check_topk(topk, "teacher")
-        check_lists_fit(student, topk)
+        _check_lists_fit(student, topk)
     else:
         outputs = checks.check_teachers(student, teachers, options.dim)
     for i, output in enumerate(outputs):
-        if checks.is_differentiated(output):
-            name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
-            raise ValueError(
-                f"{name if topk is None else 'teacher.log_probs'} requires grad, but the loss "
-                "gives the teacher none: compute it under torch.no_grad(), or .detach() it"
-            )
+        name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
+        check_teacher_has_no_gradient("teacher.log_probs" if topk is not None else name, output)
     inplace = options.inplace and not is_transformed()
     if inplace:
         _check_inplace(student, outputs, objective.reduction)
@@ -94,11 +90,20 @@ def check_arguments(
     labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
     dtype = accumulator(student, *outputs)
-    objective = fit(objective, student, labels, dtype)
+    objective = check_tensors(objective, student, labels, dtype)
     if topk is not None:
         return Call(student, (), labels, objective, dtype, topk)
     outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
     return Call(student, outputs, labels, objective, dtype, None, inplace)
+
+
+def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
+    """Raise if an output of the teacher requires grad; ``name``: the argument, for the message."""
+    if checks.is_differentiated(value):
+        raise ValueError(
+            f"{name} requires grad, but the loss gives the teacher none: compute it under "
+            "torch.no_grad(), or .detach() it"
+        )
 
 
 def check_sparse_options(options: Options) -> None:
@@ -106,12 +111,16 @@ def check_sparse_options(options: Options) -> None:
     check_options_are_default(options, _DENSE_OPTIONS, "a TopK as teacher")
 
 
-def check_options_are_default(options: Options, names: Sequence[str], what: str) -> None:
-    """Raise if an option that ``what`` does not support is not its default."""
+def check_options_are_default(options: Options, names: Sequence[str], context: str) -> None:
+    """Raise if an option in ``names`` is not its default.
+
+    ``context``: what does not support these options, for the message.
+    """
     for name in names:
         default = options._field_defaults[name]
         if name in options.nondefault and getattr(options, name) != default:
-            raise ValueError(f"{name} must be {default!r} with {what}; got {_shown(options, name)}")
+            shown = _shown(options, name)
+            raise ValueError(f"{name} must be {default!r} with {context}; got {shown}")
 
 
 def _shown(options: Options, name: str) -> str:
@@ -133,7 +142,7 @@ def _labels_last(student: Tensor, labels: Tensor | None, options: Options) -> Te
 # ---- sparse teachers
 
 
-def check_lists_fit(student: Tensor, topk: TopK) -> None:
+def _check_lists_fit(student: Tensor, topk: TopK) -> None:
     """Raise unless the lists have k entries for each row of logits, on the logits' device."""
     rows = student.shape[:-1]
     for name in ("log_probs", "indices"):
@@ -209,10 +218,10 @@ def _overlaps(tensor: Tensor) -> bool:
 # ---- errors of kernels
 
 
-def raise_cause(error: RuntimeError, call: Call) -> None:
-    """Raise the Python exception for a kernel's error; return if the cause is none of these.
+def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
+    """Raise a Python exception that explains a kernel error; return if unrecognized.
 
-    Causes are a bad label, temperature or list, an unsupported layout, and no memory.
+    Recognized causes are a bad label, temperature or list, an unsupported layout, and no memory.
     """
     student, labels, objective = call.student, call.labels, call.objective
     tensors: list[Any] = [student, labels, objective.temperature]

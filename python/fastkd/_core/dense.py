@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import autograd
 from fastkd._core.autograd import needs_formula
-from fastkd._core.mixture import Mixing, mixed
+from fastkd._core.mixture import Mixing, mix_with_kernel
 from fastkd._core.native import _C
 from fastkd._core.shapes import REDUCTIONS, STATS, Settings, accumulator
 
@@ -122,7 +122,7 @@ def _gradient(grad_output: Tensor, student: Tensor, *flat: Any) -> Tensor:
     (teacher, *_), settings = call.teachers, call.settings._replace(with_terms=False)
     if call.mixing is not None:
         acc = accumulator(student, *call.teachers)
-        teacher = mixed(call.teachers, call.mixing, call.row_temperatures, acc)
+        teacher = mix_with_kernel(call.teachers, call.mixing, call.row_temperatures, acc)
     rows = (call.labels, call.row_settings, call.denominator)
     with torch.enable_grad():
         leaf = student if student.requires_grad else student.detach().requires_grad_()

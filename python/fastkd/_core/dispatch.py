@@ -18,7 +18,7 @@ from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
 from fastkd._core.objective import Objective
-from fastkd._core.rows import in_parts, label_targets, label_weights
+from fastkd._core.rows import compute_checkpointed, label_targets, label_weights
 from fastkd._core.shapes import REDUCTIONS, Settings, row_numbers
 
 _warned: set[str] = set()
@@ -26,7 +26,7 @@ _warned: set[str] = set()
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-USES = {
+FEATURES = {
     **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
     "soft labels": "labels of probabilities",
     "class_weight": "class_weight=",
@@ -39,42 +39,46 @@ USES = {
 FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
 """Features that the kernels have."""
 IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
-"""Features that the CPU kernels compute in two passes, which cannot be in place."""
+"""Options that take a second kernel pass; incompatible with inplace."""
 BY_ROWS = frozenset({"learned", "standardize"})
-"""Features that the CPU kernels compute by the terms of each row and their derivatives."""
+"""Options whose gradient PyTorch composes from the kernel's per-row terms."""
 
 
-def uses(labels: Tensor | None, objective: Objective) -> set[str]:
-    """Return the names in USES that apply to a call."""
+def find_features(labels: Tensor | None, objective: Objective) -> set[str]:
+    """Return the names in FEATURES that apply to a call."""
     o = objective
     weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
     temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
-    found = {o.divergence}
+    features = {o.divergence}
     if labels is not None and labels.is_floating_point():
-        found.add("soft labels")
+        features.add("soft labels")
     if o.class_weight is not None:
-        found.add("smoothed class_weight" if o.label_smoothing else "class_weight")
+        features.add("smoothed class_weight" if o.label_smoothing else "class_weight")
     if weights:
-        found.add("row weights")
+        features.add("row weights")
     learns = any(number.requires_grad for number in weights + temperatures)
     if learns and torch.is_grad_enabled():
-        found.add("learned")
+        features.add("learned")
     if o.standardize:
-        found.add("standardize")
-    return found
+        features.add("standardize")
+    return features
 
 
 def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
     """Return the features of a call that the kernels lack."""
-    return uses(labels, objective) - FUSED
+    return find_features(labels, objective) - FUSED
 
 
-def in_passes(teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective) -> bool:
-    """Return True if several passes of the CPU kernels compute what one pass lacks."""
+def supports_multiple_passes(
+    teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
+) -> bool:
+    """Return True if several CPU kernel passes can compute the call."""
     missing = _missing(labels, objective)
     if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
         return False
-    return missing <= IN_TWO_PASSES or row_terms.has(objective, mixture.is_one(teachers, objective))
+    return missing <= IN_TWO_PASSES or row_terms.has(
+        objective, mixture.needs_no_mixing(teachers, objective)
+    )
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
@@ -85,11 +89,11 @@ def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bo
     return not _missing(labels, objective)
 
 
-def lacking(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
     """Return the features of a call that the kernels lack, as users write them."""
     if student.device.type not in KERNEL_DEVICES:
         return [f"logits on {student.device.type}"]
-    return [USES[use] for use in sorted(_missing(labels, objective))]
+    return [FEATURES[name] for name in sorted(_missing(labels, objective))]
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
@@ -105,14 +109,15 @@ def compute(call: Call, with_terms: bool) -> Tensor:
         if not missing:
             return _fused(call, with_terms)
         if call.inplace:
+            names = missing_features(student, call.labels, call.objective)
             raise ValueError(
-                "inplace=True needs a call that the kernels compute; they do not have "
-                f"{', '.join(lacking(student, call.labels, call.objective))} on {device}"
+                f"inplace must be False with {', '.join(names)}: no single-pass kernel computes "
+                f"this call on {device}"
             )
         if checks.may_look(student):
             objective = call.objective
             checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
-            if in_passes(call.teachers, call.labels, objective):
+            if supports_multiple_passes(call.teachers, call.labels, objective):
                 passes = _in_two_passes if missing & IN_TWO_PASSES else _by_rows
                 out = passes(call, with_terms)
                 if out is not None:
@@ -120,7 +125,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
     if transformed or torch.compiler.is_compiling():
         terms = reference.terms(student, call.teachers, call.labels, **call.objective._asdict())
     else:
-        terms = in_parts(call)
+        terms = compute_checkpointed(call)
     return torch.stack(terms) if with_terms else terms.loss
 
 
@@ -137,12 +142,12 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
     with torch.no_grad():
         student = call.student.detach()
         # The dense op of the student and itself gives the cross entropy and the entropy.
-        itself = Call(student, (student,), call.labels, o, call.dtype)
-        _, hard, _, student_entropy, _, _ = _fused(itself, True).to(call.dtype)
-        alone = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
-        soft = topk.compute(call._replace(objective=alone))
+        self_call = Call(student, (student,), call.labels, o, call.dtype)
+        _, hard, _, student_entropy, _, _ = _fused(self_call, True).to(call.dtype)
+        soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
+        soft = topk.compute(call._replace(objective=soft_only))
         indices = reference.topk.mark_padding(lists.indices, lists.log_probs)
-        of_rows = (
+        per_row = (
             reference.topk.entropy(indices, lists.log_probs, lists.tail),
             reference.topk.agreement(student, indices, lists.log_probs),
         )
@@ -154,21 +159,21 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
                 reduction=o.reduction,
                 normalizer=o.normalizer,
             )
-            for rows in of_rows
+            for rows in per_row
         )
     return torch.stack((loss, hard, soft, student_entropy, teacher_entropy, agreement))
 
 
 def _fused(call: Call, with_terms: bool) -> Tensor:
-    """Compute a call by one pass of the kernels; weights of classes become weights of rows."""
+    """Compute a call by one pass of the kernels; class weights become row weights."""
     student, o, hard = call.student, call.objective, None
     if o.class_weight is not None:
         weight = label_weights(student, call.labels, o)
         o = o._replace(class_weight=None)
         if with_terms:  # the op's hard term has no weights of classes
-            alone = o._replace(hard_weight=weight, soft_weight=0.0)
+            hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
             with torch.no_grad():
-                hard = _fused(call._replace(objective=alone, inplace=False), False)
+                hard = _fused(call._replace(objective=hard_only, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
     arguments = _arguments(call._replace(objective=o), with_terms)
     out = dense.loss(student, arguments, call.inplace)
@@ -178,7 +183,7 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
 
 
 def _by_rows(call: Call, with_terms: bool) -> Tensor:
-    """Compute a call by the kernels' terms of each row, where its gradient needs these."""
+    """Compute the loss from per-row terms if the fused op cannot return the gradient."""
     if not _missing(call.labels, call.objective):
         return _fused(call, with_terms)
     terms = row_terms.terms(call)
@@ -186,10 +191,11 @@ def _by_rows(call: Call, with_terms: bool) -> Tensor:
 
 
 def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
-    """Compute the divergence, then the cross entropy with probabilities as one more divergence.
+    """Compute the divergence, then the cross entropy with probabilities as a second divergence.
 
     The cross entropy is the soft cross entropy of a teacher at temperature 1 whose probabilities
-    are the labels. Return None if some label is negative or sums to 0, as no teacher's may.
+    are the labels. Return None if a target is negative or sums to 0: the kernel cannot take such a
+    teacher.
     """
     assert call.labels is not None
     labels, o, acc = call.labels, call.objective, call.dtype
@@ -220,8 +226,8 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     if not with_terms:
         return out + hard(weight)
     with torch.no_grad():
-        alone = hard(1.0)
-    return torch.cat((out[:1] + hard(weight), alone.unsqueeze(0), out[2:]))
+        hard_only = hard(1.0)
+    return torch.cat((out[:1] + hard(weight), hard_only.unsqueeze(0), out[2:]))
 
 
 def _settings(objective: Objective, with_terms: bool) -> Settings:
@@ -245,11 +251,11 @@ def _settings(objective: Objective, with_terms: bool) -> Settings:
 def _arguments(call: Call, with_terms: bool) -> Arguments:
     """Convert a call to the arguments of the native ops."""
     o, teachers, mixing, row_temperatures = call.objective, call.teachers, None, None
-    if not mixture.is_one(teachers, o):
-        kernel = mixture.mixing(teachers, o, call.dtype)
+    if not mixture.needs_no_mixing(teachers, o):
+        kernel = mixture.mixture_arguments(teachers, o, call.dtype)
         # The CUDA kernels of the loss take one teacher: the mixture.
         if kernel is None or call.student.is_cuda:
-            teachers = (mixture.as_one(teachers, o, call.dtype),)
+            teachers = (mixture.mix(teachers, o, call.dtype),)
         else:
             mixing, row_temperatures = kernel
         o = o._replace(teacher_temperature=o.temperature)

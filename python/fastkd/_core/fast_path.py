@@ -24,9 +24,9 @@ _function_modes = torch._C._len_torch_function_stack
 _is_grad_enabled = torch.is_grad_enabled
 _int64 = torch.int64
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
-_Call = Callable[..., Tensor] | None
-_calls: dict[tuple[Any, ...], _Call] = {}
-_MOST_CALLS = 128
+_BoundOp = Callable[..., Tensor] | None
+_bound_ops: dict[tuple[Any, ...], _BoundOp] = {}
+_MAX_BOUND_OPS = 128
 
 
 def run(
@@ -34,7 +34,8 @@ def run(
 ) -> Tensor | None:
     """Compute the loss, or all terms stacked; return None if the slow path must do it.
 
-    ``options``: the fields of :class:`Options`. None does not mean that the call is wrong.
+    ``options``: the fields of :class:`Options`. None is returned for both unsupported and invalid
+    arguments.
     """
     try:
         if type(teacher) is TopK:
@@ -57,26 +58,26 @@ def run(
 
 def _find_call(
     tail: str | None, with_terms: bool, has_labels: bool, options: tuple[Any, ...]
-) -> _Call:
+) -> _BoundOp:
     """Return the op with these options bound, or None if the fast path lacks one of them."""
-    # Types are part of the key since True == 1 == 1.0; native.EAGER is, since tests replace it.
+    # The key includes types, because True == 1 == 1.0, and native.EAGER, because tests replace it.
     types = tuple(map(type, options))
     key = (native.EAGER, tail, with_terms, has_labels, types, options)
     try:
-        return _calls[key]
+        return _bound_ops[key]
     except TypeError:  # an option that cannot be hashed, such as a list
         return None
     except KeyError:
         pass
     if not _IMMUTABLE.issuperset(types):
         return None
-    if len(_calls) >= _MOST_CALLS:
-        _calls.clear()
-    call = _calls[key] = _bind(tail, with_terms, has_labels, Options(*options))
+    if len(_bound_ops) >= _MAX_BOUND_OPS:
+        _bound_ops.clear()
+    call = _bound_ops[key] = _bind(tail, with_terms, has_labels, Options(*options))
     return call
 
 
-def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _Call:
+def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _BoundOp:
     """Check the options and bind them to the op; return None if the fast path lacks one of them."""
     if options.chunks != "auto" or options.inplace is not False or options.dim != -1:
         return None

@@ -29,18 +29,18 @@ class Mixing(NamedTuple):
     teacher_temperature: float
 
 
-def is_one(teachers: tuple[Tensor, ...], objective: Objective) -> bool:
+def needs_no_mixing(teachers: tuple[Tensor, ...], objective: Objective) -> bool:
     """Return True for a single teacher whose logits the kernels take as they are."""
     return len(teachers) == 1 and objective.teacher_form != "probs"
 
 
-def mixing(
+def mixture_arguments(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> tuple[Mixing, Tensor | None] | None:
     """Return the ops' arguments of a mixture and the temperatures of rows.
 
-    Return None if no kernel mixes these teachers: the classes of one are not adjacent, or there are
-    more than 32 teachers on CUDA.
+    Return None if no kernel mixes these teachers: some teacher has a class stride other than 1, or
+    there are more than 32 teachers on CUDA.
     """
     o = objective
     device = teachers[0].device.type
@@ -59,7 +59,7 @@ def mixing(
     return Mixing(*how, *temperatures), None  # type: ignore[arg-type]
 
 
-def mixed(
+def mix_with_kernel(
     teachers: tuple[Tensor, ...],
     how: Mixing,
     row_temperatures: Tensor | None,
@@ -71,18 +71,18 @@ def mixed(
         return _mixture(list(teachers), row_temperatures, *how, in_double)  # type: ignore[no-any-return]
 
 
-def as_one(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype) -> Tensor:
+def mix(teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype) -> Tensor:
     """Return the logits of the mixture as one tensor in ``dtype``.
 
     Their softmax is taken at the student's temperature.
     """
-    kernel = mixing(teachers, objective, dtype)
+    kernel = mixture_arguments(teachers, objective, dtype)
     if kernel is None:
-        return mixed_by_operations(teachers, objective, dtype)
-    return mixed(teachers, *kernel, dtype)
+        return mix_by_operations(teachers, objective, dtype)
+    return mix_with_kernel(teachers, *kernel, dtype)
 
 
-def mixed_by_operations(
+def mix_by_operations(
     teachers: tuple[Tensor, ...], objective: Objective, dtype: torch.dtype
 ) -> Tensor:
     """Return the logits of the mixture as one tensor in ``dtype``, by PyTorch operations."""

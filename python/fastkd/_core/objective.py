@@ -1,4 +1,4 @@
-"""The options of a loss: as they are given, and checked and made explicit."""
+"""Define the options of a loss as passed by the caller, and with every default filled in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 from fastkd import reference, validation
 from fastkd._core import checks
 
+PER_ROW_OPTIONS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
+"""The options that may be a tensor with one number for each row."""
+
 
 class Options(NamedTuple):
-    """The options of :func:`fastkd.loss`, as they are given, and their defaults."""
+    """The options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
 
     temperature: float | Tensor | None = None
     teacher_temperature: float | Tensor | None = None
@@ -46,7 +49,7 @@ class Options(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The options of :func:`fastkd.reference.terms`, none of them left to a default."""
+    """The options of :func:`fastkd.reference.terms`, with every default filled in."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor
@@ -68,7 +71,7 @@ class Objective(NamedTuple):
 def resolve(
     options: Options, *, has_labels: bool, teachers: int | None, default_temperature: float = 2.0
 ) -> Objective:
-    """Check all that needs no logits to be checked, and return the objective asked for.
+    """Validate the options that do not depend on the logits, and fill in defaults.
 
     ``teachers``: their number, or None if it is not known yet.
     """
@@ -81,8 +84,9 @@ def resolve(
         if not isinstance(getattr(o, name), bool):
             raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
     checks.check_dim(o.dim)
-    given = default_temperature if o.temperature is None else o.temperature
-    temperature = checks.check_temperature("temperature", given)
+    temperature = checks.check_temperature(
+        "temperature", default_temperature if o.temperature is None else o.temperature
+    )
     teacher_temperature = 1.0 if o.teacher_form != "logits" else temperature
     if o.teacher_temperature is not None:
         teacher_temperature = checks.check_temperature("teacher_temperature", o.teacher_temperature)
@@ -132,16 +136,21 @@ def _mix(divergence: str, mix: object) -> float | None:
     if mix is None:
         return kind.mix
     if kind.mix is None:
-        those = ", ".join(
+        names = ", ".join(
             repr(name) for name, other in reference.DIVERGENCES.items() if other.mix is not None
         )
-        raise ValueError(f"mix belongs to {those}; got mix={mix!r} with divergence={divergence!r}")
+        raise ValueError(
+            f"mix belongs to the divergences {names}; got mix={mix!r} with "
+            f"divergence={divergence!r}. Omit mix."
+        )
     low, high = kind.mix_range
     checked = validation.check_number(
         "mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open
     )
-    if kind.mix_open and 1 - checked == 1:  # the mixture would be equal to one side
-        raise ValueError(f"mix must be large enough that 1 - mix is less than 1; got {checked!r}")
+    if kind.mix_open and 1 - checked == 1:  # the mixture would equal one of the distributions
+        raise ValueError(
+            f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
+        )
     return checked
 
 
@@ -163,12 +172,12 @@ def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
         )
 
 
-def fit(
+def check_tensors(
     objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
 ) -> Objective:
     """Check the tensors of an objective against the student, and convert them.
 
-    Tensors for rows become ``(...)`` in ``dtype``, or stay 0-d.
+    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
     """
 
     def rows(
@@ -194,11 +203,11 @@ def fit(
         checks.check_class_tensor(class_weight, "class_weight", student)
         class_weight = checks.to_savable(class_weight.detach().to(dtype))
     temperature = rows("temperature", objective.temperature, checks.check_temperature_data)
-    same = objective.teacher_temperature is objective.temperature
+    is_shared = objective.teacher_temperature is objective.temperature
     return objective._replace(
         temperature=temperature,
         teacher_temperature=temperature
-        if same
+        if is_shared
         else rows(
             "teacher_temperature", objective.teacher_temperature, checks.check_temperature_data
         ),

@@ -67,12 +67,12 @@ def has(objective: Objective, one: bool) -> bool:
 def terms(call: Call) -> reference.Terms:
     """Compute :func:`fastkd.reference.terms`; labels are class indices in range."""
     teachers, objective, acc = call.teachers, call.objective, call.dtype
-    if not mixture.is_one(teachers, objective):  # the mixture is softened already
-        mixed = mixture.as_one(teachers, objective._replace(temperature=1.0), acc)
+    if not mixture.needs_no_mixing(teachers, objective):  # the mixture is softened already
+        mixed = mixture.mix(teachers, objective._replace(temperature=1.0), acc)
         objective = objective._replace(teacher_temperature=1.0)
         call = call._replace(teachers=(mixed,), objective=objective)
     call = call._replace(student=checks.to_savable(call.student))
-    rows, (of_hard, of_soft) = as_rows(call, acc)
+    rows, (hard_divisor, soft_divisor) = as_rows(call, acc)
     t = objective.temperature
     if objective.standardize or (isinstance(t, Tensor) and t.requires_grad):
         # The gradients of temperature and deviation are computed from the unrounded gradient.
@@ -82,7 +82,7 @@ def terms(call: Call) -> reference.Terms:
         shape = call.student.shape[:-1]
         return reference.Terms(*(field.reshape(shape) for field in fields))
     loss, hard, *others = (field.sum() for field in fields)
-    return reference.Terms(loss, hard / of_hard, *(field / of_soft for field in others))
+    return reference.Terms(loss, hard / hard_divisor, *(field / soft_divisor for field in others))
 
 
 def _of_rows(rows: Rows, acc: torch.dtype) -> reference.Terms:
@@ -255,11 +255,11 @@ def _formula(
             factors.append(of_hard)
         inputs = {0: student, 3: temperature, 4: teacher_temperature}
         inputs = {i: tensor for i, tensor in inputs.items() if needs[i]}
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             out, list(inputs.values()), factors, create_graph=True, materialize_grads=True
         )
     results: list[Tensor | None] = [None] * len(needs)
-    for i, gradient in zip(inputs, found, strict=True):
+    for i, gradient in zip(inputs, gradients, strict=True):
         results[i] = gradient
     return tuple(results)
 

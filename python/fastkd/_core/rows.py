@@ -11,17 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 from fastkd import reference
 from fastkd._core.arguments import Call
-from fastkd._core.objective import Objective
+from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 
-# The reference keeps about 14 tensors of the logits' size for its backward pass. Beyond this many
-# logits it is given parts, and each part is computed again in the backward pass.
-AT_ONCE = 2**24
-# The options that may be a tensor with one number for each row.
-_OF_ROWS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
+# The reference keeps about 14 tensors of the logits' size for its backward pass. Larger inputs are
+# split, and each part is recomputed in backward.
+MAX_LOGITS_PER_PART = 2**24
 
 
 class Rows(NamedTuple):
-    """A call whose losses are summed: the weights contain the divisors of a mean."""
+    """A call with its rows flattened.
+
+    A mean is rewritten as a sum: the weights include its divisors.
+    """
 
     student: Tensor  # (rows, classes)
     teachers: tuple[Tensor, ...]
@@ -63,7 +64,7 @@ class Rows(NamedTuple):
         )
 
     def _numbers(self) -> dict[str, Tensor]:
-        numbers = {name: getattr(self.objective, name) for name in _OF_ROWS}
+        numbers = {name: getattr(self.objective, name) for name in PER_ROW_OPTIONS}
         return {k: v for k, v in numbers.items() if isinstance(v, Tensor) and v.dim()}
 
     def _objective(self, numbers: dict[str, Tensor]) -> Objective:
@@ -80,7 +81,7 @@ def as_rows(call: Call, dtype: torch.dtype) -> tuple[Rows, tuple[float | Tensor,
     o, classes = objective._asdict(), student.shape[-1]
     if labels is not None:
         labels = labels.reshape(-1, classes) if labels.is_floating_point() else labels.reshape(-1)
-    for name in _OF_ROWS:
+    for name in PER_ROW_OPTIONS:
         if isinstance(o[name], Tensor) and o[name].dim():
             o[name] = o[name].reshape(-1).to(dtype)
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
@@ -122,8 +123,8 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
     if o.reduction != "mean":
         return weight
     rows = student.numel() // student.shape[-1]
-    of_hard, of_soft = _divisors(rows, labels, o, weight.dtype)
-    return weight * (of_soft / of_hard)
+    hard_divisor, soft_divisor = _divisors(rows, labels, o, weight.dtype)
+    return weight * (soft_divisor / hard_divisor)
 
 
 def label_targets(
@@ -131,8 +132,9 @@ def label_targets(
 ) -> tuple[Tensor, Tensor]:
     """Return the hard term as a cross entropy with targets: (targets, sums of targets).
 
-    ``(..., C)`` targets weigh -log q, and are probabilities up to their sums, ``(...)``. The sums
-    are multiplied by the soft term's divisor over the hard term's (see :func:`label_weights`).
+    Targets are nonnegative weights of -log q, ``(..., C)``; divided by their sums, ``(...)``, they
+    are probabilities. The sums are multiplied by the soft term's divisor over the hard term's (see
+    :func:`label_weights`).
     """
     o, by_index = objective, not labels.is_floating_point()
     each = o.class_weight
@@ -149,18 +151,18 @@ def label_targets(
         target += each * (o.label_smoothing / classes)
     total = target.sum(-1, dtype=dtype)
     if o.reduction == "mean" and by_index:
-        of_hard, of_soft = _divisors(labels.numel(), labels, o, dtype)
-        return target, total * (of_soft / of_hard)
+        hard_divisor, soft_divisor = _divisors(labels.numel(), labels, o, dtype)
+        return target, total * (soft_divisor / hard_divisor)
     return target, total
 
 
-def in_parts(call: Call) -> reference.Terms:
+def compute_checkpointed(call: Call) -> reference.Terms:
     """Compute :func:`fastkd.reference.terms` in memory that does not grow with the rows."""
     student, teachers, labels, objective = call[:4]
-    if student.numel() <= AT_ONCE:
+    if student.numel() <= MAX_LOGITS_PER_PART:
         return reference.terms(student, teachers, labels, **objective._asdict())
-    rows, (of_hard, of_soft) = as_rows(call, call.dtype)
-    step = max(1, AT_ONCE // student.shape[-1])
+    rows, (hard_divisor, soft_divisor) = as_rows(call, call.dtype)
+    step = max(1, MAX_LOGITS_PER_PART // student.shape[-1])
     parts = [
         checkpoint(Rows.terms, part, use_reentrant=False, preserve_rng_state=False)
         for part in rows.split(step)
@@ -170,4 +172,4 @@ def in_parts(call: Call) -> reference.Terms:
         shape = student.shape[:-1]
         return reference.Terms(*(torch.cat(field).reshape(shape) for field in fields))
     loss, hard, *others = (torch.stack(field).sum() for field in fields)
-    return reference.Terms(loss, hard / of_hard, *(field / of_soft for field in others))
+    return reference.Terms(loss, hard / hard_divisor, *(field / soft_divisor for field in others))

@@ -1,4 +1,4 @@
-"""The op of the loss with a sparse teacher, its shapes for tracing, and its derivatives.
+"""Register the sparse-teacher op: calls, fake kernels and gradients.
 
 The formula in plain PyTorch, :func:`fastkd.reference.topk.terms`, is used for second derivatives,
 under function transforms and on devices without kernels. docs/maths.md, section 13.
@@ -22,7 +22,7 @@ from fastkd._core.values import TAILS
 _topk_loss = torch.ops.fastkd.topk_loss.default
 
 
-class Settings(NamedTuple):
+class TopKSettings(NamedTuple):
     """The numbers of a call, in the order of the ops' schemas (csrc/torch/topk.cpp)."""
 
     temperature: float
@@ -44,11 +44,11 @@ class Settings(NamedTuple):
         }
 
 
-def _settings(objective: Objective, tail: str) -> tuple[Tensor | None, Settings]:
+def _settings(objective: Objective, tail: str) -> tuple[Tensor | None, TopKSettings]:
     """Return the denominator, if it is a tensor, and the numbers of the op."""
     o = objective
     denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    return denominator, Settings(
+    return denominator, TopKSettings(
         o.temperature,  # type: ignore[arg-type]
         o.hard_weight,  # type: ignore[arg-type]
         o.soft_weight,  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
     return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
 
 
-# ---- shapes for tracing, and derivatives
+# ---- fake kernels, and gradients
 
 
 def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
@@ -123,7 +123,7 @@ def _(grad: Tensor, *arguments: Any) -> None:
 def _gradient(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
     """Compute grad_output times the gradient by differentiable operations."""
     indices, log_probs, labels, denominator = arguments[:4]
-    options = Settings(*arguments[4:]).as_options(denominator)
+    options = TopKSettings(*arguments[4:]).as_options(denominator)
     with torch.enable_grad():
         leaf = student if student.requires_grad else student.detach().requires_grad_()
         out = reference.topk.terms(leaf, log_probs, indices, labels, **options).loss

@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: what the loss takes in place of a tensor of logits."""
+"""Define ``Head`` and ``TopK``, which replace a tensor of logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkd._core import checks
 
 Tail = Literal["ghost", "renormalize", "ignore"]
 TAILS: tuple[Tail, ...] = ("ghost", "renormalize", "ignore")
-"""The position of a name is its number in csrc/topk.h."""
+"""The index of a name is its ``Tail`` value in csrc/topk.h."""
 
 
 class Head(NamedTuple):
@@ -26,8 +26,8 @@ class Head(NamedTuple):
         logits = scale * logits                      # if scale is given (Cohere)
         logits = softcap * tanh(logits / softcap)    # if softcap is given (Gemma 2)
 
-    A named tuple: PyTorch's pytrees, ``torch.compile``, data loaders and Accelerate move and take
-    it apart like any other. docs/linear.md describes the chunks and their memory.
+    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+    docs/linear.md describes the chunks and their memory.
 
     Args:
         hidden: ``(..., width)`` float64, float32, bfloat16 or float16: the input of the layer.
@@ -84,22 +84,20 @@ class TopK(NamedTuple):
       ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of the
       teacher truncated to K and the student over all classes. (DistillKit's "zero".)
 
-    Inference servers return log-probabilities at T = 1, before any temperature, unless they are
-    told otherwise (vLLM's ``logprobs_mode="processed_logprobs"``). The loss cannot soften
-    log-probabilities of some classes, since it does not know the others: they must be those at the
-    temperature of the loss, which is 1 by default with a ``TopK``.
+    Inference servers return log-probabilities at T = 1 unless they are configured otherwise
+    (vLLM's ``logprobs_mode="processed_logprobs"``). The loss cannot re-soften a truncated list.
+    Pass log-probabilities computed at the loss's temperature; the default with a ``TopK`` is 1.
 
-    A named tuple: PyTorch's pytrees, ``torch.compile``, data loaders and Accelerate move and take
-    it apart like any other.
+    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
     Args:
         log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
-            teacher's probabilities at the temperature of the loss. They are neither softened nor
-            normalized.
+            teacher's probabilities at the temperature of the loss. The loss does not apply a
+            temperature to them. Only ``tail="renormalize"`` normalizes them.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
             row. An entry is padding if its index is negative or its log-probability is -inf; both
             forms are in use, by inference servers and by TRL. Padding lists no class.
-        tail: how classes that are not listed count, as above. Default ``"ghost"``.
+        tail: how classes that are not listed enter the divergence, as above. Default ``"ghost"``.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above.
@@ -206,7 +204,7 @@ def _check_when_made(cls: type[_Value], check: Any) -> None:
 
     def __new__(cls: type[_Value], *args: Any, **kwargs: Any) -> _Value:  # noqa: N807
         value: _Value = make(cls, *args, **kwargs)
-        # A tree of something else, such as the in_dims of torch.vmap, has no tensor.
+        # Skip the check for pytrees without tensors, such as torch.vmap's in_dims.
         if any(isinstance(field, Tensor) for field in value):
             value = _from_collated(value) if isinstance(value, TopK) else value
             check(value)

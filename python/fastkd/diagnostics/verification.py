@@ -90,7 +90,7 @@ def _eager(rows: Rows) -> Tensor:
     """Compute the loss by the usual PyTorch operations, in the student's dtype."""
     o = rows.objective
     if (
-        dispatch.uses(rows.labels, o) != {"forward_kl"}
+        dispatch.find_features(rows.labels, o) != {"forward_kl"}
         or o.teacher_form != "logits"
         or rows.teachers[1:]
     ):

@@ -45,7 +45,7 @@ from fastkd.linear.planner import (
 
 def missing(inputs: Inputs, call: LinearCall) -> list[str]:
     """Return the features of a call that chunks of classes lack, as users write them."""
-    names = dispatch.lacking(inputs.hidden, inputs.labels, objective_of(inputs, call))
+    names = dispatch.missing_features(inputs.hidden, inputs.labels, objective_of(inputs, call))
     if inputs.topk_indices is not None:
         names.append("a TopK as teacher")
     if inputs.class_weight is not None and not call.label_smoothing:

@@ -12,8 +12,8 @@ from fastkd.reference.dense import Terms, cross_entropy
 from fastkd.reference.divergences import weighted
 
 MOST_MASS = 1.1
-"""The largest accepted sum of a row's listed probabilities: 16-bit log-probabilities are several
-percent off (kMostMass in csrc/topk.h)."""
+"""The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). Above 1
+because 16-bit log-probabilities carry rounding errors of a few percent."""
 
 
 def mark_padding(indices: Tensor, log_probs: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _listed_log_probs(indices: Tensor, log_probs: Tensor, tail: str) -> tuple[Tensor, Tensor]:
-    """Return the teacher's log-probabilities as ``tail`` has them, and the mass of each list."""
+    """Return the teacher's log-probabilities, adjusted for ``tail``, and the mass of each list."""
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
     total = log_p.exp().sum(-1)
     if tail == "renormalize":
@@ -63,7 +63,7 @@ def _listed_log_probs(indices: Tensor, log_probs: Tensor, tail: str) -> tuple[Te
 
 
 def divergence(log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute D of each row of student log-probabilities, by its definition (fastkd.TopK)."""
+    """Compute each row's divergence as defined in :class:`fastkd.TopK`."""
     listed = indices >= 0
     log_p, total = _listed_log_probs(indices, log_probs, tail)
     log_q_listed = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
@@ -95,7 +95,7 @@ def entropy(indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
 
 
 def agreement(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    """Return 1 for each row if the student ranks no class above the list's first, else 0."""
+    """Return 1 for each row if no logit exceeds the most probable listed class's, else 0."""
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
     best = indices.gather(-1, log_p.argmax(-1, keepdim=True)).clamp(0, student.shape[-1] - 1)
     agrees = student.gather(-1, best).squeeze(-1) == student.amax(-1)
@@ -118,7 +118,7 @@ def reduce(
     if reduction == "sum":
         return rows.sum()
     divisor = valid.sum().clamp(min=1) if normalizer is None else normalizer
-    if isinstance(normalizer, Tensor):  # which may be 0 if every row is ignored
+    if isinstance(normalizer, Tensor):  # normalizer may be 0 if all rows are ignored
         divisor = normalizer.where(valid.any(), torch.ones_like(normalizer))
     return rows.sum() / divisor
 
@@ -154,18 +154,18 @@ def terms(
     log_q = F.log_softmax(logits / temperature, -1)
     soft = divergence(log_q, indices, log_probs, tail)
     loss = weighted(soft_weight * temperature**2, soft)
-    is_right = (indices < logits.shape[-1]).all(-1) & (find_duplicate(indices) < 0)
-    is_right = is_right & (mass(indices, log_probs) <= MOST_MASS)
+    is_valid = (indices < logits.shape[-1]).all(-1) & (find_duplicate(indices) < 0)
+    is_valid = is_valid & (mass(indices, log_probs) <= MOST_MASS)
     # log_softmax gives NaN for all classes if a logit is NaN or +inf, or none is above -inf.
-    is_right = is_right & ~log_q[..., 0].isnan()
+    is_valid = is_valid & ~log_q[..., 0].isnan()
     hard = torch.zeros_like(soft)
     if labels is not None:
         in_range = (labels >= 0) & (labels < logits.shape[-1])
         index = labels.where(in_range, torch.zeros_like(labels))
         hard = cross_entropy(logits, index, None, label_smoothing)
         loss = loss + weighted(hard_weight, hard)
-        is_right = is_right & in_range
-    loss = loss * torch.ones_like(loss).masked_fill(valid & ~is_right, math.nan)
+        is_valid = is_valid & in_range
+    loss = loss * torch.ones_like(loss).masked_fill(valid & ~is_valid, math.nan)
     with torch.no_grad():
         student_entropy = -_log_ratio(log_q.exp(), log_q, torch.zeros_like(log_q)).sum(-1)
         teacher_entropy = entropy(indices, log_probs, tail)
