@@ -22,7 +22,7 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LEGEND = """`python -m benchmarks` writes this file. Every answer was checked against float64 before
-it was timed. Rivals took turns in one process, on inputs that were out of the caches; times are
+it was timed. Baselines took turns in one process, on inputs that were out of the caches; times are
 medians. "Of stream" is the time that the memory needs for both logits (and the gradient), over the
 time taken; "peak" the extra memory, in tensors of logits. Errors are relative to float64, the
 gradient's in the 2-norm."""
@@ -60,7 +60,7 @@ def _median(case: Results, name: str) -> float | None:
 
 
 def ratio(case: Results, name: str) -> float | None:
-    """A rival's time over fastkd's."""
+    """Return a baseline's time divided by fastkd's."""
     ours, theirs = _median(case, "fastkd"), _median(case, name)
     return theirs / ours if ours and theirs else None
 
@@ -71,7 +71,7 @@ Rows = tuple[list[str], list[list[str]]]
 
 
 def case_rows(case: Results) -> Rows:
-    """Every rival of one case."""
+    """Return a line for each baseline of one case."""
     heading = [
         "",
         "time",
@@ -110,7 +110,7 @@ def case_rows(case: Results) -> Rows:
 
 
 def summary_rows(results: Results) -> Rows:
-    """A line for each case: fastkd's time, and how many times as long its rivals take."""
+    """A line for each case: fastkd's time, and the baselines' times divided by it."""
     names = [
         one.name
         for one in RIVALS
@@ -274,7 +274,7 @@ def show_case(console: Console, case: Results) -> None:
 
 def show(console: Console, results: Results) -> None:
     """All of it, after a run."""
-    console.rule("Times of fastkd, and how many times as long its rivals take")
+    console.rule("Times of fastkd, and times of the baselines divided by it")
     console.print(_table(summary_rows(results)))
     for line in notes(results):
         console.print(line)
@@ -351,7 +351,7 @@ def markdown(results: Results) -> str:
         f"{headline(results)}. {quiet}\n\n{LEGEND}\n",
         _markdown_table(summary_rows(results)),
         "\n".join(f"- {line}" for line in notes(results)) + "\n",
-        "Rivals:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in RIVALS) + "\n",
+        "Baselines:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in RIVALS) + "\n",
     ]
     if results["claims"]:
         parts += ["## Claims\n", _markdown_table(claim_rows(results))]
@@ -410,7 +410,7 @@ def newest() -> list[tuple[Path, Results]]:
 
 
 def readme_rows(results: Results) -> Rows:
-    """What a newcomer wants to see: the cases with a gradient, and the rivals they know."""
+    """What a newcomer wants to see: the cases with a gradient, and the baselines they know."""
     names = [name for name in README_RIVALS if any(ratio(case, name) for case in results["cases"])]
     heading = [
         "loss + backward",
@@ -447,13 +447,13 @@ def readme_section() -> str:
     parts = []
     for folder, results in newest():
         where = folder.relative_to(README.parent).as_posix()
-        kind = "a copy" if results["environment"]["kind"] == "cuda" else "a stream"
+        verb = "copy" if results["environment"]["kind"] == "cuda" else "stream"
         parts += [
             f"**{headline(results)}**\n",
-            f"![How many times as long as fastkd others take]({where}/overview.png)\n",
+            f"![Time of each baseline, divided by fastkd's]({where}/overview.png)\n",
             _markdown_table(readme_rows(results)),
-            "Rivals: how many times as long they take. Of memory speed: the time that "
-            f"{kind} of the same bytes takes, over fastkd's. Gradient errors: against float64.\n"
+            f"Baselines: their time divided by fastkd's. Of memory speed: time to {verb} the same "
+            "bytes, divided by fastkd's time. Gradient errors: against float64.\n"
             f"[All cases, errors, memory and claims]({where}/results.md).\n",
         ]
     return "\n".join(parts)

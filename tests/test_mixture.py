@@ -40,7 +40,7 @@ def teachers_of(
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
     """The mixture as one teacher."""
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
-    resolved = objective.fit(resolved, teachers[0], None, dtype)
+    resolved = objective.check_tensors(resolved, teachers[0], None, dtype)
     mixing = mixture.mixture_arguments(tuple(teachers), resolved, dtype)
     assert mixing is not None
     return mixture.mix_with_kernel(tuple(teachers), *mixing, dtype)
