@@ -1,8 +1,8 @@
 """``python -m benchmarks.linear``: two linear heads and their loss, time and memory.
 
-Every way to compute it is checked against float64, then all are timed in turns, and their times
-are given in those of the four matrix products that nobody can do without: the logits of student
-and teacher, and the gradients of hidden states and weight. Memory is what a step takes
+Every way to compute it is checked against float64, then all are timed in turns. Each time is also
+given as a multiple of the GEMM time, the duration of the four necessary matrix products: the logits
+of student and teacher, and the gradients of hidden states and weight. Memory is what a step takes
 beyond its inputs; on a CPU it is measured in a process of its own (memory.py).
 """
 
@@ -38,7 +38,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One shape, and what is asked of it: times in those of the products, memory in MiB."""
+    """One shape and its targets: multiples of the GEMM time, and memory in MiB."""
 
     name: str
     rows: int
@@ -390,7 +390,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             return f"{name}: not measured"
         time, peak = record["of the products"], record["peak_mib"]
         verdict = "reached" if time <= bound[0] and peak <= bound[1] else "missed"
-        return f"{name}: {bound[0]:.2f} within {bound[1]:.0f} MiB {verdict}"
+        return f"{name}: target of {bound[0]:.2f}x the GEMM time and {bound[1]:.0f} MiB {verdict}"
 
     result = []
     if found["small_mib"] and "fastkd, small" in lanes:
@@ -410,7 +410,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             time = ours["times"]["median"] / theirs["times"]["median"]
             memory_share = ours["peak_mib"] / theirs["peak_mib"]
             result.append(
-                f"{name}, in times of eager: {time:.2f} the time, {memory_share:.2f} the memory"
+                f"{name}: {time:.2f}x the time and {memory_share:.2f}x the memory of eager"
             )
     result += error_verdicts(lanes)
     return result
@@ -422,19 +422,19 @@ def error_verdicts(lanes: dict[str, Any]) -> list[str]:
     if any("weight_error" not in lanes.get(name, {}) for name in bounds):
         return []
     missed = [
-        f"{name}: error of {title} missed"
+        f"{name}: {title} error above the target"
         for name, record in lanes.items()
         if name.startswith("fastkd") and "weight_error" in record
         for title, key in (("dX", "hidden_error"), ("dW", "weight_error"))
         if any(record[key] > factor * lanes[rival][key] for rival, factor in bounds.items())
     ]
-    return missed or ["errors: at most eager's, and 1.1 of eager fp32's, reached"]
+    return missed or ["errors of dX and dW: at most eager's, and at most 1.1x eager fp32's"]
 
 
 def table(found: dict[str, Any]) -> str:
     """A case as Markdown."""
     lines = [
-        "| | time | of the products | MiB | loss error | dX error | dW error |",
+        "| | time | time / GEMM time | MiB | loss error | dX error | dW error |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, record in found["lanes"].items():

@@ -99,7 +99,7 @@ def test_a_module_that_gives_a_tuple():
 
 
 def test_a_model_without_modules_inside():
-    with pytest.raises(ValueError, match="the student has no module 'a'; it has none"):
+    with pytest.raises(ValueError, match="the student has no module 'a'; it has no submodules"):
         Features(nn.Linear(2, 2), ["a"], "student")
 
 

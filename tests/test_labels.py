@@ -120,8 +120,8 @@ def test_a_trainer_counts_rows_labelled_156():
         batch = (torch.zeros(6, 4), labels_in(torch.uint8))
         targets = loss.labels_of(batch)
         assert loss.count_rows(targets) == 6
-        assert loss.sums(student, batch, logits)[-1] == 6
-        assert loss.sums(student, batch, top(logits))[-1] == 6
+        assert loss.sum_terms(student, batch, logits)[-1] == 6
+        assert loss.sum_terms(student, batch, top(logits))[-1] == 6
 
 
 def test_a_report_counts_rows_labelled_156():

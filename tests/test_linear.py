@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import Head, TopK, reference
+from fastkd._core import checks
 from fastkd.linear import loops
 
 ROWS, CLASSES = 37, 203
@@ -387,6 +388,14 @@ def test_module(device):
     module = fastkd.KDLoss(temperature=3.0, chunks=plan)
     expected = fastkd.loss(*given[:2], temperature=3.0, chunks=plan)
     assert torch.equal(module(*given[:2]), expected)
+
+
+def test_class_weights_of_labels_out_of_range(monkeypatch):
+    """Labels on CUDA are not checked before they index the weights: an index out of range would
+    be a device-side assert there."""
+    given = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
+    monkeypatch.setattr(checks, "may_look", lambda tensor: False)
+    assert fastkd.chunks.plan(*given, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
 def test_options_of_the_module_that_are_tensors():

@@ -23,6 +23,7 @@ from test_linear import CLASSES, ROWS, Products, on_full_logits, run
 
 import fastkd
 from fastkd import Head, TopK
+from fastkd._core import checks
 from fastkd._core.objective import Objective
 from fastkd.linear import loops, products
 from fastkd.linear.class_statistics import RowStatistics
@@ -261,6 +262,21 @@ def test_all_rows_ignored(device):
     given = make_heads(device=device, ignored=1.0)
     value, grads = run(given, chunks=by_classes())
     assert value == 0 and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
+def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
+    """Labels on CUDA are not checked; nor are they here on the CPU."""
+    monkeypatch.setattr(checks, "may_look", lambda tensor: False)
+    given = make_heads(device=device, ignored=0.0)
+    expected = loss_in_chunks(*given, chunks=by_classes(64), reduction="none", **options)
+    given.labels[2], given.labels[4], given.labels[5] = CLASSES, -5, -100
+    rows = loss_in_chunks(*given, chunks=by_classes(64), reduction="none", **options)
+    (grad,) = torch.autograd.grad(rows.sum(), given.student.hidden)
+    is_invalid = torch.tensor([row in (2, 4) for row in range(ROWS)], device=rows.device)
+    assert torch.equal(rows.isnan(), is_invalid) and torch.equal(grad.isnan().any(1), is_invalid)
+    valid = [row for row in range(ROWS) if row not in (2, 4, 5)]
+    torch.testing.assert_close(rows[valid], expected[valid])
 
 
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])

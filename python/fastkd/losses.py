@@ -345,7 +345,7 @@ class KDLoss(nn.Module):
 def _check(options: Options) -> None:
     """Check options before there are logits."""
     resolve(options, has_labels=True, teachers=None)
-    linear.chunks.check(options.chunks)
+    linear.chunks.check_plan(options.chunks)
 
 
 def _compute(

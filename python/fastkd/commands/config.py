@@ -22,8 +22,8 @@ _MAX_DEPTH = 50
 class Value:
     """Type of one option's value: a number, text, true, false, null, a list or a mapping.
 
-    It stands for ``typing.Any``: for a value of that type, jsonargparse would import the class that
-    the value names by ``class_path``.
+    Used instead of ``typing.Any``, because jsonargparse imports classes named by ``class_path`` in
+    Any values.
     """
 
 
@@ -35,7 +35,8 @@ class Training:
         teacher: function that returns the teacher, as module:function.
         teacher_options: arguments of the teacher's function, such as {width: 512}.
         teacher_weights: .safetensors file with the teacher's weights.
-        teacher_cache: folder of the teacher's log-probabilities; a teacher adds what it lacks.
+        teacher_cache: folder of the teacher's log-probabilities; missing entries are computed if
+            teacher is set.
         teacher_top_k: number of classes in the cache; 0 for all.
         student: function that returns the student.
         student_options: arguments of the student's function.
@@ -108,8 +109,8 @@ class Training:
 def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     """Call a command with the options in its arguments and in the file that ``--config`` names.
 
-    The file may set the fields of :class:`Training` only, and not ``--module``, which decides what
-    code the file may call.
+    The file may set the fields of :class:`Training` only. The file cannot set ``--module``, so it
+    cannot widen what it may call.
 
     Args:
         command: function of a :class:`Training`, :class:`Factories` and further options of the
@@ -190,11 +191,11 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
-                raise ValueError(
-                    f"line {event.start_mark.line + 1} has an alias, or more than {_MAX_DEPTH} "
-                    "nested lists; neither is accepted"
-                )
+            line = f"line {event.start_mark.line + 1}"
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{line} uses a YAML alias (*name); aliases are not accepted")
+            if depth > _MAX_DEPTH:
+                raise ValueError(f"{line} is nested more than {_MAX_DEPTH} levels deep")
         values = extras.load("jsonargparse", "train").get_loader("yaml")(text)
     except OSError as error:
         raise ValueError(f"cannot read the file: {error.strerror}") from None
@@ -206,7 +207,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         value = values.get(field.name)
         # jsonargparse would parse the text once more, as YAML with aliases.
         if isinstance(value, str) and not str(field.type).startswith(("str", "Literal")):
-            raise ValueError(f"{field.name} must be of type {field.type}; got {value!r}")
+            is_mapping = str(field.type).startswith("dict")
+            accepted = "a mapping, such as {key: value}" if is_mapping else f"of type {field.type}"
+            raise ValueError(f"{field.name} must be {accepted}; got {value!r}")
     return values
 
 
@@ -217,10 +220,10 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def errors_of(key: str = "") -> Iterator[None]:
-    """Report an invalid value as an error of a key. The block runs no user's code.
+def raise_as_config_error(key: str = "") -> Iterator[None]:
+    """Re-raise ValueError, TypeError and OSError as ConfigError for ``key``.
 
-    Without a key, the messages of the errors name it themselves.
+    Do not wrap user code. Without ``key``, the error's message must name the option.
     """
     try:
         yield

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from fastkd import extras, losses, teachers
-from fastkd.commands.config import Training, errors_of
+from fastkd.commands.config import Training, raise_as_config_error
 from fastkd.commands.factories import ConfigError, Factories
 from fastkd.teachers import writing
 from fastkd.training import checkpoints
@@ -43,7 +43,7 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
     extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
     output = pathlib.Path(training.output)
     folder = _check_checkpoints(output / "checkpoints", training, resume)
-    with errors_of("mixed_precision"):
+    with raise_as_config_error("mixed_precision"):
         accelerator = extras.load("accelerate", "train").Accelerator(
             cpu=not torch.accelerator.is_available(), mixed_precision=training.mixed_precision
         )
@@ -54,7 +54,7 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
     loader = _make_loader(train, training, shuffle=True)
     held_out = _make_loader(validation, training, shuffle=False)
     scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
-    with errors_of():
+    with raise_as_config_error():
         trainer = Trainer(
             student,
             teacher,
@@ -99,7 +99,7 @@ def _check_checkpoints(
 
 
 def _make_loss(options: dict[str, Any]) -> losses.KDLoss:
-    with errors_of("loss"):
+    with raise_as_config_error("loss"):
         return losses.KDLoss(**options)
 
 
@@ -113,7 +113,7 @@ def _make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.
             "optimizer: name must be that of a torch.optim class other than "
             f"{' and '.join(_UNSUPPORTED)}; got {name!r}"
         )
-    with errors_of("optimizer"):
+    with raise_as_config_error("optimizer"):
         optimizer: torch.optim.Optimizer = kind(student.parameters(), **options)
         return optimizer
 
@@ -155,7 +155,7 @@ def _make_cache(
         top_k = training.teacher_top_k or None
         options: dict[str, Any] = {"dtype": torch.float16, "top_k": top_k}
         options["temperature"] = _teacher_temperature(loss, top_k)
-        with errors_of("teacher_cache"):
+        with raise_as_config_error("teacher_cache"):
             cache = writing.existing(folder, **options, teacher=teachers.fingerprint(live))
         if cache is not None:  # check before samples are added
             _check_inputs(cache, samples, first_validation, training.batch_size)
@@ -169,7 +169,7 @@ def _make_cache(
             progress=accelerator.is_main_process,
         )
         accelerator.wait_for_everyone()
-    with errors_of("teacher_cache"):
+    with raise_as_config_error("teacher_cache"):
         cache = teachers.TeacherCache(folder)
         temperature = _teacher_temperature(loss, cache.top_k)
         cache.check(ids=torch.arange(len(samples)), temperature=temperature)

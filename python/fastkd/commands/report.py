@@ -8,7 +8,7 @@ import pathlib
 from torch.utils.data import DataLoader
 
 from fastkd import extras, reports, validation
-from fastkd.commands.config import Training, errors_of
+from fastkd.commands.config import Training, raise_as_config_error
 from fastkd.commands.factories import ConfigError, Factories
 
 
@@ -35,7 +35,7 @@ def report(
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
-    with errors_of():
+    with raise_as_config_error():
         validation.check_number("seconds", seconds, 0.0, float("inf"))
         validation.check_folder("save", save)
     students = {}

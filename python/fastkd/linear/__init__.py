@@ -1,4 +1,4 @@
-"""The loss of linear heads, whose logits exist in part at a time."""
+"""Compute the loss of linear heads in chunks of logits."""
 
 from fastkd.linear import chunks
 from fastkd.linear.loss import compute

@@ -20,7 +20,7 @@ _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplac
 def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
-    """Check all arguments, flatten the rows, and leave the chunks to be chosen."""
+    """Check all arguments and flatten the rows, without choosing chunks yet."""
     _check_head(student, "student", student.hidden.device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
     if isinstance(teacher, Head):
@@ -48,8 +48,9 @@ def prepare_heads(
     tensors["denominator"] = denominator
     if labels is not None:
         is_distribution = labels.is_floating_point()
-        tensors["labels"] = labels.reshape(-1, labels.shape[-1] if is_distribution else 1)
-        tensors["labels"] = tensors["labels"] if is_distribution else labels.reshape(-1)
+        tensors["labels"] = (
+            labels.reshape(-1, labels.shape[-1]) if is_distribution else labels.reshape(-1)
+        )
     tensors.update(hidden=student.hidden, weight=student.weight, bias=student.bias)
     head = teacher if isinstance(teacher, Head) else None
     if isinstance(teacher, Head):
@@ -89,7 +90,7 @@ def prepare_heads(
 def _check_with_stand_ins(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, dtype: torch.dtype
 ) -> tuple[Objective, Tensor | None]:
-    """Check labels and options against logits that take no memory; return the checked ones."""
+    """Check labels and options against a zero-stride stand-in for the logits, and return them."""
     shape = (*student.hidden.shape[:-1], student.weight.shape[0])
     logits = torch.empty((), dtype=dtype, device=student.hidden.device).expand(shape)
     call = check_arguments(
@@ -135,9 +136,10 @@ def _denominators(
     acc: torch.dtype,
     device: torch.device,
 ) -> tuple[Objective, Tensor]:
-    """Return the divisor of a mean, on the device.
+    """Return the objective and the mean's divisor, a 0-d tensor on ``device``.
 
-    The hard term's divisor with class weights differs; their quotient becomes part of the weights.
+    The loops divide both terms by the soft term's divisor. Class weights are therefore multiplied
+    by the ratio of the soft to the hard divisor.
     """
     normalizer = objective.normalizer
     if normalizer is not None:
@@ -148,7 +150,9 @@ def _denominators(
     valid = labels != objective.ignore_index
     count = valid.sum().clamp(min=1).to(acc)
     if objective.class_weight is not None:
-        total = objective.class_weight[labels.where(valid, 0)].where(valid, 0).sum()
+        # A label out of range makes its row NaN whatever it weighs.
+        classes = labels.clamp(0, len(objective.class_weight) - 1)
+        total = objective.class_weight[classes].where(valid, 0).sum()
         share = count / total.where(total != 0, 1.0)
         objective = objective._replace(class_weight=objective.class_weight * share)
     return objective, count
@@ -213,7 +217,7 @@ def _compute_dtypes(
     return student, fast if is_head and outputs.dtype is not double else outputs.dtype
 
 
-# ---- what a plan of the chunks needs to know
+# ---- inputs of the chunk planner
 
 
 def cast_per_class(inputs: Inputs, call: LinearCall) -> int:

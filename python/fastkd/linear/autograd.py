@@ -11,7 +11,14 @@ from fastkd import reference
 from fastkd._core import autograd, dense, topk
 from fastkd._core.values import Head
 from fastkd.linear import loops, products
-from fastkd.linear.call import Inputs, LinearCall, Outputs, call_of, objective_of, scales_late
+from fastkd.linear.call import (
+    Inputs,
+    LinearCall,
+    Outputs,
+    defers_mean_division,
+    make_call,
+    objective_of,
+)
 
 
 def compute(inputs: Inputs, call: LinearCall) -> Outputs:
@@ -35,7 +42,7 @@ def by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
         if inputs.teacher_hidden is not None:
             head = (inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)  # type: ignore[assignment]
             teacher = _logits(head, call.teacher_dtype, call.teacher_softcap, call.teacher_scale)
-        core = call_of(student, teacher, inputs, objective_of(inputs, call), call)
+        core = make_call(student, teacher, inputs, objective_of(inputs, call), call)
         if teacher is None:
             terms = topk.compute_by_operations(core)
         else:
@@ -89,7 +96,7 @@ class LinearLoss(torch.autograd.Function):
                 ctx.grads = None
             if grads is None:  # retain_graph=True: the first backward returned them
                 _, *grads = compute(inputs, call)
-            if scales_late(call):
+            if defers_mean_division(call):
                 assert inputs.denominator is not None
                 divisor = inputs.denominator
                 # The divisor may be 0 if every row is ignored; the gradient is then 0.

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 _NUMBERS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 OUTPUTS_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "topk_indices", "topk_log_probs")
 """Fields of ``Inputs`` that are matrices with one line for each row."""
-_OF_ROWS = (*OUTPUTS_OF_ROWS, "labels", *_NUMBERS, "grad_rows")
+_ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *_NUMBERS, "grad_rows")
 
 
 class LinearCall(NamedTuple):
@@ -85,7 +85,7 @@ class LinearCall(NamedTuple):
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
 
-def scales_late(call: LinearCall) -> bool:
+def defers_mean_division(call: LinearCall) -> bool:
     """Return True if backward divides the gradients by the denominator of a float16 mean.
 
     Dividing earlier would underflow.
@@ -95,7 +95,7 @@ def scales_late(call: LinearCall) -> bool:
 
 
 def objective_of(inputs: Inputs, call: LinearCall) -> Objective:
-    """Return the objective of some rows, for the core."""
+    """Build the Objective for a chunk, or for all rows."""
     numbers: dict[str, Any] = {}
     for name in _NUMBERS:
         tensor = getattr(inputs, name)
@@ -150,10 +150,10 @@ def empty_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
 
 
 def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Return the positions of the rows that are not ignored; None if no row is.
+    """Return the indices of the rows that are not ignored, or None to compute all rows.
 
-    This waits for a GPU once. While a CUDA graph is captured nothing may wait: None is returned,
-    and the loss ignores the rows.
+    None: no row is ignored, labels are None or probabilities, or a CUDA graph is being captured.
+    Counting the rows synchronizes with the GPU, which is an error during the capture.
     """
     if labels is None or labels.is_floating_point():
         return None
@@ -163,18 +163,18 @@ def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if counted.numel() == labels.numel() else counted
 
 
-def rows_of(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
-    """Return some rows of all fields that have rows."""
-    values = {name: getattr(inputs, name) for name in _OF_ROWS}
+def select_rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
+    """Select rows of all fields that have rows."""
+    values = {name: getattr(inputs, name) for name in _ROW_FIELDS}
     return {
         name: value[index] for name, value in values.items() if value is not None and value.dim()
     }
 
 
-def call_of(
+def make_call(
     student: Tensor, teacher: Tensor | None, part: Inputs, objective: Objective, call: LinearCall
 ) -> Call:
-    """Return the core's call for the logits of some rows; without the teacher's, for its lists."""
+    """Build the core's call for a chunk. If ``teacher`` is None, use the TopK lists."""
     dtype = acc_dtype(call.dtype, call.teacher_dtype)
     if teacher is not None:
         return Call(student, (teacher,), part.labels, objective, dtype)
@@ -184,7 +184,7 @@ def call_of(
 
 
 _REFERENCE_LOGITS = 24
-"""Bound for the tensors of logits that autograd saves for a loss that is not fused."""
+"""Upper bound on logits-sized tensors saved by autograd for an unfused loss."""
 
 
 def logits_per_row(inputs: Inputs, call: LinearCall) -> float:
@@ -207,7 +207,10 @@ def logits_per_row(inputs: Inputs, call: LinearCall) -> float:
 
 
 def power_of(factors: Tensor) -> Tensor:
-    """Return a power of two that divides ``factors`` to at most 1: float16 products overflow."""
+    """Return a power-of-two scale s such that abs(factors) / s <= 1.
+
+    Matrix products of larger factors may overflow in float16.
+    """
     largest = factors.abs().amax()
     # 0 / 0 and inf / inf: no power of two helps.
     return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)

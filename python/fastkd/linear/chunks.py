@@ -53,8 +53,8 @@ def plan(
         student, teacher, labels: the arguments of the call, as in :func:`fastkd.loss`.
         max_workspace: bound for ``peak_bytes``, the memory in use beyond the inputs, which includes
             the gradients. If it leaves room for only a few rows at a time, chunks of classes are
-            chosen: they compute the logits twice, and need little memory besides the gradients.
-            Default None: as much memory as it takes to be fast.
+            chosen. Chunks of classes compute the logits twice, and need little memory besides the
+            gradients. Default None: as much memory as it takes to be fast.
         chunk_by: ``"rows"``, ``"classes"``, or ``"auto"``: chunks of rows unless ``max_workspace``
             is too small for them. docs/linear.md lists the options that chunks of classes support.
             Default ``"auto"``.
@@ -73,8 +73,8 @@ def plan(
     Example:
         >>> import torch, fastkd
         >>> def head(rows, classes, width):
-        ...     shapes, kind = ((rows, width), (classes, width)), torch.bfloat16
-        ...     return fastkd.Head(*(torch.empty(s, dtype=kind, device="meta") for s in shapes))
+        ...     shapes, dtype = ((rows, width), (classes, width)), torch.bfloat16
+        ...     return fastkd.Head(*(torch.empty(s, dtype=dtype, device="meta") for s in shapes))
         >>> student, teacher = head(4096, 128256, 2048), head(4096, 128256, 4096)
         >>> student.weight.requires_grad_().shape
         torch.Size([128256, 2048])
@@ -116,7 +116,7 @@ def plan(
     )
 
 
-def check(chunks: object) -> None:
+def check_plan(chunks: object) -> None:
     """Raise unless ``chunks`` is a plan or "auto"."""
     if not isinstance(chunks, Plan) and not (isinstance(chunks, str) and chunks == "auto"):
         raise TypeError(
@@ -124,9 +124,9 @@ def check(chunks: object) -> None:
         )
 
 
-def choose(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
+def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall) -> Plan:
     """Return the plan of a call: ``chunks``, checked, or a new plan for ``"auto"``."""
-    check(chunks)
+    check_plan(chunks)
     if not isinstance(chunks, Plan):
         return plan_sizes(sizes_of(inputs, call))
     check_accumulate_dtype(chunks.accumulate, inputs.weight.dtype, "chunks.accumulate")
@@ -166,7 +166,8 @@ def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
 def _rows(hidden: Tensor) -> int:
     """Return the number of rows, or a typical one if a trace does not know it.
 
-    After a boolean mask the number of rows depends on the data. It sets the size of chunks alone.
+    After a boolean mask the number of rows depends on the data. The row count is used only to
+    choose the chunk size.
     """
     rows = hidden.shape[0]
     if not autograd.is_traced():

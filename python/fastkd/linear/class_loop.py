@@ -24,12 +24,12 @@ from fastkd.linear.call import (
     LinearCall,
     Outputs,
     acc_dtype,
-    call_of,
+    defers_mean_division,
     empty_outputs,
+    make_call,
     objective_of,
     power_of,
-    rows_of,
-    scales_late,
+    select_rows,
     soft_cap_,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
@@ -82,7 +82,7 @@ class _Loop:
         teacher_logits = inputs.teacher_logits
         if counted is not None:  # the teacher's logits are selected chunk by chunk
             without = inputs._replace(teacher_logits=None)
-            inputs = inputs._replace(**rows_of(without, counted))
+            inputs = inputs._replace(**select_rows(without, counted))
         self.inputs = inputs._replace(teacher_logits=teacher_logits)
         self.call, self.counted = call, counted
         self.hidden = inputs.hidden.to(call.dtype)
@@ -176,7 +176,7 @@ class _Loop:
     def core_call(self, logits: _Logits, labels: Tensor | None) -> Call:
         """Return the core's call for a chunk."""
         part = self.inputs._replace(labels=labels)
-        return call_of(logits.student, logits.teacher, part, self.chunk_objective, self.call)
+        return make_call(logits.student, logits.teacher, part, self.chunk_objective, self.call)
 
     def statistics(self) -> RowStatistics:
         """Run the first pass over the classes."""
@@ -191,6 +191,10 @@ class _Loop:
                 positions = labels.clamp(0, logits.size).unsqueeze(1)
                 label_logits = logits.student.gather(1, positions).squeeze(1)
             rows.add(divergence, stats, label_logits)
+        labels = self.inputs.labels
+        if labels is not None:  # labels on a GPU are not checked before
+            is_class = (labels >= 0) & (labels < self.inputs.weight.shape[0])
+            rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows
 
     def gradients(self, stats: Tensor, out: Outputs) -> None:
@@ -228,7 +232,7 @@ class _Loop:
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``scales_late()`` the gradients lack the division by the denominator.
+    With ``defers_mean_division()`` the gradients lack the division by the denominator.
     """
     out = empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
@@ -241,7 +245,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
         loss = losses.double().sum().to(losses.dtype)
         if call.reduction == "mean" and inputs.denominator is not None:
             loss = loss / inputs.denominator
-            if not scales_late(call):
+            if not defers_mean_division(call):
                 scale = scale / inputs.denominator
     if not call.grads:
         return out._replace(loss=loss)

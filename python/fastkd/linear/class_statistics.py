@@ -116,6 +116,11 @@ class RowStatistics:
         self.student_top = torch.maximum(self.student_top, student_top)
         self.teacher_top = torch.maximum(self.teacher_top, teacher_top)
 
+    def invalidate(self, rows: Tensor) -> None:
+        """Make the loss and the gradient NaN where ``rows`` is True."""
+        self.student_mass = self.student_mass.masked_fill(rows, math.nan)
+        self.hard_mass = self.hard_mass.masked_fill(rows, math.nan)
+
     def loss(self, labels: Tensor | None) -> Tensor:
         """Return the loss of each row."""
         o = self.objective

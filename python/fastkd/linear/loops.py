@@ -16,7 +16,7 @@ from fastkd.linear.call import Inputs, LinearCall, Outputs, counted_rows, empty_
 def run(inputs: Inputs, call: LinearCall) -> Outputs:
     """Compute the loss, and its gradients for a grad_output of 1.
 
-    With ``scales_late()`` the gradients lack the division by the denominator.
+    With ``defers_mean_division()`` the gradients lack the division by the denominator.
     """
     if call.chunk < 1:
         raise ValueError(f"chunk must be 1 or more; got {call.chunk}")

@@ -17,12 +17,12 @@ from fastkd.linear.call import (
     Inputs,
     LinearCall,
     Outputs,
-    call_of,
+    defers_mean_division,
     empty_outputs,
+    make_call,
     objective_of,
     power_of,
-    rows_of,
-    scales_late,
+    select_rows,
     soft_cap_,
 )
 
@@ -87,9 +87,9 @@ class _Loop:
         The gradient is in the memory of the logits if a kernel can write it there.
         """
         objective, teacher = objective_of(part, self.call), self.teacher(part)
-        if scales_late(self.call):
+        if defers_mean_division(self.call):
             objective = objective._replace(reduction="sum", normalizer=None)
-        call = call_of(logits, teacher, part, objective, self.call)
+        call = make_call(logits, teacher, part, objective, self.call)
         if not self.call.grads:
             return dispatch.compute(call, self.call.with_terms), None
         with torch.enable_grad():
@@ -137,7 +137,7 @@ class _Loop:
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``scales_late()`` the gradients lack the division by the denominator.
+    With ``defers_mean_division()`` the gradients lack the division by the denominator.
     """
     out = empty_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
@@ -151,7 +151,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
-        part = inputs._replace(**rows_of(inputs, index))
+        part = inputs._replace(**select_rows(inputs, index))
         logits, slope = loop.student(part.hidden.to(call.dtype))
         value, grad = loop.loss(logits, part)
         del logits
@@ -169,6 +169,6 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     if loop.power is not None:
         out.weight.mul_(loop.power)
         out.bias.mul_(loop.power)
-    if scales_late(call) and inputs.denominator is not None:
+    if defers_mean_division(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

@@ -21,9 +21,10 @@ LOSSES = ("mse", "cosine", "attention")
 class Hint:
     """Compare the output of a module of the student with that of a module of the teacher.
 
-    A feature is ``(B, C)``, ``(B, L, C)``, or ``(B, C, d1, d2, ...)`` as convolutions return it. If
-    a module returns a tuple, the feature is the first item. Each loss is a mean over the entries of
-    a sample, then over samples, in float32 or wider:
+    A feature is ``(B, C)``, ``(B, L, C)``, or ``(B, C, d1, d2, ...)`` as Conv2d and Conv3d return
+    it. If a module returns a tuple, the feature is the first item. A 3-D feature is ``(B, L, C)``,
+    channels last. Transpose the ``(B, C, L)`` output of a Conv1d first, in a module that the hint
+    names. Each loss is a mean over the entries of a sample, then over samples, in float32 or wider:
 
     - ``"mse"``: (student - teacher)^2, after Romero et al., "FitNets: Hints for Thin Deep Nets"
       (2015);
@@ -78,10 +79,10 @@ class Features:
         for name in names:
             if name not in modules:
                 similar = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
-                hint = (
-                    f"the most similar names are {', '.join(similar)}" if similar else "it has none"
-                )
-                raise ValueError(f"hints: the {role} has no module {name!r}; {hint}")
+                suggestion = "it has no submodules"
+                if similar:
+                    suggestion = f"the most similar names are {', '.join(similar)}"
+                raise ValueError(f"hints: the {role} has no module {name!r}; {suggestion}")
         self._modules = [modules[name] for name in names]
         self._outputs: dict[int, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -143,7 +144,7 @@ class HintLoss(nn.Module):
         ):
             features[0] = project(features[0].to(batches.dtype_of(project)))
             features = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in features]
-            # Move the channels last.
+            # Move the channels of (B, C, d1, d2, ...) last, where (B, L, C) has them.
             features = [f.movedim(1, -1) if f.dim() > 3 else f for f in features]
             _check_shapes(hint, *features)
             losses.append(hint.weight * _distance(hint.loss, *features))

@@ -1,4 +1,4 @@
-"""Compute what a step minimizes: the student and its losses, as the one module Accelerate wraps."""
+"""Wrap student and loss in one module for Accelerate."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def labels(batch: Any) -> Tensor | None:
     return batches.split(batch).labels
 
 
-class Values(NamedTuple):
-    """Hold the values of a forward pass: 0-d tensors, of which only the loss has a gradient."""
+class StepTerms(NamedTuple):
+    """Hold the terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
 
     loss: Tensor
     hard: Tensor
@@ -38,10 +38,11 @@ class Values(NamedTuple):
 class Denominators:
     """Hold the divisors of a step's sums, 0-d.
 
-    This is no tuple, since mixed precision under FSDP would round a tuple's tensors to 16 bits.
+    Not a tuple, because FSDP mixed precision casts tensors in tuples to 16 bits.
     """
 
     rows: Tensor
+    """The rows that are not ignored; without labels, the number of samples."""
     samples: Tensor
 
 
@@ -66,7 +67,7 @@ class StudentLoss(nn.Module):
         self.features = Features(student, [hint.student for hint in hints], "student")
         self._forward, self._labels = forward, labels
 
-    def forward(self, batch: Any, teacher: TeacherOutputs, denominators: Denominators) -> Values:
+    def forward(self, batch: Any, teacher: TeacherOutputs, denominators: Denominators) -> StepTerms:
         """Return sums over the batch, divided by ``denominators``."""
         logits = self._forward(self.student, batch)
         targets = self.labels_of(batch)
@@ -77,9 +78,9 @@ class StudentLoss(nn.Module):
         hint = torch.zeros_like(terms.loss)
         for distances in self.hint_loss(self.features.pop(), teacher.features):
             hint = hint + distances.sum() / denominators.samples
-        return Values(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
+        return StepTerms(terms.loss + hint, terms.hard, terms.soft, terms.agreement, hint.detach())
 
-    def sums(self, model: nn.Module, batch: Any, teacher_logits: Any) -> Tensor:
+    def sum_terms(self, model: nn.Module, batch: Any, teacher_logits: Any) -> Tensor:
         """Return sums over rows, float64: loss, hard, soft, agreement, correct rows, rows."""
         logits = self._forward(model, batch)
         targets = self.labels_of(batch)
@@ -106,9 +107,9 @@ class StudentLoss(nn.Module):
             weights = (self.loss.alpha, self.loss.hard_weight)
             if not any(isinstance(weight, (int, float)) and weight == 0 for weight in weights):
                 raise ValueError(
-                    "labels: a batch has none, and the loss has a hard term. For the soft term "
-                    "alone use KDLoss(alpha=0.0); for labels in another place of the batch, "
-                    "Trainer(labels=...)"
+                    "labels must not be None: the loss has a hard term. Use KDLoss(alpha=0.0) for "
+                    "the soft term alone, or Trainer(labels=...) for labels in another place of "
+                    "the batch"
                 )
             return None
         if not isinstance(targets, Tensor):

@@ -1,4 +1,4 @@
-"""Ask the teacher of a training run: modules that are called, or a cache that is read."""
+"""Compute or read teacher outputs for training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ class TeacherOutputs(NamedTuple):
     """Hold what a teacher returns for a batch."""
 
     logits: Any
-    """``(..., C)``; a list of them from several teachers; or a function of the student's logits."""
+    """``(..., C)``; a list of them from several teachers; or a callable that maps student logits to
+    teacher outputs (cached teacher)."""
     features: list[Tensor]
 
 
 class ModuleTeacher:
-    """Call one teacher or several: frozen, in evaluation mode, without change of dtype."""
+    """Call one teacher or several, frozen, in evaluation mode, each in its own dtype."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class ModuleTeacher:
         forward: Forward,
         devices: tuple[torch.device | str, torch.device],
     ) -> None:
-        """Freeze the teacher; ``devices``: of its modules, and of its outputs."""
+        """Freeze the teacher; ``devices``: (module device, output device)."""
         several = isinstance(teacher, (list, tuple, nn.ModuleList))
         root = nn.ModuleList(teacher if several else [teacher])  # type: ignore[arg-type,list-item]
         names = {parameter: name for name, parameter in student.named_parameters()}
@@ -94,12 +95,15 @@ class CachedTeacher:
             cache.check(temperature=checks.check_scalar_temperature("temperature", temperature))
         elif options.teacher_form != "logits":
             raise ValueError(
-                "loss must have teacher_form='logits' with a cache, which knows its form; got "
-                f"{options.teacher_form!r}"
+                "loss must have teacher_form='logits' with a cache: the cache stores "
+                f"log-probabilities and converts them to logits; got {options.teacher_form!r}"
             )
 
     def logits(self, batch: Any) -> Callable[[Tensor], Any]:
-        """Return a function of the student's logits, which have the length of the batch's rows."""
+        """Return a callable that reads the outputs for given student logits.
+
+        The sequence length is known only from the student's logits.
+        """
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(

@@ -154,7 +154,7 @@ class Trainer:
         self._history: list[Evaluation] = []
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._loader_state = LoaderState()
-        names = student_loss.Values._fields
+        names = student_loss.StepTerms._fields
         logged = names if hints else names[:-1]
         self._progress = Progress(self.accelerator, show=progress, names=names, logged=logged)
         device = self.accelerator.device
@@ -303,7 +303,7 @@ class Trainer:
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
-                sums += self._student_loss.sums(module, batch, self._teacher.logits(batch))
+                sums += self._student_loss.sum_terms(module, batch, self._teacher.logits(batch))
         *totals, rows = self.accelerator.reduce(sums, "sum").tolist()
         if not rows:
             raise ValueError(f"nothing to evaluate: no label counts, or {batches.NO_BATCH}")
