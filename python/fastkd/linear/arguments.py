@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from fastkd._core import checks
-from fastkd._core.arguments import Teacher, check_arguments, check_options_are_default
+from fastkd._core.arguments import (
+    Teacher,
+    check_arguments,
+    check_options_are_default,
+    check_teacher_has_no_gradient,
+)
 from fastkd._core.objective import Objective, Options
 from fastkd._core.values import Head, TopK, check_head, check_topk
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
@@ -190,11 +195,7 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
                 f"teacher.{tensor} and student.{tensor} must have the same {name}; got "
                 f"{tuple(other)} and {tuple(mine)}"
             )
-    if checks.is_differentiated(teacher.hidden):
-        raise ValueError(
-            "teacher.hidden requires grad, but the loss gives the teacher none: compute it under "
-            "torch.no_grad(), or .detach() it"
-        )
+    check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import dispatch, topk
 from fastkd._core.arguments import Call
-from fastkd._core.objective import Objective
+from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 from fastkd._core.values import TopK
 
 
@@ -40,10 +40,9 @@ class Inputs(NamedTuple):
     """The factor of each row's gradient: the grad_output of reduction="none"."""
 
 
-_NUMBERS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 OUTPUTS_OF_ROWS = ("hidden", "teacher_hidden", "teacher_logits", "topk_indices", "topk_log_probs")
 """Fields of ``Inputs`` that are matrices with one line for each row."""
-_ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *_NUMBERS, "grad_rows")
+_ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *PER_ROW_OPTIONS, "grad_rows")
 
 
 class LinearCall(NamedTuple):
@@ -97,7 +96,7 @@ def defers_mean_division(call: LinearCall) -> bool:
 def objective_of(inputs: Inputs, call: LinearCall) -> Objective:
     """Build the Objective for a chunk, or for all rows."""
     numbers: dict[str, Any] = {}
-    for name in _NUMBERS:
+    for name in PER_ROW_OPTIONS:
         tensor = getattr(inputs, name)
         numbers[name] = getattr(call, name) if tensor is None else tensor
     if numbers["teacher_temperature"] is None:
