@@ -4,6 +4,7 @@
 import copy
 import inspect
 import itertools
+import json
 import math
 import pathlib
 import pickle
@@ -543,6 +544,11 @@ def test_types_of_every_pair(checker, tmp_path):
     pytest.importorskip(checker)
     path = tmp_path / "typed_use.py"
     path.write_text(TYPED_USE)
-    command = [sys.executable, "-m", checker, *(["--strict"] if checker == "mypy" else []), path]
+    options = ["--strict", path]
+    if checker == "pyright":
+        config = {"include": [path.name], "extraPaths": [str(ROOT / "python")]}
+        (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+        options = ["--project", tmp_path, "--pythonpath", sys.executable]
+    command = [sys.executable, "-m", checker, *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
