@@ -51,7 +51,7 @@ test-all: kernel-test $(VENV)/complete  ## run every test, the kernels' own test
 
 coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
 	$(PYTEST) -m "not slow" --junitxml build/test.xml --cov fastkd --cov-report json:build/test.json
-	$(PYTEST) --junitxml build/test-all.xml --cov fastkd --cov-report json:build/test-all.json
+	$(PYTEST) -m slow --junitxml build/slow.xml --cov fastkd --cov-append --cov-report json:build/test-all.json
 	$(RUN) docs/tests.py
 
 # $(call kernels,FOLDER,OPTIONS,TARGET): builds the kernels with their own tests, which need no torch and no Python,

@@ -1,4 +1,4 @@
-"""Writes docs/tests.md from what `make coverage` left in build/: ``python docs/tests.py``."""
+"""Write docs/tests.md from what `make coverage` left in build/: ``python docs/tests.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SLOWEST = 20
 _INTRO = """\
 # Tests in two tiers
 
-<!-- Written by `make coverage`, which runs both tiers. -->
+<!-- Written by `make coverage`, which runs the quick tests, then the others. -->
 
 `make test` leaves out the tests that `@pytest.mark.slow` marks. `make test-all` runs every test
 and the kernels' own tests. Seconds include a test's fixtures.
@@ -35,12 +35,12 @@ class Tier(NamedTuple):
         return {(name, line) for name, lines in self.covered.items() for line in lines}
 
 
-def read(name: str) -> Tier:
-    """Read the results of ``make NAME``."""
-    cases = ElementTree.parse(BUILD / f"{name}.xml").iter("testcase")
+def read(name: str, *runs: str) -> Tier:
+    """Read what ``make NAME`` runs, from the results of ``runs``."""
     tests = [
         (float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}")
-        for case in cases
+        for run in runs
+        for case in ElementTree.parse(BUILD / f"{run}.xml").iter("testcase")
         if case.find("skipped") is None
     ]
     report = json.loads((BUILD / f"{name}.json").read_text())
@@ -50,7 +50,7 @@ def read(name: str) -> Tier:
 
 def document() -> str:
     """Return docs/tests.md."""
-    quick, full = read("test"), read("test-all")
+    quick, full = read("test", "test"), read("test-all", "test", "slow")
     share = len(quick.lines & full.lines) / len(full.lines)
     text = (
         _INTRO
