@@ -29,8 +29,8 @@ std::optional<Layout> walk(int64_t dims, const int64_t* sizes, const Placed& stu
 // Write the strides of a new, dense gradient to `result`. `strided`: true if the kernels take
 // classes that are not adjacent. Then the gradient has the student's order of dimensions, if the
 // student's classes are not adjacent and its other dimensions are in order, as in (N, C, H, W).
-// Otherwise the gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for tracing,
-// must agree.
+// Otherwise the gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for
+// tracing, must agree.
 void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides, bool strided,
                       int64_t* result);
 
