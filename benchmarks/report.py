@@ -410,7 +410,7 @@ def newest() -> list[tuple[Path, Results]]:
 
 
 def readme_rows(results: Results) -> Rows:
-    """What a newcomer wants to see: the cases with a gradient, and the baselines they know."""
+    """Select the cases with a gradient, and the best-known baselines, for the README."""
     names = [name for name in README_RIVALS if any(ratio(case, name) for case in results["cases"])]
     heading = [
         "loss + backward",

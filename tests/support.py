@@ -92,7 +92,7 @@ class Heads(NamedTuple):
         return self.student.hidden, self.student.weight, self.student.bias
 
     def with_options(self, softcap: Any = None, scale: Any = None) -> "Heads":
-        """The same heads with soft caps and scales: numbers for both, or pairs."""
+        """Return these heads with soft caps and scales: a number for both heads, or a pair."""
         caps, scales = (x if isinstance(x, tuple) else (x, x) for x in (softcap, scale))
         student = self.student._replace(softcap=caps[0], scale=scales[0])
         if not isinstance(self.teacher, Head):

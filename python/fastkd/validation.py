@@ -71,9 +71,9 @@ def check_folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a folder's path{otherwise}; got {type(value).__name__}")
     path = pathlib.Path(value)
-    there = next((each for each in (path, *path.parents) if each.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ValueError(f"{name} must be a folder; got {path}, and {there} is a file")
+    existing = next((each for each in (path, *path.parents) if each.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise ValueError(f"{name} must be a folder; got {path}, and {existing} is a file")
     return path
 
 

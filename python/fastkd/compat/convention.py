@@ -12,7 +12,7 @@ from fastkd._core import checks
 
 
 class Convention(NamedTuple):
-    """How one library defines the loss, in words; ``docs/compat.md`` prints these records."""
+    """A library's definition of the loss, in words. ``docs/compat.md`` prints all of them."""
 
     library: str
     before: str  # the import that is replaced

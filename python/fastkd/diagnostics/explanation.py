@@ -142,9 +142,9 @@ def explain(*, show: bool = True, **options: Any) -> str:
         <BLANKLINE>
         weights      alpha weighs the hard term, the cross entropy; the soft term weighs 1 - ...
     """
-    given = Options()._replace(**KDLoss(**options).options)
-    weights = given.teacher_weights
-    objective = resolve(given, has_labels=True, teachers=len(weights) if weights else None)
+    chosen = Options()._replace(**KDLoss(**options).options)
+    weights = chosen.teacher_weights
+    objective = resolve(chosen, has_labels=True, teachers=len(weights) if weights else None)
     kind, p = _kind(objective), _distribution(objective)
     softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
@@ -156,9 +156,9 @@ def explain(*, show: bool = True, **options: Any) -> str:
         + ("" if objective.teacher_form == "logits" else f" {what[objective.teacher_form]}"),
     ]
     words = {
-        "weights": _weights(given, objective),
+        "weights": _weights(chosen, objective),
         "temperature": _temperatures(objective),
-        "teacher": _teacher(given, objective),
+        "teacher": _teacher(chosen, objective),
         "labels": _hard(objective),
         "reduction": _reduction(objective),
         "masked rows": (

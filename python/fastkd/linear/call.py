@@ -60,7 +60,7 @@ class LinearCall(NamedTuple):
     mix: float | None
     standardize: bool
     tail: str
-    """How a sparse teacher counts the classes that it does not list."""
+    """The ``tail`` of a :class:`fastkd.TopK`."""
     student_softcap: float | None
     teacher_softcap: float | None
     student_scale: float

@@ -179,7 +179,7 @@ class Divergence(NamedTuple):
     formula: str
     source: str
     compares: str = "probabilities"
-    """What ``compute`` takes: ``"probabilities"``: log p, log q; ``"logits"``: w / T_t, z / T."""
+    """Input of ``compute``: log p, log q for ``"probabilities"``; w / T_t, z / T otherwise."""
     mix: float | None = None
     """The default of ``mix``; None if the divergence has no such parameter."""
     mix_meaning: str = ""

@@ -37,7 +37,7 @@ class Bin(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """How well a model answers; without labels, what needs them is None."""
+    """Quality of a model's predictions; fields that need labels are None without labels."""
 
     rows: int
     accuracy: float | None
