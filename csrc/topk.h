@@ -1,5 +1,5 @@
 // The interface of the sparse loss: a teacher known by the log-probabilities of k classes of each
-// row (docs/maths.md, section 13). Otherwise as kernels.h.
+// row, or of one sampled class (docs/maths.md, section 13). Otherwise as kernels.h.
 #pragma once
 #include "kernels.h"
 
@@ -8,14 +8,22 @@ namespace fastkd {
 // What becomes of the classes that the teacher's list leaves out.
 enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 
+// An estimate of KL(student || teacher) from one class that was sampled from the student (Schulman
+// 2020). kNone: the list is compared by the divergence of Inputs instead.
+enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
+
+// Return true if the sparse loss has the divergence: those that compare probabilities.
+constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
+
 // Of Inputs, `teacher` is acc [rows, k], contiguous: log-probabilities, taken as they are. Its
-// stride, the teacher's temperature, the rows' settings and the divergence are unused.
+// stride, the teacher's temperature and the rows' settings are unused.
 struct TopkArgs : Inputs {
   int64_t k = 0;
   // [rows, k] class of each log-probability. An entry is padding, as if it were not there, where
   // its class is negative or its log-probability -inf.
   const int64_t* indices = nullptr;
-  Tail tail = Tail::kGhost;
+  Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
+  Estimator estimator = Estimator::kNone;  // the others need k = 1; they do not use the tail
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
   void* stats = nullptr;  // on CUDA acc [kStats, rows] followed by one more acc, the scale, which

@@ -1,11 +1,12 @@
-// What follows for a row of the sparse loss once the student has been read: the few numbers, all in
-// double, that value and gradient are made of. The CPU's and the CUDA kernels share it.
+// The arithmetic of one row of the sparse loss after the student's logits have been summed: a few
+// numbers, all in double, from which value and gradient are made. The CPU's and the CUDA kernels
+// share it.
 //
 // A row's classes are those that the teacher lists and the rest. Sums of exponentials are taken of
-// each apart: so the rest's probability is a sum of positive terms, not 1 minus something near 1.
-// docs/maths.md, section 13, derives the formulas.
+// each apart, so that the probability of the rest is a sum of positive terms, and not 1 minus
+// something near 1. docs/maths.md, section 13, derives the formulas.
 #pragma once
-#include "numerics.h"
+#include "divergences.h"
 #include "topk.h"
 
 namespace fastkd::topk {
@@ -26,87 +27,149 @@ FASTKD_HOST_DEVICE double shift(double from, double to, double temperature) {
   return from == to ? 1.0 : std::exp((from - to) / temperature);
 }
 
-// What is known of a row once the student has been read.
+// The options of one row.
+struct RowOptions {
+  double temperature, hard_weight, soft_weight, label_smoothing;
+  double classes;
+  bool hard;  // true if the hard term counts
+};
+
+// The sums of a row's exponentials, and the teacher's.
 struct Summary {
   Mass rest, list, all;
-  double teacher = 0;  // the teacher's mass on its list
+  double teacher = 0;  // sum of the listed probabilities
+  double count = 0;    // of listed classes
   double offsets = 0;  // sum of z - max z over all classes; for label smoothing alone
 
-  // `logits`: the sum of all logits.
-  FASTKD_HOST_DEVICE void complete(const Inputs& in, double logits) {
+  // Set `all` and `offsets`. `logits`: the sum of all logits.
+  FASTKD_HOST_DEVICE void complete(const RowOptions& row, double logits) {
     const double max = rest.max > list.max ? rest.max : list.max;
     all.max = max;
-    all.tempered = rest.tempered * shift(rest.max, max, in.temperature) +
-                   list.tempered * shift(list.max, max, in.temperature);
+    all.tempered = rest.tempered * shift(rest.max, max, row.temperature) +
+                   list.tempered * shift(list.max, max, row.temperature);
     all.hard = rest.hard * shift(rest.max, max, 1) + list.hard * shift(list.max, max, 1);
-    offsets = logits - static_cast<double>(in.classes) * max;
+    offsets = logits - row.classes * max;
   }
-  // Whether the list is of log-probabilities.
+  // Return true if the list is of log-probabilities.
   FASTKD_HOST_DEVICE bool listed_well() const { return teacher <= kMostMass; }
-  // Not so where a logit is NaN or +inf, or all of them are -inf.
+  // Return false if a logit is NaN or +inf, or all of them are -inf.
   FASTKD_HOST_DEVICE bool valid() const {
     return all.max - all.max == 0 && all.tempered - all.tempered == 0;
   }
-  // log of the share of all student mass that sums relative to `max` have, given their sum.
-  FASTKD_HOST_DEVICE double log_share(const Inputs& in, double max, double sum) const {
-    return (max - all.max) / in.temperature + std::log(sum / all.tempered);
+  // Return log(q) of classes whose exponentials relative to `max` add up to `sum`.
+  FASTKD_HOST_DEVICE double log_q(const RowOptions& row, double max, double sum) const {
+    return (max - all.max) / row.temperature + std::log(sum / all.tempered);
   }
 };
 
-// The soft term. With e = exp((z - max) / t), max that of the listed or of the other classes:
+// An estimate of KL(q || p) from a sampled class, and its slope: the derivative by log q. k1 has
+// the slope of the policy gradient, whose expected value is the gradient of KL(q || p). (Schulman
+// 2020.)
+FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
+  if (estimator == Estimator::kK1) return {-d, -d};
+  if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
+  // r - 1 - log r for the ratio r = p / q, which is the series' f(-d)
+  const double ratio_minus_1 = std::expm1(d);
+  return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
+}
+
+// The soft term of a row. e = exp((z - max) / t), where max is that of the listed classes for a
+// listed class, and that of the rest for another.
 struct Soft {
+  bool exists = true;     // false if the list has no probability to compare
+  bool has_rest = false;  // true if the rest is compared, as one class: the ghost
   double student_scale = 1, student_log_scale = 0;  // q = student_scale * e for a listed class
-  double teacher_scale = 1, teacher_log_scale = 0;  // p, likewise, of exp(log_prob)
-  double surplus = 0;   // S = -(1 + surplus), the target's mass: gradient = (1 + surplus) q - p
-  double rest = 0;      // gradient = rest * e for any other class
-  double constant = 0;  // of the value, beside the listed classes
+  double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * exp(log_prob)
+  double rest_p = 0, rest_q = 0, rest_log_q = kNothing;
+  double rest = 0;  // gradient = rest * e for a class of the rest
 };
 
-FASTKD_HOST_DEVICE Soft soften(const Inputs& in, Tail tail, const Summary& of) {
-  Soft soft;
-  // Relative to the listed classes' own maximum; nothing underflows where all others are greater.
-  if (of.list.max > kNothing) {
-    soft.student_log_scale = tail == Tail::kRenormalize ? -std::log(of.list.tempered)
-                                                        : of.log_share(in, of.list.max, 1.0);
+// Sums over the listed classes, and later the ghost.
+struct SoftSums {
+  double value = 0;
+  double slope = 0;    // S of divergences.h
+  double entropy = 0;  // of the teacher, for the soft cross entropy alone
+
+  FASTKD_HOST_DEVICE void add(const Evaluated<double>& of) {
+    value += of.value;
+    slope += of.slope;
   }
-  const bool has_rest = of.rest.max > kNothing;
-  const double log_q = has_rest ? of.log_share(in, of.rest.max, of.rest.tempered) : kNothing;
-  const double q = std::exp(log_q);
-  soft.surplus = of.teacher - 1;
-  switch (tail) {
-    case Tail::kGhost:
-      if (has_rest) {
-        const double p = of.teacher < 1 ? 1 - of.teacher : 0.0;
-        if (soft.surplus < 0) soft.surplus = 0;
-        const Element<double> ghost = element(p, q, std::log(p) - log_q);
-        soft.constant = ghost.excess;
-        soft.rest = (ghost.diff + soft.surplus * q) / of.rest.tempered;
-      }
-      break;
-    case Tail::kIgnore:
-      // sum of p - q over the list, which the listed classes' values count too little.
-      soft.constant = soft.surplus + q;
-      if (has_rest) soft.rest = of.teacher * (q / of.rest.tempered);
-      break;
-    case Tail::kRenormalize:
-      soft.surplus = 0;
-      soft.teacher_scale = of.teacher > 0 ? 1 / of.teacher : 0.0;
-      soft.teacher_log_scale = of.teacher > 0 ? -std::log(of.teacher) : 0.0;
-      break;
+};
+
+// The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
+// rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
+FASTKD_HOST_DEVICE double least_rest(const TopkArgs& args) {
+  const bool may_be_infinite = args.divergence == Divergence::kReverseKL ||
+                               (args.divergence == Divergence::kSymmetricKL && args.mix < 1);
+  if (!may_be_infinite) return 0;
+  return computes_in_double(args.student_dtype, args.teacher_dtype) ? 0x1p-53 : 0x1p-24;
+}
+
+// Return the soft term before its sums over classes are known.
+FASTKD_HOST_DEVICE Soft soften(const TopkArgs& args, const RowOptions& row, const Summary& of) {
+  const bool samples = args.estimator != Estimator::kNone;
+  const bool renormalizes = !samples && args.tail == Tail::kRenormalize;
+  Soft soft;
+  // Relative to the listed classes' own maximum, so that nothing underflows where the rest is
+  // greater.
+  if (of.list.max > kNothing) {
+    soft.student_log_scale =
+        renormalizes ? -std::log(of.list.tempered) : of.log_q(row, of.list.max, 1.0);
   }
   soft.student_scale = std::exp(soft.student_log_scale);
+  const bool has_others = of.rest.max > kNothing && !renormalizes;
+  if (has_others) {
+    soft.rest_log_q = of.log_q(row, of.rest.max, of.rest.tempered);
+    soft.rest_q = std::exp(soft.rest_log_q);
+  }
+  if (samples) {
+    soft.exists = of.count > 0;
+    return soft;
+  }
+  soft.has_rest = has_others;
+  if (args.tail == Tail::kIgnore) return soft;
+  const double remaining = 1 - of.teacher, least = least_rest(args);
+  if (has_others) soft.rest_p = remaining > least ? remaining : least;
+  if (soft.rest_p == remaining) return soft;
+  // The probabilities of list and ghost do not add up to 1: scale those of the list.
+  soft.exists = of.teacher > 0;
+  if (!soft.exists) return soft;
+  soft.teacher_scale = (1 - soft.rest_p) / of.teacher;
+  soft.teacher_log_scale = std::log(soft.teacher_scale);
   return soft;
 }
 
-// One listed class, given p, q and `log_e`, the logarithm of q / student_scale.
-FASTKD_HOST_DEVICE Element<double> listed(const Soft& soft, double p, double q, double log_p,
-                                          double log_e) {
-  return element(p, q, log_p + soft.teacher_log_scale - (log_e + soft.student_log_scale));
+// Evaluate the divergence D, or the estimator, at a listed class, given p, q and `log_e`, the
+// logarithm of q / student_scale.
+template <class D>
+FASTKD_HOST_DEVICE Evaluated<double> listed(const TopkArgs& args, const Soft& soft,
+                                            const ConstantsOf<double>& constants, double p,
+                                            double q, double log_p, double log_e) {
+  const double d = log_p + soft.teacher_log_scale - (log_e + soft.student_log_scale);
+  if (args.estimator != Estimator::kNone) return estimate(args.estimator, d);
+  return D::at(element(p, q, d), constants);
 }
 
-// Nothing listed has no distribution to renormalise.
-FASTKD_HOST_DEVICE bool has_soft(Tail tail, const Summary& of) {
-  return tail != Tail::kRenormalize || of.teacher > 0;
+// Add what is not of the listed classes to their sums, and set the gradient of the rest.
+template <class D>
+FASTKD_HOST_DEVICE void include_rest(const TopkArgs& args, const ConstantsOf<double>& constants,
+                                     const Summary& of, SoftSums* sums, Soft* soft) {
+  double ghost_slope = 0;
+  if (soft->has_rest) {
+    const double log_p = std::log(soft->rest_p);
+    const Evaluated<double> ghost =
+        D::at(element(soft->rest_p, soft->rest_q, log_p - soft->rest_log_q), constants);
+    sums->add(ghost);
+    sums->entropy -= times_log(soft->rest_p, log_p);
+    ghost_slope = ghost.slope;
+  }
+  // The forward KL's terms contain q - p, whose sum is 0 unless the teacher's list is cut off.
+  if (args.estimator == Estimator::kNone && args.tail == Tail::kIgnore) {
+    sums->value += of.teacher - 1;
+  }
+  if (of.rest.tempered > 0) {
+    soft->rest = (ghost_slope - soft->rest_q * sums->slope) / of.rest.tempered;
+  }
 }
 
 // Constants of a row's gradient.
@@ -115,46 +178,47 @@ struct Gains {
   double rest = 0, rest_hard = 0;  // of exponentials relative to the rest's maximum
 };
 
-// `gain` multiplies the gradient; `hard`: whether the hard term has one.
-FASTKD_HOST_DEVICE Gains gains_of(const Inputs& in, Tail tail, const Summary& of, const Soft& soft,
-                                  double gain, bool hard) {
+// `gain` multiplies the gradient.
+FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& of, const Soft& soft,
+                                  double gain) {
   Gains g;
-  g.soft = has_soft(tail, of) ? gain * in.soft_weight * in.temperature : 0.0;
-  g.rest = g.soft * soft.rest;
-  if (!hard) return g;
-  g.hard = gain * in.hard_weight;
-  g.onehot = g.hard * (1 - in.label_smoothing);
-  g.uniform = -g.hard * in.label_smoothing / static_cast<double>(in.classes);
+  g.soft = soft.exists ? gain * row.soft_weight * row.temperature : 0.0;
+  g.rest = soft.exists ? g.soft * soft.rest : 0.0;
+  if (!row.hard || row.hard_weight == 0) return g;
+  g.hard = gain * row.hard_weight;
+  g.onehot = g.hard * (1 - row.label_smoothing);
+  g.uniform = -g.hard * row.label_smoothing / row.classes;
   g.rest_hard = g.hard * shift(of.rest.max, of.all.max, 1) / of.all.hard;
   return g;
 }
 
 // The gradient of a label that is not listed: the one-hot target is taken off before anything is
 // rounded.
-FASTKD_HOST_DEVICE double label_gradient(const Inputs& in, const Summary& of, const Soft& soft,
+FASTKD_HOST_DEVICE double label_gradient(const RowOptions& row, const Summary& of,
                                          const Gains& gains, double z) {
-  return gains.soft * soft.rest * std::exp((z - origin(of.rest)) / in.temperature) +
+  return gains.rest * std::exp((z - origin(of.rest)) / row.temperature) +
          gains.hard * std::exp(z - of.all.max) / of.all.hard + gains.uniform - gains.onehot;
 }
 
-// The row's loss, given the listed classes' share of the divergence; `hard`: whether the hard term
-// counts.
-FASTKD_HOST_DEVICE double row_loss(const Inputs& in, Tail tail, const Summary& of, const Soft& soft,
-                                   double listed_value, bool hard, double label_logit) {
+// Return the row's loss.
+FASTKD_HOST_DEVICE double row_loss(const TopkArgs& args, const RowOptions& row, const Summary& of,
+                                   const Soft& soft, const SoftSums& sums, double label_logit) {
+  double value = sums.value;
+  if (args.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  double value = listed_value + soft.constant;
   if (value != value) value = -kNothing;
-  // With Tail::kIgnore the sum of the terms is not a divergence, and may be negative.
-  if (tail != Tail::kIgnore) value = at_least_0(value);
-  if (!has_soft(tail, of)) value = 0;
-  const double t = in.temperature;
-  const double loss = weighted(in.soft_weight * t * t, value);
-  if (!hard) return loss;
-  const double smoothing = in.label_smoothing;
+  // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
+  const bool may_be_negative = args.estimator != Estimator::kNone || args.tail == Tail::kIgnore;
+  if (!may_be_negative) value = at_least_0(value);
+  if (!soft.exists) value = 0;
+  const double t = row.temperature;
+  const double loss = weighted(row.soft_weight * t * t, value);
+  if (!row.hard) return loss;
+  const double smoothing = row.label_smoothing;
   double target = weighted(1 - smoothing, label_logit - of.all.max);
-  if (smoothing != 0) target += smoothing / static_cast<double>(in.classes) * of.offsets;
-  return loss + weighted(in.hard_weight, std::log(of.all.hard) - target);
+  if (smoothing != 0) target += smoothing / row.classes * of.offsets;
+  return loss + weighted(row.hard_weight, std::log(of.all.hard) - target);
 }
 
 }  // namespace

@@ -15,28 +15,70 @@ namespace {
 using topk::Gains;
 using topk::kNothing;
 using topk::Mass;
+using topk::RowOptions;
 using topk::Soft;
+using topk::SoftSums;
 using topk::Summary;
-
-constexpr int64_t kChunk = 64;
 
 // Whether the first sweep keeps the rest's exponentials for the gradient. Of fp32 logits they would
 // be as much memory again, and it takes less time to form them anew from what the cache has.
 template <class T, class S>
 constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
 
-// What is kept, and what the exponentials of each block are relative to. A thread's, for all rows.
+// The listed classes of a row, without padding, and what is computed of each. The memory is a
+// thread's, for all its rows.
+struct List {
+  int64_t count = 0;
+  std::unique_ptr<int64_t[]> id;
+  std::unique_ptr<double[]> z, log_p, q, slope;
+
+  explicit List(int64_t k)
+      : id(new int64_t[static_cast<size_t>(k)]),
+        z(new double[static_cast<size_t>(k)]),
+        log_p(new double[static_cast<size_t>(k)]),
+        q(new double[static_cast<size_t>(k)]),
+        slope(new double[static_cast<size_t>(k)]) {}
+};
+
+// The memory of a thread: the list, and for the second sweep the rest's exponentials, with the
+// maxima that those of each block are relative to.
 template <class T, class S>
-struct KeptRest {
+struct Scratch {
+  List list;
+  const Constants constants;
   std::unique_ptr<T[]> exponentials;
   std::unique_ptr<double[]> maxima;
 
-  explicit KeptRest(int64_t classes) {
+  explicit Scratch(const TopkArgs& args)
+      : list(args.k), constants(make_constants(args.divergence, args.mix)) {
     if (!kKeepsRest<T, S>) return;
-    exponentials.reset(new T[static_cast<size_t>(classes + kLanes)]);
-    maxima.reset(new double[static_cast<size_t>(classes / kBlock + 1)]);
+    exponentials.reset(new T[static_cast<size_t>(args.classes + kLanes)]);
+    maxima.reset(new double[static_cast<size_t>(args.classes / kBlock + 1)]);
   }
 };
+
+// Sum value and slopes of the listed classes; leave q and slope of each in the list.
+template <class D>
+SoftSums sum_listed(const TopkArgs& args, const RowOptions& row, const Summary& of,
+                    const Soft& soft, const ConstantsOf<double>& constants, const List& list) {
+  const double origin = topk::origin(of.list), inverse_temperature = 1 / row.temperature;
+  const Exponential<double> student(kLog2E / row.temperature, origin, soft.student_scale);
+  const Exponential<double> teacher(kLog2E, 0, soft.teacher_scale);
+  const bool wants_entropy = args.divergence == Divergence::kSoftCrossEntropy;
+  double value = 0, slope = 0, entropy = 0;
+#pragma omp simd reduction(+ : value, slope, entropy)
+  for (int64_t i = 0; i < list.count; ++i) {
+    const double p = teacher(list.log_p[i]), q = student(list.z[i]);
+    const double log_e = (list.z[i] - origin) * inverse_temperature;
+    const Evaluated<double> here =
+        topk::listed<D>(args, soft, constants, p, q, list.log_p[i], log_e);
+    value += here.value;
+    slope += here.slope;
+    if (wants_entropy) entropy -= times_log(p, list.log_p[i] + soft.teacher_log_scale);
+    list.q[i] = q, list.slope[i] = here.slope;
+  }
+  return {value, slope, entropy};
+}
 
 template <class T, class S>
 struct TopkRow {
@@ -45,87 +87,66 @@ struct TopkRow {
   int64_t index;
   uint64_t* listed;  // one bit for each class
   Row<T> row;
+  RowOptions options;
   Logits student;
-  const int64_t* ids;
-  const T* log_probs;
-  const KeptRest<T, S>& kept;
+  Scratch<T, S>& scratch;
 
-  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, const KeptRest<T, S>& kept)
+  TopkRow(const TopkArgs& args, int64_t index, uint64_t* listed, Scratch<T, S>& scratch)
       : args(args),
         index(index),
         listed(listed),
         row(make_row<T>(args, index, false)),
+        options{row.temperature,
+                row.hard_weight,
+                row.soft_weight,
+                args.label_smoothing,
+                static_cast<double>(args.classes),
+                row.hard != Hard::kNone},
         student(student_of(args, index)),
-        ids(args.indices + index * args.k),
-        log_probs(static_cast<const T*>(args.teacher) + index * args.k),
-        kept(kept) {}
+        scratch(scratch) {}
 
   double logit(int64_t id) const { return read_one<double>(student.base, student.dtype, id); }
   bool is_listed(int64_t id) const { return listed[id / 64] >> (id % 64) & 1; }
-  // The class of entry i of the list, or a negative number for padding (topk.h).
-  int64_t class_at(int64_t i) const {
-    return static_cast<double>(log_probs[i]) == kNothing ? -1 : ids[i];
-  }
 
-  // Sets the bits of the list. Returns whether it is one: no class out of range or twice.
-  bool mark() {
-    bool good = true;
+  // Gather the list without its padding, and set its bits. Return false if a class is out of range
+  // or listed twice; then only the classes before it are in the list.
+  bool read_list() {
+    List& list = scratch.list;
+    const int64_t* const ids = args.indices + index * args.k;
+    const T* const log_probs = static_cast<const T*>(args.teacher) + index * args.k;
+    list.count = 0;
     for (int64_t i = 0; i < args.k; ++i) {
-      const int64_t id = class_at(i);
-      if (id < 0) continue;
-      if (id >= args.classes || is_listed(id)) {
-        good = false;
-      } else {
-        listed[id / 64] |= uint64_t{1} << (id % 64);
-      }
+      const double log_p = static_cast<double>(log_probs[i]);
+      if (ids[i] < 0 || log_p == kNothing) continue;  // padding (topk.h)
+      if (ids[i] >= args.classes || is_listed(ids[i])) return false;
+      listed[ids[i] / 64] |= uint64_t{1} << (ids[i] % 64);
+      list.id[list.count] = ids[i];
+      list.z[list.count] = logit(ids[i]);
+      list.log_p[list.count++] = log_p;
     }
-    return good;
+    return true;
   }
-  void unmark() {
-    for (int64_t i = 0; i < args.k; ++i) {
-      const int64_t id = class_at(i);
-      if (id >= 0 && id < args.classes) listed[id / 64] = 0;
-    }
+  void clear_bits() {
+    for (int64_t i = 0; i < scratch.list.count; ++i) listed[scratch.list.id[i] / 64] = 0;
   }
 
-  // Calls fn(ids, z, log_p, count) for chunks of the list. Padding has a negative id, and z and
-  // log_p of -inf.
-  template <class Fn>
-  void for_list(Fn&& fn) const {
-    alignas(64) double z[kChunk];
-    alignas(64) double log_p[kChunk];
-    int64_t id[kChunk];
-    for (int64_t at = 0; at < args.k; at += kChunk) {
-      const int64_t count = args.k - at < kChunk ? args.k - at : kChunk;
-      for (int64_t i = 0; i < count; ++i) {
-        id[i] = class_at(at + i);
-        z[i] = id[i] < 0 ? kNothing : logit(id[i]);
-        log_p[i] = id[i] < 0 ? kNothing : static_cast<double>(log_probs[at + i]);
-      }
-      fn(id, z, log_p, count);
-    }
-  }
-
-  void sum_list(Summary* into) const {
+  void sum_list(Summary* of) const {
+    const List& list = scratch.list;
     double max = kNothing;
-    for_list([&](const int64_t*, const double* z, const double*, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) max = z[i] > max ? z[i] : max;
-    });
+    for (int64_t i = 0; i < list.count; ++i) max = list.z[i] > max ? list.z[i] : max;
     const double near = topk::origin({max});
     const Exponential<double> tempered(kLog2E / row.temperature, near, 1);
-    const Exponential<double> own(kLog2E, near, 1), plain(kLog2E, 0, 1);
+    const Exponential<double> own(kLog2E, near, 1), teacher(kLog2E, 0, 1);
     double tempered_sum = 0, hard_sum = 0, teacher_sum = 0;
-    for_list([&](const int64_t*, const double* z, const double* log_p, int64_t count) {
 #pragma omp simd reduction(+ : tempered_sum, hard_sum, teacher_sum)
-      for (int64_t i = 0; i < count; ++i) {
-        tempered_sum += tempered(z[i]);
-        hard_sum += own(z[i]);
-        // e is too much already, and beyond 2^1024 the exponential's bits wrap round.
-        teacher_sum += plain(log_p[i] > 1 ? 1 : log_p[i]);
-      }
-    });
-    into->list = {max, tempered_sum, hard_sum};
-    into->teacher = teacher_sum;
+    for (int64_t i = 0; i < list.count; ++i) {
+      tempered_sum += tempered(list.z[i]);
+      hard_sum += own(list.z[i]);
+      // e is too much already, and beyond 2^1024 the exponential's bits wrap round.
+      teacher_sum += teacher(list.log_p[i] > 1 ? 1 : list.log_p[i]);
+    }
+    of->list = {max, tempered_sum, hard_sum};
+    of->teacher = teacher_sum, of->count = static_cast<double>(list.count);
   }
 
   // Masks the listed classes of the block that starts at `at`. Returns where it lies afterwards:
@@ -149,7 +170,7 @@ struct TopkRow {
     alignas(64) T logits[kLongest];
     Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Mass mass;
-    double* block_max = kept.maxima.get();
+    double* block_max = scratch.maxima.get();
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
@@ -161,7 +182,7 @@ struct TopkRow {
         mass.max = top;
       }
       T* exponentials = nullptr;
-      if constexpr (kKeeps) exponentials = &kept.exponentials[at], *block_max++ = mass.max;
+      if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = mass.max;
       const ExponentialSums sums = sum_exponentials<kHard, kKeeps, GapSum::kNone>(
           block, count, tempered, own, exponentials, next_of<S>(at, args.classes));
       mass.tempered += sums.tempered;
@@ -182,8 +203,8 @@ struct TopkRow {
     double total = 0;
     of.rest =
         with_hard<T>(row.hard, [&](auto hard) { return scan_rest<decltype(hard)::value>(&total); });
-    sum_list(&of);  // from the cache
-    of.complete(args, total);
+    sum_list(&of);
+    of.complete(options, total);
     return of;
   }
 
@@ -193,7 +214,7 @@ struct TopkRow {
       gain *= static_cast<double>(
           static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0]);
     }
-    return topk::gains_of(args, args.tail, of, soft, gain, row.gradient_hard != Hard::kNone);
+    return topk::gains_of(options, of, soft, gain);
   }
 
   void* grad_at(int64_t id) const {
@@ -219,7 +240,7 @@ struct TopkRow {
     const Exponentials<T, S> tempered({row.factor, static_cast<T>(max), 1});
     const Exponentials<T, S> own({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = all(static_cast<T>(gains.uniform));
-    const double* block_max = kept.maxima.get();
+    const double* block_max = scratch.maxima.get();
     // More classes than the dense loss wants: what is written to listed ones afterwards waits.
     const bool past_caches = passes_caches(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
@@ -228,7 +249,7 @@ struct TopkRow {
       const double hard_shift = kHard == Hard::kOwn ? 1 : topk::shift(relative_to, max, 1);
       const Register<T> soft_gain = all(static_cast<T>(gains.rest * shift));
       const Register<T> hard_gain = all(static_cast<T>(gains.rest_hard * hard_shift));
-      const T* const exponentials = kKeeps ? &kept.exponentials[at] : nullptr;
+      const T* const exponentials = kKeeps ? &scratch.exponentials[at] : nullptr;
       Vectors<const S> block;
       if (!kKeeps || kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
@@ -260,39 +281,24 @@ struct TopkRow {
     FASTKD_ISA::write(&gradient, args.student_dtype, 1, grad_at(id));
   }
 
-  void write_label(const Summary& of, const Soft& soft, const Gains& gains) const {
+  void write_label(const Summary& of, const Gains& gains) const {
     if (row.gradient_hard == Hard::kNone || is_listed(row.label)) return;
-    put(row.label, topk::label_gradient(args, of, soft, gains, logit(row.label)));
+    put(row.label, topk::label_gradient(options, of, gains, logit(row.label)));
   }
 
-  // The listed classes: their share of the divergence, and their gradients.
-  double write_list(const Summary& of, const Soft& soft, const Gains& gains) const {
-    const double origin = topk::origin(of.list);
-    const double inverse_temperature = 1 / row.temperature;
-    const Exponential<double> tempered(kLog2E / row.temperature, origin, soft.student_scale);
-    const Exponential<double> plain(kLog2E, 0, soft.teacher_scale);
+  // The gradients of the listed classes.
+  void write_list(const Summary& of, const SoftSums& sums, const Gains& gains) const {
+    const List& list = scratch.list;
     const bool hard = row.gradient_hard != Hard::kNone;
     // The gain, which may be negative, is no scale of an exponential.
     const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
     const Exponential<double> own(kLog2E, of.all.max, 1);
-    double value = 0;
-    for_list([&](const int64_t* id, const double* z, const double* log_p, int64_t count) {
-      alignas(64) double gradient[kChunk];
-#pragma omp simd reduction(+ : value)
-      for (int64_t i = 0; i < count; ++i) {
-        const Element<double> e = topk::listed(soft, plain(log_p[i]), tempered(z[i]), log_p[i],
-                                               (z[i] - origin) * inverse_temperature);
-        value += e.excess;
-        gradient[i] =
-            gains.soft * (e.diff + soft.surplus * e.q) + hard_gain * own(z[i]) + gains.uniform;
-      }
-      if (args.grad == nullptr) return;
-      for (int64_t i = 0; i < count; ++i) {
-        if (id[i] < 0) continue;
-        put(id[i], gradient[i] - (hard && id[i] == row.label ? gains.onehot : 0.0));
-      }
-    });
-    return value;
+    for (int64_t i = 0; i < list.count; ++i) {
+      double gradient = gains.uniform;
+      if (gains.soft != 0) gradient += gains.soft * (list.slope[i] - list.q[i] * sums.slope);
+      if (hard) gradient += hard_gain * own(list.z[i]);
+      put(list.id[i], gradient - (hard && list.id[i] == row.label ? gains.onehot : 0.0));
+    }
   }
 
   void put_constant(T value) const {
@@ -307,17 +313,24 @@ struct TopkRow {
       put_constant(kNaN<T>);
       return of.listed_well();
     }
-    const Soft soft = topk::soften(args, args.tail, of);
+    Soft soft = topk::soften(args, options, of);
+    const SoftSums sums = visit(args.divergence, [&](auto divergence) {
+      using D = decltype(divergence);
+      const ConstantsOf<double>& constants = constants_in<double>(scratch.constants);
+      SoftSums result = sum_listed<D>(args, options, of, soft, constants, scratch.list);
+      topk::include_rest<D>(args, constants, of, &result, &soft);
+      return result;
+    });
     const Gains g = gains(of, soft);
     if (args.grad != nullptr) {
       with_hard<T>(row.gradient_hard, [&](auto hard) { write_rest<decltype(hard)::value>(of, g); });
-      write_label(of, soft, g);
+      write_label(of, g);
+      write_list(of, sums, g);
     }
-    const double value = write_list(of, soft, g);
     if (args.loss != nullptr) {
-      const bool hard = row.hard != Hard::kNone;
-      static_cast<T*>(args.loss)[index] = static_cast<T>(
-          topk::row_loss(args, args.tail, of, soft, value, hard, hard ? logit(row.label) : 0.0));
+      const double label_logit = options.hard ? logit(row.label) : 0.0;
+      static_cast<T*>(args.loss)[index] =
+          static_cast<T>(topk::row_loss(args, options, of, soft, sums, label_logit));
     }
     return true;
   }
@@ -325,21 +338,21 @@ struct TopkRow {
 
 template <class T, class S>
 int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
-  const KeptRest<T, S> kept(args.classes);
+  Scratch<T, S> scratch(args);
   int64_t bad = -1;
   for (int64_t i = begin; i < end; ++i) {
-    TopkRow<T, S> row(args, i, listed, kept);
+    TopkRow<T, S> row(args, i, listed, scratch);
     if (row.row.state == State::kIgnored) {
       row.put_constant(T(0));
       continue;
     }
-    bool good = row.mark();
+    bool good = row.read_list();
     if (good) {
       good = row.run();
     } else {
       row.put_constant(kNaN<T>);
     }
-    row.unmark();
+    row.clear_bits();
     if (!good && bad < 0) bad = i;
   }
   return bad;

@@ -13,27 +13,23 @@ namespace {
 // The arguments that all ops of the sparse loss share, in the order of FASTKD_TOPK below.
 struct TopkArguments {
   Tensor student, indices, log_probs;
-  std::optional<Tensor> labels;
+  std::optional<Tensor> labels, row_settings;
   Options options;
-  int64_t tail;
+  int64_t tail, estimator;
   Reducing reducing;
 
   explicit TopkArguments(ArgumentReader* in)
       : student(in->take<Tensor>()),
         indices(in->take<Tensor>()),
         log_probs(in->take<Tensor>()),
-        labels(in->take<std::optional<Tensor>>()) {
+        labels(in->take<std::optional<Tensor>>()),
+        row_settings(in->take<std::optional<Tensor>>()) {
     const auto denominator = in->take<std::optional<Tensor>>();
     const double temperature = in->take<double>();
-    options = {temperature,
-               temperature,
-               in->take<double>(),
-               in->take<double>(),
-               in->take<double>(),
-               in->take<int64_t>(),
-               static_cast<int64_t>(Divergence::kForwardKL),
-               0.5};
+    options = {temperature,        temperature,         in->take<double>(),  in->take<double>(),
+               in->take<double>(), in->take<int64_t>(), in->take<int64_t>(), in->take<double>()};
     tail = in->take<int64_t>();
+    estimator = in->take<int64_t>();
     reducing = take_reducing(in, denominator);
   }
 
@@ -52,6 +48,7 @@ struct TopkArguments {
     call.acc = computes_in_double(in.student_dtype, in.teacher_dtype) ? ScalarType::Double
                                                                       : ScalarType::Float;
     check_reducing(reducing, call, false);
+    take_row_settings(&call, row_settings);
     const int64_t k = indices.size(indices.dim() - 1);
     STD_TORCH_CHECK(k > 0, "indices and log_probs must list one class at least");
     topk.indices = checked_rows(indices, student, ScalarType::Long, in.rows, "indices", k);
@@ -61,6 +58,13 @@ struct TopkArguments {
     static_cast<Inputs&>(topk.args) = in;
     topk.args.indices = static_cast<const int64_t*>(topk.indices.const_data_ptr());
     topk.args.tail = checked_enum(tail, Tail::kIgnore, "tail");
+    topk.args.estimator = checked_enum(estimator, Estimator::kK3, "estimator");
+    STD_TORCH_CHECK(topk.args.estimator == Estimator::kNone || k == 1,
+                    "an estimator takes one class of each row");
+    STD_TORCH_CHECK(is_sparse_divergence(in.divergence), "the sparse loss has no divergence ",
+                    kDivergenceNames[options.divergence]);
+    STD_TORCH_CHECK(topk.args.tail != Tail::kIgnore || in.divergence == Divergence::kForwardKL,
+                    "tail ignore is of the forward KL alone");
     return topk;
   }
 };
@@ -140,12 +144,14 @@ void Cpu::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& g
   run(args);
 }
 
-#define FASTKD_TOPK                                                                               \
-  "Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor? denominator, float " \
-  "temperature, float hard_weight, float soft_weight, float label_smoothing, int ignore_index, "  \
-  "int tail, int reduction, float normalizer"
+#define FASTKD_TOPK                                                                          \
+  "Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor? row_settings, " \
+  "Tensor? denominator, float temperature, float hard_weight, float soft_weight, float "     \
+  "label_smoothing, int ignore_index, int divergence, float mix, int tail, int estimator, "  \
+  "int reduction, float normalizer"
 
-// indices: int64 [..., k]. log_probs: acc [..., k]. The result is acc [] or [rows]. The ops are
+// indices: int64 [..., k]. log_probs: acc [..., k]. row_settings: as in library.cpp, with two equal
+// temperatures for each row. The result is acc [] or [rows]. The ops are
 // like those of library.cpp, but have no stats: the backward pass reads the logits again.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastkd, m) {
   m.def("topk_loss(" FASTKD_TOPK ") -> Tensor");

@@ -18,11 +18,22 @@ from fastkd._core.arguments import (
     raise_for_kernel_error,
 )
 from fastkd._core.objective import Options, resolve
-from fastkd._core.values import Head, TopK
+from fastkd._core.values import Head, Sampled, TopK
 from fastkd.linear.chunks import Plan
 from fastkd.reference import Terms
 
-__all__ = ["Head", "KDLoss", "Student", "Teacher", "Terms", "TopK", "divergences", "loss", "terms"]
+__all__ = [
+    "Head",
+    "KDLoss",
+    "Sampled",
+    "Student",
+    "Teacher",
+    "Terms",
+    "TopK",
+    "divergences",
+    "loss",
+    "terms",
+]
 
 
 def loss(

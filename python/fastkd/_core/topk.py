@@ -30,7 +30,10 @@ class TopKSettings(NamedTuple):
     soft_weight: float
     label_smoothing: float
     ignore_index: int
+    divergence: int
+    mix: float
     tail: int
+    estimator: int
     reduction: int
     normalizer: float
 

@@ -1,4 +1,4 @@
-"""Define ``Head`` and ``TopK``, which replace a tensor of logits."""
+"""Define ``Head``, ``TopK`` and ``Sampled``, which replace a tensor of logits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from fastkd._core import checks
 Tail = Literal["ghost", "renormalize", "ignore"]
 TAILS: tuple[Tail, ...] = ("ghost", "renormalize", "ignore")
 """The index of a name is its ``Tail`` value in csrc/topk.h."""
+Estimator = Literal["k1", "k2", "k3"]
+ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
+"""The index of a name, plus 1, is its ``Estimator`` value in csrc/topk.h."""
 
 
 class Head(NamedTuple):
@@ -117,6 +120,49 @@ class TopK(NamedTuple):
         return _describe(self)
 
 
+class Sampled(NamedTuple):
+    """The teacher's log-probability of one sampled token a row, in place of all logits.
+
+    The tokens are sampled from the student (on-policy distillation). The loss is an estimate of the
+    reverse KL, KL(q || p), with q = softmax(student / T) and the token y of the row::
+
+        d = log p(y) - log q(y)
+        k1:  value -d                gradient -d * grad log q(y)
+        k2:  value d^2 / 2           gradient -d * grad log q(y)
+        k3:  value exp(d) - 1 - d    gradient (1 - exp(d)) * grad log q(y)
+
+    (J. Schulman, "Approximating KL Divergence", 2020.) The values of k1 and k3 have the expected
+    value KL(q || p); k1 may be negative and has the higher variance, and k2 is biased. The expected
+    gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the gradient of KL(p || q).
+    The gradient of k1 is the policy gradient whose advantage is d, detached.
+
+    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+
+    Args:
+        log_probs: ``(...)`` float64, float32, bfloat16 or float16: the natural logarithm of the
+            teacher's probability of each row's token, at the temperature of the loss.
+        tokens: ``(...)`` class indices of any integer dtype. A row is padding if its token is
+            negative or its log-probability is -inf; its soft term is then 0.
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"``, as above. Default ``"k1"``.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.Sampled(torch.tensor([-1.5, -0.2]), torch.tensor([7, 3]))
+        Sampled(log_probs=float32 (2,) on cpu, tokens=int64 (2,) on cpu, estimator='k1')
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    estimator: Estimator = "k1"
+
+    def __repr__(self) -> str:
+        """Describe the tensors by dtype, shape and device."""
+        return _describe(self)
+
+
 def check_head(head: Head, name: str = "Head") -> None:
     """Raise unless the fields of a head fit each other; ``name``: the argument, for the message."""
     for field in ("hidden", "weight", "bias"):
@@ -144,23 +190,39 @@ def check_head(head: Head, name: str = "Head") -> None:
 
 def check_topk(topk: TopK, name: str = "TopK") -> None:
     """Raise unless the fields of a sparse teacher fit each other; ``name``: see check_head."""
-    _check_floats(f"{name}.log_probs", topk.log_probs)
-    indices = topk.indices
-    if not isinstance(indices, Tensor):
-        raise TypeError(
-            f"{name}.indices must be a tensor of class indices; got {type(indices).__name__}"
-        )
-    checks.check_dense(f"{name}.indices", indices)
-    if indices.dtype not in validation.INTEGERS:
-        raise TypeError(
-            f"{name}.indices must be class indices of an integer dtype; got {indices.dtype}"
-        )
-    if indices.shape != topk.log_probs.shape or indices.dim() == 0 or indices.shape[-1] == 0:
+    _check_listed(name, topk.log_probs, "indices", topk.indices, "(..., k) with k >= 1")
+    if topk.indices.dim() == 0 or topk.indices.shape[-1] == 0:
         raise ValueError(
             f"{name}.log_probs and {name}.indices must have the same shape (..., k) with k >= 1; "
-            f"got {tuple(topk.log_probs.shape)} and {tuple(indices.shape)}"
+            f"got {tuple(topk.log_probs.shape)} and {tuple(topk.indices.shape)}"
         )
     validation.check_one_of(f"{name}.tail", topk.tail, TAILS)
+
+
+def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
+    """Raise unless the fields of a sampled teacher fit each other; ``name``: see check_head."""
+    _check_listed(name, sampled.log_probs, "tokens", sampled.tokens, "(...)")
+    validation.check_one_of(f"{name}.estimator", sampled.estimator, ESTIMATORS)
+
+
+def _check_listed(name: str, log_probs: object, field: str, indices: object, shape: str) -> None:
+    """Raise unless log-probabilities and class indices are tensors of one shape."""
+    _check_floats(f"{name}.log_probs", log_probs)
+    assert isinstance(log_probs, Tensor)
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"{name}.{field} must be a tensor of class indices; got {type(indices).__name__}"
+        )
+    checks.check_dense(f"{name}.{field}", indices)
+    if indices.dtype not in validation.INTEGERS:
+        raise TypeError(
+            f"{name}.{field} must be class indices of an integer dtype; got {indices.dtype}"
+        )
+    if indices.shape != log_probs.shape:
+        raise ValueError(
+            f"{name}.log_probs and {name}.{field} must have the same shape {shape}; got "
+            f"{tuple(log_probs.shape)} and {tuple(indices.shape)}"
+        )
 
 
 def _check_floats(name: str, value: object) -> None:
@@ -171,7 +233,7 @@ def _check_floats(name: str, value: object) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
 
 
-def _describe(value: Head | TopK) -> str:
+def _describe(value: Head | TopK | Sampled) -> str:
     """Return the repr of a named tuple of tensors, without their numbers."""
 
     def one(field: object) -> str:
@@ -188,14 +250,14 @@ def _describe(value: Head | TopK) -> str:
     return f"{type(value).__name__}({fields})"
 
 
-_Value = TypeVar("_Value", Head, TopK)
+_Value = TypeVar("_Value", Head, TopK, Sampled)
 
 
-def _from_collated(topk: TopK) -> TopK:
-    """Replace the tails of samples, which torch's default_collate makes a tuple, by one tail."""
-    tails = topk.tail
-    same = isinstance(tails, (list, tuple)) and len(set(tails)) == 1
-    return topk._replace(tail=tails[0]) if same else topk  # type: ignore[arg-type]
+def _from_collated(value: _Value) -> _Value:
+    """Replace a field of strings, which torch's default_collate makes a tuple, by one string."""
+    last = value[-1]
+    same = isinstance(last, (list, tuple)) and len(set(last)) == 1
+    return value._replace(**{value._fields[-1]: last[0]}) if same else value
 
 
 def _check_when_made(cls: type[_Value], check: Any) -> None:
@@ -206,7 +268,7 @@ def _check_when_made(cls: type[_Value], check: Any) -> None:
         value: _Value = make(cls, *args, **kwargs)
         # Skip the check for pytrees without tensors, such as torch.vmap's in_dims.
         if any(isinstance(field, Tensor) for field in value):
-            value = _from_collated(value) if isinstance(value, TopK) else value
+            value = _from_collated(value)
             check(value)
         return value
 
@@ -217,3 +279,4 @@ def _check_when_made(cls: type[_Value], check: Any) -> None:
 
 _check_when_made(Head, check_head)
 _check_when_made(TopK, check_topk)
+_check_when_made(Sampled, check_sampled)

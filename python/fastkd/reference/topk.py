@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.reference.dense import Terms, cross_entropy
-from fastkd.reference.divergences import weighted
+from fastkd.reference.dense import Terms, column, cross_entropy
+from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, weighted
+
+ESTIMATORS = ("k1", "k2", "k3")
+"""Estimates of KL(student || teacher) from a sampled class (Schulman 2020)."""
 
 MOST_MASS = 1.1
 """The largest accepted sum of a row's listed probabilities (kMostMass in csrc/topk.h). Above 1
@@ -43,55 +46,83 @@ def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
     return terms.logsumexp(-1).masked_fill(is_empty.squeeze(-1), -math.inf)
 
 
-def _log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p (log_p - log_q), 0 where p is 0.
+def is_infinite_without_rest(name: str, mix: float | None) -> bool:
+    """Return True if the divergence is infinite where the teacher leaves a class nothing."""
+    return name == "reverse_kl" or (name == "symmetric_kl" and mix is not None and mix < 1)
 
-    The result is inf where q is 0 and p has underflowed but is not 0.
+
+def distributions(
+    log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str, has_floor: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of teacher and student that a divergence compares.
+
+    Both are ``(..., k)``, or ``(..., k + 1)`` if ``tail`` is ``"ghost"``: the last class is then
+    all that is not listed. They are -inf for padding. ``has_floor``: give the ghost at least the
+    rounding of 1, so that a list that adds up to 1 does not make the divergence infinite.
     """
-    absent = p == 0
-    ratio = p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))
-    return ratio.masked_fill(absent & (log_p > -math.inf) & (log_q == -math.inf), math.inf)
-
-
-def _listed_log_probs(indices: Tensor, log_probs: Tensor, tail: str) -> tuple[Tensor, Tensor]:
-    """Return the teacher's log-probabilities, adjusted for ``tail``, and the mass of each list."""
-    log_p = log_probs.masked_fill(indices < 0, -math.inf)
-    total = log_p.exp().sum(-1)
-    if tail == "renormalize":
-        log_p = log_p - total.log().unsqueeze(-1).masked_fill(total.unsqueeze(-1) == 0, 0)
-    return log_p, total
-
-
-def divergence(log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute each row's divergence as defined in :class:`fastkd.TopK`."""
     listed = indices >= 0
-    log_p, total = _listed_log_probs(indices, log_probs, tail)
-    log_q_listed = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
-    if tail == "renormalize":
-        log_share = _log_sum(log_q_listed, listed).unsqueeze(-1)
-        log_q_listed = log_q_listed - log_share.masked_fill(log_share == -math.inf, 0)
-    value = _log_ratio(log_p.exp(), log_p, log_q_listed).sum(-1)
-    if tail != "ghost":
-        return value
-    # scatter needs a place for padding: one more than there are classes.
-    places = indices.masked_fill(~listed, log_q.shape[-1]).clamp(max=log_q.shape[-1])
-    others = torch.ones((*log_q.shape[:-1], log_q.shape[-1] + 1), device=log_q.device).bool()
-    others = others.scatter(-1, places, False)[..., :-1]
-    log_rest = _log_sum(log_q, others)
-    rest = (1 - total).clamp(min=0).masked_fill(log_rest == -math.inf, 0)
-    value = value + _log_ratio(rest, rest.log(), log_rest)
-    # This adds 0 if p sums to 1, as it should.
-    q = log_q_listed.exp().masked_fill(~listed, 0).sum(-1) + log_rest.exp()
-    return value + q - (total + rest)
+    log_p = log_probs.masked_fill(~listed, -math.inf)
+    total = log_p.exp().sum(-1, keepdim=True)
+    places = indices.clamp(0, log_q.shape[-1] - 1)
+    listed_q = log_q.gather(-1, places).masked_fill(~listed, -math.inf)
+    if tail == "ignore":
+        return log_p, listed_q
+    rest = torch.zeros_like(total)
+    if tail == "ghost":
+        # scatter needs a place for padding: one more than there are classes.
+        outside = torch.ones((*log_q.shape[:-1], log_q.shape[-1] + 1), device=log_q.device).bool()
+        places = indices.masked_fill(~listed, log_q.shape[-1]).clamp(max=log_q.shape[-1])
+        outside = outside.scatter(-1, places, False)[..., :-1]
+        log_rest_q = _log_sum(log_q, outside).unsqueeze(-1)
+        floor = torch.finfo(log_q.dtype).eps / 2 if has_floor else 0.0
+        rest = (1 - total).clamp(min=floor).masked_fill(log_rest_q == -math.inf, 0)
+        listed_q = torch.cat((listed_q, log_rest_q), -1)
+    else:
+        share = _log_sum(log_q.gather(-1, places), listed).unsqueeze(-1)
+        listed_q = listed_q - share.masked_fill(share == -math.inf, 0)
+    scale = ((1 - rest) / total).masked_fill((rest == 1 - total) | (total == 0), 1)
+    log_p = log_p + scale.log()
+    return (torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p), listed_q
 
 
-def entropy(indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """Compute the entropy of each list in nats; with "ghost", of k + 1 classes."""
-    log_p, total = _listed_log_probs(indices, log_probs, tail)
-    p = log_p.exp()
-    value = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)
-    rest = (1 - total).clamp(min=0)
-    return value - torch.special.xlogy(rest, rest) if tail == "ghost" else value
+def _divergence(
+    log_q: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    tail: str,
+    name: str = "forward_kl",
+    mix: float | None = None,
+) -> Tensor:
+    """Compute each row's divergence as defined in :class:`fastkd.TopK`."""
+    log_p, listed_q = distributions(
+        log_q, indices, log_probs, tail, is_infinite_without_rest(name, mix)
+    )
+    options = {} if mix is None else {"mix": mix}
+    value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
+    # A list without probability has nothing to compare, unless it leaves all to the ghost.
+    return value.masked_fill((log_p == -math.inf).all(-1), 0)
+
+
+def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) -> Tensor:
+    """Estimate KL(q || p) from one class of each row, ``(..., 1)``; 0 for padding.
+
+    The gradient of ``"k1"`` is that of the policy gradient: log q - log p, detached, times the
+    gradient of log q.
+    """
+    log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
+    log_ratio = log_probs.masked_fill(indices < 0, 0) - log_q
+    if estimator == "k1":
+        value = -log_ratio.detach() + (log_q - log_q.detach()) * -log_ratio.detach()
+    elif estimator == "k2":
+        value = 0.5 * log_ratio.square()
+    else:
+        value = log_ratio.expm1() - log_ratio
+    return value.masked_fill(indices < 0, 0).squeeze(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Compute the entropy in nats of distributions with log-probabilities ``(..., classes)``."""
+    return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
 def agreement(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
@@ -130,9 +161,12 @@ def terms(
     labels: Tensor | None = None,
     *,
     tail: str = "ghost",
-    temperature: float = 1.0,
-    hard_weight: float = 0.0,
-    soft_weight: float = 1.0,
+    estimator: str | None = None,
+    temperature: float | Tensor = 1.0,
+    hard_weight: float | Tensor = 0.0,
+    soft_weight: float | Tensor = 1.0,
+    divergence: str = "forward_kl",
+    mix: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -151,8 +185,11 @@ def terms(
         # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
         logits = logits.where(valid.unsqueeze(-1), torch.zeros_like(logits))
         indices = indices.where(valid.unsqueeze(-1), torch.full_like(indices, -1))
-    log_q = F.log_softmax(logits / temperature, -1)
-    soft = divergence(log_q, indices, log_probs, tail)
+    log_q = F.log_softmax(logits / column(temperature), -1)
+    if estimator is not None:
+        soft = estimate(log_q, indices, log_probs, estimator)
+    else:
+        soft = _divergence(log_q, indices, log_probs, tail, divergence, mix)
     loss = weighted(soft_weight * temperature**2, soft)
     is_valid = (indices < logits.shape[-1]).all(-1) & (find_duplicate(indices) < 0)
     is_valid = is_valid & (mass(indices, log_probs) <= MOST_MASS)
@@ -167,8 +204,9 @@ def terms(
         is_valid = is_valid & in_range
     loss = loss * torch.ones_like(loss).masked_fill(valid & ~is_valid, math.nan)
     with torch.no_grad():
-        student_entropy = -_log_ratio(log_q.exp(), log_q, torch.zeros_like(log_q)).sum(-1)
-        teacher_entropy = entropy(indices, log_probs, tail)
+        student_entropy = entropy(log_q)
+        log_p, _ = distributions(log_q, indices, log_probs, tail, False)
+        teacher_entropy = entropy(log_p)
         agrees = agreement(logits, indices, log_probs)
     fields = (loss, hard.detach(), soft.detach(), student_entropy, teacher_entropy, agrees)
     how = {"ignore_index": ignore_index, "reduction": reduction, "normalizer": normalizer}
