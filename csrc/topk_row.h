@@ -27,6 +27,27 @@ FASTKD_HOST_DEVICE double shift(double from, double to, double temperature) {
   return from == to ? 1.0 : std::exp((from - to) / temperature);
 }
 
+// How a call compares teacher and student.
+struct Comparison {
+  Divergence divergence = Divergence::kForwardKL;
+  Tail tail = Tail::kGhost;
+  Estimator estimator = Estimator::kNone;
+  // The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
+  // rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
+  double least_rest = 0;
+
+  Comparison() = default;
+  explicit Comparison(const TopkArgs& args)
+      : divergence(args.divergence), tail(args.tail), estimator(args.estimator) {
+    const bool may_be_infinite = divergence == Divergence::kReverseKL ||
+                                 (divergence == Divergence::kSymmetricKL && args.mix < 1);
+    const bool in_double = computes_in_double(args.student_dtype, args.teacher_dtype);
+    if (may_be_infinite) least_rest = in_double ? 0x1p-53 : 0x1p-24;
+  }
+  FASTKD_HOST_DEVICE bool estimates() const { return estimator != Estimator::kNone; }
+  FASTKD_HOST_DEVICE bool is_cut_off() const { return !estimates() && tail == Tail::kIgnore; }
+};
+
 // The options of one row.
 struct RowOptions {
   double temperature, hard_weight, soft_weight, label_smoothing;
@@ -96,19 +117,9 @@ struct SoftSums {
   }
 };
 
-// The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
-// rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
-FASTKD_HOST_DEVICE double least_rest(const TopkArgs& args) {
-  const bool may_be_infinite = args.divergence == Divergence::kReverseKL ||
-                               (args.divergence == Divergence::kSymmetricKL && args.mix < 1);
-  if (!may_be_infinite) return 0;
-  return computes_in_double(args.student_dtype, args.teacher_dtype) ? 0x1p-53 : 0x1p-24;
-}
-
 // Return the soft term before its sums over classes are known.
-FASTKD_HOST_DEVICE Soft soften(const TopkArgs& args, const RowOptions& row, const Summary& of) {
-  const bool samples = args.estimator != Estimator::kNone;
-  const bool renormalizes = !samples && args.tail == Tail::kRenormalize;
+FASTKD_HOST_DEVICE Soft soften(const Comparison& how, const RowOptions& row, const Summary& of) {
+  const bool renormalizes = !how.estimates() && how.tail == Tail::kRenormalize;
   Soft soft;
   // Relative to the listed classes' own maximum, so that nothing underflows where the rest is
   // greater.
@@ -122,14 +133,14 @@ FASTKD_HOST_DEVICE Soft soften(const TopkArgs& args, const RowOptions& row, cons
     soft.rest_log_q = of.log_q(row, of.rest.max, of.rest.tempered);
     soft.rest_q = std::exp(soft.rest_log_q);
   }
-  if (samples) {
+  if (how.estimates()) {
     soft.exists = of.count > 0;
     return soft;
   }
   soft.has_rest = has_others;
-  if (args.tail == Tail::kIgnore) return soft;
-  const double remaining = 1 - of.teacher, least = least_rest(args);
-  if (has_others) soft.rest_p = remaining > least ? remaining : least;
+  if (how.is_cut_off()) return soft;
+  const double remaining = 1 - of.teacher;
+  if (has_others) soft.rest_p = remaining > how.least_rest ? remaining : how.least_rest;
   if (soft.rest_p == remaining) return soft;
   // The probabilities of list and ghost do not add up to 1: scale those of the list.
   soft.exists = of.teacher > 0;
@@ -142,17 +153,17 @@ FASTKD_HOST_DEVICE Soft soften(const TopkArgs& args, const RowOptions& row, cons
 // Evaluate the divergence D, or the estimator, at a listed class, given p, q and `log_e`, the
 // logarithm of q / student_scale.
 template <class D>
-FASTKD_HOST_DEVICE Evaluated<double> listed(const TopkArgs& args, const Soft& soft,
+FASTKD_HOST_DEVICE Evaluated<double> listed(const Comparison& how, const Soft& soft,
                                             const ConstantsOf<double>& constants, double p,
                                             double q, double log_p, double log_e) {
   const double d = log_p + soft.teacher_log_scale - (log_e + soft.student_log_scale);
-  if (args.estimator != Estimator::kNone) return estimate(args.estimator, d);
+  if (how.estimates()) return estimate(how.estimator, d);
   return D::at(element(p, q, d), constants);
 }
 
 // Add what is not of the listed classes to their sums, and set the gradient of the rest.
 template <class D>
-FASTKD_HOST_DEVICE void include_rest(const TopkArgs& args, const ConstantsOf<double>& constants,
+FASTKD_HOST_DEVICE void include_rest(const Comparison& how, const ConstantsOf<double>& constants,
                                      const Summary& of, SoftSums* sums, Soft* soft) {
   double ghost_slope = 0;
   if (soft->has_rest) {
@@ -164,9 +175,7 @@ FASTKD_HOST_DEVICE void include_rest(const TopkArgs& args, const ConstantsOf<dou
     ghost_slope = ghost.slope;
   }
   // The forward KL's terms contain q - p, whose sum is 0 unless the teacher's list is cut off.
-  if (args.estimator == Estimator::kNone && args.tail == Tail::kIgnore) {
-    sums->value += of.teacher - 1;
-  }
+  if (how.is_cut_off()) sums->value += of.teacher - 1;
   if (of.rest.tempered > 0) {
     soft->rest = (ghost_slope - soft->rest_q * sums->slope) / of.rest.tempered;
   }
@@ -201,16 +210,15 @@ FASTKD_HOST_DEVICE double label_gradient(const RowOptions& row, const Summary& o
 }
 
 // Return the row's loss.
-FASTKD_HOST_DEVICE double row_loss(const TopkArgs& args, const RowOptions& row, const Summary& of,
+FASTKD_HOST_DEVICE double row_loss(const Comparison& how, const RowOptions& row, const Summary& of,
                                    const Soft& soft, const SoftSums& sums, double label_logit) {
   double value = sums.value;
-  if (args.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
+  if (how.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
   if (value != value) value = -kNothing;
   // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
-  const bool may_be_negative = args.estimator != Estimator::kNone || args.tail == Tail::kIgnore;
-  if (!may_be_negative) value = at_least_0(value);
+  if (!how.estimates() && !how.is_cut_off()) value = at_least_0(value);
   if (!soft.exists) value = 0;
   const double t = row.temperature;
   const double loss = weighted(row.soft_weight * t * t, value);

@@ -12,6 +12,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
+using topk::Comparison;
 using topk::Gains;
 using topk::kNothing;
 using topk::Mass;
@@ -45,12 +46,13 @@ struct List {
 template <class T, class S>
 struct Scratch {
   List list;
+  const Comparison how;
   const Constants constants;
   std::unique_ptr<T[]> exponentials;
   std::unique_ptr<double[]> maxima;
 
   explicit Scratch(const TopkArgs& args)
-      : list(args.k), constants(make_constants(args.divergence, args.mix)) {
+      : list(args.k), how(args), constants(make_constants(args.divergence, args.mix)) {
     if (!kKeepsRest<T, S>) return;
     exponentials.reset(new T[static_cast<size_t>(args.classes + kLanes)]);
     maxima.reset(new double[static_cast<size_t>(args.classes / kBlock + 1)]);
@@ -59,19 +61,19 @@ struct Scratch {
 
 // Sum value and slopes of the listed classes; leave q and slope of each in the list.
 template <class D>
-SoftSums sum_listed(const TopkArgs& args, const RowOptions& row, const Summary& of,
+SoftSums sum_listed(const Comparison& how, const RowOptions& row, const Summary& of,
                     const Soft& soft, const ConstantsOf<double>& constants, const List& list) {
   const double origin = topk::origin(of.list), inverse_temperature = 1 / row.temperature;
   const Exponential<double> student(kLog2E / row.temperature, origin, soft.student_scale);
   const Exponential<double> teacher(kLog2E, 0, soft.teacher_scale);
-  const bool wants_entropy = args.divergence == Divergence::kSoftCrossEntropy;
+  const bool wants_entropy = how.divergence == Divergence::kSoftCrossEntropy;
   double value = 0, slope = 0, entropy = 0;
 #pragma omp simd reduction(+ : value, slope, entropy)
   for (int64_t i = 0; i < list.count; ++i) {
     const double p = teacher(list.log_p[i]), q = student(list.z[i]);
     const double log_e = (list.z[i] - origin) * inverse_temperature;
     const Evaluated<double> here =
-        topk::listed<D>(args, soft, constants, p, q, list.log_p[i], log_e);
+        topk::listed<D>(how, soft, constants, p, q, list.log_p[i], log_e);
     value += here.value;
     slope += here.slope;
     if (wants_entropy) entropy -= times_log(p, list.log_p[i] + soft.teacher_log_scale);
@@ -313,12 +315,12 @@ struct TopkRow {
       put_constant(kNaN<T>);
       return of.listed_well();
     }
-    Soft soft = topk::soften(args, options, of);
+    Soft soft = topk::soften(scratch.how, options, of);
     const SoftSums sums = visit(args.divergence, [&](auto divergence) {
       using D = decltype(divergence);
       const ConstantsOf<double>& constants = constants_in<double>(scratch.constants);
-      SoftSums result = sum_listed<D>(args, options, of, soft, constants, scratch.list);
-      topk::include_rest<D>(args, constants, of, &result, &soft);
+      SoftSums result = sum_listed<D>(scratch.how, options, of, soft, constants, scratch.list);
+      topk::include_rest<D>(scratch.how, constants, of, &result, &soft);
       return result;
     });
     const Gains g = gains(of, soft);
@@ -330,7 +332,7 @@ struct TopkRow {
     if (args.loss != nullptr) {
       const double label_logit = options.hard ? logit(row.label) : 0.0;
       static_cast<T*>(args.loss)[index] =
-          static_cast<T>(topk::row_loss(args, options, of, soft, sums, label_logit));
+          static_cast<T>(topk::row_loss(scratch.how, options, of, soft, sums, label_logit));
     }
     return true;
   }

@@ -33,12 +33,14 @@ struct List {
 // Sums over a list.
 struct ListSums {
   double tempered = 0, hard = 0, teacher = 0;
+  double count = 0;   // of classes
   double labels = 0;  // how often it has the row's label
 
   __device__ __forceinline__ void merge_lanes() {
     tempered = lanes_sum(tempered);
     hard = lanes_sum(hard);
     teacher = lanes_sum(teacher);
+    count = lanes_sum(count);
     labels = lanes_sum(labels);
   }
 };
@@ -47,8 +49,10 @@ struct ListSums {
 template <class A>
 struct Solution {
   bool valid, label_is_listed;
+  topk::RowOptions row;
   topk::Summary of;
   topk::Soft soft;
+  topk::SoftSums sums;
   topk::Gains gains;
   RestWriter<A> rest;
 };
@@ -59,13 +63,22 @@ struct Exchange {
   double greatest[32];  // of the list
   Rest<A> rest[32];
   ListSums list[32];
-  double values[32];
+  topk::SoftSums sums[32];
   Solution<A> solution;
 };
 
-// Whether the gradient has a hard term.
-__device__ __forceinline__ bool has_hard(const Inputs& in) {
-  return in.labels != nullptr && in.hard_weight != 0;
+template <class A>
+__device__ __forceinline__ topk::RowOptions options_of(const ForwardArgs& args, int64_t index) {
+  // In double, unless they are the row's own, which are in A.
+  const auto number = [&](RowSetting which, double otherwise) {
+    return args.row_settings == nullptr
+               ? otherwise
+               : static_cast<double>(setting_of<A>(args, which, index, otherwise));
+  };
+  const double hard = number(kHardWeight, args.hard_weight);
+  return {number(kTemperature, args.temperature), hard,
+          number(kSoftWeight, args.soft_weight),  args.label_smoothing,
+          static_cast<double>(args.classes),      args.labels != nullptr && hard != 0};
 }
 
 template <class A>
@@ -115,15 +128,16 @@ __device__ __forceinline__ ListSums sum_list(const Rows& row, const List<typenam
     sums.tempered += exp(offset * inverse_temperature);
     sums.hard += exp(offset);
     sums.teacher += exp(log_p);
+    sums.count += 1;
     if (id == label) sums.labels += 1;
   });
   return sums;
 }
 
-// Warp 0, from what all warps have left in the exchange.
+// Warp 0: sum up the row from the exchange, and set the scales of its probabilities.
 template <class A>
-__device__ __forceinline__ void solve(Exchange<A>& exchange, const TopkCall& call, double greatest,
-                                      const Temperature<A>& t, double gain) {
+__device__ __forceinline__ void soften(Exchange<A>& exchange, const TopkCall& call, int64_t index,
+                                       double greatest, const Temperature<A>& t) {
   const int lane = threadIdx.x, warps = blockDim.x / 32;
   Rest<A> rest;
   ListSums list;
@@ -132,40 +146,82 @@ __device__ __forceinline__ void solve(Exchange<A>& exchange, const TopkCall& cal
   list.merge_lanes();
   if (lane != 0) return;
   // In shared memory step by step: in registers it would spill.
-  const Inputs& in = call.forward.args;
+  exchange.rest[0] = rest;
   Solution<A>& s = exchange.solution;
+  s.row = options_of<A>(call.forward.args, index);
   s.of.rest = rest.mass(t);
   s.of.list = {greatest, list.tempered, list.hard};
-  s.of.teacher = list.teacher;
-  s.of.complete(in, rest.logits);
+  s.of.teacher = list.teacher, s.of.count = list.count;
+  s.of.complete(s.row, rest.logits);
   s.valid = s.of.listed_well() && s.of.valid();
   s.label_is_listed = list.labels > 0;
-  s.soft = topk::soften(in, call.tail, s.of);
-  s.gains = topk::gains_of(in, call.tail, s.of, s.soft, gain, has_hard(in));
-  s.rest = RestWriter<A>(s.gains, rest, t);
+  s.soft = topk::soften(call.how, s.row, s.of);
 }
 
-// The listed classes' gradients and, returned, this thread's share of their part of the divergence.
+// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined: it
+// is called twice, and is most of the kernel's code.
+template <class A>
+__device__ __noinline__ Evaluated<double> evaluate(const TopkCall& call, const Solution<A>& s,
+                                                   double z, double log_p) {
+  const double log_e = (z - topk::origin(s.of.list)) / s.row.temperature;
+  const double p = s.soft.teacher_scale * exp(log_p), q = s.soft.student_scale * exp(log_e);
+  const auto& constants = constants_in<double>(call.forward.constants);
+  return visit(call.how.divergence, [&](auto divergence) {
+    return topk::listed<decltype(divergence)>(call.how, s.soft, constants, p, q, log_p, log_e);
+  });
+}
+
+// Return this thread's share of the sums over the listed classes.
 template <class Rows>
-__device__ __forceinline__ double write_list(const Rows& row, const List<typename Rows::A>& list,
-                                             const Solution<typename Rows::A>& s,
-                                             const TopkCall& call, int64_t label) {
-  const Inputs& in = call.forward.args;
-  const double near = topk::origin(s.of.list), inverse_temperature = 1 / in.temperature;
-  const double hard = s.gains.hard / s.of.all.hard;
-  double value = 0;
+__device__ __forceinline__ topk::SoftSums sum_listed(const Rows& row,
+                                                     const List<typename Rows::A>& list,
+                                                     const Solution<typename Rows::A>& s,
+                                                     const TopkCall& call) {
+  topk::SoftSums sums;
+  list.each([&](int64_t id, double log_p) {
+    sums.add(evaluate(call, s, static_cast<double>(row.logit(id)), log_p));
+    if (call.how.divergence == Divergence::kSoftCrossEntropy)
+      sums.entropy -=
+          times_log(s.soft.teacher_scale * exp(log_p), log_p + s.soft.teacher_log_scale);
+  });
+  return {lanes_sum(sums.value), lanes_sum(sums.slope), lanes_sum(sums.entropy)};
+}
+
+// Thread 0: complete the row's sums, and set the constants of its gradient.
+template <class A>
+__device__ __forceinline__ void solve(Exchange<A>& exchange, const TopkCall& call,
+                                      const Temperature<A>& t, double gain) {
+  Solution<A>& s = exchange.solution;
+  s.sums = {};
+  for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) {
+    s.sums.value += exchange.sums[i].value;
+    s.sums.slope += exchange.sums[i].slope;
+    s.sums.entropy += exchange.sums[i].entropy;
+  }
+  const auto& constants = constants_in<double>(call.forward.constants);
+  visit(call.how.divergence, [&](auto divergence) {
+    topk::include_rest<decltype(divergence)>(call.how, constants, s.of, &s.sums, &s.soft);
+  });
+  s.gains = topk::gains_of(s.row, s.of, s.soft, gain);
+  s.rest = RestWriter<A>(s.gains, exchange.rest[0], t);
+}
+
+// Write the listed classes' gradients.
+template <class Rows>
+__device__ __forceinline__ void write_list(const Rows& row, const List<typename Rows::A>& list,
+                                           const Solution<typename Rows::A>& s,
+                                           const TopkCall& call, int64_t label) {
+  const double near = topk::origin(s.of.list), hard = s.gains.hard / s.of.all.hard;
   list.each([&](int64_t id, double log_p) {
     const double z = static_cast<double>(row.logit(id));
-    const double log_e = (z - near) * inverse_temperature;
-    const Element<double> e = topk::listed(s.soft, s.soft.teacher_scale * exp(log_p),
-                                           s.soft.student_scale * exp(log_e), log_p, log_e);
-    value += e.excess;
-    if (call.forward.args.grad == nullptr) return;
-    double g = s.gains.soft * (e.diff + s.soft.surplus * e.q) + s.gains.uniform;
-    if (has_hard(in)) g += hard * exp(z - s.of.all.max) - (id == label ? s.gains.onehot : 0.0);
+    double g = s.gains.uniform;
+    if (s.gains.soft != 0) {
+      const double q = s.soft.student_scale * exp((z - near) / s.row.temperature);
+      g += s.gains.soft * (evaluate(call, s, z, log_p).slope - q * s.sums.slope);
+    }
+    if (s.row.hard) g += hard * exp(z - s.of.all.max) - (id == label ? s.gains.onehot : 0.0);
     row.store(id, g);
   });
-  return value;
 }
 
 template <class Rows>
@@ -187,13 +243,13 @@ __device__ __forceinline__ void run_row(const Rows& row, const TopkCall& call, i
   Rest<A> rest;
   const bool good = scan(row, list, map, rest, t, args.label_smoothing != 0);
   greatest = lanes_max(lane < warps ? exchange.greatest[lane] : topk::kNothing);
-  ListSums sums = sum_list(row, list, greatest, label, 1 / args.temperature);
+  ListSums sums = sum_list(row, list, greatest, label, 1 / options_of<A>(args, index).temperature);
   if (!good) sums.teacher = fill_value(RowKind::kBad);
   rest.merge_lanes(t);
   sums.merge_lanes();
   if (lane == 0) exchange.rest[warp] = rest, exchange.list[warp] = sums;
   __syncthreads();
-  if (warp == 0) solve(exchange, call, greatest, t, gain_of(call, index, scale));
+  if (warp == 0) soften(exchange, call, index, greatest, t);
   __syncthreads();
 
   const Solution<A>& s = exchange.solution;
@@ -203,24 +259,24 @@ __device__ __forceinline__ void run_row(const Rows& row, const TopkCall& call, i
       static_cast<A*>(args.loss)[index] = static_cast<A>(fill_value(RowKind::kBad));
     return;
   }
+  const topk::SoftSums listed = sum_listed(row, list, s, call);
+  if (lane == 0) exchange.sums[warp] = listed;
+  __syncthreads();
+  if (threadIdx.x == 0) solve(exchange, call, t, gain_of(call, index, scale));
+  __syncthreads();
+
   if (args.grad != nullptr) {
     row.write(s.rest, t);
     __syncthreads();
-    if (threadIdx.x == 0 && has_hard(args) && !s.label_is_listed)
-      row.store(label, topk::label_gradient(args, s.of, s.soft, s.gains,
-                                            static_cast<double>(row.logit(label))));
+    if (threadIdx.x == 0 && s.row.hard && !s.label_is_listed)
+      row.store(label,
+                topk::label_gradient(s.row, s.of, s.gains, static_cast<double>(row.logit(label))));
+    write_list(row, list, s, call, label);
   }
-  const double value = lanes_sum(write_list(row, list, s, call, label));
-  if (args.loss == nullptr) return;
-  if (lane == 0) exchange.values[warp] = value;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total = 0;
-  for (int i = 0; i < warps; i++) total += exchange.values[i];
-  const bool hard = has_hard(args);
+  if (threadIdx.x != 0 || args.loss == nullptr) return;
   static_cast<A*>(args.loss)[index] =
-      static_cast<A>(topk::row_loss(args, call.tail, s.of, s.soft, total, hard,
-                                    hard ? static_cast<double>(row.logit(label)) : 0.0));
+      static_cast<A>(topk::row_loss(call.how, s.row, s.of, s.soft, s.sums,
+                                    s.row.hard ? static_cast<double>(row.logit(label)) : 0.0));
 }
 
 }  // namespace
@@ -358,7 +414,9 @@ TopkCall call_of(const TopkArgs& args) {
   forward.reduction = args.reduction, forward.scale = args.scale;
   call.log_probs = args.teacher, call.indices = args.indices, call.k = args.k;
   call.grad_output = args.grad_output, call.grad_output_per_row = args.grad_output_per_row;
-  call.tail = args.tail;
+  call.how = topk::Comparison(args);
+  forward.divergence = Divergence::kForwardKL;  // of the student and itself
+  call.forward.constants = make_constants(args.divergence, args.mix);
   return call;
 }
 

@@ -18,7 +18,7 @@ struct TopkCall {
   const void* grad_output;  // acc, one number or [rows], or null: 1
   bool grad_output_per_row;
   bool filled;  // grad holds the gradient for grad_output = 1
-  Tail tail;
+  topk::Comparison how;
   int64_t k;
   int64_t cached;     // vectors of a row that shared memory has room for
   int64_t map_words;  // and the map of its listed classes
