@@ -10,6 +10,28 @@
 #include "topk.h"
 
 namespace fastkd::topk {
+
+// How a call compares teacher and student.
+struct Comparison {
+  Divergence divergence = Divergence::kForwardKL;
+  Tail tail = Tail::kGhost;
+  Estimator estimator = Estimator::kNone;
+  // The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
+  // rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
+  double least_rest = 0;
+
+  Comparison() = default;
+  FASTKD_HOST_DEVICE explicit Comparison(const TopkArgs& args)
+      : divergence(args.divergence), tail(args.tail), estimator(args.estimator) {
+    const bool may_be_infinite = divergence == Divergence::kReverseKL ||
+                                 (divergence == Divergence::kSymmetricKL && args.mix < 1);
+    const bool in_double = computes_in_double(args.student_dtype, args.teacher_dtype);
+    if (may_be_infinite) least_rest = in_double ? 0x1p-53 : 0x1p-24;
+  }
+  FASTKD_HOST_DEVICE bool estimates() const { return estimator != Estimator::kNone; }
+  FASTKD_HOST_DEVICE bool is_cut_off() const { return !estimates() && tail == Tail::kIgnore; }
+};
+
 namespace {
 
 constexpr double kNothing = -__builtin_huge_val();  // the greatest of no logits
@@ -26,27 +48,6 @@ FASTKD_HOST_DEVICE double origin(const Mass& mass) { return mass.max > kNothing 
 FASTKD_HOST_DEVICE double shift(double from, double to, double temperature) {
   return from == to ? 1.0 : std::exp((from - to) / temperature);
 }
-
-// How a call compares teacher and student.
-struct Comparison {
-  Divergence divergence = Divergence::kForwardKL;
-  Tail tail = Tail::kGhost;
-  Estimator estimator = Estimator::kNone;
-  // The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
-  // rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
-  double least_rest = 0;
-
-  Comparison() = default;
-  explicit Comparison(const TopkArgs& args)
-      : divergence(args.divergence), tail(args.tail), estimator(args.estimator) {
-    const bool may_be_infinite = divergence == Divergence::kReverseKL ||
-                                 (divergence == Divergence::kSymmetricKL && args.mix < 1);
-    const bool in_double = computes_in_double(args.student_dtype, args.teacher_dtype);
-    if (may_be_infinite) least_rest = in_double ? 0x1p-53 : 0x1p-24;
-  }
-  FASTKD_HOST_DEVICE bool estimates() const { return estimator != Estimator::kNone; }
-  FASTKD_HOST_DEVICE bool is_cut_off() const { return !estimates() && tail == Tail::kIgnore; }
-};
 
 // The options of one row.
 struct RowOptions {

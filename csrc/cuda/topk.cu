@@ -161,8 +161,9 @@ __device__ __forceinline__ void soften(Exchange<A>& exchange, const TopkCall& ca
 // Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined: it
 // is called twice, and is most of the kernel's code.
 template <class A>
-__device__ __noinline__ Evaluated<double> evaluate(const TopkCall& call, const Solution<A>& s,
-                                                   double z, double log_p) {
+__device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
+                                                                const Solution<A>& s, double z,
+                                                                double log_p) {
   const double log_e = (z - topk::origin(s.of.list)) / s.row.temperature;
   const double p = s.soft.teacher_scale * exp(log_p), q = s.soft.student_scale * exp(log_e);
   const auto& constants = constants_in<double>(call.forward.constants);

@@ -17,6 +17,10 @@ struct Case {
   DType student = DType::kBFloat16;
   bool wide_lists = false;  // log-probabilities in fp64
   Tail tail = Tail::kGhost;
+  Divergence divergence = Divergence::kForwardKL;
+  double mix = 0.3;
+  Estimator estimator = Estimator::kNone;
+  bool row_settings = false;  // temperatures and weights of each row's own
   double temperature = 2, hard_weight = 0.3, soft_weight = 0.7, smoothing = 0;
   int student_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
   int64_t student_pad = 0, grad_pad = 0;    // of a row, in elements
@@ -51,15 +55,47 @@ double log_sum(const std::vector<double>& x) {
   for (const double v : x) sum += std::exp(v - max);
   return max + std::log(sum);
 }
-// p d + q - p, and by its series where that cancels.
-double excess(double p, double log_p, double log_q) {
-  if (p == 0) return std::exp(log_q);
-  const double d = log_p - log_q;
-  if (std::fabs(d) < 1e-2) {
-    const double f = 0.5 - d / 6 + d * d / 24 - d * d * d / 120 + d * d * d * d / 720;
-    return p * d * d * f;
+double x_log_ratio(double x, double log_a, double log_b) {
+  return x == 0 ? 0 : x * (log_a - log_b);
+}
+
+struct Term {
+  double value, slope;  // slope: q times the derivative by q
+};
+// The divergences and estimators at one class, as the papers write them.
+Term term_of(const Case& c, double log_p, double log_q) {
+  const double p = std::exp(log_p), q = std::exp(log_q), d = log_p - log_q;
+  if (c.estimator == Estimator::kK1) return {-d, -d};
+  if (c.estimator == Estimator::kK2) return {d * d / 2, -d};
+  if (c.estimator == Estimator::kK3) return {std::expm1(d) - d, -std::expm1(d)};
+  const double a = c.mix, b = 1 - c.mix;
+  const Term forward = {x_log_ratio(p, log_p, log_q), -p};
+  const double q_ratio = x_log_ratio(q, log_q, log_p);
+  switch (c.divergence) {
+    case Divergence::kSoftCrossEntropy:
+      return {x_log_ratio(p, 0, log_q), -p};
+    case Divergence::kReverseKL:
+      return {q_ratio, q_ratio + q};
+    case Divergence::kSymmetricKL:
+      return {a * forward.value + b * q_ratio, -a * p + b * (q_ratio + q)};
+    case Divergence::kJensenShannon: {
+      const double log_m = std::log(a * p + b * q);
+      const double of_q = b * x_log_ratio(q, log_q, log_m);
+      return {a * x_log_ratio(p, log_p, log_m) + of_q, of_q};
+    }
+    case Divergence::kSkewedForwardKL: {
+      const double m = a * p + b * q;
+      return {x_log_ratio(p, log_p, std::log(m)), m == 0 ? 0 : -b * p * q / m};
+    }
+    case Divergence::kSkewedReverseKL: {
+      const double m = a * q + b * p, value = x_log_ratio(q, log_q, std::log(m));
+      return {value, m == 0 ? 0 : value + q - a * q * q / m};
+    }
+    case Divergence::kTotalVariation:
+      return {std::fabs(p - q) / 2, p == q ? 0 : q > p ? q / 2 : -q / 2};
+    default:
+      return forward;
   }
-  return p * (d + std::expm1(-d));
 }
 
 bool is_list(const Case& c, const Row& row) {
@@ -102,35 +138,40 @@ Reference reference_row(const Case& c, Row row) {
     for (double& g : r.grad) g = NAN;
     return r;
   }
-  const double log_q_rest = log_sum(rest) - all, q_rest = std::exp(log_q_rest);
-  const bool renormalize = c.tail == Tail::kRenormalize, ghost = c.tail == Tail::kGhost;
+  const bool estimates = c.estimator != Estimator::kNone;
+  const bool renormalize = !estimates && c.tail == Tail::kRenormalize;
+  const bool ghost = !estimates && c.tail == Tail::kGhost;
+  const double log_q_rest = log_sum(rest) - all;
   const bool has_ghost = ghost && log_q_rest > -kInfinity;
-  const double p_rest = has_ghost ? std::fmax(0.0, 1 - P) : 0;
+  const bool has_floor =
+      c.divergence == Divergence::kReverseKL || c.divergence == Divergence::kSymmetricKL;
+  const bool wide = c.student == DType::kFloat64 || c.wide_lists;
+  const double least = has_floor ? (wide ? 0x1p-53 : 0x1p-24) : 0;
+  const double p_rest = has_ghost ? std::fmax(least, 1 - P) : 0;
   const double student_of = renormalize && !listed.empty() ? log_sum(listed) : all;
-  const double teacher_of = renormalize ? std::log(P) : 0;
-  const double target = renormalize ? 1 : P + p_rest;
-  const bool soft = !renormalize || P > 0;
-  double value = has_ghost ? excess(p_rest, std::log(p_rest), log_q_rest) : 0;
-  for (int64_t j = 0; j < c.classes && soft; j++) {
-    const double q = std::exp(tempered[j] - all);
-    double g = renormalize ? 0 : target * q;
-    if (has_ghost) g -= p_rest == 0 ? 0 : p_rest * std::exp(tempered[j] - all - log_q_rest);
-    if (rest[j] > -kInfinity) r.grad[j] = c.soft_weight * t * g;
-  }
+  const bool adds_up = estimates || c.tail == Tail::kIgnore || p_rest == 1 - P;
+  const double teacher_of = adds_up ? 0 : std::log(P / (1 - p_rest));
+  const bool soft = estimates ? !listed.empty() : adds_up || P > 0;
+  Term sums = {0, 0};
+  std::vector<double> slopes(row.z.size());
   for (size_t i = 0; i < row.ids.size() && soft; i++) {
     const int64_t id = row.ids[i];
     if (id < 0) continue;
-    const double log_p = row.log_p[i] - teacher_of, log_q = tempered[id] - student_of;
-    const double p = std::exp(log_p), q = std::exp(log_q);
-    if (row.z[id] == -kInfinity && row.log_p[i] > -kInfinity) {
-      value = kInfinity;
-    } else {
-      value += excess(p, log_p, log_q);
-    }
-    r.grad[id] = c.soft_weight * t * (target * q - p);
+    const Term term = term_of(c, row.log_p[i] - teacher_of, tempered[id] - student_of);
+    sums.value += term.value, sums.slope += slopes[id] = term.slope;
   }
-  if (c.tail == Tail::kIgnore) value += P - (1 - q_rest);
-  if (!soft) value = 0;
+  const Term of_rest = has_ghost ? term_of(c, std::log(p_rest), log_q_rest) : Term{0, 0};
+  sums.value += of_rest.value, sums.slope += of_rest.slope;
+  double value = soft ? sums.value : 0;
+  for (int64_t j = 0; j < c.classes && soft; j++) {
+    const bool is_listed = rest[j] == -kInfinity && tempered[j] > -kInfinity;
+    const double q = std::exp(tempered[j] - (is_listed ? student_of : all));
+    // A class that the list leaves out has its share of the ghost's slope.
+    const double share = has_ghost ? std::exp(tempered[j] - all - log_q_rest) : 0;
+    const bool in_rest = !is_listed && slopes[j] == 0;
+    const double slope = in_rest ? share * of_rest.slope : slopes[j];
+    r.grad[j] = c.soft_weight * t * (slope - (in_rest && renormalize ? 0 : q * sums.slope));
+  }
   r.loss = c.soft_weight == 0 ? 0 : c.soft_weight * t * t * value;
   if (!c.labels || c.hard_weight == 0) return r;
   const double lse = log_sum(row.z);
@@ -171,10 +212,11 @@ struct Runner {
   void fail(const char* what, int64_t row, int64_t i, double got, double want) {
     if (failures++ < 3)
       std::printf(
-          "FAIL %s [V=%lld k=%lld dtype %d tail %d]: %s row %lld class %lld: got %.9g, "
-          "want %.9g\n",
+          "FAIL %s [V=%lld k=%lld dtype %d tail %d divergence %d estimator %d]: %s row %lld class "
+          "%lld: got %.9g, want %.9g\n",
           c.name.c_str(), static_cast<long long>(c.classes), static_cast<long long>(k),
-          static_cast<int>(c.student), static_cast<int>(c.tail), what, static_cast<long long>(row),
+          static_cast<int>(c.student), static_cast<int>(c.tail), static_cast<int>(c.divergence),
+          static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
   // A teacher, its greatest classes in any order, and a student near it.
@@ -220,6 +262,13 @@ struct Runner {
     if (c.nan && index == 2) row.z[row.ids[0] < 0 ? 0 : row.ids[0]] = kInfinity;
     if (index % 2 == 0) spoil(row);
     return row;
+  }
+  // The case with the options of one row.
+  Case of_row(int64_t row) const {
+    Case result = c;
+    if (!c.row_settings) return result;
+    result.temperature *= 1 + row % 3, result.hard_weight *= row % 2, result.soft_weight *= row % 4;
+    return result;
   }
   void spoil(Row& row) const {
     switch (c.mistake) {
@@ -269,8 +318,16 @@ void Runner::run() {
     reinterpret_cast<int64_t*>(labels.host.data())[r] = row.label;
     store(grad_output.host.data(), acc, r, 1.0);
     counted += !row.ignored;
-    want.push_back(reference_row(c, row));
+    want.push_back(reference_row(of_row(r), row));
   }
+  Buffer settings(c.rows * kRowSettings * ea);
+  for (int64_t r = 0; r < c.rows; r++) {
+    const Case of = of_row(r);
+    const double numbers[] = {of.temperature, of.temperature, of.hard_weight, of.soft_weight};
+    for (int i = 0; i < kRowSettings; i++)
+      store(settings.host.data(), acc, i * c.rows + r, numbers[i]);
+  }
+  settings.up();
   student.up(), ids.up(), log_probs.up(), labels.up(), grad_output.up();
   check(cudaMemset(grad.at(), 0xff, grad.host.size()), "poison");
 
@@ -283,6 +340,8 @@ void Runner::run() {
   args.temperature = args.teacher_temperature = c.temperature;
   args.hard_weight = c.labels ? c.hard_weight : 0, args.soft_weight = c.soft_weight;
   args.label_smoothing = c.smoothing, args.tail = c.tail, args.reduction = c.reduction;
+  args.divergence = c.divergence, args.mix = c.mix, args.estimator = c.estimator;
+  args.row_settings = c.row_settings ? settings.at() : nullptr;
   args.loss = loss.at(), args.stats = stats.at();
   args.grad = c.gradient ? grad.at() : nullptr, args.grad_stride = grad_stride;
   void* sum_at = c.reduction == Reduction::kNone ? nullptr : total.at();
@@ -437,6 +496,34 @@ void options(bool brief) {
         }
       }
 }
+constexpr Divergence kDivergencesHere[] = {
+    Divergence::kSoftCrossEntropy, Divergence::kReverseKL,       Divergence::kSymmetricKL,
+    Divergence::kJensenShannon,    Divergence::kSkewedForwardKL, Divergence::kSkewedReverseKL,
+    Divergence::kTotalVariation};
+void divergences() {
+  for (const DType dtype : kAll)
+    for (const int64_t classes : {40, 1000})
+      for (const Tail tail : {Tail::kGhost, Tail::kRenormalize})
+        for (const Divergence divergence : kDivergencesHere) {
+          Case c;
+          c.classes = classes, c.student = dtype, c.tail = tail, c.divergence = divergence;
+          test(c, "divergence");
+          Case d = c;
+          d.masked_rest = true, test(d, "divergence, masked rest");
+          d = c, d.padding = 0, d.mass = 1.05, d.smoothing = 0.1, test(d, "divergence, mass");
+          d = c, d.row_settings = true, test(d, "divergence, settings of rows");
+        }
+}
+void estimators() {
+  for (const DType dtype : kAll)
+    for (const Estimator estimator : {Estimator::kK1, Estimator::kK2, Estimator::kK3})
+      for (const int64_t classes : {40, 1000}) {
+        Case c;
+        c.classes = classes, c.student = dtype, c.estimator = estimator, c.k = 1;
+        c.row_settings = classes == 40;
+        test(c, "estimator");
+      }
+}
 void mixes() {
   for (const DType dtype : kAll)
     for (const int64_t classes : {5, 100, 1000}) {
@@ -466,6 +553,7 @@ int main(int argc, char** argv) {
   if (!has_device()) return 0;
   const bool brief = argc > 1 && std::strcmp(argv[1], "--short") == 0;
   sizes(brief), layouts(brief), options(brief), mixes();
+  divergences(), estimators();
   if (!brief) many_rows();
   return outcome();
 }
