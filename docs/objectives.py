@@ -61,7 +61,7 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◑ | a few fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
+| ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
@@ -126,13 +126,10 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         call = prepare(student, teacher, labels, Options(**arguments, divergence=divergence))
     except ValueError:
         return "–"
-    if dispatch.find_features(call.labels, call.objective) <= dispatch.FUSED:
+    missing = dispatch.missing_features(call.student, call.labels, call.objective)
+    if not missing:
         return "●"
-    return (
-        "◑"
-        if dispatch.supports_multiple_passes(call.teachers, call.labels, call.objective)
-        else "○"
-    )
+    return "◑" if dispatch.IN_TWO_PASSES.issuperset(missing) else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

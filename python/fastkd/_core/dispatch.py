@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import autograd, checks, dense, mixture, row_terms, topk
+from fastkd._core import autograd, checks, dense, mixture, topk
 from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
@@ -26,74 +26,30 @@ _warned: set[str] = set()
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-FEATURES = {
-    **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
-    "soft labels": "labels of probabilities",
-    "class_weight": "class_weight=",
-    "smoothed class_weight": "class_weight= with label_smoothing=",
-    "row weights": "hard_weight= or soft_weight= as a tensor",
-    "learned": "gradients of temperatures and of weights",
-    "standardize": "standardize=True",
-}
-"""Features that some kernel lacks, and how users write them."""
-FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
-"""Features that the kernels have."""
-IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
-"""Options that take a second kernel pass; incompatible with inplace."""
-BY_ROWS = frozenset({"learned", "standardize"})
-"""Options whose gradient PyTorch composes from the kernel's per-row terms."""
+IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_smoothing="})
+"""Features that take a second kernel pass; incompatible with inplace."""
 
 
-def find_features(labels: Tensor | None, objective: Objective) -> set[str]:
-    """Return the names in FEATURES that apply to a call."""
+def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+    """Return the features of a call that a single kernel pass lacks, as users write them."""
     o = objective
-    weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
-    temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
-    features = {o.divergence}
-    if labels is not None and labels.is_floating_point():
-        features.add("soft labels")
-    if o.class_weight is not None:
-        features.add("smoothed class_weight" if o.label_smoothing else "class_weight")
-    if weights:
-        features.add("row weights")
-    learns = any(number.requires_grad for number in weights + temperatures)
-    if learns and torch.is_grad_enabled():
-        features.add("learned")
-    if o.standardize:
-        features.add("standardize")
-    return features
-
-
-def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
-    """Return the features of a call that the kernels lack."""
-    return find_features(labels, objective) - FUSED
-
-
-def supports_multiple_passes(
-    teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
-) -> bool:
-    """Return True if several CPU kernel passes can compute the call."""
-    missing = _missing(labels, objective)
-    if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
-        return False
-    return missing <= IN_TWO_PASSES or row_terms.has(
-        objective, mixture.needs_no_mixing(teachers, objective)
-    )
+    if student.device.type not in KERNEL_DEVICES:
+        return [f"logits on {student.device.type}"]
+    numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in numbers)
+    lacks = {
+        f'divergence="{o.divergence}"': o.divergence not in DIVERGENCES,
+        "gradients of temperatures and of weights": learns and torch.is_grad_enabled(),
+        "class_weight= with label_smoothing=": o.class_weight is not None and o.label_smoothing,
+        "labels of probabilities": labels is not None and labels.is_floating_point(),
+        "standardize=True": o.standardize,
+    }
+    return [name for name, is_lacking in lacks.items() if is_lacking]
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Return True if one pass of the kernels computes the call, so that it may be in place."""
-    device = student.device.type
-    if device not in KERNEL_DEVICES or is_transformed():
-        return False
-    return not _missing(labels, objective)
-
-
-def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
-    """Return the features of a call that the kernels lack, as users write them."""
-    if student.device.type not in KERNEL_DEVICES:
-        return [f"logits on {student.device.type}"]
-    return [FEATURES[name] for name in sorted(_missing(labels, objective))]
+    return not is_transformed() and not missing_features(student, labels, objective)
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
@@ -105,23 +61,20 @@ def compute(call: Call, with_terms: bool) -> Tensor:
         return _sparse(call, with_terms)
     transformed = is_transformed()
     if device in KERNEL_DEVICES and not transformed:
-        missing = _missing(call.labels, call.objective)
+        missing = missing_features(student, call.labels, call.objective)
         if not missing:
             return _fused(call, with_terms)
         if call.inplace:
-            names = missing_features(student, call.labels, call.objective)
             raise ValueError(
-                f"inplace must be False with {', '.join(names)}: no single-pass kernel computes "
+                f"inplace must be False with {', '.join(missing)}: no single-pass kernel computes "
                 f"this call on {device}"
             )
         if checks.may_look(student):
             objective = call.objective
             checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
-            if supports_multiple_passes(call.teachers, call.labels, objective):
-                passes = _in_two_passes if missing & IN_TWO_PASSES else _by_rows
-                out = passes(call, with_terms)
-                if out is not None:
-                    return out
+            out = _in_two_passes(call, with_terms) if IN_TWO_PASSES.issuperset(missing) else None
+            if out is not None:
+                return out
     if transformed or torch.compiler.is_compiling():
         terms = reference.terms(student, call.teachers, call.labels, **call.objective._asdict())
     else:
@@ -182,14 +135,6 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
-def _by_rows(call: Call, with_terms: bool) -> Tensor:
-    """Compute the loss from per-row terms if the fused op cannot return the gradient."""
-    if not _missing(call.labels, call.objective):
-        return _fused(call, with_terms)
-    terms = row_terms.terms(call)
-    return torch.stack(terms) if with_terms else terms.loss
-
-
 def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     """Compute the divergence, then the cross entropy with probabilities as a second divergence.
 
@@ -206,7 +151,7 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     student = call.student.to(acc)  # so that the sum of the two gradients is rounded once
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
     divergence = call._replace(student=student, labels=indices, objective=o)
-    out = _by_rows(divergence, with_terms)
+    out = _fused(divergence, with_terms)
     cross_entropy = o._replace(
         temperature=1.0,
         teacher_temperature=1.0,
@@ -220,7 +165,7 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
 
     def hard(weight: float | Tensor) -> Tensor:
         weighted = cross_entropy._replace(soft_weight=weight * total)
-        return _by_rows(divergence._replace(teachers=(target,), objective=weighted), False)
+        return _fused(divergence._replace(teachers=(target,), objective=weighted), False)
 
     weight = call.objective.hard_weight
     if not with_terms:

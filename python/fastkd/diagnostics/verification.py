@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import losses, reference, validation
-from fastkd._core import dispatch
 from fastkd._core.arguments import prepare
 from fastkd._core.objective import Objective, Options
 from fastkd._core.rows import Rows, as_rows
@@ -89,11 +88,9 @@ class Verification(NamedTuple):
 def _eager(rows: Rows) -> Tensor:
     """Compute the loss by the usual PyTorch operations, in the student's dtype."""
     o = rows.objective
-    if (
-        dispatch.find_features(rows.labels, o) != {"forward_kl"}
-        or o.teacher_form != "logits"
-        or rows.teachers[1:]
-    ):
+    soft_labels = rows.labels is not None and rows.labels.is_floating_point()
+    others = soft_labels or o.class_weight is not None or o.standardize or rows.teachers[1:]
+    if others or (o.divergence, o.teacher_form) != ("forward_kl", "logits"):
         return rows.terms().loss
     student, teacher = rows.student, rows.teachers[0].to(rows.student.dtype)
     t, t_teacher = (
