@@ -65,9 +65,9 @@ _MATRIX = """
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, and probabilities, are mixed by a kernel where the classes of each are adjacent:
-on the CPU as the fused pass goes, a few rows at a time in the cache; on CUDA, up to 32 of them,
-into one tensor of float32 first. Elsewhere PyTorch operations write that tensor, and several more.
+Several teachers, and probabilities, are mixed by a kernel: on the CPU as the fused pass goes, a few
+rows at a time in the cache; on CUDA, up to 32 of them, into one tensor of float32 first (more than
+32 are left to PyTorch operations). Teachers whose classes are not adjacent are copied.
 Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
 operations; so that memory stays bounded, these take large batches in parts, and compute each part
 again in the backward pass.

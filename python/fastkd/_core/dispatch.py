@@ -7,19 +7,17 @@ without kernels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import autograd, checks, dense, mixture, topk
+from fastkd._core import checks, dense, topk
 from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
 from fastkd._core.rows import compute_checkpointed, label_targets, label_weights
-from fastkd._core.shapes import REDUCTIONS, Settings, row_numbers
 
 _warned: set[str] = set()
 
@@ -62,6 +60,8 @@ def compute(call: Call, with_terms: bool) -> Tensor:
     transformed = is_transformed()
     if device in KERNEL_DEVICES and not transformed:
         missing = missing_features(student, call.labels, call.objective)
+        if device == "cuda" and len(call.teachers) > MOST_TEACHERS_ON_CUDA:
+            missing.append(f"more than {MOST_TEACHERS_ON_CUDA} teachers on cuda")
         if not missing:
             return _fused(call, with_terms)
         if call.inplace:
@@ -128,7 +128,7 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
             with torch.no_grad():
                 hard = _fused(call._replace(objective=hard_only, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    arguments = _arguments(call._replace(objective=o), with_terms)
+    arguments = dense.make_arguments(call._replace(objective=o), with_terms)
     out = dense.loss(student, arguments, call.inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
@@ -175,78 +175,17 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     return torch.cat((out[:1] + hard(weight), hard_only.unsqueeze(0), out[2:]))
 
 
-def _settings(objective: Objective, with_terms: bool) -> Settings:
-    """Return the numbers of the op; a number that is a tensor must be replaced by the caller."""
-    o = objective
-    return Settings(
-        o.temperature,  # type: ignore[arg-type]
-        o.teacher_temperature,  # type: ignore[arg-type]
-        o.hard_weight,  # type: ignore[arg-type]
-        o.soft_weight,  # type: ignore[arg-type]
-        o.label_smoothing,
-        o.ignore_index,
-        DIVERGENCES.index(o.divergence),
-        0.5 if o.mix is None else o.mix,
-        REDUCTIONS.index(o.reduction),
-        0.0 if isinstance(o.normalizer, Tensor) else o.normalizer or 0.0,
-        with_terms,
-    )
-
-
-def _arguments(call: Call, with_terms: bool) -> Arguments:
-    """Convert a call to the arguments of the native ops."""
-    o, teachers, mixing, row_temperatures = call.objective, call.teachers, None, None
-    if not mixture.needs_no_mixing(teachers, o):
-        kernel = mixture.mixture_arguments(teachers, o, call.dtype)
-        # The CUDA kernels of the loss take one teacher: the mixture.
-        if kernel is None or call.student.is_cuda:
-            teachers = (mixture.mix(teachers, o, call.dtype),)
-        else:
-            mixing, row_temperatures = kernel
-        o = o._replace(teacher_temperature=o.temperature)
-    settings, row_settings = _settings(o, with_terms), None
-    if any(isinstance(number, Tensor) for number in settings[:4]):
-        row_settings = row_numbers(settings[:4], call.student, call.dtype)
-        # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
-        same = 1.0 if _same_temperature(o) else 2.0
-        settings = settings._replace(
-            temperature=1.0, teacher_temperature=same, hard_weight=1.0, soft_weight=1.0
-        )
-    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    return Arguments(
-        teachers, row_temperatures, mixing, call.labels, row_settings, denominator, settings
-    )
-
-
-def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
-    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
-
-    No option may be a tensor, and the kernels must implement every option.
-    """
-    settings = _settings(objective, with_terms)
-    arguments = (None, None, *NO_MIXTURE, None, None, None, *settings)
-    return autograd.prepare_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
-
-
 def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
     assert call.objective.reduction == "none"
-    terms, stats = _loss_into(None, call.student, *_arguments(call, True).flat(), True)
+    terms, stats = _loss_into(None, call.student, *dense.make_arguments(call, True), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
 def gradient_(call: Call, stats: Tensor) -> None:
     """Write the gradient of rows with these statistics over the student's logits."""
-    arguments = _arguments(call, False).flat()
+    arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
-
-
-def _same_temperature(objective: Objective) -> bool:
-    """Return True if student and teacher are known to share each row's temperature."""
-    student, teacher = objective.temperature, objective.teacher_temperature
-    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
-        return teacher is student
-    return teacher == student
 
 
 def _warn_once(device_type: str) -> None:
