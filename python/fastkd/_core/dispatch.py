@@ -17,7 +17,7 @@ from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
-from fastkd._core.rows import compute_checkpointed, label_targets, label_weights
+from fastkd._core.rows import compute_checkpointed, divisor_ratio, reference_terms
 
 _warned: set[str] = set()
 
@@ -76,7 +76,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
             if out is not None:
                 return out
     if transformed or torch.compiler.is_compiling():
-        terms = reference.terms(student, call.teachers, call.labels, **call.objective._asdict())
+        terms = reference_terms(call)
     else:
         terms = compute_checkpointed(call)
     return torch.stack(terms) if with_terms else terms.loss
@@ -100,19 +100,13 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))
         indices = reference.topk.mark_padding(lists.indices, lists.log_probs)
-        per_row = (
-            reference.topk.entropy(indices, lists.log_probs, lists.tail),
-            reference.topk.agreement(student, indices, lists.log_probs),
-        )
+        valid = None if call.labels is None else call.labels != o.ignore_index
         teacher_entropy, agreement = (
-            reference.topk.reduce(
-                rows,
-                call.labels,
-                ignore_index=o.ignore_index,
-                reduction=o.reduction,
-                normalizer=o.normalizer,
+            reference.reduce(rows, valid, o.reduction, o.normalizer)
+            for rows in (
+                reference.topk.entropy(indices, lists.log_probs, lists.tail),
+                reference.topk.agreement(student, indices, lists.log_probs),
             )
-            for rows in per_row
         )
     return torch.stack((loss, hard, soft, student_entropy, teacher_entropy, agreement))
 
@@ -121,7 +115,8 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
     """Compute a call by one pass of the kernels; class weights become row weights."""
     student, o, hard = call.student, call.objective, None
     if o.class_weight is not None:
-        weight = label_weights(student, call.labels, o)
+        assert call.labels is not None
+        weight = o.class_weight[call.labels.clamp(0, len(o.class_weight) - 1)] * divisor_ratio(call)
         o = o._replace(class_weight=None)
         if with_terms:  # the op's hard term has no weights of classes
             hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
@@ -143,13 +138,22 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     teacher.
     """
     assert call.labels is not None
-    labels, o, acc = call.labels, call.objective, call.dtype
-    target, total = label_targets(labels, call.student.shape[-1], o, acc)
+    labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
+    target, indices = labels.to(call.dtype), None
+    if not labels.is_floating_point():
+        indices = labels  # which mask rows
+        classes = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
+        target = torch.zeros_like(student).scatter_(-1, classes, 1.0)
+    if o.label_smoothing:
+        target = (1 - o.label_smoothing) * target + o.label_smoothing / student.shape[-1]
+    if o.class_weight is not None:
+        target = target * o.class_weight
+    total = target.sum(-1)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
         return None
-    indices = None if labels.is_floating_point() else labels  # which mask rows
-    student = call.student.to(acc)  # so that the sum of the two gradients is rounded once
+    total = total * divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
+    # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
     out = _fused(divergence, with_terms)
     cross_entropy = o._replace(
@@ -160,7 +164,6 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
         teacher_form="probs",
         teacher_weights=None,
         ensemble="probs",
-        standardize=False,
     )
 
     def hard(weight: float | Tensor) -> Tensor:
