@@ -22,7 +22,7 @@ from benchmarks.rivals import LossFunction
 from benchmarks.suite import quiet_failures
 from benchmarks.truth import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from fastkd import reference
-from fastkd._core import dispatch
+from fastkd._core.dense import DIVERGENCES
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """How far fastkd's loss or, norm-wise, gradient may be from float64 to be timed; for others the
@@ -248,7 +248,7 @@ def run(one: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
         "title": one.title,
         "divergence": one.name,
         "classes": one.dense.classes,
-        "fused": one.name in dispatch.FUSED,
+        "fused": one.name in DIVERGENCES,
         "lanes": lanes,
         "of the forward KL": ours / base,
         "rivals": {

@@ -36,7 +36,7 @@ struct MixtureArgs {
 
 namespace cuda {
 
-constexpr int kMostTeachers = 32;  // as python/fastkd/_core/mixture.py has it
+constexpr int kMostTeachers = 32;  // as python/fastkd/_core/dense.py has it
 
 // As the calls of kernels.h, for at most so many teachers.
 int mixture(const MixtureArgs& args, void* stream);

@@ -61,13 +61,13 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◑ | a few fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
+| ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
 | ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
 | – | refused, with a message that says why |
 
-Several teachers, and probabilities, are mixed by a kernel where the classes of each are adjacent:
-on the CPU as the fused pass goes, a few rows at a time in the cache; on CUDA, up to 32 of them,
-into one tensor of float32 first. Elsewhere PyTorch operations write that tensor, and several more.
+Several teachers, and probabilities, are mixed by a kernel: on the CPU as the fused pass goes, a few
+rows at a time in the cache; on CUDA, up to 32 of them, into one tensor of float32 first (more than
+32 are left to PyTorch operations). Teachers whose classes are not adjacent are copied.
 Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
 operations; so that memory stays bounded, these take large batches in parts, and compute each part
 again in the backward pass.
@@ -126,13 +126,10 @@ def _cell(divergence: str, case: dict[str, Any]) -> str:
         call = prepare(student, teacher, labels, Options(**arguments, divergence=divergence))
     except ValueError:
         return "–"
-    if dispatch.find_features(call.labels, call.objective) <= dispatch.FUSED:
+    missing = dispatch.missing_features(call.student, call.labels, call.objective)
+    if not missing:
         return "●"
-    return (
-        "◑"
-        if dispatch.supports_multiple_passes(call.teachers, call.labels, call.objective)
-        else "○"
-    )
+    return "◑" if dispatch.IN_TWO_PASSES.issuperset(missing) else "○"
 
 
 def _table(rows: list[list[str]]) -> str:

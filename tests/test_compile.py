@@ -279,11 +279,11 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
     """The arguments of the op after the student."""
-    index = shapes.REDUCTIONS.index(reduction)
-    settings = shapes.Settings(
-        *(2.0, 2.0, 0.5, 0.5, smoothing, -100, 0, 0.5, index, 0.0, with_terms)
-    )
-    return Arguments((teacher,), None, None, labels, rows, None, settings).flat()
+    return tuple(Arguments(
+        (teacher,), labels=labels, row_settings=rows, temperature=2.0, teacher_temperature=2.0,
+        hard_weight=0.5, soft_weight=0.5, label_smoothing=smoothing,
+        reduction=shapes.REDUCTIONS.index(reduction), with_terms=with_terms,
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(  # every pair of two

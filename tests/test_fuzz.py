@@ -38,7 +38,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _C, reference
-from fastkd._core import dispatch
+from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
@@ -187,7 +187,7 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 def is_fused(case: Case) -> bool:
     """Whether kernels compute it, and not PyTorch's operations."""
     return (
-        case.divergence in dispatch.FUSED
+        case.divergence in DIVERGENCES
         and case.labels != "probabilities"
         and not (case.class_weight and case.labels != "none" and case.smoothing)
     )

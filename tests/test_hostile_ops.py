@@ -11,7 +11,7 @@ from support import FP16, FP32, FP64, make
 from torch import Tensor
 
 import fastkd
-from fastkd._core import shapes, topk
+from fastkd._core import shapes
 from fastkd._core.dense import Arguments
 
 ROWS, CLASSES = 6, 50
@@ -21,19 +21,13 @@ OPS = torch.ops.fastkd
 def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = None, **changed):
     """Student, and what the dense op takes after it."""
     student, teacher, labels = make((ROWS, CLASSES))
-    values = dict(
-        temperature=2.0, teacher_temperature=2.0, hard_weight=0.5, soft_weight=0.5,
-        label_smoothing=0.0, ignore_index=-100, divergence=0, mix=0.5,
-        reduction=shapes.REDUCTIONS.index("mean"), normalizer=0.0, with_terms=False,
-    )  # fmt: skip
-    tensors = {"student": student, "teacher": teacher, "labels": labels}
-    tensors |= {k: v for k, v in changed.items() if k in tensors}
-    values |= {k: v for k, v in changed.items() if k in values}
     call = Arguments(
-        (tensors["teacher"],), None, None, tensors["labels"], rows, denominator,
-        shapes.Settings(**values),
+        (changed.pop("teacher", teacher),), labels=labels, row_settings=rows,
+        denominator=denominator, temperature=2.0, teacher_temperature=2.0, hard_weight=0.5,
+        soft_weight=0.5, reduction=shapes.REDUCTIONS.index("mean"),
     )  # fmt: skip
-    return tensors["student"], *call.flat()
+    student = changed.pop("student", student)
+    return student, *call._replace(**changed)
 
 
 def released(tensor: Tensor) -> Tensor:
@@ -123,14 +117,14 @@ def test_the_backward_ops_refuse(case, filled):
     with pytest.raises(RuntimeError):
         OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
     if "statistics" not in case:
-        settings = topk.TopKSettings(2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
+        settings = (2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
         with pytest.raises(RuntimeError):
             OPS.topk_loss_backward_(*first, *lists(), None, None, *settings, filled)
 
 
 def test_the_sparse_op_refuses():
     student, indices, log_probs = lists()
-    settings = topk.TopKSettings(2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
+    settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
     wrong = [
         (student, indices[:-1], log_probs[:-1]),
         (student, indices[:, :-1], log_probs),

@@ -301,17 +301,16 @@ def test_shapes_for_tracing(device, layout, reduction):
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
-    settings = shapes.Settings(
-        *(2.0, 2.0, 0.5, 0.5, 0.0, -100, 0, 0.5), shapes.REDUCTIONS.index(reduction), 0.0, False
-    )
-    labels = make_labels(shape, device)
-    call = dense.Arguments((teacher,), None, None, labels, None, None, settings)
+    call = dense.Arguments(
+        (teacher,), labels=make_labels(shape, device), temperature=2.0, teacher_temperature=2.0,
+        hard_weight=0.5, soft_weight=0.5, reduction=shapes.REDUCTIONS.index(reduction),
+    )  # fmt: skip
     checks = ("test_schema", "test_faketensor")
     empty = torch.ops.fastkd.empty_gradient.default
     torch.library.opcheck(empty, (student, True), test_utils=checks)
     torch.library.opcheck(
         torch.ops.fastkd.loss.default,
-        (student.requires_grad_(), *call.flat()),
+        (student.requires_grad_(), *call),
         test_utils=(*checks, "test_aot_dispatch_static"),
     )
 

@@ -11,7 +11,7 @@ from support import BF16, DTYPES, FP32, FP64, pairwise, peak_bytes
 from torch import Tensor
 
 import fastkd
-from fastkd._core import dispatch, mixture, objective, shapes
+from fastkd._core import dense, dispatch, objective, shapes
 from fastkd._core.arguments import Call
 from fastkd._core.objective import Options
 
@@ -41,9 +41,8 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
     """The mixture as one teacher."""
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
     resolved = objective.check_tensors(resolved, teachers[0], None, dtype)
-    mixing = mixture.mixture_arguments(tuple(teachers), resolved, dtype)
-    assert mixing is not None
-    return mixture.mix_with_kernel(tuple(teachers), *mixing, dtype)
+    call = Call(teachers[0], tuple(teachers), None, resolved, dtype)
+    return dense.mixed_teacher(dense.make_arguments(call, False), dtype)
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
@@ -113,11 +112,7 @@ def test_layouts(device):
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
     check([logits[1:2].expand(3, 6, 50) for logits in wide])
     pixels = [logits.movedim(-1, 1).contiguous().movedim(1, -1) for logits in wide]
-    dense = mixed(wide)
-    resolved = objective.resolve(Options(), has_labels=False, teachers=2)
-    assert mixture.mixture_arguments(tuple(pixels), resolved, FP32) is None
-    by_torch = mixture.mix_by_operations(tuple(pixels), resolved, FP32)
-    torch.testing.assert_close(by_torch.double().cpu() / 2.0, dense, rtol=0, atol=4e-6)
+    torch.testing.assert_close(mixed(pixels), mixed(wide), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")

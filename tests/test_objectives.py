@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import fastkd
 from fastkd import reference
-from fastkd._core import dense, dispatch
 
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
@@ -315,15 +314,6 @@ def test_slices_of_padded_classes_in_dimension_1(device):
 
 
 # ---- what is fused
-
-
-def test_fused_divergences_are_native():
-    assert dispatch.FUSED & set(NAMES) == set(dense.DIVERGENCES)
-
-
-def test_every_use_has_words():
-    assert dispatch.FEATURES.keys() >= dispatch.FUSED
-    assert set(NAMES) <= dispatch.FEATURES.keys()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

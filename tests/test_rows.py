@@ -42,7 +42,7 @@ def test_parts(monkeypatch, device, options, kind):
     call = prepare(leaf, teachers, labels, Options(teacher_temperature=t, **given))
 
     def at_once(call: Call) -> reference.Terms:
-        return reference.terms(*call[:3], **call.objective._asdict())
+        return rows.reference_terms(call)
 
     def results(compute) -> tuple:
         terms = compute(call)

@@ -1,5 +1,5 @@
 // Mixtures of teachers: as an op of their own, and, on CPU tensors, in place of a call's teacher.
-// The formula for other devices and layouts is in python/fastkd/_core/mixture.py.
+// python/fastkd/_core/dense.py calls it; the formula is in python/fastkd/reference/dense.py.
 #include "cpu.h"
 #include "huge_pages.h"
 

@@ -91,27 +91,35 @@ class Ops(NamedTuple):
 _LOSSES: dict[str, Ops] = {}
 
 
-def register(name: str, *, strided: bool, gradient: Callable[..., Tensor]) -> None:
+def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> None:
     """Make the op ``name`` differentiable.
 
-    ``gradient``: computes the gradient by differentiable operations; becomes the op
+    ``formula``: computes the loss by differentiable operations; its gradient becomes the op
     ``name_gradient``. ``strided``: see :class:`Ops`.
     """
+
+    def differentiate(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
+        with torch.enable_grad():
+            leaf = student if student.requires_grad else student.detach().requires_grad_()
+            out = formula(leaf, *arguments).reshape(grad_output.shape)
+            (gradient,) = torch.autograd.grad(out, leaf, grad_output, create_graph=True)
+        return gradient
+
     suffixes = ("", "_into", "_backward_", "_gradient")
     ops = [getattr(torch.ops.fastkd, name + suffix).default for suffix in suffixes]
-    arguments = ops[0]._schema.arguments[1:]
-    loss, into, backward_, formula = ops
+    loss, into, backward_, gradient = ops
+    arguments = loss._schema.arguments[1:]
     _LOSSES[name] = Ops(
         loss,
         into,
         backward_,
-        formula,
+        gradient,
         strided,
         len(into._schema.returns) == 2,
         tuple(i for i, each in enumerate(arguments) if "Tensor" in str(each.type)),
         [each.name for each in arguments].index("reduction"),
     )
-    _LIBRARY.impl(f"{name}_gradient", gradient, "CompositeImplicitAutograd")
+    _LIBRARY.impl(f"{name}_gradient", differentiate, "CompositeImplicitAutograd")
     if native.EAGER is None:
         _LIBRARY.impl(name, _LOSSES[name].autograd, "Autograd")
 

@@ -1,7 +1,8 @@
-"""Run the op of the dense loss, in place if asked to, and define its differentiable gradient."""
+"""Describe the dense loss to its op, run the op, in place if asked to, and define its formula."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,60 +10,144 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd._core import autograd
-from fastkd._core.autograd import needs_formula
-from fastkd._core.mixture import Mixing, mix_with_kernel
+from fastkd._core.arguments import Call
 from fastkd._core.native import _C
-from fastkd._core.shapes import REDUCTIONS, STATS, Settings, accumulator
+from fastkd._core.objective import PER_ROW_OPTIONS, Objective
+from fastkd._core.shapes import REDUCTIONS, STATS, accumulator
 
 DIVERGENCES: tuple[str, ...] = _C.divergences
 KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if _C.cuda_architectures else {"cpu", "meta"})
+MOST_TEACHERS_ON_CUDA = 32  # as csrc/mixture.h has it
 
 _loss = torch.ops.fastkd.loss.default
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
-
-# The mixture arguments of the ops for a single teacher, given as logits.
-NO_MIXTURE = (None, (), False, 0, 1.0, 1.0)
+_mixture = torch.ops.fastkd.mixture.default
 
 
 class Arguments(NamedTuple):
     """The arguments of the op ``loss`` after the student (csrc/torch/library.cpp)."""
 
     teachers: tuple[Tensor, ...]
-    row_temperatures: Tensor | None  # (2, rows), replaces the two temperatures in ``mixing``
-    mixing: Mixing | None  # None for a single teacher, given as logits
-    labels: Tensor | None
-    row_settings: Tensor | None
-    denominator: Tensor | None
-    settings: Settings
+    row_temperatures: Tensor | None = None
+    """(2, rows), replaces ``mixture_temperature`` and ``teachers_temperature``."""
+    shares: tuple[float, ...] = ()
+    """The weight of each teacher in the mixture; empty for a single teacher, given as logits."""
+    probabilities: bool = False
+    ensemble: int = 0
+    mixture_temperature: float = 1.0
+    """The temperature at which the softmax of the mixture is taken: the student's."""
+    teachers_temperature: float = 1.0
+    labels: Tensor | None = None
+    row_settings: Tensor | None = None
+    """(4, rows), replaces the temperatures and the weights."""
+    denominator: Tensor | None = None
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    hard_weight: float = 0.0
+    soft_weight: float = 1.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    divergence: int = 0
+    mix: float = 0.5
+    reduction: int = REDUCTIONS.index("sum")
+    normalizer: float = 0.0
+    with_terms: bool = False
 
-    def flat(self) -> tuple[Any, ...]:
-        """Return the arguments in the order of the op's schema."""
-        mixture = NO_MIXTURE if self.mixing is None else (self.row_temperatures, *self.mixing)
-        rows = (self.labels, self.row_settings, self.denominator)
-        return (self.teachers, *mixture, *rows, *self.settings)
 
-    @classmethod
-    def from_flat(cls, flat: tuple[Any, ...]) -> Arguments:
-        """Make the arguments from the result of :meth:`flat`."""
-        teachers, row_temperatures, *rest = flat
-        mixing = Mixing(*rest[:5]) if rest[0] else None
-        labels, row_settings, denominator = rest[5:8]
-        settings = Settings(*rest[8:])
-        teachers = tuple(teachers)
-        return cls(teachers, row_temperatures, mixing, labels, row_settings, denominator, settings)
+def make_arguments(call: Call, with_terms: bool) -> Arguments:
+    """Convert a call that the kernels compute to the arguments of the op."""
+    o, teachers, mixing = call.objective, call.teachers, Arguments(())
+    if len(teachers) > 1 or o.teacher_form == "probs":
+        teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
+        weights = o.teacher_weights or (1.0,) * len(teachers)
+        (own, teachers_own), rows = _row_numbers(call, (o.temperature, o.teacher_temperature))
+        mixing = Arguments(
+            teachers,
+            row_temperatures=rows,
+            shares=tuple(weight / sum(weights) for weight in weights),
+            probabilities=o.teacher_form == "probs",
+            ensemble=reference.ENSEMBLES.index(o.ensemble),
+            mixture_temperature=own,
+            teachers_temperature=teachers_own,
+        )
+        if call.student.is_cuda:  # these kernels of the loss take one teacher: the mixture
+            teachers, mixing = (mixed_teacher(mixing, call.dtype),), Arguments(())
+        o = o._replace(teacher_temperature=o.temperature)
+    numbers, rows = _row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
+    return mixing._replace(
+        teachers=teachers,
+        labels=call.labels,
+        row_settings=rows,
+        denominator=o.normalizer if isinstance(o.normalizer, Tensor) else None,
+        **_settings(o, numbers, with_terms),
+    )
 
 
-def loss(student: Tensor, call: Arguments, inplace: bool) -> Tensor:
+def _row_numbers(
+    call: Call, numbers: tuple[float | Tensor, ...]
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """Return numbers for all rows, and, if any is a tensor, those of each row, which replace them.
+
+    ``numbers`` begins with the two temperatures. Equal temperatures for all rows promise equal ones
+    in each row (csrc/kernels.h).
+    """
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return numbers, None  # type: ignore[return-value]
+    rows = call.student.shape[:-1]
+    with torch.no_grad():
+        each = [
+            torch.as_tensor(number, dtype=call.dtype, device=call.student.device).expand(rows)
+            for number in numbers
+        ]
+    same = 1.0 if numbers[0] is numbers[1] else 2.0
+    return (1.0, same, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
+
+
+def _settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:
+    """Return the arguments that are the same for all rows; ``numbers``: of PER_ROW_OPTIONS."""
+    o = objective
+    return {
+        **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
+        "label_smoothing": o.label_smoothing,
+        "ignore_index": o.ignore_index,
+        "divergence": DIVERGENCES.index(o.divergence),
+        "mix": 0.5 if o.mix is None else o.mix,
+        "reduction": REDUCTIONS.index(o.reduction),
+        "normalizer": 0.0 if isinstance(o.normalizer, Tensor) else o.normalizer or 0.0,
+        "with_terms": with_terms,
+    }
+
+
+def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
+    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
+
+    No option may be a tensor, and the kernels must implement every option.
+    """
+    numbers = [getattr(objective, name) for name in PER_ROW_OPTIONS]
+    arguments = (None, *Arguments((), **_settings(objective, numbers, with_terms)))
+    labels = 1 + Arguments._fields.index("labels")
+    return autograd.prepare_call("loss", arguments, [0, 1, labels])
+
+
+def mixed_teacher(arguments: Arguments, dtype: torch.dtype) -> Tensor:
+    """Return the logits of the teacher, or of the mixture of several, as one tensor."""
+    if not arguments.shares:
+        return arguments.teachers[0]
+    with torch.no_grad():
+        return _mixture(list(arguments.teachers), *arguments[1:7], dtype is torch.float64)  # type: ignore[no-any-return]
+
+
+def loss(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
     """Run the op ``loss``, in place if ``inplace``.
 
     The result is 0-d, ``(rows,)``, or, with terms, has the terms as its first dimension.
     """
     differentiated = torch.is_grad_enabled() and student.requires_grad
     if inplace and differentiated and not torch.compiler.is_compiling():
-        out = _InplaceLoss.apply(student, *call.flat())  # type: ignore[no-untyped-call]
+        out = _InplaceLoss.apply(student, *arguments)  # type: ignore[no-untyped-call]
     else:
-        out = _loss(student, *call.flat())
+        out = _loss(student, *arguments)
     return out  # type: ignore[no-any-return]
 
 
@@ -73,7 +158,7 @@ class _InplaceLoss(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
         out, stats = _loss_into(student, student, *flat, True)
         torch.autograd.graph.increment_version(student)
-        ctx.with_terms = Arguments.from_flat(flat).settings.with_terms
+        ctx.with_terms = Arguments(*flat).with_terms
         ctx.no_grads = (None,) * len(flat)  # for the arguments after the student
         ctx.grad = student.detach()
         ctx.save_for_backward(stats)
@@ -83,7 +168,7 @@ class _InplaceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (stats,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        if needs_formula(grad_output) or grad is None:
+        if autograd.needs_formula(grad_output) or grad is None:
             raise RuntimeError(
                 "inplace=True: the logits were overwritten by their gradient, which can be had "
                 "once. For second derivatives, batches of gradients or a second backward pass use "
@@ -100,9 +185,7 @@ def _scale_(grad: Tensor, factor: Tensor, stats: Tensor) -> None:
     if factor.dtype is not accumulator(grad):  # float64 because of a float64 teacher
         grad.mul_(factor)
         return
-    settings = Settings(1.0, 1.0, 0.0, 1.0, 0.0, -100, 0, 0.5, REDUCTIONS.index("sum"), 0.0, False)
-    call = Arguments((grad,), None, None, None, None, None, settings)
-    _loss_backward_(grad, factor, stats, grad, *call.flat(), True)
+    _loss_backward_(grad, factor, stats, grad, *Arguments((grad,)), True)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> Tensor:
@@ -116,58 +199,27 @@ def scale_(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
-def _gradient(grad_output: Tensor, student: Tensor, *flat: Any) -> Tensor:
-    """Compute grad_output times the gradient by differentiable operations."""
-    call = Arguments.from_flat(flat)
-    (teacher, *_), settings = call.teachers, call.settings._replace(with_terms=False)
-    if call.mixing is not None:
-        acc = accumulator(student, *call.teachers)
-        teacher = mix_with_kernel(call.teachers, call.mixing, call.row_temperatures, acc)
-    rows = (call.labels, call.row_settings, call.denominator)
-    with torch.enable_grad():
-        leaf = student if student.requires_grad else student.detach().requires_grad_()
-        out = by_operations(leaf, teacher, *rows, settings)
-        (gradient,) = torch.autograd.grad(out, leaf, grad_output, create_graph=True)
-    return gradient
-
-
-autograd.register("loss", strided=True, gradient=_gradient)
-
-
-def by_operations(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_settings: Tensor | None,
-    denominator: Tensor | None,
-    settings: Settings,
-) -> Tensor:
-    """Compute the result of the op ``loss`` by differentiable PyTorch operations."""
-    numbers: Any = settings[:4]
-    if row_settings is not None:
-        numbers = row_settings.reshape(4, *student.shape[:-1]).unbind(0)
-    temperature, teacher_temperature, hard_weight, soft_weight = numbers
-    name = DIVERGENCES[settings.divergence]
-    if labels is None and reference.DIVERGENCES[name].needs_labels:
+def _by_operations(student: Tensor, *flat: Any) -> Tensor:
+    """Compute the loss by differentiable PyTorch operations."""
+    a = Arguments(*flat)
+    name = DIVERGENCES[a.divergence]
+    if a.labels is None and reference.DIVERGENCES[name].needs_labels:
         raise ValueError(f"labels must be class indices for divergence={name!r}; got None")
-    normalizer: float | Tensor | None = (
-        denominator if denominator is not None else settings.normalizer or None
-    )
-    terms = reference.terms(
+    numbers: Any = (getattr(a, option) for option in PER_ROW_OPTIONS)
+    if a.row_settings is not None:
+        numbers = a.row_settings.reshape(4, *student.shape[:-1]).unbind(0)
+    return reference.loss(
         student,
-        teacher,
-        labels,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        label_smoothing=settings.label_smoothing,
-        ignore_index=settings.ignore_index,
-        reduction=REDUCTIONS[settings.reduction],
-        normalizer=normalizer,
+        mixed_teacher(a, accumulator(student, *a.teachers)),
+        a.labels,
+        **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
+        label_smoothing=a.label_smoothing,
+        ignore_index=a.ignore_index,
+        reduction=REDUCTIONS[a.reduction],
+        normalizer=a.normalizer or None if a.denominator is None else a.denominator,
         divergence=name,
-        mix=settings.mix if reference.DIVERGENCES[name].mix is not None else None,
+        mix=a.mix if reference.DIVERGENCES[name].mix is not None else None,
     )
-    if REDUCTIONS[settings.reduction] == "none":
-        terms = reference.Terms(*(term.flatten() for term in terms))
-    return torch.stack(terms) if settings.with_terms else terms.loss
+
+
+autograd.register("loss", strided=True, formula=_by_operations)

@@ -7,93 +7,47 @@ without kernels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import autograd, checks, dense, mixture, row_terms, topk
+from fastkd._core import checks, dense, topk
 from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, NO_MIXTURE, Arguments
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
-from fastkd._core.rows import compute_checkpointed, label_targets, label_weights
-from fastkd._core.shapes import REDUCTIONS, Settings, row_numbers
+from fastkd._core.rows import compute_checkpointed, divisor_ratio, reference_terms
 
 _warned: set[str] = set()
 
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
-FEATURES = {
-    **{name: f'divergence="{name}"' for name in reference.DIVERGENCES},
-    "soft labels": "labels of probabilities",
-    "class_weight": "class_weight=",
-    "smoothed class_weight": "class_weight= with label_smoothing=",
-    "row weights": "hard_weight= or soft_weight= as a tensor",
-    "learned": "gradients of temperatures and of weights",
-    "standardize": "standardize=True",
-}
-"""Features that some kernel lacks, and how users write them."""
-FUSED = frozenset({*DIVERGENCES, "row weights", "class_weight"})
-"""Features that the kernels have."""
-IN_TWO_PASSES = frozenset({"soft labels", "smoothed class_weight"})
-"""Options that take a second kernel pass; incompatible with inplace."""
-BY_ROWS = frozenset({"learned", "standardize"})
-"""Options whose gradient PyTorch composes from the kernel's per-row terms."""
+IN_TWO_PASSES = frozenset({"labels of probabilities", "class_weight= with label_smoothing="})
+"""Features that take a second kernel pass; incompatible with inplace."""
 
 
-def find_features(labels: Tensor | None, objective: Objective) -> set[str]:
-    """Return the names in FEATURES that apply to a call."""
+def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
+    """Return the features of a call that a single kernel pass lacks, as users write them."""
     o = objective
-    weights = [x for x in (o.hard_weight, o.soft_weight) if isinstance(x, Tensor)]
-    temperatures = [x for x in (o.temperature, o.teacher_temperature) if isinstance(x, Tensor)]
-    features = {o.divergence}
-    if labels is not None and labels.is_floating_point():
-        features.add("soft labels")
-    if o.class_weight is not None:
-        features.add("smoothed class_weight" if o.label_smoothing else "class_weight")
-    if weights:
-        features.add("row weights")
-    learns = any(number.requires_grad for number in weights + temperatures)
-    if learns and torch.is_grad_enabled():
-        features.add("learned")
-    if o.standardize:
-        features.add("standardize")
-    return features
-
-
-def _missing(labels: Tensor | None, objective: Objective) -> set[str]:
-    """Return the features of a call that the kernels lack."""
-    return find_features(labels, objective) - FUSED
-
-
-def supports_multiple_passes(
-    teachers: tuple[Tensor, ...], labels: Tensor | None, objective: Objective
-) -> bool:
-    """Return True if several CPU kernel passes can compute the call."""
-    missing = _missing(labels, objective)
-    if (missing & IN_TWO_PASSES and labels is None) or missing - IN_TWO_PASSES - BY_ROWS:
-        return False
-    return missing <= IN_TWO_PASSES or row_terms.has(
-        objective, mixture.needs_no_mixing(teachers, objective)
-    )
+    if student.device.type not in KERNEL_DEVICES:
+        return [f"logits on {student.device.type}"]
+    numbers = (o.temperature, o.teacher_temperature, o.hard_weight, o.soft_weight)
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in numbers)
+    lacks = {
+        f'divergence="{o.divergence}"': o.divergence not in DIVERGENCES,
+        "gradients of temperatures and of weights": learns and torch.is_grad_enabled(),
+        "class_weight= with label_smoothing=": o.class_weight is not None and o.label_smoothing,
+        "labels of probabilities": labels is not None and labels.is_floating_point(),
+        "standardize=True": o.standardize,
+    }
+    return [name for name, is_lacking in lacks.items() if is_lacking]
 
 
 def is_fused(student: Tensor, labels: Tensor | None, objective: Objective) -> bool:
     """Return True if one pass of the kernels computes the call, so that it may be in place."""
-    device = student.device.type
-    if device not in KERNEL_DEVICES or is_transformed():
-        return False
-    return not _missing(labels, objective)
-
-
-def missing_features(student: Tensor, labels: Tensor | None, objective: Objective) -> list[str]:
-    """Return the features of a call that the kernels lack, as users write them."""
-    if student.device.type not in KERNEL_DEVICES:
-        return [f"logits on {student.device.type}"]
-    return [FEATURES[name] for name in sorted(_missing(labels, objective))]
+    return not is_transformed() and not missing_features(student, labels, objective)
 
 
 def compute(call: Call, with_terms: bool) -> Tensor:
@@ -105,25 +59,24 @@ def compute(call: Call, with_terms: bool) -> Tensor:
         return _sparse(call, with_terms)
     transformed = is_transformed()
     if device in KERNEL_DEVICES and not transformed:
-        missing = _missing(call.labels, call.objective)
+        missing = missing_features(student, call.labels, call.objective)
+        if device == "cuda" and len(call.teachers) > MOST_TEACHERS_ON_CUDA:
+            missing.append(f"more than {MOST_TEACHERS_ON_CUDA} teachers on cuda")
         if not missing:
             return _fused(call, with_terms)
         if call.inplace:
-            names = missing_features(student, call.labels, call.objective)
             raise ValueError(
-                f"inplace must be False with {', '.join(names)}: no single-pass kernel computes "
+                f"inplace must be False with {', '.join(missing)}: no single-pass kernel computes "
                 f"this call on {device}"
             )
         if checks.may_look(student):
             objective = call.objective
             checks.check_rows(student, call.labels, objective.ignore_index, objective.temperature)
-            if supports_multiple_passes(call.teachers, call.labels, objective):
-                passes = _in_two_passes if missing & IN_TWO_PASSES else _by_rows
-                out = passes(call, with_terms)
-                if out is not None:
-                    return out
+            out = _in_two_passes(call, with_terms) if IN_TWO_PASSES.issuperset(missing) else None
+            if out is not None:
+                return out
     if transformed or torch.compiler.is_compiling():
-        terms = reference.terms(student, call.teachers, call.labels, **call.objective._asdict())
+        terms = reference_terms(call)
     else:
         terms = compute_checkpointed(call)
     return torch.stack(terms) if with_terms else terms.loss
@@ -147,19 +100,13 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))
         indices = reference.topk.mark_padding(lists.indices, lists.log_probs)
-        per_row = (
-            reference.topk.entropy(indices, lists.log_probs, lists.tail),
-            reference.topk.agreement(student, indices, lists.log_probs),
-        )
+        valid = None if call.labels is None else call.labels != o.ignore_index
         teacher_entropy, agreement = (
-            reference.topk.reduce(
-                rows,
-                call.labels,
-                ignore_index=o.ignore_index,
-                reduction=o.reduction,
-                normalizer=o.normalizer,
+            reference.reduce(rows, valid, o.reduction, o.normalizer)
+            for rows in (
+                reference.topk.entropy(indices, lists.log_probs, lists.tail),
+                reference.topk.agreement(student, indices, lists.log_probs),
             )
-            for rows in per_row
         )
     return torch.stack((loss, hard, soft, student_entropy, teacher_entropy, agreement))
 
@@ -168,26 +115,19 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
     """Compute a call by one pass of the kernels; class weights become row weights."""
     student, o, hard = call.student, call.objective, None
     if o.class_weight is not None:
-        weight = label_weights(student, call.labels, o)
+        assert call.labels is not None
+        weight = o.class_weight[call.labels.clamp(0, len(o.class_weight) - 1)] * divisor_ratio(call)
         o = o._replace(class_weight=None)
         if with_terms:  # the op's hard term has no weights of classes
             hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
             with torch.no_grad():
                 hard = _fused(call._replace(objective=hard_only, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    arguments = _arguments(call._replace(objective=o), with_terms)
+    arguments = dense.make_arguments(call._replace(objective=o), with_terms)
     out = dense.loss(student, arguments, call.inplace)
     if o.reduction == "none" and student.dim() != 2:
         out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
-
-
-def _by_rows(call: Call, with_terms: bool) -> Tensor:
-    """Compute the loss from per-row terms if the fused op cannot return the gradient."""
-    if not _missing(call.labels, call.objective):
-        return _fused(call, with_terms)
-    terms = row_terms.terms(call)
-    return torch.stack(terms) if with_terms else terms.loss
 
 
 def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
@@ -198,15 +138,24 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     teacher.
     """
     assert call.labels is not None
-    labels, o, acc = call.labels, call.objective, call.dtype
-    target, total = label_targets(labels, call.student.shape[-1], o, acc)
+    labels, o, student = call.labels, call.objective, call.student.to(call.dtype)
+    target, indices = labels.to(call.dtype), None
+    if not labels.is_floating_point():
+        indices = labels  # which mask rows
+        classes = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
+        target = torch.zeros_like(student).scatter_(-1, classes, 1.0)
+    if o.label_smoothing:
+        target = (1 - o.label_smoothing) * target + o.label_smoothing / student.shape[-1]
+    if o.class_weight is not None:
+        target = target * o.class_weight
+    total = target.sum(-1)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
         return None
-    indices = None if labels.is_floating_point() else labels  # which mask rows
-    student = call.student.to(acc)  # so that the sum of the two gradients is rounded once
+    total = total * divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
+    # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
-    out = _by_rows(divergence, with_terms)
+    out = _fused(divergence, with_terms)
     cross_entropy = o._replace(
         temperature=1.0,
         teacher_temperature=1.0,
@@ -215,12 +164,11 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
         teacher_form="probs",
         teacher_weights=None,
         ensemble="probs",
-        standardize=False,
     )
 
     def hard(weight: float | Tensor) -> Tensor:
         weighted = cross_entropy._replace(soft_weight=weight * total)
-        return _by_rows(divergence._replace(teachers=(target,), objective=weighted), False)
+        return _fused(divergence._replace(teachers=(target,), objective=weighted), False)
 
     weight = call.objective.hard_weight
     if not with_terms:
@@ -230,78 +178,17 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     return torch.cat((out[:1] + hard(weight), hard_only.unsqueeze(0), out[2:]))
 
 
-def _settings(objective: Objective, with_terms: bool) -> Settings:
-    """Return the numbers of the op; a number that is a tensor must be replaced by the caller."""
-    o = objective
-    return Settings(
-        o.temperature,  # type: ignore[arg-type]
-        o.teacher_temperature,  # type: ignore[arg-type]
-        o.hard_weight,  # type: ignore[arg-type]
-        o.soft_weight,  # type: ignore[arg-type]
-        o.label_smoothing,
-        o.ignore_index,
-        DIVERGENCES.index(o.divergence),
-        0.5 if o.mix is None else o.mix,
-        REDUCTIONS.index(o.reduction),
-        0.0 if isinstance(o.normalizer, Tensor) else o.normalizer or 0.0,
-        with_terms,
-    )
-
-
-def _arguments(call: Call, with_terms: bool) -> Arguments:
-    """Convert a call to the arguments of the native ops."""
-    o, teachers, mixing, row_temperatures = call.objective, call.teachers, None, None
-    if not mixture.needs_no_mixing(teachers, o):
-        kernel = mixture.mixture_arguments(teachers, o, call.dtype)
-        # The CUDA kernels of the loss take one teacher: the mixture.
-        if kernel is None or call.student.is_cuda:
-            teachers = (mixture.mix(teachers, o, call.dtype),)
-        else:
-            mixing, row_temperatures = kernel
-        o = o._replace(teacher_temperature=o.temperature)
-    settings, row_settings = _settings(o, with_terms), None
-    if any(isinstance(number, Tensor) for number in settings[:4]):
-        row_settings = row_numbers(settings[:4], call.student, call.dtype)
-        # Equal temperatures here promise equal ones in every row (csrc/kernels.h).
-        same = 1.0 if _same_temperature(o) else 2.0
-        settings = settings._replace(
-            temperature=1.0, teacher_temperature=same, hard_weight=1.0, soft_weight=1.0
-        )
-    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    return Arguments(
-        teachers, row_temperatures, mixing, call.labels, row_settings, denominator, settings
-    )
-
-
-def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor]:
-    """Bind the options of the op ``loss``; return a function of student, teacher and labels.
-
-    No option may be a tensor, and the kernels must implement every option.
-    """
-    settings = _settings(objective, with_terms)
-    arguments = (None, None, *NO_MIXTURE, None, None, None, *settings)
-    return autograd.prepare_call("loss", arguments, [0, 1, 2 + len(NO_MIXTURE)])
-
-
 def statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
     assert call.objective.reduction == "none"
-    terms, stats = _loss_into(None, call.student, *_arguments(call, True).flat(), True)
+    terms, stats = _loss_into(None, call.student, *dense.make_arguments(call, True), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
 def gradient_(call: Call, stats: Tensor) -> None:
     """Write the gradient of rows with these statistics over the student's logits."""
-    arguments = _arguments(call, False).flat()
+    arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
-
-
-def _same_temperature(objective: Objective) -> bool:
-    """Return True if student and teacher are known to share each row's temperature."""
-    student, teacher = objective.temperature, objective.teacher_temperature
-    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
-        return teacher is student
-    return teacher == student
 
 
 def _warn_once(device_type: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd._core import dispatch, native, topk
+from fastkd._core import dense, native, topk
 from fastkd._core.arguments import check_sparse_options
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import Options, resolve
@@ -93,10 +93,10 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
         return None
     if tail is not None:
         return topk.prepare_call(objective, tail)
-    fused = objective.divergence in dispatch.FUSED and objective.divergence != "dkd"
+    fused = objective.divergence in dense.DIVERGENCES and objective.divergence != "dkd"
     if not fused or objective.teacher_form != "logits" or objective.standardize:
         return None
-    return dispatch.prepare_call(objective, with_terms)
+    return dense.prepare_call(objective, with_terms)
 
 
 def is_eligible(student: object, teacher: object, labels: object) -> bool:

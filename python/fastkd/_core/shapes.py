@@ -1,4 +1,4 @@
-"""Describe the native ops: numeric arguments, and fake kernels that give the results' layouts.
+"""Define fake kernels of the native ops, which give the layouts of their results.
 
 FakeTensor, meta tensors and torch.compile call the fake kernels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,38 +19,10 @@ TERMS = len(reference.Terms._fields)
 STATS = 7  # Stat in csrc/kernels.h
 
 
-class Settings(NamedTuple):
-    """The numbers of a call, in the order of the ops' schemas (csrc/torch/library.cpp)."""
-
-    temperature: float
-    teacher_temperature: float
-    hard_weight: float
-    soft_weight: float
-    label_smoothing: float
-    ignore_index: int
-    divergence: int
-    mix: float
-    reduction: int
-    normalizer: float
-    with_terms: bool
-
-
 def accumulator(*logits: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic and of the loss: float64 if any of the logits are."""
     double = any(tensor.dtype is torch.float64 for tensor in logits)
     return torch.float64 if double else torch.float32
-
-
-def row_numbers(numbers: tuple[float | Tensor, ...], logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return numbers that may differ from row to row, one vector after the other, for the ops."""
-    rows = logits.shape[:-1]
-    with torch.no_grad():
-        return torch.stack(
-            [
-                torch.as_tensor(number, dtype=dtype, device=logits.device).expand(rows)
-                for number in numbers
-            ]
-        ).flatten()
 
 
 def check_devices(*arguments: Any) -> None:

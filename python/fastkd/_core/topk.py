@@ -7,7 +7,7 @@ under function transforms and on devices without kernels. docs/maths.md, section
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,76 +15,113 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
-from fastkd._core.dense import KERNEL_DEVICES
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
 
 _topk_loss = torch.ops.fastkd.topk_loss.default
+_NUMBERS = (
+    *("temperature", "hard_weight", "soft_weight", "label_smoothing", "ignore_index"),
+    *("divergence", "mix", "tail", "estimator", "reduction", "normalizer"),
+)
 
 
-class TopKSettings(NamedTuple):
-    """The numbers of a call, in the order of the ops' schemas (csrc/torch/topk.cpp)."""
-
-    temperature: float
-    hard_weight: float
-    soft_weight: float
-    label_smoothing: float
-    ignore_index: int
-    divergence: int
-    mix: float
-    tail: int
-    estimator: int
-    reduction: int
-    normalizer: float
-
-    def as_options(self, denominator: Tensor | None) -> dict[str, Any]:
-        """Return the arguments of :func:`fastkd.reference.topk.terms`."""
-        return {
-            **self._asdict(),
-            "tail": TAILS[self.tail],
-            "reduction": shapes.REDUCTIONS[self.reduction],
-            "normalizer": self.normalizer or None if denominator is None else denominator,
-        }
+def is_fused(student: Tensor, objective: Objective) -> bool:
+    """Return True if the kernels compute the call."""
+    if student.device.type not in KERNEL_DEVICES or autograd.is_transformed():
+        return False
+    return not (torch.is_grad_enabled() and _row_options(objective, lambda x: x.requires_grad))
 
 
-def _settings(objective: Objective, tail: str) -> tuple[Tensor | None, TopKSettings]:
-    """Return the denominator, if it is a tensor, and the numbers of the op."""
+def _row_options(objective: Objective, has: Callable[[Tensor], bool]) -> bool:
+    """Return True if an option that may have one number for each row is a tensor and has this."""
     o = objective
-    denominator = o.normalizer if isinstance(o.normalizer, Tensor) else None
-    return denominator, TopKSettings(
-        o.temperature,  # type: ignore[arg-type]
-        o.hard_weight,  # type: ignore[arg-type]
-        o.soft_weight,  # type: ignore[arg-type]
+    options = (o.temperature, o.hard_weight, o.soft_weight)
+    return any(isinstance(option, Tensor) and has(option) for option in options)
+
+
+def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
+    """Return the denominator, if it is a tensor, and the numbers of the op (_NUMBERS)."""
+    o = objective
+    is_tensor = isinstance(o.normalizer, Tensor)
+    rows = (o.temperature, o.hard_weight, o.soft_weight)
+    return (
+        o.normalizer if is_tensor else None,
+        *(1.0 if isinstance(number, Tensor) else number for number in rows),
         o.label_smoothing,
         o.ignore_index,
+        DIVERGENCES.index(o.divergence),
+        0.5 if o.mix is None else o.mix,
         TAILS.index(tail),
+        0 if estimator is None else 1 + reference.topk.ESTIMATORS.index(estimator),
         shapes.REDUCTIONS.index(o.reduction),
-        0.0 if denominator is not None else o.normalizer or 0.0,  # type: ignore[arg-type]
+        0.0 if is_tensor else o.normalizer or 0.0,
     )
 
 
-def is_fused(student: Tensor) -> bool:
-    """Return True if the kernels compute the call."""
-    return student.device.type in KERNEL_DEVICES and not autograd.is_transformed()
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """Return the arguments of the op (csrc/torch/topk.cpp)."""
+    assert call.listed is not None
+    o, row_settings = call.objective, None
+    if _row_options(o, lambda _: True):
+        numbers = (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
+        row_settings = shapes.row_numbers(numbers, call.student, call.dtype)
+    log_probs, indices, tail, estimator = call.listed
+    numbers = _numbers(o, tail, estimator)
+    return (call.student, indices, log_probs, call.labels, row_settings, *numbers)
 
 
 def compute(call: Call) -> Tensor:
     """Compute the loss of a checked call whose teacher is sparse, by the kernels."""
-    topk, objective = call.topk, call.objective
-    assert topk is not None
-    denominator, settings = _settings(objective, topk.tail)
-    arguments = (topk.indices, topk.log_probs, call.labels, denominator)
-    out: Tensor = _topk_loss(call.student, *arguments, *settings)
-    return out.reshape(call.student.shape[:-1]) if objective.reduction == "none" else out
+    out: Tensor = _topk_loss(*_arguments(call))
+    return out.reshape(call.student.shape[:-1]) if call.objective.reduction == "none" else out
 
 
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
-    topk = call.topk
-    assert topk is not None
-    denominator, settings = _settings(call.objective, topk.tail)
-    options = settings.as_options(denominator)
-    return reference.topk.terms(call.student, *topk[:2], call.labels, **options)
+    assert call.listed is not None
+    o, (log_probs, indices, tail, estimator) = call.objective, call.listed
+    return reference.topk.terms(
+        call.student,
+        log_probs,
+        indices,
+        call.labels,
+        tail=tail,
+        estimator=estimator,
+        temperature=o.temperature,
+        hard_weight=o.hard_weight,
+        soft_weight=o.soft_weight,
+        divergence=o.divergence,
+        mix=o.mix,
+        ignore_index=o.ignore_index,
+        reduction=o.reduction,
+        label_smoothing=o.label_smoothing,
+        normalizer=o.normalizer,
+    )
+
+
+def _formula(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    labels: Tensor | None,
+    row_settings: Tensor | None,
+    denominator: Tensor | None,
+    *numbers: Any,
+) -> Tensor:
+    """Compute the op's loss by differentiable PyTorch operations."""
+    options = dict(zip(_NUMBERS, numbers, strict=True))
+    if row_settings is not None:
+        rows = row_settings.reshape(4, *student.shape[:-1])
+        options.update(temperature=rows[0], hard_weight=rows[2], soft_weight=rows[3])
+    options["divergence"] = DIVERGENCES[options["divergence"]]
+    if reference.DIVERGENCES[options["divergence"]].mix is None:
+        options["mix"] = None
+    options["tail"] = TAILS[options["tail"]]
+    options["estimator"] = (None, *reference.topk.ESTIMATORS)[options["estimator"]]
+    options["reduction"] = shapes.REDUCTIONS[options["reduction"]]
+    options["normalizer"] = options["normalizer"] or None if denominator is None else denominator
+    return reference.topk.terms(student, log_probs, indices, labels, **options).loss
 
 
 def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
@@ -92,12 +129,14 @@ def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
 
     No option may be a tensor.
     """
-    _, settings = _settings(objective, tail)
-    arguments = (None, None, None, None, None, *settings)
+    arguments = (None, None, None, None, None, *_numbers(objective, tail, None))
     return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
 
 
-# ---- fake kernels, and gradients
+autograd.register("topk_loss", strided=False, formula=_formula)
+
+
+# ---- fake kernels
 
 
 def _fake_out(student: Tensor, log_probs: Tensor, reduction: int) -> Tensor:
@@ -121,19 +160,3 @@ def _(grad: Tensor, student: Tensor, indices: Tensor, log_probs: Tensor, *argume
 @torch.library.register_fake("fastkd::topk_loss_backward_")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, *arguments: Any) -> None:
     shapes.check_devices(grad, *arguments)
-
-
-def _gradient(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
-    """Compute grad_output times the gradient by differentiable operations."""
-    indices, log_probs, labels, denominator = arguments[:4]
-    options = TopKSettings(*arguments[4:]).as_options(denominator)
-    with torch.enable_grad():
-        leaf = student if student.requires_grad else student.detach().requires_grad_()
-        out = reference.topk.terms(leaf, log_probs, indices, labels, **options).loss
-        gradient = torch.autograd.grad(
-            out.reshape(grad_output.shape), leaf, grad_output, create_graph=True
-        )
-    return gradient[0]
-
-
-autograd.register("topk_loss", strided=False, gradient=_gradient)

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd import losses, reference, validation
-from fastkd._core import dispatch
-from fastkd._core.arguments import prepare
-from fastkd._core.objective import Objective, Options
-from fastkd._core.rows import Rows, as_rows
+from fastkd._core.arguments import Call, prepare
+from fastkd._core.objective import Options
+from fastkd._core.rows import as_rows, map_rows, reference_terms
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
@@ -25,8 +24,7 @@ from fastkd.losses import KDLoss
 _CHECKED = {"cpu": 2**24, "cuda": 2**27}
 # What float32 arithmetic may cost, next to nothing else: logits far from zero lose digits before
 # any loss does.
-_FLOOR = {torch.float64: 1e-11}
-_FLOOR_OTHERS = 1e-5
+_FLOOR = 1e-5
 
 
 class Verification(NamedTuple):
@@ -50,51 +48,32 @@ class Verification(NamedTuple):
 
     def __str__(self) -> str:
         """Return a short table."""
-
-        def number(value: float | None, form: str) -> str:
-            return "out of memory" if value is None else format(value, form)
-
-        def milliseconds(value: float | None) -> float | None:
-            return None if value is None else 1e3 * value
-
-        rows = [
-            ("", "fastkd", "eager PyTorch"),
-            ("loss error", f"{self.loss_error:.1e}", number(self.eager_loss_error, ".1e")),
-            (
-                "gradient error",
-                f"{self.gradient_error:.1e}",
-                number(self.eager_gradient_error, ".1e"),
-            ),
-            (
-                "milliseconds",
-                f"{1e3 * self.seconds:.3g}",
-                number(milliseconds(self.eager_seconds), ".3g"),
-            ),
-        ]
+        milliseconds = 1e3 * self.seconds, self.eager_seconds and 1e3 * self.eager_seconds
+        lines = [f"{'':<16}{'fastkd':>10}{'eager PyTorch':>16}"]
+        for name, ours, eager, form in (
+            ("loss error", self.loss_error, self.eager_loss_error, ".1e"),
+            ("gradient error", self.gradient_error, self.eager_gradient_error, ".1e"),
+            ("milliseconds", *milliseconds, ".3g"),
+        ):
+            other = "out of memory" if eager is None else format(eager, form)
+            lines.append(f"{name:<16}{ours:>10{form}}{other:>16}")
         verdict = "agrees" if self.agrees else "DOES NOT AGREE"
-        faster = (
-            "" if self.speedup is None else f"; {self.speedup:.1f} times as fast as eager PyTorch"
-        )
-        lines = [f"{name:<16}{ours:>10}{eager:>16}" for name, ours, eager in rows]
-        return "\n".join(
-            [
-                *lines,
-                "Errors are relative to float64; rounding the gradient costs "
-                f"{self.rounding_error:.1e} by itself ({self.rows_checked} rows checked).",
-                f"fastkd {verdict} with the float64 reference{faster}.",
-            ]
-        )
+        faster = "" if self.speedup is None else f"; {self.speedup:.1f} x as fast as eager PyTorch"
+        lines += [
+            "Errors are relative to float64; rounding the gradient costs "
+            f"{self.rounding_error:.1e} by itself ({self.rows_checked} rows checked).",
+            f"fastkd {verdict} with the float64 reference{faster}.",
+        ]
+        return "\n".join(lines)
 
 
-def _eager(rows: Rows) -> Tensor:
+def _eager(rows: Call) -> Tensor:
     """Compute the loss by the usual PyTorch operations, in the student's dtype."""
     o = rows.objective
-    if (
-        dispatch.find_features(rows.labels, o) != {"forward_kl"}
-        or o.teacher_form != "logits"
-        or rows.teachers[1:]
-    ):
-        return rows.terms().loss
+    soft_labels = rows.labels is not None and rows.labels.is_floating_point()
+    others = soft_labels or o.class_weight is not None or o.standardize or rows.teachers[1:]
+    if others or (o.divergence, o.teacher_form) != ("forward_kl", "logits"):
+        return reference_terms(rows).loss
     student, teacher = rows.student, rows.teachers[0].to(rows.student.dtype)
     t, t_teacher = (
         reference.column(value.to(student.dtype) if isinstance(value, Tensor) else value)
@@ -152,48 +131,50 @@ def verify(
         True
     """
     validation.check_count("repeats", repeats)
+    if isinstance(teacher, (Head, TopK)):
+        raise TypeError(
+            "teacher must be a tensor of logits or a sequence of tensors; got "
+            f"{type(teacher).__name__}"
+        )
     options = {**KDLoss(**options).options, "inplace": False}
-    problem = _rows(student, teacher, labels, options)
+    call = prepare(student, teacher, labels, Options()._replace(**options))
+    problem, _ = as_rows(call._replace(student=call.student.detach(), dtype=torch.float64))
+    problem.student.requires_grad_()
     student = student.detach().requires_grad_()
-    result = losses.loss(student, teacher, labels, **options)
-    ours = _gradient(result, student).movedim(options.get("dim", -1), -1)
-    ours_rows = ours.reshape(problem.student.shape)
-
+    dim = options.get("dim", -1)
     count, classes = problem.student.shape
     limit = _CHECKED["cuda" if student.is_cuda else "cpu"]
     checked = min(count, max(1, limit // classes))
     rows = torch.linspace(0, max(0, count - 1), checked, device=student.device).round().long()
     true_loss, true_gradient = _truth(problem, rows, limit // 8)
-    loss_error = _distance(result, true_loss)
-    gradient_error = _distance(ours_rows[rows], true_gradient)
+
+    def run_ours() -> tuple[Tensor, Tensor]:
+        loss = losses.loss(student, teacher, labels, **options)
+        return loss, _gradient(loss, student)
+
+    def run_eager() -> tuple[Tensor, Tensor]:
+        loss = _eager(problem)
+        return loss, _gradient(loss, problem.student)
+
+    loss, gradient = run_ours()
+    gradient = gradient.movedim(dim, -1).reshape(count, classes)[rows]
+    loss_error, gradient_error = _distance(loss, true_loss), _distance(gradient, true_gradient)
     rounding_error = _distance(true_gradient.to(student.dtype), true_gradient)
-    del result, ours, ours_rows
-
-    leaf = problem.student.detach().requires_grad_()
-    eager = problem._replace(student=leaf)
     eager_loss_error = eager_gradient_error = eager_seconds = None
-
-    def run_ours() -> None:
-        _gradient(losses.loss(student, teacher, labels, **options), student)
-
-    def run_eager() -> None:
-        _gradient(_eager(eager), leaf)
-
     try:
-        result = _eager(eager)
-        eager_loss_error = _distance(result, true_loss)
-        eager_gradient_error = _distance(_gradient(result, leaf)[rows], true_gradient)
+        loss, gradient = run_eager()
+        errors = _distance(loss, true_loss), _distance(gradient[rows], true_gradient)
         seconds, eager_seconds = _time((run_ours, run_eager), repeats, student.is_cuda)
+        eager_loss_error, eager_gradient_error = errors
     except torch.OutOfMemoryError:
-        eager_loss_error = eager_gradient_error = eager_seconds = None
         torch.cuda.empty_cache()
         (seconds,) = _time((run_ours,), repeats, student.is_cuda)
 
-    floor = _FLOOR.get(student.dtype, _FLOOR_OTHERS)
+    floor = 1e-11 if student.dtype is torch.float64 else _FLOOR
     agrees = loss_error <= max(floor, eager_loss_error or 0.0) and gradient_error <= max(
         floor + 1.5 * rounding_error, eager_gradient_error or 0.0
     )
-    found = Verification(
+    result = Verification(
         agrees,
         loss_error,
         gradient_error,
@@ -202,58 +183,36 @@ def verify(
         rounding_error,
         seconds,
         eager_seconds,
-        None if eager_seconds is None else eager_seconds / seconds,
+        eager_seconds and eager_seconds / seconds,
         checked if count else 0,
     )
     if show:
         dtype = str(student.dtype).removeprefix("torch.")
-        print(f"fastkd.verify: {count} x {classes}, {dtype}, {student.device}\n{found}")
-    return found
-
-
-def _rows(
-    student: Tensor,
-    teacher: Tensor | Sequence[Tensor],
-    labels: Tensor | None,
-    options: dict[str, Any],
-) -> Rows:
-    """Check the arguments of :func:`fastkd.loss` and return their rows, with weights as numbers."""
-    if isinstance(teacher, (Head, TopK)):
-        raise TypeError(
-            "teacher must be a tensor of logits or a sequence of tensors; got "
-            f"{type(teacher).__name__}"
-        )
-    call = prepare(student, teacher, labels, Options()._replace(**options))
-    rows, _ = as_rows(call._replace(student=call.student.detach()), torch.float64)
-    numbers = rows.objective._asdict()
-    for name, value in numbers.items():
-        if isinstance(value, Tensor) and value.dim() == 0:
-            numbers[name] = float(value)
-    return rows._replace(objective=Objective(**numbers))
+        print(f"fastkd.verify: {count} x {classes}, {dtype}, {student.device}\n{result}")
+    return result
 
 
 def _gradient(loss: Tensor, student: Tensor) -> Tensor:
     return torch.autograd.grad(loss, student, torch.ones_like(loss))[0]
 
 
-def _truth(problem: Rows, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _truth(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Return the loss of all rows and the gradient of some, in float64, in chunks of rows."""
     count, classes = problem.student.shape
     step = max(1, chunk // classes)
+
+    def compute(part: Tensor | slice) -> tuple[Tensor, Tensor]:
+        call = map_rows(problem, lambda x: x[part].double() if x.is_floating_point() else x[part])
+        leaf = call.student.detach().requires_grad_()
+        return reference_terms(call._replace(student=leaf)).loss, leaf
+
     with torch.no_grad():
-        parts = [
-            problem.take(slice(at, at + step)).double().terms().loss.reshape(-1)
-            for at in range(0, max(1, count), step)
-        ]
-    loss = torch.cat(parts)
+        starts = range(0, max(1, count), step)
+        loss = torch.cat([compute(slice(at, at + step))[0].reshape(-1) for at in starts])
     if problem.objective.reduction != "none":
         loss = loss.sum()
-    gradients = []
-    for at in range(0, len(rows), step):
-        part = problem.take(rows[at : at + step]).double()
-        leaf = part.student.requires_grad_()
-        gradients.append(_gradient(part.terms().loss, leaf))
-    return loss, torch.cat(gradients) if gradients else problem.student.double()
+    gradients = [_gradient(*compute(part)) for part in rows.split(step)]  # type: ignore[no-untyped-call]
+    return loss, torch.cat(gradients)
 
 
 def _distance(value: Tensor, exact: Tensor) -> float:
@@ -267,7 +226,7 @@ def _distance(value: Tensor, exact: Tensor) -> float:
     return off / size if size > 0 else off
 
 
-def _time(calls: tuple[Callable[[], None], ...], repeats: int, cuda: bool) -> list[float]:
+def _time(calls: tuple[Callable[[], object], ...], repeats: int, cuda: bool) -> list[float]:
     """Return the median seconds of each call; the calls take turns."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):

@@ -9,6 +9,7 @@ from fastkd.reference.dense import (
     column,
     cross_entropy,
     loss,
+    reduce,
     softened_teacher,
     terms,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "cross_entropy",
     "deviation",
     "loss",
+    "reduce",
     "softened_teacher",
     "standardized",
     "terms",

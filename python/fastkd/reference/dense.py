@@ -140,6 +140,29 @@ def cross_entropy(
 # ---- the loss
 
 
+def reduce(
+    rows: Tensor,
+    valid: Tensor | None,
+    reduction: str,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
+    """Reduce one number for each row; rows that are not ``valid`` count as 0.
+
+    ``divisor``: of the mean; default: the number of valid rows. The mean over no rows is 0.
+    """
+    valid = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid
+    rows = rows.where(valid, torch.zeros_like(rows))
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    count = valid.sum()
+    if divisor is None:
+        return rows.sum() / count.clamp(min=1)
+    divisor = torch.as_tensor(divisor, dtype=rows.dtype, device=rows.device)
+    return rows.sum() / divisor.where(count > 0, 1)
+
+
 def terms(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -181,7 +204,7 @@ def terms(
     if class_weight is not None:
         class_weight = class_weight.detach().to(acc)
 
-    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    valid: Tensor | None = None
     known: float | Tensor = 1.0
     if labels is not None and not soft_labels:
         # Ignored rows are replaced before any computation, so that a NaN in them has no effect.
@@ -193,7 +216,7 @@ def terms(
         teachers = [teacher.where(keep, torch.full_like(teacher, neutral)) for teacher in teachers]
         # A label out of range makes its row NaN.
         in_range = (labels >= 0) & (labels < student.shape[-1])
-        known = torch.ones_like(valid, dtype=acc).masked_fill(valid & ~in_range, math.nan)
+        known = torch.ones_like(labels, dtype=acc).masked_fill(valid & ~in_range, math.nan)
         labels = labels.where(in_range, torch.zeros_like(labels))
 
     if teacher_temperature is None:
@@ -219,37 +242,26 @@ def terms(
     arguments: list[object] = [*compared]
     arguments += [labels] if kind.needs_labels else []
     arguments += [] if kind.mix is None else [kind.mix if mix is None else mix]
-    zero = torch.zeros(student.shape[:-1], dtype=acc, device=student.device)
-    soft = (kind.compute(*arguments) * (known if kind.needs_labels else 1)).where(valid, zero)
-    hard = hard_part = zero
+    soft = kind.compute(*arguments) * (known if kind.needs_labels else 1)
+    soft_part = weighted(soft_weight * temperature**2, soft)
+    hard = hard_part = torch.zeros_like(soft)
+    hard_divisor = normalizer
     if labels is not None:
         hard = cross_entropy(student, labels, class_weight, label_smoothing) * known
-        hard = hard.where(valid, zero)
         hard_part = weighted(hard_weight, hard)
-    soft_part = weighted(soft_weight * temperature**2, soft)
+        if normalizer is None and class_weight is not None and valid is not None:
+            hard_divisor = reduce(class_weight[labels], valid, "sum")
+            hard_divisor = hard_divisor.where(hard_divisor != 0, 1)
     with torch.no_grad():
         both = (student == student.amax(-1, keepdim=True)) & (
             ranked == ranked.amax(-1, keepdim=True)
         )
-        fields = (_entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
-        logged = [field.where(valid, zero) for field in fields]
-    if reduction == "none":
-        return Terms(hard_part + soft_part, hard.detach(), soft.detach(), *logged)
-    of_hard: float | Tensor = 1.0
-    of_soft: float | Tensor = 1.0
-    if reduction == "mean" and normalizer is not None:
-        # The mean over no rows is 0, whatever it is divided by.
-        divisor = torch.as_tensor(normalizer, dtype=acc, device=student.device)
-        of_hard = of_soft = divisor.where(valid.any(), torch.ones_like(divisor))
-    elif reduction == "mean":
-        of_hard = of_soft = valid.sum().clamp(min=1)
-        if class_weight is not None and labels is not None and not soft_labels:
-            of_hard = class_weight[labels].where(valid, zero).sum()
-            of_hard = of_hard.where(of_hard != 0, torch.ones_like(of_hard))
+        logged = (soft.detach(), _entropy(log_q), _entropy(log_p), both.any(-1).to(acc))
+    loss = reduce(hard_part, valid, reduction, hard_divisor)
     return Terms(
-        hard_part.sum() / of_hard + soft_part.sum() / of_soft,
-        hard.detach().sum() / of_hard,
-        *(field.detach().sum() / of_soft for field in (soft, *logged)),
+        loss + reduce(soft_part, valid, reduction, normalizer),
+        reduce(hard.detach(), valid, reduction, hard_divisor),
+        *(reduce(field, valid, reduction, normalizer) for field in logged),
     )
 
 

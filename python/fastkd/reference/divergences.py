@@ -129,8 +129,11 @@ def _gap(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
 def _centered(logits: Tensor) -> Tensor:
     """Subtract from each row the mean of its unmasked logits."""
     masked = logits == -math.inf
-    total = logits.masked_fill(masked, 0).sum(-1, keepdim=True)
-    return logits - total / (~masked).sum(-1, keepdim=True)
+    count = (~masked).sum(-1, keepdim=True)
+    for _ in range(2):  # the second mean is the rounding error of the first
+        # Quotients, because the sum of finite masks such as -1e38 would overflow.
+        logits = logits - (logits.masked_fill(masked, 0) / count).sum(-1, keepdim=True)
+    return logits
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +141,16 @@ def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Masked classes do not count.
     """
-    centered = _centered(logits)
     masked = logits == -math.inf
+    centered = _centered(logits)
+    values = centered.masked_fill(masked, 0)
     freedom = ((~masked).sum(-1, keepdim=True) - 1).clamp(min=1)
+    # Divided by the largest, so that no square overflows.
+    largest = values.detach().abs().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == 0, 1)
     # The derivative of a norm at 0 is 0; that of the root of a variance does not exist.
-    length: Tensor = torch.linalg.vector_norm(centered.masked_fill(masked, 0), dim=-1, keepdim=True)
-    return centered, length / freedom.to(logits.dtype).sqrt() + LEAST_DEVIATION
+    length: Tensor = torch.linalg.vector_norm(values / largest, dim=-1, keepdim=True)
+    return centered, length / freedom.to(logits.dtype).sqrt() * largest + LEAST_DEVIATION
 
 
 def standardized(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.reference.dense import Terms, column, cross_entropy
+from fastkd.reference.dense import Terms, column, cross_entropy, reduce
 from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, weighted
 
 ESTIMATORS = ("k1", "k2", "k3")
@@ -133,27 +133,6 @@ def agreement(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
     return (agrees & (log_p > -math.inf).any(-1)).to(log_probs.dtype)
 
 
-def reduce(
-    rows: Tensor,
-    labels: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    """Reduce one number for each row as the loss is reduced."""
-    valid = torch.ones_like(rows, dtype=torch.bool) if labels is None else labels != ignore_index
-    rows = rows.where(valid, torch.zeros_like(rows))
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    divisor = valid.sum().clamp(min=1) if normalizer is None else normalizer
-    if isinstance(normalizer, Tensor):  # normalizer may be 0 if all rows are ignored
-        divisor = normalizer.where(valid.any(), torch.ones_like(normalizer))
-    return rows.sum() / divisor
-
-
 def terms(
     student: Tensor,
     log_probs: Tensor,
@@ -209,5 +188,4 @@ def terms(
         teacher_entropy = entropy(log_p)
         agrees = agreement(logits, indices, log_probs)
     fields = (loss, hard.detach(), soft.detach(), student_entropy, teacher_entropy, agrees)
-    how = {"ignore_index": ignore_index, "reduction": reduction, "normalizer": normalizer}
-    return Terms(*(reduce(field, labels, **how) for field in fields))  # type: ignore[arg-type]
+    return Terms(*(reduce(field, valid, reduction, normalizer) for field in fields))
