@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import validation
+from fastkd import reference, validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import Objective, Options, check_tensors, resolve
 from fastkd._core.shapes import accumulator
-from fastkd._core.values import Head, TopK, check_topk
+from fastkd._core.values import Head, Sampled, TopK, check_sampled, check_topk
 
 Student = Tensor | Head
-Teacher = Tensor | Sequence[Tensor] | Head | TopK
+Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled
+
+
+class Listed(NamedTuple):
+    """A sparse teacher as the op takes it: a :class:`TopK`, or a :class:`Sampled` with k = 1."""
+
+    log_probs: Tensor
+    indices: Tensor
+    tail: str
+    estimator: str | None
 
 
 class Call(NamedTuple):
@@ -28,25 +37,41 @@ class Call(NamedTuple):
     objective: Objective
     dtype: torch.dtype
     """The dtype of the arithmetic and of the loss: float64 if any logits are, else float32."""
-    topk: TopK | None = None
+    listed: Listed | None = None
     """A sparse teacher, instead of ``teachers``."""
     inplace: bool = False
 
 
+SPARSE_DIVERGENCES = tuple(
+    name
+    for name, divergence in reference.DIVERGENCES.items()
+    if divergence.compares == "probabilities" and not divergence.needs_labels
+)
+"""The divergences that a sparse teacher supports."""
 _DENSE_OPTIONS = (
-    "teacher_temperature", "class_weight", "divergence", "mix", "teacher_form", "teacher_weights",
-    "ensemble", "standardize", "dim", "inplace",
+    "teacher_temperature", "class_weight", "teacher_form", "teacher_weights", "ensemble",
+    "standardize", "dim", "inplace",
 )  # fmt: skip
 
 
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
-    """Check a call, and convert the TopK's dtypes."""
+    """Check a call, and convert the dtypes of a sparse teacher."""
     call = check_arguments(student, teacher, labels, options)
-    if call.topk is None:
-        return call
-    log_probs, indices, tail = call.topk
-    log_probs = checks.to_savable(log_probs.detach().to(call.dtype))
-    return call._replace(topk=TopK(log_probs, checks.to_savable(indices.long()), tail))
+    return call if call.listed is None else call._replace(listed=convert(call.listed, call.dtype))
+
+
+def convert(listed: Listed, dtype: torch.dtype) -> Listed:
+    """Convert a sparse teacher to the dtypes of the op."""
+    log_probs = checks.to_savable(listed.log_probs.detach().to(dtype))
+    return listed._replace(log_probs=log_probs, indices=checks.to_savable(listed.indices.long()))
+
+
+def listed_of(teacher: TopK | Sampled) -> Listed:
+    """Return the list of a sparse teacher, with k = 1 for a sampled token."""
+    if isinstance(teacher, TopK):
+        return Listed(*teacher, None)
+    log_probs, tokens, estimator = teacher
+    return Listed(log_probs.unsqueeze(-1), tokens.unsqueeze(-1), "ghost", estimator)
 
 
 def check_arguments(
@@ -54,45 +79,45 @@ def check_arguments(
 ) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    TopK tensors are not converted here. Kernels detect bad indices and labels;
+    The tensors of a sparse teacher are not converted here. Kernels detect bad indices and labels;
     :func:`raise_for_kernel_error` then explains the error.
     """
-    topk = teacher if isinstance(teacher, TopK) else None
-    is_sequence = topk is None and isinstance(teacher, (list, tuple))
+    sparse = teacher if isinstance(teacher, (TopK, Sampled)) else None
+    is_sequence = sparse is None and isinstance(teacher, (list, tuple))
     teachers: tuple[object, ...] = tuple(teacher) if is_sequence else (teacher,)  # type: ignore[arg-type]
     if options.chunks != "auto":
         raise ValueError(f'chunks must be "auto" unless student is a Head; got {options.chunks!r}')
-    if topk is not None:
-        check_sparse_options(options)
+    if sparse is not None:
+        check_sparse_options(sparse, options)
     objective = resolve(
         options,
         has_labels=labels is not None,
         teachers=len(teachers),
-        default_temperature=2.0 if topk is None else 1.0,
+        default_temperature=2.0 if sparse is None else 1.0,
     )
     checks.check_student(student, options.dim)
-    if topk is not None:
-        outputs: tuple[Tensor, ...] = (topk.log_probs,)
-        check_topk(topk, "teacher")
-        _check_lists_fit(student, topk)
+    if sparse is not None:
+        outputs: tuple[Tensor, ...] = (sparse.log_probs,)
+        check_sparse(sparse)
+        check_fits_rows(sparse, student)
     else:
         outputs = checks.check_teachers(student, teachers, options.dim)
     for i, output in enumerate(outputs):
         name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
-        check_teacher_has_no_gradient("teacher.log_probs" if topk is not None else name, output)
+        check_teacher_has_no_gradient("teacher.log_probs" if sparse is not None else name, output)
     inplace = options.inplace and not is_transformed()
     if inplace:
         _check_inplace(student, outputs, objective.reduction)
     student, labels = _classes_last(student, options.dim), _labels_last(student, labels, options)
     soft_labels = labels is not None and checks.check_labels(labels, student)
-    if topk is not None:
-        _check_sparse(objective, labels)
+    if sparse is not None:
+        check_labels_are_indices(labels, type(sparse).__name__)
     labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
     dtype = accumulator(student, *outputs)
     objective = check_tensors(objective, student, labels, dtype)
-    if topk is not None:
-        return Call(student, (), labels, objective, dtype, topk)
+    if sparse is not None:
+        return Call(student, (), labels, objective, dtype, listed_of(sparse))
     outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
     return Call(student, outputs, labels, objective, dtype, None, inplace)
 
@@ -106,9 +131,30 @@ def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
         )
 
 
-def check_sparse_options(options: Options) -> None:
+def check_sparse_options(teacher: TopK | Sampled, options: Options) -> None:
     """Raise if an option is given that a sparse teacher does not support."""
-    check_options_are_default(options, _DENSE_OPTIONS, "a TopK as teacher")
+    if isinstance(teacher, TopK):
+        return check_tail(teacher.tail, options)
+    context = "a Sampled as teacher"
+    check_options_are_default(options, _DENSE_OPTIONS, context)
+    check_options_are_default(options, ("divergence", "mix"), f"{context}, which has an estimator")
+
+
+def check_tail(tail: str, options: Options) -> None:
+    """Raise if an option is given that a TopK with this tail does not support."""
+    context = "a TopK as teacher"
+    check_options_are_default(options, _DENSE_OPTIONS, context)
+    if options.divergence in reference.DIVERGENCES and options.divergence not in SPARSE_DIVERGENCES:
+        raise ValueError(
+            f"divergence must be one of {', '.join(map(repr, SPARSE_DIVERGENCES))} with {context}, "
+            f"which lists probabilities of some classes; got {options.divergence!r}"
+        )
+    if tail == "ignore" and options.divergence != "forward_kl":
+        raise ValueError(
+            "divergence must be 'forward_kl' with tail=\"ignore\": a sum over the listed classes "
+            "alone is not a divergence, and falls as the student leaves them; got "
+            f'{options.divergence!r}. Use tail="ghost" or tail="renormalize".'
+        )
 
 
 def check_options_are_default(options: Options, names: Sequence[str], context: str) -> None:
@@ -142,32 +188,38 @@ def _labels_last(student: Tensor, labels: Tensor | None, options: Options) -> Te
 # ---- sparse teachers
 
 
-def _check_lists_fit(student: Tensor, topk: TopK) -> None:
-    """Raise unless the lists have k entries for each row of logits, on the logits' device."""
-    rows = student.shape[:-1]
-    for name in ("log_probs", "indices"):
-        value = getattr(topk, name)
-        if value.shape[:-1] != rows:
-            shape = ", ".join([*map(str, rows), "k"])
+def check_sparse(teacher: TopK | Sampled) -> None:
+    """Raise unless the fields of a sparse teacher fit each other."""
+    if isinstance(teacher, TopK):
+        check_topk(teacher, "teacher")
+    else:
+        check_sampled(teacher, "teacher")
+
+
+def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
+    """Raise unless a sparse teacher has an entry for each row of logits, on the logits' device."""
+    rows = logits.shape[:-1]
+    entries, suffix = ("k >= 1 entries", ("k",)) if isinstance(teacher, TopK) else ("one entry", ())
+    for name in teacher._fields[:2]:
+        value = getattr(teacher, name)
+        if value.shape[: value.dim() - len(suffix)] != rows:
+            dims = [*map(str, rows), *suffix]
+            shape = ", ".join(dims) + ("," if len(dims) == 1 else "")
             raise ValueError(
-                f"teacher.{name} must have k >= 1 entries for each row of logits, shape ({shape}) "
-                f"for logits of shape {tuple(student.shape)}; got {tuple(value.shape)}"
+                f"teacher.{name} must have {entries} for each row of logits, shape ({shape}) "
+                f"for logits of shape {tuple(logits.shape)}; got {tuple(value.shape)}"
             )
-        if value.device != student.device:
+        if value.device != logits.device:
             raise ValueError(
-                f"teacher.{name} must be on the logits' device, {student.device}; got "
-                f"{value.device}"
+                f"teacher.{name} must be on the logits' device, {logits.device}; got {value.device}"
             )
 
 
-def _check_sparse(objective: Objective, labels: Tensor | None) -> None:
-    """Raise for tensors that a sparse teacher does not support."""
-    for name in ("temperature", "hard_weight", "soft_weight"):
-        if isinstance(getattr(objective, name), Tensor):
-            raise TypeError(f"{name} must be a number with a TopK as teacher; got a tensor")
+def check_labels_are_indices(labels: Tensor | None, teacher: str) -> None:
+    """Raise if labels are probabilities, which a sparse teacher does not support."""
     if labels is not None and labels.is_floating_point():
         raise TypeError(
-            f"labels must be class indices of an integer dtype with a TopK as teacher; got "
+            f"labels must be class indices of an integer dtype with a {teacher} as teacher; got "
             f"{labels.dtype}"
         )
 
@@ -225,8 +277,8 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
     """
     student, labels, objective = call.student, call.labels, call.objective
     tensors: list[Any] = [student, labels, objective.temperature]
-    if call.topk is not None:
-        tensors += call.topk[:2]
+    if call.listed is not None:
+        tensors += call.listed[:2]
     if torch.compiler.is_compiling() or not checks.has_data(*tensors):
         return
     if "inplace needs" in str(error):
@@ -241,5 +293,5 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
         torch.empty((3, *student.shape), dtype=student.dtype, device=student.device)
     if student.device.type == "cpu":
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
-        if call.topk is not None:
-            checks.check_lists(student, *call.topk[:2], labels, objective.ignore_index)
+        if call.listed is not None:
+            checks.check_lists(student, *call.listed[:2], labels, objective.ignore_index)

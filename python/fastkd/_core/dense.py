@@ -61,7 +61,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     if len(teachers) > 1 or o.teacher_form == "probs":
         teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
         weights = o.teacher_weights or (1.0,) * len(teachers)
-        (own, teachers_own), rows = _row_numbers(call, (o.temperature, o.teacher_temperature))
+        (own, teachers_own), rows = row_numbers(call, (o.temperature, o.teacher_temperature))
         mixing = Arguments(
             teachers,
             row_temperatures=rows,
@@ -74,7 +74,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
         if call.student.is_cuda:  # these kernels of the loss take one teacher: the mixture
             teachers, mixing = (mixed_teacher(mixing, call.dtype),), Arguments(())
         o = o._replace(teacher_temperature=o.temperature)
-    numbers, rows = _row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
+    numbers, rows = row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
     return mixing._replace(
         teachers=teachers,
         labels=call.labels,
@@ -84,7 +84,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     )
 
 
-def _row_numbers(
+def row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """Return numbers for all rows, and, if any is a tensor, those of each row, which replace them.

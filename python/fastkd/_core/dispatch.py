@@ -55,7 +55,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
     student, device = call.student, call.student.device.type
     if device not in KERNEL_DEVICES:
         _warn_once(device)
-    if call.topk is not None:
+    if call.listed is not None:
         return _sparse(call, with_terms)
     transformed = is_transformed()
     if device in KERNEL_DEVICES and not transformed:
@@ -79,36 +79,35 @@ def compute(call: Call, with_terms: bool) -> Tensor:
         terms = reference_terms(call)
     else:
         terms = compute_checkpointed(call)
-    return torch.stack(terms) if with_terms else terms.loss
+    return terms.stacked() if with_terms else terms.loss
 
 
 def _sparse(call: Call, with_terms: bool) -> Tensor:
     """Compute the loss with a sparse teacher, or all its terms stacked."""
-    if not topk.is_fused(call.student):
+    o, listed = call.objective, call.listed
+    assert listed is not None
+    if not topk.is_fused(call.student, o):
         terms = topk.compute_by_operations(call)
-        return torch.stack(terms) if with_terms else terms.loss
+        return terms.stacked() if with_terms else terms.loss
     loss = topk.compute(call)
     if not with_terms:
         return loss
-    o, lists = call.objective, call.topk
-    assert lists is not None
     with torch.no_grad():
         student = call.student.detach()
         # The dense op of the student and itself gives the cross entropy and the entropy.
-        self_call = Call(student, (student,), call.labels, o, call.dtype)
+        self_only = o._replace(divergence="forward_kl", mix=None)
+        self_call = Call(student, (student,), call.labels, self_only, call.dtype)
         _, hard, _, student_entropy, _, _ = _fused(self_call, True).to(call.dtype)
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))
-        indices = reference.topk.mark_padding(lists.indices, lists.log_probs)
         valid = None if call.labels is None else call.labels != o.ignore_index
-        teacher_entropy, agreement = (
-            reference.reduce(rows, valid, o.reduction, o.normalizer)
-            for rows in (
-                reference.topk.entropy(indices, lists.log_probs, lists.tail),
-                reference.topk.agreement(student, indices, lists.log_probs),
-            )
+        indices = reference.topk.mark_padding(listed.indices, listed.log_probs)
+        log_q = (student / reference.column(o.temperature)).to(call.dtype).log_softmax(-1)
+        per_row = reference.topk.describe(
+            log_q, indices, listed.log_probs, listed.tail, listed.estimator is not None
         )
-    return torch.stack((loss, hard, soft, student_entropy, teacher_entropy, agreement))
+        rest = [reference.reduce(rows, valid, o.reduction, o.normalizer) for rows in per_row]
+    return torch.stack((loss, hard, soft, student_entropy, *rest))
 
 
 def _fused(call: Call, with_terms: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd._core import dense, native, topk
-from fastkd._core.arguments import check_sparse_options
+from fastkd._core.arguments import check_tail
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import Options, resolve
 from fastkd._core.shapes import accumulator
@@ -82,7 +82,7 @@ def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options
     if options.chunks != "auto" or options.inplace is not False or options.dim != -1:
         return None
     if tail is not None:
-        check_sparse_options(options)
+        check_tail(tail, options)
     objective = resolve(
         options,
         has_labels=has_labels,

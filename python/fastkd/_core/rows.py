@@ -96,7 +96,7 @@ def compute_checkpointed(call: Call) -> reference.Terms:
         )
         for i in range(len(splits[id(rows.student)]))
     ]
-    fields = zip(*parts, strict=True)
+    fields = [field for field in zip(*parts, strict=True) if field[0] is not None]
     if call.objective.reduction == "none":
         shape = call.student.shape[:-1]
         return reference.Terms(*(torch.cat(field).reshape(shape) for field in fields))

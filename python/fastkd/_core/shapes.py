@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd import reference
 
 REDUCTIONS = reference.REDUCTIONS  # the position of a name is its number in C++
-TERMS = len(reference.Terms._fields)
+TERMS = len(reference.Terms._fields) - len(reference.Terms._field_defaults)
 STATS = 7  # Stat in csrc/kernels.h
 
 

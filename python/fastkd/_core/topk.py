@@ -15,7 +15,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, row_numbers
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
 
@@ -30,14 +30,10 @@ def is_fused(student: Tensor, objective: Objective) -> bool:
     """Return True if the kernels compute the call."""
     if student.device.type not in KERNEL_DEVICES or autograd.is_transformed():
         return False
-    return not (torch.is_grad_enabled() and _row_options(objective, lambda x: x.requires_grad))
-
-
-def _row_options(objective: Objective, has: Callable[[Tensor], bool]) -> bool:
-    """Return True if an option that may have one number for each row is a tensor and has this."""
     o = objective
     options = (o.temperature, o.hard_weight, o.soft_weight)
-    return any(isinstance(option, Tensor) and has(option) for option in options)
+    learns = any(isinstance(option, Tensor) and option.requires_grad for option in options)
+    return not (learns and torch.is_grad_enabled())
 
 
 def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[Any, ...]:
@@ -62,11 +58,9 @@ def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[An
 def _arguments(call: Call) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
-    o, row_settings = call.objective, None
-    if _row_options(o, lambda _: True):
-        numbers = (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
-        row_settings = shapes.row_numbers(numbers, call.student, call.dtype)
-    log_probs, indices, tail, estimator = call.listed
+    o, (log_probs, indices, tail, estimator) = call.objective, call.listed
+    rows = (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
+    _, row_settings = row_numbers(call, rows)
     numbers = _numbers(o, tail, estimator)
     return (call.student, indices, log_probs, call.labels, row_settings, *numbers)
 

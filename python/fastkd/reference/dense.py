@@ -59,6 +59,15 @@ class Terms(NamedTuple):
     """Entropy of softmax(teacher / T), in nats."""
     agreement: Tensor
     """1 where some class is the most probable one for the teacher and for the student, else 0."""
+    student_mass: Tensor | None = None
+    """With a TopK or Sampled teacher, the student's probability of the listed classes; else None.
+    """
+    teacher_mass: Tensor | None = None
+    """The teacher's probability of the listed classes, or None."""
+
+    def stacked(self) -> Tensor:
+        """Stack the fields that are not None."""
+        return torch.stack([field for field in self if field is not None])
 
 
 # ---- the teacher, the temperatures, the labels

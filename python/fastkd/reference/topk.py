@@ -125,12 +125,25 @@ def entropy(log_p: Tensor) -> Tensor:
     return -log_ratio_sum(log_p.exp(), log_p, torch.zeros_like(log_p))
 
 
-def agreement(student: Tensor, indices: Tensor, log_probs: Tensor) -> Tensor:
-    """Return 1 for each row if no logit exceeds the most probable listed class's, else 0."""
+def describe(
+    log_q: Tensor, indices: Tensor, log_probs: Tensor, tail: str, is_sampled: bool
+) -> tuple[Tensor, ...]:
+    """Return teacher_entropy, agreement, student_mass and teacher_mass of Terms for each row.
+
+    A sampled class tells neither the teacher's entropy nor its most probable class: NaN.
+    """
     log_p = log_probs.masked_fill(indices < 0, -math.inf)
-    best = indices.gather(-1, log_p.argmax(-1, keepdim=True)).clamp(0, student.shape[-1] - 1)
-    agrees = student.gather(-1, best).squeeze(-1) == student.amax(-1)
-    return (agrees & (log_p > -math.inf).any(-1)).to(log_probs.dtype)
+    places = indices.clamp(0, log_q.shape[-1] - 1)
+    student_mass = log_q.gather(-1, places).exp().masked_fill(indices < 0, 0).sum(-1)
+    teacher_mass = log_p.exp().sum(-1)
+    if is_sampled:
+        unknown = torch.full_like(teacher_mass, math.nan)
+        return unknown, unknown, student_mass, teacher_mass
+    best = places.gather(-1, log_p.argmax(-1, keepdim=True))
+    agrees = log_q.gather(-1, best).squeeze(-1) == log_q.amax(-1)
+    agrees = agrees & (log_p > -math.inf).any(-1)
+    compared, _ = distributions(log_q, indices, log_probs, tail, False)
+    return entropy(compared), agrees.to(log_probs.dtype), student_mass, teacher_mass
 
 
 def terms(
@@ -183,9 +196,8 @@ def terms(
         is_valid = is_valid & in_range
     loss = loss * torch.ones_like(loss).masked_fill(valid & ~is_valid, math.nan)
     with torch.no_grad():
-        student_entropy = entropy(log_q)
-        log_p, _ = distributions(log_q, indices, log_probs, tail, False)
-        teacher_entropy = entropy(log_p)
-        agrees = agreement(logits, indices, log_probs)
-    fields = (loss, hard.detach(), soft.detach(), student_entropy, teacher_entropy, agrees)
+        fields = (
+            *(loss, hard.detach(), soft.detach(), entropy(log_q)),
+            *describe(log_q, indices, log_probs, tail, estimator is not None),
+        )
     return Terms(*(reduce(field, valid, reduction, normalizer) for field in fields))
