@@ -26,19 +26,17 @@ class Convention(NamedTuple):
 
 def convert_reduction(
     reduction: str, logits: Tensor, dim: int = -1
-) -> tuple[Literal["mean", "sum"], float]:
+) -> tuple[Literal["mean", "sum", "none"], float]:
     """Return fastkd's reduction and soft weight for a reduction of :class:`torch.nn.KLDivLoss`.
 
     fastkd sums over classes and averages over rows; ``KLDivLoss`` divides by all elements
     (``"mean"``) or by the first dimension alone (``"batchmean"``).
     """
-    validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
-    if reduction == "sum":
-        return "sum", 1.0
+    if reduction in ("sum", "none"):
+        return reduction, 1.0  # type: ignore[return-value]
     classes = max(logits.shape[dim], 1)
-    if reduction == "mean":
-        return "mean", 1.0 / classes
-    return "mean", logits.numel() / (classes * max(logits.shape[0], 1))
+    divisor = logits.numel() if reduction == "mean" else logits.shape[0]
+    return "mean", logits.numel() / (classes * max(divisor, 1))
 
 
 def choose_divergence(beta: float) -> dict[str, Any]:

@@ -31,7 +31,6 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
         >>> kd_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), temperature=1)
         tensor(0.4621)
     """
-    temperature = check_positive("temperature", temperature)
     return losses.loss(logits_student, logits_teacher, temperature=temperature)
 
 
@@ -63,7 +62,6 @@ def dkd_loss(
         tensor(5.0100)
     """
     alpha, beta = check_positive("alpha", alpha), check_weight("beta", beta)
-    temperature = check_positive("temperature", temperature)
     return losses.loss(
         logits_student, logits_teacher, target, temperature=temperature,
         hard_weight=0.0, soft_weight=alpha, divergence="dkd", mix=beta / alpha,

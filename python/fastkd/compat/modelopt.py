@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from fastkd import losses, validation
@@ -43,9 +41,8 @@ class LogitsDistillationLoss(nn.Module):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """Compute the loss of student and teacher logits ``(..., C)``."""
-        options: dict[str, Any] = {"reduction": "none"}
-        if self.reduction != "none":
-            options["reduction"], options["soft_weight"] = convert_reduction(
-                self.reduction, logits_s
-            )
-        return losses.loss(logits_s, logits_t, temperature=self.temperature, **options)
+        reduction, weight = convert_reduction(self.reduction, logits_s)
+        return losses.loss(
+            logits_s, logits_t, temperature=self.temperature, soft_weight=weight,
+            reduction=reduction,
+        )  # fmt: skip

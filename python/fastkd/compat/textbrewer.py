@@ -53,10 +53,5 @@ def _compute(
     else:
         temperature = check_positive("temperature", temperature)
     # The weight 1 / T^2 cancels fastkd's factor T^2.
-    return losses.loss(
-        student,
-        teacher,
-        temperature=temperature,
-        soft_weight=temperature**-2,
-        divergence=divergence,
-    )
+    options = {"temperature": temperature, "soft_weight": temperature**-2}
+    return losses.loss(student, teacher, divergence=divergence, **options)  # type: ignore[arg-type]

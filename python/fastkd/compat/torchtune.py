@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ CONVENTION = Convention(
         "only compared with the number of chunks.",
     ),
 )
-R = TypeVar("R")
 
 
 class _MaskedLoss(nn.Module):
@@ -39,26 +38,15 @@ class _MaskedLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def _compute(
-        self,
-        function: Callable[..., R],
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        normalize: bool,
-        **options: Any,
-    ) -> R:
+    def _options(self, student_logits: Tensor, labels: Tensor, normalize: bool) -> dict[str, Any]:
         rows = student_logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
                 f"labels must be as many as student_logits of shape {tuple(student_logits.shape)} "
                 f"have rows, {rows.numel()}; got shape {tuple(labels.shape)}"
             )
-        return function(
-            student_logits, teacher_logits, temperature=1.0, **options,
-            reduction="mean" if normalize else "sum",
-            **mask_rows(labels.reshape(rows), self.ignore_index),
-        )  # fmt: skip
+        mask = mask_rows(labels.reshape(rows), self.ignore_index)
+        return {"temperature": 1.0, "reduction": "mean" if normalize else "sum", **mask}
 
 
 class ForwardKLLoss(_MaskedLoss):
@@ -79,10 +67,8 @@ class ForwardKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        return self._compute(
-            losses.loss, student_logits, teacher_logits, labels, normalize,
-            divergence=self.divergence,
-        )  # fmt: skip
+        options = self._options(student_logits, labels, normalize)
+        return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
 
 class ReverseKLLoss(ForwardKLLoss):
@@ -113,10 +99,9 @@ class SymmetricKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        terms = self._compute(
-            losses.terms, student_logits, teacher_logits, labels, normalize,
-            divergence="symmetric_kl", mix=self.sym_kd_ratio,
-        )  # fmt: skip
+        options = self._options(student_logits, labels, normalize)
+        options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
+        terms = losses.terms(student_logits, teacher_logits, **options)
         # torchtune's forward half is -sum p log q, which is larger by the teacher's entropy.
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 

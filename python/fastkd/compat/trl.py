@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import losses
+from fastkd import losses, validation
 from fastkd.compat.convention import (
     Convention,
     check_normalizer,
@@ -65,6 +65,7 @@ def generalized_jsd_loss(
         >>> generalized_jsd_loss(student, teacher, beta=0.0)
         tensor(0.4621)
     """
+    validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
     options: dict[str, Any] = {**choose_divergence(beta), **mask_rows(labels, -100)}
     options["reduction"], factor = convert_reduction(reduction, student_logits)
     if reduction == "batchmean" and labels is not None:
