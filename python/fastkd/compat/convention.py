@@ -1,27 +1,14 @@
-"""The record of a library's convention, and option checks and translations for all adapters."""
+"""Check and translate the options of other libraries, for all adapters."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fastkd import validation
 from fastkd._core import checks
-
-
-class Convention(NamedTuple):
-    """A library's definition of the loss, in words. ``docs/compat.md`` prints all of them."""
-
-    library: str
-    before: str  # the import that is replaced
-    after: str  # the import that replaces it
-    weights: str  # which term each of the library's weights multiplies
-    denominator: str  # what sums are divided by
-    t_squared: str = "yes"  # whether the soft term is multiplied by the temperature squared
-    mask: str = "none"  # which rows are masked, and in which term
-    differences: tuple[str, ...] = ()  # where the adapter differs from the library, and why
 
 
 def convert_reduction(

@@ -5,22 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, check_positive, check_weight
-
-CONVENTION = Convention(
-    library="mdistiller",
-    before="from mdistiller.distillers.DKD import dkd_loss",
-    after="from fastkd.compat.mdistiller import dkd_loss",
-    weights="`dkd_loss`: `alpha` the target class's KL, `beta` the other classes' KL; mdistiller "
-    "weighs the hard term separately",
-    denominator="rows",
-    differences=(
-        "The other classes' softmax leaves the target class out exactly. mdistiller lowers its "
-        "logit by 1000, which is the same unless logits differ by hundreds.",
-        "`dkd_loss` needs `alpha` > 0.",
-        "mdistiller's log(softmax) is infinite where a probability underflows; here it is not.",
-    ),
-)
+from fastkd.compat.convention import check_positive, check_weight
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:

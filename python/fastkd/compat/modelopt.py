@@ -5,16 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_positive, convert_reduction
-
-CONVENTION = Convention(
-    library="NVIDIA Model-Optimizer",
-    before="from modelopt.torch.distill import LogitsDistillationLoss",
-    after="from fastkd.compat.modelopt import LogitsDistillationLoss",
-    weights="none in the loss; `StaticLossBalancer`'s `kd_loss_weight` weighs the soft term",
-    denominator="`mean`, the default: all elements, classes too; `batchmean`: the first dimension",
-    mask="none (`reduction='none'` gives one loss for each row, to be masked)",
-)
+from fastkd.compat.convention import check_positive, convert_reduction
 
 
 class LogitsDistillationLoss(nn.Module):

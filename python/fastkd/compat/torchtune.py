@@ -9,26 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, mask_rows
-
-CONVENTION = Convention(
-    library="torchtune",
-    before="from torchtune.modules.loss import ForwardKLLoss",
-    after="from fastkd.compat.torchtune import ForwardKLLoss",
-    weights="none in the losses; the recipes' `kd_ratio` weighs the soft term",
-    t_squared="no temperature",
-    denominator="rows not ignored",
-    mask="rows whose label is `ignore_index`",
-    differences=(
-        "If only the student masks a class (-inf), torchtune leaves that class out; here the "
-        "forward KL is infinite, as by its definition. The same holds for the reverse KL and a "
-        "class that only the teacher masks.",
-        "With every row ignored torchtune returns a constant, or 0 / 0 from the chunked reverse "
-        "and symmetric losses; here the loss is 0 with a zero gradient.",
-        "The chunked losses split the labels where the logits are split; `num_output_chunks` is "
-        "only compared with the number of chunks.",
-    ),
-)
+from fastkd.compat.convention import mask_rows
 
 
 class _MaskedLoss(nn.Module):

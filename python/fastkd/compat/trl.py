@@ -8,30 +8,11 @@ from torch import Tensor
 
 from fastkd import losses, validation
 from fastkd.compat.convention import (
-    Convention,
     check_normalizer,
     check_positive,
     choose_divergence,
     convert_reduction,
     mask_rows,
-)
-
-CONVENTION = Convention(
-    library="TRL",
-    before="from trl.experimental.gkd import GKDTrainer  # its generalized_jsd_loss",
-    after="from fastkd.compat.trl import generalized_jsd_loss",
-    weights="`beta`: the teacher in the mixture; no hard term",
-    t_squared="no",
-    denominator="`batchmean`: rows not ignored with labels, the first dimension without; `mean`: "
-    "that times the classes; or `num_items_in_batch`",
-    mask="rows whose label is -100",
-    differences=(
-        "`reduction='none'`, one loss for each class, is refused: fastkd never stores rows x "
-        "classes of losses.",
-        "With every row ignored, `reduction='mean'` and `num_items_in_batch=0` give 0, not NaN.",
-        "`num_items_in_batch` with several elements, which repeat it for every GPU, gives one "
-        "loss.",
-    ),
 )
 
 
