@@ -52,22 +52,27 @@ def as_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     return call._replace(objective=o._replace(hard_weight=hard, soft_weight=soft)), divisors
 
 
-def _divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
+def mean_divisors(
+    rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
+) -> tuple[float | Tensor, float | Tensor]:
     """Return what the mean divides the hard and the soft term by."""
-    labels, o = call.labels, call.objective
     if o.normalizer is not None:
         return o.normalizer, o.normalizer
     if labels is None or labels.is_floating_point():
-        rows = max(call.student.numel() // call.student.shape[-1], 1)
-        return rows, rows
+        return max(rows, 1), max(rows, 1)
     valid = labels != o.ignore_index
-    count = valid.sum().clamp(min=1).to(call.dtype)
+    count = valid.sum().clamp(min=1).to(dtype)
     if o.class_weight is None:
         return count, count
     # A label out of range makes its row NaN whatever it weighs.
     classes = labels.clamp(0, len(o.class_weight) - 1)
-    weight = (o.class_weight[classes] * valid).sum(dtype=call.dtype)
+    weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
     return weight.where(weight != 0, torch.ones_like(weight)), count
+
+
+def _divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
+    rows = call.student.numel() // call.student.shape[-1]
+    return mean_divisors(rows, call.labels, call.objective, call.dtype)
 
 
 def divisor_ratio(call: Call) -> float | Tensor:

@@ -255,7 +255,7 @@ _Value = TypeVar("_Value", Head, TopK, Sampled)
 
 def _from_collated(value: _Value) -> _Value:
     """Replace a field of strings, which torch's default_collate makes a tuple, by one string."""
-    last = value[-1]
+    last: Any = value[-1]
     same = isinstance(last, (list, tuple)) and len(set(last)) == 1
     return value._replace(**{value._fields[-1]: last[0]}) if same else value
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastkd import batches, losses
 from fastkd._core import checks
-from fastkd._core.arguments import check_sparse_options
+from fastkd._core.arguments import check_tail
 from fastkd._core.objective import Options
 from fastkd._core.values import TopK
 from fastkd.teachers import TeacherCache
@@ -90,7 +90,7 @@ class CachedTeacher:
         options = Options()._replace(**loss.options)
         self._dim = options.dim
         if cache.top_k is not None:
-            check_sparse_options(options)
+            check_tail("ghost", options)
             temperature = 1.0 if options.temperature is None else options.temperature
             cache.check(temperature=checks.check_scalar_temperature("temperature", temperature))
         elif options.teacher_form != "logits":
