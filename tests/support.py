@@ -178,6 +178,12 @@ def truth(
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
     )
+    valid = None
+    if labels is not None and not labels.is_floating_point():
+        valid = labels != options.get("ignore_index", -100)
+    reducing = (options.get("reduction", "mean"), options.get("normalizer"))
+    one = reference.reduce(torch.ones_like(leaf[..., 0]), valid, *reducing).detach()
+    terms = terms._replace(student_mass=one, teacher_mass=one)
     outgoing = torch.ones_like(terms.loss) if grad_output is None else grad_output.double()
     (grad,) = torch.autograd.grad(terms.loss, leaf, outgoing)
     t = torch.as_tensor(options.get("temperature", 2.0))

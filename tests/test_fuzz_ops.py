@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd import _C
 from fastkd._core import shapes, topk
+from fastkd._core.arguments import SPARSE_DIVERGENCES
 
 OPS = torch.ops.fastkd
 NAMES = (
@@ -246,7 +247,10 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
         "reduction": case.reduction, "normalizer": 0.0, "with_terms": case.flags[1],
         "with_stats": case.flags[2], "filled": case.flags[2], "strided": case.flags[2],
         "tail": case.number % len(topk.TAILS), "in_double": acc is FP64,
+        "estimator": case.number % 4 if k == 1 else 0,
     }  # fmt: skip
+    if case.op.startswith("topk"):
+        numbers["divergence"] = case.number % len(SPARSE_DIVERGENCES) if numbers["tail"] < 2 else 0
     if case.op == "linear_loss":
         tensors, numbers = linear_arguments(case, tensors, floats)
     schema = getattr(OPS, case.op).default._schema.arguments
@@ -329,7 +333,7 @@ def linear_arguments(
         "temperature": 2.0, "teacher_temperature": None, "hard_weight": 0.5, "soft_weight": 0.5,
         "ignore_index": -100, "reduction": shapes.REDUCTIONS[case.reduction],
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
-        "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)],
+        "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
         "teacher_scale": 1.0, "dtype": own, "teacher_dtype": other, "accumulate": FP32,
         "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
@@ -421,7 +425,7 @@ REGRESSIONS = [
     # An attribute of None, and an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
-    Case(op="linear_loss", changes=((19, "absent", 0),)),  # a division by a chunk of 0
+    Case(op="linear_loss", changes=((20, "absent", 0),)),  # a division by a chunk of 0
 ]
 REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chunk")
 

@@ -1,7 +1,7 @@
 """Random sparse teachers held against the definition in float64, as in test_fuzz.py dense ones."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,9 +29,10 @@ from support import BF16, FP16, FP32, FP64, compute_dtype
 from torch import Tensor
 
 import fastkd
-from fastkd import _C, TopK, reference
+from fastkd import _C, Sampled, TopK, reference
 from fastkd._core import checks
-from fastkd._core.values import TAILS
+from fastkd._core.arguments import SPARSE_DIVERGENCES
+from fastkd._core.values import ESTIMATORS, TAILS
 
 
 class Case(NamedTuple):
@@ -50,6 +51,9 @@ class Case(NamedTuple):
     labels: str = "indices"
     ignored: float = 0.2
     tail: str = "ghost"
+    divergence: str = "forward_kl"
+    estimator: str | None = None
+    row_weights: bool = False
     temperature: float = 2.0
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
@@ -85,6 +89,9 @@ CASES = st.builds(
     labels=st.sampled_from(["indices", "none", *NARROW]),
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     tail=st.sampled_from(TAILS),
+    divergence=st.sampled_from(SPARSE_DIVERGENCES),
+    estimator=rarely(None, st.sampled_from(ESTIMATORS)),
+    row_weights=st.booleans(),
     temperature=TEMPERATURES,
     weights=WEIGHTS,
     smoothing=SMOOTHING,
@@ -105,6 +112,8 @@ class Problem(NamedTuple):
 
 
 def build(case: Case, device: torch.device) -> Problem:
+    if case.estimator is not None:
+        case = case._replace(k=1)
     generator = torch.Generator().manual_seed(case.seed)
     shape, k = (*case.leading, case.classes), min(case.k, case.classes)
     student = torch.randn(shape, generator=generator, dtype=FP64) * case.spread
@@ -146,6 +155,21 @@ def is_refused(problem: Problem) -> bool:
     return False
 
 
+def of_soft_term(case: Case) -> dict[str, Any]:
+    """The options of the soft term; tail ignore is the forward KL's alone."""
+    if case.estimator is not None or case.tail == "ignore":
+        return {}
+    return {"divergence": case.divergence, "mix": reference.DIVERGENCES[case.divergence].mix}
+
+
+def row_weight(case: Case, student: Tensor) -> float | Tensor:
+    """The soft term's weight, perhaps one for each row."""
+    if not case.row_weights:
+        return 1.0
+    weight = torch.arange(student[..., 0].numel(), dtype=FP64) % 3 / 2
+    return weight.view(student.shape[:-1]).to(student.device)
+
+
 def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
     """(loss, gradient) by the definition, in float64."""
     student, indices, log_probs, labels = problem
@@ -159,9 +183,11 @@ def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]
         indices.long().reshape(-1, k),
         None if labels is None else labels.long().reshape(-1),
         tail=case.tail,
+        estimator=case.estimator,
+        **of_soft_term(case),
         temperature=case.temperature,
         hard_weight=hard,
-        soft_weight=soft,
+        soft_weight=soft * row_weight(case, student.reshape(-1, classes)),
         reduction=reduction,
         label_smoothing=smoothing,
         normalizer=case.normalizer,
@@ -179,7 +205,14 @@ def check(case: Case, device: torch.device) -> None:
     if labels is not None:
         options |= {"label_smoothing": case.smoothing}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
+    options |= of_soft_term(case)
+    if case.row_weights:
+        hard, soft = (0.0, 1.0) if labels is None else case.weights
+        options |= {"soft_weight": soft * row_weight(case, student).float()}
+        options |= {"hard_weight": hard} if labels is not None else {}
     leaf, teacher = student.detach().requires_grad_(), TopK(log_probs, indices, case.tail)
+    if case.estimator is not None:
+        teacher = Sampled(log_probs[..., 0], indices[..., 0], case.estimator)
     before = [None if x is None else x.clone() for x in problem]
     compute = (lambda *a, **k: fastkd.terms(*a, **k).loss) if case.with_terms else fastkd.loss
     if is_refused(problem) and device.type == "cpu":

@@ -11,7 +11,7 @@ from support import FP16, FP32, FP64, make
 from torch import Tensor
 
 import fastkd
-from fastkd._core import shapes
+from fastkd._core import shapes, topk
 from fastkd._core.dense import Arguments
 
 ROWS, CLASSES = 6, 50
@@ -117,14 +117,15 @@ def test_the_backward_ops_refuse(case, filled):
     with pytest.raises(RuntimeError):
         OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
     if "statistics" not in case:
-        settings = (2.0, 0.5, 0.5, 0.0, -100, 0, reduction, 0.0)
+        settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 0, 0, reduction, 0.0)
         with pytest.raises(RuntimeError):
-            OPS.topk_loss_backward_(*first, *lists(), None, None, *settings, filled)
+            OPS.topk_loss_backward_(*first, *lists(), None, None, None, *settings, filled)
 
 
 def test_the_sparse_op_refuses():
     student, indices, log_probs = lists()
-    settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 2, 0.0)
+    settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 0, 0, 2, 0.0)
+    OPS.topk_loss(student, indices, log_probs, None, None, None, *settings)
     wrong = [
         (student, indices[:-1], log_probs[:-1]),
         (student, indices[:, :-1], log_probs),
@@ -138,11 +139,23 @@ def test_the_sparse_op_refuses():
     ]
     for tensors in wrong:
         with pytest.raises(RuntimeError):
-            OPS.topk_loss(*tensors, None, None, *settings)
-    for place, number in ((5, 3), (5, -1), (6, 3), (6, -1)):  # tail, reduction
+            OPS.topk_loss(*tensors, None, None, None, *settings)
+    divergence, tail, estimator, reduction = 5, 7, 8, 9
+    wrong_numbers = [(divergence, 8), (divergence, 12), (divergence, -1), (tail, 3), (tail, -1)]
+    wrong_numbers += [
+        (estimator, 1),
+        (estimator, 4),
+        (estimator, -1),
+        (reduction, 3),
+        (reduction, -1),
+    ]
+    for place, number in wrong_numbers:
         other = [*settings[:place], number, *settings[place + 1 :]]
         with pytest.raises(RuntimeError):
-            OPS.topk_loss(student, indices, log_probs, None, None, *other)
+            OPS.topk_loss(student, indices, log_probs, None, None, None, *other)
+    cut_off = [*settings[:5], 2, 0.5, topk.TAILS.index("ignore"), *settings[8:]]
+    with pytest.raises(RuntimeError):
+        OPS.topk_loss(student, indices, log_probs, None, None, None, *cut_off)
 
 
 @pytest.mark.usefixtures("each_autograd")

@@ -28,7 +28,7 @@ LAYERS = {
     "divergences.h": {"numerics.h"},
     "kernels.h": {"divergences.h", "dtypes.h"},
     "topk.h": {"kernels.h"},
-    "topk_row.h": {"numerics.h", "topk.h"},
+    "topk_row.h": {"divergences.h", "topk.h"},
     "mixture.h": {"kernels.h"},
     "cpu": {
         *("numerics.h", "dtypes.h", "divergences.h", "kernels.h", "topk.h", "topk_row.h"),

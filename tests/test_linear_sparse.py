@@ -353,7 +353,6 @@ def test_module(device):
     assert torch.equal(module(given.student, teacher, given.labels), expected)
 
 
-ROW = torch.ones(ROWS)
 LISTS = TopK(*torch.randn(ROWS, CLASSES).log_softmax(-1).topk(K))
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half of it": ({"log_probs": None}, "teacher.log_probs must be a tensor; got NoneType"),
@@ -384,12 +383,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "teacher.log_probs requires grad",
     ),
     "tail": ({"tail": "cut"}, "teacher.tail must be one of"),
-    "divergence": ({"divergence": "jsd"}, "divergence must be 'forward_kl' with a TopK"),
+    "divergence": ({"divergence": "mse"}, "'soft_cross_entropy' with a TopK as teacher"),
     "standardize": ({"standardize": True}, "standardize must be False with a TopK"),
     "teacher temperature": ({"teacher_temperature": 2.0}, "teacher_temperature must be None with"),
     "class weight": ({"class_weight": torch.ones(CLASSES)}, "class_weight must be None with"),
-    "row temperatures": ({"temperature": ROW}, "temperature must be a number with a TopK"),
-    "row weights": ({"hard_weight": ROW}, "hard_weight must be a number with a TopK"),
     "soft labels": (
         {"labels": torch.full((ROWS, CLASSES), 1 / CLASSES)},
         "labels must be class indices of an integer dtype with a TopK",

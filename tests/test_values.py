@@ -146,7 +146,7 @@ def test_fields_that_replace_others_are_checked_by_the_call():
     ("student", "teacher", "error", "message"),
     [
         (Z(3, 5), "a path", TypeError, "teacher must be a tensor; got str"),
-        (Head(Z(3, 4), Z(5, 4)), [Z(3, 5), Z(3, 5)], TypeError, "teacher must be a Head, a TopK or a tensor of logits if student is a Head; got list"),
+        (Head(Z(3, 4), Z(5, 4)), [Z(3, 5), Z(3, 5)], TypeError, "teacher must be a Head, TopK, Sampled or a tensor of logits if student is a Head; got list"),
         (TopK(Z(3, 2), Z(3, 2, dtype=L)), Z(3, 5), TypeError, "student must be a tensor; got TopK"),
         (Z(3, 5), [Z(3, 5), TopK(Z(3, 2), Z(3, 2, dtype=L))], TypeError, "teacher[1] must be a tensor; got TopK"),
         (Z(3, 5), Head(Z(3, 4), Z(6, 4)), ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -418,7 +418,7 @@ def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fu
             assert mine.shape == theirs.shape
             torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound, msg=name)
     got = fastkd.terms(leaf, top, labels, **options)
-    assert [term.requires_grad for term in got] == [True, *[False] * 5]
+    assert [term.requires_grad for term in got] == [True, *[False] * 7]
     (gradient,) = torch.autograd.grad(got.loss.sum(), leaf)
     (alone,) = torch.autograd.grad(fastkd.loss(leaf, top, labels, **options).sum(), leaf)
     if fused:

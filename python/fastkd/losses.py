@@ -225,15 +225,18 @@ def terms(
         A named tuple of tensors, each reduced like the loss: ``loss``, ``hard`` (cross entropy),
         ``soft`` (the divergence without weight and T^2), ``student_entropy`` and
         ``teacher_entropy`` (nats, at temperature T; of the listed classes and the tail for a TopK)
-        and ``agreement`` (share of rows whose most probable class is the same for both). Only
-        ``loss`` carries a gradient. CUDA is not synchronized, except once to count rows if the
+        and ``agreement`` (share of rows whose most probable class is the same for both), and
+        ``student_mass`` and ``teacher_mass``, the probabilities of the classes that the teacher
+        lists: 1 unless the teacher is a TopK or Sampled. A Sampled teacher tells neither its
+        entropy nor its most probable class: those two fields are NaN. Only ``loss`` carries a
+        gradient. CUDA is not synchronized, except once to count rows if the
         student is a Head with class-index labels.
 
     Example:
         >>> import torch, fastkd
         >>> student, teacher = torch.randn(8, 10), torch.randn(8, 10)
-        >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields
-        ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy', 'agreement')
+        >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields[:5]
+        ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy')
     """
     packed = _compute(
         True, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
@@ -241,6 +244,12 @@ def terms(
         mix, teacher_form, teacher_weights, ensemble, standardize, dim, inplace, chunks,
     )  # fmt: skip
     total, *logged = packed.unbind(0)
+    if not isinstance(teacher, (TopK, Sampled)):  # such a teacher tells all classes
+        rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
+        is_masked = labels is not None and not labels.is_floating_point()
+        valid = labels != ignore_index if is_masked else None
+        one = torch.ones_like(rows, dtype=total.dtype)
+        logged += [reference.reduce(one, valid, reduction, normalizer)] * 2
     return Terms(total, *(term.detach() for term in logged))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import checks, dense, topk
+from fastkd._core import checks, dense, shapes, topk
 from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
@@ -95,8 +95,15 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
     with torch.no_grad():
         student = call.student.detach()
         # The dense op of the student and itself gives the cross entropy and the entropy.
-        self_only = o._replace(divergence="forward_kl", mix=None)
-        self_call = Call(student, (student,), call.labels, self_only, call.dtype)
+        dtype, divisor = shapes.accumulator(student), o.normalizer
+        self_only = o._replace(
+            divergence="forward_kl",
+            mix=None,
+            hard_weight=1.0,
+            soft_weight=1.0,
+            normalizer=divisor.to(dtype) if isinstance(divisor, Tensor) else divisor,
+        )
+        self_call = Call(student, (student,), call.labels, self_only, dtype)
         _, hard, _, student_entropy, _, _ = _fused(self_call, True).to(call.dtype)
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))

@@ -59,11 +59,13 @@ class Terms(NamedTuple):
     """Entropy of softmax(teacher / T), in nats."""
     agreement: Tensor
     """1 where some class is the most probable one for the teacher and for the student, else 0."""
-    student_mass: Tensor | None = None
-    """With a TopK or Sampled teacher, the student's probability of the listed classes; else None.
+    student_mass: Tensor = None  # type: ignore[assignment]
+    """The student's probability of the classes that the teacher lists; 1 if they are all classes.
+
+    :func:`fastkd.reference.terms`, whose teacher has all classes, leaves this and the next None.
     """
-    teacher_mass: Tensor | None = None
-    """The teacher's probability of the listed classes, or None."""
+    teacher_mass: Tensor = None  # type: ignore[assignment]
+    """The teacher's probability of the classes that it lists; 1 if they are all classes."""
 
     def stacked(self) -> Tensor:
         """Stack the fields that are not None."""

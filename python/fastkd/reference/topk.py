@@ -99,6 +99,10 @@ def _divergence(
     )
     options = {} if mix is None else {"mix": mix}
     value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
+    if name in ("forward_kl", "soft_cross_entropy") or (name == "symmetric_kl" and mix != 0):
+        # Infinite, too, where the probability of a class that the student masks underflows.
+        is_masked = (log_p > -math.inf) & (log_p.exp() == 0) & (listed_q == -math.inf)
+        value = value.masked_fill(is_masked.any(-1), math.inf)
     # A list without probability has nothing to compare, unless it leaves all to the ghost.
     return value.masked_fill((log_p == -math.inf).all(-1), 0)
 
