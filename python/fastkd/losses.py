@@ -246,8 +246,9 @@ def terms(
     total, *logged = packed.unbind(0)
     if not isinstance(teacher, (TopK, Sampled)):  # such a teacher tells all classes
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
-        is_masked = labels is not None and not labels.is_floating_point()
-        valid = labels != ignore_index if is_masked else None
+        valid = None
+        if labels is not None and not labels.is_floating_point():
+            valid = labels.ne(ignore_index)
         one = torch.ones_like(rows, dtype=total.dtype)
         logged += [reference.reduce(one, valid, reduction, normalizer)] * 2
     return Terms(total, *(term.detach() for term in logged))
