@@ -16,6 +16,7 @@ from fastkd._core.arguments import (
     check_teacher_has_no_gradient,
     prepare,
     raise_for_kernel_error,
+    shift_rows,
 )
 from fastkd._core.objective import Options, resolve
 from fastkd._core.values import Head, Sampled, TopK
@@ -58,6 +59,7 @@ def loss(
     ensemble: Literal["probs", "logits"] = "probs",
     standardize: bool = False,
     dim: int = -1,
+    shift: int = 0,
     inplace: bool = False,
     chunks: Plan | Literal["auto"] = "auto",
 ) -> Tensor:
@@ -84,16 +86,17 @@ def loss(
             logits whose classes are not adjacent are copied, and so are spatial crops.
         teacher: ``(..., C)`` logits of any of these dtypes; a sequence of several teachers' logits;
             a :class:`fastkd.Head`; or a :class:`fastkd.TopK`, the log-probabilities of a few
-            classes. If ``student`` is a Head, any of these but a sequence; if ``student`` is a
-            tensor, the logits of a Head are all computed. The teacher gets no gradient: teacher
+            classes; or a :class:`fastkd.Sampled`, the log-probability of one sampled class. If
+            ``student`` is a Head, any of these but a sequence; if ``student`` is a tensor, the
+            logits of a Head are all computed. The teacher gets no gradient: teacher
             logits or hidden states that require grad raise an error. Tensors made under
             ``torch.inference_mode()`` are copied, since autograd cannot save them.
         labels: ``(...)`` class indices of any integer dtype, or ``(..., C)`` probabilities (mixup,
             cutmix), as in :func:`torch.nn.functional.cross_entropy`. None: the soft term alone,
             with weight 1.
         temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
-            each row. A tensor that requires grad gets its gradient. Default 2; with a TopK 1, the
-            temperature of the log-probabilities that inference servers return.
+            each row. A tensor that requires grad gets its gradient. Default 2; with a TopK or
+            Sampled 1, the temperature of the log-probabilities that inference servers return.
         teacher_temperature: the teacher's temperature: a number from 1e-18 to 1e18, or a tensor,
             0-d or ``(...)``, which gets its gradient if it requires grad. Default T, or 1 if
             ``teacher_form`` is not ``"logits"``.
@@ -135,6 +138,14 @@ def loss(
             "Logit Standardization in Knowledge Distillation", CVPR 2024). Default False.
         dim: the dimension of the classes: -1, or 1 for logits ``(N, C, d1, ...)`` with labels
             ``(N, d1, ...)``. Default -1.
+        shift: how many positions after a row its label lies, for causal language models, whose
+            logits at position i predict the token at position i + 1. With ``shift=1``,
+            ``student``, ``labels`` and the teacher are all ``(..., positions)`` as the model and
+            the data loader return them: row i is compared with label i + 1, with the list or the
+            sampled token i + 1 of a TopK or Sampled, and with row i of a teacher's logits or Head.
+            The last row of each sequence has no label and is ignored. Options that are tensors
+            with a number for each row belong to the labels and are shifted with them. Logits are
+            not copied. Default 0: labels are aligned with the rows already.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
             Ignored if no gradient is asked for, under torch.compile and under function transforms.
@@ -142,8 +153,10 @@ def loss(
         chunks: how many of a Head's logits are in memory at a time: ``"auto"``, or a result of
             :func:`fastkd.chunks.plan`, which takes a bound for the memory. Default ``"auto"``.
 
-    A TopK supports temperature and weights as numbers, labels as class indices, and the options
-    ``ignore_index``, ``reduction``, ``label_smoothing``, ``normalizer`` and ``chunks``. A Head as
+    A TopK supports labels as class indices, the divergences of probabilities except ``"dkd"``, and
+    no option that concerns a teacher's logits: ``teacher_temperature``, ``teacher_form``,
+    ``teacher_weights``, ``ensemble``, ``standardize``; nor ``class_weight``, ``dim`` and
+    ``inplace``. A Sampled teacher supports the same without ``divergence`` and ``mix``. A Head as
     student gives temperature and weights no gradient, and supports neither ``teacher_form``,
     ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``. With a Head as student and labels
     that are class indices, counting the rows that are not ignored synchronizes CUDA once a call.
@@ -154,11 +167,11 @@ def loss(
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
         float64). A logit of -inf masks its class. For the forward KL, a class masked by the teacher
         contributes 0. A class masked only by the student makes the loss +inf with a finite
-        gradient. A row with NaN or +inf among its logits gives NaN. With a TopK, a listed class
-        that the student masks makes the loss +inf with a finite gradient unless the teacher's
-        probability is 0. With ``tail="ghost"``, the teacher's extra class has probability 0 if no
-        unmasked class is left for it or the listed probabilities sum to 1 or more. The divergence
-        then includes sum(q - p), which keeps it nonnegative.
+        gradient. A row with NaN or +inf among its logits gives NaN. With a TopK, the same
+        holds for listed classes. With ``tail="ghost"``, the teacher's extra class has probability
+        0 if no unmasked class is left for it or the listed probabilities sum to 1 or more; they
+        are then divided by their sum. For the reverse and the symmetric KL, which that would make
+        infinite, its probability is at least 2^-24 (2^-53 in float64).
 
     Raises:
         TypeError, ValueError: for arguments that are not as above, before anything is computed; the
@@ -187,7 +200,7 @@ def loss(
     return _compute(
         False, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
         soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
-        mix, teacher_form, teacher_weights, ensemble, standardize, dim, inplace, chunks,
+        mix, teacher_form, teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
     )  # fmt: skip
 
 
@@ -213,6 +226,7 @@ def terms(
     ensemble: Literal["probs", "logits"] = "probs",
     standardize: bool = False,
     dim: int = -1,
+    shift: int = 0,
     inplace: bool = False,
     chunks: Plan | Literal["auto"] = "auto",
 ) -> Terms:
@@ -241,15 +255,18 @@ def terms(
     packed = _compute(
         True, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
         soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
-        mix, teacher_form, teacher_weights, ensemble, standardize, dim, inplace, chunks,
+        mix, teacher_form, teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
     )  # fmt: skip
     total, *logged = packed.unbind(0)
+    if shift and labels is None:  # the labels were made, to mark the rows to ignore
+        logged[0] = torch.zeros_like(logged[0])
     if not isinstance(teacher, (TopK, Sampled)):  # such a teacher tells all classes
         rows = student.hidden[..., 0] if isinstance(student, Head) else student.select(dim, 0)
-        valid = None
+        one, valid = torch.ones_like(rows, dtype=total.dtype), None
         if labels is not None and not labels.is_floating_point():
             valid = labels.ne(ignore_index)
-        one = torch.ones_like(rows, dtype=total.dtype)
+        if shift:
+            valid = shift_rows(one.bool() if valid is None else valid, shift, False)
         logged += [reference.reduce(one, valid, reduction, normalizer)] * 2
     return Terms(total, *(term.detach() for term in logged))
 
@@ -295,6 +312,7 @@ class KDLoss(nn.Module):
         ensemble: Literal["probs", "logits"] = "probs",
         standardize: bool = False,
         dim: int = -1,
+        shift: int = 0,
         inplace: bool = False,
         chunks: Plan | Literal["auto"] = "auto",
     ) -> None:
@@ -303,7 +321,7 @@ class KDLoss(nn.Module):
         options = Options(
             temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,
             reduction, label_smoothing, class_weight, normalizer, divergence, mix, teacher_form,
-            teacher_weights, ensemble, standardize, dim, inplace, chunks,
+            teacher_weights, ensemble, standardize, dim, shift, inplace, chunks,
         )  # fmt: skip
         _check(options)
         self._static_options = options  # with None in the place of tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,13 @@ from torch import Tensor
 from fastkd import reference, validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
-from fastkd._core.objective import Objective, Options, check_tensors, resolve
+from fastkd._core.objective import (
+    PER_ROW_OPTIONS,
+    Objective,
+    Options,
+    check_tensors,
+    resolve,
+)
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import Head, Sampled, TopK, check_sampled, check_topk
 
@@ -82,6 +89,10 @@ def check_arguments(
     The tensors of a sparse teacher are not converted here. Kernels detect bad indices and labels;
     :func:`raise_for_kernel_error` then explains the error.
     """
+    validation.check_count("shift", options.shift, 0)
+    if options.shift:
+        checks.check_student(student, options.dim)
+        teacher, labels, options = _shifted(student, teacher, labels, options)
     sparse = teacher if isinstance(teacher, (TopK, Sampled)) else None
     is_sequence = sparse is None and isinstance(teacher, (list, tuple))
     teachers: tuple[object, ...] = tuple(teacher) if is_sequence else (teacher,)  # type: ignore[arg-type]
@@ -120,6 +131,54 @@ def check_arguments(
         return Call(student, (), labels, objective, dtype, listed_of(sparse))
     outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
     return Call(student, outputs, labels, objective, dtype, None, inplace)
+
+
+def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
+    """Drop the first ``n`` positions of ``dim``, and append as many that hold ``fill``."""
+    n = min(n, value.shape[dim])
+    moved = value.narrow(dim, n, value.shape[dim] - n)
+    return torch.cat((moved, torch.full_like(value.narrow(dim, 0, n), fill)), dim)
+
+
+def _shifted(
+    student: Tensor, teacher: object, labels: Tensor | None, options: Options
+) -> tuple[object, Tensor, Options]:
+    """Move labels, lists and per-row options to the rows that predict them.
+
+    The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
+    as they are, to be refused by their own checks.
+    """
+    n, rows = options.shift, _classes_last(student, options.dim).shape[:-1]
+    if not rows:
+        raise ValueError(
+            f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
+        )
+    if labels is None:
+        # Labels that only mark the rows to ignore: the hard term weighs 0.
+        resolve(options, has_labels=False, teachers=None)
+        soft_weight = 1.0 if options.soft_weight is None else options.soft_weight
+        options = options._replace(alpha=None, hard_weight=0.0, soft_weight=soft_weight)
+        labels = torch.zeros(rows, dtype=torch.int64, device=student.device)
+    elif isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels must be class indices with shift={n}; got {labels.dtype}")
+    if isinstance(labels, Tensor):
+        labels = validation.to_int64(labels)
+        labels = shift_rows(labels, n, options.ignore_index) if labels.dim() else labels
+    if isinstance(teacher, (TopK, Sampled)):
+        dim = -2 if isinstance(teacher, TopK) else -1
+        if all(value.dim() >= -dim for value in teacher[:2]):
+            fields = [
+                shift_rows(value, n, fill, dim)
+                for value, fill in zip(teacher[:2], (-math.inf, -1), strict=True)
+            ]
+            teacher = type(teacher)._make((*fields, teacher[2]))
+    of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
+    moved: dict[str, Any] = {
+        name: shift_rows(value, n, 1.0)
+        for name, value in of_rows.items()
+        if isinstance(value, Tensor) and value.dim()
+    }
+    return teacher, labels, options._replace(shift=0, **moved)
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:

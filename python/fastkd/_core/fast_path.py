@@ -79,7 +79,12 @@ def _find_call(
 
 def _bind(tail: str | None, with_terms: bool, has_labels: bool, options: Options) -> _BoundOp:
     """Check the options and bind them to the op; return None if the fast path lacks one of them."""
-    if options.chunks != "auto" or options.inplace is not False or options.dim != -1:
+    if (
+        options.chunks != "auto"
+        or options.inplace is not False
+        or options.dim != -1
+        or options.shift
+    ):
         return None
     if tail is not None:
         check_tail(tail, options)

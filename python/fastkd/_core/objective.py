@@ -35,6 +35,7 @@ class Options(NamedTuple):
     ensemble: Literal["probs", "logits"] = "probs"
     standardize: bool = False
     dim: int = -1
+    shift: int = 0
     inplace: bool = False
     chunks: Any = "auto"
 

@@ -74,18 +74,21 @@ class TopK(NamedTuple):
         teacher = fastkd.TopK(*torch.log_softmax(teacher_logits / T, -1).topk(k))
 
     With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
-    q = softmax(student / T) the student's, ``tail`` chooses the divergence D:
+    q = softmax(student / T) the student's, ``tail`` chooses what the divergence compares:
 
-    - ``"ghost"``: all other classes are one more class, for teacher and student. D is the forward
-      KL of k + 1 classes, sum over K of p log(p / q) + p' log(p' / q'), with p' = 1 - sum over K of
-      p, and q' the student's probability of everything outside K. The student learns how much to
-      leave to the other classes, and not how to divide it. (Model-Optimizer; DistillKit's
-      "symmetric_uniform"; TRL's tail bucket.)
-    - ``"renormalize"``: both distributions are divided by their sum over K, and D is the forward KL
-      of the two. The student's probability of other classes has no influence. (TRL without tail.)
-    - ``"ignore"``: D = sum over K of p log(p / q) as it stands, which may be negative. With
-      ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of the
-      teacher truncated to K and the student over all classes. (DistillKit's "zero".)
+    - ``"ghost"``: all other classes are one more class, for teacher and student, with
+      probabilities p' = 1 - sum over K of p, and q', the student's probability of everything
+      outside K. The student learns how much to leave to the other classes, and not how to divide
+      it. (Model-Optimizer; DistillKit's "symmetric_uniform"; TRL's tail bucket.)
+    - ``"renormalize"``: both distributions are divided by their sum over K. The student's
+      probability of other classes has no influence. (TRL without tail.)
+    - ``"ignore"``: the forward KL's sum over K of p log(p / q) as it stands, which may be negative.
+      With ``log_probs - log_probs.logsumexp(-1, keepdim=True)`` for ``log_probs`` it is the KL of
+      the teacher truncated to K and the student over all classes. (DistillKit's "zero".) Other
+      divergences refuse it: their sum over K falls as the student leaves K.
+
+    The classes may be the teacher's most probable ones, the student's, or any others. Every
+    divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
 
     Inference servers return log-probabilities at T = 1 unless they are configured otherwise
     (vLLM's ``logprobs_mode="processed_logprobs"``). The loss cannot re-soften a truncated list.
