@@ -58,8 +58,9 @@ def check_arguments(
     :func:`raise_for_kernel_error` then explains the error.
     """
     topk = teacher if isinstance(teacher, TopK) else None
-    is_sequence = topk is None and isinstance(teacher, (list, tuple))
-    teachers: tuple[object, ...] = tuple(teacher) if is_sequence else (teacher,)  # type: ignore[arg-type]
+    teachers: Any = (teacher,)
+    if topk is None and isinstance(teacher, (list, tuple)):
+        teachers = tuple(teacher)
     if options.chunks != "auto":
         raise ValueError(f'chunks must be "auto" unless student is a Head; got {options.chunks!r}')
     if topk is not None:
@@ -72,29 +73,36 @@ def check_arguments(
     )
     checks.check_student(student, options.dim)
     if topk is not None:
-        outputs: tuple[Tensor, ...] = (topk.log_probs,)
+        teachers = (topk.log_probs,)
         check_topk(topk, "teacher")
         _check_lists_fit(student, topk)
+        check_teacher_has_no_gradient("teacher.log_probs", topk.log_probs)
+    elif not teachers:
+        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
     else:
-        outputs = checks.check_teachers(student, teachers, options.dim)
-    for i, output in enumerate(outputs):
-        name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
-        check_teacher_has_no_gradient("teacher.log_probs" if topk is not None else name, output)
+        for i, value in enumerate(teachers):
+            name = "teacher" if len(teachers) == 1 else f"teacher[{i}]"
+            checks.check_teacher(student, name, value, options.dim)
+            check_teacher_has_no_gradient(name, value)
     inplace = options.inplace and not is_transformed()
     if inplace:
-        _check_inplace(student, outputs, objective.reduction)
-    student, labels = _classes_last(student, options.dim), _labels_last(student, labels, options)
+        _check_inplace(student, teachers, objective.reduction)
+    dtype = accumulator(student, *teachers)
+    teachers = () if topk is not None else tuple(checks.to_savable(x.detach()) for x in teachers)
+    if options.dim == 1:
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            labels = labels.movedim(1, -1) if labels.dim() == student.dim() else labels
+        student, *teachers = (x.movedim(1, -1) for x in (student, *teachers))
     soft_labels = labels is not None and checks.check_labels(labels, student)
-    if topk is not None:
-        _check_sparse(objective, labels)
+    if topk is not None and soft_labels:
+        raise TypeError(
+            "labels must be class indices of an integer dtype with a TopK as teacher; got "
+            f"{labels.dtype}"  # type: ignore[union-attr]
+        )
     labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
-    dtype = accumulator(student, *outputs)
     objective = check_tensors(objective, student, labels, dtype)
-    if topk is not None:
-        return Call(student, (), labels, objective, dtype, topk)
-    outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
-    return Call(student, outputs, labels, objective, dtype, None, inplace)
+    return Call(student, tuple(teachers), labels, objective, dtype, topk, inplace)
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
@@ -109,6 +117,9 @@ def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
 def check_sparse_options(options: Options) -> None:
     """Raise if an option is given that a sparse teacher does not support."""
     check_options_are_default(options, _DENSE_OPTIONS, "a TopK as teacher")
+    for name in ("temperature", "hard_weight", "soft_weight"):
+        if isinstance(getattr(options, name), Tensor):
+            raise TypeError(f"{name} must be a number with a TopK as teacher; got a tensor")
 
 
 def check_options_are_default(options: Options, names: Sequence[str], context: str) -> None:
@@ -117,26 +128,12 @@ def check_options_are_default(options: Options, names: Sequence[str], context: s
     ``context``: what does not support these options, for the message.
     """
     for name in names:
-        default = options._field_defaults[name]
-        if name in options.nondefault and getattr(options, name) != default:
-            shown = _shown(options, name)
+        value, default = getattr(options, name), options._field_defaults[name]
+        if isinstance(value, Tensor) or value != default:
+            shown = repr(value)
+            if isinstance(value, Tensor):
+                shown = f"a tensor of shape {tuple(value.shape)}"
             raise ValueError(f"{name} must be {default!r} with {context}; got {shown}")
-
-
-def _shown(options: Options, name: str) -> str:
-    value = getattr(options, name)
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _classes_last(value: Tensor, dim: int) -> Tensor:
-    return value if dim == -1 else value.movedim(dim, -1)
-
-
-def _labels_last(student: Tensor, labels: Tensor | None, options: Options) -> Tensor | None:
-    is_distribution = isinstance(labels, Tensor) and labels.is_floating_point()
-    if is_distribution and labels.dim() == student.dim():  # type: ignore[union-attr]
-        return _classes_last(labels, options.dim)  # type: ignore[arg-type]
-    return labels
 
 
 # ---- sparse teachers
@@ -158,18 +155,6 @@ def _check_lists_fit(student: Tensor, topk: TopK) -> None:
                 f"teacher.{name} must be on the logits' device, {student.device}; got "
                 f"{value.device}"
             )
-
-
-def _check_sparse(objective: Objective, labels: Tensor | None) -> None:
-    """Raise for tensors that a sparse teacher does not support."""
-    for name in ("temperature", "hard_weight", "soft_weight"):
-        if isinstance(getattr(objective, name), Tensor):
-            raise TypeError(f"{name} must be a number with a TopK as teacher; got a tensor")
-    if labels is not None and labels.is_floating_point():
-        raise TypeError(
-            f"labels must be class indices of an integer dtype with a TopK as teacher; got "
-            f"{labels.dtype}"
-        )
 
 
 # ---- inplace

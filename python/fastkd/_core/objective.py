@@ -102,12 +102,17 @@ def resolve(
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={o.reduction!r}')
     if isinstance(normalizer, Tensor):
         checks.check_no_gradient("normalizer", normalizer)
-    elif normalizer is not None:
+    if normalizer is not None:
         normalizer = checks.check_divisor(normalizer)
     validation.check_ignore_index(o.ignore_index)
     if reference.DIVERGENCES[o.divergence].needs_labels and not has_labels:
         raise ValueError(
             f"divergence={o.divergence!r} needs labels (class indices); got labels=None"
+        )
+    smoothing = validation.check_number("label_smoothing", o.label_smoothing, 0.0, 1.0)
+    if smoothing and not has_labels:
+        raise ValueError(
+            f"label_smoothing needs labels; got label_smoothing={smoothing!r} and labels=None"
         )
     objective = Objective(
         temperature,
@@ -116,7 +121,7 @@ def resolve(
         soft,
         o.ignore_index,
         o.reduction,
-        checks.check_smoothing(o.label_smoothing, has_labels),
+        smoothing,
         o.class_weight,
         normalizer,
         o.divergence,
@@ -180,39 +185,35 @@ def check_tensors(
     Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
     """
 
-    def rows(
-        name: str, value: float | Tensor, check_data: Callable[[str, Tensor], None]
-    ) -> float | Tensor:
+    def rows(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
+        value: float | Tensor = getattr(objective, name)
         if not isinstance(value, Tensor):
             return value
         if value.dim() == 0:
             value = value.to(student.device)
         else:
-            checks.check_row_tensor(value, name, student)
-        check_data(name, value)
+            checks.check_entries(value, name, student)
+        if checks.may_look(value):
+            check_data(name, value.detach())
         return checks.to_savable(value.to(dtype))
 
     normalizer, class_weight = objective.normalizer, objective.class_weight
-    if isinstance(normalizer, Tensor):
-        normalizer = checks.check_normalizer(normalizer)
     if normalizer is not None:
         normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device=student.device, dtype=dtype)
     if class_weight is not None:
-        checks.check_class_tensor(class_weight, "class_weight", student)
+        checks.check_entries(class_weight, "class_weight", student, "class")
         class_weight = checks.to_savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", objective.temperature, checks.check_temperature_data)
-    is_shared = objective.teacher_temperature is objective.temperature
+    temperature = rows("temperature", checks.check_row_temperatures)
+    teacher_temperature = temperature
+    if objective.teacher_temperature is not objective.temperature:
+        teacher_temperature = rows("teacher_temperature", checks.check_row_temperatures)
     return objective._replace(
         temperature=temperature,
-        teacher_temperature=temperature
-        if is_shared
-        else rows(
-            "teacher_temperature", objective.teacher_temperature, checks.check_temperature_data
-        ),
-        hard_weight=rows("hard_weight", objective.hard_weight, checks.check_weight_data),
-        soft_weight=rows("soft_weight", objective.soft_weight, checks.check_weight_data),
+        teacher_temperature=teacher_temperature,
+        hard_weight=rows("hard_weight", checks.check_row_weights),
+        soft_weight=rows("soft_weight", checks.check_row_weights),
         normalizer=normalizer,
         class_weight=class_weight,
     )

@@ -122,7 +122,7 @@ def check_head(head: Head, name: str = "Head") -> None:
     for field in ("hidden", "weight", "bias"):
         value = getattr(head, field)
         if value is not None or field != "bias":
-            _check_floats(f"{name}.{field}", value)
+            checks.check_floats(f"{name}.{field}", value)
     hidden, weight, bias = head[:3]
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -144,7 +144,7 @@ def check_head(head: Head, name: str = "Head") -> None:
 
 def check_topk(topk: TopK, name: str = "TopK") -> None:
     """Raise unless the fields of a sparse teacher fit each other; ``name``: see check_head."""
-    _check_floats(f"{name}.log_probs", topk.log_probs)
+    checks.check_floats(f"{name}.log_probs", topk.log_probs)
     indices = topk.indices
     if not isinstance(indices, Tensor):
         raise TypeError(
@@ -161,14 +161,6 @@ def check_topk(topk: TopK, name: str = "TopK") -> None:
             f"got {tuple(topk.log_probs.shape)} and {tuple(indices.shape)}"
         )
     validation.check_one_of(f"{name}.tail", topk.tail, TAILS)
-
-
-def _check_floats(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    checks.check_dense(name, value)
-    if value.dtype not in validation.FLOATS:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
 
 
 def _describe(value: Head | TopK) -> str:
