@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkd import validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
-from fastkd._core.objective import Objective, Options, check_tensors, resolve
+from fastkd._core.objective import Objective, Options, resolve
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import Head, TopK, check_topk
 
@@ -40,22 +40,9 @@ _DENSE_OPTIONS = (
 
 
 def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
-    """Check a call, and convert the TopK's dtypes."""
-    call = check_arguments(student, teacher, labels, options)
-    if call.topk is None:
-        return call
-    log_probs, indices, tail = call.topk
-    log_probs = checks.to_savable(log_probs.detach().to(call.dtype))
-    return call._replace(topk=TopK(log_probs, checks.to_savable(indices.long()), tail))
-
-
-def check_arguments(
-    student: Tensor, teacher: object, labels: Tensor | None, options: Options
-) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    TopK tensors are not converted here. Kernels detect bad indices and labels;
-    :func:`raise_for_kernel_error` then explains the error.
+    Kernels detect bad indices and labels; :func:`raise_for_kernel_error` then explains the error.
     """
     topk = teacher if isinstance(teacher, TopK) else None
     teachers: Any = (teacher,)
@@ -103,6 +90,48 @@ def check_arguments(
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
     objective = check_tensors(objective, student, labels, dtype)
     return Call(student, tuple(teachers), labels, objective, dtype, topk, inplace)
+
+
+def check_tensors(
+    objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
+) -> Objective:
+    """Check the tensors of an objective against the student, and convert them.
+
+    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
+    """
+
+    def rows(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
+        value: float | Tensor = getattr(objective, name)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0:
+            value = value.to(student.device)
+        else:
+            checks.check_entries(value, name, student)
+        if checks.may_look(value):
+            check_data(name, value.detach())
+        return checks.to_savable(value.to(dtype))
+
+    normalizer, class_weight = objective.normalizer, objective.class_weight
+    if normalizer is not None:
+        normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(device=student.device, dtype=dtype)
+    if class_weight is not None:
+        checks.check_entries(class_weight, "class_weight", student, "class")
+        class_weight = checks.to_savable(class_weight.detach().to(dtype))
+    temperature = rows("temperature", checks.check_row_temperatures)
+    teacher_temperature = temperature
+    if objective.teacher_temperature is not objective.temperature:
+        teacher_temperature = rows("teacher_temperature", checks.check_row_temperatures)
+    return objective._replace(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        hard_weight=rows("hard_weight", checks.check_row_weights),
+        soft_weight=rows("soft_weight", checks.check_row_weights),
+        normalizer=normalizer,
+        class_weight=class_weight,
+    )
 
 
 def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:

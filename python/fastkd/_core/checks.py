@@ -13,32 +13,11 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.validation import FLOATS, INTEGERS, check_number, check_one_of, to_int64
+from fastkd.validation import FLOATS, INTEGERS, check_number, to_int64
 
 # Within this range a temperature, its square and the inverse of either are normal float32 numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
 _TEMPERATURE_RANGE = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
-
-
-def check_reduction(value: object) -> None:
-    """Raise unless ``value`` names a reduction; for torch's "batchmean", name the equivalent."""
-    try:
-        check_one_of("reduction", value, reference.REDUCTIONS)
-    except ValueError as error:
-        if value != "batchmean":
-            raise
-        raise ValueError(
-            f'{error}. "mean" divides by the rows, as torch\'s batchmean does'
-        ) from None
-
-
-def check_dim(value: object) -> None:
-    """Raise unless ``value`` is a position that classes may have."""
-    if type(value) is not int or value not in (-1, 1):
-        raise ValueError(
-            "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
-            + repr(value)
-        )
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -145,12 +124,12 @@ def check_class_count(
 
 def check_entries(value: Tensor, name: str, student: Tensor, each: str = "row of logits") -> None:
     """Raise unless ``value`` has one entry for each row of logits or class, on their device."""
-    shape, whole = student.shape[:-1], f" for logits of shape {tuple(student.shape)}"
+    shape, logits = student.shape[:-1], f" for logits of shape {tuple(student.shape)}"
     if each == "class":
-        shape, whole = student.shape[-1:], ""
+        shape, logits = student.shape[-1:], ""
     if value.shape != shape:
         raise ValueError(
-            f"{name} must have one entry for each {each}, shape {tuple(shape)}{whole}; got "
+            f"{name} must have one entry for each {each}, shape {tuple(shape)}{logits}; got "
             f"{tuple(value.shape)}"
         )
     if value.device != student.device:
@@ -168,7 +147,7 @@ def check_scalar_temperature(name: str, value: object) -> float:
 
 
 def _as_float_tensor(name: str, value: object) -> Tensor | None:
-    """Return a floating-point tensor, or None if ``value`` is no tensor; raise for other tensors."""
+    """Return a floating-point tensor, None if ``value`` is no tensor; raise for other tensors."""
     if not isinstance(value, Tensor):
         return None
     if not value.is_floating_point():
@@ -216,15 +195,6 @@ def resolve_weights(
             f"labels=None. Pass labels, or {name}=0.0 for the soft term alone"
         )
     return 0.0, weights[1]
-
-
-def check_class_weight(value: object) -> None:
-    """Raise unless ``value`` is a floating-point tensor that needs no gradient."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"class_weight must be a tensor or None; got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"class_weight must be a floating-point tensor; got {value.dtype}")
-    check_no_gradient("class_weight", value)
 
 
 def check_no_gradient(name: str, value: Tensor) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastkd import reference, validation
@@ -79,11 +78,18 @@ def resolve(
     validation.check_one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
     validation.check_one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
     validation.check_one_of("ensemble", o.ensemble, reference.ENSEMBLES)
-    checks.check_reduction(o.reduction)
+    hint = ""
+    if o.reduction == "batchmean":  # type: ignore[comparison-overlap]
+        hint = '"mean" divides by the rows, as torch\'s batchmean does'
+    validation.check_one_of("reduction", o.reduction, reference.REDUCTIONS, hint)
     for name in ("standardize", "inplace"):
         if not isinstance(getattr(o, name), bool):
             raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
-    checks.check_dim(o.dim)
+    if type(o.dim) is not int or o.dim not in (-1, 1):
+        raise ValueError(
+            "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
+            + repr(o.dim)
+        )
     temperature = checks.check_temperature(
         "temperature", default_temperature if o.temperature is None else o.temperature
     )
@@ -92,7 +98,13 @@ def resolve(
         teacher_temperature = checks.check_temperature("teacher_temperature", o.teacher_temperature)
     hard, soft = checks.resolve_weights(o.alpha, o.hard_weight, o.soft_weight, has_labels)
     if o.class_weight is not None:
-        checks.check_class_weight(o.class_weight)
+        if not isinstance(o.class_weight, Tensor):
+            got = type(o.class_weight).__name__
+            raise TypeError(f"class_weight must be a tensor or None; got {got}")
+        if not o.class_weight.is_floating_point():
+            got = o.class_weight.dtype
+            raise TypeError(f"class_weight must be a floating-point tensor; got {got}")
+        checks.check_no_gradient("class_weight", o.class_weight)
         if not has_labels:
             raise ValueError(
                 "class_weight weighs the hard term, which needs labels; got labels=None"
@@ -175,45 +187,3 @@ def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
             f'{what} compares logits: with several teachers it needs ensemble="logits"; got '
             f"ensemble={objective.ensemble!r}"
         )
-
-
-def check_tensors(
-    objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
-) -> Objective:
-    """Check the tensors of an objective against the student, and convert them.
-
-    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
-    """
-
-    def rows(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
-        value: float | Tensor = getattr(objective, name)
-        if not isinstance(value, Tensor):
-            return value
-        if value.dim() == 0:
-            value = value.to(student.device)
-        else:
-            checks.check_entries(value, name, student)
-        if checks.may_look(value):
-            check_data(name, value.detach())
-        return checks.to_savable(value.to(dtype))
-
-    normalizer, class_weight = objective.normalizer, objective.class_weight
-    if normalizer is not None:
-        normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(device=student.device, dtype=dtype)
-    if class_weight is not None:
-        checks.check_entries(class_weight, "class_weight", student, "class")
-        class_weight = checks.to_savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", checks.check_row_temperatures)
-    teacher_temperature = temperature
-    if objective.teacher_temperature is not objective.temperature:
-        teacher_temperature = rows("teacher_temperature", checks.check_row_temperatures)
-    return objective._replace(
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        hard_weight=rows("hard_weight", checks.check_row_weights),
-        soft_weight=rows("soft_weight", checks.check_row_weights),
-        normalizer=normalizer,
-        class_weight=class_weight,
-    )

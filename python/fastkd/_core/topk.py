@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
+from fastkd._core.checks import to_savable
 from fastkd._core.dense import KERNEL_DEVICES
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
@@ -44,22 +45,23 @@ def _numbers(objective: Objective, tail: str) -> tuple[Any, ...]:
     )
 
 
-def _arguments(call: Call) -> tuple[Any, ...]:
+def arguments(call: Call) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.topk is not None
     log_probs, indices, tail = call.topk
+    indices, log_probs = to_savable(indices.long()), to_savable(log_probs.to(call.dtype))
     return (call.student, indices, log_probs, call.labels, *_numbers(call.objective, tail))
 
 
 def compute(call: Call) -> Tensor:
     """Compute the loss of a checked call whose teacher is sparse, by the kernels."""
-    out: Tensor = _topk_loss(*_arguments(call))
+    out: Tensor = _topk_loss(*arguments(call))
     return out.reshape(call.student.shape[:-1]) if call.objective.reduction == "none" else out
 
 
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
-    return _by_operations(*_arguments(call))
+    return _by_operations(*arguments(call))
 
 
 def _by_operations(
@@ -82,8 +84,8 @@ def prepare_call(objective: Objective, tail: str) -> Callable[..., Tensor]:
 
     No option may be a tensor.
     """
-    arguments = (None, None, None, None, *_numbers(objective, tail))
-    return autograd.prepare_call("topk_loss", arguments, [0, 1, 2, 3])
+    numbers = _numbers(objective, tail)
+    return autograd.prepare_call("topk_loss", (None, None, None, None, *numbers), [0, 1, 2, 3])
 
 
 autograd.register(

@@ -59,8 +59,8 @@ def _distribution(objective: Objective) -> str:
 def _temperatures(objective: Objective) -> str:
     t = _number(objective.temperature)
     same = objective.teacher_temperature is objective.temperature
-    own = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
-    text = f"{own} = {t} softens the student"
+    symbols = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
+    text = f"{symbols} = {t} softens the student"
     if objective.divergence == "cosine":
         text = f"T = {t}; the cosine has none"
     elif objective.teacher_form != "logits":

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastkd._core import checks
 from fastkd._core.arguments import (
     Teacher,
-    check_arguments,
     check_options_are_default,
     check_teacher_has_no_gradient,
+    prepare,
 )
 from fastkd._core.objective import Objective, Options
 from fastkd._core.values import Head, TopK, check_head, check_topk
@@ -98,7 +98,7 @@ def _check_with_stand_ins(
     """Check labels and options against a zero-stride stand-in for the logits, and return them."""
     shape = (*student.hidden.shape[:-1], student.weight.shape[0])
     logits = torch.empty((), dtype=dtype, device=student.hidden.device).expand(shape)
-    call = check_arguments(
+    call = prepare(
         logits,
         logits if isinstance(teacher, Head) else teacher,
         labels,
