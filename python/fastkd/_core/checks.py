@@ -261,12 +261,8 @@ def check_nonzero(
 ) -> float | Tensor:
     """Return the normalizer, or 1 if it is 0 and every row is ignored, so that the mean is 0.
 
-    If the labels may not be read (:func:`may_look`), a 0 is returned as a tensor. Then the mean is
-    0 if every row is ignored, and the result of a division by 0 otherwise. A tensor whose own
-    number may not be read is returned as it is.
-
-    Raises:
-        ValueError: for 0 if some row is not ignored, or without class indices as labels.
+    Raise for another 0. If the labels may not be read (:func:`may_look`), a 0 becomes a tensor:
+    the mean is then 0 if every row is ignored, and the result of a division by 0 otherwise.
     """
     if isinstance(normalizer, Tensor):
         if not may_look(normalizer) or normalizer.item() != 0:
