@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd._core import dense, dispatch, objective, shapes
-from fastkd._core.arguments import Call
+from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
@@ -40,7 +40,7 @@ def teachers_of(
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
     """The mixture as one teacher."""
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
-    resolved = objective.check_tensors(resolved, teachers[0], None, dtype)
+    resolved = check_tensors(resolved, teachers[0], None, dtype)
     call = Call(teachers[0], tuple(teachers), None, resolved, dtype)
     return dense.mixed_teacher(dense.make_arguments(call, False), dtype)
 

@@ -18,12 +18,15 @@ INTEGERS = (
 )
 
 
-def check_one_of(name: str, value: object, accepted: Sequence[str]) -> int:
-    """Return the position of ``value`` among the accepted names; raise if it is not one of them."""
+def check_one_of(name: str, value: object, accepted: Sequence[str], hint: str = "") -> int:
+    """Return the position of ``value`` among the accepted names; raise if it is not one of them.
+
+    ``hint``: a sentence at the end of the message.
+    """
     if isinstance(value, str) and value in accepted:
         return accepted.index(value)
     listed = ", ".join(repr(option) for option in accepted)
-    raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+    raise ValueError(f"{name} must be one of {listed}; got {value!r}{hint and '. ' + hint}")
 
 
 def check_number(
@@ -57,10 +60,10 @@ def check_number(
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise unless ``value`` is an int of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int of at least {least}; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < least:  # type: ignore[operator]
+        error = ValueError if is_int else TypeError
+        raise error(f"{name} must be an int of at least {least}; got {value!r}")
 
 
 def check_folder(name: str, value: object, otherwise: str = "") -> pathlib.Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,7 @@ from torch import Tensor
 from fastkd import reference, validation
 from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
-from fastkd._core.objective import (
-    PER_ROW_OPTIONS,
-    Objective,
-    Options,
-    check_tensors,
-    resolve,
-)
+from fastkd._core.objective import PER_ROW_OPTIONS, Objective, Options, resolve
 from fastkd._core.shapes import accumulator
 from fastkd._core.values import Head, Sampled, TopK, check_sampled, check_topk
 
@@ -61,18 +55,6 @@ _DENSE_OPTIONS = (
 )  # fmt: skip
 
 
-def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
-    """Check a call, and convert the dtypes of a sparse teacher."""
-    call = check_arguments(student, teacher, labels, options)
-    return call if call.listed is None else call._replace(listed=convert(call.listed, call.dtype))
-
-
-def convert(listed: Listed, dtype: torch.dtype) -> Listed:
-    """Convert a sparse teacher to the dtypes of the op."""
-    log_probs = checks.to_savable(listed.log_probs.detach().to(dtype))
-    return listed._replace(log_probs=log_probs, indices=checks.to_savable(listed.indices.long()))
-
-
 def listed_of(teacher: TopK | Sampled) -> Listed:
     """Return the list of a sparse teacher, with k = 1 for a sampled token."""
     if isinstance(teacher, TopK):
@@ -81,21 +63,19 @@ def listed_of(teacher: TopK | Sampled) -> Listed:
     return Listed(log_probs.unsqueeze(-1), tokens.unsqueeze(-1), "ghost", estimator)
 
 
-def check_arguments(
-    student: Tensor, teacher: object, labels: Tensor | None, options: Options
-) -> Call:
+def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Options) -> Call:
     """Check all arguments of a call for logits: types, shapes, devices, and how options combine.
 
-    The tensors of a sparse teacher are not converted here. Kernels detect bad indices and labels;
-    :func:`raise_for_kernel_error` then explains the error.
+    Kernels detect bad indices and labels; :func:`raise_for_kernel_error` then explains the error.
     """
     validation.check_count("shift", options.shift, 0)
     if options.shift:
         checks.check_student(student, options.dim)
         teacher, labels, options = _shifted(student, teacher, labels, options)
     sparse = teacher if isinstance(teacher, (TopK, Sampled)) else None
-    is_sequence = sparse is None and isinstance(teacher, (list, tuple))
-    teachers: tuple[object, ...] = tuple(teacher) if is_sequence else (teacher,)  # type: ignore[arg-type]
+    teachers: Any = (teacher,)
+    if sparse is None and isinstance(teacher, (list, tuple)):
+        teachers = tuple(teacher)
     if options.chunks != "auto":
         raise ValueError(f'chunks must be "auto" unless student is a Head; got {options.chunks!r}')
     if sparse is not None:
@@ -108,29 +88,79 @@ def check_arguments(
     )
     checks.check_student(student, options.dim)
     if sparse is not None:
-        outputs: tuple[Tensor, ...] = (sparse.log_probs,)
+        teachers = (sparse.log_probs,)
         check_sparse(sparse)
         check_fits_rows(sparse, student)
+        check_teacher_has_no_gradient("teacher.log_probs", sparse.log_probs)
+    elif not teachers:
+        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
     else:
-        outputs = checks.check_teachers(student, teachers, options.dim)
-    for i, output in enumerate(outputs):
-        name = "teacher" if len(outputs) == 1 else f"teacher[{i}]"
-        check_teacher_has_no_gradient("teacher.log_probs" if sparse is not None else name, output)
+        for i, value in enumerate(teachers):
+            name = "teacher" if len(teachers) == 1 else f"teacher[{i}]"
+            checks.check_teacher(student, name, value, options.dim)
+            check_teacher_has_no_gradient(name, value)
     inplace = options.inplace and not is_transformed()
     if inplace:
-        _check_inplace(student, outputs, objective.reduction)
-    student, labels = _classes_last(student, options.dim), _labels_last(student, labels, options)
+        _check_inplace(student, teachers, objective.reduction)
+    dtype = accumulator(student, *teachers)
+    teachers = () if sparse is not None else tuple(checks.to_savable(x.detach()) for x in teachers)
+    if options.dim == 1:
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            labels = labels.movedim(1, -1) if labels.dim() == student.dim() else labels
+        student, *teachers = (x.movedim(1, -1) for x in (student, *teachers))
     soft_labels = labels is not None and checks.check_labels(labels, student)
-    if sparse is not None:
-        check_labels_are_indices(labels, type(sparse).__name__)
+    if sparse is not None and soft_labels:
+        raise TypeError(
+            "labels must be class indices of an integer dtype with a "
+            f"{type(sparse).__name__} as teacher; got {labels.dtype}"  # type: ignore[union-attr]
+        )
     labels = None if labels is None else checks.to_savable(validation.to_int64(labels))
     checks.check_class_count(objective.divergence, objective.standardize, soft_labels, student)
-    dtype = accumulator(student, *outputs)
     objective = check_tensors(objective, student, labels, dtype)
-    if sparse is not None:
-        return Call(student, (), labels, objective, dtype, listed_of(sparse))
-    outputs = tuple(_classes_last(checks.to_savable(x.detach()), options.dim) for x in outputs)
-    return Call(student, outputs, labels, objective, dtype, None, inplace)
+    listed = None if sparse is None else listed_of(sparse)
+    return Call(student, tuple(teachers), labels, objective, dtype, listed, inplace)
+
+
+def check_tensors(
+    objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
+) -> Objective:
+    """Check the tensors of an objective against the student, and convert them.
+
+    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
+    """
+
+    def rows(name: str, check_data: Callable[[str, Tensor], None]) -> float | Tensor:
+        value: float | Tensor = getattr(objective, name)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 0:
+            value = value.to(student.device)
+        else:
+            checks.check_entries(value, name, student)
+        if checks.may_look(value):
+            check_data(name, value.detach())
+        return checks.to_savable(value.to(dtype))
+
+    normalizer, class_weight = objective.normalizer, objective.class_weight
+    if normalizer is not None:
+        normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(device=student.device, dtype=dtype)
+    if class_weight is not None:
+        checks.check_entries(class_weight, "class_weight", student, "class")
+        class_weight = checks.to_savable(class_weight.detach().to(dtype))
+    temperature = rows("temperature", checks.check_row_temperatures)
+    teacher_temperature = temperature
+    if objective.teacher_temperature is not objective.temperature:
+        teacher_temperature = rows("teacher_temperature", checks.check_row_temperatures)
+    return objective._replace(
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        hard_weight=rows("hard_weight", checks.check_row_weights),
+        soft_weight=rows("soft_weight", checks.check_row_weights),
+        normalizer=normalizer,
+        class_weight=class_weight,
+    )
 
 
 def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
@@ -148,7 +178,7 @@ def _shifted(
     The last rows, which have no label, get ``ignore_index``. Values of a wrong shape are returned
     as they are, to be refused by their own checks.
     """
-    n, rows = options.shift, _classes_last(student, options.dim).shape[:-1]
+    n, rows = options.shift, student.select(options.dim, 0).shape
     if not rows:
         raise ValueError(
             f"shift={n} needs logits (..., positions, C); got the shape {tuple(student.shape)}"
@@ -222,26 +252,12 @@ def check_options_are_default(options: Options, names: Sequence[str], context: s
     ``context``: what does not support these options, for the message.
     """
     for name in names:
-        default = options._field_defaults[name]
-        if name in options.nondefault and getattr(options, name) != default:
-            shown = _shown(options, name)
+        value, default = getattr(options, name), options._field_defaults[name]
+        if isinstance(value, Tensor) or value != default:
+            shown = repr(value)
+            if isinstance(value, Tensor):
+                shown = f"a tensor of shape {tuple(value.shape)}"
             raise ValueError(f"{name} must be {default!r} with {context}; got {shown}")
-
-
-def _shown(options: Options, name: str) -> str:
-    value = getattr(options, name)
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _classes_last(value: Tensor, dim: int) -> Tensor:
-    return value if dim == -1 else value.movedim(dim, -1)
-
-
-def _labels_last(student: Tensor, labels: Tensor | None, options: Options) -> Tensor | None:
-    is_distribution = isinstance(labels, Tensor) and labels.is_floating_point()
-    if is_distribution and labels.dim() == student.dim():  # type: ignore[union-attr]
-        return _classes_last(labels, options.dim)  # type: ignore[arg-type]
-    return labels
 
 
 # ---- sparse teachers
@@ -272,15 +288,6 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
             raise ValueError(
                 f"teacher.{name} must be on the logits' device, {logits.device}; got {value.device}"
             )
-
-
-def check_labels_are_indices(labels: Tensor | None, teacher: str) -> None:
-    """Raise if labels are probabilities, which a sparse teacher does not support."""
-    if labels is not None and labels.is_floating_point():
-        raise TypeError(
-            f"labels must be class indices of an integer dtype with a {teacher} as teacher; got "
-            f"{labels.dtype}"
-        )
 
 
 # ---- inplace

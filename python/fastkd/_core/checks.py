@@ -8,90 +8,31 @@ read logits; :func:`fastkd.check_inputs` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.validation import FLOATS, INTEGERS, check_number, check_one_of, to_int64
+from fastkd.validation import FLOATS, INTEGERS, check_number, to_int64
 
 # Within this range a temperature, its square and the inverse of either are normal float32 numbers.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-18, 1e18
 _TEMPERATURE_RANGE = f"from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
 
 
-def check_reduction(value: object) -> None:
-    """Raise unless ``value`` names a reduction; for torch's "batchmean", name the equivalent."""
-    try:
-        check_one_of("reduction", value, reference.REDUCTIONS)
-    except ValueError as error:
-        if value != "batchmean":
-            raise
-        raise ValueError(
-            f'{error}. "mean" divides by the rows, as torch\'s batchmean does'
-        ) from None
-
-
-def check_dim(value: object) -> None:
-    """Raise unless ``value`` is a position that classes may have."""
-    if type(value) is not int or value not in (-1, 1):
-        raise ValueError(
-            "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
-            + repr(value)
-        )
-
-
 def check_dense(name: str, value: Tensor) -> None:
     """Raise TypeError for a sparse, nested or mkldnn tensor, without running an operation on it."""
     if value.is_nested:
-        raise TypeError(
-            f"{name} must be a dense tensor; got a nested one. "
-            f"torch.nested.to_padded_tensor({name}, padding) makes it dense"
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must be a dense tensor; got layout {value.layout}. "
-            f"{name}.to_dense() makes it dense"
-        )
+        kind, convert = "a nested one", f"torch.nested.to_padded_tensor({name}, padding)"
+    elif value.layout is not torch.strided:
+        kind, convert = f"layout {value.layout}", f"{name}.to_dense()"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense tensor; got {kind}. {convert} makes it dense")
 
 
-def check_student(value: object, dim: int = -1, name: str = "student") -> None:
-    """Raise unless ``value`` is a tensor of logits with at least one class."""
-    _check_logits_dtype(name, value)
-    assert isinstance(value, Tensor)
-    if value.dim() <= max(dim, 0) or value.shape[dim] == 0:
-        layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
-        raise ValueError(
-            f"{name} must have shape {layout} with at least one class; got {tuple(value.shape)}"
-        )
-
-
-def check_teachers(
-    student: Tensor, values: Sequence[object], dim: int = -1, name: str = "student"
-) -> tuple[Tensor, ...]:
-    """Return the teachers' logits; raise unless shape and device are the student's.
-
-    ``name``: what the messages call the student.
-    """
-    if not values:
-        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
-    checked = []
-    for i, value in enumerate(values):
-        label = "teacher" if len(values) == 1 else f"teacher[{i}]"
-        _check_logits_dtype(label, value)
-        assert isinstance(value, Tensor)
-        _check_same_shape(student, label, value, dim, name)
-        if student.device != value.device:
-            raise ValueError(
-                f"{name} and {label} must be on the same device; got {student.device} and "
-                f"{value.device}"
-            )
-        checked.append(value)
-    return tuple(checked)
-
-
-def _check_logits_dtype(name: str, value: object) -> None:
+def check_floats(name: str, value: object) -> None:
+    """Raise unless ``value`` is a dense tensor of a supported floating-point dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
     check_dense(name, value)
@@ -99,24 +40,42 @@ def _check_logits_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
 
 
-def _check_same_shape(student: Tensor, label: str, teacher: Tensor, dim: int, name: str) -> None:
-    """Raise unless rows and classes are the same; name the slice if only classes differ."""
-    if student.shape == teacher.shape:
-        return
-    message = (
-        f"{name} and {label} must have the same shape; got {tuple(student.shape)} and "
-        f"{tuple(teacher.shape)}"
-    )
-    rows = [list(each.shape) for each in (student, teacher)]
-    if teacher.dim() == student.dim():
-        fewest = min(each.pop(dim) for each in rows)
-        if rows[0] == rows[1] and fewest > 0:
-            some = f"[..., :{fewest}]" if dim == -1 else f"[:, :{fewest}]"
-            message += (
-                f". If the first classes are the same and the others are padding, {name}{some} and "
-                f"{label}{some} are the first {fewest} of both, without a copy"
-            )
-    raise ValueError(message)
+def check_student(value: Tensor, dim: int = -1) -> None:
+    """Raise unless ``value`` is a tensor of logits with at least one class."""
+    check_floats("student", value)
+    if value.dim() <= max(dim, 0) or value.shape[dim] == 0:
+        layout = "(..., classes)" if dim == -1 else "(N, classes, ...)"
+        raise ValueError(
+            f"student must have shape {layout} with at least one class; got {tuple(value.shape)}"
+        )
+
+
+def check_teacher(student: Tensor, name: str, value: Tensor, dim: int = -1) -> None:
+    """Raise unless ``value`` are logits of the student's shape and device.
+
+    The message names the slice if only the numbers of classes differ.
+    """
+    check_floats(name, value)
+    if student.shape != value.shape:
+        message = (
+            f"student and {name} must have the same shape; got {tuple(student.shape)} and "
+            f"{tuple(value.shape)}"
+        )
+        rows = [list(each.shape) for each in (student, value)]
+        if value.dim() == student.dim():
+            fewest = min(each.pop(dim) for each in rows)
+            if rows[0] == rows[1] and fewest > 0:
+                some = f"[..., :{fewest}]" if dim == -1 else f"[:, :{fewest}]"
+                message += (
+                    ". If the first classes are the same and the others are padding, "
+                    f"student{some} and {name}{some} are the first {fewest} of both, without a copy"
+                )
+        raise ValueError(message)
+    if student.device != value.device:
+        raise ValueError(
+            f"student and {name} must be on the same device; got {student.device} and "
+            f"{value.device}"
+        )
 
 
 def check_labels(value: object, student: Tensor) -> bool:
@@ -128,7 +87,7 @@ def check_labels(value: object, student: Tensor) -> bool:
         )
     check_dense("labels", value)
     if value.is_floating_point() and value.shape == student.shape:
-        check_row_tensor(value[..., 0], "labels", student)
+        check_entries(value[..., 0], "labels", student)
         if value.requires_grad:
             raise ValueError(
                 "labels get no gradient; got probabilities that require grad (.detach() them)"
@@ -141,7 +100,7 @@ def check_labels(value: object, student: Tensor) -> bool:
         )
     if value.dtype not in INTEGERS:
         raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
-    check_row_tensor(value, "labels", student)
+    check_entries(value, "labels", student)
     return False
 
 
@@ -163,27 +122,16 @@ def check_class_count(
         raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
 
 
-def check_row_tensor(value: Tensor, name: str, student: Tensor) -> None:
-    """Raise unless ``value`` has one entry for each row of logits, and their device."""
-    if value.shape != student.shape[:-1]:
+def check_entries(value: Tensor, name: str, student: Tensor, each: str = "row of logits") -> None:
+    """Raise unless ``value`` has one entry for each row of logits or class, on their device."""
+    shape, logits = student.shape[:-1], f" for logits of shape {tuple(student.shape)}"
+    if each == "class":
+        shape, logits = student.shape[-1:], ""
+    if value.shape != shape:
         raise ValueError(
-            f"{name} must have one entry for each row of logits, shape {tuple(student.shape[:-1])} "
-            f"for logits of shape {tuple(student.shape)}; got {tuple(value.shape)}"
-        )
-    _same_device(value, name, student)
-
-
-def check_class_tensor(value: Tensor, name: str, student: Tensor) -> None:
-    """Raise unless ``value`` has one entry for each class, and the logits' device."""
-    if value.shape != student.shape[-1:]:
-        raise ValueError(
-            f"{name} must have one entry for each class, shape {tuple(student.shape[-1:])}; got "
+            f"{name} must have one entry for each {each}, shape {tuple(shape)}{logits}; got "
             f"{tuple(value.shape)}"
         )
-    _same_device(value, name, student)
-
-
-def _same_device(value: Tensor, name: str, student: Tensor) -> None:
     if value.device != student.device:
         raise ValueError(
             f"{name} must be on the logits' device, {student.device}; got {value.device}"
@@ -198,73 +146,55 @@ def check_scalar_temperature(name: str, value: object) -> float:
     return checked
 
 
-def check_temperature(name: str, value: object) -> float | Tensor:
-    """Check a temperature: a number, or a floating-point tensor, whose data is not read."""
+def _as_float_tensor(name: str, value: object) -> Tensor | None:
+    """Return a floating-point tensor, None if ``value`` is no tensor; raise for other tensors."""
     if not isinstance(value, Tensor):
-        return check_scalar_temperature(name, value)
+        return None
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
     return value
 
 
-def resolve_weights(
-    alpha: object, hard: object, soft: object, has_labels: bool
-) -> tuple[float | Tensor, float | Tensor]:
-    """Return (hard_weight, soft_weight) from ``alpha``, or from the two weights."""
-    if hard is None and soft is None:
-        if alpha is None:
-            return (0.5, 0.5) if has_labels else (0.0, 1.0)
-        share = check_number("alpha", alpha, 0.0, 1.0)
-        if share and not has_labels:
-            raise ValueError(
-                f"alpha weighs the hard term, which needs labels; got alpha={alpha!r} and "
-                "labels=None. Pass labels, or alpha=0.0 for the soft term alone"
-            )
-        return share, 1.0 - share
-    if alpha is not None:
-        raise ValueError(
-            f"alpha cannot be given together with hard_weight or soft_weight; got alpha={alpha!r}, "
-            f"hard_weight={hard!r}, soft_weight={soft!r}"
-        )
-    if has_labels:
-        return _weight("hard_weight", hard), _weight("soft_weight", soft)
-    if hard is not None and (isinstance(hard, Tensor) or _weight("hard_weight", hard) != 0.0):
-        raise ValueError(
-            "hard_weight weighs the hard term, which needs labels; got "
-            f"hard_weight={hard!r} and labels=None. Pass labels, or hard_weight=0.0 for the soft "
-            "term alone"
-        )
-    return 0.0, _weight("soft_weight", soft)
-
-
-def check_smoothing(value: object, has_labels: bool) -> float:
-    """Return the label smoothing as a float; raise if it is not 0 and there are no labels."""
-    smoothing = check_number("label_smoothing", value, 0.0, 1.0)
-    if smoothing and not has_labels:
-        raise ValueError(
-            f"label_smoothing needs labels; got label_smoothing={value!r} and labels=None"
-        )
-    return smoothing
+def check_temperature(name: str, value: object) -> float | Tensor:
+    """Check a temperature: a number, or a floating-point tensor, whose data is not read."""
+    tensor = _as_float_tensor(name, value)
+    return check_scalar_temperature(name, value) if tensor is None else tensor
 
 
 def _weight(name: str, value: object) -> float | Tensor:
     """Return a weight: a number of at least 0, 1 for None, or a floating-point tensor."""
     if value is None:
         return 1.0
-    if not isinstance(value, Tensor):
-        return check_number(name, value, 0.0, math.inf)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
-    return value
+    tensor = _as_float_tensor(name, value)
+    return check_number(name, value, 0.0, math.inf) if tensor is None else tensor
 
 
-def check_class_weight(value: object) -> None:
-    """Raise unless ``value`` is a floating-point tensor that needs no gradient."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"class_weight must be a tensor or None; got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"class_weight must be a floating-point tensor; got {value.dtype}")
-    check_no_gradient("class_weight", value)
+def resolve_weights(
+    alpha: object, hard: object, soft: object, has_labels: bool
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return (hard_weight, soft_weight) from ``alpha``, or from the two weights."""
+    weights: tuple[float | Tensor, float | Tensor]
+    name, value = "hard_weight", hard
+    if hard is not None or soft is not None:
+        if alpha is not None:
+            raise ValueError(
+                "alpha cannot be given together with hard_weight or soft_weight; got "
+                f"alpha={alpha!r}, hard_weight={hard!r}, soft_weight={soft!r}"
+            )
+        weights = _weight("hard_weight", hard), _weight("soft_weight", soft)
+    elif alpha is None:
+        return (0.5, 0.5) if has_labels else (0.0, 1.0)
+    else:
+        share = check_number("alpha", alpha, 0.0, 1.0)
+        name, value, weights = "alpha", alpha, (share, 1.0 - share)
+    if has_labels:
+        return weights
+    if value is not None and (isinstance(value, Tensor) or weights[0] != 0.0):
+        raise ValueError(
+            f"{name} weighs the hard term, which needs labels; got {name}={value!r} and "
+            f"labels=None. Pass labels, or {name}=0.0 for the soft term alone"
+        )
+    return 0.0, weights[1]
 
 
 def check_no_gradient(name: str, value: Tensor) -> None:
@@ -305,11 +235,14 @@ def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, .
     return weights
 
 
-def check_normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
-    """Check the tensor that the mean divides by, and return it as a 0-d tensor.
+def check_divisor(value: object, name: str = "normalizer") -> float | Tensor:
+    """Check what the mean divides by; return a float, or a tensor with one element as 0-d.
 
     0 is accepted here; :func:`check_nonzero` decides if it is valid.
     """
+    if not isinstance(value, Tensor):
+        is_zero = type(value) in (int, float) and value == 0
+        return 0.0 if is_zero else check_number(name, value, 0.0, math.inf, open_low=True)
     if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
         raise ValueError(
             f"{name} must be a positive number or a real tensor with one element; got "
@@ -320,15 +253,6 @@ def check_normalizer(value: Tensor, name: str = "normalizer") -> Tensor:
     return to_savable(value.detach().reshape(()))
 
 
-def check_divisor(value: object) -> float:
-    """Check the number that the mean divides by, and return it as a float.
-
-    0 is accepted here; :func:`check_nonzero` decides if it is valid.
-    """
-    is_zero = type(value) in (int, float) and value == 0
-    return 0.0 if is_zero else check_number("normalizer", value, 0.0, math.inf, open_low=True)
-
-
 def check_nonzero(
     normalizer: float | Tensor,
     labels: Tensor | None,
@@ -337,12 +261,8 @@ def check_nonzero(
 ) -> float | Tensor:
     """Return the normalizer, or 1 if it is 0 and every row is ignored, so that the mean is 0.
 
-    If the labels may not be read (:func:`may_look`), a 0 is returned as a tensor. Then the mean is
-    0 if every row is ignored, and the result of a division by 0 otherwise. A tensor whose own
-    number may not be read is returned as it is.
-
-    Raises:
-        ValueError: for 0 if some row is not ignored, or without class indices as labels.
+    Raise for another 0. If the labels may not be read (:func:`may_look`), a 0 becomes a tensor:
+    the mean is then 0 if every row is ignored, and the result of a division by 0 otherwise.
     """
     if isinstance(normalizer, Tensor):
         if not may_look(normalizer) or normalizer.item() != 0:
@@ -381,22 +301,13 @@ def may_look(value: Tensor) -> bool:
     )
 
 
-def check_weight_data(name: str, value: Tensor) -> None:
-    """Raise if a row's weight is negative or not finite, and the data may be read."""
-    if may_look(value):
-        value = value.detach()
-        raise_for_first(
-            ~((value >= 0) & value.isfinite()), value, f"{name} must be finite and at least 0"
-        )
+def check_row_weights(name: str, value: Tensor) -> None:
+    """Raise if a row's weight is negative or not finite."""
+    bad = ~((value >= 0) & value.isfinite())
+    raise_for_first(bad, value, f"{name} must be finite and at least 0")
 
 
-def check_temperature_data(name: str, value: Tensor) -> None:
-    """Raise if a row's temperature is out of range, and the data may be read."""
-    if may_look(value):
-        _check_temperatures(name, value.detach())
-
-
-def _check_temperatures(name: str, value: Tensor) -> None:
+def check_row_temperatures(name: str, value: Tensor) -> None:
     """Raise unless all temperatures are positive, finite and from 1e-18 to 1e18."""
     bad = ~((value > 0) & value.isfinite())
     raise_for_first(bad, value, f"{name} must be positive and finite")
@@ -417,7 +328,7 @@ def check_rows(
             bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}"
         )
     if isinstance(temperature, Tensor):
-        _check_temperatures("temperature", temperature.detach())
+        check_row_temperatures("temperature", temperature.detach())
 
 
 def raise_for_first(bad: Tensor, value: Tensor, message: str) -> None:

@@ -61,15 +61,15 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     if len(teachers) > 1 or o.teacher_form == "probs":
         teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
         weights = o.teacher_weights or (1.0,) * len(teachers)
-        (own, teachers_own), rows = row_numbers(call, (o.temperature, o.teacher_temperature))
+        temperatures, rows = row_numbers(call, (o.temperature, o.teacher_temperature))
         mixing = Arguments(
             teachers,
             row_temperatures=rows,
             shares=tuple(weight / sum(weights) for weight in weights),
             probabilities=o.teacher_form == "probs",
             ensemble=reference.ENSEMBLES.index(o.ensemble),
-            mixture_temperature=own,
-            teachers_temperature=teachers_own,
+            mixture_temperature=temperatures[0],
+            teachers_temperature=temperatures[1],
         )
         if call.student.is_cuda:  # these kernels of the loss take one teacher: the mixture
             teachers, mixing = (mixed_teacher(mixing, call.dtype),), Arguments(())
@@ -138,16 +138,16 @@ def mixed_teacher(arguments: Arguments, dtype: torch.dtype) -> Tensor:
         return _mixture(list(arguments.teachers), *arguments[1:7], dtype is torch.float64)  # type: ignore[no-any-return]
 
 
-def loss(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
-    """Run the op ``loss``, in place if ``inplace``.
-
-    The result is 0-d, ``(rows,)``, or, with terms, has the terms as its first dimension.
-    """
+def compute(call: Call, with_terms: bool) -> Tensor:
+    """Compute the loss, or all terms stacked, by one pass of the kernels, in place if asked to."""
+    student, arguments = call.student, make_arguments(call, with_terms)
     differentiated = torch.is_grad_enabled() and student.requires_grad
-    if inplace and differentiated and not torch.compiler.is_compiling():
+    if call.inplace and differentiated and not torch.compiler.is_compiling():
         out = _InplaceLoss.apply(student, *arguments)  # type: ignore[no-untyped-call]
     else:
         out = _loss(student, *arguments)
+    if call.objective.reduction == "none" and student.dim() != 2:
+        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
     return out  # type: ignore[no-any-return]
 
 
@@ -155,11 +155,11 @@ class _InplaceLoss(torch.autograd.Function):
     """The loss whose forward pass writes the gradient over the student's logits."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *flat: Any) -> Any:
-        out, stats = _loss_into(student, student, *flat, True)
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Any:
+        out, stats = _loss_into(student, student, *arguments, True)
         torch.autograd.graph.increment_version(student)
-        ctx.with_terms = Arguments(*flat).with_terms
-        ctx.no_grads = (None,) * len(flat)  # for the arguments after the student
+        ctx.with_terms = Arguments(*arguments).with_terms
+        ctx.no_grads = (None,) * len(arguments)
         ctx.grad = student.detach()
         ctx.save_for_backward(stats)
         return out
@@ -176,26 +176,22 @@ class _InplaceLoss(torch.autograd.Function):
             )
         if ctx.with_terms:
             grad_output = grad_output[0]
-        _scale_(grad, grad_output.contiguous(), stats)
-        return grad, *ctx.no_grads
+        return scale_(grad, grad_output.contiguous(), stats), *ctx.no_grads
 
 
-def _scale_(grad: Tensor, factor: Tensor, stats: Tensor) -> None:
-    """Multiply ``grad`` by ``factor`` in place; on CUDA a factor of 1 costs next to nothing."""
-    if factor.dtype is not accumulator(grad):  # float64 because of a float64 teacher
-        grad.mul_(factor)
-        return
-    _loss_backward_(grad, factor, stats, grad, *Arguments((grad,)), True)
-
-
-def scale_(grad: Tensor, factor: Tensor) -> Tensor:
+def scale_(grad: Tensor, factor: Tensor, stats: Tensor | None = None) -> Tensor:
     """Multiply ``grad`` by ``factor`` in place, without synchronizing; a factor of 1 is cheap.
 
-    ``factor``: 0-d, float32, or float64 for a float64 ``grad``.
+    ``factor``: 0-d. ``stats``: from ``loss_into`` if it wrote ``grad``.
     """
-    if grad.device.type not in KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
+    out = grad
+    if stats is None:
+        if grad.device.type not in KERNEL_DEVICES or grad.numel() == 0 or not grad.is_contiguous():
+            return grad.mul_(factor)
+        out, stats = grad.view(1, -1), factor.new_zeros(STATS + 1)
+    if factor.dtype is not accumulator(grad):  # float64 because of a float64 teacher
         return grad.mul_(factor)
-    _scale_(grad.view(1, -1), factor, factor.new_zeros(STATS + 1))
+    _loss_backward_(out, factor, stats, out, *Arguments((out,)), True)
     return grad
 
 

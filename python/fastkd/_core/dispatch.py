@@ -20,7 +20,6 @@ from fastkd._core.objective import Objective
 from fastkd._core.rows import compute_checkpointed, divisor_ratio, reference_terms
 
 _warned: set[str] = set()
-
 _loss_into = torch.ops.fastkd.loss_into.default
 _loss_backward_ = torch.ops.fastkd.loss_backward_.default
 
@@ -104,14 +103,15 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
             normalizer=divisor.to(dtype) if isinstance(divisor, Tensor) else divisor,
         )
         self_call = Call(student, (student,), call.labels, self_only, dtype)
-        _, hard, _, student_entropy, _, _ = _fused(self_call, True).to(call.dtype)
+        _, hard, _, student_entropy, _, _ = dense.compute(self_call, True).to(call.dtype)
         soft_only = o._replace(hard_weight=0.0, soft_weight=o.temperature**-2)
         soft = topk.compute(call._replace(objective=soft_only))
         valid = None if call.labels is None else call.labels != o.ignore_index
-        indices = reference.topk.mark_padding(listed.indices, listed.log_probs)
+        indices, log_probs = topk.lists(call)
+        indices = reference.topk.mark_padding(indices, log_probs)
         log_q = (student / reference.column(o.temperature)).to(call.dtype).log_softmax(-1)
         per_row = reference.topk.describe(
-            log_q, indices, listed.log_probs, listed.tail, listed.estimator is not None
+            log_q, indices, log_probs, listed.tail, listed.estimator is not None
         )
         rest = [reference.reduce(rows, valid, o.reduction, o.normalizer) for rows in per_row]
     return torch.stack((loss, hard, soft, student_entropy, *rest))
@@ -119,7 +119,7 @@ def _sparse(call: Call, with_terms: bool) -> Tensor:
 
 def _fused(call: Call, with_terms: bool) -> Tensor:
     """Compute a call by one pass of the kernels; class weights become row weights."""
-    student, o, hard = call.student, call.objective, None
+    o, hard = call.objective, None
     if o.class_weight is not None:
         assert call.labels is not None
         weight = o.class_weight[call.labels.clamp(0, len(o.class_weight) - 1)] * divisor_ratio(call)
@@ -129,10 +129,7 @@ def _fused(call: Call, with_terms: bool) -> Tensor:
             with torch.no_grad():
                 hard = _fused(call._replace(objective=hard_only, inplace=False), False)
         o = o._replace(hard_weight=o.hard_weight * weight)
-    arguments = dense.make_arguments(call._replace(objective=o), with_terms)
-    out = dense.loss(student, arguments, call.inplace)
-    if o.reduction == "none" and student.dim() != 2:
-        out = out.reshape((*out.shape[:-1], *student.shape[:-1]))
+    out = dense.compute(call._replace(objective=o), with_terms)
     return out if hard is None else torch.cat((out[:1], hard.unsqueeze(0), out[2:]))
 
 
@@ -161,20 +158,20 @@ def _in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
     # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
-    out = _fused(divergence, with_terms)
-    cross_entropy = o._replace(
-        temperature=1.0,
-        teacher_temperature=1.0,
-        divergence="soft_cross_entropy",
-        mix=None,
-        teacher_form="probs",
-        teacher_weights=None,
-        ensemble="probs",
-    )
+    out = dense.compute(divergence, with_terms)
 
     def hard(weight: float | Tensor) -> Tensor:
-        weighted = cross_entropy._replace(soft_weight=weight * total)
-        return _fused(divergence._replace(teachers=(target,), objective=weighted), False)
+        objective = o._replace(
+            temperature=1.0,
+            teacher_temperature=1.0,
+            soft_weight=weight * total,
+            divergence="soft_cross_entropy",
+            mix=None,
+            teacher_form="probs",
+            teacher_weights=None,
+            ensemble="probs",
+        )
+        return dense.compute(divergence._replace(teachers=(target,), objective=objective), False)
 
     weight = call.objective.hard_weight
     if not with_terms:

@@ -120,14 +120,12 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
         and _function_modes() == 0
     ):
         return False
-    saves = _is_grad_enabled()  # autograd cannot save inference tensors
     if labels is None:
-        return not (saves and teacher.is_inference())
-    return (
-        type(labels) is Tensor
-        and labels.dtype is _int64
-        and not (saves and (teacher.is_inference() or labels.is_inference()))
-    )
+        return not (_is_grad_enabled() and teacher.is_inference())
+    if type(labels) is not Tensor or labels.dtype is not _int64:
+        return False
+    # Autograd cannot save inference tensors.
+    return not (_is_grad_enabled() and (teacher.is_inference() or labels.is_inference()))
 
 
 def _are_lists_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
@@ -136,12 +134,8 @@ def _are_lists_eligible(student: Any, log_probs: Any, indices: Any, labels: obje
         is_eligible(student, log_probs, labels)
         and type(indices) is Tensor
         and indices.dtype is torch.int64
-        and not indices.is_nested
         and indices.shape == log_probs.shape
         and indices.shape[:-1] == student.shape[:-1]
-        and indices.dim() == student.dim()
-        and indices.shape[-1] > 0
-        and indices.device == student.device
         and indices.layout is torch.strided
         and log_probs.dtype is accumulator(student, log_probs)
         and not (torch.is_grad_enabled() and indices.is_inference())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastkd import reference, validation
@@ -80,11 +79,18 @@ def resolve(
     validation.check_one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
     validation.check_one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
     validation.check_one_of("ensemble", o.ensemble, reference.ENSEMBLES)
-    checks.check_reduction(o.reduction)
+    hint = ""
+    if o.reduction == "batchmean":  # type: ignore[comparison-overlap]
+        hint = '"mean" divides by the rows, as torch\'s batchmean does'
+    validation.check_one_of("reduction", o.reduction, reference.REDUCTIONS, hint)
     for name in ("standardize", "inplace"):
         if not isinstance(getattr(o, name), bool):
             raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
-    checks.check_dim(o.dim)
+    if type(o.dim) is not int or o.dim not in (-1, 1):
+        raise ValueError(
+            "dim must be -1, for logits (..., C), or 1, for logits (N, C, d1, ...); got "
+            + repr(o.dim)
+        )
     temperature = checks.check_temperature(
         "temperature", default_temperature if o.temperature is None else o.temperature
     )
@@ -93,7 +99,13 @@ def resolve(
         teacher_temperature = checks.check_temperature("teacher_temperature", o.teacher_temperature)
     hard, soft = checks.resolve_weights(o.alpha, o.hard_weight, o.soft_weight, has_labels)
     if o.class_weight is not None:
-        checks.check_class_weight(o.class_weight)
+        if not isinstance(o.class_weight, Tensor):
+            got = type(o.class_weight).__name__
+            raise TypeError(f"class_weight must be a tensor or None; got {got}")
+        if not o.class_weight.is_floating_point():
+            got = o.class_weight.dtype
+            raise TypeError(f"class_weight must be a floating-point tensor; got {got}")
+        checks.check_no_gradient("class_weight", o.class_weight)
         if not has_labels:
             raise ValueError(
                 "class_weight weighs the hard term, which needs labels; got labels=None"
@@ -103,12 +115,17 @@ def resolve(
         raise ValueError(f'normalizer goes with reduction="mean"; got reduction={o.reduction!r}')
     if isinstance(normalizer, Tensor):
         checks.check_no_gradient("normalizer", normalizer)
-    elif normalizer is not None:
+    if normalizer is not None:
         normalizer = checks.check_divisor(normalizer)
     validation.check_ignore_index(o.ignore_index)
     if reference.DIVERGENCES[o.divergence].needs_labels and not has_labels:
         raise ValueError(
             f"divergence={o.divergence!r} needs labels (class indices); got labels=None"
+        )
+    smoothing = validation.check_number("label_smoothing", o.label_smoothing, 0.0, 1.0)
+    if smoothing and not has_labels:
+        raise ValueError(
+            f"label_smoothing needs labels; got label_smoothing={smoothing!r} and labels=None"
         )
     objective = Objective(
         temperature,
@@ -117,7 +134,7 @@ def resolve(
         soft,
         o.ignore_index,
         o.reduction,
-        checks.check_smoothing(o.label_smoothing, has_labels),
+        smoothing,
         o.class_weight,
         normalizer,
         o.divergence,
@@ -171,49 +188,3 @@ def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
             f'{what} compares logits: with several teachers it needs ensemble="logits"; got '
             f"ensemble={objective.ensemble!r}"
         )
-
-
-def check_tensors(
-    objective: Objective, student: Tensor, labels: Tensor | None, dtype: torch.dtype
-) -> Objective:
-    """Check the tensors of an objective against the student, and convert them.
-
-    Per-row options become ``(...)`` in ``dtype``; 0-d tensors stay 0-d.
-    """
-
-    def rows(
-        name: str, value: float | Tensor, check_data: Callable[[str, Tensor], None]
-    ) -> float | Tensor:
-        if not isinstance(value, Tensor):
-            return value
-        if value.dim() == 0:
-            value = value.to(student.device)
-        else:
-            checks.check_row_tensor(value, name, student)
-        check_data(name, value)
-        return checks.to_savable(value.to(dtype))
-
-    normalizer, class_weight = objective.normalizer, objective.class_weight
-    if isinstance(normalizer, Tensor):
-        normalizer = checks.check_normalizer(normalizer)
-    if normalizer is not None:
-        normalizer = checks.check_nonzero(normalizer, labels, objective.ignore_index)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(device=student.device, dtype=dtype)
-    if class_weight is not None:
-        checks.check_class_tensor(class_weight, "class_weight", student)
-        class_weight = checks.to_savable(class_weight.detach().to(dtype))
-    temperature = rows("temperature", objective.temperature, checks.check_temperature_data)
-    is_shared = objective.teacher_temperature is objective.temperature
-    return objective._replace(
-        temperature=temperature,
-        teacher_temperature=temperature
-        if is_shared
-        else rows(
-            "teacher_temperature", objective.teacher_temperature, checks.check_temperature_data
-        ),
-        hard_weight=rows("hard_weight", objective.hard_weight, checks.check_weight_data),
-        soft_weight=rows("soft_weight", objective.soft_weight, checks.check_weight_data),
-        normalizer=normalizer,
-        class_weight=class_weight,
-    )

@@ -55,11 +55,11 @@ def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
     """
     *shape, classes = student.shape
     place = len(shape)
-    *strides, of_classes = student.stride()
-    if strided and of_classes != 1 and classes > 1 and student.numel() > 0:
+    *strides, class_stride = student.stride()
+    if strided and class_stride != 1 and classes > 1 and student.numel() > 0:
         rows = [(dim, strides[dim]) for dim in range(len(shape)) if shape[dim] != 1]
         if all(outer >= inner for (_, outer), (_, inner) in pairwise(rows)):
-            place = next((dim for dim, stride in rows if stride < of_classes), place)
+            place = next((dim for dim, stride in rows if stride < class_stride), place)
     if place == len(shape):
         return student.new_empty(student.shape)
     return student.new_empty([*shape[:place], classes, *shape[place:]]).movedim(place, -1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
+from fastkd._core.checks import to_savable
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, row_numbers
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
@@ -55,14 +56,22 @@ def _numbers(objective: Objective, tail: str, estimator: str | None) -> tuple[An
     )
 
 
+def lists(call: Call) -> tuple[Tensor, Tensor]:
+    """Return indices and log-probabilities in the dtypes of the op."""
+    assert call.listed is not None
+    log_probs, indices = call.listed[:2]
+    return to_savable(indices.long()), to_savable(log_probs.detach().to(call.dtype))
+
+
 def _arguments(call: Call) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
-    o, (log_probs, indices, tail, estimator) = call.objective, call.listed
-    rows = (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
-    _, row_settings = row_numbers(call, rows)
-    numbers = _numbers(o, tail, estimator)
-    return (call.student, indices, log_probs, call.labels, row_settings, *numbers)
+    o = call.objective
+    _, row_settings = row_numbers(
+        call, (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
+    )
+    numbers = _numbers(o, call.listed.tail, call.listed.estimator)
+    return (call.student, *lists(call), call.labels, row_settings, *numbers)
 
 
 def compute(call: Call) -> Tensor:
@@ -74,14 +83,14 @@ def compute(call: Call) -> Tensor:
 def compute_by_operations(call: Call) -> reference.Terms:
     """Compute the loss and its terms by differentiable PyTorch operations."""
     assert call.listed is not None
-    o, (log_probs, indices, tail, estimator) = call.objective, call.listed
+    o, (indices, log_probs) = call.objective, lists(call)
     return reference.topk.terms(
         call.student,
         log_probs,
         indices,
         call.labels,
-        tail=tail,
-        estimator=estimator,
+        tail=call.listed.tail,
+        estimator=call.listed.estimator,
         temperature=o.temperature,
         hard_weight=o.hard_weight,
         soft_weight=o.soft_weight,

@@ -171,7 +171,7 @@ def check_head(head: Head, name: str = "Head") -> None:
     for field in ("hidden", "weight", "bias"):
         value = getattr(head, field)
         if value is not None or field != "bias":
-            _check_floats(f"{name}.{field}", value)
+            checks.check_floats(f"{name}.{field}", value)
     hidden, weight, bias = head[:3]
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -210,7 +210,7 @@ def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
 
 def _check_listed(name: str, log_probs: object, field: str, indices: object, shape: str) -> None:
     """Raise unless log-probabilities and class indices are tensors of one shape."""
-    _check_floats(f"{name}.log_probs", log_probs)
+    checks.check_floats(f"{name}.log_probs", log_probs)
     assert isinstance(log_probs, Tensor)
     if not isinstance(indices, Tensor):
         raise TypeError(
@@ -226,14 +226,6 @@ def _check_listed(name: str, log_probs: object, field: str, indices: object, sha
             f"{name}.log_probs and {name}.{field} must have the same shape {shape}; got "
             f"{tuple(log_probs.shape)} and {tuple(indices.shape)}"
         )
-
-
-def _check_floats(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-    checks.check_dense(name, value)
-    if value.dtype not in validation.FLOATS:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
 
 
 def _describe(value: Head | TopK | Sampled) -> str:

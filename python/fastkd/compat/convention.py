@@ -68,9 +68,4 @@ def check_normalizer(
 
     ``value`` is a number or a tensor with one element. 0 is accepted if every row is ignored.
     """
-    value = (
-        checks.check_normalizer(value, name)
-        if isinstance(value, Tensor)
-        else check_weight(name, value)
-    )
-    return checks.check_nonzero(value, labels, ignore_index, name)
+    return checks.check_nonzero(checks.check_divisor(value, name), labels, ignore_index, name)

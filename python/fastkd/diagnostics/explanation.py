@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import checks
 from fastkd._core.objective import Objective, Options, resolve
 from fastkd.losses import KDLoss
 
@@ -60,8 +59,8 @@ def _distribution(objective: Objective) -> str:
 def _temperatures(objective: Objective) -> str:
     t = _number(objective.temperature)
     same = objective.teacher_temperature is objective.temperature
-    own = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
-    text = f"{own} = {t} softens the student"
+    symbols = "T = T_t" if same and "T_t" in _kind(objective).formula else "T"
+    text = f"{symbols} = {t} softens the student"
     if objective.divergence == "cosine":
         text = f"T = {t}; the cosine has none"
     elif objective.teacher_form != "logits":
@@ -104,10 +103,7 @@ def _reduction(objective: Objective) -> str:
     if objective.reduction == "sum":
         return "The sum over the rows, divided by nothing."
     if objective.normalizer is not None:
-        divisor = objective.normalizer
-        if isinstance(divisor, Tensor):
-            divisor = checks.check_normalizer(divisor)
-        number = f"{float(divisor):g}"
+        number = f"{float(objective.normalizer):g}"
         return f"Both terms are summed over the rows and divided by the normalizer, {number}."
     rows = f"the number of rows whose label is not {objective.ignore_index}"
     if objective.class_weight is None:

@@ -48,7 +48,7 @@ def check_inputs(
         ValueError: labels must be in [0, 3) or ignore_index=-100; row 1 has 3
     """
     checks.check_student(student)
-    checks.check_teachers(student, [teacher])
+    checks.check_teacher(student, "teacher", teacher)
     validation.check_ignore_index(ignore_index)
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None and not checks.check_labels(labels, student):
@@ -56,7 +56,7 @@ def check_inputs(
         counts = labels != ignore_index
     checked = checks.check_temperature("temperature", temperature)
     if isinstance(checked, Tensor) and checked.dim() > 0:
-        checks.check_row_tensor(checked, "temperature", student)
+        checks.check_entries(checked, "temperature", student)
     checks.check_rows(student, labels, ignore_index, checked)
     for name, value in (("student", student), ("teacher", teacher)):
         greatest = value.amax(-1)  # NaN if any is

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastkd._core import checks
 from fastkd._core.arguments import (
     Teacher,
-    check_arguments,
     check_options_are_default,
     check_teacher_has_no_gradient,
+    prepare,
 )
 from fastkd._core.objective import Options
 from fastkd._core.rows import mean_divisors
@@ -42,7 +42,7 @@ def prepare_heads(
     # A zero-stride stand-in for the logits, by which labels, options and lists are checked.
     logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
     stand_in = logits if isinstance(teacher, Head) else teacher
-    checked = check_arguments(logits, stand_in, labels, options._replace(chunks="auto"))
+    checked = prepare(logits, stand_in, labels, options._replace(chunks="auto"))
     labels, objective = checked.labels, checked.objective
     data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
     if all(checks.may_look(x) for x in data):

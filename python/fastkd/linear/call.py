@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core.arguments import Call, Listed, convert
+from fastkd._core.arguments import Call, Listed
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective
 from fastkd._core.values import Head
 from fastkd.linear import products
@@ -190,7 +190,7 @@ def make_call(
         return Call(student, (teacher,), part.labels, objective, dtype)
     assert part.topk_indices is not None and part.topk_log_probs is not None
     listed = Listed(part.topk_log_probs, part.topk_indices, call.tail, call.estimator)
-    return Call(student, (), part.labels, objective, dtype, convert(listed, dtype))
+    return Call(student, (), part.labels, objective, dtype, listed)
 
 
 def power_of(factors: Tensor) -> Tensor:

@@ -7,37 +7,22 @@ from fastkd.reference.dense import (
     TEACHER_FORMS,
     Terms,
     column,
-    cross_entropy,
     loss,
     reduce,
-    softened_teacher,
     terms,
 )
-from fastkd.reference.divergences import (
-    DIVERGENCES,
-    LEAST_DEVIATION,
-    Divergence,
-    deviation,
-    standardized,
-    weighted,
-)
+from fastkd.reference.divergences import DIVERGENCES, Divergence
 
 __all__ = [
     "DIVERGENCES",
     "ENSEMBLES",
-    "LEAST_DEVIATION",
     "REDUCTIONS",
     "TEACHER_FORMS",
     "Divergence",
     "Terms",
     "column",
-    "cross_entropy",
-    "deviation",
     "loss",
     "reduce",
-    "softened_teacher",
-    "standardized",
     "terms",
     "topk",
-    "weighted",
 ]

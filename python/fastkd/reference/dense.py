@@ -16,28 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastkd.reference.divergences import (
-    DIVERGENCES,
-    LEAST_DEVIATION,
-    Divergence,
-    deviation,
-    log_ratio_sum,
-    over,
-    standardized,
-    weighted,
-)
-
-__all__ = [
-    "DIVERGENCES",
-    "LEAST_DEVIATION",
-    "Divergence",
-    "Terms",
-    "deviation",
-    "loss",
-    "standardized",
-    "terms",
-    "weighted",
-]
+from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, over, standardized, weighted
 
 REDUCTIONS = ("none", "sum", "mean")
 TEACHER_FORMS = ("logits", "log_probs", "probs")
@@ -243,8 +222,7 @@ def terms(
     scaled = over(standardized(student) if standardize else student, column(temperature))
     log_q = F.log_softmax(scaled, -1)
     kind = DIVERGENCES[divergence]
-    of_logits = kind.compares == "logits"
-    compared = [scaled_teacher, scaled] if of_logits else [log_p, log_q]
+    compared = [scaled_teacher, scaled] if kind.compares == "logits" else [log_p, log_q]
     if isinstance(soft_weight, Tensor) or soft_weight == 0:
         # No gradient reaches rows without weight: their divergence may be infinite, and 0 times
         # its gradient NaN.

@@ -36,6 +36,7 @@ def log_ratio_sum(p: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Compute KL(a || b); KL(p || q) covers all modes of the teacher, KL(q || p) seeks some."""
     return log_ratio_sum(log_a.exp(), log_a, log_b)
 
 
@@ -49,16 +50,6 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
     """Multiply ``value`` by ``weight``; a term with weight 0 is 0 even if it is infinite."""
     nothing = value.isinf() & (weight == 0)
     return value.masked_fill(nothing, 0) * weight
-
-
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute KL(p || q), which covers all modes of the teacher."""
-    return _kl(log_p, log_q)
-
-
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Compute KL(q || p), which seeks modes of the teacher."""
-    return _kl(log_q, log_p)
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
@@ -77,11 +68,6 @@ def jsd(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
 def skewed_forward_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     """Compute the KL of the teacher and a mixture; ``mix`` is the teacher's share of it."""
     return _kl(log_p, _log_mixture(log_p, log_q, mix))
-
-
-def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """Compute the KL of the student and a mixture; ``mix`` is the student's share of it."""
-    return _kl(log_q, _log_mixture(log_q, log_p, mix))
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -198,12 +184,12 @@ class Divergence(NamedTuple):
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
-        forward_kl,
+        _kl,
         "KL(p || q) = sum p log(p / q)",
         "Hinton, Vinyals and Dean 2015",
     ),
     "reverse_kl": Divergence(
-        reverse_kl,
+        lambda log_p, log_q: _kl(log_q, log_p),
         "KL(q || p) = sum q log(q / p)",
         "Gu, Dong, Wei and Huang 2024 (MiniLLM)",
     ),
@@ -231,7 +217,7 @@ DIVERGENCES: dict[str, Divergence] = {
         mix_open=True,
     ),
     "skewed_reverse_kl": Divergence(
-        skewed_reverse_kl,
+        lambda log_p, log_q, mix: skewed_forward_kl(log_q, log_p, mix),
         "KL(q || mix q + (1 - mix) p)",
         "Ko, Kim, Chen and Yun 2024 (DistiLLM)",
         mix=0.1,
