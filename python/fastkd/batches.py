@@ -96,15 +96,14 @@ class WithIds(Dataset[Any]):
         item = self.dataset[index]
         if isinstance(item, Mapping):
             return {**item, "ids": index}
-        if not isinstance(item, (tuple, list)):
-            return Unlabelled(item, index)
-        if len(item) == 1:
-            return Unlabelled(item[0], index)
-        if len(item) == 2:
-            return Labelled(item[0], item[1], index)
+        values = item if isinstance(item, (tuple, list)) else (item,)
+        if len(values) == 1:
+            return Unlabelled(values[0], index)
+        if len(values) == 2:
+            return Labelled(values[0], values[1], index)
         raise TypeError(
             "a sample must be x, (x,), (x, y) or a mapping, to be given an id; got "
-            f"{len(item)} values. Make x a tuple, or the sample a mapping"
+            f"{len(values)} values. Make x a tuple, or the sample a mapping"
         )
 
 
@@ -141,23 +140,17 @@ def split(batch: Any) -> Batch:
 
 def check_ids(ids: object) -> Tensor:
     """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be an integer tensor of shape (B,); got {type(ids).__name__}")
-    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)
-    if ids.dim() != 1 or not is_integer:
-        raise TypeError(
-            "ids must be an integer tensor of shape (B,); got "
-            f"{ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    return ids.long()
+    given = type(ids).__name__
+    if isinstance(ids, Tensor):
+        others = ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
+        if ids.dim() == 1 and not others:
+            return ids.long()
+        given = f"{ids.dtype} of shape {tuple(ids.shape)}"
+    raise TypeError(f"ids must be an integer tensor of shape (B,); got {given}")
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:
-    """Call ``model`` on a batch's inputs and return its logits.
-
-    Raises:
-        TypeError: if the model does not take the inputs' keywords, or returns no logits.
-    """
+    """Call ``model`` with :func:`outputs`, and return its logits with :func:`logits_of`."""
     return logits_of(outputs(model, inputs), model)
 
 
@@ -172,8 +165,16 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
     try:
         return model(*positional, **keywords)
     except TypeError as error:
-        if isinstance(inputs, Mapping):
-            _check_keywords(model, inputs, error)
+        try:
+            inspect.signature(model.forward).bind(*positional, **keywords)
+        except TypeError as reason:
+            if isinstance(inputs, Mapping):
+                raise TypeError(
+                    f"a batch that is a mapping gives the model keyword arguments, here "
+                    f"{sorted(inputs)}, and {type(model).__name__} does not take them: {reason}. "
+                    "Only 'labels' and 'ids' are removed from the batch first; rename its keys, or "
+                    "yield tuples"
+                ) from error
         raise
 
 
@@ -232,18 +233,6 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
         if isinstance(inner, nn.Module) and inner is not model:
             return _has_keyword(inner, keyword, positional)
     return False
-
-
-def _check_keywords(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
-    """Raise, from the ``error`` of a call, if ``model`` does not take the keys of ``inputs``."""
-    try:
-        inspect.signature(model.forward).bind(**inputs)
-    except TypeError as reason:
-        raise TypeError(
-            f"a batch that is a mapping gives the model keyword arguments, here {sorted(inputs)}, "
-            f"and {type(model).__name__} does not take them: {reason}. Only 'labels' and 'ids' are "
-            "removed from the batch first; rename its keys, or yield tuples"
-        ) from error
 
 
 def size(batch: Any, labels: Tensor | None) -> int:
@@ -312,9 +301,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer, or the CPU if it has none."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:

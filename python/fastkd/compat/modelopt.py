@@ -34,6 +34,9 @@ class LogitsDistillationLoss(nn.Module):
         """Compute the loss of student and teacher logits ``(..., C)``."""
         reduction, weight = convert_reduction(self.reduction, logits_s)
         return losses.loss(
-            logits_s, logits_t, temperature=self.temperature, soft_weight=weight,
+            logits_s,
+            logits_t,
+            temperature=self.temperature,
+            soft_weight=weight,
             reduction=reduction,
-        )  # fmt: skip
+        )

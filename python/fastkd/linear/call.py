@@ -173,12 +173,11 @@ def counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     return None if counted.numel() == labels.numel() else counted
 
 
-def select_rows(inputs: Inputs, index: slice | Tensor) -> dict[str, Tensor]:
+def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
     """Select rows of all fields that have rows."""
     values = {name: getattr(inputs, name) for name in _ROW_FIELDS}
-    return {
-        name: value[index] for name, value in values.items() if value is not None and value.dim()
-    }
+    has_rows = {name: x for name, x in values.items() if x is not None and x.dim()}
+    return inputs._replace(**{name: x[index] for name, x in has_rows.items()})
 
 
 def make_call(
@@ -205,21 +204,20 @@ def power_of(factors: Tensor) -> Tensor:
 
 def add_gradients(
     out: Outputs,
-    call: LinearCall,
     grad: Tensor,
-    hidden: Tensor,
-    factor: Tensor | None,
+    part: Inputs,
+    call: LinearCall,
     power: Tensor | None,
     classes: slice,
     first: bool,
 ) -> None:
     """Add a chunk's part to the gradients of weight and bias; with ``first``, write it.
 
-    ``factor``: that of each row; the sums lack the ``power`` of two (:func:`power_of`).
+    If rows have factors, the sums lack the ``power`` of two of :func:`power_of`.
     """
-    ones = grad.new_ones(len(grad), 1)
-    if factor is not None and power is not None:
-        ones = (factor / power).to(call.dtype).unsqueeze(1)
+    hidden, ones = part.hidden.to(call.dtype), grad.new_ones(len(grad), 1)
+    if part.grad_rows is not None and power is not None:
+        ones = (part.grad_rows / power).to(call.dtype).unsqueeze(1)
         hidden = hidden * ones
     if call.weight_grad:
         products.add_product_(out.weight[classes], grad.t(), hidden, call.student_scale, first)

@@ -30,7 +30,6 @@ from fastkd.linear.call import (
     make_call,
     make_heads,
     objective_of,
-    power_of,
     select_rows,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
@@ -69,16 +68,15 @@ class _Loop:
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
     ) -> None:
         """Select the rows that are not ignored; ``weight_grad`` may be empty."""
-        self.teacher_logits = inputs.teacher_logits
+        self.call, self.counted, self.teacher_logits = call, counted, inputs.teacher_logits
         if counted is not None:  # the teacher's logits are selected chunk by chunk
-            without = inputs._replace(teacher_logits=None)
-            inputs = inputs._replace(**select_rows(without, counted))
-        self.inputs, self.call, self.counted = inputs, call, counted
-        student, self.teacher = make_heads(inputs, call)
-        self.student = student._replace(hidden=inputs.hidden.to(call.dtype))
-        if self.teacher is not None:
-            hidden = self.teacher.hidden.to(call.teacher_dtype)
-            self.teacher = self.teacher._replace(hidden=hidden)
+            inputs = select_rows(inputs._replace(teacher_logits=None), counted)
+        inputs = inputs._replace(hidden=inputs.hidden.to(call.dtype))
+        if inputs.teacher_hidden is not None:
+            teacher_hidden = inputs.teacher_hidden.to(call.teacher_dtype)
+            inputs = inputs._replace(teacher_hidden=teacher_hidden)
+        self.inputs = inputs
+        self.student, self.teacher = make_heads(inputs, call)
         self.objective = objective_of(inputs, call)._replace(reduction="none", normalizer=None)
         self.weight_grad = weight_grad.view(-1).view(torch.uint8)
         rows, classes = len(inputs.hidden), len(inputs.weight)
@@ -113,15 +111,13 @@ class _Loop:
             products.logits_(student, _select_classes(self.student, part), slope)
             if self.teacher is not None:
                 products.logits_(teacher, _select_classes(self.teacher, part))
-            elif self.teacher_logits is None:
-                raise ValueError(
-                    "by_classes=True needs teacher_logits, or teacher_hidden and teacher_weight; "
-                    "got none of them"
-                )
-            elif self.counted is None:
-                teacher.copy_(self.teacher_logits[:, part])
             else:
-                torch.index_select(self.teacher_logits[:, part], 0, self.counted, out=teacher)
+                assert self.teacher_logits is not None
+                logits = self.teacher_logits[:, part]
+                if self.counted is None:
+                    teacher.copy_(logits)
+                else:
+                    torch.index_select(logits, 0, self.counted, out=teacher)
             for values in buffers[:2]:
                 values[:, size:] = -math.inf
             labels, objective = inputs.labels, self.objective._replace(ignore_index=-1)
@@ -153,13 +149,12 @@ class _Loop:
             rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows
 
-    def gradients(self, stats: Tensor, out: Outputs) -> None:
+    def gradients(self, stats: Tensor, out: Outputs, power: Tensor | None) -> None:
         """Run the second pass over the classes, which writes the gradients.
 
         ``out.hidden`` has the rows that are not ignored, in the dtype of the sum.
         """
-        call, factor = self.call, self.inputs.grad_rows
-        power = None if factor is None else power_of(factor)
+        call = self.call
         for part, core, slope in self.chunks(writes=True):
             dispatch.gradient_(core, stats)
             grad, first = core.student[:, :-PADDING], part.start == 0
@@ -168,12 +163,9 @@ class _Loop:
             if call.hidden_grad:
                 weight = self.student.weight[part].to(call.dtype)
                 products.add_product_(out.hidden, grad, weight, call.student_scale, first)
-            add_gradients(out, call, grad, self.student.hidden, factor, power, part, first=True)
-        if factor is not None and power is not None:
-            out.weight.mul_(power)
-            out.bias.mul_(power)
-            if call.hidden_grad:
-                out.hidden.mul_(factor.unsqueeze(1))
+            add_gradients(out, grad, self.inputs, call, power, part, first=True)
+        if self.inputs.grad_rows is not None and call.hidden_grad:
+            out.hidden.mul_(self.inputs.grad_rows.unsqueeze(1))
 
 
 def _select_classes(head: Head, part: slice) -> Head:
@@ -181,10 +173,11 @@ def _select_classes(head: Head, part: slice) -> Head:
     return head._replace(weight=head.weight[part], bias=bias)
 
 
-def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
+def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
     """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``defers_mean_division()`` the gradients lack the division by the denominator.
+    With ``defers_mean_division()`` the gradients lack the division by the denominator. Those of
+    weight and bias lack the ``power`` of :func:`call.add_gradients`.
     """
     out = empty_outputs(inputs, call._replace(hidden_grad=False))
     loop = _Loop(inputs, call, out.weight, counted)
@@ -206,7 +199,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     if call.hidden_grad:
         wide, shape = acc_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
         out = out._replace(hidden=inputs.hidden.new_empty(shape, dtype=wide))
-    loop.gradients(stats, out)
+    loop.gradients(stats, out, power)
     del loop
     hidden = out.hidden
     if call.hidden_grad and counted is not None:

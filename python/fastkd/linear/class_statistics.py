@@ -35,10 +35,14 @@ class References:
     def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
         """Precompute the factors; ``like`` has the dtype and device of the kernel's statistics."""
         self.rounds = like.is_cuda
-        self.t = _on_device(temperature, like)
-        hard = _on_device(objective.hard_weight, like)
-        soft = _on_device(objective.soft_weight, like)
-        self.is_precise = (hard <= soft * self.t) | (self.t == 1)
+        numbers = temperature, objective.hard_weight, objective.soft_weight
+        self.t, hard, soft = (
+            x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in numbers
+        )
+        # CUDA kernels compute exp(z) as a power of exp(z / t) if t is 1, 2, 3 or 4 and the power is
+        # precise enough.
+        is_precise = (hard <= soft * self.t) | (self.t == 1)
+        self.is_power = (self.t == self.t.round()) & (self.t <= 4) & is_precise
         self.log2e = torch.full_like(self.t, _LOG2E)
         self.slope = self.log2e / self.t  # a number / tensor would round twice
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
@@ -48,22 +52,14 @@ class References:
         return self._rounded(top, self.slope)
 
     def untempered(self, top: Tensor) -> Tensor:
-        """Return the references of sums of exp(z), from the rows' maxima.
-
-        CUDA kernels compute exp(z) as a power of exp(z / t) if t is 1, 2, 3 or 4 and the power is
-        precise enough.
-        """
+        """Return the references of sums of exp(z), from the rows' maxima."""
         separate = self._rounded(top, self.log2e)
-        if not self.rounds:
-            return separate
-        is_power = (self.t == self.t.round()) & (self.t <= 4) & self.is_precise
-        return torch.where(is_power, self.t * self.tempered(top), separate)
+        power = self.is_power & self.rounds
+        return torch.where(power, self.t * self.tempered(top), separate)
 
     def _rounded(self, top: Tensor, factor: Tensor) -> Tensor:
-        exact = top.double() * factor
-        if not self.rounds:
-            return exact
-        return torch.where(top.abs() <= self.limit, (top * factor).double(), exact)
+        is_rounded = (top.abs() <= self.limit) & self.rounds
+        return torch.where(is_rounded, (top * factor).double(), top.double() * factor)
 
 
 class RowStatistics:
@@ -74,9 +70,7 @@ class RowStatistics:
         o = self.objective = objective
         self.like = like
         self.student = References(o.temperature, o, like)
-        self.teacher = self.student
-        if o.teacher_temperature is not o.temperature:
-            self.teacher = References(o.teacher_temperature, o, like)
+        self.teacher = References(o.teacher_temperature, o, like)
         lowest = like.new_full((rows,), -math.inf)
         self.student_top, self.teacher_top = lowest, lowest
         # log2 of the sums of exp(z / t), exp(z) and exp(w / t).
@@ -85,12 +79,9 @@ class RowStatistics:
         self.label_logit = lowest.double()
 
     def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
-        """Add some classes.
+        """Add some classes, by the kernel's divergence ``within`` them, and its statistics.
 
-        Args:
-            within: the divergence of these classes, as if there were no others.
-            stats: the kernel's statistics of these classes.
-            label_logits: the student's logits of the labels; -inf for labels of other classes.
+        ``label_logits``: the student's logits of the labels; -inf for labels of other classes.
         """
         stats = stats[:-1].view(-1, len(self.student_top))
         student_top, student_scale, hard_scale, teacher_top, teacher_scale, *_ = stats
@@ -139,21 +130,14 @@ class RowStatistics:
         ``scale`` multiplies the gradient.
         """
         zeros = torch.zeros_like(self.student_mass)
-        student = self.student.tempered(self.student_top) - self.student_mass
-        hard = self.student.untempered(self.student_top) - self.hard_mass
-        teacher = self.teacher.tempered(self.teacher_top) - self.teacher_mass
+        student = (self.student.tempered(self.student_top) - self.student_mass).exp2()
+        hard = (self.student.untempered(self.student_top) - self.hard_mass).exp2()
+        teacher = (self.teacher.tempered(self.teacher_top) - self.teacher_mass).exp2()
         # The sum of slopes is the divergence for the reverse KL, and 0 for the others.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
-        rows = [
-            self.student_top,
-            student.exp2(),
-            hard.exp2() if has_labels else zeros,
-            self.teacher_top,
-            teacher.exp2(),
-            slopes,
-            zeros,  # classes that count for a mean, which no divergence here takes
-            scale.reshape(1),
-        ]
+        students = [self.student_top, student, hard if has_labels else zeros]
+        # The zeros: classes that count for a mean, which no divergence here takes.
+        rows = [*students, self.teacher_top, teacher, slopes, zeros, scale.reshape(1)]
         return torch.cat([row.to(self.like.dtype) for row in rows])
 
 
@@ -180,9 +164,3 @@ def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, weight * value)
     return weight * value if weight != 0 else torch.zeros_like(value)
-
-
-def _on_device(number: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.to(like)
-    return torch.full((), number, dtype=like.dtype, device=like.device)  # no synchronization

@@ -24,6 +24,7 @@ from fastkd.linear.call import (
     make_call,
     make_heads,
     objective_of,
+    power_of,
 )
 
 
@@ -61,15 +62,20 @@ def _run(inputs: Inputs, call: LinearCall) -> Outputs:
 
     With ``defers_mean_division()`` the gradients lack the division by the denominator.
     """
-    if call.chunk < 1:
-        raise ValueError(f"chunk must be 1 or more; got {call.chunk}")
     with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
         counted = counted_rows(inputs.labels, call.ignore_index)
         rows = inputs.hidden.shape[0] if counted is None else counted.numel()
         if rows == 0:
             return Outputs(*(value.zero_() for value in empty_outputs(inputs, call)))
+        power, factors = None, inputs.grad_rows
+        if factors is not None:
+            power = power_of(factors if counted is None else factors[counted])
         loop = class_loop.run if call.by_classes else row_loop.run
-        return loop(inputs, call, counted)
+        out = loop(inputs, call, counted, power)
+        if power is not None:
+            out.weight.mul_(power)
+            out.bias.mul_(power)
+        return out
 
 
 def _compute_by_operations(inputs: Inputs, call: LinearCall) -> Tensor:

@@ -123,7 +123,13 @@ def plan_sizes(
     accumulate_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Plan:
     """Choose the chunks; the options are those of :func:`fastkd.chunks.plan`, checked."""
-    summed, single = _sum_dtypes(sizes.weight_dtype, accumulate_dtype)
+    # Several chunks sum the gradient of a 16-bit weight in float32. A single chunk has nothing to
+    # sum; in float16 its gradient is float32 all the same: backward scales it before rounding it.
+    summed = accumulate_dtype
+    if summed == "auto":
+        summed = torch.float32 if sizes.weight_dtype.itemsize == 2 else sizes.weight_dtype
+    is_rounded = accumulate_dtype == "auto" and sizes.weight_dtype is torch.bfloat16
+    single = torch.bfloat16 if is_rounded else summed
     by_classes = _by_classes(sizes, single, chunk_size, max_workspace)
     fits = max_workspace is not None and by_classes.peak_bytes <= max_workspace
     if chunk_by == "classes":
@@ -160,20 +166,6 @@ def check_accumulate_dtype(
         )
 
 
-def _sum_dtypes(
-    weight_dtype: torch.dtype, accumulate_dtype: torch.dtype | Literal["auto"]
-) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtypes in which several chunks, and a single chunk, sum the weight's gradient.
-
-    A single chunk has nothing to sum. In float16 its gradient is float32 all the same, since
-    backward scales it before it is rounded.
-    """
-    if accumulate_dtype != "auto":
-        return accumulate_dtype, accumulate_dtype
-    summed = torch.float32 if weight_dtype.itemsize == 2 else weight_dtype
-    return summed, weight_dtype if weight_dtype is torch.bfloat16 else summed
-
-
 def _by_rows(
     sizes: Sizes,
     summed: torch.dtype,
@@ -181,63 +173,54 @@ def _by_rows(
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of rows; see ``_sum_dtypes`` for ``summed`` and ``single``."""
+    """Plan chunks of rows; several sum the weight's gradient in ``summed``, one in ``single``."""
     rows, row_bytes = sizes.rows, sizes.row_bytes
     throughout = rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
 
-    def peak_of_several(chunk: int, accumulate: torch.dtype) -> int:
+    def make_plan(chunk: int) -> Plan:
+        accumulate = single if chunk >= rows else summed
         total, cast = sizes.weight_bytes(accumulate)
-        return throughout + total + max(chunk * row_bytes + sizes.scratch_bytes(chunk), cast)
-
-    def make_plan(chunk: int, accumulate: torch.dtype) -> Plan:
-        peak = peak_of_several(chunk, accumulate)
+        scratch = sizes.scratch_bytes(chunk)
+        peak = total + max(chunk * row_bytes + scratch, cast)
         if chunk >= rows:  # the teacher's logits are freed before the gradients are made
-            total, cast = sizes.weight_bytes(accumulate)
-            scratch, grad = sizes.scratch_bytes(chunk), rows * sizes.classes * sizes.dtype.itemsize
-            peak = throughout + max(
-                rows * row_bytes + scratch, grad + total + scratch, total + cast
-            )
-        count = -(-rows // chunk) if rows else 0
-        return Plan(rows, chunk, chunk * row_bytes, peak, accumulate, count)
+            grad = rows * sizes.classes * sizes.dtype.itemsize
+            peak = max(rows * row_bytes + scratch, grad + total + scratch, total + cast)
+        count = -(-rows // chunk)
+        return Plan(rows, chunk, chunk * row_bytes, throughout + peak, accumulate, count)
 
     if chunk_size != "auto":
-        chunk = min(max(1, rows), chunk_size)
-        plan = make_plan(chunk, single if chunk >= rows else summed)
+        plan = make_plan(min(max(1, rows), chunk_size))
         if max_workspace is not None and plan.peak_bytes > max_workspace:
             raise ValueError(
                 f"max_workspace={max_workspace} is too small for chunk_size={chunk_size}: the "
-                f"gradients and the logits of {chunk} rows take {plan.peak_bytes} bytes"
+                f"gradients and the logits of {plan.chunk} rows take {plan.peak_bytes} bytes"
             )
         return plan
-    single_chunk = make_plan(max(1, rows), single)
+    whole = make_plan(max(1, rows))
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.device], LOGITS_BYTES[sizes.device] // row_bytes)
-        return single_chunk if rows <= most else make_plan(_equal_chunk(rows, most), summed)
-    if single_chunk.peak_bytes <= max_workspace:
-        return single_chunk
-    fixed = throughout + sizes.weight_bytes(summed)[0] + sizes.scratch_bytes(0)
-    scratch_per_row = sizes.scratch_bytes(1) - sizes.scratch_bytes(0)
-    most = (max_workspace - fixed) // (row_bytes + scratch_per_row)
-    if most < 1 or peak_of_several(1, summed) > max_workspace:
-        can_narrow = sizes.weight_dtype is torch.bfloat16 and summed is not torch.bfloat16
+        return whole if rows <= most else make_plan(_equal_chunk(rows, most))
+    if whole.peak_bytes <= max_workspace:
+        return whole
+    least = make_plan(1)
+    if least.peak_bytes > max_workspace:
+        can_narrow = sizes.weight_dtype is torch.bfloat16 and least.accumulate is torch.float32
         raise ValueError(
             f"max_workspace={max_workspace} is too small: the gradients of the hidden states and "
-            "of the weight and one row of logits take "
-            f"{peak_of_several(1, summed)} bytes"
+            f"of the weight and one row of logits take {least.peak_bytes} bytes"
             + f". accumulate_dtype=torch.bfloat16 takes less than {summed}"
             * can_narrow
         )
-    return make_plan(_equal_chunk(rows, most), summed)
+    fixed = throughout + sizes.weight_bytes(summed)[0] + sizes.scratch_bytes(0)
+    scratch_per_row = sizes.scratch_bytes(1) - sizes.scratch_bytes(0)
+    return make_plan(_equal_chunk(rows, (max_workspace - fixed) // (row_bytes + scratch_per_row)))
 
 
 def _equal_chunk(rows: int, most: int) -> int:
     """Return the size of the fewest chunks of about equal size, at most ``most`` rows."""
-    if most >= rows:
-        return rows
     if most >= _MULTIPLE:
         most -= most % _MULTIPLE
-    count = -(-rows // most)
-    chunk = -(-rows // count)
+    chunk = -(-rows // -(-rows // most))
     return min(most, -(-chunk // _MULTIPLE) * _MULTIPLE)
 
 
@@ -251,26 +234,25 @@ def _by_classes(
     rows, classes = sizes.rows, sizes.classes
     item = -(-sizes.row_bytes // classes)
     total, cast = sizes.weight_bytes(accumulate)
+    grad = total // classes
     sum_itemsize = max(4, sizes.dtype.itemsize)  # of the sum of the hidden states' gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
-    throughout = total + rows * row_bytes
     if sizes.copied_per_row:
-        throughout += rows * sizes.width * sizes.dtype.itemsize
+        row_bytes += sizes.width * sizes.dtype.itemsize
 
     def make_plan(chunk: int) -> Plan:
         buffer = buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
         buffer += chunk * sizes.cast_per_class + sizes.scratch_bytes(rows)
-        grad = total // classes
         count = sum(1 for _ in class_chunks(rows, classes, chunk, item, grad, writes=True))
+        peak = total + rows * row_bytes + max(buffer, cast)
         logits = buffer_bytes(rows, chunk, item)
-        peak = throughout + max(buffer, cast)
         return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
 
     if chunk_size != "auto":
         return make_plan(min(classes, chunk_size))
     chunk = min(classes, CLASSES[sizes.device])
     if sizes.weight_grad:  # no larger than what fits in the weight's gradient
-        chunk = next(class_chunks(rows, classes, chunk, item, total // classes, writes=False)).size
+        chunk = next(class_chunks(rows, classes, chunk, item, grad, writes=False)).size
     plan = make_plan(chunk)
     while max_workspace is not None and plan.peak_bytes > max_workspace and chunk > _FEWEST_CLASSES:
         chunk = max(_FEWEST_CLASSES, chunk // 2)

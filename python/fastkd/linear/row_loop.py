@@ -24,15 +24,15 @@ from fastkd.linear.call import (
     make_call,
     make_heads,
     objective_of,
-    power_of,
     select_rows,
 )
 
 
-def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
+def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor | None) -> Outputs:
     """Compute the loss of at least one row that counts, and its gradients for a grad_output of 1.
 
-    With ``defers_mean_division()`` the gradients lack the division by the denominator.
+    With ``defers_mean_division()`` the gradients lack the division by the denominator. Those of
+    weight and bias lack the ``power`` of :func:`call.add_gradients`.
     """
     out = empty_outputs(inputs, call)
     rows = inputs.hidden.shape[0] if counted is None else counted.numel()
@@ -47,17 +47,14 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
         teacher, teacher_buffer = _prepare(teacher, call.teacher_dtype, chunk)
     if call.student_softcap is not None and call.grads:
         slope = torch.empty_like(buffer)
-    power, factors = None, inputs.grad_rows
-    if factors is not None:
-        power = power_of(factors if counted is None else factors[counted])
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
         if counted is not None:
             index = counted[index]
-        part = inputs._replace(**select_rows(inputs, index))
-        size, hidden = len(part.hidden), part.hidden.to(call.dtype)
+        part = select_rows(inputs, index)
+        size = len(part.hidden)
         part_slope = None if slope is None else slope[:size]
-        logits = products.logits_(buffer[:size], student._replace(hidden=hidden), part_slope)
+        logits = products.logits_(buffer[:size], student._replace(hidden=part.hidden), part_slope)
         teacher_logits = part.teacher_logits
         if teacher is not None and part.teacher_hidden is not None:
             head = teacher._replace(hidden=part.teacher_hidden)
@@ -74,20 +71,16 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
             del buffer, teacher_buffer
         if part_slope is not None:
             grad.mul_(part_slope)
-        factor = part.grad_rows
         if call.hidden_grad:
-            is_direct = isinstance(index, slice) and out.hidden.dtype == grad.dtype
-            rows_grad = out.hidden[index] if is_direct else torch.empty_like(hidden)
+            is_direct = counted is None and out.hidden.dtype == grad.dtype
+            rows_grad = grad.new_empty(part.hidden.shape) if not is_direct else out.hidden[index]
             products.hidden_gradient_(rows_grad, grad, student.weight, call.student_scale)
-            if factor is not None:
-                rows_grad.mul_(factor.unsqueeze(1))
+            if part.grad_rows is not None:
+                rows_grad.mul_(part.grad_rows.unsqueeze(1))
             if not is_direct:
                 out.hidden[index] = rows_grad.to(out.hidden.dtype)
-        add_gradients(out, call, grad, hidden, factor, power, slice(None), start == 0)
+        add_gradients(out, grad, part, call, power, slice(None), start == 0)
         del grad  # before the next chunk allocates one, if it is not in the logits' buffer
-    if power is not None:
-        out.weight.mul_(power)
-        out.bias.mul_(power)
     if defers_mean_division(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out
