@@ -25,7 +25,7 @@ from fastkd.training.loader_state import LoaderState
 from fastkd.training.progress import Progress
 from fastkd.validation import check_count
 
-FORMAT = 6  # of a checkpoint
+FORMAT = 7  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -332,13 +332,7 @@ class Trainer:
         if folder is None:
             raise ValueError("checkpoints must be a folder in order to save; got None")
         self._progress.flush()
-        return checkpoints.write(
-            folder,
-            self.step,
-            self._write,
-            is_main=self.accelerator.is_main_process,
-            barrier=self.accelerator.wait_for_everyone,
-        )
+        return checkpoints.write(folder, self.step, self._write, self.accelerator)
 
     def _check_folder(self) -> pathlib.Path | None:
         """Return the folder; raise if it has checkpoints of another run."""
@@ -360,15 +354,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name, stateful in self._stateful().items():
                 checkpoints.save(stateful.state_dict(), folder / f"{name}.pt")
-            metadata = {
-                "format": FORMAT,
-                "step": self.step,
-                "epoch": self.epoch,
-                "processes": self.accelerator.num_processes,
-                "hints": len(self._student_loss.hint_loss.hints),
-                "history": self._history,
-            }
-            (folder / "trainer.json").write_text(json.dumps(metadata, indent=1))
+            progress = {"step": self.step, "epoch": self.epoch, "history": self._history}
+            metadata = json.dumps({**self._describe(), **progress}, indent=1)
+            (folder / checkpoints.METADATA).write_text(metadata)
 
     def resume(self) -> bool:
         """Restore the newest checkpoint; return False if there is none.
@@ -387,25 +375,28 @@ class Trainer:
         complete = checkpoints.list_complete(self._folder)
         if not complete:
             return False
-        newest, stateful = complete[-1], self._stateful()
-        checkpoints.check_no_code(newest)
-        checkpoints.read_metadata(newest, format=FORMAT)
-        checkpoints.check(newest)
-        processes, hints = self.accelerator.num_processes, len(self._student_loss.hint_loss.hints)
-        metadata = checkpoints.read_metadata(newest, processes=processes, hints=hints)
+        newest = complete[-1]
+        metadata = checkpoints.read_metadata(newest, self._describe())
         rank = self.accelerator.process_index
         position = checkpoints.load(newest / f"position-{rank}.pt")
-        for name in stateful:
-            if not (newest / f"{name}.pt").exists():
-                raise ValueError(f"{newest} was saved without {name}; make the trainer as it was")
         self.accelerator.load_state(str(newest))
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoints.load(newest / f"{name}.pt"))
+        for name, stateful in self._stateful().items():
+            stateful.load_state_dict(checkpoints.load(newest / f"{name}.pt"))
         self.step, self.epoch = metadata["step"], metadata["epoch"]
         self._history = [Evaluation(*values) for values in metadata["history"]]
         self._loader_state.load_state_dict(position)
         self._owns_folder = True
         return True
+
+    def _describe(self) -> dict[str, int]:
+        """Return what a checkpoint and the trainer that resumes from it must have in common."""
+        return {
+            "format": FORMAT,
+            "processes": self.accelerator.num_processes,
+            "hints": len(self._student_loss.hint_loss.hints),
+            "scheduler": int(self.scheduler is not None),
+            "ema": int(self.ema is not None),
+        }
 
     def _stateful(self) -> dict[str, Any]:
         """Return the parts for which Accelerate has no files that are safe to read."""
