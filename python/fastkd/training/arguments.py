@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-import pathlib
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from fastkd import extras, validation
+from fastkd import extras
 from fastkd.losses import KDLoss
 
 
@@ -62,14 +60,6 @@ def check_loss(loss: KDLoss) -> None:
             )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
-    """Raise ValueError if the optimizer would not change the student."""
-    if set(parameters_of(optimizer)).isdisjoint(student.parameters()):
-        raise ValueError(
-            "optimizer has none of the student's parameters; make it of student.parameters()"
-        )
-
-
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -82,21 +72,3 @@ def check_loader(name: str, loader: object) -> None:
             f"{name} must yield batches; got the dataset {type(loader).__name__}, which yields "
             "single samples: wrap it in a torch.utils.data.DataLoader"
         )
-
-
-def check_numbers(
-    accumulate: int,
-    clip: float | None,
-    checkpoints: str | pathlib.Path | None,
-    save_every: int | None,
-) -> None:
-    """Raise unless these arguments are in range."""
-    validation.check_count("accumulate", accumulate)
-    if clip is not None:
-        validation.check_number("clip", clip, 0.0, math.inf, open_low=True)
-    if checkpoints is not None:
-        validation.check_folder("checkpoints", checkpoints, " or None")
-    if save_every is not None:
-        validation.check_count("save_every", save_every)
-        if checkpoints is None:
-            raise ValueError("save_every needs checkpoints, the folder to write to; got None")

@@ -23,7 +23,7 @@ from fastkd.training import teacher as teachers
 from fastkd.training.hints import Hint
 from fastkd.training.loader_state import LoaderState
 from fastkd.training.progress import Progress
-from fastkd.validation import check_count
+from fastkd.validation import check_count, check_folder, check_number
 
 FORMAT = 7  # of a checkpoint
 
@@ -140,8 +140,20 @@ class Trainer:
         """Check the arguments, move the models to their devices and wrap them."""
         loss = KDLoss() if loss is None else loss
         arguments.check_loss(loss)
-        arguments.check_numbers(accumulate, clip, checkpoints, save_every)
-        arguments.check_optimizer(optimizer, student)
+        check_count("accumulate", accumulate)
+        if clip is not None:
+            check_number("clip", clip, 0.0, math.inf, open_low=True)
+        if checkpoints is not None:
+            check_folder("checkpoints", checkpoints, " or None")
+        if save_every is not None:
+            check_count("save_every", save_every)
+            if checkpoints is None:
+                raise ValueError("save_every needs checkpoints, the folder to write to; got None")
+        optimized = set(arguments.parameters_of(optimizer))
+        if optimized.isdisjoint(student.parameters()):
+            raise ValueError(
+                "optimizer has none of the student's parameters; make it of student.parameters()"
+            )
         self.accelerator = arguments.make_accelerator() if accelerator is None else accelerator
         arguments.check_accelerator(self.accelerator, ema)
         average = None if ema is None else swa_utils.get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
@@ -169,7 +181,6 @@ class Trainer:
             features = [hint.teacher for hint in hints]
             self._teacher = teachers.ModuleTeacher(teacher, student, features, forward, devices)
         self._student_loss.to(device)
-        optimized = set(arguments.parameters_of(optimizer))
         projections = self._student_loss.hint_loss.parameters()
         optimizer.param_groups[0]["params"].extend(p for p in projections if p not in optimized)
         self._model, self._optimizer = self.accelerator.prepare(self._student_loss, optimizer)
