@@ -114,11 +114,10 @@ class Factories:
         spec = _spec(module)
         if spec is None:
             return False
-        if spec.submodule_search_locations is not None:
-            places = [pathlib.Path(place).parent for place in spec.submodule_search_locations]
-        else:  # built-in and frozen modules have no location
-            places = [pathlib.Path(spec.origin or "").parent] if spec.has_location else []
-        return bool(places) and all(place.resolve() == self._folder for place in places)
+        # A package may have several places; built-in and frozen modules have none.
+        places = spec.submodule_search_locations or [str(spec.origin)] * spec.has_location
+        folders = {pathlib.Path(place).parent.resolve() for place in places}
+        return folders == {self._folder}
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:

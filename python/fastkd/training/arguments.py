@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from fastkd import extras
+from fastkd._core.checks import check_teacher_weights
 from fastkd.losses import KDLoss
 
 
@@ -46,8 +47,8 @@ def check_accelerator(accelerator: Any, ema: float | None) -> None:
         raise ValueError("ema cannot average parameters that FSDP has sharded; use ema=None")
 
 
-def check_loss(loss: KDLoss) -> None:
-    """Raise unless the trainer can divide the loss by the rows of all batches of a step."""
+def check_loss(loss: KDLoss, teachers: int) -> None:
+    """Raise unless the trainer can use the loss with this number of teachers."""
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
     for name, accepted in (("reduction", "mean"), ("normalizer", None), ("class_weight", None)):
@@ -58,6 +59,7 @@ def check_loss(loss: KDLoss) -> None:
                 f"rows of all batches of a step; got {value!r}. For another mean, call fastkd.loss "
                 "in a training loop of your own"
             )
+    check_teacher_weights(loss.teacher_weights, teachers)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -139,7 +139,8 @@ class Trainer:
     ) -> None:
         """Check the arguments, move the models to their devices and wrap them."""
         loss = KDLoss() if loss is None else loss
-        arguments.check_loss(loss)
+        several = isinstance(teacher, (list, tuple, nn.ModuleList))
+        arguments.check_loss(loss, len(teacher) if several else 1)  # type: ignore[arg-type]
         check_count("accumulate", accumulate)
         if clip is not None:
             check_number("clip", clip, 0.0, math.inf, open_low=True)
