@@ -111,17 +111,17 @@ def write(folder: pathlib.Path, shard: Shard) -> None:
     part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)
-        _synchronize(part)
+        synchronize(part)
         for number in itertools.count(len(list(folder.glob(PATTERN)))):
             with contextlib.suppress(FileExistsError):  # another process took the name
                 os.link(part, folder / f"shard-{number:05d}.safetensors")
                 break
     finally:
         part.unlink(missing_ok=True)
-    _synchronize(folder)
+    synchronize(folder)
 
 
-def _synchronize(path: pathlib.Path) -> None:
+def synchronize(path: pathlib.Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

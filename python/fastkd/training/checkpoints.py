@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fastkd.teachers.shard import synchronize
+
 KEEP = 2  # checkpoints
 CHECKSUMS, METADATA = "files.json", "trainer.json"
 _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
@@ -51,18 +53,18 @@ def write(
     accelerator.wait_for_everyone()
     fill(incomplete)
     for file in incomplete.rglob("*"):
-        _synchronize(file)
+        synchronize(file)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_checksums(incomplete)
-        _synchronize(incomplete / CHECKSUMS)
-        _synchronize(incomplete)
+        synchronize(incomplete / CHECKSUMS)
+        synchronize(incomplete)
         replaced = target.with_name(f"{target.name}.replaced")
         if os.path.lexists(target):
             _discard(replaced)
             target.replace(replaced)
         incomplete.replace(target)
-        _synchronize(folder)
+        synchronize(folder)
         _discard(replaced)
         for old in list_complete(folder)[:-KEEP]:
             _discard(old)
@@ -82,17 +84,6 @@ def _delete(path: pathlib.Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def _synchronize(path: pathlib.Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(value: Any, file: pathlib.Path) -> None:

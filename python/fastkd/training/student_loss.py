@@ -25,7 +25,7 @@ def labels(batch: Any) -> Tensor | None:
 
 
 class StepTerms(NamedTuple):
-    """Hold the terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
+    """The terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
 
     loss: Tensor
     hard: Tensor
@@ -36,10 +36,7 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """Hold the divisors of a step's sums, 0-d.
-
-    Not a tuple, because FSDP mixed precision casts tensors in tuples to 16 bits.
-    """
+    """The divisors of a step's sums, 0-d; FSDP would cast tensors in a tuple to 16 bits."""
 
     rows: Tensor
     """The rows that are not ignored; without labels, the number of samples."""
@@ -49,8 +46,8 @@ class Denominators:
 class StudentLoss(nn.Module):
     """Run the student and compute its loss in one forward call.
 
-    The logits stay inside the wrapped module, because Accelerate converts its outputs to float32.
-    The projections of hints are inside, so that DistributedDataParallel synchronizes them.
+    The module does not return the logits, because Accelerate converts outputs to float32. The
+    projections of hints are inside, so that DistributedDataParallel synchronizes them.
     """
 
     def __init__(
@@ -85,8 +82,7 @@ class StudentLoss(nn.Module):
         logits = self._forward(model, batch)
         targets = self.labels_of(batch)
         terms = self._terms(logits, teacher_logits, targets, reduction="sum", normalizer=None)
-        correct = torch.full((), math.nan, device=logits.device)
-        rows = torch.tensor(self._count_rows(logits), device=logits.device)
+        correct, rows = torch.tensor(math.nan), torch.tensor(self._count_rows(logits))
         if targets is not None:
             rows = self.count_rows(targets)
             if targets.is_floating_point():
@@ -94,7 +90,7 @@ class StudentLoss(nn.Module):
             predicted = logits.movedim(self.loss.dim, -1).argmax(-1)
             correct = (predicted == targets).sum()
         values = (terms.loss, terms.hard, terms.soft, terms.agreement, correct, rows)
-        return torch.stack([value.double() for value in values])
+        return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
     def labels_of(self, batch: Any) -> Tensor | None:
         """Return the labels of a batch, class indices as int64.

@@ -104,15 +104,13 @@ class Trainer:
 
     Example:
         >>> import torch, fastkd
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> data = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))
+        >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
         >>> teacher, student = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
         >>> trainer = fastkd.Trainer(
         ...     student, teacher, torch.optim.Adam(student.parameters(), 0.1),
         ...     loss=fastkd.KDLoss(temperature=4.0, alpha=0.1), progress=False,
         ... )
-        >>> loader = DataLoader(data, batch_size=16, shuffle=True)
-        >>> history = trainer.fit(loader, epochs=5, validation=loader)
+        >>> history = trainer.fit(data, epochs=5, validation=data)
         >>> trainer.step, history[-1].soft < history[0].soft
         (20, True)
     """
@@ -144,12 +142,12 @@ class Trainer:
         check_count("accumulate", accumulate)
         if clip is not None:
             check_number("clip", clip, 0.0, math.inf, open_low=True)
-        if checkpoints is not None:
-            check_folder("checkpoints", checkpoints, " or None")
         if save_every is not None:
             check_count("save_every", save_every)
             if checkpoints is None:
                 raise ValueError("save_every needs checkpoints, the folder to write to; got None")
+        folder = checkpoints
+        self._folder = None if folder is None else check_folder("checkpoints", folder, " or None")
         optimized = set(arguments.parameters_of(optimizer))
         if optimized.isdisjoint(student.parameters()):
             raise ValueError(
@@ -157,12 +155,9 @@ class Trainer:
             )
         self.accelerator = arguments.make_accelerator() if accelerator is None else accelerator
         arguments.check_accelerator(self.accelerator, ema)
-        average = None if ema is None else swa_utils.get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
-        self.ema: swa_utils.AveragedModel | None = None
         self._accumulate, self._clip, self._save_every = accumulate, clip, save_every
-        self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
         self._owns_folder = False
         self._history: list[Evaluation] = []
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -172,6 +167,11 @@ class Trainer:
         self._progress = Progress(self.accelerator, show=progress, names=names, logged=logged)
         device = self.accelerator.device
         self._student_loss = student_loss.StudentLoss(student, loss, hints, forward, labels)
+        self._student_loss.to(device)
+        self.ema: swa_utils.AveragedModel | None = None
+        if ema is not None:
+            average = swa_utils.get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+            self.ema = swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
         self._teacher: teachers.ModuleTeacher | teachers.CachedTeacher
         if isinstance(teacher, TeacherCache):
             if hints:
@@ -181,12 +181,9 @@ class Trainer:
             devices = (teacher_device or device, device)
             features = [hint.teacher for hint in hints]
             self._teacher = teachers.ModuleTeacher(teacher, student, features, forward, devices)
-        self._student_loss.to(device)
         projections = self._student_loss.hint_loss.parameters()
         optimizer.param_groups[0]["params"].extend(p for p in projections if p not in optimized)
         self._model, self._optimizer = self.accelerator.prepare(self._student_loss, optimizer)
-        if ema is not None:
-            self.ema = swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
 
     # ---- training
 
@@ -340,14 +337,14 @@ class Trainer:
         Raises:
             FileExistsError: if the folder has checkpoints from which this trainer did not resume.
         """
-        folder = self._check_folder()
-        if folder is None:
+        self._check_folder()
+        if self._folder is None:
             raise ValueError("checkpoints must be a folder in order to save; got None")
         self._progress.flush()
-        return checkpoints.write(folder, self.step, self._write, self.accelerator)
+        return checkpoints.write(self._folder, self.step, self._write, self.accelerator)
 
-    def _check_folder(self) -> pathlib.Path | None:
-        """Return the folder; raise if it has checkpoints of another run."""
+    def _check_folder(self) -> None:
+        """Raise if the folder has checkpoints of another run."""
         folder = self._folder
         if folder is not None and not self._owns_folder and checkpoints.list_complete(folder):
             raise FileExistsError(
@@ -355,7 +352,6 @@ class Trainer:
                 "another folder"
             )
         self._owns_folder = True
-        return folder
 
     def _write(self, folder: pathlib.Path) -> None:
         """Write the files of this process."""
