@@ -263,19 +263,18 @@ class TeacherCache:
     def _resolve_shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
         """Return the shape of each sample's rows in a result of :meth:`lookup`."""
         is_sequence = self.positions == (-1,)
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = max(lengths.tolist(), default=0)
         if shape is None:
             return (longest,) if is_sequence else self.positions
         if not isinstance(shape, (tuple, list)):
             raise TypeError(
                 f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
             )
-        shape = tuple(shape)
+        shape, content = tuple(shape), f"rows of shape {self.positions} per sample"
+        fits = shape == self.positions
         if is_sequence:
             fits = len(shape) == 1 and shape[0] >= longest
             content = f"sequences, of up to {longest} positions in this batch"
-        else:
-            fits, content = shape == self.positions, f"rows of shape {self.positions} per sample"
         if not fits:
             raise ValueError(f"shape: {self.path} holds {content}; got {shape}")
         return shape

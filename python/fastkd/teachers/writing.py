@@ -85,7 +85,8 @@ def precompute(
     folder = validation.check_folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
-    writer = _Writer(folder, shard_bytes, existing(folder, top_k, dtype, temperature, identity))
+    cache = existing(folder, top_k=top_k, dtype=dtype, temperature=temperature, teacher=identity)
+    writer = _Writer(folder, shard_bytes, cache)
     if progress:
         loader = extras.load("tqdm", "train").tqdm(loader, desc="teacher", unit="batch")
     device, teacher_dtype = batches.device_of(teacher), batches.dtype_of(teacher)
@@ -131,9 +132,7 @@ def precompute(
     return TeacherCache(folder)
 
 
-def existing(
-    folder: pathlib.Path, top_k: int | None, dtype: torch.dtype, temperature: float, teacher: str
-) -> TeacherCache | None:
+def existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
     """Open the cache in ``folder``, or return None if there is none.
 
     Raises:
@@ -142,10 +141,8 @@ def existing(
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)
-    options = {"top_k": top_k, "dtype": dtype, "temperature": temperature, "teacher": teacher}
     for name, value in options.items():
-        cached = getattr(cache, name)
-        if cached != value:
+        if value != (cached := getattr(cache, name)):
             raise ValueError(
                 f"{name}: {folder} holds a cache with {name} {cached}, which cannot be continued "
                 f"with {name} {value}. Choose another path, or delete the cache"
@@ -229,20 +226,18 @@ class _Writer:
     """Collect samples and write them in shards of about ``shard_bytes``."""
 
     def __init__(self, folder: pathlib.Path, shard_bytes: int, cache: TeacherCache | None) -> None:
-        self._folder, self._shard_bytes, self._cache = folder, shard_bytes, cache
+        self._folder, self._shard_bytes = folder, shard_bytes
         self._header = None if cache is None else cache.header
-        self._selected: set[int] = set()
+        self._seen: set[int] = set() if cache is None else set(cache.ids.tolist())
         self._parts: list[dict[str, Tensor]] = []
         self._bytes = 0
 
     def select_new(self, ids: Tensor) -> Tensor:
         """Return a mask, bool ``(B,)``, of the ids that are not cached and not selected before."""
-        new = torch.ones_like(ids, dtype=torch.bool)
-        if self._cache is not None:
-            new = ~self._cache.contains(ids)
+        new = torch.zeros_like(ids, dtype=torch.bool)
         for row, number in enumerate(ids.tolist()):
-            new[row] &= number not in self._selected
-            self._selected.add(number)
+            new[row] = number not in self._seen
+            self._seen.add(number)
         return new
 
     def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
