@@ -33,18 +33,12 @@ class Factories:
 
     Each method takes the name of the option, such as ``student``, and the options of the training:
     ``student``, ``student_options`` and ``student_weights`` are used.
-
-    Args:
-        folder: the configuration file's folder; the modules in it are trusted.
-        modules: names of other trusted modules, from ``--module``. Their submodules are trusted.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
-        """Append the folder and the working directory to ``sys.path``.
-
-        At its end, their files cannot replace modules of Python or of installed packages.
-        """
+        """Trust the modules in ``folder`` and those named ``modules``, with their submodules."""
         self._folder, self._modules = folder.resolve(), tuple(modules)
+        # At the end of sys.path, their files cannot replace modules of Python or of packages.
         for path in (str(self._folder), str(pathlib.Path.cwd())):
             if path not in sys.path:
                 sys.path.append(path)

@@ -214,20 +214,17 @@ def _name_models(
 
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
     """Describe what the measurements depend on besides the models."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
+    processor = next(iter(names), platform.processor() or platform.machine())
     threads = torch.get_num_threads()
     environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{_read_processor()}, {threads} thread{'' if threads == 1 else 's'}",
+        "CPU": f"{processor}, {threads} thread{'' if threads == 1 else 's'}",
     }
     for device in devices:
         if device.type == "cuda":
             environment[f"GPU ({device})"] = torch.cuda.get_device_name(device)
     return environment
-
-
-def _read_processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
-    return next(iter(names), platform.processor() or platform.machine())

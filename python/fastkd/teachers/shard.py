@@ -131,12 +131,7 @@ def synchronize(path: pathlib.Path) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[Shard, Tensor]:
-    """Open a shard without reading its rows; return it and the checksums of its samples.
-
-    Raises:
-        ValueError: if ``path`` is not a complete, consistent shard; the message names the file and
-            the error.
-    """
+    """Open a shard without reading its rows; return it and the checksums of its samples."""
     safetensors = extras.load("safetensors", "train")
     try:
         if not path.is_file():  # opening a named pipe would wait for a writer

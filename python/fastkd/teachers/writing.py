@@ -133,11 +133,7 @@ def precompute(
 
 
 def existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
-    """Open the cache in ``folder``, or return None if there is none.
-
-    Raises:
-        ValueError: if the cache has other options; the message names the first that differs.
-    """
+    """Open the cache in ``folder`` if there is one; raise ValueError if its options differ."""
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)

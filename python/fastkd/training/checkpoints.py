@@ -2,9 +2,8 @@
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronized to the
 disk and renamed, so the previous checkpoint survives if the process is killed. A checkpoint of the
-same step is ``step-00000042.replaced`` until the new one has its name. No file of a checkpoint can
-execute code when it is read. ``files.json`` has the CRC-32 of each other file, by which
-:func:`read_metadata` finds a damaged file before anything is loaded.
+same step is ``step-00000042.replaced`` until the new one has its name. No file can execute code
+when it is read. ``files.json`` has the CRC-32 of each other file.
 """
 
 from __future__ import annotations
@@ -87,11 +86,7 @@ def _delete(path: pathlib.Path) -> None:
 
 
 def save(value: Any, file: pathlib.Path) -> None:
-    """Write tensors, numbers, text, and containers of them, for :func:`load`.
-
-    Raises:
-        TypeError: if ``value`` holds anything else, such as a function.
-    """
+    """Write tensors, numbers, text, and containers of them; raise TypeError for anything else."""
     torch.save(value, file)
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
@@ -117,11 +112,9 @@ def write_checksums(folder: pathlib.Path) -> None:
 
 
 def read_metadata(folder: pathlib.Path, expected: Mapping[str, int]) -> dict[str, Any]:
-    """Check the files of a checkpoint, and return the content of its ``trainer.json``.
+    """Check all files of a checkpoint before anything is loaded; return its ``trainer.json``.
 
-    Raises:
-        ValueError: if a file could execute code, is missing, is not a regular file or has changed;
-            or if an entry of ``trainer.json`` differs from ``expected``.
+    Raise ValueError if a file is damaged, or if ``trainer.json`` differs from ``expected``.
     """
     check_no_code(folder)
     file = folder / CHECKSUMS

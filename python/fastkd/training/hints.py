@@ -65,11 +65,7 @@ class Hint:
 
 
 class Features:
-    """Record the outputs of named modules by forward hooks, while the context is entered.
-
-    Raises:
-        ValueError: if the model has no module of such a name; the message suggests some.
-    """
+    """Record the outputs of named modules by forward hooks, while the context is entered."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], role: str) -> None:
         """Find the modules; ``role`` is "student" or "teacher", for messages."""
@@ -112,11 +108,7 @@ class Features:
         self._outputs[name] = feature
 
     def pop(self) -> list[Tensor]:
-        """Return the features of the last forward pass, and forget them.
-
-        Raises:
-            RuntimeError: if the forward pass did not call one of the modules.
-        """
+        """Return the features of the last forward pass, and forget them."""
         for name in self._names:
             if name not in self._outputs:
                 raise RuntimeError(

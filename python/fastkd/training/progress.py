@@ -55,11 +55,7 @@ class Progress:
         self._pending.append((step, copy, event))
 
     def flush(self) -> None:
-        """Wait for all pending values and report them.
-
-        Raises:
-            FloatingPointError: if a loss is not finite; the message names the step and the term.
-        """
+        """Wait for all pending values and report them; raise if a loss is not finite."""
         pending, self._pending = self._pending, []
         for step, values, event in pending:
             if event is not None:

@@ -70,7 +70,7 @@ class StudentLoss(nn.Module):
         targets = self.labels_of(batch)
         rows = denominators.rows
         if targets is None and len(logits):  # denominators.rows counts samples
-            rows = rows * (self._count_rows(logits) / len(logits))
+            rows = rows * self.count_rows(logits) / len(logits)
         terms = self._terms(logits, teacher.logits, targets, normalizer=rows)
         hint = torch.zeros_like(terms.loss)
         for distances in self.hint_loss(self.features.pop(), teacher.features):
@@ -82,7 +82,7 @@ class StudentLoss(nn.Module):
         logits = self._forward(model, batch)
         targets = self.labels_of(batch)
         terms = self._terms(logits, teacher_logits, targets, reduction="sum", normalizer=None)
-        correct, rows = torch.tensor(math.nan), torch.tensor(self._count_rows(logits))
+        correct, rows = torch.tensor(math.nan), self.count_rows(logits)
         if targets is not None:
             rows = self.count_rows(targets)
             if targets.is_floating_point():
@@ -93,11 +93,7 @@ class StudentLoss(nn.Module):
         return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
     def labels_of(self, batch: Any) -> Tensor | None:
-        """Return the labels of a batch, class indices as int64.
-
-        Raises:
-            ValueError: without labels, unless the options ask for the soft term alone.
-        """
+        """Return the labels, class indices as int64; None if the soft term alone is asked for."""
         targets = self._labels(batch)
         if targets is None:
             weights = (self.loss.alpha, self.loss.hard_weight)
@@ -115,15 +111,13 @@ class StudentLoss(nn.Module):
             )
         return validation.to_int64(targets)
 
-    def count_rows(self, targets: Tensor) -> Tensor:
-        """Return the number of rows that are not ignored, 0-d."""
-        if targets.is_floating_point():  # probabilities
-            return torch.tensor(self._count_rows(targets), device=targets.device)
-        valid: Tensor = targets != self.loss.ignore_index
+    def count_rows(self, values: Tensor) -> Tensor:
+        """Return the number of rows of logits or probabilities, or of labels not ignored, 0-d."""
+        if values.is_floating_point():
+            rows = values.numel() // int(values.shape[self.loss.dim])
+            return torch.tensor(rows, device=values.device)
+        valid: Tensor = values != self.loss.ignore_index
         return valid.sum()
-
-    def _count_rows(self, logits: Tensor) -> int:
-        return logits.numel() // int(logits.shape[self.loss.dim])
 
     def _terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """Compute the distillation loss and its terms."""

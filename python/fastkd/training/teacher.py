@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,17 +102,17 @@ class CachedTeacher:
                 "a cached teacher is read by sample ids, and this batch has none: wrap the "
                 "dataset in fastkd.teachers.WithIds"
             )
-        return functools.partial(self._look_up, ids)
 
-    def _look_up(self, ids: Tensor, student_logits: Tensor) -> Any:
-        """Return a TopK or logits for the rows of the student's logits."""
-        shape = student_logits.movedim(self._dim, -1).shape
-        self._cache.check(classes=shape[-1])
-        values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
-        if isinstance(values, TopK):
-            return values
-        # log_probs * T are logits, up to a constant in each row.
-        return (values.float() * self._cache.temperature).movedim(-1, self._dim)
+        def look_up(student_logits: Tensor) -> Any:
+            shape = student_logits.movedim(self._dim, -1).shape
+            self._cache.check(classes=shape[-1])
+            values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
+            if isinstance(values, TopK):
+                return values
+            # log_probs * T are logits, up to a constant in each row.
+            return (values.float() * self._cache.temperature).movedim(-1, self._dim)
+
+        return look_up
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """Return logits; a cache has no features."""
