@@ -255,7 +255,17 @@ class Trainer:
         """Take an optimizer step on some batches."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         self._optimizer.zero_grad()  # gradients may remain from an interrupted step
-        values = self._backward(window)
+        denominators = self._denominators(window)
+        total: Tensor | float = 0.0
+        for index, batch in enumerate(window, start=1):
+            is_last = index == len(window)
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
+                with self.accelerator.autocast():
+                    outputs = self._teacher(batch)
+                terms = self._model(batch, outputs, denominators)
+                self.accelerator.backward(terms.loss)
+            total = total + torch.stack([term.detach() for term in terms])
+        values: Tensor = self.accelerator.reduce(total, "mean")
         number = self.step + 1
         self._progress.add(number, values)
         if self._clip is not None:
@@ -267,21 +277,6 @@ class Trainer:
             self.ema.update_parameters(self.student)
         self.step = number
         return Step(number, self.epoch, *values.unbind())
-
-    def _backward(self, window: list[Any]) -> Tensor:
-        """Compute the gradients of a step; return its values, ``(5,)``, over all processes."""
-        denominators = self._denominators(window)
-        total: Tensor | float = 0.0
-        for index, batch in enumerate(window, start=1):
-            is_last = index == len(window)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
-                with self.accelerator.autocast():
-                    outputs = self._teacher(batch)
-                values = self._model(batch, outputs, denominators)
-                self.accelerator.backward(values.loss)
-            total = total + torch.stack([value.detach() for value in values])
-        mean: Tensor = self.accelerator.reduce(total, "mean")
-        return mean
 
     def _denominators(self, window: list[Any]) -> student_loss.Denominators:
         """Count rows and samples over all processes, per process: gradients are averaged."""
@@ -307,8 +302,8 @@ class Trainer:
         """
         self._check_not_sharded()
         module = self.student if self.ema is None else self.ema.module
-        sums = torch.zeros(len(Evaluation._fields), dtype=torch.float64)
-        sums = sums.to(self.accelerator.device)
+        fields = len(Evaluation._fields)
+        sums = torch.zeros(fields, dtype=torch.float64, device=self.accelerator.device)
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
