@@ -220,9 +220,7 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
     else:
         trainer = trainer_in(tmp_path)
         trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer._optimizer, 0.9)
-    with pytest.raises(
-        ValueError, match=f"without {part}; make the trainer|has {part} 0, and this"
-    ):
+    with pytest.raises(ValueError, match=f"has {part} 0, and this run 1"):
         trainer.resume()
     assert trainer.step == 0
     with pytest.raises(FileExistsError):

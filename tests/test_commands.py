@@ -89,6 +89,9 @@ def broken():
 def misled():
     fastkd.KDLoss(temperature=0.0)
 
+def misshapen():
+    return nn.Linear(3, 10)
+
 def nothing():
     return None
 """
@@ -675,15 +678,24 @@ def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--loss.teacher_weights=[1, 2]", "teacher_weights must have one number for each teacher"),
-        ("--teacher_top_k=50", "top_k must be at most the number of classes, 10; got 50"),
+        ("loss.teacher_weights=[1, 2]", "teacher_weights must have one number for each teacher, 1"),
+        ("teacher_top_k=50", "teacher_top_k must be at most the number of classes, 10; got 50"),
     ],
 )
-def test_errors_while_models_run_keep_their_traceback(given, monkeypatch, change, message):
+def test_what_does_not_fit_the_teacher(given, monkeypatch, capsys, change, message):
+    """A sentence says so, before anything is trained or written."""
+    cached = f"--teacher_cache={given.parent / 'cache'}"
+    error = refused(monkeypatch, capsys, "distill", "--config", given, cached, f"--{change}")
+    assert error.splitlines()[-1].startswith(f"fastkd distill: {message}")
+    assert "Traceback" not in error
+    assert not (given.parent / "out").exists() and not list(given.parent.glob("cache/*"))
+
+
+def test_errors_while_models_run_keep_their_traceback(given, monkeypatch):
     """They may come from the user's code, which has the models."""
-    cache = f"--teacher_cache={given.parent / 'cache'}" if "top_k" in change else "--epochs=1"
-    with pytest.raises(ValueError, match=message):
-        run(monkeypatch, "distill", "--config", given, cache, change)
+    name = next(given.parent.glob("parts_*.py")).stem
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(monkeypatch, "distill", "--config", given, f"--student={name}:misshapen")
     assert not (given.parent / "out" / "student.safetensors").exists()
 
 

@@ -773,21 +773,18 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
     assert kept < 50  # of the header's blanks and the like
 
 
-def test_each_group_of_rows_has_its_checksum(tmp_path, monkeypatch):
-    """Damage is found where it is read, and rows elsewhere are read all the same."""
-    monkeypatch.setattr(shard, "GROUP_BYTES", 7 * 10 * 2)  # 7 rows
+def test_each_sample_has_its_checksum(tmp_path):
+    """Damage is found where it is read, and samples elsewhere are read all the same."""
     write(Counting(), tmp_path)
     (file,) = tmp_path.iterdir()
     header, body = parts_of(file.read_bytes())
-    assert header["checksums"]["shape"] == [29]
-    at = header["log_probs"]["data_offsets"][0] + 15 * 10 * 2  # of row 15, in the third group
+    assert header["checksums"]["shape"] == [200]
+    at = header["log_probs"]["data_offsets"][0] + 17 * 10 * 2
     file.write_bytes(joined(header, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]))
     cache = TeacherCache(tmp_path)
-    cache.lookup(torch.tensor([0, 13, 21, 199]))
+    cache.lookup(torch.tensor([0, 16, 18, 199]))
     for _ in range(2):
-        message = (
-            r"shard-00000.safetensors is damaged: .* rows 14 to 20 is wrong\. Delete the file and"
-        )
+        message = r"shard-00000.safetensors is damaged: .* sample 17 is wrong\. Delete the file and"
         with pytest.raises(ValueError, match=message):
             cache.lookup(torch.tensor([0, 17]))
     file.unlink()

@@ -641,6 +641,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     trainer_of(network(), network(24, 1), checkpoints=tmp_path).fit(DataLoader(digits(), 32))
     about = tmp_path / "step-00000002" / "trainer.json"
     about.write_text(about.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    checkpoints.write_checksums(about.parent)
     trainer = trainer_of(network(), network(24, 1), checkpoints=tmp_path)
     with pytest.raises(ValueError, match=f"has format 1, and this run {FORMAT}"):
         trainer.resume()

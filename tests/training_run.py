@@ -133,7 +133,7 @@ def sharding_accelerator() -> Accelerator:
 def die_in_save(number: int) -> None:
     """Kills this process in a save, between two of its files; odd ones just before the renaming."""
     written = 0
-    synchronize = checkpoints._synchronize
+    synchronize = checkpoints.synchronize
 
     def killing(path: pathlib.Path) -> None:
         nonlocal written
@@ -142,7 +142,7 @@ def die_in_save(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         synchronize(path)
 
-    checkpoints._synchronize = killing
+    checkpoints.synchronize = killing
 
 
 if __name__ == "__main__":

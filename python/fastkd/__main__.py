@@ -38,13 +38,6 @@ def info() -> dict[str, str]:
     return facts
 
 
-def _print_info() -> None:
-    facts = info()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
-
-
 def main() -> None:
     """Run the command that the command line names."""
     parser = argparse.ArgumentParser(prog="fastkd", description="Knowledge distillation.")
@@ -54,15 +47,14 @@ def main() -> None:
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")
     arguments, options = parser.parse_known_args()
-    try:
-        if arguments.command == "distill":
-            config.run(distill, options)
-        elif arguments.command == "report":
-            config.run(report, options)
-        elif options:
+    if arguments.command == "info":
+        if options:
             parser.error(f"info has no options; got {' '.join(options)}")
-        else:
-            _print_info()
+        for name, value in info().items():
+            print(f"{name:<13}  {value}")
+        return
+    try:
+        config.run(distill if arguments.command == "distill" else report, options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 

@@ -20,11 +20,7 @@ _MAX_DEPTH = 50
 
 
 class Value:
-    """Type of one option's value: a number, text, true, false, null, a list or a mapping.
-
-    Used instead of ``typing.Any``, because jsonargparse imports classes named by ``class_path`` in
-    Any values.
-    """
+    """Any value. For ``typing.Any``, jsonargparse would import what ``class_path`` names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +106,8 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     """Call a command with the options in its arguments and in the file that ``--config`` names.
 
     The file may set the fields of :class:`Training` only. The file cannot set ``--module``, so it
-    cannot widen what it may call.
-
-    Args:
-        command: function of a :class:`Training`, :class:`Factories` and further options of the
-            command line. Its docstring is the help.
-        arguments: the arguments after the command's name.
-
-    Raises:
-        ConfigError: if the file or an option is invalid; the message names it.
-        fastkd.extras.MissingPackageError: if jsonargparse is not installed.
+    cannot widen what it may call. Further parameters of ``command`` are options of the command
+    line, and its docstring is the help.
     """
     jsonargparse = extras.load("jsonargparse", "train")
     jsonargparse.typing.register_type(

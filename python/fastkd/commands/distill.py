@@ -16,7 +16,7 @@ from fastkd import extras, losses, teachers
 from fastkd.commands.config import Training, raise_as_config_error
 from fastkd.commands.factories import ConfigError, Factories
 from fastkd.teachers import writing
-from fastkd.training import checkpoints
+from fastkd.training import arguments, checkpoints
 from fastkd.training.trainer import Trainer
 
 # LBFGS.step needs a closure, and SparseAdam sparse gradients.
@@ -42,14 +42,24 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         training.require("teacher")
     extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
     output = pathlib.Path(training.output)
-    folder = _check_checkpoints(output / "checkpoints", training, resume)
-    with raise_as_config_error("mixed_precision"):
-        accelerator = extras.load("accelerate", "train").Accelerator(
-            cpu=not torch.accelerator.is_available(), mixed_precision=training.mixed_precision
+    folder = output / "checkpoints"
+    if resume and not training.checkpoints:
+        raise ConfigError("resume needs checkpoints, and checkpoints is false")
+    if training.checkpoints and not resume and checkpoints.list_complete(folder):
+        raise ConfigError(
+            f"output: {folder} holds the checkpoints of another run. Continue it by --resume=true, "
+            "choose another --output, or delete them"
         )
+    with raise_as_config_error("mixed_precision"):
+        accelerator = arguments.make_accelerator(mixed_precision=training.mixed_precision)
+    options: Any = training.loss
+    with raise_as_config_error("loss"):
+        loss = losses.KDLoss(**options)
+    with raise_as_config_error():
+        arguments.check_loss(loss, teachers=1)
     torch.manual_seed(training.seed)
     student = factories.make_model("student", training)
-    loss, optimizer = _make_loss(training.loss), _make_optimizer(training.optimizer, student)
+    optimizer = _make_optimizer(training.optimizer, student)
     teacher, train, validation = _make_teacher_and_data(training, factories, loss, accelerator)
     loader = _make_loader(train, training, shuffle=True)
     held_out = _make_loader(validation, training, shuffle=False)
@@ -65,7 +75,7 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
             clip=None if training.clip == math.inf else training.clip,
             ema=training.ema or None,
             accelerator=accelerator,
-            checkpoints=folder,
+            checkpoints=folder if training.checkpoints else None,
         )
     # The order of the data does not depend on how the teacher was made.
     torch.manual_seed(training.seed)
@@ -82,25 +92,6 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         print(f"wrote {output / 'student.safetensors'}; fastkd report shows it")
     # A process that exits without destroying the process group may be aborted by its threads.
     accelerator.end_training()
-
-
-def _check_checkpoints(
-    folder: pathlib.Path, training: Training, resume: bool
-) -> pathlib.Path | None:
-    """Return the folder of checkpoints, or None if there are to be none."""
-    if resume and not training.checkpoints:
-        raise ConfigError("resume needs checkpoints, and checkpoints is false")
-    if training.checkpoints and not resume and checkpoints.list_complete(folder):
-        raise ConfigError(
-            f"output: {folder} holds the checkpoints of another run. Continue it by --resume=true, "
-            "choose another --output, or delete them"
-        )
-    return folder if training.checkpoints else None
-
-
-def _make_loss(options: dict[str, Any]) -> losses.KDLoss:
-    with raise_as_config_error("loss"):
-        return losses.KDLoss(**options)
 
 
 def _make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
@@ -153,21 +144,20 @@ def _make_cache(
     folder = pathlib.Path(training.teacher_cache)
     if live is not None:
         top_k = training.teacher_top_k or None
-        options: dict[str, Any] = {"dtype": torch.float16, "top_k": top_k}
-        options["temperature"] = _teacher_temperature(loss, top_k)
+        temperature = _teacher_temperature(loss, top_k)
+        options: Any = {"dtype": torch.float16, "top_k": top_k, "temperature": temperature}
         with raise_as_config_error("teacher_cache"):
             cache = writing.existing(folder, **options, teacher=teachers.fingerprint(live))
         if cache is not None:  # check before samples are added
             _check_inputs(cache, samples, first_validation, training.batch_size)
         # Each process computes its share of the samples.
         share = range(accelerator.process_index, len(samples), accelerator.num_processes)
-        teachers.precompute(
-            live.to(accelerator.device),
-            _make_loader(Subset(samples, share), training, shuffle=False),
-            folder,
-            **options,
-            progress=accelerator.is_main_process,
-        )
+        loader = _make_loader(Subset(samples, share), training, shuffle=False)
+        live, is_main = live.to(accelerator.device), accelerator.is_main_process
+        try:
+            teachers.precompute(live, loader, folder, **options, progress=is_main)
+        except writing.TopKError as error:
+            raise ConfigError(f"teacher_{error}") from None
         accelerator.wait_for_everyone()
     with raise_as_config_error("teacher_cache"):
         cache = teachers.TeacherCache(folder)
@@ -179,8 +169,8 @@ def _make_cache(
 
 def _teacher_temperature(loss: losses.KDLoss, top_k: int | None) -> float:
     """Return the temperature at which the loss takes the teacher's probabilities."""
-    temperature = loss.options.get("teacher_temperature") or loss.options.get("temperature")
-    return float(temperature or (2.0 if top_k is None else 1.0))
+    default = 2.0 if top_k is None else 1.0
+    return float(loss.teacher_temperature or loss.temperature or default)
 
 
 def _check_inputs(

@@ -33,18 +33,12 @@ class Factories:
 
     Each method takes the name of the option, such as ``student``, and the options of the training:
     ``student``, ``student_options`` and ``student_weights`` are used.
-
-    Args:
-        folder: the configuration file's folder; the modules in it are trusted.
-        modules: names of other trusted modules, from ``--module``. Their submodules are trusted.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:
-        """Append the folder and the working directory to ``sys.path``.
-
-        At its end, their files cannot replace modules of Python or of installed packages.
-        """
+        """Trust the modules in ``folder`` and those named ``modules``, with their submodules."""
         self._folder, self._modules = folder.resolve(), tuple(modules)
+        # At the end of sys.path, their files cannot replace modules of Python or of packages.
         for path in (str(self._folder), str(pathlib.Path.cwd())):
             if path not in sys.path:
                 sys.path.append(path)
@@ -114,11 +108,10 @@ class Factories:
         spec = _spec(module)
         if spec is None:
             return False
-        if spec.submodule_search_locations is not None:
-            places = [pathlib.Path(place).parent for place in spec.submodule_search_locations]
-        else:  # built-in and frozen modules have no location
-            places = [pathlib.Path(spec.origin or "").parent] if spec.has_location else []
-        return bool(places) and all(place.resolve() == self._folder for place in places)
+        # A package may have several places; built-in and frozen modules have none.
+        places = spec.submodule_search_locations or [str(spec.origin)] * spec.has_location
+        folders = {pathlib.Path(place).parent.resolve() for place in places}
+        return folders == {self._folder}
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:

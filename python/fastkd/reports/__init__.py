@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,24 +22,16 @@ import torch
 from torch import nn
 
 from fastkd import _C, extras, validation
-from fastkd.reports import page, plots, tables
-from fastkd.reports.measure import (
-    Answers,
-    Latency,
-    Size,
-    measure_answers,
-    measure_latencies,
-    measure_size,
-)
+from fastkd.reports import measure, page, plots, tables
 
 
 class Model(NamedTuple):
     """The measurements of one model."""
 
     name: str
-    size: Size
-    answers: Answers
-    latency: dict[str, dict[int, Latency]]
+    size: measure.Size
+    answers: measure.Answers
+    latency: dict[str, dict[int, measure.Latency]]
     """By device, then by batch size."""
 
 
@@ -184,15 +177,12 @@ def report(
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    answers, inputs = measure_answers(models, loader, ignore_index, dim)
-    latencies = {
-        str(device): measure_latencies(models, inputs, device, tuple(batch_sizes), seconds)
-        for device in resolved
-    }
-    rows = []
-    for name, model in models.items():
-        latency = {device: by_name[name] for device, by_name in latencies.items()}
-        rows.append(Model(name, measure_size(model), answers[name], latency))
+    answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
+    latencies = measure.measure_latencies(models, inputs, resolved, batch_sizes, seconds)
+    rows = (
+        Model(name, measure.measure_size(model), answers[name], latencies[name])
+        for name, model in models.items()
+    )
     result = Report(title, tuple(rows), _describe_environment(resolved))
     if show:
         tables.show(result)
@@ -224,25 +214,17 @@ def _name_models(
 
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
     """Describe what the measurements depend on besides the models."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
+    processor = next(iter(names), platform.processor() or platform.machine())
     threads = torch.get_num_threads()
-    gpus = {
-        f"GPU ({device})": torch.cuda.get_device_name(device)
-        for device in devices
-        if device.type == "cuda"
-    }
-    return {
+    environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{_read_processor()}, {threads} thread{'' if threads == 1 else 's'}",
-        **gpus,
+        "CPU": f"{processor}, {threads} thread{'' if threads == 1 else 's'}",
     }
-
-
-def _read_processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    for device in devices:
+        if device.type == "cuda":
+            environment[f"GPU ({device})"] = torch.cuda.get_device_name(device)
+    return environment

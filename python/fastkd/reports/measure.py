@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -68,12 +68,12 @@ def measure_size(model: nn.Module) -> Size:
 
 
 class _Tally:
-    """Sums over rows."""
+    """Sums over a model's rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name, self.is_labelled = name, True
         self.rows = self.agreeing = 0
-        self.is_labelled = True
-        self.confidence = self.cross_entropy = 0.0
+        self.cross_entropy = 0.0
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, correct
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
@@ -82,23 +82,23 @@ class _Tally:
         predicted = logits.argmax(-1)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         confidence = log_p.amax(-1)
+        total = confidence.sum()
+        if labels is not None:
+            total = F.nll_loss(log_p, labels, reduction="sum").double()
+        if not total.isfinite():
+            raise ValueError(f"{self.name}: its logits, or their cross entropy, are not finite")
         self.rows += len(logits)
-        self.confidence += float(confidence.sum())
         self.agreeing += int((predicted == teacher).sum())
         if labels is None:
             self.is_labelled = False
             return
+        self.cross_entropy += float(total)
         confidence = confidence.exp().double()
-        self.cross_entropy += float(F.nll_loss(log_p, labels, reduction="sum").double())
         # Bins are open below and closed above: (0, 1/15], ...
         bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         correct = (predicted == labels).double()
         values = torch.stack([torch.ones_like(confidence), confidence, correct])
         self.bins.index_add_(1, bins.cpu(), values.cpu())
-
-    def is_finite(self) -> bool:
-        """Return True if all logits and cross entropies were finite."""
-        return math.isfinite(self.confidence + self.cross_entropy)
 
     def average(self) -> Answers:
         """Return the means over rows."""
@@ -131,7 +131,7 @@ def measure_answers(
 
     The first model is the teacher. All models get the same batch, so the loader may shuffle.
     """
-    tallies = {name: _Tally() for name in models}
+    tallies = {name: _Tally(name) for name in models}
     first = None
     with ExitStack() as stack:
         for model in models.values():
@@ -150,8 +150,6 @@ def measure_answers(
                         f"count, the teacher's {len(teacher)}"
                     )
                 tallies[name].add(rows, teacher.to(rows.device), row_labels)
-                if not tallies[name].is_finite():
-                    raise ValueError(f"{name}: its logits, or their cross entropy, are not finite")
     if any(tally.rows == 0 for tally in tallies.values()):
         raise ValueError("loader: it has no rows to measure on (none at all, or all are ignored)")
     return {name: tally.average() for name, tally in tallies.items()}, first
@@ -187,32 +185,34 @@ def _select_rows(
 def measure_latencies(
     models: Mapping[str, nn.Module],
     inputs: Any,
-    device: torch.device,
-    batch_sizes: tuple[int, ...],
+    devices: Sequence[torch.device],
+    batch_sizes: Sequence[int],
     seconds: float,
-) -> dict[str, dict[int, Latency]]:
-    """Measure latencies on a device, by model, then by batch size."""
+) -> dict[str, dict[str, dict[int, Latency]]]:
+    """Measure latencies by model, then by device, then by batch size."""
 
     def resize(tensor: Tensor) -> Tensor:
         """Take the first ``batch_size`` samples, repeating them if there are fewer."""
         index = torch.arange(batch_size, device=tensor.device)
         return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
 
-    latencies: dict[str, dict[int, Latency]] = {name: {} for name in models}
-    models = {
-        name: model if batches.device_of(model) == device else copy.deepcopy(model).to(device)
-        for name, model in models.items()
-    }
+    latencies: Any = {name: {str(device): {} for device in devices} for name in models}
     quantiles = torch.tensor([0.5, 0.95], dtype=torch.float64)
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(batches.evaluating(model))
-        for batch_size in batch_sizes:
-            resized = batches.map_tensors(resize, inputs)
-            for name, times in _time_in_turns(models, resized, device, seconds).items():
-                p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
-                latencies[name][batch_size] = Latency(p50, p95, batch_size / p50, len(times))
-    return latencies
+    for device in devices:
+        moved = {
+            name: model if batches.device_of(model) == device else copy.deepcopy(model).to(device)
+            for name, model in models.items()
+        }
+        with ExitStack() as stack:
+            for model in moved.values():
+                stack.enter_context(batches.evaluating(model))
+            for batch_size in batch_sizes:
+                resized = batches.map_tensors(resize, inputs)
+                for name, times in _time_in_turns(moved, resized, device, seconds).items():
+                    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
+                    latency = Latency(p50, p95, batch_size / p50, len(times))
+                    latencies[name][str(device)][batch_size] = latency
+    return latencies  # type: ignore[no-any-return]
 
 
 def _time_in_turns(
@@ -226,13 +226,12 @@ def _time_in_turns(
     spent = dict.fromkeys(models, 0.0)
     turn = 0
     while turn < LEAST_BURSTS or min(spent.values()) < seconds:
-        for name, model in models.items():
+        for name, (positional, keywords) in arguments.items():
             if turn >= LEAST_BURSTS and spent[name] >= seconds:
                 continue
-            positional, keywords = arguments[name]
             for call in range(BURST):
                 start = time.perf_counter()
-                model(*positional, **keywords)
+                models[name](*positional, **keywords)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 elapsed = time.perf_counter() - start

@@ -10,34 +10,6 @@ from fastkd.reports import plots, tables
 if TYPE_CHECKING:
     from fastkd.reports import Report
 
-# The policy makes browsers refuse everything but the styles in the page, so no request is sent.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{title}</h1>
-<p class="muted">{environment}</p>
-</header>
-<section class="cards">{cards}</section>
-<section class="wide"><table>
-<thead><tr><th></th>{names}</tr></thead>
-<tbody>{rows}</tbody>
-</table></section>
-<section class="pictures">{pictures}</section>
-<footer class="muted"><p>{method}</p></footer>
-</main>
-</body>
-</html>
-"""
 STYLE = """
 :root { --paper: #f6f7f9; --card: #ffffff; --ink: #1c2430; --muted: #5d6878; --line: #dfe3e9; }
 @media (prefers-color-scheme: dark) {
@@ -104,14 +76,33 @@ def make_page(report: Report) -> str:
         f"<figcaption>{plots.CAPTIONS[name]}</figcaption></figure>"
         for name, figure in plots.draw_figures(report).items()
     )
+    title = escape(report.title)
     environment = " · ".join(f"{key} {value}" for key, value in report.environment.items())
-    return PAGE.format(
-        title=escape(report.title),
-        style=STYLE,
-        environment=escape(environment),
-        cards=cards,
-        names=names,
-        rows=rows,
-        pictures=pictures,
-        method=escape(tables.describe_method(report)),
-    )
+    # The policy makes browsers refuse everything but the styles in the page: no request is sent.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{title}</h1>
+<p class="muted">{escape(environment)}</p>
+</header>
+<section class="cards">{cards}</section>
+<section class="wide"><table>
+<thead><tr><th></th>{names}</tr></thead>
+<tbody>{rows}</tbody>
+</table></section>
+<section class="pictures">{pictures}</section>
+<footer class="muted"><p>{escape(tables.describe_method(report))}</p></footer>
+</main>
+</body>
+</html>
+"""

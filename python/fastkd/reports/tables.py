@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd import extras
@@ -17,18 +18,11 @@ COUNTS = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
 DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
-class Cell(NamedTuple):
-    """A figure, and a note such as its ratio to the teacher's."""
-
-    text: str
-    note: str = ""
-
-
 class Row(NamedTuple):
-    """One figure of every model."""
+    """One figure of every model: a text, and a note such as its ratio to the teacher's."""
 
     label: str
-    cells: tuple[Cell, ...]
+    cells: list[tuple[str, str]]
 
 
 def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
@@ -74,45 +68,34 @@ def make_rows(report: Report) -> list[Row]:
     """Make the rows of the table."""
     models = report.models
     answers: list[Any] = [model.answers for model in models]
+    rows = []
 
-    def make(label: str, texts: Sequence[str]) -> Row:
-        return Row(label, tuple(map(Cell, texts)))
+    def add(label: str, texts: Iterable[str], notes: Iterable[str] = ()) -> None:
+        rows.append(Row(label, list(zip_longest(texts, notes, fillvalue=""))))
 
     def compare(
         label: str, values: Sequence[Any], text: Callable[[Any], str], less: str, more: str
-    ) -> Row:
-        notes = ["", *(_format_ratio(values[0], value, less, more) for value in values[1:])]
-        return Row(label, tuple(map(Cell, map(text, values), notes)))
+    ) -> None:
+        ratios = (_format_ratio(values[0], value, less, more) for value in values[1:])
+        add(label, map(text, values), ["", *ratios])
 
-    rows = [
-        compare("parameters", [m.size.parameters for m in models], format_count, "fewer", "more"),
-        compare("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger"),
-    ]
+    compare("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
+    compare("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
     if answers[0].accuracy is not None:
-        accuracy = [
-            Cell(
-                _format_percent(a.accuracy),
-                f"{100 * a.accuracy_low:.1f} to {100 * a.accuracy_high:.1f}",
-            )
-            for a in answers
-        ]
-        rows += [
-            Row("accuracy", tuple(accuracy)),
-            make("cross entropy, nats", [f"{a.cross_entropy:.3f}" for a in answers]),
-            make("calibration error", [_format_percent(a.calibration_error) for a in answers]),
-        ]
-    agreement = ["", *(_format_percent(a.agreement) for a in answers[1:])]
-    rows.append(make("agrees with the teacher", agreement))
+        intervals = (f"{100 * a.accuracy_low:.1f} to {100 * a.accuracy_high:.1f}" for a in answers)
+        add("accuracy", [_format_percent(a.accuracy) for a in answers], intervals)
+        add("cross entropy, nats", [f"{a.cross_entropy:.3f}" for a in answers])
+        add("calibration error", [_format_percent(a.calibration_error) for a in answers])
+    add("agrees with the teacher", ["", *(_format_percent(a.agreement) for a in answers[1:])])
     for device, by_batch in models[0].latency.items():
         name = "CPU" if device == "cpu" else f"GPU {device}"
         for batch in by_batch:
             times = [m.latency[device][batch] for m in models]
-            label, medians = f"{name}, batch {batch}", [t.p50 for t in times]
-            rows += [
-                compare(f"{label}: median", medians, format_duration, "faster", "slower"),
-                make(f"{label}: 95th percentile", [format_duration(t.p95) for t in times]),
-            ]
-        rows.append(make(f"{name}: samples a second", [format_count(t.throughput) for t in times]))
+            label = f"{name}, batch {batch}"
+            medians = [t.p50 for t in times]
+            compare(f"{label}: median", medians, format_duration, "faster", "slower")
+            add(f"{label}: 95th percentile", [format_duration(t.p95) for t in times])
+        add(f"{name}: samples a second", [format_count(t.throughput) for t in times])
     return rows
 
 
@@ -176,10 +159,7 @@ def show(report: Report, console: Any = None) -> None:
     for model in report.models:
         table.add_column(text(model.name), justify="right")
     for row in make_rows(report):
-        cells = [
-            text(cell.text) + text(f"\n{cell.note}" if cell.note else "", style="dim")
-            for cell in row.cells
-        ]
+        cells = [text(figure) + text(f"\n{note}".rstrip(), "dim") for figure, note in row.cells]
         table.add_row(text(row.label), *cells)
     console = console or extras.load("rich.console", "report").Console()
     console.print(table)
@@ -201,7 +181,7 @@ def format_markdown(report: Report) -> str:
     lines += [f"- {_escape(line)}" for line in summarize(report)]
     lines += ["", "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in make_rows(report):
-        cells = [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
+        cells = [f"{figure} ({note})" if note else figure for figure, note in row.cells]
         lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
     lines.append("")
     for name in plots.draw_figures(report):

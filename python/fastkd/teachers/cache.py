@@ -20,8 +20,8 @@ class TeacherCache:
 
     Files are memory-mapped, so a cache may be larger than memory, and processes share the pages
     that they read. ``DataLoader`` workers may use the cache, forked or spawned: it is pickled as
-    its path, and a worker opens the files itself. Each group of rows, of about 64 KiB, has a
-    checksum. Each process checks a group when it first reads one of the group's rows.
+    its path, and a worker opens the files itself. Each sample has a checksum, which each process
+    checks when it first reads the sample.
 
     Args:
         path: the folder that :func:`precompute` wrote, completely or in part.
@@ -72,43 +72,40 @@ class TeacherCache:
     ) -> None:
         """Open and check every shard, and read the ids."""
         self.path = validation.check_folder("path", path)
-        files = sorted(self.path.glob(shard.PATTERN))
-        if not files:
+        self._files = sorted(self.path.glob(shard.PATTERN))
+        if not self._files:
             raise FileNotFoundError(f"{self.path} holds no teacher's cache (no {shard.PATTERN})")
-        self._shards, self._checksums = zip(*map(shard.read, files), strict=True)
+        self._shards, checksums = zip(*map(shard.read, self._files), strict=True)
         self.header: shard.Header = self._shards[0].header
-        for file, part in zip(files, self._shards, strict=True):
-            for name, first, value in zip(
-                self.header._fields, self.header, part.header, strict=True
-            ):
-                if first != value:
+        for file, part in zip(self._files, self._shards, strict=True):
+            for name, value in part.header._asdict().items():
+                if value != (first := getattr(self.header, name)):
                     raise ValueError(
-                        f"{file} does not belong to {files[0].name}: their {name} are {value} and "
-                        f"{first}. Delete one of them"
+                        f"{file} does not belong to {self._files[0].name}: their {name} are "
+                        f"{value} and {first}. Delete one of them"
                     )
         self.classes, self.top_k, self.temperature, self.dtype, self.positions, self.teacher = (
             self.header
         )
         rows = [len(part.log_probs) for part in self._shards]
         self.kl, self.tail = (
-            sum(n * mean for n, mean in zip(rows, means, strict=True)) / max(1, sum(rows))
-            for means in zip(*(part.distortion for part in self._shards), strict=True)
+            sum(n * getattr(part, name) for n, part in zip(rows, self._shards, strict=True))
+            / max(1, sum(rows))
+            for name in ("kl", "tail")
         )
-        self._build_index()
+        columns = []
+        for i, (part, sums) in enumerate(zip(self._shards, checksums, strict=True)):
+            starts = part.lengths.cumsum(0) - part.lengths
+            number = torch.full_like(part.ids, i)
+            columns.append((part.ids, number, starts, part.lengths, part.inputs, sums))
+        table = [torch.cat(parts) for parts in zip(*columns, strict=True)]
+        ids, order = table[0].sort(stable=True)
+        order = order[ids.diff(prepend=ids[:1] - 1) != 0]  # of an id that occurs twice, the first
+        self.ids, self._shard_of, self._starts, self._lengths, self._inputs, self._checksums = (
+            column[order] for column in table
+        )
+        self._unchecked = torch.ones_like(self.ids, dtype=torch.bool)
         self.check(classes=classes, teacher=teacher)
-
-    def _build_index(self) -> None:
-        """Find the rows of each id; of an id that occurs twice, the first ones."""
-        counts = torch.tensor([len(part.ids) for part in self._shards])
-        lengths = torch.cat([part.lengths for part in self._shards])
-        starts = torch.cat([part.lengths.cumsum(0) - part.lengths for part in self._shards])
-        ids, order = torch.cat([part.ids for part in self._shards]).sort(stable=True)
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[1:] = ids[1:] != ids[:-1]
-        self.ids, order = ids[first], order[first]
-        self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), counts)[order]
-        self._starts, self._lengths = starts[order], lengths[order]
-        self._inputs = torch.cat([part.inputs for part in self._shards])[order]
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -174,10 +171,8 @@ class TeacherCache:
             )
         if ids is not None:
             self._find(ids)
-        if batch is not None:
-            self._check_inputs(batch)
-
-    def _check_inputs(self, batch: Any) -> None:
+        if batch is None:
+            return
         inputs, _, ids = batches.split(batch)
         if ids is None:
             raise ValueError(
@@ -241,7 +236,7 @@ class TeacherCache:
         for number in torch.unique(shards).tolist():
             mask = shards == number
             part = self._shards[number]
-            self._checksums[number].check(source[mask])
+            self._check_rows(number, index[self._shard_of[index] == number])
             log_probs[target[mask]] = part.log_probs[source[mask]]
             if part.indices is not None:
                 indices[target[mask]] = part.indices[source[mask]].long()
@@ -252,22 +247,34 @@ class TeacherCache:
             raise ValueError(f"{self.path} is damaged: it names a class beyond its {self.classes}")
         return TopK(log_probs, indices.view(log_probs.shape))
 
+    def _check_rows(self, number: int, index: Tensor) -> None:
+        """Compare the checksums of samples of a shard, unless they were compared before."""
+        new = torch.unique(index[self._unchecked[index]])
+        sums = shard.compute_checksums(self._shards[number], self._starts[new], self._lengths[new])
+        damaged = new[sums != self._checksums[new]]
+        if len(damaged):
+            raise ValueError(
+                f"{self._files[number]} is damaged: the checksum of sample "
+                f"{int(self.ids[damaged[0]])} is wrong. Delete the file and run precompute again, "
+                "which computes the missing samples"
+            )
+        self._unchecked[new] = False
+
     def _resolve_shape(self, shape: tuple[int, ...] | None, lengths: Tensor) -> tuple[int, ...]:
         """Return the shape of each sample's rows in a result of :meth:`lookup`."""
         is_sequence = self.positions == (-1,)
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = max(lengths.tolist(), default=0)
         if shape is None:
             return (longest,) if is_sequence else self.positions
         if not isinstance(shape, (tuple, list)):
             raise TypeError(
                 f"shape must be a tuple, student_logits.shape[1:-1], or None; got {shape!r}"
             )
-        shape = tuple(shape)
+        shape, content = tuple(shape), f"rows of shape {self.positions} per sample"
+        fits = shape == self.positions
         if is_sequence:
             fits = len(shape) == 1 and shape[0] >= longest
             content = f"sequences, of up to {longest} positions in this batch"
-        else:
-            fits, content = shape == self.positions, f"rows of shape {self.positions} per sample"
         if not fits:
             raise ValueError(f"shape: {self.path} holds {content}; got {shape}")
         return shape

@@ -63,14 +63,9 @@ def digest_inputs(inputs: Any, count: int, lengths: list[int] | None) -> Tensor:
 def _unpack(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors of a quantized tensor or a wrapper subclass, or the tensor itself."""
     if tensor.is_quantized:
-        yield tensor.int_repr()
-        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-            yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
-        else:
-            yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+        yield from (tensor.int_repr(), tensor.dequantize())
     elif hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
+        for name in tensor.__tensor_flatten__()[0]:
             yield from _unpack(getattr(tensor, name))
     else:
         yield tensor

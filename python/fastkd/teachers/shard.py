@@ -2,17 +2,17 @@
 
 A shard is a safetensors file with these tensors, for n samples with R rows in total:
 
-- ``ids`` int64 [n], ``lengths`` int64 [n] (rows of each sample, adding up to R) and ``inputs``
-  int64 [n] (a digest of the teacher's inputs);
+- ``ids``, ``lengths`` (rows of each sample, adding up to R), ``inputs`` (a digest of the teacher's
+  inputs) and ``checksums`` (CRC-32 of the sample's rows of ``log_probs``, then of ``indices``),
+  int64 [n];
 - ``log_probs`` [R, classes], or the k largest of each row, [R, k], and then
-- ``indices`` int32 [R, k], the classes of these k;
-- ``checksums`` int64 [G], one CRC-32 for each ``group`` rows of ``log_probs`` and ``indices``.
+- ``indices`` int32 [R, k], the classes of these k.
 
-The file's header holds the fields of :class:`Header` and :class:`Distortion`, ``group`` and
-``crc32`` as text. ``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_crc32`).
-:func:`read` checks ``crc32``; :meth:`Checksums.check` checks a group of rows when one of them is
-first read. A CRC-32 detects damage, such as a flipped bit. It does not detect forgery: a forger can
-compute it, too.
+The file's header holds the fields of :class:`Header`, ``kl``, ``tail`` and ``crc32`` as text.
+``crc32`` covers everything but ``log_probs`` and ``indices`` (:func:`_crc32`), and :func:`read`
+checks it. A :class:`fastkd.teachers.TeacherCache` checks a sample when it first reads the sample. A
+CRC-32 detects damage, such as a flipped bit. It does not detect forgery: a forger can compute it,
+too.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ from fastkd import extras
 from fastkd.teachers.digests import view_bytes
 
 FORMAT = "fastkd teacher cache"
-VERSION = 2
-GROUP_BYTES = 2**16
-"""Size of a group of rows, which has one checksum: a group is read to check one of its rows."""
+VERSION = 3
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PATTERN = "shard-*.safetensors"
 
@@ -55,20 +53,14 @@ class Header(NamedTuple):
     teacher: str
 
 
-class Distortion(NamedTuple):
-    """The error of dropping classes and rounding, mean over a shard's rows."""
-
-    kl: float
-    """KL(teacher || distribution that a reader reconstructs), in nats."""
-    tail: float
-    """Probability of the classes that are not stored."""
-
-
 class Shard(NamedTuple):
     """A shard's content; :func:`read` maps ``log_probs`` and ``indices`` from the file."""
 
     header: Header
-    distortion: Distortion
+    kl: float
+    """KL(teacher || distribution that a reader reconstructs), in nats, mean over rows."""
+    tail: float
+    """Probability of the classes that are not stored, mean over rows."""
     ids: Tensor
     lengths: Tensor
     inputs: Tensor
@@ -76,46 +68,14 @@ class Shard(NamedTuple):
     indices: Tensor | None = None
 
 
-class Checksums:
-    """Check a shard's rows by the CRC-32 of each group of rows, each group once."""
-
-    def __init__(self, path: pathlib.Path, shard: Shard, group: int, expected: Tensor) -> None:
-        """Store the ``expected`` checksums, int64 [G], of groups of ``group`` rows."""
-        self._path, self._shard, self._group, self._expected = path, shard, group, expected
-        self._unchecked = torch.ones(len(expected), dtype=torch.bool)
-
-    def check(self, rows: Tensor) -> None:
-        """Check the groups that contain ``rows``, int64 [n], unless they were checked before.
-
-        Raises:
-            ValueError: if rows of the file have changed since its checksums were computed.
-        """
-        groups = torch.div(rows, self._group, rounding_mode="floor")
-        new = torch.unique(groups[self._unchecked[groups]])
-        if not len(new):
-            return
-        differs = _compute_checksums(self._shard, self._group, new) != self._expected[new]
-        if bool(differs.any()):
-            first = int(new[differs][0]) * self._group
-            last = min(first + self._group, len(self._shard.log_probs)) - 1
-            raise ValueError(
-                f"{self._path} is damaged: the checksum of its rows {first} to {last} is wrong. "
-                "Delete the file and run precompute again, which computes the missing samples"
-            )
-        self._unchecked[new] = False
-
-
-def _compute_checksums(shard: Shard, group: int, numbers: Tensor) -> Tensor:
-    """Compute the CRC-32 of the groups with these indices, as int64 [len(numbers)]."""
-    tensors = [part for part in (shard.log_probs, shard.indices) if part is not None]
-    sizes = [group * part.shape[1] * part.element_size() for part in tensors]
-    parts = [view_bytes(part) for part in tensors]
-    sums = []
-    for number in numbers.tolist():
-        crc = 0
-        for data, size in zip(parts, sizes, strict=True):
-            crc = zlib.crc32(data[number * size : (number + 1) * size], crc)
-        sums.append(crc)
+def compute_checksums(shard: Shard, starts: Tensor, lengths: Tensor) -> Tensor:
+    """Compute the CRC-32 of samples, each of which has ``length`` rows from ``start`` on."""
+    sums = [0] * len(starts)
+    for tensor in (shard.log_probs, shard.indices):
+        if tensor is not None:
+            data, size = view_bytes(tensor), tensor.shape[1] * tensor.element_size()
+            for i, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+                sums[i] = zlib.crc32(data[start * size : (start + n) * size], sums[i])
     return torch.tensor(sums, dtype=torch.int64)
 
 
@@ -128,156 +88,120 @@ def _crc32(texts: Mapping[str, str], shard: Shard, checksums: Tensor) -> str:
     return f"{crc:08x}"
 
 
-def write(folder: pathlib.Path, shard: Shard) -> pathlib.Path:
+def write(folder: pathlib.Path, shard: Shard) -> None:
     """Write a shard under the next free name, completely or not at all."""
     header = shard.header
-    tensors = {"log_probs": shard.log_probs}
-    if shard.indices is not None:
-        tensors["indices"] = shard.indices
-    size = sum(part.shape[1] * part.element_size() for part in tensors.values())
-    group = max(1, GROUP_BYTES // size)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "classes": str(header.classes),
-        "top_k": "" if header.top_k is None else str(header.top_k),
-        "temperature": repr(header.temperature),
+        "top_k": str(header.top_k or ""),
+        "temperature": str(header.temperature),
         "positions": json.dumps(header.positions),
         "teacher": header.teacher,
-        "kl": repr(shard.distortion.kl),
-        "tail": repr(shard.distortion.tail),
-        "group": str(group),
+        "kl": str(shard.kl),
+        "tail": str(shard.tail),
     }
-    numbers = torch.arange(_count_groups(len(shard.log_probs), group))
-    checksums = _compute_checksums(shard, group, numbers)
+    starts = shard.lengths.cumsum(0) - shard.lengths
+    checksums = compute_checksums(shard, starts, shard.lengths)
     metadata["crc32"] = _crc32(metadata, shard, checksums)
-    tensors |= {"ids": shard.ids, "lengths": shard.lengths, "inputs": shard.inputs}
-    tensors["checksums"] = checksums
+    fields = {**shard._asdict(), "checksums": checksums}
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     # A random name: processes in two containers may have the same process number.
     part = folder / f".{secrets.token_hex(8)}.part"
     try:
         extras.load("safetensors.torch", "train").save_file(tensors, part, metadata)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        synchronize(part)
         for number in itertools.count(len(list(folder.glob(PATTERN)))):
-            path = folder / f"shard-{number:05d}.safetensors"
             with contextlib.suppress(FileExistsError):  # another process took the name
-                os.link(part, path)
+                os.link(part, folder / f"shard-{number:05d}.safetensors")
                 break
     finally:
         part.unlink(missing_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    synchronize(folder)
+
+
+def synchronize(path: pathlib.Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return path
 
 
-def _count_groups(rows: int, group: int) -> int:
-    return -(-rows // group)  # the last group may have fewer rows
-
-
-def read(path: pathlib.Path) -> tuple[Shard, Checksums]:
-    """Open a shard without reading its rows; call :meth:`Checksums.check` before you read some.
-
-    Raises:
-        ValueError: if ``path`` is not a complete, consistent shard; the message names the file and
-            the error.
-    """
+def read(path: pathlib.Path) -> tuple[Shard, Tensor]:
+    """Open a shard without reading its rows; return it and the checksums of its samples."""
     safetensors = extras.load("safetensors", "train")
     try:
         if not path.is_file():  # opening a named pipe would wait for a writer
             raise ValueError("it is not a regular file")
         with safetensors.safe_open(path, "pt") as file:
             texts: dict[str, str] = file.metadata() or {}
-            header, distortion, group = _read_header(texts, file)
+            header = _read_header(texts, file)
+            kl, tail = (_parse(texts, name, float, 0.0, math.inf) for name in ("kl", "tail"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksums = tensors.pop("checksums")
-        shard = Shard(header, distortion, **tensors)
-        _check_lengths(shard)
+        shard = Shard(header, kl, tail, **tensors)
+        rows, lengths, positions = len(shard.log_probs), shard.lengths, header.positions
+        if len(lengths) == 0:
+            raise ValueError("it holds no sample")
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > rows or int(lengths.sum()) != rows:
+            raise ValueError(f"the samples' lengths do not add up to its {rows} rows")
+        if positions != (-1,) and {low, high} != {math.prod(positions)}:
+            raise ValueError(f"a sample's length is not that of its positions {positions}")
         if _crc32(texts, shard, checksums) != texts.get("crc32"):
             raise ValueError("its crc32 does not match its header, ids, lengths, inputs, checksums")
     except (ValueError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is not a complete shard of a teacher's cache: {error}") from None
-    return shard, Checksums(path, shard, group, checksums)
+    return shard, checksums
 
 
-def _read_header(metadata: dict[str, str], file: Any) -> tuple[Header, Distortion, int]:
+def _read_header(texts: dict[str, str], file: Any) -> Header:
     """Parse the header's texts, and check the tensors' shapes and dtypes against them."""
-    if metadata.get("format") != FORMAT:
+    if texts.get("format") != FORMAT:
         raise ValueError(f"its header does not say format: {FORMAT}")
-    version = _parse_int(metadata, "version", 1, 2**31)
+    version = _parse(texts, "version", int, 1, 2**31)
     if version != VERSION:
         raise ValueError(
             f"it has version {version} of the format, and this fastkd reads version {VERSION}: "
             "update fastkd, or recompute the cache"
         )
-    classes = _parse_int(metadata, "classes", 1, 2**31)
-    top_k = _parse_int(metadata, "top_k", 1, classes + 1) if metadata.get("top_k") else None
-    group = _parse_int(metadata, "group", 1, 2**31)
+    classes = _parse(texts, "classes", int, 1, 2**31)
+    top_k = _parse(texts, "top_k", int, 1, classes + 1) if texts.get("top_k") else None
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    names = {"ids", "lengths", "inputs", "log_probs", "checksums", *(["indices"] if top_k else [])}
-    if set(slices) != names:
-        raise ValueError(f"it holds the tensors {sorted(slices)}, not {sorted(names)}")
-    dtype = slices["log_probs"].get_dtype()
-    if dtype not in DTYPES:
-        raise ValueError(f"log_probs have dtype {dtype}, not one of {', '.join(DTYPES)}")
-    samples = math.prod(slices["ids"].get_shape())
-    rows = ([*slices["log_probs"].get_shape(), 0])[0]
-    shapes = {
-        **{name: [samples] for name in ("ids", "lengths", "inputs")},
-        "checksums": [_count_groups(rows, group)],
-        "log_probs": [rows, top_k or classes],
-        "indices": [rows, top_k],
-    }
-    for name, part in slices.items():
-        expected = {"log_probs": dtype, "indices": "I32"}.get(name, "I64")
-        if part.get_shape() != shapes[name] or part.get_dtype() != expected:
-            raise ValueError(
-                f"{name} is {part.get_dtype()} {part.get_shape()}, not {expected} {shapes[name]}"
-            )
-    temperature = _parse_float(metadata, "temperature")
+    found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    dtype = found["log_probs"][0] if "log_probs" in found else ""
+    samples, rows = (found.get(name, ("", []))[1][:1] for name in ("ids", "log_probs"))
+    expected = {name: ("I64", samples) for name in ("ids", "lengths", "inputs", "checksums")}
+    wanted = dtype if dtype in DTYPES else "/".join(DTYPES)
+    expected["log_probs"] = (wanted, [*rows, top_k or classes])
+    if top_k is not None:
+        expected["indices"] = ("I32", [*rows, top_k])
+    if found != expected or not samples:
+        shown = (
+            ", ".join(f"{name} is {kind} {shape}" for name, (kind, shape) in sorted(each.items()))
+            for each in (found, expected)
+        )
+        raise ValueError(f"it holds the tensors {'; not '.join(shown)}")
+    temperature = _parse(texts, "temperature", float, 0.0, math.inf)
     if temperature == 0.0:
         raise ValueError("its temperature is 0")
-    positions = _parse_positions(metadata.get("positions", ""))
-    teacher = metadata.get("teacher", "")
-    header = Header(classes, top_k, temperature, DTYPES[dtype], positions, teacher)
-    distortion = Distortion(_parse_float(metadata, "kl"), _parse_float(metadata, "tail"))
-    return header, distortion, group
-
-
-def _parse_int(metadata: dict[str, str], key: str, low: int, high: int) -> int:
-    text = metadata.get(key, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) < high):
-        raise ValueError(f"its {key} is {text[:40]!r}")
-    return int(text)
-
-
-def _parse_float(metadata: dict[str, str], key: str) -> float:
-    text = metadata.get(key, "")
-    value = float(text) if len(text) < 40 else math.nan
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"its {key} is {text[:40]!r}")
-    return value
-
-
-def _parse_positions(text: str) -> tuple[int, ...]:
-    """Parse [], [-1] or a list of sizes."""
+    text = texts.get("positions", "")  # [], [-1] or a list of sizes
     sizes: Any = json.loads(text) if len(text) < 200 else None
     is_list = isinstance(sizes, list) and all(type(n) is int and 0 < n < 2**31 for n in sizes)
     if not is_list and sizes != [-1]:
         raise ValueError(f"its positions are {text[:40]!r}")
-    return tuple(sizes)
+    teacher = texts.get("teacher", "")
+    return Header(classes, top_k, temperature, DTYPES[dtype], tuple(sizes), teacher)
 
 
-def _check_lengths(shard: Shard) -> None:
-    """Raise unless the samples' lengths fit the rows and the header's positions."""
-    rows, lengths, positions = len(shard.log_probs), shard.lengths, shard.header.positions
-    if len(lengths) == 0:
-        raise ValueError("it holds no sample")
-    low, high = int(lengths.min()), int(lengths.max())
-    if low < 0 or high > rows or int(lengths.sum()) != rows:
-        raise ValueError(f"the samples' lengths do not add up to its {rows} rows")
-    if positions != (-1,) and {low, high} != {math.prod(positions)}:
-        raise ValueError(f"a sample's length is not that of its positions {positions}")
+def _parse(texts: dict[str, str], key: str, kind: Any, low: float, high: float) -> Any:
+    """Parse a number in [low, high)."""
+    text = texts.get(key, "")[:40]
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if low <= value < high:
+            return value
+    raise ValueError(f"its {key} is {text!r}")

@@ -21,6 +21,10 @@ from fastkd.teachers.digests import digest_inputs, fingerprint
 _CHUNK = 2**20
 
 
+class TopKError(ValueError):
+    """Error of a ``top_k`` that is larger than the teacher's number of classes."""
+
+
 def precompute(
     teacher: nn.Module,
     loader: Iterable[Any],
@@ -81,7 +85,8 @@ def precompute(
     folder = validation.check_folder("path", path)
     extras.check("train", "safetensors.torch", "numpy", *(["tqdm"] if progress else []))
     identity = fingerprint(teacher)
-    writer = _Writer(folder, shard_bytes, existing(folder, top_k, dtype, temperature, identity))
+    cache = existing(folder, top_k=top_k, dtype=dtype, temperature=temperature, teacher=identity)
+    writer = _Writer(folder, shard_bytes, cache)
     if progress:
         loader = extras.load("tqdm", "train").tqdm(loader, desc="teacher", unit="batch")
     device, teacher_dtype = batches.device_of(teacher), batches.dtype_of(teacher)
@@ -101,11 +106,18 @@ def precompute(
                     continue
                 folder.mkdir(parents=True, exist_ok=True)
                 logits = batches.logits(teacher, batches.to(inputs, device, teacher_dtype))
-                _check_logits(logits, len(ids), top_k)
+                if logits.dim() < 2 or len(logits) != len(ids) or logits.shape[-1] == 0:
+                    raise ValueError(
+                        f"teacher must return logits (B, ..., C) with B = {len(ids)}, one for each "
+                        f"sample id; got {tuple(logits.shape)}"
+                    )
+                classes = logits.shape[-1]
+                if top_k is not None and top_k > classes:
+                    raise TopKError(
+                        f"top_k must be at most the number of classes, {classes}; got {top_k}"
+                    )
                 positions = (-1,) if logits.dim() == 3 else tuple(logits.shape[1:-1])
-                header = shard.Header(
-                    logits.shape[-1], top_k, temperature, dtype, positions, identity
-                )
+                header = shard.Header(classes, top_k, temperature, dtype, positions, identity)
                 lengths = _count_rows(logits, inputs, labels, ignore_index)
                 prefixes = lengths.tolist() if positions == (-1,) else None
                 digests = digest_inputs(inputs, len(ids), prefixes)
@@ -120,39 +132,18 @@ def precompute(
     return TeacherCache(folder)
 
 
-def existing(
-    folder: pathlib.Path, top_k: int | None, dtype: torch.dtype, temperature: float, teacher: str
-) -> TeacherCache | None:
-    """Open the cache in ``folder``, or return None if there is none.
-
-    Raises:
-        ValueError: if the cache has other options; the message names the first that differs.
-    """
+def existing(folder: pathlib.Path, **options: Any) -> TeacherCache | None:
+    """Open the cache in ``folder`` if there is one; raise ValueError if its options differ."""
     if not any(folder.glob(shard.PATTERN)):
         return None
     cache = TeacherCache(folder)
-    options = {"top_k": top_k, "dtype": dtype, "temperature": temperature, "teacher": teacher}
     for name, value in options.items():
-        cached = getattr(cache, name)
-        if cached != value:
+        if value != (cached := getattr(cache, name)):
             raise ValueError(
                 f"{name}: {folder} holds a cache with {name} {cached}, which cannot be continued "
                 f"with {name} {value}. Choose another path, or delete the cache"
             )
     return cache
-
-
-def _check_logits(logits: Tensor, samples: int, top_k: int | None) -> None:
-    """Raise unless there are logits for each sample, with at least ``top_k`` classes."""
-    if logits.dim() < 2 or logits.shape[0] != samples or logits.shape[-1] == 0:
-        raise ValueError(
-            f"teacher must return logits (B, ..., C) with B = {samples}, one for each sample id; "
-            f"got {tuple(logits.shape)}"
-        )
-    if top_k is not None and top_k > logits.shape[-1]:
-        raise ValueError(
-            f"top_k must be at most the number of classes, {logits.shape[-1]}; got {top_k}"
-        )
 
 
 def _count_rows(logits: Tensor, inputs: Any, labels: Any, ignore_index: int) -> Tensor:
@@ -185,13 +176,12 @@ def _encode(rows: Tensor, header: shard.Header) -> dict[str, Tensor]:
         if not bool(logits.amax(-1).isfinite().all()):  # amax is NaN if one entry is
             raise ValueError("teacher: its logits hold NaN or +inf, or a row of -inf")
         log_p = logits.log_softmax(-1)
-        stored, indices = log_p, None
-        if header.top_k is not None:
-            stored, indices = log_p.topk(header.top_k, sorted=True)
-        tensors = {"log_probs": stored.to(header.dtype)}
+        stored, indices = (log_p, None) if header.top_k is None else log_p.topk(header.top_k)
+        stored = stored.to(header.dtype)
+        kl, tail = _measure_distortion(log_p, stored, indices)
+        tensors = {"log_probs": stored, "kl": kl, "tail": tail}
         if indices is not None:
             tensors["indices"] = indices.int()
-        tensors["kl"], tensors["tail"] = _measure_distortion(log_p, tensors["log_probs"], indices)
         parts.append({name: tensor.cpu() for name, tensor in tensors.items()})
     return _concatenate(parts)
 
@@ -232,37 +222,28 @@ class _Writer:
     """Collect samples and write them in shards of about ``shard_bytes``."""
 
     def __init__(self, folder: pathlib.Path, shard_bytes: int, cache: TeacherCache | None) -> None:
-        self._folder, self._shard_bytes, self._cache = folder, shard_bytes, cache
+        self._folder, self._shard_bytes = folder, shard_bytes
         self._header = None if cache is None else cache.header
-        self._selected: set[int] = set()
+        self._seen: set[int] = set() if cache is None else set(cache.ids.tolist())
         self._parts: list[dict[str, Tensor]] = []
         self._bytes = 0
 
     def select_new(self, ids: Tensor) -> Tensor:
         """Return a mask, bool ``(B,)``, of the ids that are not cached and not selected before."""
-        new = torch.ones_like(ids, dtype=torch.bool)
-        if self._cache is not None:
-            new = ~self._cache.contains(ids)
+        new = torch.zeros_like(ids, dtype=torch.bool)
         for row, number in enumerate(ids.tolist()):
-            if number in self._selected:
-                new[row] = False
-            self._selected.add(number)
+            new[row] = number not in self._seen
+            self._seen.add(number)
         return new
 
     def add(self, header: shard.Header, tensors: dict[str, Tensor]) -> None:
         """Add samples, and write a shard if enough have been collected."""
         self._header = self._header or header
-        if header != self._header:
-            changes = [
-                f"{name} {old} to {new}"
-                for name, old, new in zip(header._fields, self._header, header, strict=True)
-                if old != new
-            ]
-            raise ValueError(f"teacher: its logits changed from {', '.join(changes)}")
+        for name, old, new in zip(header._fields, self._header, header, strict=True):
+            if old != new:
+                raise ValueError(f"teacher: its logits changed from {name} {old} to {new}")
         self._parts.append(tensors)
-        self._bytes += sum(
-            tensors[name].nbytes for name in ("log_probs", "indices") if name in tensors
-        )
+        self._bytes += sum(tensors[k].nbytes for k in ("log_probs", "indices") if k in tensors)
         if self._bytes >= self._shard_bytes:
             self.flush()
 
@@ -273,6 +254,5 @@ class _Writer:
         tensors = _concatenate(self._parts)
         rows = max(1, len(tensors["log_probs"]))
         kl, tail = (float(tensors.pop(name).double().sum()) / rows for name in ("kl", "tail"))
-        content = shard.Shard(self._header, shard.Distortion(kl, tail), **tensors)
-        shard.write(self._folder, content)
+        shard.write(self._folder, shard.Shard(self._header, kl, tail, **tensors))
         self._parts, self._bytes = [], 0  # after the write: an interrupted one is repeated

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
-import pathlib
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from fastkd import extras, validation
+from fastkd import extras
+from fastkd._core.checks import check_teacher_weights
 from fastkd.losses import KDLoss
 
 
@@ -48,8 +47,8 @@ def check_accelerator(accelerator: Any, ema: float | None) -> None:
         raise ValueError("ema cannot average parameters that FSDP has sharded; use ema=None")
 
 
-def check_loss(loss: KDLoss) -> None:
-    """Raise unless the trainer can divide the loss by the rows of all batches of a step."""
+def check_loss(loss: KDLoss, teachers: int) -> None:
+    """Raise unless the trainer can use the loss with this number of teachers."""
     if not isinstance(loss, KDLoss):
         raise TypeError(f"loss must be a fastkd.KDLoss; got {type(loss).__name__}")
     for name, accepted in (("reduction", "mean"), ("normalizer", None), ("class_weight", None)):
@@ -60,14 +59,7 @@ def check_loss(loss: KDLoss) -> None:
                 f"rows of all batches of a step; got {value!r}. For another mean, call fastkd.loss "
                 "in a training loop of your own"
             )
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
-    """Raise ValueError if the optimizer would not change the student."""
-    if set(parameters_of(optimizer)).isdisjoint(student.parameters()):
-        raise ValueError(
-            "optimizer has none of the student's parameters; make it of student.parameters()"
-        )
+    check_teacher_weights(loss.teacher_weights, teachers)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -82,21 +74,3 @@ def check_loader(name: str, loader: object) -> None:
             f"{name} must yield batches; got the dataset {type(loader).__name__}, which yields "
             "single samples: wrap it in a torch.utils.data.DataLoader"
         )
-
-
-def check_numbers(
-    accumulate: int,
-    clip: float | None,
-    checkpoints: str | pathlib.Path | None,
-    save_every: int | None,
-) -> None:
-    """Raise unless these arguments are in range."""
-    validation.check_count("accumulate", accumulate)
-    if clip is not None:
-        validation.check_number("clip", clip, 0.0, math.inf, open_low=True)
-    if checkpoints is not None:
-        validation.check_folder("checkpoints", checkpoints, " or None")
-    if save_every is not None:
-        validation.check_count("save_every", save_every)
-        if checkpoints is None:
-            raise ValueError("save_every needs checkpoints, the folder to write to; got None")

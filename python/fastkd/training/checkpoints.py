@@ -2,9 +2,8 @@
 
 A checkpoint is a folder ``step-00000042``. It is written under another name, synchronized to the
 disk and renamed, so the previous checkpoint survives if the process is killed. A checkpoint of the
-same step is ``step-00000042.replaced`` until the new one has its name. No file of a checkpoint can
-execute code when it is read. ``files.json`` has the CRC-32 of each other file, by which
-:func:`check` finds a damaged file before anything is loaded.
+same step is ``step-00000042.replaced`` until the new one has its name. No file can execute code
+when it is read. ``files.json`` has the CRC-32 of each other file.
 """
 
 from __future__ import annotations
@@ -16,72 +15,66 @@ import pathlib
 import re
 import shutil
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import torch
 
+from fastkd.teachers.shard import synchronize
+
 KEEP = 2  # checkpoints
-CHECKSUMS = "files.json"
-_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
-_INCOMPLETE, _DISCARDED, _REPLACED = ".incomplete", ".discarded", ".replaced"
+CHECKSUMS, METADATA = "files.json", "trainer.json"
+_INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
 
 
 def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the complete checkpoints in a folder, oldest first; ignore all other names."""
     complete = []
     for path in folder.glob("step-*"):
-        name = _NAME.fullmatch(path.name)
+        name = re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name)
         if name is not None and path.is_dir():
             complete.append((int(name[1]), name[2] is None, path))
     return [path for *_, path in sorted(complete)]
 
 
 def write(
-    folder: pathlib.Path,
-    step: int,
-    fill: Callable[[pathlib.Path], None],
-    *,
-    is_main: bool,
-    barrier: Callable[[], None],
+    folder: pathlib.Path, step: int, fill: Callable[[pathlib.Path], None], accelerator: Any
 ) -> pathlib.Path:
     """Write a checkpoint into ``folder``, delete old ones, and return the new one's folder.
 
-    Every process calls ``fill`` with a folder for its files. ``barrier`` waits for all processes.
+    Every process calls ``fill`` with a folder for its files.
     """
     target, incomplete = folder / f"step-{step:08d}", folder / _INCOMPLETE
-    if is_main:
+    if accelerator.is_main_process:
         for rest in (incomplete, folder / _DISCARDED):
             _delete(rest)
         incomplete.mkdir(parents=True)
-    barrier()
+    accelerator.wait_for_everyone()
     fill(incomplete)
     for file in incomplete.rglob("*"):
-        _synchronize(file)
-    barrier()
-    if is_main:
+        synchronize(file)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         write_checksums(incomplete)
-        _synchronize(incomplete / CHECKSUMS)
-        _synchronize(incomplete)
-        replaced = target.with_name(target.name + _REPLACED)
+        synchronize(incomplete / CHECKSUMS)
+        synchronize(incomplete)
+        replaced = target.with_name(f"{target.name}.replaced")
         if os.path.lexists(target):
             _discard(replaced)
             target.replace(replaced)
         incomplete.replace(target)
-        _synchronize(folder)
+        synchronize(folder)
         _discard(replaced)
         for old in list_complete(folder)[:-KEEP]:
             _discard(old)
-    barrier()
+    accelerator.wait_for_everyone()
     return target
 
 
 def _discard(checkpoint: pathlib.Path) -> None:
     """Rename a checkpoint before deleting it, so that a half-deleted one is never read."""
     if os.path.lexists(checkpoint):
-        discarded = checkpoint.with_name(_DISCARDED)
-        checkpoint.replace(discarded)
-        _delete(discarded)
+        _delete(checkpoint.replace(checkpoint.with_name(_DISCARDED)))
 
 
 def _delete(path: pathlib.Path) -> None:
@@ -92,23 +85,8 @@ def _delete(path: pathlib.Path) -> None:
         shutil.rmtree(path)
 
 
-def _synchronize(path: pathlib.Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(value: Any, file: pathlib.Path) -> None:
-    """Write tensors, numbers, text, and containers of them, for :func:`load`.
-
-    Raises:
-        TypeError: if ``value`` holds anything else, such as a function.
-    """
+    """Write tensors, numbers, text, and containers of them; raise TypeError for anything else."""
     torch.save(value, file)
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
@@ -119,16 +97,12 @@ def save(value: Any, file: pathlib.Path) -> None:
 
 
 def load(file: pathlib.Path) -> Any:
-    """Read what :func:`save` wrote, without executing code.
-
-    Raises:
-        pickle.UnpicklingError: if the file holds code.
-    """
+    """Read what :func:`save` wrote; raise pickle.UnpicklingError if the file holds code."""
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def write_checksums(folder: pathlib.Path) -> None:
-    """Write ``files.json``, the checksums of a checkpoint's other files, for :func:`check`."""
+    """Write ``files.json``, the checksums of a checkpoint's other files."""
     checksums = {
         file.relative_to(folder).as_posix(): _checksum(file)
         for file in sorted(folder.rglob("*"))
@@ -137,24 +111,40 @@ def write_checksums(folder: pathlib.Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
 
 
-def check(folder: pathlib.Path) -> None:
-    """Compare each file of a checkpoint with its checksum.
+def read_metadata(folder: pathlib.Path, expected: Mapping[str, int]) -> dict[str, Any]:
+    """Check all files of a checkpoint before anything is loaded; return its ``trainer.json``.
 
-    Raises:
-        ValueError: if a file is missing, is not a regular file, or has changed.
+    Raise ValueError if a file is damaged, or if ``trainer.json`` differs from ``expected``.
     """
-    for name, expected in _read_object(folder / CHECKSUMS).items():
-        file = folder / name
-        try:
-            actual = _checksum(file)
-        except OSError as error:
-            raise _unreadable(file, error) from error
-        if actual != expected:
-            raise _unreadable(file, f"its CRC-32 is {actual}, not {expected}")
+    check_no_code(folder)
+    file = folder / CHECKSUMS
+    try:
+        with _open(file) as stream:
+            checksums = json.load(stream)
+        if not isinstance(checksums, dict) or METADATA not in checksums:
+            raise ValueError(f"it must hold a JSON object that names {METADATA}")
+        for name, checksum in checksums.items():
+            file = folder / name
+            if (actual := _checksum(file)) != checksum:
+                raise ValueError(f"its CRC-32 is {actual}, not {checksum}")
+        file = folder / METADATA
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        differing = [name for name, value in expected.items() if content[name] != value]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. Delete {folder.name} to resume from the previous "
+            "checkpoint, or from the start if there is none"
+        ) from error
+    for name in differing:
+        raise ValueError(
+            f"{folder} has {name} {content[name]}, and this run {expected[name]}. Make the trainer "
+            "as it was when the checkpoint was written, or choose another folder"
+        )
+    return content
 
 
 def _checksum(file: pathlib.Path) -> str:
-    """Compute the CRC-32 of a regular file."""
+    """Compute the CRC-32 of a file."""
     crc = 0
     with _open(file) as stream:
         while chunk := stream.read(2**20):
@@ -162,55 +152,17 @@ def _checksum(file: pathlib.Path) -> str:
     return f"{crc:08x}"
 
 
-def _open(file: pathlib.Path) -> Any:
+def _open(file: pathlib.Path) -> BinaryIO:
     """Open a regular file; opening a named pipe would wait for a writer."""
-    if file.exists() and not file.is_file():
-        raise OSError("it is not a regular file")
+    if not file.is_file():
+        raise OSError("it is missing, or is not a regular file")
     return file.open("rb")
-
-
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """Read a non-empty JSON object from a file of a checkpoint."""
-    try:
-        with _open(file) as stream:
-            content = json.load(stream)
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(file, error) from error
-    if not isinstance(content, dict) or not content:
-        raise _unreadable(file, "it must hold a JSON object with at least one entry")
-    return content
-
-
-def _unreadable(file: pathlib.Path, reason: object) -> ValueError:
-    return ValueError(
-        f"{file} cannot be read: {reason}. Delete {file.parent.name} to resume from the previous "
-        "checkpoint, or from the start if there is none"
-    )
-
-
-def read_metadata(folder: pathlib.Path, **expected: int) -> dict[str, Any]:
-    """Read a checkpoint's ``trainer.json``.
-
-    Raises:
-        ValueError: if the file cannot be read, or if a value differs from ``expected``.
-    """
-    file = folder / "trainer.json"
-    content = _read_object(file)
-    for name, value in expected.items():
-        if name not in content:
-            raise _unreadable(file, f"it has no {name}")
-        if content[name] != value:
-            raise ValueError(
-                f"{folder} has {name} {content[name]}, and this run {value}. Make the trainer as "
-                "it was when the checkpoint was written, or choose another folder"
-            )
-    return content
 
 
 def check_no_code(folder: pathlib.Path) -> None:
     """Raise ValueError for files that Accelerate would unpickle without restrictions.
 
-    These are the files of objects registered with Accelerate, and the index of FSDP's shards.
+    Accelerate writes them for objects registered with it, and for FSDP's sharded state.
     """
     for file in itertools.chain(folder.glob("custom_checkpoint_*.pkl"), folder.rglob(".metadata")):
         raise ValueError(

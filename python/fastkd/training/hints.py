@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import batches, validation
-
-LOSSES = ("mse", "cosine", "attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,11 @@ class Hint:
     def __post_init__(self) -> None:
         """Check ``weight`` and ``loss``."""
         validation.check_number("weight", self.weight, 0.0, math.inf, open_low=True)
-        validation.check_one_of("loss", self.loss, LOSSES)
+        validation.check_one_of("loss", self.loss, ("mse", "cosine", "attention"))
 
 
 class Features:
-    """Record the outputs of named modules by forward hooks, while the context is entered.
-
-    Raises:
-        ValueError: if the model has no module of such a name; the message suggests some.
-    """
+    """Record the outputs of named modules by forward hooks, while the context is entered."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], role: str) -> None:
         """Find the modules; ``role`` is "student" or "teacher", for messages."""
@@ -79,18 +74,20 @@ class Features:
         for name in names:
             if name not in modules:
                 similar = difflib.get_close_matches(name, filter(None, modules), n=5, cutoff=0.0)
-                suggestion = "it has no submodules"
-                if similar:
-                    suggestion = f"the most similar names are {', '.join(similar)}"
-                raise ValueError(f"hints: the {role} has no module {name!r}; {suggestion}")
-        self._modules = [modules[name] for name in names]
-        self._outputs: dict[int, Tensor] = {}
+                suggestion = f"the most similar names are {', '.join(similar)}"
+                raise ValueError(
+                    f"hints: the {role} has no module {name!r}; "
+                    f"{suggestion if similar else 'it has no submodules'}"
+                )
+        self._modules = {name: modules[name] for name in names}
+        self._outputs: dict[str, Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Features:
         """Register the hooks."""
-        for index, module in enumerate(self._modules):
-            self._hooks.append(module.register_forward_hook(self._make_hook(index)))
+        for name, module in self._modules.items():
+            hook = functools.partial(self._record, name)
+            self._hooks.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,31 +97,26 @@ class Features:
         self._hooks.clear()
         self._outputs.clear()
 
-    def _make_hook(self, index: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            feature = output[0] if isinstance(output, (tuple, list)) else output
-            if not isinstance(feature, Tensor) or feature.dim() < 2:
-                raise TypeError(
-                    f"hints: {self._role} module {self._names[index]!r} must return a tensor "
-                    "(B, ...) of two or more dimensions, or a tuple that begins with one; got "
-                    f"{type(feature).__name__}"
-                )
-            self._outputs[index] = feature
-
-        return hook
+    def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        feature = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(feature, Tensor) or feature.dim() < 2:
+            raise TypeError(
+                f"hints: {self._role} module {name!r} must return a tensor (B, ...) of two or more "
+                "dimensions, or a tuple that begins with one; got "
+                f"{type(feature).__name__}"
+            )
+        self._outputs[name] = feature
 
     def pop(self) -> list[Tensor]:
-        """Return the features of the last forward pass, and forget them.
-
-        Raises:
-            RuntimeError: if the forward pass did not call one of the modules.
-        """
-        for index, name in enumerate(self._names):
-            if index not in self._outputs:
+        """Return the features of the last forward pass, and forget them."""
+        for name in self._names:
+            if name not in self._outputs:
                 raise RuntimeError(
                     f"hints: the forward pass did not call the {self._role} module {name!r}"
                 )
-        return [self._outputs.pop(index) for index in range(len(self._names))]
+        features = [self._outputs[name] for name in self._names]
+        self._outputs.clear()
+        return features
 
 
 class HintLoss(nn.Module):

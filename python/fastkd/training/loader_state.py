@@ -19,8 +19,8 @@ class LoaderState:
 
     A restored pass draws the batches before its position again and drops them, since datasets and
     worker processes may have random states that cannot be saved. Accelerate's loader draws one
-    batch ahead. So the batch before the position is drawn with the random states of its first
-    draw. Between two passes the random states alone matter: the next shuffle depends on them.
+    batch ahead, so the batch before the position is drawn with the random states of its first draw.
+    Between two passes the random states alone matter: the next shuffle depends on them.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,9 @@ class LoaderState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and the current random states."""
-        return {
-            "batches": self.batches,
-            "pass_start": self._pass_start,
-            "last_draw": self._last_draw,
-            "now": self.restored or random_states(self._generators),
-        }
+        now = self.restored or random_states(self._generators)
+        draws = {"pass_start": self._pass_start, "last_draw": self._last_draw}
+        return {"batches": self.batches, **draws, "now": now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the position at which :meth:`iterate` continues."""
@@ -99,12 +96,12 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
     parts: list[Any] = [loader]
     generators: dict[int, torch.Generator] = {}
     for part in parts:  # the list grows in the loop
-        for name in ("generator", "synchronized_generator"):
-            generator = getattr(part, name, None)
-            if isinstance(generator, torch.Generator):
-                generators[id(generator)] = generator
-        inner = (getattr(part, name, None) for name in ("sampler", "batch_sampler"))
-        parts += [each for each in inner if each is not None and each not in parts]
+        for name in ("generator", "synchronized_generator", "sampler", "batch_sampler"):
+            value = getattr(part, name, None)
+            if isinstance(value, torch.Generator):
+                generators[id(value)] = value
+            elif value is not None and value not in parts:
+                parts.append(value)
     return list(generators.values())
 
 

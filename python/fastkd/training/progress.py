@@ -43,11 +43,7 @@ class Progress:
                 self._bar = None
 
     def add(self, step: int, values: Tensor) -> None:
-        """Report the values of a step, one for each name: at once on a CPU, else one step later.
-
-        Raises:
-            FloatingPointError: if the loss of a step that is read is not finite.
-        """
+        """Report the values of a step: at once on a CPU, one step later on another device."""
         if values.device.type == "cpu":
             self._pending.append((step, values, None))
             self.flush()
@@ -59,18 +55,22 @@ class Progress:
         self._pending.append((step, copy, event))
 
     def flush(self) -> None:
-        """Wait for all pending values and report them.
-
-        Raises:
-            FloatingPointError: if a loss is not finite; the message names the step and the term.
-        """
+        """Wait for all pending values and report them; raise if a loss is not finite."""
         pending, self._pending = self._pending, []
         for step, values, event in pending:
             if event is not None:
                 event.synchronize()
             named = dict(zip(self._names, values.tolist(), strict=True))
             if not math.isfinite(named["loss"]):
-                raise FloatingPointError(_explain(step, named))
+                terms = [k for k in ("hard", "soft", "hint") if not math.isfinite(named[k])]
+                cause = f"its {' and '.join(terms)} term" if terms else "a sum of finite terms"
+                listed = ", ".join(f"{k} {named[k]:g}" for k in ("loss", "hard", "soft", "hint"))
+                raise FloatingPointError(
+                    f"the loss of step {step} is not finite, because of {cause} ({listed}). Look "
+                    "for NaN and inf in the inputs and in both models' logits, then at learning "
+                    "rate and precision. On a CPU the parameters are those before this step. Other "
+                    "devices have taken the step: go back to the last checkpoint"
+                )
             logged = {name: named[name] for name in self._logged}
             self.log(logged, step)
             if self._bar is not None:
@@ -83,16 +83,3 @@ class Progress:
             if not self._accelerator.trackers:
                 self._accelerator.init_trackers("fastkd")
             self._accelerator.log(values, step=step)
-
-
-def _explain(step: int, named: dict[str, float]) -> str:
-    """Return the message for a loss that is not finite."""
-    terms = [name for name in ("hard", "soft", "hint") if not math.isfinite(named[name])]
-    cause = f"its {' and '.join(terms)} term" if terms else "the weighted sum of finite terms"
-    listed = ", ".join(f"{name} {named[name]:g}" for name in ("loss", "hard", "soft", "hint"))
-    return (
-        f"the loss of step {step} is not finite, because of {cause} ({listed}). Look for NaN and "
-        "inf in the inputs and in both models' logits, then at learning rate and precision. On a "
-        "CPU the parameters are those before this step. Other devices have taken the step: go back "
-        "to the last checkpoint"
-    )

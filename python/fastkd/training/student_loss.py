@@ -25,7 +25,7 @@ def labels(batch: Any) -> Tensor | None:
 
 
 class StepTerms(NamedTuple):
-    """Hold the terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
+    """The terms of a forward pass: 0-d tensors, of which only the loss has a gradient."""
 
     loss: Tensor
     hard: Tensor
@@ -36,10 +36,7 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """Hold the divisors of a step's sums, 0-d.
-
-    Not a tuple, because FSDP mixed precision casts tensors in tuples to 16 bits.
-    """
+    """The divisors of a step's sums, 0-d; FSDP would cast tensors in a tuple to 16 bits."""
 
     rows: Tensor
     """The rows that are not ignored; without labels, the number of samples."""
@@ -49,8 +46,8 @@ class Denominators:
 class StudentLoss(nn.Module):
     """Run the student and compute its loss in one forward call.
 
-    The logits stay inside the wrapped module, because Accelerate converts its outputs to float32.
-    The projections of hints are inside, so that DistributedDataParallel synchronizes them.
+    The module does not return the logits, because Accelerate converts outputs to float32. The
+    projections of hints are inside, so that DistributedDataParallel synchronizes them.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class StudentLoss(nn.Module):
         targets = self.labels_of(batch)
         rows = denominators.rows
         if targets is None and len(logits):  # denominators.rows counts samples
-            rows = rows * (self._count_rows(logits) / len(logits))
+            rows = rows * self.count_rows(logits) / len(logits)
         terms = self._terms(logits, teacher.logits, targets, normalizer=rows)
         hint = torch.zeros_like(terms.loss)
         for distances in self.hint_loss(self.features.pop(), teacher.features):
@@ -85,8 +82,7 @@ class StudentLoss(nn.Module):
         logits = self._forward(model, batch)
         targets = self.labels_of(batch)
         terms = self._terms(logits, teacher_logits, targets, reduction="sum", normalizer=None)
-        correct = torch.full((), math.nan, device=logits.device)
-        rows = torch.tensor(self._count_rows(logits), device=logits.device)
+        correct, rows = torch.tensor(math.nan), self.count_rows(logits)
         if targets is not None:
             rows = self.count_rows(targets)
             if targets.is_floating_point():
@@ -94,14 +90,10 @@ class StudentLoss(nn.Module):
             predicted = logits.movedim(self.loss.dim, -1).argmax(-1)
             correct = (predicted == targets).sum()
         values = (terms.loss, terms.hard, terms.soft, terms.agreement, correct, rows)
-        return torch.stack([value.double() for value in values])
+        return torch.stack([value.to(logits.device, torch.float64) for value in values])
 
     def labels_of(self, batch: Any) -> Tensor | None:
-        """Return the labels of a batch, class indices as int64.
-
-        Raises:
-            ValueError: without labels, unless the options ask for the soft term alone.
-        """
+        """Return the labels, class indices as int64; None if the soft term alone is asked for."""
         targets = self._labels(batch)
         if targets is None:
             weights = (self.loss.alpha, self.loss.hard_weight)
@@ -119,15 +111,13 @@ class StudentLoss(nn.Module):
             )
         return validation.to_int64(targets)
 
-    def count_rows(self, targets: Tensor) -> Tensor:
-        """Return the number of rows that are not ignored, 0-d."""
-        if targets.is_floating_point():  # probabilities
-            return torch.tensor(self._count_rows(targets), device=targets.device)
-        valid: Tensor = targets != self.loss.ignore_index
+    def count_rows(self, values: Tensor) -> Tensor:
+        """Return the number of rows of logits or probabilities, or of labels not ignored, 0-d."""
+        if values.is_floating_point():
+            rows = values.numel() // int(values.shape[self.loss.dim])
+            return torch.tensor(rows, device=values.device)
+        valid: Tensor = values != self.loss.ignore_index
         return valid.sum()
-
-    def _count_rows(self, logits: Tensor) -> int:
-        return logits.numel() // int(logits.shape[self.loss.dim])
 
     def _terms(self, logits: Tensor, teacher: Any, targets: Tensor | None, **options: Any) -> Terms:
         """Compute the distillation loss and its terms."""

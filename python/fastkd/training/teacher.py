@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,11 +27,10 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
 
 
 class TeacherOutputs(NamedTuple):
-    """Hold what a teacher returns for a batch."""
+    """What a teacher returns for a batch."""
 
     logits: Any
-    """``(..., C)``; a list of them from several teachers; or a callable that maps student logits to
-    teacher outputs (cached teacher)."""
+    """``(..., C)``, a list of them, or a function of student logits that returns one of these."""
     features: list[Tensor]
 
 
@@ -65,12 +63,10 @@ class ModuleTeacher:
     @torch.no_grad()
     def logits(self, batch: Any) -> Any:
         """Return the logits of the teacher, or a list of the logits of each teacher."""
-        logits = [
-            self._forward(teacher, batches.to(batch, self._device, batches.dtype_of(teacher))).to(
-                self._output_device
-            )
-            for teacher in self._teachers
-        ]
+        logits = []
+        for teacher in self._teachers:
+            moved = batches.to(batch, self._device, batches.dtype_of(teacher))
+            logits.append(self._forward(teacher, moved).to(self._output_device))
         return logits[0] if len(logits) == 1 else logits
 
     def __call__(self, batch: Any) -> TeacherOutputs:
@@ -87,40 +83,36 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache, loss: losses.KDLoss, device: torch.device) -> None:
         """Check that the loss can use the cache; outputs go to ``device``."""
         self._cache, self._device = cache, device
-        options = Options()._replace(**loss.options)
-        self._dim = options.dim
+        self._dim = loss.dim
         if cache.top_k is not None:
-            check_tail("ghost", options)
-            temperature = 1.0 if options.temperature is None else options.temperature
+            check_tail("ghost", Options()._replace(**loss.options))
+            temperature = 1.0 if loss.temperature is None else loss.temperature
             cache.check(temperature=checks.check_scalar_temperature("temperature", temperature))
-        elif options.teacher_form != "logits":
+        elif loss.teacher_form != "logits":
             raise ValueError(
                 "loss must have teacher_form='logits' with a cache: the cache stores "
-                f"log-probabilities and converts them to logits; got {options.teacher_form!r}"
+                f"log-probabilities and converts them to logits; got {loss.teacher_form!r}"
             )
 
     def logits(self, batch: Any) -> Callable[[Tensor], Any]:
-        """Return a callable that reads the outputs for given student logits.
-
-        The sequence length is known only from the student's logits.
-        """
+        """Return a callable that reads the outputs: student logits tell a sequence's length."""
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(
                 "a cached teacher is read by sample ids, and this batch has none: wrap the "
                 "dataset in fastkd.teachers.WithIds"
             )
-        return functools.partial(self._look_up, ids)
 
-    def _look_up(self, ids: Tensor, student_logits: Tensor) -> Any:
-        """Return a TopK or logits for the rows of the student's logits."""
-        shape = student_logits.movedim(self._dim, -1).shape
-        self._cache.check(classes=shape[-1])
-        values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
-        if isinstance(values, TopK):
-            return values
-        # log_probs * T are logits, up to a constant in each row.
-        return (values.float() * self._cache.temperature).movedim(-1, self._dim)
+        def look_up(student_logits: Tensor) -> Any:
+            shape = student_logits.movedim(self._dim, -1).shape
+            self._cache.check(classes=shape[-1])
+            values = batches.to(self._cache.lookup(ids, tuple(shape[1:-1])), self._device)
+            if isinstance(values, TopK):
+                return values
+            # log_probs * T are logits, up to a constant in each row.
+            return (values.float() * self._cache.temperature).movedim(-1, self._dim)
+
+        return look_up
 
     def __call__(self, batch: Any) -> TeacherOutputs:
         """Return logits; a cache has no features."""

@@ -23,9 +23,9 @@ from fastkd.training import teacher as teachers
 from fastkd.training.hints import Hint
 from fastkd.training.loader_state import LoaderState
 from fastkd.training.progress import Progress
-from fastkd.validation import check_count
+from fastkd.validation import check_count, check_folder, check_number
 
-FORMAT = 6  # of a checkpoint
+FORMAT = 7  # of a checkpoint
 
 
 class Step(NamedTuple):
@@ -104,15 +104,13 @@ class Trainer:
 
     Example:
         >>> import torch, fastkd
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> data = TensorDataset(torch.randn(64, 8), torch.randint(3, (64,)))
+        >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
         >>> teacher, student = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
         >>> trainer = fastkd.Trainer(
         ...     student, teacher, torch.optim.Adam(student.parameters(), 0.1),
         ...     loss=fastkd.KDLoss(temperature=4.0, alpha=0.1), progress=False,
         ... )
-        >>> loader = DataLoader(data, batch_size=16, shuffle=True)
-        >>> history = trainer.fit(loader, epochs=5, validation=loader)
+        >>> history = trainer.fit(data, epochs=5, validation=data)
         >>> trainer.step, history[-1].soft < history[0].soft
         (20, True)
     """
@@ -139,17 +137,27 @@ class Trainer:
     ) -> None:
         """Check the arguments, move the models to their devices and wrap them."""
         loss = KDLoss() if loss is None else loss
-        arguments.check_loss(loss)
-        arguments.check_numbers(accumulate, clip, checkpoints, save_every)
-        arguments.check_optimizer(optimizer, student)
+        several = isinstance(teacher, (list, tuple, nn.ModuleList))
+        arguments.check_loss(loss, len(teacher) if several else 1)  # type: ignore[arg-type]
+        check_count("accumulate", accumulate)
+        if clip is not None:
+            check_number("clip", clip, 0.0, math.inf, open_low=True)
+        if save_every is not None:
+            check_count("save_every", save_every)
+            if checkpoints is None:
+                raise ValueError("save_every needs checkpoints, the folder to write to; got None")
+        folder = checkpoints
+        self._folder = None if folder is None else check_folder("checkpoints", folder, " or None")
+        optimized = set(arguments.parameters_of(optimizer))
+        if optimized.isdisjoint(student.parameters()):
+            raise ValueError(
+                "optimizer has none of the student's parameters; make it of student.parameters()"
+            )
         self.accelerator = arguments.make_accelerator() if accelerator is None else accelerator
         arguments.check_accelerator(self.accelerator, ema)
-        average = None if ema is None else swa_utils.get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
         self.student, self.scheduler = student, scheduler
         self.step = self.epoch = 0
-        self.ema: swa_utils.AveragedModel | None = None
         self._accumulate, self._clip, self._save_every = accumulate, clip, save_every
-        self._folder = None if checkpoints is None else pathlib.Path(checkpoints)
         self._owns_folder = False
         self._history: list[Evaluation] = []
         self._loaders: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -159,6 +167,11 @@ class Trainer:
         self._progress = Progress(self.accelerator, show=progress, names=names, logged=logged)
         device = self.accelerator.device
         self._student_loss = student_loss.StudentLoss(student, loss, hints, forward, labels)
+        self._student_loss.to(device)
+        self.ema: swa_utils.AveragedModel | None = None
+        if ema is not None:
+            average = swa_utils.get_ema_multi_avg_fn(ema)  # type: ignore[no-untyped-call]
+            self.ema = swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
         self._teacher: teachers.ModuleTeacher | teachers.CachedTeacher
         if isinstance(teacher, TeacherCache):
             if hints:
@@ -168,13 +181,9 @@ class Trainer:
             devices = (teacher_device or device, device)
             features = [hint.teacher for hint in hints]
             self._teacher = teachers.ModuleTeacher(teacher, student, features, forward, devices)
-        self._student_loss.to(device)
-        optimized = set(arguments.parameters_of(optimizer))
         projections = self._student_loss.hint_loss.parameters()
         optimizer.param_groups[0]["params"].extend(p for p in projections if p not in optimized)
         self._model, self._optimizer = self.accelerator.prepare(self._student_loss, optimizer)
-        if ema is not None:
-            self.ema = swa_utils.AveragedModel(student, multi_avg_fn=average, use_buffers=True)
 
     # ---- training
 
@@ -246,7 +255,17 @@ class Trainer:
         """Take an optimizer step on some batches."""
         window = [batches.to(batch, self.accelerator.device) for batch in window]
         self._optimizer.zero_grad()  # gradients may remain from an interrupted step
-        values = self._backward(window)
+        denominators = self._denominators(window)
+        total: Tensor | float = 0.0
+        for index, batch in enumerate(window, start=1):
+            is_last = index == len(window)
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
+                with self.accelerator.autocast():
+                    outputs = self._teacher(batch)
+                terms = self._model(batch, outputs, denominators)
+                self.accelerator.backward(terms.loss)
+            total = total + torch.stack([term.detach() for term in terms])
+        values: Tensor = self.accelerator.reduce(total, "mean")
         number = self.step + 1
         self._progress.add(number, values)
         if self._clip is not None:
@@ -258,21 +277,6 @@ class Trainer:
             self.ema.update_parameters(self.student)
         self.step = number
         return Step(number, self.epoch, *values.unbind())
-
-    def _backward(self, window: list[Any]) -> Tensor:
-        """Compute the gradients of a step; return its values, ``(5,)``, over all processes."""
-        denominators = self._denominators(window)
-        total: Tensor | float = 0.0
-        for index, batch in enumerate(window, start=1):
-            is_last = index == len(window)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._model):
-                with self.accelerator.autocast():
-                    outputs = self._teacher(batch)
-                values = self._model(batch, outputs, denominators)
-                self.accelerator.backward(values.loss)
-            total = total + torch.stack([value.detach() for value in values])
-        mean: Tensor = self.accelerator.reduce(total, "mean")
-        return mean
 
     def _denominators(self, window: list[Any]) -> student_loss.Denominators:
         """Count rows and samples over all processes, per process: gradients are averaged."""
@@ -298,8 +302,8 @@ class Trainer:
         """
         self._check_not_sharded()
         module = self.student if self.ema is None else self.ema.module
-        sums = torch.zeros(len(Evaluation._fields), dtype=torch.float64)
-        sums = sums.to(self.accelerator.device)
+        fields = len(Evaluation._fields)
+        sums = torch.zeros(fields, dtype=torch.float64, device=self.accelerator.device)
         with batches.evaluating(module), self.accelerator.autocast():
             for batch in self._prepare(loader, even=False):
                 batch = batches.to(batch, self.accelerator.device)
@@ -328,20 +332,14 @@ class Trainer:
         Raises:
             FileExistsError: if the folder has checkpoints from which this trainer did not resume.
         """
-        folder = self._check_folder()
-        if folder is None:
+        self._check_folder()
+        if self._folder is None:
             raise ValueError("checkpoints must be a folder in order to save; got None")
         self._progress.flush()
-        return checkpoints.write(
-            folder,
-            self.step,
-            self._write,
-            is_main=self.accelerator.is_main_process,
-            barrier=self.accelerator.wait_for_everyone,
-        )
+        return checkpoints.write(self._folder, self.step, self._write, self.accelerator)
 
-    def _check_folder(self) -> pathlib.Path | None:
-        """Return the folder; raise if it has checkpoints of another run."""
+    def _check_folder(self) -> None:
+        """Raise if the folder has checkpoints of another run."""
         folder = self._folder
         if folder is not None and not self._owns_folder and checkpoints.list_complete(folder):
             raise FileExistsError(
@@ -349,7 +347,6 @@ class Trainer:
                 "another folder"
             )
         self._owns_folder = True
-        return folder
 
     def _write(self, folder: pathlib.Path) -> None:
         """Write the files of this process."""
@@ -360,15 +357,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             for name, stateful in self._stateful().items():
                 checkpoints.save(stateful.state_dict(), folder / f"{name}.pt")
-            metadata = {
-                "format": FORMAT,
-                "step": self.step,
-                "epoch": self.epoch,
-                "processes": self.accelerator.num_processes,
-                "hints": len(self._student_loss.hint_loss.hints),
-                "history": self._history,
-            }
-            (folder / "trainer.json").write_text(json.dumps(metadata, indent=1))
+            progress = {"step": self.step, "epoch": self.epoch, "history": self._history}
+            metadata = json.dumps({**self._describe(), **progress}, indent=1)
+            (folder / checkpoints.METADATA).write_text(metadata)
 
     def resume(self) -> bool:
         """Restore the newest checkpoint; return False if there is none.
@@ -387,25 +378,28 @@ class Trainer:
         complete = checkpoints.list_complete(self._folder)
         if not complete:
             return False
-        newest, stateful = complete[-1], self._stateful()
-        checkpoints.check_no_code(newest)
-        checkpoints.read_metadata(newest, format=FORMAT)
-        checkpoints.check(newest)
-        processes, hints = self.accelerator.num_processes, len(self._student_loss.hint_loss.hints)
-        metadata = checkpoints.read_metadata(newest, processes=processes, hints=hints)
+        newest = complete[-1]
+        metadata = checkpoints.read_metadata(newest, self._describe())
         rank = self.accelerator.process_index
         position = checkpoints.load(newest / f"position-{rank}.pt")
-        for name in stateful:
-            if not (newest / f"{name}.pt").exists():
-                raise ValueError(f"{newest} was saved without {name}; make the trainer as it was")
         self.accelerator.load_state(str(newest))
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoints.load(newest / f"{name}.pt"))
+        for name, stateful in self._stateful().items():
+            stateful.load_state_dict(checkpoints.load(newest / f"{name}.pt"))
         self.step, self.epoch = metadata["step"], metadata["epoch"]
         self._history = [Evaluation(*values) for values in metadata["history"]]
         self._loader_state.load_state_dict(position)
         self._owns_folder = True
         return True
+
+    def _describe(self) -> dict[str, int]:
+        """Return what a checkpoint and the trainer that resumes from it must have in common."""
+        return {
+            "format": FORMAT,
+            "processes": self.accelerator.num_processes,
+            "hints": len(self._student_loss.hint_loss.hints),
+            "scheduler": int(self.scheduler is not None),
+            "ema": int(self.ema is not None),
+        }
 
     def _stateful(self) -> dict[str, Any]:
         """Return the parts for which Accelerate has no files that are safe to read."""
