@@ -20,7 +20,7 @@ import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
 from fastkd import teachers
 from fastkd._C import version as __version__
-from fastkd._core.values import Head, Sampled, TopK
+from fastkd._core.values import Head, Routed, Sampled, TopK
 from fastkd.diagnostics import Verification, check_inputs, check_logits, explain, verify
 from fastkd.linear import chunks
 from fastkd.losses import KDLoss, divergences, loss, terms
@@ -35,6 +35,7 @@ __all__ = [
     "Hint",
     "KDLoss",
     "Report",
+    "Routed",
     "Sampled",
     "Step",
     "Terms",

@@ -16,16 +16,18 @@ from fastkd._core.arguments import (
     check_teacher_has_no_gradient,
     prepare,
     raise_for_kernel_error,
+    routed_logits,
     shift_rows,
 )
 from fastkd._core.objective import Options, resolve
-from fastkd._core.values import Head, Sampled, TopK
+from fastkd._core.values import Head, Routed, Sampled, TopK
 from fastkd.linear.chunks import Plan
 from fastkd.reference import Terms
 
 __all__ = [
     "Head",
     "KDLoss",
+    "Routed",
     "Sampled",
     "Student",
     "Teacher",
@@ -86,8 +88,9 @@ def loss(
             logits whose classes are not adjacent are copied, and so are spatial crops.
         teacher: ``(..., C)`` logits of any of these dtypes; a sequence of several teachers' logits;
             a :class:`fastkd.Head`; or a :class:`fastkd.TopK`, the log-probabilities of a few
-            classes; or a :class:`fastkd.Sampled`, the log-probability of one sampled class. If
-            ``student`` is a Head, any of these but a sequence; if ``student`` is a tensor, the
+            classes; a :class:`fastkd.Sampled`, the log-probability of one sampled class; or a
+            :class:`fastkd.Routed`, one of several teachers for each row. If ``student`` is a Head,
+            any of these but a sequence; if ``student`` is a tensor, the
             logits of a Head are all computed. The teacher gets no gradient: teacher
             logits or hidden states that require grad raise an error. Tensors made under
             ``torch.inference_mode()`` are copied, since autograd cannot save them.
@@ -397,7 +400,11 @@ def _compute(
             return out
     options = Options(*values)
     if isinstance(student, Head):
+        if isinstance(teacher, Routed):
+            return linear.compute_routed(student, teacher, labels, options, with_terms)
         return linear.compute(student, teacher, labels, options, with_terms)
+    if isinstance(teacher, Routed):
+        teacher = routed_logits(student, teacher, options.dim)
     if isinstance(teacher, Head):
         check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
         with torch.no_grad():

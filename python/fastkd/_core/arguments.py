@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,10 @@ from fastkd._core import checks
 from fastkd._core.autograd import is_transformed
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective, Options, resolve
 from fastkd._core.shapes import accumulator
-from fastkd._core.values import Head, Sampled, TopK, check_sampled, check_topk
+from fastkd._core.values import Head, Routed, Sampled, TopK, check_routed, check_sampled, check_topk
 
 Student = Tensor | Head
-Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled
+Teacher = Tensor | Sequence[Tensor] | Head | TopK | Sampled | Routed
 
 
 class Listed(NamedTuple):
@@ -27,6 +28,11 @@ class Listed(NamedTuple):
     indices: Tensor
     tail: str
     estimator: str | None
+
+    @property
+    def name(self) -> str:
+        """The teacher's field that holds the class indices."""
+        return "indices" if self.estimator is None else "tokens"
 
 
 class Call(NamedTuple):
@@ -71,7 +77,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
     validation.check_count("shift", options.shift, 0)
     if options.shift:
         checks.check_student(student, options.dim)
-        teacher, labels, options = _shifted(student, teacher, labels, options)
+        teacher, labels, options = shift_labels(student, teacher, labels, options)
     sparse = teacher if isinstance(teacher, (TopK, Sampled)) else None
     teachers: Any = (teacher,)
     if sparse is None and isinstance(teacher, (list, tuple)):
@@ -170,7 +176,7 @@ def shift_rows(value: Tensor, n: int, fill: float, dim: int = -1) -> Tensor:
     return torch.cat((moved, torch.full_like(value.narrow(dim, 0, n), fill)), dim)
 
 
-def _shifted(
+def shift_labels(
     student: Tensor, teacher: object, labels: Tensor | None, options: Options
 ) -> tuple[object, Tensor, Options]:
     """Move labels, lists and per-row options to the rows that predict them.
@@ -290,6 +296,60 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
             )
 
 
+# ---- routed teachers
+
+
+def rows_of_teachers(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
+    """Check a routed teacher, and return the indices of each teacher's rows, flattened."""
+    check_routed(routed, "teacher")
+    teachers, indices = routed
+    for name, shape in [("indices", indices.shape)] + [
+        (f"teachers[{i}]", (x.hidden if isinstance(x, Head) else x).shape[:-1])
+        for i, x in enumerate(teachers)
+    ]:
+        if shape != rows:
+            raise ValueError(
+                f"teacher.{name} must have the student's rows, {tuple(rows)}; got {tuple(shape)}"
+            )
+    if indices.device != device:
+        raise ValueError(
+            f"teacher.indices must be on the student's device, {device}; got {indices.device}"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(teachers):
+        raise ValueError(
+            f"teacher.indices must be in [0, {len(teachers)}), the positions of the teachers; got "
+            f"{int(indices.min())} to {int(indices.max())}"
+        )
+    return [(indices.flatten() == i).nonzero().squeeze(1) for i in range(len(teachers))]
+
+
+def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
+    """Return the logits of each row's teacher as one tensor, laid out like the student."""
+    check_routed(routed, "teacher")
+    checks.check_student(student, dim)
+    if dim != -1:
+        moved = [x if isinstance(x, Head) else x.movedim(dim, -1) for x in routed.teachers]
+        routed, student = Routed(tuple(moved), routed.indices), student.movedim(dim, -1)
+    classes, parts = student.shape[-1], []
+    owned = rows_of_teachers(routed, student.shape[:-1], student.device)
+    for i, (teacher, rows) in enumerate(zip(routed.teachers, owned, strict=True)):
+        name = f"teacher.teachers[{i}]"
+        outputs = teacher.hidden if isinstance(teacher, Head) else teacher
+        check_teacher_has_no_gradient(name, outputs)
+        with torch.no_grad():
+            own = outputs.reshape(-1, outputs.shape[-1])[rows]
+            parts.append(
+                teacher._replace(hidden=own).logits() if isinstance(teacher, Head) else own
+            )
+        if parts[-1].shape[-1] != classes:
+            raise ValueError(f"{name} must have {classes} classes; got {parts[-1].shape[-1]}")
+    dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+    out = torch.empty(student.shape, dtype=dtype, device=student.device)
+    for part, rows in zip(parts, owned, strict=True):
+        out.view(-1, classes)[rows] = part.to(dtype)
+    return out.movedim(-1, dim)
+
+
 # ---- inplace
 
 
@@ -360,4 +420,6 @@ def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
     if student.device.type == "cpu":
         checks.check_rows(student, labels, objective.ignore_index, objective.temperature)
         if call.listed is not None:
-            checks.check_lists(student, *call.listed[:2], labels, objective.ignore_index)
+            log_probs, indices = call.listed[:2]
+            ignored, name = objective.ignore_index, call.listed.name
+            checks.check_lists(student, log_probs, indices, labels, ignored, name)

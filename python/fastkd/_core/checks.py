@@ -339,9 +339,14 @@ def raise_for_first(bad: Tensor, value: Tensor, message: str) -> None:
 
 
 def check_lists(
-    student: Tensor, log_probs: Tensor, indices: Tensor, labels: Tensor | None, ignore_index: int
+    student: Tensor,
+    log_probs: Tensor,
+    indices: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    name: str = "indices",
 ) -> None:
-    """Raise for the first row with an invalid list; name the row."""
+    """Raise for the first row with an invalid list; ``name``: the field of the class indices."""
     counts = torch.ones_like(indices[..., 0], dtype=torch.bool)
     if labels is not None:
         counts = labels != ignore_index
@@ -359,7 +364,7 @@ def check_lists(
     raise_for_first(
         counts & (greatest >= classes),
         greatest,
-        f"teacher.indices must be in [0, {classes}), or negative for padding",
+        f"teacher.{name} must be in [0, {classes}), or negative for padding",
     )
     raise_for_first(
         counts & (duplicate >= 0), duplicate, "teacher.indices must not list a class twice"

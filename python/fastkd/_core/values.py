@@ -1,4 +1,4 @@
-"""Define ``Head``, ``TopK`` and ``Sampled``, which replace a tensor of logits."""
+"""Define ``Head``, ``TopK``, ``Sampled`` and ``Routed``, which replace a tensor of logits."""
 
 from __future__ import annotations
 
@@ -166,6 +166,34 @@ class Sampled(NamedTuple):
         return _describe(self)
 
 
+class Routed(NamedTuple):
+    """Several teachers, of which each row has one: specialists, or one teacher for each task.
+
+    Rows of a teacher that are not its own are never read, and a Head computes the logits of its own
+    rows alone.
+
+    It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
+
+    Args:
+        teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
+        indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. To check
+            them synchronizes CUDA.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not as above.
+
+    Example:
+        >>> import torch, fastkd
+        >>> math, code = torch.randn(4, 10), torch.randn(4, 10)
+        >>> teacher = fastkd.Routed((math, code), torch.tensor([0, 1, 1, 0]))
+        >>> fastkd.loss(torch.randn(4, 10), teacher).shape
+        torch.Size([])
+    """
+
+    teachers: tuple[Tensor | Head, ...]
+    indices: Tensor
+
+
 def check_head(head: Head, name: str = "Head") -> None:
     """Raise unless the fields of a head fit each other; ``name``: the argument, for the message."""
     for field in ("hidden", "weight", "bias"):
@@ -208,6 +236,24 @@ def check_sampled(sampled: Sampled, name: str = "Sampled") -> None:
     validation.check_one_of(f"{name}.estimator", sampled.estimator, ESTIMATORS)
 
 
+def check_routed(routed: Routed, name: str = "Routed") -> None:
+    """Raise unless there are teachers of one kind, and indices of them."""
+    teachers, indices = routed
+    if not isinstance(teachers, (tuple, list)) or not teachers:
+        raise TypeError(
+            f"{name}.teachers must be a tuple of at least one teacher; got {teachers!r}"
+        )
+    for i, teacher in enumerate(teachers):
+        if not isinstance(teacher, (Tensor, Head)) or type(teacher) is not type(teachers[0]):
+            raise TypeError(
+                f"{name}.teachers must all be logits, or all Heads; [{i}] is a "
+                f"{type(teacher).__name__}, [0] a {type(teachers[0]).__name__}"
+            )
+    if not isinstance(indices, Tensor) or indices.dtype not in validation.INTEGERS:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{name}.indices must be a tensor of an integer dtype; got {got}")
+
+
 def _check_listed(name: str, log_probs: object, field: str, indices: object, shape: str) -> None:
     """Raise unless log-probabilities and class indices are tensors of one shape."""
     checks.check_floats(f"{name}.log_probs", log_probs)
@@ -245,7 +291,7 @@ def _describe(value: Head | TopK | Sampled) -> str:
     return f"{type(value).__name__}({fields})"
 
 
-_Value = TypeVar("_Value", Head, TopK, Sampled)
+_Value = TypeVar("_Value", Head, TopK, Sampled, Routed)
 
 
 def _from_collated(value: _Value) -> _Value:
@@ -275,3 +321,4 @@ def _check_when_made(cls: type[_Value], check: Any) -> None:
 _check_when_made(Head, check_head)
 _check_when_made(TopK, check_topk)
 _check_when_made(Sampled, check_sampled)
+_check_when_made(Routed, check_routed)

@@ -55,7 +55,8 @@ def prepare_heads(
         log_probs, indices = checked.listed[:2]
         teacher_dtype = log_probs.dtype
         if checks.may_look(indices):
-            checks.check_lists(logits, log_probs, indices, labels, objective.ignore_index)
+            ignored, name = objective.ignore_index, checked.listed.name
+            checks.check_lists(logits, log_probs, indices, labels, ignored, name)
         tensors.update(topk_indices=indices, topk_log_probs=log_probs)
     else:
         assert isinstance(teacher, Tensor)

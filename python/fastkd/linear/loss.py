@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastkd._core import autograd, dense, dispatch, shapes
-from fastkd._core.arguments import Teacher
-from fastkd._core.objective import Options
-from fastkd._core.values import Head
+from fastkd._core.arguments import Teacher, rows_of_teachers, shift_labels
+from fastkd._core.objective import PER_ROW_OPTIONS, Options
+from fastkd._core.values import Head, Routed, check_head
 from fastkd.linear import chunks, class_loop, products, row_loop
 from fastkd.linear.arguments import prepare_heads
 from fastkd.linear.call import (
@@ -48,6 +48,55 @@ def compute(
     if call.reduction != "none":
         return out
     return out.reshape((*out.shape[:-1], *student.hidden.shape[:-1]))
+
+
+def compute_routed(
+    student: Head, teacher: Routed, labels: Tensor | None, options: Options, with_terms: bool
+) -> Tensor:
+    """Compute the loss with one teacher for each row: a call for each teacher's rows."""
+    check_head(student, "student")
+    lead, device = student.hidden.shape[:-1], student.hidden.device
+    rows_of = rows_of_teachers(teacher, lead, device)
+    if options.class_weight is not None:
+        raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
+    logits = student.hidden[..., :1]  # a stand-in, of which the rows are read alone
+    if options.shift:
+        _, labels, options = shift_labels(logits, None, labels, options)
+    counted = torch.ones(lead, dtype=torch.bool, device=device)
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        counted = labels != options.ignore_index
+    if options.reduction == "mean" and options.normalizer is None:
+        options = options._replace(normalizer=counted.sum().clamp(min=1))
+    results = []
+    for each, rows in zip(teacher.teachers, rows_of, strict=True):
+
+        def own(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
+            """Select the teacher's rows of a tensor with ``trailing`` other dimensions."""
+            return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
+
+        mine: Any = (
+            own(each, 1) if isinstance(each, Tensor) else each._replace(hidden=own(each.hidden, 1))
+        )
+        of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
+        moved: dict[str, Any] = {
+            name: own(value, 0)
+            for name, value in of_rows.items()
+            if isinstance(value, Tensor) and value.dim()
+        }
+        classes = 1 if labels is not None and labels.is_floating_point() else 0
+        results.append(
+            compute(
+                student._replace(hidden=own(student.hidden, 1)),
+                mine,
+                None if labels is None else own(labels, classes),
+                options._replace(**moved),
+                with_terms,
+            )
+        )
+    if options.reduction != "none":
+        return torch.stack(results).sum(0)
+    order = torch.cat(rows_of).argsort()
+    return torch.cat(results, -1)[..., order].reshape(*results[0].shape[:-1], *lead)
 
 
 def _compute_in_chunks(inputs: Inputs, call: LinearCall) -> Outputs:

@@ -1,0 +1,126 @@
+"""One teacher of several for each row."""
+# ruff: noqa: E501 - one mistake a line
+
+import pytest
+import torch
+
+import fastkd
+
+CLASSES, SHAPE = 20, (3, 5)
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def labels(device):
+    labels = torch.arange(15).reshape(SHAPE) % CLASSES
+    labels[0, 1] = -100
+    return labels.to(device)
+
+
+@pytest.fixture
+def indices(device):
+    return (torch.arange(15).reshape(SHAPE) * 7 % 3).to(device)
+
+
+OPTIONS = [
+    {},
+    {"shift": 1},
+    {"reduction": "none"},
+    {"reduction": "sum", "divergence": "jsd"},
+    {"normalizer": 4.0},
+    {"soft_weight": draw(*SHAPE, seed=9).abs(), "hard_weight": 0.5, "shift": 1},
+]
+
+
+def of_device(options, device):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def chosen(logits, indices):
+    """The logits of each row's teacher, where every teacher has computed all rows."""
+    stacked = torch.stack([x.float() for x in logits])
+    return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits(device, labels, indices, options):
+    student = draw(*SHAPE, CLASSES, seed=0).to(device).requires_grad_()
+    teachers = [draw(*SHAPE, CLASSES, seed=i).to(device) for i in (1, 2, 3)]
+    teachers[1] = teachers[1].bfloat16()
+    options = of_device(options, device)
+    teacher = fastkd.Routed(tuple(teachers), indices)
+    ours = fastkd.loss(student, teacher, labels, **options)
+    expected = fastkd.loss(student, chosen(teachers, indices), labels, **options)
+    torch.testing.assert_close(ours, expected)
+    grads = [torch.autograd.grad(x.sum(), student)[0] for x in (ours, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_heads(device, labels, indices, options, with_labels):
+    hidden = draw(*SHAPE, 6, seed=0).to(device).requires_grad_()
+    weight = draw(CLASSES, 6, seed=1).to(device).requires_grad_()
+    heads = tuple(
+        fastkd.Head(draw(*SHAPE, n, seed=n).to(device), draw(CLASSES, n, seed=n + 1).to(device))
+        for n in (4, 8, 6)
+    )
+    options = of_device(options, device)
+    if not with_labels:
+        labels = None
+        options.pop("hard_weight", None)
+    exact = chosen([head.logits() for head in heads], indices)
+    expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
+    want = torch.autograd.grad(expected.sum(), (hidden, weight))
+    # A teacher's rows that are not its own are not read.
+    for i, head in enumerate(heads):
+        head.hidden[indices != i] = float("nan")
+    teacher = fastkd.Routed(heads, indices)
+    for student in (fastkd.Head(hidden, weight), hidden @ weight.T):
+        ours = fastkd.loss(student, teacher, labels, **options)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        got = torch.autograd.grad(ours.sum(), (hidden, weight))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_of_heads_add_up(device, labels, indices):
+    hidden, weight = draw(*SHAPE, 6, seed=0).to(device), draw(CLASSES, 6, seed=1).to(device)
+    heads = tuple(fastkd.Head(hidden.roll(i, -1), weight) for i in (1, 2, 3))
+    teacher = fastkd.Routed(heads, indices)
+    ours = fastkd.terms(fastkd.Head(hidden, weight), teacher, labels)
+    exact = chosen([head.logits() for head in heads], indices)
+    expected = fastkd.terms(hidden @ weight.T, exact, labels)
+    for name, mine, theirs in zip(ours._fields, ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_one_teacher_may_have_no_row(device, labels, indices):
+    hidden, weight = draw(*SHAPE, 6, seed=0).to(device), draw(CLASSES, 6, seed=1).to(device)
+    head = fastkd.Head(hidden, weight)
+    teacher = fastkd.Routed((head, head), torch.zeros_like(indices))
+    assert fastkd.loss(head, teacher, labels, alpha=0.0) == 0
+
+
+Z = torch.zeros
+BAD = {
+    "out of range": ((Z(2, 4), Z(2, 4)), torch.tensor([0, 2]), ValueError, "must be in [0, 2)"),
+    "negative": ((Z(2, 4), Z(2, 4)), torch.tensor([0, -1]), ValueError, "got -1 to 0"),
+    "floats": ((Z(2, 4),), Z(2), TypeError, "Routed.indices must be a tensor of an integer dtype"),
+    "none": ((), torch.tensor([0, 0]), TypeError, "Routed.teachers must be a tuple of at least"),
+    "kinds": ((Z(2, 4), fastkd.Head(Z(2, 3), Z(4, 3))), torch.tensor([0, 0]), TypeError, "all Heads"),
+    "rows": ((Z(2, 4), Z(3, 4)), torch.tensor([0, 0]), ValueError, "teacher.teachers[1] must have the"),
+    "classes": ((Z(2, 5),), torch.tensor([0, 0]), ValueError, "must have 4 classes; got 5"),
+    "indices of other rows": ((Z(2, 4),), torch.tensor([0]), ValueError, "teacher.indices must have"),
+    "a gradient": ((Z(2, 4, requires_grad=True),), torch.tensor([0, 0]), ValueError, "requires grad"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    teachers, indices, error, message = BAD[case]
+    with pytest.raises(error) as raised:
+        fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))
+    assert message in str(raised.value)
