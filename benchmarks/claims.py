@@ -205,7 +205,13 @@ def _both_devices() -> list[Claim]:
             _against_rounding,
         ),
         Claim("gradient error in fp32, in times of eager's", 1.0, None, False, _against_eager),
-        Claim("top 64 of 128256 classes, in times of all", 0.8, None, False, _sparse),
+        Claim(
+            "top 64 of 128256 classes, any divergence, in times of the dense forward KL",
+            0.85,
+            0.7,
+            False,
+            _sparse,
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,35 +20,70 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), class by class."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
+    """log(mix p + (1 - mix) q), as TRL's generalized JSD has it."""
+    return torch.logaddexp(log_p + math.log(mix), log_q + math.log(1 - mix))
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = _mixture(log_p, log_q, 0.5)
+    return 0.5 * _kl(log_p, log_m) + 0.5 * _kl(log_q, log_m)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": _kl,
+    "soft_cross_entropy": lambda log_p, log_q: -log_p.exp() * log_q,
+    "reverse_kl": lambda log_p, log_q: _kl(log_q, log_p),
+    "symmetric_kl": lambda log_p, log_q: 0.5 * (_kl(log_p, log_q) + _kl(log_q, log_p)),
+    "jsd": _jsd,
+    "skewed_forward_kl": lambda log_p, log_q: _kl(log_p, _mixture(log_p, log_q, 0.1)),
+    "skewed_reverse_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_q, log_p, 0.1)),
+    "total_variation": lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs(),
+}
+"""What a sparse teacher may be compared by, in plain PyTorch: terms of each class."""
+
+
 @dataclass(frozen=True)
 class SparseCase:
     """A case whose teacher is its k most probable classes."""
 
     dense: Case
+    divergence: str = "forward_kl"
     k: int = 64
 
     @property
     def title(self) -> str:
         """The case in words."""
-        return f"top {self.k} of {self.dense.title}"
+        return f"top {self.k} of {self.dense.title}, {self.divergence}"
 
 
 def cases(device: str) -> list[SparseCase]:
     """Llama-3's vocabulary, in both of the dtypes that language models are trained in."""
     return [
-        SparseCase(case("llama-3", device, dtype, temperature=2.0)) for dtype in ("fp32", "bf16")
+        SparseCase(case("llama-3", device, dtype, temperature=2.0), divergence)
+        for dtype in ("fp32", "bf16")
+        for divergence in DIVERGENCES
     ]
 
 
 def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
     """This package's sparse loss."""
     options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
-    return lambda s, top, y: fastkd.loss(s, top, y, **options)
+    return lambda s, top, y: fastkd.loss(s, top, y, divergence=sparse.divergence, **options)
 
 
 def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
     """PyTorch as the libraries write it: logarithms gathered, and a ghost class appended."""
-    t, alpha = sparse.dense.temperature, sparse.dense.alpha
+    t, alpha, divergence = (
+        sparse.dense.temperature,
+        sparse.dense.alpha,
+        DIVERGENCES[sparse.divergence],
+    )
 
     def with_ghost(log_probs: Tensor) -> Tensor:
         kept = log_probs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
@@ -55,9 +91,7 @@ def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
 
     def loss(student: Tensor, top: TopK, labels: Tensor) -> Tensor:
         log_q = F.log_softmax(student.to(top.log_probs.dtype) / t, -1).gather(-1, top.indices)
-        soft = F.kl_div(
-            with_ghost(log_q), with_ghost(top.log_probs), reduction="batchmean", log_target=True
-        )
+        soft = divergence(with_ghost(top.log_probs), with_ghost(log_q)).sum(-1).mean()
         return alpha * F.cross_entropy(student, labels) + (1 - alpha) * t**2 * soft
 
     return loss
