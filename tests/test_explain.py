@@ -136,3 +136,26 @@ def test_the_page_is_what_the_code_says():
     assert written == module.objectives(), "run python docs/objectives.py"
     table = written.partition("## Options")[2].partition("##")[0]
     assert set(Options._fields) <= set(re.findall(r"`(\w+)`", table))
+
+
+@pytest.mark.parametrize("tail", ["ghost", "renormalize", "ignore"])
+def test_a_list(tail):
+    top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3), tail)
+    text = fastkd.explain(teacher=top, show=False)
+    assert "T = T_t = 1 softens" in text or "T = 1 softens" in text
+    what = {"ghost": "k + 1 classes", "renormalize": "alone", "ignore": "may be negative"}
+    assert what[tail] in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("estimator", "gradient"), [("k1", "q || p"), ("k3", "p || q")])
+def test_a_sampled_class(estimator, gradient):
+    sampled = fastkd.Sampled(torch.zeros(2), torch.zeros(2, dtype=torch.int64), estimator)
+    text = " ".join(fastkd.explain(teacher=sampled, shift=1, show=False).split())
+    assert f"is the gradient of KL({gradient})" in text and f"[{estimator}: Schulman 2020]" in text
+    assert "sampled class i + 1" in text
+
+
+def test_a_list_refuses_what_the_loss_refuses():
+    top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3))
+    with pytest.raises(ValueError, match="divergence must be one of"):
+        fastkd.explain(teacher=top, divergence="mse")

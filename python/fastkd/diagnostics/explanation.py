@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._core.arguments import check_sparse_options
 from fastkd._core.objective import Objective, Options, resolve
+from fastkd._core.values import Sampled, TopK
 from fastkd.losses import KDLoss
 
 
@@ -116,10 +118,54 @@ def _reduction(objective: Objective) -> str:
     )
 
 
-def explain(*, show: bool = True, **options: Any) -> str:
-    """Describe what a set of options computes: weights, T^2, denominators, masks.
+_TAILS = {
+    "ghost": (
+        "D compares k + 1 classes: those listed, and one class of all others. D is a lower bound "
+        "of the divergence with the whole teacher: how the student divides the others counts "
+        "nothing."
+    ),
+    "renormalize": (
+        "D compares the listed classes alone, student and teacher divided by their sums over the "
+        "list: what the student gives to other classes counts nothing."
+    ),
+    "ignore": (
+        "D is the forward KL's sum over the listed classes as it stands. It may be negative, and "
+        "pushes the student to leave nothing to other classes."
+    ),
+}
+_ESTIMATORS = {
+    "k1": (
+        "-d",
+        "D is an unbiased estimate of KL(q || p), and may be negative. Its gradient is -d, "
+        "detached, times the gradient of log q(y): a policy gradient with the advantage d, whose expected "
+        "value is the gradient of KL(q || p).",
+    ),
+    "k2": (
+        "d^2 / 2",
+        "D is a biased estimate of KL(q || p), never negative. Its gradient is that of k1, -d "
+        "times the gradient of log q(y), whose expected value is the gradient of KL(q || p).",
+    ),
+    "k3": (
+        "exp(d) - 1 - d",
+        "D is an unbiased estimate of KL(q || p), never negative. Its gradient is 1 - exp(d) times "
+        "the gradient of log q(y), whose expected value is the gradient of KL(p || q).",
+    ),
+}
+
+
+def _sparse(teacher: TopK | Sampled) -> str:
+    """Describe what a sparse teacher tells and leaves out."""
+    if isinstance(teacher, Sampled):
+        text = _ESTIMATORS[teacher.estimator][1]
+        return f"One class y of each row, sampled from the student. {text}"
+    return f"The teacher lists k classes of each row. {_TAILS[teacher.tail]}"
+
+
+def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **options: Any) -> str:
+    """Describe what a set of options computes: weights, T^2, denominators, masks, bias.
 
     Args:
+        teacher: a sparse teacher, of which the kind alone is described. Default: all classes.
         show: whether to print the text as well.
         options: those of :func:`fastkd.loss`, checked as there.
 
@@ -140,21 +186,32 @@ def explain(*, show: bool = True, **options: Any) -> str:
     """
     chosen = Options()._replace(**KDLoss(**options).options)
     weights = chosen.teacher_weights
-    objective = resolve(chosen, has_labels=True, teachers=len(weights) if weights else None)
+    if teacher is not None:
+        check_sparse_options(teacher, chosen)
+    objective = resolve(
+        chosen,
+        has_labels=True,
+        teachers=len(weights) if weights else None,
+        default_temperature=2.0 if teacher is None else 1.0,
+    )
     kind, p = _kind(objective), _distribution(objective)
     softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     what = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
+    divergence = f"{kind.formula}   [{objective.divergence}: {kind.source}]"
+    if isinstance(teacher, Sampled):
+        formula = _ESTIMATORS[teacher.estimator][0]
+        divergence = f"{formula}, d = log p(y) - log q(y)   [{teacher.estimator}: Schulman 2020]"
     head = [
         f"loss = {_number(objective.hard_weight)} CE(softmax(z), y) + "
         f"{_number(objective.soft_weight)} T^2 D",
-        f"D    = {kind.formula}   [{objective.divergence}: {kind.source}]",
+        f"D    = {divergence}",
         f"{softened}z are the student's logits, w the teacher's"
         + ("" if objective.teacher_form == "logits" else f" {what[objective.teacher_form]}"),
     ]
     words = {
         "weights": _weights(chosen, objective),
         "temperature": _temperatures(objective),
-        "teacher": _teacher(chosen, objective),
+        "teacher": _teacher(chosen, objective) if teacher is None else _sparse(teacher),
         "labels": _hard(objective),
         "reduction": _reduction(objective),
         "masked rows": (
@@ -163,6 +220,12 @@ def explain(*, show: bool = True, **options: Any) -> str:
             + ("" if kind.needs_labels else " Probabilities mask no row.")
         ),
     }
+    if chosen.shift:
+        last = "row" if chosen.shift == 1 else f"{chosen.shift} rows"
+        words["shift"] = (
+            f"Row i is compared with label, list or sampled class i + {chosen.shift}, and with row "
+            f"i of a teacher's logits; the last {last} of each sequence counts nothing."
+        )
     if kind.mix is not None:
         words["mix"] = f"{objective.mix:g}, {kind.mix_meaning}."
     if objective.standardize:
