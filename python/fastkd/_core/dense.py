@@ -101,8 +101,10 @@ def _row_numbers(
             torch.as_tensor(number, dtype=call.dtype, device=call.student.device).expand(rows)
             for number in numbers
         ]
-    same = 1.0 if numbers[0] is numbers[1] else 2.0
-    return (1.0, same, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
+    student, teacher, *_ = numbers
+    is_number = not isinstance(student, Tensor) and not isinstance(teacher, Tensor)
+    is_equal = teacher is student or (is_number and teacher == student)
+    return (1.0, 1.0 if is_equal else 2.0, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
 
 
 def _settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:
