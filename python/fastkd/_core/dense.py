@@ -57,26 +57,27 @@ class Arguments(NamedTuple):
 
 def make_arguments(call: Call, with_terms: bool) -> Arguments:
     """Convert a call that the kernels compute to the arguments of the op."""
-    o, teachers, mixing = call.objective, call.teachers, Arguments(())
+    o, teachers = call.objective, call.teachers
+    mixing: dict[str, Any] = {}
     if len(teachers) > 1 or o.teacher_form == "probs":
         teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
         weights = o.teacher_weights or (1.0,) * len(teachers)
         temperatures, rows = row_numbers(call, (o.temperature, o.teacher_temperature))
-        mixing = Arguments(
-            teachers,
-            row_temperatures=rows,
-            shares=tuple(weight / sum(weights) for weight in weights),
-            probabilities=o.teacher_form == "probs",
-            ensemble=reference.ENSEMBLES.index(o.ensemble),
-            mixture_temperature=temperatures[0],
-            teachers_temperature=temperatures[1],
-        )
+        mixing = {
+            "row_temperatures": rows,
+            "shares": tuple(weight / sum(weights) for weight in weights),
+            "probabilities": o.teacher_form == "probs",
+            "ensemble": reference.ENSEMBLES.index(o.ensemble),
+            "mixture_temperature": temperatures[0],
+            "teachers_temperature": temperatures[1],
+        }
         if call.student.is_cuda:  # these kernels of the loss take one teacher: the mixture
-            teachers, mixing = (mixed_teacher(mixing, call.dtype),), Arguments(())
+            teachers, mixing = (mixed_teacher(Arguments(teachers, **mixing), call.dtype),), {}
         o = o._replace(teacher_temperature=o.temperature)
     numbers, rows = row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
-    return mixing._replace(
-        teachers=teachers,
+    return Arguments(
+        teachers,
+        **mixing,
         labels=call.labels,
         row_settings=rows,
         denominator=o.normalizer if isinstance(o.normalizer, Tensor) else None,
@@ -100,8 +101,10 @@ def row_numbers(
             torch.as_tensor(number, dtype=call.dtype, device=call.student.device).expand(rows)
             for number in numbers
         ]
-    same = 1.0 if numbers[0] is numbers[1] else 2.0
-    return (1.0, same, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
+    student, teacher, *_ = numbers
+    is_number = not isinstance(student, Tensor) and not isinstance(teacher, Tensor)
+    is_equal = teacher is student or (is_number and teacher == student)
+    return (1.0, 1.0 if is_equal else 2.0, 1.0, 1.0)[: len(numbers)], torch.stack(each).flatten()
 
 
 def _settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:

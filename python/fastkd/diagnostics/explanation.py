@@ -137,8 +137,8 @@ _ESTIMATORS = {
     "k1": (
         "-d",
         "D is an unbiased estimate of KL(q || p), and may be negative. Its gradient is -d, "
-        "detached, times the gradient of log q(y): a policy gradient with the advantage d, whose expected "
-        "value is the gradient of KL(q || p).",
+        "detached, times the gradient of log q(y): a policy gradient with the advantage d, whose "
+        "expected value is the gradient of KL(q || p).",
     ),
     "k2": (
         "d^2 / 2",
