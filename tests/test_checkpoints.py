@@ -227,6 +227,14 @@ def test_a_part_that_the_checkpoint_has_not_is_refused(tmp_path, part):
         trainer.fit(plain())
 
 
+def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
+    losses(trainer_in(tmp_path, ema=0.9), plain(), 5)
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(ValueError, match="has ema 1, and this run 0"):
+        trainer.resume()
+    assert trainer.step == 0
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> pathlib.Path:
     """A folder with two checkpoints that have every kind of file."""

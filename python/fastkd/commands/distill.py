@@ -113,8 +113,7 @@ def _make_teacher_and_data(
     training: Training, factories: Factories, loss: losses.KDLoss, accelerator: Any
 ) -> tuple[Any, Any, Any]:
     """Make the teacher, a model or a cache, and the data; a cache needs samples with ids."""
-    train = factories.make_data("train", training)
-    validation = factories.make_data("validation", training)
+    train, validation = (factories.make_data(each, training) for each in ("train", "validation"))
     live = factories.make_model("teacher", training) if training.teacher else None
     if not training.teacher_cache:
         return live, train, validation
@@ -124,9 +123,8 @@ def _make_teacher_and_data(
                 f"{name} must return a data set with __getitem__ if there is a teacher_cache, so "
                 f"that its samples have ids; got {type(data).__name__}"
             )
-    samples = teachers.WithIds(
-        ConcatDataset([train] if validation is None else [train, validation])
-    )
+    parts = [train] if validation is None else [train, validation]
+    samples = teachers.WithIds(ConcatDataset(parts))
     cache = _make_cache(training, live, samples, len(train), loss, accelerator)
     held_out = None if validation is None else Subset(samples, range(len(train), len(samples)))
     return cache, Subset(samples, range(len(train))), held_out

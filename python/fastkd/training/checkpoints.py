@@ -29,11 +29,11 @@ _INCOMPLETE, _DISCARDED = ".incomplete", ".discarded"
 
 def list_complete(folder: pathlib.Path) -> list[pathlib.Path]:
     """Return the complete checkpoints in a folder, oldest first; ignore all other names."""
-    complete = []
-    for path in folder.glob("step-*"):
-        name = re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name)
-        if name is not None and path.is_dir():
-            complete.append((int(name[1]), name[2] is None, path))
+    complete = [
+        (int(name[1]), name[2] is None, path)
+        for path in folder.glob("step-*")
+        if (name := re.fullmatch(r"step-(\d{8,})(\.replaced)?", path.name)) and path.is_dir()
+    ]
     return [path for *_, path in sorted(complete)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,15 +39,14 @@ class ModuleTeacher:
 
     def __init__(
         self,
-        teacher: nn.Module | Sequence[nn.Module],
+        modules: Iterable[nn.Module],
         student: nn.Module,
         hints: Sequence[str],
         forward: Forward,
         devices: tuple[torch.device | str, torch.device],
     ) -> None:
-        """Freeze the teacher; ``devices``: (module device, output device)."""
-        several = isinstance(teacher, (list, tuple, nn.ModuleList))
-        root = nn.ModuleList(teacher if several else [teacher])  # type: ignore[arg-type,list-item]
+        """Freeze the teachers; ``devices``: (module device, output device)."""
+        root = nn.ModuleList(modules)
         names = {parameter: name for name, parameter in student.named_parameters()}
         for parameter in root.parameters():
             if parameter in names:

@@ -138,7 +138,8 @@ class Trainer:
         """Check the arguments, move the models to their devices and wrap them."""
         loss = KDLoss() if loss is None else loss
         several = isinstance(teacher, (list, tuple, nn.ModuleList))
-        arguments.check_loss(loss, len(teacher) if several else 1)  # type: ignore[arg-type]
+        modules: Any = teacher if several else [teacher]
+        arguments.check_loss(loss, len(modules))
         check_count("accumulate", accumulate)
         if clip is not None:
             check_number("clip", clip, 0.0, math.inf, open_low=True)
@@ -180,7 +181,7 @@ class Trainer:
         else:
             devices = (teacher_device or device, device)
             features = [hint.teacher for hint in hints]
-            self._teacher = teachers.ModuleTeacher(teacher, student, features, forward, devices)
+            self._teacher = teachers.ModuleTeacher(modules, student, features, forward, devices)
         projections = self._student_loss.hint_loss.parameters()
         optimizer.param_groups[0]["params"].extend(p for p in projections if p not in optimized)
         self._model, self._optimizer = self.accelerator.prepare(self._student_loss, optimizer)
