@@ -15,11 +15,12 @@ log-probabilities -inf. Drop row 0 and the last row of logits::
     )
     loss = fastkd.loss(logits[:, :-1], teacher, labels[:, 1:])  # -100: prompt and padding
 
-**Temperature.** A reply does not tell its temperature, and log-probabilities of any temperature add
-up to at most 1. vLLM 0.32 and SGLang 0.5.23 compute those of prompts at temperature 1, whatever the
-request says. Those of generated tokens are at temperature 1 in vLLM, unless it runs with
-``--logprobs-mode processed_logprobs``, and at the request's temperature in SGLang. The readers
-refuse numbers that cannot be log-probabilities, such as those of vLLM's ``raw_logits`` mode.
+**Temperature.** A reply does not contain its temperature, and at any temperature probabilities add
+up to at most 1, so a wrong temperature cannot be detected. vLLM 0.32 scores prompts at temperature
+1, whatever the request has, and generated tokens too, unless it runs with ``--logprobs-mode
+processed_logprobs``, which scores the latter at the request's temperature. SGLang 0.5.23, by its
+source, scores prompts at temperature 1 and generated tokens at the request's. The readers refuse
+numbers that cannot be log-probabilities, such as most of those of vLLM's ``raw_logits`` mode.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def from_vllm(
 
     Returns:
         A :class:`fastkd.TopK` on the CPU with ``log_probs`` float32 ``(n, k)`` and ``indices``
-        int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i scores token i.
+        int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i scores token i. A
+        listed token of probability 0 keeps its index, with -inf. The order is that of the
+        log-probabilities: with ``logprob_token_ids``, vLLM's ranks are those of the request.
 
     Raises:
         TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
