@@ -47,7 +47,7 @@ what a set of options means.
 | `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
 | `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
 | `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
-| `shift` | 0 | 1 for causal language models, whose row i predicts label i + 1; logits are not copied |
+| `shift` | 0 | 1 for causal language models, whose row i predicts label i + 1, without a copy |
 | `inplace` | `False` | write the gradient over the student's logits, to save their memory |
 | `chunks` | `"auto"` | or a `fastkd.chunks.plan`: how many logits of a Head exist at a time |
 

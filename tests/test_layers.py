@@ -52,7 +52,7 @@ IMPORTS = {
     "linear": {"_core", "reference", "validation"},
     "losses": {"_core", "linear", "reference"},
     "diagnostics": {"_core", "losses", "reference", "validation"},
-    "teachers": {"_core", "batches", "extras", "validation"},
+    "teachers": {"_core", "batches", "extras", "reference", "validation"},
     "training": {
         *("_core", "batches", "extras", "losses", "reference", "teachers", "validation"),
     },

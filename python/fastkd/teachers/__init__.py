@@ -1,13 +1,15 @@
-"""Cached teachers: log-probabilities computed once, written to disk and read by sample id.
+"""Cached and served teachers: log-probabilities that were computed before, or elsewhere.
 
-:func:`precompute` writes them, :class:`TeacherCache` reads them, and :class:`WithIds` adds the ids
-to a dataset. ``docs/teachers.md`` has the file format, measured sizes and speeds. Needs
-``pip install fastkd[train]``.
+:func:`precompute` writes a teacher's log-probabilities to disk, :class:`TeacherCache` reads them by
+sample id, and :class:`WithIds` adds the ids to a dataset. These need ``pip install fastkd[train]``.
+:mod:`fastkd.teachers.served` reads the replies of inference servers. ``docs/teachers.md`` describes
+both, with the file format, measured sizes and speeds.
 """
 
 from fastkd.batches import WithIds
+from fastkd.teachers import served
 from fastkd.teachers.cache import TeacherCache
 from fastkd.teachers.digests import fingerprint
 from fastkd.teachers.writing import precompute
 
-__all__ = ["TeacherCache", "WithIds", "fingerprint", "precompute"]
+__all__ = ["TeacherCache", "WithIds", "fingerprint", "precompute", "served"]

@@ -1,0 +1,657 @@
+"""Read the replies of inference servers: vLLM, SGLang and the OpenAI API.
+
+:func:`from_vllm`, :func:`from_sglang` and :func:`from_openai` turn the reply for one sequence, as
+``json.loads`` decodes it, into a :class:`fastkd.TopK`. :func:`collate` pads several of them into a
+batch. :func:`gather` takes the sequence's own tokens out of the lists, for a
+:class:`fastkd.Sampled`. Nothing here opens a connection, and nothing in a reply is run or imported.
+
+**Alignment.** Row i of a result scores token i: it holds log-probabilities of the distribution that
+predicted token i from tokens 0 to i - 1. So it belongs to row i - 1 of the student's logits.
+No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
+log-probabilities -inf. Drop row 0 and the last row of logits::
+
+    teacher = teacher._replace(
+        log_probs=teacher.log_probs[:, 1:], indices=teacher.indices[:, 1:]
+    )
+    loss = fastkd.loss(logits[:, :-1], teacher, labels[:, 1:])  # -100: prompt and padding
+
+**Temperature.** A reply does not contain its temperature, and at any temperature probabilities add
+up to at most 1, so a wrong temperature cannot be detected. vLLM 0.32 scores prompts at temperature
+1, whatever the request has, and generated tokens too, unless it runs with ``--logprobs-mode
+processed_logprobs``, which scores the latter at the request's temperature. SGLang 0.5.23, by its
+source, scores prompts at temperature 1 and generated tokens at the request's. The readers refuse
+numbers that cannot be log-probabilities, such as most of those of vLLM's ``raw_logits`` mode.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import reprlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, Literal, NoReturn, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd import validation
+from fastkd._core.values import Estimator, Sampled, Tail, TopK
+from fastkd.reference import topk as definitions
+
+SGLangField = Literal[
+    "input_top_logprobs",
+    "input_token_logprobs",
+    "input_token_ids_logprobs",
+    "output_top_logprobs",
+    "output_token_logprobs",
+    "output_token_ids_logprobs",
+]
+SGLANG_FIELDS: tuple[SGLangField, ...] = (
+    "input_top_logprobs",
+    "input_token_logprobs",
+    "input_token_ids_logprobs",
+    "output_top_logprobs",
+    "output_token_logprobs",
+    "output_token_ids_logprobs",
+)
+PaddingSide = Literal["right", "left"]
+PADDING_SIDES: tuple[PaddingSide, ...] = ("right", "left")
+
+_TOKEN_ID = "token_id:"
+"""The prefix of a token in a reply of vLLM with ``return_tokens_as_token_ids``."""
+_LARGEST_ID = 2**31 - 1
+_LEAST = -9999.0
+"""JSON has no infinity. vLLM writes -9999 in place of -inf, SGLang the least float32."""
+_ROUNDING = 1e-3
+"""A log-probability may be this far above 0."""
+_RAGGED = 64
+"""The longest list may have this many times the mean number of entries. It bounds the memory of a
+result to this multiple of the reply's."""
+
+
+def from_vllm(
+    reply: object,
+    *,
+    tokens: Sequence[int] | Tensor | None = None,
+    k: int | None = None,
+    tail: Tail = "ghost",
+) -> TopK:
+    """Read vLLM's log-probabilities of a prompt's tokens, which ``prompt_logprobs=k`` requests.
+
+    vLLM lists the k most probable tokens of each position and the prompt's own token, so a position
+    has k or k + 1 entries. ``prompt_logprobs=0`` requests the prompt's own tokens alone.
+
+    Args:
+        reply: one of
+
+            - a choice of ``/v1/completions``, or a reply of ``/v1/chat/completions``: a mapping
+              with ``"prompt_logprobs"``;
+            - a ``vllm.RequestOutput``, an object with ``.prompt_logprobs``;
+            - its ``outputs[0].logprobs``, the generated tokens', or a part of any such list: a
+              sequence of dictionaries from token id to ``{"logprob": ...}`` or ``vllm.Logprob``.
+              The first may be None.
+        tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
+            positions and list each of these tokens, or it is not a reply about this sequence.
+        k: number of entries of a row: the most probable ones, or fewer and padding. Default: as
+            many as the longest list has.
+        tail: see :class:`fastkd.TopK`.
+
+    Returns:
+        A :class:`fastkd.TopK` on the CPU with ``log_probs`` float32 ``(n, k)`` and ``indices``
+        int64 ``(n, k)``, most probable first, padded with -inf and -1. Row i scores token i. A
+        listed token of probability 0 keeps its index, with -inf. The order is that of the
+        log-probabilities: with ``logprob_token_ids``, vLLM's ranks are those of the request.
+
+    Raises:
+        TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
+        ValueError: if the reply lacks the field; or if a position, which the message names, is not
+            as above, lists a token twice, or has numbers that are not log-probabilities.
+
+    Example:
+        >>> from fastkd.teachers import served
+        >>> choice = {"prompt_logprobs": [
+        ...     None,
+        ...     {"5": {"logprob": -2.5, "rank": 3}, "7": {"logprob": -0.5, "rank": 1}},
+        ... ]}
+        >>> teacher = served.from_vllm(choice, tokens=[2, 5], k=1)
+        >>> teacher.indices.tolist(), teacher.log_probs.tolist()
+        ([[-1], [7]], [[-inf], [-0.5]])
+    """
+    field = "prompt_logprobs"
+    form = "a dictionary from token ids to log-probabilities, {id: {'logprob': number}}"
+    positions = _field(reply, field) if isinstance(reply, Mapping) else reply
+    if not isinstance(positions, Sequence):
+        positions = getattr(positions, field, positions)
+    first = next(
+        (entry for entry in _list(field, positions) if isinstance(entry, dict) and entry), {}
+    )
+    is_json = all(isinstance(value, dict) for value in first.values())
+    read = _read_vllm_json if is_json else _read_vllm_objects
+    entries = _Entries(field, positions, read, form)
+    return entries.topk(tokens, True, k, tail)
+
+
+def from_sglang(
+    reply: Mapping[str, Any],
+    field: SGLangField = "input_top_logprobs",
+    *,
+    tokens: Sequence[int] | Tensor | None = None,
+    k: int | None = None,
+    tail: Tail = "ghost",
+) -> TopK:
+    """Read SGLang's log-probabilities, which ``return_logprob=True`` requests.
+
+    Args:
+        reply: a reply of ``/generate``, or its ``"meta_info"``.
+        field: what to read. ``input_`` is the prompt, from ``logprob_start_len`` on, and
+            ``output_`` what was generated.
+
+            - ``..._top_logprobs``: the most probable tokens (``top_logprobs_num=k``);
+            - ``..._token_logprobs``: the sequence's own tokens, one entry a row, for
+              :func:`gather`;
+            - ``..._token_ids_logprobs``: the tokens of ``token_ids_logprob=[...]``.
+        tokens: the ids of the sequence's tokens, ``(n,)``. If given, the reply must have n
+            positions; those of ``..._token_logprobs`` must be of these tokens.
+        k, tail: see :func:`from_vllm`.
+
+    Returns:
+        See :func:`from_vllm`.
+
+    Raises:
+        TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
+        ValueError: as :func:`from_vllm`; or if there is no such ``field``.
+
+    Example:
+        >>> from fastkd.teachers import served
+        >>> meta = {"input_top_logprobs": [None, [[-0.5, 7, None], [-2.5, 5, None]]]}
+        >>> served.from_sglang({"meta_info": meta}).indices.tolist()
+        [[-1, -1], [7, 5]]
+    """
+    validation.check_one_of("field", field, SGLANG_FIELDS)
+    _check_mapping(reply)
+    if "meta_info" in reply:
+        reply = reply["meta_info"]
+        _check_mapping(reply, "meta_info")
+    own = field.endswith("_token_logprobs")
+    read = _read_sglang_token if own else _read_sglang
+    form = f"{'' if own else 'a list of '}[log-probability, token id, text]"
+    entries = _Entries(field, _field(reply, field), read, form)
+    return entries.topk(tokens, own, k, tail)
+
+
+def from_openai(
+    reply: Mapping[str, Any],
+    *,
+    tokens: Sequence[int] | Tensor | None = None,
+    k: int | None = None,
+    tail: Tail = "ghost",
+) -> TopK:
+    """Read the log-probabilities of generated tokens in the form of the OpenAI API.
+
+    The API writes tokens as text, which does not tell their ids. With
+    ``return_tokens_as_token_ids=True`` in the request, vLLM writes ``"token_id:5"``. A row lists
+    the tokens of ``top_logprobs`` and the token that was generated.
+
+    Args:
+        reply: a choice of ``/v1/completions`` (``logprobs=k``) or of ``/v1/chat/completions``
+            (``logprobs=True, top_logprobs=k``), or its ``"logprobs"``. With ``echo=True``, the
+            prompt's tokens come first. The contents of vLLM's ``/inference/v1/generate``, which
+            have ``"token_id"`` in place of ``"token"``, are read as well.
+        tokens, k, tail: see :func:`from_vllm`.
+
+    Returns:
+        See :func:`from_vllm`.
+
+    Raises:
+        TypeError: if ``reply``, ``tokens`` or ``k`` has the wrong type.
+        ValueError: as :func:`from_vllm`; or if tokens are text.
+
+    Example:
+        >>> from fastkd.teachers import served
+        >>> logprobs = {"content": [{"token": "token_id:5", "logprob": -2.5, "top_logprobs": [
+        ...     {"token": "token_id:7", "logprob": -0.5}
+        ... ]}]}
+        >>> served.from_openai({"logprobs": logprobs}, tokens=[5]).indices.tolist()
+        [[7, 5]]
+    """
+    _check_mapping(reply)
+    if "content" not in reply and "tokens" not in reply:
+        reply = _field(reply, "logprobs")
+        _check_mapping(reply, "logprobs")
+    if "tokens" in reply:
+        columns = [_field(reply, name) for name in ("tokens", "token_logprobs", "top_logprobs")]
+        columns[2] = columns[2] or [None] * len(columns[0] or ())
+        for name, column in zip(("tokens", "token_logprobs", "top_logprobs"), columns, strict=True):
+            if not isinstance(column, (list, tuple)) or len(column) != len(columns[0]):
+                raise ValueError(
+                    "logprobs must have lists 'tokens', 'token_logprobs' and 'top_logprobs' of one "
+                    f"length; got {name!r}: {_show(column)}"
+                )
+        field, positions = "logprobs", list(zip(*columns, strict=True))
+        form = "a token, its log-probability, and a dictionary from tokens to log-probabilities"
+        entries = _Entries(field, positions, _read_completion, form)
+    else:
+        form = (
+            "{'token': token, 'logprob': number, 'top_logprobs': [{'token': token, 'logprob': "
+            "number}]} with the same number wherever it has the same token"
+        )
+        entries = _Entries("content", _field(reply, "content"), _read_chat, form)
+    entries.strip_prefixes()
+    return entries.topk(tokens, True, k, tail)
+
+
+def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
+    """Take one token out of each row's list, for a loss on the sampled tokens alone.
+
+    Args:
+        topk: what a reader or :func:`collate` returned, ``(..., k)``. Read with ``k=None``: vLLM
+            lists the sequence's own token last where it is not among the k most probable.
+        tokens: ``(...)`` token ids of any integer dtype, aligned with the rows. A negative id, such
+            as the label -100, makes the row padding.
+        estimator: see :class:`fastkd.Sampled`.
+
+    Returns:
+        A :class:`fastkd.Sampled` of shape ``(...)``. A row is padding (-inf and -1) if its token is
+        negative or its list is empty.
+
+    Raises:
+        TypeError: if the arguments have other types.
+        ValueError: if the shapes differ; or if a row's list lacks its token.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.teachers import served
+        >>> meta = {"input_token_logprobs": [[None, 2, "a"], [-2.5, 5, "b"]]}
+        >>> teacher = served.from_sglang(meta, "input_token_logprobs")
+        >>> served.gather(teacher, torch.tensor([2, 5])).log_probs.tolist()
+        [-inf, -2.5]
+    """
+    if not isinstance(topk, TopK):
+        raise TypeError(f"topk must be a fastkd.TopK; got {type(topk).__name__}")
+    if not isinstance(tokens, Tensor) or tokens.dtype not in validation.INTEGERS:
+        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be a tensor of an integer dtype; got {given}")
+    if tokens.shape != topk.indices.shape[:-1]:
+        raise ValueError(
+            f"tokens must have shape {tuple(topk.indices.shape[:-1])}, one for each row of topk; "
+            f"got {tuple(tokens.shape)}"
+        )
+    indices = validation.to_int64(topk.indices)
+    tokens = tokens.to(indices)
+    is_padding = (tokens < 0) | (indices < 0).all(-1)
+    is_own = (indices == tokens.unsqueeze(-1)) & ~is_padding.unsqueeze(-1)
+    lacking = ~(is_own.any(-1) | is_padding)
+    if lacking.any():
+        row = tuple(lacking.nonzero()[0].tolist())
+        raise ValueError(
+            f"topk must list the token of each row; row {row} lacks token {int(tokens[row])}. Read "
+            "the reply with k=None, and see that its rows and the tokens are aligned"
+        )
+    log_probs = topk.log_probs.masked_fill(~is_own, -math.inf).amax(-1)
+    return Sampled(log_probs, tokens.masked_fill(is_padding, -1), estimator)
+
+
+@overload
+def collate(
+    values: Sequence[TopK], length: int | None = None, padding_side: PaddingSide = "right"
+) -> TopK: ...
+@overload
+def collate(
+    values: Sequence[Sampled], length: int | None = None, padding_side: PaddingSide = "right"
+) -> Sampled: ...
+def collate(
+    values: Sequence[TopK] | Sequence[Sampled],
+    length: int | None = None,
+    padding_side: PaddingSide = "right",
+) -> TopK | Sampled:
+    """Pad the teachers of several sequences to one length and stack them into a batch.
+
+    Args:
+        values: B :class:`fastkd.TopK` of shapes ``(n, k)``, where n and k may differ, or B
+            :class:`fastkd.Sampled` of shapes ``(n,)``. All have the same ``tail`` or ``estimator``.
+        length: number of rows to pad to. Default: as many as the longest sequence has.
+        padding_side: ``"right"``, or ``"left"`` as in batches of prompts. Default ``"right"``.
+
+    Returns:
+        A :class:`fastkd.TopK` of shape ``(B, length, k)`` with the largest k, or a
+        :class:`fastkd.Sampled` of shape ``(B, length)``. Padding is -inf and -1.
+
+    Raises:
+        TypeError: if there are no values, or not all of one of these types.
+        ValueError: if one is longer than ``length`` or has more dimensions, or if their options
+            differ.
+
+    Example:
+        >>> import torch, fastkd
+        >>> from fastkd.teachers import served
+        >>> values = [
+        ...     fastkd.Sampled(torch.tensor([-1.0, -2.0]), torch.tensor([3, 4])),
+        ...     fastkd.Sampled(torch.tensor([-0.5]), torch.tensor([9])),
+        ... ]
+        >>> served.collate(values, padding_side="left").tokens.tolist()
+        [[3, 4], [-1, 9]]
+    """
+    validation.check_one_of("padding_side", padding_side, PADDING_SIDES)
+    if {type(value) for value in values} not in ({TopK}, {Sampled}):
+        names = sorted({type(value).__name__ for value in values})
+        raise TypeError(f"values must all be fastkd.TopK, or all fastkd.Sampled; got {names}")
+    shapes = [tuple(value.log_probs.shape) for value in values]
+    is_listed = isinstance(values[0], TopK)
+    if any(len(shape) != 1 + is_listed for shape in shapes):
+        accepted = "(n, k)" if is_listed else "(n,)"
+        raise ValueError(f"values must have shape {accepted}; got {shapes}")
+    options = {value[-1] for value in values}
+    if len(options) != 1:
+        raise ValueError(f"values must have one {values[0]._fields[-1]}; got {sorted(options)}")
+    longest, *most = (max(sizes) for sizes in zip(*shapes, strict=True))
+    if length is not None:
+        validation.check_count("length", length)
+        if length < longest:
+            raise ValueError(f"length must be at least {longest}, that of a value; got {length}")
+
+    def stack(fields: Sequence[Tensor], fill: float) -> Tensor:
+        padded = []
+        for field in fields:
+            rows = [0, (length or longest) - len(field)]
+            columns = [0, most[0] - field.shape[1]] if is_listed else []
+            padding = columns + (rows if padding_side == "right" else rows[::-1])
+            padded.append(F.pad(field, padding, value=fill))
+        return torch.stack(padded)
+
+    log_probs = stack([value[0] for value in values], -math.inf)
+    indices = stack([value[1] for value in values], -1)
+    return type(values[0])(log_probs, indices, values[0][-1])  # type: ignore[arg-type]
+
+
+# ---- one position of a reply: its token ids and their log-probabilities
+
+_Read = Callable[[Any], tuple[Iterable[Any], Iterable[Any]]]
+
+
+def _read_vllm_json(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    return entry.keys(), map(_FROM_JSON, entry.values())
+
+
+def _read_vllm_objects(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    return entry.keys(), map(_FROM_OBJECT, entry.values())
+
+
+_FROM_JSON, _FROM_OBJECT = itemgetter("logprob"), attrgetter("logprob")
+
+
+def _read_sglang(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    return [token for _, token, _ in entry], [log_prob for log_prob, _, _ in entry]
+
+
+def _read_sglang_token(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    log_prob, token, _ = entry
+    return ((), ()) if log_prob is None else ((token,), (log_prob,))
+
+
+def _read_completion(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    token, log_prob, top = entry
+    return _merge({**(top or {})}, token, log_prob)
+
+
+def _read_chat(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
+    name = "token_id" if "token_id" in entry else "token"
+    top = entry.get("top_logprobs") or ()
+    listed = {each[name]: each["logprob"] for each in top}
+    if len(listed) < len(top):
+        raise ValueError("a token is listed twice")
+    return _merge(listed, entry[name], entry["logprob"])
+
+
+def _merge(
+    listed: dict[Any, Any], token: Any, log_prob: Any
+) -> tuple[Iterable[Any], Iterable[Any]]:
+    """Add the generated token to the most probable ones, unless it is one of them."""
+    if log_prob is not None and listed.setdefault(token, log_prob) != log_prob:
+        raise ValueError("a token has two log-probabilities")
+    return listed.keys(), listed.values()
+
+
+# ---- all positions
+
+
+class _Entries:
+    """The entries of all positions of a reply, one after the other.
+
+    Lists of all positions are checked and converted at once, because a check of each of 100,000
+    entries by itself would take most of the time.
+
+    Attributes:
+        counts: number of entries of each position.
+        ids: token ids as the reply has them.
+        log_probs: log-probabilities as the reply has them.
+    """
+
+    def __init__(self, field: str, positions: object, read: _Read, form: str) -> None:
+        """Concatenate what ``read`` returns for each position; ``form``: what it accepts."""
+        self.field = field
+        self.counts: list[int] = []
+        self.ids: list[Any] = []
+        self.log_probs: list[Any] = []
+        total = 0
+        for position, entry in enumerate(_list(field, positions)):
+            if entry is not None:
+                try:
+                    ids, log_probs = read(entry)
+                    self.ids += ids
+                    self.log_probs += log_probs
+                except Exception as error:  # whatever an object that is not as expected raises
+                    raise ValueError(
+                        f"{field}[{position}] must be {form}; got {_show(entry)}"
+                    ) from error
+            count = len(self.ids) - total
+            if count == 0 and total:
+                raise ValueError(
+                    f"{field}[{position}] must be {form}; got {_show(entry)}, which is accepted "
+                    "before the first scored token only"
+                )
+            self.counts.append(count)
+            total += count
+        if not self.counts:
+            raise ValueError(f"{field} must have an entry for each token; got an empty list")
+        if len(self.counts) * max(self.counts) > _RAGGED * max(total, len(self.counts)):
+            raise ValueError(
+                f"{field} must have lists of similar lengths; got {total} entries in "
+                f"{len(self.counts)} positions, of which {field}["
+                f"{self.counts.index(max(self.counts))}] has {max(self.counts)}"
+            )
+
+    def fail(self, entry: int, message: str) -> NoReturn:
+        """Raise ValueError about an entry, by its index among those of all positions."""
+        position = bisect.bisect_right(list(itertools.accumulate(self.counts)), entry)
+        raise ValueError(f"{self.field}[{position}]: {message}")
+
+    def strip_prefixes(self) -> None:
+        """Remove the prefix of each token, unless tokens are ids already; raise if one is text."""
+        if _types(self.ids) <= {int}:
+            return
+        for entry, token in enumerate(self.ids):
+            if type(token) is not str or not token.startswith(_TOKEN_ID):
+                self.fail(
+                    entry,
+                    f"tokens must be ids, such as '{_TOKEN_ID}5'; got {_show(token)}. Request "
+                    "return_tokens_as_token_ids=True",
+                )
+        self.ids = [token[len(_TOKEN_ID) :] for token in self.ids]
+
+    def topk(
+        self,
+        tokens: Sequence[int] | Tensor | None,
+        lists_tokens: bool,
+        k: int | None,
+        tail: Tail,
+    ) -> TopK:
+        """Check everything and return the result of a reader.
+
+        ``lists_tokens``: each position lists the sequence's own token.
+        """
+        if k is not None:
+            validation.check_count("k", k)
+        rows, width = len(self.counts), max(max(self.counts), k or 1)
+        counts = torch.tensor(self.counts)
+        row = torch.repeat_interleave(torch.arange(rows), counts)
+        place = (
+            torch.arange(len(row)) + (torch.arange(rows) * width - counts.cumsum(0) + counts)[row]
+        )
+        log_probs = torch.full((rows * width,), -math.inf, dtype=torch.float64)
+        indices = torch.full((rows * width,), -1)
+        log_probs[place] = self.to_log_probs()
+        indices[place] = self.to_indices()
+        log_probs, order = log_probs.view(rows, width).sort(stable=True, dim=-1, descending=True)
+        indices = indices.view(rows, width).gather(-1, order)
+        self.check_rows(log_probs, indices)
+        if tokens is not None:
+            self.check_tokens(indices, tokens, lists_tokens)
+        return TopK(log_probs[:, :k].float(), indices[:, :k], tail)
+
+    def to_log_probs(self) -> Tensor:
+        """Return the log-probabilities of all entries in float64; raise if one cannot be one."""
+        try:
+            if not _types(self.log_probs) <= {float, int}:
+                raise TypeError
+            numbers = _to_tensor("d", self.log_probs, torch.float64)
+        except (TypeError, OverflowError):
+            entry, value = next(
+                (entry, value)
+                for entry, value in enumerate(self.log_probs)
+                if type(value) is not float and (type(value) is not int or abs(value) > 2**1000)
+            )
+            self.fail(entry, f"a log-probability must be a number; got {_show(value)}")
+        wrong = ~(numbers <= _ROUNDING)
+        if wrong.any():
+            entry = int(wrong.nonzero()[0])
+            self.fail(
+                entry,
+                f"a log-probability must be at most 0; got {float(numbers[entry])}. vLLM returns "
+                "logits if its logprobs_mode is raw_logits or processed_logits",
+            )
+        return numbers.masked_fill(numbers <= _LEAST, -math.inf)
+
+    def to_indices(self) -> Tensor:
+        """Return the token ids of all entries in int64; raise if one is not an id."""
+        is_text = bool(self.ids) and type(self.ids[0]) is str
+        try:
+            # int() also accepts signs, spaces, underscores and digits of other scripts.
+            if "".join(self.ids).encode().isdigit() if is_text else _types(self.ids) <= {int}:
+                numbers = list(map(int, self.ids)) if is_text else self.ids
+                indices = _to_tensor("q", numbers, torch.int64)
+                if not ((indices < 0) | (indices > _LARGEST_ID)).any():
+                    return indices
+        except (TypeError, ValueError, OverflowError):
+            pass
+        entry, value = next(
+            (entry, value)
+            for entry, value in enumerate(self.ids)
+            if not _is_id(value) or type(value) is not type(self.ids[0])
+        )
+        self.fail(
+            entry,
+            f"a token id must be an integer from 0 to {_LARGEST_ID}, and all ids numbers, or all "
+            f"strings; got {_show(value)}",
+        )
+
+    def check_rows(self, log_probs: Tensor, indices: Tensor) -> None:
+        """Raise if a position lists a token twice, or probabilities that add up to more than 1."""
+        duplicate = definitions.find_duplicate(indices)
+        if (duplicate >= 0).any():
+            position = int((duplicate >= 0).nonzero()[0])
+            raise ValueError(
+                f"{self.field}[{position}] must list a token once; it lists "
+                f"{int(duplicate[position])} twice"
+            )
+        mass = definitions.mass(indices, log_probs)
+        if (mass > definitions.MOST_MASS).any():
+            position = int(mass.argmax())
+            raise ValueError(
+                f"{self.field}[{position}] must have logarithms of probabilities, which add up to "
+                f"at most 1; they add up to {float(mass[position]):.4g}"
+            )
+
+    def check_tokens(
+        self, indices: Tensor, tokens: Sequence[int] | Tensor, lists_tokens: bool
+    ) -> None:
+        """Raise if the reply cannot be about these tokens."""
+        try:
+            own = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)
+        except (TypeError, OverflowError):
+            raise TypeError(f"tokens must be integers of 64 bits; got {_show(tokens)}") from None
+        if own.dtype not in validation.INTEGERS or own.dim() != 1:
+            raise TypeError(
+                f"tokens must be integers of shape (n,); got {own.dtype} of shape "
+                f"{tuple(own.shape)}"
+            )
+        own = own.to(indices)
+        if len(own) != len(indices):
+            raise ValueError(
+                f"{self.field} must have an entry for each of the {len(own)} tokens; it has "
+                f"{len(indices)}"
+            )
+        lacks = (indices != own[:, None]).all(-1) & (indices >= 0).any(-1)
+        if lists_tokens and lacks.any():
+            position = int(lacks.nonzero()[0])
+            raise ValueError(
+                f"{self.field}[{position}] must list token {position} of the sequence, "
+                f"{int(own[position])}, and does not: the reply is about other tokens"
+            )
+
+
+def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
+    """Convert numbers to a tensor through an ``array``: 10 times as fast as ``torch.tensor``."""
+    numbers = array(code, values)
+    return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
+
+
+def _types(values: list[Any]) -> set[type]:
+    return set(map(type, values))
+
+
+def _is_id(value: object) -> bool:
+    if type(value) is str:
+        return (
+            value.isascii() and value.isdecimal() and len(value) < 20 and int(value) <= _LARGEST_ID
+        )
+    return type(value) is int and 0 <= value <= _LARGEST_ID
+
+
+def _field(reply: Mapping[str, Any], field: str) -> Any:
+    """Return a field of a reply; raise ValueError if it is absent or None."""
+    value = reply.get(field)
+    if value is not None:
+        return value
+    if field not in reply and "choices" in reply:
+        raise ValueError(
+            f"reply has 'choices', each of which is the reply for one sequence: pass "
+            f"reply['choices'][0] for {field}"
+        )
+    given = "None" if field in reply else f"the fields {_show(list(reply))}"
+    raise ValueError(f"reply must have {field!r}, which the request has to ask for; got {given}")
+
+
+def _list(field: str, positions: object) -> Sequence[Any]:
+    if not isinstance(positions, Sequence) or isinstance(positions, (str, bytes)):
+        raise ValueError(
+            f"{field} must be a list with an entry for each token; got {_show(positions)}"
+        )
+    return positions
+
+
+def _check_mapping(value: object, name: str = "reply") -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary, decoded from JSON; got {_show(value)}")
+
+
+def _show(value: object) -> str:
+    """Return a short repr for a message."""
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # of a foreign object, or of an int of too many digits
+        return type(value).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
