@@ -68,26 +68,12 @@ Args with_groups(Args args) {
   return args;
 }
 
-// Every CTA counts the labels for itself where they are few: the ring's CTAs do so while their
-// first copies fly.
-bool counts_inside(const Plan& plan, int64_t rows) {
-  return rows <= (plan.family == Family::kRing ? kCountInside : kCountInside / 16);
-}
-
 cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   switch (plan.family) {
     case Family::kTiny:
       return launch_tiny(call, plan, stream);
     case Family::kRegisters:
       return launch_registers(call, plan, stream);
-    case Family::kRing: {
-      const cudaError_t error = launch_ring(call, plan, stream);
-      if (!refuses_cluster(error)) return error;
-      cudaGetLastError();
-      Plan fallback;
-      fallback.threads = fallback.lanes = 512;
-      return launch_streaming(call, fallback, stream);
-    }
     case Family::kStrided:
       return launch_strided(call, plan, stream);
     case Family::kStreaming:
@@ -118,8 +104,7 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
                         device.limits(), !is_hot(args), is_strided(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
-  if (const cudaError_t error =
-          launch_scale(call, denominator, counts_inside(plan, args.rows), stream))
+  if (const cudaError_t error = launch_scale(call, denominator, args.rows <= kCountInside, stream))
     return error;
   if (args.rows > 0)
     if (const cudaError_t error = launch_rows(call, plan, stream)) return error;

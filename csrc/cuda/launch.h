@@ -9,7 +9,6 @@ namespace fastkd::cuda {
 
 cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 // Settles where the kernels find the scale. `counts_inside`: the labels are so few that every CTA
@@ -58,9 +57,7 @@ struct Device {
   int processors = 0;
   int shared_per_block = 0;
   int major = 0;  // of the code where that is older: compiled for 8.0, it knows no clusters
-  DeviceLimits limits() const {
-    return {processors, shared_per_block, major >= 9 ? 16 : 1, kRingPlanned};
-  }
+  DeviceLimits limits() const { return {processors, major >= 9 ? 8 : 1}; }
 };
 cudaError_t current_device(Device& device);
 

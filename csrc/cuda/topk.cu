@@ -363,8 +363,7 @@ TopkCall call_of(const TopkArgs& args) {
 }
 
 cudaError_t scale_of(TopkCall& call, const void* denominator, cudaStream_t stream) {
-  return launch_scale(call.forward, denominator, call.forward.args.rows <= kCountInside / 16,
-                      stream);
+  return launch_scale(call.forward, denominator, call.forward.args.rows <= kCountInside, stream);
 }
 
 cudaError_t topk_on(const TopkArgs& args, void* total, const void* denominator,

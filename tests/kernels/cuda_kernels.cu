@@ -179,14 +179,6 @@ struct Runner {
   void run();
 };
 
-// What launch_ring refuses: a slice that the ring does not hold.
-bool fits(int64_t classes, DType dtype, int cluster, int stages) {
-  const int64_t vectors = classes * size_of(dtype) / cuda::kVectorBytes;
-  const int64_t slice = (vectors + cluster - 1) / cluster;
-  const int64_t stage = cuda::ring_stage_vectors(cuda::kRingWarps, cuda::kRingVectors);
-  return (slice + stage - 1) / stage <= stages;
-}
-
 int forward_with(const Case& c, const ForwardArgs& args, void* total) {
   if (c.plan == nullptr) return cuda::forward(args, total, nullptr, nullptr);
   cuda::ForwardCall call;
@@ -198,9 +190,7 @@ int forward_with(const Case& c, const ForwardArgs& args, void* total) {
                           : cuda::ScaleSource::kArgument;
   if (args.labels == nullptr && args.reduction == Reduction::kMean)
     call.args.scale = 1.0 / static_cast<double>(args.rows);
-  int status = c.plan->family == cuda::Family::kRing
-                   ? cuda::launch_ring(call, *c.plan, nullptr)
-                   : cuda::launch_streaming(call, *c.plan, nullptr);
+  int status = cuda::launch_streaming(call, *c.plan, nullptr);
   if (status == 0 && total != nullptr) status = cuda::launch_finish(call, nullptr);
   return status;
 }
@@ -300,12 +290,6 @@ void Runner::run() {
   args.grad_stride = c.in_place ? student_stride : grad_stride;
   args.reduction = c.reduction;
   const int status = forward_with(c, args, c.reduction == Reduction::kNone ? nullptr : total.at());
-  // Of one CTA there is room for everywhere.
-  if (c.plan != nullptr && c.plan->cluster > 1 && status == cudaErrorInvalidClusterSize) {
-    cudaGetLastError();
-    std::printf("SKIP %s: this device holds no such cluster\n", c.name.c_str());
-    return;
-  }
   check(status, c.name.c_str());
   check(cudaDeviceSynchronize(), c.name.c_str());
   Buffer& out = c.in_place ? student : grad;
@@ -499,9 +483,7 @@ void mixes() {
         test(c, "mixed dtypes");
       }
 }
-void forced(bool brief) {
-  cuda::Device device;
-  check(cuda::current_device(device), "device");
+void forced() {
   cuda::Plan streaming;
   streaming.threads = streaming.lanes = 512;
   for (const int64_t classes : {1000, 9001, 50257})
@@ -509,33 +491,6 @@ void forced(bool brief) {
       Case c;
       c.plan = &streaming, c.classes = classes, c.student = c.teacher = dtype, c.teacher_offset = 1;
       test(c, "streaming");
-    }
-  if (device.major < 9) return;
-  for (int cluster = 1; cluster <= 16; cluster *= 2)
-    for (const int64_t classes : {1000, 5003, 30011}) {
-      const int stage = cuda::ring_stage_bytes(cuda::kRingWarps, cuda::kRingVectors);
-      cuda::Plan ring;
-      ring.family = cuda::Family::kRing, ring.cluster = cluster;
-      for (const int stages : {2, 8, 12}) {
-        ring.stages = stages, ring.shared_bytes = stages * stage, ring.threads = cuda::kRingThreads;
-        if (!fits(classes, DType::kBFloat16, cluster, stages)) continue;
-        Case c;
-        c.plan = &ring, c.classes = classes, c.rows = brief ? 5 : 701, c.terms = cluster == 2;
-        const std::string name =
-            "ring of " + std::to_string(cluster) + " CTAs, " + std::to_string(stages) + " stages";
-        test(c, name.c_str());
-        if (stages != 8 || cluster != 4) continue;
-        // The label in every part of a row, and what only some divergences exchange.
-        for (const Divergence id : {Divergence::kJensenShannon, Divergence::kDecoupled,
-                                    Divergence::kCosine, Divergence::kCenteredSquaredError})
-          for (const DType dtype : kHot) {
-            Case d = c;
-            d.divergence = id, d.student = d.teacher = dtype, d.rows = 9, d.ignored = false;
-            if (!fits(classes, dtype, cluster, stages)) continue;
-            test(d, (name + ", " + kDivergenceNames[static_cast<int>(id)]).c_str());
-            d.teacher_offset = 1, d.student_pad = 3, test(d, (name + ", shifted").c_str());
-          }
-      }
     }
 }
 constexpr Divergence kFiniteIfMasked[] = {
@@ -646,17 +601,14 @@ void lengths(bool brief) {
       }
     }
 }
-// Options as they meet by chance, half of them in a ring.
+// Options as they meet by chance.
 void random_cases(int64_t count, uint64_t seed) {
-  cuda::Device device;
-  check(cuda::current_device(device), "device");
   Random random{seed};
   const auto below = [&](int64_t n) { return static_cast<int64_t>(random.uniform() * n); };
   const auto one_in = [&](int64_t n) { return below(n) == 0; };
   const int64_t widths[] = {1, 5, 32, 100, 128, 129, 200, 777, 1000, 2049, 4097, 5003, 9001};
   for (int64_t i = 0; i < count; i++) {
     Case c;
-    cuda::Plan ring;
     c.classes = widths[below(std::size(widths))] + below(3), c.rows = 1 + below(one_in(3) ? 70 : 9);
     c.student = c.teacher = kHot[below(3)];
     const double temperatures[] = {1, 1.5, 2, 3, 4, 20};
@@ -677,14 +629,7 @@ void random_cases(int64_t count, uint64_t seed) {
     }
     if (one_in(3))
       c.student_pixels = !one_in(4), c.teacher_pixels = !c.student_pixels || !one_in(4);
-    if (device.major >= 9 && !c.student_pixels && !c.teacher_pixels &&
-        c.classes > 32 * cuda::kTinyPerLane && one_in(2)) {
-      ring.family = cuda::Family::kRing, ring.cluster = 1 << below(5);
-      ring.stages = static_cast<int>(1 + below(12)), ring.threads = cuda::kRingThreads;
-      ring.shared_bytes =
-          ring.stages * cuda::ring_stage_bytes(cuda::kRingWarps, cuda::kRingVectors);
-      if (fits(c.classes, c.student, ring.cluster, ring.stages)) c.plan = &ring;
-    } else if (one_in(4)) {
+    if (one_in(4)) {
       const DType all[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
       c.student = all[below(4)], c.teacher = all[below(4)];
     }
@@ -849,7 +794,7 @@ int main(int argc, char** argv) {
   } else {
     sizes(brief);
     if (!brief) layouts(), options(), mixes(), many_rows(), random_cases(100, 1);
-    forced(brief), divergences(brief), decoupled(brief), lengths(brief), pixels(brief);
+    forced(), divergences(brief), decoupled(brief), lengths(brief), pixels(brief);
     totals();
   }
   return outcome();
