@@ -16,14 +16,15 @@ struct GeneralSums : Sums<A> {
   A slope = 0;
   A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
 
-  template <int kLanes, bool kExtra>
-  __device__ __forceinline__ void merge_lanes() {
-    Sums<A>::template merge_lanes<kLanes, kExtra>();
+  template <int kLanes, class Extra>
+  __device__ __forceinline__ void merge_lanes(Extra extra) {
+    Sums<A>::template merge_lanes<kLanes>(extra);
     slope = lanes_sum<kLanes>(slope);
     classes = lanes_sum<kLanes>(classes);
   }
-  __device__ __forceinline__ void add(const GeneralSums& other) {
-    Sums<A>::add(other);
+  template <class Extra>
+  __device__ __forceinline__ void add(const GeneralSums& other, Extra extra) {
+    Sums<A>::add(other, extra);
     slope += other.slope;
     classes += other.classes;
   }
@@ -38,23 +39,10 @@ struct LeftOut {
   __device__ __forceinline__ LeftOut(const Inputs& in, int64_t label)
       : index(in.divergence == Divergence::kDecoupled ? label : -1) {}
   __device__ __forceinline__ bool is(int64_t i) const { return kAny && i == index; }
-  // Where it is among `count` classes from `first` on, or -1.
-  __device__ __forceinline__ int among(int64_t first, int count) const {
-    const int64_t inside = index - first;
-    return kAny && index >= 0 && inside >= 0 && inside < count ? static_cast<int>(inside) : -1;
-  }
-  // Masks it in the vector that begins at class `first`.
-  template <class T>
-  __device__ __forceinline__ void mask(uint4& vector, int64_t first) const {
-    constexpr int kElements = Vector<T>::kElements;
-    const int inside = among(first, kElements);
-    if (inside < 0) return;
-    float x[kElements];
-    Vector<T>::load(vector, x);
-#pragma unroll
-    for (int i = 0; i < kElements; i++)
-      if (i == inside) x[i] = -INFINITY;
-    vector = Vector<T>::store(x);
+  // Where it is in a chunk, or -1.
+  template <class C>
+  __device__ __forceinline__ int place_in(const C& chunk) const {
+    return kAny ? chunk.place_of(index) : -1;
   }
 };
 

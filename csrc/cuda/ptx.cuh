@@ -54,6 +54,7 @@ __device__ __forceinline__ int cluster_size() {
 // All threads of all CTAs; memory before it is visible after it.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // an aligned barrier wants whole warps, also after a branch that one lane took
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::

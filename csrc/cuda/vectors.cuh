@@ -53,18 +53,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   const __half2 v = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&v);
 }
-template <class Pair>
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
-  const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __nv_bfloat16) {
-  return pair_max<__nv_bfloat162>(a, b);
-}
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __half) {
-  return pair_max<__half2>(a, b);
-}
-
 // 16 bytes of T.
 template <class T>
 struct Vector {
@@ -78,19 +66,6 @@ struct Vector {
   static __device__ __forceinline__ uint4 store(const float (&x)[kElements]) {
     return {pack(x[0], x[1], T()), pack(x[2], x[3], T()), pack(x[4], x[5], T()),
             pack(x[6], x[7], T())};
-  }
-  // NaN is dropped here; the sums of exponentials keep it.
-  template <int kCount>
-  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
-    uint32_t pair = of_vector(v[0]);
-#pragma unroll
-    for (int k = 1; k < kCount; k++) pair = pair_max(pair, of_vector(v[k]), T());
-    float low, high;
-    unpack(pair, low, high, T());
-    return fmaxf(low, high);
-  }
-  static __device__ __forceinline__ uint32_t of_vector(uint4 v) {
-    return pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T());
   }
 };
 template <>
@@ -106,17 +81,6 @@ struct Vector<float> {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
-  template <int kCount>
-  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
-    float all = of_vector(v[0]);
-#pragma unroll
-    for (int k = 1; k < kCount; k++) all = fmaxf(all, of_vector(v[k]));
-    return all;
-  }
-  static __device__ __forceinline__ float of_vector(uint4 v) {
-    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
-                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
-  }
 };
 
 // The 16 bytes that begin `shift` (1 to 15) bytes into a and run on in b.
@@ -130,22 +94,20 @@ __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, int shift) {
   return {__funnelshift_r(d0, d1, bits), __funnelshift_r(d1, d2, bits),
           __funnelshift_r(d2, d3, bits), __funnelshift_r(d3, d4, bits)};
 }
-// Vector i of an input in shared or global memory; `vectors` is aligned, the input begins `shift`
-// bytes after it.
-__device__ __forceinline__ uint4 fetch(const uint4* vectors, int i, int shift) {
-  const uint4 a = vectors[i];
-  return shift == 0 ? a : shifted(a, vectors[i + 1], shift);
-}
-// For inputs that no other thread reads, and nobody again.
-__device__ __forceinline__ uint4 fetch_once(const uint4* vectors, int64_t i, int shift) {
-  const uint4 a = __ldcs(vectors + i);
-  return shift == 0 ? a : shifted(a, __ldcs(vectors + i + 1), shift);
+// Vector i of an input; `vectors` is aligned, the input begins `shift` bytes after it. `kLast`: no
+// thread reads it again.
+template <bool kLast>
+__device__ __forceinline__ uint4 fetch(const uint4* vectors, int64_t i, int shift) {
+  const uint4 a = kLast ? __ldcs(vectors + i) : vectors[i];
+  if (shift == 0) return a;
+  return shifted(a, kLast ? __ldcs(vectors + i + 1) : vectors[i + 1], shift);
 }
 
 constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
 
 // How one row falls into vectors. Only whole vectors of the gradient's grid that lie inside the
-// aligned part of all three tensors count, so no load leaves a row by rounding.
+// aligned part of all three tensors count, so no load leaves a row by rounding. Short rows may hold
+// none.
 struct RowLayout {
   int begin;          // first class in a vector: also the length of the head
   int64_t vectors;    // whole vectors
@@ -173,6 +135,7 @@ __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teach
   if (first_s > begin || first_t > begin) begin += kElements;
   const int count = static_cast<int>(classes & kMask);
   const int last = max((s + count) & kMask, (t + count) & kMask);
+  if (begin > classes) begin = static_cast<int>(classes);
   const int64_t inside = classes - last - begin;
   const int64_t vectors = inside > 0 ? inside / kElements : 0;
   RowLayout layout;

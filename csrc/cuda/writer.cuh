@@ -13,16 +13,18 @@ struct Sums {
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
 
-  template <int kLanes, bool kExtra>
-  __device__ __forceinline__ void merge_lanes() {
+  // `Extra`: std::bool_constant, whether there is more than the value.
+  template <int kLanes, class Extra>
+  __device__ __forceinline__ void merge_lanes(Extra) {
     value = lanes_sum<kLanes>(value);
-    if (!kExtra) return;
+    if (!Extra::value) return;
     logits = lanes_sum<kLanes>(logits);
     student_entropy = lanes_sum<kLanes>(student_entropy);
     teacher_entropy = lanes_sum<kLanes>(teacher_entropy);
     agreement = lanes_max<kLanes>(agreement);
   }
-  __device__ __forceinline__ void add(const Sums& other) {
+  template <class Extra>
+  __device__ __forceinline__ void add(const Sums& other, Extra) {
     value += other.value;
     logits += other.logits;
     student_entropy += other.student_entropy;
@@ -123,10 +125,8 @@ struct alignas(16) Writer {
     hard = weight == A(0) ? A(0) : mul_of(weight, row.hard_scale);
     const A student_sum = reciprocal_of(row.student_scale);
     const A factor = hard == A(0) ? A(1) : student_sum;  // 0 stays 0 where the sum is infinite
-    if (t.power >= 1) hard = mul_of(hard, factor);
-    if (t.power >= 2) hard = mul_of(hard, factor);
-    if (t.power >= 3) hard = mul_of(hard, factor);
-    if (t.power >= 4) hard = mul_of(hard, factor);
+#pragma unroll 1
+    for (int i = 0; i < t.power; i++) hard = mul_of(hard, factor);
     const A smoothing = static_cast<A>(in.label_smoothing);
     share = quotient_of(A(1), static_cast<A>(in.classes));
     uniform = smoothing == A(0)
@@ -187,14 +187,13 @@ struct alignas(16) Writer {
   template <int kPower, bool kUniform>
   __device__ __forceinline__ A hard_part(A q, A hard_exponent) const {
     A softmax;
-    if (kPower == 0 || (kPower == kAtRunTime && t.power == 0)) {
+    const int power = kPower == kAtRunTime ? t.power : kPower;
+    if (power == 0) {
       softmax = mul_of(hard, exp2_of(hard_exponent));
     } else {
       softmax = mul_of(hard, q);
-      if (kPower == 2 || (kPower < 0 && t.power >= 2) || kPower == kThreeOrFour)
-        softmax = mul_of(softmax, q);
-      if (kPower == kThreeOrFour || (kPower == kAtRunTime && t.power >= 3))
-        softmax = mul_of(softmax, t.power == 4 ? mul_of(q, q) : q);
+      if (power >= 2) softmax = mul_of(softmax, q);
+      if (power == 4) softmax = mul_of(softmax, mul_of(q, q));
     }
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }

@@ -1,4 +1,4 @@
-// The arithmetic of the CUDA kernels (csrc/cuda/row.cuh), compiled for the CPU: the element of a
+// The arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU: the element of a
 // divergence against long double, and whole rows, swept as a few threads would sweep them. What it
 // cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/row.cuh"
+#include "../../csrc/cuda/forward_call.cuh"
 #include "truth.h"
 
 using namespace fastkd;
@@ -136,7 +136,7 @@ Answer exact_answer(const Problem& in) {
   return answer;
 }
 
-// `threads` threads take vectors of eight classes in turn: as add_vectors() of rows.cuh.
+// `threads` threads take vectors of eight classes in turn: as scan() of sweeps.cuh.
 template <class A, bool kFold>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());

@@ -196,15 +196,14 @@ def main() -> None:
     header = ["kernel", "sweep", "slots", *PIPES, *(f"{x} of DRAM" for x in ("issue", *PIPES))]
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for name, code in sorted(kernels(sys.stdin.read()).items()):
-        hot = re.match(
-            r"(streaming|registers)_kernel<(?:Vectors<)?(float|__nv_bfloat16)\W(.*)", name
-        )
+        hot = re.match(r"rows_kernel<VectorRow<(float|__nv_bfloat16), (\d)>, (\w+)", name)
         if hot is None or "GeneralWriter" in name or has_terms(name):
             continue
-        family, dtype, rest = hot.groups()
+        dtype, held, team = hot.groups()
         element = ELEMENT[dtype]
+        family = "streaming" if held == "0" else "registers"
         if family == "registers":
-            lanes = "a warp" if ", true>" in rest else "a CTA"
+            lanes = "a warp" if team == "LaneTeam" else "a CTA"
             found = {f"both, {lanes} a row": row(code, element)}
         else:
             first, second = (sweep(code, element, stores) for stores in (False, True))
