@@ -45,31 +45,17 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
   for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
 }
 
-// What stats keep of the sums.
-template <class A>
-struct SlopesOf {
-  A slope, classes;
-};
-template <class A>
-__device__ __forceinline__ SlopesOf<A> slopes_of(const Sums<A>&) {
-  return {A(0), A(0)};
-}
-template <class A>
-__device__ __forceinline__ SlopesOf<A> slopes_of(const GeneralSums<A>& sums) {
-  return {sums.slope, sums.classes};
-}
-
-// Closes a row: everything but its gradient. One thread. include(log_sum, hard, sums) may add to
-// these what is not in them yet.
-template <class Temper, class Stats, class A, class S, class Include>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const Stats& stats,
-                                          S sums, A label_logit, Include&& include) {
-  const Temper t(args, row);
+// Closes a row: everything but its gradient. One thread.
+template <class W, class A>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
+                                          const typename W::Stats& stats, typename W::Sums sums,
+                                          A label_logit) {
+  const typename W::Temper& t = writer.t;
   A hard = 0;
   if (args.labels != nullptr) {
     A log_sum = log_sum_of(stats, t);
     hard = log_sum + (stats.student_max - label_logit);
-    include(log_sum, hard, sums);
+    if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, sums);
     if (args.label_smoothing != 0) {
       const A eps = static_cast<A>(args.label_smoothing);
       hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - sums.logits);
@@ -77,7 +63,8 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  const auto [slope, classes] = slopes_of(sums);
+  A slope(0), classes(0);
+  if constexpr (W::kGeneral) slope = sums.slope, classes = sums.classes;
   A soft = divergence_of(args.divergence, sums.value, slope, classes, sums.teacher_entropy);
   if (soft != soft) soft = static_cast<A>(__int_as_float(0x7f800000));
   // Added to whatever leaves a row that holds no answer.
@@ -95,16 +82,6 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
     terms[kAgreement * args.rows + row] = sums.agreement + nan_or_0;
   }
   stats.store(static_cast<A*>(args.stats), args.rows, row, slope, classes);
-}
-// The same, by the writer of its gradient.
-template <class W, class A>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
-                                          const typename W::Stats& stats,
-                                          const typename W::Sums& sums, A label_logit) {
-  close_row<typename W::Temper>(
-      args, row, stats, sums, label_logit, [&](A& log_sum, A& hard, typename W::Sums& all) {
-        if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, all);
-      });
 }
 
 // Labels that are not ignored among first, first + step, ...

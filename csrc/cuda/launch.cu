@@ -1,6 +1,7 @@
 // fastkd::cuda of kernels.h: which kernels a call takes. The plan itself is plan.cpp.
+#include <algorithm>
+#include <map>
 #include <mutex>
-#include <vector>
 
 #include "launch.h"
 
@@ -8,30 +9,23 @@ namespace fastkd::cuda {
 
 cudaError_t current_device(Device& device) {
   static std::mutex mutex;
-  static std::vector<Device> known;
-  int ordinal = 0;
-  if (const cudaError_t error = cudaGetDevice(&ordinal)) return error;
+  static std::map<int, Device> known;
+  int ordinal = 0, compiled = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= static_cast<size_t>(ordinal)) known.resize(static_cast<size_t>(ordinal) + 1);
-  Device& entry = known[static_cast<size_t>(ordinal)];
-  if (entry.processors == 0) {
-    Device d;
-    d.ordinal = ordinal;
-    if (const cudaError_t error = cudaDeviceGetAttribute(
-            &d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal))
-      return error;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, ordinal))
-      return error;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, ordinal))
-      return error;
-    int compiled = 0;
-    if (const cudaError_t error = compiled_major(compiled)) return error;
-    if (compiled < d.major) d.major = compiled;
-    entry = d;
+  const auto entry = known.find(ordinal);
+  if (entry != known.end()) {
+    device = entry->second;
+    return cudaSuccess;
   }
-  device = entry;
+  error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (error == cudaSuccess) error = compiled_major(compiled);
+  if (error != cudaSuccess) return error;
+  device.major = std::min(device.major, compiled);
+  known[ordinal] = device;
   return cudaSuccess;
 }
 

@@ -50,9 +50,7 @@ cudaError_t compiled_major(int& major);
 
 // The device that is current, asked once per device.
 struct Device {
-  int ordinal = 0;
   int processors = 0;
-  int shared_per_block = 0;
   int major = 0;  // of the code where that is older: compiled for 8.0, it knows no clusters
   DeviceLimits limits() const { return {processors, major >= 9 ? 8 : 1}; }
 };

@@ -86,17 +86,8 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
 }
 
 const char* name_of(Family family) {
-  switch (family) {
-    case Family::kTiny:
-      return "tiny";
-    case Family::kRegisters:
-      return "registers";
-    case Family::kStrided:
-      return "strided";
-    case Family::kStreaming:
-    default:
-      return "streaming";
-  }
+  constexpr const char* kNames[] = {"tiny", "registers", "streaming", "strided"};
+  return kNames[static_cast<int>(family)];
 }
 
 }  // namespace fastkd::cuda

@@ -2,7 +2,7 @@
 // can ask for the plan of any problem on any device.
 //
 // Four families. Where classes are adjacent:
-//   tiny       a few lanes a row, a few classes a lane, in registers; any dtypes
+//   tiny       a few lanes a row, a few classes a lane; any dtypes
 //   registers  a warp or a CTA a row, 16-byte vectors held in registers; equal 2- and 4-byte dtypes
 //   streaming  a CTA a row, read twice (the second time from L2 where it fits); everything else
 // And where they are not:
@@ -32,7 +32,7 @@ struct Plan {
 
 // Sizes that planner and kernels must agree on.
 constexpr int kVectorBytes = 16;
-constexpr int kTinyPerLane = 4;     // classes held by a lane
+constexpr int kTinyPerLane = 4;     // classes of a lane
 constexpr int kTinyThreads = 512;   // of a CTA at most: with 1024 the kernels would spill
 constexpr int kRegisterBytes = 64;  // of one input, held by a thread: 16 registers
 constexpr int kStridedThreads = 256;

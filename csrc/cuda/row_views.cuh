@@ -5,6 +5,8 @@
 // Each class is read and written by the same thread, so that the gradient may overwrite the
 // student.
 #pragma once
+#include <type_traits>
+
 #include "forward_call.cuh"
 #include "vectors.cuh"
 
@@ -22,32 +24,73 @@ struct Place {
   int rows, row, part, parts;
 };
 
-// Classes that one thread holds at the same time: first, first + step, ...
-template <class A_, int kMost_, class Count, class Step>
-struct Chunk {
-  using A = A_;
+// Which classes a chunk holds: first, first + step, ...
+template <int kMost_, class Count, class Step>
+struct ChunkClasses {
   static constexpr int kMost = kMost_;
   int64_t first;
   Count count;
   Step step;
-  A z[kMost], w[kMost];
 
-  // Calls fn(z, w, i) for each class but the one at `without`.
-  template <class Fn>
-  __device__ __forceinline__ void each(int without, Fn&& fn) const {
-#pragma unroll
-    for (int i = 0; i < kMost; i++)
-      if (i < count && i != without) fn(z[i], w[i], i);
-  }
-  // Where a class is in the chunk, or -1.
+  // Where a class is in the chunk, or -1. Rows have less than 2^31 classes.
   __device__ __forceinline__ int place_of(int64_t label) const {
-    const int64_t inside = label - first;
-    if (label < 0 || inside < 0 || inside >= kMost * step) return -1;
+    const int inside = static_cast<int>(label - first);
+    if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
+    if constexpr (std::is_same_v<Step, All<1>>) return inside;
     int place = -1;
 #pragma unroll
     for (int i = 0; i < kMost; i++)
       if (i < count && inside == i * step) place = i;
     return place;
+  }
+};
+// Chunks have each(without, fn), which calls fn(z, w, i) for each class but the one at `without`,
+// and include_in(), which raises maxima to the greatest logits.
+template <class A, int kMost, class Count, class Step>
+struct ElementChunk : ChunkClasses<kMost, Count, Step> {
+  A z[kMost], w[kMost];
+
+  template <class Fn>
+  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+#pragma unroll
+    for (int i = 0; i < kMost; i++)
+      if (i < this->count && i != without) fn(z[i], w[i], i);
+  }
+  __device__ __forceinline__ void include_in(A& student_top, A& teacher_top, int without) const {
+    each(without, [&](A x, A y, int) {
+      student_top = max_of(student_top, x);
+      teacher_top = max_of(teacher_top, y);
+    });
+  }
+};
+template <class T>
+struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements>, All<1>> {
+  static constexpr int kElements = Vector<T>::kElements;
+  int64_t index;  // of the vector in its row
+  uint4 student, teacher;
+
+  template <class Fn>
+  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+    float z[kElements], w[kElements];
+    Vector<T>::load(student, z);
+    Vector<T>::load(teacher, w);
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      if (i != without) fn(z[i], w[i], i);
+  }
+  // By the maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
+  // 2026-12-01), since no class is unpacked before the maxima are known.
+  __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
+                                             int without) const {
+    if (without >= 0) {
+      each(without, [&](float z, float w, int) {
+        student_top = max_of(student_top, z);
+        teacher_top = max_of(teacher_top, w);
+      });
+    } else {
+      student_top = max_of(student_top, Vector<T>::max(student));
+      teacher_top = max_of(teacher_top, Vector<T>::max(teacher));
+    }
   }
 };
 
@@ -105,11 +148,7 @@ struct VectorRow {
   template <bool kLast, int kUnroll, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
     const auto visit = [&](int64_t i, uint4 z, uint4 w) {
-      Chunk<float, kElements, All<kElements>, All<1>> chunk;
-      chunk.first = layout.begin + i * kElements;
-      Vector<T>::load(z, chunk.z);
-      Vector<T>::load(w, chunk.w);
-      fn(chunk);
+      fn(VectorChunk<T>{{layout.begin + i * kElements, {}, {}}, i, z, w});
     };
     if constexpr (kHeld > 0) {
 #pragma unroll
@@ -124,8 +163,9 @@ struct VectorRow {
               fetch<kLast>(teacher_vectors, i, layout.teacher_shift));
     }
     const int64_t i = peeled();
-    if (i >= 0)
-      fn(Chunk<float, 1, All<1>, All<1>>{i, {}, {}, {to_acc(student[i])}, {to_acc(teacher[i])}});
+    if (i < 0) return;
+    fn(ElementChunk<float, 1, All<1>, All<1>>{
+        {i, {}, {}}, {to_acc(student[i])}, {to_acc(teacher[i])}});
   }
   template <class C>
   __device__ __forceinline__ void store(const C& chunk, const float (&g)[C::kMost]) const {
@@ -133,7 +173,7 @@ struct VectorRow {
     if constexpr (C::kMost == 1) {
       store_at(chunk.first, g[0]);
     } else {
-      __stcs(reinterpret_cast<uint4*>(grad + chunk.first), Vector<T>::store(g));
+      __stcs(grad_vectors() + chunk.index, Vector<T>::store(g));
     }
   }
   __device__ __forceinline__ void fill(float value) const {
@@ -143,7 +183,7 @@ struct VectorRow {
     for (int i = 0; i < kElements; i++) values[i] = value;
     const uint4 vector = Vector<T>::store(values);
     for (int64_t i = place.part; i < layout.vectors; i += place.parts)
-      __stcs(reinterpret_cast<uint4*>(grad + layout.begin) + i, vector);
+      __stcs(grad_vectors() + i, vector);
     if (peeled() >= 0) store_at(peeled(), value);
   }
   // Leaves no class to the sweeps.
@@ -152,6 +192,9 @@ struct VectorRow {
   }
 
  private:
+  __device__ __forceinline__ uint4* grad_vectors() const {
+    return reinterpret_cast<uint4*>(grad + layout.begin);
+  }
   // The class before or after all vectors that this thread takes, or -1.
   __device__ __forceinline__ int64_t peeled() const {
     return place.part < 2 * kPeelLanes ? layout.peeled(place.part, classes) : -1;
@@ -163,13 +206,13 @@ struct Strip {
   char* first;  // or null
   int64_t step;
 
-  __device__ __forceinline__ Strip(const void* data, int64_t element, const Inputs& in, int64_t row,
-                                   RowStrides stride, int64_t begin)
-      : first(data == nullptr
-                  ? nullptr
-                  : static_cast<char*>(const_cast<void*>(data)) +
-                        (offset_of(row, in.group_rows, stride) + begin * stride.classes) * element),
-        step(stride.classes * element) {}
+  __device__ __forceinline__ Strip(const void* data, DType dtype, const Inputs& in, int64_t row,
+                                   RowStrides stride, int64_t begin) {
+    const int element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    step = stride.classes * element;
+    first = static_cast<char*>(const_cast<void*>(data));
+    if (data != nullptr) first += offset_of(row, in.group_rows, stride) * element + begin * step;
+  }
   __device__ __forceinline__ char* at(int64_t k) const { return first + k * step; }
 };
 
@@ -182,7 +225,6 @@ struct SameDtype {
   static constexpr bool kHot = true, kFold = kFoldScales<T>;
   static constexpr int kChunk = Vector<T>::kElements;
 
-  static __device__ __forceinline__ int64_t size(DType) { return sizeof(T); }
   template <class Fn>
   static __device__ __forceinline__ void with(DType, Fn&& fn) {
     fn(T());
@@ -194,22 +236,9 @@ struct AnyDtypes {
   static constexpr bool kHot = false, kFold = false;
   static constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(A));
 
-  static __device__ __forceinline__ int64_t size(DType dtype) {
-    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  }
   template <class Fn>
   static __device__ __forceinline__ void with(DType dtype, Fn&& fn) {
-    switch (dtype) {
-      case DType::kFloat64:
-        return fn(double());
-      case DType::kFloat16:
-        return fn(__half());
-      case DType::kBFloat16:
-        return fn(__nv_bfloat16());
-      case DType::kFloat32:
-      default:
-        return fn(float());
-    }
+    with_dtype(dtype, fn);
   }
 };
 
@@ -234,36 +263,30 @@ cudaError_t with_elements(const Inputs& in, Fn&& fn) {
   }
 }
 
-// kHeld as in VectorRow, but in chunks.
-template <class E, int kHeld = 0>
+// Every sweep reads memory again.
+template <class E>
 struct ElementRow {
   using A = typename E::A;
   static constexpr bool kHot = E::kHot, kFold = E::kFold;
   static constexpr int kChunk = E::kChunk;
-  using Part = Chunk<A, kChunk, int, int>;
 
   Strip student, teacher, grad;
   DType student_dtype, teacher_dtype;
   int64_t classes;
   Place place;
-  A held_z[kHeld + 1][kChunk], held_w[kHeld + 1][kChunk];
 
   template <class Args>
   __device__ __forceinline__ ElementRow(const Args& args, int64_t row, const Place& at,
                                         int64_t begin, int64_t count)
-      : student(args.student, E::size(args.student_dtype), args, row, args.student_stride, begin),
-        teacher(args.teacher, E::size(args.teacher_dtype), args, row, args.teacher_stride, begin),
-        grad(args.grad, E::size(args.student_dtype), args, row, args.grad_stride, begin),
+      : student(args.student, args.student_dtype, args, row, args.student_stride, begin),
+        teacher(args.teacher, args.teacher_dtype, args, row, args.teacher_stride, begin),
+        grad(args.grad, args.student_dtype, args, row, args.grad_stride, begin),
         student_dtype(args.student_dtype),
         teacher_dtype(args.teacher_dtype),
         classes(count),
         place(at) {}
 
-  __device__ __forceinline__ void hold() {
-#pragma unroll
-    for (int k = 0; k < kHeld; k++)
-      load<true>(first_of(k), count_from(first_of(k)), held_z[k], held_w[k]);
-  }
+  __device__ __forceinline__ void hold() {}
   __device__ __forceinline__ A student_at(int64_t i) const {
     return load_any<A>(student.at(i), student_dtype, 0);
   }
@@ -273,35 +296,32 @@ struct ElementRow {
 
   template <bool kLast, int, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
-    const auto visit = [&](int64_t first, auto count, auto&& read) {
-      Chunk<A, kChunk, decltype(count), int> chunk;
+    const auto visit = [&](int64_t first, auto count) {
+      ElementChunk<A, kChunk, decltype(count), int> chunk;
       chunk.first = first, chunk.count = count, chunk.step = place.parts;
-      read(chunk);
+      load<kLast>(student, student_dtype, chunk, chunk.z);
+      load<kLast>(teacher, teacher_dtype, chunk, chunk.w);
       fn(chunk);
     };
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int k = 0; k < kHeld; k++)
-        visit(first_of(k), count_from(first_of(k)), [&](auto& chunk) {
-#pragma unroll
-          for (int i = 0; i < kChunk; i++) chunk.z[i] = held_z[k][i], chunk.w[i] = held_w[k][i];
-        });
-    } else {
-      const auto read = [&](auto& chunk) {
-        load<kLast>(chunk.first, chunk.count, chunk.z, chunk.w);
-      };
-      int64_t first = place.part;
+    int64_t first = place.part;
 #pragma unroll 1
-      for (; first + (kChunk - 1) * place.parts < classes; first += kChunk * place.parts)
-        visit(first, All<kChunk>(), read);
-      if (first < classes) visit(first, count_from(first), read);
-    }
+    for (; first + (kChunk - 1) * place.parts < classes; first += kChunk * place.parts)
+      visit(first, All<kChunk>());
+    if (first >= classes) return;
+    int count = 1;
+#pragma unroll
+    for (int i = 1; i < kChunk; i++) count += first + i * place.parts < classes;
+    visit(first, count);
   }
   template <class C>
   __device__ __forceinline__ void store(const C& chunk, const A (&g)[C::kMost]) const {
     if (grad.first == nullptr) return;
     E::with(student_dtype, [&](auto as) {
-      store_as(decltype(as)(), grad.at(chunk.first), chunk.step * grad.step, chunk.count, g);
+      using T = decltype(as);
+      char* at = grad.at(chunk.first);
+#pragma unroll
+      for (int i = 0; i < kChunk; i++, at += chunk.step * grad.step)
+        if (i < chunk.count) __stcs(reinterpret_cast<T*>(at), from_acc<T>(g[i]));
     });
   }
   __device__ __forceinline__ void fill(A value) const {
@@ -316,51 +336,23 @@ struct ElementRow {
   }
 
  private:
-  __device__ __forceinline__ int64_t first_of(int k) const {
-    return place.part + static_cast<int64_t>(k) * kChunk * place.parts;
-  }
-  __device__ __forceinline__ int count_from(int64_t first) const {
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kChunk; i++) count += first + i * place.parts < classes;
-    return count;
-  }
   // Zeros for classes that do not exist. All are loaded before the first is used.
-  template <bool kLast, class Count>
-  __device__ __forceinline__ void load(int64_t first, Count count, A (&z)[kChunk],
-                                       A (&w)[kChunk]) const {
-    E::with(student_dtype, [&](auto as) {
-      load_as<kLast>(decltype(as)(), student.at(first), place.parts * student.step, count, z);
-    });
-    E::with(teacher_dtype, [&](auto as) {
-      load_as<kLast>(decltype(as)(), teacher.at(first), place.parts * teacher.step, count, w);
-    });
-  }
-  template <bool kLast, class T, class Count>
-  static __device__ __forceinline__ void load_as(T, const char* at, int64_t step, Count count,
-                                                 A (&x)[kChunk]) {
-    T raw[kChunk];
+  template <bool kLast, class C>
+  static __device__ __forceinline__ void load(const Strip& strip, DType dtype, const C& chunk,
+                                              A (&x)[kChunk]) {
+    E::with(dtype, [&](auto as) {
+      using T = decltype(as);
+      const char* at = strip.at(chunk.first);
+      T raw[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; i++, at += step) {
-      raw[i] = T();
-      if (i < count)
-        raw[i] = kLast ? __ldcs(reinterpret_cast<const T*>(at)) : *reinterpret_cast<const T*>(at);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk; i++) x[i] = static_cast<A>(to_acc(raw[i]));
-  }
-  template <class T, class Count>
-  static __device__ __forceinline__ void store_as(T, char* at, int64_t step, Count count,
-                                                  const A (&g)[kChunk]) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i++, at += step)
-      if (i < count) {
-        if constexpr (sizeof(T) == sizeof(double)) {
-          *reinterpret_cast<T*>(at) = g[i];
-        } else {
-          __stcs(reinterpret_cast<T*>(at), from_acc<T>(static_cast<float>(g[i])));
-        }
+      for (int i = 0; i < kChunk; i++, at += chunk.step * strip.step) {
+        raw[i] = T();
+        if (i < chunk.count)
+          raw[i] = kLast ? __ldcs(reinterpret_cast<const T*>(at)) : *reinterpret_cast<const T*>(at);
       }
+#pragma unroll
+      for (int i = 0; i < kChunk; i++) x[i] = static_cast<A>(to_acc(raw[i]));
+    });
   }
 };
 

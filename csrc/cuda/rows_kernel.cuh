@@ -74,10 +74,21 @@ struct TileTeam {
     slots[threadIdx.x] = x;
     __syncthreads();
     turn ^= 1;
-    x = slots[place.row];
-    for (int i = 1; i < place.parts; i++) x.add(slots[i * place.rows + place.row], how);
+    x = S();
+    for (int i = 0; i < place.parts; i++) reach(x, slots[i * place.rows + place.row], how);
+    for (int i = 0; i < place.parts; i++) x.add(slots[i * place.rows + place.row], how);
   }
   __device__ __forceinline__ void order() const {}
+
+ private:
+  // Raises the maxima before there are sums: each of these is then scaled once.
+  template <class How>
+  static __device__ __forceinline__ void reach(Statistics<A>& x, const Statistics<A>& other,
+                                               const How& t) {
+    x.raise(other.student_max, other.teacher_max, t);
+  }
+  template <class S, class How>
+  static __device__ __forceinline__ void reach(S&, const S&, const How&) {}
 };
 
 template <class Row, class Team, class W, bool kExtra>
@@ -91,7 +102,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
     if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
       with_power(power, fn);
     } else {
-      fn(PowerConstant<kAtRunTime>());
+      fn(std::integral_constant<int, kAtRunTime>());
     }
   };
   // Before the gradient may overwrite it.

@@ -1,11 +1,11 @@
-// Rows of at most 128 classes: 8 or 32 lanes share a row and hold it in registers. Any dtypes and
-// alignments; bound by the launch rather than by memory.
+// Rows of at most 128 classes: 8 or 32 lanes share a row, four classes each, which the second sweep
+// finds in L1. Any dtypes and alignments; bound by the launch rather than by memory.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {
 
 cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
-  using Row = ElementRow<AnyDtypes<float>, 1>;
+  using Row = ElementRow<AnyDtypes<float>>;
   static_assert(Row::kChunk == kTinyPerLane);
   const auto with = [&](auto writer) {
     using W = typename decltype(writer)::Type;

@@ -124,7 +124,7 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
     __syncthreads();
     const Row piece(logits, index, place, begin, count);
     piece.template for_chunks<false, 4>([&](const auto& chunk) {
-      rest.add(chunk, bits_of(map, chunk), t, logits.label_smoothing != 0);
+      rest.include(chunk, bits_of(map, chunk), t, logits.label_smoothing != 0);
     });
     __syncthreads();
     each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
@@ -238,7 +238,7 @@ __device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logit
   list.each([&](int64_t id, double) {
     if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
-  greatest = lanes_max(exchange.share(lanes_max(greatest), topk::kNothing));
+  greatest = lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kNothing)));
   Rest<A> rest;
   const bool good = scan_rest<Row>(logits, index, row.place, list, map, rest, t);
   ListSums sums = sum_list(row, list, greatest, label, 1 / args.temperature);

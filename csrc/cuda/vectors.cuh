@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "device.cuh"
@@ -21,19 +22,11 @@ __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T>
-__device__ __forceinline__ T from_acc(float x);
-template <>
-__device__ __forceinline__ float from_acc<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_acc<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+template <class T, class A>
+__device__ __forceinline__ T from_acc(A x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(static_cast<float>(x));
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(static_cast<float>(x));
+  if constexpr (std::is_arithmetic_v<T>) return static_cast<T>(x);
 }
 
 __device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
@@ -53,6 +46,18 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   const __half2 v = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&v);
 }
+template <class Pair>
+__device__ __forceinline__ uint32_t pair_max_as(uint32_t a, uint32_t b) {
+  const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return pair_max_as<__nv_bfloat162>(a, b);
+}
+__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __half) {
+  return pair_max_as<__half2>(a, b);
+}
+
 // 16 bytes of T.
 template <class T>
 struct Vector {
@@ -67,6 +72,12 @@ struct Vector {
     return {pack(x[0], x[1], T()), pack(x[2], x[3], T()), pack(x[4], x[5], T()),
             pack(x[6], x[7], T())};
   }
+  // NaN is dropped here; the sums of exponentials keep it.
+  static __device__ __forceinline__ float max(uint4 v) {
+    float low, high;
+    unpack(pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T()), low, high, T());
+    return fmaxf(low, high);
+  }
 };
 template <>
 struct Vector<float> {
@@ -80,6 +91,10 @@ struct Vector<float> {
   static __device__ __forceinline__ uint4 store(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
+  }
+  static __device__ __forceinline__ float max(uint4 v) {
+    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
+                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
   }
 };
 
@@ -152,37 +167,32 @@ __device__ __forceinline__ const uint4* vectors_of(const T* row, int64_t begin, 
   return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + begin) - shift);
 }
 
+// Calls fn with a value of the type that `dtype` names.
+template <class Fn>
+__device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return fn(double());
+    case DType::kFloat16:
+      return fn(__half());
+    case DType::kBFloat16:
+      return fn(__nv_bfloat16());
+    case DType::kFloat32:
+    default:
+      return fn(float());
+  }
+}
 // One element of any dtype.
 template <class A>
 __device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<A>(static_cast<const double*>(p)[i]);
-    case DType::kFloat16:
-      return static_cast<A>(__half2float(static_cast<const __half*>(p)[i]));
-    case DType::kBFloat16:
-      return static_cast<A>(__bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]));
-    case DType::kFloat32:
-    default:
-      return static_cast<A>(static_cast<const float*>(p)[i]);
-  }
+  A x;
+  with_dtype(dtype,
+             [&](auto as) { x = static_cast<A>(to_acc(static_cast<const decltype(as)*>(p)[i])); });
+  return x;
 }
 template <class A>
 __device__ __forceinline__ void store_any(void* p, DType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = x;
-      break;
-    case DType::kFloat16:
-      static_cast<__half*>(p)[i] = __float2half_rn(static_cast<float>(x));
-      break;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(static_cast<float>(x));
-      break;
-    case DType::kFloat32:
-    default:
-      static_cast<float*>(p)[i] = static_cast<float>(x);
-  }
+  with_dtype(dtype, [&](auto as) { static_cast<decltype(as)*>(p)[i] = from_acc<decltype(as)>(x); });
 }
 
 }  // namespace fastkd::cuda

@@ -1,5 +1,7 @@
-// The second sweep over a row: value and gradient of the forward KL and the hard term.
-// Derivations: docs/maths.md. Letters: numerics.h.
+// What the second sweep over a row computes: value and gradient of the forward KL and of the hard
+// term, fused because both need the same exponentials. Derivations: docs/maths.md, sections 2, 3
+// and
+// 7. Letters: numerics.h.
 #pragma once
 #include "statistics.cuh"
 
@@ -73,7 +75,7 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
 // references: d would round at its size (docs/maths.md, section 3). And with the scales in the
 // exponents, the size of a reference: the exponents would.
 constexpr float kLargestDistance = 16;
-constexpr float kApart = 32;  // in logits
+constexpr float kApart = 32;  // in logits; up to t = 2.88 the distance is the stricter limit
 constexpr float kLargestFolded = 64;
 
 // What the second sweep needs of a row, and the sweep's one step. kFold: the scales of the two
@@ -198,13 +200,8 @@ struct alignas(16) Writer {
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }
 
-  // The gradient of one class, but for what belongs to the label.
-  template <int kPower, bool kExtra, bool kUniform = kExtra>
-  __device__ __forceinline__ A write(A z, A w, Sums& sums) const {
-    return apart ? write_as<true, kAtRunTime, kExtra, kUniform>(z, w, sums)
-                 : write_as<false, kPower, kExtra, kUniform>(z, w, sums);
-  }
-  // The same where the caller knows `apart`, which the whole row has in common.
+  // The gradient of one class, but for what belongs to the label. kApart: `apart`, which the whole
+  // row has in common.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
   __device__ __forceinline__ A write_as(A z, A w, Sums& sums) const {
     A hard_exponent;
@@ -215,7 +212,7 @@ struct alignas(16) Writer {
     return fma_of(soft, ForwardKL::at(e).slope, softmax);
   }
 
-  // The label's gradient, given what write() made of its class.
+  // The label's gradient, given what write_as() made of its class.
   __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, cuda::Sums<A>& sums) const {

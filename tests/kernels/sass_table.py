@@ -5,7 +5,7 @@ taken that loads student and teacher, computes two exponentials a class and, in 
 stores the gradient: aligned rows whose maxima neither rise nor lie far apart, T = 1. Beside the
 slots that are issued stand the shares of three pipes, and the bound that follows from each.
 
-Usage: cuobjdump -sass -arch sm_90a build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
+Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
 
 from __future__ import annotations
