@@ -15,11 +15,8 @@ from fastkd import Head, reference
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
 # Widest rows that one kernel of the CUDA planner serves (csrc/cuda/plan.cpp): both tiny kernels,
-# warps and CTAs that hold a row in registers (fp32, 16-bit), the streaming kernel, and, where the
-# ring is planned, its clusters of 1 to 16 CTAs (fp32, 16-bit) up to what fits nowhere (fp32).
-CUDA_SIZE_CLASSES = (
-    *(32, 128, 512, 1024, 2048, 4096, 8192, 10240, 20480, 40960, 81920, 163840, 327680, 425984),
-)
+# warps and CTAs that hold a row in registers (fp32, 16-bit); and rows for the streaming kernel.
+CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
 def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:

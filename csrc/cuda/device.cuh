@@ -62,6 +62,26 @@ __device__ __forceinline__ A lanes_sum(A x) {
   return x;
 }
 
+// What the warps of a CTA tell each other. Two sets of slots in turn: one barrier an exchange is
+// enough.
+struct WarpExchange {
+  int turn = 0;
+
+  // Lane i of every warp gets what warp i has in its lane 0, or `otherwise` where there is none.
+  template <class S>
+  __device__ __forceinline__ S share(const S& mine, const S& otherwise = S()) {
+    __shared__ __align__(16) unsigned char bytes[2 * 32 * sizeof(S)];
+    S* const slots = reinterpret_cast<S*>(bytes) + turn * 32;
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) slots[threadIdx.x / 32] = mine;
+    __syncthreads();
+    turn ^= 1;
+    return lane < warps ? slots[lane] : otherwise;
+  }
+  // The sum over all threads, in an order that their number alone fixes.
+  __device__ __forceinline__ double sum(double x) { return lanes_sum(share(lanes_sum(x))); }
+};
+
 // row_offset() with a division of 32 bits: that of 64 is a call, around which registers spill.
 // forward() and backward() refuse 2^31 rows.
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {

@@ -9,7 +9,7 @@ constexpr int kCtas = 8;
 constexpr int64_t kRowsOfOneCta = 16384;
 constexpr int kAtOnce = 16;  // loads of a thread
 
-// The sum over the CTAs of what thread 0 of each has, in their order, for thread 0 of the first.
+// The sum over the CTAs of what each has, in their order, for thread 0 of the first.
 __device__ __forceinline__ double cluster_sum(double mine, double* of_ctas) {
   const int ctas = cluster_size(), rank = cluster_rank();
   if (ctas == 1) return mine;
@@ -31,11 +31,12 @@ __device__ __forceinline__ int64_t step_of_rows() {
 
 template <class A>
 __global__ void __launch_bounds__(1024) count_kernel(const __grid_constant__ ForwardCall call) {
-  __shared__ double of_warps[32], of_ctas[kCtas];
+  __shared__ double of_ctas[kCtas];
+  WarpExchange exchange;
   allow_next_kernel();  // its first loads need no scale
   const bool counts = call.scale_source == ScaleSource::kCount;
   const int mine = counts ? count_labels(call.args, first_row(), step_of_rows()) : 0;
-  const double count = cluster_sum(block_sum(mine, of_warps), of_ctas);
+  const double count = cluster_sum(exchange.sum(mine), of_ctas);
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
   static_cast<A*>(call.args.stats)[kStats * call.args.rows] =
       counts ? scale_of_count<A>(static_cast<int64_t>(count)) : known_scale<A>(call);
@@ -43,12 +44,13 @@ __global__ void __launch_bounds__(1024) count_kernel(const __grid_constant__ For
 
 template <class A>
 __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ ForwardCall call) {
-  __shared__ double of_warps[32], of_ctas[kCtas];
+  __shared__ double of_ctas[kCtas];
+  WarpExchange exchange;
   wait_for_previous_kernel();
   const A scale = static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   const int quantity = blockIdx.x / cluster_size();
   const double mine = sum_rows<kAtOnce, A>(call.args, quantity, first_row(), step_of_rows());
-  const double sum = cluster_sum(block_sum(mine, of_warps), of_ctas);
+  const double sum = cluster_sum(exchange.sum(mine), of_ctas);
   if (cluster_rank() == 0 && threadIdx.x == 0) put_total(call, quantity, scale, sum);
 }
 

@@ -1,29 +1,30 @@
-// The sweeps of whatever the hot kernels leave out: divergences whose slopes must be summed before
-// their gradient is known, and a teacher with a temperature of its own. One more sweep of the
-// resident row, which costs arithmetic and no memory traffic. The divergence is looked up at run
-// time, once a vector, and whether logits are taken relative to the maxima is no branch here: a
-// kernel for each would be twenty times the code, and take as long to compile.
-// Derivations: docs/maths.md, sections 2 and 10. Letters: numerics.h.
+// The writer of every objective but the hot one: divergences whose slopes must be summed before
+// their gradient is known, and a teacher with a temperature of its own. The sums take one more
+// sweep over the row, which the same kernel makes because the row is then still in L1 or L2. The
+// divergence is looked up at run time, once a chunk: a kernel for each would be twenty times the
+// code, and take as long to compile. Derivations: docs/maths.md, sections 2 and 10. Letters:
+// numerics.h.
 #pragma once
 #include "vectors.cuh"
 #include "writer.cuh"
 
 namespace fastkd::cuda {
 
-// Running sums of the sweep between: the value is D's, and the slopes balance its gradient.
+// Running sums of that sweep: the value is the divergence, and the slopes center its gradient.
 template <class A>
 struct GeneralSums : Sums<A> {
   A slope = 0;
   A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
 
-  template <int kLanes, bool kExtra>
-  __device__ __forceinline__ void merge_lanes() {
-    Sums<A>::template merge_lanes<kLanes, kExtra>();
+  template <int kLanes, class Extra>
+  __device__ __forceinline__ void merge_lanes(Extra extra) {
+    Sums<A>::template merge_lanes<kLanes>(extra);
     slope = lanes_sum<kLanes>(slope);
     classes = lanes_sum<kLanes>(classes);
   }
-  __device__ __forceinline__ void add(const GeneralSums& other) {
-    Sums<A>::add(other);
+  template <class Extra>
+  __device__ __forceinline__ void add(const GeneralSums& other, Extra extra) {
+    Sums<A>::add(other, extra);
     slope += other.slope;
     classes += other.classes;
   }
@@ -37,24 +38,10 @@ struct LeftOut {
   __device__ __forceinline__ explicit LeftOut(int64_t i) : index(i) {}
   __device__ __forceinline__ LeftOut(const Inputs& in, int64_t label)
       : index(in.divergence == Divergence::kDecoupled ? label : -1) {}
-  __device__ __forceinline__ bool is(int64_t i) const { return kAny && i == index; }
-  // Where it is among `count` classes from `first` on, or -1.
-  __device__ __forceinline__ int among(int64_t first, int count) const {
-    const int64_t inside = index - first;
-    return kAny && index >= 0 && inside >= 0 && inside < count ? static_cast<int>(inside) : -1;
-  }
-  // Masks it in the vector that begins at class `first`.
-  template <class T>
-  __device__ __forceinline__ void mask(uint4& vector, int64_t first) const {
-    constexpr int kElements = Vector<T>::kElements;
-    const int inside = among(first, kElements);
-    if (inside < 0) return;
-    float x[kElements];
-    Vector<T>::load(vector, x);
-#pragma unroll
-    for (int i = 0; i < kElements; i++)
-      if (i == inside) x[i] = -INFINITY;
-    vector = Vector<T>::store(x);
+  // Where it is in a chunk, or -1.
+  template <class C>
+  __device__ __forceinline__ int place_in(const C& chunk) const {
+    return kAny ? chunk.place_of(index) : -1;
   }
 };
 
@@ -78,7 +65,7 @@ struct LabelLogits {
   __device__ __forceinline__ LabelLogits(const Inputs& in, int64_t row) {
     student = teacher = static_cast<A>(__int_as_float(0x7fc00000));
     const int64_t label = label_of(in, row);
-    if (label < 0 || label >= in.classes) return;
+    if (label < 0 || label >= in.classes || label == in.ignore_index) return;
     const auto read = [&](const void* logits, DType dtype, const RowStrides& stride) {
       return load_any<A>(logits, dtype,
                          offset_of(row, in.group_rows, stride) + label * stride.classes);
@@ -151,31 +138,10 @@ struct GeneralStats : RowStats<A> {
   }
 };
 
-// Calls fn with the struct of a divergence; the reverse KL is a sum of both.
+// Calls fn with the struct of a divergence.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
-  switch (id) {
-    case Divergence::kForwardKL:
-    case Divergence::kSoftCrossEntropy:
-    case Divergence::kDecoupled:  // among the classes that are not the label
-      return fn(ForwardKL{});
-    case Divergence::kJensenShannon:
-      return fn(JensenShannon{});
-    case Divergence::kSkewedForwardKL:
-      return fn(SkewedForwardKL{});
-    case Divergence::kSkewedReverseKL:
-      return fn(SkewedReverseKL{});
-    case Divergence::kTotalVariation:
-      return fn(TotalVariation{});
-    case Divergence::kSquaredError:
-      return fn(SquaredError{});
-    case Divergence::kCenteredSquaredError:
-      return fn(CenteredSquaredError{});
-    case Divergence::kCosine:
-      return fn(Cosine{});
-    default:
-      return fn(SymmetricKL{});
-  }
+  return id == Divergence::kCosine ? fn(Cosine{}) : visit(id, fn);
 }
 
 template <class A>
@@ -203,7 +169,6 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
         teacher_base(this->apart ? row.teacher_max : A(0)),
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
-    if (divergence == Divergence::kReverseKL) constants.mix = A(0), constants.rest = A(1);
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
     if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
     if (this->apart) this->student_bias = this->teacher_bias = this->hard_bias = A(0);
@@ -297,17 +262,6 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   }
   __device__ __forceinline__ A at_label(A g) const {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
-  }
-
-  // The same for callers that have one class at a time.
-  __device__ __forceinline__ void sum(A z, A w, bool extra, Sums& sums) const {
-    visit_general(divergence,
-                  [&](auto d) { this->template sum_as<decltype(d)>(z, w, extra, sums); });
-  }
-  template <int kPower, bool kExtra, bool kUniform = kExtra>
-  __device__ __forceinline__ A write(A z, A w, Sums&) const {
-    return visit_general(divergence,
-                         [&](auto d) { return this->template write_as<decltype(d)>(z, w); });
   }
 
   // Makes of the other classes' sums those of all classes, with the divergence as their value; and

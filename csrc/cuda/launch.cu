@@ -1,6 +1,7 @@
 // fastkd::cuda of kernels.h: which kernels a call takes. The plan itself is plan.cpp.
+#include <algorithm>
+#include <map>
 #include <mutex>
-#include <vector>
 
 #include "launch.h"
 
@@ -8,30 +9,23 @@ namespace fastkd::cuda {
 
 cudaError_t current_device(Device& device) {
   static std::mutex mutex;
-  static std::vector<Device> known;
-  int ordinal = 0;
-  if (const cudaError_t error = cudaGetDevice(&ordinal)) return error;
+  static std::map<int, Device> known;
+  int ordinal = 0, compiled = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= static_cast<size_t>(ordinal)) known.resize(static_cast<size_t>(ordinal) + 1);
-  Device& entry = known[static_cast<size_t>(ordinal)];
-  if (entry.processors == 0) {
-    Device d;
-    d.ordinal = ordinal;
-    if (const cudaError_t error = cudaDeviceGetAttribute(
-            &d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal))
-      return error;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, ordinal))
-      return error;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, ordinal))
-      return error;
-    int compiled = 0;
-    if (const cudaError_t error = compiled_major(compiled)) return error;
-    if (compiled < d.major) d.major = compiled;
-    entry = d;
+  const auto entry = known.find(ordinal);
+  if (entry != known.end()) {
+    device = entry->second;
+    return cudaSuccess;
   }
-  device = entry;
+  error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (error == cudaSuccess) error = compiled_major(compiled);
+  if (error != cudaSuccess) return error;
+  device.major = std::min(device.major, compiled);
+  known[ordinal] = device;
   return cudaSuccess;
 }
 
@@ -68,26 +62,12 @@ Args with_groups(Args args) {
   return args;
 }
 
-// Every CTA counts the labels for itself where they are few: the ring's CTAs do so while their
-// first copies fly.
-bool counts_inside(const Plan& plan, int64_t rows) {
-  return rows <= (plan.family == Family::kRing ? kCountInside : kCountInside / 16);
-}
-
 cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   switch (plan.family) {
     case Family::kTiny:
       return launch_tiny(call, plan, stream);
     case Family::kRegisters:
       return launch_registers(call, plan, stream);
-    case Family::kRing: {
-      const cudaError_t error = launch_ring(call, plan, stream);
-      if (!refuses_cluster(error)) return error;
-      cudaGetLastError();
-      Plan fallback;
-      fallback.threads = fallback.lanes = 512;
-      return launch_streaming(call, fallback, stream);
-    }
     case Family::kStrided:
       return launch_strided(call, plan, stream);
     case Family::kStreaming:
@@ -118,8 +98,7 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
                         device.limits(), !is_hot(args), is_strided(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
   if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
-  if (const cudaError_t error =
-          launch_scale(call, denominator, counts_inside(plan, args.rows), stream))
+  if (const cudaError_t error = launch_scale(call, denominator, args.rows <= kCountInside, stream))
     return error;
   if (args.rows > 0)
     if (const cudaError_t error = launch_rows(call, plan, stream)) return error;

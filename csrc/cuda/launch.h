@@ -2,14 +2,13 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "forward_call.cuh"
 #include "plan.h"
-#include "row.cuh"
 
 namespace fastkd::cuda {
 
 cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_ring(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 // Settles where the kernels find the scale. `counts_inside`: the labels are so few that every CTA
@@ -21,6 +20,8 @@ cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
 // Adds up `total` from the row losses and the scale in `stats`.
 cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
+// grad *= grad_output, where the gradient may be rounded twice.
+cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream);
 
 // Whether the hot kernels have it: the forward KL, alone or with the teacher's entropy, with one
 // temperature for student and teacher. All else is general.cuh's.
@@ -34,11 +35,6 @@ bool is_strided(const Args& args) {
   return args.student_stride.classes != 1 || args.teacher_stride.classes != 1 ||
          (args.grad != nullptr && args.grad_stride.classes != 1);
 }
-// A type as an argument.
-template <class T>
-struct TypeOf {
-  using Type = T;
-};
 
 constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
 // The runtime remembers an error until it is asked for it: nobody else shall find ours.
@@ -54,13 +50,9 @@ cudaError_t compiled_major(int& major);
 
 // The device that is current, asked once per device.
 struct Device {
-  int ordinal = 0;
   int processors = 0;
-  int shared_per_block = 0;
   int major = 0;  // of the code where that is older: compiled for 8.0, it knows no clusters
-  DeviceLimits limits() const {
-    return {processors, shared_per_block, major >= 9 ? 16 : 1, kRingPlanned};
-  }
+  DeviceLimits limits() const { return {processors, major >= 9 ? 8 : 1}; }
 };
 cudaError_t current_device(Device& device);
 
@@ -76,8 +68,9 @@ struct Launch {
     config.stream = stream;
     config.attrs = attributes;
   }
-  // Clusters of one, too, where the driver is asked how many there is room for.
+  Launch(const Launch&) = delete;  // `config` points into it
   void cluster(int size) {
+    if (size <= 1) return;  // before sm_90 the attribute is an error
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = static_cast<unsigned>(size);

@@ -45,33 +45,6 @@ Plan registers(int64_t rows, int64_t classes, int element, const DeviceLimits& d
   return plan;
 }
 
-// How many CTAs share a row, measured on an H100 (docs/performance-log.md): two and a half
-// rows in the ring keep its groups busy and the copies of the next rows in flight; few rows are
-// spread wider.
-Plan ring(int64_t rows, int64_t classes, int element, const DeviceLimits& device) {
-  Plan plan;
-  const int stage = ring_stage_bytes(kRingWarps, kRingVectors);
-  const int stages = std::min(kRingMaxStages, (device.shared_per_block - kRingStaticBytes) / stage);
-  const int64_t row_bytes = 2 * classes * element;
-  const int64_t vectors = classes * element / kVectorBytes;
-  const auto stages_of = [&](int cluster) {
-    return ceil_div(ceil_div(vectors, cluster), ring_stage_vectors(kRingWarps, kRingVectors));
-  };
-  int cluster = 1;
-  while (cluster < device.largest_cluster && 5 * stages_of(cluster) > 2 * stages) cluster *= 2;
-  while (cluster < device.largest_cluster && rows * cluster * 2 <= device.processors &&
-         row_bytes / cluster > 16384)
-    cluster *= 2;
-  if (stages < 2 || stages_of(cluster) > stages) return plan;  // fits nowhere: streaming
-  plan.family = Family::kRing;
-  plan.cluster = cluster;
-  plan.stages = stages;
-  plan.threads = kRingThreads;
-  plan.lanes = kRingWarps * 32;
-  plan.shared_bytes = stages * stage;
-  return plan;
-}
-
 // The threads that a processor holds read 6 KB of fp32 logits for each class that one of them
 // takes: kStridedClasses are what L1 keeps until the second sweep.
 Plan strided(int64_t rows, int64_t classes, const DeviceLimits& device) {
@@ -101,18 +74,11 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
   if (is_strided) return strided(rows, classes, device);
   if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
     return tiny(rows, classes, device);
-  Plan plan;
-  if (hot_dtypes(student, teacher)) {
+  if (hot_dtypes(student, teacher) && !general) {
     const int element = static_cast<int>(size_of(student));
-    const int64_t widest = 256 * (kRegisterBytes / element);
-    const bool clusters = device.ring && device.largest_cluster > 1;
-    // A ring beats registers as soon as a row is long enough to amortise its barriers.
-    if (!general && classes <= (clusters ? widest / 2 : widest))
-      return registers(rows, classes, element, device);
-    if (clusters && classes > widest / 2) plan = ring(rows, classes, element, device);
+    if (classes * element <= 256 * kRegisterBytes) return registers(rows, classes, element, device);
   }
-  if (plan.family == Family::kRing) return plan;
-  plan.family = Family::kStreaming;
+  Plan plan;
   plan.threads = classes >= 8192 ? 512 : classes >= 1024 ? 256 : 64;
   plan.lanes = plan.threads;
   finish_inside_if_small(plan, rows, device);
@@ -120,19 +86,8 @@ Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
 }
 
 const char* name_of(Family family) {
-  switch (family) {
-    case Family::kTiny:
-      return "tiny";
-    case Family::kRegisters:
-      return "registers";
-    case Family::kRing:
-      return "ring";
-    case Family::kStrided:
-      return "strided";
-    case Family::kStreaming:
-    default:
-      return "streaming";
-  }
+  constexpr const char* kNames[] = {"tiny", "registers", "streaming", "strided"};
+  return kNames[static_cast<int>(family)];
 }
 
 }  // namespace fastkd::cuda

@@ -1,7 +1,7 @@
 // The instructions that CUDA C++ has no words for: approximations of exponential and reciprocal,
-// named barriers, and for sm_90 the barriers, bulk copies and clusters of the ring. The kernels'
-// only inline assembly but for device_element() (row.cuh). Tests that run the kernels on the CPU
-// have a twin of this file: tests/kernels/emulation/ptx.h.
+// and for sm_90 clusters and overlapping launches. The kernels' only inline assembly but for
+// device_element() (writer.cuh). Tests that run the kernels on the CPU have a twin of this file:
+// tests/kernels/emulation/ptx.h.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,10 +19,6 @@ __device__ __forceinline__ float reciprocal_of(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Everything below exists from sm_90 on; older targets compile empty bodies that no plan reaches.
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -58,6 +54,7 @@ __device__ __forceinline__ int cluster_size() {
 // All threads of all CTAs; memory before it is visible after it.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // an aligned barrier wants whole warps, also after a branch that one lane took
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
@@ -75,63 +72,5 @@ __device__ __forceinline__ void store_in(int rank, double* slot, double x) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(x) : "memory");
 #endif
 }
-
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-__device__ __forceinline__ void barrier_init(uint64_t* bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
-}
-__device__ __forceinline__ void barriers_are_ready() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again;\n}" ::"r"(shared_address(bar)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_wait_cluster(uint64_t* bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again;\n}" ::"r"(shared_address(bar)),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
-               "r"(bytes)
-               : "memory");
-}
-// `to` in shared memory, `from` in global memory, both 16-byte aligned, `bytes` a multiple of 16.
-// The lines are read once: evict them first.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes,
-                                          uint64_t* bar) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(0x12F0000000000000ull)
-      : "memory");
-}
-__device__ __forceinline__ uint32_t peer_address(uint32_t address, int rank) {
-  uint32_t peer;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-  return peer;
-}
-__device__ __forceinline__ void peer_store(uint32_t address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ void peer_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar)
-               : "memory");
-}
-#endif
 
 }  // namespace fastkd::cuda

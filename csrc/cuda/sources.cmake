@@ -4,7 +4,6 @@ set(FASTKD_CUDA_SOURCES
     csrc/cuda/launch.cu
     csrc/cuda/tiny.cu
     csrc/cuda/registers.cu
-    csrc/cuda/ring.cu
     csrc/cuda/streaming.cu
     csrc/cuda/strided.cu
     csrc/cuda/backward.cu

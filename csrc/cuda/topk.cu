@@ -1,15 +1,32 @@
-// The sparse loss, a CTA for each row: the first sweep sums what the teacher does not list, warp 0
-// turns the sums into a row's constants, in double, and the second sweep writes the gradient of the
-// classes that are not listed. The listed ones, k of them, and the label are then computed apart in
-// double and written over it.
+// The sparse loss, a CTA for each row: the first sweep sums what the teacher does not list, one
+// thread turns the sums into a row's constants, in double, and the second sweep writes the gradient
+// of the classes that are not listed. The listed ones, k of them, and the label are then computed
+// apart in double and written over it.
 //
-// Fused because the student is then read once, and the gradient written once (topk_rows.cuh).
-// docs/maths.md, section 13, derives the formulas; csrc/topk_row.h has them.
+// One kernel, because the student is then read from memory once (the second sweep finds it in L2)
+// and the gradient written once. docs/maths.md, section 13, derives the formulas; csrc/topk_row.h
+// has them.
 #include "launch.h"
-#include "topk_rows.cuh"
+#include "topk_rest.cuh"
 
 namespace fastkd::cuda {
 namespace {
+
+constexpr int kTopkThreads = 256;
+// One bit for each class; longer rows are scanned in pieces of so many classes.
+constexpr int64_t kMapBits = 1 << 18;
+
+// A call of the sparse loss as the kernels see it.
+struct TopkCall {
+  ForwardCall forward;
+  const void* log_probs;    // acc [rows, k]
+  const int64_t* indices;   // [rows, k]
+  const void* grad_output;  // acc, one number or [rows], or null: 1
+  bool grad_output_per_row;
+  bool filled;  // grad holds the gradient for grad_output = 1
+  topk::Comparison how;
+  int64_t k;
+};
 
 // A row's list, as the threads of its CTA walk it.
 template <class A>
@@ -45,7 +62,7 @@ struct ListSums {
   }
 };
 
-// What warp 0 finds out about a row.
+// What the CTA knows of a row once the student has been read.
 template <class A>
 struct Solution {
   bool valid, label_is_listed;
@@ -57,15 +74,10 @@ struct Solution {
   RestWriter<A> rest;
 };
 
-// What the warps of a CTA tell each other.
-template <class A>
-struct Exchange {
-  double greatest[32];  // of the list
-  Rest<A> rest[32];
-  ListSums list[32];
-  topk::SoftSums sums[32];
-  Solution<A> solution;
-};
+// Of the map, and one word more for the bits of a vector.
+FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
+  return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
+}
 
 template <class A>
 __device__ __forceinline__ topk::RowOptions options_of(const ForwardArgs& args, int64_t index) {
@@ -89,42 +101,60 @@ __device__ __forceinline__ double gain_of(const TopkCall& call, int64_t index, A
                     static_cast<const A*>(call.grad_output)[call.grad_output_per_row ? index : 0]);
 }
 
+// The bits of a chunk's classes. A vector's lie in two neighboring words.
+template <class C>
+__device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk) {
+  const int first = static_cast<int>(chunk.first);
+  if constexpr (std::is_same_v<decltype(chunk.step), All<1>>)
+    return __funnelshift_r(map[first / 32], map[first / 32 + 1], first % 32);
+  uint32_t bits = 0;
+  chunk.each(-1, [&](auto, auto, int i) {
+    const int bit = first + i * chunk.step;
+    bits |= (map[bit / 32] >> (bit % 32) & 1) << i;
+  });
+  return bits;
+}
+
 // The first sweep. Returns whether this thread saw no mistake in the list; leaves `rest` of the
 // thread. The map is zero before and after; the barriers are passed by the whole CTA.
-template <class Rows>
-__device__ __forceinline__ bool scan(const Rows& row, const List<typename Rows::A>& list,
-                                     uint32_t* map, Rest<typename Rows::A>& rest,
-                                     const Temperature<typename Rows::A>& t, bool smoothing) {
+template <class Row>
+__device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t index,
+                                          const Place& place, const List<typename Row::A>& list,
+                                          uint32_t* map, Rest<typename Row::A>& rest,
+                                          const Temperature<typename Row::A>& t) {
   bool good = true;
-  for (int64_t piece = 0; piece < row.pieces(); piece++) {
-    if (piece > 0) __syncthreads();
-    list.each([&](int64_t id, double) {
-      const int64_t bit = id < row.classes() ? row.bit(id, piece) : -1;
-      const uint32_t mask = 1u << (bit & 31);
-      if (id >= row.classes() || (bit >= 0 && (atomicOr(map + bit / 32, mask) & mask) != 0))
-        good = false;
+  for (int64_t begin = 0; begin < logits.classes; begin += kMapBits) {
+    const int64_t count = min(kMapBits, logits.classes - begin);
+    const auto each = [&](auto&& fn) {  // fn(word, mask)
+      list.each([&](int64_t id, double) {
+        const int64_t bit = id - begin;
+        if (bit >= 0 && bit < count) fn(map + bit / 32, 1u << (bit % 32));
+        if (id >= logits.classes) good = false;
+      });
+    };
+    if (begin > 0) __syncthreads();
+    each([&](uint32_t* word, uint32_t mask) { good &= (atomicOr(word, mask) & mask) == 0; });
+    __syncthreads();
+    const Row piece(logits, index, place, begin, count);
+    piece.template for_chunks<false, 4>([&](const auto& chunk) {
+      rest.include(chunk, bits_of(map, chunk), t, logits.label_smoothing != 0);
     });
     __syncthreads();
-    row.scan(piece, map, rest, t, smoothing);
-    __syncthreads();
-    list.each([&](int64_t id, double) {
-      const int64_t bit = id < row.classes() ? row.bit(id, piece) : -1;
-      if (bit >= 0) atomicAnd(map + bit / 32, ~(1u << (bit & 31)));
-    });
+    each([&](uint32_t* word, uint32_t mask) { atomicAnd(word, ~mask); });
   }
   return good;
 }
 
 // This thread's share of the list's sums, relative to `greatest`. A bad list has no sums.
-template <class Rows>
-__device__ __forceinline__ ListSums sum_list(const Rows& row, const List<typename Rows::A>& list,
+template <class Row>
+__device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename Row::A>& list,
                                              double greatest, int64_t label,
                                              double inverse_temperature) {
   ListSums sums;
   const double near = topk::origin({greatest});
   list.each([&](int64_t id, double log_p) {
-    if (id >= row.classes()) return;
-    const double offset = static_cast<double>(row.logit(id)) - near;
+    if (id >= row.classes) return;
+    const double offset = static_cast<double>(row.student_at(id)) - near;
     sums.tempered += exp(offset * inverse_temperature);
     sums.hard += exp(offset);
     sums.teacher += exp(log_p);
@@ -134,20 +164,12 @@ __device__ __forceinline__ ListSums sum_list(const Rows& row, const List<typenam
   return sums;
 }
 
-// Warp 0: sum up the row from the exchange, and set the scales of its probabilities.
+// One thread: sum up the row, and set the scales of its probabilities. In shared memory step by
+// step: in registers it would spill.
 template <class A>
-__device__ __forceinline__ void soften(Exchange<A>& exchange, const TopkCall& call, int64_t index,
-                                       double greatest, const Temperature<A>& t) {
-  const int lane = threadIdx.x, warps = blockDim.x / 32;
-  Rest<A> rest;
-  ListSums list;
-  if (lane < warps) rest = exchange.rest[lane], list = exchange.list[lane];
-  rest.merge_lanes(t);
-  list.merge_lanes();
-  if (lane != 0) return;
-  // In shared memory step by step: in registers it would spill.
-  exchange.rest[0] = rest;
-  Solution<A>& s = exchange.solution;
+__device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
+                                       const Rest<A>& rest, const ListSums& list, double greatest,
+                                       const Temperature<A>& t) {
   s.row = options_of<A>(call.forward.args, index);
   s.of.rest = rest.mass(t);
   s.of.list = {greatest, list.tempered, list.hard};
@@ -173,235 +195,194 @@ __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& 
 }
 
 // Return this thread's share of the sums over the listed classes.
-template <class Rows>
-__device__ __forceinline__ topk::SoftSums sum_listed(const Rows& row,
-                                                     const List<typename Rows::A>& list,
-                                                     const Solution<typename Rows::A>& s,
+template <class Row>
+__device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
+                                                     const List<typename Row::A>& list,
+                                                     const Solution<typename Row::A>& s,
                                                      const TopkCall& call) {
   topk::SoftSums sums;
   list.each([&](int64_t id, double log_p) {
-    sums.add(evaluate(call, s, static_cast<double>(row.logit(id)), log_p));
+    sums.add(evaluate(call, s, static_cast<double>(row.student_at(id)), log_p));
     if (call.how.divergence == Divergence::kSoftCrossEntropy)
       sums.entropy -=
           times_log(s.soft.teacher_scale * exp(log_p), log_p + s.soft.teacher_log_scale);
   });
-  return {lanes_sum(sums.value), lanes_sum(sums.slope), lanes_sum(sums.entropy)};
+  return sums;
 }
 
-// Thread 0: complete the row's sums, and set the constants of its gradient.
+// One thread: complete the row's sums, and set the constants of its gradient.
 template <class A>
-__device__ __forceinline__ void solve(Exchange<A>& exchange, const TopkCall& call,
-                                      const Temperature<A>& t, double gain) {
-  Solution<A>& s = exchange.solution;
-  s.sums = {};
-  for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) {
-    s.sums.value += exchange.sums[i].value;
-    s.sums.slope += exchange.sums[i].slope;
-    s.sums.entropy += exchange.sums[i].entropy;
-  }
+__device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, const Rest<A>& rest,
+                                      const topk::SoftSums& sums, const Temperature<A>& t,
+                                      double gain) {
+  s.sums = sums;
   const auto& constants = constants_in<double>(call.forward.constants);
   visit(call.how.divergence, [&](auto divergence) {
     topk::include_rest<decltype(divergence)>(call.how, constants, s.of, &s.sums, &s.soft);
   });
   s.gains = topk::gains_of(s.row, s.of, s.soft, gain);
-  s.rest = RestWriter<A>(s.gains, exchange.rest[0], t);
+  s.rest = RestWriter<A>(s.gains, rest, t);
 }
 
 // Write the listed classes' gradients.
-template <class Rows>
-__device__ __forceinline__ void write_list(const Rows& row, const List<typename Rows::A>& list,
-                                           const Solution<typename Rows::A>& s,
-                                           const TopkCall& call, int64_t label) {
+template <class Row>
+__device__ __forceinline__ void write_list(const Row& row, const List<typename Row::A>& list,
+                                           const Solution<typename Row::A>& s, const TopkCall& call,
+                                           int64_t label) {
   const double near = topk::origin(s.of.list), hard = s.gains.hard / s.of.all.hard;
   list.each([&](int64_t id, double log_p) {
-    const double z = static_cast<double>(row.logit(id));
+    const double z = static_cast<double>(row.student_at(id));
     double g = s.gains.uniform;
     if (s.gains.soft != 0) {
       const double q = s.soft.student_scale * exp((z - near) / s.row.temperature);
       g += s.gains.soft * (evaluate(call, s, z, log_p).slope - q * s.sums.slope);
     }
     if (s.row.hard) g += hard * exp(z - s.of.all.max) - (id == label ? s.gains.onehot : 0.0);
-    row.store(id, g);
+    row.store_at(id, static_cast<typename Row::A>(g));
   });
 }
 
-template <class Rows>
-__device__ __forceinline__ void run_row(const Rows& row, const TopkCall& call, int64_t index,
-                                        int64_t label, typename Rows::A scale, uint32_t* map,
-                                        Exchange<typename Rows::A>& exchange) {
-  using A = typename Rows::A;
+template <class A>
+__device__ __forceinline__ void put_loss(const ForwardArgs& args, int64_t index, A loss) {
+  if (threadIdx.x == 0 && args.loss != nullptr) static_cast<A*>(args.loss)[index] = loss;
+}
+
+// The second sweep, and the classes that are written over it.
+template <class Row>
+__device__ __forceinline__ void write_row(const Row& row, const List<typename Row::A>& list,
+                                          const TopkCall& call, int64_t label,
+                                          const Temperature<typename Row::A>& t,
+                                          const Solution<typename Row::A>& s) {
+  using A = typename Row::A;
+  if (call.forward.args.grad != nullptr) {
+    row.template for_chunks<true, 4>([&](const auto& chunk) {
+      A g[std::decay_t<decltype(chunk)>::kMost];
+      chunk.each(-1, [&](A z, A, int i) { g[i] = s.rest.at(z, t); });
+      row.store(chunk, g);
+    });
+    __syncthreads();
+    if (threadIdx.x == 0 && s.row.hard && !s.label_is_listed)
+      row.store_at(label, static_cast<A>(topk::label_gradient(
+                              s.row, s.of, s.gains, static_cast<double>(row.student_at(label)))));
+    write_list(row, list, s, call, label);
+  }
+  if (threadIdx.x != 0) return;
+  const double label_logit = s.row.hard ? static_cast<double>(row.student_at(label)) : 0.0;
+  put_loss(call.forward.args, list.index,
+           static_cast<A>(topk::row_loss(call.how, s.row, s.of, s.soft, s.sums, label_logit)));
+}
+
+template <class Row>
+__device__ __forceinline__ void run_row(const Row& row, const ForwardArgs& logits,
+                                        const TopkCall& call, int64_t index, int64_t label,
+                                        typename Row::A scale, uint32_t* map,
+                                        Solution<typename Row::A>& solution,
+                                        WarpExchange& exchange) {
+  using A = typename Row::A;
   const ForwardArgs& args = call.forward.args;
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
   const Temperature<A> t(args, index);
   const List<A> list{call, index};
   double greatest = topk::kNothing;
   list.each([&](int64_t id, double) {
-    if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.logit(id)));
+    if (id < args.classes) greatest = max_of(greatest, static_cast<double>(row.student_at(id)));
   });
-  greatest = lanes_max(greatest);
-  if (lane == 0) exchange.greatest[warp] = greatest;
-
+  greatest = lanes_max(exchange.share(lanes_max(greatest), static_cast<double>(topk::kNothing)));
   Rest<A> rest;
-  const bool good = scan(row, list, map, rest, t, args.label_smoothing != 0);
-  greatest = lanes_max(lane < warps ? exchange.greatest[lane] : topk::kNothing);
+  const bool good = scan_rest<Row>(logits, index, row.place, list, map, rest, t);
   ListSums sums = sum_list(row, list, greatest, label, 1 / options_of<A>(args, index).temperature);
   if (!good) sums.teacher = fill_value(RowKind::kBad);
   rest.merge_lanes(t);
+  rest = exchange.share(rest);
   sums.merge_lanes();
-  if (lane == 0) exchange.rest[warp] = rest, exchange.list[warp] = sums;
-  __syncthreads();
-  if (warp == 0) soften(exchange, call, index, greatest, t);
-  __syncthreads();
-
-  const Solution<A>& s = exchange.solution;
-  if (!s.valid) {
-    row.fill(static_cast<A>(fill_value(RowKind::kBad)));
-    if (threadIdx.x == 0 && args.loss != nullptr)
-      static_cast<A*>(args.loss)[index] = static_cast<A>(fill_value(RowKind::kBad));
-    return;
+  sums = exchange.share(sums);
+  if (threadIdx.x < 32) {
+    rest.merge_lanes(t);
+    sums.merge_lanes();
+    if (threadIdx.x == 0) soften(solution, call, index, rest, sums, greatest, t);
   }
-  const topk::SoftSums listed = sum_listed(row, list, s, call);
-  if (lane == 0) exchange.sums[warp] = listed;
   __syncthreads();
-  if (threadIdx.x == 0) solve(exchange, call, t, gain_of(call, index, scale));
-  __syncthreads();
-
-  if (args.grad != nullptr) {
-    row.write(s.rest, t);
+  if (solution.valid) {
+    const topk::SoftSums mine = sum_listed(row, list, solution, call);
+    const topk::SoftSums listed = {exchange.sum(mine.value), exchange.sum(mine.slope),
+                                   exchange.sum(mine.entropy)};
+    if (threadIdx.x == 0) solve(solution, call, rest, listed, t, gain_of(call, index, scale));
     __syncthreads();
-    if (threadIdx.x == 0 && s.row.hard && !s.label_is_listed)
-      row.store(label,
-                topk::label_gradient(s.row, s.of, s.gains, static_cast<double>(row.logit(label))));
-    write_list(row, list, s, call, label);
+    return write_row(row, list, call, label, t, solution);
   }
-  if (threadIdx.x != 0 || args.loss == nullptr) return;
-  static_cast<A*>(args.loss)[index] =
-      static_cast<A>(topk::row_loss(call.how, s.row, s.of, s.soft, s.sums,
-                                    s.row.hard ? static_cast<double>(row.logit(label)) : 0.0));
+  row.fill(static_cast<A>(fill_value(RowKind::kBad)));
+  put_loss(args, index, static_cast<A>(fill_value(RowKind::kBad)));
 }
 
 }  // namespace
 
-constexpr int kTopkThreads = 512;
-constexpr int kTopkStaticBytes = 6144;  // at most, for the exchange
-
-template <class Rows>
-__global__ void __launch_bounds__(kTopkThreads, 1)
+template <class Row>
+__global__ void __launch_bounds__(kTopkThreads, 2)
     topk_kernel(const __grid_constant__ TopkCall call) {
-  using A = typename Rows::A;
-  extern __shared__ __align__(128) unsigned char dynamic[];  // vectors of the row, then the map
-  alignas(Exchange<A>) __shared__ unsigned char exchanged[sizeof(Exchange<A>)];
-  __shared__ int count;
-  static_assert(sizeof(exchanged) + sizeof(count) <= kTopkStaticBytes);
-  Exchange<A>& exchange = *reinterpret_cast<Exchange<A>*>(exchanged);
+  using A = typename Row::A;
+  extern __shared__ __align__(128) unsigned char dynamic[];  // the map
+  __shared__ __align__(16) unsigned char solved[sizeof(Solution<A>)];
+  WarpExchange exchange;
   wait_for_previous_kernel();
   allow_next_kernel();
   const ForwardArgs& args = call.forward.args;
   if (call.filled && !call.grad_output_per_row &&
       static_cast<const A*>(call.grad_output)[0] == A(1))
     return;
-  const A scale = block_scale<A>(call.forward, &count);
-  uint32_t* const map = reinterpret_cast<uint32_t*>(dynamic + call.cached * kVectorBytes);
-  for (int64_t i = threadIdx.x; i < call.map_words; i += blockDim.x) map[i] = 0;
+  const A scale = block_scale<A>(call.forward, exchange);
+  uint32_t* const map = reinterpret_cast<uint32_t*>(dynamic);
+  for (int64_t i = threadIdx.x; i < map_words(args.classes); i += blockDim.x) map[i] = 0;
   __syncthreads();
+  const Place place = {1, 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  ForwardArgs logits = args;  // with the student in the teacher's place, which nobody looks at
+  logits.teacher = args.student, logits.teacher_dtype = args.student_dtype;
+  logits.teacher_stride = args.student_stride;
   for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x) {
-    const Rows row(call, index, reinterpret_cast<uint4*>(dynamic));
+    const Row row(logits, index, place, 0, args.classes);
     const int64_t label = label_of(args, index);
     const RowKind kind = kind_of(args, label);
     if (kind == RowKind::kReal) {
-      run_row(row, call, index, label, scale, map, exchange);
+      run_row(row, logits, call, index, label, scale, map, *reinterpret_cast<Solution<A>*>(solved),
+              exchange);
       continue;
     }
     row.fill(static_cast<A>(fill_value(kind)));
-    if (threadIdx.x == 0 && args.loss != nullptr)
-      static_cast<A*>(args.loss)[index] = static_cast<A>(fill_value(kind));
+    put_loss(args, index, static_cast<A>(fill_value(kind)));
   }
 }
 
 namespace {
 
-// grad *= grad_output, where the gradient may be rounded again.
-template <class A>
-__global__ void __launch_bounds__(256) rescale_kernel(const __grid_constant__ TopkCall call) {
-  const ForwardArgs& args = call.forward.args;
-  const A* factors = static_cast<const A*>(call.grad_output);
-  if (!call.grad_output_per_row && factors[0] == A(1)) return;
-  for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x) {
-    const A factor = factors[call.grad_output_per_row ? index : 0];
-    const int64_t grad = offset_of(index, args.group_rows, args.grad_stride);
-    for (int64_t i = blockIdx.y * blockDim.x + threadIdx.x; i < args.classes;
-         i += gridDim.y * blockDim.x)
-      store_any(args.grad, args.student_dtype, grad + i,
-                load_any<A>(args.grad, args.student_dtype, grad + i) * factor);
-  }
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// About eight vectors or classes a thread, in whole warps. The registers of a processor hold 512
-// threads: two CTAs, one of which sweeps while the other solves, or one where memory holds no two.
-int threads_for(int64_t units, bool two_fit) {
-  int threads = 32;
-  while (threads < (two_fit ? kTopkThreads / 2 : kTopkThreads) && units > 8 * threads) threads *= 2;
-  return threads;
-}
-
-template <class Rows>
-cudaError_t launch_rows(TopkCall call, int64_t vectors, cudaStream_t stream) {
+template <class Row>
+cudaError_t launch_as(const TopkCall& call, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
   const ForwardArgs& args = call.forward.args;
-  const int64_t room = device.shared_per_block - kTopkStaticBytes;
-  call.map_words = ceil_div(kPeelBits + (args.classes < kMapBits ? args.classes : kMapBits), 32);
-  const int64_t most = (room - call.map_words * 4) / kVectorBytes;
-  call.cached = vectors < most ? vectors : most;
-  const int64_t bytes = call.cached * kVectorBytes + call.map_words * 4;
-  Launch launch(1, threads_for(vectors > 0 ? vectors : args.classes, 2 * bytes <= room),
-                static_cast<int>(bytes), stream);
-  if (call.forward.scale_source == ScaleSource::kStats) launch.overlap(device);
-  const auto kernel = topk_kernel<Rows>;
-  // Always the same number, since several threads may launch.
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(room)))
-    return error;
+  // About 64 classes a thread, in whole warps.
+  int threads = 32;
+  while (threads < kTopkThreads && args.classes > 64 * threads) threads *= 2;
+  const int shared = static_cast<int>(map_words(args.classes) * 4);
+  const auto kernel = topk_kernel<Row>;
   int per_processor = 1;
-  if (const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_processor, kernel, static_cast<int>(launch.config.blockDim.x),
-          launch.config.dynamicSmemBytes))
+  if (const cudaError_t error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared))
     return error;
-  const int64_t grid = static_cast<int64_t>(per_processor) * device.processors;
-  launch.config.gridDim.x = static_cast<unsigned>(args.rows < grid ? args.rows : grid);
+  const int64_t most = static_cast<int64_t>(per_processor) * device.processors;
+  Launch launch(args.rows < most ? args.rows : most, threads, shared, stream);
+  if (call.forward.scale_source == ScaleSource::kStats) launch.overlap(device);
   return launch(kernel, call);
 }
-
-// Rows of fewer classes may hold no whole vector (RowLayout).
-constexpr int64_t kFewestForVectors = 64;
 
 cudaError_t launch_topk(const TopkCall& call, cudaStream_t stream) {
   const ForwardArgs& args = call.forward.args;
   if (computes_in_double(args.student_dtype, args.teacher_dtype))
-    return launch_rows<Elements<double>>(call, 0, stream);
-  if (args.classes < kFewestForVectors) return launch_rows<Elements<float>>(call, 0, stream);
-  const int64_t vectors = args.classes * size_of(args.student_dtype) / kVectorBytes;
-  switch (args.student_dtype) {
-    case DType::kBFloat16:
-      return launch_rows<Vectors<__nv_bfloat16>>(call, vectors, stream);
-    case DType::kFloat16:
-      return launch_rows<Vectors<__half>>(call, vectors, stream);
-    default:
-      return launch_rows<Vectors<float>>(call, vectors, stream);
-  }
-}
-
-cudaError_t launch_rescale(const TopkCall& call, cudaStream_t stream) {
-  const ForwardArgs& args = call.forward.args;
-  Launch launch(args.rows < 65536 ? args.rows : 65536, 256, 0, stream);
-  const int64_t pieces = ceil_div(args.classes, 8192);
-  launch.config.gridDim.y = static_cast<unsigned>(pieces < 65535 ? pieces : 65535);
-  return computes_in_double(args.student_dtype, args.teacher_dtype)
-             ? launch(rescale_kernel<double>, call)
-             : launch(rescale_kernel<float>, call);
+    return launch_as<ElementRow<AnyDtypes<double>>>(call, stream);
+  Inputs same = args;
+  same.teacher_dtype = args.student_dtype;
+  return with_elements(same, [&](auto elements) -> cudaError_t {
+    using E = typename decltype(elements)::Type;
+    if constexpr (E::kHot) return launch_as<VectorRow<typename E::T>>(call, stream);
+    return cudaErrorInvalidValue;  // fp64 is above
+  });
 }
 
 TopkCall call_of(const TopkArgs& args) {
@@ -409,7 +390,6 @@ TopkCall call_of(const TopkArgs& args) {
   ForwardArgs& forward = call.forward.args;
   static_cast<Inputs&>(forward) = args;
   if (forward.group_rows <= 0) forward.group_rows = args.rows > 0 ? args.rows : 1;
-  forward.teacher = args.student, forward.teacher_stride = args.student_stride;
   forward.loss = args.loss, forward.stats = args.stats;
   forward.grad = args.grad, forward.grad_stride = args.grad_stride;
   forward.reduction = args.reduction, forward.scale = args.scale;
@@ -422,8 +402,7 @@ TopkCall call_of(const TopkArgs& args) {
 }
 
 cudaError_t scale_of(TopkCall& call, const void* denominator, cudaStream_t stream) {
-  return launch_scale(call.forward, denominator, call.forward.args.rows <= kCountInside / 16,
-                      stream);
+  return launch_scale(call.forward, denominator, call.forward.args.rows <= kCountInside, stream);
 }
 
 cudaError_t topk_on(const TopkArgs& args, void* total, const void* denominator,
@@ -441,7 +420,14 @@ cudaError_t topk_backward_on(const TopkArgs& args, bool filled, const void* deno
                              cudaStream_t stream) {
   TopkCall call = call_of(args);
   call.filled = filled;
-  if (filled && size_of(args.student_dtype) > 2) return launch_rescale(call, stream);
+  if (filled && size_of(args.student_dtype) > 2) {
+    BackwardArgs rescaled;
+    static_cast<Inputs&>(rescaled) = call.forward.args;
+    rescaled.grad_output = args.grad_output,
+    rescaled.grad_output_per_row = args.grad_output_per_row;
+    rescaled.grad = args.grad, rescaled.grad_stride = args.grad_stride;
+    return launch_rescale(rescaled, stream);
+  }
   if (const cudaError_t error = scale_of(call, denominator, stream)) return error;
   return launch_topk(call, stream);
 }

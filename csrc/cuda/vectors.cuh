@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "device.cuh"
@@ -21,19 +22,11 @@ __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T>
-__device__ __forceinline__ T from_acc(float x);
-template <>
-__device__ __forceinline__ float from_acc<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_acc<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
+template <class T, class A>
+__device__ __forceinline__ T from_acc(A x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(static_cast<float>(x));
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(static_cast<float>(x));
+  if constexpr (std::is_arithmetic_v<T>) return static_cast<T>(x);
 }
 
 __device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
@@ -54,15 +47,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 template <class Pair>
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t pair_max_as(uint32_t a, uint32_t b) {
   const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 __device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __nv_bfloat16) {
-  return pair_max<__nv_bfloat162>(a, b);
+  return pair_max_as<__nv_bfloat162>(a, b);
 }
 __device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __half) {
-  return pair_max<__half2>(a, b);
+  return pair_max_as<__half2>(a, b);
 }
 
 // 16 bytes of T.
@@ -80,17 +73,10 @@ struct Vector {
             pack(x[6], x[7], T())};
   }
   // NaN is dropped here; the sums of exponentials keep it.
-  template <int kCount>
-  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
-    uint32_t pair = of_vector(v[0]);
-#pragma unroll
-    for (int k = 1; k < kCount; k++) pair = pair_max(pair, of_vector(v[k]), T());
+  static __device__ __forceinline__ float max(uint4 v) {
     float low, high;
-    unpack(pair, low, high, T());
+    unpack(pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T()), low, high, T());
     return fmaxf(low, high);
-  }
-  static __device__ __forceinline__ uint32_t of_vector(uint4 v) {
-    return pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T());
   }
 };
 template <>
@@ -106,14 +92,7 @@ struct Vector<float> {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
             __float_as_uint(x[3])};
   }
-  template <int kCount>
-  static __device__ __forceinline__ float max(const uint4 (&v)[kCount]) {
-    float all = of_vector(v[0]);
-#pragma unroll
-    for (int k = 1; k < kCount; k++) all = fmaxf(all, of_vector(v[k]));
-    return all;
-  }
-  static __device__ __forceinline__ float of_vector(uint4 v) {
+  static __device__ __forceinline__ float max(uint4 v) {
     return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
                  fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
   }
@@ -130,22 +109,20 @@ __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, int shift) {
   return {__funnelshift_r(d0, d1, bits), __funnelshift_r(d1, d2, bits),
           __funnelshift_r(d2, d3, bits), __funnelshift_r(d3, d4, bits)};
 }
-// Vector i of an input in shared or global memory; `vectors` is aligned, the input begins `shift`
-// bytes after it.
-__device__ __forceinline__ uint4 fetch(const uint4* vectors, int i, int shift) {
-  const uint4 a = vectors[i];
-  return shift == 0 ? a : shifted(a, vectors[i + 1], shift);
-}
-// For inputs that no other thread reads, and nobody again.
-__device__ __forceinline__ uint4 fetch_once(const uint4* vectors, int64_t i, int shift) {
-  const uint4 a = __ldcs(vectors + i);
-  return shift == 0 ? a : shifted(a, __ldcs(vectors + i + 1), shift);
+// Vector i of an input; `vectors` is aligned, the input begins `shift` bytes after it. `kLast`: no
+// thread reads it again.
+template <bool kLast>
+__device__ __forceinline__ uint4 fetch(const uint4* vectors, int64_t i, int shift) {
+  const uint4 a = kLast ? __ldcs(vectors + i) : vectors[i];
+  if (shift == 0) return a;
+  return shifted(a, kLast ? __ldcs(vectors + i + 1) : vectors[i + 1], shift);
 }
 
 constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
 
 // How one row falls into vectors. Only whole vectors of the gradient's grid that lie inside the
-// aligned part of all three tensors count, so no load leaves a row by rounding.
+// aligned part of all three tensors count, so no load leaves a row by rounding. Short rows may hold
+// none.
 struct RowLayout {
   int begin;          // first class in a vector: also the length of the head
   int64_t vectors;    // whole vectors
@@ -173,6 +150,7 @@ __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teach
   if (first_s > begin || first_t > begin) begin += kElements;
   const int count = static_cast<int>(classes & kMask);
   const int last = max((s + count) & kMask, (t + count) & kMask);
+  if (begin > classes) begin = static_cast<int>(classes);
   const int64_t inside = classes - last - begin;
   const int64_t vectors = inside > 0 ? inside / kElements : 0;
   RowLayout layout;
@@ -189,37 +167,32 @@ __device__ __forceinline__ const uint4* vectors_of(const T* row, int64_t begin, 
   return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + begin) - shift);
 }
 
+// Calls fn with a value of the type that `dtype` names.
+template <class Fn>
+__device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return fn(double());
+    case DType::kFloat16:
+      return fn(__half());
+    case DType::kBFloat16:
+      return fn(__nv_bfloat16());
+    case DType::kFloat32:
+    default:
+      return fn(float());
+  }
+}
 // One element of any dtype.
 template <class A>
 __device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<A>(static_cast<const double*>(p)[i]);
-    case DType::kFloat16:
-      return static_cast<A>(__half2float(static_cast<const __half*>(p)[i]));
-    case DType::kBFloat16:
-      return static_cast<A>(__bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]));
-    case DType::kFloat32:
-    default:
-      return static_cast<A>(static_cast<const float*>(p)[i]);
-  }
+  A x;
+  with_dtype(dtype,
+             [&](auto as) { x = static_cast<A>(to_acc(static_cast<const decltype(as)*>(p)[i])); });
+  return x;
 }
 template <class A>
 __device__ __forceinline__ void store_any(void* p, DType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = x;
-      break;
-    case DType::kFloat16:
-      static_cast<__half*>(p)[i] = __float2half_rn(static_cast<float>(x));
-      break;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(static_cast<float>(x));
-      break;
-    case DType::kFloat32:
-    default:
-      static_cast<float*>(p)[i] = static_cast<float>(x);
-  }
+  with_dtype(dtype, [&](auto as) { static_cast<decltype(as)*>(p)[i] = from_acc<decltype(as)>(x); });
 }
 
 }  // namespace fastkd::cuda

@@ -1,5 +1,7 @@
-// The second sweep over a row: value and gradient of the forward KL and the hard term.
-// Derivations: docs/maths.md. Letters: numerics.h.
+// What the second sweep over a row computes: value and gradient of the forward KL and of the hard
+// term, fused because both need the same exponentials. Derivations: docs/maths.md, sections 2, 3
+// and
+// 7. Letters: numerics.h.
 #pragma once
 #include "statistics.cuh"
 
@@ -13,16 +15,18 @@ struct Sums {
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
 
-  template <int kLanes, bool kExtra>
-  __device__ __forceinline__ void merge_lanes() {
+  // `Extra`: std::bool_constant, whether there is more than the value.
+  template <int kLanes, class Extra>
+  __device__ __forceinline__ void merge_lanes(Extra) {
     value = lanes_sum<kLanes>(value);
-    if (!kExtra) return;
+    if (!Extra::value) return;
     logits = lanes_sum<kLanes>(logits);
     student_entropy = lanes_sum<kLanes>(student_entropy);
     teacher_entropy = lanes_sum<kLanes>(teacher_entropy);
     agreement = lanes_max<kLanes>(agreement);
   }
-  __device__ __forceinline__ void add(const Sums& other) {
+  template <class Extra>
+  __device__ __forceinline__ void add(const Sums& other, Extra) {
     value += other.value;
     logits += other.logits;
     student_entropy += other.student_entropy;
@@ -71,7 +75,7 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
 // references: d would round at its size (docs/maths.md, section 3). And with the scales in the
 // exponents, the size of a reference: the exponents would.
 constexpr float kLargestDistance = 16;
-constexpr float kApart = 32;  // in logits
+constexpr float kApart = 32;  // in logits; up to t = 2.88 the distance is the stricter limit
 constexpr float kLargestFolded = 64;
 
 // What the second sweep needs of a row, and the sweep's one step. kFold: the scales of the two
@@ -123,10 +127,8 @@ struct alignas(16) Writer {
     hard = weight == A(0) ? A(0) : mul_of(weight, row.hard_scale);
     const A student_sum = reciprocal_of(row.student_scale);
     const A factor = hard == A(0) ? A(1) : student_sum;  // 0 stays 0 where the sum is infinite
-    if (t.power >= 1) hard = mul_of(hard, factor);
-    if (t.power >= 2) hard = mul_of(hard, factor);
-    if (t.power >= 3) hard = mul_of(hard, factor);
-    if (t.power >= 4) hard = mul_of(hard, factor);
+#pragma unroll 1
+    for (int i = 0; i < t.power; i++) hard = mul_of(hard, factor);
     const A smoothing = static_cast<A>(in.label_smoothing);
     share = quotient_of(A(1), static_cast<A>(in.classes));
     uniform = smoothing == A(0)
@@ -187,25 +189,19 @@ struct alignas(16) Writer {
   template <int kPower, bool kUniform>
   __device__ __forceinline__ A hard_part(A q, A hard_exponent) const {
     A softmax;
-    if (kPower == 0 || (kPower == kAtRunTime && t.power == 0)) {
+    const int power = kPower == kAtRunTime ? t.power : kPower;
+    if (power == 0) {
       softmax = mul_of(hard, exp2_of(hard_exponent));
     } else {
       softmax = mul_of(hard, q);
-      if (kPower == 2 || (kPower < 0 && t.power >= 2) || kPower == kThreeOrFour)
-        softmax = mul_of(softmax, q);
-      if (kPower == kThreeOrFour || (kPower == kAtRunTime && t.power >= 3))
-        softmax = mul_of(softmax, t.power == 4 ? mul_of(q, q) : q);
+      if (power >= 2) softmax = mul_of(softmax, q);
+      if (power == 4) softmax = mul_of(softmax, mul_of(q, q));
     }
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }
 
-  // The gradient of one class, but for what belongs to the label.
-  template <int kPower, bool kExtra, bool kUniform = kExtra>
-  __device__ __forceinline__ A write(A z, A w, Sums& sums) const {
-    return apart ? write_as<true, kAtRunTime, kExtra, kUniform>(z, w, sums)
-                 : write_as<false, kPower, kExtra, kUniform>(z, w, sums);
-  }
-  // The same where the caller knows `apart`, which the whole row has in common.
+  // The gradient of one class, but for what belongs to the label. kApart: `apart`, which the whole
+  // row has in common.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
   __device__ __forceinline__ A write_as(A z, A w, Sums& sums) const {
     A hard_exponent;
@@ -216,7 +212,7 @@ struct alignas(16) Writer {
     return fma_of(soft, ForwardKL::at(e).slope, softmax);
   }
 
-  // The label's gradient, given what write() made of its class.
+  // The label's gradient, given what write_as() made of its class.
   __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, cuda::Sums<A>& sums) const {

@@ -39,8 +39,7 @@ py::array_t<float> exp2_of(const py::array_t<float, py::array::c_style | py::arr
 
 // Which kernel the CUDA backend would take on a device that need not be at hand.
 py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher_dtype,
-                   int processors, int shared_per_block, int largest_cluster, bool ring,
-                   bool strided) {
+                   int processors, int largest_cluster, bool strided) {
   const auto dtype = [](int index) {
     if (index < 0 || index > static_cast<int>(fastkd::DType::kBFloat16))
       throw py::value_error("no dtype has the index " + std::to_string(index));
@@ -48,9 +47,7 @@ py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher
   };
   fastkd::cuda::DeviceLimits device;
   device.processors = processors;
-  device.shared_per_block = shared_per_block;
   device.largest_cluster = largest_cluster;
-  device.ring = ring;
   const fastkd::cuda::Plan plan = fastkd::cuda::make_plan(
       rows, classes, dtype(student_dtype), dtype(teacher_dtype), device, false, strided);
   py::dict result;
@@ -59,8 +56,6 @@ py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher
   result["threads"] = plan.threads;
   result["rows_per_block"] = plan.rows_per_block;
   result["cluster"] = plan.cluster;
-  result["stages"] = plan.stages;
-  result["shared_bytes"] = plan.shared_bytes;
   result["finish_inside"] = plan.finish_inside;
   return result;
 }
@@ -81,6 +76,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("exp2", &exp2_of, py::arg("values"), py::arg("by_registers"));
   m.def("plan_cuda", &plan_cuda, py::arg("rows"), py::arg("classes"), py::arg("student_dtype"),
-        py::arg("teacher_dtype"), py::arg("processors"), py::arg("shared_per_block"),
-        py::arg("largest_cluster"), py::arg("ring") = false, py::arg("strided") = false);
+        py::arg("teacher_dtype"), py::arg("processors"), py::arg("largest_cluster"),
+        py::arg("strided") = false);
 }

@@ -22,7 +22,6 @@ def plan_cuda(
     student_dtype: int,
     teacher_dtype: int,
     processors: int,
-    shared_per_block: int,
     largest_cluster: int,
-    ring: bool = False,
+    strided: bool = False,
 ) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-// The arithmetic of the CUDA kernels (csrc/cuda/row.cuh), compiled for the CPU: the element of a
+// The arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU: the element of a
 // divergence against long double, and whole rows, swept as a few threads would sweep them. What it
 // cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/row.cuh"
+#include "../../csrc/cuda/forward_call.cuh"
 #include "truth.h"
 
 using namespace fastkd;
@@ -136,7 +136,7 @@ Answer exact_answer(const Problem& in) {
   return answer;
 }
 
-// `threads` threads take vectors of eight classes in turn: as add_vectors() of rows.cuh.
+// `threads` threads take vectors of eight classes in turn: as scan() of sweeps.cuh.
 template <class A, bool kFold>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
@@ -182,9 +182,10 @@ Answer answer_of(const Problem& in, int threads) {
   Sums<A> sums;
   Answer answer;
   for (int64_t i = 0; i < classes; ++i) {
-    A g =
-        writer.template write<kAtRunTime, true>(static_cast<A>(in.z[static_cast<size_t>(i)]),
-                                                static_cast<A>(in.w[static_cast<size_t>(i)]), sums);
+    const A z = static_cast<A>(in.z[static_cast<size_t>(i)]);
+    const A w = static_cast<A>(in.w[static_cast<size_t>(i)]);
+    A g = writer.apart ? writer.template write_as<true, kAtRunTime, true, true>(z, w, sums)
+                       : writer.template write_as<false, kAtRunTime, true, true>(z, w, sums);
     if (i == in.label) g = writer.at_label(g);
     answer.grad.push_back(g);
   }
@@ -374,7 +375,7 @@ Answer general_of(const Problem& in, const Objective& o) {
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    if (left_out.is(static_cast<int64_t>(i))) continue;
+    if (static_cast<int64_t>(i) == left_out.index) continue;
     statistics.raise(z, w, t);
     statistics.template add_any<kAtRunTime>(z, w, t);
   }
@@ -387,13 +388,16 @@ Answer general_of(const Problem& in, const Objective& o) {
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    if (!left_out.is(static_cast<int64_t>(i))) writer.sum(z, w, true, sums);
+    if (static_cast<int64_t>(i) == left_out.index) continue;
+    visit_general(o.divergence,
+                  [&](auto d) { writer.template sum_as<decltype(d)>(z, w, true, sums); });
   }
   writer.balance(stats, sums);
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    A g = writer.template write<kAtRunTime, true>(z, w, sums);
+    A g = visit_general(o.divergence,
+                        [&](auto d) { return writer.template write_as<decltype(d)>(z, w); });
     if (static_cast<int64_t>(i) == in.label) g = writer.at_label(g);
     answer.grad.push_back(g);
   }

@@ -5,7 +5,7 @@ taken that loads student and teacher, computes two exponentials a class and, in 
 stores the gradient: aligned rows whose maxima neither rise nor lie far apart, T = 1. Beside the
 slots that are issued stand the shares of three pipes, and the bound that follows from each.
 
-Usage: cuobjdump -sass -arch sm_90a build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
+Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Block(NamedTuple):
     after: list[int]
 
 
-def blocks_of(code: list[Instruction], load: str) -> list[Block]:
+def blocks_of(code: list[Instruction]) -> list[Block]:
     """The code cut where it branches or is branched to; what leaves it goes nowhere."""
     starts = {code[0].address, *(i.target for i in code if i.target is not None)}
     starts |= {
@@ -100,16 +100,16 @@ def blocks_of(code: list[Instruction], load: str) -> list[Block]:
         opcodes = [instruction.opcode for instruction in part]
         met = Need(
             opcodes.count("MUFU.EX2"),
-            sum(opcode.startswith(load) and "128" in opcode for opcode in opcodes),
+            sum(opcode.startswith("LDG") and "128" in opcode for opcode in opcodes),
             sum(opcode.startswith("STG") and "128" in opcode for opcode in opcodes),
         )
         blocks.append(Block(opcodes, met, [] if last.opcode in ("EXIT", "RET") else after))
     return blocks
 
 
-def shortest(code: list[Instruction], need: Need, load: str) -> Counter[str] | None:
+def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
     """The opcodes of the shortest way from the first instruction to the last that meets it all."""
-    blocks = blocks_of(code, load)
+    blocks = blocks_of(code)
     there_is = zip(*(block.met for block in blocks), strict=True)
     if any(sum(found) < wanted for found, wanted in zip(there_is, need, strict=True)):
         return None
@@ -151,7 +151,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     ]
 
 
-def sweep(code: list[Instruction], element: int, load: str, stores: bool) -> Counter | None:
+def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
     """Opcodes per class of the loop that takes fewest; one or two vectors each time round."""
     best = None
     for body in loops(code):
@@ -160,7 +160,7 @@ def sweep(code: list[Instruction], element: int, load: str, stores: bool) -> Cou
         for vectors in (1, 2):
             classes = vectors * 16 // element
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
-            way = shortest(body, need, load)
+            way = shortest(body, need)
             if way is None or (not stores and any(o.startswith("STG") for o in way)):
                 continue  # of another sweep
             per_class = Counter({opcode: n / classes for opcode, n in way.items()})
@@ -173,7 +173,7 @@ def row(code: list[Instruction], element: int) -> Counter | None:
     """The same of a registers kernel, where a thread holds 64 bytes of each input."""
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
-    ways = [shortest(body, need, "LDG") for body in loops(code) if len(body) > 2500]
+    ways = [shortest(body, need) for body in loops(code) if len(body) > 2500]
     found = min((way for way in ways if way), key=Counter.total, default=None)
     return found and Counter({opcode: n / classes for opcode, n in found.items()})
 
@@ -196,19 +196,17 @@ def main() -> None:
     header = ["kernel", "sweep", "slots", *PIPES, *(f"{x} of DRAM" for x in ("issue", *PIPES))]
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for name, code in sorted(kernels(sys.stdin.read()).items()):
-        hot = re.match(
-            r"(ring|streaming|registers)_kernel<(?:Vectors<)?(float|__nv_bfloat16)\W(.*)", name
-        )
+        hot = re.match(r"rows_kernel<VectorRow<(float|__nv_bfloat16), (\d)>, (\w+)", name)
         if hot is None or "GeneralWriter" in name or has_terms(name):
             continue
-        family, dtype, rest = hot.groups()
+        dtype, held, team = hot.groups()
         element = ELEMENT[dtype]
+        family = "streaming" if held == "0" else "registers"
         if family == "registers":
-            lanes = "a warp" if ", true>" in rest else "a CTA"
+            lanes = "a warp" if team == "LaneTeam" else "a CTA"
             found = {f"both, {lanes} a row": row(code, element)}
         else:
-            load = "LDS" if family == "ring" else "LDG"
-            first, second = (sweep(code, element, load, stores) for stores in (False, True))
+            first, second = (sweep(code, element, stores) for stores in (False, True))
             both = first + second if first and second else None
             found = {"first": first, "second": second, "both": both}
         for what, counts in found.items():

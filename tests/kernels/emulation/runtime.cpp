@@ -1,4 +1,5 @@
 // The runtime's calls: what a device like a slice of an H100 would grant and refuse.
+#include <cstdlib>
 #include <map>
 
 #include "cuda_runtime.h"
@@ -15,6 +16,12 @@ struct Granted {
   int cluster = kPortableCluster;
 };
 std::map<const void*, Granted> granted;
+
+// The device's compute capability; EMULATION_MAJOR=8 makes it one without clusters.
+int major_capability() {
+  const char* major = std::getenv("EMULATION_MAJOR");
+  return major == nullptr ? __CUDA_ARCH__ / 100 : std::atoi(major);
+}
 
 // 0 where the launch says nothing of clusters.
 int cluster_of(const cudaLaunchConfig_t& config) {
@@ -55,7 +62,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::kMostDynamicBytes
-           : attribute == cudaDevAttrComputeCapabilityMajor     ? __CUDA_ARCH__ / 100
+           : attribute == cudaDevAttrComputeCapabilityMajor     ? major_capability()
                                                                 : kProcessors;
   return cudaSuccess;
 }
@@ -99,6 +106,7 @@ cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Laun
   launch.grid = config.gridDim, launch.block = config.blockDim;
   launch.cluster = std::max(1, cluster_of(config)), launch.dynamic_bytes = config.dynamicSmemBytes;
   const unsigned cluster = static_cast<unsigned>(launch.cluster);
+  if (major_capability() < 9 && config.numAttrs > 0) return cudaErrorInvalidValue;
   if (launch.cluster > granted[kernel].cluster) return cudaErrorInvalidClusterSize;
   if (launch.grid.x % cluster != 0 || launch.grid.x == 0 || launch.grid.y == 0 ||
       launch.grid.y > kMostInY || launch.grid.z != 1 || launch.block.x == 0 ||

@@ -1,5 +1,6 @@
-// The frame of a row, shared by every kernel that writes a gradient: which rows count, the scale,
-// and what is left behind when a row is closed. Derivations: docs/maths.md. Letters: numerics.h.
+// A forward call as the kernels see it: which rows count, the scale of gradient and total, the
+// losses, terms and statistics that a row leaves behind, and the total over rows.
+// Derivations: docs/maths.md, sections 1 and 7. Letters: numerics.h.
 #pragma once
 #include "general.cuh"
 
@@ -44,31 +45,17 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
   for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
 }
 
-// What stats keep of the sums.
-template <class A>
-struct SlopesOf {
-  A slope, classes;
-};
-template <class A>
-__device__ __forceinline__ SlopesOf<A> slopes_of(const Sums<A>&) {
-  return {A(0), A(0)};
-}
-template <class A>
-__device__ __forceinline__ SlopesOf<A> slopes_of(const GeneralSums<A>& sums) {
-  return {sums.slope, sums.classes};
-}
-
-// Closes a row: everything but its gradient. One thread. include(log_sum, hard, sums) may add to
-// these what is not in them yet.
-template <class Temper, class Stats, class A, class S, class Include>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const Stats& stats,
-                                          S sums, A label_logit, Include&& include) {
-  const Temper t(args, row);
+// Closes a row: everything but its gradient. One thread.
+template <class W, class A>
+__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
+                                          const typename W::Stats& stats, typename W::Sums sums,
+                                          A label_logit) {
+  const typename W::Temper& t = writer.t;
   A hard = 0;
   if (args.labels != nullptr) {
     A log_sum = log_sum_of(stats, t);
     hard = log_sum + (stats.student_max - label_logit);
-    include(log_sum, hard, sums);
+    if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, sums);
     if (args.label_smoothing != 0) {
       const A eps = static_cast<A>(args.label_smoothing);
       hard = weighted(A(1) - eps, hard) + weighted(eps, log_sum - sums.logits);
@@ -76,7 +63,8 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  const auto [slope, classes] = slopes_of(sums);
+  A slope(0), classes(0);
+  if constexpr (W::kGeneral) slope = sums.slope, classes = sums.classes;
   A soft = divergence_of(args.divergence, sums.value, slope, classes, sums.teacher_entropy);
   if (soft != soft) soft = static_cast<A>(__int_as_float(0x7f800000));
   // Added to whatever leaves a row that holds no answer.
@@ -94,16 +82,6 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
     terms[kAgreement * args.rows + row] = sums.agreement + nan_or_0;
   }
   stats.store(static_cast<A*>(args.stats), args.rows, row, slope, classes);
-}
-// The same, by the writer of its gradient.
-template <class W, class A>
-__device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
-                                          const typename W::Stats& stats,
-                                          const typename W::Sums& sums, A label_logit) {
-  close_row<typename W::Temper>(
-      args, row, stats, sums, label_logit, [&](A& log_sum, A& hard, typename W::Sums& all) {
-        if constexpr (W::kGeneral) writer.include_label(args, row, label_logit, log_sum, hard, all);
-      });
 }
 
 // Labels that are not ignored among first, first + step, ...
@@ -126,18 +104,13 @@ __device__ __forceinline__ A known_scale(const ForwardCall& call) {
     return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   return static_cast<A>(call.args.scale);
 }
-// For all threads of a CTA; `slot` is one int in shared memory. Leaves the scale in `stats`.
+// For all threads of a CTA. Leaves the scale in `stats`.
 template <class A>
-__device__ __forceinline__ A block_scale(const ForwardCall& call, int* slot) {
+__device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& exchange) {
   A scale;
   if (call.scale_source == ScaleSource::kCount) {
-    if (threadIdx.x == 0) *slot = 0;
-    __syncthreads();
-    const int count = __reduce_add_sync(
-        0xffffffffu, count_labels(call.args, threadIdx.x, static_cast<int64_t>(blockDim.x)));
-    if (threadIdx.x % 32 == 0) atomicAdd(slot, count);  // of integers: any order gives the same
-    __syncthreads();
-    scale = scale_of_count<A>(*slot);
+    const int count = count_labels(call.args, threadIdx.x, static_cast<int64_t>(blockDim.x));
+    scale = scale_of_count<A>(static_cast<int64_t>(exchange.sum(count)));
   } else {
     scale = known_scale<A>(call);
   }
@@ -146,18 +119,6 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, int* slot) {
   return scale;
 }
 
-// The sum over a CTA's threads, in an order that depends on their number alone, for thread 0.
-// `slots` holds a double per warp.
-__device__ __forceinline__ double block_sum(double x, double* slots) {
-  x = lanes_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
-  __syncthreads();
-  if (threadIdx.x != 0) return 0;
-  double sum = 0;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i++) sum += slots[i];
-  return sum;
-}
 // This thread's share of the sum of one quantity over rows, in fp64: first, first + step, ...
 template <int kAtOnce, class A>
 __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity, int64_t first,
@@ -179,11 +140,11 @@ __device__ __forceinline__ void put_total(const ForwardCall& call, int quantity,
 }
 // At the end of a kernel whose grid may be one cluster: its first CTA adds up the total.
 template <class A>
-__device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale, double* slots) {
+__device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale,
+                                              WarpExchange& exchange) {
   if (!call.finish_inside) return;
   __threadfence();
   if (gridDim.x > 1) {
-    __syncwarp();  // the barrier wants whole warps
     cluster_barrier();
   } else {
     __syncthreads();
@@ -191,8 +152,7 @@ __device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale, 
   if (blockIdx.x != 0 || call.total == nullptr) return;
   const int quantities = call.args.terms == nullptr ? 1 : 1 + kTerms;
   for (int i = 0; i < quantities; i++) {
-    const double mine = sum_rows<4, A>(call.args, i, threadIdx.x, blockDim.x);
-    const double sum = block_sum(mine, slots);
+    const double sum = exchange.sum(sum_rows<4, A>(call.args, i, threadIdx.x, blockDim.x));
     if (threadIdx.x == 0) put_total(call, i, scale, sum);
   }
 }

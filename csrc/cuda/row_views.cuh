@@ -1,0 +1,359 @@
+// One row of student, teacher and gradient as the threads that share it walk it, a chunk of classes
+// at a time. Two views of a row:
+//   VectorRow   adjacent classes of one 16-bit or 32-bit dtype, in vectors of 16 bytes
+//   ElementRow  any dtypes and strides, one class at a time
+// Each class is read and written by the same thread, so that the gradient may overwrite the
+// student.
+#pragma once
+#include <type_traits>
+
+#include "forward_call.cuh"
+#include "vectors.cuh"
+
+namespace fastkd::cuda {
+
+// How many classes of a chunk exist: all, as a constant; or an int.
+template <int kCount>
+struct All {
+  __device__ __forceinline__ constexpr operator int() const { return kCount; }
+};
+
+// Where a thread is in its CTA: the row of the CTA's rows, and the part of that row. The parts of a
+// row take turns with its chunks.
+struct Place {
+  int rows, row, part, parts;
+};
+
+// Which classes a chunk holds: first, first + step, ...
+template <int kMost_, class Count, class Step>
+struct ChunkClasses {
+  static constexpr int kMost = kMost_;
+  int64_t first;
+  Count count;
+  Step step;
+
+  // Where a class is in the chunk, or -1. Rows have less than 2^31 classes.
+  __device__ __forceinline__ int place_of(int64_t label) const {
+    const int inside = static_cast<int>(label - first);
+    if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
+    if constexpr (std::is_same_v<Step, All<1>>) return inside;
+    int place = -1;
+#pragma unroll
+    for (int i = 0; i < kMost; i++)
+      if (i < count && inside == i * step) place = i;
+    return place;
+  }
+};
+// Chunks have each(without, fn), which calls fn(z, w, i) for each class but the one at `without`,
+// and include_in(), which raises maxima to the greatest logits.
+template <class A, int kMost, class Count, class Step>
+struct ElementChunk : ChunkClasses<kMost, Count, Step> {
+  A z[kMost], w[kMost];
+
+  template <class Fn>
+  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+#pragma unroll
+    for (int i = 0; i < kMost; i++)
+      if (i < this->count && i != without) fn(z[i], w[i], i);
+  }
+  __device__ __forceinline__ void include_in(A& student_top, A& teacher_top, int without) const {
+    each(without, [&](A x, A y, int) {
+      student_top = max_of(student_top, x);
+      teacher_top = max_of(teacher_top, y);
+    });
+  }
+};
+template <class T>
+struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements>, All<1>> {
+  static constexpr int kElements = Vector<T>::kElements;
+  int64_t index;  // of the vector in its row
+  uint4 student, teacher;
+
+  template <class Fn>
+  __device__ __forceinline__ void each(int without, Fn&& fn) const {
+    float z[kElements], w[kElements];
+    Vector<T>::load(student, z);
+    Vector<T>::load(teacher, w);
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      if (i != without) fn(z[i], w[i], i);
+  }
+  // By the maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
+  // 2026-12-01), since no class is unpacked before the maxima are known.
+  __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
+                                             int without) const {
+    if (without >= 0) {
+      each(without, [&](float z, float w, int) {
+        student_top = max_of(student_top, z);
+        teacher_top = max_of(teacher_top, w);
+      });
+    } else {
+      student_top = max_of(student_top, Vector<T>::max(student));
+      teacher_top = max_of(teacher_top, Vector<T>::max(teacher));
+    }
+  }
+};
+
+// 16-bit gradients have no use for the last bit of an fp32 exponent (writer.cuh).
+template <class T>
+constexpr bool kFoldScales = sizeof(T) == 2;
+
+// kHeld: vectors of each input that a thread keeps in registers from the first sweep on; 0: every
+// sweep reads memory again.
+template <class T, int kHeld = 0>
+struct VectorRow {
+  using A = float;
+  static constexpr bool kHot = true, kFold = kFoldScales<T>;
+  static constexpr int kElements = Vector<T>::kElements;
+
+  const T *student, *teacher;
+  T* grad;  // or null
+  int64_t classes;
+  RowLayout layout;
+  const uint4 *student_vectors, *teacher_vectors;
+  Place place;
+  uint4 held_student[kHeld + 1], held_teacher[kHeld + 1];
+
+  // `begin`, `count`: the classes of the row that the view covers.
+  template <class Args>
+  __device__ __forceinline__ VectorRow(const Args& args, int64_t row, const Place& at,
+                                       int64_t begin, int64_t count)
+      : student(static_cast<const T*>(args.student) +
+                offset_of(row, args.group_rows, args.student_stride) + begin),
+        teacher(static_cast<const T*>(args.teacher) +
+                offset_of(row, args.group_rows, args.teacher_stride) + begin),
+        grad(args.grad == nullptr ? nullptr
+                                  : static_cast<T*>(args.grad) +
+                                        offset_of(row, args.group_rows, args.grad_stride) + begin),
+        classes(count),
+        layout(row_layout(student, teacher, grad == nullptr ? student : grad, classes)),
+        student_vectors(vectors_of(student, layout.begin, layout.student_shift)),
+        teacher_vectors(vectors_of(teacher, layout.begin, layout.teacher_shift)),
+        place(at) {}
+
+  // Reads what is kept in registers.
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (int k = 0; k < kHeld; k++) {
+      const int i = place.part + k * place.parts;
+      if (i >= layout.vectors) continue;
+      held_student[k] = fetch<true>(student_vectors, i, layout.student_shift);
+      held_teacher[k] = fetch<true>(teacher_vectors, i, layout.teacher_shift);
+    }
+  }
+  __device__ __forceinline__ float student_at(int64_t i) const { return to_acc(student[i]); }
+  __device__ __forceinline__ void store_at(int64_t i, float g) const { grad[i] = from_acc<T>(g); }
+
+  // Calls fn with each chunk of this thread.
+  template <bool kLast, int kUnroll, class Fn>
+  __device__ __forceinline__ void for_chunks(Fn&& fn) const {
+    const auto visit = [&](int64_t i, uint4 z, uint4 w) {
+      fn(VectorChunk<T>{{layout.begin + i * kElements, {}, {}}, i, z, w});
+    };
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int k = 0; k < kHeld; k++) {
+        const int i = place.part + k * place.parts;
+        if (i < layout.vectors) visit(i, held_student[k], held_teacher[k]);
+      }
+    } else {
+#pragma unroll kUnroll
+      for (int64_t i = place.part; i < layout.vectors; i += place.parts)
+        visit(i, fetch<kLast>(student_vectors, i, layout.student_shift),
+              fetch<kLast>(teacher_vectors, i, layout.teacher_shift));
+    }
+    const int64_t i = peeled();
+    if (i < 0) return;
+    fn(ElementChunk<float, 1, All<1>, All<1>>{
+        {i, {}, {}}, {to_acc(student[i])}, {to_acc(teacher[i])}});
+  }
+  template <class C>
+  __device__ __forceinline__ void store(const C& chunk, const float (&g)[C::kMost]) const {
+    if (grad == nullptr) return;
+    if constexpr (C::kMost == 1) {
+      store_at(chunk.first, g[0]);
+    } else {
+      __stcs(grad_vectors() + chunk.index, Vector<T>::store(g));
+    }
+  }
+  __device__ __forceinline__ void fill(float value) const {
+    if (grad == nullptr) return;
+    float values[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; i++) values[i] = value;
+    const uint4 vector = Vector<T>::store(values);
+    for (int64_t i = place.part; i < layout.vectors; i += place.parts)
+      __stcs(grad_vectors() + i, vector);
+    if (peeled() >= 0) store_at(peeled(), value);
+  }
+  // Leaves no class to the sweeps.
+  __device__ __forceinline__ void clear() {
+    layout.vectors = classes = layout.begin = layout.tail = 0;
+  }
+
+ private:
+  __device__ __forceinline__ uint4* grad_vectors() const {
+    return reinterpret_cast<uint4*>(grad + layout.begin);
+  }
+  // The class before or after all vectors that this thread takes, or -1.
+  __device__ __forceinline__ int64_t peeled() const {
+    return place.part < 2 * kPeelLanes ? layout.peeled(place.part, classes) : -1;
+  }
+};
+
+// One tensor's classes of one row, in bytes.
+struct Strip {
+  char* first;  // or null
+  int64_t step;
+
+  __device__ __forceinline__ Strip(const void* data, DType dtype, const Inputs& in, int64_t row,
+                                   RowStrides stride, int64_t begin) {
+    const int element = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    step = stride.classes * element;
+    first = static_cast<char*>(const_cast<void*>(data));
+    if (data != nullptr) first += offset_of(row, in.group_rows, stride) * element + begin * step;
+  }
+  __device__ __forceinline__ char* at(int64_t k) const { return first + k * step; }
+};
+
+// What the tensors of an ElementRow hold: SameDtype, T all three; AnyDtypes, whatever they say,
+// computed in Acc.
+template <class T_>
+struct SameDtype {
+  using T = T_;
+  using A = float;
+  static constexpr bool kHot = true, kFold = kFoldScales<T>;
+  static constexpr int kChunk = Vector<T>::kElements;
+
+  template <class Fn>
+  static __device__ __forceinline__ void with(DType, Fn&& fn) {
+    fn(T());
+  }
+};
+template <class Acc>
+struct AnyDtypes {
+  using A = Acc;
+  static constexpr bool kHot = false, kFold = false;
+  static constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(A));
+
+  template <class Fn>
+  static __device__ __forceinline__ void with(DType dtype, Fn&& fn) {
+    with_dtype(dtype, fn);
+  }
+};
+
+// A type as an argument.
+template <class T>
+struct TypeOf {
+  using Type = T;
+};
+// Calls fn with what a call's tensors hold.
+template <class Fn>
+cudaError_t with_elements(const Inputs& in, Fn&& fn) {
+  if (computes_in_double(in.student_dtype, in.teacher_dtype))
+    return fn(TypeOf<AnyDtypes<double>>());
+  if (!hot_dtypes(in.student_dtype, in.teacher_dtype)) return fn(TypeOf<AnyDtypes<float>>());
+  switch (in.student_dtype) {
+    case DType::kBFloat16:
+      return fn(TypeOf<SameDtype<__nv_bfloat16>>());
+    case DType::kFloat16:
+      return fn(TypeOf<SameDtype<__half>>());
+    default:
+      return fn(TypeOf<SameDtype<float>>());
+  }
+}
+
+// Every sweep reads memory again.
+template <class E>
+struct ElementRow {
+  using A = typename E::A;
+  static constexpr bool kHot = E::kHot, kFold = E::kFold;
+  static constexpr int kChunk = E::kChunk;
+
+  Strip student, teacher, grad;
+  DType student_dtype, teacher_dtype;
+  int64_t classes;
+  Place place;
+
+  template <class Args>
+  __device__ __forceinline__ ElementRow(const Args& args, int64_t row, const Place& at,
+                                        int64_t begin, int64_t count)
+      : student(args.student, args.student_dtype, args, row, args.student_stride, begin),
+        teacher(args.teacher, args.teacher_dtype, args, row, args.teacher_stride, begin),
+        grad(args.grad, args.student_dtype, args, row, args.grad_stride, begin),
+        student_dtype(args.student_dtype),
+        teacher_dtype(args.teacher_dtype),
+        classes(count),
+        place(at) {}
+
+  __device__ __forceinline__ void hold() {}
+  __device__ __forceinline__ A student_at(int64_t i) const {
+    return load_any<A>(student.at(i), student_dtype, 0);
+  }
+  __device__ __forceinline__ void store_at(int64_t i, A g) const {
+    store_any(grad.at(i), student_dtype, 0, g);
+  }
+
+  template <bool kLast, int, class Fn>
+  __device__ __forceinline__ void for_chunks(Fn&& fn) const {
+    const auto visit = [&](int64_t first, auto count) {
+      ElementChunk<A, kChunk, decltype(count), int> chunk;
+      chunk.first = first, chunk.count = count, chunk.step = place.parts;
+      load<kLast>(student, student_dtype, chunk, chunk.z);
+      load<kLast>(teacher, teacher_dtype, chunk, chunk.w);
+      fn(chunk);
+    };
+    int64_t first = place.part;
+#pragma unroll 1
+    for (; first + (kChunk - 1) * place.parts < classes; first += kChunk * place.parts)
+      visit(first, All<kChunk>());
+    if (first >= classes) return;
+    int count = 1;
+#pragma unroll
+    for (int i = 1; i < kChunk; i++) count += first + i * place.parts < classes;
+    visit(first, count);
+  }
+  template <class C>
+  __device__ __forceinline__ void store(const C& chunk, const A (&g)[C::kMost]) const {
+    if (grad.first == nullptr) return;
+    E::with(student_dtype, [&](auto as) {
+      using T = decltype(as);
+      char* at = grad.at(chunk.first);
+#pragma unroll
+      for (int i = 0; i < kChunk; i++, at += chunk.step * grad.step)
+        if (i < chunk.count) __stcs(reinterpret_cast<T*>(at), from_acc<T>(g[i]));
+    });
+  }
+  __device__ __forceinline__ void fill(A value) const {
+    if (grad.first == nullptr) return;
+    for (int64_t i = place.part; i < classes; i += place.parts) store_at(i, value);
+  }
+  __device__ __forceinline__ void clear() { classes = 0; }
+  // grad *= factor.
+  __device__ __forceinline__ void rescale(A factor) const {
+    for (int64_t i = place.part; i < classes; i += place.parts)
+      store_at(i, load_any<A>(grad.at(i), student_dtype, 0) * factor);
+  }
+
+ private:
+  // Zeros for classes that do not exist. All are loaded before the first is used.
+  template <bool kLast, class C>
+  static __device__ __forceinline__ void load(const Strip& strip, DType dtype, const C& chunk,
+                                              A (&x)[kChunk]) {
+    E::with(dtype, [&](auto as) {
+      using T = decltype(as);
+      const char* at = strip.at(chunk.first);
+      T raw[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; i++, at += chunk.step * strip.step) {
+        raw[i] = T();
+        if (i < chunk.count)
+          raw[i] = kLast ? __ldcs(reinterpret_cast<const T*>(at)) : *reinterpret_cast<const T*>(at);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunk; i++) x[i] = static_cast<A>(to_acc(raw[i]));
+    });
+  }
+};
+
+}  // namespace fastkd::cuda

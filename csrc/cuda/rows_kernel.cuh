@@ -1,0 +1,204 @@
+// The forward kernel of every family: value and gradient of a row in two sweeps over it (three for
+// divergences whose slopes must be summed first), and the row's losses, terms and statistics. One
+// kernel, because a row is then read from memory once and its gradient written once: the second
+// sweep finds the row in registers, L1 or L2. A family is a view of the row (row_views.cuh) and a
+// team of threads that share it. Derivations: docs/maths.md, sections 2, 3 and 10.
+#pragma once
+#include <type_traits>
+
+#include "launch.h"
+#include "sweeps.cuh"
+
+namespace fastkd::cuda {
+
+// Teams. merge(x, how) gives every thread of a row the sum of what its threads have, in an order
+// that the launch alone fixes.
+
+// kLanes adjacent lanes of a warp share a row.
+template <int kLanes>
+struct LaneTeam {
+  static constexpr bool kOwnWarp = kLanes == 32;  // no other row waits for this one
+  static constexpr int kSharedBytes = 0;
+  Place place;
+
+  __device__ __forceinline__ explicit LaneTeam(int)
+      : place{static_cast<int>(blockDim.x) / kLanes, static_cast<int>(threadIdx.x) / kLanes,
+              static_cast<int>(threadIdx.x) % kLanes, kLanes} {}
+  template <class S, class How>
+  __device__ __forceinline__ void merge(S& x, const How& how) {
+    x.template merge_lanes<kLanes>(how);
+  }
+  // Orders what the threads of a row have read before what they write.
+  __device__ __forceinline__ void order() const { __syncwarp(); }
+};
+
+// A CTA has one row.
+struct BlockTeam {
+  static constexpr bool kOwnWarp = true;
+  static constexpr int kSharedBytes = 0;
+  Place place;
+  WarpExchange exchange;
+
+  __device__ __forceinline__ explicit BlockTeam(int)
+      : place{1, 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)} {}
+  template <class S, class How>
+  __device__ __forceinline__ void merge(S& x, const How& how) {
+    x.template merge_lanes<32>(how);
+    x = exchange.share(x);
+    x.template merge_lanes<32>(how);
+  }
+  __device__ __forceinline__ void order() const {}  // merge() has
+};
+
+// `parts` threads share a row, each in a warp of its own: neighboring lanes have neighboring rows.
+template <class A>
+struct TileTeam {
+  static constexpr bool kOwnWarp = false;
+  static constexpr int kSlotsBytes = kStridedThreads * 8 * static_cast<int>(sizeof(A));
+  static constexpr int kSharedBytes = 2 * kSlotsBytes;
+  Place place;
+  int turn = 0;
+
+  __device__ __forceinline__ explicit TileTeam(int parts)
+      : place{static_cast<int>(blockDim.x) / parts, 0, 0, parts} {
+    place.row = static_cast<int>(threadIdx.x) % place.rows;
+    place.part = static_cast<int>(threadIdx.x) / place.rows;
+  }
+  // Two sets of slots in turn: one barrier is enough.
+  template <class S, class How>
+  __device__ __forceinline__ void merge(S& x, const How& how) {
+    if (place.parts == 1) return;
+    static_assert(kStridedThreads * sizeof(S) <= kSlotsBytes);
+    extern __shared__ __align__(128) unsigned char dynamic[];
+    S* const slots = reinterpret_cast<S*>(dynamic + turn * kSlotsBytes);
+    slots[threadIdx.x] = x;
+    __syncthreads();
+    turn ^= 1;
+    x = S();
+    for (int i = 0; i < place.parts; i++) reach(x, slots[i * place.rows + place.row], how);
+    for (int i = 0; i < place.parts; i++) x.add(slots[i * place.rows + place.row], how);
+  }
+  __device__ __forceinline__ void order() const {}
+
+ private:
+  // Raises the maxima before there are sums: each of these is then scaled once.
+  template <class How>
+  static __device__ __forceinline__ void reach(Statistics<A>& x, const Statistics<A>& other,
+                                               const How& t) {
+    x.raise(other.student_max, other.teacher_max, t);
+  }
+  template <class S, class How>
+  static __device__ __forceinline__ void reach(S&, const S&, const How&) {}
+};
+
+template <class Row, class Team, class W, bool kExtra>
+__device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row& row,
+                                        int64_t index, int64_t label, bool real,
+                                        typename Row::A scale) {
+  using A = typename Row::A;
+  const ForwardArgs& args = call.args;
+  // Copies of the loops for each power, where their speed is all that counts.
+  const auto with_power_of = [&](int power, auto&& fn) {
+    if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
+      with_power(power, fn);
+    } else {
+      fn(std::integral_constant<int, kAtRunTime>());
+    }
+  };
+  // Before the gradient may overwrite it.
+  const A label_logit = real && label >= 0 ? row.student_at(label) : A(0);
+  const typename W::Temper t(args, index);
+  const LeftOut<W::kGeneral> left_out(args, label);
+  Statistics<A> statistics;
+  with_power_of(t.power,
+                [&](auto power) { statistics = scan<decltype(power)::value>(row, t, left_out); });
+  team.merge(statistics, t);
+  Moments moments;
+  if constexpr (W::kGeneral) {
+    if (has_moments(args)) {
+      moments = moments_of(row, is_unit(args));
+      team.merge(moments, t);
+    }
+  }
+  const typename W::Stats stats = W::stats_of(args, index, statistics, moments);
+  W writer(call, index, t, stats, scale);
+  typename W::Sums sums, unused;
+  if constexpr (W::kGeneral) {
+    sums = sum(row, writer, left_out, wants_extra(args));
+    team.merge(sums, std::true_type());
+    writer.balance(stats, sums);
+  }
+  team.order();
+  with_power_of(t.power, [&](auto power) {
+    write<decltype(power)::value, kExtra, kExtra>(row, writer, label, W::kGeneral ? unused : sums);
+  });
+  if constexpr (!W::kGeneral) team.merge(sums, std::bool_constant<kExtra>());
+  if (real && team.place.part == 0) close_row(args, index, writer, stats, sums, label_logit);
+}
+
+template <class Row, class Team, class W, bool kExtra, int kThreads, int kResident>
+__global__ void __launch_bounds__(kThreads, kResident)
+    rows_kernel(const __grid_constant__ ForwardCall call, const int lanes) {
+  using A = typename Row::A;
+  const ForwardArgs& args = call.args;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  WarpExchange exchange;
+  const A scale = block_scale<A>(call, exchange);
+  Team team(lanes);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * team.place.rows;
+  // The loop's bounds are those of the CTA: barriers and shuffles need all of its threads.
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.place.rows; first < args.rows;
+       first += step) {
+    const bool inside = first + team.place.row < args.rows;
+    const int64_t index = inside ? first + team.place.row : 0;
+    const int64_t label = label_of(args, index);
+    const RowKind kind = kind_of(args, label);
+    const bool real = inside && kind == RowKind::kReal;
+    Row row(args, index, team.place, 0, args.classes);
+    if (real) {
+      row.hold();
+    } else {
+      const A value = static_cast<A>(fill_value(kind));
+      if (inside) row.fill(value);
+      if (inside && team.place.part == 0) close_row_as(args, index, value);
+      if (Team::kOwnWarp) continue;
+      row.clear();  // its threads take part in what all threads do together
+    }
+    run_row<Row, Team, W, kExtra>(call, team, row, index, label, real, scale);
+  }
+  finish_inside(call, scale, exchange);
+}
+
+// Launches a rows_kernel: as many CTAs as there are rows for, or as the device holds at a time.
+template <class Row, class Team, class W, bool kExtra, int kThreads, int kResident>
+cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
+  const auto kernel = rows_kernel<Row, Team, W, kExtra, kThreads, kResident>;
+  const int threads = plan.threads < kThreads ? plan.threads : kThreads;
+  const int shared = plan.lanes > 1 ? Team::kSharedBytes : 0;
+  int per_processor = 1;
+  if (const cudaError_t error =
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared))
+    return error;
+  const int64_t blocks = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  const int64_t most = static_cast<int64_t>(per_processor) * device.processors;
+  Launch launch(blocks < most || plan.finish_inside ? blocks : most, threads, shared, stream);
+  launch.cluster(plan.cluster);
+  if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
+  return launch(kernel, call, plan.lanes);
+}
+
+// Calls fn with the writer that a call takes, and with whether it sums more than loss and gradient.
+template <class Row, class Fn>
+cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
+  using A = typename Row::A;
+  if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
+  // Dtypes that differ are rare: one kernel fewer to compile.
+  if constexpr (Row::kHot)
+    if (!wants_extra(args)) return fn(TypeOf<Writer<A, Row::kFold>>(), std::false_type());
+  return fn(TypeOf<Writer<A, Row::kFold>>(), std::true_type());
+}
+
+}  // namespace fastkd::cuda

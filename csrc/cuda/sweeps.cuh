@@ -1,0 +1,95 @@
+// The sweeps over a row, a chunk of classes at a time (row_views.cuh), as every kernel runs them:
+// statistics; for some divergences the moments and the sums of slopes; value and gradient.
+// Derivations: docs/maths.md, sections 2, 3 and 10.
+#pragma once
+#include "row_views.cuh"
+
+namespace fastkd::cuda {
+
+// The statistics of this thread's classes. The maxima that the sums refer to follow the greatest
+// logits only when they have fallen behind by t.margin: some lane of a warp meets a new maximum in
+// almost every vector, and rescaling the sums costs as much as two classes.
+template <int kPower, class Row, class Temper, class Out>
+__device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row, const Temper& t,
+                                                            const Out& left_out) {
+  using A = typename Row::A;
+  Statistics<A> statistics;
+  A student_top = kLowest<A>, teacher_top = kLowest<A>;
+  row.template for_chunks<false, 2>([&](const auto& chunk) {
+    const int out = left_out.place_in(chunk);
+    chunk.include_in(student_top, teacher_top, out);
+    if (student_top > statistics.student_max + t.margin ||
+        teacher_top > statistics.teacher_max + t.margin)
+      statistics.raise(student_top, teacher_top, t);
+    if (statistics.beyond(t)) {  // rare: huge logits, or none yet that is not masked
+      chunk.each(out, [&](A z, A w, int) { statistics.template add_any<kAtRunTime>(z, w, t); });
+    } else {
+      chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
+    }
+  });
+  statistics.raise(student_top, teacher_top, t);
+  return statistics;
+}
+
+// The moments of this thread's classes, for divergences with has_moments().
+template <class Row>
+__device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
+  using A = typename Row::A;
+  Moments moments;
+  row.template for_chunks<false, 1>([&](const auto& chunk) {
+    chunk.each(-1, [&](A z, A w, int) { moments.add(z, w, squared); });
+  });
+  return moments;
+}
+
+// The sums over values and slopes that a GeneralWriter needs before the gradient is known.
+template <class Row, class W, class Out>
+__device__ __forceinline__ typename W::Sums sum(const Row& row, const W& writer,
+                                                const Out& left_out, bool extra) {
+  using A = typename Row::A;
+  typename W::Sums sums;
+  row.template for_chunks<false, 1>([&](const auto& chunk) {
+    const int out = left_out.place_in(chunk);
+    visit_general(writer.divergence, [&](auto d) {
+      using D = decltype(d);
+      chunk.each(D::kBalance == Balance::kNone ? out : -1,
+                 [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
+    });
+  });
+  return sums;
+}
+
+// The gradient of this thread's classes; with a Writer, also the sums of the second sweep.
+template <int kPower, bool kExtra, bool kUniform, class Row, class W>
+__device__ __forceinline__ void write(const Row& row, const W& writer, int64_t label,
+                                      typename W::Sums& sums) {
+  using A = typename Row::A;
+  row.template for_chunks<true, W::kGeneral ? 1 : 2>([&](const auto& chunk) {
+    A g[std::decay_t<decltype(chunk)>::kMost];
+    const auto each = [&](auto&& gradient_of) {
+      chunk.each(-1, [&](A z, A w, int i) { g[i] = gradient_of(z, w); });
+    };
+    if constexpr (W::kGeneral) {
+      visit_general(writer.divergence, [&](auto d) {
+        each([&](A z, A w) { return writer.template write_as<decltype(d)>(z, w); });
+      });
+    } else if (writer.apart) {
+      each([&](A z, A w) {
+        return writer.template write_as<true, kAtRunTime, kExtra, kUniform>(z, w, sums);
+      });
+    } else {
+      each([&](A z, A w) {
+        return writer.template write_as<false, kPower, kExtra, kUniform>(z, w, sums);
+      });
+    }
+    const int place = chunk.place_of(label);
+    if (place >= 0) {
+#pragma unroll
+      for (int i = 0; i < std::decay_t<decltype(chunk)>::kMost; i++)
+        if (i == place) g[i] = writer.at_label(g[i]);
+    }
+    row.store(chunk, g);
+  });
+}
+
+}  // namespace fastkd::cuda
