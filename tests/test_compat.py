@@ -1,7 +1,7 @@
-"""fastkd.compat as a whole: what all adapters promise, and the page that is written from them."""
+"""fastkd.compat as a whole: what all adapters promise, and their page."""
 
 import pathlib
-import runpy
+import re
 
 import pytest
 import torch
@@ -96,16 +96,9 @@ def test_cuda_agrees_with_the_cpu(name):
     )
 
 
-def test_every_adapter_has_a_record():
-    files = (ROOT / "python" / "fastkd" / "compat").glob("[!_]*.py")
-    modules = {f"fastkd.compat.{path.stem}" for path in files if path.stem != "convention"}
-    assert {record.after.split()[1] for record in compat.conventions()} == modules
-    for record in compat.conventions():
-        exec(record.after, {})
-
-
-def test_the_page_is_what_the_records_say(capsys):
-    runpy.run_module("fastkd.compat", run_name="__main__")
-    assert capsys.readouterr().out == (ROOT / "docs" / "compat.md").read_text(), (
-        "run: python -m fastkd.compat > docs/compat.md"
-    )
+def test_every_adapter_has_a_section():
+    """With an import that works, in docs/compat.md."""
+    imports = re.findall(r"^\+ (from .*)$", (ROOT / "docs" / "compat.md").read_text(), re.MULTILINE)
+    assert [line.split()[1] for line in imports] == [f"fastkd.compat.{n}" for n in compat.__all__]
+    for line in imports:
+        exec(line, {})

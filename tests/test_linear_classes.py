@@ -25,7 +25,8 @@ import fastkd
 from fastkd import Head, TopK
 from fastkd._core import checks
 from fastkd._core.objective import Objective
-from fastkd.linear import loops, products
+from fastkd.linear import loss as linear_loss
+from fastkd.linear import products
 from fastkd.linear.class_statistics import RowStatistics
 
 
@@ -287,7 +288,7 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
     given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
     expected, right = run(given, chunks=by_rows(64), ignore_index=ignore_index)
     if captured:  # a graph, when all rows are kept
-        monkeypatch.setattr(loops, "counted_rows", lambda labels, ignore_index: None)
+        monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(given, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
     for grad, other in zip(grads, right, strict=True):
@@ -334,7 +335,7 @@ def test_without_gradients_the_logits_are_computed_once(device):
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
     given = make_heads(device=device)
     expected = run(given, chunks=by_rows(8))
-    monkeypatch.setattr(loops, "counted_rows", lambda labels, ignore_index: None)
+    monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(given, chunks=by_classes(32))
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):

@@ -63,7 +63,6 @@ import sys
 import fastkd
 assert {"compat", "integrations"} <= set(dir(fastkd)) and "fastkd.compat" not in sys.modules
 fastkd.compat.trl.generalized_jsd_loss
-assert "timm" in dir(fastkd.compat) and "fastkd.compat.timm" not in sys.modules
 fastkd.integrations.transformers.DistillationMixin
 assert "transformers" not in sys.modules
 for module in (fastkd, fastkd.compat):

@@ -86,7 +86,7 @@ def as_rows(call: Call, dtype: torch.dtype) -> tuple[Rows, tuple[float | Tensor,
             o[name] = o[name].reshape(-1).to(dtype)
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if objective.reduction == "mean":
-        divisors = _divisors(student.numel() // classes, labels, objective, dtype)
+        divisors = mean_divisors(student.numel() // classes, labels, objective, dtype)
         o.update(reduction="sum", normalizer=None)
     o["hard_weight"] = o["hard_weight"] / divisors[0]
     o["soft_weight"] = o["soft_weight"] / divisors[1]
@@ -94,7 +94,7 @@ def as_rows(call: Call, dtype: torch.dtype) -> tuple[Rows, tuple[float | Tensor,
     return Rows(student.reshape(-1, classes), flat, labels, Objective(**o)), divisors
 
 
-def _divisors(
+def mean_divisors(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
     """Return what the mean divides the hard and the soft term by."""
@@ -123,7 +123,7 @@ def label_weights(student: Tensor, labels: Tensor | None, objective: Objective) 
     if o.reduction != "mean":
         return weight
     rows = student.numel() // student.shape[-1]
-    hard_divisor, soft_divisor = _divisors(rows, labels, o, weight.dtype)
+    hard_divisor, soft_divisor = mean_divisors(rows, labels, o, weight.dtype)
     return weight * (soft_divisor / hard_divisor)
 
 
@@ -151,7 +151,7 @@ def label_targets(
         target += each * (o.label_smoothing / classes)
     total = target.sum(-1, dtype=dtype)
     if o.reduction == "mean" and by_index:
-        hard_divisor, soft_divisor = _divisors(labels.numel(), labels, o, dtype)
+        hard_divisor, soft_divisor = mean_divisors(labels.numel(), labels, o, dtype)
         return target, total * (soft_divisor / hard_divisor)
     return target, total
 

@@ -1,9 +1,9 @@
-"""The record of a library's convention, and option checks and translations for all adapters."""
+"""Check and translate the options of other libraries, for all adapters."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -11,34 +11,19 @@ from fastkd import validation
 from fastkd._core import checks
 
 
-class Convention(NamedTuple):
-    """A library's definition of the loss, in words. ``docs/compat.md`` prints all of them."""
-
-    library: str
-    before: str  # the import that is replaced
-    after: str  # the import that replaces it
-    weights: str  # which term each of the library's weights multiplies
-    denominator: str  # what sums are divided by
-    t_squared: str = "yes"  # whether the soft term is multiplied by the temperature squared
-    mask: str = "none"  # which rows are masked, and in which term
-    differences: tuple[str, ...] = ()  # where the adapter differs from the library, and why
-
-
 def convert_reduction(
     reduction: str, logits: Tensor, dim: int = -1
-) -> tuple[Literal["mean", "sum"], float]:
+) -> tuple[Literal["mean", "sum", "none"], float]:
     """Return fastkd's reduction and soft weight for a reduction of :class:`torch.nn.KLDivLoss`.
 
     fastkd sums over classes and averages over rows; ``KLDivLoss`` divides by all elements
     (``"mean"``) or by the first dimension alone (``"batchmean"``).
     """
-    validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
-    if reduction == "sum":
-        return "sum", 1.0
+    if reduction in ("sum", "none"):
+        return reduction, 1.0  # type: ignore[return-value]
     classes = max(logits.shape[dim], 1)
-    if reduction == "mean":
-        return "mean", 1.0 / classes
-    return "mean", logits.numel() / (classes * max(logits.shape[0], 1))
+    divisor = logits.numel() if reduction == "mean" else logits.shape[0]
+    return "mean", logits.numel() / (classes * max(divisor, 1))
 
 
 def choose_divergence(beta: float) -> dict[str, Any]:

@@ -8,16 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_positive, convert_reduction
-
-CONVENTION = Convention(
-    library="DeiT",
-    before="from losses import DistillationLoss  # of the DeiT repository",
-    after="from fastkd.compat.deit import DistillationLoss",
-    weights="`alpha`: the **teacher's** term; 1 - alpha: the base criterion",
-    t_squared="`soft`: yes; `hard` has no temperature",
-    denominator="`soft`: all elements, classes too; `hard`: rows",
-)
+from fastkd.compat.convention import check_positive, convert_reduction
 
 
 class DistillationLoss(nn.Module):

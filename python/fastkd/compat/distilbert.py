@@ -7,24 +7,7 @@ from torch.nn import functional as F
 
 from fastkd import losses, validation
 from fastkd._core import shapes
-from fastkd.compat.convention import Convention, check_positive, check_weight
-
-CONVENTION = Convention(
-    library="DistilBERT",
-    before="from distiller import Distiller  # of the research project; its step()",
-    after="from fastkd.compat.distilbert import step_loss",
-    weights="`alpha_ce`: the **soft** term; `alpha_mlm` or `alpha_clm`: the hard term; "
-    "`alpha_mse`: the squared error of the logits",
-    t_squared="yes; the squared error has no temperature",
-    denominator="each term: its own rows; the squared error is summed over classes",
-    mask="soft terms: `attention_mask`, or with `restrict_ce_to_mask` rows whose label is >= 0; "
-    "hard term: rows whose label is -100",
-    differences=(
-        "`alpha_cos` weighs hidden states, which are not logits: add that term yourself.",
-        "A term without rows is 0, where Distiller's is NaN (and it exits the process).",
-        "`alpha_mlm` and `alpha_clm` together are refused, as by the project's command line.",
-    ),
-)
+from fastkd.compat.convention import check_positive, check_weight
 
 
 def step_loss(

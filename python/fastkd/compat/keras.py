@@ -11,31 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_none, check_positive
-
-CONVENTION = Convention(
-    library="Keras",
-    before="from keras.distillation import Distiller, LogitsDistillation",
-    after="from fastkd.compat.keras import Distiller, LogitsDistillation",
-    weights="`student_loss_weight` (`alpha` in the keras.io example): the hard term; 1 - it: the "
-    "soft term",
-    denominator="rows",
-    differences=(
-        "The hard term is the cross entropy from logits. Keras' Distiller computes the same if it "
-        "is compiled with `SparseCategoricalCrossentropy(from_logits=True)` (or "
-        "`CategoricalCrossentropy`).",
-        "Keras' own `LogitsDistillation` (3.15) given the *name* `'kl_divergence'`, its default, "
-        "clips the logits and takes them for probabilities, without T². Here the name means what "
-        "Keras documents, and computes with `loss=keras.losses.KLDivergence()`.",
-        "Keras clips probabilities to [1e-7, 1] before their logarithms; here nothing is clipped.",
-        "One `LogitsDistillation` with the loss `kl_divergence`, not in a list; neither features "
-        "nor several losses, so `distillation_loss_weights` is None.",
-        "`sample_weight`, which Keras' `compute_loss` does not use, is refused.",
-        "A student that is not a Keras model is in the mode that `.train()` and `.eval()` set, "
-        "whatever `training` says.",
-        "Of the training loop only `compute_loss` is provided: no `compile`, no `fit`.",
-    ),
-)
+from fastkd.compat.convention import check_none, check_positive
 
 
 class LogitsDistillation:

@@ -12,29 +12,7 @@ from torch import Tensor, nn
 
 from fastkd import losses, validation
 from fastkd._core import shapes
-from fastkd.compat.convention import Convention, choose_divergence, convert_reduction, mask_rows
-
-CONVENTION = Convention(
-    library="Liger-Kernel",
-    before="from liger_kernel.transformers import LigerJSD",
-    after="from fastkd.compat.liger import LigerJSD",
-    weights="`beta`: the teacher in the mixture; no hard term",
-    t_squared="no temperature",
-    denominator="JSD: rows not ignored; TVD: rows not ignored (`batchmean`), times the classes "
-    "(`mean`); KL as `torch.nn.KLDivLoss`, whose default `mean` divides by all elements",
-    mask="JSD and TVD: rows whose label is `ignore_index`; KL: none",
-    differences=(
-        "The inputs are normalized (softmax of log-probabilities). So the gradient for the "
-        "log-probabilities differs by what the log_softmax before them drops; the gradient for "
-        "the logits is the same.",
-        "`LigerKLDIVLoss` clamps the target at `eps` before its logarithm, which changes the value "
-        "where p < eps; here p log p is exact, 0 at 0, and another `eps` is refused.",
-        "Older releases of `LigerTVDLoss` had the subgradient -1/2 where p = q; here it is 0.",
-        "`reduction='none'`, one loss for each class, is refused.",
-        "With every row ignored Liger divides by zero; here the loss is 0 with a zero gradient.",
-        "The adapters also run on CPUs, and need no Triton.",
-    ),
-)
+from fastkd.compat.convention import choose_divergence, convert_reduction, mask_rows
 
 
 class LigerKLDIVLoss(nn.Module):

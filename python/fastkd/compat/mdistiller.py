@@ -5,22 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastkd import losses
-from fastkd.compat.convention import Convention, check_positive, check_weight
-
-CONVENTION = Convention(
-    library="mdistiller",
-    before="from mdistiller.distillers.DKD import dkd_loss",
-    after="from fastkd.compat.mdistiller import dkd_loss",
-    weights="`dkd_loss`: `alpha` the target class's KL, `beta` the other classes' KL; mdistiller "
-    "weighs the hard term separately",
-    denominator="rows",
-    differences=(
-        "The other classes' softmax leaves the target class out exactly. mdistiller lowers its "
-        "logit by 1000, which is the same unless logits differ by hundreds.",
-        "`dkd_loss` needs `alpha` > 0.",
-        "mdistiller's log(softmax) is infinite where a probability underflows; here it is not.",
-    ),
-)
+from fastkd.compat.convention import check_positive, check_weight
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
@@ -31,7 +16,6 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
         >>> kd_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), temperature=1)
         tensor(0.4621)
     """
-    temperature = check_positive("temperature", temperature)
     return losses.loss(logits_student, logits_teacher, temperature=temperature)
 
 
@@ -63,7 +47,6 @@ def dkd_loss(
         tensor(5.0100)
     """
     alpha, beta = check_positive("alpha", alpha), check_weight("beta", beta)
-    temperature = check_positive("temperature", temperature)
     return losses.loss(
         logits_student, logits_teacher, target, temperature=temperature,
         hard_weight=0.0, soft_weight=alpha, divergence="dkd", mix=beta / alpha,

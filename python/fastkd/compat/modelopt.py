@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_positive, convert_reduction
-
-CONVENTION = Convention(
-    library="NVIDIA Model-Optimizer",
-    before="from modelopt.torch.distill import LogitsDistillationLoss",
-    after="from fastkd.compat.modelopt import LogitsDistillationLoss",
-    weights="none in the loss; `StaticLossBalancer`'s `kd_loss_weight` weighs the soft term",
-    denominator="`mean`, the default: all elements, classes too; `batchmean`: the first dimension",
-    mask="none (`reduction='none'` gives one loss for each row, to be masked)",
-)
+from fastkd.compat.convention import check_positive, convert_reduction
 
 
 class LogitsDistillationLoss(nn.Module):
@@ -43,9 +32,8 @@ class LogitsDistillationLoss(nn.Module):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
         """Compute the loss of student and teacher logits ``(..., C)``."""
-        options: dict[str, Any] = {"reduction": "none"}
-        if self.reduction != "none":
-            options["reduction"], options["soft_weight"] = convert_reduction(
-                self.reduction, logits_s
-            )
-        return losses.loss(logits_s, logits_t, temperature=self.temperature, **options)
+        reduction, weight = convert_reduction(self.reduction, logits_s)
+        return losses.loss(
+            logits_s, logits_t, temperature=self.temperature, soft_weight=weight,
+            reduction=reduction,
+        )  # fmt: skip

@@ -6,25 +6,10 @@ from torch import Tensor, nn
 
 from fastkd import losses
 from fastkd.compat.convention import (
-    Convention,
     check_none,
     check_normalizer,
     check_positive,
     mask_rows,
-)
-
-CONVENTION = Convention(
-    library="NeMo AutoModel",
-    before="from nemo_automodel.components.loss.kd_loss import KDLoss",
-    after="from fastkd.compat.nemo import KDLoss",
-    weights="none in the loss; the recipe's `kd_ratio` weighs the soft term",
-    denominator="rows not ignored, or `num_batch_labels`",
-    mask="rows whose label is `ignore_index`",
-    differences=(
-        "`fp32_upcast` and `chunk_size` have no effect: the arithmetic is always float32, and no "
-        "probabilities are stored.",
-        "Logits sharded over the vocabulary (`tp_group`, DTensor) are refused.",
-    ),
 )
 
 

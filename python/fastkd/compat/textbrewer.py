@@ -6,18 +6,7 @@ from torch import Tensor
 
 from fastkd import losses
 from fastkd._core import shapes
-from fastkd.compat.convention import Convention, check_positive
-
-CONVENTION = Convention(
-    library="TextBrewer",
-    before="from textbrewer.losses import kd_ce_loss, kd_mse_loss",
-    after="from fastkd.compat.textbrewer import kd_ce_loss, kd_mse_loss",
-    weights="none in the losses; `kd_loss_weight` weighs the soft and `hard_label_weight` the hard "
-    "term",
-    t_squared="no",
-    denominator="`kd_ce_loss`: rows; `kd_mse_loss`: all elements, classes too",
-    differences=("A tensor `temperature` has one entry, or one for each row.",),
-)
+from fastkd.compat.convention import check_positive
 
 
 def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor = 1) -> Tensor:
@@ -53,10 +42,5 @@ def _compute(
     else:
         temperature = check_positive("temperature", temperature)
     # The weight 1 / T^2 cancels fastkd's factor T^2.
-    return losses.loss(
-        student,
-        teacher,
-        temperature=temperature,
-        soft_weight=temperature**-2,
-        divergence=divergence,
-    )
+    options = {"temperature": temperature, "soft_weight": temperature**-2}
+    return losses.loss(student, teacher, divergence=divergence, **options)  # type: ignore[arg-type]

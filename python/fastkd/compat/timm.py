@@ -8,27 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_none, check_positive, check_weight
-
-CONVENTION = Convention(
-    library="timm",
-    before="from timm.task import LogitDistillationTask",
-    after="from fastkd.compat.timm import LogitDistillationTask",
-    weights="`task_loss_weight`: the hard term; `distill_loss_weight`: the soft term. Given the "
-    "first alone, the second is 1 - it; given none, both are 1",
-    denominator="rows",
-    differences=(
-        "`teacher_model` is a module, not a name. It gets the student's input as it is, where timm "
-        "renormalizes it if the two models' mean and standard deviation differ.",
-        "Without `criterion` the cross entropy is computed in the same pass; the entries "
-        "`task_loss` and `kd_loss` are then for the log and carry no gradient.",
-        "`prepare_distributed` and `compile` are missing: wrap the student first.",
-        "`criterion_kwargs` and `teacher_pretrained_...` are refused: pass a criterion and a "
-        "teacher that were made with them.",
-        "`device`, `dtype` and `verbose` have no effect: the task has no tensors of its own, "
-        "leaves the criterion where it is, and logs nothing.",
-    ),
-)
+from fastkd.compat.convention import check_none, check_positive, check_weight
 
 
 class LogitDistillationTask(nn.Module):

@@ -8,26 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, check_positive, check_weight, convert_reduction
-
-CONVENTION = Convention(
-    library="torchdistill",
-    before="from torchdistill.losses.mid_level import KDLoss",
-    after="from fastkd.compat.torchdistill import KDLoss",
-    weights="`alpha`: the hard term; `beta` (default 1 - alpha): the soft term",
-    t_squared="yes; but with `alpha` 0 or None, or without targets, neither T² nor `beta`",
-    denominator="hard: rows (the sum of their class weights); soft: the first dimension "
-    "(`batchmean`), or all elements (`mean`)",
-    differences=(
-        "`ignore_index` leaves a row out of both terms and of their denominators. torchdistill "
-        "leaves it out of the hard term alone, so it trains on the soft loss of padding.",
-        "With a YAML configuration, `register_mid_level_loss(KDLoss)` makes torchdistill use the "
-        "adapter instead of its own class.",
-        "`reduction='none'` is refused: torchdistill adds losses per class to losses per row.",
-        "`LogitStdKDLoss` standardizes over classes, whatever the shape. torchdistill standardizes "
-        "over the last dimension, which holds the classes only for (N, C). `eps` is always 1e-7.",
-    ),
-)
+from fastkd.compat.convention import check_positive, check_weight, convert_reduction
 
 
 class KDLoss(nn.Module):

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import losses, validation
-from fastkd.compat.convention import Convention, mask_rows
-
-CONVENTION = Convention(
-    library="torchtune",
-    before="from torchtune.modules.loss import ForwardKLLoss",
-    after="from fastkd.compat.torchtune import ForwardKLLoss",
-    weights="none in the losses; the recipes' `kd_ratio` weighs the soft term",
-    t_squared="no temperature",
-    denominator="rows not ignored",
-    mask="rows whose label is `ignore_index`",
-    differences=(
-        "If only the student masks a class (-inf), torchtune leaves that class out; here the "
-        "forward KL is infinite, as by its definition. The same holds for the reverse KL and a "
-        "class that only the teacher masks.",
-        "With every row ignored torchtune returns a constant, or 0 / 0 from the chunked reverse "
-        "and symmetric losses; here the loss is 0 with a zero gradient.",
-        "The chunked losses split the labels where the logits are split; `num_output_chunks` is "
-        "only compared with the number of chunks.",
-    ),
-)
-R = TypeVar("R")
+from fastkd.compat.convention import mask_rows
 
 
 class _MaskedLoss(nn.Module):
@@ -39,26 +19,15 @@ class _MaskedLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def _compute(
-        self,
-        function: Callable[..., R],
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        labels: Tensor,
-        normalize: bool,
-        **options: Any,
-    ) -> R:
+    def _options(self, student_logits: Tensor, labels: Tensor, normalize: bool) -> dict[str, Any]:
         rows = student_logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
                 f"labels must be as many as student_logits of shape {tuple(student_logits.shape)} "
                 f"have rows, {rows.numel()}; got shape {tuple(labels.shape)}"
             )
-        return function(
-            student_logits, teacher_logits, temperature=1.0, **options,
-            reduction="mean" if normalize else "sum",
-            **mask_rows(labels.reshape(rows), self.ignore_index),
-        )  # fmt: skip
+        mask = mask_rows(labels.reshape(rows), self.ignore_index)
+        return {"temperature": 1.0, "reduction": "mean" if normalize else "sum", **mask}
 
 
 class ForwardKLLoss(_MaskedLoss):
@@ -79,10 +48,8 @@ class ForwardKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        return self._compute(
-            losses.loss, student_logits, teacher_logits, labels, normalize,
-            divergence=self.divergence,
-        )  # fmt: skip
+        options = self._options(student_logits, labels, normalize)
+        return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
 
 class ReverseKLLoss(ForwardKLLoss):
@@ -113,10 +80,9 @@ class SymmetricKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        terms = self._compute(
-            losses.terms, student_logits, teacher_logits, labels, normalize,
-            divergence="symmetric_kl", mix=self.sym_kd_ratio,
-        )  # fmt: skip
+        options = self._options(student_logits, labels, normalize)
+        options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
+        terms = losses.terms(student_logits, teacher_logits, **options)
         # torchtune's forward half is -sum p log q, which is larger by the teacher's entropy.
         return terms.loss + self.sym_kd_ratio * terms.teacher_entropy
 

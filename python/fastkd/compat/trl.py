@@ -6,32 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import losses
+from fastkd import losses, validation
 from fastkd.compat.convention import (
-    Convention,
     check_normalizer,
     check_positive,
     choose_divergence,
     convert_reduction,
     mask_rows,
-)
-
-CONVENTION = Convention(
-    library="TRL",
-    before="from trl.experimental.gkd import GKDTrainer  # its generalized_jsd_loss",
-    after="from fastkd.compat.trl import generalized_jsd_loss",
-    weights="`beta`: the teacher in the mixture; no hard term",
-    t_squared="no",
-    denominator="`batchmean`: rows not ignored with labels, the first dimension without; `mean`: "
-    "that times the classes; or `num_items_in_batch`",
-    mask="rows whose label is -100",
-    differences=(
-        "`reduction='none'`, one loss for each class, is refused: fastkd never stores rows x "
-        "classes of losses.",
-        "With every row ignored, `reduction='mean'` and `num_items_in_batch=0` give 0, not NaN.",
-        "`num_items_in_batch` with several elements, which repeat it for every GPU, gives one "
-        "loss.",
-    ),
 )
 
 
@@ -65,6 +46,7 @@ def generalized_jsd_loss(
         >>> generalized_jsd_loss(student, teacher, beta=0.0)
         tensor(0.4621)
     """
+    validation.check_one_of("reduction", reduction, ("mean", "batchmean", "sum"))
     options: dict[str, Any] = {**choose_divergence(beta), **mask_rows(labels, -100)}
     options["reduction"], factor = convert_reduction(reduction, student_logits)
     if reduction == "batchmean" and labels is not None:

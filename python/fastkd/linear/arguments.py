@@ -15,10 +15,12 @@ from fastkd._core.arguments import (
     check_options_are_default,
     check_teacher_has_no_gradient,
 )
-from fastkd._core.objective import Objective, Options
-from fastkd._core.values import Head, TopK, check_head, check_topk
+from fastkd._core.objective import Options
+from fastkd._core.rows import mean_divisors
+from fastkd._core.values import Head, TopK, check_head
 from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
 
+_TEACHER_HEAD = ("teacher_hidden", "teacher_weight", "teacher_bias")
 _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplace")
 
 
@@ -26,60 +28,79 @@ def prepare_heads(
     student: Head, teacher: Teacher, labels: Tensor | None, options: Options, with_terms: bool
 ) -> tuple[Inputs, LinearCall]:
     """Check all arguments and flatten the rows, without choosing chunks yet."""
-    _check_head(student, "student", student.hidden.device)
+    device, lead = student.hidden.device, student.hidden.shape[:-1]
+    _check_head(student, "student", device)
     check_options_are_default(options, _LOGITS_OPTIONS, "a Head as student")
     if isinstance(teacher, Head):
         _check_teacher_head(student, teacher)
-        outputs = teacher.hidden
-    elif isinstance(teacher, TopK):
-        check_topk(teacher, "teacher")
-        outputs = teacher.log_probs
-    elif isinstance(teacher, Tensor):
-        outputs = teacher
-    else:
+    elif not isinstance(teacher, (TopK, Tensor)):
         raise TypeError(
             "teacher must be a Head, a TopK or a tensor of logits if student is a Head; got "
             f"{type(teacher).__name__}"
         )
-    dtype, teacher_dtype = _compute_dtypes(student.hidden, outputs, isinstance(teacher, Head))
-    objective, labels = _check_with_stand_ins(student, teacher, labels, options, dtype)
-    lead = student.hidden.shape[:-1]
-    denominator = None
-    if objective.reduction == "mean":
-        objective, denominator = _denominators(
-            objective, labels, math.prod(lead), acc_dtype(dtype, teacher_dtype), outputs.device
-        )
-    tensors, numbers = _split(objective)
-    tensors["denominator"] = denominator
-    if labels is not None:
-        is_distribution = labels.is_floating_point()
-        tensors["labels"] = (
-            labels.reshape(-1, labels.shape[-1]) if is_distribution else labels.reshape(-1)
-        )
-    tensors.update(hidden=student.hidden, weight=student.weight, bias=student.bias)
-    head = teacher if isinstance(teacher, Head) else None
+    dtype = _logits_dtype(student.hidden)
+    # A zero-stride stand-in for the logits, by which labels, options and lists are checked.
+    logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
+    stand_in = logits if isinstance(teacher, Head) else teacher
+    checked = check_arguments(logits, stand_in, labels, options._replace(chunks="auto"))
+    labels, objective = checked.labels, checked.objective
+    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
+    if all(checks.may_look(x) for x in data):
+        checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
+    tensors: dict[str, Tensor | None] = {}
     if isinstance(teacher, Head):
-        tensors.update(teacher_hidden=teacher.hidden)
-        tensors.update(teacher_weight=teacher.weight, teacher_bias=teacher.bias)
+        teacher_dtype = _logits_dtype(teacher.hidden)
+        tensors.update(zip(_TEACHER_HEAD, teacher[:3], strict=True))
     elif isinstance(teacher, TopK):
+        teacher_dtype = teacher.log_probs.dtype
+        if checks.may_look(teacher.indices):
+            checks.check_lists(logits, *teacher[:2], labels, objective.ignore_index)
         tensors.update(topk_indices=teacher.indices, topk_log_probs=teacher.log_probs)
     else:
-        tensors.update(teacher_logits=teacher)
-    for name, value in tensors.items():
-        if value is not None:
+        teacher_dtype = teacher.dtype
+        tensors["teacher_logits"] = teacher
+    if objective.reduction == "mean":
+        acc = acc_dtype(dtype, teacher_dtype)
+        hard, soft = mean_divisors(math.prod(lead), labels, objective, acc)
+        if not isinstance(soft, Tensor):
+            soft = torch.full((), soft, device=device, dtype=acc)
+        tensors["denominator"] = soft.to(acc)
+        # The loops divide both terms by the soft term's divisor.
+        if objective.class_weight is not None and objective.normalizer is None:
+            weight = objective.class_weight * (soft / hard)
+            objective = objective._replace(class_weight=weight)
+    if objective.teacher_temperature is objective.temperature:
+        objective = objective._replace(teacher_temperature=None)  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {}
+    for name, value in objective._replace(normalizer=None)._asdict().items():
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name} gets no gradient if student is a Head; got a tensor that requires "
+                    f"grad. Pass student.logits() instead of the Head, or .detach() {name}"
+                )
+            tensors[name], value = value.reshape(-1) if value.dim() > 0 else value, 1.0
+        if name in LinearCall._fields:
+            numbers[name] = value
+    if labels is not None:
+        classes = labels.shape[-1:] if labels.is_floating_point() else ()
+        tensors["labels"] = labels.reshape(-1, *classes)
+    tensors = {name: None if x is None else x.detach() for name, x in tensors.items()}
+    tensors.update(zip(("hidden", "weight", "bias"), student[:3], strict=True))
+    for name, x in tensors.items():
+        if x is not None:
             if name in OUTPUTS_OF_ROWS:
-                value = value.reshape(math.prod(lead), value.shape[-1])
-            is_student = name in ("hidden", "weight", "bias")
-            tensors[name] = checks.to_savable(value if is_student else value.detach())
+                x = x.reshape(math.prod(lead), x.shape[-1])
+            tensors[name] = checks.to_savable(x)
     tracked = torch.is_grad_enabled()
-    wants = [tracked and value is not None and value.requires_grad for value in student[:3]]
+    wants = [tracked and x is not None and x.requires_grad for x in student[:3]]
     return Inputs(**{name: tensors.get(name) for name in Inputs._fields}), LinearCall(  # type: ignore[arg-type]
         **numbers,
-        tail=teacher.tail if isinstance(teacher, TopK) else "ghost",
+        tail=getattr(teacher, "tail", "ghost"),
         student_softcap=student.softcap,
-        teacher_softcap=None if head is None else head.softcap,
+        teacher_softcap=getattr(teacher, "softcap", None),
         student_scale=student.scale or 1.0,
-        teacher_scale=1.0 if head is None else head.scale or 1.0,
+        teacher_scale=getattr(teacher, "scale", None) or 1.0,
         dtype=dtype,
         teacher_dtype=teacher_dtype,
         accumulate=student.weight.dtype,
@@ -90,77 +111,6 @@ def prepare_heads(
         bias_grad=wants[2],
         with_terms=with_terms,
     )
-
-
-def _check_with_stand_ins(
-    student: Head, teacher: Teacher, labels: Tensor | None, options: Options, dtype: torch.dtype
-) -> tuple[Objective, Tensor | None]:
-    """Check labels and options against a zero-stride stand-in for the logits, and return them."""
-    shape = (*student.hidden.shape[:-1], student.weight.shape[0])
-    logits = torch.empty((), dtype=dtype, device=student.hidden.device).expand(shape)
-    call = check_arguments(
-        logits,
-        logits if isinstance(teacher, Head) else teacher,
-        labels,
-        options._replace(chunks="auto"),
-    )
-    labels, objective = call.labels, call.objective
-    data = [x for x in (labels, objective.temperature) if isinstance(x, Tensor)]
-    if all(checks.may_look(x) for x in data):
-        checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
-    if isinstance(teacher, TopK) and checks.may_look(teacher.indices):
-        checks.check_lists(logits, *teacher[:2], labels, objective.ignore_index)
-    return objective, labels
-
-
-def _split(objective: Objective) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Return the tensors of ``Inputs`` and the numbers of ``LinearCall``."""
-    if objective.teacher_temperature is objective.temperature:
-        objective = objective._replace(teacher_temperature=None)  # type: ignore[arg-type]
-    tensors: dict[str, Tensor | None] = {}
-    numbers: dict[str, Any] = {}
-    for name, value in objective._asdict().items():
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                raise ValueError(
-                    f"{name} gets no gradient if student is a Head; got a tensor that requires "
-                    f"grad. Pass student.logits() instead of the Head, or .detach() {name}"
-                )
-            tensors[name] = value.reshape(-1) if value.dim() > 0 else value
-            value = 1.0
-        numbers[name] = value
-    for name in ("class_weight", "normalizer", "teacher_form", "teacher_weights", "ensemble"):
-        del numbers[name]
-    return tensors, numbers
-
-
-def _denominators(
-    objective: Objective,
-    labels: Tensor | None,
-    rows: int,
-    acc: torch.dtype,
-    device: torch.device,
-) -> tuple[Objective, Tensor]:
-    """Return the objective and the mean's divisor, a 0-d tensor on ``device``.
-
-    The loops divide both terms by the soft term's divisor. Class weights are therefore multiplied
-    by the ratio of the soft to the hard divisor.
-    """
-    normalizer = objective.normalizer
-    if normalizer is not None:
-        value = torch.as_tensor(normalizer, dtype=acc, device=device)
-        return objective._replace(normalizer=None), value
-    if labels is None or labels.is_floating_point():
-        return objective, torch.full((), max(1, rows), dtype=acc, device=device)
-    valid = labels != objective.ignore_index
-    count = valid.sum().clamp(min=1).to(acc)
-    if objective.class_weight is not None:
-        # A label out of range makes its row NaN whatever it weighs.
-        classes = labels.clamp(0, len(objective.class_weight) - 1)
-        total = objective.class_weight[classes].where(valid, 0).sum()
-        share = count / total.where(total != 0, 1.0)
-        objective = objective._replace(class_weight=objective.class_weight * share)
-    return objective, count
 
 
 def _check_head(head: Head, owner: str, device: torch.device) -> None:
@@ -204,46 +154,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _compute_dtypes(
-    hidden: Tensor, outputs: Tensor, is_head: bool
-) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtypes of the student's and the teacher's logits: under autocast, its dtype.
-
-    Autocast does not change float64, nor the teacher's logits if they are given.
-    """
-    fast, double = _autocast_dtype(hidden.device), torch.float64
-    if fast is None:
-        return hidden.dtype, outputs.dtype
-    student = double if hidden.dtype is double else fast
-    return student, fast if is_head and outputs.dtype is not double else outputs.dtype
-
-
-# ---- inputs of the chunk planner
-
-
-def cast_per_class(inputs: Inputs, call: LinearCall) -> int:
-    """Return the bytes of autocast's copies of the weights, for each class."""
-    return sum(
-        0 if weight is None or weight.dtype == dtype else weight.shape[1] * dtype.itemsize
-        for weight, dtype in (
-            (inputs.weight, call.dtype),
-            (inputs.teacher_weight, call.teacher_dtype),
-        )
-    )
-
-
-def copied_per_row(inputs: Inputs, call: LinearCall) -> int:
-    """Return the bytes of copied hidden states, for each row, if all rows are computed at once.
-
-    Rows that are not ignored are copied, and autocast copies to another dtype.
-    """
-    labels = inputs.labels
-    ignores = labels is not None and not labels.is_floating_point()
-    return sum(
-        hidden.shape[1] * (ignores * hidden.itemsize + (hidden.dtype != dtype) * dtype.itemsize)
-        for hidden, dtype in (
-            (inputs.hidden, call.dtype),
-            (inputs.teacher_hidden, call.teacher_dtype),
-        )
-        if hidden is not None
-    )
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a head's logits: under autocast, its dtype; it leaves float64 alone."""
+    autocast = _autocast_dtype(hidden.device)
+    return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast

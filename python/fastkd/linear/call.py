@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd._core import dispatch, topk
 from fastkd._core.arguments import Call
 from fastkd._core.objective import PER_ROW_OPTIONS, Objective
-from fastkd._core.values import TopK
+from fastkd._core.values import Head, TopK
+from fastkd.linear import products
 
 
 class Inputs(NamedTuple):
@@ -46,7 +46,7 @@ _ROW_FIELDS = (*OUTPUTS_OF_ROWS, "labels", *PER_ROW_OPTIONS, "grad_rows")
 
 
 class LinearCall(NamedTuple):
-    """The numbers and names of a call, in the order of the op's schema (loops.py)."""
+    """The numbers and names of a call, in the order of the op's schema (loss.py)."""
 
     temperature: float
     teacher_temperature: float | None
@@ -95,26 +95,32 @@ def defers_mean_division(call: LinearCall) -> bool:
 
 def objective_of(inputs: Inputs, call: LinearCall) -> Objective:
     """Build the Objective for a chunk, or for all rows."""
-    numbers: dict[str, Any] = {}
-    for name in PER_ROW_OPTIONS:
-        tensor = getattr(inputs, name)
-        numbers[name] = getattr(call, name) if tensor is None else tensor
+    numbers = {
+        name: getattr(call, name) for name in LinearCall._fields if name in Objective._fields
+    }
+    tensors = {name: getattr(inputs, name) for name in PER_ROW_OPTIONS}
+    numbers |= {name: value for name, value in tensors.items() if value is not None}
     if numbers["teacher_temperature"] is None:
         numbers["teacher_temperature"] = numbers["temperature"]
     return Objective(
         **numbers,
-        ignore_index=call.ignore_index,
-        reduction=call.reduction,
-        label_smoothing=call.label_smoothing,
         class_weight=inputs.class_weight,
         normalizer=inputs.denominator if call.reduction == "mean" else None,
-        divergence=call.divergence,
-        mix=call.mix,
         teacher_form="logits",
         teacher_weights=None,
         ensemble="probs",
-        standardize=call.standardize,
     )
+
+
+def make_heads(inputs: Inputs, call: LinearCall) -> tuple[Head, Head | None]:
+    """Return the student's head, and the teacher's if it has one."""
+    student = Head(
+        inputs.hidden, inputs.weight, inputs.bias, call.student_softcap, call.student_scale
+    )
+    if inputs.teacher_hidden is None or inputs.teacher_weight is None:
+        return student, None
+    tensors = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
+    return student, Head(*tensors, call.teacher_softcap, call.teacher_scale)
 
 
 class Outputs(NamedTuple):
@@ -182,29 +188,6 @@ def make_call(
     return Call(student, (), part.labels, objective, dtype, lists)
 
 
-_REFERENCE_LOGITS = 24
-"""Upper bound on logits-sized tensors saved by autograd for an unfused loss."""
-
-
-def logits_per_row(inputs: Inputs, call: LinearCall) -> float:
-    """Return how many tensors of logits, in the student's dtype, exist at a time."""
-    buffers = 2.0  # student and teacher
-    if inputs.topk_indices is not None:
-        # Lists of 8-byte numbers: those of a chunk, and their copies for the kernel.
-        lists = 4 * 8 * inputs.topk_indices.shape[-1]
-        # The student, its gradient, and the lists.
-        buffers = 1 + call.grads + lists / (inputs.weight.shape[0] * call.dtype.itemsize)
-        fused = topk.is_fused(inputs.hidden)
-    else:
-        fused = dispatch.is_fused(inputs.hidden, inputs.labels, objective_of(inputs, call))
-    if call.student_softcap is not None and call.grads:
-        buffers += 1
-    if not fused:
-        wide = acc_dtype(call.dtype, call.teacher_dtype)
-        buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
-    return buffers
-
-
 def power_of(factors: Tensor) -> Tensor:
     """Return a power-of-two scale s such that abs(factors) / s <= 1.
 
@@ -215,10 +198,26 @@ def power_of(factors: Tensor) -> Tensor:
     return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
 
 
-def soft_cap_(logits: Tensor, cap: float, slope: Tensor | None) -> None:
-    """Set logits to cap * tanh(logits / cap), and ``slope`` to the derivative of that function."""
-    logits.div_(cap)
-    if slope is not None:
-        # 1 / cosh^2: 1 - tanh^2 would cancel in 16 bits.
-        torch.cosh(logits, out=slope).pow_(-2)
-    logits.tanh_().mul_(cap)
+def add_gradients(
+    out: Outputs,
+    call: LinearCall,
+    grad: Tensor,
+    hidden: Tensor,
+    factor: Tensor | None,
+    power: Tensor | None,
+    classes: slice,
+    first: bool,
+) -> None:
+    """Add a chunk's part to the gradients of weight and bias; with ``first``, write it.
+
+    ``factor``: that of each row; the sums lack the ``power`` of two (:func:`power_of`).
+    """
+    ones = grad.new_ones(len(grad), 1)
+    if factor is not None and power is not None:
+        ones = (factor / power).to(call.dtype).unsqueeze(1)
+        hidden = hidden * ones
+    if call.weight_grad:
+        products.add_product_(out.weight[classes], grad.t(), hidden, call.student_scale, first)
+    if call.bias_grad:
+        total = out.bias[classes].unsqueeze(1)
+        products.add_product_(total, grad.t(), ones, call.student_scale, first)

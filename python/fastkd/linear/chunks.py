@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from fastkd import validation
-from fastkd._core import autograd
+from fastkd._core import autograd, dispatch, topk
 from fastkd._core.arguments import Teacher
 from fastkd._core.objective import Options
 from fastkd._core.values import Head
 from fastkd.linear import class_loop
-from fastkd.linear.arguments import cast_per_class, copied_per_row, prepare_heads
-from fastkd.linear.call import Inputs, LinearCall, logits_per_row
+from fastkd.linear.arguments import prepare_heads
+from fastkd.linear.call import Inputs, LinearCall, acc_dtype, objective_of
 from fastkd.linear.planner import ChunkBy, Plan, Sizes, check_accumulate_dtype, plan_sizes
 
 __all__ = ["Plan", "plan"]
 
 _CHUNK_BY: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
 _TYPICAL_ROWS = 4096
+_REFERENCE_LOGITS = 24
+"""Upper bound on logits-sized tensors saved by autograd for an unfused loss."""
 
 
 def plan(
@@ -146,29 +148,45 @@ def choose_plan(chunks: Plan | Literal["auto"], inputs: Inputs, call: LinearCall
 
 def sizes_of(inputs: Inputs, call: LinearCall) -> Sizes:
     """Return the properties of a call that decide its chunks."""
-    classes, width = inputs.weight.shape
+    (classes, width), labels = inputs.weight.shape, inputs.labels
+    heads = [(inputs.hidden, inputs.weight, call.dtype)]
+    if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
+        heads.append((inputs.teacher_hidden, inputs.teacher_weight, call.teacher_dtype))
+    ignores = labels is not None and not labels.is_floating_point()
+    buffers, teacher_dtype = 2.0, call.teacher_dtype
+    if inputs.topk_indices is None:
+        is_fused = dispatch.is_fused(inputs.hidden, labels, objective_of(inputs, call))
+    else:
+        # The student, its gradient, and lists of 8-byte numbers: those of a chunk, and their copies
+        # for the kernel.
+        is_fused, teacher_dtype = topk.is_fused(inputs.hidden), call.dtype
+        lists = 4 * 8 * inputs.topk_indices.shape[-1]
+        buffers = 1 + call.grads + lists / (classes * call.dtype.itemsize)
+    if call.student_softcap is not None and call.grads:
+        buffers += 1
+    if not is_fused:
+        wide = acc_dtype(call.dtype, call.teacher_dtype)
+        buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
     return Sizes(
         _rows(inputs.hidden),
         classes,
         width,
-        0 if inputs.teacher_weight is None else inputs.teacher_weight.shape[1],
+        0 if len(heads) == 1 else heads[1][1].shape[1],
         call.dtype,
-        call.dtype if inputs.topk_indices is not None else call.teacher_dtype,
+        teacher_dtype,
         inputs.weight.dtype,
         call.weight_grad,
         "cpu" if inputs.hidden.device.type == "cpu" else "cuda",
-        logits_per_row(inputs, call),
-        cast_per_class(inputs, call),
-        copied_per_row(inputs, call),
+        logits_per_row=buffers,
+        cast_per_class=sum(w.shape[1] * d.itemsize for _, w, d in heads if w.dtype != d),
+        copied_per_row=sum(
+            h.shape[1] * (ignores * h.itemsize + (h.dtype != d) * d.itemsize) for h, _, d in heads
+        ),
     )
 
 
 def _rows(hidden: Tensor) -> int:
-    """Return the number of rows, or a typical one if a trace does not know it.
-
-    After a boolean mask the number of rows depends on the data. The row count is used only to
-    choose the chunk size.
-    """
+    """Return the number of rows, or a typical one if a trace does not know it (a boolean mask)."""
     rows = hidden.shape[0]
     if not autograd.is_traced():
         return rows

@@ -11,32 +11,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd._core import dispatch
 from fastkd._core.arguments import Call
+from fastkd._core.values import Head
 from fastkd.linear import products
 from fastkd.linear.call import (
     Inputs,
     LinearCall,
     Outputs,
     acc_dtype,
+    add_gradients,
     defers_mean_division,
     empty_outputs,
     make_call,
+    make_heads,
     objective_of,
     power_of,
     select_rows,
-    soft_cap_,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
 from fastkd.linear.planner import (
     ALIGNMENT,
     PADDING,
-    ClassChunk,
     buffer_bytes,
     class_chunks,
     separate_classes,
@@ -62,138 +62,94 @@ def missing(inputs: Inputs, call: LinearCall) -> list[str]:
     return names
 
 
-class _Logits(NamedTuple):
-    """The logits of a chunk; ``PADDING`` classes beyond ``size`` are masked."""
-
-    size: int
-    student: Tensor
-    teacher: Tensor
-    slope: Tensor
-    """The derivative of the student's soft cap; empty without a soft cap."""
-
-
 class _Loop:
-    """The buffers of a call, and the two passes over its classes."""
+    """The rows that count, the buffers of their logits, and the two passes over the classes."""
 
     def __init__(
         self, inputs: Inputs, call: LinearCall, weight_grad: Tensor, counted: Tensor | None
     ) -> None:
         """Select the rows that are not ignored; ``weight_grad`` may be empty."""
-        teacher_logits = inputs.teacher_logits
+        self.teacher_logits = inputs.teacher_logits
         if counted is not None:  # the teacher's logits are selected chunk by chunk
             without = inputs._replace(teacher_logits=None)
             inputs = inputs._replace(**select_rows(without, counted))
-        self.inputs = inputs._replace(teacher_logits=teacher_logits)
-        self.call, self.counted = call, counted
-        self.hidden = inputs.hidden.to(call.dtype)
-        self.teacher_hidden = None
-        if inputs.teacher_hidden is not None:
-            self.teacher_hidden = inputs.teacher_hidden.to(call.teacher_dtype)
+        self.inputs, self.call, self.counted = inputs, call, counted
+        student, self.teacher = make_heads(inputs, call)
+        self.student = student._replace(hidden=inputs.hidden.to(call.dtype))
+        if self.teacher is not None:
+            hidden = self.teacher.hidden.to(call.teacher_dtype)
+            self.teacher = self.teacher._replace(hidden=hidden)
         self.objective = objective_of(inputs, call)._replace(reduction="none", normalizer=None)
-        # labels_in() returns positions in a chunk, from 0 on, and -1 for ignored rows.
-        self.chunk_objective = self.objective._replace(ignore_index=-1)
         self.weight_grad = weight_grad.view(-1).view(torch.uint8)
-        self.grad_row = self.weight_grad.numel() // inputs.weight.shape[0]
+        rows, classes = len(inputs.hidden), len(inputs.weight)
+        self.grad_row = self.weight_grad.numel() // classes
         needs_slope = call.student_softcap is not None and call.grads
         self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * needs_slope)
         self.item = sum(dtype.itemsize for dtype in self.dtypes)
-        rows, classes = len(self.hidden), inputs.weight.shape[0]
         separate = separate_classes(min(call.chunk, classes), self.grad_row > 0)
         self.buffer = self.weight_grad.new_empty(buffer_bytes(rows, separate, self.item))
 
-    def chunks(self, *, writes: bool) -> Iterator[tuple[slice, _Logits]]:
-        """Yield the logits of all classes, chunk by chunk, in memory that each overwrites."""
-        rows, classes = len(self.hidden), self.inputs.weight.shape[0]
-        for chunk in class_chunks(
-            rows, classes, self.call.chunk, self.item, self.grad_row, writes=writes
-        ):
-            logits = self._memory(chunk)
-            part = slice(chunk.start, chunk.start + chunk.size)
-            self._student(logits, part, writes)
-            self._teacher(logits, part)
-            for values in (logits.student, logits.teacher):
-                values[:, chunk.size :] = -math.inf
-            yield part, logits
+    def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
+        """Yield the logits of all classes, chunk by chunk, in memory that each overwrites.
 
-    def _memory(self, chunk: ClassChunk) -> _Logits:
-        rows, width = len(self.hidden), chunk.size + PADDING
-        start, memory = 0, self.buffer
-        if chunk.is_inside:
-            memory = self.weight_grad
-            start = memory.numel() - buffer_bytes(rows, chunk.size, self.item)
-        parts: list[Tensor] = []
-        for dtype in self.dtypes:
-            start = -(-start // ALIGNMENT) * ALIGNMENT
-            size = rows * width * dtype.itemsize
-            parts.append(memory[start : start + size].view(dtype).view(rows, width))
-            start += size
-        slope = parts[2][:, : chunk.size] if len(parts) > 2 else parts[0][:0]
-        return _Logits(chunk.size, parts[0], parts[1], slope)
-
-    def _student(self, logits: _Logits, part: slice, writes: bool) -> None:
-        call, inputs = self.call, self.inputs
-        out = logits.student[:, : logits.size]
-        weight = inputs.weight[part].to(call.dtype)
-        bias = None if inputs.bias is None else inputs.bias[part].to(call.dtype)
-        products.logits_(out, self.hidden, weight, bias, call.student_scale)
-        if call.student_softcap is not None:
-            soft_cap_(out, call.student_softcap, logits.slope if writes else None)
-
-    def _teacher(self, logits: _Logits, part: slice) -> None:
-        call, inputs = self.call, self.inputs
-        out = logits.teacher[:, : logits.size]
-        if inputs.teacher_logits is not None:
-            if self.counted is None:
-                out.copy_(inputs.teacher_logits[:, part])
-            else:
-                torch.index_select(inputs.teacher_logits[:, part], 0, self.counted, out=out)
-            return
-        if self.teacher_hidden is None or inputs.teacher_weight is None:
-            raise ValueError(
-                "by_classes=True needs teacher_logits, or teacher_hidden and teacher_weight; "
-                "got none of them"
-            )
-        weight, bias = inputs.teacher_weight[part].to(call.teacher_dtype), inputs.teacher_bias
-        bias = None if bias is None else bias[part].to(call.teacher_dtype)
-        products.logits_(out, self.teacher_hidden, weight, bias, call.teacher_scale)
-        if call.teacher_softcap is not None:
-            soft_cap_(out, call.teacher_softcap, None)
-
-    def labels_in(self, part: slice) -> Tensor | None:
-        """Return the labels as positions in a chunk.
-
-        A label outside the chunk becomes the position of the first masked class.
+        Each chunk is (its classes, the core's call, the derivative of the student's soft cap). The
+        call has ``PADDING`` masked classes at the end.
         """
-        labels, size = self.inputs.labels, part.stop - part.start
-        if labels is None:
-            return None
-        is_inside = (labels >= part.start) & (labels < part.stop)
-        positions = (labels - part.start).where(is_inside, size)
-        # Ignored rows are still there while a CUDA graph is captured.
-        ignored: Tensor = labels == self.call.ignore_index
-        return torch.where(ignored, self.chunk_objective.ignore_index, positions)
-
-    def core_call(self, logits: _Logits, labels: Tensor | None) -> Call:
-        """Return the core's call for a chunk."""
-        part = self.inputs._replace(labels=labels)
-        return make_call(logits.student, logits.teacher, part, self.chunk_objective, self.call)
+        call, inputs, rows = self.call, self.inputs, len(self.inputs.hidden)
+        for start, size, is_inside in class_chunks(
+            rows, len(inputs.weight), call.chunk, self.item, self.grad_row, writes=writes
+        ):
+            part = slice(start, start + size)
+            memory = self.weight_grad if is_inside else self.buffer
+            begin = memory.numel() - buffer_bytes(rows, size, self.item)
+            buffers: list[Tensor] = []
+            for dtype in self.dtypes:
+                begin = -(-begin // ALIGNMENT) * ALIGNMENT
+                end = begin + rows * (size + PADDING) * dtype.itemsize
+                buffers.append(memory[begin:end].view(dtype).view(rows, size + PADDING))
+                begin = end
+            slope = buffers[2][:, :size] if len(buffers) > 2 and writes else None
+            student, teacher = (buffer[:, :size] for buffer in buffers[:2])
+            products.logits_(student, _select_classes(self.student, part), slope)
+            if self.teacher is not None:
+                products.logits_(teacher, _select_classes(self.teacher, part))
+            elif self.teacher_logits is None:
+                raise ValueError(
+                    "by_classes=True needs teacher_logits, or teacher_hidden and teacher_weight; "
+                    "got none of them"
+                )
+            elif self.counted is None:
+                teacher.copy_(self.teacher_logits[:, part])
+            else:
+                torch.index_select(self.teacher_logits[:, part], 0, self.counted, out=teacher)
+            for values in buffers[:2]:
+                values[:, size:] = -math.inf
+            labels, objective = inputs.labels, self.objective._replace(ignore_index=-1)
+            if labels is not None:
+                # Labels become positions in the chunk, those of other classes the first masked one.
+                positions = (labels - start).where(
+                    (labels >= start) & (labels < start + size), size
+                )
+                # Ignored rows are still there while a CUDA graph is captured.
+                labels = positions.masked_fill(labels == call.ignore_index, -1)
+            chunk = inputs._replace(labels=labels)
+            yield part, make_call(buffers[0], buffers[1], chunk, objective, call), slope
 
     def statistics(self) -> RowStatistics:
         """Run the first pass over the classes."""
         acc = acc_dtype(self.call.dtype, self.call.teacher_dtype)
-        like = self.hidden.new_empty((), dtype=acc)
-        rows = RowStatistics(len(self.hidden), self.objective, like)
-        for part, logits in self.chunks(writes=False):
-            labels = self.labels_in(part)
-            divergence, stats = dispatch.statistics(self.core_call(logits, labels))
+        like = self.inputs.hidden.new_empty((), dtype=acc)
+        rows = RowStatistics(len(self.inputs.hidden), self.objective, like)
+        for _, core, _ in self.chunks(writes=False):
             label_logits = None
-            if labels is not None:
-                positions = labels.clamp(0, logits.size).unsqueeze(1)
-                label_logits = logits.student.gather(1, positions).squeeze(1)
+            divergence, stats = dispatch.statistics(core)
+            if core.labels is not None:
+                positions = core.labels.clamp(min=0).unsqueeze(1)
+                label_logits = core.student.gather(1, positions).squeeze(1)
             rows.add(divergence, stats, label_logits)
         labels = self.inputs.labels
         if labels is not None:  # labels on a GPU are not checked before
-            is_class = (labels >= 0) & (labels < self.inputs.weight.shape[0])
+            is_class = (labels >= 0) & (labels < len(self.inputs.weight))
             rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows
 
@@ -202,31 +158,27 @@ class _Loop:
 
         ``out.hidden`` has the rows that are not ignored, in the dtype of the sum.
         """
-        call, inputs, scale = self.call, self.inputs, self.call.student_scale
-        factor, hidden = inputs.grad_rows, self.hidden
-        ones = hidden.new_ones(len(hidden), 1)
-        if factor is not None:
-            power = power_of(factor)
-            ones = (factor / power).to(call.dtype)[:, None]
-            hidden = hidden * ones
-        for part, logits in self.chunks(writes=True):
-            labels = self.labels_in(part)
-            dispatch.gradient_(self.core_call(logits, labels), stats)
-            grad = logits.student[:, : logits.size]
-            if logits.slope.numel():
-                grad.mul_(logits.slope)
+        call, factor = self.call, self.inputs.grad_rows
+        power = None if factor is None else power_of(factor)
+        for part, core, slope in self.chunks(writes=True):
+            dispatch.gradient_(core, stats)
+            grad, first = core.student[:, :-PADDING], part.start == 0
+            if slope is not None:
+                grad.mul_(slope)
             if call.hidden_grad:
-                weight = inputs.weight[part].to(call.dtype)
-                products.add_product_(out.hidden, grad, weight, scale, part.start == 0)
-            if call.weight_grad:
-                products.add_product_(out.weight[part], grad.t(), hidden, scale, True)
-            if call.bias_grad:
-                products.add_product_(out.bias[part].unsqueeze(1), grad.t(), ones, scale, True)
-        if factor is not None:
+                weight = self.student.weight[part].to(call.dtype)
+                products.add_product_(out.hidden, grad, weight, call.student_scale, first)
+            add_gradients(out, call, grad, self.student.hidden, factor, power, part, first=True)
+        if factor is not None and power is not None:
             out.weight.mul_(power)
             out.bias.mul_(power)
             if call.hidden_grad:
                 out.hidden.mul_(factor.unsqueeze(1))
+
+
+def _select_classes(head: Head, part: slice) -> Head:
+    bias = None if head.bias is None else head.bias[part]
+    return head._replace(weight=head.weight[part], bias=bias)
 
 
 def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
@@ -252,11 +204,11 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None) -> Outputs:
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide = acc_dtype(call.dtype, inputs.hidden.dtype)
-        out = out._replace(hidden=loop.hidden.new_empty(loop.hidden.shape, dtype=wide))
+        wide, shape = acc_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
+        out = out._replace(hidden=inputs.hidden.new_empty(shape, dtype=wide))
     loop.gradients(stats, out)
-    hidden = out.hidden
     del loop
+    hidden = out.hidden
     if call.hidden_grad and counted is not None:
         hidden = inputs.hidden.new_zeros(inputs.hidden.shape)
         hidden[counted] = out.hidden.to(hidden.dtype)

@@ -1,16 +1,31 @@
-"""Compute the loss of a Head student in chunks of logits."""
+"""Compute the loss of a Head student in chunks of logits: plan, loop, op and derivatives."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fastkd import reference
+from fastkd._core import autograd, dense, dispatch, shapes
 from fastkd._core.arguments import Teacher
-from fastkd._core.autograd import is_traced, is_transformed
 from fastkd._core.objective import Options
 from fastkd._core.values import Head
-from fastkd.linear import autograd, chunks
+from fastkd.linear import chunks, class_loop, products, row_loop
 from fastkd.linear.arguments import prepare_heads
-from fastkd.linear.call import LinearCall
+from fastkd.linear.call import (
+    Inputs,
+    LinearCall,
+    Outputs,
+    counted_rows,
+    defers_mean_division,
+    empty_outputs,
+    make_call,
+    make_heads,
+    objective_of,
+)
 
 
 def compute(
@@ -19,21 +34,175 @@ def compute(
     """Check the arguments, plan the chunks, and compute the loss, or all terms stacked."""
     inputs, call = prepare_heads(student, teacher, labels, options, with_terms)
     plan = chunks.choose_plan(options.chunks, inputs, call)
-    if is_transformed():
-        return autograd.by_operations(inputs, call).reshape(_shape(student, call))
     call = call._replace(
         accumulate=plan.accumulate,
         chunk=max(1, plan.chunk),
         by_classes=plan.chunk_by == "classes",
     )
-    if call.grads and not is_traced():  # a traced op has its own autograd kernel
-        out = autograd.LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
+    if autograd.is_transformed():
+        out = _compute_by_operations(inputs, call)
+    elif call.grads and not autograd.is_traced():  # a traced op has its own autograd kernel
+        out = _LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
-        out = autograd.compute(inputs, call).loss
-    return out.reshape(_shape(student, call))  # type: ignore[no-any-return]
-
-
-def _shape(student: Head, call: LinearCall) -> tuple[int, ...]:
-    """Return the shape of the result."""
+        out = _compute_in_chunks(inputs, call).loss
     rows = student.hidden.shape[:-1] if call.reduction == "none" else ()
-    return (6, *rows) if call.with_terms else tuple(rows)
+    return out.reshape((len(reference.Terms._fields), *rows) if with_terms else rows)
+
+
+def _compute_in_chunks(inputs: Inputs, call: LinearCall) -> Outputs:
+    """Run the loop over chunks; while operations are traced, call it as a single op."""
+    if autograd.is_traced():
+        return Outputs(*torch.ops.fastkd.linear_loss(list(inputs), *call))
+    return _run(inputs, call)
+
+
+def _run(inputs: Inputs, call: LinearCall) -> Outputs:
+    """Compute the loss, and its gradients for a grad_output of 1.
+
+    With ``defers_mean_division()`` the gradients lack the division by the denominator.
+    """
+    if call.chunk < 1:
+        raise ValueError(f"chunk must be 1 or more; got {call.chunk}")
+    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):
+        counted = counted_rows(inputs.labels, call.ignore_index)
+        rows = inputs.hidden.shape[0] if counted is None else counted.numel()
+        if rows == 0:
+            return Outputs(*(value.zero_() for value in empty_outputs(inputs, call)))
+        loop = class_loop.run if call.by_classes else row_loop.run
+        return loop(inputs, call, counted)
+
+
+def _compute_by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
+    """Compute the loss, or all terms, by differentiable operations on all rows at once.
+
+    Second derivatives and function transforms need this.
+    """
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        labels, teacher = inputs.labels, inputs.teacher_logits
+        student_head, teacher_head = make_heads(inputs, call)
+        if labels is not None and not labels.is_floating_point():
+            ignored = (labels == call.ignore_index).unsqueeze(1)  # these rows may hold NaN
+            student_head = student_head._replace(hidden=inputs.hidden.masked_fill(ignored, 0))
+        student = _cast(student_head, call.dtype).logits()
+        if teacher_head is not None:
+            teacher = _cast(teacher_head, call.teacher_dtype).logits()
+        core = make_call(student, teacher, inputs, objective_of(inputs, call), call)
+        return dispatch.compute(core, call.with_terms)
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    return Head(*(x.to(dtype) if isinstance(x, Tensor) else x for x in head))  # type: ignore[arg-type]
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The loss by a loop over chunks; forward computes the gradients unless reduction is "none"."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LinearCall, *tensors: Tensor | None) -> Any:
+        """Compute the loss or all terms; ``tensors`` are the fields of ``Inputs``."""
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        in_backward = call.reduction == "none"
+        without = call._replace(hidden_grad=False, weight_grad=False, bias_grad=False)
+        out, *grads = _compute_in_chunks(inputs, without if in_backward else call)
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        # Not saved by save_for_backward: backward scales the gradients in place and returns them.
+        ctx.grads = None if in_backward else tuple(grads)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """Compute the gradients of hidden states, weight and bias."""
+        call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
+        wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
+        others = [None] * len(inputs[3:])
+        if call.with_terms:  # only the loss, the first of the terms, has a gradient
+            grad_output, call = grad_output[0], call._replace(with_terms=False)
+        if autograd.needs_formula(grad_output):
+            leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
+            with torch.enable_grad():
+                loss = _compute_by_operations(inputs, call)
+                found = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
+            return (None, *(next(found) if want else None for want in wanted), *others)
+        scale: Tensor | None = grad_output
+        if call.reduction == "none":
+            inputs = inputs._replace(grad_rows=grad_output.contiguous())
+            _, *grads = _compute_in_chunks(inputs, call._replace(reduction="sum"))
+            scale = None
+        else:
+            grads = ctx.grads
+            if not autograd.is_traced():
+                ctx.grads = None
+            if grads is None:  # retain_graph=True: the first backward returned them
+                _, *grads = _compute_in_chunks(inputs, call)
+            if defers_mean_division(call):
+                assert inputs.denominator is not None
+                divisor = inputs.denominator
+                # The divisor may be 0 if every row is ignored; the gradient is then 0.
+                scale = grad_output / divisor.where(divisor != 0, 1)
+        scaled = [
+            _scaled(grad, scale, leaf.dtype) if want and leaf is not None else None
+            for grad, leaf, want in zip(grads, inputs, wanted, strict=False)
+        ]
+        return (None, *scaled, *others)
+
+
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return scale * grad in ``dtype``; the memory of ``grad`` may be overwritten."""
+    if scale is None:
+        return grad.to(dtype)
+    if autograd.is_traced():
+        return (grad * scale).to(dtype)
+    if grad.dtype == dtype:
+        return dense.scale_(grad, scale)
+    return products.scale_and_round(grad, scale, dtype)
+
+
+# ---- the op linear_loss, which torch.compile does not trace into
+
+_AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
+
+
+def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the loop. The dispatcher has switched autograd off, and the loss of a chunk needs it."""
+    with contextlib.ExitStack() as stack:
+        for name in _AUTOGRAD_KEYS:
+            key = getattr(torch._C.DispatchKey, name)
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        return _run(Inputs(*inputs), LinearCall(*call))  # type: ignore[arg-type]
+
+
+def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes.check_devices(inputs)
+    return empty_outputs(Inputs(*inputs), LinearCall(*call))  # type: ignore[arg-type]
+
+
+def _autograd(inputs: list[Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the loss. Autograd kernel of the op ``linear_loss``, for traced programs."""
+    tensors, call = Inputs(*inputs), LinearCall(*arguments)  # type: ignore[arg-type]
+    needs_grad = [t is not None and t.requires_grad for t in tensors[:3]]
+    if torch.is_grad_enabled() and any(needs_grad):
+        hidden, weight, bias = needs_grad
+        call = call._replace(hidden_grad=hidden, weight_grad=weight, bias_grad=bias)
+        loss = _LinearLoss.apply(call, *tensors)  # type: ignore[no-untyped-call]
+        # _LinearLoss returns the gradients to autograd, so the op's other results are empty.
+        return (loss, *(loss.new_empty(0) for _ in needs_grad))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastkd.linear_loss(inputs, *arguments)  # type: ignore[no-any-return]
+
+
+_SCHEMA = (
+    "linear_loss(Tensor?[] inputs, float temperature, float? teacher_temperature, "
+    "float hard_weight, float soft_weight, int ignore_index, str reduction, "
+    "float label_smoothing, str divergence, float? mix, bool standardize, "
+    "str tail, float? student_softcap, float? teacher_softcap, float student_scale, "
+    "float teacher_scale, ScalarType dtype, ScalarType teacher_dtype, ScalarType accumulate, "
+    "SymInt chunk, bool by_classes, bool hidden_grad, bool weight_grad, bool bias_grad, "
+    "bool with_terms) "
+    "-> (Tensor loss, Tensor hidden, Tensor weight, Tensor bias)"
+)
+_LIBRARY: Any = torch.library.Library("fastkd", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(_SCHEMA)
+_LIBRARY.impl("linear_loss", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::linear_loss", _fake_op, lib=_LIBRARY)
+_LIBRARY.impl("linear_loss", _autograd, "Autograd")

@@ -1,4 +1,4 @@
-"""The matrix products (GEMMs) of a linear head on some rows, written into existing memory.
+"""The matrix products (GEMMs) of linear heads, written into existing memory.
 
 On CUDA they are cuBLAS's, with 16-bit factors and a float32 result if the sum is float32. On a CPU
 PyTorch has no product with a wider result, and without the processor's 16-bit instructions oneDNN
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from fastkd._core.values import Head
 
 _BLOCK_BYTES = 2 * 2**20
 _LEAST_BLOCK = 64
@@ -58,10 +60,11 @@ def scratch_bytes(rows: int, width: int) -> int:
     return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 
 
-def logits_(
-    out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
-) -> Tensor:
-    """Write scale * (hidden @ weight.T + bias), ``(rows, classes)``, to ``out``."""
+def logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
+    """Write the logits of ``head`` to ``out``, and the derivative of its soft cap to ``slope``."""
+    hidden, weight = head.hidden.to(out.dtype), head.weight.to(out.dtype)
+    bias = None if head.bias is None else head.bias.to(out.dtype)
+    scale, cap = head.scale or 1.0, head.softcap
     if _upcasts(out):
         wide = hidden.float()
         for block in _blocks(len(weight), sum(hidden.shape)):
@@ -72,57 +75,52 @@ def logits_(
             del part  # before the next block is allocated
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
-    elif scale != 1.0:
-        torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
     else:
-        torch.mm(hidden, weight.t(), out=out)
+        torch.addmm(out, hidden, weight.t(), beta=0, alpha=scale, out=out)
+    if cap is not None:
+        out.div_(cap)
+        if slope is not None:
+            # 1 / cosh^2: 1 - tanh^2 would cancel in 16 bits.
+            torch.cosh(out, out=slope).pow_(-2)
+        out.tanh_().mul_(cap)
     return out
 
 
-def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) -> Tensor:
+def hidden_gradient_(out: Tensor, grad: Tensor, weight: Tensor, scale: float) -> None:
     """Write scale * grad @ weight, ``(rows, width)``, to ``out``."""
     if _upcasts(grad):
         total = torch.zeros(out.shape)
         for block in _blocks(len(weight), sum(out.shape)):
             total.addmm_(grad[:, block].float(), weight[block].float())
         out.copy_(total.mul_(scale))
-    elif scale != 1.0:
-        torch.addmm(out, grad, weight, beta=0, alpha=scale, out=out)
     else:
-        torch.mm(grad, weight, out=out)
-    return out
+        torch.addmm(out, grad, weight, beta=0, alpha=scale, out=out)
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> Tensor:
+def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> None:
     """Add scale * left @ right to ``total``; with ``first``, write it.
 
     ``total`` may have a wider dtype than the factors; the product is then not rounded to theirs.
     """
-    beta = 0 if first else 1
-    on_cpu = left.device.type == "cpu"
-    if _upcasts(left) or (on_cpu and total.dtype != left.dtype):
-        wide = right.float()
-        for block in _blocks(len(total), sum(right.shape)):
-            block_of_left = left[block].float()
-            if total.dtype is torch.float32:
-                total[block].addmm_(block_of_left, wide, beta=beta, alpha=scale)
-            else:
-                part = (block_of_left @ wide).mul_(scale)
-                total[block] = part if first else part.add_(total[block])
-                del part
-            del block_of_left  # before the next block is allocated
-    elif total.dtype == left.dtype:
+    beta, on_cpu = 0 if first else 1, left.device.type == "cpu"
+    if total.dtype == left.dtype and not _upcasts(left):
         torch.addmm(total, left, right, beta=beta, alpha=scale, out=total)
-    elif _adds_to_float32(left.dtype, left.device):
+        return
+    if not on_cpu and _adds_to_float32(left.dtype, left.device):
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
-    else:
-        for block in _blocks(len(total), sum(right.shape)):
-            part = torch.mm(left[block], right, out_dtype=total.dtype).mul_(scale)
-            if first:
-                total[block] = part
-            else:
-                total[block] += part
-    return total
+        return
+    wide = right.float() if on_cpu else right
+    for block in _blocks(len(total), sum(right.shape)):
+        if on_cpu and total.dtype is torch.float32:
+            total[block].addmm_(left[block].float(), wide, beta=beta, alpha=scale)
+            continue
+        if on_cpu:
+            part = left[block].float() @ wide
+        else:
+            part = torch.mm(left[block], wide, out_dtype=total.dtype)
+        part.mul_(scale)
+        total[block] = part if first else part.add_(total[block])
+        del part  # before the next block is allocated
 
 
 def scale_and_round(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
