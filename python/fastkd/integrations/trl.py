@@ -21,6 +21,8 @@ The trainers differ from TRL's in these points:
   number, as TRL's ``SFTTrainer`` does.
 - An optimizer step of TRL's ``GKDTrainer`` in which no token counts has the loss 0 / 0; here it is
   0.
+- Logits of 16-bit hidden states are rounded to 16 bits, as by the models themselves; TRL's
+  ``DistillationTrainer`` computes them in float32. The arithmetic after that is float32 in both.
 - Where the teacher's head has more classes than the student's, TRL's ``DistillationTrainer`` drops
   the others without renormalizing; here different numbers of classes are an error.
 
