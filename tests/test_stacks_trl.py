@@ -1,7 +1,11 @@
 """TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside that of fastkd."""
 
+import json
 import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,6 +194,32 @@ def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch)
     assert loss(10) == shared
 
 
+def two_steps(folder, processes: int) -> dict[str, list[float]]:
+    """Train on batches of 4 in all, and return what was logged."""
+    trainer = gkd_trainer(
+        integration.GKDTrainer,
+        folder,
+        prompted(),
+        max_steps=2,
+        per_device_train_batch_size=4 // processes,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {name: [entry[name] for entry in log] for name in ("loss", "grad_norm")}
+
+
+def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
+    """With DDP. TRL's own losses and gradients are half as large as with one process."""
+    file = tmp_path / "log.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(file.read_text())
+    for name, alone in two_steps(tmp_path, 1).items():
+        assert ours[name] == pytest.approx(alone, rel=1e-5), name
+
+
 def test_gkd_trainer_refuses_logits_that_it_cannot_compute(tmp_path):
     models = models_of("teacher_model")
     own = models["teacher_model"].forward
@@ -334,3 +364,9 @@ def test_packing_gives_the_loss_of_padding(tmp_path):
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
+
+
+if __name__ == "__main__":  # one of the two processes
+    log = two_steps(pathlib.Path(sys.argv[1]).parent, 2)
+    if os.environ["RANK"] == "0":
+        pathlib.Path(sys.argv[1]).write_text(json.dumps(log))
