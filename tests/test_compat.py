@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,16 +17,19 @@ from fastkd.compat import (
     liger,
     mdistiller,
     modelopt,
+    ms_swift,
     nemo,
     textbrewer,
     torchdistill,
     torchtune,
     trl,
+    trl_sdft,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
 KD = torchdistill.KDLoss("s", "output", "t", "output", temperature=2.0, alpha=0.3)
 SOFT = deit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft", 0.5, tau=2.0)
+NO_LISTS = dict.fromkeys(("topk_logprobs", "topk_indices", "labels"))
 
 # (student logits, teacher logits, labels) -> loss, for one adapter of each library.
 MASKING = {
@@ -34,6 +38,9 @@ MASKING = {
     ),
     "liger JSD": lambda s, t, y: liger.LigerJSD()(s.log_softmax(-1), t.log_softmax(-1), y),
     "liger TVD": lambda s, t, y: liger.LigerTVDLoss()(s.softmax(-1), t.softmax(-1), y),
+    "ms-swift": lambda s, t, y: ms_swift.gkd_loss(
+        s[None], SimpleNamespace(full_logits=t[None], **NO_LISTS), y[None], 0.1, 2.0
+    )[0],
     "nemo": nemo.KDLoss(temperature=2.0),
     "torchdistill": lambda s, t, y: KD({"s": {"output": s}}, {"t": {"output": t}}, y),
     "torchtune": torchtune.SymmetricKLLoss(0.3),
@@ -45,6 +52,9 @@ OTHERS = {
     "liger KL": lambda s, t, y: liger.LigerKLDIVLoss()(s.log_softmax(-1), t.softmax(-1)),
     "mdistiller": lambda s, t, y: mdistiller.dkd_loss(s, t, y, 1.0, 8.0, 4.0),
     "modelopt": lambda s, t, y: modelopt.LogitsDistillationLoss(2.0)(s, t),
+    "sdft": lambda s, t, y: trl_sdft.compute_full_logit_self_distillation_loss(
+        s, t, distillation_alpha=0.1
+    ).sum(),
     "textbrewer": lambda s, t, y: textbrewer.kd_mse_loss(s, t, torch.full_like(y, 3).to(s)),
 }
 

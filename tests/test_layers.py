@@ -58,7 +58,7 @@ IMPORTS = {
     },
     "reports": {"_C", "batches", "extras", "validation"},
     "compat": {"_core", "losses", "validation"},
-    "integrations": {"batches", "extras", "losses"},
+    "integrations": {"batches", "compat", "extras", "losses"},
     "commands": {"extras", "losses", "reports", "teachers", "training", "validation"},
 }
 # The optional module of autograd in C++, which has no stable interface.

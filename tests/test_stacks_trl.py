@@ -1,9 +1,15 @@
 """TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside that of fastkd."""
 
+import json
 import os
+import pathlib
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # a warning, when it is imported
 for package in ("trl", "datasets", "tokenizers", "accelerate", "jinja2"):
@@ -27,8 +33,8 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
 
 import fastkd  # noqa: E402
-from fastkd.compat import convention  # noqa: E402
 from fastkd.compat.trl import generalized_jsd_loss  # noqa: E402
+from fastkd.integrations import trl as integration  # noqa: E402
 from fastkd.integrations.transformers import DistillationMixin  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -72,14 +78,20 @@ class FastGKD(GKDTrainer):
     generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
 
-def gkd(kind, folder, data, **options) -> list[float]:
+def gkd_trainer(kind, folder, data, models=None, compute_metrics=None, **options):
     settings = {"max_length": 32, "max_new_tokens": 6, "lmbda": 0.0, **SHARED, **options}
-    trainer = kind(
+    return kind(
         args=GKDConfig(str(folder), **settings),
         train_dataset=data,
+        eval_dataset=data,
         processing_class=tokenizer(),
-        **models_of("teacher_model"),
+        compute_metrics=compute_metrics,
+        **(models or models_of("teacher_model")),
     )
+
+
+def gkd(*arguments, **options) -> list[float]:
+    trainer = gkd_trainer(*arguments, **options)
     trainer.train()
     return losses(trainer)
 
@@ -106,18 +118,123 @@ def prompted() -> Dataset:
     ],
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()),
 )
-def test_gkd_trainer(options, tmp_path):
-    ours, theirs = (gkd(kind, tmp_path, prompted(), **options) for kind in (FastGKD, GKDTrainer))
-    assert len(ours) == STEPS
-    assert ours == pytest.approx(theirs, rel=1e-5)
+def test_gkd_trainer(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)  # of logits
+    kinds = (GKDTrainer, FastGKD, integration.GKDTrainer)
+    theirs, *ours = (gkd(kind, tmp_path, prompted(), **options) for kind in kinds)
+    assert len(theirs) == STEPS
+    for each in ours:
+        assert each == pytest.approx(theirs, rel=1e-5)
 
 
-def test_gkd_trainer_where_no_token_of_a_step_counts(tmp_path):
+@pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
+def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
     """Its own loss is 0 / 0."""
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
     empty = Dataset.from_list(rows)
-    assert gkd(FastGKD, tmp_path, empty, max_steps=3) == [0.0] * 3
+    assert gkd(kind, tmp_path, empty, max_steps=3) == [0.0] * 3
+
+
+def other_models(kind: str):
+    """Return a student and a teacher whose logits are scaled, or soft-capped."""
+    shared = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shared |= {"num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
+    name, options = {
+        "scale": ("Cohere", {"logit_scale": 0.3}),
+        "divided": ("Granite", {"logits_scaling": 4.0}),
+        "softcap": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 4}),
+    }[kind]
+    models = {}
+    for seed, role in enumerate(("model", "teacher_model")):
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{name}Config")(
+            **shared, **options, hidden_size=8 + 8 * seed, intermediate_size=16
+        )
+        models[role] = getattr(transformers, f"{name}ForCausalLM")(config)
+    return models
+
+
+@pytest.mark.parametrize("kind", ["scale", "divided", "softcap"])
+def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
+    ours, theirs = (
+        gkd(trainer, tmp_path, prompted(), other_models(kind), max_steps=5)
+        for trainer in (integration.GKDTrainer, GKDTrainer)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compute_metrics", [None, lambda found: {"shape": found.predictions.shape}]
+)
+def test_gkd_trainer_evaluates(compute_metrics, tmp_path):
+    ours, theirs = (
+        gkd_trainer(kind, tmp_path, prompted(), compute_metrics=compute_metrics).evaluate()
+        for kind in (integration.GKDTrainer, GKDTrainer)
+    )
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+    assert ours.get("eval_shape") == theirs.get("eval_shape")
+    assert ("eval_shape" in ours) == (compute_metrics is not None)
+
+
+@pytest.mark.parametrize("return_outputs", [False, True])
+def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch):
+    """DDP averages gradients over processes: the loss of a shared count is multiplied by them."""
+    trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def loss(count):
+        out = trainer.compute_loss(trainer.model, batch, return_outputs, count)
+        return float(out[0].detach() if return_outputs else out.detach())
+
+    shared, alone = loss(10), loss(None)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert loss(10) == pytest.approx(2 * shared) and loss(None) == alone
+    trainer.args.average_tokens_across_devices = False
+    assert loss(10) == shared
+
+
+def two_steps(folder, processes: int) -> dict[str, list[float]]:
+    """Train on batches of 4 in all, and return what was logged."""
+    trainer = gkd_trainer(
+        integration.GKDTrainer,
+        folder,
+        prompted(),
+        max_steps=2,
+        per_device_train_batch_size=4 // processes,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {name: [entry[name] for entry in log] for name in ("loss", "grad_norm")}
+
+
+def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
+    """With DDP. TRL's own losses and gradients are half as large as with one process."""
+    file = tmp_path / "log.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(file.read_text())
+    for name, alone in two_steps(tmp_path, 1).items():
+        assert ours[name] == pytest.approx(alone, rel=1e-5), name
+
+
+def test_gkd_trainer_refuses_logits_that_it_cannot_compute(tmp_path):
+    models = models_of("teacher_model")
+    own = models["teacher_model"].forward
+
+    def forward(*arguments, **options):
+        out = own(*arguments, **options)
+        return type(out)(logits=1.1 * out.logits)
+
+    models["teacher_model"].forward = forward
+    with pytest.raises(ValueError, match="the logits of LlamaForCausalLM are not its last hidden"):
+        gkd(integration.GKDTrainer, tmp_path, prompted(), models)
+    models = models_of("teacher_model")
+    models["model"].set_output_embeddings(torch.nn.Embedding(VOCABULARY, 8))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM must be an nn\.Linear.* got Embedding"):
+        gkd(integration.GKDTrainer, tmp_path, prompted(), models)
 
 
 # ---- DistillationTrainer
@@ -147,59 +264,56 @@ def with_logits(
     return loss, torch.zeros(()), completion_mask.sum()
 
 
-def with_heads(
-    student_hidden_states,
-    teacher_hidden_states,
-    student_lm_head_weight,
-    teacher_lm_head_weight,
-    completion_mask,
-    beta,
-    num_items_in_batch=None,
-    temperature=1.0,
-    **_,
-):
-    """The same by two :class:`fastkd.Head`, which never has the logits of all rows either."""
-    loss = fastkd.loss(
-        fastkd.Head(student_hidden_states, student_lm_head_weight),
-        fastkd.Head(teacher_hidden_states, teacher_lm_head_weight),
-        torch.where(completion_mask != 0, 0, -100),
-        temperature=temperature,
-        hard_weight=0.0,
-        soft_weight=1 / temperature**2,
-        normalizer=num_items_in_batch,
-        **convention.choose_divergence(beta),
-    )
-    return loss, torch.zeros(()), completion_mask.sum()
-
-
-def distillation(folder, **options) -> list[float]:
+def distillation(kind, folder, **options):
     settings = {"max_completion_length": 6, **SHARED, **options}
-    trainer = DistillationTrainer(
+    data = Dataset.from_list([{"prompt": row["prompt"]} for row in prompted()])
+    trainer = kind(
         args=DistillationConfig(str(folder), **settings),
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in prompted()]),
+        train_dataset=data,
+        eval_dataset=data,
         processing_class=tokenizer(),
         **models_of("teacher_model"),
     )
     trainer.train()
-    return losses(trainer)
+    return trainer
+
+
+def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
+    options = {"beta": 0.5, "temperature": 2.0}
+    theirs = losses(distillation(DistillationTrainer, tmp_path, **options))
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", with_logits)
+    ours = losses(distillation(DistillationTrainer, tmp_path, **options))
+    assert len(ours) == STEPS
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "function, options",
+    "options",
     [
-        (with_logits, {"beta": 0.5, "temperature": 2.0}),
-        (with_heads, {"beta": 0.0}),
-        (with_heads, {"beta": 0.5, "temperature": 2.0}),
-        (with_heads, {"gradient_accumulation_steps": 2}),
+        {"beta": 0.0},
+        {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 10},
+        {"beta": 0.5, "temperature": 2.0},
+        {"gradient_accumulation_steps": 2},
     ],
-    ids=["logits, jsd", "heads, forward KL", "heads, jsd", "heads, accumulation"],
+    ids=["forward KL", "evaluation", "temperature", "reverse KL, accumulation"],
 )
-def test_distillation_trainer(options, function, tmp_path, monkeypatch):
-    theirs = distillation(tmp_path, **options)
-    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", function)
-    ours = distillation(tmp_path, **options)
-    assert len(ours) == STEPS
-    assert ours == pytest.approx(theirs, rel=1e-5)
+def test_distillation_trainer(options, tmp_path, monkeypatch):
+    theirs = distillation(DistillationTrainer, tmp_path, **options).state.log_history
+    # TRL's own loss is not what the trainer calls, and is not changed.
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
+    ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
+    for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):
+        mine, other = ([entry[name] for entry in log if name in entry] for log in (ours, theirs))
+        assert len(mine) == (STEPS if "eval" not in name else 2 * ("eval_steps" in options))
+        assert mine == pytest.approx(other, rel=1e-5), name
+
+
+def test_the_trainers_can_be_pickled_by_name():
+    """As torch.save and spawned processes need."""
+    for name in ("DistillationTrainer", "GKDTrainer"):
+        kind = getattr(integration, name)
+        assert pickle.loads(pickle.dumps(kind)) is kind
+        assert name in dir(integration)
 
 
 # ---- SFTTrainer with the mixin
@@ -250,3 +364,9 @@ def test_packing_gives_the_loss_of_padding(tmp_path):
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)
+
+
+if __name__ == "__main__":  # one of the two processes
+    log = two_steps(pathlib.Path(sys.argv[1]).parent, 2)
+    if os.environ["RANK"] == "0":
+        pathlib.Path(sys.argv[1]).write_text(json.dumps(log))

@@ -1,12 +1,8 @@
-// The Python module fastkd._C: importing it registers the ops (library.cpp); what it holds itself
-// is what a bug report and the tests need. No tensor passes through here, and no torch header is
-// included.
-#include <pybind11/numpy.h>
+// The Python module fastkd._C. Importing it registers the ops (library.cpp). The module's own
+// functions serve bug reports and tests; they take no tensors, so no torch header is included.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
-#include <vector>
 
 #include "../cuda/plan.h"
 #include "../kernels.h"
@@ -16,28 +12,30 @@ using fastkd::cpu::Kernels;
 
 namespace {
 
-std::vector<std::string> available_isas() {
-  std::vector<std::string> names;
+py::tuple available_isas() {
+  py::list names;
   for (const Kernels* const* entry = fastkd::cpu::available(); *entry; ++entry)
-    names.emplace_back((*entry)->name);
-  return names;
+    names.append((*entry)->name);
+  return py::tuple(names);
 }
 
 void use_isa(const std::string& name) {
   if (fastkd::cpu::select(name.c_str())) return;
-  std::string known;
-  for (const std::string& other : available_isas()) known += (known.empty() ? "" : ", ") + other;
+  const auto known = py::str(", ").attr("join")(available_isas()).cast<std::string>();
   throw py::value_error("isa '" + name + "' is not available here; available: " + known);
 }
 
-py::array_t<float> exp2_of(const py::array_t<float, py::array::c_style | py::array::forcecast>& in,
-                           bool by_registers) {
-  py::array_t<float> out(in.size());
-  fastkd::cpu::kernels().exp2(in.data(), out.mutable_data(), in.size(), by_registers);
-  return out;
+// Replace float32 numbers x, contiguous, by 2^x.
+void exp2_(const py::buffer& numbers, bool by_registers) {
+  const py::buffer_info info = numbers.request(/*writable=*/true);
+  if (info.format != py::format_descriptor<float>::format() || info.ndim != 1 ||
+      info.strides[0] != info.itemsize)
+    throw py::value_error("numbers must be one contiguous dimension of float32");
+  float* const data = static_cast<float*>(info.ptr);
+  fastkd::cpu::kernels().exp2(data, data, info.size, by_registers);
 }
 
-// Which kernel the CUDA backend would take on a device that need not be at hand.
+// Return the kernel that the CUDA backend would use on a device with these limits.
 py::dict plan_cuda(int64_t rows, int64_t classes, int student_dtype, int teacher_dtype,
                    int processors, int largest_cluster, bool strided) {
   const auto dtype = [](int index) {
@@ -74,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(fastkd::cpu::kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("use_isa", &use_isa, py::arg("name"));
-  m.def("exp2", &exp2_of, py::arg("values"), py::arg("by_registers"));
+  m.def("exp2_", &exp2_, py::arg("numbers"), py::arg("by_registers"));
   m.def("plan_cuda", &plan_cuda, py::arg("rows"), py::arg("classes"), py::arg("student_dtype"),
         py::arg("teacher_dtype"), py::arg("processors"), py::arg("largest_cluster"),
         py::arg("strided") = false);

@@ -1,8 +1,6 @@
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from typing_extensions import Buffer
 
 version: str
 compiler: str
@@ -11,11 +9,9 @@ segment: int
 divergences: tuple[str, ...]
 
 def isa() -> str: ...
-def available_isas() -> list[str]: ...
+def available_isas() -> tuple[str, ...]: ...
 def use_isa(name: str) -> None: ...
-def exp2(
-    values: npt.ArrayLike | Sequence[float], by_registers: bool
-) -> npt.NDArray[np.float32]: ...
+def exp2_(numbers: Buffer, by_registers: bool) -> None: ...
 def plan_cuda(
     rows: int,
     classes: int,

@@ -19,12 +19,14 @@ from fastkd.compat import (
     liger,
     mdistiller,
     modelopt,
+    ms_swift,
     nemo,
     textbrewer,
     timm,
     torchdistill,
     torchtune,
     trl,
+    trl_sdft,
 )
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "liger",
     "mdistiller",
     "modelopt",
+    "ms_swift",
     "nemo",
     "textbrewer",
     "timm",
     "torchdistill",
     "torchtune",
     "trl",
+    "trl_sdft",
 ]

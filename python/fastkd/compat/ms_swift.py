@@ -1,0 +1,73 @@
+"""ms-swift's gkd_loss: a generalized Jensen-Shannon divergence of logits, or of top-k lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import losses
+from fastkd.compat.convention import check_positive, choose_divergence
+
+
+def gkd_loss(
+    student_logits: Tensor, teacher_output: Any, labels: Tensor, beta: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the sum over tokens of a KL or Jensen-Shannon divergence, and the number of tokens.
+
+    There is no T^2 and no shift: the labels are those of the logits at their position.
+
+    Args:
+        student_logits: ``(batch, length, C)``.
+        teacher_output: ms-swift's ``TeacherOutput``, or an object with its four attributes:
+            ``full_logits`` ``(batch, length, C)``, or ``topk_logprobs`` and ``topk_indices``
+            ``(batch, length, k)``, the others None; and ``labels``, None if they are the student's.
+            Lists are softened by ``temperature`` and renormalized. A token whose list is all -inf
+            does not count.
+        labels: ``(batch, length)``; tokens with -100 are ignored. Where the teacher has labels of
+            its own, its n-th token that counts belongs to the student's n-th.
+        beta: in [0, 1]; 0 is forward KL, 1 reverse KL. With lists, for the divergences that
+            :func:`fastkd.loss` computes of a :class:`fastkd.TopK`.
+        temperature: T > 0 of student and teacher.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> student, teacher = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])
+        >>> output = SimpleNamespace(
+        ...     full_logits=teacher, topk_logprobs=None, topk_indices=None, labels=None
+        ... )
+        >>> gkd_loss(student, output, torch.tensor([[1]]), beta=0.0, temperature=1.0)
+        (tensor(0.4621), tensor(1))
+    """
+    check_positive("temperature", temperature)
+    student, valid = student_logits, labels != -100
+    lists, indices = teacher_output.topk_logprobs, teacher_output.topk_indices
+    is_sparse = lists is not None and indices is not None
+    if not is_sparse and teacher_output.full_logits is None:
+        raise ValueError(
+            "teacher_output must have full_logits, or topk_logprobs and topk_indices; got None"
+        )
+    outputs = [lists, indices] if is_sparse else [teacher_output.full_logits]
+    if teacher_output.labels is not None:
+        teacher_valid = teacher_output.labels != -100
+        if not torch.equal(teacher_valid, valid):  # other positions, of the same tokens
+            student, outputs = student[valid], [each[teacher_valid] for each in outputs]
+            valid = valid[valid]
+    teacher: Tensor | losses.TopK = outputs[0]
+    if is_sparse:
+        valid = valid & ~torch.isneginf(outputs[0]).all(-1)
+        log_probs = (outputs[0] / temperature).log_softmax(-1)
+        teacher = losses.TopK(log_probs, outputs[1], tail="renormalize")
+    total = losses.loss(
+        student,
+        teacher,
+        torch.where(valid, 0, -100),
+        temperature=temperature,
+        hard_weight=0.0,
+        soft_weight=1 / temperature**2,
+        reduction="sum",
+        **choose_divergence(beta),
+    )
+    return total, valid.sum()

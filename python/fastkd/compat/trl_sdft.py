@@ -1,0 +1,75 @@
+"""TRL's self-distillation losses, of its experimental SDFTTrainer and SDPOTrainer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd import losses
+from fastkd.compat.convention import choose_divergence
+
+
+def compute_full_logit_self_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, distillation_alpha: float
+) -> Tensor:
+    """Compute a KL or Jensen-Shannon divergence of each token, ``(...)``, at temperature 1.
+
+    Args:
+        student_logits, teacher_logits: ``(..., C)``.
+        distillation_alpha: the ``beta`` of :func:`fastkd.compat.trl.generalized_jsd_loss`: 0 is
+            forward KL, 1 reverse KL.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+        >>> compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)
+        tensor([0.4621])
+    """
+    return losses.loss(
+        student_logits,
+        teacher_logits,
+        temperature=1.0,
+        reduction="none",
+        **choose_divergence(distillation_alpha),
+    )
+
+
+def compute_topk_self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    distillation_topk: int,
+    distillation_alpha: float,
+    distillation_add_tail: bool,
+) -> Tensor:
+    """Compute a divergence of each token, ``(...)``, on the student's most probable classes.
+
+    Args:
+        student_logits, teacher_logits: ``(..., C)``.
+        distillation_topk: the number of classes; the student chooses them.
+        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`, for the
+            divergences that :func:`fastkd.loss` computes of a :class:`fastkd.TopK`.
+        distillation_add_tail: if True, all other classes are one more class, for student and
+            teacher; if False, both are renormalized over the chosen classes.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+        >>> options = {"distillation_alpha": 0.0, "distillation_add_tail": True}
+        >>> compute_topk_self_distillation_loss(student, teacher, distillation_topk=2, **options)
+        tensor([0.4628])
+    """
+    chosen = student_logits.detach().topk(distillation_topk, dim=-1).indices
+    total = torch.logsumexp(teacher_logits, dim=-1, keepdim=True)
+    teacher = losses.TopK(
+        teacher_logits.gather(-1, chosen) - total,
+        chosen,
+        tail="ghost" if distillation_add_tail else "renormalize",
+    )
+    return losses.loss(
+        student_logits,
+        teacher,
+        temperature=1.0,
+        reduction="none",
+        **choose_divergence(distillation_alpha),
+    )

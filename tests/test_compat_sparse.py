@@ -1,0 +1,141 @@
+"""fastkd.compat against libraries whose teachers may list a few classes: their own code."""
+
+import functools
+from dataclasses import dataclass
+from enum import Enum
+from types import SimpleNamespace
+from typing import Optional
+
+import peers
+import pytest
+import torch
+from peers import MASKS, agree, draw
+
+from fastkd.compat import ms_swift, trl_sdft
+
+# ---------------------------------------------------------------- TRL's SDFT and SDPO
+
+
+@functools.cache
+def sdft():
+    names = ("compute_divergence", "add_tail_bucket")
+    losses = ("compute_topk_self_distillation_loss", "compute_full_logit_self_distillation_loss")
+    return peers.code("trl", "experimental/sdft/loss_utils.py", *names, *losses)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
+def test_trl_sdft(alpha):
+    student, teacher, _ = draw((2, 4, 11))
+    agree(
+        lambda s: trl_sdft.compute_full_logit_self_distillation_loss(
+            s, teacher, distillation_alpha=alpha
+        ),
+        lambda s: sdft().compute_full_logit_self_distillation_loss(
+            s, teacher, distillation_alpha=alpha
+        ),
+        student,
+    )
+
+
+# One class without a tail has the probability 1.
+@pytest.mark.parametrize(
+    ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
+)
+def test_trl_sdft_of_the_students_top_k(k, add_tail):
+    student, teacher, _ = draw((2, 4, 11))
+    options = {
+        "distillation_topk": k,
+        "distillation_alpha": 0.0,
+        "distillation_add_tail": add_tail,
+    }
+    agree(
+        lambda s: trl_sdft.compute_topk_self_distillation_loss(s, teacher, **options),
+        lambda s: sdft().compute_topk_self_distillation_loss(s, teacher, **options),
+        student,
+    )
+
+
+# --------------------------------------------------------------------------- ms-swift
+
+
+@functools.cache
+def swift():
+    names = ("TeacherOutput", "jsd_loss", "_align_vocab", "extract_active", "gkd_loss")
+    defaults = ("default_log_softmax", "default_kl_div", "default_gather")
+    found = peers.code(
+        "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
+    )
+    found.TeacherOutput.__module__ = __name__
+    dataclass(found.TeacherOutput)  # peers.code leaves decorators out
+    return found
+
+
+def outputs(**given):
+    fields = dict.fromkeys(("full_logits", "topk_logprobs", "topk_indices", "labels"))
+    return SimpleNamespace(**{**fields, **given})
+
+
+def same_loss(student, target, beta, temperature, **teacher):
+    """The same sum, gradient and number of tokens."""
+    call = (target, beta, temperature)
+    theirs = swift().TeacherOutput(**teacher)
+    agree(
+        lambda s: ms_swift.gkd_loss(s, outputs(**teacher), *call)[0],
+        lambda s: swift().gkd_loss(s, theirs, *call)[0],
+        student,
+    )
+    count = ms_swift.gkd_loss(student, outputs(**teacher), *call)[1]
+    assert count == swift().gkd_loss(student, theirs, *call)[1] > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("mask", MASKS)
+def test_ms_swift(beta, temperature, mask):
+    student, teacher, labels = draw((2, 6, 11), mask)
+    same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("form", ["log-probabilities", "logits"])
+def test_ms_swift_with_lists(form, temperature):
+    """Its servers send log-probabilities; of a local teacher it keeps the logits themselves."""
+    student, teacher, labels = draw((2, 6, 11), "some ignored")
+    values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
+    values[0, 1] = -torch.inf  # a token without an answer of the server: it does not count
+    lists = {"topk_logprobs": values, "topk_indices": indices}
+    same_loss(student, labels, 0.0, temperature, **lists, labels=labels)
+
+
+@pytest.mark.parametrize("form", ["dense", "lists"])
+def test_ms_swift_where_the_teacher_has_another_prompt(form):
+    student, teacher, labels = draw((1, 6, 11), "some ignored")
+    shifted = labels.roll(1, 1)
+    given = {"full_logits": teacher}
+    if form == "lists":
+        values, indices = teacher.log_softmax(-1).topk(4)
+        given = {"topk_logprobs": values, "topk_indices": indices}
+    same_loss(student, labels, 0.0, 2.0, **given, labels=shifted)
+
+
+def test_ms_swift_with_padding_in_a_list():
+    """Documented difference: its loss is NaN; here padding lists no class."""
+    student, teacher, labels = draw((2, 6, 11))
+    values, indices = teacher.log_softmax(-1).topk(4)
+    padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)
+    ids = torch.cat([indices, torch.zeros_like(indices[..., :1])], -1)
+    short, long = (
+        ms_swift.gkd_loss(student, outputs(topk_logprobs=v, topk_indices=i), labels, 0.0, 1.0)[0]
+        for v, i in ((values, indices), (padded, ids))
+    )
+    torch.testing.assert_close(long, short)
+    theirs = swift().TeacherOutput(topk_logprobs=padded, topk_indices=ids)
+    assert swift().gkd_loss(student, theirs, labels, 0.0, 1.0)[0].isnan()
+
+
+def test_ms_swift_refuses():
+    student, teacher, labels = draw((2, 6, 11))
+    with pytest.raises(ValueError, match="must have full_logits, or topk_logprobs and topk_indic"):
+        ms_swift.gkd_loss(student, outputs(), labels, 0.0, 1.0)
+    with pytest.raises(ValueError, match="teacher must have the same shape"):
+        ms_swift.gkd_loss(student[..., :9], outputs(full_logits=teacher), labels, 0.0, 1.0)
