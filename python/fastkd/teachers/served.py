@@ -436,18 +436,18 @@ class _Entries:
         self.counts: list[int] = []
         self.ids: list[Any] = []
         self.log_probs: list[Any] = []
-        total = 0
+        all_ids, all_log_probs, total = self.ids, self.log_probs, 0
         for position, entry in enumerate(_list(field, positions)):
             if entry is not None:
                 try:
                     ids, log_probs = read(entry)
-                    self.ids += ids
-                    self.log_probs += log_probs
+                    all_ids += ids
+                    all_log_probs += log_probs
                 except Exception as error:  # whatever an object that is not as expected raises
                     raise ValueError(
                         f"{field}[{position}] must be {form}; got {_show(entry)}"
                     ) from error
-            count = len(self.ids) - total
+            count = len(all_ids) - total
             if count == 0 and total:
                 raise ValueError(
                     f"{field}[{position}] must be {form}; got {_show(entry)}, which is accepted "
@@ -471,16 +471,27 @@ class _Entries:
 
     def strip_prefixes(self) -> None:
         """Remove the prefix of each token, unless tokens are ids already; raise if one is text."""
-        if _types(self.ids) <= {int}:
+        kinds = _types(self.ids)
+        if kinds <= {int}:
             return
-        for entry, token in enumerate(self.ids):
-            if type(token) is not str or not token.startswith(_TOKEN_ID):
-                self.fail(
-                    entry,
-                    f"tokens must be ids, such as '{_TOKEN_ID}5'; got {_show(token)}. Request "
-                    "return_tokens_as_token_ids=True",
-                )
-        self.ids = [token[len(_TOKEN_ID) :] for token in self.ids]
+        size = len(_TOKEN_ID)
+        ids = (
+            [token[size:] for token in self.ids if token[:size] == _TOKEN_ID]
+            if kinds == {str}
+            else []
+        )
+        if len(ids) < len(self.ids):
+            entry, token = next(
+                (entry, token)
+                for entry, token in enumerate(self.ids)
+                if type(token) is not str or not token.startswith(_TOKEN_ID)
+            )
+            self.fail(
+                entry,
+                f"tokens must be ids, such as '{_TOKEN_ID}5'; got {_show(token)}. Request "
+                "return_tokens_as_token_ids=True",
+            )
+        self.ids = ids
 
     def topk(
         self,
