@@ -41,11 +41,12 @@ def test_trl_sdft(alpha):
 @pytest.mark.parametrize(
     ("k", "add_tail"), [(1, True), (3, True), (3, False), (10, True), (10, False)]
 )
-def test_trl_sdft_of_the_students_top_k(k, add_tail):
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
     student, teacher, _ = draw((2, 4, 11))
     options = {
         "distillation_topk": k,
-        "distillation_alpha": 0.0,
+        "distillation_alpha": alpha,
         "distillation_add_tail": add_tail,
     }
     agree(
@@ -98,13 +99,14 @@ def test_ms_swift(beta, temperature, mask):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
-def test_ms_swift_with_lists(form, temperature):
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_ms_swift_with_lists(form, temperature, beta):
     """Its servers send log-probabilities; of a local teacher it keeps the logits themselves."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
     values[0, 1] = -torch.inf  # a token without an answer of the server: it does not count
     lists = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, 0.0, temperature, **lists, labels=labels)
+    same_loss(student, labels, beta, temperature, **lists, labels=labels)
 
 
 @pytest.mark.parametrize("form", ["dense", "lists"])

@@ -8,12 +8,9 @@ batch. :func:`gather` takes the sequence's own tokens out of the lists, for a
 **Alignment.** Row i of a result scores token i: it holds log-probabilities of the distribution that
 predicted token i from tokens 0 to i - 1. So it belongs to row i - 1 of the student's logits.
 No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
-log-probabilities -inf. Drop row 0 and the last row of logits::
+log-probabilities -inf. ``shift=1`` compares them so::
 
-    teacher = teacher._replace(
-        log_probs=teacher.log_probs[:, 1:], indices=teacher.indices[:, 1:]
-    )
-    loss = fastkd.loss(logits[:, :-1], teacher, labels[:, 1:])  # -100: prompt and padding
+    loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
 
 **Temperature.** A reply does not contain its temperature, and at any temperature probabilities add
 up to at most 1, so a wrong temperature cannot be detected. vLLM 0.32 scores prompts at temperature
