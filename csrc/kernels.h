@@ -133,14 +133,18 @@ namespace cpu {
 // number.
 constexpr int64_t kSegment = 32768;
 
-// Rows of up to so many classes are computed many at a time, each in a vector lane, and so are rows
-// whose classes are not adjacent; longer ones fill the vectors by themselves. Set by measurement:
-// in lanes no row pays for its tail and its logarithms, but a tile of this many classes leaves L1.
+// fp32 rows of up to so many classes are computed in the transposed layout, one row per SIMD lane,
+// and so are all fp32 rows whose classes are not adjacent; longer rows fill the vectors by
+// themselves. Set by measurement: in the transposed layout no row pays for its tail and its
+// logarithms, but so many classes of a few rows leave L1.
 constexpr int64_t kNarrow = 144;
 
-FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
-  if (in.student_stride.classes != 1 || in.teacher_stride.classes != 1) return true;
-  return in.classes <= kNarrow && !computes_in_double(in.student_dtype, in.teacher_dtype);
+FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
+  return in.student_stride.classes != 1 || in.teacher_stride.classes != 1;
+}
+FASTKD_HOST_DEVICE bool is_transposed(const Inputs& in) {
+  return (in.classes <= kNarrow || has_apart_classes(in)) &&
+         !computes_in_double(in.student_dtype, in.teacher_dtype);
 }
 
 // Sums of one segment of one row, first sweep.

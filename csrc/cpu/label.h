@@ -1,52 +1,64 @@
 // Decoupled distillation: the sweeps are those of the forward KL among the classes other than the
 // label, which they leave out. What follows from the label's own two logits and their sums is here
-// (docs/maths.md, section 10), a few numbers for each row, in double.
+// (docs/maths.md, section 10), a few numbers for each row. V as in row.h.
 #pragma once
 #include "row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-inline Odds<double> odds_of(double log) { return {log, std::exp(-std::fabs(log))}; }
+template <class V>
+FASTKD_HOST_DEVICE Odds<V> odds_of(V log) {
+  return {log, exp_of<V>(-magnitude_of(log))};
+}
 
 // Of the label against classes whose sum of exponentials relative to `max` is 1 / scale, 0: none.
-inline Odds<double> odds_of(double label, double max, double scale, double temperature) {
-  if (scale == 0) return odds_of(-kLowest);
-  return odds_of((label - max) / temperature + std::log(scale));
+template <class V>
+FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
+  const V log = (label - max) / temperature + log_of(scale);
+  return odds_of<V>(scale == 0 ? splat<V>(kInfinity<Scalar<V>>) : log);
 }
 
+template <class V>
 struct LabelOdds {
-  Odds<double> student, teacher;
-  double difference;  // of their logarithms, within what rounding did to the sums
+  Odds<V> student, teacher;
+  V difference;  // of their logarithms, within what rounding did to the sums
 };
-
-// d as element_of() forms it, in double.
-template <class T>
-double difference_of(const Gaps<T>& gaps, const Scales<T>& s, double z, double w) {
-  const double inverse = gaps.inverse_temperature;
-  const double from_max = z - static_cast<double>(s.student_max);
-  const double teacher_from_max = w - static_cast<double>(s.teacher_max);
-  const double separate =
-      teacher_from_max * static_cast<double>(gaps.teacher_inverse_temperature) - from_max * inverse;
-  const double gap = gaps.way == Way::kSeparate ? separate
-                     : gaps.way == Way::kApart  ? (teacher_from_max - from_max) * inverse
-                                                : (w - z) * inverse;
-  return gap - static_cast<double>(gaps.log_ratio);
-}
-
-template <class T>
-LabelOdds label_odds(const Row<T>& row, const Scales<T>& s, const Gaps<T>& gaps) {
-  const double z = s.student_label, w = s.teacher_label;
-  const Odds<double> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
-  const Odds<double> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
-  const bool both = s.student_scale > 0 && s.teacher_scale > 0;
-  return {student, teacher, both ? difference_of(gaps, s, z, w) : teacher.log - student.log};
+template <class V>
+FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
+                                           const LogRatio<V>& ratio) {
+  const V z = s.student_label, w = s.teacher_label;
+  const Odds<V> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
+  const Odds<V> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
+  const auto both = (s.student_scale > 0) & (s.teacher_scale > 0);
+  return {student, teacher, both ? ratio.of(z, w) : teacher.log - student.log};
 }
 
 // The weight of the KL among the other classes: none where the teacher allows none of them.
-template <class T>
-double mix_of(const Inputs& in, const Scales<T>& s) {
-  return s.teacher_scale > 0 ? in.mix : 0;
+template <class V>
+FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
+  return s.teacher_scale > 0 ? splat<V>(static_cast<Scalar<V>>(in.mix)) : V{};
+}
+
+// What the label makes of a row's gains.
+template <class V>
+struct LabelGains {
+  V soft, rest;  // of slopes, and of q, in the other classes' gradient
+  V hard_share;  // what is left of the hard gain, whose exponentials sum to 1 without the label
+  V label;       // the label's gradient
+};
+template <class V>
+FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>& row,
+                                             const Scales<V>& s, const LogRatio<V>& ratio,
+                                             const RowGains<V>& gains, bool hard) {
+  const LabelOdds<V> odds = label_odds(row, s, ratio);
+  const V diff = gains.soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
+  const V soft = gains.soft * mix_of(in, s);
+  if (!hard) return {soft, -diff, V{}, diff};
+  const V rest = odds_of(s.student_label, s.student_max, s.hard_scale, splat<V>(1)).rest();
+  const Scalar<V> smoothing = static_cast<Scalar<V>>(in.label_smoothing);
+  const V over_target = smoothing - smoothing / static_cast<Scalar<V>>(in.classes) - rest;
+  return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
 }
 
 // The label's part in a row's gradient, and what it changes in the other classes'. Not inlined, for
@@ -54,53 +66,46 @@ double mix_of(const Inputs& in, const Scales<T>& s) {
 template <class S, class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T, S>* c) {
-  const LabelOdds odds = label_odds(row, s, *c);
-  const double soft = gain * row.soft_weight * row.temperature;
-  const double diff = soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
-  c->soft_gain = static_cast<T>(soft * mix_of(in, s));
-  c->rest_gain = static_cast<T>(-diff);
-  c->label_gradient = static_cast<T>(diff);
-  if (row.gradient_hard == Hard::kNone) return;
-  const double rest = odds_of(s.student_label, s.student_max, s.hard_scale, 1).rest();
-  const double smoothing = in.label_smoothing;
-  const double over_target = smoothing - smoothing / static_cast<double>(in.classes) - rest;
-  c->label_gradient = static_cast<T>(diff + gain * row.hard_weight * over_target);
-  c->hard_gain =
-      s.student_scale > 0 ? static_cast<T>(static_cast<double>(c->hard_gain) * rest) : T(0);
+  const Scales<double> scales = s.template as<double>();
+  const bool hard = row.gradient_hard != Hard::kNone;
+  const LabelGains<double> gains =
+      label_gains<double>(in, row, scales, make_log_ratio<T, double>(row, scales, false),
+                          gains_of<double>(in, row, scales, gain), hard);
+  c->soft_gain = static_cast<T>(gains.soft);
+  c->rest_gain = static_cast<T>(gains.rest);
+  c->label_gradient = static_cast<T>(gains.label);
+  if (hard) c->hard_gain = static_cast<T>(static_cast<double>(c->hard_gain) * gains.hard_share);
 }
 
-// log(sum exp z) - max z, of all classes, from the other classes' sum.
-template <class T>
-__attribute__((noinline)) double log_sum(const Row<T>& row, const Scales<T>& s,
-                                         const Statistics& of) {
-  const double label = static_cast<double>(s.student_label) - static_cast<double>(s.student_max);
-  if (of.hard_sum == 0) return label;
-  const double others = std::log2(of.hard_sum) / row.hard_exponent();
-  const Odds<double> odds = odds_of(label - others);
-  return (odds.log > 0 ? label : others) + std::log1p(odds.minor);
+// log(sum exp z) - max z, of all classes: `others` is that of the others, -inf if there are none.
+template <class V>
+FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
+  const V label = s.student_label - s.student_max;
+  const Odds<V> odds = odds_of<V>(label - others);
+  return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
 }
 
 // Makes of the other classes' sums those of all classes, with the divergence as their value.
-template <class T>
-__attribute__((noinline)) void include_label(const ForwardArgs& args, const Row<T>& row,
-                                             const Scales<T>& s, Sums* sums) {
-  const LabelOdds odds = label_odds(row, s, make_gaps(row, s));
+template <class V, class Sums>
+FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
+                                      const LogRatio<V>& ratio, Sums* sums) {
+  const LabelOdds<V> odds = label_odds(row, s, ratio);
   // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
   // exponentials, and so to that of the odds.
-  const double difference = odds.difference + std::log1p(sums->slope);
-  // NaN as in put_loss (rows.cpp).
-  const double within = sums->value == sums->value ? sums->value : -kLowest;
+  const V difference = odds.difference + log1p_of(sums->slope);
+  // NaN as in results_of().
+  const V within = sums->value == sums->value ? sums->value : splat<V>(kInfinity<Scalar<V>>);
   sums->value =
-      binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(args, s), within);
-  if (args.terms == nullptr) return;
+      binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);
   sums->student_entropy = odds.student.entropy() + odds.student.rest() * sums->student_entropy;
   sums->teacher_entropy = odds.teacher.entropy() + odds.teacher.rest() * sums->teacher_entropy;
-  const bool student_others = s.student_scale > 0, teacher_others = s.teacher_scale > 0;
-  const bool label_is_greatest = (!student_others || s.student_label >= s.student_max) &&
-                                 (!teacher_others || s.teacher_label >= s.teacher_max);
-  const bool others_are = student_others && teacher_others && s.student_max >= s.student_label &&
-                          s.teacher_max >= s.teacher_label;
-  sums->agreement = label_is_greatest || (others_are && sums->agreement > 0) ? 1 : 0;
+  const auto student_others = s.student_scale > 0, teacher_others = s.teacher_scale > 0;
+  const auto no_student = s.student_scale <= 0, no_teacher = s.teacher_scale <= 0;
+  const auto label_is_greatest = (no_student | (s.student_label >= s.student_max)) &
+                                 (no_teacher | (s.teacher_label >= s.teacher_max));
+  const auto others_are = student_others & teacher_others & (s.student_max >= s.student_label) &
+                          (s.teacher_max >= s.teacher_label) & (sums->agreement > 0);
+  sums->agreement = (label_is_greatest | others_are) ? splat<V>(1) : V{};
 }
 
 }  // namespace

@@ -110,9 +110,6 @@ template <class V>
 FASTKD_HOST_DEVICE V greater_of(V a, V b) {
   return a > b ? a : b;
 }
-FASTKD_HOST_DEVICE Register<float> magnitude_of(Register<float> x) {
-  return bits_as<Register<float>>(bits_as<RegisterBits<float>>(x) & 0x7fffffffu);
-}
 
 // exp(x t) of a register's numbers, x relative to their maximum: Exponential with scale 1.
 template <class T, class S>
@@ -122,6 +119,9 @@ struct Exponentials {
 
   explicit Exponentials(const Exponential<T, S>& one)
       : one(one), factor(all(one.factor)), max(all(one.max)), least(all(one.least)) {}
+  // Each lane has a factor of its own.
+  explicit Exponentials(Register<T> factor)
+      : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 
   // Of logit - max.
   FASTKD_HOST_DEVICE Register<T> operator()(Register<T> offset) const {
@@ -175,6 +175,12 @@ struct Exponentials<float, S> {
         least(all(one.least)) {
     std::memcpy(&table, kTable.entry, sizeof(table));
   }
+  explicit Exponentials(Register<float> factor)
+      : factor(bounded_above<Register<float>>(factor * kParts, std::numeric_limits<float>::max())),
+        max{},
+        least(Format<float>::kMinExponent / factor) {
+    std::memcpy(&table, kTable.entry, sizeof(table));
+  }
 
   FASTKD_HOST_DEVICE RegisterBits<float> look_up(RegisterBits<float> index) const {
 #if defined(__AVX512F__)
@@ -197,6 +203,16 @@ struct Exponentials<float, S> {
   }
 };
 #endif
+
+// exp(x) for x <= 0.
+template <class V>
+FASTKD_HOST_DEVICE V exp_of(V x) {
+  if constexpr (kIsScalar<V>) {
+    return std::exp(x);
+  } else {
+    return Exponentials<float, float>(all(static_cast<float>(kLog2E)))(x);
+  }
+}
 
 }  // namespace
 }  // namespace fastkd::cpu::FASTKD_ISA

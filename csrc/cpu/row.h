@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "blocks.h"
+#include "formulas.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -28,12 +29,7 @@ inline bool is_even_jsd(const Inputs& in) {
 constexpr double kPlain = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
-FASTKD_HOST_DEVICE bool finite(T x) {
-  return x - x == T(0);
-}
-
-template <class T>
-struct Row {
+struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
   int64_t left_out = -1;    // the label where the sums are of the other classes (kDecoupled)
@@ -43,12 +39,10 @@ struct Row {
   bool centered = false;             // it is of centered logits (kCenteredSquaredError)
   bool of_logits = false;            // it compares logits, of which no softmax is taken
   bool gaps = false;                 // the first sweep sums what shows whether a row is plain
-  double temperature = 1, teacher_temperature = 1;
-  double hard_weight = 0, soft_weight = 0;
-  T factor = 0;          // of the student's tempered exponential
-  T teacher_factor = 0;  // of the teacher's
-  T hard_factor = 0;     // of exp(z)
-  int power = 0;         // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
+  T factor = 0;                      // of the student's tempered exponential
+  T teacher_factor = 0;              // of the teacher's
+  T hard_factor = 0;                 // of exp(z)
+  int power = 0;  // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
 
   // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
   // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
@@ -122,7 +116,6 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   return row;
 }
 
-constexpr double kLowest = -__builtin_huge_val();
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
 template <class T>
@@ -182,32 +175,6 @@ inline void add(const Sums& other, Sums* into) {
   into->agreement += other.agreement;
 }
 
-// What the gradient is made from. Rounded to the compute type before it is used, because backward
-// reads it back from `stats` and has to arrive at the same bits.
-template <class T>
-struct Scales {
-  T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  T student_label = 0, teacher_label = 0;      // as in Statistics
-  T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
-  T student_mean = 0, teacher_mean = 0;        // of the logits (kCenteredSquaredError)
-  double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
-  T mean = 0;          // the forward KL, where it is plain; else 0
-
-  // Not so where a logit is NaN or +inf, or all of them are -inf.
-  bool valid() const {
-    return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
-           finite(teacher_scale) && valid_label(student_label, student_scale) &&
-           valid_label(teacher_label, teacher_scale) && student_inverse > 0 &&
-           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse) &&
-           finite(student_mean) && finite(teacher_mean);
-  }
-
- private:
-  static bool valid_label(T logit, T scale_of_others) {
-    return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
-  }
-};
-
 // Not inlined, for most divergences need no lengths.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
@@ -224,25 +191,10 @@ __attribute__((noinline)) void set_means(const Statistics& of, Scales<T>* s) {
   s->teacher_mean = static_cast<T>(of.teacher_moment / of.teacher_count);
 }
 
-// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
-// alone would round at the size of the difference (docs/maths.md, section 3).
-constexpr double kApart = 32;
-// The limit at a temperature: below 1, what counts is the difference over it.
-template <class T>
-FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
-  return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
-}
-
-template <class T>
-bool are_apart(double student_max, double teacher_max, double temperature) {
-  const double distance = teacher_max - student_max, limit = apart_beyond(temperature);
-  return distance > limit || distance < -limit;
-}
-
 // The forward KL of a row, if it is plain; else 0. In rows whose maxima are far apart it is not.
 template <class T>
 __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
-  if (are_apart<T>(of.student_max, of.teacher_max, row.temperature)) return 0;
+  if (are_apart(of.student_max, of.teacher_max, row.temperature)) return 0;
   const double inverse = 1 / of.teacher_sum;
   // The exponentials' own temperature, which has been rounded.
   const double factor = static_cast<double>(row.factor) * kLn2;
@@ -256,40 +208,23 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
 // the unrounded quotients, so that backward arrived at other bits.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
-  Scales<T> s = {static_cast<T>(of.student_max),
-                 static_cast<T>(1 / of.student_sum),
-                 row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
-                 static_cast<T>(of.teacher_max),
-                 static_cast<T>(1 / of.teacher_sum),
-                 static_cast<T>(of.student_label),
-                 static_cast<T>(of.teacher_label)};
+  Scales<T> s = scales_of<T>(of, row.hard != Hard::kNone, row.left_out >= 0);
   if (row.unit) set_inverses(row, of, &s);
   if (row.centered) set_means(of, &s);
   if (row.gaps) s.mean = mean_of(row, of);
-  if (row.left_out < 0) return s;
-  if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
-  if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
   return s;
 }
 
 template <class T>
 Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
-  const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
+  const auto ratio = make_log_ratio<T, double>(row, s.template as<double>(), false);
   const bool same = row.temperature == row.teacher_temperature;
-  const bool apart =
-      !same || (!row.of_logits && are_apart<T>(s.student_max, s.teacher_max, row.temperature));
-  const T inverse_temperature = static_cast<T>(1 / row.temperature);
-  const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
-  const double shift =
-      same ? distance * static_cast<double>(inverse_temperature)
-           : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
-                 static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
-  return {inverse_temperature, teacher_inverse_temperature,
-          static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
-          !same   ? Way::kSeparate
-          : apart ? Way::kApart
-                  : Way::kAnew};
+  const bool shifted = ratio.shifted && !(same && row.of_logits);
+  return {static_cast<T>(ratio.inverse_temperature), static_cast<T>(1 / row.teacher_temperature),
+          static_cast<T>(ratio.log_ratio),
+          !same     ? Way::kSeparate
+          : shifted ? Way::kApart
+                    : Way::kAnew};
 }
 
 // Whether the reverse KL is as good as the sum of its slopes: where that is plainly above 0. It has
@@ -317,27 +252,23 @@ template <class S, class T>
 Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                      double gain) {
   const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double hard_gain = gain * row.hard_weight;
+  const RowGains<double> gains = gains_of<double>(in, row, s.template as<double>(), gain);
   double power = 1;  // of q's scale, in a power of q
   for (int i = 0; i < row.power; ++i) power *= student_scale;
-  const double power_gain = hard_gain * static_cast<double>(s.hard_scale) / power;
+  const double power_gain = gains.hard * static_cast<double>(s.hard_scale) / power;
   const Gaps<T> gaps = make_gaps(row, s);
-  double soft_gain = gain * row.soft_weight * row.temperature;
-  if (row.unit) soft_gain *= row.temperature * static_cast<double>(s.student_inverse);
   return {gaps,
           Exponential<T, S>(row.factor, s.student_max, student_scale),
           Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
           s.student_scale,
           s.teacher_scale,
           Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          static_cast<T>(soft_gain),
-          static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
+          static_cast<T>(gains.soft),
+          static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : gains.hard),
           0,
           0,
           0,
-          static_cast<T>(row.hard == Hard::kNone
-                             ? 0.0
-                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
+          static_cast<T>(row.hard == Hard::kNone ? 0.0 : -gains.uniform),
           0,
           0,
           T(-1e30),

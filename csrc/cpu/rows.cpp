@@ -10,38 +10,35 @@
 #include <new>
 
 #include "engine.h"
-#include "lanes.h"
+#include "gather.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
+
+// transposed.cpp
+void forward_transposed(const ForwardArgs& args, int64_t begin, int64_t end);
+void backward_transposed(const BackwardArgs& args, int64_t begin, int64_t end);
+
 namespace {
 
 template <class T>
 void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
               const Scales<T>& scales, Sums sums) {
   double hard = 0;
+  const Scales<double> exact = scales.template as<double>();
   if (row.hard != Hard::kNone) {
     // log sum exp(z) - max; then the target's mean of max - z.
-    hard =
-        row.left_out >= 0 ? log_sum(row, scales, of) : std::log2(of.hard_sum) / row.hard_exponent();
+    hard = std::log2(of.hard_sum) / row.hard_exponent();
+    if (row.left_out >= 0) hard = log_sum(exact, hard);
     hard -= sums.student_logits;
   }
-  if (row.left_out >= 0) include_label(args, row, scales, &sums);
-  // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. That is an infinite divergence.
-  const double value =
-      divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
-  const double soft = value == value ? value : -kLowest;
-  const double t = row.temperature;
-  double loss = weighted(row.soft_weight * t * t, soft);
-  if (row.hard != Hard::kNone) loss += weighted(row.hard_weight, hard);
-  static_cast<T*>(args.loss)[index] = static_cast<T>(loss);
+  if (row.left_out >= 0) {
+    include_label<double>(args, row, exact, make_log_ratio<T, double>(row, exact, false), &sums);
+  }
+  const Results<double> results = results_of<double>(args.divergence, row, hard, sums);
+  static_cast<T*>(args.loss)[index] = static_cast<T>(results.loss);
   if (args.terms == nullptr) return;
   T* terms = static_cast<T*>(args.terms) + index;
-  terms[kHard * args.rows] = static_cast<T>(hard);
-  terms[kSoft * args.rows] = static_cast<T>(soft);
-  terms[kStudentEntropy * args.rows] = static_cast<T>(sums.student_entropy);
-  terms[kTeacherEntropy * args.rows] = static_cast<T>(sums.teacher_entropy);
-  terms[kAgreement * args.rows] = static_cast<T>(sums.agreement > 0 ? 1 : 0);
+  for (int i = 0; i < kTerms; ++i) terms[i * args.rows] = static_cast<T>(results.terms[i]);
 }
 
 template <class T>
@@ -52,32 +49,23 @@ void put_constant(const ForwardArgs& args, int64_t index, T value) {
 }
 
 template <class T>
-void put_stats(const ForwardArgs& args, int64_t index, const Scales<T>& s, const Sums& sums) {
+void put_stats(const ForwardArgs& args, int64_t index, Scales<T> s, const Sums& sums) {
   if (args.stats == nullptr) return;
   T* stats = static_cast<T*>(args.stats) + index;
-  stats[kStudentMax * args.rows] = s.student_max;
-  const bool unit = args.divergence == Divergence::kCosine;
-  const bool centered = args.divergence == Divergence::kCenteredSquaredError;
-  stats[kStudentScale * args.rows] = unit ? s.student_inverse : s.student_scale;
-  stats[kHardScale * args.rows] = s.hard_scale;
-  stats[kTeacherMax * args.rows] = centered ? s.teacher_mean : s.teacher_max;
-  stats[kTeacherScale * args.rows] = unit       ? s.teacher_inverse
-                                     : centered ? s.student_mean
-                                                : s.teacher_scale;
-  stats[kSlopeSum * args.rows] = static_cast<T>(sums.slope);
   const bool jsd = args.divergence == Divergence::kJensenShannon;
-  stats[kClassCount * args.rows] = jsd ? s.mean : static_cast<T>(sums.classes);
+  T slope = static_cast<T>(sums.slope), classes = jsd ? s.mean : static_cast<T>(sums.classes);
+  for_stats(args.divergence, s, slope, classes,
+            [&](Stat which, T number) { stats[which * args.rows] = number; });
   if (index == 0) static_cast<T*>(args.stats)[kStats * args.rows] = static_cast<T>(args.scale);
 }
 
 template <class T>
 Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index) {
   const T* stats = static_cast<const T*>(args.stats) + index;
-  Scales<T> s = {stats[kStudentMax * args.rows], stats[kStudentScale * args.rows],
-                 stats[kHardScale * args.rows], stats[kTeacherMax * args.rows],
-                 stats[kTeacherScale * args.rows]};
-  if (row.unit) s.student_inverse = s.student_scale, s.teacher_inverse = s.teacher_scale;
-  if (row.centered) s.teacher_mean = s.teacher_max, s.student_mean = s.teacher_scale;
+  Scales<T> s = {};
+  T slope, classes;
+  for_stats(args.divergence, s, slope, classes,
+            [&](Stat which, T& number) { number = stats[which * args.rows]; });
   const bool jsd = args.divergence == Divergence::kJensenShannon;
   if (row.gaps) s.mean = stats[(jsd ? kClassCount : kSlopeSum) * args.rows];
   if (row.left_out < 0) return s;
@@ -271,10 +259,8 @@ void with_engine(const Args& args, bool terms, Fn&& fn) {
 }
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
-  if (in_lanes(args)) {
-    return for_tiles(args, args.terms != nullptr, begin, end,
-                     [&](auto& engine) { engine.forward(args); });
-  }
+  if (is_transposed(args)) return forward_transposed(args, begin, end);
+  if (has_apart_classes(args)) return for_gathered_rows(args, begin, end, forward);
   with_engine(args, args.terms != nullptr, [&](const auto& engine, auto zero) {
     Room<decltype(zero)> room(engine, end);
     for (int64_t i = begin; i < end; ++i) forward_row(args, engine, i, room);
@@ -283,9 +269,8 @@ void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
-  if (in_lanes(args)) {
-    return for_tiles(args, false, begin, end, [&](auto& engine) { engine.backward(args); });
-  }
+  if (is_transposed(args)) return backward_transposed(args, begin, end);
+  if (has_apart_classes(args)) return for_gathered_rows(args, begin, end, backward);
   with_engine(args, false, [&](const auto& engine, auto zero) {
     Kept<decltype(zero)> kept;
     for (int64_t i = begin; i < end; ++i) backward_row(args, engine, i, kept);
