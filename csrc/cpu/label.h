@@ -20,27 +20,23 @@ struct LabelOdds {
   double difference;  // of their logarithms, within what rounding did to the sums
 };
 
-// d as element_of() forms it, in double.
+// d as log_ratio_of() forms it, in double.
 template <class T>
-double difference_of(const Gaps<T>& gaps, const Scales<T>& s, double z, double w) {
-  const double inverse = gaps.inverse_temperature;
-  const double from_max = z - static_cast<double>(s.student_max);
-  const double teacher_from_max = w - static_cast<double>(s.teacher_max);
-  const double separate =
-      teacher_from_max * static_cast<double>(gaps.teacher_inverse_temperature) - from_max * inverse;
-  const double gap = gaps.way == Way::kSeparate ? separate
-                     : gaps.way == Way::kApart  ? (teacher_from_max - from_max) * inverse
-                                                : (w - z) * inverse;
-  return gap - static_cast<double>(gaps.log_ratio);
+double difference_of(const LogRatio<T>& ratio, double z, double w) {
+  const double from_z = z - static_cast<double>(ratio.student_base);
+  const double from_w = w - static_cast<double>(ratio.teacher_base);
+  return (from_w * static_cast<double>(ratio.temperature_ratio) - from_z) *
+             static_cast<double>(ratio.inverse_temperature) -
+         static_cast<double>(ratio.log_ratio);
 }
 
 template <class T>
-LabelOdds label_odds(const Row<T>& row, const Scales<T>& s, const Gaps<T>& gaps) {
+LabelOdds label_odds(const Row<T>& row, const Scales<T>& s, const LogRatio<T>& ratio) {
   const double z = s.student_label, w = s.teacher_label;
   const Odds<double> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
   const Odds<double> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
   const bool both = s.student_scale > 0 && s.teacher_scale > 0;
-  return {student, teacher, both ? difference_of(gaps, s, z, w) : teacher.log - student.log};
+  return {student, teacher, both ? difference_of(ratio, z, w) : teacher.log - student.log};
 }
 
 // The weight of the KL among the other classes: none where the teacher allows none of them.
@@ -51,16 +47,16 @@ double mix_of(const Inputs& in, const Scales<T>& s) {
 
 // The label's part in a row's gradient, and what it changes in the other classes'. Not inlined, for
 // forward and backward must arrive at the same bits.
-template <class S, class T>
+template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                        double gain, Coefficients<T, S>* c) {
+                                        double gain, Coefficients<T>* c) {
   const LabelOdds odds = label_odds(row, s, *c);
   const double soft = gain * row.soft_weight * row.temperature;
   const double diff = soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
   c->soft_gain = static_cast<T>(soft * mix_of(in, s));
   c->rest_gain = static_cast<T>(-diff);
   c->label_gradient = static_cast<T>(diff);
-  if (row.gradient_hard == Hard::kNone) return;
+  if (row.gradient_hard == ExpSource::kNone) return;
   const double rest = odds_of(s.student_label, s.student_max, s.hard_scale, 1).rest();
   const double smoothing = in.label_smoothing;
   const double over_target = smoothing - smoothing / static_cast<double>(in.classes) - rest;
@@ -84,7 +80,7 @@ __attribute__((noinline)) double log_sum(const Row<T>& row, const Scales<T>& s,
 template <class T>
 __attribute__((noinline)) void include_label(const ForwardArgs& args, const Row<T>& row,
                                              const Scales<T>& s, Sums* sums) {
-  const LabelOdds odds = label_odds(row, s, make_gaps(row, s));
+  const LabelOdds odds = label_odds(row, s, make_log_ratio(row, s));
   // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
   // exponentials, and so to that of the odds.
   const double difference = odds.difference + std::log1p(sums->slope);
