@@ -29,23 +29,28 @@ enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWei
 // The rows of `stats`: what one row must leave behind for its gradient to be written again, bit for
 // bit.
 enum Stat : int {
-  kStudentMax,
-  kStudentScale,
-  kHardScale,
-  kTeacherMax,
-  kTeacherScale,
-  kSlopeSum,
-  kClassCount,
-  kStats
+  kStudentMax,    // max z
+  kStudentScale,  // 1 / sum exp((z - max z) / t)
+  kHardScale,     // 1 / sum exp(z - max z)
+  kTeacherMax,    // max w
+  kTeacherScale,  // 1 / sum exp((w - max w) / t)
+  kSlopeSum,      // S of divergences.h; of kCosine the divergence
+  kClassCount,    // n of Balance (divergences.h), or 0
+  kStats,
+
+  // Rows that divergences which do not need the above use for others.
+  // kCosine: 1 / |z| and 1 / |w|.
+  kStudentInverseNorm = kStudentScale,
+  kTeacherInverseNorm = kTeacherScale,
+  // kCenteredSquaredError: the means of z and of w.
+  kStudentMean = kStudentScale,
+  kTeacherMean = kTeacherScale,
+  // kForwardKL, kSoftCrossEntropy and kJensenShannon on a CPU: the mean of log(p / q) under the
+  // teacher where the row is well separated (cpu/row.h), else 0.
+  kMeanLogRatio = kClassCount,
 };
-// kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
-// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
-// Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
-// other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
-// is the divergence. Of kCenteredSquaredError kTeacherMax is the mean of w and kTeacherScale the
-// mean of z on a CPU; on CUDA kStudentScale is the mean of z and kTeacherScale the mean of w. On a
-// CPU the forward KL of a row where it is plain (cpu/row.h), else 0, is the kSlopeSum of kForwardKL
-// and kSoftCrossEntropy, and the kClassCount of kJensenShannon.
+// Of kDecoupled the sums leave the label out; maximum and scales are 0 where no other class is
+// left.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a

@@ -4,7 +4,8 @@
 // V is double in the row engine, which rounds the results to its compute type T; in the transposed
 // engine it is a vector of floats, one for each row.
 #pragma once
-#include "../kernels.h"
+#include <cmath>
+
 #include "vectors.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -89,18 +90,22 @@ FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& of, bool hard, bool decoupled
   return s;
 }
 
-// The numbers of `stats`: fn(which, number) for each. Some divergences use a place for another
-// number than its name says (kernels.h).
+// Calls fn(which, number) for the numbers of `stats` (kernels.h).
 template <class V, class Fn>
 FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& classes, Fn&& fn) {
   const bool unit = id == Divergence::kCosine, centered = id == Divergence::kCenteredSquaredError;
   fn(kStudentMax, s.student_max);
-  fn(kStudentScale, unit ? s.student_inverse : s.student_scale);
   fn(kHardScale, s.hard_scale);
-  fn(kTeacherMax, centered ? s.teacher_mean : s.teacher_max);
-  fn(kTeacherScale, unit ? s.teacher_inverse : centered ? s.student_mean : s.teacher_scale);
+  fn(kTeacherMax, s.teacher_max);
   fn(kSlopeSum, slope);
   fn(kClassCount, classes);
+  if (unit) {
+    fn(kStudentInverseNorm, s.student_inverse), fn(kTeacherInverseNorm, s.teacher_inverse);
+  } else if (centered) {
+    fn(kStudentMean, s.student_mean), fn(kTeacherMean, s.teacher_mean);
+  } else {
+    fn(kStudentScale, s.student_scale), fn(kTeacherScale, s.teacher_scale);
+  }
 }
 
 // Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
@@ -142,6 +147,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   if (of_logits) {
     // A logit far above its row's others would take their digits.
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
+    r.shifted = r.inverse_temperature > 0;
     return r;
   }
   r.shifted = (row.temperature != row.teacher_temperature) |
@@ -161,10 +167,11 @@ struct RowGains {
   V soft, hard, onehot, uniform;
 };
 template <class V>
-FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
-                                     V gain) {
+FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row,
+                                        const Scales<V>& s, V gain, bool has_hard) {
   const Scalar<V> smoothing = static_cast<Scalar<V>>(in.label_smoothing);
-  const V soft = gain * row.soft_weight * row.temperature, hard = gain * row.hard_weight;
+  const V soft = gain * row.soft_weight * row.temperature;
+  const V hard = has_hard ? gain * row.hard_weight : V{};
   const bool unit = in.divergence == Divergence::kCosine;
   return {unit ? soft * (row.temperature * s.student_inverse) : soft, hard, hard * (1 - smoothing),
           hard * smoothing / static_cast<Scalar<V>>(in.classes)};

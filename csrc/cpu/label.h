@@ -63,14 +63,14 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
 
 // The label's part in a row's gradient, and what it changes in the other classes'. Not inlined, for
 // forward and backward must arrive at the same bits.
-template <class S, class T>
+template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                        double gain, Coefficients<T, S>* c) {
+                                        double gain, Coefficients<T>* c) {
   const Scales<double> scales = s.template as<double>();
-  const bool hard = row.gradient_hard != Hard::kNone;
+  const bool hard = row.gradient_hard != ExpSource::kNone;
   const LabelGains<double> gains =
       label_gains<double>(in, row, scales, make_log_ratio<T, double>(row, scales, false),
-                          gains_of<double>(in, row, scales, gain), hard);
+                          gains_of<double>(in, row, scales, gain, hard), hard);
   c->soft_gain = static_cast<T>(gains.soft);
   c->rest_gain = static_cast<T>(gains.rest);
   c->label_gradient = static_cast<T>(gains.label);

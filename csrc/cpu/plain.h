@@ -1,66 +1,79 @@
-// The loops of plain rows (row.h), after the first sweep and from the exponentials that it kept:
-// what is q - p as it stands, and the JSD with mix 1/2 without forms for where p is near q.
+// The loops of well-separated rows (row.h): the gradient is q - p as it stands, or, for the JSD
+// with mix 1/2, comes from slopes without forms for where p is near q.
 #pragma once
 #include "blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// The gradient of a class, but for the label's share, from what was kept of the student: q - p
-// where `other` is what was kept of the teacher, or, with kSlopes, what balances these slopes over
-// q's scale. The logit is read by Hard::kOwn alone.
-template <Hard kHard, bool kSlopes, class T, class S>
-FASTKD_HOST_DEVICE T plain_gradient(const Coefficients<T, S>& c, T logit, T tempered, T other) {
-  const T balanced = kSlopes ? other - tempered * c.student_share : tempered;
-  T g = c.uniform + c.kept_student_gain * balanced;
-  if constexpr (!kSlopes) g -= c.kept_teacher_gain * other;
-  if constexpr (kHard != Hard::kNone) {
-    const T hard_gain = kHard == Hard::kOwn ? c.hard_gain : c.kept_hard_gain;
-    g += hard_gain * hard_exponential<kHard>(tempered, logit, c.own);
-  }
-  return g;
-}
-
-// The same of one class of a plain row. Not inlined, for forward and backward must arrive at the
-// same bits.
-template <Hard kHard, class T, class S>
-__attribute__((noinline)) T plain_gradient_of(const Coefficients<T, S>& c, T logit, T tempered,
-                                              T other) {
-  return plain_gradient<kHard, false>(c, logit, tempered, other);
-}
-
-// Of a block. Not inlined, for the same reason as write_gradient().
-template <Hard kHard, bool kSlopes, class T, class S, class L>
-__attribute__((noinline)) void write_plain_gradient(const Coefficients<T, S>& coefficients,
-                                                    const Vectors<const L>& student,
-                                                    const T* student_kept, const T* other,
-                                                    const Vectors<L>& grad, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], grad_buffer[kWidth];
-    const T* z = nullptr;
-    if constexpr (kHard == Hard::kOwn) z = unpack<kWidth>(student.at(at), student_buffer);
-    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
+// Writes a block's gradient but for the label's share. `other` holds the teacher's exponentials,
+// or, with kSlopes, slopes over q's scale.
+template <ExpSource kSource, bool kSlopes, class T, class S>
+__attribute__((noinline)) void write_well_separated(const Coefficients<T>& coefficients,
+                                                    const Vectors<const S>& student,
+                                                    const T* exponentials, const T* other,
+                                                    const Vectors<S>& grad, int64_t count) {
+  const Coefficients<T> c = coefficients;
+  const Exponentials<T> separate(c.separate);
+  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
     prefetch_next<Into::kL2, kWidth>(grad.at(at));
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T logit = kHard == Hard::kOwn ? z[i] : T(0);
-      grad_lanes[i] = plain_gradient<kHard, kSlopes>(c, logit, student_kept[at + i], other[at + i]);
+    Register<T> z[kMany] = {}, e[kMany], o[kMany], g[kMany];
+    load<kWidth>(exponentials + at, T(0), e);
+    load<kWidth>(other + at, T(0), o);
+    if constexpr (kSource == ExpSource::kSeparate) {
+      load<kWidth>(student.at(at), -kInfinity<T>, z);
+      FASTKD_UNROLL
+      for (int64_t i = 0; i < kMany; ++i) z[i] -= separate.max;
     }
-    pack<kWidth>(grad_buffer, grad.at(at));
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kMany; ++i) {
+      if constexpr (kSlopes) {
+        g[i] = c.uniform + c.student_soft_gain * (o[i] - e[i] * c.student_share);
+      } else {
+        g[i] = c.uniform + c.student_soft_gain * e[i] - c.teacher_soft_gain * o[i];
+      }
+    }
+    if constexpr (kSource != ExpSource::kNone) {
+      add_hard<kSource, kMany>(separate, c.squarings, z, e, all(c.block_hard_gain), g);
+    }
+    store<kWidth>(g, grad.at(at));
   });
 }
 
-// Value and slopes of the JSD, over q's scale, which makes q of what was kept (c.plain_here()). The
-// next vectors' divisions are under way while these are evaluated.
-template <class S>
-__attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& c,
-                                                  const Vectors<const S>& student,
-                                                  const Vectors<const S>& teacher,
-                                                  const float* student_kept,
-                                                  const float* teacher_kept, float* slopes,
-                                                  int64_t count) {
+// The same of one class. Not inlined, for forward and backward must arrive at the same bits.
+template <class T>
+__attribute__((noinline)) T well_separated_gradient(const Coefficients<T>& c, ExpSource source,
+                                                    bool slopes, T z, T exponential, T other) {
+  T power = source == ExpSource::kSeparate ? c.separate(z) : exponential;
+  for (int i = 0; i < c.squarings && source == ExpSource::kPower; ++i) power *= power;
+  const T centered = slopes ? other - exponential * c.student_share : exponential;
+  const T teacher = slopes ? T(0) : c.teacher_soft_gain * other;
+  const T hard = source == ExpSource::kNone ? T(0) : c.block_hard_gain * power;
+  return c.uniform + c.student_soft_gain * centered - teacher + hard;
+}
+
+// 1/2 log(max(p, q) / m) of an even mixture m from (max - min) / (3 max + min), one artanh without
+// an exponent, minimax for the relative error: 1.6e-8.
+template <class V>
+FASTKD_HOST_DEVICE V even_log(V ratio) {
+  const V y = ratio * ratio;
+  V log = y * 0.1342574901f + 0.141183099f;
+  log = log * y + 0.2000378032f;
+  log = log * y + 0.3333332017f;
+  log = log * y + 1.0f;
+  return log * ratio;
+}
+
+// Value and slopes of the JSD with mix 1/2, over q's scale, where a block is_comparable(). With h =
+// d / 2 log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m). The next vectors' divisions
+// are under way while these are evaluated.
+__attribute__((noinline)) inline SlopeSums find_even_slopes(const Coefficients<float>& c,
+                                                            const Vectors<const float>& student,
+                                                            const Vectors<const float>& teacher,
+                                                            const float* student_exponentials,
+                                                            const float* teacher_exponentials,
+                                                            float* slopes, int64_t count) {
   constexpr int64_t kMost = kRegisters<kLanes, float>;
   const Register<float> p_scale = all(c.teacher_scale / c.student_scale);
   const Register<float> inverse_temperature = all(0.5f * c.inverse_temperature);
@@ -77,8 +90,8 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
   const auto divide = [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
     Register<float> q[kMany], p[kMany];
-    load<kWidth>(student_kept + at, 0.0f, q);
-    load<kWidth>(teacher_kept + at, 0.0f, p);
+    load<kWidth>(student_exponentials + at, 0.0f, q);
+    load<kWidth>(teacher_exponentials + at, 0.0f, p);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       p[i] *= p_scale;
@@ -88,11 +101,10 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
       ahead.ratio[i] = (greater - lesser) / (3.0f * greater + (lesser + least<float>()));
     }
   };
-  // Classes in steps of kLanes: what is left over is one where there are no shorter ones.
-  const int64_t wide = (count + (kStep<S> == kLanes ? kLanes - 1 : 0)) / kLanes * kLanes;
+  const int64_t wide = count / kLanes * kLanes;
   if (wide > 0) divide(0, constant<kLanes>);
-  const Vectors<const S> logits = student, others = teacher;
-  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  const Vectors<const float> logits = student, others = teacher;
+  for_vectors<float>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
     if (kWidth < kLanes) divide(at, width);
     const auto here = ahead;
@@ -100,7 +112,7 @@ __attribute__((noinline)) SlopeSums sum_plain_jsd(const Coefficients<float, S>& 
     Register<float> z[kMany], w[kMany], q[kMany];
     load<kWidth>(logits.at(at), -kInfinity<float>, z);
     load<kWidth>(others.at(at), -kInfinity<float>, w);
-    load<kWidth>(student_kept + at, 0.0f, q);
+    load<kWidth>(student_exponentials + at, 0.0f, q);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       // Infinite, or NaN, where p or q is 0.

@@ -13,6 +13,10 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
+// Computed with as fp32.
+struct BFloat16 {
+  uint16_t bits;
+};
 struct Float16 {
   uint16_t bits;
 };

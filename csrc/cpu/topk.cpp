@@ -143,13 +143,15 @@ struct TopkRow {
   }
 
   // One sweep: the rest's sums and, for label smoothing, the sum of all logits.
-  template <Hard kHard>
   Mass scan_rest(double* total) const {
     alignas(64) S buffer[kLongest];
     alignas(64) T logits[kLongest];
-    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
+    Exponential<T> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Mass mass;
     double* block_max = kept.maxima.get();
+    const auto sum = with_source(row.hard, [](auto source) {
+      return &sum_exponentials<decltype(source)::value, GapSum::kNone, T, S>;
+    });
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
@@ -162,8 +164,8 @@ struct TopkRow {
       }
       T* exponentials = nullptr;
       if constexpr (kKeeps) exponentials = &kept.exponentials[at], *block_max++ = mass.max;
-      const ExponentialSums sums = sum_exponentials<kHard, kKeeps, GapSum::kNone>(
-          block, count, tempered, own, exponentials, next_of<S>(at, args.classes));
+      const ExponentialSums sums = sum(block, count, tempered, own, row.squarings(), exponentials,
+                                       next_of<S>(at, args.classes), {}, 0);
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
@@ -180,8 +182,7 @@ struct TopkRow {
   Summary summarise() const {
     Summary of;
     double total = 0;
-    of.rest =
-        with_hard<T>(row.hard, [&](auto hard) { return scan_rest<decltype(hard)::value>(&total); });
+    of.rest = scan_rest(&total);
     sum_list(&of);  // from the cache
     of.complete(args, total);
     return of;
@@ -193,7 +194,7 @@ struct TopkRow {
       gain *= static_cast<double>(
           static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0]);
     }
-    return topk::gains_of(args, args.tail, of, soft, gain, row.gradient_hard != Hard::kNone);
+    return topk::gains_of(args, args.tail, of, soft, gain, row.gradient_hard != ExpSource::kNone);
   }
 
   void* grad_at(int64_t id) const {
@@ -211,13 +212,13 @@ struct TopkRow {
   }
 
   // The rest's gradient. What it writes for listed classes has no meaning.
-  template <Hard kHard>
+  template <ExpSource kSource>
   void write_rest(const Summary& of, const Gains& gains) const {
     alignas(64) S buffer[kLongest];
     alignas(64) S result[kLongest];
     const double max = topk::origin(of.rest);
-    const Exponentials<T, S> tempered({row.factor, static_cast<T>(max), 1});
-    const Exponentials<T, S> own({row.hard_factor, static_cast<T>(max), 1});
+    const Exponentials<T> tempered({row.factor, static_cast<T>(max), 1});
+    const Exponentials<T> own({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = all(static_cast<T>(gains.uniform));
     const double* block_max = kept.maxima.get();
     // More classes than the dense loss wants: what is written to listed ones afterwards waits.
@@ -225,31 +226,31 @@ struct TopkRow {
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
       const double shift = topk::shift(relative_to, max, row.temperature);
-      const double hard_shift = kHard == Hard::kOwn ? 1 : topk::shift(relative_to, max, 1);
+      const double hard_shift =
+          kSource == ExpSource::kSeparate ? 1 : topk::shift(relative_to, max, 1);
       const Register<T> soft_gain = all(static_cast<T>(gains.rest * shift));
       const Register<T> hard_gain = all(static_cast<T>(gains.rest_hard * hard_shift));
       const T* const exponentials = kKeeps ? &kept.exponentials[at] : nullptr;
       Vectors<const S> block;
-      if (!kKeeps || kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
+      if (!kKeeps || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
       const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
       for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
-        Register<T> z[kMany], e[kMany];
+        Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
         prefetch_next<Into::kL2, kWidth>(grad.at(step));
-        if (!kKeeps || kHard == Hard::kOwn) load<kWidth>(block.at(step), -kInfinity<T>, z);
+        if (!kKeeps || kSource == ExpSource::kSeparate)
+          load<kWidth>(block.at(step), -kInfinity<T>, z);
         if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) {
-          Register<T> offset = {};
-          if constexpr (!kKeeps || kHard == Hard::kOwn) offset = z[i] - tempered.max;
-          if constexpr (!kKeeps) e[i] = tempered(offset);
-          Register<T> gradient = uniform + soft_gain * e[i];
-          if constexpr (kHard != Hard::kNone) {
-            gradient += hard_gain * hard_exponential<kHard>(e[i], offset, own);
-          }
-          e[i] = gradient;
+          if constexpr (!kKeeps || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
+          if constexpr (!kKeeps) e[i] = tempered(z[i]);
+          gradient[i] = uniform + soft_gain * e[i];
         }
-        store<kWidth>(e, grad.at(step));
+        if constexpr (kSource != ExpSource::kNone) {
+          add_hard<kSource, kMany>(own, row.squarings(), z, e, hard_gain, gradient);
+        }
+        store<kWidth>(gradient, grad.at(step));
       });
       put_result(grad, result, grad_at(at), args.student_dtype, count, past_caches);
     });
@@ -261,7 +262,7 @@ struct TopkRow {
   }
 
   void write_label(const Summary& of, const Soft& soft, const Gains& gains) const {
-    if (row.gradient_hard == Hard::kNone || is_listed(row.label)) return;
+    if (row.gradient_hard == ExpSource::kNone || is_listed(row.label)) return;
     put(row.label, topk::label_gradient(args, of, soft, gains, logit(row.label)));
   }
 
@@ -271,7 +272,7 @@ struct TopkRow {
     const double inverse_temperature = 1 / row.temperature;
     const Exponential<double> tempered(kLog2E / row.temperature, origin, soft.student_scale);
     const Exponential<double> plain(kLog2E, 0, soft.teacher_scale);
-    const bool hard = row.gradient_hard != Hard::kNone;
+    const bool hard = row.gradient_hard != ExpSource::kNone;
     // The gain, which may be negative, is no scale of an exponential.
     const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
     const Exponential<double> own(kLog2E, of.all.max, 1);
@@ -310,12 +311,13 @@ struct TopkRow {
     const Soft soft = topk::soften(args, args.tail, of);
     const Gains g = gains(of, soft);
     if (args.grad != nullptr) {
-      with_hard<T>(row.gradient_hard, [&](auto hard) { write_rest<decltype(hard)::value>(of, g); });
+      with_source(row.gradient_hard,
+                  [&](auto source) { write_rest<decltype(source)::value>(of, g); });
       write_label(of, soft, g);
     }
     const double value = write_list(of, soft, g);
     if (args.loss != nullptr) {
-      const bool hard = row.hard != Hard::kNone;
+      const bool hard = row.hard != ExpSource::kNone;
       static_cast<T*>(args.loss)[index] = static_cast<T>(
           topk::row_loss(args, args.tail, of, soft, value, hard, hard ? logit(row.label) : 0.0));
     }

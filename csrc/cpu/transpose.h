@@ -5,10 +5,12 @@
 // (N, C, H, W), the logits of 32 pixels lie side by side as they are.
 #pragma once
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
 #include "../kernels.h"
+#include "registers.h"
 #include "storage.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -16,6 +18,18 @@ namespace {
 
 // Rows side by side: in 16 bits a cache line of pixels, in 32 bits two.
 constexpr int64_t kTileRows = 32;
+
+// A group: as many rows as a register has lanes.
+using V = Register<float>;
+constexpr int64_t kGroupRows = kPerRegister<float>;
+static_assert(kTileRows % kGroupRows == 0, "");
+
+FASTKD_HOST_DEVICE V load(const float* from) {
+  V rows;
+  std::memcpy(&rows, from, sizeof(rows));
+  return rows;
+}
+FASTKD_HOST_DEVICE void store(V rows, float* to) { std::memcpy(to, &rows, sizeof(rows)); }
 
 // Calls fn(lane, length, offset) for runs of rows that are `stride.row` apart: `length` rows from
 // row first + lane on, which starts at `offset`.
@@ -190,6 +204,27 @@ struct TileRows {
       if (adjacent) transpose<S>(rows, kTileRows, classes, length, to, stride.row);
     });
   }
+};
+
+// The memory of a tile. Few classes take none from the heap.
+struct Tile {
+  static constexpr int64_t kPerClass = 2 * kTileRows + 3 * kGroupRows;
+
+  alignas(64) float few[kPerClass * kNarrow];
+  std::unique_ptr<float[]> many;
+  float *student, *teacher;          // logits, [classes][kTileRows]; the student's become results
+  float *student_exp, *teacher_exp;  // exp((z - max z) / t), exp((w - max w) / t) of one group,
+  float* hard_exp;                   // and exp(z - max z), [classes][kGroupRows]
+
+  explicit Tile(int64_t classes) {
+    if (classes > kNarrow) many.reset(new float[static_cast<size_t>(kPerClass * classes)]);
+    student = many != nullptr ? many.get() : few;
+    teacher = student + classes * kTileRows;
+    student_exp = teacher + classes * kTileRows;
+    teacher_exp = student_exp + classes * kGroupRows;
+    hard_exp = teacher_exp + classes * kGroupRows;
+  }
+  Tile(const Tile&) = delete;  // the pointers are into it
 };
 
 }  // namespace

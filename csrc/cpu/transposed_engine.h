@@ -8,26 +8,12 @@
 // the formulas of the row engine (formulas.h, label.h, divergences.h) with registers as numbers. No
 // lane reads another: the bits do not depend on which rows share a group.
 #pragma once
-#include <memory>
-#include <new>
-
 #include "label.h"
 #include "operands.h"
 #include "transpose.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
-
-using V = Register<float>;
-constexpr int64_t kGroupRows = kPerRegister<float>;
-static_assert(kTileRows % kGroupRows == 0, "");
-
-FASTKD_HOST_DEVICE V load(const float* from) {
-  V rows;
-  std::memcpy(&rows, from, sizeof(rows));
-  return rows;
-}
-FASTKD_HOST_DEVICE void store(V rows, float* to) { std::memcpy(to, &rows, sizeof(rows)); }
 
 // A sum that keeps what rounding takes off it (Kahan). It becomes NaN where a sum would be
 // infinite.
@@ -39,27 +25,6 @@ struct PreciseSum {
     excess = (next - sum) - part;
     sum = next;
   }
-};
-
-// The memory of a tile. Few classes take none from the heap.
-struct Tile {
-  static constexpr int64_t kPerClass = 2 * kTileRows + 3 * kGroupRows;
-
-  alignas(64) float few[kPerClass * kNarrow];
-  std::unique_ptr<float[]> many;
-  float *student, *teacher;          // logits, [classes][kTileRows]; the student's become results
-  float *student_exp, *teacher_exp;  // exp((z - max z) / t), exp((w - max w) / t) of one group,
-  float* hard_exp;                   // and exp(z - max z), [classes][kGroupRows]
-
-  explicit Tile(int64_t classes) {
-    if (classes > kNarrow) many.reset(new float[static_cast<size_t>(kPerClass * classes)]);
-    student = many != nullptr ? many.get() : few;
-    teacher = student + classes * kTileRows;
-    student_exp = teacher + classes * kTileRows;
-    teacher_exp = student_exp + classes * kGroupRows;
-    hard_exp = teacher_exp + classes * kGroupRows;
-  }
-  Tile(const Tile&) = delete;  // the pointers are into it
 };
 
 struct PlainSum {
@@ -130,8 +95,8 @@ struct TransposedEngine {
     common.ignore_index = -1;
     common.row_settings = nullptr;
     shared = make_row<float>(common, 0, true);
-    if (!hard) shared.hard = Hard::kNone;
-    if (hard && args.row_settings != nullptr) shared.hard = Hard::kOwn;
+    if (!hard) shared.hard = ExpSource::kNone;
+    if (hard && args.row_settings != nullptr) shared.hard = ExpSource::kSeparate;
     for (int64_t i = 0; i < kGroupRows; ++i) set_row(i, shared);
   }
 
@@ -228,27 +193,31 @@ struct TransposedEngine {
   // The exponentials, given the maxima. With kSummed their sums are added to `exponentials`.
   template <bool kSummed>
   void exponentiate(const Block& b) {
-    with_hard<float>(shared.hard,
-                     [&](auto hard) { exponentiate_as<decltype(hard)::value, kSummed>(b); });
+    with_source(shared.hard,
+                [&](auto source) { exponentiate_as<decltype(source)::value, kSummed>(b); });
   }
-  template <Hard kHard, bool kSummed>
+  template <ExpSource kSource, bool kSummed>
   void exponentiate_as(const Block& b) {
-    const Exponentials<float, float> of_student(factor), of_teacher(teacher_factor);
-    const Exponentials<float, float> own(splat<V>(static_cast<float>(kLog2E)));
+    const Exponentials<float> of_student(factor), of_teacher(teacher_factor);
+    const Exponentials<float> separate(splat<V>(static_cast<float>(kLog2E)));
     const V student_max = scales.student_max, teacher_max = scales.teacher_max;
+    const int squarings = kSource == ExpSource::kPower ? shared.squarings() : 0;
     ExpSums sums;
     if constexpr (kSummed) sums = exponentials;
     for (int64_t c = b.begin; c < b.end; ++c) {
       const V z = load(student_at(c)) - student_max, w = load(teacher_at(c)) - teacher_max;
       const V tempered = of_student(z), of_teachers = of_teacher(w);
-      const V separate = hard_exponential<kHard>(tempered, z, own);
+      V hard_exp = kSource == ExpSource::kSeparate ? separate(z)
+                   : kSource == ExpSource::kPower  ? tempered
+                                                   : V{};
+      for (int square = 0; square < squarings; ++square) hard_exp *= hard_exp;
       store(tempered, tile.student_exp + c * kGroupRows);
       store(of_teachers, tile.teacher_exp + c * kGroupRows);
-      store(separate, tile.hard_exp + c * kGroupRows);
+      store(hard_exp, tile.hard_exp + c * kGroupRows);
       if constexpr (!kSummed) continue;
       sums.student.add(tempered);
       sums.teacher.add(of_teachers);
-      if constexpr (kHard != Hard::kNone) sums.hard.add(separate);
+      if constexpr (kSource != ExpSource::kNone) sums.hard.add(hard_exp);
     }
     if constexpr (kSummed) exponentials = sums;
   }
@@ -328,8 +297,7 @@ struct TransposedEngine {
 
   // The divergence of each row, and its gradient; in backward `slope` and `classes` are known.
   void differentiate(bool backward) {
-    gains = gains_of(in, settings, scales, gain);
-    if (!hard) gains.hard = gains.onehot = gains.uniform = V{};
+    gains = gains_of(in, settings, scales, gain, hard);
     ratio = make_log_ratio<V, V>(settings, scales, shared.of_logits);
     computed &= scales.valid();
     if (decoupled) {
@@ -364,23 +332,14 @@ struct TransposedEngine {
     });
   }
 
-  // The gradient of one class but for the label's part.
-  struct Gradient {
-    const V soft, hard, uniform, rest, otherwise;
-    const Mask<V> computed;
-
-    explicit Gradient(const TransposedEngine& e)
-        : soft(e.gains.soft),
-          hard(e.gains.hard),
-          uniform(e.gains.uniform),
-          rest(e.label_gains.rest),
-          otherwise(e.otherwise),
-          computed(e.computed) {}
-    FASTKD_HOST_DEVICE V at(V slope, V q, V hard_exp) const {
+  // Returns a function that computes the gradient of one class but for the label's part.
+  FASTKD_HOST_DEVICE auto make_gradient() const {
+    return [soft = gains.soft, hard = gains.hard, uniform = gains.uniform, rest = label_gains.rest,
+            otherwise = otherwise, computed = computed](V slope, V q, V hard_exp) FASTKD_INLINE {
       const V g = weighted_part(soft, slope) + (hard_exp * hard - uniform) + rest * q;
       return computed ? g : otherwise;
-    }
-  };
+    };
+  }
 
   // Sums values and slopes. Leaves the slopes, or, where nothing balances them, the gradient, in
   // place of the student's logits.
@@ -388,7 +347,7 @@ struct TransposedEngine {
   void sweep(const Block& b) {
     constexpr Balance kBalance = D::kBalance;
     const ConstantsOf<float> k = constants.narrow;
-    const Gradient gradient(*this);
+    const auto gradient = make_gradient();
     const LogRatio<V> r = ratio;
     const V student_scale = scales.student_scale, teacher_scale = scales.teacher_scale;
     const V student_inverse = scales.student_inverse, teacher_inverse = scales.teacher_inverse;
@@ -416,7 +375,7 @@ struct TransposedEngine {
       }
       values.add(of_class), slopes += summed;
       const V hard_exp = load(tile.hard_exp + c * kGroupRows);
-      store(kBalance == Balance::kNone ? gradient.at(here.slope, q, hard_exp) : here.slope,
+      store(kBalance == Balance::kNone ? gradient(here.slope, q, hard_exp) : here.slope,
             student_at(c));
     }
     value += values.sum, slope += slopes, classes += counted;
@@ -426,7 +385,7 @@ struct TransposedEngine {
   template <class D>
   void balance() {
     constexpr Balance kBalance = D::kBalance;
-    const Gradient gradient(*this);
+    const auto gradient = make_gradient();
     const V student_scale = scales.student_scale, teacher_inverse = scales.teacher_inverse;
     const V share = is_mean(kBalance) ? 1 / classes : splat<V>(1), sum = slope;
     for (int64_t c = 0; c < in.classes; ++c) {
@@ -439,7 +398,7 @@ struct TransposedEngine {
       V here = kBalance == Balance::kMean ? unbalanced : unbalanced - sum * weight;
       here *= share;
       if (leaves_out_masked(kBalance)) here = unbalanced == unbalanced ? here : V{};
-      store(gradient.at(here, q, load(tile.hard_exp + c * kGroupRows)), student_at(c));
+      store(gradient(here, q, load(tile.hard_exp + c * kGroupRows)), student_at(c));
     }
   }
 
@@ -460,56 +419,6 @@ struct TransposedEngine {
       agreement = greatest ? splat<V>(1) : agreement;
     }
     student_entropy += of_student, teacher_entropy += of_teacher;
-  }
-
-  void put(void* base, int64_t rows_before, V numbers) const {
-    const V result = computed ? numbers : otherwise;
-    copy_rows(&result, static_cast<float*>(base) + rows_before + first);
-  }
-  void copy_rows(const void* from, void* to) const {
-    if (count == kGroupRows) {
-      std::memcpy(to, from, sizeof(V));
-    } else {
-      std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-    }
-  }
-
-  void put_results(const ForwardArgs& args) const {
-    struct {
-      V value, slope, classes, student_entropy, teacher_entropy, agreement;
-    } sums = {value, slope, classes, student_entropy, teacher_entropy, agreement};
-    V cross{};
-    if (hard) {
-      const V smoothing = splat<V>(static_cast<float>(args.label_smoothing));
-      V log = log_of(exponentials.hard.sum);
-      if (decoupled) {
-        log = exponentials.hard.sum == 0 ? splat<V>(-kInfinity<float>) : log;
-        log = log_sum<V>(scales, log);
-      }
-      const V label_logit = scales.student_label - scales.student_max;
-      cross = weighted<V>(1 - smoothing, log - label_logit) +
-              weighted<V>(smoothing, log - offsets / static_cast<float>(args.classes));
-    }
-    if (decoupled) include_label(args, settings, scales, ratio, &sums);
-    const Results<V> results = results_of(args.divergence, settings, cross, sums);
-    put(args.loss, 0, results.loss);
-    for (int i = 0; i < kTerms && args.terms != nullptr; ++i) {
-      put(args.terms, i * args.rows, results.terms[i]);
-    }
-  }
-
-  void put_stats(const ForwardArgs& args) {
-    if (args.stats == nullptr) return;
-    for_stats(args.divergence, scales, slope, classes,
-              [&](Stat which, V numbers) { put(args.stats, which * args.rows, numbers); });
-    if (first == 0)
-      static_cast<float*>(args.stats)[kStats * args.rows] = static_cast<float>(args.scale);
-  }
-
-  void get_stats(const BackwardArgs& args) {
-    const float* const stats = static_cast<const float*>(args.stats) + first;
-    for_stats(args.divergence, scales, slope, classes,
-              [&](Stat which, V& numbers) { copy_rows(stats + which * args.rows, &numbers); });
   }
 };
 
