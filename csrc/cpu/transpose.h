@@ -217,8 +217,13 @@ struct Tile {
   float* hard_exp;                   // and exp(z - max z), [classes][kGroupRows]
 
   explicit Tile(int64_t classes) {
-    if (classes > kNarrow) many.reset(new float[static_cast<size_t>(kPerClass * classes)]);
-    student = many != nullptr ? many.get() : few;
+    student = few;
+    if (classes > kNarrow) {
+      constexpr size_t kLine = 64 / sizeof(float);  // a register that spans two lines loads slower
+      many.reset(new float[static_cast<size_t>(kPerClass * classes) + kLine]);
+      const size_t in_line = reinterpret_cast<uintptr_t>(many.get()) / sizeof(float) % kLine;
+      student = many.get() + (kLine - in_line);
+    }
     teacher = student + classes * kTileRows;
     student_exp = teacher + classes * kTileRows;
     teacher_exp = student_exp + classes * kGroupRows;

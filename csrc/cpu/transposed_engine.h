@@ -44,6 +44,17 @@ struct Block {
   int64_t begin, end;
 };
 
+// Adjacent rows that are fetched while others are computed, a part with each class: all at once
+// would be more lines than a processor fetches.
+struct Ahead {
+  uintptr_t from = 0, size = 0;  // of a number; 0: nothing is fetched but one line
+
+  FASTKD_HOST_DEVICE void fetch(int64_t number) const {
+    const uintptr_t address = from + static_cast<uintptr_t>(number) * size;
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
+};
+
 struct TransposedEngine {
   const Inputs& in;
   void* const grad;  // [rows, classes], or null
@@ -56,6 +67,7 @@ struct TransposedEngine {
   const Constants constants;
   Row<float> shared;  // what rows have in common that have no settings of their own
   Tile tile;
+  Ahead ahead[3];  // the next tile's logits, and the gradient of this one
 
   // The group: rows [first, first + count), from `lane` of the tile on. Of each row:
   int64_t first = 0, count = 0, lane = 0;
@@ -122,6 +134,9 @@ struct TransposedEngine {
       }
       rows_of(in.student_dtype, in.student_stride).load(in.student, in.classes, tile.student);
       rows_of(in.teacher_dtype, in.teacher_stride).load(in.teacher, in.classes, tile.teacher);
+      ahead[0] = fetched(in.student, in.student_dtype, in.student_stride, at + kTileRows);
+      ahead[1] = fetched(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
+      ahead[2] = fetched(grad, in.student_dtype, grad_stride, at);
       for (lane = 0; lane < rows; lane += kGroupRows) {
         first = at + lane, count = rows - lane < kGroupRows ? rows - lane : kGroupRows;
         start_group();
@@ -130,6 +145,15 @@ struct TransposedEngine {
       if (grad == nullptr) continue;
       rows_of(in.student_dtype, grad_stride).store(tile.student, in.classes, grad);
     }
+  }
+
+  Ahead fetched(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
+    if (base == nullptr || stride.classes != 1 || stride.row != in.classes) {
+      return {reinterpret_cast<uintptr_t>(tile.student), 0};
+    }
+    const uintptr_t offset = static_cast<uintptr_t>(row_offset(row, in.group_rows, stride));
+    const uintptr_t size = static_cast<uintptr_t>(size_of(dtype));
+    return {reinterpret_cast<uintptr_t>(base) + offset * size, size};
   }
 
   template <class Fn>
@@ -205,6 +229,7 @@ struct TransposedEngine {
     ExpSums sums;
     if constexpr (kSummed) sums = exponentials;
     for (int64_t c = b.begin; c < b.end; ++c) {
+      for (const Ahead& rows : ahead) rows.fetch(c * kTileRows + lane);
       const V z = load(student_at(c)) - student_max, w = load(teacher_at(c)) - teacher_max;
       const V tempered = of_student(z), of_teachers = of_teacher(w);
       V hard_exp = kSource == ExpSource::kSeparate ? separate(z)

@@ -15,7 +15,10 @@
 namespace {
 
 using namespace fastkd;
-using Real = long double;
+#if !defined(FASTKD_TRUTH)  // another type where long double is slow
+#define FASTKD_TRUTH long double
+#endif
+using Real = FASTKD_TRUTH;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
