@@ -15,8 +15,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// A sum that keeps what rounding takes off it (Kahan). It becomes NaN where a sum would be
-// infinite.
+// A sum that keeps what rounding takes off it (Kahan). It is NaN where a plain sum is infinite.
 struct PreciseSum {
   V sum{}, excess{};
 
@@ -33,8 +32,7 @@ struct PlainSum {
   FASTKD_HOST_DEVICE void add(V x) { sum += x; }
 };
 
-// Sums of exponentials. Where these are few, a sum's rounding would be most of the gradient's
-// error.
+// Where exponentials are few, their sum's rounding would be most of the gradient's error.
 struct ExpSums {
   PreciseSum student, hard, teacher;
 };
