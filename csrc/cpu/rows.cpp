@@ -7,6 +7,8 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
+namespace fp64 = baseline::fp64;
+
 void exp2_all(const float* in, float* out, int64_t count, bool by_registers) {
   const Exponential<float> power(1.0f, 0.0f, 1.0);
   if (!by_registers) {
@@ -16,7 +18,7 @@ void exp2_all(const float* in, float* out, int64_t count, bool by_registers) {
   }
   const Exponentials<float> powers(power);
   for (int64_t i = 0; i < count; ++i) {
-    Register<float> result = powers(all(in[i]));
+    Register<float> result = powers(splat(in[i]));
     std::memcpy(&out[i], &result, sizeof(float));
   }
 }
