@@ -153,7 +153,7 @@ FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
 
 template <class T, int kCount>
 FASTKD_HOST_DEVICE T polynomial(const Scalar<T> (&coefficients)[kCount], T d) {
-  T sum = splat<T>(coefficients[kCount - 1]);
+  T sum = broadcast<T>(coefficients[kCount - 1]);
   for (int i = kCount - 2; i >= 0; --i) sum = sum * d + coefficients[i];
   return sum;
 }
@@ -302,8 +302,8 @@ template <class T>
 struct Odds {
   T log, minor;
 
-  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? splat<T>(1) : minor) / (1 + minor); }
-  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : splat<T>(1)) / (1 + minor); }
+  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? broadcast<T>(1) : minor) / (1 + minor); }
+  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : broadcast<T>(1)) / (1 + minor); }
   FASTKD_HOST_DEVICE T log_label() const { return bounded_above<T>(log, 0) - log1p_of(minor); }
   FASTKD_HOST_DEVICE T log_rest() const { return bounded_above<T>(-log, 0) - log1p_of(minor); }
   FASTKD_HOST_DEVICE T entropy() const {

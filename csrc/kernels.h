@@ -161,9 +161,9 @@ struct Statistics {
   // there are so many (kCenteredSquaredError); or 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // Of a divergence that may be plain (cpu/row.h): the sum over classes of exp((w - max w) / t)
+  // Where a row may be well separated (cpu/row.h): the sum over classes of exp((w - max w) / t)
   // times (w - max w) - (z - max z); NaN where it was given up. Or 0.
-  double gap_sum = 0;
+  double log_ratio_sum = 0;
 };
 // Sums of one segment of one row, second sweep.
 struct Sums {
@@ -204,7 +204,8 @@ struct Kernels {
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
-// What balance left of all segments, added in the order that makes the bits those of a whole row.
+// The sums of all segments that balance made, added in the order that makes the bits those of a
+// whole row.
 Sums total(const Sums* of_segments, int64_t segments);
 
 // The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.

@@ -63,7 +63,7 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
 
 // The number itself, or a vector of it.
 template <class T>
-FASTKD_HOST_DEVICE constexpr T splat(Scalar<T> x) {
+FASTKD_HOST_DEVICE constexpr T broadcast(Scalar<T> x) {
   if constexpr (kIsScalar<T>) {
     return x;
   } else {
@@ -139,11 +139,11 @@ FASTKD_HOST_DEVICE double series_of(double d) {
 // At least -1e30, or at most 1e30; NaN becomes the bound.
 template <class T>
 FASTKD_HOST_DEVICE T bounded_below(T d, Scalar<T> bound = Scalar<T>(-1e30)) {
-  return d > bound ? d : splat<T>(bound);
+  return d > bound ? d : broadcast<T>(bound);
 }
 template <class T>
 FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
-  return d < bound ? d : splat<T>(bound);
+  return d < bound ? d : broadcast<T>(bound);
 }
 
 // Builds an Element such that neither `excess` nor `diff` cancels where p is near q.

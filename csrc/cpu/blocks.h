@@ -21,8 +21,8 @@ struct Coefficients : LogRatio<T> {
   T student_share = 0;   // of q, and
   T constant_share = 0;  // of 1, which center the slopes (divergences.h)
   T bound = T(-1e30);    // of log(p / q), from below; as a literal it is compiled to more
-  // Of a row whose sums leave its label out (label.h): the other classes' gradient gets rest_gain
-  // times q, the label's is label_gradient.
+  // Of a row whose sums leave its label out (decoupled.h): the other classes' gradient gets
+  // rest_gain times q, the label's is label_gradient.
   T rest_gain = 0, label_gradient = 0;
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
   T teacher_inverse_temperature = 1;
@@ -64,6 +64,15 @@ FASTKD_HOST_DEVICE Element<T> element_for(const Coefficients<T>& c, T z, T w, T 
   }
 }
 
+// A block of a row in the sweeps after the first.
+template <class T>
+struct RowBlock {
+  int64_t at, classes;   // of the row
+  int64_t count;         // of numbers: the classes, or, of pairs, what they are padded to
+  T *student, *teacher;  // exponentials; slopes may replace the teacher's
+  Vectors<const T> z = {}, w = {};  // logits, for loops that read them
+};
+
 struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
@@ -72,23 +81,23 @@ struct SlopeSums {
 // share where the label is left out. The loops below add it to theirs.
 template <ExpSource kSource, class T>
 __attribute__((noinline)) void write_hard_part(const Coefficients<T>& coefficients,
-                                               const Vectors<const T>& student,
-                                               const T* exponentials, T* hard_part, int64_t count) {
+                                               const RowBlock<T>& block, T* hard_part) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   const Exponentials<T> separate(c.separate);
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
     Register<T> z[kMany] = {}, e[kMany], result[kMany];
-    load<kWidth>(exponentials + at, T(0), e);
+    load<kWidth>(b.student + at, T(0), e);
     if constexpr (kSource == ExpSource::kSeparate) {
-      load<kWidth>(student.at(at), -kInfinity<T>, z);
+      load<kWidth>(b.z.at(at), -kInfinity<T>, z);
       FASTKD_UNROLL
       for (int64_t i = 0; i < kMany; ++i) z[i] -= separate.max;
     }
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) result[i] = e[i] * c.block_rest_gain + c.uniform;
     if constexpr (kSource != ExpSource::kNone) {
-      add_hard<kSource, kMany>(separate, c.squarings, z, e, all(c.block_hard_gain), result);
+      add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), result);
     }
     store<kWidth>(result, hard_part + at);
   });
@@ -97,21 +106,21 @@ __attribute__((noinline)) void write_hard_part(const Coefficients<T>& coefficien
 // Writes the forward KL's gradient but for the label's share, and returns its sum; with kDecoupled
 // that of q - p, too. `grad` may be the student itself.
 template <bool kShifted, bool kDecoupled, class T>
-__attribute__((noinline)) SlopeSums write_gradient(
-    const Coefficients<T>& coefficients, const Vectors<const T>& student,
-    const Vectors<const T>& teacher, const T* student_exponentials, const T* teacher_exponentials,
-    const T* hard_part, const Vectors<T>& grad, int64_t count) {
+__attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T>& coefficients,
+                                                   const RowBlock<T>& block, const T* hard_part,
+                                                   const Vectors<T>& grad) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T values[kLanes] = {}, diffs[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = student.at(at), *w = teacher.at(at);
+    const T *z = b.z.at(at), *w = b.w.at(at);
     T* const g = grad.at(at);
     prefetch_next<Into::kL2, kWidth>(g);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const Element<T> e = element_of<kShifted>(c, z[i], w[i], student_exponentials[at + i],
-                                                teacher_exponentials[at + i]);
+      const Element<T> e =
+          element_of<kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
       const Evaluated<T> kl = ForwardKL::at(e);
       values[i] += kl.value;
       if constexpr (kDecoupled) diffs[i] += kl.slope;
@@ -121,30 +130,30 @@ __attribute__((noinline)) SlopeSums write_gradient(
   return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
 }
 
-// For the divergences whose slopes have a sum: finds value and slopes, and leaves the slopes for
-// center_gradient(), perhaps in the place of the teacher's exponentials.
+// For the divergences whose slopes have a sum: sums value and slopes, and replaces the teacher's
+// exponentials by slopes.
 template <class D, bool kShifted, class T>
-__attribute__((noinline)) SlopeSums find_slopes(
-    const Coefficients<T>& coefficients, const ConstantsOf<T>& constants,
-    const Vectors<const T>& student, const Vectors<const T>& teacher, const T* student_exponentials,
-    const T* teacher_exponentials, T* slopes, int64_t count) {
+__attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
+                                                const ConstantsOf<T>& constants,
+                                                const RowBlock<T>& block) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   const ConstantsOf<T> k = constants;
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = student.at(at), *w = teacher.at(at);
+    const T *z = b.z.at(at), *w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const Element<T> e = element_for<D, kShifted>(c, z[i], w[i], student_exponentials[at + i],
-                                                    teacher_exponentials[at + i]);
+      const Element<T> e =
+          element_for<D, kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
       const Evaluated<T> here = D::at(e, k);
       const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
       const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);
       if constexpr (D::kBalance != Balance::kMean) sums[i] += counts ? summed : T(0);
       if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
-      slopes[at + i] = here.slope;
+      b.teacher[at + i] = here.slope;
     }
   });
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
@@ -154,18 +163,19 @@ __attribute__((noinline)) SlopeSums find_slopes(
 // slopes may be NaN, where the gradient is 0, a constant may center them, and the gain may be 0.
 template <bool kAnySlope, class T>
 __attribute__((noinline)) void center_gradient(const Coefficients<T>& coefficients,
-                                               const Vectors<const T>& q, T q_scale,
-                                               const T* slopes, const T* hard_part,
-                                               const Vectors<T>& grad, int64_t count) {
+                                               const RowBlock<T>& block, const Vectors<const T>& q,
+                                               T q_scale, const T* hard_part,
+                                               const Vectors<T>& grad) {
   const Coefficients<T> c = coefficients;
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  const RowBlock<T> b = block;
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     const T* const shares = q.at(at);
     T* const g = grad.at(at);
     prefetch_next<Into::kL2, kWidth>(g);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T share = shares[i] * q_scale * c.student_share, slope = slopes[at + i];
+      const T share = shares[i] * q_scale * c.student_share, slope = b.teacher[at + i];
       if constexpr (kAnySlope) {
         const T centered = slope == slope ? slope - share - c.constant_share : T(0);
         g[i] = hard_part[at + i] + weighted_part(c.soft_gain, centered);
@@ -180,21 +190,20 @@ __attribute__((noinline)) void center_gradient(const Coefficients<T>& coefficien
 // are summed, without the teacher's exponentials, and then centered.
 template <bool kShifted, class T>
 __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients,
-                                             const Vectors<const T>& student,
-                                             const Vectors<const T>& teacher,
-                                             const T* student_exponentials, int64_t count) {
+                                             const RowBlock<T>& block) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   // Over kLanes sums GCC 12 makes a branch of times_log().
   constexpr int64_t kFewLanes = kPerRegister<float> < 8 ? 8 : kPerRegister<float>;
   T sums[kFewLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
     for (int64_t part = 0; part < kWidth; part += kPart) {
-      const T *z = student.at(at) + part, *w = teacher.at(at) + part;
+      const T *z = b.z.at(at) + part, *w = b.w.at(at) + part;
 #pragma omp simd
       for (int64_t i = 0; i < kPart; ++i) {
-        const T q = student_exponentials[at + part + i] * c.student_scale;
+        const T q = b.student[at + part + i] * c.student_scale;
         const T d = log_ratio_of<kShifted>(c, z[i], w[i]);
         sums[i] += times_log(q, bounded_above(d, -c.bound));
       }
@@ -205,24 +214,22 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients
 
 // With kValue the reverse KL is summed, too, class by class.
 template <bool kShifted, bool kValue, class T>
-__attribute__((noinline)) double write_reverse(const Coefficients<T>& coefficients,
-                                               const Vectors<const T>& student,
-                                               const Vectors<const T>& teacher,
-                                               const T* student_exponentials,
-                                               const T* teacher_exponentials, const T* hard_part,
-                                               const Vectors<T>& grad, int64_t count) {
+__attribute__((noinline)) double write_reverse_kl(const Coefficients<T>& coefficients,
+                                                  const RowBlock<T>& block, const T* hard_part,
+                                                  const Vectors<T>& grad) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T values[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = student.at(at), *w = teacher.at(at);
+    const T *z = b.z.at(at), *w = b.w.at(at);
     T* const g = grad.at(at);
     prefetch_next<Into::kL2, kWidth>(g);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T teacher_exponential = kValue ? teacher_exponentials[at + i] : T(0);
+      const T teacher_exponential = kValue ? b.teacher[at + i] : T(0);
       const Element<T> e =
-          element_of<kShifted>(c, z[i], w[i], student_exponentials[at + i], teacher_exponential);
+          element_of<kShifted>(c, z[i], w[i], b.student[at + i], teacher_exponential);
       const Evaluated<T> here = ReverseKL::at(e);
       if constexpr (kValue) values[i] += here.value;
       g[i] = hard_part[at + i] + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
@@ -238,21 +245,22 @@ struct Entropies {
   bool agreement = false;
 };
 template <class T>
-__attribute__((noinline)) Entropies<T> sum_entropies(
-    const Coefficients<T>& coefficients, T student_log_scale, T teacher_log_scale, T student_max,
-    T teacher_max, const Vectors<const T>& student, const Vectors<const T>& teacher,
-    const T* student_exponentials, const T* teacher_exponentials, int64_t count) {
+__attribute__((noinline)) Entropies<T> sum_entropies(const Coefficients<T>& coefficients,
+                                                     T student_log_scale, T teacher_log_scale,
+                                                     T student_max, T teacher_max,
+                                                     const RowBlock<T>& block) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T student_sums[kLanes] = {}, teacher_sums[kLanes] = {}, agreements[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = student.at(at), *w = teacher.at(at);
+    const T *z = b.z.at(at), *w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const T log_q = (z[i] - student_max) * c.inverse_temperature + student_log_scale;
       const T log_p = (w[i] - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
-      student_sums[i] -= times_log(student_exponentials[at + i] * c.student_scale, log_q);
-      teacher_sums[i] -= times_log(teacher_exponentials[at + i] * c.teacher_scale, log_p);
+      student_sums[i] -= times_log(b.student[at + i] * c.student_scale, log_q);
+      teacher_sums[i] -= times_log(b.teacher[at + i] * c.teacher_scale, log_p);
       const bool greatest = (z[i] == student_max) & (w[i] == teacher_max);
       agreements[i] = greatest ? T(1) : agreements[i];
     }
@@ -263,17 +271,16 @@ __attribute__((noinline)) Entropies<T> sum_entropies(
 // The teacher's alone, which the soft cross entropy asks for.
 template <class T>
 __attribute__((noinline)) double sum_teacher_entropy(const Coefficients<T>& coefficients,
-                                                     T log_scale, T max,
-                                                     const Vectors<const T>& teacher,
-                                                     const T* exponentials, int64_t count) {
+                                                     T log_scale, T max, const RowBlock<T>& block) {
   const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T sums[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    const T* w = teacher.at(at);
+    const T* w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T p = exponentials[at + i] * c.teacher_scale;
+      const T p = b.teacher[at + i] * c.teacher_scale;
       const T log_p = (w[i] - max) * c.teacher_inverse_temperature + log_scale;
       sums[i] += p * bounded_below(log_p, c.bound);
     }

@@ -1,294 +1,48 @@
-// The two sweeps of one row, block by block and segment by segment.
+// All sweeps of a row, block by block and segment by segment.
 #pragma once
-#include "label.h"
-#include "operands.h"
-#include "plain.h"
+#include "decoupled.h"
+#include "first_sweep.h"
+#include "well_separated.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Whether both sweeps read bf16 in place, in pairs; other types than T are copied.
 template <class T>
-bool reads_pairs(const Inputs& in) {
-  return kHasPairs && sizeof(T) == sizeof(float) && in.student_dtype == DType::kBFloat16 &&
-         in.teacher_dtype == DType::kBFloat16;
-}
-
-template <class T>
-struct Engine {
-  const Inputs& in;
-  void* grad;  // [rows, classes], or null
-  RowStrides grad_stride;
-  bool terms;
-  Constants constants;
-  bool pairs = reads_pairs<T>(in);
+struct Engine : FirstSweep<T> {
+  using FirstSweep<T>::in;
+  using FirstSweep<T>::grad;
+  using FirstSweep<T>::terms;
+  using FirstSweep<T>::constants;
+  using FirstSweep<T>::pairs;
+  using FirstSweep<T>::grad_at;
+  using FirstSweep<T>::end_of;
+  using FirstSweep<T>::non_temporal;
+  using FirstSweep<T>::numbers;
+  using FirstSweep<T>::place;
+  using FirstSweep<T>::put_pairs;
+  using FirstSweep<T>::with_storage;
+  using FirstSweep<T>::for_exponentials;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
   // Whether the sweep that sums slopes leaves them for the one that centers them.
   bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
   // Whether a row's gradient is q - p as it stands, and its value known.
-  bool is_difference(const Scales<T>& s) const {
-    return s.mean > 0 && is_mean_log_ratio(in.divergence);
+  bool is_difference(const ActiveRow<T>& r) const {
+    return r.scales.mean > 0 && is_mean_log_ratio(in.divergence);
   }
 
-  bool past_caches() const {
-    constexpr int64_t kLeastClasses = 2048;  // set by measurement
-    return passes_caches(in, grad, kLeastClasses);
-  }
-  // After whatever is to be seen by other threads.
-  void complete() const {
-    if (past_caches()) complete_copies();
+  ActiveRow<T> activate(const Row<T>& row, const Scales<T>& s, double gain, int64_t index) const {
+    ActiveRow<T> r{index, row, s, gain, make_coefficients(in, row, s, gain)};
+    if (row.left_out >= 0) decouple(in, row, s, gain, &r.c);
+    return r;
   }
 
-  void* grad_at(int64_t row, int64_t index) const {
-    if (grad == nullptr) return nullptr;
-    return const_cast<void*>(
-        at(grad, in.student_dtype, row_offset(row, in.group_rows, grad_stride) + index));
+  void read_student(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
+    b->z = numbers(student_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
-
-  Coefficients<T> coefficients(const Row<T>& row, const Scales<T>& s, double gain) const {
-    Coefficients<T> c = make_coefficients(in, row, s, gain);
-    if (row.left_out >= 0) decouple(in, row, s, gain, &c);
-    return c;
-  }
-
-  int64_t segments() const { return (in.classes + kSegment - 1) / kSegment; }
-  int64_t end_of(int64_t segment) const {
-    const int64_t end = (segment + 1) * kSegment;
-    return end < in.classes ? end : in.classes;
-  }
-
-  // Calls fn with a value of the type that logits are read as.
-  template <class Fn>
-  auto with_storage(Fn&& fn) const {
-    if constexpr (kHasPairs && sizeof(T) == sizeof(float)) {
-      if (pairs) return fn(BFloat16{});
-    }
-    return fn(T{});
-  }
-
-  // A block of one operand as numbers of T: where it lies, or in `buffer`. Pairs are unpacked, and
-  // then padded to steps(count) numbers.
-  Vectors<const T> numbers(const Logits& logits, int64_t at, int64_t count, T* buffer,
-                           int64_t left_out = -1) const {
-    if constexpr (kHasPairs && sizeof(T) == sizeof(float)) {
-      if (pairs) {
-        alignas(64) BFloat16 copy[kLongest];
-        const Vectors<const BFloat16> packed = fetch(logits, at, count, copy, left_out);
-        for_vectors<BFloat16>(count, [&](int64_t i, auto width) FASTKD_INLINE {
-          unpack<decltype(width)::value>(packed.at(i), buffer + i);
-        });
-        return {buffer};
-      }
-    }
-    return fetch(logits, at, count, buffer, left_out);
-  }
-  int64_t steps(int64_t count) const { return pairs ? padded<BFloat16>(count) : count; }
-  // Where numbers() leaves a class of a block.
-  int64_t place(int64_t index) const { return pairs ? unpacked_place(index) : index; }
-
-  // Has the processor look up where the next pages are, many at once, before they are wanted: a
-  // first access of a page, even to prefetch, waits for that, some 100 ns on a virtual machine.
-  // Longer rows gain nothing. (Inlined also because GCC leaves out calls of functions that only
-  // prefetch.)
-  template <class S>
-  FASTKD_HOST_DEVICE void touch_pages(const Logits& student, const Logits& teacher, int64_t index,
-                                      int64_t at, int64_t count) const {
-    constexpr int64_t kPage = 4096, kAtOnce = 4 * kPage;  // bytes
-    constexpr int64_t kClasses = kAtOnce / static_cast<int64_t>(sizeof(S));
-    if (in.classes > kSegment || (index * in.classes + at) % kClasses >= count) return;
-    for (int64_t ahead = kAtOnce; ahead < 2 * kAtOnce; ahead += kPage) {
-      prefetch<Into::kL2>(static_cast<const char*>(student.at(at)), ahead);
-      prefetch<Into::kL2>(static_cast<const char*>(teacher.at(at)), ahead);
-      if (grad != nullptr) prefetch<Into::kL2>(static_cast<const char*>(grad_at(index, at)), ahead);
-    }
-  }
-
-  // The teacher's sums, with those that show whether the row is well separated.
-  template <class S>
-  ExponentialSums sum_gaps(const Vectors<const S>& z, const Vectors<const S>& w, int64_t count,
-                           const Exponential<T>& teachers, T student_max, T* cache,
-                           Into next) const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const auto sum = is_even_jsd(in) ? &sum_exponentials<ExpSource::kNone, GapSum::kBounded, T, S>
-                                       : &sum_exponentials<ExpSource::kNone, GapSum::kWhole, T, S>;
-      return sum(w, count, teachers, teachers, 0, cache, next, z, student_max);
-    }
-    return {};
-  }
-
-  // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. `cache`
-  // receives the exponentials and what each block's are relative to.
-  template <class S>
-  Statistics scan_blocks(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
-                         const SegmentCache<T>& cache) const {
-    alignas(64) S student_buffer[kLongest];
-    alignas(64) S teacher_buffer[kLongest];
-    const Logits student = student_of(in, index), teacher = teacher_of(in, index);
-    Exponential<T> tempered(row.factor, 0, 1), separate(row.hard_factor, 0, 1);
-    Exponential<T> teachers(row.teacher_factor, 0, 1);
-    const auto sum = &sum_exponentials<ExpSource::kNone, GapSum::kNone, T, S>;
-    const auto sum_student = with_source(row.hard, [](auto source) {
-      return &sum_exponentials<decltype(source)::value, GapSum::kNone, T, S>;
-    });
-    Statistics result = kNoStatistics;
-    // One by one: a copy of the struct would wait for its members to be stored.
-    T *student_cache = cache.student, *teacher_cache = cache.teacher;
-    double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
-    bool gaps = row.gaps;
-    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
-      const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
-      touch_pages<S>(student, teacher, index, at, count);
-      const double top = maximum(z, count), teacher_top = maximum(w, count);
-      const bool raised = top > result.student_max || teacher_top > result.teacher_max;
-      if (gaps && raised && at > begin) {
-        result.gap_sum = moved_gaps(row, result, std::fmax(top, result.student_max),
-                                    std::fmax(teacher_top, result.teacher_max));
-      }
-      if (top > result.student_max) {
-        if (result.student_max > kLowest) {
-          result.student_sum *= row.rescale(result.student_max, top);
-          result.hard_sum *= row.hard_rescale(result.student_max, top);
-        }
-        tempered.max = separate.max = static_cast<T>(top);
-        result.student_max = top;
-      }
-      if (teacher_top > result.teacher_max) {
-        if (result.teacher_max > kLowest) {
-          result.teacher_sum *= row.teacher_rescale(result.teacher_max, teacher_top);
-        }
-        teachers.max = static_cast<T>(teacher_top);
-        result.teacher_max = teacher_top;
-      }
-      const Into next = next_of<S>(at, in.classes);
-      const ExponentialSums sums =
-          sum_student(z, count, tempered, separate, row.squarings(), student_cache, next, {}, 0);
-      const ExponentialSums teacher_sums =
-          gaps ? sum_gaps<S>(z, w, count, teachers, tempered.max, teacher_cache, next)
-               : sum(w, count, teachers, teachers, 0, teacher_cache, next, {}, 0);
-      if (student_cache != nullptr) {
-        student_cache += count, teacher_cache += count;
-        *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
-      }
-      result.student_sum += sums.tempered;
-      result.hard_sum += sums.hard;
-      result.teacher_sum += teacher_sums.tempered;
-      result.gap_sum += teacher_sums.gaps;
-      // A row that is not well separated by its first classes is not worth the gaps of the others.
-      if (gaps && at == begin && at + count < end && mean_of(row, result) == 0) {
-        gaps = false;
-        result.gap_sum = kNaN<double>;
-      }
-    });
-    return result;
-  }
-
-  // Not inlined, for most divergences have none.
-  __attribute__((noinline)) void add_moments(int64_t index, int64_t begin, int64_t end,
-                                             Statistics* result) const {
-    alignas(64) T student[kLongest];
-    alignas(64) T teacher[kLongest];
-    const bool squares = in.divergence == Divergence::kCosine;
-    for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
-      const Vectors<const T> z = numbers(student_of(in, index), at, count, student);
-      const Vectors<const T> w = numbers(teacher_of(in, index), at, count, teacher);
-      const Moments moments =
-          squares ? sum_squares(z, w, steps(count)) : sum_moments(z, w, steps(count));
-      result->student_moment += moments.student, result->teacher_moment += moments.teacher;
-      result->student_count += moments.student_count;
-      result->teacher_count += moments.teacher_count;
-    });
-  }
-
-  Statistics scan(const Row<T>& row, int64_t index, int64_t segment,
-                  const SegmentCache<T>& cache) const {
-    if (row.state != State::kNormal) return kNoStatistics;
-    const int64_t begin = segment * kSegment, end = end_of(segment);
-    Statistics result = with_storage([&](auto storage) {
-      return scan_blocks<decltype(storage)>(row, index, begin, end, cache);
-    });
-    if (row.unit || row.centered) add_moments(index, begin, end, &result);
-    if (holds(begin, end - begin, row.left_out)) {
-      const Logits student = student_of(in, index), teacher = teacher_of(in, index);
-      result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
-      result.teacher_label = read_one<double>(teacher.base, teacher.dtype, row.left_out);
-    }
-    return result;
-  }
-
-  // What each block's exponentials are relative to, as scan() finds it.
-  template <class S>
-  __attribute__((noinline)) void find_maxima(const Row<T>& row, int64_t index, int64_t begin,
-                                             int64_t end, double* student_max,
-                                             double* teacher_max) const {
-    alignas(64) S buffer[kLongest];
-    double student_top = kLowest, teacher_top = kLowest;
-    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      student_top =
-          std::fmax(student_top,
-                    maximum(fetch(student_of(in, index), at, count, buffer, row.left_out), count));
-      *student_max++ = student_top;
-      teacher_top =
-          std::fmax(teacher_top,
-                    maximum(fetch(teacher_of(in, index), at, count, buffer, row.left_out), count));
-      *teacher_max++ = teacher_top;
-    });
-  }
-
-  template <class S>
-  __attribute__((noinline)) void exponentiate(const Logits& logits, int64_t at, int64_t count,
-                                              int64_t left_out, T factor, double max,
-                                              T* exponentials) const {
-    alignas(64) S buffer[kLongest];
-    // Where all classes are masked so far, no maximum is subtracted.
-    const Exponential<T> exponential(factor, max > kLowest ? static_cast<T>(max) : T(0), 1);
-    sum_exponentials<ExpSource::kNone, GapSum::kNone>(fetch(logits, at, count, buffer, left_out),
-                                                      count, exponential, exponential, 0,
-                                                      exponentials, Into::kL1);
-  }
-
-  // Calls fn(at, count, student's exponentials, teacher's) for the blocks of a segment, with their
-  // constants in `c`: with what `cache` has of them, or recomputed.
-  template <class Fn>
-  void for_exponentials(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
-                        const SegmentCache<T>& cache, Coefficients<T>* c, Fn&& fn) const {
-    const int64_t begin = segment * kSegment, end = end_of(segment);
-    double maxima[2][SegmentCache<T>::kBlocks];
-    alignas(64) T exponentials[2][kLongest];
-    const double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
-    if (cache.empty()) {
-      student_max = maxima[0], teacher_max = maxima[1];
-      with_storage([&](auto storage) {
-        find_maxima<decltype(storage)>(row, index, begin, end, maxima[0], maxima[1]);
-      });
-    }
-    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      T *student = cache.student + (at - begin), *teacher = cache.teacher + (at - begin);
-      if (cache.empty()) {
-        student = exponentials[0], teacher = exponentials[1];
-        with_storage([&](auto storage) {
-          using S = decltype(storage);
-          exponentiate<S>(student_of(in, index), at, count, row.left_out, row.factor, *student_max,
-                          student);
-          exponentiate<S>(teacher_of(in, index), at, count, row.left_out, row.teacher_factor,
-                          *teacher_max, teacher);
-        });
-      }
-      set_block(row, s, *student_max++, *teacher_max++, c);
-      fn(at, count, student, teacher);
-    });
-  }
-
-  void fill(int64_t index, int64_t begin, int64_t end, T value) const {
-    if (grad == nullptr) return;
-    alignas(64) T block[kBlock];
-    for (T& x : block) x = value;
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int64_t count = end - at < kBlock ? end - at : kBlock;
-      FASTKD_ISA::write(block, in.student_dtype, count, grad_at(index, at));
-    }
+  void read_teacher(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
+    b->w = numbers(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
   // Whether the sweep after the first has more to sum than the divergence.
@@ -296,101 +50,80 @@ struct Engine {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
   // The label's logit, which the hard term is made of.
-  void add_label_logit(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
-                       Sums* sums) const {
-    const int64_t begin = segment * kSegment;
-    if (row.hard == ExpSource::kNone || !holds(begin, end_of(segment) - begin, row.label)) return;
-    const Logits student = student_of(in, index);
-    const double z = read_one<T>(student.base, student.dtype, row.label);
+  void add_label_logit(const ActiveRow<T>& r, int64_t segment, Sums* sums) const {
+    const int64_t begin = segment * kSegment, label = r.row.label;
+    if (r.row.hard == ExpSource::kNone || !holds(begin, end_of(segment) - begin, label)) return;
+    const double z = read_one<T>(student_of(in, r.index).base, in.student_dtype, label);
     sums->student_logits +=
-        weighted(1 - in.label_smoothing, z - static_cast<double>(s.student_max));
+        weighted(1 - in.label_smoothing, z - static_cast<double>(r.scales.student_max));
   }
   // What label smoothing, `terms` and the soft cross entropy ask for of a block.
-  __attribute__((noinline)) void add_extras(const Row<T>& row, const Coefficients<T>& c,
-                                            const Scales<T>& s, int64_t index, int64_t at,
-                                            int64_t count, const T* student_exponentials,
-                                            const T* teacher_exponentials, Sums* sums) const {
+  __attribute__((noinline)) void add_extras(const ActiveRow<T>& r, RowBlock<T> b,
+                                            Sums* sums) const {
     alignas(64) T z[kLongest];
     alignas(64) T w[kLongest];
-    if (row.hard != ExpSource::kNone && in.label_smoothing != 0) {
+    const Scales<T>& s = r.scales;
+    if (r.row.hard != ExpSource::kNone && in.label_smoothing != 0) {
       const double share = in.label_smoothing / static_cast<double>(in.classes);
-      copy_block(student_of(in, index), at, count, z);
-      sums->student_logits += share * sum_offsets(z, s.student_max, count);
+      copy_block(student_of(in, r.index), b.at, b.classes, z);
+      sums->student_logits += share * sum_offsets(z, s.student_max, b.classes);
     }
     if (!terms && in.divergence != Divergence::kSoftCrossEntropy) return;
-    const Vectors<const T> teacher = numbers(teacher_of(in, index), at, count, w, row.left_out);
     const T teacher_log_scale = std::log(s.teacher_scale);
+    read_teacher(r, &b, w);
     if (!terms) {
-      sums->teacher_entropy += sum_teacher_entropy(c, teacher_log_scale, s.teacher_max, teacher,
-                                                   teacher_exponentials, steps(count));
+      sums->teacher_entropy += sum_teacher_entropy(r.c, teacher_log_scale, s.teacher_max, b);
       return;
     }
-    const Entropies<T> e =
-        sum_entropies(c, std::log(s.student_scale), teacher_log_scale, s.student_max, s.teacher_max,
-                      numbers(student_of(in, index), at, count, z, row.left_out), teacher,
-                      student_exponentials, teacher_exponentials, steps(count));
+    read_student(r, &b, z);
+    const Entropies<T> e = sum_entropies(r.c, std::log(s.student_scale), teacher_log_scale,
+                                         s.student_max, s.teacher_max, b);
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
   }
 
-  // Value and slopes of a block.
-  SlopeSums slopes(const Coefficients<T>& c, const Vectors<const T>& z, const Vectors<const T>& w,
-                   const T* student_exponentials, const T* teacher_exponentials, T* slope,
-                   int64_t count) const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (c.is_comparable()) {
-        return find_even_slopes(c, z, w, student_exponentials, teacher_exponentials, slope, count);
-      }
+  // Sums value and slopes of a block. Slopes that are cached replace the teacher's exponentials.
+  SlopeSums sum_block(const ActiveRow<T>& r, RowBlock<T> b) const {
+    alignas(64) T student[kLongest];
+    alignas(64) T teacher[kLongest];
+    const Coefficients<T>& c = r.c;
+    read_student(r, &b, student);
+    read_teacher(r, &b, teacher);
+    if (is_reverse(in.divergence)) {
+      return {0, c.shifted ? sum_reverse<true>(c, b) : sum_reverse<false>(c, b), 0};
     }
-    const auto find = [&](auto divergence, auto shifted) {
-      return find_slopes<decltype(divergence), decltype(shifted)::value>(
-          c, constants_in<T>(constants), z, w, student_exponentials, teacher_exponentials, slope,
-          count);
-    };
-    if (in.divergence == Divergence::kCosine) return find(Cosine{}, constant<false>);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (c.is_comparable()) return find_even_slopes(c, b);
+    }
+    const ConstantsOf<T>& k = constants_in<T>(constants);
+    if (r.row.unit) return find_slopes<Cosine, false>(c, k, b);
     return visit(in.divergence, [&](auto divergence) -> SlopeSums {
       using D = decltype(divergence);
       if constexpr (std::is_same<D, ForwardKL>::value || std::is_same<D, ReverseKL>::value) {
-        return {};
+        return {};  // not reached
+      } else if constexpr (is_mean(D::kBalance)) {
+        return find_slopes<D, false>(c, k, b);
       } else {
-        if (is_mean(D::kBalance) || !c.shifted) return find(divergence, constant<false>);
-        return find(divergence, constant<true>);
+        return c.shifted ? find_slopes<D, true>(c, k, b) : find_slopes<D, false>(c, k, b);
       }
     });
   }
 
-  // Sums value and slopes of a block. Slopes that are cached replace the teacher's exponentials.
-  SlopeSums sum_block(const Coefficients<T>& c, int64_t index, int64_t at, int64_t count,
-                      const T* student_exponentials, T* teacher_exponentials) const {
-    alignas(64) T student[kLongest];
-    alignas(64) T teacher[kLongest];
-    const Vectors<const T> z = numbers(student_of(in, index), at, count, student);
-    const Vectors<const T> w = numbers(teacher_of(in, index), at, count, teacher);
-    if (is_reverse(in.divergence)) {
-      const auto sum = c.shifted ? &sum_reverse<true, T> : &sum_reverse<false, T>;
-      return {0, sum(c, z, w, student_exponentials, steps(count)), 0};
-    }
-    return slopes(c, z, w, student_exponentials, teacher_exponentials, teacher_exponentials,
-                  steps(count));
-  }
-
   // Sums value and slopes of one segment; in `cache` slopes replace the teacher's exponentials.
-  void sum_segment(const Row<T>& row, Coefficients<T>* c, const Scales<T>& s, int64_t index,
-                   int64_t segment, const SegmentCache<T>& cache, Sums* sums) const {
-    if (row.state != State::kNormal || !s.valid()) return;
-    add_label_logit(row, s, index, segment, sums);
-    for_exponentials(row, s, index, segment, cache, c,
-                     [&](int64_t at, int64_t count, T* student, T* teacher) {
-                       if (has_extras()) {
-                         add_extras(row, *c, s, index, at, count, student, teacher, sums);
-                       }
-                       const SlopeSums of_block = sum_block(*c, index, at, count, student, teacher);
-                       sums->value += of_block.value;
-                       sums->slope += of_block.slope;
-                       sums->classes += of_block.classes;
-                     });
-    if (segment == 0) sums->value += s.nothing, sums->slope += s.nothing;
+  void sum_segment(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
+                   Sums* sums) const {
+    if (!r->has_gradient()) return;
+    add_label_logit(*r, segment, sums);
+    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
+      if (has_extras()) add_extras(*r, b, sums);
+      const SlopeSums of_block = sum_block(*r, b);
+      sums->value += of_block.value;
+      sums->slope += of_block.slope;
+      sums->classes += of_block.classes;
+    });
+    const double nothing = segment == 0 ? r->scales.nothing : 0;
+    sums->value += nothing, sums->slope += nothing;
   }
 
   // What centers the slopes. Their sum is rounded to T, because backward reads it from `stats`.
@@ -411,159 +144,127 @@ struct Engine {
     bool replaces = false;
     T value = 0;
   };
-  template <class S>
-  void put_label(const Label& label, int64_t at, int64_t count, const Vectors<S>& g) const {
-    if (!holds(at, count, label.index)) return;
-    T* const element = g.element(place(label.index - at));
+  Label label_of(const ActiveRow<T>& r) const {
+    const Row<T>& row = r.row;
+    if (grad == nullptr) return {};
+    if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
+    // As backward sees it, which knows no terms.
+    if (row.gradient_hard == ExpSource::kNone) return {};
+    return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
+  }
+  void put_label(const Label& label, const RowBlock<T>& b, const Vectors<T>& g) const {
+    if (!holds(b.at, b.classes, label.index)) return;
+    T* const element = g.element(place(label.index - b.at));
     *element = label.replaces ? label.value : *element - label.value;
   }
 
-  // Writes a block's gradient as q - p, or from slopes, of a row that is well separated. A label of
-  // pairs is computed once more, before it is rounded.
+  // Writes the gradient of a block of a well-separated row.
   template <bool kSlopes, class S>
-  void write_separated(const Row<T>& row, const Coefficients<T>& c, int64_t index, int64_t at,
-                       int64_t count, const T* student_exponentials, const T* other,
-                       const Label& label) const {
+  void write_separated(const ActiveRow<T>& r, const RowBlock<T>& b, const Label& label) const {
     alignas(64) S student[kLongest];
     alignas(64) S result[kLongest];
-    void* const to = grad_at(index, at);
-    const Vectors<S> g = target(to, in.student_dtype, count, result, past_caches());
-    const Logits logits = student_of(in, index);
+    void* const to = grad_at(r.index, b.at);
+    const Vectors<S> g = target(to, in.student_dtype, b.classes, result, non_temporal());
+    const Logits logits = student_of(in, r.index);
+    const ExpSource source = r.row.gradient_hard;
     Vectors<const S> z;
-    if (row.gradient_hard == ExpSource::kSeparate) z = fetch(logits, at, count, student);
+    if (source == ExpSource::kSeparate) z = fetch(logits, b.at, b.classes, student);
+    // Before the student's logits may be overwritten, and before it is rounded.
     T of_label = 0;
-    const bool has_label = holds(at, count, label.index);
-    if constexpr (!std::is_same<S, T>::value) {
-      if (has_label) {
-        const int64_t i = unpacked_place(label.index - at);
-        const T logit = read_one<T>(logits.base, logits.dtype, label.index);
-        of_label = well_separated_gradient(c, row.gradient_hard, kSlopes, logit,
-                                           student_exponentials[i], other[i]);
-      }
+    const bool recomputes = !std::is_same<S, T>::value && holds(b.at, b.classes, label.index);
+    if (recomputes) {
+      const int64_t i = place(label.index - b.at);
+      const T logit = read_one<T>(logits.base, logits.dtype, label.index);
+      of_label = well_separated_gradient(r.c, source, kSlopes, logit, b.student[i], b.teacher[i]) -
+                 label.value;
     }
-    with_source(row.gradient_hard, [&](auto source) {
-      write_well_separated<decltype(source)::value, kSlopes>(c, z, student_exponentials, other, g,
-                                                             count);
+    with_source(source, [&](auto constant_source) {
+      write_well_separated<decltype(constant_source)::value, kSlopes>(r.c, b, z, g);
     });
     if constexpr (std::is_same<S, T>::value) {
-      put_label(label, at, count, g);
-    } else {
-      if (has_label) *g.element(label.index - at) = narrow<S>(of_label - label.value);
+      put_label(label, b, g);
+    } else if (recomputes) {
+      *g.element(label.index - b.at) = narrow<S>(of_label);
     }
-    put_result(g, result, to, in.student_dtype, count, past_caches());
+    put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
   }
 
-  // Writes a block's gradient, or sums alone; `other`: the teacher's exponentials, or slopes.
-  SlopeSums write_block(const Row<T>& row, const Coefficients<T>& c, int64_t index, int64_t at,
-                        int64_t count, const T* student_exponentials, const T* other,
-                        const Label& label) const {
+  // Writes a block's gradient, or sums alone.
+  SlopeSums write_block(const ActiveRow<T>& r, RowBlock<T> b, const Label& label) const {
     alignas(64) T student[kLongest];
     alignas(64) T teacher[kLongest];
     alignas(64) T result[kLongest];
-    alignas(64) T hard_part[kLongest];
-    void* const to = grad_at(index, at);
-    const Vectors<T> g =
-        pairs ? Vectors<T>{result} : target(to, in.student_dtype, count, result, past_caches());
-    const int64_t wide = steps(count);
-    const Vectors<const T> z = numbers(student_of(in, index), at, count, student, row.left_out);
-    with_source(row.gradient_hard, [&](auto source) {
-      write_hard_part<decltype(source)::value>(c, z, student_exponentials, hard_part, wide);
-    });
+    alignas(64) T buffer[kLongest];
+    T* const hard_part = pairs ? result : buffer;  // one buffer less in L1
+    const Coefficients<T>& c = r.c;
+    void* const to = grad_at(r.index, b.at);
+    const Vectors<T> g = pairs ? Vectors<T>{result}
+                               : target(to, in.student_dtype, b.classes, result, non_temporal());
+    read_student(r, &b, student);
+    with_source(r.row.gradient_hard,
+                [&](auto source) { write_hard_part<decltype(source)::value>(c, b, hard_part); });
     SlopeSums sums;
     if (caches_slopes()) {
       const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
       const auto center = any ? &center_gradient<true, T> : &center_gradient<false, T>;
-      const Vectors<const T> q = row.unit ? z : Vectors<const T>{student_exponentials};
-      center(c, q, row.unit ? c.student_inverse : c.student_scale, other, hard_part, g, wide);
+      const Vectors<const T> q = r.row.unit ? b.z : Vectors<const T>{b.student};
+      center(c, b, q, r.row.unit ? c.student_inverse : c.student_scale, hard_part, g);
     } else {
-      const Vectors<const T> w = numbers(teacher_of(in, index), at, count, teacher, row.left_out);
-      sums = write_slopes(row, c, z, w, student_exponentials, other, hard_part, g, wide);
+      read_teacher(r, &b, teacher);
+      sums = is_reverse(in.divergence) ? write_reverse(c, b, hard_part, g)
+                                       : write_forward(r, b, hard_part, g);
     }
-    put_label(label, at, count, g);
+    put_label(label, b, g);
     if (grad == nullptr) return sums;
-    pairs ? put_pairs(result, to, count)
-          : put_result(g, result, to, in.student_dtype, count, past_caches());
+    pairs ? put_pairs(result, to, b.classes)
+          : put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
     return sums;
   }
-
-  // The gradient of divergences whose slopes are not cached, and what is summed with it.
-  SlopeSums write_slopes(const Row<T>& row, const Coefficients<T>& c, const Vectors<const T>& z,
-                         const Vectors<const T>& w, const T* student_exponentials,
-                         const T* teacher_exponentials, const T* hard_part, const Vectors<T>& g,
-                         int64_t count) const {
-    if (is_reverse(in.divergence)) {
-      // In backward, too, where nobody asks for the value: other loops might have other bits.
-      const bool value = !is_sum_of_slopes(c, c.student_share);
-      const auto write =
-          c.shifted ? (value ? &write_reverse<true, true, T> : &write_reverse<true, false, T>)
-                    : (value ? &write_reverse<false, true, T> : &write_reverse<false, false, T>);
-      return {write(c, z, w, student_exponentials, teacher_exponentials, hard_part, g, count), 0,
-              0};
+  SlopeSums write_forward(const ActiveRow<T>& r, const RowBlock<T>& b, const T* hard_part,
+                          const Vectors<T>& g) const {
+    if (r.row.left_out >= 0) {
+      return r.c.shifted ? write_gradient<true, true>(r.c, b, hard_part, g)
+                         : write_gradient<false, true>(r.c, b, hard_part, g);
     }
-    const bool decoupled = row.left_out >= 0;
-    const auto write =
-        c.shifted
-            ? (decoupled ? &write_gradient<true, true, T> : &write_gradient<true, false, T>)
-            : (decoupled ? &write_gradient<false, true, T> : &write_gradient<false, false, T>);
-    return write(c, z, w, student_exponentials, teacher_exponentials, hard_part, g, count);
+    return r.c.shifted ? write_gradient<true, false>(r.c, b, hard_part, g)
+                       : write_gradient<false, false>(r.c, b, hard_part, g);
   }
-
-  // Rounds a block of numbers that are in the order of unpack() to bf16.
-  void put_pairs(const T* numbers, void* to, int64_t count) const {
-    if constexpr (kHasPairs && sizeof(T) == sizeof(float)) {
-      alignas(64) BFloat16 packed[kLongest];
-      const Vectors<BFloat16> g = target(to, in.student_dtype, count, packed, past_caches());
-      for_vectors<BFloat16>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-        pack<decltype(width)::value>(numbers + at, g.at(at));
-      });
-      put_result(g, packed, to, in.student_dtype, count, past_caches());
-    }
-  }
-
-  T onehot(const Row<T>& row, double gain) const {
-    return static_cast<T>(gain * row.hard_weight * (1 - in.label_smoothing));
-  }
-
-  Label label_of(const Row<T>& row, const Coefficients<T>& c, double gain) const {
-    const bool decoupled = row.left_out >= 0;
-    // As backward sees it, which knows no terms.
-    if (grad == nullptr || (row.gradient_hard == ExpSource::kNone && !decoupled)) return {};
-    return {row.label, decoupled, decoupled ? c.label_gradient : onehot(row, gain)};
+  SlopeSums write_reverse(const Coefficients<T>& c, const RowBlock<T>& b, const T* hard_part,
+                          const Vectors<T>& g) const {
+    // In backward, too, where nobody asks for the value: other loops might have other bits.
+    if (c.shifted) return {write_reverse_kl<true, true>(c, b, hard_part, g), 0, 0};
+    const bool value = !is_sum_of_slopes(c, c.student_share);
+    return {value ? write_reverse_kl<false, true>(c, b, hard_part, g)
+                  : write_reverse_kl<false, false>(c, b, hard_part, g),
+            0, 0};
   }
 
   // The gradient of a segment. Sums are wanted by forward alone; null in backward. `has_slopes`:
   // sum_segment() left them in `cache`.
-  void write(const Row<T>& row, Coefficients<T>* c, const Scales<T>& s, double gain, int64_t index,
-             int64_t segment, const SegmentCache<T>& cache, bool has_slopes, Sums* sums) const {
-    const bool difference = is_difference(s);
-    const bool extras = sums != nullptr && one_sweep() && has_extras();
-    const bool summed =
-        sums != nullptr &&
-        (one_sweep() ? !difference
-                     : is_reverse(in.divergence) && !is_sum_of_slopes(*c, c->student_share));
-    if (sums != nullptr && one_sweep()) add_label_logit(row, s, index, segment, sums);
-    if (grad == nullptr && !summed && !extras) return;
-    const Label label = label_of(row, *c, gain);
-    for_exponentials(
-        row, s, index, segment, cache, c, [&](int64_t at, int64_t count, T* student, T* teacher) {
-          if (extras) add_extras(row, *c, s, index, at, count, student, teacher, sums);
-          if (grad == nullptr && !summed) return;
-          if (caches_slopes() && !has_slopes) {
-            sum_block(*c, index, at, count, student, teacher);
-          }
-          if (difference || c->is_comparable()) {
-            with_storage([&](auto storage) {
-              using S = decltype(storage);
-              difference
-                  ? write_separated<false, S>(row, *c, index, at, count, student, teacher, label)
-                  : write_separated<true, S>(row, *c, index, at, count, student, teacher, label);
-            });
-            return;
-          }
-          const SlopeSums of_block =
-              write_block(row, *c, index, at, count, student, teacher, label);
-          if (sums != nullptr) sums->value += of_block.value, sums->slope += of_block.slope;
+  void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
+             Sums* sums) const {
+    const bool difference = is_difference(*r), extras = sums != nullptr && one_sweep();
+    const bool is_value_summed =
+        one_sweep() ? !difference
+                    : is_reverse(in.divergence) && !is_sum_of_slopes(r->c, r->c.student_share);
+    const bool writes = grad != nullptr || (sums != nullptr && is_value_summed);
+    if (extras) add_label_logit(*r, segment, sums);
+    if (!writes && !(extras && has_extras())) return;
+    const Label label = label_of(*r);
+    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
+      if (extras && has_extras()) add_extras(*r, b, sums);
+      if (!writes) return;
+      if (caches_slopes() && !has_slopes) sum_block(*r, b);
+      if (difference || r->c.is_comparable()) {
+        return with_storage([&](auto storage) {
+          using S = decltype(storage);
+          difference ? write_separated<false, S>(*r, b, label)
+                     : write_separated<true, S>(*r, b, label);
         });
+      }
+      const SlopeSums of_block = write_block(*r, b, label);
+      if (sums != nullptr) sums->value += of_block.value, sums->slope += of_block.slope;
+    });
   }
 };
 

@@ -25,7 +25,7 @@ FASTKD_HOST_DEVICE V rounded(V x) {
 // What tempers a row, and what its two terms are multiplied by.
 template <class V>
 struct Settings {
-  V temperature = splat<V>(1), teacher_temperature = splat<V>(1);
+  V temperature = broadcast<V>(1), teacher_temperature = broadcast<V>(1);
   V hard_weight{}, soft_weight{};
 };
 
@@ -36,11 +36,12 @@ constexpr double kLowest = -__builtin_huge_val();
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  V student_label{}, teacher_label{};                              // as in Statistics
-  V student_inverse = splat<V>(1), teacher_inverse = splat<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
-  V student_mean{}, teacher_mean{};  // of the logits (kCenteredSquaredError)
-  V nothing{};                       // what a row of zeros adds to the divergence (kCosine)
-  V mean{};                          // the forward KL, where it is plain; else 0
+  V student_label{}, teacher_label{};  // as in Statistics
+  V student_inverse = broadcast<V>(1),
+    teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
+  V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
+  V nothing{};                          // what a row of zeros adds to the divergence (kCosine)
+  V mean{};                             // the forward KL, where it is plain; else 0
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   FASTKD_HOST_DEVICE auto valid() const {
@@ -124,8 +125,8 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
 // and, of divergences that compare logits, their difference, where log_ratio is 0.
 template <class V>
 struct LogRatio {
-  V inverse_temperature;              // of the student
-  V temperature_ratio = splat<V>(1);  // the student's temperature over the teacher's
+  V inverse_temperature;                  // of the student
+  V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
   V student_base{}, teacher_base{};
   V log_ratio{};
   Mask<V> shifted{};  // the bases are not 0, or the ratio not 1
@@ -188,11 +189,11 @@ FASTKD_HOST_DEVICE Results<V> results_of(Divergence id, const Settings<V>& row, 
   const V value = divergence_of(id, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. That is an infinite divergence.
-  const V soft = value == value ? value : splat<V>(kInfinity<Scalar<V>>);
+  const V soft = value == value ? value : broadcast<V>(kInfinity<Scalar<V>>);
   const V weight = row.soft_weight * row.temperature * row.temperature;
   return {weighted(weight, soft) + weighted(row.hard_weight, hard),
           {hard, soft, sums.student_entropy, sums.teacher_entropy,
-           sums.agreement > 0 ? splat<V>(1) : V{}}};
+           sums.agreement > 0 ? broadcast<V>(1) : V{}}};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 #pragma once
 #include "../kernels.h"
 
-namespace fastkd::cpu::fp64 {
+namespace fastkd::cpu::baseline::fp64 {
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end);
 void backward(const BackwardArgs& args, int64_t begin, int64_t end);
@@ -15,4 +15,4 @@ void write(const ForwardArgs& args, int64_t row, int64_t segment, const Statisti
            const Sums& of_balance, Sums* of_segment);
 void close(const ForwardArgs& args, int64_t row, const Statistics* of_row, const Sums* of_segments);
 
-}  // namespace fastkd::cpu::fp64
+}  // namespace fastkd::cpu::baseline::fp64

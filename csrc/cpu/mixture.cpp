@@ -76,7 +76,7 @@ class Mixer {
         max = top;
       }
       const Exponential<T> exponential(factor, max, 1.0);
-      const ExponentialSums sums = sum_exponentials<ExpSource::kNone, GapSum::kNone>(
+      const ExponentialSums sums = sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
           vectors, padded, exponential, exponential, 0, static_cast<T*>(nullptr), Into::kL1);
       sum += sums.tempered;
     }

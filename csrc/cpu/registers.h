@@ -55,7 +55,7 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 #endif
 
 template <class T>
-FASTKD_HOST_DEVICE Register<T> all(T x) {
+FASTKD_HOST_DEVICE Register<T> splat(T x) {
   return Register<T>{} + x;
 }
 
@@ -66,13 +66,13 @@ FASTKD_HOST_DEVICE void load(const T* step, T otherwise, Register<T>* to) {
   // By memory, as memcpy() would have it, half a register waits for its other half.
   if constexpr (2 * kWidth == kPerRegister<T>) {
     const __m256 half = _mm256_loadu_ps(step);
-    to[0] = (Register<T>)_mm512_insertf32x8((__m512)all(otherwise), half, 0);
+    to[0] = (Register<T>)_mm512_insertf32x8((__m512)splat(otherwise), half, 0);
     return;
   }
 #endif
   FASTKD_UNROLL
   for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
-    to[i] = all(otherwise);
+    to[i] = splat(otherwise);
     std::memcpy(&to[i], step + i * kPerRegister<T>, kBytesOfEach<kWidth, T>);
   }
 }
@@ -110,11 +110,11 @@ FASTKD_HOST_DEVICE void store(const Register<float>* from, BFloat16* step) {
 
 // b where a is NaN.
 template <class V>
-FASTKD_HOST_DEVICE V lesser_of(V a, V b) {
+FASTKD_HOST_DEVICE V min(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
-FASTKD_HOST_DEVICE V greater_of(V a, V b) {
+FASTKD_HOST_DEVICE V max(V a, V b) {
   return a > b ? a : b;
 }
 
@@ -125,7 +125,7 @@ struct Exponentials {
   Register<T> factor, max, least;
 
   explicit Exponentials(const Exponential<T>& one)
-      : one(one), factor(all(one.factor)), max(all(one.max)), least(all(one.least)) {}
+      : one(one), factor(splat(one.factor)), max(splat(one.max)), least(splat(one.least)) {}
   // Each lane has a factor of its own.
   explicit Exponentials(Register<T> factor)
       : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
@@ -181,9 +181,9 @@ struct Exponentials<float> {
 
   explicit Exponentials(const Exponential<float>& one)
       // No temperature is so small that the product should be infinite.
-      : factor(all(bounded_above(one.factor * kRoots, std::numeric_limits<float>::max()))),
-        max(all(one.max)),
-        least(all(one.least)) {
+      : factor(splat(bounded_above(one.factor * kRoots, std::numeric_limits<float>::max()))),
+        max(splat(one.max)),
+        least(splat(one.least)) {
     std::memcpy(&table, kRootTable.entry, sizeof(table));
   }
   explicit Exponentials(Register<float> factor)
@@ -221,7 +221,7 @@ FASTKD_HOST_DEVICE V exp_of(V x) {
   if constexpr (kIsScalar<V>) {
     return std::exp(x);
   } else {
-    return Exponentials<float>(all(static_cast<float>(kLog2E)))(x);
+    return Exponentials<float>(splat(static_cast<float>(kLog2E)))(x);
   }
 }
 

@@ -40,11 +40,11 @@ struct Row : Settings<double> {
   bool unit = false;                           // the divergence is of unit vectors (kCosine)
   bool centered = false;                       // it is of centered logits (kCenteredSquaredError)
   bool of_logits = false;                      // it compares logits, of which no softmax is taken
-  bool gaps = false;     // the first sweep sums what shows if a row is well separated
-  T factor = 0;          // of the student's tempered exponential
-  T teacher_factor = 0;  // of the teacher's
-  T hard_factor = 0;     // of exp(z)
-  int power = 0;         // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
+  bool log_ratios = false;  // the first sweep sums what shows if a row is well separated
+  T factor = 0;             // of the student's tempered exponential
+  T teacher_factor = 0;     // of the teacher's
+  T hard_factor = 0;        // of exp(z)
+  int power = 0;            // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
 
   // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
   // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
@@ -89,8 +89,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.unit = in.divergence == Divergence::kCosine;
   row.centered = in.divergence == Divergence::kCenteredSquaredError;
   row.of_logits = row.centered || in.divergence == Divergence::kSquaredError;
-  row.gaps = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
-             may_be_well_separated(in);
+  row.log_ratios = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
+                   may_be_well_separated(in);
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -138,13 +138,13 @@ void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) 
   into->teacher_max = top;
 }
 
-// The sum of gaps of some classes, had they other maxima. Not inlined, as merge().
+// The sum of log ratios of some classes, had they other maxima. Not inlined, as merge().
 template <class T>
-__attribute__((noinline)) double moved_gaps(const Row<T>& row, const Statistics& of,
-                                            double student_max, double teacher_max) {
-  if (!row.gaps || of.teacher_sum == 0) return 0;
+__attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& of,
+                                                  double student_max, double teacher_max) {
+  if (!row.log_ratios || of.teacher_sum == 0) return 0;
   const double student = student_max - of.student_max, teacher = teacher_max - of.teacher_max;
-  return (of.gap_sum + (student - teacher) * of.teacher_sum) *
+  return (of.log_ratio_sum + (student - teacher) * of.teacher_sum) *
          row.teacher_rescale(of.teacher_max, teacher_max);
 }
 
@@ -155,8 +155,8 @@ template <class T>
 __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
   const double student_top = std::fmax(into->student_max, other.student_max);
   const double teacher_top = std::fmax(into->teacher_max, other.teacher_max);
-  into->gap_sum = moved_gaps(row, *into, student_top, teacher_top) +
-                  moved_gaps(row, other, student_top, teacher_top);
+  into->log_ratio_sum = moved_log_ratios(row, *into, student_top, teacher_top) +
+                        moved_log_ratios(row, other, student_top, teacher_top);
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
   into->student_label += other.student_label;
@@ -201,7 +201,7 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
   // The exponentials' own temperature, which has been rounded.
   const double factor = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = std::log(of.student_sum * inverse);
-  const double mean = of.gap_sum * inverse * factor + log_ratio;
+  const double mean = of.log_ratio_sum * inverse * factor + log_ratio;
   const bool is_separated =
       mean >= kWellSeparated && mean >= kShare * std::fabs(log_ratio) && mean < kGreatest;
   return is_separated ? static_cast<T>(mean) : T(0);
@@ -214,7 +214,7 @@ __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statist
   Scales<T> s = scales_of<T>(of, row.hard != ExpSource::kNone, row.left_out >= 0);
   if (row.unit) set_inverses(row, of, &s);
   if (row.centered) set_means(of, &s);
-  if (row.gaps) s.mean = mean_of(row, of);
+  if (row.log_ratios) s.mean = mean_of(row, of);
   return s;
 }
 
@@ -279,6 +279,18 @@ void set_block(const Row<T>& row, const Scales<T>& s, double student_max, double
   c->block_hard_gain = static_cast<T>(hard_gain);
   c->block_rest_gain = static_cast<T>(static_cast<double>(c->rest_gain) * student);
 }
+
+// A row in the sweeps after the first.
+template <class T>
+struct ActiveRow {
+  int64_t index;
+  Row<T> row;
+  Scales<T> scales;
+  double gain;
+  Coefficients<T> c;
+
+  bool has_gradient() const { return row.state == State::kNormal && scales.valid(); }
+};
 
 }  // namespace
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -12,6 +12,8 @@ void backward_transposed(const BackwardArgs& args, int64_t begin, int64_t end);
 
 namespace {
 
+namespace fp64 = baseline::fp64;
+
 void exp2_all(const float* in, float* out, int64_t count, bool by_registers) {
   const Exponential<float> power(1.0f, 0.0f, 1.0);
   if (!by_registers) {
@@ -21,7 +23,7 @@ void exp2_all(const float* in, float* out, int64_t count, bool by_registers) {
   }
   const Exponentials<float> powers(power);
   for (int64_t i = 0; i < count; ++i) {
-    Register<float> result = powers(all(in[i]));
+    Register<float> result = powers(splat(in[i]));
     std::memcpy(&out[i], &result, sizeof(float));
   }
 }

@@ -59,7 +59,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index, 
   for_stats(args.divergence, s, slope, classes,
             [&](Stat which, T& value) { value = stats[which * args.rows + index]; });
   sums->slope = slope, sums->classes = classes;
-  if (row.gaps) s.mean = stats[kMeanLogRatio * args.rows + index];
+  if (row.log_ratios) s.mean = stats[kMeanLogRatio * args.rows + index];
   if (row.left_out < 0) return s;
   const Logits student = student_of(args, index), teacher = teacher_of(args, index);
   s.student_label = read_one<T>(student.base, student.dtype, row.left_out);
@@ -94,17 +94,11 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
 
 // Gradient and sums of one segment; a constant where the row has no gradient.
 template <class T>
-void write_segment(const Engine<T>& engine, const Row<T>& row, const Scales<T>& scales,
-                   Coefficients<T>* c, double gain, int64_t index, int64_t segment,
+void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
                    const SegmentCache<T>& cache, bool has_slopes, Sums* sums) {
-  const int64_t begin = segment * kSegment, end = engine.end_of(segment);
-  if (row.state == State::kIgnored) {
-    engine.fill(index, begin, end, T(0));
-  } else if (row.state == State::kInvalid || !scales.valid()) {
-    engine.fill(index, begin, end, kNaN<T>);
-  } else {
-    engine.write(row, c, scales, gain, index, segment, cache, has_slopes, sums);
-  }
+  if (r->has_gradient()) return engine.write(r, segment, cache, has_slopes, sums);
+  const T value = r->row.state == State::kIgnored ? T(0) : kNaN<T>;
+  engine.fill(r->index, segment * kSegment, engine.end_of(segment), value);
 }
 
 // As backward_row() forms it from what put_stats() leaves, to the same bits.
@@ -113,7 +107,6 @@ double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;
 }
 
-// A row's sweeps after the first, with the exponentials that the first left in `cache`.
 template <class T>
 void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index,
                  const RowCache<T>& cache) {
@@ -123,27 +116,25 @@ void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index
   for (int64_t i = 1; i <= last; ++i) {
     merge(row, engine.scan(row, index, i, cache.of(i)), &statistics);
   }
-  const double gain = gain_of<T>(args);
-  const Scales<T> scales = make_scales(row, statistics);
-  Coefficients<T> c = engine.coefficients(row, scales, gain);
+  ActiveRow<T> r = engine.activate(row, make_scales(row, statistics), gain_of<T>(args), index);
   Sums sums = {};
   // Backwards, because a long row's end is what the sweep before left in the processor's cache.
   if (!engine.one_sweep()) {
     for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
-      engine.sum_segment(row, &c, scales, index, i, cache.of(i), &of_segment);
+      engine.sum_segment(&r, i, cache.of(i), &of_segment);
       add(of_segment, &sums);
     }
-    engine.set_shares(&c, sums);
+    engine.set_shares(&r.c, sums);
   }
   for (int64_t i = last; i >= 0; --i) {
     const SegmentCache<T> segment = cache.of(i);
     const bool has_slopes = engine.caches_slopes() && !segment.empty();
     Sums of_segment = {};
-    write_segment(engine, row, scales, &c, gain, index, i, segment, has_slopes, &of_segment);
+    write_segment(engine, &r, i, segment, has_slopes, &of_segment);
     add(of_segment, &sums);
   }
-  finish(args, row, index, statistics, scales, &sums);
+  finish(args, row, index, statistics, r.scales, &sums);
 }
 
 template <class T>
@@ -155,17 +146,16 @@ void backward_row(const BackwardArgs& args, const Engine<T>& engine, int64_t ind
   const double gain = scale * static_cast<double>(grad_output);
   Sums sums = {};
   const Scales<T> scales = get_stats(args, row, index, &sums);
-  Coefficients<T> c = engine.coefficients(row, scales, gain);
-  engine.set_shares(&c, sums);
+  ActiveRow<T> r = engine.activate(row, scales, gain, index);
+  engine.set_shares(&r.c, sums);
   for (int64_t i = engine.segments(); i-- > 0;) {
-    write_segment(engine, row, scales, &c, gain, index, i, SegmentCache<T>{}, false,
-                  static_cast<Sums*>(nullptr));
+    write_segment(engine, &r, i, SegmentCache<T>{}, false, static_cast<Sums*>(nullptr));
   }
 }
 
 template <class T, class Args>
 Engine<T> make_engine(const Args& args, bool terms) {
-  return {args, args.grad, args.grad_stride, terms, make_constants(args.divergence, args.mix)};
+  return {{{args, args.grad, args.grad_stride, terms, make_constants(args.divergence, args.mix)}}};
 }
 
 template <class T>
@@ -202,37 +192,29 @@ Statistics merge_all(const Row<T>& row, const Statistics* of_row, int64_t segmen
 }
 
 template <class T>
-struct SharedRow {
-  Engine<T> engine;
-  Row<T> row;
-  double gain;
-  Scales<T> scales;
-  Coefficients<T> c;
-
-  SharedRow(const ForwardArgs& args, int64_t index, const Statistics* of_row)
-      : engine(make_engine<T>(args, args.terms != nullptr)),
-        row(make_row<T>(args, index, engine.terms)),
-        gain(gain_of<T>(args)),
-        scales(make_scales(row, merge_all(row, of_row, engine.segments()))),
-        c(engine.coefficients(row, scales, gain)) {}
-};
+ActiveRow<T> activate(const ForwardArgs& args, const Engine<T>& engine, int64_t index,
+                      const Statistics* of_row) {
+  const Row<T> row = make_row<T>(args, index, engine.terms);
+  const Scales<T> scales = make_scales(row, merge_all(row, of_row, engine.segments()));
+  return engine.activate(row, scales, gain_of<T>(args), index);
+}
 
 template <class T>
 void balance_segment(const ForwardArgs& args, int64_t index, int64_t segment,
                      const Statistics* of_row, Sums* result) {
-  SharedRow<T> shared(args, index, of_row);
-  shared.engine.sum_segment(shared.row, &shared.c, shared.scales, index, segment, SegmentCache<T>{},
-                            result);
+  const Engine<T> engine = make_engine<T>(args, args.terms != nullptr);
+  ActiveRow<T> r = activate(args, engine, index, of_row);
+  engine.sum_segment(&r, segment, SegmentCache<T>{}, result);
 }
 
 template <class T>
 void write_segment(const ForwardArgs& args, int64_t index, int64_t segment,
                    const Statistics* of_row, const Sums& of_balance, Sums* result) {
-  SharedRow<T> shared(args, index, of_row);
-  shared.engine.set_shares(&shared.c, of_balance);
-  write_segment(shared.engine, shared.row, shared.scales, &shared.c, shared.gain, index, segment,
-                SegmentCache<T>{}, false, result);
-  shared.engine.complete();
+  const Engine<T> engine = make_engine<T>(args, args.terms != nullptr);
+  ActiveRow<T> r = activate(args, engine, index, of_row);
+  engine.set_shares(&r.c, of_balance);
+  write_segment(engine, &r, segment, SegmentCache<T>{}, false, result);
+  engine.complete();
 }
 
 template <class T>

@@ -2,9 +2,7 @@
 #include "fp64.h"
 #include "rows.h"
 
-namespace fastkd::cpu::fp64 {
-
-using namespace FASTKD_ISA;
+namespace fastkd::cpu::baseline::fp64 {
 
 void forward(const ForwardArgs& args, int64_t begin, int64_t end) {
   forward_rows<double>(args, begin, end);
@@ -28,4 +26,4 @@ void close(const ForwardArgs& args, int64_t row, const Statistics* of_row,
   close_row<double>(args, row, of_row, of_segments);
 }
 
-}  // namespace fastkd::cpu::fp64
+}  // namespace fastkd::cpu::baseline::fp64

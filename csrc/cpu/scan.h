@@ -34,17 +34,17 @@ template <class T>
 T maximum(const Vectors<const T>& logits, int64_t count) {
   constexpr int64_t kMany = kRegisters<kLanes, T>;
   Register<T> top[kMany];
-  for (Register<T>& lanes : top) lanes = all(-kInfinity<T>);
+  for (Register<T>& lanes : top) lanes = splat(-kInfinity<T>);
   for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     Register<T> x[kRegisters<kWidth, T>];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
     FASTKD_UNROLL
-    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = greater_of(x[i], top[i]);
+    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = max(x[i], top[i]);
   });
   T lanes[kLanes];
   store<kLanes>(top, lanes);
-  return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
+  return tree_reduce<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
 // Sign and magnitude to two's complement and back: integers in the order of the numbers.
@@ -63,19 +63,20 @@ inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
   });
-  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
+  const int16_t top =
+      tree_reduce<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
   return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
-// Of the tempered exponentials, each times its gap, which is how much further below its maximum the
-// other operand's logit lies. Bounded, one class with a gap of thousands does not hide that all
-// others have next to none.
-enum class GapSum { kNone, kWhole, kBounded };
-constexpr double kMostGap = 8;  // in nats
+// The sum of the tempered exponentials, each times its log ratio: how much further below its
+// maximum the other operand's logit lies. Bounded, a class with a log ratio of thousands does not
+// hide that all others have next to none.
+enum class LogRatioSum { kNone, kWhole, kBounded };
+constexpr double kMostLogRatio = 8;  // in nats
 
 // Of one operand, relative to its maximum.
 struct ExponentialSums {
-  double tempered, hard, gaps;
+  double tempered, hard, log_ratios;
 };
 
 // The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
@@ -100,21 +101,23 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
 }
 
 // Leaves the tempered exponentials in `cache` unless it is null. `separate` is read by
-// ExpSource::kSeparate alone, `squarings` by kPower, `others` where gaps are summed. Not inlined: a
-// row of few blocks has no time for the registers that a function of all its forms saves.
-template <ExpSource kSource, GapSum kGaps, class T, class S>
+// ExpSource::kSeparate alone, `squarings` by kPower, `others` where log ratios are summed. Not
+// inlined: a row of few blocks has no time for the registers that a function of all its forms
+// saves.
+template <ExpSource kSource, LogRatioSum kLogRatios, class T, class S>
 __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponential<T>& tempered_one,
                  const Exponential<T>& separate_one, int squarings, T* cache, Into next,
                  const Vectors<const S>& other_vectors = {}, T other_max = 0) {
   const Exponentials<T> tempered(tempered_one), separate(separate_one);
-  const Register<T> other_top = all(other_max);
-  const Register<T> most_gap = all(static_cast<T>(kMostGap * kLog2E) / tempered_one.factor);
-  Register<T> sums = {}, hard_sums = {}, gaps = {};
-  Register<T> run = {}, hard_run = {}, gap_run = {};
+  const Register<T> other_top = splat(other_max);
+  const Register<T> most_log_ratio =
+      splat(static_cast<T>(kMostLogRatio * kLog2E) / tempered_one.factor);
+  Register<T> sums = {}, hard_sums = {}, log_ratios = {};
+  Register<T> run = {}, hard_run = {}, log_ratio_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
-    sums += run, hard_sums += hard_run, gaps += gap_run;
-    run = hard_run = gap_run = Register<T>{};
+    sums += run, hard_sums += hard_run, log_ratios += log_ratio_run;
+    run = hard_run = log_ratio_run = Register<T>{};
   };
   const Vectors<const S> logits = vectors, others = other_vectors;
   for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
@@ -123,17 +126,18 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
                       : prefetch_next<Into::kL2, kWidth>(logits.at(at));
     Register<T> x[kMany], y[kMany], e[kMany];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
-    if constexpr (kGaps != GapSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
+    if constexpr (kLogRatios != LogRatioSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       x[i] -= tempered.max;
       e[i] = tempered(x[i]);
       run += e[i];
-      if constexpr (kGaps != GapSum::kNone) {
-        Register<T> gap = x[i] - (y[i] - other_top);
-        if constexpr (kGaps == GapSum::kBounded) gap = lesser_of(gap, most_gap);
+      if constexpr (kLogRatios != LogRatioSum::kNone) {
+        Register<T> log_ratio = x[i] - (y[i] - other_top);
+        if constexpr (kLogRatios == LogRatioSum::kBounded)
+          log_ratio = min(log_ratio, most_log_ratio);
         // Where the exponential is not 0 this bound is none.
-        gap_run += e[i] * greater_of(gap, tempered.least);
+        log_ratio_run += e[i] * max(log_ratio, tempered.least);
       }
     }
     if (cache != nullptr) store<kWidth>(e, cache + at);
@@ -153,7 +157,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
   });
   end_run();
   return {precise_sum_of<T>(sums), kSource == ExpSource::kNone ? 0.0 : precise_sum_of<T>(hard_sums),
-          kGaps == GapSum::kNone ? 0.0 : precise_sum_of<T>(gaps)};
+          kLogRatios == LogRatioSum::kNone ? 0.0 : precise_sum_of<T>(log_ratios)};
 }
 
 }  // namespace

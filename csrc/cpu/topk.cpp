@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "../topk_row.h"
-#include "operands.h"
+#include "row_blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -150,7 +150,7 @@ struct TopkRow {
     Mass mass;
     double* block_max = kept.maxima.get();
     const auto sum = with_source(row.hard, [](auto source) {
-      return &sum_exponentials<decltype(source)::value, GapSum::kNone, T, S>;
+      return &sum_exponentials<decltype(source)::value, LogRatioSum::kNone, T, S>;
     });
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
@@ -219,21 +219,21 @@ struct TopkRow {
     const double max = topk::origin(of.rest);
     const Exponentials<T> tempered({row.factor, static_cast<T>(max), 1});
     const Exponentials<T> own({row.hard_factor, static_cast<T>(max), 1});
-    const Register<T> uniform = all(static_cast<T>(gains.uniform));
+    const Register<T> uniform = splat(static_cast<T>(gains.uniform));
     const double* block_max = kept.maxima.get();
     // More classes than the dense loss wants: what is written to listed ones afterwards waits.
-    const bool past_caches = passes_caches(args, args.grad, 16384);
+    const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
       const double shift = topk::shift(relative_to, max, row.temperature);
       const double hard_shift =
           kSource == ExpSource::kSeparate ? 1 : topk::shift(relative_to, max, 1);
-      const Register<T> soft_gain = all(static_cast<T>(gains.rest * shift));
-      const Register<T> hard_gain = all(static_cast<T>(gains.rest_hard * hard_shift));
+      const Register<T> soft_gain = splat(static_cast<T>(gains.rest * shift));
+      const Register<T> hard_gain = splat(static_cast<T>(gains.rest_hard * hard_shift));
       const T* const exponentials = kKeeps ? &kept.exponentials[at] : nullptr;
       Vectors<const S> block;
       if (!kKeeps || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
-      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
+      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, non_temporal);
       for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
         Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
@@ -252,9 +252,9 @@ struct TopkRow {
         }
         store<kWidth>(gradient, grad.at(step));
       });
-      put_result(grad, result, grad_at(at), args.student_dtype, count, past_caches);
+      put_result(grad, result, grad_at(at), args.student_dtype, count, non_temporal);
     });
-    if (past_caches) complete_copies();
+    if (non_temporal) store_fence();
   }
 
   void put(int64_t id, double gradient) const {

@@ -25,10 +25,11 @@ void put_results(const TransposedEngine& e, const ForwardArgs& args) {
   } sums = {e.value, e.slope, e.classes, e.student_entropy, e.teacher_entropy, e.agreement};
   V cross{};
   if (e.hard) {
-    const V smoothing = splat<V>(static_cast<float>(args.label_smoothing));
+    const V smoothing = broadcast<V>(static_cast<float>(args.label_smoothing));
     const V hard_sum = e.exponentials.hard.sum;
     V log = log_of(hard_sum);
-    if (e.decoupled) log = log_sum<V>(e.scales, hard_sum == 0 ? splat<V>(-kInfinity<float>) : log);
+    if (e.decoupled)
+      log = log_sum<V>(e.scales, hard_sum == 0 ? broadcast<V>(-kInfinity<float>) : log);
     const V label_logit = e.scales.student_label - e.scales.student_max;
     cross = weighted<V>(1 - smoothing, log - label_logit) +
             weighted<V>(smoothing, log - e.offsets / static_cast<float>(args.classes));
@@ -63,7 +64,7 @@ void forward_transposed(const ForwardArgs& args, int64_t begin, int64_t end) {
   const float gain = static_cast<float>(args.scale) * static_cast<float>(args.grad_output);
   engine.for_groups(begin, end, [&] {
     engine.scan();
-    engine.gain = splat<V>(gain);
+    engine.gain = broadcast<V>(gain);
     engine.differentiate(false);
     put_results(engine, args);
     put_stats(engine, args);
@@ -77,7 +78,7 @@ void backward_transposed(const BackwardArgs& args, int64_t begin, int64_t end) {
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   engine.for_groups(begin, end, [&] {
     get_stats(engine, args);
-    engine.gain = splat<V>(scale * grad_output[0]);
+    engine.gain = broadcast<V>(scale * grad_output[0]);
     for (int64_t i = 0; i < engine.count && args.grad_output_per_row; ++i) {
       engine.gain[i] = scale * grad_output[engine.first + i];
     }

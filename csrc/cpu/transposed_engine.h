@@ -5,11 +5,11 @@
 // logarithms, scales, gains) would be most of its time. The pixels of (N, C, H, W) logits are
 // adjacent, their classes are not. Here a tile of rows is copied to the transposed layout
 // (transpose.h), and a group of them, as many as a register has lanes, is computed side by side by
-// the formulas of the row engine (formulas.h, label.h, divergences.h) with registers as numbers. No
-// lane reads another: the bits do not depend on which rows share a group.
+// the formulas of the row engine (formulas.h, decoupled.h, divergences.h) with registers as
+// numbers. No lane reads another: the bits do not depend on which rows share a group.
 #pragma once
-#include "label.h"
-#include "operands.h"
+#include "decoupled.h"
+#include "row_blocks.h"
 #include "transpose.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -57,11 +57,12 @@ struct TransposedEngine {
   const Inputs& in;
   void* const grad;  // [rows, classes], or null
   const RowStrides grad_stride;
-  const bool hard;       // the hard term is wanted
-  const bool terms;      // and so are the entropies
-  const bool unit;       // the divergence is of unit vectors (kCosine)
-  const bool centered;   // it is of centered logits (kCenteredSquaredError)
-  const bool decoupled;  // the sums are of the classes other than the label (kDecoupled; label.h)
+  const bool hard;      // the hard term is wanted
+  const bool terms;     // and so are the entropies
+  const bool unit;      // the divergence is of unit vectors (kCosine)
+  const bool centered;  // it is of centered logits (kCenteredSquaredError)
+  const bool
+      decoupled;  // the sums are of the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
   Row<float> shared;  // what rows have in common that have no settings of their own
   Tile tile;
@@ -167,7 +168,7 @@ struct TransposedEngine {
       label[i] = -1;
       computed[i] = normal ? -1 : 0;
     }
-    otherwise = splat<V>(kNaN<float>);
+    otherwise = broadcast<V>(kNaN<float>);
     scales.student_label = scales.teacher_label = V{};
     for (int64_t i = 0; i < count && in.row_settings != nullptr; ++i) {
       const Row<float> row = make_row<float>(in, first + i, hard);
@@ -221,7 +222,7 @@ struct TransposedEngine {
   template <ExpSource kSource, bool kSummed>
   void exponentiate_as(const Block& b) {
     const Exponentials<float> of_student(factor), of_teacher(teacher_factor);
-    const Exponentials<float> separate(splat<V>(static_cast<float>(kLog2E)));
+    const Exponentials<float> separate(broadcast<V>(static_cast<float>(kLog2E)));
     const V student_max = scales.student_max, teacher_max = scales.teacher_max;
     const int squarings = kSource == ExpSource::kPower ? shared.squarings() : 0;
     ExpSums sums;
@@ -247,10 +248,10 @@ struct TransposedEngine {
 
   // Maxima, sums of exponentials, and what the cross entropy reads of the logits.
   void scan() {
-    V max = splat<V>(-kInfinity<float>), teacher_max = max;
+    V max = broadcast<V>(-kInfinity<float>), teacher_max = max;
     for (int64_t c = 0; c < in.classes; ++c) {
-      max = greater_of(load(student_at(c)), max);
-      teacher_max = greater_of(load(teacher_at(c)), teacher_max);
+      max = FASTKD_ISA::max(load(student_at(c)), max);
+      teacher_max = FASTKD_ISA::max(load(teacher_at(c)), teacher_max);
     }
     if (decoupled) {  // no class but the label, perhaps
       max = max == -kInfinity<float> ? V{} : max;
@@ -297,8 +298,8 @@ struct TransposedEngine {
       const V z = load(student_at(c)), w = load(teacher_at(c));
       Mask<V> masked = z == -kInfinity<float>, teacher_masked = w == -kInfinity<float>;
       if (unit) masked = teacher_masked = masked & teacher_masked;
-      student_count += masked ? V{} : splat<V>(1);
-      teacher_count += teacher_masked ? V{} : splat<V>(1);
+      student_count += masked ? V{} : broadcast<V>(1);
+      teacher_count += teacher_masked ? V{} : broadcast<V>(1);
       add(masked ? V{} : z, student_moment);
       add(teacher_masked ? V{} : w, teacher_moment);
     }
@@ -394,7 +395,7 @@ struct TransposedEngine {
       if constexpr (leaves_out_masked(kBalance)) {
         const auto counts = here.slope == here.slope;
         of_class = counts ? of_class : V{}, summed = counts ? summed : V{};
-        counted += counts ? splat<V>(1) : V{};
+        counted += counts ? broadcast<V>(1) : V{};
       }
       values.add(of_class), slopes += summed;
       const V hard_exp = load(tile.hard_exp + c * kGroupRows);
@@ -410,7 +411,7 @@ struct TransposedEngine {
     constexpr Balance kBalance = D::kBalance;
     const auto gradient = make_gradient();
     const V student_scale = scales.student_scale, teacher_inverse = scales.teacher_inverse;
-    const V share = is_mean(kBalance) ? 1 / classes : splat<V>(1), sum = slope;
+    const V share = is_mean(kBalance) ? 1 / classes : broadcast<V>(1), sum = slope;
     for (int64_t c = 0; c < in.classes; ++c) {
       const V unbalanced = load(student_at(c));
       const V q = load(tile.student_exp + c * kGroupRows) * student_scale;
@@ -439,7 +440,7 @@ struct TransposedEngine {
       of_student -= times_log<V>(q, z * inverse + log_scale);
       of_teacher -= times_log<V>(p, w * teacher_inverse + teacher_log_scale);
       const auto greatest = (z == 0) & (w == 0);
-      agreement = greatest ? splat<V>(1) : agreement;
+      agreement = greatest ? broadcast<V>(1) : agreement;
     }
     student_entropy += of_student, teacher_entropy += of_teacher;
   }

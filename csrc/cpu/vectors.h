@@ -66,19 +66,19 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
 // Reductions are written over kLanes accumulators and folded in halves: the compiler's own epilogue
 // for a simd reduction adds lane after lane, 50 cycles that rows of 10 classes would feel.
 template <int64_t kWidth, class T, class Join>
-FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
+FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   if constexpr (kWidth == 1) {
     return lanes[0];
   } else {
     T half[kWidth / 2];
     for (int64_t i = 0; i < kWidth / 2; ++i) half[i] = join(lanes[i], lanes[i + kWidth / 2]);
-    return fold<kWidth / 2>(half, join);
+    return tree_reduce<kWidth / 2>(half, join);
   }
 }
 
 template <class T>
 FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
-  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+  return tree_reduce<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
 // Sums in a register are short ones, over kRun classes, so that rounding adds up no more than in
@@ -94,7 +94,7 @@ FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kCount]) {
   for (int64_t i = 0; i < kFew; ++i) {
     few[i] = kCount == kFew ? lanes[i] : lanes[i] + lanes[i + kCount - kFew];
   }
-  return fold<kFew>(few, [](double a, double b) { return a + b; });
+  return tree_reduce<kFew>(few, [](double a, double b) { return a + b; });
 }
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {

@@ -16,7 +16,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V log) {
 template <class V>
 FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
   const V log = (label - max) / temperature + log_of(scale);
-  return odds_of<V>(scale == 0 ? splat<V>(kInfinity<Scalar<V>>) : log);
+  return odds_of<V>(scale == 0 ? broadcast<V>(kInfinity<Scalar<V>>) : log);
 }
 
 template <class V>
@@ -37,7 +37,7 @@ FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<
 // The weight of the KL among the other classes: none where the teacher allows none of them.
 template <class V>
 FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
-  return s.teacher_scale > 0 ? splat<V>(static_cast<Scalar<V>>(in.mix)) : V{};
+  return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
 }
 
 // What the label makes of a row's gains.
@@ -55,7 +55,7 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
   const V diff = gains.soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
   const V soft = gains.soft * mix_of(in, s);
   if (!hard) return {soft, -diff, V{}, diff};
-  const V rest = odds_of(s.student_label, s.student_max, s.hard_scale, splat<V>(1)).rest();
+  const V rest = odds_of(s.student_label, s.student_max, s.hard_scale, broadcast<V>(1)).rest();
   const Scalar<V> smoothing = static_cast<Scalar<V>>(in.label_smoothing);
   const V over_target = smoothing - smoothing / static_cast<Scalar<V>>(in.classes) - rest;
   return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
@@ -94,7 +94,7 @@ FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, 
   // exponentials, and so to that of the odds.
   const V difference = odds.difference + log1p_of(sums->slope);
   // NaN as in results_of().
-  const V within = sums->value == sums->value ? sums->value : splat<V>(kInfinity<Scalar<V>>);
+  const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);
   sums->value =
       binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);
   sums->student_entropy = odds.student.entropy() + odds.student.rest() * sums->student_entropy;
@@ -105,7 +105,7 @@ FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, 
                                  (no_teacher | (s.teacher_label >= s.teacher_max));
   const auto others_are = student_others & teacher_others & (s.student_max >= s.student_label) &
                           (s.teacher_max >= s.teacher_label) & (sums->agreement > 0);
-  sums->agreement = (label_is_greatest | others_are) ? splat<V>(1) : V{};
+  sums->agreement = (label_is_greatest | others_are) ? broadcast<V>(1) : V{};
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
 
 // Whether a gradient is written past the caches, which cannot hold it. In shorter rows that takes
 // longer, also where they begin with a line.
-inline bool passes_caches(const Inputs& in, const void* grad, int64_t least_classes) {
+inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
          in.rows * in.classes * size_of(in.student_dtype) >= kBytes && grad != in.student;
@@ -88,18 +88,18 @@ inline bool passes_caches(const Inputs& in, const void* grad, int64_t least_clas
 // Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
 // all of it to `result`.
 template <class S>
-Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool past_caches) {
-  if (grad == nullptr || dtype != kStorage<S> || past_caches) return {result};
+Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_temporal) {
+  if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
   return {static_cast<S*>(grad), result, whole_steps<S>(count)};
 }
 // Writes to `grad` what is not there yet.
 template <class S>
 void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
-                bool past_caches) {
+                bool non_temporal) {
   const int64_t whole = target.block == result ? 0 : target.whole;
   if (grad == nullptr || whole == count) return;
-  if (past_caches && dtype == kStorage<S>) {
-    return copy_past_caches(result, count * static_cast<int64_t>(sizeof(S)), grad);
+  if (non_temporal && dtype == kStorage<S>) {
+    return store_non_temporal(result, count * static_cast<int64_t>(sizeof(S)), grad);
   }
   write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
 }

@@ -6,16 +6,17 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Writes a block's gradient but for the label's share. `other` holds the teacher's exponentials,
-// or, with kSlopes, slopes over q's scale.
+// Writes a block's gradient but for the label's share. With kSlopes slopes over q's scale have
+// replaced the teacher's exponentials.
 template <ExpSource kSource, bool kSlopes, class T, class S>
 __attribute__((noinline)) void write_well_separated(const Coefficients<T>& coefficients,
+                                                    const RowBlock<T>& b,
                                                     const Vectors<const S>& student,
-                                                    const T* exponentials, const T* other,
-                                                    const Vectors<S>& grad, int64_t count) {
+                                                    const Vectors<S>& grad) {
+  const T *const exponentials = b.student, *const other = b.teacher;
   const Coefficients<T> c = coefficients;
   const Exponentials<T> separate(c.separate);
-  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<S>(b.classes, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
     prefetch_next<Into::kL2, kWidth>(grad.at(at));
     Register<T> z[kMany] = {}, e[kMany], o[kMany], g[kMany];
@@ -35,7 +36,7 @@ __attribute__((noinline)) void write_well_separated(const Coefficients<T>& coeff
       }
     }
     if constexpr (kSource != ExpSource::kNone) {
-      add_hard<kSource, kMany>(separate, c.squarings, z, e, all(c.block_hard_gain), g);
+      add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), g);
     }
     store<kWidth>(g, grad.at(at));
   });
@@ -69,16 +70,13 @@ FASTKD_HOST_DEVICE V even_log(V ratio) {
 // d / 2 log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m). The next vectors' divisions
 // are under way while these are evaluated.
 __attribute__((noinline)) inline SlopeSums find_even_slopes(const Coefficients<float>& c,
-                                                            const Vectors<const float>& student,
-                                                            const Vectors<const float>& teacher,
-                                                            const float* student_exponentials,
-                                                            const float* teacher_exponentials,
-                                                            float* slopes, int64_t count) {
+                                                            const RowBlock<float>& b) {
+  const float *const student = b.student, *const teacher = b.teacher;
   constexpr int64_t kMost = kRegisters<kLanes, float>;
-  const Register<float> p_scale = all(c.teacher_scale / c.student_scale);
-  const Register<float> inverse_temperature = all(0.5f * c.inverse_temperature);
-  const Register<float> log_ratio = all(0.5f * c.log_ratio);
-  const Register<float> least_half = all(c.bound), most_half = all(-c.bound);
+  const Register<float> p_scale = splat(c.teacher_scale / c.student_scale);
+  const Register<float> inverse_temperature = splat(0.5f * c.inverse_temperature);
+  const Register<float> log_ratio = splat(0.5f * c.log_ratio);
+  const Register<float> least_half = splat(c.bound), most_half = splat(-c.bound);
   Register<float> values = {}, sums = {}, value_run = {}, slope_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
     values += value_run, sums += slope_run;
@@ -90,21 +88,21 @@ __attribute__((noinline)) inline SlopeSums find_even_slopes(const Coefficients<f
   const auto divide = [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
     Register<float> q[kMany], p[kMany];
-    load<kWidth>(student_exponentials + at, 0.0f, q);
-    load<kWidth>(teacher_exponentials + at, 0.0f, p);
+    load<kWidth>(student + at, 0.0f, q);
+    load<kWidth>(teacher + at, 0.0f, p);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       p[i] *= p_scale;
-      const Register<float> lesser = lesser_of(p[i], q[i]), greater = greater_of(p[i], q[i]);
+      const Register<float> lesser = min(p[i], q[i]), greater = max(p[i], q[i]);
       ahead.lesser[i] = lesser;
       ahead.sum[i] = p[i] + q[i];
       ahead.ratio[i] = (greater - lesser) / (3.0f * greater + (lesser + least<float>()));
     }
   };
-  const int64_t wide = count / kLanes * kLanes;
+  const int64_t wide = b.count / kLanes * kLanes;
   if (wide > 0) divide(0, constant<kLanes>);
-  const Vectors<const float> logits = student, others = teacher;
-  for_vectors<float>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  const Vectors<const float> logits = b.z, others = b.w;
+  for_vectors<float>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, float>;
     if (kWidth < kLanes) divide(at, width);
     const auto here = ahead;
@@ -112,18 +110,18 @@ __attribute__((noinline)) inline SlopeSums find_even_slopes(const Coefficients<f
     Register<float> z[kMany], w[kMany], q[kMany];
     load<kWidth>(logits.at(at), -kInfinity<float>, z);
     load<kWidth>(others.at(at), -kInfinity<float>, w);
-    load<kWidth>(student_exponentials + at, 0.0f, q);
+    load<kWidth>(student + at, 0.0f, q);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
       // Infinite, or NaN, where p or q is 0.
       Register<float> half = (w[i] - z[i]) * inverse_temperature - log_ratio;
-      half = lesser_of(greater_of(half, least_half), most_half);
+      half = min(max(half, least_half), most_half);
       const Register<float> log = even_log(here.ratio[i]);
       value_run += here.sum[i] * log - here.lesser[i] * magnitude_of(half);
-      q[i] *= lesser_of(log - half, log);
+      q[i] *= min(log - half, log);
       slope_run += q[i];
     }
-    store<kWidth>(q, slopes + at);
+    store<kWidth>(q, b.teacher + at);
     if ((at + kWidth) % kRun == 0) end_run();
   });
   end_run();
