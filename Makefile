@@ -10,12 +10,12 @@ CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test test-all coverage kernel-test sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
+.PHONY: help install demo examples test test-all coverage kernel-test kernel-test-arm sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -46,7 +46,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist workstea
 test: $(VENV)/complete  ## run the quick tests: a few minutes
 	$(PYTEST) -m "not slow" --junitxml build/test.xml
 
-test-all: kernel-test $(VENV)/complete  ## run every test, the kernels' own tests among them
+test-all: kernel-test kernel-test-arm $(VENV)/complete  ## run every test, the kernels' own tests among them
 	$(PYTEST) --junitxml build/test-all.xml
 
 coverage: $(VENV)/complete  ## run both tiers, measure what each covers, and write docs/tests.md
@@ -66,6 +66,18 @@ endef
 kernel-test: $(VENV)/created  ## run the CPU kernels' own tests, without torch or Python
 	$(call kernels,kernels)
 	$(CTEST) --test-dir build/kernels
+
+# Baseline kernels alone, and double for the truth: aarch64's long double is software.
+ARM := aarch64-linux-gnu
+ARM_TOOLS := $(and $(shell command -v $(ARM)-g++),$(shell command -v qemu-aarch64))
+kernel-test-arm: $(VENV)/created  ## cross-compile the CPU kernels for aarch64, and run their tests under qemu
+ifdef ARM_TOOLS
+	$(call kernels,kernels-arm,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM)-g++ -DCMAKE_CXX_FLAGS=-DFASTKD_TRUTH=double,cpu_kernels)
+	qemu-aarch64 -L /usr/$(ARM) build/kernels-arm/cpu_kernels
+else
+	@echo "kernel-test-arm: nothing is tested, for $(ARM)-g++ or qemu-aarch64 (Debian: qemu-user) is not installed"
+endif
 
 sanitize: $(VENV)/created  ## the same under the address, undefined-behaviour and thread sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)

@@ -70,6 +70,10 @@ struct Constants {
 
 namespace {
 
+// T may be a vector of numbers.
+template <class T>
+using ConstantsFor = ConstantsOf<Scalar<T>>;
+
 template <class T>
 FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
   if constexpr (ConstantsOf<T>::kIsDouble) {
@@ -95,7 +99,7 @@ struct ForwardKL {
     return {e.excess, e.diff};
   }
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
     return at(e);
   }
 };
@@ -111,7 +115,7 @@ struct ReverseKL {
     return {is_small(e.d) ? product * (e.d * series_of(-e.d)) : (e.p - e.q) - product, -product};
   }
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
     return at(e);
   }
 };
@@ -121,8 +125,8 @@ struct SymmetricKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
-    const T a = k.mix, b = k.rest;
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
+    const Scalar<T> a = k.mix, b = k.rest;
     const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
@@ -139,22 +143,22 @@ struct Mixture {
 };
 
 template <class T>
-FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, T a) {
+FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
   // Relative to q, or to p where that is the greater by far, so that nothing overflows: m / q - 1 =
   // a (p - q) / q.
-  const bool above = e.d > static_cast<T>(kSeriesLimit);
+  const auto above = e.d > static_cast<Scalar<T>>(kSeriesLimit);
   const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / (above ? e.p : e.q));
   return {above ? log + e.d : log, above ? log : log - e.d};
 }
 
 template <class T, int kCount>
-FASTKD_HOST_DEVICE T polynomial(const T (&coefficients)[kCount], T d) {
-  T sum = coefficients[kCount - 1];
+FASTKD_HOST_DEVICE T polynomial(const Scalar<T> (&coefficients)[kCount], T d) {
+  T sum = broadcast<T>(coefficients[kCount - 1]);
   for (int i = kCount - 2; i >= 0; --i) sum = sum * d + coefficients[i];
   return sum;
 }
 template <class T>
-FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const ConstantsOf<T>& k) {
+FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const ConstantsFor<T>& k) {
   return e.q * (e.d * e.d) * polynomial(k.value, e.d);
 }
 
@@ -163,16 +167,17 @@ struct JensenShannon {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const T p = k.mix * e.p, q = k.rest * e.q, m = p + q;
     // Relative to the greater of the two, so that nothing overflows: log(m / q) is log + d where
     // that is p, and log where it is q.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
-    const T product = (e.d > 0 ? q : p) * bounded_above(bounded_below(e.d, -k.bound), k.bound);
-    const T slope = -(q * log) - (e.d > 0 ? product : T(0));
-    const T direct = -(m * log) - std::fabs(product);
+    const auto above = e.d > 0;
+    const T product = (above ? q : p) * bounded_above(bounded_below(e.d, -k.bound), k.bound);
+    const T slope = -(q * log) - (above ? product : T{});
+    const T direct = -(m * log) - magnitude_of(product);
     const T near = e.q * e.d;
-    const bool small = is_small(e.d);
+    const auto small = is_small(e.d);
     return {small ? near * e.d * polynomial(k.value, e.d) : direct,
             small ? -near * polynomial(k.log, e.d) : slope};
   }
@@ -181,14 +186,15 @@ struct JensenShannon {
 // Next to nothing, and normal: added to what may be 0, it keeps 0 / 0 away.
 template <class T>
 FASTKD_HOST_DEVICE constexpr T least() {
+  static_assert(kIsScalar<T>, "");
   return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
 }
 
 // q (q - p) / (a q + b p), also where q is so small that a q underflows: then there is next to
 // nothing of it.
 template <class T>
-FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, T a, T b) {
-  return e.q * (e.diff / (a * e.q + b * e.p + least<T>()));
+FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, Scalar<T> a, Scalar<T> b) {
+  return e.q * (e.diff / (a * e.q + b * e.p + least<Scalar<T>>()));
 }
 
 // KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).
@@ -196,8 +202,8 @@ struct SkewedForwardKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
-    const T a = k.mix, b = k.rest;
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
+    const Scalar<T> a = k.mix, b = k.rest;
     const Mixture<T> mixed = mixture(e, a);
     const T direct = b * e.diff - times_log(e.p, mixed.log_over_p);
     return {is_small(e.d) ? near_teacher(e, k) : direct, b * b * share_of_mixture(e, b, a)};
@@ -209,8 +215,8 @@ struct SkewedReverseKL {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k) {
-    const T b = k.mix, a = k.rest;
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
+    const Scalar<T> b = k.mix, a = k.rest;
     const Mixture<T> mixed = mixture(e, a);
     const T entropy = times_log(e.q, mixed.log_over_q);
     return {is_small(e.d) ? near_teacher(e, k) : -entropy - a * e.diff,
@@ -223,10 +229,10 @@ struct TotalVariation {
   static constexpr Balance kBalance = Balance::kStudent;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    const T size = e.diff < 0 ? -e.diff : e.diff;
-    const T half = T(0.5) * e.q;
-    return {T(0.5) * size, e.diff > 0 ? half : e.diff < 0 ? -half : T(0)};
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
+    const Scalar<T> half = Scalar<T>(0.5);
+    const T below = e.diff < 0 ? -half * e.q : T{};
+    return {half * magnitude_of(e.diff), e.diff > 0 ? half * e.q : below};
   }
 };
 
@@ -235,8 +241,8 @@ struct SquaredError {
   static constexpr Balance kBalance = Balance::kMean;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    return {e.gap * e.gap, T(-2) * e.gap};
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
+    return {e.gap * e.gap, Scalar<T>(-2) * e.gap};
   }
 };
 
@@ -246,8 +252,8 @@ struct CenteredSquaredError {
   static constexpr Balance kBalance = Balance::kCentered;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
-    return SquaredError::at(e, ConstantsOf<T>{});
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
+    return SquaredError::at(e, k);
   }
 };
 
@@ -257,9 +263,9 @@ struct Cosine {
   static constexpr Balance kBalance = Balance::kUnit;
 
   template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>&) {
+  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
     const T residual = e.q - e.p;
-    return {T(0.5) * residual * residual, residual};
+    return {Scalar<T>(0.5) * residual * residual, residual};
   }
 };
 
@@ -296,10 +302,10 @@ template <class T>
 struct Odds {
   T log, minor;
 
-  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? T(1) : minor) / (1 + minor); }
-  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : T(1)) / (1 + minor); }
-  FASTKD_HOST_DEVICE T log_label() const { return bounded_above(log, T(0)) - log1p_of(minor); }
-  FASTKD_HOST_DEVICE T log_rest() const { return bounded_above(-log, T(0)) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T label() const { return (log > 0 ? broadcast<T>(1) : minor) / (1 + minor); }
+  FASTKD_HOST_DEVICE T rest() const { return (log > 0 ? minor : broadcast<T>(1)) / (1 + minor); }
+  FASTKD_HOST_DEVICE T log_label() const { return bounded_above<T>(log, 0) - log1p_of(minor); }
+  FASTKD_HOST_DEVICE T log_rest() const { return bounded_above<T>(-log, 0) - log1p_of(minor); }
   FASTKD_HOST_DEVICE T entropy() const {
     return -times_log(label(), log_label()) - times_log(rest(), log_rest());
   }
@@ -324,17 +330,15 @@ FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& 
                                          T difference) {
   const T p = teacher.label(), q = student.label(), p_rest = teacher.rest(),
           q_rest = student.rest();
-  const bool small = is_small(difference), likely = teacher.log > 0;
+  const auto small = is_small(difference), likely = teacher.log > 0;
   // log(p / q) and log(p_rest / q_rest): far apart, that of the likelier outcome, and the other
   // from it.
   const T of_likely =
       likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
-  const T d = small    ? log1p_of(p_rest * expm1_of_small(difference))
-              : likely ? of_likely
-                       : of_likely + difference;
-  const T d_rest = small    ? log1p_of(p * expm1_of_small(-difference))
-                   : likely ? of_likely - difference
-                            : of_likely;
+  const T apart = likely ? of_likely : of_likely + difference;
+  const T rest_apart = likely ? of_likely - difference : of_likely;
+  const T d = small ? log1p_of(p_rest * expm1_of_small(difference)) : apart;
+  const T d_rest = small ? log1p_of(p * expm1_of_small<T>(-difference)) : rest_apart;
   const Element<T> label = element(p, q, d), rest = element(p_rest, q_rest, d_rest);
   return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
 }
@@ -410,7 +414,7 @@ FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
 // are differences of the least numbers there are. NaN stays.
 template <class T>
 FASTKD_HOST_DEVICE T at_least_0(T value) {
-  return value < T(0) ? T(0) : value;
+  return value < T{} ? T{} : value;
 }
 
 // The divergence of a row from the sums over its classes; `classes` is n of Balance.
@@ -419,8 +423,8 @@ FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T
   if (id == Divergence::kSoftCrossEntropy) return at_least_0(value + teacher_entropy);
   const Balance balance = balance_of(id);
   if (!is_mean(balance)) return at_least_0(value);
-  const T mean = balance == Balance::kCentered ? slope / classes / 2 : T(0);
-  return at_least_0(value / classes - mean * mean);
+  const T mean = balance == Balance::kCentered ? slope / classes / 2 : T{};
+  return at_least_0<T>(value / classes - mean * mean);
 }
 
 // The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=

@@ -29,23 +29,28 @@ enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWei
 // The rows of `stats`: what one row must leave behind for its gradient to be written again, bit for
 // bit.
 enum Stat : int {
-  kStudentMax,
-  kStudentScale,
-  kHardScale,
-  kTeacherMax,
-  kTeacherScale,
-  kSlopeSum,
-  kClassCount,
-  kStats
+  kStudentMax,    // max z
+  kStudentScale,  // 1 / sum exp((z - max z) / t)
+  kHardScale,     // 1 / sum exp(z - max z)
+  kTeacherMax,    // max w
+  kTeacherScale,  // 1 / sum exp((w - max w) / t)
+  kSlopeSum,      // S of divergences.h; of kCosine the divergence
+  kClassCount,    // n of Balance (divergences.h), or 0
+  kStats,
+
+  // Rows that divergences which do not need the above use for others.
+  // kCosine: 1 / |z| and 1 / |w|.
+  kStudentInverseNorm = kStudentScale,
+  kTeacherInverseNorm = kTeacherScale,
+  // kCenteredSquaredError: the means of z and of w.
+  kStudentMean = kStudentScale,
+  kTeacherMean = kTeacherScale,
+  // kForwardKL, kSoftCrossEntropy and kJensenShannon on a CPU: the mean of log(p / q) under the
+  // teacher where the row is well separated (cpu/row.h), else 0.
+  kMeanLogRatio = kClassCount,
 };
-// kStudentScale = 1 / sum exp((z - max z) / t), kHardScale = 1 / sum exp(z - max z),
-// kTeacherScale = 1 / sum exp((w - max w) / t). kSlopeSum is S of divergences.h, kClassCount n of
-// Balance there, or 0. Of kDecoupled they leave the label out; maximum and scales are 0 where no
-// other class is left. Of kCosine kStudentScale = 1 / |z|, kTeacherScale = 1 / |w|, and kSlopeSum
-// is the divergence. Of kCenteredSquaredError kTeacherMax is the mean of w and kTeacherScale the
-// mean of z on a CPU; on CUDA kStudentScale is the mean of z and kTeacherScale the mean of w. On a
-// CPU the forward KL of a row where it is plain (cpu/row.h), else 0, is the kSlopeSum of kForwardKL
-// and kSoftCrossEntropy, and the kClassCount of kJensenShannon.
+// Of kDecoupled the sums leave the label out; maximum and scales are 0 where no other class is
+// left.
 
 // Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
@@ -133,14 +138,18 @@ namespace cpu {
 // number.
 constexpr int64_t kSegment = 32768;
 
-// Rows of up to so many classes are computed many at a time, each in a vector lane, and so are rows
-// whose classes are not adjacent; longer ones fill the vectors by themselves. Set by measurement:
-// in lanes no row pays for its tail and its logarithms, but a tile of this many classes leaves L1.
+// fp32 rows of up to so many classes are computed in the transposed layout, one row per SIMD lane,
+// and so are all fp32 rows whose classes are not adjacent; longer rows fill the vectors by
+// themselves. Set by measurement: in the transposed layout no row pays for its tail and its
+// logarithms, but so many classes of a few rows leave L1.
 constexpr int64_t kNarrow = 144;
 
-FASTKD_HOST_DEVICE bool in_lanes(const Inputs& in) {
-  if (in.student_stride.classes != 1 || in.teacher_stride.classes != 1) return true;
-  return in.classes <= kNarrow && !computes_in_double(in.student_dtype, in.teacher_dtype);
+FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
+  return in.student_stride.classes != 1 || in.teacher_stride.classes != 1;
+}
+FASTKD_HOST_DEVICE bool is_transposed(const Inputs& in) {
+  return (in.classes <= kNarrow || has_apart_classes(in)) &&
+         !computes_in_double(in.student_dtype, in.teacher_dtype);
 }
 
 // Sums of one segment of one row, first sweep.
@@ -152,9 +161,9 @@ struct Statistics {
   // there are so many (kCenteredSquaredError); or 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // Of a divergence that may be plain (cpu/row.h): the sum over classes of exp((w - max w) / t)
+  // Where a row may be well separated (cpu/row.h): the sum over classes of exp((w - max w) / t)
   // times (w - max w) - (z - max z); NaN where it was given up. Or 0.
-  double gap_sum = 0;
+  double log_ratio_sum = 0;
 };
 // Sums of one segment of one row, second sweep.
 struct Sums {
@@ -195,7 +204,8 @@ struct Kernels {
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
-// What balance left of all segments, added in the order that makes the bits those of a whole row.
+// The sums of all segments that balance made, added in the order that makes the bits those of a
+// whole row.
 Sums total(const Sums* of_segments, int64_t segments);
 
 // The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #define FASTKD_HOST_DEVICE __host__ __device__ __forceinline__
@@ -30,27 +32,88 @@ constexpr double kLn2 = 0.69314718055994530942;
 // Below this |d| the series is used, above it the direct form (docs/maths.md, section 3).
 constexpr double kSeriesLimit = 0.25;
 
+// T is float, double, or, in the CPU's transposed engine, a vector of floats, one for each of
+// several rows (GCC's vector extension). Comparisons of vectors are masks, which `?:` and `&` take.
+template <class T, class = void>
+struct NumberOf {
+  using Scalar = T;
+  using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+};
+template <class T>
+struct NumberOf<T, std::void_t<decltype(std::declval<T&>()[0])>> {
+  using Scalar = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
+  using Integer = decltype(std::declval<T>() < std::declval<T>());
+};
+template <class T>
+using Scalar = typename NumberOf<T>::Scalar;
+template <class T>
+using Integer = typename NumberOf<T>::Integer;
+template <class T>
+using Mask = decltype(std::declval<T>() < std::declval<T>());
+template <class T>
+constexpr bool kIsScalar = std::is_same<T, Scalar<T>>::value;
+
+template <class To, class From>
+FASTKD_HOST_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The number itself, or a vector of it.
+template <class T>
+FASTKD_HOST_DEVICE constexpr T broadcast(Scalar<T> x) {
+  if constexpr (kIsScalar<T>) {
+    return x;
+  } else {
+    return T{} + x;
+  }
+}
+
+template <class T>
+FASTKD_HOST_DEVICE T magnitude_of(T x) {
+  if constexpr (kIsScalar<T>) {
+    return std::fabs(x);
+  } else {
+    return bits_as<T>(bits_as<Integer<T>>(x) & 0x7fffffff);
+  }
+}
+
+// n as a float; of a vector, |n| < 2^22.
+template <class T>
+FASTKD_HOST_DEVICE T float_of(Integer<T> n) {
+  if constexpr (kIsScalar<T>) {
+    return static_cast<T>(n);
+  } else {
+    // Added to the bits of 1.5 * 2^23, n is added to the number.
+    return bits_as<T>(n + 0x4b400000) - 12582912.0f;
+  }
+}
+
 // What a divergence sees of one class.
 template <class T>
 struct Element {
-  T p;        // teacher probability
-  T q;        // student probability
-  T d;        // log p - log q
-  T diff;     // q - p
-  T excess;   // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
-  T gap = 0;  // w / t - z / t, of divergences that compare logits
+  T p;       // teacher probability
+  T q;       // student probability
+  T d;       // log p - log q
+  T diff;    // q - p
+  T excess;  // p * f(d) = p * d + (q - p), where f(d) = d + expm1(-d) >= 0
+  T gap{};   // w / t - z / t, of divergences that compare logits
 };
 
 // Whether the series is used.
 template <class T>
-FASTKD_HOST_DEVICE bool is_small(T d) {
-  return std::fabs(d) < static_cast<T>(kSeriesLimit);
+FASTKD_HOST_DEVICE auto is_small(T d) {
+  return magnitude_of(d) < static_cast<Scalar<T>>(kSeriesLimit);
 }
 
 // f(d) / d^2 = 1/2 - d/6 + d^2/24 - ... for |d| <= 1/4.
-FASTKD_HOST_DEVICE float series_of(float d) {
+template <class T>
+FASTKD_HOST_DEVICE T series_of(T d) {
+  static_assert(sizeof(Scalar<T>) == sizeof(float), "");
   // Minimax for the relative error: 2.8e-8.
-  float s = d * 1.3895343e-3f - 8.3488394e-3f;
+  T s = d * 1.3895343e-3f - 8.3488394e-3f;
   s = s * d + 4.1666716e-2f;
   s = s * d - 1.6666642e-1f;
   return s * d + 0.5f;
@@ -75,12 +138,12 @@ FASTKD_HOST_DEVICE double series_of(double d) {
 // Keeps x d = 0 where x = 0 because a class is masked: d is infinite there, or NaN if both mask it.
 // At least -1e30, or at most 1e30; NaN becomes the bound.
 template <class T>
-FASTKD_HOST_DEVICE T bounded_below(T d, T bound = T(-1e30)) {
-  return d > bound ? d : bound;
+FASTKD_HOST_DEVICE T bounded_below(T d, Scalar<T> bound = Scalar<T>(-1e30)) {
+  return d > bound ? d : broadcast<T>(bound);
 }
 template <class T>
-FASTKD_HOST_DEVICE T bounded_above(T d, T bound = T(1e30)) {
-  return d < bound ? d : bound;
+FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
+  return d < bound ? d : broadcast<T>(bound);
 }
 
 // Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
@@ -90,25 +153,19 @@ FASTKD_HOST_DEVICE T bounded_above(T d, T bound = T(1e30)) {
 // student alone does, d = +inf, the value is +inf and diff = -p stays finite. If p has underflowed
 // to 0 there, the value is NaN, which in a row of clean sums can only mean +inf.
 template <class T>
-FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, T bound = T(-1e30)) {
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, Scalar<T> bound = Scalar<T>(-1e30)) {
   const T product = p * bounded_below(d, bound);
   const T near = product * (d * series_of(d));
   const T direct = q - p;
-  const bool small = is_small(d);
+  const auto small = is_small(d);
   return {p, q, d, small ? near - product : direct, small ? near : product + direct};
 }
 
-template <class To, class From>
-FASTKD_HOST_DEVICE To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 // log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
-FASTKD_HOST_DEVICE float log1p_of_mantissa(float r) {
-  float s = r * 8.72235374e-2f - 1.43668474e-1f;
+template <class T>
+FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
+  static_assert(sizeof(Scalar<T>) == sizeof(float), "");
+  T s = r * 8.72235374e-2f - 1.43668474e-1f;
   s = s * r + 1.49522693e-1f;
   s = s * r - 1.65623927e-1f;
   s = s * r + 1.99568333e-1f;
@@ -120,46 +177,46 @@ FASTKD_HOST_DEVICE float log1p_of_mantissa(float r) {
 }
 
 // log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
-FASTKD_HOST_DEVICE float log1p_of(float y) {
-  const uint32_t bits = bits_as<uint32_t>(1.0f + y);
+template <class T>
+FASTKD_HOST_DEVICE T log1p_of(T y) {
+  const Integer<T> bits = bits_as<Integer<T>>(1.0f + y);
   // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
-  const uint32_t power = (bits - 0x3f3504f3u) & 0xff800000u;
-  const float n = static_cast<float>(static_cast<int32_t>(power) >> 23);
-  const float r = power == 0 ? y : bits_as<float>(bits - power) - 1.0f;
-  return n * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+  const Integer<T> n = (bits - 0x3f3504f3) >> 23;
+  const T r = n == 0 ? y : bits_as<T>(bits - n * (1 << 23)) - 1.0f;
+  return float_of<T>(n) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
 // log x for a normal x > 0, within 3e-8 plus an ulp of the power of two's; some finite number for
 // 0 and NaN.
-FASTKD_HOST_DEVICE float log_of(float x) {
+template <class T>
+FASTKD_HOST_DEVICE T log_of(T x) {
   // x = 2^n (1 + r), as above
-  const uint32_t shifted = bits_as<uint32_t>(x) - 0x3f3504f3u;
-  const float n = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
-  const float r = bits_as<float>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-  return n * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+  const Integer<T> shifted = bits_as<Integer<T>>(x) - 0x3f3504f3;
+  const T r = bits_as<T>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  return float_of<T>(shifted >> 23) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
 FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 
 // weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
 template <class T>
 FASTKD_HOST_DEVICE T weighted(T weight, T value) {
-  const bool infinite = value - value != T(0) && value == value;
-  return weight == T(0) && infinite ? T(0) : weight * value;
+  const auto infinite = (value - value != T{}) & (value == value);
+  return (weight == T{}) & infinite ? T{} : weight * value;
 }
 
 // weight * value for one term of a valid row, or for the term's slope. A weight of 0 gives 0 even
 // for NaN: in a valid row NaN only comes from infinities.
-template <class T>
-FASTKD_HOST_DEVICE T weighted_part(T weight, T value) {
+template <class T, class W>
+FASTKD_HOST_DEVICE T weighted_part(W weight, T value) {
   const T part = weight * value;
-  return weight == T(0) ? T(0) : part;
+  return weight == W{} ? T{} : part;
 }
 
 // x log y with 0 log y = 0, whatever y; the caller has log y at hand.
 template <class T>
 FASTKD_HOST_DEVICE T times_log(T x, T log_x) {
-  return x == T(0) ? T(0) : x * log_x;
+  return x == T{} ? T{} : x * log_x;
 }
 
 }  // namespace

@@ -3,368 +3,290 @@
 // derives the formulas.
 #pragma once
 #include "../divergences.h"
+#include "formulas.h"
 #include "scan.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// How the second sweep has its exponentials and d: exponentials kept by the first, or computed
-// anew; and then d from logits relative to the maxima, in rows where these are far apart, and in
-// rows whose student and teacher have temperatures of their own. kUnit has none: p and q are those
-// of Cosine.
-enum class Way { kKept, kAnew, kApart, kSeparate, kUnit };
-
-// How the sweeps form d from two logits.
+// The constants of one row for the sweeps after the first, and those of one of its blocks, whose
+// exponentials are relative to the greatest logit before its end (set_block(), row.h).
 template <class T>
-struct Gaps {
-  T inverse_temperature, teacher_inverse_temperature;
-  T log_ratio;  // d = (w - z) / t - log_ratio
-  Way way;      // for rows that are not kept
+struct Coefficients : LogRatio<T> {
+  Exponential<T> separate;  // exp(z - max z) where it is no power of exp(z / t)
+  int squarings = 0;        // that make a power of exp((z - max z) / t)
+  T soft_gain = 0;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z - max z) + uniform
+  T hard_gain = 0;
+  T uniform = 0;         // label smoothing's share of the target
+  T student_share = 0;   // of q, and
+  T constant_share = 0;  // of 1, which center the slopes (divergences.h)
+  T bound = T(-1e30);    // of log(p / q), from below; as a literal it is compiled to more
+  // Of a row whose sums leave its label out (decoupled.h): the other classes' gradient gets
+  // rest_gain times q, the label's is label_gradient.
+  T rest_gain = 0, label_gradient = 0;
+  T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
+  T teacher_inverse_temperature = 1;
+  bool well_separated = false;  // the row is (row.h)
+  // Of a block, over its exponentials:
+  T student_scale = 0, teacher_scale = 0;          // q and p
+  T student_soft_gain = 0, teacher_soft_gain = 0;  // soft_gain times these
+  T block_hard_gain = 0, block_rest_gain = 0;
+
+  // Whether the exponentials of the block can be compared over q's scale: not so where the block
+  // lies so far below the row's maximum that next to nothing is left of it.
+  bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
-// The constants of one row for the sweeps after the first.
-template <class T, class S>
-struct Coefficients : Gaps<T> {
-  Exponential<T, S> student, teacher;  // q and p themselves, or for kept rows
-  T student_scale, teacher_scale;      // q and p over the kept exponentials
-  Exponential<T, S> own;               // softmax(z), where it is no power of q
-  T soft_gain;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z) + uniform
-  T hard_gain;
-  T kept_hard_gain;                        // for powers of kept exponentials
-  T kept_student_gain, kept_teacher_gain;  // soft_gain times the scales above
-  T uniform;                               // label smoothing's share of the target
-  T student_share;                         // of q, and
-  T constant_share;                        // of 1, which balance the slopes (divergences.h)
-  T bound;  // what log(p / q) is bounded by from below; as a literal it is compiled to more
-  // Of a row whose sums leave its label out (label.h): adds rest_gain * q to other classes'
-  // gradient
-  T rest_gain;
-  T label_gradient;                    // the label's
-  T student_inverse, teacher_inverse;  // 1 / |z|, 1 / |w|
-  T student_mean, teacher_mean;        // what divergences of logits take off these, or 0
-  bool plain;                          // the row is (row.h)
+// d of one class, or, of divergences that compare logits, their difference: `log_ratio` is 0 then.
+template <bool kShifted, class T>
+FASTKD_HOST_DEVICE T log_ratio_of(const Coefficients<T>& c, T z, T w) {
+  if constexpr (!kShifted) return (w - z) * c.inverse_temperature - c.log_ratio;
+  return c.of(z, w);
+}
 
-  bool apart() const { return this->way != Way::kAnew; }
-  // Whether what was kept of the block can be compared over q's scale: not so where the block lies
-  // so far below the row's maximum that next to nothing is left of it.
-  bool plain_here() const { return plain && student_scale > T(1e-15); }
-};
+template <bool kShifted, class T>
+FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T>& c, T z, T w, T student_exponential,
+                                         T teacher_exponential) {
+  return element<T>(teacher_exponential * c.teacher_scale, student_exponential * c.student_scale,
+                    log_ratio_of<kShifted>(c, z, w), c.bound);
+}
 
-// One class, from its logits and, with Way::kKept, its exponentials.
-template <Way kWay, class T, class S>
-FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T, S>& c, T z, T w, T student_kept,
-                                         T teacher_kept) {
-  if constexpr (kWay == Way::kUnit) {
+// What the divergence D reads of one class.
+template <class D, bool kShifted, class T>
+FASTKD_HOST_DEVICE Element<T> element_for(const Coefficients<T>& c, T z, T w, T student_exponential,
+                                          T teacher_exponential) {
+  if constexpr (D::kBalance == Balance::kUnit) {
     return {w * c.teacher_inverse, z * c.student_inverse, T(0), T(0), T(0)};
-  }
-  const T q = kWay == Way::kKept ? student_kept * c.student_scale : c.student(z);
-  const T p = kWay == Way::kKept ? teacher_kept * c.teacher_scale : c.teacher(w);
-  T gap;
-  if constexpr (kWay == Way::kSeparate) {
-    gap = (w - c.teacher.max) * c.teacher_inverse_temperature -
-          (z - c.student.max) * c.inverse_temperature;
-  } else if constexpr (kWay == Way::kApart) {
-    gap = ((w - c.teacher.max) - (z - c.student.max)) * c.inverse_temperature;
+  } else if constexpr (is_mean(D::kBalance)) {
+    return {T(0), T(0), T(0), T(0), T(0), log_ratio_of<true>(c, z, w)};
   } else {
-    gap = (w - z) * c.inverse_temperature;
+    return element_of<kShifted>(c, z, w, student_exponential, teacher_exponential);
   }
-  return element<T>(p, q, gap - c.log_ratio, c.bound);
 }
 
-// The gap of two logits, of which one may lie far above its row's others: nothing but their means
-// is taken off first.
-template <Way kWay, class T, class S>
-FASTKD_HOST_DEVICE T logit_gap(const Coefficients<T, S>& c, T z, T w) {
-  const T from_z = z - c.student_mean, from_w = w - c.teacher_mean;
-  if constexpr (kWay == Way::kSeparate) {
-    return from_w * c.teacher_inverse_temperature - from_z * c.inverse_temperature;
-  }
-  return (from_w - from_z) * c.inverse_temperature;
-}
+// A block of a row in the sweeps after the first.
+template <class T>
+struct RowBlock {
+  int64_t at, classes;   // of the row
+  int64_t count;         // of numbers: the classes, or, of pairs, what they are padded to
+  T *student, *teacher;  // exponentials; slopes may replace the teacher's
+  Vectors<const T> z = {}, w = {};  // logits, for loops that read them
+};
 
 struct SlopeSums {
-  double value, slope, classes;
+  double value = 0, slope = 0, classes = 0;
 };
 
-// Writes the forward KL's gradient but for the label's share, and returns its sum; and that of q -
-// p with kDecoupled, where it is of the classes other than the label. grad may be the student
-// itself. student_kept and teacher_kept are read by Way::kKept alone. Not inlined: a function of
-// all its forms saves more registers than a row of few blocks has time for.
-template <Hard kHard, Way kWay, bool kDecoupled, class T, class S, class L>
-__attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T, S>& coefficients,
-                                                   const Vectors<const L>& student,
-                                                   const Vectors<const L>& teacher,
-                                                   const T* student_kept, const T* teacher_kept,
-                                                   const Vectors<L>& grad, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
+// What a class's gradient has besides its divergence's: the hard term, label smoothing, and q's
+// share where the label is left out. The loops below add it to theirs.
+template <ExpSource kSource, class T>
+__attribute__((noinline)) void write_hard_part(const Coefficients<T>& coefficients,
+                                               const RowBlock<T>& block, T* hard_part) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
+  const Exponentials<T> separate(c.separate);
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
+    Register<T> z[kMany] = {}, e[kMany], result[kMany];
+    load<kWidth>(b.student + at, T(0), e);
+    if constexpr (kSource == ExpSource::kSeparate) {
+      load<kWidth>(b.z.at(at), -kInfinity<T>, z);
+      FASTKD_UNROLL
+      for (int64_t i = 0; i < kMany; ++i) z[i] -= separate.max;
+    }
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kMany; ++i) result[i] = e[i] * c.block_rest_gain + c.uniform;
+    if constexpr (kSource != ExpSource::kNone) {
+      add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), result);
+    }
+    store<kWidth>(result, hard_part + at);
+  });
+}
+
+// Writes the forward KL's gradient but for the label's share, and returns its sum; with kDecoupled
+// that of q - p, too. `grad` may be the student itself.
+template <bool kShifted, bool kDecoupled, class T>
+__attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T>& coefficients,
+                                                   const RowBlock<T>& block, const T* hard_part,
+                                                   const Vectors<T>& grad) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T values[kLanes] = {}, diffs[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth], grad_buffer[kWidth];
-    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
-    const T* teacher_lanes = unpack<kWidth>(teacher.at(at), teacher_buffer);
-    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2, kWidth>(grad.at(at));
+    const T *z = b.z.at(at), *w = b.w.at(at);
+    T* const g = grad.at(at);
+    prefetch_next<Into::kL2, kWidth>(g);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T z = student_lanes[i], w = teacher_lanes[i];
-      T student_power = 0, teacher_power = 0;
-      if constexpr (kWay == Way::kKept) {
-        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
-      }
-      const Element<T> e = element_of<kWay>(c, z, w, student_power, teacher_power);
+      const Element<T> e =
+          element_of<kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
       const Evaluated<T> kl = ForwardKL::at(e);
       values[i] += kl.value;
       if constexpr (kDecoupled) diffs[i] += kl.slope;
-      T g = c.uniform;
-      if constexpr (kDecoupled) g += c.rest_gain * e.q;
-      // A power of what was kept, not of q: then q is used only for q - p, and costs no product.
-      constexpr bool kOfKept = kWay == Way::kKept && kHard != Hard::kOwn;
-      const T hard_gain = kOfKept ? c.kept_hard_gain : c.hard_gain;
-      const T tempered = kOfKept ? student_power : e.q;
-      if constexpr (kHard != Hard::kNone) {
-        g += hard_gain * hard_exponential<kHard>(tempered, z, c.own);
-      }
-      grad_lanes[i] = g + c.soft_gain * kl.slope;
+      g[i] = hard_part[at + i] + c.soft_gain * kl.slope;
     }
-    pack<kWidth>(grad_buffer, grad.at(at));
   });
   return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
 }
 
-// JensenShannon where mix is 1/2, in fp32. With h = d / 2 it is 1/2 (p + q) (h tanh h - log cosh
-// h), and log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m): one artanh without an
-// exponent. Its element has h for d, and the rest of what is made of d is not used.
-template <class T>
-FASTKD_HOST_DEVICE T even_ratio(T p, T q) {
-  // Of the greater over m: (m - max) / (m + max) but for its sign, at most 1/3.
-  const T apart = std::fabs(p - q);
-  const T sum = p + q + least<T>();
-  return apart / (T(2) * sum + apart);
-}
-// 1/2 log(max(p, q) / m), minimax for the relative error: 1.6e-8.
-template <class V>
-FASTKD_HOST_DEVICE V even_log(V ratio) {
-  const V y = ratio * ratio;
-  V log = y * 0.1342574901f + 0.141183099f;
-  log = log * y + 0.2000378032f;
-  log = log * y + 0.3333332017f;
-  log = log * y + 1.0f;
-  return log * ratio;
-}
-
-struct EvenJensenShannon {
-  static constexpr Balance kBalance = Balance::kStudent;
-
-  template <class T>
-  static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-    const T half = e.d, square = half * half;
-    const T size = bounded_above(std::fabs(half), k.bound);
-    const bool small = size < T(kSeriesLimit / 2);
-    const T log = even_log(ratio);
-    // Near d = 0: 1/2 (h tanh h - log cosh h) / h^2 within 5e-8 of itself, and h + log cosh h
-    // within 9e-8.
-    T near = square * T(0.05518872271) - T(0.1249992841);
-    near = (near * square + T(0.25)) * square;
-    const T near_slope = half * (half * (square * T(0.0415164371) - T(0.25)) - T(0.5));
-    const T slope = log - (half > 0 ? size : T(0));
-    const T lesser = e.p < e.q ? e.p : e.q;
-    return {(e.p + e.q) * (small ? near : log) - (small ? T(0) : lesser * size),
-            e.q * (small ? near_slope : slope)};
-  }
-};
-
-template <class D>
-constexpr bool kIsEven = std::is_same<D, EvenJensenShannon>::value;
-// Its division has a loop of its own: what follows waits for it, and a processor looks ahead some
-// 128 operations, which are three vectors' otherwise.
-template <class D, Way kWay>
-constexpr bool kDividesFirst = kWay == Way::kKept && kIsEven<D>;
-// Computes D at one class; only EvenJensenShannon reads `ratio`. A function, because GCC 12 keeps
-// an Evaluated that is declared first and assigned later in memory, and does not vectorise the
-// loop.
-template <class D, class T>
-FASTKD_HOST_DEVICE Evaluated<T> evaluate(const Element<T>& e, const ConstantsOf<T>& k, T ratio) {
-  if constexpr (kIsEven<D>) {
-    return D::at(e, k, ratio);
-  } else {
-    return D::at(e, k);
-  }
-}
-// For the other divergences: sums value and slopes, and leaves the slopes for balance_gradient,
-// perhaps in the place of the teacher's kept exponentials; and q, unless the student's are kept.
-template <class D, Way kWay, class T, class S, class L>
-SlopeSums sum_slopes(const Coefficients<T, S>& coefficients, const Constants& constants,
-                     const Vectors<const L>& student, const Vectors<const L>& teacher,
-                     const T* student_kept, const T* teacher_kept, T* q, T* slopes, int64_t count) {
-  Coefficients<T, S> c = coefficients;
-  const ConstantsOf<T> k = constants_in<T>(constants);
-  if constexpr (kIsEven<D>) {
-    c.inverse_temperature *= T(0.5), c.teacher_inverse_temperature *= T(0.5);
-    c.log_ratio *= T(0.5);
-  }
+// For the divergences whose slopes have a sum: sums value and slopes, and replaces the teacher's
+// exponentials by slopes.
+template <class D, bool kShifted, class T>
+__attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
+                                                const ConstantsOf<T>& constants,
+                                                const RowBlock<T>& block) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
+  const ConstantsOf<T> k = constants;
   T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth];
-    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
-    const T* teacher_lanes = unpack<kWidth>(teacher.at(at), teacher_buffer);
-    constexpr bool kDivided = kDividesFirst<D, kWay>;
-    T ratios[kWidth];
-    if constexpr (kDivided) {
-#pragma omp simd
-      for (int64_t i = 0; i < kWidth; ++i) {
-        ratios[i] = even_ratio(teacher_kept[at + i] * c.teacher_scale,
-                               student_kept[at + i] * c.student_scale);
-      }
-    }
+    const T *z = b.z.at(at), *w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      T student_power = 0, teacher_power = 0;
-      if constexpr (kWay == Way::kKept) {
-        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
-      }
-      Element<T> e =
-          element_of<kWay>(c, student_lanes[i], teacher_lanes[i], student_power, teacher_power);
-      if constexpr (is_mean(D::kBalance)) {
-        e.gap = logit_gap<kWay>(c, student_lanes[i], teacher_lanes[i]);
-      }
-      const Evaluated<T> here = evaluate<D>(e, k, kDivided ? ratios[i] : even_ratio(e.p, e.q));
+      const Element<T> e =
+          element_for<D, kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
+      const Evaluated<T> here = D::at(e, k);
       const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
       const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
       values[i] += counts ? here.value : T(0);
       if constexpr (D::kBalance != Balance::kMean) sums[i] += counts ? summed : T(0);
       if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
-      if constexpr (kWay != Way::kKept) q[at + i] = e.q;
-      slopes[at + i] = here.slope;
+      b.teacher[at + i] = here.slope;
     }
   });
   return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
 }
 
-// The reverse KL's slopes -q d are formed twice, which costs less than to keep them: in the first
-// loop they are summed, without the teacher's exponentials, and in the second balanced. With kValue
-// that one also sums its value, class by class. Hard and Way as in write_gradient().
-template <Way kWay, class T, class S, class L>
-__attribute__((noinline)) double sum_reverse(const Coefficients<T, S>& coefficients,
-                                             const Vectors<const L>& student,
-                                             const Vectors<const L>& teacher, const T* student_kept,
-                                             int64_t count) {
-  const Coefficients<T, S> c = coefficients;
+// Makes the gradient of slopes; `q` times q_scale is what they are centered by. With kAnySlope
+// slopes may be NaN, where the gradient is 0, a constant may center them, and the gain may be 0.
+template <bool kAnySlope, class T>
+__attribute__((noinline)) void center_gradient(const Coefficients<T>& coefficients,
+                                               const RowBlock<T>& block, const Vectors<const T>& q,
+                                               T q_scale, const T* hard_part,
+                                               const Vectors<T>& grad) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    const T* const shares = q.at(at);
+    T* const g = grad.at(at);
+    prefetch_next<Into::kL2, kWidth>(g);
+#pragma omp simd
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const T share = shares[i] * q_scale * c.student_share, slope = b.teacher[at + i];
+      if constexpr (kAnySlope) {
+        const T centered = slope == slope ? slope - share - c.constant_share : T(0);
+        g[i] = hard_part[at + i] + weighted_part(c.soft_gain, centered);
+      } else {
+        g[i] = hard_part[at + i] + c.soft_gain * (slope - share);
+      }
+    }
+  });
+}
+
+// The reverse KL's slopes -q d are formed twice, which costs less than to cache them: first they
+// are summed, without the teacher's exponentials, and then centered.
+template <bool kShifted, class T>
+__attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients,
+                                             const RowBlock<T>& block) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   // Over kLanes sums GCC 12 makes a branch of times_log().
   constexpr int64_t kFewLanes = kPerRegister<float> < 8 ? 8 : kPerRegister<float>;
   T sums[kFewLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth];
-    const T* z = unpack<kWidth>(student.at(at), student_buffer);
-    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
     constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
     for (int64_t part = 0; part < kWidth; part += kPart) {
+      const T *z = b.z.at(at) + part, *w = b.w.at(at) + part;
 #pragma omp simd
       for (int64_t i = 0; i < kPart; ++i) {
-        T power = 0;
-        if constexpr (kWay == Way::kKept) power = student_kept[at + part + i];
-        const Element<T> e = element_of<kWay>(c, z[part + i], w[part + i], power, T(0));
-        sums[i] += times_log(e.q, bounded_above(e.d, -c.bound));
+        const T q = b.student[at + part + i] * c.student_scale;
+        const T d = log_ratio_of<kShifted>(c, z[i], w[i]);
+        sums[i] += times_log(q, bounded_above(d, -c.bound));
       }
     }
   });
   return -precise_sum_of(sums);
 }
 
-template <Hard kHard, Way kWay, bool kValue, class T, class S, class L>
-__attribute__((noinline)) double write_reverse(const Coefficients<T, S>& coefficients,
-                                               const Vectors<const L>& student,
-                                               const Vectors<const L>& teacher,
-                                               const T* student_kept, const T* teacher_kept,
-                                               const Vectors<L>& grad, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
+// With kValue the reverse KL is summed, too, class by class.
+template <bool kShifted, bool kValue, class T>
+__attribute__((noinline)) double write_reverse_kl(const Coefficients<T>& coefficients,
+                                                  const RowBlock<T>& block, const T* hard_part,
+                                                  const Vectors<T>& grad) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T values[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth], grad_buffer[kWidth];
-    const T* z = unpack<kWidth>(student.at(at), student_buffer);
-    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
-    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2, kWidth>(grad.at(at));
+    const T *z = b.z.at(at), *w = b.w.at(at);
+    T* const g = grad.at(at);
+    prefetch_next<Into::kL2, kWidth>(g);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      T student_power = 0, teacher_power = 0;
-      if constexpr (kWay == Way::kKept) {
-        student_power = student_kept[at + i], teacher_power = teacher_kept[at + i];
-      }
-      const Element<T> e = element_of<kWay>(c, z[i], w[i], student_power, teacher_power);
+      const T teacher_exponential = kValue ? b.teacher[at + i] : T(0);
+      const Element<T> e =
+          element_of<kShifted>(c, z[i], w[i], b.student[at + i], teacher_exponential);
       const Evaluated<T> here = ReverseKL::at(e);
       if constexpr (kValue) values[i] += here.value;
-      T g = c.uniform;
-      if constexpr (kHard != Hard::kNone) {
-        g += c.hard_gain * hard_exponential<kHard>(e.q, z[i], c.own);
-      }
-      grad_lanes[i] = g + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
+      g[i] = hard_part[at + i] + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
     }
-    pack<kWidth>(grad_buffer, grad.at(at));
   });
   return kValue ? sum_of(values) : 0.0;
 }
 
-// `q_scale` makes q of what is given for it. With kAnySlope slopes may be NaN, where the gradient
-// is 0, a constant may balance them, and the gain may be 0.
-template <Hard kHard, bool kAnySlope, class T, class S, class L>
-void balance_gradient(const Coefficients<T, S>& coefficients, const Vectors<const L>& student,
-                      const T* q, T q_scale, const T* slopes, const Vectors<L>& grad,
-                      int64_t count) {
-  const Coefficients<T, S> c = coefficients;
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+// The entropies of a block, for `terms`, and whether one of its classes is the greatest of both.
+template <class T>
+struct Entropies {
+  T student = 0, teacher = 0;
+  bool agreement = false;
+};
+template <class T>
+__attribute__((noinline)) Entropies<T> sum_entropies(const Coefficients<T>& coefficients,
+                                                     T student_log_scale, T teacher_log_scale,
+                                                     T student_max, T teacher_max,
+                                                     const RowBlock<T>& block) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
+  T student_sums[kLanes] = {}, teacher_sums[kLanes] = {}, agreements[kLanes] = {};
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], grad_buffer[kWidth];
-    const T* student_lanes = unpack<kWidth>(student.at(at), student_buffer);
-    T* grad_lanes = unpacked(grad.at(at), grad_buffer);
-    prefetch_next<Into::kL2, kWidth>(grad.at(at));
+    const T *z = b.z.at(at), *w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T here = q[at + i] * q_scale;
-      T g = c.uniform;
-      if constexpr (kHard != Hard::kNone) {
-        g += c.hard_gain * hard_exponential<kHard>(here, student_lanes[i], c.own);
-      }
-      const T unbalanced = slopes[at + i];
-      if constexpr (kAnySlope) {
-        const T slope = unbalanced - here * c.student_share - c.constant_share;
-        grad_lanes[i] = g + weighted_part(c.soft_gain, unbalanced == unbalanced ? slope : T(0));
-      } else {
-        grad_lanes[i] = g + c.soft_gain * (unbalanced - here * c.student_share);
-      }
+      const T log_q = (z[i] - student_max) * c.inverse_temperature + student_log_scale;
+      const T log_p = (w[i] - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
+      student_sums[i] -= times_log(b.student[at + i] * c.student_scale, log_q);
+      teacher_sums[i] -= times_log(b.teacher[at + i] * c.teacher_scale, log_p);
+      const bool greatest = (z[i] == student_max) & (w[i] == teacher_max);
+      agreements[i] = greatest ? T(1) : agreements[i];
     }
-    pack<kWidth>(grad_buffer, grad.at(at));
   });
+  return {sum_of(student_sums), sum_of(teacher_sums), sum_of(agreements) > T(0)};
 }
 
-// The sum of p log p alone, which the soft cross entropy asks for.
-template <bool kKept, class T, class S, class L>
-double sum_p_log_p(const Coefficients<T, S>& coefficients, T log_scale,
-                   const Vectors<const L>& teacher, const T* teacher_kept, int64_t count) {
-  const Coefficients<T, S> c = coefficients;
+// The teacher's alone, which the soft cross entropy asks for.
+template <class T>
+__attribute__((noinline)) double sum_teacher_entropy(const Coefficients<T>& coefficients,
+                                                     T log_scale, T max, const RowBlock<T>& block) {
+  const Coefficients<T> c = coefficients;
+  const RowBlock<T> b = block;
   T sums[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T buffer[kWidth];
-    const T* w = unpack<kWidth>(teacher.at(at), buffer);
+    const T* w = b.w.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
-      const T p = kKept ? teacher_kept[at + i] * c.teacher_scale : c.teacher(w[i]);
-      const T log_p = (w[i] - c.teacher.max) * c.teacher_inverse_temperature + log_scale;
+      const T p = b.teacher[at + i] * c.teacher_scale;
+      const T log_p = (w[i] - max) * c.teacher_inverse_temperature + log_scale;
       sums[i] += p * bounded_below(log_p, c.bound);
     }
   });
-  return sum_of(sums);
+  return -sum_of(sums);
 }
-
-template <class T>
-struct Entropies {
-  T student, teacher;
-  int agreement;
-};
 
 // The moments of Statistics (kernels.h).
 struct Moments {
@@ -374,16 +296,14 @@ struct Moments {
 // Sums squares over the classes that student and teacher do not both mask. In double: logits may be
 // of any size. The masks have a loop of their own in T: in one loop with the conversion to double
 // GCC 12's code takes four times as long.
-template <class T, class L>
-Moments sum_squares(const Vectors<const L>& student, const Vectors<const L>& teacher,
+template <class T>
+Moments sum_squares(const Vectors<const T>& student, const Vectors<const T>& teacher,
                     int64_t count) {
   double of_student[kLanes] = {}, of_teacher[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T student_buffer[kWidth], teacher_buffer[kWidth], student_counted[kWidth],
-        teacher_counted[kWidth];
-    const T* z = unpack<kWidth>(student.at(at), student_buffer);
-    const T* w = unpack<kWidth>(teacher.at(at), teacher_buffer);
+    T student_counted[kWidth], teacher_counted[kWidth];
+    const T *z = student.at(at), *w = teacher.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
@@ -400,14 +320,13 @@ Moments sum_squares(const Vectors<const L>& student, const Vectors<const L>& tea
 
 // Sums and counts the classes that are not masked, in double. One call a tensor: in one loop for
 // both GCC 12's code takes five times as long.
-template <class T, class L>
-void sum_logits(const Vectors<const L>& logits, int64_t count, double* sum, double* classes) {
+template <class T>
+void sum_logits(const Vectors<const T>& logits, int64_t count, double* sum, double* classes) {
   double sums[kLanes] = {};
   T counts[kLanes] = {};
-  for_vectors<L>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    T buffer[kWidth];
-    const T* lanes = unpack<kWidth>(logits.at(at), buffer);
+    const T* lanes = logits.at(at);
 #pragma omp simd
     for (int64_t i = 0; i < kWidth; ++i) {
       const bool masked = lanes[i] == -kInfinity<T>;
@@ -418,33 +337,13 @@ void sum_logits(const Vectors<const L>& logits, int64_t count, double* sum, doub
   *sum = sum_of(sums), *classes = static_cast<double>(sum_of(counts));
 }
 
-template <bool kSquares, class T, class L>
-Moments sum_moments(const Vectors<const L>& student, const Vectors<const L>& teacher,
+template <class T>
+Moments sum_moments(const Vectors<const T>& student, const Vectors<const T>& teacher,
                     int64_t count) {
-  if constexpr (kSquares) return sum_squares<T>(student, teacher, count);
   Moments moments;
-  sum_logits<T>(student, count, &moments.student, &moments.student_count);
-  sum_logits<T>(teacher, count, &moments.teacher, &moments.teacher_count);
+  sum_logits(student, count, &moments.student, &moments.student_count);
+  sum_logits(teacher, count, &moments.teacher, &moments.teacher_count);
   return moments;
-}
-
-// What only `terms` asks for; a sweep of its own, so that the others need not pay for it.
-template <class T, class S>
-Entropies<T> sum_entropies(const Coefficients<T, S> c, T student_log_scale, T teacher_log_scale,
-                           T student_max, T teacher_max, const T* student, const T* teacher,
-                           int64_t count) {
-  T student_entropy = 0, teacher_entropy = 0;
-  int agreement = 0;
-#pragma omp simd reduction(+ : student_entropy, teacher_entropy) reduction(| : agreement)
-  for (int64_t i = 0; i < count; ++i) {
-    const T z = student[i], w = teacher[i];
-    const T log_q = (z - student_max) * c.inverse_temperature + student_log_scale;
-    const T log_p = (w - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
-    student_entropy -= times_log(c.student(z), log_q);
-    teacher_entropy -= times_log(c.teacher(w), log_p);
-    agreement |= (z == student_max) & (w == teacher_max);
-  }
-  return {student_entropy, teacher_entropy, agreement};
 }
 
 template <class T>

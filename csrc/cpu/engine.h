@@ -1,397 +1,133 @@
-// The two sweeps of one row, block by block and segment by segment.
+// All sweeps of a row, block by block and segment by segment.
 #pragma once
-#include "label.h"
-#include "operands.h"
-#include "plain.h"
+#include "decoupled.h"
+#include "first_sweep.h"
+#include "well_separated.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Makes q and p of exponentials that are relative to other maxima than the row's.
-template <class T, class S>
-void rescale_kept(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
-                  Coefficients<T, S>* c) {
-  const double student = row.rescale(student_max, s.student_max);
-  const double teacher = row.teacher_rescale(teacher_max, s.teacher_max);
-  c->student_scale = static_cast<T>(student * static_cast<double>(s.student_scale));
-  c->teacher_scale = static_cast<T>(teacher * static_cast<double>(s.teacher_scale));
-  double power = static_cast<double>(c->hard_gain);
-  for (int i = 0; i < row.power; ++i) power *= static_cast<double>(c->student_scale);
-  c->kept_hard_gain = static_cast<T>(power);
-  const double soft_gain = c->soft_gain;
-  c->kept_student_gain = static_cast<T>(soft_gain * student * static_cast<double>(s.student_scale));
-  c->kept_teacher_gain = static_cast<T>(soft_gain * teacher * static_cast<double>(s.teacher_scale));
-}
-
-// T computes, S is what the loops read and write.
-template <class T, class S>
-struct Engine {
-  const Inputs& in;
-  void* grad;  // [rows, classes], or null
-  RowStrides grad_stride;
-  bool terms;
-  Constants constants;
+template <class T>
+struct Engine : FirstSweep<T> {
+  using FirstSweep<T>::in;
+  using FirstSweep<T>::grad;
+  using FirstSweep<T>::terms;
+  using FirstSweep<T>::constants;
+  using FirstSweep<T>::pairs;
+  using FirstSweep<T>::grad_at;
+  using FirstSweep<T>::end_of;
+  using FirstSweep<T>::non_temporal;
+  using FirstSweep<T>::numbers;
+  using FirstSweep<T>::place;
+  using FirstSweep<T>::put_pairs;
+  using FirstSweep<T>::with_storage;
+  using FirstSweep<T>::for_exponentials;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
-  // What the sweep that sums slopes leaves is found again by the one that balances them.
-  bool keeps_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
+  // Whether the sweep that sums slopes leaves them for the one that centers them.
+  bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
   // Whether a row's gradient is q - p as it stands, and its value known.
-  bool is_difference(const Scales<T>& s) const {
-    return s.mean > 0 && is_mean_of_gaps(in.divergence);
+  bool is_difference(const ActiveRow<T>& r) const {
+    return r.scales.mean > 0 && is_mean_log_ratio(in.divergence);
   }
 
-  bool past_caches() const {
-    constexpr int64_t kLeastClasses = 2048;  // set by measurement
-    return passes_caches(in, grad, kLeastClasses);
-  }
-  // After whatever is to be seen by other threads.
-  void complete() const {
-    if (past_caches()) complete_copies();
+  ActiveRow<T> activate(const Row<T>& row, const Scales<T>& s, double gain, int64_t index) const {
+    ActiveRow<T> r{index, row, s, gain, make_coefficients(in, row, s, gain)};
+    if (row.left_out >= 0) decouple(in, row, s, gain, &r.c);
+    return r;
   }
 
-  void* grad_at(int64_t row, int64_t index) const {
-    return const_cast<void*>(
-        at(grad, in.student_dtype, row_offset(row, in.group_rows, grad_stride) + index));
+  void read_student(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
+    b->z = numbers(student_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
+  }
+  void read_teacher(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
+    b->w = numbers(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
-  Coefficients<T, S> coefficients(const Row<T>& row, const Scales<T>& s, double gain) const {
-    Coefficients<T, S> c = make_coefficients<S>(in, row, s, gain);
-    if (row.left_out >= 0) decouple(in, row, s, gain, &c);
-    return c;
+  // Whether the sweep after the first has more to sum than the divergence.
+  bool has_extras() const {
+    return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
-
-  // Whether the second sweep works with kept exponentials: its bits may not depend on who computes
-  // a segment.
-  bool keeps() const { return Kept<T>::kClasses > 0 && in.divergence != Divergence::kCosine; }
-
-  int64_t segments() const { return (in.classes + kSegment - 1) / kSegment; }
-  int64_t end_of(int64_t segment) const {
-    const int64_t end = (segment + 1) * kSegment;
-    return end < in.classes ? end : in.classes;
+  // The label's logit, which the hard term is made of.
+  void add_label_logit(const ActiveRow<T>& r, int64_t segment, Sums* sums) const {
+    const int64_t begin = segment * kSegment, label = r.row.label;
+    if (r.row.hard == ExpSource::kNone || !holds(begin, end_of(segment) - begin, label)) return;
+    const double z = read_one<T>(student_of(in, r.index).base, in.student_dtype, label);
+    sums->student_logits +=
+        weighted(1 - in.label_smoothing, z - static_cast<double>(r.scales.student_max));
   }
-
-  // Has the processor look up where the next pages are, many at once, before they are wanted: a
-  // first access of a page, even to prefetch, waits for that, some 100 ns on a virtual machine.
-  // Longer rows gain nothing. (Inlined also because GCC leaves out calls of functions that only
-  // prefetch.)
-  FASTKD_HOST_DEVICE void touch_pages(const Logits& student, const Logits& teacher, int64_t index,
-                                      int64_t at, int64_t count) const {
-    constexpr int64_t kPage = 4096, kAtOnce = 4 * kPage;  // bytes
-    constexpr int64_t kClasses = kAtOnce / static_cast<int64_t>(sizeof(S));
-    if (in.classes > kSegment || (index * in.classes + at) % kClasses >= count) return;
-    for (int64_t ahead = kAtOnce; ahead < 2 * kAtOnce; ahead += kPage) {
-      prefetch<Into::kL2>(static_cast<const char*>(student.at(at)), ahead);
-      prefetch<Into::kL2>(static_cast<const char*>(teacher.at(at)), ahead);
-      if (grad != nullptr) prefetch<Into::kL2>(static_cast<const char*>(grad_at(index, at)), ahead);
-    }
-  }
-
-  // The teacher's sums, with those that show whether the row is plain.
-  template <bool kKeep>
-  ExponentialSums sum_gaps(const Vectors<const S>& z, const Vectors<const S>& w, int64_t count,
-                           const Exponential<T, S>& teachers, T student_max, T* kept,
-                           Into next) const {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const auto sum = [&](auto gaps) {
-        return sum_exponentials<Hard::kNone, kKeep, decltype(gaps)::value>(
-            w, count, teachers, teachers, kept, next, z, student_max);
-      };
-      if (is_even_jsd(in)) return sum(constant<GapSum::kBounded>);
-      return sum(constant<GapSum::kWhole>);
-    }
-    return {};
-  }
-
-  // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. With
-  // kKeep, `into` receives the exponentials and what each block's are relative to.
-  template <Hard kHard, bool kKeep>
-  Statistics scan_blocks(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
-                         const Left<T>& into) const {
-    alignas(64) S student_buffer[kLongest];
-    alignas(64) S teacher_buffer[kLongest];
-    const Logits student = student_of(in, index), teacher = teacher_of(in, index);
-    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
-    Exponential<T, S> teachers(row.teacher_factor, 0, 1);
-    Statistics result = kNoStatistics;
-    T *student_kept = into.student, *teacher_kept = into.teacher;
-    double *student_max = into.student_max, *teacher_max = into.teacher_max;
-    bool gaps = row.gaps;
-    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
-      const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
-      touch_pages(student, teacher, index, at, count);
-      const double top = maximum(z, count), teacher_top = maximum(w, count);
-      const bool raised = top > result.student_max || teacher_top > result.teacher_max;
-      if (gaps && raised && at > begin) {
-        result.gap_sum = moved_gaps(row, result, std::fmax(top, result.student_max),
-                                    std::fmax(teacher_top, result.teacher_max));
-      }
-      if (top > result.student_max) {
-        if (result.student_max > kLowest) {
-          result.student_sum *= row.rescale(result.student_max, top);
-          result.hard_sum *= row.hard_rescale(result.student_max, top);
-        }
-        tempered.max = own.max = static_cast<T>(top);
-        result.student_max = top;
-      }
-      if (teacher_top > result.teacher_max) {
-        if (result.teacher_max > kLowest) {
-          result.teacher_sum *= row.teacher_rescale(result.teacher_max, teacher_top);
-        }
-        teachers.max = static_cast<T>(teacher_top);
-        result.teacher_max = teacher_top;
-      }
-      const Into next = next_of<S>(at, in.classes);
-      const ExponentialSums sums = sum_exponentials<kHard, kKeep, GapSum::kNone>(
-          z, count, tempered, own, student_kept, next);
-      const ExponentialSums teacher_sums =
-          gaps ? sum_gaps<kKeep>(z, w, count, teachers, tempered.max, teacher_kept, next)
-               : sum_exponentials<Hard::kNone, kKeep, GapSum::kNone>(w, count, teachers, own,
-                                                                     teacher_kept, next);
-      if constexpr (kKeep) {
-        student_kept += count, teacher_kept += count;
-        *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
-      }
-      result.student_sum += sums.tempered;
-      result.hard_sum += sums.hard;
-      result.teacher_sum += teacher_sums.tempered;
-      result.gap_sum += teacher_sums.gaps;
-      // A row that is not plain by its first classes is not worth the gaps of the others.
-      if (gaps && at == begin && at + count < end && mean_of(row, result) == 0) {
-        gaps = false;
-        result.gap_sum = kNaN<double>;
-      }
-    });
-    return result;
-  }
-
-  // Not inlined, for most divergences have none.
-  template <bool kSquares>
-  __attribute__((noinline)) void add_moments(int64_t index, int64_t begin, int64_t end,
-                                             Statistics* result) const {
-    alignas(64) S student[kLongest];
-    alignas(64) S teacher[kLongest];
-    for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
-      const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
-      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
-      const Moments moments = sum_moments<kSquares, T>(z, w, count);
-      result->student_moment += moments.student, result->teacher_moment += moments.teacher;
-      result->student_count += moments.student_count;
-      result->teacher_count += moments.teacher_count;
-    });
-  }
-
-  template <bool kKeep>
-  Statistics scan_range(const Row<T>& row, int64_t index, int64_t segment,
-                        const Left<T>& into) const {
-    const int64_t begin = segment * kSegment, end = end_of(segment);
-    Statistics result = with_hard<T>(row.hard, [&](auto hard) {
-      return scan_blocks<decltype(hard)::value, kKeep>(row, index, begin, end, into);
-    });
-    if (row.unit) add_moments<true>(index, begin, end, &result);
-    if (row.centered) add_moments<false>(index, begin, end, &result);
-    if (holds(begin, end - begin, row.left_out)) {
-      const Logits student = student_of(in, index), teacher = teacher_of(in, index);
-      result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
-      result.teacher_label = read_one<double>(teacher.base, teacher.dtype, row.left_out);
-    }
-    return result;
-  }
-
-  // Leaves the exponentials in `into` where that is room for them.
-  Statistics scan(const Row<T>& row, int64_t index, int64_t segment, const Left<T>& into) const {
-    if (row.state != State::kNormal) return kNoStatistics;
-    return into.any() ? scan_range<true>(row, index, segment, into)
-                      : scan_range<false>(row, index, segment, into);
-  }
-
-  // What scan() leaves of a segment, once more, for who has only the statistics.
-  Left<T> keep(const Row<T>& row, const Scales<T>& s, int64_t index, int64_t segment,
-               Kept<T>* kept) const {
-    if (!keeps() || row.state != State::kNormal || !s.valid()) return {};
-    const bool needed = grad != nullptr || in.divergence == Divergence::kSoftCrossEntropy;
-    if (is_difference(s) && !needed) return {};
-    Row<T> tempered_only = row;
-    tempered_only.hard = Hard::kNone;
-    tempered_only.gaps = tempered_only.centered = false;
-    scan_range<true>(tempered_only, index, segment, kept->left());
-    return kept->left();
-  }
-
-  void fill(int64_t index, int64_t begin, int64_t end, T value) const {
-    if (grad == nullptr) return;
-    alignas(64) T block[kBlock];
-    for (T& x : block) x = value;
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int64_t count = end - at < kBlock ? end - at : kBlock;
-      FASTKD_ISA::write(block, in.student_dtype, count, grad_at(index, at));
-    }
-  }
-
-  // What only `terms` and label smoothing ask for, of the block that starts at `at`.
-  void sum_extras(const Row<T>& row, const Coefficients<T, S>& c, const Scales<T>& s, int64_t index,
-                  int64_t at, int64_t count, Sums* sums) const {
+  // What label smoothing, `terms` and the soft cross entropy ask for of a block.
+  __attribute__((noinline)) void add_extras(const ActiveRow<T>& r, RowBlock<T> b,
+                                            Sums* sums) const {
     alignas(64) T z[kLongest];
     alignas(64) T w[kLongest];
-    copy_block(student_of(in, index), at, count, z);
-    if (row.hard != Hard::kNone && in.label_smoothing != 0) {
+    const Scales<T>& s = r.scales;
+    if (r.row.hard != ExpSource::kNone && in.label_smoothing != 0) {
       const double share = in.label_smoothing / static_cast<double>(in.classes);
-      sums->student_logits += share * sum_offsets(z, s.student_max, count);
+      copy_block(student_of(in, r.index), b.at, b.classes, z);
+      sums->student_logits += share * sum_offsets(z, s.student_max, b.classes);
     }
-    if (!terms) return;
-    copy_block(teacher_of(in, index), at, count, w);
-    if (holds(at, count, row.left_out)) {
-      z[row.left_out - at] = w[row.left_out - at] = -kInfinity<T>;
+    if (!terms && in.divergence != Divergence::kSoftCrossEntropy) return;
+    const T teacher_log_scale = std::log(s.teacher_scale);
+    read_teacher(r, &b, w);
+    if (!terms) {
+      sums->teacher_entropy += sum_teacher_entropy(r.c, teacher_log_scale, s.teacher_max, b);
+      return;
     }
-    const Entropies<T> e = sum_entropies(c, std::log(s.student_scale), std::log(s.teacher_scale),
-                                         s.student_max, s.teacher_max, z, w, count);
+    read_student(r, &b, z);
+    const Entropies<T> e = sum_entropies(r.c, std::log(s.student_scale), teacher_log_scale,
+                                         s.student_max, s.teacher_max, b);
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
   }
 
-  // The teacher's entropy, where the divergence has it and nobody asks for more.
-  void sum_entropy(const Coefficients<T, S>& c, const Scales<T>& s, int64_t index, int64_t at,
-                   int64_t count, const Left<T>& left, Sums* sums) const {
-    alignas(64) S teacher[kLongest];
-    const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
-    const T log_scale = std::log(s.teacher_scale);
-    sums->teacher_entropy -= left.any() ? sum_p_log_p<true>(c, log_scale, w, left.teacher, count)
-                                        : sum_p_log_p<false>(c, log_scale, w, left.teacher, count);
-  }
-
-  // Calls fn for the form of the loops that write gradients that the row asks for.
-  template <class Fn>
-  auto with_form(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                 Fn&& fn) const {
-    const auto apart = [&](auto hard) {
-      if (c.way == Way::kApart) return fn(hard, constant<Way::kApart>);
-      return fn(hard, constant<Way::kSeparate>);
-    };
-    const bool hard = row.gradient_hard != Hard::kNone;
-    if (c.apart()) return hard ? apart(constant<Hard::kOwn>) : apart(constant<Hard::kNone>);
-    return with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-      return left.any() ? fn(has_hard, constant<Way::kKept>) : fn(has_hard, constant<Way::kAnew>);
-    });
-  }
-
-  // One block of the forward KL's second sweep.
-  template <class L>
-  SlopeSums differentiate(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                          const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
-                          int64_t count) const {
-    return with_form(row, c, left, [&](auto has_hard, auto way) {
-      constexpr Hard kHard = decltype(has_hard)::value;
-      constexpr Way kWay = decltype(way)::value;
-      return row.left_out < 0
-                 ? write_gradient<kHard, kWay, false>(c, z, w, left.student, left.teacher, g, count)
-                 : write_gradient<kHard, kWay, true>(c, z, w, left.student, left.teacher, g, count);
-    });
-  }
-
-  // The same for the others: their slopes, then the gradient from these.
-  template <class L>
-  SlopeSums slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
-                   const Vectors<const L>& w, T* q, T* slope, int64_t count) const {
-    if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
-      if (c.plain_here() && left.any()) {
-        return sum_plain_jsd(c, z, w, left.student, left.teacher, slope, count);
-      }
+  // Sums value and slopes of a block. Slopes that are cached replace the teacher's exponentials.
+  SlopeSums sum_block(const ActiveRow<T>& r, RowBlock<T> b) const {
+    alignas(64) T student[kLongest];
+    alignas(64) T teacher[kLongest];
+    const Coefficients<T>& c = r.c;
+    read_student(r, &b, student);
+    read_teacher(r, &b, teacher);
+    if (is_reverse(in.divergence)) {
+      return {0, c.shifted ? sum_reverse<true>(c, b) : sum_reverse<false>(c, b), 0};
     }
-    const auto sum = [&](auto divergence, auto way) {
-      return sum_slopes<decltype(divergence), decltype(way)::value>(
-          c, constants, z, w, left.student, left.teacher, q, slope, count);
-    };
-    if (in.divergence == Divergence::kCosine) return sum(Cosine{}, constant<Way::kUnit>);
-    const auto in_its_way = [&](auto divergence) {
-      if (c.way == Way::kApart) return sum(divergence, constant<Way::kApart>);
-      if (c.way == Way::kSeparate) return sum(divergence, constant<Way::kSeparate>);
-      return left.any() ? sum(divergence, constant<Way::kKept>)
-                        : sum(divergence, constant<Way::kAnew>);
-    };
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (is_even_jsd(in)) return in_its_way(EvenJensenShannon{});
+      if (c.is_comparable()) return find_even_slopes(c, b);
     }
-    return visit(in.divergence, in_its_way);
-  }
-  // `q`: what was kept of the student, if anything was.
-  template <class L>
-  void balance(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-               const Vectors<const L>& z, const T* q, const T* slope, const Vectors<L>& g,
-               int64_t count) const {
-    const T q_scale = left.any() ? c.student_scale : T(1);
-    const Hard hard =
-        c.apart() && row.gradient_hard != Hard::kNone ? Hard::kOwn : row.gradient_hard;
-    const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
-    with_hard<T>(hard, [&](auto has_hard) {
-      constexpr Hard kHard = decltype(has_hard)::value;
-      if constexpr (sizeof(T) == sizeof(float) && std::is_same<L, S>::value) {
-        if (c.plain_here() && left.any()) {
-          return write_plain_gradient<kHard, true>(c, z, q, slope, g, count);
-        }
+    const ConstantsOf<T>& k = constants_in<T>(constants);
+    if (r.row.unit) return find_slopes<Cosine, false>(c, k, b);
+    return visit(in.divergence, [&](auto divergence) -> SlopeSums {
+      using D = decltype(divergence);
+      if constexpr (std::is_same<D, ForwardKL>::value || std::is_same<D, ReverseKL>::value) {
+        return {};  // not reached
+      } else if constexpr (is_mean(D::kBalance)) {
+        return find_slopes<D, false>(c, k, b);
+      } else {
+        return c.shifted ? find_slopes<D, true>(c, k, b) : find_slopes<D, false>(c, k, b);
       }
-      any ? balance_gradient<kHard, true>(c, z, q, q_scale, slope, g, count)
-          : balance_gradient<kHard, false>(c, z, q, q_scale, slope, g, count);
     });
   }
 
-  // The reverse KL's two loops.
-  template <class L>
-  double reverse_slopes(const Coefficients<T, S>& c, const Left<T>& left, const Vectors<const L>& z,
-                        const Vectors<const L>& w, int64_t count) const {
-    const auto sum = [&](auto way) {
-      return sum_reverse<decltype(way)::value>(c, z, w, left.student, count);
-    };
-    if (c.way == Way::kApart) return sum(constant<Way::kApart>);
-    if (c.way == Way::kSeparate) return sum(constant<Way::kSeparate>);
-    return left.any() ? sum(constant<Way::kKept>) : sum(constant<Way::kAnew>);
-  }
-  template <class L>
-  double balance_reverse(const Row<T>& row, const Coefficients<T, S>& c, const Left<T>& left,
-                         const Vectors<const L>& z, const Vectors<const L>& w, const Vectors<L>& g,
-                         int64_t count) const {
-    // In backward, too, where nobody asks for it: other loops might arrive at other bits.
-    const bool value = !is_sum_of_slopes(c, c.student_share);
-    return with_form(row, c, left, [&](auto has_hard, auto way) {
-      constexpr Hard kHard = decltype(has_hard)::value;
-      constexpr Way kWay = decltype(way)::value;
-      return value
-                 ? write_reverse<kHard, kWay, true>(c, z, w, left.student, left.teacher, g, count)
-                 : write_reverse<kHard, kWay, false>(c, z, w, left.student, left.teacher, g, count);
-    });
-  }
-
-  // Sums value and slopes of one segment. Where `left` holds exponentials, the teacher's make way
-  // for the slopes.
-  void sum_segment(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, int64_t index,
-                   int64_t segment, const Left<T>& left, Sums* sums) const {
-    if (row.state != State::kNormal || !s.valid()) return;
-    alignas(64) S student[kLongest];
-    alignas(64) S teacher[kLongest];
-    alignas(64) T q[kLongest];
-    alignas(64) T slope[kLongest];
-    const int64_t begin = segment * kSegment;
-    int64_t block = 0;
-    for_blocks(begin, end_of(segment), -1, [&](int64_t at, int64_t count) {
-      const Vectors<const S> z = fetch(student_of(in, index), at, count, student);
-      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher);
-      const Left<T> here = left.at(at - begin);
-      if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
-      const SlopeSums of_block =
-          is_reverse(in.divergence)
-              ? SlopeSums{0, reverse_slopes(*c, here, z, w, count), 0}
-              : slopes(*c, here, z, w, q, here.any() ? here.teacher : slope, count);
+  // Sums value and slopes of one segment; in `cache` slopes replace the teacher's exponentials.
+  void sum_segment(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
+                   Sums* sums) const {
+    if (!r->has_gradient()) return;
+    add_label_logit(*r, segment, sums);
+    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
+      if (has_extras()) add_extras(*r, b, sums);
+      const SlopeSums of_block = sum_block(*r, b);
       sums->value += of_block.value;
       sums->slope += of_block.slope;
       sums->classes += of_block.classes;
-      ++block;
     });
-    if (begin == 0) sums->value += s.nothing, sums->slope += s.nothing;
+    const double nothing = segment == 0 ? r->scales.nothing : 0;
+    sums->value += nothing, sums->slope += nothing;
   }
 
-  // What balances the slopes. Their sum is rounded to T, because backward reads it from `stats`.
-  void set_shares(Coefficients<T, S>* c, const Sums& sums) const {
+  // What centers the slopes. Their sum is rounded to T, because backward reads it from `stats`.
+  void set_shares(Coefficients<T>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
     c->student_share = balance == Balance::kStudent || balance == Balance::kUnit ? slope : T(0);
@@ -405,154 +141,130 @@ struct Engine {
   // What is to become of the label's element: what the one-hot target takes off, or another value.
   struct Label {
     int64_t index = -1;  // in the row, or none
-    bool exact = false;
+    bool replaces = false;
     T value = 0;
   };
-  void put_label(const Label& label, int64_t at, int64_t count, const Vectors<S>& g) const {
-    if (!holds(at, count, label.index)) return;
-    S* const element = g.element(label.index - at);
-    if constexpr (std::is_same<S, T>::value) {
-      *element = label.exact ? *element - label.value : label.value;
-    } else {
-      *element = narrow<S>(label.value);
-    }
+  Label label_of(const ActiveRow<T>& r) const {
+    const Row<T>& row = r.row;
+    if (grad == nullptr) return {};
+    if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
+    // As backward sees it, which knows no terms.
+    if (row.gradient_hard == ExpSource::kNone) return {};
+    return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
+  }
+  void put_label(const Label& label, const RowBlock<T>& b, const Vectors<T>& g) const {
+    if (!holds(b.at, b.classes, label.index)) return;
+    T* const element = g.element(place(label.index - b.at));
+    *element = label.replaces ? label.value : *element - label.value;
   }
 
-  // One block of a plain row's gradient.
-  void write_plain(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                   int64_t count, const Left<T>& left, const Label& label) const {
+  // Writes the gradient of a block of a well-separated row.
+  template <bool kSlopes, class S>
+  void write_separated(const ActiveRow<T>& r, const RowBlock<T>& b, const Label& label) const {
     alignas(64) S student[kLongest];
     alignas(64) S result[kLongest];
-    void* const place = grad_at(index, at);
-    const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
+    void* const to = grad_at(r.index, b.at);
+    const Vectors<S> g = target(to, in.student_dtype, b.classes, result, non_temporal());
+    const Logits logits = student_of(in, r.index);
+    const ExpSource source = r.row.gradient_hard;
     Vectors<const S> z;
-    if (row.gradient_hard == Hard::kOwn) z = fetch(student_of(in, index), at, count, student);
-    with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-      constexpr Hard kHard = decltype(has_hard)::value;
-      write_plain_gradient<kHard, false>(c, z, left.student, left.teacher, g, count);
+    if (source == ExpSource::kSeparate) z = fetch(logits, b.at, b.classes, student);
+    // Before the student's logits may be overwritten, and before it is rounded.
+    T of_label = 0;
+    const bool recomputes = !std::is_same<S, T>::value && holds(b.at, b.classes, label.index);
+    if (recomputes) {
+      const int64_t i = place(label.index - b.at);
+      const T logit = read_one<T>(logits.base, logits.dtype, label.index);
+      of_label = well_separated_gradient(r.c, source, kSlopes, logit, b.student[i], b.teacher[i]) -
+                 label.value;
+    }
+    with_source(source, [&](auto constant_source) {
+      write_well_separated<decltype(constant_source)::value, kSlopes>(r.c, b, z, g);
     });
-    put_label(label, at, count, g);
-    put_result(g, result, place, in.student_dtype, count, past_caches());
+    if constexpr (std::is_same<S, T>::value) {
+      put_label(label, b, g);
+    } else if (recomputes) {
+      *g.element(label.index - b.at) = narrow<S>(of_label);
+    }
+    put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
   }
 
-  SlopeSums write_block(const Row<T>& row, const Coefficients<T, S>& c, int64_t index, int64_t at,
-                        int64_t count, const Left<T>& left, const Label& label) const {
-    alignas(64) S student[kLongest];
-    alignas(64) S teacher[kLongest];
-    alignas(64) S result[kLongest];
-    alignas(64) T q[kLongest];
-    alignas(64) T slope[kLongest];
-    const Vectors<const S> z = fetch(student_of(in, index), at, count, student, row.left_out);
-    void* const place = grad == nullptr ? nullptr : grad_at(index, at);
-    const Vectors<S> g = target(place, in.student_dtype, count, result, past_caches());
-    SlopeSums sums = {};
-    if (left.slopes) {
-      balance(row, c, left, z, left.student, left.teacher, g, count);
+  // Writes a block's gradient, or sums alone.
+  SlopeSums write_block(const ActiveRow<T>& r, RowBlock<T> b, const Label& label) const {
+    alignas(64) T student[kLongest];
+    alignas(64) T teacher[kLongest];
+    alignas(64) T result[kLongest];
+    alignas(64) T buffer[kLongest];
+    T* const hard_part = pairs ? result : buffer;  // one buffer less in L1
+    const Coefficients<T>& c = r.c;
+    void* const to = grad_at(r.index, b.at);
+    const Vectors<T> g = pairs ? Vectors<T>{result}
+                               : target(to, in.student_dtype, b.classes, result, non_temporal());
+    read_student(r, &b, student);
+    with_source(r.row.gradient_hard,
+                [&](auto source) { write_hard_part<decltype(source)::value>(c, b, hard_part); });
+    SlopeSums sums;
+    if (caches_slopes()) {
+      const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
+      const auto center = any ? &center_gradient<true, T> : &center_gradient<false, T>;
+      const Vectors<const T> q = r.row.unit ? b.z : Vectors<const T>{b.student};
+      center(c, b, q, r.row.unit ? c.student_inverse : c.student_scale, hard_part, g);
     } else {
-      const Vectors<const S> w = fetch(teacher_of(in, index), at, count, teacher, row.left_out);
-      if (one_sweep()) {
-        sums = differentiate(row, c, left, z, w, g, count);
-      } else if (is_reverse(in.divergence)) {
-        sums.value = balance_reverse(row, c, left, z, w, g, count);
-      } else {
-        slopes(c, left, z, w, q, slope, count);
-        balance(row, c, left, z, left.any() ? left.student : q, slope, g, count);
-      }
+      read_teacher(r, &b, teacher);
+      sums = is_reverse(in.divergence) ? write_reverse(c, b, hard_part, g)
+                                       : write_forward(r, b, hard_part, g);
     }
-    put_label(label, at, count, g);
-    put_result(g, result, place, in.student_dtype, count, past_caches());
+    put_label(label, b, g);
+    if (grad == nullptr) return sums;
+    pairs ? put_pairs(result, to, b.classes)
+          : put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
     return sums;
   }
-
-  // The label's element, where the one-hot target is taken off before the gradient is rounded; of a
-  // plain row from what was kept of it.
-  T plain_label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student,
-                         int64_t of_block, const Left<T>& left, double gain) const {
-    const int64_t index = unpacked_place<S>(of_block);
-    const T g = with_hard<T>(row.gradient_hard, [&](auto has_hard) {
-      constexpr Hard kHard = decltype(has_hard)::value;
-      return plain_gradient_of<kHard>(c, student, left.student[index], left.teacher[index]);
-    });
-    return g - onehot(row, gain);
-  }
-  T label_gradient(const Row<T>& row, const Coefficients<T, S>& c, T student, T teacher,
-                   double gain) const {
-    alignas(64) T z[kLanes];
-    alignas(64) T w[kLanes];
-    alignas(64) T q[kLanes];
-    alignas(64) T slope[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) z[i] = student, w[i] = teacher;
-    if (one_sweep()) {
-      differentiate<T>(row, c, {}, {z}, {w}, {z}, kLanes);
-    } else if (is_reverse(in.divergence)) {
-      balance_reverse<T>(row, c, {}, {z}, {w}, {z}, kLanes);
-    } else {
-      slopes<T>(c, {}, {z}, {w}, q, slope, kLanes);
-      balance<T>(row, c, {}, {z}, q, slope, {z}, kLanes);
+  SlopeSums write_forward(const ActiveRow<T>& r, const RowBlock<T>& b, const T* hard_part,
+                          const Vectors<T>& g) const {
+    if (r.row.left_out >= 0) {
+      return r.c.shifted ? write_gradient<true, true>(r.c, b, hard_part, g)
+                         : write_gradient<false, true>(r.c, b, hard_part, g);
     }
-    return z[0] - onehot(row, gain);
+    return r.c.shifted ? write_gradient<true, false>(r.c, b, hard_part, g)
+                       : write_gradient<false, false>(r.c, b, hard_part, g);
   }
-  T onehot(const Row<T>& row, double gain) const {
-    return static_cast<T>(gain * row.hard_weight * (1 - in.label_smoothing));
+  SlopeSums write_reverse(const Coefficients<T>& c, const RowBlock<T>& b, const T* hard_part,
+                          const Vectors<T>& g) const {
+    // In backward, too, where nobody asks for the value: other loops might have other bits.
+    if (c.shifted) return {write_reverse_kl<true, true>(c, b, hard_part, g), 0, 0};
+    const bool value = !is_sum_of_slopes(c, c.student_share);
+    return {value ? write_reverse_kl<false, true>(c, b, hard_part, g)
+                  : write_reverse_kl<false, false>(c, b, hard_part, g),
+            0, 0};
   }
 
-  // Sums are wanted by forward alone; null in backward.
-  void write(const Row<T>& row, Coefficients<T, S>* c, const Scales<T>& s, double gain,
-             int64_t index, int64_t segment, const Left<T>& left, Sums* sums) const {
-    const int64_t begin = segment * kSegment, end = end_of(segment);
-    const bool decoupled = row.left_out >= 0;
-    const bool labelled =
-        (row.hard != Hard::kNone || decoupled) && holds(begin, end - begin, row.label);
-    // As backward sees it, which knows no terms.
-    const bool differs = labelled && (row.gradient_hard != Hard::kNone || decoupled);
-    Label label;
-    label.exact = in.student_dtype == kStorage<T> && !decoupled;
-    const bool plain = is_difference(s);
-    T z = 0;
-    if (labelled) {
-      z = read_one<T>(student_of(in, index).base, in.student_dtype, row.label);
-      if (sums != nullptr && row.hard != Hard::kNone) {
-        const double share = 1 - in.label_smoothing;
-        sums->student_logits +=
-            weighted(share, static_cast<double>(z) - static_cast<double>(s.student_max));
+  // The gradient of a segment. Sums are wanted by forward alone; null in backward. `has_slopes`:
+  // sum_segment() left them in `cache`.
+  void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
+             Sums* sums) const {
+    const bool difference = is_difference(*r), extras = sums != nullptr && one_sweep();
+    const bool is_value_summed =
+        one_sweep() ? !difference
+                    : is_reverse(in.divergence) && !is_sum_of_slopes(r->c, r->c.student_share);
+    const bool writes = grad != nullptr || (sums != nullptr && is_value_summed);
+    if (extras) add_label_logit(*r, segment, sums);
+    if (!writes && !(extras && has_extras())) return;
+    const Label label = label_of(*r);
+    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
+      if (extras && has_extras()) add_extras(*r, b, sums);
+      if (!writes) return;
+      if (caches_slopes() && !has_slopes) sum_block(*r, b);
+      if (difference || r->c.is_comparable()) {
+        return with_storage([&](auto storage) {
+          using S = decltype(storage);
+          difference ? write_separated<false, S>(*r, b, label)
+                     : write_separated<true, S>(*r, b, label);
+        });
       }
-    }
-    if (differs && grad != nullptr) {
-      label.index = row.label;
-      if (decoupled) {
-        label.value = c->label_gradient;
-      } else if (label.exact) {
-        label.value = onehot(row, gain);
-      } else if (!plain) {
-        const T w = read_one<T>(teacher_of(in, index).base, in.teacher_dtype, row.label);
-        label.value = label_gradient(row, *c, z, w, gain);
-      }
-    }
-    const bool extras = sums != nullptr && (terms || in.label_smoothing != 0);
-    const bool entropy =
-        sums != nullptr && !terms && in.divergence == Divergence::kSoftCrossEntropy;
-    const bool summed =
-        one_sweep() || (is_reverse(in.divergence) && !is_sum_of_slopes(*c, c->student_share));
-    double value = 0, slope = 0;
-    int64_t block = 0;
-    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
-      if (extras) sum_extras(row, *c, s, index, at, count, sums);
-      const Left<T> here = left.at(at - begin);
-      if (here.any()) rescale_kept(row, s, left.student_max[block], left.teacher_max[block], c);
-      if (entropy) sum_entropy(*c, s, index, at, count, here, sums);
-      if (plain) {
-        if (grad != nullptr) {
-          if (!label.exact && holds(at, count, label.index))
-            label.value = plain_label_gradient(row, *c, z, label.index - at, here, gain);
-          write_plain(row, *c, index, at, count, here, label);
-        }
-      } else if (grad != nullptr || summed) {
-        const SlopeSums of_block = write_block(row, *c, index, at, count, here, label);
-        value += of_block.value, slope += of_block.slope;
-      }
-      ++block;
+      const SlopeSums of_block = write_block(*r, b, label);
+      if (sums != nullptr) sums->value += of_block.value, sums->slope += of_block.slope;
     });
-    if (sums != nullptr) sums->value += value, sums->slope += slope;
   }
 };
 

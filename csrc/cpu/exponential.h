@@ -6,8 +6,8 @@
 // the polynomial's coefficients, which makes normalisation free. The maximum is subtracted before
 // anything is rounded, so that logits of any size are as accurate as small ones.
 //
-// Error of 2^x against the exact value at the same float x, scale 1, S = float: at most 1.0 ulp
-// with FMA, 1.3 without, for -126 <= x < 128 (measured, tests/kernels). What is below
+// Error of 2^x against the exact value at the same float x, scale 1: at most 1.0 ulp with FMA, 1.3
+// without, for -126 <= x < 128 (measured, tests/kernels). What is below
 // 2^-126 with its scale, and x = -inf, give exactly 0; x = 0 gives exactly 1; NaN gives NaN. From
 // 128 on, and for +inf, the result is meaningless: the kernels subtract the maximum first, and
 // treat rows that hold a +inf before they use it.
@@ -20,11 +20,6 @@
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
-
-// Stored in 16 bits, computed with as fp32.
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // What differs between the two compute types.
 template <class T>
@@ -48,8 +43,8 @@ struct Format<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
 };
 
-// The polynomial for 2^f, |f| <= 1/2, by what is stored: 16-bit gradients need less of it.
-template <class S>
+// The polynomial for 2^f, |f| <= 1/2.
+template <class T>
 struct Polynomial;
 
 template <>
@@ -59,14 +54,6 @@ struct Polynomial<float> {
   static constexpr double kValues[kCoefficients] = {
       1.0,           6.931472029e-1, 2.402264791e-1, 5.550332471e-2, 9.618437357e-3,
       1.33988744e-3, 1.535336195e-4};
-};
-
-template <>
-struct Polynomial<BFloat16> {
-  // The same with one coefficient less: 9.1e-8.
-  static constexpr int kCoefficients = 6;
-  static constexpr double kValues[kCoefficients] = {
-      1.0, 6.931469776e-1, 2.402224243e-1, 5.550733743e-2, 9.67151264e-3, 1.32647272e-3};
 };
 
 template <>
@@ -94,11 +81,10 @@ inline int exponent_of(double positive) {
   return static_cast<int>(bits_as<uint64_t>(positive) >> Format<double>::kMantissa) - 1023;
 }
 
-// T computes, S is stored.
-template <class T, class S = T>
+template <class T>
 struct Exponential {
   using F = Format<T>;
-  using P = Polynomial<S>;
+  using P = Polynomial<T>;
   T factor;
   T max;
   T least;  // of logit - max: what lies below it is 0, for the bits of scale * 2^x would wrap round

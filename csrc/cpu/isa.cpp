@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "../kernels.h"
 
 namespace fastkd::cpu {
@@ -20,6 +24,15 @@ Kernels make_kernels(const char* name);
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Virtual machines may hide it where AVX2 is shown. GCC 10's __builtin_cpu_supports() has no name
+// for it.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 struct Registry {
   Kernels kernels[4] = {};
@@ -45,7 +58,8 @@ struct Registry {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                          has_f16c();
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       add(avx512::make_kernels("avx512"));

@@ -76,8 +76,8 @@ class Mixer {
         max = top;
       }
       const Exponential<T> exponential(factor, max, 1.0);
-      const ExponentialSums sums = sum_exponentials<Hard::kNone, false, GapSum::kNone>(
-          vectors, padded, exponential, exponential, static_cast<T*>(nullptr), Into::kL1);
+      const ExponentialSums sums = sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
+          vectors, padded, exponential, exponential, 0, static_cast<T*>(nullptr), Into::kL1);
       sum += sums.tempered;
     }
     return {max, static_cast<T>(std::log2(args_.teachers[k].share / sum))};

@@ -55,16 +55,24 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 #endif
 
 template <class T>
-FASTKD_HOST_DEVICE Register<T> all(T x) {
+FASTKD_HOST_DEVICE Register<T> splat(T x) {
   return Register<T>{} + x;
 }
 
 // A step in registers; lanes beyond it are `otherwise`.
 template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE void load(const T* step, T otherwise, Register<T>* to) {
+#if defined(__AVX512F__)
+  // By memory, as memcpy() would have it, half a register waits for its other half.
+  if constexpr (2 * kWidth == kPerRegister<T>) {
+    const __m256 half = _mm256_loadu_ps(step);
+    to[0] = (Register<T>)_mm512_insertf32x8((__m512)splat(otherwise), half, 0);
+    return;
+  }
+#endif
   FASTKD_UNROLL
   for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
-    to[i] = all(otherwise);
+    to[i] = splat(otherwise);
     std::memcpy(&to[i], step + i * kPerRegister<T>, kBytesOfEach<kWidth, T>);
   }
 }
@@ -88,7 +96,6 @@ FASTKD_HOST_DEVICE void store(const Register<T>* from, T* step) {
     std::memcpy(step + i * kPerRegister<T>, &from[i], kBytesOfEach<kWidth, T>);
   }
 }
-
 template <int64_t kWidth>
 FASTKD_HOST_DEVICE void store(const Register<float>* from, BFloat16* step) {
   constexpr int64_t kHalf = kRegisters<kWidth, float> / 2;
@@ -103,25 +110,25 @@ FASTKD_HOST_DEVICE void store(const Register<float>* from, BFloat16* step) {
 
 // b where a is NaN.
 template <class V>
-FASTKD_HOST_DEVICE V lesser_of(V a, V b) {
+FASTKD_HOST_DEVICE V min(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
-FASTKD_HOST_DEVICE V greater_of(V a, V b) {
+FASTKD_HOST_DEVICE V max(V a, V b) {
   return a > b ? a : b;
-}
-FASTKD_HOST_DEVICE Register<float> magnitude_of(Register<float> x) {
-  return bits_as<Register<float>>(bits_as<RegisterBits<float>>(x) & 0x7fffffffu);
 }
 
 // exp(x t) of a register's numbers, x relative to their maximum: Exponential with scale 1.
-template <class T, class S>
+template <class T>
 struct Exponentials {
-  Exponential<T, S> one;
+  Exponential<T> one;
   Register<T> factor, max, least;
 
-  explicit Exponentials(const Exponential<T, S>& one)
-      : one(one), factor(all(one.factor)), max(all(one.max)), least(all(one.least)) {}
+  explicit Exponentials(const Exponential<T>& one)
+      : one(one), factor(splat(one.factor)), max(splat(one.max)), least(splat(one.least)) {}
+  // Each lane has a factor of its own.
+  explicit Exponentials(Register<T> factor)
+      : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 
   // Of logit - max.
   FASTKD_HOST_DEVICE Register<T> operator()(Register<T> offset) const {
@@ -130,50 +137,60 @@ struct Exponentials {
 };
 
 #if defined(__AVX2__)
-// 2^x as 2^(n / kParts) 2^(f / kParts) with |f| <= 1/2: the first is looked up by the low bits of n
-// in a table that is a register, and for the second a polynomial of degree 3 is enough. Six
-// products instead of eight (bf16: seven); what there is more of goes through other pipes. Error at
-// most 1.0 ulp, with 8 parts 1.2 (measured, tests/kernels), and what Exponential says of the rest.
-template <class S>
-struct Exponentials<float, S> {
 #if defined(__AVX512F__)
-  static constexpr int kBits = 4;
+constexpr int kRootBits = 4;
+#else
+constexpr int kRootBits = 3;
+#endif
+constexpr int kRoots = 1 << kRootBits;
+constexpr int kRootShift = Format<float>::kMantissa - kRootBits;
+static_assert(kRoots == kPerRegister<float>, "the table of roots is a register");
+
+// The bits of 2^(i / kRoots), less what i adds once all of n is added to the exponent.
+struct RootTable {
+  alignas(kRegisterBytes) uint32_t entry[kRoots] = {};
+  constexpr RootTable() {
+    constexpr double kPowers[16] = {1.0,           1.04427378243, 1.09050773267, 1.13878863476,
+                                    1.189207115,   1.24185781207, 1.29683955465, 1.35425554694,
+                                    1.41421356237, 1.47682614594, 1.54221082541, 1.61049033195,
+                                    1.68179283051, 1.75625216037, 1.83400808641, 1.9152065614};
+    for (uint32_t i = 0; i < kRoots; ++i) {
+      const double mantissa = (kPowers[i * (16 / kRoots)] - 1) * (1 << Format<float>::kMantissa);
+      entry[i] = 0x3f800000u + static_cast<uint32_t>(mantissa + 0.5) - (i << kRootShift);
+    }
+  }
+};
+constexpr RootTable kRootTable{};
+
+// 2^x as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2: the first is looked up by the low bits of n
+// in a table that is a register, and for the second a polynomial of degree 3 is enough. Six
+// products instead of eight; what there is more of goes through other pipes. Error at most 1.0 ulp,
+// with 8 roots 1.2 (measured, tests/kernels), and what Exponential says of the rest.
+template <>
+struct Exponentials<float> {
+#if defined(__AVX512F__)
   // Minimax for the relative error: 1.6e-9.
   static constexpr float kFirst = 4.33216989e-2f, kSecond = 9.38415188e-4f, kThird = 1.35503263e-5f;
 #else
-  static constexpr int kBits = 3;
   // The same: 2.5e-8.
   static constexpr float kFirst = 8.66434e-2f, kSecond = 3.75403e-3f, kThird = 1.08391e-4f;
 #endif
-  static constexpr int kParts = 1 << kBits;
-  static constexpr int kShift = Format<float>::kMantissa - kBits;
-  static_assert(kParts == kPerRegister<float>, "the table is a register");
-
-  // The bits of 2^(i / kParts), less what i adds once all of n is added to the exponent.
-  struct Table {
-    alignas(kRegisterBytes) uint32_t entry[kParts] = {};
-    constexpr Table() {
-      constexpr double kPowers[16] = {1.0,           1.04427378243, 1.09050773267, 1.13878863476,
-                                      1.189207115,   1.24185781207, 1.29683955465, 1.35425554694,
-                                      1.41421356237, 1.47682614594, 1.54221082541, 1.61049033195,
-                                      1.68179283051, 1.75625216037, 1.83400808641, 1.9152065614};
-      for (uint32_t i = 0; i < kParts; ++i) {
-        const double mantissa = (kPowers[i * (16 / kParts)] - 1) * (1 << Format<float>::kMantissa);
-        entry[i] = 0x3f800000u + static_cast<uint32_t>(mantissa + 0.5) - (i << kShift);
-      }
-    }
-  };
-  static constexpr Table kTable{};
 
   Register<float> factor, max, least;
   RegisterBits<float> table;
 
-  explicit Exponentials(const Exponential<float, S>& one)
+  explicit Exponentials(const Exponential<float>& one)
       // No temperature is so small that the product should be infinite.
-      : factor(all(bounded_above(one.factor * kParts, std::numeric_limits<float>::max()))),
-        max(all(one.max)),
-        least(all(one.least)) {
-    std::memcpy(&table, kTable.entry, sizeof(table));
+      : factor(splat(bounded_above(one.factor * kRoots, std::numeric_limits<float>::max()))),
+        max(splat(one.max)),
+        least(splat(one.least)) {
+    std::memcpy(&table, kRootTable.entry, sizeof(table));
+  }
+  explicit Exponentials(Register<float> factor)
+      : factor(bounded_above<Register<float>>(factor * kRoots, std::numeric_limits<float>::max())),
+        max{},
+        least(Format<float>::kMinExponent / factor) {
+    std::memcpy(&table, kRootTable.entry, sizeof(table));
   }
 
   FASTKD_HOST_DEVICE RegisterBits<float> look_up(RegisterBits<float> index) const {
@@ -191,12 +208,22 @@ struct Exponentials<float, S> {
     const Register<float> shifted = offset * factor + Format<float>::kRound;
     const Register<float> fraction = offset * factor - (shifted - Format<float>::kRound);
     const auto n = bits_as<RegisterBits<float>>(shifted);
-    const auto root = bits_as<Register<float>>(look_up(n) + (n << kShift));
+    const auto root = bits_as<Register<float>>(look_up(n) + (n << kRootShift));
     const Register<float> rest = ((fraction * kThird + kSecond) * fraction + kFirst) * fraction;
     return offset < least ? Register<float>{} : root * rest + root;
   }
 };
 #endif
+
+// exp(x) for x <= 0.
+template <class V>
+FASTKD_HOST_DEVICE V exp_of(V x) {
+  if constexpr (kIsScalar<V>) {
+    return std::exp(x);
+  } else {
+    return Exponentials<float>(splat(static_cast<float>(kLog2E)))(x);
+  }
+}
 
 }  // namespace
 }  // namespace fastkd::cpu::FASTKD_ISA

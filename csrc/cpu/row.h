@@ -11,44 +11,40 @@ namespace {
 enum class State { kNormal, kIgnored, kInvalid };
 
 // The forward KL, and with the teacher's entropy the soft cross entropy, is the teacher's mean of
-// log(p / q). All that the mean takes is in the first sweep's sums; and where it is plainly above
-// 0, as it stands it will do: no sweep is needed for it, and the gradient is q - p as it stands.
-// Near 0 both would cancel, and the second sweep forms them class by class (docs/maths.md, section
-// 3).
-constexpr bool is_mean_of_gaps(Divergence id) {
+// log(p / q). The first sweep sums all that the mean takes. In a well-separated row, whose forward
+// KL is clearly above 0, that mean loses no digits: no further sweep is needed for it, and the
+// gradient is q - p as it stands. Near 0 both would cancel, and the second sweep forms them class
+// by class (docs/maths.md, section 3).
+constexpr bool is_mean_log_ratio(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }
-// The JSD with mix 1/2, in a row whose forward KL is plain, needs no forms for where p is near q.
+// The JSD with mix 1/2, in a well-separated row, needs no forms for where p is near q.
 inline bool is_even_jsd(const Inputs& in) {
   return in.divergence == Divergence::kJensenShannon && in.mix == 0.5;
 }
-// Plain is what is at least so many nats, and this share of the greater of the two parts of which
-// it is the difference: rounding costs up to 4e-7 of a part. What is greater than the last of
-// these, or infinite, or NaN, has to do with masks.
-constexpr double kPlain = 0.05, kShare = 0.1, kGreatest = 1e4;
-
-template <class T>
-FASTKD_HOST_DEVICE bool finite(T x) {
-  return x - x == T(0);
+inline bool may_be_well_separated(const Inputs& in) {
+  return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
+// A well-separated row's forward KL is at least so many nats, and this share of the greater of the
+// two parts of which it is the difference: rounding costs up to 4e-7 of a part. What is greater
+// than the last of these, or infinite, or NaN, has to do with masks.
+constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
-struct Row {
+struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
-  int64_t left_out = -1;    // the label where the sums are of the other classes (kDecoupled)
-  Hard hard = Hard::kNone;  // in the sums
-  Hard gradient_hard = Hard::kNone;  // in the gradient: not where the hard term weighs nothing
-  bool unit = false;                 // the divergence is of unit vectors (kCosine)
-  bool centered = false;             // it is of centered logits (kCenteredSquaredError)
-  bool of_logits = false;            // it compares logits, of which no softmax is taken
-  bool gaps = false;                 // the first sweep sums what shows whether a row is plain
-  double temperature = 1, teacher_temperature = 1;
-  double hard_weight = 0, soft_weight = 0;
-  T factor = 0;          // of the student's tempered exponential
-  T teacher_factor = 0;  // of the teacher's
-  T hard_factor = 0;     // of exp(z)
-  int power = 0;         // exp(z) = exp(z / t)^power, or 0: it has an exponential of its own
+  int64_t left_out = -1;  // the label where the sums are of the other classes (kDecoupled)
+  ExpSource hard = ExpSource::kNone;           // in the sums
+  ExpSource gradient_hard = ExpSource::kNone;  // in the gradient: none if hard_weight is 0
+  bool unit = false;                           // the divergence is of unit vectors (kCosine)
+  bool centered = false;                       // it is of centered logits (kCenteredSquaredError)
+  bool of_logits = false;                      // it compares logits, of which no softmax is taken
+  bool log_ratios = false;  // the first sweep sums what shows if a row is well separated
+  T factor = 0;             // of the student's tempered exponential
+  T teacher_factor = 0;     // of the teacher's
+  T hard_factor = 0;        // of exp(z)
+  int power = 0;            // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
 
   // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
   // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
@@ -62,6 +58,7 @@ struct Row {
     return rescale(from, to, static_cast<double>(teacher_factor));
   }
   double hard_rescale(double from, double to) const { return rescale(from, to, hard_exponent()); }
+  int squarings() const { return power == 4 ? 2 : power == 2 ? 1 : 0; }
   // log2(exp(z)) / z as the sums have it.
   double hard_exponent() const {
     return power > 0 ? power * static_cast<double>(factor) : static_cast<double>(hard_factor);
@@ -92,8 +89,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   row.unit = in.divergence == Divergence::kCosine;
   row.centered = in.divergence == Divergence::kCenteredSquaredError;
   row.of_logits = row.centered || in.divergence == Divergence::kSquaredError;
-  row.gaps = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
-             (is_mean_of_gaps(in.divergence) || is_even_jsd(in));
+  row.log_ratios = sizeof(T) == sizeof(float) && row.temperature == row.teacher_temperature &&
+                   may_be_well_separated(in);
   const bool decoupled = in.divergence == Divergence::kDecoupled;
   if (in.labels == nullptr) {
     if (decoupled) row.state = State::kInvalid;
@@ -108,21 +105,19 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (row.label < 0 || row.label >= in.classes) row.state = State::kInvalid;
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
-  row.hard = Hard::kOwn;
-  // Speed is no aim in fp64: one form of the loops is enough there. A power's error is that of
-  // exp(z / t) times t: too much where the hard term is the greater part of the gradient.
-  const bool precise = row.hard_weight <= row.soft_weight * row.temperature || row.temperature == 1;
-  if (sizeof(T) == sizeof(float) && precise && !row.unit) {
-    if (row.temperature == 1) row.hard = Hard::kPower1, row.power = 1;
-    if (row.temperature == 2) row.hard = Hard::kPower2, row.power = 2;
-    if (row.temperature == 3) row.hard = Hard::kPower3, row.power = 3;
-    if (row.temperature == 4) row.hard = Hard::kPower4, row.power = 4;
+  row.hard = ExpSource::kSeparate;
+  // A power's error is that of exp(z / t) times t: too much where the hard term is the greater part
+  // of the gradient, and for fp64.
+  const double t = row.temperature;
+  const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
+  if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
+    row.hard = ExpSource::kPower;
+    row.power = static_cast<int>(t);
   }
   if (row.hard_weight != 0) row.gradient_hard = row.hard;
   return row;
 }
 
-constexpr double kLowest = -__builtin_huge_val();
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
 template <class T>
@@ -143,13 +138,13 @@ void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) 
   into->teacher_max = top;
 }
 
-// The sum of gaps of some classes, had they other maxima. Not inlined, as merge().
+// The sum of log ratios of some classes, had they other maxima. Not inlined, as merge().
 template <class T>
-__attribute__((noinline)) double moved_gaps(const Row<T>& row, const Statistics& of,
-                                            double student_max, double teacher_max) {
-  if (!row.gaps || of.teacher_sum == 0) return 0;
+__attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& of,
+                                                  double student_max, double teacher_max) {
+  if (!row.log_ratios || of.teacher_sum == 0) return 0;
   const double student = student_max - of.student_max, teacher = teacher_max - of.teacher_max;
-  return (of.gap_sum + (student - teacher) * of.teacher_sum) *
+  return (of.log_ratio_sum + (student - teacher) * of.teacher_sum) *
          row.teacher_rescale(of.teacher_max, teacher_max);
 }
 
@@ -160,8 +155,8 @@ template <class T>
 __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
   const double student_top = std::fmax(into->student_max, other.student_max);
   const double teacher_top = std::fmax(into->teacher_max, other.teacher_max);
-  into->gap_sum = moved_gaps(row, *into, student_top, teacher_top) +
-                  moved_gaps(row, other, student_top, teacher_top);
+  into->log_ratio_sum = moved_log_ratios(row, *into, student_top, teacher_top) +
+                        moved_log_ratios(row, other, student_top, teacher_top);
   merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
   merge_teacher(row, other.teacher_max, other.teacher_sum, into);
   into->student_label += other.student_label;
@@ -182,32 +177,6 @@ inline void add(const Sums& other, Sums* into) {
   into->agreement += other.agreement;
 }
 
-// What the gradient is made from. Rounded to the compute type before it is used, because backward
-// reads it back from `stats` and has to arrive at the same bits.
-template <class T>
-struct Scales {
-  T student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  T student_label = 0, teacher_label = 0;      // as in Statistics
-  T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w| (kCosine)
-  T student_mean = 0, teacher_mean = 0;        // of the logits (kCenteredSquaredError)
-  double nothing = 0;  // what a row of zeros adds to the divergence (kCosine)
-  T mean = 0;          // the forward KL, where it is plain; else 0
-
-  // Not so where a logit is NaN or +inf, or all of them are -inf.
-  bool valid() const {
-    return finite(student_max) && finite(student_scale) && finite(teacher_max) &&
-           finite(teacher_scale) && valid_label(student_label, student_scale) &&
-           valid_label(teacher_label, teacher_scale) && student_inverse > 0 &&
-           teacher_inverse > 0 && finite(student_inverse) && finite(teacher_inverse) &&
-           finite(student_mean) && finite(teacher_mean);
-  }
-
- private:
-  static bool valid_label(T logit, T scale_of_others) {
-    return logit < kInfinity<T> && (scale_of_others > 0 || logit > -kInfinity<T>);
-  }
-};
-
 // Not inlined, for most divergences need no lengths.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
@@ -224,131 +193,104 @@ __attribute__((noinline)) void set_means(const Statistics& of, Scales<T>* s) {
   s->teacher_mean = static_cast<T>(of.teacher_moment / of.teacher_count);
 }
 
-// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
-// alone would round at the size of the difference (docs/maths.md, section 3).
-constexpr double kApart = 32;
-// The limit at a temperature: below 1, what counts is the difference over it.
-template <class T>
-FASTKD_HOST_DEVICE T apart_beyond(T temperature) {
-  return static_cast<T>(kApart) * (temperature < T(1) ? temperature : T(1));
-}
-
-template <class T>
-bool are_apart(double student_max, double teacher_max, double temperature) {
-  const double distance = teacher_max - student_max, limit = apart_beyond(temperature);
-  return distance > limit || distance < -limit;
-}
-
-// The forward KL of a row, if it is plain; else 0. In rows whose maxima are far apart it is not.
+// The forward KL of a well-separated row; else 0. Rows whose maxima are far apart are not.
 template <class T>
 __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
-  if (are_apart<T>(of.student_max, of.teacher_max, row.temperature)) return 0;
+  if (are_apart(of.student_max, of.teacher_max, row.temperature)) return 0;
   const double inverse = 1 / of.teacher_sum;
   // The exponentials' own temperature, which has been rounded.
   const double factor = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = std::log(of.student_sum * inverse);
-  const double mean = of.gap_sum * inverse * factor + log_ratio;
-  const bool plain = mean >= kPlain && mean >= kShare * std::fabs(log_ratio) && mean < kGreatest;
-  return plain ? static_cast<T>(mean) : T(0);
+  const double mean = of.log_ratio_sum * inverse * factor + log_ratio;
+  const bool is_separated =
+      mean >= kWellSeparated && mean >= kShare * std::fabs(log_ratio) && mean < kGreatest;
+  return is_separated ? static_cast<T>(mean) : T(0);
 }
 
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
 // the unrounded quotients, so that backward arrived at other bits.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
-  Scales<T> s = {static_cast<T>(of.student_max),
-                 static_cast<T>(1 / of.student_sum),
-                 row.hard == Hard::kNone ? T(0) : static_cast<T>(1 / of.hard_sum),
-                 static_cast<T>(of.teacher_max),
-                 static_cast<T>(1 / of.teacher_sum),
-                 static_cast<T>(of.student_label),
-                 static_cast<T>(of.teacher_label)};
+  Scales<T> s = scales_of<T>(of, row.hard != ExpSource::kNone, row.left_out >= 0);
   if (row.unit) set_inverses(row, of, &s);
   if (row.centered) set_means(of, &s);
-  if (row.gaps) s.mean = mean_of(row, of);
-  if (row.left_out < 0) return s;
-  if (of.student_sum == 0) s.student_max = s.student_scale = s.hard_scale = 0;
-  if (of.teacher_sum == 0) s.teacher_max = s.teacher_scale = 0;
+  if (row.log_ratios) s.mean = mean_of(row, of);
   return s;
 }
 
 template <class T>
-Gaps<T> make_gaps(const Row<T>& row, const Scales<T>& s) {
-  const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double distance = static_cast<double>(s.teacher_max) - static_cast<double>(s.student_max);
-  const bool same = row.temperature == row.teacher_temperature;
-  const bool apart =
-      !same || (!row.of_logits && are_apart<T>(s.student_max, s.teacher_max, row.temperature));
-  const T inverse_temperature = static_cast<T>(1 / row.temperature);
-  const T teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
-  const double shift =
-      same ? distance * static_cast<double>(inverse_temperature)
-           : static_cast<double>(s.teacher_max) * static_cast<double>(teacher_inverse_temperature) -
-                 static_cast<double>(s.student_max) * static_cast<double>(inverse_temperature);
-  return {inverse_temperature, teacher_inverse_temperature,
-          static_cast<T>((apart ? 0.0 : shift) + std::log(student_scale / teacher_scale)),
-          !same   ? Way::kSeparate
-          : apart ? Way::kApart
-                  : Way::kAnew};
+LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
+  const auto r = make_log_ratio<T, double>(row, s.template as<double>(), row.of_logits);
+  return {static_cast<T>(r.inverse_temperature), static_cast<T>(r.temperature_ratio),
+          static_cast<T>(r.student_base),        static_cast<T>(r.teacher_base),
+          static_cast<T>(r.log_ratio),           r.shifted};
 }
 
-// Whether the reverse KL is as good as the sum of its slopes: where that is plainly above 0. It has
+// Whether the reverse KL is as good as the sum of its slopes: where that is well above 0. It has
 // the rounding of what all d have in common, which reverse_of() takes off where d is formed from
 // the logits themselves; in other rows it is not worth that.
 template <class T>
-bool is_sum_of_slopes(const Gaps<T>& gaps, T slope) {
-  return gaps.way == Way::kAnew && slope >= static_cast<T>(kPlain);
+bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
+  return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);
 }
 // Not inlined, as merge().
 template <class T>
 __attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& of,
-                                            const Gaps<T>& gaps, double slope) {
+                                            const LogRatio<T>& ratio, double slope) {
   // The exponentials' own temperature, as in mean_of().
   const double inverse = static_cast<double>(row.factor) * kLn2;
   const double log_ratio =
       (of.teacher_max - of.student_max) * inverse + std::log(of.teacher_sum / of.student_sum);
-  return (slope - static_cast<double>(gaps.log_ratio)) *
-             (inverse / static_cast<double>(gaps.inverse_temperature)) +
+  return (slope - static_cast<double>(ratio.log_ratio)) *
+             (inverse / static_cast<double>(ratio.inverse_temperature)) +
          log_ratio;
 }
 
 // `gain` multiplies the gradient of the weighted loss.
-template <class S, class T>
-Coefficients<T, S> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
-                                     double gain) {
-  const double student_scale = s.student_scale, teacher_scale = s.teacher_scale;
-  const double hard_gain = gain * row.hard_weight;
-  double power = 1;  // of q's scale, in a power of q
-  for (int i = 0; i < row.power; ++i) power *= student_scale;
-  const double power_gain = hard_gain * static_cast<double>(s.hard_scale) / power;
-  const Gaps<T> gaps = make_gaps(row, s);
-  double soft_gain = gain * row.soft_weight * row.temperature;
-  if (row.unit) soft_gain *= row.temperature * static_cast<double>(s.student_inverse);
-  return {gaps,
-          Exponential<T, S>(row.factor, s.student_max, student_scale),
-          Exponential<T, S>(row.teacher_factor, s.teacher_max, teacher_scale),
-          s.student_scale,
-          s.teacher_scale,
-          Exponential<T, S>(row.hard_factor, s.student_max, s.hard_scale),
-          static_cast<T>(soft_gain),
-          static_cast<T>(row.power > 0 && gaps.way == Way::kAnew ? power_gain : hard_gain),
-          0,
-          0,
-          0,
-          static_cast<T>(row.hard == Hard::kNone
-                             ? 0.0
-                             : -hard_gain * in.label_smoothing / static_cast<double>(in.classes)),
-          0,
-          0,
-          T(-1e30),
-          0,
-          0,
-          s.student_inverse,
-          s.teacher_inverse,
-          s.student_mean,
-          s.teacher_mean,
-          s.mean > 0};
+template <class T>
+Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Scales<T>& s,
+                                  double gain) {
+  const bool hard = row.gradient_hard != ExpSource::kNone;
+  const RowGains<double> gains = gains_of<double>(in, row, s.template as<double>(), gain, hard);
+  Coefficients<T> c{make_log_ratio(row, s), Exponential<T>(row.hard_factor, s.student_max, 1)};
+  c.soft_gain = static_cast<T>(gains.soft);
+  c.hard_gain = static_cast<T>(gains.hard * static_cast<double>(s.hard_scale));
+  c.uniform = static_cast<T>(-gains.uniform);
+  c.student_inverse = s.student_inverse, c.teacher_inverse = s.teacher_inverse;
+  c.teacher_inverse_temperature = static_cast<T>(1 / row.teacher_temperature);
+  c.squarings = row.squarings();
+  c.well_separated = s.mean > 0;
+  return c;
 }
+
+// Makes the constants of a block whose exponentials are relative to these maxima.
+template <class T>
+void set_block(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
+               Coefficients<T>* c) {
+  const double student_shift = row.rescale(student_max, s.student_max);
+  const double student = student_shift * static_cast<double>(s.student_scale);
+  const double teacher =
+      row.teacher_rescale(teacher_max, s.teacher_max) * static_cast<double>(s.teacher_scale);
+  double hard_gain = c->hard_gain;
+  for (int i = 0; i < row.power; ++i) hard_gain *= student_shift;
+  c->student_scale = static_cast<T>(student), c->teacher_scale = static_cast<T>(teacher);
+  c->student_soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) * student);
+  c->teacher_soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) * teacher);
+  c->block_hard_gain = static_cast<T>(hard_gain);
+  c->block_rest_gain = static_cast<T>(static_cast<double>(c->rest_gain) * student);
+}
+
+// A row in the sweeps after the first.
+template <class T>
+struct ActiveRow {
+  int64_t index;
+  Row<T> row;
+  Scales<T> scales;
+  double gain;
+  Coefficients<T> c;
+
+  bool has_gradient() const { return row.state == State::kNormal && scales.valid(); }
+};
 
 }  // namespace
 }  // namespace fastkd::cpu::FASTKD_ISA

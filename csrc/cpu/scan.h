@@ -5,37 +5,46 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// How exp(z) is had for the hard term: not at all, as a power of exp(z / t), or by an exponential
-// of its own.
-enum class Hard { kNone, kPower1, kPower2, kPower3, kPower4, kOwn };
+// Where exp(z) of the hard term comes from: there is none; a power of exp(z / t), by squaring it
+// log2(t) times; or an exponential of its own.
+enum class ExpSource { kNone, kPower, kSeparate };
 
-// `argument` is what `own` takes: of numbers the logit, of registers what it is less the maximum.
-template <Hard kHard, class T, class Own>
-FASTKD_HOST_DEVICE T hard_exponential(T tempered, T argument, const Own& own) {
-  if constexpr (kHard == Hard::kPower1) return tempered;
-  if constexpr (kHard == Hard::kPower2) return tempered * tempered;
-  if constexpr (kHard == Hard::kPower3) return tempered * tempered * tempered;
-  if constexpr (kHard == Hard::kPower4) return (tempered * tempered) * (tempered * tempered);
-  if constexpr (kHard == Hard::kOwn) return own(argument);
-  return T{};
+// Adds gain times exp(z - max z) to `sums`, given exp((z - max z) / t) and the offset z - max z.
+template <ExpSource kSource, int64_t kMany, class T>
+FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
+                                 const Register<T>* offset, const Register<T>* tempered,
+                                 Register<T> gain, Register<T>* sums) {
+  Register<T> power[kMany];
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kMany; ++i) {
+    power[i] = kSource == ExpSource::kSeparate ? separate(offset[i]) : tempered[i];
+  }
+  if constexpr (kSource == ExpSource::kPower) {
+    for (int square = 0; square < squarings; ++square) {
+      FASTKD_UNROLL
+      for (int64_t i = 0; i < kMany; ++i) power[i] *= power[i];
+    }
+  }
+  FASTKD_UNROLL
+  for (int64_t i = 0; i < kMany; ++i) sums[i] += gain * power[i];
 }
 
-// NaN may be passed over here; it makes the sums NaN.
+// Ignores a NaN, which the sums of exponentials then show.
 template <class T>
 T maximum(const Vectors<const T>& logits, int64_t count) {
   constexpr int64_t kMany = kRegisters<kLanes, T>;
   Register<T> top[kMany];
-  for (Register<T>& lanes : top) lanes = all(-kInfinity<T>);
+  for (Register<T>& lanes : top) lanes = splat(-kInfinity<T>);
   for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
     Register<T> x[kRegisters<kWidth, T>];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
     FASTKD_UNROLL
-    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = greater_of(x[i], top[i]);
+    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = max(x[i], top[i]);
   });
   T lanes[kLanes];
   store<kLanes>(top, lanes);
-  return fold<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
+  return tree_reduce<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
 // Sign and magnitude to two's complement and back: integers in the order of the numbers.
@@ -54,19 +63,20 @@ inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
       lanes[i] = x > lanes[i] ? x : lanes[i];
     }
   });
-  const int16_t top = fold<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
+  const int16_t top =
+      tree_reduce<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
   return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
 }
 
-// Of the tempered exponentials, each times its gap, which is how much further below its maximum the
-// other operand's logit lies. Bounded, one class with a gap of thousands does not hide that all
-// others have next to none.
-enum class GapSum { kNone, kWhole, kBounded };
-constexpr double kMostGap = 8;  // in nats
+// The sum of the tempered exponentials, each times its log ratio: how much further below its
+// maximum the other operand's logit lies. Bounded, a class with a log ratio of thousands does not
+// hide that all others have next to none.
+enum class LogRatioSum { kNone, kWhole, kBounded };
+constexpr double kMostLogRatio = 8;  // in nats
 
 // Of one operand, relative to its maximum.
 struct ExponentialSums {
-  double tempered, hard, gaps;
+  double tempered, hard, log_ratios;
 };
 
 // The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
@@ -90,21 +100,24 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// With kKeep the tempered exponentials are left in `kept`; without gaps `other` is not read. Not
-// inlined: a row of few blocks has no time for what that saves.
-template <Hard kHard, bool kKeep, GapSum kGaps, class T, class S>
+// Leaves the tempered exponentials in `cache` unless it is null. `separate` is read by
+// ExpSource::kSeparate alone, `squarings` by kPower, `others` where log ratios are summed. Not
+// inlined: a row of few blocks has no time for the registers that a function of all its forms
+// saves.
+template <ExpSource kSource, LogRatioSum kLogRatios, class T, class S>
 __attribute__((noinline)) ExponentialSums
-sum_exponentials(const Vectors<const S>& vectors, int64_t count,
-                 const Exponential<T, S>& tempered_one, const Exponential<T, S>& own_one, T* kept,
-                 Into next, const Vectors<const S>& other_vectors = {}, T other_max = 0) {
-  const Exponentials<T, S> tempered(tempered_one), own(own_one);
-  const Register<T> other_top = all(other_max);
-  const Register<T> most_gap = all(static_cast<T>(kMostGap * kLog2E) / tempered_one.factor);
-  Register<T> sums = {}, hard_sums = {}, gaps = {};
-  Register<T> run = {}, hard_run = {}, gap_run = {};
+sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponential<T>& tempered_one,
+                 const Exponential<T>& separate_one, int squarings, T* cache, Into next,
+                 const Vectors<const S>& other_vectors = {}, T other_max = 0) {
+  const Exponentials<T> tempered(tempered_one), separate(separate_one);
+  const Register<T> other_top = splat(other_max);
+  const Register<T> most_log_ratio =
+      splat(static_cast<T>(kMostLogRatio * kLog2E) / tempered_one.factor);
+  Register<T> sums = {}, hard_sums = {}, log_ratios = {};
+  Register<T> run = {}, hard_run = {}, log_ratio_run = {};
   const auto end_run = [&]() FASTKD_INLINE {
-    sums += run, hard_sums += hard_run, gaps += gap_run;
-    run = hard_run = gap_run = Register<T>{};
+    sums += run, hard_sums += hard_run, log_ratios += log_ratio_run;
+    run = hard_run = log_ratio_run = Register<T>{};
   };
   const Vectors<const S> logits = vectors, others = other_vectors;
   for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
@@ -113,26 +126,38 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count,
                       : prefetch_next<Into::kL2, kWidth>(logits.at(at));
     Register<T> x[kMany], y[kMany], e[kMany];
     load<kWidth>(logits.at(at), -kInfinity<T>, x);
-    if constexpr (kGaps != GapSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
+    if constexpr (kLogRatios != LogRatioSum::kNone) load<kWidth>(others.at(at), -kInfinity<T>, y);
     FASTKD_UNROLL
     for (int64_t i = 0; i < kMany; ++i) {
-      const Register<T> offset = x[i] - tempered.max;
-      e[i] = tempered(offset);
+      x[i] -= tempered.max;
+      e[i] = tempered(x[i]);
       run += e[i];
-      if constexpr (kGaps != GapSum::kNone) {
-        Register<T> gap = offset - (y[i] - other_top);
-        if constexpr (kGaps == GapSum::kBounded) gap = lesser_of(gap, most_gap);
+      if constexpr (kLogRatios != LogRatioSum::kNone) {
+        Register<T> log_ratio = x[i] - (y[i] - other_top);
+        if constexpr (kLogRatios == LogRatioSum::kBounded)
+          log_ratio = min(log_ratio, most_log_ratio);
         // Where the exponential is not 0 this bound is none.
-        gap_run += e[i] * greater_of(gap, tempered.least);
+        log_ratio_run += e[i] * max(log_ratio, tempered.least);
       }
-      if constexpr (kHard != Hard::kNone) hard_run += hard_exponential<kHard>(e[i], offset, own);
     }
-    if constexpr (kKeep) store<kWidth>(e, kept + at);
+    if (cache != nullptr) store<kWidth>(e, cache + at);
+    if constexpr (kSource == ExpSource::kSeparate) {
+      FASTKD_UNROLL
+      for (int64_t i = 0; i < kMany; ++i) hard_run += separate(x[i]);
+    } else if constexpr (kSource == ExpSource::kPower) {
+      // The last square and its sum are one instruction.
+      for (int square = 1; square < squarings; ++square) {
+        FASTKD_UNROLL
+        for (int64_t i = 0; i < kMany; ++i) e[i] *= e[i];
+      }
+      FASTKD_UNROLL
+      for (int64_t i = 0; i < kMany; ++i) hard_run += squarings > 0 ? e[i] * e[i] : e[i];
+    }
     if ((at + kWidth) % kRun == 0) end_run();
   });
   end_run();
-  return {precise_sum_of<T>(sums), kHard == Hard::kNone ? 0.0 : precise_sum_of<T>(hard_sums),
-          kGaps != GapSum::kNone ? precise_sum_of<T>(gaps) : 0.0};
+  return {precise_sum_of<T>(sums), kSource == ExpSource::kNone ? 0.0 : precise_sum_of<T>(hard_sums),
+          kLogRatios == LogRatioSum::kNone ? 0.0 : precise_sum_of<T>(log_ratios)};
 }
 
 }  // namespace

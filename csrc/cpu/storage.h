@@ -13,6 +13,10 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
+// Computed with as fp32.
+struct BFloat16 {
+  uint16_t bits;
+};
 struct Float16 {
   uint16_t bits;
 };
@@ -169,8 +173,8 @@ inline void write(const BFloat16* from, DType, int64_t count, void* to) {
 }
 
 // Copies to where no cache shall hold it: its lines are not fetched only to be overwritten. Other
-// threads see it after complete_copies().
-inline void copy_past_caches(const void* from, int64_t bytes, void* to) {
+// threads see it after store_fence().
+inline void store_non_temporal(const void* from, int64_t bytes, void* to) {
   const char* const source = static_cast<const char*>(from);
   char* const target = static_cast<char*>(to);
   int64_t at = 0;
@@ -188,7 +192,7 @@ inline void copy_past_caches(const void* from, int64_t bytes, void* to) {
 #endif
   std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
 }
-inline void complete_copies() {
+inline void store_fence() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "../topk_row.h"
-#include "operands.h"
+#include "row_blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -103,7 +103,7 @@ struct TopkRow {
                 row.soft_weight,
                 args.label_smoothing,
                 static_cast<double>(args.classes),
-                row.hard != Hard::kNone},
+                row.hard != ExpSource::kNone},
         student(student_of(args, index)),
         scratch(scratch) {}
 
@@ -166,13 +166,15 @@ struct TopkRow {
   }
 
   // One sweep: the rest's sums and, for label smoothing, the sum of all logits.
-  template <Hard kHard>
   Mass scan_rest(double* total) const {
     alignas(64) S buffer[kLongest];
     alignas(64) T logits[kLongest];
-    Exponential<T, S> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
+    Exponential<T> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
     Mass mass;
     double* block_max = scratch.maxima.get();
+    const auto sum = with_source(row.hard, [](auto source) {
+      return &sum_exponentials<decltype(source)::value, LogRatioSum::kNone, T, S>;
+    });
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
@@ -185,8 +187,8 @@ struct TopkRow {
       }
       T* exponentials = nullptr;
       if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = mass.max;
-      const ExponentialSums sums = sum_exponentials<kHard, kKeeps, GapSum::kNone>(
-          block, count, tempered, own, exponentials, next_of<S>(at, args.classes));
+      const ExponentialSums sums = sum(block, count, tempered, own, row.squarings(), exponentials,
+                                       next_of<S>(at, args.classes), {}, 0);
       mass.tempered += sums.tempered;
       mass.hard += sums.hard;
       if (args.label_smoothing != 0) {
@@ -203,8 +205,7 @@ struct TopkRow {
   Summary summarise() const {
     Summary of;
     double total = 0;
-    of.rest =
-        with_hard<T>(row.hard, [&](auto hard) { return scan_rest<decltype(hard)::value>(&total); });
+    of.rest = scan_rest(&total);
     sum_list(&of);
     of.complete(options, total);
     return of;
@@ -234,49 +235,49 @@ struct TopkRow {
   }
 
   // The rest's gradient. What it writes for listed classes has no meaning.
-  template <Hard kHard>
+  template <ExpSource kSource>
   void write_rest(const Summary& of, const Gains& gains) const {
     alignas(64) S buffer[kLongest];
     alignas(64) S result[kLongest];
     const double max = topk::origin(of.rest);
-    const Exponentials<T, S> tempered({row.factor, static_cast<T>(max), 1});
-    const Exponentials<T, S> own({row.hard_factor, static_cast<T>(max), 1});
-    const Register<T> uniform = all(static_cast<T>(gains.uniform));
+    const Exponentials<T> tempered({row.factor, static_cast<T>(max), 1});
+    const Exponentials<T> own({row.hard_factor, static_cast<T>(max), 1});
+    const Register<T> uniform = splat(static_cast<T>(gains.uniform));
     const double* block_max = scratch.maxima.get();
     // More classes than the dense loss wants: what is written to listed ones afterwards waits.
-    const bool past_caches = passes_caches(args, args.grad, 16384);
+    const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
       const double shift = topk::shift(relative_to, max, row.temperature);
-      const double hard_shift = kHard == Hard::kOwn ? 1 : topk::shift(relative_to, max, 1);
-      const Register<T> soft_gain = all(static_cast<T>(gains.rest * shift));
-      const Register<T> hard_gain = all(static_cast<T>(gains.rest_hard * hard_shift));
+      const double hard_shift =
+          kSource == ExpSource::kSeparate ? 1 : topk::shift(relative_to, max, 1);
+      const Register<T> soft_gain = splat(static_cast<T>(gains.rest * shift));
+      const Register<T> hard_gain = splat(static_cast<T>(gains.rest_hard * hard_shift));
       const T* const exponentials = kKeeps ? &scratch.exponentials[at] : nullptr;
       Vectors<const S> block;
-      if (!kKeeps || kHard == Hard::kOwn) block = fetch(student, at, count, buffer);
-      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, past_caches);
+      if (!kKeeps || kSource == ExpSource::kSeparate) block = fetch(student, at, count, buffer);
+      const Vectors<S> grad = target(grad_at(at), args.student_dtype, count, result, non_temporal);
       for_vectors<S>(count, [&](int64_t step, auto width) FASTKD_INLINE {
         constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
-        Register<T> z[kMany], e[kMany];
+        Register<T> z[kMany] = {}, e[kMany], gradient[kMany];
         prefetch_next<Into::kL2, kWidth>(grad.at(step));
-        if (!kKeeps || kHard == Hard::kOwn) load<kWidth>(block.at(step), -kInfinity<T>, z);
+        if (!kKeeps || kSource == ExpSource::kSeparate)
+          load<kWidth>(block.at(step), -kInfinity<T>, z);
         if constexpr (kKeeps) load<kWidth>(exponentials + step, T(0), e);
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) {
-          Register<T> offset = {};
-          if constexpr (!kKeeps || kHard == Hard::kOwn) offset = z[i] - tempered.max;
-          if constexpr (!kKeeps) e[i] = tempered(offset);
-          Register<T> gradient = uniform + soft_gain * e[i];
-          if constexpr (kHard != Hard::kNone) {
-            gradient += hard_gain * hard_exponential<kHard>(e[i], offset, own);
-          }
-          e[i] = gradient;
+          if constexpr (!kKeeps || kSource == ExpSource::kSeparate) z[i] -= tempered.max;
+          if constexpr (!kKeeps) e[i] = tempered(z[i]);
+          gradient[i] = uniform + soft_gain * e[i];
         }
-        store<kWidth>(e, grad.at(step));
+        if constexpr (kSource != ExpSource::kNone) {
+          add_hard<kSource, kMany>(own, row.squarings(), z, e, hard_gain, gradient);
+        }
+        store<kWidth>(gradient, grad.at(step));
       });
-      put_result(grad, result, grad_at(at), args.student_dtype, count, past_caches);
+      put_result(grad, result, grad_at(at), args.student_dtype, count, non_temporal);
     });
-    if (past_caches) complete_copies();
+    if (non_temporal) store_fence();
   }
 
   void put(int64_t id, double gradient) const {
@@ -284,14 +285,14 @@ struct TopkRow {
   }
 
   void write_label(const Summary& of, const Gains& gains) const {
-    if (row.gradient_hard == Hard::kNone || is_listed(row.label)) return;
+    if (row.gradient_hard == ExpSource::kNone || is_listed(row.label)) return;
     put(row.label, topk::label_gradient(options, of, gains, logit(row.label)));
   }
 
   // The gradients of the listed classes.
   void write_list(const Summary& of, const SoftSums& sums, const Gains& gains) const {
     const List& list = scratch.list;
-    const bool hard = row.gradient_hard != Hard::kNone;
+    const bool hard = row.gradient_hard != ExpSource::kNone;
     // The gain, which may be negative, is no scale of an exponential.
     const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
     const Exponential<double> own(kLog2E, of.all.max, 1);
@@ -325,7 +326,8 @@ struct TopkRow {
     });
     const Gains g = gains(of, soft);
     if (args.grad != nullptr) {
-      with_hard<T>(row.gradient_hard, [&](auto hard) { write_rest<decltype(hard)::value>(of, g); });
+      with_source(row.gradient_hard,
+                  [&](auto source) { write_rest<decltype(source)::value>(of, g); });
       write_label(of, g);
       write_list(of, sums, g);
     }

@@ -66,19 +66,19 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
 // Reductions are written over kLanes accumulators and folded in halves: the compiler's own epilogue
 // for a simd reduction adds lane after lane, 50 cycles that rows of 10 classes would feel.
 template <int64_t kWidth, class T, class Join>
-FASTKD_HOST_DEVICE T fold(const T* lanes, Join&& join) {
+FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   if constexpr (kWidth == 1) {
     return lanes[0];
   } else {
     T half[kWidth / 2];
     for (int64_t i = 0; i < kWidth / 2; ++i) half[i] = join(lanes[i], lanes[i + kWidth / 2]);
-    return fold<kWidth / 2>(half, join);
+    return tree_reduce<kWidth / 2>(half, join);
   }
 }
 
 template <class T>
 FASTKD_HOST_DEVICE T sum_of(const T (&lanes)[kLanes]) {
-  return fold<kLanes>(lanes, [](T a, T b) { return a + b; });
+  return tree_reduce<kLanes>(lanes, [](T a, T b) { return a + b; });
 }
 
 // Sums in a register are short ones, over kRun classes, so that rounding adds up no more than in
@@ -94,7 +94,7 @@ FASTKD_HOST_DEVICE double precise_sum_of(const T (&lanes)[kCount]) {
   for (int64_t i = 0; i < kFew; ++i) {
     few[i] = kCount == kFew ? lanes[i] : lanes[i] + lanes[i + kCount - kFew];
   }
-  return fold<kFew>(few, [](double a, double b) { return a + b; });
+  return tree_reduce<kFew>(few, [](double a, double b) { return a + b; });
 }
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
@@ -103,50 +103,33 @@ FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   return precise_sum_of(lanes);
 }
 
-// kWidth numbers as the loops compute with them: where they lie, or unpacked into `buffer`. Classes
-// of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask takes
-// each out of its pair, where keeping their order would cost a permutation.
-template <int64_t kWidth, class T>
-FASTKD_HOST_DEVICE const T* unpack(const T* lanes, T*) {
-  return lanes;
+// Classes of 16 bits come in pairs, all the first ones, then all the second ones: one shift or mask
+// takes each out of its pair, where keeping their order would cost a permutation.
+template <int64_t kWidth>
+FASTKD_HOST_DEVICE void unpack(const BFloat16* from, float* to) {
+  Register<float> numbers[kRegisters<kWidth, float>];
+  load<kWidth>(from, 0.0f, numbers);
+  store<kWidth>(numbers, to);
 }
 template <int64_t kWidth>
-FASTKD_HOST_DEVICE const float* unpack(const BFloat16* lanes, float* buffer) {
-#pragma omp simd
-  for (int64_t i = 0; i < kWidth / 2; ++i) {
-    uint32_t pair;
-    std::memcpy(&pair, lanes + 2 * i, sizeof(pair));
-    buffer[i] = bits_as<float>(pair << 16);
-    buffer[i + kWidth / 2] = bits_as<float>(pair & 0xffff0000u);
-  }
-  return buffer;
+FASTKD_HOST_DEVICE void pack(const float* from, BFloat16* to) {
+  Register<float> numbers[kRegisters<kWidth, float>];
+  load<kWidth>(from, 0.0f, numbers);
+  store<kWidth>(numbers, to);
 }
-
 // Where unpack() leaves a class of a block.
-template <class S>
 FASTKD_HOST_DEVICE int64_t unpacked_place(int64_t index) {
-  if constexpr (sizeof(S) != sizeof(uint16_t)) return index;
   const int64_t of_step = index % kLanes;
   return index - of_step + of_step / 2 + of_step % 2 * (kLanes / 2);
 }
 
-// Where kWidth results go, and their way from there to `lanes`.
-template <class T>
-FASTKD_HOST_DEVICE T* unpacked(T* lanes, T*) {
-  return lanes;
-}
-FASTKD_HOST_DEVICE float* unpacked(BFloat16*, float* buffer) { return buffer; }
-template <int64_t kWidth, class T>
-FASTKD_HOST_DEVICE void pack(const T*, T*) {}
-template <int64_t kWidth>
-FASTKD_HOST_DEVICE void pack(const float* buffer, BFloat16* lanes) {
-#pragma omp simd
-  for (int64_t i = 0; i < kWidth / 2; ++i) {
-    const uint32_t first = rounded_bits(buffer[i]) >> 16;
-    const uint32_t pair = first | (rounded_bits(buffer[i + kWidth / 2]) & 0xffff0000u);
-    std::memcpy(lanes + 2 * i, &pair, sizeof(pair));
-  }
-}
+// Whether bf16 is read and written in place: x86's baseline, which is for old processors alone,
+// copies it like fp16.
+#if defined(__x86_64__) && !defined(__AVX2__)
+constexpr bool kHasPairs = false;
+#else
+constexpr bool kHasPairs = true;
+#endif
 
 }  // namespace
 }  // namespace fastkd::cpu::FASTKD_ISA

@@ -218,7 +218,7 @@ void run_forward(const ForwardArgs& args, const Runner& runner) {
   // Every thread gets the same number of whole rows. What is left over is shared segment by segment
   // where that ends sooner than giving one more row to some of the threads.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
-  const int64_t rest = cpu::in_lanes(args) ? 0 : args.rows % threads;
+  const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
   const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
   runner.on_all_threads(args, whole, kernels.forward);
   runner.here(args, whole, args.rows,

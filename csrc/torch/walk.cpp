@@ -91,7 +91,7 @@ std::optional<Layout> walk(int64_t dims, const int64_t* sizes, const Placed& stu
     if (!adjacent && (!strided || (count > 0 && levels[0].strides[i] != 1))) return std::nullopt;
     *all[i] = {levels[0].strides[i], levels[1].strides[i], adjacent ? 1 : classes[i]};
   }
-  // The kernels for adjacent logits write adjacent gradients (in_lanes() in kernels.h).
+  // The kernels for adjacent logits write adjacent gradients (has_apart_classes() in kernels.h).
   const bool adjacent_logits = layout.student.classes == 1 && layout.teacher.classes == 1;
   if (adjacent_logits && layout.grad.classes != 1) return std::nullopt;
   return layout;

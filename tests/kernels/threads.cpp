@@ -3,6 +3,8 @@
 // choice of an instruction set meanwhile; and a call that gets no memory to keep what it would
 // use again. Every answer is that of one thread, bit for bit;
 // ThreadSanitizer (make sanitize-threads) sees to it that no two threads touched the same memory.
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -116,6 +118,23 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
   }
 }
 
+// Whether all of a call runs on the stack that some systems give a thread: musl 128 KB.
+bool fits_small_stack(const std::function<void()>& work) {
+  constexpr size_t kStack = 128 << 10;
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, kStack);
+  pthread_t thread;
+  const auto run = [](void* argument) -> void* {
+    (*static_cast<const std::function<void()>*>(argument))();
+    return nullptr;
+  };
+  const int status =
+      pthread_create(&thread, &attributes, run, const_cast<std::function<void()>*>(&work));
+  pthread_attr_destroy(&attributes);
+  return status == 0 && pthread_join(thread, nullptr) == 0;
+}
+
 bool backward_is_the_same(const cpu::Kernels& k, const Call& alone) {
   const float one = 1;
   std::vector<float> grad(alone.grad.size());
@@ -152,6 +171,9 @@ void test(const cpu::Kernels& k, const Problem& p) {
     Call shared(p);
     rows_shared(k, shared.args);
     check(shared == alone, "rows shared", k, p);
+    Call stacked(p);
+    const bool ran = fits_small_stack([&] { k.forward(stacked.args, 0, p.rows); });
+    check(ran && stacked == alone, "on a small stack", k, p);
   }
   std::atomic<int> different{0};
   in_parallel(8, [&](int64_t) {

@@ -1,6 +1,9 @@
 // The operands of a row, cut into blocks that the loops read and write, and what the first sweep
 // leaves of a segment for the second.
 #pragma once
+#include <memory>
+#include <new>
+
 #include "row.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -13,17 +16,12 @@ constexpr DType kStorage<double> = DType::kFloat64;
 template <>
 constexpr DType kStorage<BFloat16> = DType::kBFloat16;
 
-// Calls fn with `hard` as a compile-time constant.
-template <class T, class Fn>
-FASTKD_HOST_DEVICE auto with_hard(Hard hard, Fn&& fn) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (hard == Hard::kPower1) return fn(std::integral_constant<Hard, Hard::kPower1>{});
-    if (hard == Hard::kPower2) return fn(std::integral_constant<Hard, Hard::kPower2>{});
-    if (hard == Hard::kPower3) return fn(std::integral_constant<Hard, Hard::kPower3>{});
-    if (hard == Hard::kPower4) return fn(std::integral_constant<Hard, Hard::kPower4>{});
-  }
-  if (hard == Hard::kOwn) return fn(std::integral_constant<Hard, Hard::kOwn>{});
-  return fn(std::integral_constant<Hard, Hard::kNone>{});
+// Calls fn with `source` as a compile-time constant.
+template <class Fn>
+FASTKD_HOST_DEVICE auto with_source(ExpSource source, Fn&& fn) {
+  if (source == ExpSource::kPower) return fn(constant<ExpSource::kPower>);
+  if (source == ExpSource::kSeparate) return fn(constant<ExpSource::kSeparate>);
+  return fn(constant<ExpSource::kNone>);
 }
 
 // One operand of one row.
@@ -81,7 +79,7 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
 
 // Whether a gradient is written past the caches, which cannot hold it. In shorter rows that takes
 // longer, also where they begin with a line.
-inline bool passes_caches(const Inputs& in, const void* grad, int64_t least_classes) {
+inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
          in.rows * in.classes * size_of(in.student_dtype) >= kBytes && grad != in.student;
@@ -90,18 +88,18 @@ inline bool passes_caches(const Inputs& in, const void* grad, int64_t least_clas
 // Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
 // all of it to `result`.
 template <class S>
-Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool past_caches) {
-  if (grad == nullptr || dtype != kStorage<S> || past_caches) return {result};
+Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_temporal) {
+  if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
   return {static_cast<S*>(grad), result, whole_steps<S>(count)};
 }
 // Writes to `grad` what is not there yet.
 template <class S>
 void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
-                bool past_caches) {
+                bool non_temporal) {
   const int64_t whole = target.block == result ? 0 : target.whole;
   if (grad == nullptr || whole == count) return;
-  if (past_caches && dtype == kStorage<S>) {
-    return copy_past_caches(result, count * static_cast<int64_t>(sizeof(S)), grad);
+  if (non_temporal && dtype == kStorage<S>) {
+    return store_non_temporal(result, count * static_cast<int64_t>(sizeof(S)), grad);
   }
   write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
 }
@@ -120,35 +118,51 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// What the first sweep left of a segment: exponentials, and what those of each block are relative
-// to, the greatest logit of the segment so far; or nothing (null). With `slopes` the teacher's have
-// been replaced by slopes.
+// What the first sweep leaves of a segment for the second: the exponentials of both operands, and
+// what those of each block are relative to, the greatest logit of the segment so far. Empty where
+// there is no memory for them, or another call made the first sweep: then the second recomputes
+// them block by block, to the same bits.
 template <class T>
-struct Left {
+struct SegmentCache {
+  static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts a segment
+
   T* student = nullptr;
   T* teacher = nullptr;
   double* student_max = nullptr;
   double* teacher_max = nullptr;
-  bool slopes = false;
 
-  bool any() const { return student != nullptr; }
-  Left at(int64_t index) const {
-    if (!any()) return {};
-    return {student + index, teacher + index, student_max, teacher_max, slopes};
-  }
+  bool empty() const { return student == nullptr; }
 };
 
-// Room for a segment's exponentials, on the stack. The first sweep keeps them for the second, which
-// starts at the end of a row: while they lie in a cache, loading is cheaper than computing.
+// The caches of a row's segments, in memory that the rows of a call share.
 template <class T>
-struct Kept {
-  static constexpr int64_t kClasses = sizeof(T) == sizeof(float) ? kSegment : 0;
-  alignas(64) T student[kClasses + kLanes];
-  alignas(64) T teacher[kClasses + kLanes];
-  static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts it
-  double student_max[kBlocks], teacher_max[kBlocks];
+class RowCache {
+ public:
+  explicit RowCache(int64_t classes)
+      : width_(padded<BFloat16>(classes < kSegment ? classes : kSegment) + kLanes) {
+    const int64_t segments = (classes + kSegment - 1) / kSegment;
+    const size_t bytes = static_cast<size_t>(2 * segments * width_) * sizeof(T);
+    exponentials_.reset(static_cast<T*>(::operator new[](bytes, kAlignment, std::nothrow)));
+    maxima_.reset(
+        new (std::nothrow) double[static_cast<size_t>(2 * segments * SegmentCache<T>::kBlocks)]);
+  }
 
-  Left<T> left() { return {student, teacher, student_max, teacher_max}; }
+  SegmentCache<T> of(int64_t segment) const {
+    if (exponentials_ == nullptr || maxima_ == nullptr) return {};
+    T* const student = exponentials_.get() + 2 * segment * width_;
+    double* const student_max = maxima_.get() + 2 * segment * SegmentCache<T>::kBlocks;
+    return {student, student + width_, student_max, student_max + SegmentCache<T>::kBlocks};
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* memory) const { ::operator delete[](memory, kAlignment); }
+  };
+
+  int64_t width_;  // of the exponentials of a segment
+  std::unique_ptr<T[], Delete> exponentials_;
+  std::unique_ptr<double[]> maxima_;
 };
 
 }  // namespace

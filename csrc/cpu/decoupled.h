@@ -1,0 +1,112 @@
+// Decoupled distillation: the sweeps are those of the forward KL among the classes other than the
+// label, which they leave out. What follows from the label's own two logits and their sums is here
+// (docs/maths.md, section 10), a few numbers for each row. V as in row.h.
+#pragma once
+#include "row.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+template <class V>
+FASTKD_HOST_DEVICE Odds<V> odds_of(V log) {
+  return {log, exp_of<V>(-magnitude_of(log))};
+}
+
+// Of the label against classes whose sum of exponentials relative to `max` is 1 / scale, 0: none.
+template <class V>
+FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
+  const V log = (label - max) / temperature + log_of(scale);
+  return odds_of<V>(scale == 0 ? broadcast<V>(kInfinity<Scalar<V>>) : log);
+}
+
+template <class V>
+struct LabelOdds {
+  Odds<V> student, teacher;
+  V difference;  // of their logarithms, within what rounding did to the sums
+};
+template <class V>
+FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
+                                           const LogRatio<V>& ratio) {
+  const V z = s.student_label, w = s.teacher_label;
+  const Odds<V> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
+  const Odds<V> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
+  const auto both = (s.student_scale > 0) & (s.teacher_scale > 0);
+  return {student, teacher, both ? ratio.of(z, w) : teacher.log - student.log};
+}
+
+// The weight of the KL among the other classes: none where the teacher allows none of them.
+template <class V>
+FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
+  return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
+}
+
+// What the label makes of a row's gains.
+template <class V>
+struct LabelGains {
+  V soft, rest;  // of slopes, and of q, in the other classes' gradient
+  V hard_share;  // what is left of the hard gain, whose exponentials sum to 1 without the label
+  V label;       // the label's gradient
+};
+template <class V>
+FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>& row,
+                                             const Scales<V>& s, const LogRatio<V>& ratio,
+                                             const RowGains<V>& gains, bool hard) {
+  const LabelOdds<V> odds = label_odds(row, s, ratio);
+  const V diff = gains.soft * binary_kl(odds.teacher, odds.student, odds.difference).diff;
+  const V soft = gains.soft * mix_of(in, s);
+  if (!hard) return {soft, -diff, V{}, diff};
+  const V rest = odds_of(s.student_label, s.student_max, s.hard_scale, broadcast<V>(1)).rest();
+  const Scalar<V> smoothing = static_cast<Scalar<V>>(in.label_smoothing);
+  const V over_target = smoothing - smoothing / static_cast<Scalar<V>>(in.classes) - rest;
+  return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
+}
+
+// The label's part in a row's gradient, and what it changes in the other classes'. Not inlined, for
+// forward and backward must arrive at the same bits.
+template <class T>
+__attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
+                                        double gain, Coefficients<T>* c) {
+  const Scales<double> scales = s.template as<double>();
+  const bool hard = row.gradient_hard != ExpSource::kNone;
+  const LabelGains<double> gains =
+      label_gains<double>(in, row, scales, make_log_ratio<T, double>(row, scales, false),
+                          gains_of<double>(in, row, scales, gain, hard), hard);
+  c->soft_gain = static_cast<T>(gains.soft);
+  c->rest_gain = static_cast<T>(gains.rest);
+  c->label_gradient = static_cast<T>(gains.label);
+  if (hard) c->hard_gain = static_cast<T>(static_cast<double>(c->hard_gain) * gains.hard_share);
+}
+
+// log(sum exp z) - max z, of all classes: `others` is that of the others, -inf if there are none.
+template <class V>
+FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
+  const V label = s.student_label - s.student_max;
+  const Odds<V> odds = odds_of<V>(label - others);
+  return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
+}
+
+// Makes of the other classes' sums those of all classes, with the divergence as their value.
+template <class V, class Sums>
+FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
+                                      const LogRatio<V>& ratio, Sums* sums) {
+  const LabelOdds<V> odds = label_odds(row, s, ratio);
+  // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
+  // exponentials, and so to that of the odds.
+  const V difference = odds.difference + log1p_of(sums->slope);
+  // NaN as in results_of().
+  const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);
+  sums->value =
+      binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);
+  sums->student_entropy = odds.student.entropy() + odds.student.rest() * sums->student_entropy;
+  sums->teacher_entropy = odds.teacher.entropy() + odds.teacher.rest() * sums->teacher_entropy;
+  const auto student_others = s.student_scale > 0, teacher_others = s.teacher_scale > 0;
+  const auto no_student = s.student_scale <= 0, no_teacher = s.teacher_scale <= 0;
+  const auto label_is_greatest = (no_student | (s.student_label >= s.student_max)) &
+                                 (no_teacher | (s.teacher_label >= s.teacher_max));
+  const auto others_are = student_others & teacher_others & (s.student_max >= s.student_label) &
+                          (s.teacher_max >= s.teacher_label) & (sums->agreement > 0);
+  sums->agreement = (label_is_greatest | others_are) ? broadcast<V>(1) : V{};
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,218 @@
+// The first sweep of a row: maxima and sums, and the exponentials that later sweeps use again.
+#pragma once
+#include "row_access.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+template <class T>
+struct FirstSweep : RowAccess<T> {
+  using RowAccess<T>::in;
+  using RowAccess<T>::grad;
+  using RowAccess<T>::grad_at;
+  using RowAccess<T>::end_of;
+  using RowAccess<T>::numbers;
+  using RowAccess<T>::steps;
+  using RowAccess<T>::with_storage;
+
+  // Has the processor look up where the next pages are, many at once, before they are wanted: a
+  // first access of a page, even to prefetch, waits for that, some 100 ns on a virtual machine.
+  // Longer rows gain nothing. (Inlined also because GCC leaves out calls of functions that only
+  // prefetch.)
+  template <class S>
+  FASTKD_HOST_DEVICE void touch_pages(const Logits& student, const Logits& teacher, int64_t index,
+                                      int64_t at, int64_t count) const {
+    constexpr int64_t kPage = 4096, kAtOnce = 4 * kPage;  // bytes
+    constexpr int64_t kClasses = kAtOnce / static_cast<int64_t>(sizeof(S));
+    if (in.classes > kSegment || (index * in.classes + at) % kClasses >= count) return;
+    for (int64_t ahead = kAtOnce; ahead < 2 * kAtOnce; ahead += kPage) {
+      prefetch<Into::kL2>(static_cast<const char*>(student.at(at)), ahead);
+      prefetch<Into::kL2>(static_cast<const char*>(teacher.at(at)), ahead);
+      if (grad != nullptr) prefetch<Into::kL2>(static_cast<const char*>(grad_at(index, at)), ahead);
+    }
+  }
+
+  // The teacher's sums, with those that show whether the row is well separated.
+  template <class S>
+  ExponentialSums sum_log_ratios(const Vectors<const S>& z, const Vectors<const S>& w,
+                                 int64_t count, const Exponential<T>& teachers, T student_max,
+                                 T* cache, Into next) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const auto sum = is_even_jsd(in)
+                           ? &sum_exponentials<ExpSource::kNone, LogRatioSum::kBounded, T, S>
+                           : &sum_exponentials<ExpSource::kNone, LogRatioSum::kWhole, T, S>;
+      return sum(w, count, teachers, teachers, 0, cache, next, z, student_max);
+    }
+    return {};
+  }
+
+  // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. `cache`
+  // receives the exponentials and what each block's are relative to.
+  template <class S>
+  Statistics scan_blocks(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
+                         const SegmentCache<T>& cache) const {
+    alignas(64) S student_buffer[kLongest];
+    alignas(64) S teacher_buffer[kLongest];
+    const Logits student = student_of(in, index), teacher = teacher_of(in, index);
+    Exponential<T> tempered(row.factor, 0, 1), separate(row.hard_factor, 0, 1);
+    Exponential<T> teachers(row.teacher_factor, 0, 1);
+    const auto sum = &sum_exponentials<ExpSource::kNone, LogRatioSum::kNone, T, S>;
+    const auto sum_student = with_source(row.hard, [](auto source) {
+      return &sum_exponentials<decltype(source)::value, LogRatioSum::kNone, T, S>;
+    });
+    Statistics result = kNoStatistics;
+    // One by one: a copy of the struct would wait for its members to be stored.
+    T *student_cache = cache.student, *teacher_cache = cache.teacher;
+    double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
+    bool log_ratios = row.log_ratios;
+    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
+      const Vectors<const S> z = fetch(student, at, count, student_buffer, row.left_out);
+      const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
+      touch_pages<S>(student, teacher, index, at, count);
+      const double top = maximum(z, count), teacher_top = maximum(w, count);
+      const bool raised = top > result.student_max || teacher_top > result.teacher_max;
+      if (log_ratios && raised && at > begin) {
+        result.log_ratio_sum = moved_log_ratios(row, result, std::fmax(top, result.student_max),
+                                                std::fmax(teacher_top, result.teacher_max));
+      }
+      if (top > result.student_max) {
+        if (result.student_max > kLowest) {
+          result.student_sum *= row.rescale(result.student_max, top);
+          result.hard_sum *= row.hard_rescale(result.student_max, top);
+        }
+        tempered.max = separate.max = static_cast<T>(top);
+        result.student_max = top;
+      }
+      if (teacher_top > result.teacher_max) {
+        if (result.teacher_max > kLowest) {
+          result.teacher_sum *= row.teacher_rescale(result.teacher_max, teacher_top);
+        }
+        teachers.max = static_cast<T>(teacher_top);
+        result.teacher_max = teacher_top;
+      }
+      const Into next = next_of<S>(at, in.classes);
+      const ExponentialSums sums =
+          sum_student(z, count, tempered, separate, row.squarings(), student_cache, next, {}, 0);
+      const ExponentialSums teacher_sums =
+          log_ratios ? sum_log_ratios<S>(z, w, count, teachers, tempered.max, teacher_cache, next)
+                     : sum(w, count, teachers, teachers, 0, teacher_cache, next, {}, 0);
+      if (student_cache != nullptr) {
+        student_cache += count, teacher_cache += count;
+        *student_max++ = result.student_max, *teacher_max++ = result.teacher_max;
+      }
+      result.student_sum += sums.tempered;
+      result.hard_sum += sums.hard;
+      result.teacher_sum += teacher_sums.tempered;
+      result.log_ratio_sum += teacher_sums.log_ratios;
+      // A row that is not well separated by its first classes is not worth the log ratios of the
+      // others.
+      if (log_ratios && at == begin && at + count < end && mean_of(row, result) == 0) {
+        log_ratios = false;
+        result.log_ratio_sum = kNaN<double>;
+      }
+    });
+    return result;
+  }
+
+  // Not inlined, for most divergences have none.
+  __attribute__((noinline)) void add_moments(int64_t index, int64_t begin, int64_t end,
+                                             Statistics* result) const {
+    alignas(64) T student[kLongest];
+    alignas(64) T teacher[kLongest];
+    const bool squares = in.divergence == Divergence::kCosine;
+    for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
+      const Vectors<const T> z = numbers(student_of(in, index), at, count, student);
+      const Vectors<const T> w = numbers(teacher_of(in, index), at, count, teacher);
+      const Moments moments =
+          squares ? sum_squares(z, w, steps(count)) : sum_moments(z, w, steps(count));
+      result->student_moment += moments.student, result->teacher_moment += moments.teacher;
+      result->student_count += moments.student_count;
+      result->teacher_count += moments.teacher_count;
+    });
+  }
+
+  Statistics scan(const Row<T>& row, int64_t index, int64_t segment,
+                  const SegmentCache<T>& cache) const {
+    if (row.state != State::kNormal) return kNoStatistics;
+    const int64_t begin = segment * kSegment, end = end_of(segment);
+    Statistics result = with_storage([&](auto storage) {
+      return scan_blocks<decltype(storage)>(row, index, begin, end, cache);
+    });
+    if (row.unit || row.centered) add_moments(index, begin, end, &result);
+    if (holds(begin, end - begin, row.left_out)) {
+      const Logits student = student_of(in, index), teacher = teacher_of(in, index);
+      result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
+      result.teacher_label = read_one<double>(teacher.base, teacher.dtype, row.left_out);
+    }
+    return result;
+  }
+
+  // What each block's exponentials are relative to, as scan() finds it.
+  template <class S>
+  __attribute__((noinline)) void find_maxima(const Row<T>& row, int64_t index, int64_t begin,
+                                             int64_t end, double* student_max,
+                                             double* teacher_max) const {
+    alignas(64) S buffer[kLongest];
+    double student_top = kLowest, teacher_top = kLowest;
+    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
+      student_top =
+          std::fmax(student_top,
+                    maximum(fetch(student_of(in, index), at, count, buffer, row.left_out), count));
+      *student_max++ = student_top;
+      teacher_top =
+          std::fmax(teacher_top,
+                    maximum(fetch(teacher_of(in, index), at, count, buffer, row.left_out), count));
+      *teacher_max++ = teacher_top;
+    });
+  }
+
+  template <class S>
+  __attribute__((noinline)) void exponentiate(const Logits& logits, int64_t at, int64_t count,
+                                              int64_t left_out, T factor, double max,
+                                              T* exponentials) const {
+    alignas(64) S buffer[kLongest];
+    // Where all classes are masked so far, no maximum is subtracted.
+    const Exponential<T> exponential(factor, max > kLowest ? static_cast<T>(max) : T(0), 1);
+    sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
+        fetch(logits, at, count, buffer, left_out), count, exponential, exponential, 0,
+        exponentials, Into::kL1);
+  }
+
+  // Calls fn(block) for the blocks of a segment, with their constants in `r`: with exponentials
+  // that `cache` has, or recomputed.
+  template <class Fn>
+  void for_exponentials(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
+                        Fn&& fn) const {
+    const Row<T>& row = r->row;
+    const int64_t index = r->index;
+    const int64_t begin = segment * kSegment, end = end_of(segment);
+    double maxima[2][SegmentCache<T>::kBlocks];
+    alignas(64) T exponentials[2][kLongest];
+    const double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
+    if (cache.empty()) {
+      student_max = maxima[0], teacher_max = maxima[1];
+      with_storage([&](auto storage) {
+        find_maxima<decltype(storage)>(row, index, begin, end, maxima[0], maxima[1]);
+      });
+    }
+    for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
+      T *student = exponentials[0], *teacher = exponentials[1];
+      if (!cache.empty()) {
+        student = cache.student + (at - begin), teacher = cache.teacher + (at - begin);
+      } else {
+        with_storage([&](auto storage) {
+          using S = decltype(storage);
+          exponentiate<S>(student_of(in, index), at, count, row.left_out, row.factor, *student_max,
+                          student);
+          exponentiate<S>(teacher_of(in, index), at, count, row.left_out, row.teacher_factor,
+                          *teacher_max, teacher);
+        });
+      }
+      set_block(row, r->scales, *student_max++, *teacher_max++, &r->c);
+      fn(RowBlock<T>{at, count, steps(count), student, teacher});
+    });
+  }
+};
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,200 @@
+// The formulas of a row, or of several side by side: both engines' source for all that is computed
+// once a row (docs/maths.md derives it).
+//
+// V is double in the row engine, which rounds the results to its compute type T; in the transposed
+// engine it is a vector of floats, one for each row.
+#pragma once
+#include <cmath>
+
+#include "vectors.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+template <class V>
+FASTKD_HOST_DEVICE auto finite(V x) {
+  return x - x == V{};
+}
+
+// x rounded to T.
+template <class T, class V>
+FASTKD_HOST_DEVICE V rounded(V x) {
+  return static_cast<V>(static_cast<T>(x));
+}
+
+// What tempers a row, and what its two terms are multiplied by.
+template <class V>
+struct Settings {
+  V temperature = broadcast<V>(1), teacher_temperature = broadcast<V>(1);
+  V hard_weight{}, soft_weight{};
+};
+
+constexpr double kLowest = -__builtin_huge_val();
+
+// What the gradient is made from. Rounded to the compute type before it is used, because backward
+// reads it back from `stats` and has to arrive at the same bits.
+template <class V>
+struct Scales {
+  V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
+  V student_label{}, teacher_label{};  // as in Statistics
+  V student_inverse = broadcast<V>(1),
+    teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
+  V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
+  V nothing{};                          // what a row of zeros adds to the divergence (kCosine)
+  V mean{};                             // the forward KL, where it is plain; else 0
+
+  // Not so where a logit is NaN or +inf, or all of them are -inf.
+  FASTKD_HOST_DEVICE auto valid() const {
+    return finite(student_max) & finite(student_scale) & finite(teacher_max) &
+           finite(teacher_scale) & valid_label(student_label, student_scale) &
+           valid_label(teacher_label, teacher_scale) & (student_inverse > 0) &
+           (teacher_inverse > 0) & finite(student_inverse) & finite(teacher_inverse) &
+           finite(student_mean) & finite(teacher_mean);
+  }
+
+  // In numbers of another type.
+  template <class W>
+  Scales<W> as() const {
+    const auto to = [](V x) { return static_cast<W>(x); };
+    return {to(student_max),   to(student_scale),   to(hard_scale),
+            to(teacher_max),   to(teacher_scale),   to(student_label),
+            to(teacher_label), to(student_inverse), to(teacher_inverse),
+            to(student_mean),  to(teacher_mean),    to(nothing),
+            to(mean)};
+  }
+
+ private:
+  static FASTKD_HOST_DEVICE auto valid_label(V logit, V scale_of_others) {
+    constexpr Scalar<V> kInf = kInfinity<Scalar<V>>;
+    return (logit < kInf) & ((scale_of_others > 0) | (logit > -kInf));
+  }
+};
+
+// The scales of a row, or of several, from its first sweep's sums.
+template <class V, class Sums>
+FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& of, bool hard, bool decoupled) {
+  Scales<V> s = {static_cast<V>(of.student_max),
+                 static_cast<V>(1 / of.student_sum),
+                 hard ? static_cast<V>(1 / of.hard_sum) : V{},
+                 static_cast<V>(of.teacher_max),
+                 static_cast<V>(1 / of.teacher_sum),
+                 static_cast<V>(of.student_label),
+                 static_cast<V>(of.teacher_label)};
+  if (!decoupled) return s;
+  // No class but the label.
+  const auto no_student = of.student_sum == 0, no_teacher = of.teacher_sum == 0;
+  s.student_max = no_student ? V{} : s.student_max;
+  s.student_scale = no_student ? V{} : s.student_scale;
+  s.hard_scale = no_student ? V{} : s.hard_scale;
+  s.teacher_max = no_teacher ? V{} : s.teacher_max;
+  s.teacher_scale = no_teacher ? V{} : s.teacher_scale;
+  return s;
+}
+
+// Calls fn(which, number) for the numbers of `stats` (kernels.h).
+template <class V, class Fn>
+FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& classes, Fn&& fn) {
+  const bool unit = id == Divergence::kCosine, centered = id == Divergence::kCenteredSquaredError;
+  fn(kStudentMax, s.student_max);
+  fn(kHardScale, s.hard_scale);
+  fn(kTeacherMax, s.teacher_max);
+  fn(kSlopeSum, slope);
+  fn(kClassCount, classes);
+  if (unit) {
+    fn(kStudentInverseNorm, s.student_inverse), fn(kTeacherInverseNorm, s.teacher_inverse);
+  } else if (centered) {
+    fn(kStudentMean, s.student_mean), fn(kTeacherMean, s.teacher_mean);
+  } else {
+    fn(kStudentScale, s.student_scale), fn(kTeacherScale, s.teacher_scale);
+  }
+}
+
+// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
+// alone would round at the size of the difference (docs/maths.md, section 3).
+constexpr double kApart = 32;
+// At a temperature below 1, what counts is the difference over it.
+template <class V>
+FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
+  const V limit = static_cast<Scalar<V>>(kApart) * bounded_above<V>(temperature, 1);
+  return magnitude_of<V>(teacher_max - student_max) > limit;
+}
+
+// How the sweeps after the first form d = log p - log q of a class from its logits:
+//   d = ((w - teacher_base) * temperature_ratio - (z - student_base)) * inverse_temperature
+//       - log_ratio
+// and, of divergences that compare logits, their difference, where log_ratio is 0.
+template <class V>
+struct LogRatio {
+  V inverse_temperature;                  // of the student
+  V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
+  V student_base{}, teacher_base{};
+  V log_ratio{};
+  Mask<V> shifted{};  // the bases are not 0, or the ratio not 1
+
+  FASTKD_HOST_DEVICE V of(V z, V w) const {
+    const V from_z = z - student_base, from_w = w - teacher_base;
+    return (from_w * temperature_ratio - from_z) * inverse_temperature - log_ratio;
+  }
+};
+
+// Rounded to T, in which the classes are computed: what rounding does to all d of a row alike,
+// include_label() takes off again.
+template <class T, class V>
+FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scales<V>& s,
+                                              bool of_logits) {
+  LogRatio<V> r;
+  r.inverse_temperature = rounded<T, V>(1 / row.temperature);
+  r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
+  if (of_logits) {
+    // A logit far above its row's others would take their digits.
+    r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
+    r.shifted = r.inverse_temperature > 0;
+    return r;
+  }
+  r.shifted = (row.temperature != row.teacher_temperature) |
+              are_apart(s.student_max, s.teacher_max, row.temperature);
+  r.student_base = r.shifted ? s.student_max : V{};
+  r.teacher_base = r.shifted ? s.teacher_max : V{};
+  const V between = (s.teacher_max - s.student_max) * r.inverse_temperature;
+  const V log_of_scales = log_of(s.student_scale / s.teacher_scale);
+  r.log_ratio = rounded<T, V>((r.shifted ? V{} : between) + log_of_scales);
+  return r;
+}
+
+// What slopes and probabilities are multiplied by in the gradient of the weighted loss; and what
+// the target takes off, from the label and from all classes.
+template <class V>
+struct RowGains {
+  V soft, hard, onehot, uniform;
+};
+template <class V>
+FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row,
+                                        const Scales<V>& s, V gain, bool has_hard) {
+  const Scalar<V> smoothing = static_cast<Scalar<V>>(in.label_smoothing);
+  const V soft = gain * row.soft_weight * row.temperature;
+  const V hard = has_hard ? gain * row.hard_weight : V{};
+  const bool unit = in.divergence == Divergence::kCosine;
+  return {unit ? soft * (row.temperature * s.student_inverse) : soft, hard, hard * (1 - smoothing),
+          hard * smoothing / static_cast<Scalar<V>>(in.classes)};
+}
+
+// A row's loss and terms.
+template <class V>
+struct Results {
+  V loss, terms[kTerms];
+};
+template <class V, class Sums>
+FASTKD_HOST_DEVICE Results<V> results_of(Divergence id, const Settings<V>& row, V hard,
+                                         const Sums& sums) {
+  const V value = divergence_of(id, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
+  // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
+  // probability underflows. That is an infinite divergence.
+  const V soft = value == value ? value : broadcast<V>(kInfinity<Scalar<V>>);
+  const V weight = row.soft_weight * row.temperature * row.temperature;
+  return {weighted(weight, soft) + weighted(row.hard_weight, hard),
+          {hard, soft, sums.student_entropy, sums.teacher_entropy,
+           sums.agreement > 0 ? broadcast<V>(1) : V{}}};
+}
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,450 @@
+// The transposed engine: one row per SIMD lane, for rows of few classes, and for rows whose classes
+// are not adjacent.
+//
+// A row of ten classes fills less than one vector, and what a row costs besides its classes (three
+// logarithms, scales, gains) would be most of its time. The pixels of (N, C, H, W) logits are
+// adjacent, their classes are not. Here a tile of rows is copied to the transposed layout
+// (transpose.h), and a group of them, as many as a register has lanes, is computed side by side by
+// the formulas of the row engine (formulas.h, decoupled.h, divergences.h) with registers as
+// numbers. No lane reads another: the bits do not depend on which rows share a group.
+#pragma once
+#include "decoupled.h"
+#include "row_blocks.h"
+#include "transpose.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+// A sum that keeps what rounding takes off it (Kahan). It is NaN where a plain sum is infinite.
+struct PreciseSum {
+  V sum{}, excess{};
+
+  FASTKD_HOST_DEVICE void add(V x) {
+    const V part = x - excess, next = sum + part;
+    excess = (next - sum) - part;
+    sum = next;
+  }
+};
+
+struct PlainSum {
+  V sum{};
+
+  FASTKD_HOST_DEVICE void add(V x) { sum += x; }
+};
+
+// Where exponentials are few, their sum's rounding would be most of the gradient's error.
+struct ExpSums {
+  PreciseSum student, hard, teacher;
+};
+
+// Classes [begin, end): sums are over a block's first, so that they round less.
+struct Block {
+  int64_t begin, end;
+};
+
+// Adjacent rows that are fetched while others are computed, a part with each class: all at once
+// would be more lines than a processor fetches.
+struct Ahead {
+  uintptr_t from = 0, size = 0;  // of a number; 0: nothing is fetched but one line
+
+  FASTKD_HOST_DEVICE void fetch(int64_t number) const {
+    const uintptr_t address = from + static_cast<uintptr_t>(number) * size;
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
+};
+
+struct TransposedEngine {
+  const Inputs& in;
+  void* const grad;  // [rows, classes], or null
+  const RowStrides grad_stride;
+  const bool hard;      // the hard term is wanted
+  const bool terms;     // and so are the entropies
+  const bool unit;      // the divergence is of unit vectors (kCosine)
+  const bool centered;  // it is of centered logits (kCenteredSquaredError)
+  const bool
+      decoupled;  // the sums are of the classes other than the label (kDecoupled; decoupled.h)
+  const Constants constants;
+  Row<float> shared;  // what rows have in common that have no settings of their own
+  Tile tile;
+  Ahead ahead[3];  // the next tile's logits, and the gradient of this one
+
+  // The group: rows [first, first + count), from `lane` of the tile on. Of each row:
+  int64_t first = 0, count = 0, lane = 0;
+  Settings<V> settings;
+  V factor, teacher_factor;  // of the exponentials
+  V gain;
+  Integer<V> label;  // or -1
+  Mask<V> computed;
+  V otherwise;  // what a row gets that is not computed: 0, or NaN
+  Scales<V> scales{};
+  LogRatio<V> ratio;
+  RowGains<V> gains;
+  LabelGains<V> label_gains{};  // kDecoupled, or 0
+  // Sums of the first sweep,
+  ExpSums exponentials;
+  alignas(64) double student_moment[kGroupRows], teacher_moment[kGroupRows];  // as in Statistics
+  V student_count, teacher_count, offsets;
+  // and of the second, as in Sums (kernels.h); each block's are summed first.
+  V value, slope, classes, student_entropy, teacher_entropy, agreement;
+
+  template <class Args>
+  TransposedEngine(const Args& args, bool terms)
+      : in(args),
+        grad(args.grad),
+        grad_stride(args.grad_stride),
+        hard(args.labels != nullptr &&
+             (args.hard_weight != 0 || args.row_settings != nullptr || terms)),
+        terms(terms),
+        unit(args.divergence == Divergence::kCosine),
+        centered(args.divergence == Divergence::kCenteredSquaredError),
+        decoupled(args.divergence == Divergence::kDecoupled),
+        constants(make_constants(args.divergence, args.mix)),
+        tile(args.classes) {
+    const int64_t any_label = 0;
+    Inputs common = args;
+    common.labels = args.labels != nullptr ? &any_label : nullptr;
+    common.ignore_index = -1;
+    common.row_settings = nullptr;
+    shared = make_row<float>(common, 0, true);
+    if (!hard) shared.hard = ExpSource::kNone;
+    if (hard && args.row_settings != nullptr) shared.hard = ExpSource::kSeparate;
+    for (int64_t i = 0; i < kGroupRows; ++i) set_row(i, shared);
+  }
+
+  void set_row(int64_t i, const Row<float>& row) {
+    settings.temperature[i] = static_cast<float>(row.temperature);
+    settings.teacher_temperature[i] = static_cast<float>(row.teacher_temperature);
+    settings.hard_weight[i] = static_cast<float>(row.hard_weight);
+    settings.soft_weight[i] = static_cast<float>(row.soft_weight);
+    factor[i] = row.factor;
+    teacher_factor[i] = row.teacher_factor;
+  }
+
+  // Calls fn() for each group of rows [begin, end), and writes the gradient that it leaves.
+  template <class Fn>
+  void for_groups(int64_t begin, int64_t end, Fn&& fn) {
+    for (int64_t at = begin; at < end; at += kTileRows) {
+      const int64_t rows = end - at < kTileRows ? end - at : kTileRows;
+      const auto rows_of = [&](DType dtype, const RowStrides& stride) {
+        return TileRows{dtype, stride, in.group_rows, at, rows};
+      };
+      for (int64_t i = 0; i < in.classes * kTileRows && rows % kGroupRows != 0; ++i) {
+        tile.student[i] = tile.teacher[i] = 0;  // lanes without a row are computed with, too
+      }
+      rows_of(in.student_dtype, in.student_stride).load(in.student, in.classes, tile.student);
+      rows_of(in.teacher_dtype, in.teacher_stride).load(in.teacher, in.classes, tile.teacher);
+      ahead[0] = fetched(in.student, in.student_dtype, in.student_stride, at + kTileRows);
+      ahead[1] = fetched(in.teacher, in.teacher_dtype, in.teacher_stride, at + kTileRows);
+      ahead[2] = fetched(grad, in.student_dtype, grad_stride, at);
+      for (lane = 0; lane < rows; lane += kGroupRows) {
+        first = at + lane, count = rows - lane < kGroupRows ? rows - lane : kGroupRows;
+        start_group();
+        fn();
+      }
+      if (grad == nullptr) continue;
+      rows_of(in.student_dtype, grad_stride).store(tile.student, in.classes, grad);
+    }
+  }
+
+  Ahead fetched(const void* base, DType dtype, const RowStrides& stride, int64_t row) const {
+    if (base == nullptr || stride.classes != 1 || stride.row != in.classes) {
+      return {reinterpret_cast<uintptr_t>(tile.student), 0};
+    }
+    const uintptr_t offset = static_cast<uintptr_t>(row_offset(row, in.group_rows, stride));
+    const uintptr_t size = static_cast<uintptr_t>(size_of(dtype));
+    return {reinterpret_cast<uintptr_t>(base) + offset * size, size};
+  }
+
+  template <class Fn>
+  void for_blocks(Fn&& fn) {
+    for (int64_t begin = 0; begin < in.classes; begin += kNarrow) {
+      fn(Block{begin, in.classes - begin < kNarrow ? in.classes : begin + kNarrow});
+    }
+  }
+
+  void start_group() {
+    const bool normal = shared.state == State::kNormal;
+    for (int64_t i = 0; i < kGroupRows; ++i) {
+      label[i] = -1;
+      computed[i] = normal ? -1 : 0;
+    }
+    otherwise = broadcast<V>(kNaN<float>);
+    scales.student_label = scales.teacher_label = V{};
+    for (int64_t i = 0; i < count && in.row_settings != nullptr; ++i) {
+      const Row<float> row = make_row<float>(in, first + i, hard);
+      set_row(i, row);
+      computed[i] = row.state == State::kNormal ? -1 : 0;
+    }
+    for (int64_t i = 0; i < count && in.labels != nullptr; ++i) {
+      const int64_t given = in.labels[first + i];
+      const bool ignored = given == in.ignore_index;
+      if (ignored) otherwise[i] = 0;
+      if (ignored || given < 0 || given >= in.classes) {
+        computed[i] = 0;
+      } else {
+        label[i] = static_cast<int32_t>(given);
+      }
+    }
+    if (hard || decoupled) {
+      for_labels([&](int64_t i, int64_t at) {
+        scales.student_label[i] = tile.student[at], scales.teacher_label[i] = tile.teacher[at];
+        if (decoupled) tile.student[at] = tile.teacher[at] = -kInfinity<float>;
+      });
+    }
+    exponentials = ExpSums{};
+    student_count = teacher_count = offsets = V{};
+    value = slope = classes = student_entropy = teacher_entropy = agreement = V{};
+    for (int64_t i = 0; i < kGroupRows; ++i) student_moment[i] = teacher_moment[i] = 0;
+  }
+
+  // Calls fn(row, index of its label in the student's and teacher's logits) for rows with a label.
+  template <class Fn>
+  void for_labels(Fn&& fn) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (label[i] >= 0) fn(i, label[i] * kTileRows + lane + i);
+    }
+  }
+
+  // The logits of one class.
+  FASTKD_HOST_DEVICE float* student_at(int64_t c) const {
+    return tile.student + c * kTileRows + lane;
+  }
+  FASTKD_HOST_DEVICE const float* teacher_at(int64_t c) const {
+    return tile.teacher + c * kTileRows + lane;
+  }
+
+  // The exponentials, given the maxima. With kSummed their sums are added to `exponentials`.
+  template <bool kSummed>
+  void exponentiate(const Block& b) {
+    with_source(shared.hard,
+                [&](auto source) { exponentiate_as<decltype(source)::value, kSummed>(b); });
+  }
+  template <ExpSource kSource, bool kSummed>
+  void exponentiate_as(const Block& b) {
+    const Exponentials<float> of_student(factor), of_teacher(teacher_factor);
+    const Exponentials<float> separate(broadcast<V>(static_cast<float>(kLog2E)));
+    const V student_max = scales.student_max, teacher_max = scales.teacher_max;
+    const int squarings = kSource == ExpSource::kPower ? shared.squarings() : 0;
+    ExpSums sums;
+    if constexpr (kSummed) sums = exponentials;
+    for (int64_t c = b.begin; c < b.end; ++c) {
+      for (const Ahead& rows : ahead) rows.fetch(c * kTileRows + lane);
+      const V z = load(student_at(c)) - student_max, w = load(teacher_at(c)) - teacher_max;
+      const V tempered = of_student(z), of_teachers = of_teacher(w);
+      V hard_exp = kSource == ExpSource::kSeparate ? separate(z)
+                   : kSource == ExpSource::kPower  ? tempered
+                                                   : V{};
+      for (int square = 0; square < squarings; ++square) hard_exp *= hard_exp;
+      store(tempered, tile.student_exp + c * kGroupRows);
+      store(of_teachers, tile.teacher_exp + c * kGroupRows);
+      store(hard_exp, tile.hard_exp + c * kGroupRows);
+      if constexpr (!kSummed) continue;
+      sums.student.add(tempered);
+      sums.teacher.add(of_teachers);
+      if constexpr (kSource != ExpSource::kNone) sums.hard.add(hard_exp);
+    }
+    if constexpr (kSummed) exponentials = sums;
+  }
+
+  // Maxima, sums of exponentials, and what the cross entropy reads of the logits.
+  void scan() {
+    V max = broadcast<V>(-kInfinity<float>), teacher_max = max;
+    for (int64_t c = 0; c < in.classes; ++c) {
+      max = FASTKD_ISA::max(load(student_at(c)), max);
+      teacher_max = FASTKD_ISA::max(load(teacher_at(c)), teacher_max);
+    }
+    if (decoupled) {  // no class but the label, perhaps
+      max = max == -kInfinity<float> ? V{} : max;
+      teacher_max = teacher_max == -kInfinity<float> ? V{} : teacher_max;
+    }
+    scales.student_max = max, scales.teacher_max = teacher_max;
+    for_blocks([&](const Block& b) {
+      exponentiate<true>(b);
+      if (unit || centered) add_moments(b);
+      if (hard && in.label_smoothing != 0) add_offsets(b);
+    });
+    struct {
+      V student_max, student_sum, hard_sum, teacher_max, teacher_sum, student_label, teacher_label;
+    } const sums = {scales.student_max,  exponentials.student.sum, exponentials.hard.sum,
+                    scales.teacher_max,  exponentials.teacher.sum, scales.student_label,
+                    scales.teacher_label};
+    scales = scales_of<V>(sums, hard, decoupled);
+    if (unit || centered) set_moments();
+  }
+
+  // Sum of z - max z, of all classes.
+  void add_offsets(const Block& b) {
+    V sum{};
+    for (int64_t c = b.begin; c < b.end; ++c) {
+      // The label may be masked in the tile (kDecoupled).
+      const auto is_label = label == static_cast<int32_t>(c);
+      sum += (is_label ? scales.student_label : load(student_at(c))) - scales.student_max;
+    }
+    offsets += sum;
+  }
+
+  // As sum_moments() of blocks.h does for one row.
+  void add_moments(const Block& b) {
+    const auto add = [&](V x, double* sums) {
+      float rows[kGroupRows];
+      store(x, rows);
+#pragma omp simd
+      for (int64_t i = 0; i < kGroupRows; ++i) {
+        const double number = rows[i];
+        sums[i] += unit ? number * number : number;
+      }
+    };
+    for (int64_t c = b.begin; c < b.end; ++c) {
+      const V z = load(student_at(c)), w = load(teacher_at(c));
+      Mask<V> masked = z == -kInfinity<float>, teacher_masked = w == -kInfinity<float>;
+      if (unit) masked = teacher_masked = masked & teacher_masked;
+      student_count += masked ? V{} : broadcast<V>(1);
+      teacher_count += teacher_masked ? V{} : broadcast<V>(1);
+      add(masked ? V{} : z, student_moment);
+      add(teacher_masked ? V{} : w, teacher_moment);
+    }
+  }
+  void set_moments() {
+    for (int64_t i = 0; i < kGroupRows; ++i) {
+      if (unit) {
+        const auto inverses = inverses_of<float>(student_moment[i], teacher_moment[i],
+                                                 static_cast<double>(settings.temperature[i]));
+        scales.student_inverse[i] = inverses.student, scales.teacher_inverse[i] = inverses.teacher;
+        scales.nothing[i] = static_cast<float>(inverses.nothing);
+      } else {
+        const double classes = student_count[i], teacher_classes = teacher_count[i];
+        scales.student_mean[i] = static_cast<float>(student_moment[i] / classes);
+        scales.teacher_mean[i] = static_cast<float>(teacher_moment[i] / teacher_classes);
+      }
+    }
+  }
+
+  // The divergence of each row, and its gradient; in backward `slope` and `classes` are known.
+  void differentiate(bool backward) {
+    gains = gains_of(in, settings, scales, gain, hard);
+    ratio = make_log_ratio<V, V>(settings, scales, shared.of_logits);
+    computed &= scales.valid();
+    if (decoupled) {
+      label_gains = FASTKD_ISA::label_gains(in, settings, scales, ratio, gains, hard);
+      label_gains.label = computed ? label_gains.label : otherwise;
+      gains.soft = label_gains.soft, gains.hard *= label_gains.hard_share;
+    }
+    gains.hard *= scales.hard_scale;
+    if (unit) return sweep_all<Cosine>(backward);
+    visit(in.divergence, [&](auto divergence) { sweep_all<decltype(divergence)>(backward); });
+  }
+
+  template <class D>
+  void sweep_all(bool backward) {
+    const V known_slope = slope, known_classes = classes;
+    for_blocks([&](const Block& b) {
+      if (terms || in.divergence == Divergence::kSoftCrossEntropy) add_entropies(b);
+      sweep<D>(b);
+    });
+    value += scales.nothing, slope += scales.nothing;
+    if (backward) slope = known_slope, classes = known_classes;
+    if (D::kBalance != Balance::kNone) balance<D>();
+    finish();
+  }
+
+  // The label's own part of the gradient.
+  void finish() {
+    if (!hard && !decoupled) return;
+    for_labels([&](int64_t i, int64_t at) {
+      float& g = tile.student[at];
+      g = decoupled ? label_gains.label[i] : g - gains.onehot[i];
+    });
+  }
+
+  // Returns a function that computes the gradient of one class but for the label's part.
+  FASTKD_HOST_DEVICE auto make_gradient() const {
+    return [soft = gains.soft, hard = gains.hard, uniform = gains.uniform, rest = label_gains.rest,
+            otherwise = otherwise, computed = computed](V slope, V q, V hard_exp) FASTKD_INLINE {
+      const V g = weighted_part(soft, slope) + (hard_exp * hard - uniform) + rest * q;
+      return computed ? g : otherwise;
+    };
+  }
+
+  // Sums values and slopes. Leaves the slopes, or, where nothing balances them, the gradient, in
+  // place of the student's logits.
+  template <class D>
+  void sweep(const Block& b) {
+    constexpr Balance kBalance = D::kBalance;
+    const ConstantsOf<float> k = constants.narrow;
+    const auto gradient = make_gradient();
+    const LogRatio<V> r = ratio;
+    const V student_scale = scales.student_scale, teacher_scale = scales.teacher_scale;
+    const V student_inverse = scales.student_inverse, teacher_inverse = scales.teacher_inverse;
+    // Of logits far apart, one square would take the digits of the others.
+    std::conditional_t<is_mean(kBalance), PreciseSum, PlainSum> values;
+    V slopes{}, counted{};
+    for (int64_t c = b.begin; c < b.end; ++c) {
+      const V z = load(student_at(c)), w = load(teacher_at(c));
+      const V q = load(tile.student_exp + c * kGroupRows) * student_scale;
+      const V p = load(tile.teacher_exp + c * kGroupRows) * teacher_scale;
+      Element<V> e;
+      if constexpr (kBalance == Balance::kUnit) {
+        e = {w * teacher_inverse, z * student_inverse, V{}, V{}, V{}};
+      } else {
+        const V d = r.of(z, w);
+        e = element(p, q, d);
+        e.gap = d;
+      }
+      const Evaluated<V> here = D::at(e, k);
+      V of_class = here.value, summed = kBalance == Balance::kUnit ? here.value : here.slope;
+      if constexpr (leaves_out_masked(kBalance)) {
+        const auto counts = here.slope == here.slope;
+        of_class = counts ? of_class : V{}, summed = counts ? summed : V{};
+        counted += counts ? broadcast<V>(1) : V{};
+      }
+      values.add(of_class), slopes += summed;
+      const V hard_exp = load(tile.hard_exp + c * kGroupRows);
+      store(kBalance == Balance::kNone ? gradient(here.slope, q, hard_exp) : here.slope,
+            student_at(c));
+    }
+    value += values.sum, slope += slopes, classes += counted;
+  }
+
+  // Makes the gradient of the slopes, given their sum.
+  template <class D>
+  void balance() {
+    constexpr Balance kBalance = D::kBalance;
+    const auto gradient = make_gradient();
+    const V student_scale = scales.student_scale, teacher_inverse = scales.teacher_inverse;
+    const V share = is_mean(kBalance) ? 1 / classes : broadcast<V>(1), sum = slope;
+    for (int64_t c = 0; c < in.classes; ++c) {
+      const V unbalanced = load(student_at(c));
+      const V q = load(tile.student_exp + c * kGroupRows) * student_scale;
+      V weight = share;
+      if (kBalance == Balance::kStudent) weight = q;
+      if (kBalance == Balance::kUnit) weight = unbalanced + load(teacher_at(c)) * teacher_inverse;
+      // Not 0 times a sum of slopes that may be infinite.
+      V here = kBalance == Balance::kMean ? unbalanced : unbalanced - sum * weight;
+      here *= share;
+      if (leaves_out_masked(kBalance)) here = unbalanced == unbalanced ? here : V{};
+      store(gradient(here, q, load(tile.hard_exp + c * kGroupRows)), student_at(c));
+    }
+  }
+
+  // What only `terms` and the soft cross entropy ask for.
+  void add_entropies(const Block& b) {
+    const V inverse = 1 / settings.temperature, teacher_inverse = 1 / settings.teacher_temperature;
+    const V log_scale = log_of(scales.student_scale);
+    const V teacher_log_scale = log_of(scales.teacher_scale);
+    V of_student{}, of_teacher{};
+    for (int64_t c = b.begin; c < b.end; ++c) {
+      const V z = load(student_at(c)) - scales.student_max;
+      const V w = load(teacher_at(c)) - scales.teacher_max;
+      const V q = load(tile.student_exp + c * kGroupRows) * scales.student_scale;
+      const V p = load(tile.teacher_exp + c * kGroupRows) * scales.teacher_scale;
+      of_student -= times_log<V>(q, z * inverse + log_scale);
+      of_teacher -= times_log<V>(p, w * teacher_inverse + teacher_log_scale);
+      const auto greatest = (z == 0) & (w == 0);
+      agreement = greatest ? broadcast<V>(1) : agreement;
+    }
+    student_entropy += of_student, teacher_entropy += of_teacher;
+  }
+};
+
+}  // namespace
+}  // namespace fastkd::cpu::FASTKD_ISA
