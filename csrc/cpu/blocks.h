@@ -273,7 +273,7 @@ __attribute__((noinline)) Entropies<T> sum_entropies(const Coefficients<T>& coef
       const T log_p = (w[i] - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
       student_sums[i] -= times_log(b.student[at + i] * c.student_scale, log_q);
       teacher_sums[i] -= times_log(b.teacher[at + i] * c.teacher_scale, log_p);
-      agreements[i] = (z[i] == student_max) & (w[i] == teacher_max) ? T(1) : agreements[i];
+      agreements[i] = ((z[i] == student_max) & (w[i] == teacher_max)) ? T(1) : agreements[i];
     }
   });
   return {sum_of(student_sums), sum_of(teacher_sums), sum_of(agreements) > T(0)};
