@@ -13,7 +13,7 @@ SCRIPTS = {
     "plain_loop.py": (["--epochs", "2"], "sklearn", "student: test accuracy"),
     "lightning_module.py": (["--epochs", "1"], "lightning", "student: test accuracy"),
     "transformers_trainer.py": (["--steps", "2"], "transformers", "held-out distillation loss"),
-    "language_model.py": (["--steps", "2", "--seeds", "1"], "torch", "distilled beats alone in"),
+    "language_model.py": (["--steps", "2", "--seeds", "1"], "matplotlib", "Lowest reverse KL"),
     "feature_hints.py": (["--epochs", "1"], "accelerate", "with a hint (mse)"),
     "ensemble.py": (["--epochs", "1"], "accelerate", "all three"),
 }
@@ -39,6 +39,7 @@ def test_script(name):
 
 @pytest.mark.slow
 def test_the_language_model_writes_between_its_markers(tmp_path):
+    pytest.importorskip("matplotlib")
     document = tmp_path / "a.md"
     document.write_text(
         "before\n<!-- language_model:begin -->\nold\n<!-- language_model:end -->\nafter\n"
@@ -49,6 +50,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert done.stdout in text
+    assert document.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     document.write_text("no markers\n")
     done = subprocess.run([*command, "--write", document], capture_output=True, text=True)
     assert done.returncode == 2 and document.read_text() == "no markers\n"
