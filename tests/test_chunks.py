@@ -156,7 +156,7 @@ BAD = {
     "bytes": ({"max_workspace": 1.5}, "max_workspace must be a positive number of bytes"),
     "too small": ({"max_workspace": 100}, "max_workspace=100 is too small"),
     "student": ({"student": torch.zeros(37, 203)}, "student must be a fastkd.Head; got Tensor"),
-    "teacher": ({"teacher": None}, "teacher must be a Head, a TopK or a tensor"),
+    "teacher": ({"teacher": None}, "teacher must be a Head, TopK, Sampled or a tensor"),
     "option": ({"divergence": "kl"}, "divergence must be one of"),
     "unknown": ({"tau": 2.0}, "plan() got an unexpected keyword argument 'tau'"),
     "chunks": ({"chunks": "auto"}, "plan() got an unexpected keyword argument 'chunks'"),

@@ -198,7 +198,8 @@ def test_opcheck(reduction, by_classes):
     call = LinearCall(
         temperature=2.0, teacher_temperature=None, hard_weight=0.5, soft_weight=0.5,
         ignore_index=-100, reduction=reduction, label_smoothing=0.0, divergence="forward_kl",
-        mix=None, standardize=False, tail="ghost", student_softcap=None, teacher_softcap=None,
+        mix=None, standardize=False, tail="ghost", estimator=None, student_softcap=None,
+        teacher_softcap=None,
         student_scale=1.0, teacher_scale=1.0, dtype=FP32, teacher_dtype=FP32, accumulate=FP32,
         chunk=8, by_classes=by_classes, hidden_grad=grads, weight_grad=grads, bias_grad=False,
         with_terms=False,

@@ -151,7 +151,9 @@ def test_dkd_near_the_teacher(device, classes, kl):
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
     # What rounding does to a row's sum of exponentials counts by its square alone.
     floor = torch.finfo(FP32).eps ** 2 / 2
-    torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=9 * floor)
+    # Of 60 draws of 64 rows of 10 classes, the greatest error at 1e-8 is 22 to 29 times the floor, by the
+    # kernels of any version.
+    torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
     # As of the KL: a unit in the last place of what the probabilities are multiplied by.
     others = teacher.double().softmax(-1)

@@ -79,7 +79,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
     acc = compute_dtype(student, host[0])
     size = float(torch.as_tensor(options.get("temperature", 2.0)).max()) ** 2
     size *= max(1.0, float(max(x.double().abs().max() for x in (student, *host)))) ** 2
-    for name, ours, theirs in zip(got._fields, got, exact, strict=True):
+    for name, ours, theirs in zip(exact._fields, got[:6], exact, strict=True):
         assert ours.dtype == acc, name
         torch.testing.assert_close(
             ours.detach().double().cpu(),
@@ -239,12 +239,12 @@ def test_class_weights_in_place_and_of_pixels(device):
         given = leaf * 1
         got = fastkd.terms(given, teacher, labels, dim=1, inplace=inplace, **options)
         got.loss.backward()
-        results.append((torch.stack(got), leaf.grad))
+        results.append((torch.stack(got[:6]), leaf.grad))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     leaf = student.clone().requires_grad_()
     exact = reference.terms(leaf, teacher, labels, dim=1, **options)
     exact.loss.backward()
-    torch.testing.assert_close(results[0], (torch.stack(exact), leaf.grad))
+    torch.testing.assert_close(results[0], (torch.stack(exact[:6]), leaf.grad))
 
 
 # ---- where the classes are
@@ -331,7 +331,7 @@ def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
     monkeypatch.setattr(reference, "terms", None)
     got = fastkd.terms(leaf, teacher, labels, **options)
     got.loss.sum().backward()
-    for mine, double in zip(got, expected, strict=True):
+    for mine, double in zip(got[:6], expected[:6], strict=True):
         torch.testing.assert_close(mine.double(), double, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(leaf.grad, gradient, rtol=2e-5, atol=2e-7)
     with pytest.raises(ValueError, match="inplace"):

@@ -389,8 +389,8 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     for options, words in (
         ({"temperature": 2.0}, "at temperature 3, which cannot be turned into those at 2"),
         (
-            {"temperature": 3.0, "divergence": "jsd"},
-            "divergence must be 'forward_kl' with a TopK as teacher; got 'jsd'",
+            {"temperature": 3.0, "divergence": "mse"},
+            "with a TopK as teacher, which lists probabilities of some classes; got 'mse'",
         ),
         (
             {"temperature": 3.0, "standardize": True},

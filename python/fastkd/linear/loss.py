@@ -220,11 +220,18 @@ _AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "Au
 
 def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the loop. The dispatcher has switched autograd off, and the loss of a chunk needs it."""
+    tensors, numbers = Inputs(*inputs), LinearCall(*call)  # type: ignore[arg-type]
+    has_teacher = tensors.teacher_logits is not None or tensors.teacher_hidden is not None
+    if numbers.chunk < 1 or (numbers.by_classes and not has_teacher):
+        raise ValueError(
+            "linear_loss needs a chunk of at least 1, and by_classes needs a dense teacher; got "
+            f"chunk={numbers.chunk}, by_classes={numbers.by_classes}"
+        )
     with contextlib.ExitStack() as stack:
         for name in _AUTOGRAD_KEYS:
             key = getattr(torch._C.DispatchKey, name)
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        return _run(Inputs(*inputs), LinearCall(*call))  # type: ignore[arg-type]
+        return _run(tensors, numbers)
 
 
 def _fake_op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -116,10 +116,13 @@ def _centered(logits: Tensor) -> Tensor:
     """Subtract from each row the mean of its unmasked logits."""
     masked = logits == -math.inf
     count = (~masked).sum(-1, keepdim=True)
-    for _ in range(2):  # the second mean is the rounding error of the first
+
+    def mean(values: Tensor) -> Tensor:
         # Quotients, because the sum of finite masks such as -1e38 would overflow.
-        logits = logits - (logits.masked_fill(masked, 0) / count).sum(-1, keepdim=True)
-    return logits
+        return (values.masked_fill(masked, 0) / count).sum(-1, keepdim=True)
+
+    centered = logits - mean(logits)
+    return centered - mean(centered.detach())  # which is the rounding error of the first mean
 
 
 def deviation(logits: Tensor) -> tuple[Tensor, Tensor]:
