@@ -632,7 +632,7 @@ def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("loss.divergence=mse", "'soft_cross_entropy' with a TopK as teacher"),
+        ("loss.divergence=mse", "divergence must be one of .* with a TopK as teacher"),
         ("train={module}:Stream", "train must return a data set with __getitem__ .*Stream"),
     ],
 )
