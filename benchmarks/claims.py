@@ -182,10 +182,16 @@ def _against_eager(results: Results) -> Values:
 
 def _both_devices() -> list[Claim]:
     return [
+        # The gradient, and on a CPU 8 bytes a class and thread for exponentials.
         Claim(
-            "extra peak memory, student tensors", 1.0, None, False, _peak("fastkd", memory=True), ""
+            "extra peak memory, student tensors",
+            1.15,
+            None,
+            False,
+            _peak("fastkd", memory=True),
+            "",
         ),
-        Claim("the same in place", 0.0, None, False, _peak("fastkd in place", memory=True), ""),
+        Claim("the same in place", 0.15, None, False, _peak("fastkd in place", memory=True), ""),
         Claim(
             "relative error at KL = 5e-7, fp32, worst row",
             2e-6,

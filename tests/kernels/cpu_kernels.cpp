@@ -1,5 +1,7 @@
 // The CPU kernels of every instruction set that this machine runs, against a reference that is
 // written from the definitions in long double and shares no line with them.
+//
+//   cpu_kernels [ISA | memory]     the tests of one instruction set, or those that valgrind needs
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -866,8 +868,10 @@ void test_selection() {
 
 int main(int argc, char** argv) {
   memory_alone = argc > 1 && std::strcmp(argv[1], "memory") == 0;
+  const char* const only = argc > 1 && !memory_alone ? argv[1] : nullptr;
   test_selection();
   for (const cpu::Kernels* const* k = cpu::available(); *k != nullptr; ++k) {
+    if (only != nullptr && std::strcmp((*k)->name, only) != 0) continue;
     std::printf("%s\n", (*k)->name);
     for (const bool by_registers : {false, true}) {
       if (!memory_alone) test_exponential(**k, by_registers);
