@@ -45,7 +45,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "skewed_reverse_kl": lambda log_p, log_q: _kl(log_q, _mixture(log_q, log_p, 0.1)),
     "total_variation": lambda log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs(),
 }
-"""What a sparse teacher may be compared by, in plain PyTorch: terms of each class."""
+"""The divergences of a sparse teacher in plain PyTorch: the terms of each class."""
 
 
 @dataclass(frozen=True)
