@@ -35,13 +35,13 @@ enum class Divergence : int32_t {
 };
 constexpr int kDivergences = static_cast<int>(Divergence::kCosine) + 1;
 
-// How the gradient follows from the slopes.
+// The formula of the gradient, given the slopes and their sum S.
 enum class Balance {
   kNone,     // it is the slope: S is 0
   kStudent,  // slope - q * S
   // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Of those that they do, value and slope are NaN, and the gradient is 0. These
-  // divergences read the gap of two logits alone.
+  // both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0. These
+  // divergences read the difference of two logits alone.
   kMean,
   kCentered,
   // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
@@ -49,7 +49,7 @@ enum class Balance {
   kUnit,
 };
 
-// What the divergences know before they see a class, in the compute type.
+// Constants of a divergence, the same for all classes, in the compute type.
 template <class T>
 struct ConstantsOf {
   static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
@@ -62,7 +62,7 @@ struct ConstantsOf {
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
-// The same for both compute types; made once a call.
+// Constants for both compute types; made once a call.
 struct Constants {
   ConstantsOf<double> wide;
   ConstantsOf<float> narrow;
@@ -269,7 +269,7 @@ struct Cosine {
   }
 };
 
-// Whether a row's length has no inverse in T.
+// Return true if a row's length has no inverse in T.
 template <class T>
 FASTKD_HOST_DEVICE bool is_nothing(double squares) {
   // In double its square is 0.
@@ -278,9 +278,9 @@ FASTKD_HOST_DEVICE bool is_nothing(double squares) {
   return squares <= kLeast * kLeast;
 }
 
-// What Cosine needs of a row before it sees a class: 1 / |z| and 1 / |w|, from sums of squares. A
-// row of zeros has the inverse that leaves its gradient by z / t alone, and is at a right angle to
-// everything: 1/2 |u - v|^2 lacks 1/2 for each.
+// Inverse lengths of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
+// zeros has the inverse t, so that its gradient is that by z / t. A row of zeros is at a right
+// angle to everything: 1/2 |u - v|^2 lacks 1/2 for each such row.
 template <class T>
 struct Inverses {
   T student, teacher;
@@ -405,7 +405,7 @@ FASTKD_HOST_DEVICE constexpr bool is_mean(Balance balance) {
   return balance == Balance::kMean || balance == Balance::kCentered;
 }
 
-// Whether classes that both mask have slopes of NaN.
+// Return true if classes that student and teacher both mask have slopes of NaN.
 FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
   return is_mean(balance) || balance == Balance::kUnit;
 }

@@ -49,10 +49,9 @@ enum Stat : int {
   // teacher where the row is well separated (cpu/row.h), else 0.
   kMeanLogRatio = kClassCount,
 };
-// Of kDecoupled the sums leave the label out; maximum and scales are 0 where no other class is
-// left.
+// The sums of kDecoupled leave the label out; maximum and scales are 0 if there is no other class.
 
-// Where rows start. They come in groups of `group_rows` (one group is the common case; logits[:,
+// Strides of rows, which come in groups of `group_rows` (one group is the common case; logits[:,
 // :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
 // group are `row` elements apart, groups `group`. One of `row` and `classes` is 1.
 struct RowStrides {
@@ -83,9 +82,8 @@ struct Inputs {
 
   const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
 
-  // Replaces the four numbers below by numbers of each row's own: acc [kRowSettings, rows], or
-  // null. Of the four, where they are replaced, this much is looked at: if the two temperatures
-  // are equal, so are the two of each row.
+  // Settings of each row, acc [kRowSettings, rows], which replace the four numbers below; or null.
+  // Two equal temperatures below promise, even if replaced, that the two of each row are equal.
   const void* row_settings = nullptr;
   double temperature = 1.0;  // of the student; its square multiplies the divergence
   double teacher_temperature = 1.0;
@@ -99,7 +97,7 @@ struct Inputs {
 };
 // kDecoupled needs labels: without, its rows are as if their labels were out of range.
 
-// What a forward call writes. A label that is out of range makes its row's loss and gradient NaN.
+// A forward call with its outputs. A label out of range makes its row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
   void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator
   void* terms =
@@ -161,8 +159,8 @@ struct Statistics {
   // there are so many (kCenteredSquaredError); or 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
-  // Where a row may be well separated (cpu/row.h): the sum over classes of exp((w - max w) / t)
-  // times (w - max w) - (z - max z); NaN where it was given up. Or 0.
+  // The sum over classes of exp((w - max w) / t) times (w - max w) - (z - max z). NaN if abandoned
+  // because the row is close to its teacher; 0 if unused (cpu/row.h).
   double log_ratio_sum = 0;
 };
 // Sums of one segment of one row, second sweep.
@@ -183,10 +181,10 @@ struct Kernels {
   // Whole rows [begin, end).
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
-  // The same in steps, for a few rows that are longer than a segment: scan every segment of a row;
-  // balance every segment, given the statistics of all, unless the divergence is_one_sweep(); write
-  // every segment, given the total of those sums; then close the row. `segments` = ceil(classes /
-  // kSegment) entries each. balance and write add to the segment's own entry of the sums.
+  // The steps of forward(), for a few rows that are longer than a segment. Scan every segment of a
+  // row; balance every segment, given all statistics, unless the divergence is_one_sweep(); write
+  // every segment, given the total of balance's sums; close the row. Statistics and sums have
+  // ceil(classes / kSegment) entries. balance and write add to the segment's entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*balance)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                   Sums* of_segment);
@@ -210,7 +208,7 @@ Sums total(const Sums* of_segments, int64_t segments);
 
 // The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.
 const Kernels& kernels();
-// Those that this processor can run, best first, null-terminated.
+// Return the kernels that this processor can run, best first, null-terminated.
 const Kernels* const* available();
 // Makes kernels() return the named one; false, and no change, if it is not available.
 bool select(const char* name);

@@ -5,7 +5,7 @@
 
 namespace fastkd {
 
-// What several teachers are mixed in: the probabilities that they give, or their logits.
+// The quantity of several teachers that is averaged: their probabilities, or their logits.
 enum class Ensemble : int32_t { kProbs = 0, kLogits = 1 };
 
 struct MixedTeacher {
@@ -38,7 +38,7 @@ namespace cuda {
 
 constexpr int kMostTeachers = 32;  // as python/fastkd/_core/dense.py has it
 
-// As the calls of kernels.h, for at most so many teachers.
+// Queue a mixture of at most kMostTeachers. `stream` and the result are as in kernels.h.
 int mixture(const MixtureArgs& args, void* stream);
 
 }  // namespace cuda

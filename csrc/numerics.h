@@ -91,7 +91,7 @@ FASTKD_HOST_DEVICE T float_of(Integer<T> n) {
   }
 }
 
-// What a divergence sees of one class.
+// The quantities of one class that a divergence reads.
 template <class T>
 struct Element {
   T p;       // teacher probability
@@ -102,7 +102,7 @@ struct Element {
   T gap{};   // w / t - z / t, of divergences that compare logits
 };
 
-// Whether the series is used.
+// Return true if f(d) is computed by its series.
 template <class T>
 FASTKD_HOST_DEVICE auto is_small(T d) {
   return magnitude_of(d) < static_cast<Scalar<T>>(kSeriesLimit);

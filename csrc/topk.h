@@ -5,7 +5,7 @@
 
 namespace fastkd {
 
-// What becomes of the classes that the teacher's list leaves out.
+// The treatment of the classes that the teacher's list leaves out.
 enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 
 // An estimate of KL(student || teacher) from one class that was sampled from the student (Schulman
@@ -15,8 +15,8 @@ enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 // Return true if the sparse loss has the divergence: those that compare probabilities.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
-// Of Inputs, `teacher` is acc [rows, k], contiguous: log-probabilities, taken as they are. Its
-// stride, the teacher's temperature and the rows' settings are unused.
+// A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, taken as
+// they are. The teacher's stride and temperature and the rows' settings are unused.
 struct TopkArgs : Inputs {
   int64_t k = 0;
   // [rows, k] class of each log-probability. An entry is padding, as if it were not there, where
@@ -49,9 +49,9 @@ constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 namespace cuda {
 
-// As forward() and backward() of kernels.h. A row whose list is none (cpu::Kernels::topk) gets the
-// loss and the gradient NaN. topk_backward() writes the gradient alone, from the logits once more;
-// `filled` as there.
+// Sparse loss, called like forward() and backward() of kernels.h, `filled` included. A row with an
+// invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN. topk_backward() writes the
+// gradient alone, from the logits once more.
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
 

@@ -11,7 +11,7 @@
 
 namespace fastkd::topk {
 
-// How a call compares teacher and student.
+// The options by which a call compares teacher and student.
 struct Comparison {
   Divergence divergence = Divergence::kForwardKL;
   Tail tail = Tail::kGhost;
@@ -44,7 +44,7 @@ struct Mass {
 // A maximum to subtract: any finite number where there is nothing to subtract from.
 FASTKD_HOST_DEVICE double origin(const Mass& mass) { return mass.max > kNothing ? mass.max : 0.0; }
 
-// What sums relative to one maximum are multiplied by when it becomes another.
+// Return the factor for sums whose maximum changes from `from` to `to`.
 FASTKD_HOST_DEVICE double shift(double from, double to, double temperature) {
   return from == to ? 1.0 : std::exp((from - to) / temperature);
 }
@@ -216,7 +216,7 @@ FASTKD_HOST_DEVICE double row_loss(const Comparison& how, const RowOptions& row,
   double value = sums.value;
   if (how.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. That is an infinite divergence.
+  // probability underflows. The divergence is then infinite.
   if (value != value) value = -kNothing;
   // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
   if (!how.estimates() && !how.is_cut_off()) value = at_least_0(value);

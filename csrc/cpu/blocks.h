@@ -21,19 +21,19 @@ struct Coefficients : LogRatio<T> {
   T student_share = 0;   // of q, and
   T constant_share = 0;  // of 1, which center the slopes (divergences.h)
   T bound = T(-1e30);    // of log(p / q), from below; as a literal it is compiled to more
-  // Of a row whose sums leave its label out (decoupled.h): the other classes' gradient gets
-  // rest_gain times q, the label's is label_gradient.
+  // Gradient of a row whose sums leave its label out (decoupled.h): other classes get rest_gain
+  // times q, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
   T teacher_inverse_temperature = 1;
   bool well_separated = false;  // the row is (row.h)
-  // Of a block, over its exponentials:
+  // Factors of a block's exponentials:
   T student_scale = 0, teacher_scale = 0;          // q and p
   T student_soft_gain = 0, teacher_soft_gain = 0;  // soft_gain times these
   T block_hard_gain = 0, block_rest_gain = 0;
 
-  // Whether the exponentials of the block can be compared over q's scale: not so where the block
-  // lies so far below the row's maximum that next to nothing is left of it.
+  // Return true if the exponentials of the block can be compared over q's scale. In a block far
+  // below the row's maximum the scale is too close to 0.
   bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
@@ -51,7 +51,7 @@ FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T>& c, T z, T w, T s
                     log_ratio_of<kShifted>(c, z, w), c.bound);
 }
 
-// What the divergence D reads of one class.
+// Return the quantities of one class that the divergence D reads.
 template <class D, bool kShifted, class T>
 FASTKD_HOST_DEVICE Element<T> element_for(const Coefficients<T>& c, T z, T w, T student_exponential,
                                           T teacher_exponential) {
@@ -77,8 +77,8 @@ struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// What a class's gradient has besides its divergence's: the hard term, label smoothing, and q's
-// share where the label is left out. The loops below add it to theirs.
+// Write the gradient of the hard term, of label smoothing, and of q's share where the label is left
+// out. The loops below add it to the divergence's gradient.
 template <ExpSource kSource, class T>
 __attribute__((noinline)) void write_hard_part(const Coefficients<T>& coefficients,
                                                const RowBlock<T>& block, T* hard_part) {

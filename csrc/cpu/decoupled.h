@@ -1,6 +1,6 @@
 // Decoupled distillation: the sweeps are those of the forward KL among the classes other than the
-// label, which they leave out. What follows from the label's own two logits and their sums is here
-// (docs/maths.md, section 10), a few numbers for each row. V as in row.h.
+// label, which they leave out. This file computes the few numbers of each row that follow from the
+// label's two logits and the sweeps' sums (docs/maths.md, section 10). V as in row.h.
 #pragma once
 #include "row.h"
 
@@ -12,7 +12,8 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V log) {
   return {log, exp_of<V>(-magnitude_of(log))};
 }
 
-// Of the label against classes whose sum of exponentials relative to `max` is 1 / scale, 0: none.
+// Return the label's odds against classes whose exponentials relative to `max` sum to 1 / scale. A
+// scale of 0 stands for no classes.
 template <class V>
 FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
   const V log = (label - max) / temperature + log_of(scale);
@@ -40,7 +41,7 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
 }
 
-// What the label makes of a row's gains.
+// The gains of a row whose sums leave its label out.
 template <class V>
 struct LabelGains {
   V soft, rest;  // of slopes, and of q, in the other classes' gradient

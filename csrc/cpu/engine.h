@@ -24,10 +24,10 @@ struct Engine : FirstSweep<T> {
   using FirstSweep<T>::for_exponentials;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
-  // Whether the sweep that sums slopes leaves them for the one that centers them.
+  // Return true if the sweep that sums slopes caches them for the sweep that centers them.
   bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
-  // Whether a row's gradient is q - p as it stands, and its value known.
+  // Return true if a row's gradient is q - p as it stands, and its value is known.
   bool is_difference(const ActiveRow<T>& r) const {
     return r.scales.mean > 0 && is_mean_log_ratio(in.divergence);
   }
@@ -45,7 +45,7 @@ struct Engine : FirstSweep<T> {
     b->w = numbers(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
-  // Whether the sweep after the first has more to sum than the divergence.
+  // Return true if the sweep after the first sums more than the divergence.
   bool has_extras() const {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
@@ -57,7 +57,7 @@ struct Engine : FirstSweep<T> {
     sums->student_logits +=
         weighted(1 - in.label_smoothing, z - static_cast<double>(r.scales.student_max));
   }
-  // What label smoothing, `terms` and the soft cross entropy ask for of a block.
+  // Add a block's sums for label smoothing, `terms` and the soft cross entropy.
   __attribute__((noinline)) void add_extras(const ActiveRow<T>& r, RowBlock<T> b,
                                             Sums* sums) const {
     alignas(64) T z[kLongest];
@@ -126,7 +126,7 @@ struct Engine : FirstSweep<T> {
     sums->value += nothing, sums->slope += nothing;
   }
 
-  // What centers the slopes. Their sum is rounded to T, because backward reads it from `stats`.
+  // Set the shares that center the slopes. The slope sum is rounded to T, as it is in `stats`.
   void set_shares(Coefficients<T>* c, const Sums& sums) const {
     const Balance balance = balance_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
@@ -138,7 +138,7 @@ struct Engine : FirstSweep<T> {
     }
   }
 
-  // What is to become of the label's element: what the one-hot target takes off, or another value.
+  // Update of the label's gradient: the amount that the one-hot target takes off, or a new value.
   struct Label {
     int64_t index = -1;  // in the row, or none
     bool replaces = false;
@@ -148,7 +148,7 @@ struct Engine : FirstSweep<T> {
     const Row<T>& row = r.row;
     if (grad == nullptr) return {};
     if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
-    // As backward sees it, which knows no terms.
+    // Not row.hard, because backward knows no terms.
     if (row.gradient_hard == ExpSource::kNone) return {};
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }

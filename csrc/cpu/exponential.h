@@ -7,10 +7,10 @@
 // anything is rounded, so that logits of any size are as accurate as small ones.
 //
 // Error of 2^x against the exact value at the same float x, scale 1: at most 1.0 ulp with FMA, 1.3
-// without, for -126 <= x < 128 (measured, tests/kernels). What is below
-// 2^-126 with its scale, and x = -inf, give exactly 0; x = 0 gives exactly 1; NaN gives NaN. From
-// 128 on, and for +inf, the result is meaningless: the kernels subtract the maximum first, and
-// treat rows that hold a +inf before they use it.
+// without, for -126 <= x < 128 (measured, tests/kernels). Results below 2^-126, scale included, and
+// x = -inf give exactly 0; x = 0 gives exactly 1; NaN gives NaN. For x >= 128, +inf included, the
+// result is meaningless: the kernels subtract the maximum first, and treat rows that hold a +inf
+// before they take exponentials.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// What differs between the two compute types.
+// Floating-point format of a compute type.
 template <class T>
 struct Format;
 
@@ -102,7 +102,7 @@ struct Exponential {
 
   FASTKD_HOST_DEVICE T operator()(T logit) const { return of(logit - max, factor, least); }
 
-  // The same for a factor of each lane; V is T, or a register of them (registers.h).
+  // Return the exponential of logit - max. V is T, or a register with a factor for each lane.
   template <class V = T, class Bits = typename F::Bits>
   FASTKD_HOST_DEVICE V of(V offset, V factor, V least) const {
     const V shifted = offset * factor + F::kRound;

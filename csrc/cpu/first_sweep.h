@@ -147,7 +147,7 @@ struct FirstSweep : RowAccess<T> {
     return result;
   }
 
-  // What each block's exponentials are relative to, as scan() finds it.
+  // Write the maxima that the blocks' exponentials are relative to, as in scan().
   template <class S>
   __attribute__((noinline)) void find_maxima(const Row<T>& row, int64_t index, int64_t begin,
                                              int64_t end, double* student_max,
@@ -171,7 +171,7 @@ struct FirstSweep : RowAccess<T> {
                                               int64_t left_out, T factor, double max,
                                               T* exponentials) const {
     alignas(64) S buffer[kLongest];
-    // Where all classes are masked so far, no maximum is subtracted.
+    // If all classes so far are masked, no maximum is subtracted.
     const Exponential<T> exponential(factor, max > kLowest ? static_cast<T>(max) : T(0), 1);
     sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
         fetch(logits, at, count, buffer, left_out), count, exponential, exponential, 0,

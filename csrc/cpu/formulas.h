@@ -22,7 +22,7 @@ FASTKD_HOST_DEVICE V rounded(V x) {
   return static_cast<V>(static_cast<T>(x));
 }
 
-// What tempers a row, and what its two terms are multiplied by.
+// The temperatures of a row, and the weights of its two terms.
 template <class V>
 struct Settings {
   V temperature = broadcast<V>(1), teacher_temperature = broadcast<V>(1);
@@ -31,8 +31,8 @@ struct Settings {
 
 constexpr double kLowest = -__builtin_huge_val();
 
-// What the gradient is made from. Rounded to the compute type before it is used, because backward
-// reads it back from `stats` and has to arrive at the same bits.
+// Statistics of a row for its gradient. They are rounded to the compute type before they are used,
+// because backward reads them from `stats` and has to arrive at the same bits.
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
@@ -109,7 +109,7 @@ FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& clas
   }
 }
 
-// Where the two maxima differ by more than this, d is formed from logits relative to them: w - z
+// If the two maxima differ by more than kApart, d is formed from logits relative to them: w - z
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
 // At a temperature below 1, what counts is the difference over it.
@@ -119,10 +119,10 @@ FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
   return magnitude_of<V>(teacher_max - student_max) > limit;
 }
 
-// How the sweeps after the first form d = log p - log q of a class from its logits:
+// Constants from which the sweeps after the first form d = log p - log q of a class:
 //   d = ((w - teacher_base) * temperature_ratio - (z - student_base)) * inverse_temperature
 //       - log_ratio
-// and, of divergences that compare logits, their difference, where log_ratio is 0.
+// For divergences that compare logits, d is the logits' difference, and log_ratio is 0.
 template <class V>
 struct LogRatio {
   V inverse_temperature;                  // of the student
@@ -161,8 +161,8 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   return r;
 }
 
-// What slopes and probabilities are multiplied by in the gradient of the weighted loss; and what
-// the target takes off, from the label and from all classes.
+// Factors of slopes and of probabilities in the gradient of the weighted loss, and the amounts that
+// the target takes off: `onehot` from the label, `uniform` from all classes.
 template <class V>
 struct RowGains {
   V soft, hard, onehot, uniform;
@@ -188,7 +188,7 @@ FASTKD_HOST_DEVICE Results<V> results_of(Divergence id, const Settings<V>& row, 
                                          const Sums& sums) {
   const V value = divergence_of(id, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. That is an infinite divergence.
+  // probability underflows. The divergence is then infinite.
   const V soft = value == value ? value : broadcast<V>(kInfinity<Scalar<V>>);
   const V weight = row.soft_weight * row.temperature * row.temperature;
   return {weighted(weight, soft) + weighted(row.hard_weight, hard),

@@ -1,4 +1,4 @@
-// Which of the compiled kernels this processor runs, and which of those is used.
+// Dispatch: the compiled kernels that this processor can run, and the choice among them.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

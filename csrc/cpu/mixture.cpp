@@ -40,8 +40,8 @@ class Mixer {
   }
 
  private:
-  // What makes a probability of an exponential: 2^((z - max) * factor + log_scale) is the teacher's
-  // share times its softmax.
+  // Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times its
+  // softmax.
   struct Normal {
     T max, log_scale;
   };
@@ -117,7 +117,7 @@ class Mixer {
       const T* const logs = block(k);
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
-        // Where every teacher masks the class this is 0, and the logarithm below -inf.
+        // If every teacher masks the class, base is 0, and the logarithm below is -inf.
         const T base = greatest[i] > -kInfinity<T> ? greatest[i] : T(0);
         sums[i] += power(logs[i] - base);
       }

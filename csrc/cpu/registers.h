@@ -1,5 +1,5 @@
-// As many numbers as one instruction works on, for the loop that decides: compilers keep sums over
-// lanes in memory, and see no lookup in a table that fits a register (docs/performance-log.md).
+// Explicit SIMD registers, for the loop that decides the speed. Compilers keep its sums over lanes
+// in memory, and see no lookup in a table that fits a register (docs/performance-log.md).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -63,7 +63,7 @@ FASTKD_HOST_DEVICE Register<T> splat(T x) {
 template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE void load(const T* step, T otherwise, Register<T>* to) {
 #if defined(__AVX512F__)
-  // By memory, as memcpy() would have it, half a register waits for its other half.
+  // memcpy() would go through memory, where half a register waits for its other half.
   if constexpr (2 * kWidth == kPerRegister<T>) {
     const __m256 half = _mm256_loadu_ps(step);
     to[0] = (Register<T>)_mm512_insertf32x8((__m512)splat(otherwise), half, 0);
@@ -130,7 +130,7 @@ struct Exponentials {
   explicit Exponentials(Register<T> factor)
       : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 
-  // Of logit - max.
+  // Return the exponentials of offset = logit - max.
   FASTKD_HOST_DEVICE Register<T> operator()(Register<T> offset) const {
     return one.template of<Register<T>, RegisterBits<T>>(offset, factor, least);
   }

@@ -1,4 +1,4 @@
-// What one row needs beyond its logits: its temperature and label, the merging of statistics, and
+// A row's settings besides its logits: its temperature and label, the merging of statistics, and
 // the constants of the second sweep.
 #pragma once
 #include <cmath>
@@ -26,8 +26,8 @@ inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
 // A well-separated row's forward KL is at least so many nats, and this share of the greater of the
-// two parts of which it is the difference: rounding costs up to 4e-7 of a part. What is greater
-// than the last of these, or infinite, or NaN, has to do with masks.
+// two parts of which it is the difference: rounding costs up to 4e-7 of a part. A forward KL above
+// kGreatest, or infinite, or NaN, comes from masks.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
@@ -46,8 +46,8 @@ struct Row : Settings<double> {
   T hard_factor = 0;        // of exp(z)
   int power = 0;            // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
 
-  // What sums of exponentials, tempered or not, are multiplied by when the maximum they are
-  // relative to becomes another. An empty sum, whose maximum is -inf, stays empty.
+  // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
+  // to `to`. An empty sum, whose maximum is -inf, stays empty.
   static double rescale(double from, double to, double exponent) {
     return from == to ? 1.0 : std::exp2((from - to) * exponent);
   }
@@ -226,9 +226,9 @@ LogRatio<T> make_log_ratio(const Row<T>& row, const Scales<T>& s) {
           static_cast<T>(r.log_ratio),           r.shifted};
 }
 
-// Whether the reverse KL is as good as the sum of its slopes: where that is well above 0. It has
-// the rounding of what all d have in common, which reverse_of() takes off where d is formed from
-// the logits themselves; in other rows it is not worth that.
+// Return true if reverse_of() can form the reverse KL from the sum of its slopes: the sum is well
+// above 0, and d is unshifted. The sum has the rounding of log_ratio, which all d have in common;
+// reverse_of() takes that rounding off.
 template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);

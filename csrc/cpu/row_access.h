@@ -5,7 +5,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Whether both sweeps read bf16 in place, in pairs; other types than T are copied.
+// Return true if both sweeps read bf16 in place, in pairs. Otherwise types other than T are copied.
 template <class T>
 bool reads_pairs(const Inputs& in) {
   return kHasPairs && sizeof(T) == sizeof(float) && in.student_dtype == DType::kBFloat16 &&
@@ -68,7 +68,7 @@ struct RowAccess {
     return fetch(logits, at, count, buffer, left_out);
   }
   int64_t steps(int64_t count) const { return pairs ? padded<BFloat16>(count) : count; }
-  // Where numbers() leaves a class of a block.
+  // Return the position at which numbers() leaves a class of a block.
   int64_t place(int64_t index) const { return pairs ? unpacked_place(index) : index; }
 
   void fill(int64_t index, int64_t begin, int64_t end, T value) const {

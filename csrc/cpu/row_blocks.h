@@ -41,7 +41,7 @@ inline Logits teacher_of(const Inputs& in, int64_t row) {
           in.teacher_dtype};
 }
 
-// What the longest block is padded to: the last of a segment takes up to a vector more.
+// Padded length of the longest block: the last block of a segment takes up to a vector more.
 constexpr int64_t kLongest = kBlock + kLanes;
 
 template <class S>
@@ -77,16 +77,16 @@ FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, i
   return {buffer};
 }
 
-// Whether a gradient is written past the caches, which cannot hold it. In shorter rows that takes
-// longer, also where they begin with a line.
+// Return true if a gradient, too large for the caches, is written by non-temporal stores. In
+// shorter rows such stores take longer, even if rows begin with a cache line.
 inline bool stores_non_temporal(const Inputs& in, const void* grad, int64_t least_classes) {
   constexpr int64_t kBytes = 12 << 20;
   return in.classes >= least_classes &&
          in.rows * in.classes * size_of(in.student_dtype) >= kBytes && grad != in.student;
 }
 
-// Where the loops write a block's gradient: to `grad` itself, but for what is no whole step, or
-// all of it to `result`.
+// Return the vectors to which the loops write a block's gradient: `grad` for whole steps and
+// `result` for the remainder, or `result` for all.
 template <class S>
 Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_temporal) {
   if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
@@ -118,10 +118,10 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
   }
 }
 
-// What the first sweep leaves of a segment for the second: the exponentials of both operands, and
-// what those of each block are relative to, the greatest logit of the segment so far. Empty where
-// there is no memory for them, or another call made the first sweep: then the second recomputes
-// them block by block, to the same bits.
+// The exponentials of both operands of a segment, which the first sweep leaves for the second.
+// Exponentials are relative to the greatest logit of the segment so far. The cache is empty if
+// there is no memory for it, or if another call made the first sweep. The second sweep then
+// recomputes the exponentials block by block, to the same bits.
 template <class T>
 struct SegmentCache {
   static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts a segment

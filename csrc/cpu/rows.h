@@ -101,7 +101,7 @@ void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
   engine.fill(r->index, segment * kSegment, engine.end_of(segment), value);
 }
 
-// As backward_row() forms it from what put_stats() leaves, to the same bits.
+// Return the gain that backward_row() forms from put_stats()'s output, to the same bits.
 template <class T>
 double gain_of(const ForwardArgs& args) {
   return static_cast<double>(static_cast<T>(args.scale)) * args.grad_output;

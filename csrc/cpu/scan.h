@@ -5,8 +5,8 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Where exp(z) of the hard term comes from: there is none; a power of exp(z / t), by squaring it
-// log2(t) times; or an exponential of its own.
+// The source of exp(z) of the hard term: no hard term; a power of exp(z / t), by squaring it
+// log2(t) times; or a separate exponential.
 enum class ExpSource { kNone, kPower, kSeparate };
 
 // Adds gain times exp(z - max z) to `sums`, given exp((z - max z) / t) and the offset z - max z.
@@ -74,15 +74,15 @@ inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
 enum class LogRatioSum { kNone, kWhole, kBounded };
 constexpr double kMostLogRatio = 8;  // in nats
 
-// Of one operand, relative to its maximum.
+// Sums over one operand, relative to its maximum.
 struct ExponentialSums {
   double tempered, hard, log_ratios;
 };
 
-// The maximum of the next block is bound by memory, the exponentials of this one by arithmetic: so
-// that one fetches for the other; and so does each store of a gradient. A row's last block fetches
-// what is wanted only after the row's second sweep: into L2, for L1 is full of what that sweep
-// reads, but has room for 16-bit logits. What lies beyond a row is harmless to prefetch.
+// The exponentials of a block, bound by arithmetic, prefetch for the maximum of the next block,
+// bound by memory. Each store of a gradient prefetches, too. A row's last block prefetches logits
+// that are read only after the row's second sweep: to L2, because that sweep's data fill L1, or
+// to L1 if logits have 16 bits. Memory beyond a row is harmless to prefetch.
 enum class Into { kL1, kL2 };
 template <class S>
 FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
@@ -136,7 +136,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
         Register<T> log_ratio = x[i] - (y[i] - other_top);
         if constexpr (kLogRatios == LogRatioSum::kBounded)
           log_ratio = min(log_ratio, most_log_ratio);
-        // Where the exponential is not 0 this bound is none.
+        // The lower bound prevents 0 * -inf; it holds anyway if the exponential is not 0.
         log_ratio_run += e[i] * max(log_ratio, tempered.least);
       }
     }

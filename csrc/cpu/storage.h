@@ -1,4 +1,4 @@
-// How logits are stored, and the copies between that and what the loops of blocks.h read.
+// Storage types of logits, and the copies between tensors and the blocks of blocks.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -21,8 +21,8 @@ using topk::Soft;
 using topk::SoftSums;
 using topk::Summary;
 
-// Whether the first sweep keeps the rest's exponentials for the gradient. Of fp32 logits they would
-// be as much memory again, and it takes less time to form them anew from what the cache has.
+// True if the first sweep keeps the rest's exponentials for the gradient. Exponentials of fp32
+// logits would double the memory; recomputing them from cached logits takes less time.
 template <class T, class S>
 constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
 
@@ -234,7 +234,7 @@ struct TopkRow {
     });
   }
 
-  // The rest's gradient. What it writes for listed classes has no meaning.
+  // Write the gradient of the rest. The values written for listed classes have no meaning.
   template <ExpSource kSource>
   void write_rest(const Summary& of, const Gains& gains) const {
     alignas(64) S buffer[kLongest];

@@ -1,8 +1,8 @@
 // The transposed layout, class after class of the numbers of a few rows, and the copies between it
 // and tensors.
 //
-// Where the classes of a row are adjacent, (..., C), the copy is a transposition. Where rows are,
-// (N, C, H, W), the logits of 32 pixels lie side by side as they are.
+// If the classes of a row are adjacent, (..., C), the copy is a transposition. If rows are
+// adjacent, (N, C, H, W), the logits of 32 pixels already lie side by side.
 #pragma once
 #include <cstring>
 #include <memory>
@@ -75,7 +75,7 @@ FASTKD_HOST_DEVICE V zip(V a, V b, std::index_sequence<kAt...>) {
 #endif
 }
 
-// What fills so many registers of 16 bytes is transposed in them.
+// Side of the squares that are transposed in registers: one side fills a register of 16 bytes.
 template <class S>
 constexpr int64_t kSide = 16 / static_cast<int64_t>(sizeof(S));
 
@@ -139,7 +139,7 @@ struct TileRows {
   }
 
  private:
-  // As many classes at a time as there is room for on the stack.
+  // Call fn for as many classes at a time as there is room for on the stack.
   template <class Fn>
   void for_steps(int64_t classes, Fn&& fn) const {
     with_type(dtype, [&](auto type) {

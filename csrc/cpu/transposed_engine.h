@@ -32,7 +32,7 @@ struct PlainSum {
   FASTKD_HOST_DEVICE void add(V x) { sum += x; }
 };
 
-// Where exponentials are few, their sum's rounding would be most of the gradient's error.
+// Precise sums: if exponentials are few, rounding their sum would be most of the gradient's error.
 struct ExpSums {
   PreciseSum student, hard, teacher;
 };
@@ -68,7 +68,8 @@ struct TransposedEngine {
   Tile tile;
   Ahead ahead[3];  // the next tile's logits, and the gradient of this one
 
-  // The group: rows [first, first + count), from `lane` of the tile on. Of each row:
+  // The group: rows [first, first + count), from `lane` of the tile on. The vectors below have one
+  // element per row.
   int64_t first = 0, count = 0, lane = 0;
   Settings<V> settings;
   V factor, teacher_factor;  // of the exponentials
@@ -283,7 +284,7 @@ struct TransposedEngine {
     offsets += sum;
   }
 
-  // As sum_moments() of blocks.h does for one row.
+  // Add the moments of a block: sum_moments() (blocks.h) for several rows.
   void add_moments(const Block& b) {
     const auto add = [&](V x, double* sums) {
       float rows[kGroupRows];
@@ -375,7 +376,7 @@ struct TransposedEngine {
     const LogRatio<V> r = ratio;
     const V student_scale = scales.student_scale, teacher_scale = scales.teacher_scale;
     const V student_inverse = scales.student_inverse, teacher_inverse = scales.teacher_inverse;
-    // Of logits far apart, one square would take the digits of the others.
+    // Precise, because one square of logits far apart would take the digits of other squares.
     std::conditional_t<is_mean(kBalance), PreciseSum, PlainSum> values;
     V slopes{}, counted{};
     for (int64_t c = b.begin; c < b.end; ++c) {
@@ -426,7 +427,7 @@ struct TransposedEngine {
     }
   }
 
-  // What only `terms` and the soft cross entropy ask for.
+  // Add the sums that only `terms` and the soft cross entropy need.
   void add_entropies(const Block& b) {
     const V inverse = 1 / settings.temperature, teacher_inverse = 1 / settings.teacher_temperature;
     const V log_scale = log_of(scales.student_scale);

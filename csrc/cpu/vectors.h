@@ -1,5 +1,5 @@
-// What the loops over a block are written in: its vectors, the padded last one, sums over lanes,
-// and 16-bit numbers unpacked and packed, all such that the compiler vectorises them.
+// Building blocks of the loops over a block: its vectors, the padded last vector, sums over lanes,
+// and the unpacking and packing of 16-bit numbers. The compiler vectorises all of them.
 #pragma once
 #include <type_traits>
 
@@ -117,14 +117,14 @@ FASTKD_HOST_DEVICE void pack(const float* from, BFloat16* to) {
   load<kWidth>(from, 0.0f, numbers);
   store<kWidth>(numbers, to);
 }
-// Where unpack() leaves a class of a block.
+// Return the position at which unpack() leaves a class of a block.
 FASTKD_HOST_DEVICE int64_t unpacked_place(int64_t index) {
   const int64_t of_step = index % kLanes;
   return index - of_step + of_step / 2 + of_step % 2 * (kLanes / 2);
 }
 
-// Whether bf16 is read and written in place: x86's baseline, which is for old processors alone,
-// copies it like fp16.
+// True if bf16 is read and written in place. The x86 baseline, which is for old processors alone,
+// copies bf16 like fp16.
 #if defined(__x86_64__) && !defined(__AVX2__)
 constexpr bool kHasPairs = false;
 #else

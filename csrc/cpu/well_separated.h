@@ -42,7 +42,7 @@ __attribute__((noinline)) void write_well_separated(const Coefficients<T>& coeff
   });
 }
 
-// The same of one class. Not inlined, for forward and backward must arrive at the same bits.
+// Return the gradient of one class. Not inlined, for forward and backward need the same bits.
 template <class T>
 __attribute__((noinline)) T well_separated_gradient(const Coefficients<T>& c, ExpSource source,
                                                     bool slopes, T z, T exponential, T other) {

@@ -1,7 +1,6 @@
 // The gradient for a grad_output that forward did not know: written again class by class, from the
 // row statistics that forward left, to the same bits; or, where rounding twice does no harm, scaled
-// in place. Where the gradient is in place already and grad_output is 1, the kernels return at
-// once.
+// in place. If the gradient is in place already and grad_output is 1, the kernels return at once.
 #include "launch.h"
 #include "sweeps.cuh"
 
@@ -128,8 +127,8 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
     using E = typename decltype(elements)::Type;
     if (is_strided(args)) return launch_as<ElementRow<E>>(call, stream);
     if constexpr (E::kHot) {
-      // As forward did, so that the gradient is the same bit for bit: rows that the tiny kernel
-      // takes do not fold the scales.
+      // The tiny kernel of forward does not fold the scales. Its rows must not fold them here
+      // either, so that the gradient is the same bit for bit.
       if (args.classes <= 32 * kTinyPerLane)
         return launch_as<ElementRow<AnyDtypes<float>>>(call, stream);
       return launch_as<VectorRow<typename E::T>>(call, stream);

@@ -1,5 +1,5 @@
-// What the kernels ask of a device: one name for the arithmetic of fp32 and fp64, reductions within
-// a warp, offsets. The instructions themselves are ptx.cuh.
+// Device functions of the kernels: one name for the arithmetic of fp32 and fp64, reductions within
+// a warp, offsets. The instructions themselves are in ptx.cuh.
 #pragma once
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -62,8 +62,8 @@ __device__ __forceinline__ A lanes_sum(A x) {
   return x;
 }
 
-// What the warps of a CTA tell each other. Two sets of slots in turn: one barrier an exchange is
-// enough.
+// Exchange among the warps of a CTA through shared memory. Two sets of slots take turns, so that
+// one barrier an exchange is enough.
 struct WarpExchange {
   int turn = 0;
 

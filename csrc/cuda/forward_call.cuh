@@ -6,7 +6,7 @@
 
 namespace fastkd::cuda {
 
-// Where the kernels find the scale that is folded into the gradient and the total.
+// The source of the scale that is folded into the gradient and the total.
 enum class ScaleSource : int32_t { kArgument, kDenominator, kCount, kStats };
 
 // A forward call as the kernels see it.
@@ -19,7 +19,7 @@ struct ForwardCall {
   bool finish_inside = false;  // the grid is one cluster, which also writes the total
 };
 
-// Whether more than loss and gradient is to be summed.
+// Return true if more than loss and gradient is to be summed.
 FASTKD_HOST_DEVICE bool wants_extra(const ForwardArgs& args) {
   return args.terms != nullptr || args.label_smoothing != 0 ||
          args.divergence == Divergence::kSoftCrossEntropy;
@@ -32,7 +32,7 @@ __device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
   if (label == in.ignore_index) return RowKind::kIgnored;
   return label < 0 || label >= in.classes ? RowKind::kBad : RowKind::kReal;
 }
-// What loss and gradient of a row that is not real are filled with.
+// Return the loss and gradient of a row that is not real.
 __device__ __forceinline__ float fill_value(RowKind kind) {
   return kind == RowKind::kIgnored ? 0.0f : __int_as_float(0x7fc00000);
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
     }
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. That is an infinite divergence.
+  // probability underflows. The divergence is then infinite.
   A slope(0), classes(0);
   if constexpr (W::kGeneral) slope = sums.slope, classes = sums.classes;
   A soft = divergence_of(args.divergence, sums.value, slope, classes, sums.teacher_entropy);
@@ -130,8 +130,8 @@ __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity
   for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(of_rows + i);
   return sum;
 }
-// total[i] = scale * (the sum of one quantity over all rows). One thread. Where no row counts, what
-// the mean is divided by may be 0, and the scale infinite: the total is 0 all the same.
+// total[i] = scale * (the sum of one quantity over all rows). One thread. If no row counts, the
+// mean's denominator may be 0, and the scale infinite: the total is 0 all the same.
 template <class A>
 __device__ __forceinline__ void put_total(const ForwardCall& call, int quantity, A scale,
                                           double sum) {

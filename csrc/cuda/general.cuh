@@ -38,7 +38,7 @@ struct LeftOut {
   __device__ __forceinline__ explicit LeftOut(int64_t i) : index(i) {}
   __device__ __forceinline__ LeftOut(const Inputs& in, int64_t label)
       : index(in.divergence == Divergence::kDecoupled ? label : -1) {}
-  // Where it is in a chunk, or -1.
+  // Return the position of the class in a chunk, or -1.
   template <class C>
   __device__ __forceinline__ int place_in(const C& chunk) const {
     return kAny ? chunk.place_of(index) : -1;
@@ -75,7 +75,7 @@ struct LabelLogits {
   }
 };
 
-// What the general kernels' first sweep leaves of a row.
+// Statistics of a row from the general kernels' first sweep.
 template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
@@ -336,7 +336,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     const A log = (z - this->stats.student_max) - log_sum_of(this->stats, this->t);
     return this->stats.hard_scale == A(0) ? A(INFINITY) : log;
   }
-  // Of the first two, within what rounding did to the sums.
+  // Return teacher_log_odds(w) - log_odds(z), up to the rounding of the sums.
   __device__ __forceinline__ A odds_difference(A z, A w) const {
     if (this->stats.student_scale == A(0) || this->stats.teacher_scale == A(0))
       return teacher_log_odds(w) - log_odds(z);

@@ -23,13 +23,13 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
 // grad *= grad_output, where the gradient may be rounded twice.
 cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream);
 
-// Whether the hot kernels have it: the forward KL, alone or with the teacher's entropy, with one
-// temperature for student and teacher. All else is general.cuh's.
+// Return true if the hot kernels have the loss: the forward KL, alone or with the teacher's
+// entropy, with one temperature for student and teacher. general.cuh has all else.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
          in.temperature == in.teacher_temperature;
 }
-// Whether some row's classes are not adjacent: rows that the strided kernels take.
+// Return true if a tensor's classes are not adjacent, so that strided kernels run.
 template <class Args>
 bool is_strided(const Args& args) {
   return args.student_stride.classes != 1 || args.teacher_stride.classes != 1 ||
@@ -40,7 +40,7 @@ constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
 // The runtime remembers an error until it is asked for it: nobody else shall find ours.
 int reported(cudaError_t error);
 
-// What a device (a slice of one, say) answers that holds no such cluster.
+// Return true if the error is that the device (a slice of one, say) holds no such cluster.
 inline bool refuses_cluster(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
 }

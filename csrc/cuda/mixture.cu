@@ -76,14 +76,14 @@ struct Sum {
   }
 };
 
-// What makes a probability of an exponential: 2^((z - max) * factor + log_scale) is the teacher's
-// share times its softmax.
+// Normalization of a teacher: 2^((z - max) * factor + log_scale) is the teacher's share times its
+// softmax.
 template <class A>
 struct Normal {
   A max, log_scale;
 };
 
-// Of all teachers, for all threads.
+// Write the Normal of every teacher, for all threads.
 template <class A>
 __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, A factor,
                                           Normal<A>* normal) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, 
     for (int i = 0; i < kChunk<A>; i++) {
       const A log = (x[i] - by.max) * factor + by.log_scale;
       const A top = max_of(greatest[i], log);
-      // Where every teacher masks the class its sum stays 0, and the logarithm becomes -inf.
+      // If every teacher masks the class, its sum stays 0, and the logarithm becomes -inf.
       const A base = top > A(-INFINITY) ? top : A(0);
       sums[i] = sums[i] * exp2_of(greatest[i] - base) + exp2_of(log - base);
       greatest[i] = top;

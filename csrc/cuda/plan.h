@@ -1,11 +1,11 @@
-// Which kernel runs a problem, and with what shape. Plain C++: no CUDA, no torch, so that a test
+// The choice of a problem's kernel and launch shape. Plain C++: no CUDA, no torch, so that a test
 // can ask for the plan of any problem on any device.
 //
-// Four families. Where classes are adjacent:
+// Four families of kernels. For adjacent classes:
 //   tiny       a few lanes a row, a few classes a lane; any dtypes
 //   registers  a warp or a CTA a row, 16-byte vectors held in registers; equal 2- and 4-byte dtypes
 //   streaming  a CTA a row, read twice (the second time from L2 where it fits); everything else
-// And where they are not:
+// For classes that are not adjacent:
 //   strided    a thread a row, or up to eight, and a warp for rows that are adjacent; any dtypes
 #pragma once
 #include <cstdint>

@@ -12,19 +12,19 @@
 
 namespace fastkd::cuda {
 
-// How many classes of a chunk exist: all, as a constant; or an int.
+// Number of existing classes of a full chunk, as a constant; other chunks use an int.
 template <int kCount>
 struct All {
   __device__ __forceinline__ constexpr operator int() const { return kCount; }
 };
 
-// Where a thread is in its CTA: the row of the CTA's rows, and the part of that row. The parts of a
+// A thread's place in its CTA: the row of the CTA's rows, and the part of that row. The parts of a
 // row take turns with its chunks.
 struct Place {
   int rows, row, part, parts;
 };
 
-// Which classes a chunk holds: first, first + step, ...
+// The classes of a chunk: first, first + step, ...
 template <int kMost_, class Count, class Step>
 struct ChunkClasses {
   static constexpr int kMost = kMost_;
@@ -32,7 +32,7 @@ struct ChunkClasses {
   Count count;
   Step step;
 
-  // Where a class is in the chunk, or -1. Rows have less than 2^31 classes.
+  // Return a class's position in the chunk, or -1. Rows have less than 2^31 classes.
   __device__ __forceinline__ int place_of(int64_t label) const {
     const int inside = static_cast<int>(label - first);
     if (static_cast<unsigned>(inside) >= static_cast<unsigned>(kMost * step)) return -1;
@@ -78,7 +78,7 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
     for (int i = 0; i < kElements; i++)
       if (i != without) fn(z[i], w[i], i);
   }
-  // By the maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
+  // Uses maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
   // 2026-12-01), since no class is unpacked before the maxima are known.
   __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
                                              int without) const {
@@ -216,8 +216,8 @@ struct Strip {
   __device__ __forceinline__ char* at(int64_t k) const { return first + k * step; }
 };
 
-// What the tensors of an ElementRow hold: SameDtype, T all three; AnyDtypes, whatever they say,
-// computed in Acc.
+// Dtypes of an ElementRow's tensors. SameDtype: T for all three. AnyDtypes: the dtypes given by the
+// arguments, computed in Acc.
 template <class T_>
 struct SameDtype {
   using T = T_;

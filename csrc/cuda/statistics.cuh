@@ -1,4 +1,4 @@
-// What the first sweep over a row finds: maxima and sums of exponentials of student and teacher,
+// Statistics of the first sweep over a row: maxima and sums of exponentials of student and teacher,
 // and moments; and the row's temperatures. Derivations: docs/maths.md, section 3. Letters:
 // numerics.h.
 #pragma once
@@ -157,7 +157,7 @@ struct Statistics {
       teacher_max = w;
     }
   }
-  // Whether add() would be wrong, for the size of the maxima; add_any() never is.
+  // Return true if the maxima are too large for add(), so that add_any() is needed.
   template <class Temper>
   __device__ __forceinline__ bool beyond(const Temper& t) const {
     return max_of(magnitude_of(student_max), magnitude_of(teacher_max)) > t.limit;
@@ -234,7 +234,7 @@ struct Moments {
   }
 };
 
-// What is left of the first sweep when it is done: the row's entry in `stats`.
+// Results of the first sweep: the row's entry in `stats`.
 template <class A>
 struct RowStats {
   A student_max, student_scale, hard_scale, teacher_max, teacher_scale;

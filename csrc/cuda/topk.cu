@@ -62,7 +62,7 @@ struct ListSums {
   }
 };
 
-// What the CTA knows of a row once the student has been read.
+// Results for a row once the CTA has read the student.
 template <class A>
 struct Solution {
   bool valid, label_is_listed;
@@ -74,7 +74,7 @@ struct Solution {
   RestWriter<A> rest;
 };
 
-// Of the map, and one word more for the bits of a vector.
+// Return the words of the map, plus one for the bits of a vector.
 FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
   return (classes < kMapBits ? classes : kMapBits) / 32 + 2;
 }

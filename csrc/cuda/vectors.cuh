@@ -2,8 +2,8 @@
 //
 // The vectors lie on the gradient's grid, so that every store is a whole vector. Inputs that are
 // shifted against it are put together from two neighbouring vectors (about two instructions an
-// element, and no further memory traffic). What lies before the first whole vector and after the
-// last (at most 15 elements each) is peeled: one lane an element.
+// element, and no further memory traffic). The elements before the first whole vector and after
+// the last (at most 15 each) are peeled: one lane an element.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -120,7 +120,7 @@ __device__ __forceinline__ uint4 fetch(const uint4* vectors, int64_t i, int shif
 
 constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
 
-// How one row falls into vectors. Only whole vectors of the gradient's grid that lie inside the
+// The division of a row into vectors. Only whole vectors of the gradient's grid that lie inside the
 // aligned part of all three tensors count, so no load leaves a row by rounding. Short rows may hold
 // none.
 struct RowLayout {

@@ -1,7 +1,6 @@
-// What the second sweep over a row computes: value and gradient of the forward KL and of the hard
-// term, fused because both need the same exponentials. Derivations: docs/maths.md, sections 2, 3
-// and
-// 7. Letters: numerics.h.
+// The second sweep over a row: value and gradient of the forward KL and of the hard term, fused
+// because both need the same exponentials. Derivations: docs/maths.md, sections 2, 3 and 7.
+// Letters: numerics.h.
 #pragma once
 #include "statistics.cuh"
 
@@ -78,9 +77,9 @@ constexpr float kLargestDistance = 16;
 constexpr float kApart = 32;  // in logits; up to t = 2.88 the distance is the stricter limit
 constexpr float kLargestFolded = 64;
 
-// What the second sweep needs of a row, and the sweep's one step. kFold: the scales of the two
+// Constants of a row for the second sweep, and the sweep's one step. kFold: the scales of the two
 // softmaxes ride in the exponents, which saves two multiplications and costs an error of half a
-// unit in the last place of the exponent: for 16-bit gradients.
+// unit in the last place of the exponent. kFold is for 16-bit gradients.
 template <class A, bool kFold, class Temper_ = Temperature<A>>
 struct alignas(16) Writer {
   using Temper = Temper_;

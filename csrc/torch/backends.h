@@ -1,4 +1,4 @@
-// What a backend does for the ops of library.cpp, once the arguments are plain structs.
+// The backends of the ops of library.cpp, which take arguments as plain structs.
 #pragma once
 #include <optional>
 

@@ -113,8 +113,8 @@ void RowLosses::add_up(double scale) const {
 
 namespace {
 
-// What a mixture of teachers is written into, rows after rows before they are read, has room for so
-// many classes for each thread: it is to stay in the second level of the caches.
+// Logits in a thread's buffer for a mixture of teachers, or one row if a row is longer. The buffer
+// is written and read a few rows at a time, and is to stay in L2.
 constexpr int64_t kMixedClasses = 65536;
 
 // Runs rows of a call, on one thread or on all. A mixture takes the teacher's place a few rows at a
@@ -149,7 +149,7 @@ class Runner {
     });
   }
 
-  // The same for rows [begin, end), on the calling thread.
+  // Calls run(args, begin, end) on the calling thread.
   template <class Args, class Run>
   void here(const Args& args, int64_t begin, int64_t end, const Run& run) const {
     mixture_ == nullptr ? run(args, begin, end) : on_thread(0, args, begin, end, run);
@@ -167,7 +167,7 @@ class Runner {
       const int64_t last = std::min(at + step_, end);
       mixture.first_row = at;
       cpu::kernels().mixture(mixture, at, last);
-      // Where row 0 would be.
+      // The address that row 0 would have.
       const uintptr_t first =
           reinterpret_cast<uintptr_t>(room) - static_cast<size_t>(at * row_bytes_);
       args.teacher = reinterpret_cast<const void*>(first);
@@ -215,8 +215,8 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
 void run_forward(const ForwardArgs& args, const Runner& runner) {
   const cpu::Kernels& kernels = cpu::kernels();
   const int64_t threads = torch::stable::get_num_threads();
-  // Every thread gets the same number of whole rows. What is left over is shared segment by segment
-  // where that ends sooner than giving one more row to some of the threads.
+  // Every thread gets the same number of whole rows. The remaining rows are shared segment by
+  // segment if that ends sooner than giving one more row to some of the threads.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
   const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;

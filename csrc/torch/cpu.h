@@ -1,4 +1,4 @@
-// What the ops on CPU tensors share.
+// Helpers shared by the ops on CPU tensors.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -32,9 +32,9 @@ double scale_of(const Reducing& reducing, int64_t count);
 // not if `grad` has overwritten the student's logits.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad);
 
-// What kernels leave of each row: `fields` numbers, one field after the other. They leave them in
-// `out` itself, with kNone, or else in malloc's memory, which costs a small call less than a
-// tensor. Where there is none, a tensor's error is what callers know.
+// Losses and terms of all rows: `fields` numbers a row, one field after the other. With kNone their
+// memory is `out`. Otherwise the memory is from operator new, which costs a small call less than a
+// tensor. If that fails, a tensor is allocated, whose error callers know.
 class RowLosses {
  public:
   RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, void* out);

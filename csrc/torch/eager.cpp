@@ -274,7 +274,7 @@ class PreparedCall {
     }
   }
 
-  // `tensors`: one for each place. Where the op takes a list, the tensor becomes its only element.
+  // `tensors`: one for each place. If the op takes a list, the tensor becomes its only element.
   Tensor operator()(const py::args& tensors) const {
     TORCH_CHECK_VALUE(tensors.size() == places_.size(), "expected ", places_.size(), " tensors");
     Stack stack;

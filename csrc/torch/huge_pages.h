@@ -12,7 +12,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 // Asks for huge pages: allocators hand large tensors out as pages that the kernel clears at the
 // first touch, 4 KB at a time, which costs more than the gradient itself. Only whole huge pages
-// inside, so that no neighbour is affected. Where the advice is not taken nothing changes.
+// inside, so that no neighbour is affected. If the advice is not taken, nothing changes.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t start = reinterpret_cast<uintptr_t>(data);

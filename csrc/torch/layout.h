@@ -1,4 +1,4 @@
-// Which layouts the kernels take where they lie, which are copied, and how a gradient is laid out.
+// Layouts: those that the kernels take in place, those that are copied, and that of a gradient.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -19,8 +19,8 @@ std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
 Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
                bool strided, bool inplace);
 
-// The same, contiguous, and at an address that is a multiple of its numbers' size, as C++ wants it:
-// torch.frombuffer makes tensors at any.
+// Return the tensor, or a copy if it is not contiguous or not aligned to its element size, as C++
+// requires: torch.frombuffer makes tensors at any address.
 Tensor readable(const Tensor& tensor);
 
 // A new tensor of the student's sizes, dtype and device.

@@ -1,5 +1,5 @@
-// How the rows of tensors can be walked where they lie. No torch: _C (layout.cpp) and _eager both
-// ask.
+// The walk over the rows of tensors in place. No torch, because both _C (layout.cpp) and _eager
+// use this file.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace fastkd {
 
-// Where a tensor lies, whose sizes are known.
+// Address and strides of a tensor whose sizes are known.
 struct Placed {
   const void* data;
   int64_t element_bytes;
