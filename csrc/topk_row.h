@@ -1,4 +1,4 @@
-// The arithmetic of one row of the sparse loss after the student's logits have been summed: a few
+// The arithmetic of one row of the sparse loss after the sums of the student's exponentials: a few
 // numbers, all in double, from which value and gradient are made. The CPU's and the CUDA kernels
 // share it.
 //
@@ -72,7 +72,7 @@ struct Summary {
     all.hard = rest.hard * shift(rest.max, max, 1) + list.hard * shift(list.max, max, 1);
     offsets = logits - row.classes * max;
   }
-  // Return true if the list is of log-probabilities.
+  // Return true if the listed probabilities sum to at most kMostMass; false for NaN.
   FASTKD_HOST_DEVICE bool listed_well() const { return teacher <= kMostMass; }
   // Return false if a logit is NaN or +inf, or all of them are -inf.
   FASTKD_HOST_DEVICE bool valid() const {

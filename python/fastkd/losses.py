@@ -99,7 +99,7 @@ def loss(
             with weight 1.
         temperature: T, from 1e-18 to 1e18, or a tensor, 0-d or of shape ``(...)`` with one T for
             each row. A tensor that requires grad gets its gradient. Default 2; with a TopK or
-            Sampled 1, the temperature of the log-probabilities that inference servers return.
+            Sampled, 1.
         teacher_temperature: the teacher's temperature: a number from 1e-18 to 1e18, or a tensor,
             0-d or ``(...)``, which gets its gradient if it requires grad. Default T, or 1 if
             ``teacher_form`` is not ``"logits"``.
@@ -144,10 +144,11 @@ def loss(
         shift: how many positions after a row its label lies, for causal language models, whose
             logits at position i predict the token at position i + 1. With ``shift=1``,
             ``student``, ``labels`` and the teacher are all ``(..., positions)`` as the model and
-            the data loader return them: row i is compared with label i + 1, with the list or the
-            sampled token i + 1 of a TopK or Sampled, and with row i of a teacher's logits or Head.
-            The last row of each sequence has no label and is ignored. Options that are tensors
-            with a number for each row belong to the labels and are shifted with them. Logits are
+            the data loader return them: row i is compared with label i + 1; with entry i + 1 of a
+            TopK or Sampled, the order of inference servers, but **not** that of ``torch.topk`` of
+            logits, nor of a cached teacher; and with row i of a teacher's logits, Head or Routed.
+            The last row of each sequence has no label and is ignored. Options with
+            one number for each row are indexed like the labels. Logits are
             not copied. Default 0: labels are aligned with the rows already.
         inplace: write the gradient over the student's logits, which saves a tensor of their size.
             They hold no logits afterwards, and using them in a later backward pass is an error.
@@ -161,7 +162,8 @@ def loss(
     ``teacher_weights``, ``ensemble``, ``standardize``; nor ``class_weight``, ``dim`` and
     ``inplace``. A Sampled teacher supports the same without ``divergence`` and ``mix``. A Head as
     student gives temperature and weights no gradient, and supports neither ``teacher_form``,
-    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``. With a Head as student and labels
+    ``teacher_weights``, ``ensemble``, ``dim`` nor ``inplace``, nor ``class_weight`` with a Routed
+    teacher. With a Head as student and labels
     that are class indices, counting the rows that are not ignored synchronizes CUDA once a call.
     During CUDA graph capture, all rows are computed; the hidden states of ignored rows must then be
     finite.
@@ -170,7 +172,8 @@ def loss(
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
         float64). A logit of -inf masks its class. For the forward KL, a class masked by the teacher
         contributes 0. A class masked only by the student makes the loss +inf with a finite
-        gradient. A row with NaN or +inf among its logits gives NaN. With a TopK, the same
+        gradient. A row with NaN or +inf among its logits, or of -inf alone, gives
+        NaN. With a TopK, the same
         holds for listed classes. With ``tail="ghost"``, the teacher's extra class has probability
         0 if no unmasked class is left for it or the listed probabilities sum to 1 or more; they
         are then divided by their sum. For the reverse and the symmetric KL, which that would make
@@ -181,7 +184,8 @@ def loss(
             message names the argument, what was given, and what is accepted. A label or an index
             out of range, and an invalid list, raise on the CPU. On CUDA, which is not synchronized
             for this check, they make the row's loss and gradient NaN;
-            :func:`fastkd.check_inputs` reports the first invalid label.
+            :func:`fastkd.check_inputs` reports the first invalid label. A list is invalid if a
+            class is out of range or listed twice, or if its probabilities sum to more than 1.1.
 
     Example:
         >>> import torch, fastkd

@@ -90,19 +90,21 @@ class TopK(NamedTuple):
     The classes may be the teacher's most probable ones, the student's, or any others. Every
     divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
 
-    Inference servers return log-probabilities at T = 1 unless they are configured otherwise
-    (vLLM's ``logprobs_mode="processed_logprobs"``). The loss cannot re-soften a truncated list.
-    Pass log-probabilities computed at the loss's temperature; the default with a ``TopK`` is 1.
+    vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
+    processed_logprobs``; SGLang scores generated tokens at the request's temperature. The loss
+    cannot re-soften a truncated list. Pass log-probabilities computed at the loss's temperature; the default with a ``TopK`` is 1.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
     Args:
         log_probs: ``(..., k)`` float64, float32, bfloat16 or float16: natural logarithms of the
             teacher's probabilities at the temperature of the loss. The loss does not apply a
-            temperature to them. Only ``tail="renormalize"`` normalizes them.
+            temperature to them. ``tail="renormalize"`` divides them by their sum; ``"ghost"`` does
+            so only if they sum to more than 1 or no other class is left.
         indices: ``(..., k)`` class indices of any integer dtype, in any order, different within a
             row. An entry is padding if its index is negative or its log-probability is -inf; both
-            forms are in use, by inference servers and by TRL. Padding lists no class.
+            forms are in use, by inference servers and by TRL. A padding entry is
+            ignored: with ``"ghost"``, its class belongs to all other classes.
         tail: how classes that are not listed enter the divergence, as above. Default ``"ghost"``.
 
     Raises:
@@ -126,8 +128,9 @@ class TopK(NamedTuple):
 class Sampled(NamedTuple):
     """The teacher's log-probability of one sampled token a row, in place of all logits.
 
-    The tokens are sampled from the student (on-policy distillation). The loss is an estimate of the
-    reverse KL, KL(q || p), with q = softmax(student / T) and the token y of the row::
+    The tokens must be sampled from q = softmax(student / T), the student at the temperature of the
+    loss (on-policy distillation). The soft term, before its weight and T^2, is an estimate of the
+    reverse KL, KL(q || p), from the token y of the row::
 
         d = log p(y) - log q(y)
         k1:  value -d                gradient -d * grad log q(y)
@@ -135,8 +138,8 @@ class Sampled(NamedTuple):
         k3:  value exp(d) - 1 - d    gradient (1 - exp(d)) * grad log q(y)
 
     (J. Schulman, "Approximating KL Divergence", 2020.) The values of k1 and k3 have the expected
-    value KL(q || p); k1 may be negative and has the higher variance, and k2 is biased. The expected
-    gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the gradient of KL(p || q).
+    value KL(q || p); k1 may be negative and usually has a higher variance than k3, and k2 is
+    biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the gradient of KL(p || q).
     The gradient of k1 is the policy gradient whose advantage is d, detached.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
@@ -169,14 +172,14 @@ class Sampled(NamedTuple):
 class Routed(NamedTuple):
     """Several teachers, of which each row has one: specialists, or one teacher for each task.
 
-    Rows of a teacher that are not its own are never read, and a Head computes the logits of its own
-    rows alone.
+    Each teacher is read only in the rows that are assigned to it; a Head computes logits for these
+    rows only.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
     Args:
         teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
-        indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. To check
+        indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. Checking
             them synchronizes CUDA.
 
     Raises:

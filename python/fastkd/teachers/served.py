@@ -6,9 +6,12 @@ batch. :func:`gather` takes the sequence's own tokens out of the lists, for a
 :class:`fastkd.Sampled`. Nothing here opens a connection, and nothing in a reply is run or imported.
 
 **Alignment.** Row i of a result scores token i: it holds log-probabilities of the distribution that
-predicted token i from tokens 0 to i - 1. So it belongs to row i - 1 of the student's logits.
+predicted token i of the reply from the tokens before it. For a whole prompt, that is row i - 1 of
+the student's logits.
 No distribution predicted the first token of a prompt, so row 0 is padding: indices -1,
-log-probabilities -inf. ``shift=1`` compares them so::
+log-probabilities -inf. For generated tokens, row 0 scores the first of them: put a row of padding
+for each token of the prompt in front (:func:`collate` with ``length=`` and left padding).
+``shift=1`` then compares row i with row i - 1 of the logits::
 
     loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
 
