@@ -92,7 +92,8 @@ class TopK(NamedTuple):
 
     vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
     processed_logprobs``; SGLang scores generated tokens at the request's temperature. The loss
-    cannot re-soften a truncated list. Pass log-probabilities computed at the loss's temperature; the default with a ``TopK`` is 1.
+    cannot re-soften a truncated list. Pass log-probabilities computed at the loss's temperature;
+    the default with a ``TopK`` is 1.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
@@ -139,8 +140,8 @@ class Sampled(NamedTuple):
 
     (J. Schulman, "Approximating KL Divergence", 2020.) The values of k1 and k3 have the expected
     value KL(q || p); k1 may be negative and usually has a higher variance than k3, and k2 is
-    biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the gradient of KL(p || q).
-    The gradient of k1 is the policy gradient whose advantage is d, detached.
+    biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the
+    gradient of KL(p || q). The gradient of k1 is the policy gradient whose advantage is d, detached.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
