@@ -141,7 +141,8 @@ class Sampled(NamedTuple):
     (J. Schulman, "Approximating KL Divergence", 2020.) The values of k1 and k3 have the expected
     value KL(q || p); k1 may be negative and usually has a higher variance than k3, and k2 is
     biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the
-    gradient of KL(p || q). The gradient of k1 is the policy gradient whose advantage is d, detached.
+    gradient of KL(p || q). The gradient of k1 is the policy gradient whose advantage is d,
+    detached.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 
