@@ -80,9 +80,15 @@ def distributions(
     else:
         share = _log_sum(log_q.gather(-1, places), listed).unsqueeze(-1)
         listed_q = listed_q - share.masked_fill(share == -math.inf, 0)
+    return _teacher(log_p, rest, tail), listed_q
+
+
+def _teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
+    """Scale the list so that it adds up to 1 with ``rest``, ``(..., 1)``; append it to "ghost"."""
+    total = log_p.exp().sum(-1, keepdim=True)
     scale = ((1 - rest) / total).masked_fill((rest == 1 - total) | (total == 0), 1)
     log_p = log_p + scale.log()
-    return (torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p), listed_q
+    return torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p
 
 
 def _divergence(
@@ -146,8 +152,10 @@ def describe(
     best = places.gather(-1, log_p.argmax(-1, keepdim=True))
     agrees = log_q.gather(-1, best).squeeze(-1) == log_q.amax(-1)
     agrees = agrees & (log_p > -math.inf).any(-1)
-    compared, _ = distributions(log_q, indices, log_probs, tail, False)
-    return entropy(compared), agrees.to(log_probs.dtype), student_mass, teacher_mass
+    if tail != "ignore":
+        rest = (1 - teacher_mass).clamp(min=0).unsqueeze(-1)
+        log_p = _teacher(log_p, rest if tail == "ghost" else torch.zeros_like(rest), tail)
+    return entropy(log_p), agrees.to(log_probs.dtype), student_mass, teacher_mass
 
 
 def terms(
