@@ -13,7 +13,6 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "numerics.h"
 
@@ -273,8 +272,7 @@ struct Cosine {
 template <class T>
 FASTKD_HOST_DEVICE bool is_nothing(double squares) {
   // In double its square is 0.
-  constexpr double kLeast =
-      sizeof(T) == sizeof(double) ? 0 : 1 / static_cast<double>(std::numeric_limits<float>::max());
+  constexpr double kLeast = sizeof(T) == sizeof(double) ? 0 : 1 / 3.4028234663852886e38;
   return squares <= kLeast * kLeast;
 }
 
