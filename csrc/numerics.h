@@ -161,6 +161,15 @@ FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, Scalar<T> bound = Scalar<T>
   return {p, q, d, small ? near - product : direct, small ? near : product + direct};
 }
 
+// Compute a - b, which wraps round. Signed overflow is undefined for numbers, and not for vectors.
+FASTKD_HOST_DEVICE int32_t wrapping_difference(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
+}
+template <class I>
+FASTKD_HOST_DEVICE I wrapping_difference(I a, int32_t b) {
+  return a - b;
+}
+
 // log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
@@ -181,7 +190,7 @@ template <class T>
 FASTKD_HOST_DEVICE T log1p_of(T y) {
   const Integer<T> bits = bits_as<Integer<T>>(1.0f + y);
   // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
-  const Integer<T> n = (bits - 0x3f3504f3) >> 23;
+  const Integer<T> n = wrapping_difference(bits, 0x3f3504f3) >> 23;
   const T r = n == 0 ? y : bits_as<T>(bits - n * (1 << 23)) - 1.0f;
   return float_of<T>(n) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
@@ -192,7 +201,7 @@ FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   // x = 2^n (1 + r), as above
-  const Integer<T> shifted = bits_as<Integer<T>>(x) - 0x3f3504f3;
+  const Integer<T> shifted = wrapping_difference(bits_as<Integer<T>>(x), 0x3f3504f3);
   const T r = bits_as<T>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   return float_of<T>(shifted >> 23) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
