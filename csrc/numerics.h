@@ -38,16 +38,21 @@ template <class T, class = void>
 struct NumberOf {
   using Scalar = T;
   using Integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Unsigned = std::make_unsigned_t<Integer>;
 };
 template <class T>
 struct NumberOf<T, std::void_t<decltype(std::declval<T&>()[0])>> {
   using Scalar = std::remove_reference_t<decltype(std::declval<T&>()[0])>;
   using Integer = decltype(std::declval<T>() < std::declval<T>());
+  typedef std::make_unsigned_t<std::remove_reference_t<decltype(std::declval<Integer&>()[0])>>
+      Unsigned __attribute__((vector_size(sizeof(T))));
 };
 template <class T>
 using Scalar = typename NumberOf<T>::Scalar;
 template <class T>
 using Integer = typename NumberOf<T>::Integer;
+template <class T>
+using Unsigned = typename NumberOf<T>::Unsigned;
 template <class T>
 using Mask = decltype(std::declval<T>() < std::declval<T>());
 template <class T>
@@ -161,15 +166,6 @@ FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, Scalar<T> bound = Scalar<T>
   return {p, q, d, small ? near - product : direct, small ? near : product + direct};
 }
 
-// Compute a - b, which wraps round. Signed overflow is undefined for numbers, and not for vectors.
-FASTKD_HOST_DEVICE int32_t wrapping_difference(int32_t a, int32_t b) {
-  return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
-}
-template <class I>
-FASTKD_HOST_DEVICE I wrapping_difference(I a, int32_t b) {
-  return a - b;
-}
-
 // log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
@@ -185,14 +181,26 @@ FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
   return s * r;
 }
 
+// x = 2^exponent (1 + fraction) with 1 + fraction in [1/sqrt 2, sqrt 2), for a normal x > 0.
+template <class T>
+struct PowerOfTwo {
+  Integer<T> exponent;
+  T fraction;
+};
+template <class T>
+FASTKD_HOST_DEVICE PowerOfTwo<T> power_of_two(T x) {
+  // Unsigned, so that the bits of other numbers wrap round.
+  const Unsigned<T> shifted = bits_as<Unsigned<T>>(x) - 0x3f3504f3u;
+  return {bits_as<Integer<T>>(shifted) >> 23,
+          bits_as<T>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f};
+}
+
 // log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of(T y) {
-  const Integer<T> bits = bits_as<Integer<T>>(1.0f + y);
-  // 1 + y = 2^n (1 + r) with 1 + r in [1/sqrt 2, sqrt 2)
-  const Integer<T> n = wrapping_difference(bits, 0x3f3504f3) >> 23;
-  const T r = n == 0 ? y : bits_as<T>(bits - n * (1 << 23)) - 1.0f;
-  return float_of<T>(n) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+  const PowerOfTwo<T> x = power_of_two(1.0f + y);
+  const T r = x.exponent == 0 ? y : x.fraction;
+  return float_of<T>(x.exponent) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
@@ -200,10 +208,9 @@ FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 // 0 and NaN.
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
-  // x = 2^n (1 + r), as above
-  const Integer<T> shifted = wrapping_difference(bits_as<Integer<T>>(x), 0x3f3504f3);
-  const T r = bits_as<T>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  return float_of<T>(shifted >> 23) * static_cast<float>(kLn2) + log1p_of_mantissa(r);
+  const PowerOfTwo<T> parts = power_of_two(x);
+  return float_of<T>(parts.exponent) * static_cast<float>(kLn2) +
+         log1p_of_mantissa(parts.fraction);
 }
 FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 
