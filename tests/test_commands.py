@@ -389,7 +389,7 @@ def test_help_describes_every_option(monkeypatch, capsys, command):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("epoch=3", "nrecognized arguments: --epoch=3"),
+        ("epoch=3", "nrecognized arguments: --epoch=3. Did you mean 'epochs'"),
         ("epochs=1.5", "epochs.*int.*1.5"),
         ("epochs=true", "epochs.*int.*True"),
         ("epochs=0", "epochs must be an int of at least 1; got 0"),
@@ -403,7 +403,7 @@ def test_help_describes_every_option(monkeypatch, capsys, command):
         ("output=", "output is missing"),
         ("teacher=", "teacher is missing"),
         ("loss=3", "loss.*dict.*3"),
-        ("loss.alhpa=1", "loss: .*alhpa"),
+        ("loss.alhpa=1", "loss: .*alhpa.*Did you mean 'alpha'"),
         ("loss.temperature=0", "loss: temperature must be positive"),
         (
             "optimizer.name=open",

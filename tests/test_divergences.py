@@ -1,6 +1,7 @@
 """The divergences: their derivatives, what must hold whatever the logits, and masked classes."""
 
 import itertools
+import typing
 
 import oracle
 import pytest
@@ -15,6 +16,10 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
+
+
+def test_the_type_of_names_lists_every_divergence():
+    assert typing.get_args(reference.DivergenceName) == NAMES
 
 
 # ---- derivatives

@@ -57,6 +57,14 @@ def test_public_names():
         assert hasattr(fastkd, name)
 
 
+def test_tab_completion_shows_public_names_alone():
+    for module in (
+        *(fastkd, fastkd.chunks, fastkd.compat, fastkd.integrations),
+        *(fastkd.teachers, fastkd.teachers.served),
+    ):
+        assert dir(module) == sorted(module.__all__)
+
+
 def test_compat_and_integrations_are_imported_when_they_are_used():
     script = """
 import sys

@@ -42,7 +42,7 @@ class ForwardKLLoss(_MaskedLoss):
         tensor(1.3863)
     """
 
-    divergence = "soft_cross_entropy"
+    divergence: losses.DivergenceName = "soft_cross_entropy"
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
@@ -55,7 +55,7 @@ class ForwardKLLoss(_MaskedLoss):
 class ReverseKLLoss(ForwardKLLoss):
     """Mean over rows of KL(q || p), student first; arguments as in :class:`ForwardKLLoss`."""
 
-    divergence = "reverse_kl"
+    divergence: losses.DivergenceName = "reverse_kl"
 
 
 class SymmetricKLLoss(_MaskedLoss):

@@ -32,7 +32,7 @@ import reprlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, get_args, overload
 
 import torch
 from torch import Tensor
@@ -50,16 +50,8 @@ SGLangField = Literal[
     "output_token_logprobs",
     "output_token_ids_logprobs",
 ]
-SGLANG_FIELDS: tuple[SGLangField, ...] = (
-    "input_top_logprobs",
-    "input_token_logprobs",
-    "input_token_ids_logprobs",
-    "output_top_logprobs",
-    "output_token_logprobs",
-    "output_token_ids_logprobs",
-)
 PaddingSide = Literal["right", "left"]
-PADDING_SIDES: tuple[PaddingSide, ...] = ("right", "left")
+__all__ = ["collate", "from_openai", "from_sglang", "from_vllm", "gather"]
 
 _TOKEN_ID = "token_id:"
 """The prefix of a token in a reply of vLLM with ``return_tokens_as_token_ids``."""
@@ -71,6 +63,11 @@ _ROUNDING = 1e-3
 _RAGGED = 64
 """The longest list may have this many times the mean number of entries. It bounds the memory of a
 result to this multiple of the reply's."""
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__
 
 
 def from_vllm(
@@ -171,7 +168,7 @@ def from_sglang(
         >>> served.from_sglang({"meta_info": meta}).indices.tolist()
         [[-1, -1], [7, 5]]
     """
-    validation.check_one_of("field", field, SGLANG_FIELDS)
+    validation.check_one_of("field", field, get_args(SGLangField))
     _check_mapping(reply)
     if "meta_info" in reply:
         reply = reply["meta_info"]
@@ -335,7 +332,7 @@ def collate(
         >>> served.collate(values, padding_side="left").tokens.tolist()
         [[3, 4], [-1, 9]]
     """
-    validation.check_one_of("padding_side", padding_side, PADDING_SIDES)
+    validation.check_one_of("padding_side", padding_side, get_args(PaddingSide))
     if {type(value) for value in values} not in ({TopK}, {Sampled}):
         names = sorted({type(value).__name__ for value in values})
         raise TypeError(f"values must all be fastkd.TopK, or all fastkd.Sampled; got {names}")
