@@ -1,4 +1,4 @@
-"""What fastkd promises of its speed, memory and accuracy, as rows that results are held against.
+"""List the claims about speed, memory and accuracy, and check results against them.
 
 A claim has a bound that must be reached and one that is aimed at. It is measured over all the cases
 that it covers, and the worst one counts. What was not measured is said to be so.
@@ -20,7 +20,7 @@ MEMORY_SLACK = 0.03
 
 @dataclass(frozen=True)
 class Claim:
-    """One promise."""
+    """Claim about a measured value."""
 
     what: str
     must: float | None
@@ -31,7 +31,7 @@ class Claim:
     unit: str = "x"
 
     def evaluate(self, results: Results) -> dict[str, Any]:
-        """The row of the table: bounds, the worst measured value, where, and the verdict."""
+        """Return the table row: bounds, the worst measured value, where, and the verdict."""
         values = {title: value for title, value in self.values(results).items() if value == value}
         row = {
             "what": self.what,
@@ -58,9 +58,7 @@ class Claim:
 
 
 def _cases(results: Results, **wanted: Any) -> Iterable[Results]:
-    """The cases whose fields are, or are among, the wanted values; with a gradient unless said
-    otherwise.
-    """
+    """Return the cases with these field values, with a gradient unless stated otherwise."""
     wanted.setdefault("gradient", True)
     for case in results["cases"]:
         if all(
@@ -75,11 +73,11 @@ def _seconds(case: Results, name: str) -> float | None:
     return times["median"] if times else None
 
 
-def _faster_than(rival: str, **wanted: Any) -> Callable[[Results], Values]:
+def _faster_than(baseline: str, **wanted: Any) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
         found = {}
         for case in _cases(results, **wanted):
-            ours, theirs = _seconds(case, "fastkd"), _seconds(case, rival)
+            ours, theirs = _seconds(case, "fastkd"), _seconds(case, baseline)
             if ours and theirs:
                 found[case["title"]] = theirs / ours
         return found
@@ -131,15 +129,15 @@ def _sparse(results: Results) -> Values:
     return {one["title"]: one["of the dense loss"] for one in results.get("sparse", [])}
 
 
-def _divergence(name: str, rival: str = "", **wanted: Any) -> Callable[[Results], Values]:
-    """Its time in those of the forward KL; with a rival, the rival's in its own."""
+def _divergence(name: str, baseline: str = "", **wanted: Any) -> Callable[[Results], Values]:
+    """Return a divergence's time over the forward KL's, or a baseline's time over fastkd's."""
 
     def values(results: Results) -> Values:
         found = {}
         for one in results.get("divergences", []):
             if one["divergence"] != name or any(one[key] != wanted[key] for key in wanted):
                 continue
-            value = one["rivals"].get(rival) if rival else one["of the forward KL"]
+            value = one["rivals"].get(baseline) if baseline else one["of the forward KL"]
             if value is not None:
                 found[one["title"]] = value
         return found
@@ -375,6 +373,6 @@ def _cuda() -> list[Claim]:
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """The rows for the device of some results."""
+    """Return the table rows of all claims about the results' device."""
     claims = _cuda() if results["environment"]["kind"] == "cuda" else _cpu()
     return [claim.evaluate(results) for claim in claims]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.linear``: two linear heads and their loss, time and memory.
+"""Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
 
 Every way to compute it is checked against float64, then all are timed in turns. Each time is also
 given as a multiple of the GEMM time, the duration of the four necessary matrix products: the logits
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 import fastkd
 from benchmarks import environment, memory, report
+from benchmarks.baselines import UnavailableError, _import
 from benchmarks.cases import DTYPES
 from benchmarks.measure import time_in_turns
-from benchmarks.rivals import UnavailableError, _import
 from fastkd import Head
 from fastkd.linear.planner import MIB
 
@@ -38,7 +38,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One shape and its targets: multiples of the GEMM time, and memory in MiB."""
+    """Shape with its bounds: multiples of the GEMM time, and memory in MiB."""
 
     name: str
     rows: int
@@ -57,7 +57,7 @@ class LinearCase:
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Describe the case in words."""
         ignored = f", {self.ignored:.0%} of the rows ignored" if self.ignored else ""
         return (
             f"{self.name}: {self.rows} rows, {self.student_width} (teacher {self.teacher_width}) x "
@@ -66,7 +66,7 @@ class LinearCase:
 
 
 def cases(device: str) -> list[LinearCase]:
-    """Heads of language models on a GPU; on a CPU, one that is large for it."""
+    """Return heads of language models for a GPU, and one large head for a CPU."""
     if device == "cuda":
         llama = ("llama-3", 4096, 2048, 4096, 128256, "bf16")
         qwen = ("qwen", 8192, 1024, 4096, 151936, "bf16")
@@ -96,7 +96,7 @@ def cases(device: str) -> list[LinearCase]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case, in the order that Liger takes them."""
+    """Tensors of a case, in the order of Liger's arguments."""
 
     hidden: Tensor
     weight: Tensor
@@ -106,12 +106,12 @@ class Inputs(NamedTuple):
 
     @property
     def heads(self) -> tuple[Head, Head]:
-        """Student and teacher."""
+        """Return student and teacher as Heads."""
         return Head(*self[:2]), Head(*self[2:4])
 
 
 def make_inputs(case: LinearCase, device: str) -> Inputs:
-    """Logits with a standard deviation of 3, some classes standing out as in trained models."""
+    """Draw inputs whose logits have a standard deviation of 3 and a few outstanding classes."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, width: int, scale: float = 1.0) -> Tensor:
@@ -137,7 +137,7 @@ LossFunction = Callable[[Inputs], Tensor]
 
 
 def _fastkd(**chunks: Any) -> LossFunction:
-    """fastkd.loss with a plan of these options."""
+    """Return a call of fastkd.loss with a plan of these options."""
 
     def loss(given: Inputs) -> Tensor:
         arguments = (*given.heads, given.labels)
@@ -150,12 +150,12 @@ def _fastkd(**chunks: Any) -> LossFunction:
 
 
 def fused(case: LinearCase) -> LossFunction:
-    """fastkd.loss as it comes."""
+    """Compute the loss by fastkd with default options."""
     return _fastkd()
 
 
 def fused_small(case: LinearCase) -> LossFunction:
-    """Rows in chunks within a bound, the weight's gradient summed in its own dtype."""
+    """Compute the loss in bounded chunks of rows, the weight's gradient summed in its own dtype."""
     if not case.small_mib:
         raise UnavailableError("not tried")
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
@@ -163,7 +163,7 @@ def fused_small(case: LinearCase) -> LossFunction:
 
 
 def fused_smallest(case: LinearCase) -> LossFunction:
-    """Classes in chunks: the logits are computed twice."""
+    """Compute the loss in chunks of classes, which compute the logits twice."""
     return _fastkd(chunk_by="classes")
 
 
@@ -183,12 +183,12 @@ def _eager(given: Inputs, upcast: bool) -> Tensor:
 
 
 def eager(case: LinearCase) -> LossFunction:
-    """PyTorch as tutorials write it."""
+    """Compute the loss by the usual PyTorch operations."""
     return lambda given: _eager(given, upcast=False)
 
 
 def eager_upcast(case: LinearCase) -> LossFunction:
-    """The same on logits cast to float32."""
+    """Compute the loss by PyTorch operations on logits cast to float32."""
     if case.dtype == "fp32":
         raise UnavailableError("the same as eager in float32")
     return lambda given: _eager(given, upcast=True)
@@ -209,12 +209,12 @@ def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
 
 
 def liger(case: LinearCase) -> LossFunction:
-    """Liger's chunked loss, compiled."""
+    """Compute the loss by Liger-Kernel's chunked loss, compiled."""
     return _liger_chunked(case, compiled=True)
 
 
 def liger_plain(case: LinearCase) -> LossFunction:
-    """Liger's chunked loss, not compiled."""
+    """Compute the loss by Liger-Kernel's chunked loss, not compiled."""
     return _liger_chunked(case, compiled=False)
 
 
@@ -230,7 +230,7 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 
 
 def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
-    """The four products of the rows that count, into memory that is there already."""
+    """Compute the four matrix products of the valid rows into allocated memory."""
     hidden, weight = given.hidden.detach(), given.weight.detach()
     valid = given.labels != -100
     hidden, teacher_hidden = hidden[valid], given.teacher_hidden[valid]
@@ -251,7 +251,7 @@ def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
 
 
 def step(function: LossFunction, given: Inputs) -> Tensor:
-    """Loss and gradients, which replace those of the step before."""
+    """Compute loss and gradients, which replace those of the previous step."""
     given.hidden.grad = given.weight.grad = None
     loss = function(given)
     loss.backward()
@@ -259,7 +259,7 @@ def step(function: LossFunction, given: Inputs) -> Tensor:
 
 
 def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
-    """The loss and its gradients in float64, some rows at a time."""
+    """Compute the loss and its gradients in float64, some rows at a time."""
     wide = [value.detach().double() for value in given[:4]]
     hidden, weight = wide[0], wide[1].requires_grad_()
     count = int((given.labels != -100).sum())
@@ -294,7 +294,7 @@ def _distance(grad: Tensor | None, right: Tensor) -> float:
 
 
 def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
-    """Memory of a step beyond its inputs."""
+    """Return the peak memory of a step beyond its inputs, in MiB."""
     if device == "cuda":
         function, given = LANES[name](case), make_inputs(case, device)
         step(function, given)
@@ -322,7 +322,7 @@ def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
 
 
 def _peak_here(case: LinearCase, name: str) -> int:
-    """The same in this process, in bytes, as memory.py measures it."""
+    """Return the peak memory of a step in this process, in bytes."""
     function, given = LANES[name](case), make_inputs(case, "cpu")
     step(function, given)
     given.hidden.grad = given.weight.grad = None
@@ -334,7 +334,7 @@ def _peak_here(case: LinearCase, name: str) -> int:
 
 
 def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict[str, Any]:
-    """All ways checked, timed in turns, and their memory measured."""
+    """Check all implementations, time them in turns, and measure their memory."""
     given = make_inputs(case, device)
     exact = truth(given)
     records: dict[str, dict[str, Any]] = {}
@@ -381,7 +381,7 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """What was to be reached, and whether it was."""
+    """Return each bound with the measured value and the verdict."""
     lanes = found["lanes"]
 
     def held(name: str, bound: tuple[float, float]) -> str:
@@ -417,7 +417,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
 
 
 def error_verdicts(lanes: dict[str, Any]) -> list[str]:
-    """Gradients in 16 bits: at most eager's errors, and 1.1 of those with logits in float32."""
+    """Check 16-bit gradients: at most eager's errors, and 1.1 times those with float32 logits."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in lanes.get(name, {}) for name in bounds):
         return []
@@ -426,13 +426,13 @@ def error_verdicts(lanes: dict[str, Any]) -> list[str]:
         for name, record in lanes.items()
         if name.startswith("fastkd") and "weight_error" in record
         for title, key in (("dX", "hidden_error"), ("dW", "weight_error"))
-        if any(record[key] > factor * lanes[rival][key] for rival, factor in bounds.items())
+        if any(record[key] > factor * lanes[baseline][key] for baseline, factor in bounds.items())
     ]
     return missed or ["errors of dX and dW: at most eager's, and at most 1.1x eager fp32's"]
 
 
 def table(found: dict[str, Any]) -> str:
-    """A case as Markdown."""
+    """Return a case as Markdown."""
     lines = [
         "| | time | time / GEMM time | MiB | loss error | dX error | dW error |",
         "|---|---|---|---|---|---|---|",
@@ -455,7 +455,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All cases."""
+    """Return all cases as Markdown."""
     load = results["environment"]["load at the start"]
     busy = f" Other work was running (load {load}): times suffered." if load > 0.5 else ""
     parts = [f"{report.headline(results)}.{busy}"]
@@ -466,7 +466,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def planned() -> str:
-    """What the planner says of the least memory on a GPU, where nothing was measured."""
+    """Return the planner's least memory on a GPU, where nothing was measured."""
     lines = [
         "Planned for a GPU by `fastkd.chunks.plan`, not measured (Liger: its fused kernel, H100):",
         "",
@@ -499,7 +499,7 @@ def planned() -> str:
 
 
 def rewrite_page() -> str:
-    """Puts every saved run's tables, and what is planned, between the page's marks."""
+    """Write every saved run's tables, and the plans, between the page's marks."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
     body = "\n".join([*(markdown(json.loads(path.read_text())) for path in saved), planned()])
     text = PAGE.read_text()
@@ -510,7 +510,7 @@ def rewrite_page() -> str:
 
 
 def main() -> None:
-    """Parses the command line and runs what it asks for."""
+    """Parse the command line, and run the chosen part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")

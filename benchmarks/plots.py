@@ -1,6 +1,4 @@
-"""Plots of results: overview.png for a newcomer, scaling.png for those who ask what it costs to
-grow.
-"""
+"""Plot results: overview.png for newcomers, scaling.png for the cost of larger inputs."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ def _style() -> None:
 
 
 def _overview_cases(results: Results) -> list[Results]:
-    """One case of each well-known model and dtype, at most six; with many rivals, fewer cases."""
+    """Select at most six cases, one of each well-known model and dtype."""
     wanted: tuple[str, ...] = OVERVIEW
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     if results["environment"]["kind"] == "cuda":
@@ -77,7 +75,7 @@ def _overview_cases(results: Results) -> list[Results]:
 
 
 def overview(results: Results, path: Path) -> None:
-    """How many times as long each rival takes, for a few models."""
+    """Plot each baseline's time over fastkd's for a few models."""
     cases = _overview_cases(results)
     if not cases:
         return
@@ -148,7 +146,7 @@ def _series(
 
 
 def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> None:
-    """The time in which the memory could move what must be moved."""
+    """Return the time in which the memory could move the least bytes."""
     if not results["streams"]:
         return
     _, speed = next(iter(results["streams"].values()))
@@ -159,7 +157,7 @@ def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> N
 
 
 def scaling(results: Results, path: Path) -> None:
-    """Cost against rows, classes and threads."""
+    """Plot the cost over rows, classes and threads."""
     series = results["scaling"]
     if not series:
         return
@@ -203,6 +201,6 @@ def _fixed(name: str, points: list[Results]) -> str:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Every plot of some results."""
+    """Draw every plot of some results."""
     overview(results, folder / "overview.png")
     scaling(results, folder / "scaling.png")

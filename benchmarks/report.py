@@ -1,6 +1,4 @@
-"""Shows results: tables for the terminal, JSON and Markdown under results/<device>/, and the
-README's section.
-"""
+"""Write results: tables for the terminal, JSON and Markdown files, and the README's section."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rivals import RIVALS
+from benchmarks.baselines import BASELINES
 
 Results = dict[str, Any]
 
@@ -28,14 +26,14 @@ time taken; "peak" the extra memory, in tensors of logits. Errors are relative t
 gradient's in the 2-norm."""
 DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, the same in times of
 its forward KL, and how many times as long others take (PyTorch: eager, in float32)."""
-README_RIVALS = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
+README_BASELINES = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
 
 
 # ---- numbers in words
 
 
 def duration(seconds: float) -> str:
-    """A time with three digits and its unit."""
+    """Format a time with three digits and its unit."""
     unit, scale = "us", 1e-6
     if seconds >= 1e-3:
         unit, scale = ("ms", 1e-3) if seconds < 1 else ("s", 1.0)
@@ -44,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def times(value: float | None, digits: int = 1) -> str:
-    """A ratio."""
+    """Format a ratio."""
     if value is None:
         return ""
     return f"{value:.{digits if value < 99.5 else 0}f}x"
@@ -110,10 +108,10 @@ def case_rows(case: Results) -> Rows:
 
 
 def summary_rows(results: Results) -> Rows:
-    """A line for each case: fastkd's time, and the baselines' times divided by it."""
+    """Return a line for each case: fastkd's time, and the baselines' times divided by it."""
     names = [
         one.name
-        for one in RIVALS
+        for one in BASELINES
         if one.name != "fastkd" and any(ratio(case, one.name) for case in results["cases"])
     ]
     heading = ["case", "shape", "T", "fastkd", "of stream", *names, "s.sum()"]
@@ -136,7 +134,7 @@ def summary_rows(results: Results) -> Rows:
 
 
 def claim_rows(results: Results) -> Rows:
-    """Promises and what was measured."""
+    """Return the claims and their measured values."""
     heading = ["claim", "must", "aim", "measured", "", "worst at"]
     rows = []
     for claim in results["claims"]:
@@ -162,7 +160,7 @@ def claim_rows(results: Results) -> Rows:
 
 
 def duel_rows(results: Results) -> Rows:
-    """fastkd against itself."""
+    """Return the comparisons of fastkd with itself."""
     rows = [
         [
             duel["name"],
@@ -177,7 +175,7 @@ def duel_rows(results: Results) -> Rows:
 
 
 def sparse_rows(results: Results) -> Rows:
-    """The sparse teacher against all of its logits."""
+    """Return the times of a sparse teacher over those of all logits."""
     names = list(dict.fromkeys(name for one in results["sparse"] for name in one["lanes"]))
     rows = [
         [
@@ -192,7 +190,7 @@ def sparse_rows(results: Results) -> Rows:
 
 
 def divergence_rows(results: Results) -> Rows:
-    """Each divergence beside the forward KL, and what others take for it."""
+    """Return each divergence's time over the forward KL's, and the baselines' times over it."""
     found = results["divergences"]
     names = list(dict.fromkeys(name for one in found for name in one["rivals"]))
     heading = ["", "fastkd", "of forward_kl", *names, "loss error", "grad. error", ""]
@@ -220,7 +218,7 @@ def divergence_rows(results: Results) -> Rows:
 
 
 def scaling_rows(points: Iterable[Results]) -> Rows:
-    """One series."""
+    """Return the rows of one series."""
     rows = []
     for case in points:
         ours, eager = _median(case, "fastkd"), _median(case, "eager")
@@ -237,7 +235,7 @@ def scaling_rows(points: Iterable[Results]) -> Rows:
 
 
 def headline(results: Results) -> str:
-    """Where, with what and when."""
+    """Return the device, versions and date as one line."""
     about = results["environment"]
     versions = about["versions"]
     named = [
@@ -268,12 +266,12 @@ def _table(rows: Rows, title: str = "") -> Table:
 
 
 def show_case(console: Console, case: Results) -> None:
-    """One case, as soon as it is measured."""
+    """Print one case."""
     console.print(_table(case_rows(case), case["title"]))
 
 
 def show(console: Console, results: Results) -> None:
-    """All of it, after a run."""
+    """Print all tables."""
     console.rule("Times of fastkd, and times of the baselines divided by it")
     console.print(_table(summary_rows(results)))
     for line in notes(results):
@@ -293,7 +291,7 @@ def show(console: Console, results: Results) -> None:
 
 
 def notes(results: Results) -> list[str]:
-    """What the tables do not say."""
+    """Return remarks on failures and on load during the run."""
     lines = [f"Not measured: {name}, {why}." for name, why in results["missing"].items()]
     lines += [
         f"Stream {name!r}: {what}; {speed / 1e9:.1f} GB/s."
@@ -313,7 +311,7 @@ def notes(results: Results) -> list[str]:
 
 
 def save(results: Results, folder: Path) -> None:
-    """results.json and results.md."""
+    """Write results.json and results.md."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(results), indent=1)
     (folder / "results.json").write_text(text + "\n")
@@ -340,7 +338,7 @@ def _markdown_table(rows: Rows) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The whole report."""
+    """Return the whole report as Markdown."""
     about = results["environment"]
     quiet = (
         f"Load {about['load at the start']} at the start; the host of a virtual machine took "
@@ -351,7 +349,7 @@ def markdown(results: Results) -> str:
         f"{headline(results)}. {quiet}\n\n{LEGEND}\n",
         _markdown_table(summary_rows(results)),
         "\n".join(f"- {line}" for line in notes(results)) + "\n",
-        "Baselines:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in RIVALS) + "\n",
+        "Baselines:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in BASELINES) + "\n",
     ]
     if results["claims"]:
         parts += ["## Claims\n", _markdown_table(claim_rows(results))]
@@ -394,7 +392,7 @@ def markdown(results: Results) -> str:
 
 
 def newest() -> list[tuple[Path, Results]]:
-    """The newest results of a GPU, if any, then the newest of a CPU."""
+    """Return the newest results of a GPU, if any, then the newest of a CPU."""
     found: dict[str, tuple[Path, Results]] = {}
     for path in sorted(RESULTS.glob("*/results.json")):
         results = json.loads(path.read_text())
@@ -411,7 +409,7 @@ def newest() -> list[tuple[Path, Results]]:
 
 def readme_rows(results: Results) -> Rows:
     """Select the cases with a gradient, and the best-known baselines, for the README."""
-    names = [name for name in README_RIVALS if any(ratio(case, name) for case in results["cases"])]
+    names = [name for name in README_BASELINES if any(ratio(case, name) for case in results["cases"])]
     heading = [
         "loss + backward",
         "fastkd",
@@ -443,7 +441,7 @@ def readme_rows(results: Results) -> Rows:
 
 
 def readme_section() -> str:
-    """What stands between the README's markers."""
+    """Return the text between the README's markers."""
     parts = []
     for folder, results in newest():
         where = folder.relative_to(README.parent).as_posix()
@@ -460,7 +458,7 @@ def readme_section() -> str:
 
 
 def rewrite_readme() -> str:
-    """Puts the newest results between the markers of the README; says what was done."""
+    """Write the newest results between the README's markers; return a sentence about it."""
     text = README.read_text() if README.exists() else ""
     if BEGIN not in text or END not in text:
         raise SystemExit(

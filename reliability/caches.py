@@ -30,7 +30,7 @@ TEXTS = ("", "nan", "inf", "-1", "1e999", "[]", "[-1]", "[0]", "[3]", "9" * 25, 
 
 
 def split(data: bytes) -> tuple[Any, bytes]:
-    """A file's header and its body; raises ValueError where there is no header."""
+    """Split a file into header and body; raise ValueError if it has no header."""
     if len(data) < 8:
         raise ValueError("too short")
     (size,) = struct.unpack("<Q", data[:8])
@@ -38,13 +38,13 @@ def split(data: bytes) -> tuple[Any, bytes]:
 
 
 def join(header: Any, body: bytes) -> bytes:
-    """The file of both."""
+    """Return the file of a header and a body."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) inside a JSON value."""
+    """Return every (container, key) inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
     for key in keys:
@@ -54,7 +54,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def edited(data: bytes, seed: int) -> bytes:
-    """One entry of the header is another number or text, is gone, or is a neighbour's."""
+    """Change, delete or exchange one entry of the header."""
     header, body = split(data)
     draw = random.Random(seed)
     container, key = draw.choice(places(header))
@@ -77,7 +77,7 @@ def edited(data: bytes, seed: int) -> bytes:
 
 
 def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
-    """Compute a file's checksums anew, as a forger would; raise what a header without them does."""
+    """Recompute a file's checksums, as an attacker would; raise for headers without them."""
 
     def part(name: str) -> bytes:
         start, stop = header[name]["data_offsets"]
@@ -107,7 +107,7 @@ def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Whole shards: dense, top-k, and sequences."""
+    """Write valid shards: dense, top-k, and sequences."""
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
@@ -153,7 +153,7 @@ def check_other_files() -> None:
 
 
 def fuzz(arguments: list[str]) -> None:
-    """libFuzzer's loop; it ends the process."""
+    """Run libFuzzer's loop, which ends the process."""
     import atheris
 
     from fastkd.teachers import TeacherCache, cache, shard
@@ -168,7 +168,7 @@ def fuzz(arguments: list[str]) -> None:
     place.mkdir(exist_ok=True)
 
     def contents(data: bytes) -> list[bytes] | None:
-        """All that can be read of a file, or None if it is refused."""
+        """Return everything that a file contains, or None if it is refused."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
             opened = TeacherCache(place)
@@ -204,7 +204,7 @@ def fuzz(arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Runs libFuzzer in a process of its own, whose last words are the figures."""
+    """Run libFuzzer in a process of its own, and print its last figures."""
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     corpus = FOLDER / "corpus"

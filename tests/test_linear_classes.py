@@ -107,8 +107,8 @@ def test_16_bit_errors(device, dtype):
     _, in_rows = run(given, chunks=by_rows(64))
     _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
     _, eager = on_full_logits(given, dtype)
-    rivals = (upcast, eager, in_rows)
-    for name, grad, right, *others in zip("xwb", grads, exact, *rivals, strict=True):
+    baselines = (upcast, eager, in_rows)
+    for name, grad, right, *others in zip("xwb", grads, exact, *baselines, strict=True):
         error = distance(grad, right)
         of_cast, of_eager, of_rows = (distance(other, right) for other in others)
         assert error <= of_eager and error <= 1.1 * of_cast, name
