@@ -52,8 +52,8 @@ autodoc_typehints = "none"  # docstrings describe the types with their shapes an
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 doctest_global_setup = "import torch, fastkd"
-# The names of other projects that docstrings link to: inventories in the repository, so that a build
-# needs no network. Add a name when a docstring refers to a new one.
+# Names of other projects that docstrings link to. The inventories are in the repository, so that a
+# build needs no network. Add a name when a docstring refers to a new one.
 intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "docs/torch.inv"),
     "python": ("https://docs.python.org/3", "docs/python.inv"),

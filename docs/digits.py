@@ -36,12 +36,11 @@ def summary(outcome: digits.Outcome) -> str:
     smaller = sizes["teacher"] / sizes["student distilled"]
     seeds = len(outcome.accuracies["teacher"])
     return (
-        f"A student **{smaller:.0f}x smaller** than its teacher recognizes "
-        f"**{means['student distilled']:.1f} %** of the test images if it is\n"
-        f"distilled, and **{means['student alone']:.1f} %** if it learns from the same few labels "
-        f"alone. The teacher ({sizes['teacher']:,} parameters, not\n"
-        f"{sizes['student alone']:,}) recognizes {means['teacher']:.1f} %. "
-        f"These are means over {seeds} seeds.\n"
+        f"The student has {sizes['student alone']:,} parameters, **{smaller:.0f}x fewer** than the "
+        f"teacher's {sizes['teacher']:,}. It recognizes\n**{means['student distilled']:.1f} %** of "
+        f"the test images if it is distilled, and **{means['student alone']:.1f} %** if it learns "
+        f"from the same few labels alone. The teacher\nrecognizes {means['teacher']:.1f} %. These "
+        f"are means over {seeds} seeds.\n"
     )
 
 
