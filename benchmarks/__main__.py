@@ -21,7 +21,7 @@ EXAMPLES = """examples:
   python -m benchmarks --only llama --baselines fastkd eager
   python -m benchmarks --only "top 64"     the sparse teacher alone
   python -m benchmarks --only divergences  the other divergences alone
-  python -m benchmarks --readme            the README's section, from the newest saved results
+  python -m benchmarks --readme            the README's figures, from the newest saved results
 """
 
 
@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--list", action="store_true", help="list cases and baselines, and measure nothing"
     )
-    parser.add_argument("--readme", action="store_true", help="only rewrite the README's section")
+    parser.add_argument("--readme", action="store_true", help="only rewrite the README's figures")
     parser.add_argument(
         "--redraw", type=Path, metavar="FOLDER", help="only redo a saved run's report and plots"
     )

@@ -200,7 +200,7 @@ def document() -> str:
         "# Reliability",
         "",
         "Written by `python -m reliability`, which runs these commands; the text below the tables",
-        "is [reliability/findings.md](../reliability/findings.md). Each line is a promise, the",
+        "is `reliability/findings.md`. Each line is a promise, the",
         "command that tries it, and what its last run found.",
         "",
         "| Promise | Command | Last run | Found |",

@@ -1,8 +1,6 @@
 """The loss of a student that is a Head: against float64 on full logits, and against what PyTorch
 makes of the same dtypes."""
 
-import pathlib
-import re
 from typing import Any
 
 import pytest
@@ -461,13 +459,6 @@ def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
     assert abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         assert grad.dtype == dtype and distance(grad, right) <= bound * right.norm()
-
-
-def test_the_page_runs():
-    """The Python blocks of docs/linear.md, as a reader would type them."""
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "linear.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec("\n".join(blocks), {})
 
 
 # ---- bad input

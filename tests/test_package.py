@@ -5,7 +5,6 @@ import importlib
 import importlib.metadata
 import importlib.resources
 import inspect
-import pathlib
 import pkgutil
 import re
 import subprocess
@@ -17,7 +16,6 @@ import torch
 import fastkd
 from fastkd import _C
 
-ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [
     "fastkd",
     *(
@@ -147,38 +145,6 @@ def test_info():
 def test_command_without_arguments_says_what_there_is():
     done = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True)
     assert done.returncode == 2 and "info" in done.stderr
-
-
-def readme_blocks() -> list[str]:
-    path = ROOT / "README.md"
-    text = path.read_text() if path.exists() else ""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def test_readme_runs():
-    """Its Python blocks, one after the other, as a reader would type them."""
-    blocks = readme_blocks()
-    if not blocks:
-        pytest.skip("README.md has no Python block")
-    source = "\n".join(blocks)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_readme_lists_the_extras():
-    listed = {
-        extra: set(packages.split(", "))
-        for extra, packages in re.findall(
-            r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
-        )
-    }
-    metadata: dict[str, set[str]] = {}
-    for line in importlib.metadata.requires("fastkd"):
-        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
-            metadata.setdefault(found[2], set()).add(found[1])
-    assert listed == metadata
 
 
 @pytest.mark.slow

@@ -252,14 +252,10 @@ def terms(
     need extra passes, and a TopK three more over the student.
 
     Returns:
-        A named tuple of tensors, each reduced like the loss: ``loss``, ``hard`` (cross entropy),
-        ``soft`` (the divergence without weight and T^2), ``student_entropy`` and
-        ``teacher_entropy`` (nats, at temperature T; of the listed classes and the tail for a TopK)
-        and ``agreement`` (share of rows whose most probable class is the same for both), and
-        ``student_mass`` and ``teacher_mass``, the probabilities of the classes that the teacher
-        lists: 1 unless the teacher is a TopK or Sampled. A Sampled teacher tells neither its
-        entropy nor its most probable class: those two fields are NaN. Only ``loss`` carries a
-        gradient. CUDA is not synchronized, except once to count rows if the
+        A :class:`fastkd.Terms`, whose fields are reduced like the loss. The entropies are those of
+        the listed classes and the tail if the teacher is a TopK. A Sampled teacher tells neither
+        its entropy nor its most probable class: ``teacher_entropy`` and ``agreement`` are then NaN.
+        Only ``loss`` carries a gradient. CUDA is not synchronized, except once to count rows if the
         student is a Head with class-index labels.
 
     Example:

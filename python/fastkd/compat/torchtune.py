@@ -38,6 +38,7 @@ class ForwardKLLoss(_MaskedLoss):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import ForwardKLLoss
         >>> ForwardKLLoss()(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
@@ -67,6 +68,7 @@ class SymmetricKLLoss(_MaskedLoss):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import SymmetricKLLoss
         >>> SymmetricKLLoss()(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(0.6931)
     """
@@ -98,6 +100,7 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import ForwardKLWithChunkedOutputLoss
         >>> chunks, labels = [torch.zeros(1, 2, 4)] * 2, torch.tensor([[0, 1, 2, -100]])
         >>> ForwardKLWithChunkedOutputLoss()(chunks, chunks, labels)
         tensor(1.3863)

@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     student_mass: Tensor = None  # type: ignore[assignment]
     """The student's probability of the classes that the teacher lists; 1 if they are all classes.
 
-    :func:`fastkd.reference.terms`, whose teacher has all classes, leaves this and the next None.
+    ``fastkd.reference.terms``, whose teacher has all classes, leaves this and the next None.
     """
     teacher_mass: Tensor = None  # type: ignore[assignment]
     """The teacher's probability of the classes that it lists; 1 if they are all classes."""
