@@ -18,6 +18,7 @@ def report(
     model: dict[str, str] = {},  # noqa: B006 - never changed
     title: str = "Distillation report",
     seconds: float = 1.0,
+    threads: int | None = None,
     save: str = "",
 ) -> None:
     """Compare students with their teacher: size, latency, accuracy, calibration.
@@ -32,12 +33,15 @@ def report(
         model: further students, as --model.NAME=module:function@FILE.safetensors.
         title: title of the report.
         seconds: duration of each latency measurement.
+        threads: number of threads that PyTorch uses; without it, its own choice.
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
     with raise_as_config_error():
         validation.check_number("seconds", seconds, 0.0, float("inf"))
         validation.check_folder("save", save)
+        if threads is not None:
+            validation.check_count("threads", threads)
     students = {}
     if training.student:
         training.require("output")
@@ -59,6 +63,7 @@ def report(
         data if isinstance(data, DataLoader) else DataLoader(data, training.batch_size),
         title=title,
         seconds=seconds,
+        threads=threads,
     )
     if save:
         print(f"wrote {result.save(save) / 'report.html'}")

@@ -41,6 +41,8 @@ class Report(NamedTuple):
     title: str
     models: tuple[Model, ...]
     environment: dict[str, str]
+    warnings: tuple[str, ...] = ()
+    """Sentences on latencies that cannot be trusted, and on ratios withheld for that reason."""
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -65,8 +67,7 @@ class Report(NamedTuple):
             }
             for model in self.models
         ]
-        report = {"title": self.title, "environment": self.environment, "models": models}
-        return json.dumps(report, indent=2, allow_nan=False)
+        return json.dumps(self._asdict() | {"models": models}, indent=2, allow_nan=False)
 
     def html(self) -> str:
         """Return one page that contains its pictures and loads nothing from elsewhere."""
@@ -113,6 +114,7 @@ def report(
     devices: Sequence[str | torch.device] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     seconds: float = 1.0,
+    threads: int | None = None,
     ignore_index: int = -100,
     dim: int = -1,
     show: bool = True,
@@ -126,11 +128,14 @@ def report(
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
       "On Calibration of Modern Neural Networks", 2017). Each model runs on its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
-      percentile. Models take turns in bursts of calls, so that changes of the machine's speed
-      affect all of them. Throughput is the largest batch divided by its median.
+      percentile. Models take turns, so that changes of the machine's speed affect all of them.
+      Throughput is the largest batch divided by its median. A ratio to the teacher's latency is
+      withheld if other programs used the processors meanwhile, which Linux tells, or if estimates
+      of the ratio differ by more than 1.5x; ``warnings`` says so.
 
-    The models are not changed: they run in evaluation mode without gradients, return to their mode,
-    and are copied to devices where they are not.
+    The models are not changed: they run in evaluation mode, if they have one, without gradients,
+    return to their mode, and are copied to devices where they are not. A student whose name has
+    the word "alone" is taken as the one trained without a teacher, for the sentence at the top.
 
     Args:
         teacher: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
@@ -141,6 +146,7 @@ def report(
         devices: where to measure latency. Default: the CPU, and the GPU if there is one.
         batch_sizes: of the latency. Default 1 and 32.
         seconds: of timing for each model, device and batch size. Default 1.
+        threads: that PyTorch uses on the CPU. Default: as many as it has.
         ignore_index: rows with this label are ignored. Default -100.
         dim: of the classes in the logits. Default -1.
         show: print the table.
@@ -172,18 +178,28 @@ def report(
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     validation.check_number("seconds", seconds, 0.0, math.inf)
     validation.check_ignore_index(ignore_index)
+    if threads is not None:
+        validation.check_count("threads", threads)
     if show:
         extras.check("report", "rich")
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
-    latencies = measure.measure_latencies(models, inputs, resolved, batch_sizes, seconds)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads or previous)
+    try:
+        environment = _describe_environment(resolved)
+        answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
+        latencies, warnings = measure.measure_latencies(
+            models, inputs, resolved, batch_sizes, seconds
+        )
+    finally:
+        torch.set_num_threads(previous)
     rows = (
         Model(name, measure.measure_size(model), answers[name], latencies[name])
         for name, model in models.items()
     )
-    result = Report(title, tuple(rows), _describe_environment(resolved))
+    result = Report(title, tuple(rows), environment, tuple(warnings))
     if show:
         tables.show(result)
     return result
@@ -217,13 +233,16 @@ def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
     processor = next(iter(names), platform.processor() or platform.machine())
-    threads = torch.get_num_threads()
     environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{processor}, {threads} thread{'' if threads == 1 else 's'}",
+        "CPU": processor,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
     }
+    if hasattr(os, "getloadavg"):  # Windows has none
+        environment["load average at the start"] = f"{os.getloadavg()[0]:.2f}"
     for device in devices:
         if device.type == "cuda":
             environment[f"GPU ({device})"] = torch.cuda.get_device_name(device)
