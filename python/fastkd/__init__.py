@@ -8,9 +8,10 @@
 ``loss``, ``terms`` and ``KDLoss`` compute the loss. Student and teacher are tensors of logits, or a
 ``Head``, a linear layer whose logits are never all in memory; a teacher may also be a ``TopK``, the
 log-probabilities of a few classes, or several tensors. ``Trainer``, ``Hint``, ``teachers`` and
-``report`` train a student and measure it. ``explain``, ``verify``, ``check_inputs`` and
-``check_logits`` look at a call. ``fastkd.compat`` has the names and conventions of other libraries,
-and ``fastkd.integrations`` works inside their trainers.
+``report`` train a student and measure it; ``export`` and ``deployment`` take it out of PyTorch.
+``explain``, ``verify``, ``check_inputs`` and ``check_logits`` look at a call. ``fastkd.compat`` has
+the names and conventions of other libraries, and ``fastkd.integrations`` works inside their
+trainers.
 """
 
 import importlib
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
-from fastkd import teachers, validation
+from fastkd import deployment, teachers, validation
 from fastkd._C import version as __version__
 from fastkd._core.values import Head, Routed, Sampled, TopK
+from fastkd.deployment import export
 from fastkd.diagnostics import Verification, check_inputs, check_logits, explain, verify
 from fastkd.linear import chunks
 from fastkd.losses import KDLoss, divergences, loss, terms
@@ -47,8 +49,10 @@ __all__ = [
     "check_logits",
     "chunks",
     "compat",
+    "deployment",
     "divergences",
     "explain",
+    "export",
     "integrations",
     "loss",
     "report",

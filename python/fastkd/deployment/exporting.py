@@ -1,0 +1,223 @@
+"""Export a student: check the arguments, write the file, compare it with the student."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import pathlib
+import secrets
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import batches, validation
+from fastkd.deployment import loading, writing
+
+_COMPARED = 64  # samples in a call that compares the two models
+_ONNX_BYTES = 2**31 - 2**20  # of weights; protobuf's limit, less the graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """The file that :func:`export` wrote, and how far its answers are from the student's."""
+
+    path: pathlib.Path
+    bytes: int
+    rows: int
+    """Number of rows on which the two were compared."""
+    difference: float
+    """Largest absolute difference of a logit."""
+    agreement: float
+    """Share of rows on which both have the same most probable class."""
+
+    def __str__(self) -> str:
+        """Return the figures in a sentence."""
+        return (
+            f"{self.path}: {self.bytes:,} bytes. On {self.rows:,} rows the largest difference of a "
+            f"logit is {self.difference:.2g}, and the class is the same on {self.agreement:.1%}"
+        )
+
+
+class _Logits(nn.Module):
+    """Map a student's input tensors, in their order in a batch, to its logits."""
+
+    def __init__(self, student: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.student = student
+        self._names = list(inputs) if isinstance(inputs, Mapping) else None
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the logits."""
+        inputs = tensors if self._names is None else dict(zip(self._names, tensors, strict=True))
+        return batches.logits(self.student, inputs)
+
+
+def export(
+    student: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    format: Literal["onnx", "executorch", "torch"] = "onnx",
+    quantize: Literal["int8"] | None = None,
+    *,
+    rows: Any = None,
+    max_batch: int = 32,
+    dim: int = -1,
+) -> Exported:
+    """Write ``student`` as a program that runs without its Python code, and compare the two.
+
+    The program takes batches of any size, and returns the logits. It is written under another name,
+    loaded, compared with the student, and renamed, so ``path`` never holds half a file or a wrong
+    one. The student is copied, and stays as it is.
+
+    With ``quantize="int8"``, weights and activations have 8 bits, by static quantization: ONNX
+    Runtime's for ``"onnx"``, PT2E with ExecuTorch's ``XNNPACKQuantizer`` for the other two. A
+    quantized ``"torch"`` program is small, but PyTorch does not run it faster by itself.
+
+    Args:
+        student: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
+        example: inputs of the student: a tensor, a tuple of tensors, or a mapping of keyword
+            arguments, each ``(B, ...)``. With ``quantize`` they also calibrate the ranges of the
+            activations: give some hundred training samples.
+        path: the file, which ends in ``.onnx``, ``.pte`` or ``.pt2``, as the format has it.
+        format: ``"onnx"`` for ONNX Runtime, ``"executorch"`` for ExecuTorch with XNNPACK, or
+            ``"torch"`` for ``torch.export.load``.
+        quantize: ``"int8"``, or None for the student's own precision.
+        rows: inputs on which the two are compared, in the form of ``example``, the default.
+        max_batch: largest batch of an ExecuTorch program, which reserves memory for it. Default 32.
+        dim: of the classes in the logits. Default -1.
+
+    Returns:
+        The path, its size, and by how much the program's answers differ from the student's.
+
+    Raises:
+        ImportError: before the student is traced, if a package is missing; the message names the
+            extra, ``fastkd[deploy]``.
+        TypeError: if ``student`` is no module, or ``example`` or ``rows`` hold no tensors.
+        ValueError: if the student cannot be traced with batches of any size, or ``path`` does not
+            fit the format; or if the program's logits are not finite, or, without ``quantize``, not
+            the student's up to half of the digits of their dtype. Nothing is written then.
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, fastkd
+        >>> student, images = torch.nn.Linear(64, 10), torch.randn(256, 64)
+        >>> exported = fastkd.export(
+        ...     student, images, f"{tempfile.mkdtemp()}/student.pt2", format="torch"
+        ... )
+        >>> exported.rows, exported.agreement
+        (256, 1.0)
+    """
+    path = _check_arguments(student, path, format, quantize, max_batch)
+    writing.check_packages(format, quantize is not None)
+    student = copy.deepcopy(student).cpu()
+    example = _check_inputs("example", example, student)
+    rows = example if rows is None else _check_inputs("rows", rows, student)
+    tensors = tuple(batches.tensors(example))
+    names = [f"input_{index}" for index in range(len(tensors))] if len(tensors) > 1 else ["input"]
+    request = writing.Request(
+        format,
+        quantize is not None,
+        max_batch,
+        list(example) if isinstance(example, Mapping) else names,
+        sum(parameter.numel() for parameter in student.parameters()),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    try:
+        with batches.evaluating(student):
+            writing.write(part, _Logits(student, example), tensors, request)
+            figures = _compare(student, loading.load(part), rows, dim, quantize is not None)
+        size = part.stat().st_size
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(path, size, *figures)
+
+
+def _check_arguments(
+    student: nn.Module,
+    path: str | os.PathLike[str],
+    format: str,
+    quantize: str | None,
+    max_batch: int,
+) -> pathlib.Path:
+    """Return the path, or raise if an argument other than the inputs does not fit."""
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a module; got {type(student).__name__}")
+    validation.check_one_of("format", format, tuple(writing.SUFFIXES))
+    if quantize is not None:
+        validation.check_one_of("quantize", quantize, ("int8",), "None keeps the student's dtype")
+    validation.check_count("max_batch", max_batch, 2)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's path; got {type(path).__name__}")
+    path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(
+            f"path must be a file that ends in {suffix} for format={format!r}; got {path}"
+        )
+    if format == "onnx":
+        size = sum(tensor.nbytes for tensor in batches.tensors(student.state_dict()))
+        if size > _ONNX_BYTES:
+            raise ValueError(
+                f"student has {size:,} bytes of weights, and one .onnx file holds at most 2 GB"
+            )
+        if batches.dtype_of(student) is torch.bfloat16:
+            raise ValueError(
+                "student has the dtype torch.bfloat16, in which ONNX Runtime does not compute on "
+                "CPUs; give student.float()"
+            )
+    return path
+
+
+def _check_inputs(name: str, inputs: Any, student: nn.Module) -> Any:
+    """Return inputs on the CPU in the student's dtype; raise if their form does not fit."""
+    values: Any = inputs.values() if isinstance(inputs, Mapping) else inputs
+    values = [inputs] if isinstance(inputs, Tensor) else values
+    values = list(values) if isinstance(values, (tuple, list, type({}.values()))) else []
+    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        raise TypeError(
+            f"{name} must be a tensor (B, ...), or a tuple or mapping of such tensors; got "
+            f"{type(inputs).__name__}"
+        )
+    if len({len(value) for value in values}) > 1 or not len(values[0]):
+        raise ValueError(
+            f"{name} must have at least one sample, and tensors with as many samples as one "
+            f"another; got the shapes {[tuple(value.shape) for value in values]}"
+        )
+    return batches.to(inputs, torch.device("cpu"), batches.dtype_of(student))
+
+
+def _compare(
+    student: nn.Module, exported: nn.Module, rows: Any, dim: int, is_quantized: bool
+) -> tuple[int, float, float]:
+    """Return the number of rows, the largest difference of a logit and the share of same classes.
+
+    Raises:
+        ValueError: if the logits are not finite, or, without quantization, not the student's.
+    """
+    count = agreeing = 0
+    difference = largest = 0.0
+    for index in torch.split(torch.arange(batches.size(rows, None)), _COMPARED):
+        part = loading.take_samples(rows, index)
+        expected = batches.logits(student, part).movedim(dim, -1)
+        logits = batches.logits(exported, part).movedim(dim, -1)
+        if logits.shape != expected.shape or not logits.isfinite().all():
+            raise ValueError(
+                "student: the exported model's logits must be finite and have the shape "
+                f"{tuple(expected.shape)} of the student's; got {tuple(logits.shape)}, "
+                f"{int(logits.isfinite().sum())} of {logits.numel()} finite. Nothing was written"
+            )
+        count += logits[..., 0].numel()
+        agreeing += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        difference = max(difference, float((logits - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * largest
+    if not is_quantized and difference > bound:
+        raise ValueError(
+            f"student: the exported model's logits differ from the student's by {difference:.3g}, "
+            f"more than {bound:.3g}, half of the digits of {expected.dtype}. Nothing was written"
+        )
+    return count, difference, agreeing / count

@@ -1,0 +1,264 @@
+"""Run exported programs as modules: ONNX Runtime, ExecuTorch and ``torch.export``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import batches, extras
+
+ACCEPTED = (
+    "a module, a torch.export.ExportedProgram, an onnxruntime.InferenceSession, an ExecuTorch "
+    "program or method, or the path of an .onnx, .pte or .pt2 file"
+)
+COUNT = "fastkd_parameters"  # the key under which a file holds the number of parameters
+_ONNX_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(uint8)": torch.uint8,
+    "tensor(int8)": torch.int8,
+    "tensor(bool)": torch.bool,
+}
+# By number of c10::ScalarType.
+_EXECUTORCH_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+
+
+class DeployedModel(nn.Module):
+    """An exported program, called like the module that it was exported from; see :func:`load`.
+
+    The program runs on the CPU and is no part of the module's state: the module has no parameters.
+
+    Attributes:
+        name: the file's name, or the runtime's.
+        bytes: size of the file, or of the program in memory; None if unknown.
+        parameter_count: number of the exported module's parameters; None if unknown.
+        source: what the program was loaded from.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Any], Tensor],
+        source: Any,
+        *,
+        name: str,
+        bytes: int | None = None,
+        parameter_count: int | None = None,
+        batch: int | None = None,
+        is_fixed: bool = False,
+    ) -> None:
+        """Take ``run``, which maps a batch's inputs to logits.
+
+        Each call of ``run`` gets at most ``batch`` samples, or exactly as many if ``is_fixed``.
+        ExecuTorch does not tell; there, a smaller batch is padded once ``run`` has refused one.
+        """
+        super().__init__()
+        self.name, self.bytes, self.parameter_count = name, bytes, parameter_count
+        self.source = source
+        self._run, self._batch, self._is_fixed = run, batch, is_fixed
+
+    def forward(self, *positional: Any, **keywords: Any) -> Tensor:
+        """Return the logits of a batch, in several calls if the program takes fewer samples."""
+        inputs: Any = keywords or positional
+        size = batches.size(inputs, None)
+        if self._batch is None or size == self._batch:
+            return self._run(inputs)
+        if size > self._batch:
+            parts = [
+                take_samples(inputs, torch.arange(start, min(start + self._batch, size)))
+                for start in range(0, size, self._batch)
+            ]
+            return torch.cat([self(**part) if keywords else self(*part) for part in parts])
+        if not self._is_fixed:
+            with contextlib.suppress(RuntimeError):
+                return self._run(inputs)
+            self._is_fixed = True
+        padded = take_samples(inputs, torch.arange(self._batch).clamp(max=size - 1))
+        return self._run(padded)[:size]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Load the program again: a runtime's objects cannot be copied."""
+        return load(self.source)
+
+    def extra_repr(self) -> str:
+        """Return the name of the program."""
+        return self.name
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Silence exporters and runtimes, which warn of their own deprecations and unused packages."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def take_samples(inputs: Any, index: Tensor) -> Any:
+    """Take the samples at ``index`` of a batch's inputs; a 0-d tensor belongs to no sample."""
+    return batches.map_tensors(lambda t: t[index.to(t.device)] if t.dim() else t, inputs)
+
+
+def load(model: Any) -> nn.Module:
+    """Return a module that runs ``model``; a module is returned unchanged.
+
+    A program in a file is loaded with ``torch.get_num_threads()`` threads. A program for a fixed
+    number of samples is called several times for a larger batch, and a smaller batch is padded.
+
+    Args:
+        model: a module, a ``torch.export.ExportedProgram``, an ``onnxruntime.InferenceSession``, an
+            ``executorch.runtime`` ``Program`` or ``Method``, or the path of an ``.onnx``, ``.pte``
+            or ``.pt2`` file. Only load a ``.pt2`` file that you trust: PyTorch may unpickle parts
+            of it, which can run code.
+
+    Raises:
+        ImportError: if the runtime's package is missing; the message names the extra.
+        TypeError: if ``model`` is none of these.
+        ValueError: if the file does not exist, or has another suffix.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, torch.export.ExportedProgram):
+        return _load_torch(model)
+    if isinstance(model, (str, os.PathLike)):
+        path = pathlib.Path(model)
+        loaders = {".onnx": _load_onnx, ".pte": _load_executorch, ".pt2": _load_torch}
+        if path.suffix not in loaders or not path.is_file():
+            raise ValueError(f"model must be an existing .onnx, .pte or .pt2 file; got {path}")
+        return loaders[path.suffix](path)
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
+    if any(n.startswith("onnxruntime.") and n.endswith(".InferenceSession") for n in names):
+        return _load_onnx(model)
+    if names & {"executorch.runtime.Program", "executorch.runtime.Method"}:
+        return _load_executorch(model)
+    raise TypeError(f"model must be {ACCEPTED}; got {type(model).__name__}")
+
+
+def _load_onnx(source: Any) -> DeployedModel:
+    runtime = extras.load("onnxruntime", "deploy")
+    if isinstance(source, pathlib.Path):
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        size: int | None = source.stat().st_size
+    else:
+        session, path = source, getattr(source, "_model_path", None)
+        data = getattr(source, "_model_bytes", None)
+        size = os.path.getsize(path) if path else len(data) if data else None
+    arguments, outputs = session.get_inputs(), [each.name for each in session.get_outputs()]
+    names = [each.name for each in arguments]
+    dtypes = [_ONNX_DTYPES.get(each.type) for each in arguments]
+    output = "logits" if "logits" in outputs else outputs[0]
+
+    def run(inputs: Any) -> Tensor:
+        if isinstance(inputs, Mapping):
+            if set(inputs) != set(names):
+                raise TypeError(f"the ONNX model has the inputs {names}; got {list(inputs)}")
+            inputs = [inputs[name] for name in names]
+        feed = {
+            name: tensor.to("cpu", dtype).numpy()
+            for name, dtype, tensor in zip(names, dtypes, batches.tensors(inputs), strict=True)
+        }
+        return torch.from_numpy(session.run([output], feed)[0])
+
+    first = arguments[0].shape[0] if arguments and arguments[0].shape else None
+    count = session.get_modelmeta().custom_metadata_map.get(COUNT)
+    return DeployedModel(
+        run,
+        source,
+        name=source.name if isinstance(source, pathlib.Path) else "ONNX Runtime",
+        bytes=size,
+        parameter_count=None if count is None else int(count),
+        batch=first if isinstance(first, int) else None,
+        is_fixed=True,
+    )
+
+
+def _load_executorch(source: Any) -> DeployedModel:
+    with silence():
+        runtime = extras.load("executorch.runtime", "deploy")
+        bindings = extras.load("executorch.extension.pybindings.portable_lib", "deploy")
+    program, threads = source, torch.get_num_threads()
+    if isinstance(source, pathlib.Path):
+        if bindings._threadpool_get_thread_count() != threads:
+            bindings._unsafe_reset_threadpool(threads)  # unsafe only while a program runs
+        program = runtime.Runtime.get().load_program(source)
+    count, method = None, program
+    if isinstance(program, runtime.Program):
+        if COUNT in program.method_names:
+            count = int(program.load_method(COUNT).execute([])[0])
+        method = program.load_method("forward")
+    arguments = [
+        method.metadata.input_tensor_meta(index) for index in range(method.metadata.num_inputs())
+    ]
+    dtypes = [_EXECUTORCH_DTYPES.get(each.dtype()) for each in arguments]
+
+    def run(inputs: Any) -> Tensor:
+        tensors = zip(batches.tensors(inputs), dtypes, strict=True)
+        logits: Tensor = method.execute([t.to("cpu", d).contiguous() for t, d in tensors])[0]
+        return logits
+
+    return DeployedModel(
+        run,
+        source,
+        name=source.name if isinstance(source, pathlib.Path) else "ExecuTorch",
+        bytes=source.stat().st_size if isinstance(source, pathlib.Path) else None,
+        parameter_count=count,
+        batch=arguments[0].sizes()[0] if arguments and arguments[0].sizes() else None,
+    )
+
+
+def _load_torch(source: Any) -> DeployedModel:
+    is_file, extra = isinstance(source, pathlib.Path), {COUNT: ""}
+    with silence():
+        program = torch.export.load(source, extra_files=extra) if is_file else source
+    count = int(extra[COUNT] or sum(parameter.numel() for parameter in program.parameters()))
+    state = (program.state_dict, program.constants)
+    module = program.module()
+    takes_keywords = program.call_spec.in_spec.child(1).num_children > 0
+
+    def run(inputs: Any) -> Tensor:
+        if isinstance(inputs, Mapping) and not takes_keywords:
+            inputs = tuple(batches.tensors(inputs))
+        return batches.logits(module, inputs)
+
+    shapes = [
+        node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    first = shapes[0][0] if shapes and shapes[0] else None
+    return DeployedModel(
+        run,
+        source,
+        name=source.name if is_file else "torch.export",
+        bytes=source.stat().st_size if is_file else sum(t.nbytes for t in batches.tensors(state)),
+        parameter_count=count or None,  # a program may hold its weights as constants
+        batch=first if type(first) is int else None,
+        is_fixed=True,
+    )

@@ -1,0 +1,152 @@
+"""Write a model in the format of ONNX Runtime, ExecuTorch or ``torch.export``."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fastkd import extras
+from fastkd.deployment import loading
+
+SUFFIXES = {"onnx": ".onnx", "executorch": ".pte", "torch": ".pt2"}
+_PARTITIONER = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
+_QUANTIZER = "executorch.backends.xnnpack.quantizer.xnnpack_quantizer"
+_PT2E = "torchao.quantization.pt2e.quantize_pt2e"
+# Samples in the traced batch. With fewer than 16, a branch for small batches in ATen's convolution
+# would become part of the program, as a limit of its batch.
+_TRACED = 32
+
+
+class Request(NamedTuple):
+    """A file to write."""
+
+    format: str
+    is_quantized: bool
+    max_batch: int
+    """Largest batch of an ExecuTorch program."""
+    names: list[str]
+    """Names of the inputs, for ONNX."""
+    parameters: int
+    """Number of the model's parameters, for :func:`fastkd.deployment.load`."""
+
+
+def check_packages(format: str, is_quantized: bool) -> None:
+    """Raise MissingPackageError unless the packages of a format can be imported."""
+    packages = {
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "executorch": ["executorch.exir", "executorch.runtime"],
+        "torch": [],
+    }[format]
+    if is_quantized and format != "onnx":
+        packages += [_QUANTIZER, _PT2E]
+    with loading.silence():
+        extras.check("deploy", *packages)
+
+
+def write(path: pathlib.Path, model: nn.Module, inputs: tuple[Tensor, ...], to: Request) -> None:
+    """Write a model that maps tensors to logits; ``inputs`` calibrate it if it is quantized."""
+    with loading.silence():
+        program = _trace(model, inputs, to)
+        if to.format == "onnx":
+            _write_onnx(path, program, inputs, to)
+            return
+        if to.is_quantized:
+            program = _trace(_quantize(program, inputs, to), inputs, to)
+        if to.format == "torch":
+            torch.export.save(program, path, extra_files={loading.COUNT: str(to.parameters)})
+            return
+        partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()
+        edge = extras.load("executorch.exir", "deploy").to_edge_transform_and_lower(
+            program, partitioner=[partitioner], constant_methods={loading.COUNT: to.parameters}
+        )
+        with path.open("wb") as file:
+            edge.to_executorch().write_to_file(file)
+
+
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], to: Request) -> ExportedProgram:
+    """Trace a model whose batch may have any size, for ExecuTorch up to ``max_batch``."""
+    index = torch.arange(min(_TRACED, to.max_batch)) % len(inputs[0])
+    example = tuple(tensor[index] for tensor in inputs)
+    limit = to.max_batch if to.format == "executorch" else None
+    batch = torch.export.Dim("batch", min=1, max=limit)
+    shapes = {0: batch}
+    try:
+        return torch.export.export(model, example, dynamic_shapes=((shapes,) * len(inputs),))
+    except Exception as error:  # of many types, some of them private
+        reason = " ".join(str(error).partition("Suggested fixes")[0].split())[:500]
+        raise ValueError(
+            f"student cannot be traced by torch.export with batches of any size: {reason}"
+        ) from error
+
+
+def _write_onnx(
+    path: pathlib.Path, program: ExportedProgram, inputs: tuple[Tensor, ...], to: Request
+) -> None:
+    exported: Any = torch.onnx.export(
+        program, dynamo=True, input_names=to.names, output_names=["logits"], verbose=False
+    )
+    for node in exported.model.graph:  # their traces name the files of the exporting machine
+        node.metadata_props.clear()
+    exported.model.metadata_props[loading.COUNT] = str(to.parameters)
+    if not to.is_quantized:
+        exported.save(path, external_data=False)
+        return
+    quantization = extras.load("onnxruntime.quantization", "deploy")
+    quantization.quantize_static(
+        exported.model_proto,
+        path,
+        _Reader(inputs, to),
+        per_channel=True,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        # Weights of 7 bits: x86 processors without VNNI add products in 16 bits, which overflow.
+        reduce_range=True,
+    )
+
+
+class _Reader:
+    """Give ONNX Runtime the batches that calibrate a model."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], to: Request) -> None:
+        self._names, self._batches = to.names, _split(inputs, to)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next batch, or None after the last."""
+        batch = next(self._batches, None)
+        if batch is None:
+            return None
+        return {name: part.numpy() for name, part in zip(self._names, batch, strict=True)}
+
+
+def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], to: Request) -> nn.Module:
+    """Quantize statically by PT2E, with a scale for each output channel of a weight."""
+    xnnpack, pt2e = extras.load(_QUANTIZER, "deploy"), extras.load(_PT2E, "deploy")
+    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = xnnpack.XNNPACKQuantizer().set_global(config)
+    model = pt2e.prepare_pt2e(program.module(), quantizer)
+    for batch in _split(inputs, to):
+        model(*batch)
+    return _Positional(pt2e.convert_pt2e(model))
+
+
+class _Positional(nn.Module):
+    """Give a module the signature that :func:`_trace` expects."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Call the module."""
+        output: Tensor = self.model(*tensors)
+        return output
+
+
+def _split(inputs: tuple[Tensor, ...], to: Request) -> Iterator[tuple[Tensor, ...]]:
+    """Split the inputs into batches that the traced program takes."""
+    return zip(*(torch.split(tensor, to.max_batch) for tensor in inputs), strict=True)
