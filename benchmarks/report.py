@@ -409,7 +409,9 @@ def newest() -> list[tuple[Path, Results]]:
 
 def readme_rows(results: Results) -> Rows:
     """Select the cases with a gradient, and the best-known baselines, for the README."""
-    names = [name for name in README_BASELINES if any(ratio(case, name) for case in results["cases"])]
+    names = [
+        name for name in README_BASELINES if any(ratio(case, name) for case in results["cases"])
+    ]
     heading = [
         "loss + backward",
         "fastkd",

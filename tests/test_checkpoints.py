@@ -1,4 +1,4 @@
-"""What a checkpoint brings back, and which folders are checkpoints."""
+"""Contents of checkpoints, and the names of checkpoint folders."""
 
 import copy
 import os
@@ -33,7 +33,7 @@ def data() -> TensorDataset:
 
 
 def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
-    """With a student that draws random numbers, as each process would make it."""
+    """Make a trainer whose student draws random numbers, equal in each process."""
     torch.manual_seed(0)
     random.seed(0)
     student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
@@ -49,7 +49,7 @@ def plain() -> DataLoader:
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Of the steps up to that number, with a checkpoint after each pass and at the end."""
+    """Train up to a step, with a checkpoint after each pass; return the losses."""
     found = []
     while trainer.step < until:
         for step in trainer.steps(loader):
@@ -81,7 +81,7 @@ OWN = {
 @pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize("which", OWN)
 def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
-    """In the middle of a pass and between two of them."""
+    """The generator is restored in the middle of a pass and between two passes."""
 
     def loader():
         return OWN[which](torch.Generator().manual_seed(3))
@@ -110,7 +110,7 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """Not even where the run is interrupted once more."""
+    """The run's random numbers stay the same, even if it is interrupted twice."""
     straight = losses(trainer_in(tmp_path / "a"), plain())
     found = losses(trainer_in(tmp_path / "b"), plain(), stop)
     for until in (8, 15):
@@ -160,7 +160,7 @@ def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
 
 @pytest.mark.parametrize("renamings", [1, 2])
 def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
-    """Before and after the new one takes the name of the old."""
+    """The write is interrupted before and after the new folder takes the old one's name."""
     trainer = trainer_in(tmp_path)
     next(trainer.steps(plain()))
     trainer.save()
@@ -237,7 +237,7 @@ def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> pathlib.Path:
-    """A folder with two checkpoints that have every kind of file."""
+    """Make a folder with two checkpoints that have every kind of file."""
     folder = tmp_path_factory.mktemp("complete")
     losses(complete_trainer_in(folder), plain(), 10)
     return folder
@@ -256,7 +256,7 @@ FILES = (
 
 
 def damages(file: pathlib.Path) -> dict[str, Callable[[], object]]:
-    """What may become of a file, by name."""
+    """Return kinds of damage to a file, by name."""
     data = file.read_bytes()
     changes: dict[str, Callable[[], object]] = {
         f"cut to {size} bytes": lambda size=size: file.write_bytes(data[:size])
@@ -299,7 +299,7 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name
 
 
 def state_of(trainer: fastkd.Trainer) -> list:
-    """Copies of all that a checkpoint brings back."""
+    """Copy all state that a checkpoint restores."""
     states = [trainer.student, trainer._optimizer, trainer.ema, trainer.scheduler]
     numbers = [
         trainer.step,
@@ -311,7 +311,7 @@ def state_of(trainer: fastkd.Trainer) -> list:
 
 
 def same(one: object, other: object) -> bool:
-    """Equal in all that is inside them."""
+    """Return True if two nested states are equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -323,7 +323,7 @@ def same(one: object, other: object) -> bool:
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
-    """The link goes when its turn comes, and what it leads to stays."""
+    """Deleting an old checkpoint deletes the link and keeps its target."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trainer = trainer_in(folder)
     found = losses(trainer, plain(), 5)

@@ -1,4 +1,4 @@
-"""The planner of a Head's chunks: which chunks, and what it says they cost."""
+"""Plans of a Head's chunks: their sizes and their memory."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """A plan of these sizes, of a teacher that is as wide as the student."""
+    """Make a plan of these sizes for a teacher as wide as the student."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -48,7 +48,7 @@ HEADS = st.fixed_dictionaries(
 
 @given(HEADS)
 def test_by_itself(sizes):
-    """Chunks cover the rows, and are no smaller than what makes products fast."""
+    """Chunks cover all rows, and are large enough for fast matrix products."""
     chosen = plan(**sizes)
     rows = sizes["rows"]
     assert chosen.chunks * chosen.chunk >= rows
@@ -59,7 +59,7 @@ def test_by_itself(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace(sizes, mib, chunk_by):
-    """Or says what is too much; and it never takes smaller chunks than it has to."""
+    """The plan fits max_workspace or raises with the excess, and chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
@@ -78,7 +78,7 @@ def test_keeps_to_max_workspace(sizes, mib, chunk_by):
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
 def test_chunks_of_classes(sizes, most, writes):
-    """They cover all classes, and where logits lie in the gradient it is not written yet."""
+    """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
@@ -117,7 +117,7 @@ def test_large_heads(sizes, mib, accumulate):
 # What Liger's fused loss takes on them: docs/linear.md.
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory(sizes, mib):
-    """Chunks of classes take the two gradients and little more, with few small chunks."""
+    """The least memory of chunks of classes is the two gradients plus small chunks."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
@@ -173,7 +173,7 @@ def test_bad_input(wrong, message):
 
 
 def sizes(given: Any, **options: Any) -> Sizes:
-    """The sizes that the plan of a call is made from."""
+    """Return the sizes that a call's plan is made from."""
     found: list[Sizes] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastkd.chunks, "sizes_of", lambda *a: found.append(sizes_of(*a)) or found[-1])
@@ -207,7 +207,7 @@ def test_sizes_under_autocast():
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """Sizes of a head that no memory holds."""
+    """Meta tensors may be larger than any memory."""
 
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))
@@ -236,7 +236,7 @@ def test_a_plan_serves_fewer_rows():
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
-    """Or says that it cannot."""
+    """With a chunk_size, the plan fits max_workspace or raises."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)
     if chosen.peak_bytes <= mib * MIB:

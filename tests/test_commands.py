@@ -1,4 +1,4 @@
-"""The command line: a training and a report from a YAML file, and what is said of a bad one."""
+"""The command line: training and report from a YAML file, and messages about bad files."""
 
 import dataclasses
 import importlib
@@ -115,7 +115,7 @@ def path(monkeypatch):
 
 @pytest.fixture
 def given(tmp_path, request) -> pathlib.Path:
-    """A configuration beside the module that it names, unique to the test."""
+    """Write a configuration and a module of a unique name beside it."""
     module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]
     (tmp_path / f"{module}.py").write_text(PARTS)
     file = tmp_path / "config.yaml"
@@ -258,7 +258,7 @@ def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
     ],
 )
 def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
-    """Is refused, and nothing is added to it."""
+    """A cache of other data is refused, and nothing is added to it."""
     cache = given.parent / "cache"
     cached = ("distill", "--config", given, f"--teacher_cache={cache}")
     run(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
@@ -290,7 +290,7 @@ def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_processes(given):
-    """Each asks the teacher about half of the data, and the schedule ends with the last step."""
+    """Each process runs the teacher on half of the data; the schedule ends with the last step."""
     cache = given.parent / "cache"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     changes = (f"teacher_cache={cache}", "schedule=cosine")
@@ -334,7 +334,7 @@ def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
 
 
 def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
-    """All ten of them, so what differs is float16 alone."""
+    """The cache has all ten classes, so it differs by float16 rounding only."""
     loss = "--loss={temperature: 2, alpha: 0.1}"
     arguments = (monkeypatch, "distill", "--config", given, loss)
     run(*arguments, "--output", given.parent / "live")
@@ -472,7 +472,7 @@ def test_a_configuration_runs_no_command(given, monkeypatch, capsys, command, ke
 
 @pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
 def test_a_file_cannot_set_options_of_the_command_line(given, monkeypatch, capsys, key):
-    """With ``module`` or ``config`` a file could trust other modules."""
+    """The keys ``module`` and ``config`` would let a file trust other modules."""
     given.write_text(f"{given.read_text()}\n{key}: os\n")
     error = refused(monkeypatch, capsys, "distill", "--config", given)
     assert f"fastkd distill: {given}: " in error and key in error
@@ -481,7 +481,7 @@ def test_a_file_cannot_set_options_of_the_command_line(given, monkeypatch, capsy
 @pytest.mark.parametrize("key", ["student", "student_options", "loss", "epochs"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_class_path_imports_nothing(given, monkeypatch, capsys, key, nested):
-    """jsonargparse imports the classes of this notation, for types that accept them."""
+    """jsonargparse imports classes named by class_path for types that accept them."""
     proof = given.parent / "imported"
     (given.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.syspath_prepend(given.parent)
@@ -495,7 +495,7 @@ def test_class_path_imports_nothing(given, monkeypatch, capsys, key, nested):
 
 
 def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_factory):
-    """An import runs code. A module that --module names is imported, with those inside it."""
+    """Modules named by --module, and their submodules, are imported."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     package = elsewhere / "distant_parts"
     package.mkdir()
@@ -513,7 +513,7 @@ def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_fac
 
 
 def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, capsys):
-    """Its folder comes last where Python looks for modules."""
+    """The configuration's folder comes last in sys.path."""
     before = list(sys.path)
     (given.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--student=wave:open",)
@@ -557,7 +557,7 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, me
 
 
 def test_numbers_of_a_file(given, monkeypatch):
-    """1e-3 is a number, which YAML 1.1 takes for text; null stands for the default."""
+    """1e-3 is a number, though YAML 1.1 reads it as text; null stands for the default."""
     texts = ["clip: 1e-3", "ema: 5e-1", "seed: null", "loss: {alpha: 1e-1}", "optimizer: null"]
     trainings = []
     name = next(given.parent.glob("parts_*.py")).stem
@@ -569,7 +569,7 @@ def test_numbers_of_a_file(given, monkeypatch):
 
 
 def test_nested_aliases_end_at_once(tmp_path):
-    """They stand for 9^10 values, which no machine can hold: another process tries it."""
+    """The aliases stand for 9^10 values, so another process reads them."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     file = tmp_path / "config.yaml"
@@ -583,7 +583,7 @@ def test_nested_aliases_end_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_long_texts_end_at_once(tmp_path):
-    """Looking for a number in them takes time in proportion to their length."""
+    """Parsing a number takes time proportional to the text's length."""
     file = tmp_path / "config.yaml"
     file.write_text(f"student: '{'1' * 500_000}'")
     assert "is missing" in command_in_another_process(file)
@@ -597,7 +597,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
 
 
 def command_in_another_process(file: pathlib.Path) -> str:
-    """What a command that is refused prints; one that does not end fails the test."""
+    """Return the output of a refused command; fail if it does not end."""
     command = [sys.executable, "-m", "fastkd", "distill", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
@@ -669,7 +669,7 @@ def test_weights_of_another_model(given, monkeypatch, capsys):
     ("factory", "error"), [("broken", ZeroDivisionError), ("misled", ValueError)]
 )
 def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory, error):
-    """Also where they call fastkd with what it refuses."""
+    """Errors that the user's code gets from fastkd keep their traceback, too."""
     name = next(given.parent.glob("parts_*.py")).stem
     with pytest.raises(error):
         run(monkeypatch, "distill", "--config", given, f"--student={name}:{factory}")
@@ -683,7 +683,7 @@ def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory,
     ],
 )
 def test_what_does_not_fit_the_teacher(given, monkeypatch, capsys, change, message):
-    """A sentence says so, before anything is trained or written."""
+    """The message comes before anything is trained or written."""
     cached = f"--teacher_cache={given.parent / 'cache'}"
     error = refused(monkeypatch, capsys, "distill", "--config", given, cached, f"--{change}")
     assert error.splitlines()[-1].startswith(f"fastkd distill: {message}")
@@ -692,7 +692,7 @@ def test_what_does_not_fit_the_teacher(given, monkeypatch, capsys, change, messa
 
 
 def test_errors_while_models_run_keep_their_traceback(given, monkeypatch):
-    """They may come from the user's code, which has the models."""
+    """Errors inside the user's models keep their traceback."""
     name = next(given.parent.glob("parts_*.py")).stem
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run(monkeypatch, "distill", "--config", given, f"--student={name}:misshapen")

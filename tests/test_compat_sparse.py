@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries whose teachers may list a few classes: their own code."""
+"""fastkd.compat against libraries with sparse teachers: their own code."""
 
 import functools
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def outputs(**given):
 
 
 def same_loss(student, target, beta, temperature, **teacher):
-    """The same sum, gradient and number of tokens."""
+    """Assert equal sums, gradients and numbers of tokens."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     agree(
@@ -101,7 +101,7 @@ def test_ms_swift(beta, temperature, mask):
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_ms_swift_with_lists(form, temperature, beta):
-    """Its servers send log-probabilities; of a local teacher it keeps the logits themselves."""
+    """ms-swift's servers send log-probabilities; its local teachers send logits."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
     values[0, 1] = -torch.inf  # a token without an answer of the server: it does not count
@@ -121,7 +121,7 @@ def test_ms_swift_where_the_teacher_has_another_prompt(form):
 
 
 def test_ms_swift_with_padding_in_a_list():
-    """Documented difference: its loss is NaN; here padding lists no class."""
+    """Documented difference: ms-swift's loss is NaN; here a padding entry lists no class."""
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)
     padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)

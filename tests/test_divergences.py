@@ -1,4 +1,4 @@
-"""The divergences: their derivatives, what must hold whatever the logits, and masked classes."""
+"""Derivatives, properties and masked classes of the divergences."""
 
 import itertools
 import typing
