@@ -59,7 +59,7 @@ def test_by_itself(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace(sizes, mib, chunk_by):
-    """The plan fits max_workspace or raises with the excess, and chunks are as large as possible."""
+    """The plan fits max_workspace, or raises; its chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Random heads: their loss held against the reference on full logits, in float64."""
+"""Random heads: their loss compared with the reference on full logits, in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """(Tensors, options) of the call, options of its chunks among them."""
+    """Make (tensors, options) of the call, with the options of its chunks."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -152,7 +152,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
 
 
 def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> Tensor:
-    """The loss of the call."""
+    """Compute the loss of the call."""
 
     def head(which: str) -> Head:
         parts = (tensors[f"{which}_{name}"] for name in ("hidden", "weight", "bias"))
@@ -163,7 +163,7 @@ def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, An
 
 
 def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bool:
-    """Whether chunks of classes have all that the call needs."""
+    """Return True if chunks of classes support the call."""
     return (
         case.divergence in class_statistics.DIVERGENCES
         and case.labels != "probabilities"
@@ -193,7 +193,7 @@ class Exact(NamedTuple):
 def exact(
     case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]
 ) -> tuple[Exact, Tensor]:
-    """The same on full logits in float64, and which rows count. The others are zeros there."""
+    """Compute loss and gradients on full logits in float64, and the mask of valid rows."""
     wide = {k: None if v is None else v.detach().double() for k, v in tensors.items()}
     leaves = [wide[name].requires_grad_() for name in NAMES if wide[name] is not None]
     labels = tensors["labels"]
@@ -224,8 +224,7 @@ def exact(
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """What one rounding in each logit's products becomes in a row's loss, and in the sum over
-    classes of its gradient's magnitudes.
+    """Return the effect of rounding each logit's products on the row losses and gradients.
 
     A logit is off by eps times the magnitudes that were added up for it. With logits over their
     temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the

@@ -1,4 +1,4 @@
-"""Calls of the ops, and of what autograd shows of them, that only an error or an attack makes.
+"""Invalid calls of the ops and of autograd's nodes, as by errors or attacks.
 
 Each must raise: the ops read and write memory by the sizes that they are given.
 """
@@ -19,7 +19,7 @@ OPS = torch.ops.fastkd
 
 
 def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = None, **changed):
-    """Student, and what the dense op takes after it."""
+    """Return the student and the other arguments of the dense op."""
     student, teacher, labels = make((ROWS, CLASSES))
     call = Arguments(
         (changed.pop("teacher", teacher),), labels=labels, row_settings=rows,
@@ -31,7 +31,7 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
 
 
 def released(tensor: Tensor) -> Tensor:
-    """A tensor whose storage was released, as FSDP releases parameters'."""
+    """Return a tensor with a released storage, as FSDP's parameters have."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -195,7 +195,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
-    """Its errors are those of the ops, or of Python, whose nodes cannot be called."""
+    """The errors are those of the ops, or of Python, whose nodes cannot be called."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

@@ -1,5 +1,4 @@
-"""Class indices mean the same in every integer dtype, wherever they are taken: torch wraps what it
-compares a narrow one with, so that among uint8 the label 156 is -100."""
+"""Class indices mean the same in every integer dtype, although torch wraps ignore_index."""
 
 import pytest
 import torch

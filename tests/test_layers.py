@@ -1,4 +1,4 @@
-"""Who may know whom, read from the sources: a breach fails here before it grows."""
+"""Import and include rules of the layers, checked in the sources."""
 
 import ast
 import pathlib
@@ -74,7 +74,7 @@ def includes(path: pathlib.Path) -> list[str]:
 
 
 def own_part(path: pathlib.Path, name: str) -> str | None:
-    """The part of csrc that an include of a file means, or None for a system header."""
+    """Return the folder of csrc of an include, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):
@@ -193,7 +193,7 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """In a fresh interpreter in which nothing else that is installed beside it can be found."""
+    """Import fastkd in an interpreter that finds no other installed package."""
     script = """
 import sys
 import importlib.abc

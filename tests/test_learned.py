@@ -1,5 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, in the logits' dtypes against float64;
-tests/test_divergences.py has their derivatives by differences."""
+"""Learned temperatures and weights, and standardized logits, against float64 in each dtype."""
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ LEARN = {
 
 
 def leaves_of(options):
-    """The options with leaves of their own, and those that learn."""
+    """Return the options with new leaves, and the learned ones."""
     given = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in options.items()
@@ -52,7 +51,7 @@ def leaves_of(options):
 
 
 def problem(dtype, device="cpu"):
-    """With a class that both mask in one row, and a masked row that holds NaN."""
+    """Make a problem with a class masked by both and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5

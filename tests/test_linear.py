@@ -1,5 +1,4 @@
-"""The loss of a student that is a Head: against float64 on full logits, and against what PyTorch
-makes of the same dtypes."""
+"""The loss of a student Head: against float64, and against PyTorch in the same dtypes."""
 
 import pathlib
 import re
@@ -42,7 +41,7 @@ def run(
     scale: Any = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss and the gradients of hidden states, weight and bias."""
+    """Compute the loss and the gradients of hidden states, weight and bias."""
     given = given.with_options(softcap, scale)
     leaves = [leaf.detach().requires_grad_() for leaf in given.leaves()]
     value = loss_in_chunks(Head(*leaves, *given.student[3:]), *given[1:], **options)
@@ -60,7 +59,7 @@ def on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same by PyTorch's own operations, products in ``dtype``, the loss in ``loss_dtype``."""
+    """Compute them by PyTorch on full logits, products in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
@@ -78,7 +77,7 @@ def on_full_logits(
 
 
 def loss_in(z: Tensor, w: Tensor, labels: Tensor, options: dict) -> Tensor:
-    """The reference's loss; in 16 bits, which it would leave, the loss as tutorials write it."""
+    """Compute the loss by the reference or, in 16 bits, by the usual PyTorch operations."""
     if z.dtype in (FP32, FP64):
         options = {k: v.to(z.dtype) if is_real(v) else v for k, v in options.items()}
         return reference.loss(z, w, labels, **weights(options, True))
@@ -113,7 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, dtype, options):
-    """Loss and gradients of every option, in several chunks of which the last is smaller."""
+    """Test loss and gradients of every option, in several chunks with a smaller last one."""
     given = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     exact, exact_grads = on_full_logits(given, FP64, **options)
@@ -128,7 +127,7 @@ def test_options(device, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output(device, dtype, reduction):
-    """What comes from above multiplies the gradients; of "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row's."""
     given = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -143,7 +142,7 @@ def test_grad_output(device, dtype, reduction):
 @pytest.mark.parametrize("chunk_size", [8, 100, "auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype, chunk_size):
-    """No more than those of PyTorch in 16 bits, nor 1.1 times those of logits cast to float32."""
+    """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
     given = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(given, FP64)
     _, grads = run(given, chunks={"chunk_size": chunk_size})
@@ -156,7 +155,7 @@ def test_16_bit_errors(device, dtype, chunk_size):
 
 
 def test_float16_under_a_loss_scale(device):
-    """Gradients too small for float16 arrive all the same once the loss is scaled."""
+    """Gradients too small for float16 are exact under a loss scale."""
     given = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
@@ -179,7 +178,7 @@ def test_chunks_change_rounding_alone(device, dtype):
 
 
 def test_summing_in_16_bits(device):
-    """It costs accuracy, less than 16-bit logits do."""
+    """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
     given = make_heads(BF16, device, rows=300, classes=1000)
     _, (_, exact, _) = on_full_logits(given, FP64)
     _, (_, upcast, _) = on_full_logits(given, BF16, loss_dtype=FP32)
@@ -194,7 +193,7 @@ def test_summing_in_16_bits(device):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, and the rows that they are of."""
+    """Context that counts matrix products and their rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +250,7 @@ def test_no_grad(device):
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
-    """Then nothing may be waited for; the answer is the same."""
+    """All rows are computed under capture, where nothing may synchronize."""
     given = make_heads(device=device)
     expected = run(given, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
@@ -304,7 +303,7 @@ def test_teacher_logits(device):
 
 
 def test_a_teacher_that_is_a_head_for_full_logits(device):
-    """Its logits are all computed."""
+    """A teacher Head computes all of its logits for a student of full logits."""
     given = make_heads(device=device)
     student = given.student.logits()
     expected = fastkd.loss(student, given.teacher.logits(), given.labels)
@@ -346,7 +345,7 @@ def test_no_rows(device, labels):
 
 
 def test_a_weight_that_is_tied(device):
-    """To the embedding below it, and to the teacher's head, which gets no gradient."""
+    """The weight is tied to the embedding, and to the teacher's head, which gets no gradient."""
     given = make_heads(FP64, device)
     tokens = torch.arange(ROWS, device=device)
 
@@ -366,7 +365,7 @@ def test_a_weight_that_is_tied(device):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_autocast(device, dtype):
-    """Products in 16 bits; the gradients of float32 weights are summed, and stay, in float32."""
+    """Products are in 16 bits; gradients of float32 weights are summed in float32."""
     given = make_heads(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(given, chunks={"chunk_size": 64})
@@ -391,15 +390,14 @@ def test_module(device):
 
 
 def test_class_weights_of_labels_out_of_range(monkeypatch):
-    """Labels on CUDA are not checked before they index the weights: an index out of range would
-    be a device-side assert there."""
+    """Labels index the weights unchecked on CUDA, where an invalid one is a device-side assert."""
     given = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     assert fastkd.chunks.plan(*given, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
 def test_options_of_the_module_that_are_tensors():
-    """They are where the module is, and no part of its state."""
+    """Tensor options move with the module, and are not in its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
     module = fastkd.KDLoss(class_weight=weight).to("meta")
     assert module.options["class_weight"].is_meta and not module.state_dict()
@@ -426,7 +424,7 @@ def test_chunks_of_the_module_are_checked_when_it_is_made():
 
 
 def test_layouts(device):
-    """Slices, transposed weights, narrow labels, another ignore_index: as if copied."""
+    """Slices, transposed weights and narrow labels give the results of copies."""
     given = make_heads(FP64, device)
     expected, grads = run(given, chunks={"chunk_size": 8})
     wide = torch.randn(ROWS, 2 * WIDTH, dtype=FP64, device=device)
@@ -464,7 +462,7 @@ def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
 
 
 def test_the_page_runs():
-    """The Python blocks of docs/linear.md, as a reader would type them."""
+    """Run the Python blocks of docs/linear.md in order."""
     text = (pathlib.Path(__file__).parents[1] / "docs" / "linear.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec("\n".join(blocks), {})
@@ -482,7 +480,7 @@ STUDENT = {
 
 @pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
 def test_bad_heads(wrong, message):
-    """A Head is checked when it is made, and again where it is passed."""
+    """A Head is checked when it is made, and again in a call."""
     head = make_heads().student
     with pytest.raises((ValueError, TypeError), match=message):
         Head(**{**head._asdict(), **wrong})
@@ -574,7 +572,7 @@ def test_chunks_are_of_heads_alone():
 
 @pytest.mark.parametrize("teacher", ["head", "logits", "lists"])
 def test_terms(device, teacher):
-    """All terms are those of full logits, whichever teacher; the loss's gradients too."""
+    """All terms, and the loss's gradients, equal those of full logits for each teacher."""
     given = make_heads(FP64, device)
     logits = given.teacher.logits()
     teachers: dict[str, Any] = {

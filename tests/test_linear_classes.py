@@ -1,4 +1,4 @@
-"""Chunks of classes: against float64, and against chunks of rows; memory."""
+"""Chunks of classes: against float64, against chunks of rows, and their memory."""
 
 import math
 from typing import Any
@@ -71,7 +71,7 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, dtype, options, size):
-    """Loss and gradients of every option that it has, in chunks of which the last is smaller."""
+    """Test loss and gradients of every supported option, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
     given, options = make_heads(dtype, device), on(device, options)
     exact, exact_grads = on_full_logits(given, FP64, **options)
@@ -99,8 +99,7 @@ def test_grad_output(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype):
-    """No more than PyTorch's in 16 bits, nor 1.1 times those of logits cast to float32; and what is
-    rounded once is as good as rows that are summed in float32."""
+    """Errors are at most PyTorch's in 16 bits, 1.1 times float32 logits', and those of rows."""
     given = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(given, FP64)
     _, grads = run(given, chunks=by_classes(64))
@@ -127,7 +126,7 @@ def test_float16_under_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
-    """Factors of rows overflow neither by themselves nor times hidden states, as no sum does."""
+    """Row factors do not overflow, alone or times hidden states."""
     given = make_heads(FP16, device)
     with torch.no_grad():
         given.student.hidden[:, 0] = 20.0
@@ -148,7 +147,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_near_the_teacher(device, divergence, size):
-    """Nothing cancels between chunks: the loss of a student that all but equals its teacher."""
+    """Nothing cancels between chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
     teacher = torch.randn(8, 5000, device=device) * 3
@@ -176,7 +175,7 @@ MASKS = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_masked_classes(device, masks, divergence):
-    """Chunks that a mask covers, for one or both; everything is as with rows in chunks."""
+    """Fully masked chunks, of one or both, give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     given = make_heads(FP64, device)
     with torch.no_grad():
@@ -194,7 +193,7 @@ def test_masked_classes(device, masks, divergence):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_no_number(device, wrong):
-    """A row of hidden states that holds no number is NaN, and no other row is."""
+    """Hidden states of NaN make their own row NaN, and no other row."""
     given = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
         given.student.hidden[3, 0] = wrong
@@ -204,8 +203,7 @@ def test_no_number(device, wrong):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
 def test_references_of_the_cuda_kernels(temperature):
-    """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
-    parts with large maxima, far from zero, still add up to those of the whole."""
+    """Sums relative to a rounded product, as on CUDA, add up across chunks far from zero."""
     torch.manual_seed(0)
     objective = Objective(
         temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
@@ -267,7 +265,7 @@ def test_all_rows_ignored(device):
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
-    """Labels on CUDA are not checked; nor are they here on the CPU."""
+    """Labels are not checked on CUDA, and not by this path on a CPU."""
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     given = make_heads(device=device, ignored=0.0)
     expected = loss_in_chunks(*given, chunks=by_classes(64), reduction="none", **options)
@@ -283,7 +281,7 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
 def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
-    """An ignore_index that is a class, such as a pad id, is that number in no other chunk."""
+    """An ignore_index that is a class, such as a pad id, marks no other chunk's class."""
     given = make_heads(FP64, device, rows=300)
     given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
     expected, right = run(given, chunks=by_rows(64), ignore_index=ignore_index)
@@ -346,7 +344,7 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 
 def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
-    """Of which the gradient of the weight is the greatest part, as of language models."""
+    """Make heads whose largest tensor is the weight's gradient, as language models have."""
     torch.manual_seed(0)
     given = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
@@ -357,7 +355,7 @@ def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    """The gradients and next to nothing: a third of what chunks of rows take by default."""
+    """The peak is the gradients and a little, a third of that of chunks of rows."""
     given = wide_heads(dtype)._replace(labels=None)
     rows, width = given.student.hidden.shape
     classes = len(given.student.weight)
@@ -382,7 +380,7 @@ def test_ignored_rows_are_not_copied_with_the_teachers_logits():
 
 
 def test_a_bound_that_rows_cannot_keep_to():
-    """The gradients fit, the logits of more than a few rows do not: classes are in chunks."""
+    """If only few rows fit beside the gradients, the plan has chunks of classes."""
     given = wide_heads(FP32)
     bound = 10 * 2**20
     with Products() as products:
@@ -415,7 +413,7 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
 
 
 def test_tied_weights_and_autocast(device):
-    """The student's weight is the teacher's too, float32, and the products are in bfloat16."""
+    """The float32 weight is shared with the teacher, and products are in bfloat16."""
     given = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
 
@@ -444,7 +442,7 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_what_it_lacks(options, message):
-    """A plan for the call is refused, and so is a call with a plan for another."""
+    """Unsupported calls, and calls with another call's plan, are refused."""
     given = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
         run(given, chunks=by_classes(), **options)

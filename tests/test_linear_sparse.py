@@ -29,7 +29,7 @@ ROWS, CLASSES, K = 37, 203, 9
 
 
 def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> Heads:
-    """Heads whose teacher is k classes of each row, at temperature 1."""
+    """Make heads with k listed classes for each row, at temperature 1."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
     log_probs, indices = torch.log_softmax(logits, -1).topk(min(K, classes - 1))
@@ -38,20 +38,20 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> H
 
 
 def loss(given: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
-    """The loss, at temperature 2 unless the options have another."""
+    """Compute the loss at temperature 2, unless the options have another."""
     given = given._replace(teacher=given.teacher._replace(tail=tail)).with_options(softcap, scale)
     return loss_in_chunks(*given, **{"temperature": 2.0, **options})
 
 
 def run(given: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradients of hidden states, weight and bias."""
+    """Compute the loss and the gradients of hidden states, weight and bias."""
     value = loss(given, **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
     return value.detach(), list(torch.autograd.grad(value, given.leaves(), outgoing))
 
 
 def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tensor:
-    """D of each row, as fastkd.TopK has it."""
+    """Compute the divergence of each row as fastkd.TopK defines it."""
     log_q = log_q.gather(-1, indices)
     if tail == "ignore":
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -79,7 +79,7 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same by PyTorch's own operations, products in ``dtype``, the loss in float32 at least."""
+    """Compute them by PyTorch, products in ``dtype``, the loss in float32 at least."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
@@ -116,7 +116,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["kernel", "formula"])
 def way(request, monkeypatch):
-    """With the kernel, and as on a device that has none."""
+    """Run the test with the kernel, and as on a device without kernels."""
     if request.param == "formula":
         monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
@@ -124,7 +124,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, way, dtype, options):
-    """Loss and gradients, in several chunks of which the last is smaller, and in one."""
+    """Test loss and gradients in one chunk, and in several with a smaller last one."""
     given = make(dtype, device)
     exact, exact_grads = on_full_logits(given, **options)
     bound = 64 * torch.finfo(dtype).eps
@@ -139,7 +139,7 @@ def test_options(device, way, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output(device, dtype, reduction):
-    """What comes from above multiplies the gradients; of "none", each row's."""
+    """grad_output multiplies the gradients; with "none", each row's."""
     given = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -153,7 +153,7 @@ def test_grad_output(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype):
-    """No more than 1.1 times those of logits cast to float32."""
+    """Errors are at most 1.1 times those of logits cast to float32."""
     given = make(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(given)
     _, cast = on_full_logits(given, dtype=dtype)
@@ -164,7 +164,7 @@ def test_16_bit_errors(device, dtype):
 
 
 def test_it_is_the_loss_of_full_logits(device):
-    """Also with narrow lists, padding and batch dimensions."""
+    """The loss equals that of full logits with narrow lists, padding and batch dimensions."""
     given = make(device=device)
     indices = given.teacher.indices.int().clone()
     indices[::2, -3:] = -1
@@ -240,7 +240,7 @@ def test_autocast(device, dtype):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 def test_peak_memory_is_what_the_plan_says(cap):
-    """The gradient is a tensor beside the logits, as a teacher's logits would be."""
+    """The gradient is a tensor of its own beside the logits."""
     given = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
@@ -251,7 +251,7 @@ def test_peak_memory_is_what_the_plan_says(cap):
 
 
 def test_a_bound_holds_for_long_lists_too():
-    """Checking them takes little, whatever their length."""
+    """The check of long lists needs little memory."""
     torch.manual_seed(0)
     student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
     log_probs, indices = torch.randn(1024, 1000).log_softmax(-1).topk(512)
@@ -274,7 +274,7 @@ def test_a_bound_holds_without_the_kernel_too(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_derivatives(tail, reduction):
-    """First and second, by finite differences."""
+    """First and second derivatives equal finite differences."""
     given = make(FP64, rows=5, classes=6)
     hidden, weight, bias = given.leaves()
     leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]

@@ -1,4 +1,4 @@
-"""What is installed, what it says about itself, and that its examples run."""
+"""The installed package: metadata, public names, and examples in docstrings."""
 
 import doctest
 import importlib
@@ -156,7 +156,7 @@ def readme_blocks() -> list[str]:
 
 
 def test_readme_runs():
-    """Its Python blocks, one after the other, as a reader would type them."""
+    """Run the Python blocks of README.md in order."""
     blocks = readme_blocks()
     if not blocks:
         pytest.skip("README.md has no Python block")

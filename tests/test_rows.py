@@ -1,4 +1,4 @@
-"""What is computed in parts is what is computed at once."""
+"""Losses computed in parts equal losses computed at once."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_parts(monkeypatch, device, options, kind):
 
 
 def test_memory_is_that_of_the_parts(monkeypatch):
-    """What is kept between the passes is less than one tensor of the logits' size."""
+    """The memory between the passes is less than one tensor of the logits' size."""
     student, teacher, labels = make((64, CLASSES))
     kept: list[int] = []
 

@@ -1,4 +1,4 @@
-"""SECURITY.md's sentences: nothing that is loaded is run, and nobody is called."""
+"""The claims of SECURITY.md: no loaded data is executed, and no connection is opened."""
 
 import ast
 import importlib.metadata
@@ -29,7 +29,7 @@ REFUSED_ATTRIBUTES = {
 
 
 def is_restricted(node: ast.AST) -> bool:
-    """torch.load with the loader that builds tensors and plain containers alone."""
+    """Return True for a torch.load with weights_only, which builds tensors alone."""
     return (
         isinstance(node, ast.Call)
         and ast.unparse(node.func) == "torch.load"
@@ -38,7 +38,7 @@ def is_restricted(node: ast.AST) -> bool:
 
 
 def breaches(source: str) -> list[str]:
-    """What a module does that SECURITY.md says is not done."""
+    """Return a module's breaches of SECURITY.md."""
     found = []
     tree = ast.parse(source)
     restricted = {id(node.func) for node in ast.walk(tree) if is_restricted(node)}
@@ -97,7 +97,7 @@ print(calls)
 
 
 def test_nobody_is_called_at_import_or_later():
-    """By the interpreter's own audit of connections and processes."""
+    """The interpreter audits connections and processes."""
     command = [sys.executable, "-c", CALLED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

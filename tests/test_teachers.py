@@ -1,4 +1,4 @@
-"""The teacher's cache: what is written is what is read, whatever is interrupted, lost or forged."""
+"""The teacher cache: round trips, and interruptions, losses and forged files."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 class Counting(nn.Module):
-    """A teacher that knows how many samples it was asked about, and fails when told to."""
+    """Teacher that counts its samples, and fails on demand."""
 
     def __init__(self, classes: int = 10, fail_after: float = float("inf")) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Counting(nn.Module):
 
 
 class Characters(nn.Module):
-    """A teacher of sequences."""
+    """Teacher of sequences of characters."""
 
     def __init__(self, vocabulary: int = 30) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
-    """Of a row whose tail is a denormal number, and of one whose loss is but rounding."""
+    """A row has a subnormal tail, another a loss that is all rounding."""
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -146,7 +146,7 @@ def test_masked_classes(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    """At another temperature, too: times T, its log-probabilities are logits up to a constant."""
+    """Times T, cached log-probabilities are logits up to a constant, at any other temperature."""
     cache = write(Counting(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
 
 
 def test_a_top_k_cache_is_a_teacher(tmp_path):
-    """With all classes in it, the loss is that of the teacher; padding counts nothing."""
+    """With all classes cached, the loss is the teacher's; padding contributes 0."""
     cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -187,7 +187,7 @@ TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
 
 
 def padded(samples: list, length: int | None = None) -> batches.Labelled:
-    """Collates (tokens, tokens, id) by filling up at the end."""
+    """Collate (tokens, tokens, id), padded at the end."""
     length = length or max(1, max(len(item[0]) for item in samples))
     inputs = torch.zeros(len(samples), length, dtype=torch.int64)
     labels = torch.full((len(samples), length), -100)
@@ -271,7 +271,7 @@ def test_images_of_classes(tmp_path):
 
 
 def lookup(cache: TeacherCache, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors that a cache has for some samples."""
+    """Return the cached tensors of some samples."""
     found = cache.lookup(ids)
     return (found,) if cache.top_k is None else found[:2]
 
@@ -298,7 +298,7 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
 
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
-    """Be it the first file of two, or the last one, after all samples."""
+    """The interrupt comes in the first file of two, or in the last, after all samples."""
     shards, whole = [], shard.write
 
     def interrupt(folder, part):
@@ -379,7 +379,7 @@ def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
-    """As under a distributed sampler: both see the same next free name."""
+    """Under a distributed sampler, both processes see the same next free name."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write(Counting(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
@@ -390,7 +390,7 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
 
 
 def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
-    """As in two containers; the second writes its file while the first writes."""
+    """Two containers have equal process numbers; the second writes during the first's write."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     module = pytest.importorskip("safetensors.torch")
     save_file = module.save_file
@@ -453,7 +453,7 @@ def test_the_teacher_s_wrappers_make_no_difference(cache):
 
 
 class Packed(nn.Module):
-    """Keeps quantized weights as quantized layers do: in a tuple of its state."""
+    """Module with its weights in a tuple of its state, as quantized layers have them."""
 
     def __init__(self, weight):
         super().__init__()
@@ -610,7 +610,7 @@ def joined(header: dict | bytes, body: bytes) -> bytes:
 
 @pytest.fixture
 def forged(cache, tmp_path):
-    """Writes a file as a cache of one shard, and gives the whole shard's header and body."""
+    """Write a forged file as a cache of one shard; return the valid header and body."""
     data = (cache.path / "shard-00000.safetensors").read_bytes()
 
     def forge(new: bytes) -> pathlib.Path:
@@ -688,7 +688,7 @@ READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
     ["pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("socket", "device", "folder"))],
 )
 def test_only_regular_files_are_opened(tmp_path, kind):
-    """A process of its own, since opening a named pipe would wait for ever."""
+    """A process of its own tries it, since opening a named pipe blocks."""
     file = tmp_path / "shard-00000.safetensors"
     if kind == "pipe":
         os.mkfifo(file)
@@ -716,7 +716,7 @@ def test_forged_lengths_and_classes(forged):
 
 
 def test_a_forged_class_is_refused(cache, tmp_path):
-    """Its checksum is right: a forger computes that, too."""
+    """The forged file has a valid checksum."""
     content, _ = shard.read(cache.path / "shard-00000.safetensors")
     content.indices[0, 0] = 10
     shard.write(tmp_path, content)
@@ -725,14 +725,14 @@ def test_a_forged_class_is_refused(cache, tmp_path):
 
 
 def contents(path: pathlib.Path) -> list[torch.Tensor]:
-    """All that can be read of a cache."""
+    """Return everything that a cache contains."""
     read = TeacherCache(path)
     numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
     return [read.ids, read._lengths, read._inputs, numbers, *lookup(read, read.ids)]
 
 
 def test_damaged_bytes_and_cut_files_are_refused(forged):
-    """In one process: a crash would end the tests."""
+    """A process of its own tries each file: a crash would end the tests."""
     data, forge = forged
     original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
@@ -753,7 +753,7 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_flipped_bits_are_seen(tmp_path, top_k):
-    """Such as the sign of a log-probability, which makes a probability of more than 1."""
+    """A flipped sign of a log-probability makes a probability above 1."""
     few = Subset(DATA, range(3))
     write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
@@ -774,7 +774,7 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
 
 
 def test_each_sample_has_its_checksum(tmp_path):
-    """Damage is found where it is read, and samples elsewhere are read all the same."""
+    """Damage is found when a sample is read, and other samples stay readable."""
     write(Counting(), tmp_path)
     (file,) = tmp_path.iterdir()
     header, body = parts_of(file.read_bytes())

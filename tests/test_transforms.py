@@ -1,4 +1,4 @@
-"""torch.func, forward-mode differentiation and batches of gradients; compiled, too."""
+"""torch.func, forward-mode differentiation and batched gradients, also compiled."""
 
 from typing import Any
 
@@ -99,7 +99,7 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms(name, transform):
-    """The ops have no formula for these, and a compiled one would leave out their derivatives."""
+    """Ops without a batching formula must not be compiled without their derivatives."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:

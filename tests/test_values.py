@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: their checks, how other code moves them, and the loss of every pair."""
+"""``Head`` and ``TopK``: checks, other code that moves them, and the loss of every pair."""
 # ruff: noqa: E501 - one mistake a line
 
 import copy
@@ -126,7 +126,7 @@ def test_arguments_of_the_wrong_number(kind):
 
 
 def test_the_order_of_topk_is_that_of_torch():
-    """``TopK(*log_probs.topk(k))`` has its fields in their places."""
+    """``TopK(*log_probs.topk(k))`` has its fields in order."""
     found = torch.log_softmax(draw(3, 5), -1).topk(2)
     top = TopK(*found)
     assert top.log_probs is found.values and top.indices is found.indices and top.tail == "ghost"
@@ -167,7 +167,7 @@ def test_pairs_that_are_refused(way, student, teacher, error, message):
 
 
 def test_classes_that_differ_name_the_slices():
-    """The message has the calls that work, and they are not copies."""
+    """The message has calls that work without a copy."""
     student, teacher = draw(3, 8), draw(3, 5, seed=1)
     with pytest.raises(ValueError, match="first classes are the same") as caught:
         fastkd.loss(student, teacher)
@@ -229,7 +229,7 @@ def test_accelerate_moves_them(value):
 
 
 class Samples(Dataset):
-    """Samples of a sparse teacher, one row each."""
+    """Dataset of a sparse teacher's samples, one row each."""
 
     def __len__(self) -> int:
         return ROWS
@@ -395,7 +395,7 @@ def test_batchmean_is_refused_and_mean_named(way, student, teacher):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fused):
-    """Against the definition in float64, with padding and ignored rows, and without a kernel."""
+    """Terms equal the float64 definition with padding, ignored rows, and without a kernel."""
     labels, student = (make_labels() if with_labels else None), 2 * draw(ROWS, CLASSES, dtype=FP64)
     top = topk(tail, FP64)
     top = top._replace(indices=top.indices.clone())
@@ -481,7 +481,7 @@ def test_the_gradient_of_terms_is_that_of_the_loss(student, teacher, dtype):
 
 
 def test_the_logits_of_a_head():
-    """By the formula, and with a gradient."""
+    """The logits equal the formula, and have a gradient."""
     student = head(dtype=FP64, softcap=2.0, scale=0.25)
     logits = 0.25 * (student.hidden @ student.weight.t() + student.bias)
     torch.testing.assert_close(student.logits(), 2.0 * torch.tanh(logits / 2.0))

@@ -1,4 +1,4 @@
-"""fastkd.verify: its verdict on what is right, and on what is wrong."""
+"""fastkd.verify: its verdicts on right and on wrong results."""
 
 import pytest
 import torch
