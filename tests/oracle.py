@@ -92,10 +92,10 @@ def standardized(x: Array) -> Array:
 
 
 def teacher(
-    given: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
+    arrays: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
 ) -> tuple[Array, Array]:
     """Return (logits over the temperature, probabilities)."""
-    logits = [np.log(x) if form == "probs" else x for x in given]
+    logits = [np.log(x) if form == "probs" else x for x in arrays]
     if standardize:
         logits = [standardized(x) for x in logits]
     shares = np.array(weights or [1.0] * len(logits))
@@ -156,11 +156,13 @@ def parts(
     valid = y != ignore_index if by_index else np.ones(len(raw), bool)
     index = np.where(valid, y, 0) if by_index else y
     t = np.broadcast_to(double(temperature), raw.shape[:1])
-    own = teacher_temperature
-    own = (temperature if teacher_form == "logits" else 1.0) if own is None else own
-    own = np.broadcast_to(double(own), raw.shape[:1])[:, None]
+    teacher_t = teacher_temperature
+    teacher_t = (
+        (temperature if teacher_form == "logits" else 1.0) if teacher_t is None else teacher_t
+    )
+    teacher_t = np.broadcast_to(double(teacher_t), raw.shape[:1])[:, None]
     z = (standardized(raw) if standardize else raw) / t[:, None]
-    w, p = teacher(many, own, teacher_form, teacher_weights, ensemble, standardize)
+    w, p = teacher(many, teacher_t, teacher_form, teacher_weights, ensemble, standardize)
     q = softmax(z)
     soft = DIVERGENCES[divergence](p, q, w, z, index, MIX.get(divergence) if mix is None else mix)
     hard = np.zeros(len(raw))

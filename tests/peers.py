@@ -28,7 +28,7 @@ def folder(package: str) -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
-def code(package: str, file: str, *names: str, **given: Any) -> SimpleNamespace:
+def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
     """Compile named classes and functions of a package's file, without their decorators.
 
     ``given`` are the globals that they use beside torch, nn and F.
@@ -37,22 +37,22 @@ def code(package: str, file: str, *names: str, **given: Any) -> SimpleNamespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, about escapes in their docstrings
         tree = ast.parse(path.read_text())
-    found = {
+    definitions = {
         node.name: node
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
     }
-    missing = set(names) - set(found)
+    missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
     # Annotations stay text: they name what is imported in the file.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
-    for node in sorted(found.values(), key=lambda node: node.lineno):
+    for node in sorted(definitions.values(), key=lambda node: node.lineno):
         node.decorator_list = []
         body.append(node)
     module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
-    namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **given}
+    namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **extra_globals}
     exec(compile(module, str(path), "exec"), namespace)
     return SimpleNamespace(**{name: namespace[name] for name in names})
 

@@ -141,14 +141,14 @@ def loss_in_chunks(
 
 def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:
     """Translate fastkd's options to the reference's: two weights instead of alpha."""
-    given = dict(options)
-    alpha = given.pop("alpha", None)
-    hard, soft = given.pop("hard_weight", None), given.pop("soft_weight", None)
+    in_two_weights = dict(options)
+    alpha = in_two_weights.pop("alpha", None)
+    hard, soft = in_two_weights.pop("hard_weight", None), in_two_weights.pop("soft_weight", None)
     if hard is None and soft is None:
         hard = (0.5 if alpha is None else alpha) if has_labels else 0.0
         soft = 1.0 - hard
     return {
-        **given,
+        **in_two_weights,
         "hard_weight": 1.0 if hard is None else hard,
         "soft_weight": 1.0 if soft is None else soft,
     }
@@ -204,7 +204,7 @@ def eager(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute (loss, gradient) by torch's own functions in the student's dtype."""
-    given = weights(options, labels is not None)
+    in_two_weights = weights(options, labels is not None)
     leaf = student.detach().clone().requires_grad_()
     teacher = teacher.detach().to(torch.promote_types(student.dtype, teacher.dtype))
     t = (
@@ -214,7 +214,7 @@ def eager(
     )
     squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t**2
     total = (
-        given["soft_weight"]
+        in_two_weights["soft_weight"]
         * squared
         * F.kl_div(
             F.log_softmax(leaf / t, -1),
@@ -231,7 +231,7 @@ def eager(
             label_smoothing=label_smoothing,
             reduction="none",
         )
-        total = given["hard_weight"] * hard.view(total.shape) + total
+        total = in_two_weights["hard_weight"] * hard.view(total.shape) + total
         total = total.masked_fill(labels == ignore_index, 0)
     if reduction != "none":
         total = total.sum()

@@ -370,16 +370,16 @@ OPTIONS = {
 def test_what_inference_mode_has_made(device, options, labels):
     """Inference tensors, often a teacher's output, are copied: torch refuses to save them."""
     student, teacher, indices = make((6, 20), device=device)
-    given = indices if labels == "indices" else teacher.softmax(-1)
+    inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
         options.pop("inplace", None)  # they have no kernel
     with torch.inference_mode():
-        frozen, frozen_labels = teacher.clone(), given.clone()
+        frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     several = "teacher_weights" in options
     grads = []
-    for t, y, o in ((teacher, given, options), (frozen, frozen_labels, made)):
+    for t, y, o in ((teacher, inputs, options), (frozen, frozen_labels, made)):
         leaf = student.clone().requires_grad_()
         fastkd.loss(leaf * 1, [t, -t] if several else t, y, **o).sum().backward()
         grads.append(leaf.grad)

@@ -343,8 +343,8 @@ def test_numpy_s_scalars_are_numbers(kind):
     arguments = good()
     expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
     three, one, two = kind(3), kind(1), kind(2)
-    found = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
-    assert torch.equal(found, expected)
+    loss = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
+    assert torch.equal(loss, expected)
     assert fastkd.KDLoss(alpha=one)(**arguments) == fastkd.loss(**arguments, alpha=1.0)
     fastkd.check_inputs(**arguments, temperature=three)
 
@@ -428,9 +428,9 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
 )
 def test_arguments_of_another_type_are_named(function, arguments):
     name = list(arguments)[-1]
-    given = arguments if function == "check_logits" else {**good(), **arguments}
+    with_tensors = arguments if function == "check_logits" else {**good(), **arguments}
     with pytest.raises(TypeError, match=f"^{name} must be "):
-        getattr(fastkd, function)(**given)
+        getattr(fastkd, function)(**with_tensors)
 
 
 def test_check_inputs_accepts_good_ones(device):

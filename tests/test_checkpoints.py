@@ -50,30 +50,32 @@ def plain() -> DataLoader:
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
     """Train up to a step, with a checkpoint after each pass; return the losses."""
-    found = []
+    drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
-            found.append(float(step.loss))
+            drawn.append(float(step.loss))
             if step.number == until and until % 5:
                 break
         trainer.save()
-    return found
+    return drawn
 
 
 # ---- random states
 
 OWN = {
-    "loader": lambda own: DataLoader(data(), 8, shuffle=True, generator=own),
-    "sampler": lambda own: DataLoader(data(), 8, sampler=RandomSampler(data(), generator=own)),
-    "replacing": lambda own: DataLoader(
-        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=own)
+    "loader": lambda generator: DataLoader(data(), 8, shuffle=True, generator=generator),
+    "sampler": lambda generator: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), generator=generator)
     ),
-    "weighted": lambda own: DataLoader(
-        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=own)
+    "replacing": lambda generator: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=generator)
     ),
-    "batch sampler": lambda own: DataLoader(
+    "weighted": lambda generator: DataLoader(
+        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=generator)
+    ),
+    "batch sampler": lambda generator: DataLoader(
         data(),
-        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own), 8, False),
+        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=generator), 8, False),
     ),
 }
 
@@ -112,33 +114,33 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
     """The run's random numbers stay the same, even if it is interrupted twice."""
     straight = losses(trainer_in(tmp_path / "a"), plain())
-    found = losses(trainer_in(tmp_path / "b"), plain(), stop)
+    resumed = losses(trainer_in(tmp_path / "b"), plain(), stop)
     for until in (8, 15):
         trainer = trainer_in(tmp_path / "b")
         trainer.resume()
         torch.randn(3)
-        found += losses(trainer, plain(), until)
-    assert found == straight
+        resumed += losses(trainer, plain(), until)
+    assert resumed == straight
 
 
 def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
     def drawing(trainer, until=15):
-        found, loader = [], plain()
+        resumed, loader = [], plain()
         while trainer.step < until:
             for step in trainer.steps(loader):
-                found.append(float(step.loss))
+                resumed.append(float(step.loss))
                 if step.number % 4 == 0:
                     trainer.evaluate(loader)
                     trainer.save()
                 if step.number == until:
                     break
-        return found
+        return resumed
 
     straight = drawing(trainer_in(tmp_path / "a", save_every=4))
-    found = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
+    resumed = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
     trainer = trainer_in(tmp_path / "b", save_every=4)
     assert trainer.resume()
-    assert found + drawing(trainer) == straight
+    assert resumed + drawing(trainer) == straight
 
 
 # ---- folders
@@ -206,8 +208,8 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
     names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
     for name in (*names, f"{names[1]}.replaced"):
         (tmp_path / name).mkdir()
-    found = [path.name for path in checkpoints.list_complete(tmp_path)]
-    assert found == [names[0], f"{names[1]}.replaced", *names[1:]]
+    listed = [path.name for path in checkpoints.list_complete(tmp_path)]
+    assert listed == [names[0], f"{names[1]}.replaced", *names[1:]]
 
 
 @pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
@@ -326,14 +328,14 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     """Deleting an old checkpoint deletes the link and keeps its target."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trainer = trainer_in(folder)
-    found = losses(trainer, plain(), 5)
+    logged = losses(trainer, plain(), 5)
     shutil.move(folder / "step-00000005", elsewhere)
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
         trainer.save()  # of this very step, under the name of the link
     (folder / ".discarded").symlink_to(elsewhere)  # as an interruption may leave it
-    found += losses(trainer, plain(), 15)
-    assert len(found) == 15
+    logged += losses(trainer, plain(), 15)
+    assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
     assert list((tmp_path / "away" if dangling else elsewhere).iterdir())

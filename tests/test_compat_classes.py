@@ -256,10 +256,10 @@ def test_signatures(keras_package):
         (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),
     ]
     for ours, theirs in pairs:
-        given, expected = (inspect.signature(one).parameters for one in (ours, theirs))
+        arguments, expected = (inspect.signature(one).parameters for one in (ours, theirs))
         names = [name for name, p in expected.items() if p.kind is not p.VAR_KEYWORD]
-        assert [*given] == names
-        assert [p.default for p in given.values()] == [expected[name].default for name in names]
+        assert [*arguments] == names
+        assert [p.default for p in arguments.values()] == [expected[name].default for name in names]
     logits = torch.zeros(2, 5)
     assert keras.LogitsDistillation().compute_loss(logits, logits, sample_weight=None) == 0
 
@@ -296,14 +296,14 @@ def test_deit(kind, alpha):
     heads, _, labels = draw((2, 6, 5))
     labels, images = labels[0], torch.randn(6, 3, dtype=torch.float64)
     base = nn.CrossEntropyLoss(label_smoothing=0.1)
-    given = teacher(images).detach()
+    arguments = teacher(images).detach()
 
     def formula(heads: Tensor) -> Tensor:
         if kind == "none":
             return base(heads[0], labels)
         theirs = {
-            "soft": kl_rows(heads[1], given, 3.0).sum() / heads[1].numel(),
-            "hard": F.cross_entropy(heads[1], given.argmax(-1)),
+            "soft": kl_rows(heads[1], arguments, 3.0).sum() / heads[1].numel(),
+            "hard": F.cross_entropy(heads[1], arguments.argmax(-1)),
         }[kind]
         return (1 - alpha) * base(heads[0], labels) + alpha * theirs
 

@@ -63,17 +63,17 @@ def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
 def swift():
     names = ("TeacherOutput", "jsd_loss", "_align_vocab", "extract_active", "gkd_loss")
     defaults = ("default_log_softmax", "default_kl_div", "default_gather")
-    found = peers.code(
+    theirs = peers.code(
         "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
     )
-    found.TeacherOutput.__module__ = __name__
-    dataclass(found.TeacherOutput)  # peers.code leaves decorators out
-    return found
+    theirs.TeacherOutput.__module__ = __name__
+    dataclass(theirs.TeacherOutput)  # peers.code leaves decorators out
+    return theirs
 
 
-def outputs(**given):
+def outputs(**arguments):
     fields = dict.fromkeys(("full_logits", "topk_logprobs", "topk_indices", "labels"))
-    return SimpleNamespace(**{**fields, **given})
+    return SimpleNamespace(**{**fields, **arguments})
 
 
 def same_loss(student, target, beta, temperature, **teacher):
@@ -113,11 +113,11 @@ def test_ms_swift_with_lists(form, temperature, beta):
 def test_ms_swift_where_the_teacher_has_another_prompt(form):
     student, teacher, labels = draw((1, 6, 11), "some ignored")
     shifted = labels.roll(1, 1)
-    given = {"full_logits": teacher}
+    arguments = {"full_logits": teacher}
     if form == "lists":
         values, indices = teacher.log_softmax(-1).topk(4)
-        given = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, 0.0, 2.0, **given, labels=shifted)
+        arguments = {"topk_logprobs": values, "topk_indices": indices}
+    same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
 
 
 def test_ms_swift_with_padding_in_a_list():

@@ -362,13 +362,13 @@ def test_distilbert(weights, restrict):
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:
-        given = {"alpha_mlm": 0.0, "alpha_mse": 0.0, **weights}
-        total = given["alpha_ce"] * kl_rows(s[rows], teacher[rows], 2.0).mean()
-        total = total + given["alpha_mlm"] * F.cross_entropy(s.flatten(0, 1), labels.flatten())
+        arguments = {"alpha_mlm": 0.0, "alpha_mse": 0.0, **weights}
+        total = arguments["alpha_ce"] * kl_rows(s[rows], teacher[rows], 2.0).mean()
+        total = total + arguments["alpha_mlm"] * F.cross_entropy(s.flatten(0, 1), labels.flatten())
         shifted = F.cross_entropy(s[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        total = total + given["alpha_clm"] * shifted
+        total = total + arguments["alpha_clm"] * shifted
         squared = (s[rows] - teacher[rows]).square().sum() / rows.sum()
-        return total + given["alpha_mse"] * squared
+        return total + arguments["alpha_mse"] * squared
 
     agree(
         lambda s: distilbert.step_loss(

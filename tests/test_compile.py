@@ -190,7 +190,7 @@ def test_every_option_compiles(name):
     labels, options = labels.clamp(max=39), EVERY_OPTION[name]
     student.requires_grad_()
     teachers = [teacher.softmax(-1), student.softmax(-1).detach()]
-    given = teachers if "teacher_weights" in options else teacher
+    tensors = teachers if "teacher_weights" in options else teacher
 
     def function(s, t, y):
         return fastkd.loss(s, t, y, **options)
@@ -199,7 +199,7 @@ def test_every_option_compiles(name):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for each in (function, compiled):
-        value = each(student, given, labels)
+        value = each(student, tensors, labels)
         results.append((value, *torch.autograd.grad(value, student)))
     torch.testing.assert_close(results[1], results[0])
 

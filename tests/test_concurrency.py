@@ -278,15 +278,15 @@ OPENMP = {
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
     """Bits are equal in several Python threads, each with its own parallel region."""
-    found = []
+    answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}
         command = [sys.executable, "-c", BITS]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert all(answer == found[0] for answer in found)
-    assert found[0][0] == found[0][1]
+        answers.append(json.loads(done.stdout))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == answers[0][1]
 
 
 def test_a_forced_instruction_set_while_others_compute():

@@ -81,12 +81,12 @@ def test_gradient_of_dkd(device):
     weights = {"hard_weight": 0.0, "soft_weight": 1.0}
     options = {"divergence": "dkd", "mix": mix, "temperature": t, "reduction": "sum"}
     fastkd.loss(leaf, teacher, labels, **options, **weights).backward()
-    own = F.one_hot(labels, CLASSES).bool()
+    is_label = F.one_hot(labels, CLASSES).bool()
     p, q = (teacher / t).softmax(-1), (student.detach() / t).softmax(-1)
-    p_y, q_y = p[own].unsqueeze(-1), q[own].unsqueeze(-1)
+    p_y, q_y = p[is_label].unsqueeze(-1), q[is_label].unsqueeze(-1)
     p_rest, q_rest = p / (1 - p_y), q / (1 - q_y)
     others = -(q_y - p_y) * q_rest + mix * (q_rest - p_rest)
-    torch.testing.assert_close(leaf.grad, t * torch.where(own, q_y - p_y, others))
+    torch.testing.assert_close(leaf.grad, t * torch.where(is_label, q_y - p_y, others))
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -96,17 +96,17 @@ def test_learnable_temperature(device, name, per_row):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
-    own = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
+    teacher_t = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
     options = {"divergence": name, "reduction": "sum"}
     fastkd.loss(
-        student, teacher, labels, temperature=t, teacher_temperature=own, **options
+        student, teacher, labels, temperature=t, teacher_temperature=teacher_t, **options
     ).backward()
     step = 1e-5
-    for leaf, key in ((t, "temperature"), (own, "teacher_temperature")):
+    for leaf, key in ((t, "temperature"), (teacher_t, "teacher_temperature")):
         for row in range(ROWS if per_row else 1):
             moved = []
             for sign in (1, -1):
-                numbers = {"temperature": t.detach(), "teacher_temperature": own.detach()}
+                numbers = {"temperature": t.detach(), "teacher_temperature": teacher_t.detach()}
                 bump = torch.zeros(shape, dtype=FP64)
                 bump[row if per_row else ...] = sign * step
                 numbers[key] = numbers[key].cpu() + bump

@@ -305,11 +305,11 @@ def check(case: Case, device: torch.device) -> None:
         check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
         return  # the gradient jumps where p = q: roundings of the two fall on either side
-    told = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
+    is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
-        grad.where(told, torch.zeros_like(grad)),
-        gradient.where(told, torch.zeros_like(gradient)),
+        grad.where(is_comparable, torch.zeros_like(grad)),
+        gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
         64 * eps * max(abs(case.grad_output), 1e-30) * in_gradient
         + info.smallest_normal * info.eps,

@@ -302,7 +302,7 @@ def linear_arguments(
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
-    own, other = case.dtypes
+    student_dtype, other = case.dtypes
     lists = [None, None]
     if sparse_teacher:
         lists = [
@@ -315,9 +315,9 @@ def linear_arguments(
     settings_of_rows = tensors["row_settings"]
     numbers_of_rows = [None] * 4 if settings_of_rows is None else list(settings_of_rows)
     inputs = [
-        floats((rows, HIDDEN), own),
-        floats((classes, HIDDEN), own),
-        floats((classes,), own) if bias else None,
+        floats((rows, HIDDEN), student_dtype),
+        floats((classes, HIDDEN), student_dtype),
+        floats((classes,), student_dtype) if bias else None,
         floats((rows, HIDDEN), other) if head else None,
         floats((classes, HIDDEN), other) if head else None,
         floats((classes,), other) if head and bias else None,
@@ -335,7 +335,7 @@ def linear_arguments(
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
         "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
-        "teacher_scale": 1.0, "dtype": own, "teacher_dtype": other, "accumulate": FP32,
+        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": other, "accumulate": FP32,
         "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
         "hidden_grad": case.mixed, "weight_grad": case.mixed, "bias_grad": case.mixed and bias,
     }  # fmt: skip

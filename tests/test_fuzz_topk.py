@@ -240,11 +240,11 @@ def check(case: Case, device: torch.device) -> None:
     if size > 1e30:  # float32 overflows where float64 does not: no number is held to another
         return
     close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
-    told = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
+    is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
-        grad.where(told, torch.zeros_like(grad)),
-        gradient.where(told, torch.zeros_like(gradient)),
+        grad.where(is_comparable, torch.zeros_like(grad)),
+        gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
         64 * eps * abs(case.grad_output) * size + info.smallest_normal * info.eps,
         "gradient",

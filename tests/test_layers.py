@@ -172,17 +172,19 @@ def test_every_module_imports_what_stands_above_it():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_python_layers(path):
-    own = python_part(path)
-    if own == "__main__":
+    layer = python_part(path)
+    if layer == "__main__":
         return  # the command line sees everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
-    if own == "__init__":
+    if layer == "__init__":
         assert not parts & {"compat", "integrations", "commands"}, (
             "these are imported when they are used"
         )
         return
-    assert parts <= {own, *IMPORTS[own]}, f"{own} imports {sorted(parts - {own, *IMPORTS[own]})}"
+    assert parts <= {layer, *IMPORTS[layer]}, (
+        f"{layer} imports {sorted(parts - {layer, *IMPORTS[layer]})}"
+    )
 
 
 def test_tests_and_benchmarks_do_not_import_each_other():

@@ -59,16 +59,16 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     """Assert p, its logarithm and the masked classes against float64."""
     classes = teachers[0].shape[-1]
     got = mixed(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
-    form, own = options.get("teacher_form", "logits"), options.get("teacher_temperature")
+    form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
     default = options.get("temperature", 2.0) if form == "logits" else 1.0
-    own = default if own is None else own
-    t = own.double().cpu().numpy()[:, None] if isinstance(own, Tensor) else own
-    given = [teacher.double().reshape(-1, classes).cpu().numpy() for teacher in teachers]
+    teacher_t = default if teacher_t is None else teacher_t
+    t = teacher_t.double().cpu().numpy()[:, None] if isinstance(teacher_t, Tensor) else teacher_t
+    shared = [teacher.double().reshape(-1, classes).cpu().numpy() for teacher in teachers]
     weights, ensemble = options.get("teacher_weights"), options.get("ensemble", "probs")
     with np.errstate(divide="ignore"):
-        p = torch.from_numpy(oracle.teacher(given, t, form, weights, ensemble, False)[1])
+        p = torch.from_numpy(oracle.teacher(shared, t, form, weights, ensemble, False)[1])
     torch.testing.assert_close(got.exp(), p, rtol=0, atol=BOUND[dtype])
-    masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in given]
+    masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in shared]
     together = torch.stack(masked).all(0) if ensemble == "probs" else torch.stack(masked).any(0)
     assert torch.equal(got == -INF, together)
     there = p > 0  # float64 may underflow where the logarithm does not
@@ -233,13 +233,13 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
     threads = torch.get_num_threads()
     dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
     mixes = {k: v for k, v in options.items() if k in ("teacher_form", "ensemble")}
-    given = {k: v for k, v in options.items() if k not in mixes}
+    shared = {k: v for k, v in options.items() if k not in mixes}
     for dtype in dtypes:
         teachers = teachers_of(options.get("teacher_form", "logits"), shape, dtype, 2)
         acc = FP64 if dtype == FP64 else FP32
         student = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         before = mixed_logits(teachers, acc, temperature=3.0, **mixes)
-        expected = call(student, before, temperature=3.0, **given)
+        expected = call(student, before, temperature=3.0, **shared)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             got = call(student, teachers, temperature=3.0, **options)
@@ -252,14 +252,14 @@ def test_numbers_of_rows():
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
-    own, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
-    before = mixed_logits(teachers, temperature=mine, teacher_temperature=own)
-    given = {"temperature": mine, "soft_weight": own, "hard_weight": 0.5}
-    expected = call(student, before, **given)
-    got = call(student, teachers, teacher_temperature=own, **given)
+    teacher_t, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
+    before = mixed_logits(teachers, temperature=mine, teacher_temperature=teacher_t)
+    shared = {"temperature": mine, "soft_weight": teacher_t, "hard_weight": 0.5}
+    expected = call(student, before, **shared)
+    got = call(student, teachers, teacher_temperature=teacher_t, **shared)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with pytest.raises(ValueError, match="temperature"):
-        call(student, teachers, teacher_temperature=own * -1)
+        call(student, teachers, teacher_temperature=teacher_t * -1)
 
 
 def test_pixels():

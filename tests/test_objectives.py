@@ -69,13 +69,13 @@ def refusal(name: str, form: str, kind: str) -> str | None:
 def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> None:
     """Assert that every field and the gradient of fastkd.terms equal NumPy's."""
     weighed = {"hard_weight": 0.3, "soft_weight": 0.9} if labels is not None else {}
-    given = {**weighed, **options}
-    exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **given}
+    resolved = {**weighed, **options}
+    exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **resolved}
     host = [x.cpu() for x in (teacher if isinstance(teacher, list) else [teacher])]
     on_host = (student.cpu(), host, None if labels is None else labels.cpu())
     exact = oracle.terms(*on_host, **exact_options)
     leaf = student.detach().requires_grad_()
-    got = fastkd.terms(leaf, teacher, labels, **given)
+    got = fastkd.terms(leaf, teacher, labels, **resolved)
     acc = compute_dtype(student, host[0])
     size = float(torch.as_tensor(options.get("temperature", 2.0)).max()) ** 2
     size *= max(1.0, float(max(x.double().abs().max() for x in (student, *host)))) ** 2
@@ -151,14 +151,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 )
 def test_options(device, name, options, kind):
     labels = labels_of(kind, device)
-    given = {
+    resolved = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in OPTIONS[options].items()
     }
     if options == "ignore_index" and kind == "indices":
         labels = labels.abs().clamp(max=5)
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **given)
+    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **resolved)
 
 
 @pytest.mark.parametrize("mix", [0.05, 0.7])
@@ -236,8 +236,8 @@ def test_class_weights_in_place_and_of_pixels(device):
     results = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = leaf * 1
-        got = fastkd.terms(given, teacher, labels, dim=1, inplace=inplace, **options)
+        logits = leaf * 1
+        got = fastkd.terms(logits, teacher, labels, dim=1, inplace=inplace, **options)
         got.loss.backward()
         results.append((torch.stack(got[:6]), leaf.grad))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -373,7 +373,7 @@ FUSED_CALLS = {
 def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
     """Teachers in other forms become one teacher's logits, without PyTorch operations."""
     student, teacher, labels = make((ROWS, CLASSES), device=device)
-    given: dict[str, Any] = {
+    resolved: dict[str, Any] = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()
     }
     teachers: Any = [teacher, student.flip(0)] if "two" in options else teacher
@@ -382,11 +382,11 @@ def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
     leaf = student.requires_grad_()
     expected = reference.loss(
         leaf.double(), [x.double() for x in teachers] if "two" in options else teachers.double(),
-        labels, **given,
+        labels, **resolved,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(expected, leaf)
     monkeypatch.setattr(reference, "terms", None)
-    got = fastkd.loss(leaf, teachers, labels, **given)
+    got = fastkd.loss(leaf, teachers, labels, **resolved)
     got.backward()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-6)

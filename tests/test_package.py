@@ -120,13 +120,13 @@ def test_docstrings_run(name):
 
 
 def test_there_are_examples_to_run():
-    found = [
+    doctests = [
         test
         for name in NAMES
         for test in doctest.DocTestFinder().find(importlib.import_module(name))
         if test.examples
     ]
-    assert {test.name for test in found} >= {
+    assert {test.name for test in doctests} >= {
         f"fastkd.losses.{name}" for name in ("loss", "terms", "KDLoss")
     }
 
@@ -176,8 +176,8 @@ def test_readme_lists_the_extras():
     }
     metadata: dict[str, set[str]] = {}
     for line in importlib.metadata.requires("fastkd"):
-        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
-            metadata.setdefault(found[2], set()).add(found[1])
+        if match := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
+            metadata.setdefault(match[2], set()).add(match[1])
     assert listed == metadata
 
 

@@ -71,10 +71,10 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
         for a, b in zip(ours.split(), theirs.split(), strict=True):
             assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-6)
     pairs = zip(evaluations(two), evaluations(one), strict=True)
-    for found, expected in pairs:
-        assert found == pytest.approx(expected, rel=1e-9)
+    for resumed, expected in pairs:
+        assert resumed == pytest.approx(expected, rel=1e-9)
     labels = training_run.Digits(96, 0.0).labels
-    assert [int(found[-1]) for found in evaluations(two)] == [
+    assert [int(fields[-1]) for fields in evaluations(two)] == [
         int((labels[:count] != -100).sum()) for count in (37, 5)
     ]
 

@@ -39,7 +39,7 @@ def is_restricted(node: ast.AST) -> bool:
 
 def breaches(source: str) -> list[str]:
     """Return a module's breaches of SECURITY.md."""
-    found = []
+    names_found = []
     tree = ast.parse(source)
     restricted = {id(node.func) for node in ast.walk(tree) if is_restricted(node)}
     for node in ast.walk(tree):
@@ -51,13 +51,13 @@ def breaches(source: str) -> list[str]:
             names = [node.module or ""]
         else:
             names = []
-        found += [name for name in names if name.split(".")[0] in REFUSED_MODULES]
+        names_found += [name for name in names if name.split(".")[0] in REFUSED_MODULES]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            found += [node.func.id] if node.func.id in REFUSED_CALLS else []
+            names_found += [node.func.id] if node.func.id in REFUSED_CALLS else []
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             pair = (node.value.id, node.attr)
-            found += [".".join(pair)] if pair in REFUSED_ATTRIBUTES else []
-    return found
+            names_found += [".".join(pair)] if pair in REFUSED_ATTRIBUTES else []
+    return names_found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -269,16 +269,16 @@ def test_sglang(whole):
     assert {tuple(sorted(row)) for row in topk.indices[1:].tolist()} == {(2, 9, 30)}
     topk = served.from_sglang(reply, "output_top_logprobs", tokens=generated, k=2)
     assert_scores(topk, SGLANG["reference"], 2, first=PART)
-    for field, own in {"input": tokens, "output": generated}.items():
-        topk = served.from_sglang(reply, f"{field}_token_logprobs", tokens=own)
+    for field, ids in {"input": tokens, "output": generated}.items():
+        topk = served.from_sglang(reply, f"{field}_token_logprobs", tokens=ids)
         assert_scores(
             topk,
             SGLANG["reference"][: PART - 1 + len(generated)],
             0,
             first=PART * (field == "output"),
         )
-        sampled = served.gather(topk, torch.tensor(own))
-        assert sampled.tokens[1:].tolist() == own[1:]
+        sampled = served.gather(topk, torch.tensor(ids))
+        assert sampled.tokens[1:].tolist() == ids[1:]
 
 
 def test_the_form_of_sglang():

@@ -165,7 +165,7 @@ def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compute_metrics", [None, lambda found: {"shape": found.predictions.shape}]
+    "compute_metrics", [None, lambda results: {"shape": results.predictions.shape}]
 )
 def test_gkd_trainer_evaluates(compute_metrics, tmp_path):
     ours, theirs = (
@@ -222,10 +222,10 @@ def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
 
 def test_gkd_trainer_refuses_logits_that_it_cannot_compute(tmp_path):
     models = models_of("teacher_model")
-    own = models["teacher_model"].forward
+    teacher_forward = models["teacher_model"].forward
 
     def forward(*arguments, **options):
-        out = own(*arguments, **options)
+        out = teacher_forward(*arguments, **options)
         return type(out)(logits=1.1 * out.logits)
 
     models["teacher_model"].forward = forward

@@ -84,9 +84,9 @@ def cache(tmp_path_factory) -> TeacherCache:
 def test_all_classes(tmp_path, dtype):
     cache = write(Counting(), tmp_path, dtype=dtype, temperature=3.0, shard_bytes=1000)
     ids = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:77]
-    found, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
-    assert found.dtype == dtype and found.shape == (77, 10)
-    assert bool(((found - exact).abs() <= EPS[dtype] * exact.abs() * 1.001 + 1e-6).all())
+    cached, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
+    assert cached.dtype == dtype and cached.shape == (77, 10)
+    assert bool(((cached - exact).abs() <= EPS[dtype] * exact.abs() * 1.001 + 1e-6).all())
     assert len(list(tmp_path.iterdir())) > 1
 
 
@@ -172,11 +172,11 @@ def test_a_top_k_cache_is_a_teacher(tmp_path):
     text = write(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
     batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
     student = torch.randn(2, 9, 30)
-    found = text.lookup(batch.ids, student.shape[1:-1])
-    whole = fastkd.loss(student, found, batch.labels, reduction="sum")
+    cached = text.lookup(batch.ids, student.shape[1:-1])
+    whole = fastkd.loss(student, cached, batch.labels, reduction="sum")
     alone = []
     for row, n in ((0, 3), (1, 9)):
-        lists = fastkd.TopK(found.log_probs[row, :n], found.indices[row, :n])
+        lists = fastkd.TopK(cached.log_probs[row, :n], cached.indices[row, :n])
         alone.append(fastkd.loss(student[row, :n], lists, TEXT[row], reduction="sum"))
     torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
 
@@ -210,16 +210,16 @@ def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
     assert cache.positions == (-1,)
     assert sum(len(part.log_probs) for part in cache._shards) == sum(map(len, TEXT))
     order = [4, 2, 0]
-    found = cache.lookup(torch.tensor(order), shape=(12,))
-    log_probs = found if top_k is None else found.log_probs
+    cached = cache.lookup(torch.tensor(order), shape=(12,))
+    log_probs = cached if top_k is None else cached.log_probs
     assert log_probs.shape == (3, 12, top_k or 30)
     for row, number in enumerate(order):
         tokens = TEXT[number]
         exact = Characters()(tokens).log_softmax(-1)
         if top_k is not None:
             exact, places = exact.topk(top_k)
-            assert torch.equal(found.indices[row, : len(tokens)], places)
-            assert bool((found.indices[row, len(tokens) :] == -1).all())
+            assert torch.equal(cached.indices[row, : len(tokens)], places)
+            assert bool((cached.indices[row, len(tokens) :] == -1).all())
             assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
         else:  # padding is a distribution, too
             rest = log_probs[row, len(tokens) :].exp().sum(-1)
@@ -272,8 +272,8 @@ def test_images_of_classes(tmp_path):
 
 def lookup(cache: TeacherCache, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the cached tensors of some samples."""
-    found = cache.lookup(ids)
-    return (found,) if cache.top_k is None else found[:2]
+    cached = cache.lookup(ids)
+    return (cached,) if cache.top_k is None else cached[:2]
 
 
 def same(one: TeacherCache, other: TeacherCache) -> None:
@@ -353,9 +353,9 @@ def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    left = TeacherCache(tmp_path)
-    assert 0 < len(left) < 200
-    assert torch.equal(left.lookup(left.ids).indices, cache.lookup(left.ids).indices)
+    reopened = TeacherCache(tmp_path)
+    assert 0 < len(reopened) < 200
+    assert torch.equal(reopened.lookup(reopened.ids).indices, cache.lookup(reopened.ids).indices)
     teacher = Counting()
     resumed = write(teacher, tmp_path, top_k=4)
     assert teacher.samples < 200 and len(resumed) == 200
@@ -419,10 +419,10 @@ def test_workers_read(cache, method):
         num_workers=2,
         multiprocessing_context=method,
     )
-    for asked, found in zip(ids, loader, strict=True):
+    for asked, looked_up in zip(ids, loader, strict=True):
         expected = cache.lookup(asked)
-        assert type(found) is fastkd.TopK and found.tail == expected.tail
-        assert all(torch.equal(*pair) for pair in zip(found[:2], expected[:2], strict=True))
+        assert type(looked_up) is fastkd.TopK and looked_up.tail == expected.tail
+        assert all(torch.equal(*pair) for pair in zip(looked_up[:2], expected[:2], strict=True))
 
 
 def test_pickled_it_is_a_path(cache):
@@ -473,11 +473,11 @@ def test_a_fingerprint_is_of_quantized_weights_too(of_channels):
         scales = torch.full((3,), scale)
         return Packed(torch.quantize_per_channel(weight, scales, torch.zeros(3), 0, torch.qint8))
 
-    found = [
+    prints = [
         fastkd.teachers.fingerprint(packed(value, scale))
         for value, scale in ((1.0, 0.1), (1.0, 0.1), (1.0, 0.2), (2.0, 0.2))
     ]
-    assert found[0] == found[1] and len(set(found)) == 3
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 def test_another_number_of_classes_is_refused(cache):
@@ -825,9 +825,9 @@ def test_batches_are_taken_apart():
         ((x, y, ids), y, ids),
         (batches.Unlabelled(x, ids), None, ids),
     ]:
-        found = batches.split(batch)
-        assert found.inputs is x and found.labels is labels
-        assert found.ids is None if numbers is None else torch.equal(found.ids, numbers.long())
+        parts = batches.split(batch)
+        assert parts.inputs is x and parts.labels is labels
+        assert parts.ids is None if numbers is None else torch.equal(parts.ids, numbers.long())
     assert batches.split({"a": x, "labels": y, "ids": ids}).inputs == {"a": x}
     with pytest.raises(TypeError, match="got tuple of 4"):
         batches.split((x, y, ids, x))

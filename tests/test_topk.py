@@ -878,9 +878,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
     """Compute the loss with these lists, which are checked when the teacher is made."""
-    given = {**arguments, **options}
-    fields = {name: given.pop(name) for name in TopK._fields if name in given}
-    return fastkd.loss(given.pop("student"), TopK(**fields), **given)
+    teacher_and_labels = {**arguments, **options}
+    fields = {
+        name: teacher_and_labels.pop(name) for name in TopK._fields if name in teacher_and_labels
+    }
+    return fastkd.loss(teacher_and_labels.pop("student"), TopK(**fields), **teacher_and_labels)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -381,8 +381,8 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     assert float(0.3 * step.hard + 0.7 * 9 * step.soft) == pytest.approx(float(step.loss), rel=1e-6)
     for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    found, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
-    assert (found.hard, found.agreement) == (
+    cached, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
+    assert (cached.hard, cached.agreement) == (
         pytest.approx(live.hard),
         pytest.approx(live.agreement),
     )
@@ -412,12 +412,12 @@ def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_pa
     said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
     options = {**LOSS, **({} if labelled else {"alpha": 0.0})}
     losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **said)]
-    found = [
+    histories = [
         trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
         for loss in losses
     ]
-    assert math.isfinite(found[0][-1].loss)
-    assert found[0][-1][:4] == found[1][-1][:4]
+    assert math.isfinite(histories[0][-1].loss)
+    assert histories[0][-1][:4] == histories[1][-1][:4]
 
 
 def test_the_teacher_is_frozen_and_keeps_its_dtype():
@@ -456,16 +456,16 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     labels = labels.masked_fill(torch.arange(64) < 20, -100)
     trainer = trainer_of(student, teacher)
     student.train()
-    found = trainer.evaluate(list(zip(inputs.split(30), labels.split(30), strict=True)))
+    evaluated = trainer.evaluate(list(zip(inputs.split(30), labels.split(30), strict=True)))
     assert student[1].training
     student.eval().requires_grad_(False)
     terms = fastkd.terms(student(inputs), teacher(inputs), labels, **LOSS)
-    assert found.loss == pytest.approx(float(terms.loss))
-    assert found.hard == pytest.approx(float(terms.hard))
-    assert found.soft == pytest.approx(float(terms.soft))
-    assert found.agreement == pytest.approx(float(terms.agreement))
+    assert evaluated.loss == pytest.approx(float(terms.loss))
+    assert evaluated.hard == pytest.approx(float(terms.hard))
+    assert evaluated.soft == pytest.approx(float(terms.soft))
+    assert evaluated.agreement == pytest.approx(float(terms.agreement))
     hits = (student(inputs).argmax(-1) == labels)[20:]
-    assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
+    assert (evaluated.accuracy, evaluated.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
 def test_an_evaluation_of_nothing_is_refused():
@@ -494,8 +494,8 @@ def test_accuracy_is_among_the_classes_that_count(dim, soft):
         forward=lambda model, batch: batch[0].narrow(dim, 0, 3),
         loss=fastkd.KDLoss(**LOSS, dim=dim),
     )
-    found = trainer.evaluate([(logits, labels)])
-    assert (found.accuracy, found.agreement) == (1.0, 1.0)
+    evaluated = trainer.evaluate([(logits, labels)])
+    assert (evaluated.accuracy, evaluated.agreement) == (1.0, 1.0)
 
 
 # ---- what goes wrong
@@ -795,8 +795,8 @@ class Stream(IterableDataset):
 
 def test_streams(capsys):
     trainer = trainer_of(network(), network(24, 1), progress=True)
-    (found,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
-    assert trainer.step == 3 and found.rows == 40 and "3it" in capsys.readouterr().err
+    (evaluated,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
+    assert trainer.step == 3 and evaluated.rows == 40 and "3it" in capsys.readouterr().err
 
 
 def test_a_loader_without_batches_is_refused():

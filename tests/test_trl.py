@@ -72,8 +72,8 @@ def run(function, student, teacher, mask, beta, **options):
 def test_value_and_gradients(beta, temperature, options):
     for count, bias in ((None, True), (30, False), (torch.tensor(30.0), True)):
         call = (*draw(bias), beta)
-        given = {**options, "temperature": temperature, "num_items_in_batch": count}
-        ours, other = (run(f, *call, **given) for f in (trl.chunked_divergence_loss, theirs()))
+        inputs = {**options, "temperature": temperature, "num_items_in_batch": count}
+        ours, other = (run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs()))
         torch.testing.assert_close(ours, other, **peers.SINGLE)
 
 

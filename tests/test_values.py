@@ -127,9 +127,11 @@ def test_arguments_of_the_wrong_number(kind):
 
 def test_the_order_of_topk_is_that_of_torch():
     """``TopK(*log_probs.topk(k))`` has its fields in order."""
-    found = torch.log_softmax(draw(3, 5), -1).topk(2)
-    top = TopK(*found)
-    assert top.log_probs is found.values and top.indices is found.indices and top.tail == "ghost"
+    top_two = torch.log_softmax(draw(3, 5), -1).topk(2)
+    top = TopK(*top_two)
+    assert (
+        top.log_probs is top_two.values and top.indices is top_two.indices and top.tail == "ghost"
+    )
 
 
 def test_fields_that_replace_others_are_checked_by_the_call():
@@ -453,19 +455,19 @@ def test_terms_of_a_head_are_those_of_its_logits(chunk_by, options, with_labels,
         chunks = fastkd.chunks.plan(
             student, teacher_of("tensor", FP64), chunk_by=chunk_by, chunk_size=size
         )
-    given: dict[str, Any] = {"reduction": reduction, "temperature": 1.5}
+    common: dict[str, Any] = {"reduction": reduction, "temperature": 1.5}
     if with_labels:
-        given["alpha"] = 0.3
+        common["alpha"] = 0.3
     try:
-        got = fastkd.terms(student, teacher, labels, chunks=chunks, **given)
+        got = fastkd.terms(student, teacher, labels, chunks=chunks, **common)
     except ValueError as error:
         assert chunk_by == "classes" and "chunks must be a plan of rows" in str(error)
         return
-    expected = fastkd.terms(student.logits(), teacher, labels, **given)
+    expected = fastkd.terms(student.logits(), teacher, labels, **common)
     for name, mine, theirs in zip(got._fields, got, expected, strict=True):
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=name)
-    assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **given))
+    assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **common))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)

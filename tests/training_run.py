@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     # Shares of 3 and 2 batches, the last of them smaller; and a process with nothing to do.
     held_out = [range(37), range(5)]
-    found = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
+    evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
-        options.out.with_suffix(".evaluations").write_text(json.dumps(found))
+        options.out.with_suffix(".evaluations").write_text(json.dumps(evaluations))
         torch.save([student.state_dict(), trainer.ema.module.state_dict()], options.out)
 
 

@@ -55,7 +55,7 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
     names = subprocess.run(
         ["c++filt", "-p"], input=mangled, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    found = {}
+    codes = {}
     for name, function in zip(names, functions, strict=True):
         code = []
         for address, guard, opcode, rest in re.findall(
@@ -68,8 +68,8 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
                     int(address, 16), opcode, conditional, int(target[1], 16) if target else None
                 )
             )
-        found[re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", name)] = code
-    return found
+        codes[re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", name)] = code
+    return codes
 
 
 class Block(NamedTuple):
@@ -111,7 +111,7 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
     """Return the opcodes of the shortest path from first to last block with all needs."""
     blocks = blocks_of(code)
     there_is = zip(*(block.met for block in blocks), strict=True)
-    if any(sum(found) < wanted for found, wanted in zip(there_is, need, strict=True)):
+    if any(sum(count) < wanted for count, wanted in zip(there_is, need, strict=True)):
         return None
     start = (0, Need(0, 0, 0))
     lengths = {start: 0}
@@ -174,8 +174,8 @@ def row(code: list[Instruction], element: int) -> Counter | None:
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
     ways = [shortest(body, need) for body in loops(code) if len(body) > 2500]
-    found = min((way for way in ways if way), key=Counter.total, default=None)
-    return found and Counter({opcode: n / classes for opcode, n in found.items()})
+    fewest = min((way for way in ways if way), key=Counter.total, default=None)
+    return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
 
 
 def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
@@ -204,12 +204,12 @@ def main() -> None:
         family = "streaming" if held == "0" else "registers"
         if family == "registers":
             lanes = "a warp" if team == "LaneTeam" else "a CTA"
-            found = {f"both, {lanes} a row": row(code, element)}
+            sweeps = {f"both, {lanes} a row": row(code, element)}
         else:
             first, second = (sweep(code, element, stores) for stores in (False, True))
             both = first + second if first and second else None
-            found = {"first": first, "second": second, "both": both}
-        for what, counts in found.items():
+            sweeps = {"first": first, "second": second, "both": both}
+        for what, counts in sweeps.items():
             if counts is None:
                 sys.exit(f"{name}: not found: {what}")
             print(line(f"{family} {dtype.removeprefix('__nv_')}", what, counts, 3 * element))
