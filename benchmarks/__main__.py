@@ -52,14 +52,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--redraw", type=Path, metavar="FOLDER", help="only redo a saved run's report and plots"
     )
-    own = parser.add_argument_group("a case of your own")
-    own.add_argument("--rows", type=int)
-    own.add_argument("--classes", type=int)
-    own.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    own.add_argument("--temperature", type=float, default=2.0)
-    own.add_argument("--alpha", type=float, default=0.5, help="weight of the hard term")
-    own.add_argument("--ignored", type=float, default=0.0, help="share of rows that are ignored")
-    own.add_argument("--forward-only", action="store_true", help="no gradient")
+    custom = parser.add_argument_group("a case of your own")
+    custom.add_argument("--rows", type=int)
+    custom.add_argument("--classes", type=int)
+    custom.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    custom.add_argument("--temperature", type=float, default=2.0)
+    custom.add_argument("--alpha", type=float, default=0.5, help="weight of the hard term")
+    custom.add_argument("--ignored", type=float, default=0.0, help="share of rows that are ignored")
+    custom.add_argument("--forward-only", action="store_true", help="no gradient")
     chosen = parser.parse_args()
     if (chosen.rows is None) != (chosen.classes is None):
         parser.error("--rows and --classes go together")
@@ -114,7 +114,7 @@ def _draw(results: dict[str, Any], folder: Path) -> None:
     plots.draw(results, folder)
 
 
-def _stream_speeds(device: str, found: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
+def _stream_speeds(device: str, cases: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
     """Return each memory stream with its description and its median speed over the cases."""
     import statistics
 
@@ -122,7 +122,7 @@ def _stream_speeds(device: str, found: list[dict[str, Any]]) -> dict[str, tuple[
 
     result = {}
     for one in streams(device):
-        speeds = [case["streams"][one.name] for case in found if one.name in case["streams"]]
+        speeds = [case["streams"][one.name] for case in cases if one.name in case["streams"]]
         if speeds:
             result[one.name] = (one.what, statistics.median(speeds))
     return result
@@ -181,25 +181,25 @@ def _measure(
             progress.update(task, description=text)
 
         def attempt(title: str, run: Callable[[], Any]) -> Any:
-            found = None
+            measured = None
             try:
-                found = run()
+                measured = run()
             except Exception as error:  # too large for this machine, say: the other cases go on
                 console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
-            return found
+            return measured
 
         for case in selected:
-            found = attempt(case.title, partial(suite.run_case, case, settings, say))
-            if found is not None:
-                results["cases"].append(found)
-                report.show_case(console, found)
+            measured = attempt(case.title, partial(suite.run_case, case, settings, say))
+            if measured is not None:
+                results["cases"].append(measured)
+                report.show_case(console, measured)
         runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
         for name, run in runs.items():
             for one in sections[name]:
                 say(one.title)
-                found = attempt(one.title, partial(run, one, device, settings.seconds))
-                results[name] += [found] * (found is not None)
+                measured = attempt(one.title, partial(run, one, device, settings.seconds))
+                results[name] += [measured] * (measured is not None)
         for duel in duels:
             say(duel.name)
             results["duels"].append(suite.run_duel(duel, settings))
@@ -271,8 +271,8 @@ def _run(chosen: argparse.Namespace) -> None:
     if chosen.only:
         selected = [case for case in selected if chosen.only in case.title]
         sections = {
-            name: [case for case in found if chosen.only in case.title]
-            for name, found in sections.items()
+            name: [case for case in section if chosen.only in case.title]
+            for name, section in sections.items()
         }
     if chosen.list:
         _list([*selected, *itertools.chain.from_iterable(sections.values())])

@@ -117,12 +117,12 @@ def rows_of(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
 
 def errors(rows: Rows, truth: Rows) -> Errors:
     """Return the errors of the rows against float64."""
-    found: list[float] = []
+    numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
         got, exact = got.reshape(len(got), -1), exact.reshape(len(exact), -1)
         relative = ((got - exact).norm(dim=1) / exact.norm(dim=1)).nan_to_num(math.inf)
-        found += [float(relative.median()), float(relative.max())]
-    return Errors(*found)
+        numbers += [float(relative.median()), float(relative.max())]
+    return Errors(*numbers)
 
 
 def compare(

@@ -75,12 +75,12 @@ def _seconds(case: Results, name: str) -> float | None:
 
 def _faster_than(baseline: str, **wanted: Any) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for case in _cases(results, **wanted):
             ours, theirs = _seconds(case, "fastkd"), _seconds(case, baseline)
             if ours and theirs:
-                found[case["title"]] = theirs / ours
-        return found
+                by_case[case["title"]] = theirs / ours
+        return by_case
 
     return values
 
@@ -92,12 +92,12 @@ def _in_times_of_a_sum(**wanted: Any) -> Callable[[Results], Values]:
 
 def _lane(name: str, field: str, **wanted: Any) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for case in _cases(results, **wanted):
             value = case["lanes"].get(name, {}).get(field)
             if value is not None:
-                found[case["title"]] = value
-        return found
+                by_case[case["title"]] = value
+        return by_case
 
     return values
 
@@ -133,14 +133,14 @@ def _divergence(name: str, baseline: str = "", **wanted: Any) -> Callable[[Resul
     """Return a divergence's time over the forward KL's, or a baseline's time over fastkd's."""
 
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for one in results.get("divergences", []):
             if one["divergence"] != name or any(one[key] != wanted[key] for key in wanted):
                 continue
             value = one["rivals"].get(baseline) if baseline else one["of the forward KL"]
             if value is not None:
-                found[one["title"]] = value
-        return found
+                by_case[one["title"]] = value
+        return by_case
 
     return values
 
@@ -159,23 +159,23 @@ def _near(name: str, statistic: str) -> Callable[[Results], Values]:
 
 
 def _against_rounding(results: Results) -> Values:
-    found = {}
+    by_case = {}
     for case in _cases(results, dtype=("bf16", "fp16")):
         error, rounding = case["lanes"].get("fastkd", {}).get("gradient_error"), case["rounding"]
         if error is not None and rounding:
-            found[case["title"]] = error / rounding
-    return found
+            by_case[case["title"]] = error / rounding
+    return by_case
 
 
 def _against_eager(results: Results) -> Values:
-    found = {}
+    by_case = {}
     for case in _cases(results, dtype="fp32"):
         lanes = case["lanes"]
         ours = lanes.get("fastkd", {}).get("gradient_error")
         eager = lanes.get("eager", {}).get("gradient_error")
         if ours is not None and eager:
-            found[case["title"]] = ours / eager
-    return found
+            by_case[case["title"]] = ours / eager
+    return by_case
 
 
 def _both_devices() -> list[Claim]:

@@ -167,12 +167,12 @@ def liger(dense: Case, name: str) -> LossFunction:
 
 def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
     """Return every way to compute a divergence, by name."""
-    found: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
+    ways: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
     if name in _TORCHTUNE:
-        found["torchtune"] = torchtune
+        ways["torchtune"] = torchtune
     if name == "jsd":
-        found["Liger"] = liger
-    return found
+        ways["Liger"] = liger
+    return ways
 
 
 # ---- measuring
@@ -180,19 +180,19 @@ def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
 
 def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
     """Return the errors of a step's loss and gradient on its first inputs, against float64."""
-    given, dense = step.sets[0], one.dense
-    loss, gradient = step.run(given)
+    inputs, dense = step.sets[0], one.dense
+    loss, gradient = step.run(inputs)
     assert gradient is not None
     options = {"temperature": dense.temperature, "hard_weight": 0.0, "soft_weight": 1.0}
     exact = squares = off = 0.0
     rows = max(1, CHUNK // dense.classes)
     for start in range(0, dense.rows, rows):
         part = slice(start, start + rows)
-        leaf = given.student.detach()[part].double().requires_grad_()
+        leaf = inputs.student.detach()[part].double().requires_grad_()
         truth = reference.loss(
             leaf,
-            given.teacher[part].double(),
-            given.labels[part],
+            inputs.teacher[part].double(),
+            inputs.labels[part],
             divergence=one.name,
             normalizer=float(dense.rows),
             **options,

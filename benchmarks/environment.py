@@ -74,14 +74,14 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the measured packages."""
-    found = {}
+    packages = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = torch.__version__
-    return found
+            packages[package] = "not installed"
+    packages["torch"] = torch.__version__
+    return packages
 
 
 def clocks(device: str) -> dict[str, str]:

@@ -139,8 +139,8 @@ LossFunction = Callable[[Inputs], Tensor]
 def _fastkd(**chunks: Any) -> LossFunction:
     """Return a call of fastkd.loss with a plan of these options."""
 
-    def loss(given: Inputs) -> Tensor:
-        arguments = (*given.heads, given.labels)
+    def loss(inputs: Inputs) -> Tensor:
+        arguments = (*inputs.heads, inputs.labels)
         options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
         if chunks:
             options["chunks"] = fastkd.chunks.plan(*arguments, **chunks, **options)
@@ -167,31 +167,31 @@ def fused_smallest(case: LinearCase) -> LossFunction:
     return _fastkd(chunk_by="classes")
 
 
-def _eager(given: Inputs, upcast: bool) -> Tensor:
+def _eager(inputs: Inputs, upcast: bool) -> Tensor:
     with torch.no_grad():
-        teacher = F.linear(given.teacher_hidden, given.teacher_weight)
-    student = F.linear(given.hidden, given.weight)
-    valid = given.labels != -100
+        teacher = F.linear(inputs.teacher_hidden, inputs.teacher_weight)
+    student = F.linear(inputs.hidden, inputs.weight)
+    valid = inputs.labels != -100
     if not valid.all():
         student, teacher = student[valid], teacher[valid]
     if upcast:
         student, teacher = student.float(), teacher.float()
     log_q = F.log_softmax(student / TEMPERATURE, -1)
     soft = F.kl_div(log_q, F.softmax(teacher / TEMPERATURE, -1), reduction="batchmean")
-    hard = F.cross_entropy(student, given.labels[valid])
+    hard = F.cross_entropy(student, inputs.labels[valid])
     return ALPHA * hard + (1 - ALPHA) * TEMPERATURE**2 * soft
 
 
 def eager(case: LinearCase) -> LossFunction:
     """Compute the loss by the usual PyTorch operations."""
-    return lambda given: _eager(given, upcast=False)
+    return lambda inputs: _eager(inputs, upcast=False)
 
 
 def eager_upcast(case: LinearCase) -> LossFunction:
     """Compute the loss by PyTorch operations on logits cast to float32."""
     if case.dtype == "fp32":
         raise UnavailableError("the same as eager in float32")
-    return lambda given: _eager(given, upcast=True)
+    return lambda inputs: _eager(inputs, upcast=True)
 
 
 def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
@@ -205,7 +205,7 @@ def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
         compiled=compiled,
         chunk_size=1024,
     )
-    return lambda given: criterion(*given)
+    return lambda inputs: criterion(*inputs)
 
 
 def liger(case: LinearCase) -> LossFunction:
@@ -229,18 +229,18 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 }
 
 
-def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
+def products_alone(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
     """Compute the four matrix products of the valid rows into allocated memory."""
-    hidden, weight = given.hidden.detach(), given.weight.detach()
-    valid = given.labels != -100
-    hidden, teacher_hidden = hidden[valid], given.teacher_hidden[valid]
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    valid = inputs.labels != -100
+    hidden, teacher_hidden = hidden[valid], inputs.teacher_hidden[valid]
     logits = torch.empty(len(hidden), case.classes, dtype=hidden.dtype, device=hidden.device)
     teacher = torch.empty_like(logits)
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
         torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(teacher_hidden, given.teacher_weight.t(), out=teacher)
+        torch.mm(teacher_hidden, inputs.teacher_weight.t(), out=teacher)
         torch.mm(logits, weight, out=hidden_grad)
         torch.mm(logits.t(), hidden, out=weight_grad)
 
@@ -250,19 +250,19 @@ def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
 # ---- measuring
 
 
-def step(function: LossFunction, given: Inputs) -> Tensor:
+def step(function: LossFunction, inputs: Inputs) -> Tensor:
     """Compute loss and gradients, which replace those of the previous step."""
-    given.hidden.grad = given.weight.grad = None
-    loss = function(given)
+    inputs.hidden.grad = inputs.weight.grad = None
+    loss = function(inputs)
     loss.backward()
     return loss
 
 
-def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
+def truth(inputs: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
     """Compute the loss and its gradients in float64, some rows at a time."""
-    wide = [value.detach().double() for value in given[:4]]
+    wide = [value.detach().double() for value in inputs[:4]]
     hidden, weight = wide[0], wide[1].requires_grad_()
-    count = int((given.labels != -100).sum())
+    count = int((inputs.labels != -100).sum())
     total, hidden_grads = 0.0, []
     weight_grad = torch.zeros_like(wide[1])
     for start in range(0, len(hidden), rows):
@@ -271,7 +271,7 @@ def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
         loss = fastkd.reference.loss(
             F.linear(leaf, weight),
             F.linear(wide[2][part], wide[3]),
-            given.labels[part],
+            inputs.labels[part],
             temperature=TEMPERATURE,
             hard_weight=ALPHA,
             soft_weight=1 - ALPHA,
@@ -296,13 +296,13 @@ def _distance(grad: Tensor | None, right: Tensor) -> float:
 def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
     """Return the peak memory of a step beyond its inputs, in MiB."""
     if device == "cuda":
-        function, given = LANES[name](case), make_inputs(case, device)
-        step(function, given)
-        given.hidden.grad = given.weight.grad = None
+        function, inputs = LANES[name](case), make_inputs(case, device)
+        step(function, inputs)
+        inputs.hidden.grad = inputs.weight.grad = None
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(function, given)
+        step(function, inputs)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     command = [sys.executable, "-m", "benchmarks.linear", "--peak", json.dumps(asdict(case)), name]
@@ -323,31 +323,31 @@ def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
 
 def _peak_here(case: LinearCase, name: str) -> int:
     """Return the peak memory of a step in this process, in bytes."""
-    function, given = LANES[name](case), make_inputs(case, "cpu")
-    step(function, given)
-    given.hidden.grad = given.weight.grad = None
+    function, inputs = LANES[name](case), make_inputs(case, "cpu")
+    step(function, inputs)
+    inputs.hidden.grad = inputs.weight.grad = None
     memory._settle()
     before = memory._status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    step(function, given)
+    step(function, inputs)
     return max(0, memory._status("VmHWM") - before)
 
 
 def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict[str, Any]:
     """Check all implementations, time them in turns, and measure their memory."""
-    given = make_inputs(case, device)
-    exact = truth(given)
+    inputs = make_inputs(case, device)
+    exact = truth(inputs)
     records: dict[str, dict[str, Any]] = {}
-    lanes: dict[str, Callable[[], object]] = {"products alone": products_alone(case, given)}
+    lanes: dict[str, Callable[[], object]] = {"products alone": products_alone(case, inputs)}
     for name in names:
         try:
             function = LANES[name](case)
-            loss = step(function, given)
+            loss = step(function, inputs)
             records[name] = {
                 "status": "ok",
                 "loss_error": abs(loss.item() / exact[0] - 1),
-                "hidden_error": _distance(given.hidden.grad, exact[1]),
-                "weight_error": _distance(given.weight.grad, exact[2]),
+                "hidden_error": _distance(inputs.hidden.grad, exact[1]),
+                "weight_error": _distance(inputs.weight.grad, exact[2]),
             }
         except UnavailableError as reason:
             if str(reason) not in ("not tried", "the same as eager in float32"):
@@ -359,13 +359,13 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
         if max(records[name]["hidden_error"], records[name]["weight_error"]) > 0.25:
             records[name]["status"] = "wrong answer"
             continue
-        lanes[name] = lambda function=function: step(function, given)
+        lanes[name] = lambda function=function: step(function, inputs)
     del exact
     gc.collect()
     kind = "device" if device == "cuda" else "wall"
     times = time_in_turns(lanes, device, kind, seconds)
     del lanes
-    given.hidden.grad = given.weight.grad = None
+    inputs.hidden.grad = inputs.weight.grad = None
     gc.collect()
     floor = times["products alone"]
     for name, measured in times.items():
@@ -380,9 +380,9 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
 # ---- showing
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
+def verdicts(results: dict[str, Any]) -> list[str]:
     """Return each bound with the measured value and the verdict."""
-    lanes = found["lanes"]
+    lanes = results["lanes"]
 
     def held(name: str, bound: tuple[float, float]) -> str:
         record = lanes.get(name, {})
@@ -393,16 +393,16 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         return f"{name}: target of {bound[0]:.2f}x the GEMM time and {bound[1]:.0f} MiB {verdict}"
 
     result = []
-    if found["small_mib"] and "fastkd, small" in lanes:
-        summed = "bfloat16" if found["dtype"] == "bf16" else "float32"
-        result.append(f"small: max_workspace of {found['small_mib']} MiB, dW summed in {summed}")
+    if results["small_mib"] and "fastkd, small" in lanes:
+        summed = "bfloat16" if results["dtype"] == "bf16" else "float32"
+        result.append(f"small: max_workspace of {results['small_mib']} MiB, dW summed in {summed}")
     for name, key in (
         ("fastkd", "must"),
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if found.get(key):  # runs of earlier versions do not have all
-            result.append(held(name, found[key]))
+        if results.get(key):  # runs of earlier versions do not have all
+            result.append(held(name, results[key]))
     theirs = lanes.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):
         ours = lanes.get(name, {})
@@ -431,13 +431,13 @@ def error_verdicts(lanes: dict[str, Any]) -> list[str]:
     return missed or ["errors of dX and dW: at most eager's, and at most 1.1x eager fp32's"]
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return a case as Markdown."""
     lines = [
         "| | time | time / GEMM time | MiB | loss error | dX error | dW error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, record in found["lanes"].items():
+    for name, record in results["lanes"].items():
         if record["status"] != "ok":
             lines.append(f"| {name} | {record['status']} | | | | | |")
             continue
@@ -459,9 +459,9 @@ def markdown(results: dict[str, Any]) -> str:
     load = results["environment"]["load at the start"]
     busy = f" Other work was running (load {load}): times suffered." if load > 0.5 else ""
     parts = [f"{report.headline(results)}.{busy}"]
-    for found in results["cases"]:
-        notes = "; ".join(verdicts(found))
-        parts += [f"**{found['title']}**", table(found)] + ([f"{notes}."] if notes else [])
+    for each in results["cases"]:
+        notes = "; ".join(verdicts(each))
+        parts += [f"**{each['title']}**", table(each)] + ([f"{notes}."] if notes else [])
     return "\n\n".join(parts) + "\n"
 
 
@@ -536,11 +536,12 @@ def main() -> None:
     for case in cases(device):
         if chosen.only and chosen.only not in case.title:
             continue
-        found = run(
+        record = run(
             case, device, chosen.seconds or (2.0 if device == "cuda" else 20.0), chosen.lanes
         )
-        results["cases"].append(found)
-        print(f"{found['title']}\n{table(found)}\n" + "\n".join(verdicts(found)) + "\n", flush=True)
+        results["cases"].append(record)
+        print(f"{record['title']}\n{table(record)}\n" + "\n".join(verdicts(record)), flush=True)
+        print()
     if chosen.no_save:
         return
     output = chosen.output or report.RESULTS / environment.slug(device)

@@ -65,15 +65,15 @@ def _overview_cases(results: Results) -> list[Results]:
     if results["environment"]["kind"] == "cuda":
         wanted = ("imagenet-1k", "llama-2", "llama-3", "gemma")
         dtypes = ("bf16",)
-    found: dict[tuple[str, str], Results] = {}
+    firsts: dict[tuple[str, str], Results] = {}
     for case in results["cases"]:
         name = case["name"].split(",")[0]
         small = case["name"].endswith("small batch")
         usable = case["gradient"] and report.ratio(case, "fastkd") and not small
         if name in wanted and usable and case["dtype"] in dtypes:
-            found.setdefault((name, case["dtype"]), case)
-    compiled = [case for case in found.values() if report.ratio(case, "torch.compile")]
-    chosen = compiled if len(compiled) >= 3 else list(found.values())
+            firsts.setdefault((name, case["dtype"]), case)
+    compiled = [case for case in firsts.values() if report.ratio(case, "torch.compile")]
+    chosen = compiled if len(compiled) >= 3 else list(firsts.values())
     chosen.sort(
         key=lambda case: (OVERVIEW.index(case["name"].split(",")[0]), case["dtype"] == "bf16")
     )

@@ -92,15 +92,15 @@ def case_rows(case: Results) -> Rows:
     for name, record in case["lanes"].items():
         if record["status"].startswith("not available"):
             continue  # said once, for the whole run
-        found = record.get("times")
+        seconds = record.get("times")
         notes = [] if record["status"] == "ok" else [record["status"]]
         if "compile_seconds" in record:
             notes.append(f"compiled in {record['compile_seconds']:.0f} s")
         rows.append(
             [
                 name,
-                duration(found["median"]) if found else "",
-                f"{duration(found['p20'])} to {duration(found['p80'])}" if found else "",
+                duration(seconds["median"]) if seconds else "",
+                f"{duration(seconds['p20'])} to {duration(seconds['p80'])}" if seconds else "",
                 times(ratio(case, name), 2),
                 _optional(record.get("bytes_per_second", 0) / 1e9 or None, ".1f"),
                 _optional(record.get("share"), ".2f"),
@@ -197,11 +197,11 @@ def sparse_rows(results: Results) -> Rows:
 
 def divergence_rows(results: Results) -> Rows:
     """Return each divergence's time over the forward KL's, and the baselines' times over it."""
-    found = results["divergences"]
-    names = list(dict.fromkeys(name for one in found for name in one["rivals"]))
+    cases = results["divergences"]
+    names = list(dict.fromkeys(name for one in cases for name in one["rivals"]))
     heading = ["", "fastkd", "of forward_kl", *names, "loss error", "grad. error", ""]
     rows = []
-    for one in found:
+    for one in cases:
         ours = one["lanes"]["fastkd"]
         remarks = [] if one["fused"] else ["the reference formula: no kernel"]
         remarks += [
@@ -261,8 +261,8 @@ def headline(results: Results) -> str:
 def _table(rows: Rows, title: str = "") -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        left = index == 0 or name in ("", "worst at")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+        is_left = index == 0 or name in ("", "worst at")
+        table.add_column(name, justify="left" if is_left else "right", overflow="fold")
     for row in rows[1]:
         style = "bold green" if row[0] == "fastkd" else ""
         if "missed" in row or "wrong answer" in row[-1]:
@@ -399,18 +399,18 @@ def markdown(results: Results) -> str:
 
 def newest() -> list[tuple[Path, Results]]:
     """Return the newest results of a GPU, if any, then the newest of a CPU."""
-    found: dict[str, tuple[Path, Results]] = {}
+    latest: dict[str, tuple[Path, Results]] = {}
     for path in sorted(RESULTS.glob("*/results.json")):
         results = json.loads(path.read_text())
         kind = results["environment"]["kind"]
         if not results.get("standard"):
             continue
         if (
-            kind not in found
-            or results["environment"]["date"] > found[kind][1]["environment"]["date"]
+            kind not in latest
+            or results["environment"]["date"] > latest[kind][1]["environment"]["date"]
         ):
-            found[kind] = (path.parent, results)
-    return [found[kind] for kind in ("cuda", "cpu") if kind in found]
+            latest[kind] = (path.parent, results)
+    return [latest[kind] for kind in ("cuda", "cpu") if kind in latest]
 
 
 def _case(results: Results, name: str, dtype: str) -> Results | None:

@@ -110,13 +110,13 @@ def top_of(sparse: SparseCase, teacher: Tensor) -> TopK:
 
 def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
     """Return the errors of a step's loss and gradient on some rows, against float64."""
-    given = step.sets[0]
-    log_probs, indices, _ = given.teacher  # type: ignore[misc]
+    inputs = step.sets[0]
+    log_probs, indices, _ = inputs.teacher  # type: ignore[misc]
     top = TopK(log_probs[:rows], indices[:rows])
     few = Inputs(
-        given.student.detach()[:rows].clone().requires_grad_(),
+        inputs.student.detach()[:rows].clone().requires_grad_(),
         top,
-        given.labels[:rows],  # type: ignore[arg-type]
+        inputs.labels[:rows],  # type: ignore[arg-type]
     )
     loss, gradient = step.run(few)
     leaf = few.student.detach().double().requires_grad_()

@@ -80,11 +80,11 @@ def _owned(one: Baseline, sets: list[Inputs]) -> list[Inputs]:
         return sets
     return [
         Inputs(
-            given.student.detach().clone().requires_grad_(given.student.requires_grad),
-            given.teacher,
-            given.labels,
+            inputs.student.detach().clone().requires_grad_(inputs.student.requires_grad),
+            inputs.teacher,
+            inputs.labels,
         )
-        for given in sets
+        for inputs in sets
     ]
 
 

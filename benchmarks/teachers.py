@@ -192,14 +192,14 @@ def main() -> None:
     facts = environment.describe("cpu")
     where = f"{facts['device']}, torch {torch.__version__}, {date}."
     digests = table(["digest", "of", "speed"], list(digest_speeds()))
-    found = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
+    blocks = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name, block in found.items():
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
     DOCUMENT.write_text(text, encoding="utf-8")
-    Console().print(Markdown("\n\n".join(found.values())))
+    Console().print(Markdown("\n\n".join(blocks.values())))
 
 
 if __name__ == "__main__":

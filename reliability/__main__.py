@@ -136,7 +136,7 @@ def run(name: str) -> dict[str, Any]:
     start = time.monotonic()
     if promise.needs is None or shutil.which(promise.needs):
         status, lines = started(promise)
-        kept = found(lines)
+        kept = figures_of(lines)
         if status == -signal.SIGKILL:
             kept.append(f"stopped after {promise.minutes} minutes")
     else:
@@ -173,7 +173,7 @@ def started(promise: Promise) -> tuple[int, list[str]]:
     return process.returncode, lines
 
 
-def found(lines: list[str]) -> list[Any]:
+def figures_of(lines: list[str]) -> list[Any]:
     """Return the figures that a command printed, and the last lines of test runners."""
     kept: list[Any] = []
     for line in lines:

@@ -46,11 +46,11 @@ def join(header: Any, body: bytes) -> bytes:
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Return every (container, key) inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
-    found = [(value, key) for key in keys]
+    pairs = [(value, key) for key in keys]
     for key in keys:
         if isinstance(value[key], (dict, list)):
-            found += places(value[key])
-    return found
+            pairs += places(value[key])
+    return pairs
 
 
 def edited(data: bytes, seed: int) -> bytes:
@@ -180,13 +180,13 @@ def fuzz(arguments: list[str]) -> None:
         return [texts, *(shard.view_bytes(tensor).tobytes() for tensor in tensors)]
 
     def read(data: bytes) -> None:
-        found = contents(data)
-        if found is None:
+        original = contents(data)
+        if original is None:
             return
         draw = random.Random(zlib.crc32(data))
         flipped = bytearray(data)
         flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        if contents(bytes(flipped)) not in (None, found):
+        if contents(bytes(flipped)) not in (None, original):
             raise AssertionError("a flipped bit changes what is read, and no error says so")
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:

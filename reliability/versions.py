@@ -76,8 +76,8 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
 def interpreter(version: str) -> str | None:
     """Return the path of a working Python of this version."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [shutil.which(f"python{version}"), sys.executable]
-    candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *found]
+    others = [shutil.which(f"python{version}"), sys.executable]
+    candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *others]
     for candidate in filter(None, candidates):
         command = [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What every test file shares: the devices, the CPU instruction sets, and hypothesis' profile."""
+"""Fixtures of all test files: devices, CPU instruction sets, and hypothesis' profile."""
 
 import os
 import pathlib
@@ -78,7 +78,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor runs, forced."""
+    """Run the test with each instruction set that this processor has."""
     before = _C.isa()
     _C.use_isa(request.param)
     yield request.param
@@ -87,7 +87,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

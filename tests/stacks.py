@@ -12,7 +12,7 @@ TEMPERATURE, ALPHA = 3.0, 0.3
 
 
 def llama(width: int, seed: int) -> Any:
-    """Return a Llama with first weights of its own, and no dropout."""
+    """Return a randomly initialized Llama without dropout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def by_hand(
     count: Tensor | float | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss by PyTorch's operations; labels stand where their logits do."""
+    """Compute the loss by PyTorch's operations from labels aligned with the logits."""
     rows = labels != -100
     student, teacher = student[rows].float(), teacher[rows].float()
     hard = F.cross_entropy(student, labels[rows], reduction="sum", label_smoothing=smoothing)

@@ -1,4 +1,4 @@
-"""Problems, their truth in float64, torch's eager answer, and the bounds that tests hold."""
+"""Test problems, their truth in float64, torch's eager answer, and error bounds."""
 
 import itertools
 import math
@@ -59,7 +59,7 @@ def make(
     spread: float = 3.0,
     seed: int = 0,
 ) -> Problem:
-    """Random logits, the same on every device, and labels of which a share is ignored."""
+    """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
     # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values anyway.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
@@ -79,7 +79,7 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """A student that is a head, whose tensors require grad, and a teacher: a head, or another."""
+    """Student head whose tensors require grad, and a teacher: a head, or another kind."""
 
     student: Head
     teacher: Any
@@ -106,7 +106,7 @@ def make_heads(
     ignored: float = 0.3,
     seed: int = 0,
 ) -> Heads:
-    """Random heads with biases, and labels of which a share is ignored."""
+    """Draw heads with biases, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -132,7 +132,7 @@ def loss_in_chunks(
     chunks: dict[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """fastkd.loss with a plan made for the call; ``chunks``: options of fastkd.chunks.plan."""
+    """Compute fastkd.loss with a plan; ``chunks`` are options of fastkd.chunks.plan."""
     plan: Any = "auto"
     if chunks is not None:
         plan = fastkd.chunks.plan(student, teacher, labels, **chunks, **options)
@@ -140,15 +140,15 @@ def loss_in_chunks(
 
 
 def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:
-    """fastkd's options as the reference takes them: two weights instead of alpha."""
-    given = dict(options)
-    alpha = given.pop("alpha", None)
-    hard, soft = given.pop("hard_weight", None), given.pop("soft_weight", None)
+    """Translate fastkd's options to the reference's: two weights instead of alpha."""
+    in_two_weights = dict(options)
+    alpha = in_two_weights.pop("alpha", None)
+    hard, soft = in_two_weights.pop("hard_weight", None), in_two_weights.pop("soft_weight", None)
     if hard is None and soft is None:
         hard = (0.5 if alpha is None else alpha) if has_labels else 0.0
         soft = 1.0 - hard
     return {
-        **given,
+        **in_two_weights,
         "hard_weight": 1.0 if hard is None else hard,
         "soft_weight": 1.0 if soft is None else soft,
     }
@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """The reference in float64 on the very values given, and its gradient."""
+    """Compute the reference and its gradient in float64 on the same values."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -203,8 +203,8 @@ def eager(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) as torch's own functions give them in the student's dtype."""
-    given = weights(options, labels is not None)
+    """Compute (loss, gradient) by torch's own functions in the student's dtype."""
+    in_two_weights = weights(options, labels is not None)
     leaf = student.detach().clone().requires_grad_()
     teacher = teacher.detach().to(torch.promote_types(student.dtype, teacher.dtype))
     t = (
@@ -214,7 +214,7 @@ def eager(
     )
     squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t**2
     total = (
-        given["soft_weight"]
+        in_two_weights["soft_weight"]
         * squared
         * F.kl_div(
             F.log_softmax(leaf / t, -1),
@@ -231,7 +231,7 @@ def eager(
             label_smoothing=label_smoothing,
             reduction="none",
         )
-        total = given["hard_weight"] * hard.view(total.shape) + total
+        total = in_two_weights["hard_weight"] * hard.view(total.shape) + total
         total = total.masked_fill(labels == ignore_index, 0)
     if reduction != "none":
         total = total.sum()
@@ -267,7 +267,7 @@ def distance(value: Tensor, exact: Tensor) -> float:
 def assert_value(
     value: Tensor, truth: Answer, acc: torch.dtype, theirs: Tensor | None = None
 ) -> None:
-    """The loss is as exact as its compute type allows, and no worse than eager's."""
+    """Assert that the loss is as exact as its compute type allows, and at least as eager's."""
     exact = truth.loss
     assert value.dtype == acc
     assert value.shape == exact.shape
@@ -290,7 +290,7 @@ def assert_grad(
     *,
     weight: float | None = None,
 ) -> None:
-    """The gradient, norm-wise: fp32 and fp64 absolutely and against eager, 16-bit against rounding.
+    """Assert the gradient's norm-wise error: fp32 and fp64 against eager, 16-bit against rounding.
 
     ``weight``: a bound of what probabilities are multiplied by, where rows may be confident.
     """
@@ -322,7 +322,7 @@ def assert_grad(
 
 
 def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
-    """The same bits on the CPU; up to rounding on CUDA, where alignment orders the sums."""
+    """Assert equal bits on the CPU, and equality up to rounding on CUDA."""
     assert value is not None and expected is not None
     if value.device.type == "cpu":
         assert torch.equal(value, expected)
@@ -333,7 +333,7 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most memory that a CPU's allocator had handed out at a time, as the profiler saw it."""
+    """Return a CPU allocator's peak of live bytes, measured by the profiler."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""The same bits on every run, for every number of threads; nearly so on every instruction set."""
+"""Bits are equal for every run and number of threads, and nearly so for instruction sets."""
 
 import os
 import time
@@ -66,7 +66,7 @@ def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
-    """In one row of twenty, float64 sums of two segments were merged with another rounding."""
+    """Regression: one row of twenty had sums of two segments merged with another rounding."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,7 +81,7 @@ def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_threads_are_used(shape):
-    """The calling thread alone does not do the work: its CPU time is well below the process's."""
+    """The calling thread's CPU time is well below the process's."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
@@ -99,7 +99,7 @@ def test_threads_are_used(shape):
 @pytest.mark.parametrize("shape", [(16, 10), (8, 1000), (2, 20000)], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
 def test_instruction_sets_agree(divergence, shape, dtype):
-    """Each differs from the best one by rounding alone."""
+    """Each instruction set differs from the best one by rounding only."""
     problem = make(shape, dtype)
     best, before = run(*problem, "mean", divergence), _C.isa()
     bound = 1e-13 if dtype is FP64 else 2e-6
@@ -140,7 +140,7 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
 def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     device, divergence, dtype, classes
 ):
-    """By reduction="none" and by a second backward pass: from a few numbers a row, bit for bit."""
+    """reduction="none" and a second backward pass recompute the same bits from row statistics."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)

@@ -1,4 +1,4 @@
-"""Every example runs, in short, and says what its documentation says that it says."""
+"""Run every example briefly, and compare its output with its documentation."""
 
 import os
 import pathlib
@@ -60,7 +60,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebook(name):
-    """From its first cell to its last; its pictures are made."""
+    """Run a notebook from its first cell to its last, with its pictures."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()

@@ -1,4 +1,4 @@
-"""torch.export and compiled autograd: the programs that they make train as eager calls do."""
+"""Programs of torch.export and compiled autograd train like eager calls."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +53,7 @@ def names_of(names: Iterable[str]) -> list:
 
 
 class Student(nn.Module):
-    """A linear student and its loss."""
+    """Linear student with its loss."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ class Student(nn.Module):
 
 
 class Learning(Student):
-    """A student that also learns its temperature."""
+    """Student with a learned temperature."""
 
     def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return fastkd.loss(x @ self.weight, teacher, labels, temperature=self.temperature)
 
 
 def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
-    """The loss of a step and its gradients, under a factor that is not 1."""
+    """Return the loss of a step and its gradients, times a factor other than 1."""
     for parameter in module.parameters():
         parameter.grad = None
     value = step()
@@ -139,7 +139,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", names_of(LOSSES))
 def test_rows_chosen_by_a_mask_are_compiled(name, backend):
-    """Their number is known to nobody while the call is traced."""
+    """The number of selected rows is unknown during tracing."""
     student, teacher, labels = make((8, 50))
     mask = torch.arange(8) % 3 != 0
     leaf = student.requires_grad_()

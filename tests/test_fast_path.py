@@ -1,4 +1,4 @@
-"""The fast path (fast_path.py) and the losses' autograd kernels: hooks, modes and second passes.
+"""The fast path (fast_path.py) and autograd kernels: hooks, modes and second passes.
 
 That autograd in C++ and in Python give the same bits is tested wherever a test uses
 ``each_autograd``.
@@ -32,7 +32,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Rounding apart: it may have been scaled, or computed by the formula."""
+    """Assert equality up to rounding: the gradient may be scaled, or computed by the formula."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
@@ -126,7 +126,7 @@ def test_the_profiler_sees_the_loss(name, grad):
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
-    """As ``save_on_cpu`` does, and such as compress, or lay out anew."""
+    """Hooks of ``save_on_cpu`` and others may move, compress or re-stride saved tensors."""
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     plain = LOSSES[name](leaf, teacher, labels)
@@ -151,7 +151,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
-    """It does so by an exception of the hook that saves tensors."""
+    """Checkpointing raises an exception in the hook that saves tensors."""
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
     head = torch.randn(40, 16)
@@ -184,7 +184,7 @@ def test_exceptions_of_hooks_are_raised(name, calls):
 
 
 class Wrapper(Tensor):
-    """A tensor without memory of its own."""
+    """Tensor subclass without memory of its own."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapper":
@@ -227,7 +227,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
 def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
-    """Not even where the hard term has no weight, and is computed for the terms alone."""
+    """The hard term may have weight 0, and be computed for the terms alone."""
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     values = [

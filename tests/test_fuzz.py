@@ -1,4 +1,4 @@
-"""Random calls held against the reference in float64: sizes, layouts, dtypes, options, odd numbers.
+"""Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
 
 ``make fuzz CASES=20000 SEED=7`` runs this file as a program, and its sisters for sparse teachers,
 linear heads and caches: in batches of 500 from consecutive seeds, each printed when it fails, with
@@ -42,7 +42,7 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -113,7 +113,7 @@ CASES = st.builds(
 
 
 class Problem(NamedTuple):
-    """A case's tensors and options; the options as the reference has them, too."""
+    """Tensors and options of a case; the options in the reference's form, too."""
 
     student: Tensor
     teacher: Tensor
@@ -185,7 +185,7 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 
 
 def is_fused(case: Case) -> bool:
-    """Whether kernels compute it, and not PyTorch's operations."""
+    """Return True if kernels compute the case, and not PyTorch's operations."""
     return (
         case.divergence in DIVERGENCES
         and case.labels != "probabilities"
@@ -194,7 +194,7 @@ def is_fused(case: Case) -> bool:
 
 
 def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(loss, gradient), by one of the ways in."""
+    """Compute (loss, gradient) by one of the entry points."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
     logits, teacher = (sliced(case, x, options["dim"]) for x in (leaf, teacher))
@@ -224,7 +224,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Raise if tensors that hold an option's number for each row cost the divergence accuracy."""
+    """Raise if tensors with an option's number for each row cost the divergence accuracy."""
     plain = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & plain.isfinite()
     got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
@@ -237,7 +237,7 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return what rounding may change: (each row's squared error, its gradient in each class).
+    """Return the bounds of rounding: (squared error of each row, error of each gradient entry).
 
     A class depends on the rounding of its own logits and, for centered ones, of their mean.
     """
@@ -259,7 +259,7 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """The call gives what the reference gives in float64, as far as the dtypes carry."""
+    """Assert that the call equals the reference in float64, as far as the dtypes carry."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
     dim = exact["dim"]
@@ -305,11 +305,11 @@ def check(case: Case, device: torch.device) -> None:
         check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
         return  # the gradient jumps where p = q: roundings of the two fall on either side
-    told = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
+    is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
-        grad.where(told, torch.zeros_like(grad)),
-        gradient.where(told, torch.zeros_like(gradient)),
+        grad.where(is_comparable, torch.zeros_like(grad)),
+        gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
         64 * eps * max(abs(case.grad_output), 1e-30) * in_gradient
         + info.smallest_normal * info.eps,
@@ -318,7 +318,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def sensitivity(case: Case, problem: Problem) -> float:
-    """What a rounding of a logit over its temperature becomes in the loss and in its gradient."""
+    """Return the effect of rounding a logit over its temperature on loss and gradient."""
     student, teacher, exact = problem.student, problem.teacher, problem.exact
     if not student.numel():
         return 1.0

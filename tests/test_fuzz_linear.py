@@ -1,4 +1,4 @@
-"""Random heads: their loss held against the reference on full logits, in float64."""
+"""Random heads: their loss compared with the reference on full logits, in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """(Tensors, options) of the call, options of its chunks among them."""
+    """Make (tensors, options) of the call, with the options of its chunks."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -118,7 +118,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
     sprinkle(hiddens, case.odd)
     hidden, teacher_hidden = (laid_out(x.to(device), case.layout) for x in hiddens)
     weight, teacher_weight = (draw(case.classes, width) for width in case.widths)
-    biases = [draw(case.classes) if given else None for given in case.biases]
+    biases = [draw(case.classes) if is_given else None for is_given in case.biases]
     if case.masked and case.classes > 1:
         for bias in biases:
             if bias is not None and all(case.biases):
@@ -152,7 +152,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
 
 
 def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> Tensor:
-    """The loss of the call."""
+    """Compute the loss of the call."""
 
     def head(which: str) -> Head:
         parts = (tensors[f"{which}_{name}"] for name in ("hidden", "weight", "bias"))
@@ -163,7 +163,7 @@ def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, An
 
 
 def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bool:
-    """Whether chunks of classes have all that the call needs."""
+    """Return True if chunks of classes support the call."""
     return (
         case.divergence in class_statistics.DIVERGENCES
         and case.labels != "probabilities"
@@ -193,7 +193,7 @@ class Exact(NamedTuple):
 def exact(
     case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]
 ) -> tuple[Exact, Tensor]:
-    """The same on full logits in float64, and which rows count. The others are zeros there."""
+    """Compute loss and gradients on full logits in float64, and the mask of valid rows."""
     wide = {k: None if v is None else v.detach().double() for k, v in tensors.items()}
     leaves = [wide[name].requires_grad_() for name in NAMES if wide[name] is not None]
     labels = tensors["labels"]
@@ -211,21 +211,20 @@ def exact(
     both = (case.softcap, case.scale)
     student = logits("student", *both)
     teacher = wide["teacher_logits"] if case.teacher == "logits" else logits("teacher", *both)
-    given = {k: v for k, v in options.items() if k != "chunks"}
+    chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
-        given |= {"hard_weight": 0.0, "soft_weight": 1.0}
+        chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
     # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
     # cosine of such a row is NaN, whatever it weighs.)
-    nothing = given.get("soft_weight") == 0 and case.divergence != "cosine"
+    nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
-    value = reference.loss(student, seen, labels, **given)
+    value = reference.loss(student, seen, labels, **chosen)
     grads = torch.autograd.grad(value.sum(), leaves)
     return Exact(value.detach(), list(grads), student.detach(), teacher.detach()), counted
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """What one rounding in each logit's products becomes in a row's loss, and in the sum over
-    classes of its gradient's magnitudes.
+    """Return the effect of rounding each logit's products on the row losses and gradients.
 
     A logit is off by eps times the magnitudes that were added up for it. With logits over their
     temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the
@@ -260,10 +259,10 @@ def check(case: Case, device: torch.device) -> None:
         case = case._replace(normalizer=None)
     tensors, options = build(case, device)
     before = {k: None if v is None else v.clone() for k, v in tensors.items()}
-    given = dict(tensors)
+    copies = dict(tensors)
     for name in NAMES:
-        given[name] = None if given[name] is None else given[name].detach().requires_grad_()
-    value = loss_of(case, given, options)
+        copies[name] = None if copies[name] is None else copies[name].detach().requires_grad_()
+    value = loss_of(case, copies, options)
     value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
@@ -283,12 +282,12 @@ def check(case: Case, device: torch.device) -> None:
         close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
-        names = [name for name in NAMES if given[name] is not None]
+        names = [name for name in NAMES if copies[name] is not None]
         for name, gradient in zip(names, want.grads, strict=True):
             gain = gains[name] * (case.scale or 1.0)
             exact_gradient = gradient * case.grad_output
             limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
-            close(given[name].grad, exact_gradient, 8 * eps, limit, name)
+            close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
     elif case.reduction == "none":
         got, true = value.detach()[usual], want.loss[usual]
         close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")

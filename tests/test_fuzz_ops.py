@@ -51,7 +51,7 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)
@@ -104,14 +104,14 @@ CASES = st.builds(
 
 
 class Memory:
-    """Tensors with bytes of ``guard`` before them, behind them, and between their elements."""
+    """Tensors with bytes of ``guard`` before, behind and between their elements."""
 
     def __init__(self, guard: int) -> None:
         self.guard = guard
         self.blocks: list[tuple[bytearray, Tensor]] = []
 
     def place(self, values: Tensor, layout: str) -> Tensor:
-        """Return a tensor of these values, laid out like this."""
+        """Return a tensor of these values in a memory layout."""
         if values.numel() == 0:
             return values
         if layout == "expanded":
@@ -131,7 +131,7 @@ class Memory:
         return tensor
 
     def copy(self) -> list[tuple[bytes, Tensor]]:
-        """Return what the blocks hold: all bytes, and the values of the tensors."""
+        """Return all bytes of the blocks, and the values of the tensors."""
         return [(bytes(block), tensor.clone()) for block, tensor in self.blocks]
 
     def check(self, before: list[tuple[bytes, Tensor]], writable: Tensor | None) -> None:
@@ -147,7 +147,7 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 
 
 def changed(value: Any, change: Any, first: Any) -> Any:
-    """The tensor argument after a change of CHANGES, or as it is where torch has no such tensor."""
+    """Apply a change of CHANGES to a tensor argument, where torch has such a tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
@@ -201,7 +201,7 @@ def apply(tensor: Tensor, change: str, first: Any) -> Any:
 
 
 def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
-    """The arguments of the op by name: valid ones, and then the changes."""
+    """Return the op's arguments by name, after the changes."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, classes, k = math.prod(case.leading), case.classes, min(case.k, case.classes)
     shape = (*case.leading, classes)
@@ -298,11 +298,11 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
 def linear_arguments(
     case: Case, tensors: dict[str, Any], floats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same of the op with heads, whose tensors are one list."""
+    """Return the arguments of the op with heads, whose tensors are one list."""
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
-    own, other = case.dtypes
+    student_dtype, other = case.dtypes
     lists = [None, None]
     if sparse_teacher:
         lists = [
@@ -315,9 +315,9 @@ def linear_arguments(
     settings_of_rows = tensors["row_settings"]
     numbers_of_rows = [None] * 4 if settings_of_rows is None else list(settings_of_rows)
     inputs = [
-        floats((rows, HIDDEN), own),
-        floats((classes, HIDDEN), own),
-        floats((classes,), own) if bias else None,
+        floats((rows, HIDDEN), student_dtype),
+        floats((classes, HIDDEN), student_dtype),
+        floats((classes,), student_dtype) if bias else None,
         floats((rows, HIDDEN), other) if head else None,
         floats((classes, HIDDEN), other) if head else None,
         floats((classes,), other) if head and bias else None,
@@ -335,7 +335,7 @@ def linear_arguments(
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
         "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
-        "teacher_scale": 1.0, "dtype": own, "teacher_dtype": other, "accumulate": FP32,
+        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": other, "accumulate": FP32,
         "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
         "hidden_grad": case.mixed, "weight_grad": case.mixed, "bias_grad": case.mixed and bias,
     }  # fmt: skip
@@ -343,7 +343,7 @@ def linear_arguments(
 
 
 def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The shapes of the results of a call that was accepted."""
+    """Return the shapes of an accepted call's results."""
     if case.op == "mixture":
         return [tuple(arguments["teachers"][0].shape)]
     if case.op == "linear_loss":
@@ -370,7 +370,7 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
 
 
 def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
-    """The name of the error, or results that the call alone determines."""
+    """Return the error's name, or the results that depend on the call alone."""
     memory = Memory(guard)
     arguments = arguments_of(case, memory)
     before, grad = memory.copy(), arguments.get("grad")
@@ -432,13 +432,13 @@ REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chu
 
 @pytest.mark.parametrize("case", REGRESSIONS)
 def test_regressions_are_refused(case):
-    """What was accepted, or ended the process, is refused by a message that names the argument."""
+    """Each call that was accepted, or crashed, is refused by a message with the argument's name."""
     with pytest.raises(ERRORS, match="|".join(REFUSED)):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
 def test_a_gradient_whose_classes_are_apart(isa):
-    """Its neighbors in memory stay, and its values are those of an adjacent one."""
+    """Elements between the classes stay, and the values equal those of adjacent classes."""
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
         case = Case(dtypes=(dtype, dtype), present=0, reduction=1)

@@ -102,7 +102,7 @@ def test_inplace_refuses_rows_that_share_memory(device, overlapping):
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 def test_inplace_refuses_logits_between_addresses():
-    """torch.frombuffer makes tensors at any byte, where C++ may not read or write numbers."""
+    """torch.frombuffer makes tensors at misaligned addresses."""
     memory = torch.frombuffer(bytearray(4 * 60 + 1), dtype=torch.float32, offset=1).view(6, 10)
     leaf, teacher, _ = make((6, 10))
     logits = memory.copy_(leaf.requires_grad_())
@@ -124,7 +124,7 @@ def test_inplace_without_a_gradient_changes_nothing(device):
 
 
 def test_inplace_of_sliced_logits(device):
-    """logits[:, :-1] of a batch of sequences: the rows in between stay as they are."""
+    """Rows between the slices logits[:, :-1] stay unchanged."""
     student, teacher, labels = make((3, 5, 40), device=device)
     plain, over = student.clone().requires_grad_(), student.clone().requires_grad_()
     fastkd.loss((plain * 1)[:, :-1], teacher[:, :-1], labels[:, :-1]).backward()

@@ -1,4 +1,4 @@
-"""Who may know whom, read from the sources: a breach fails here before it grows."""
+"""Import and include rules of the layers, checked in the sources."""
 
 import ast
 import pathlib
@@ -74,7 +74,7 @@ def includes(path: pathlib.Path) -> list[str]:
 
 
 def own_part(path: pathlib.Path, name: str) -> str | None:
-    """The part of csrc that an include of a file means, or None for a system header."""
+    """Return the folder of csrc of an include, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):
@@ -172,17 +172,19 @@ def test_every_module_imports_what_stands_above_it():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_python_layers(path):
-    own = python_part(path)
-    if own == "__main__":
+    layer = python_part(path)
+    if layer == "__main__":
         return  # the command line sees everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
-    if own == "__init__":
+    if layer == "__init__":
         assert not parts & {"compat", "integrations", "commands"}, (
             "these are imported when they are used"
         )
         return
-    assert parts <= {own, *IMPORTS[own]}, f"{own} imports {sorted(parts - {own, *IMPORTS[own]})}"
+    assert parts <= {layer, *IMPORTS[layer]}, (
+        f"{layer} imports {sorted(parts - {layer, *IMPORTS[layer]})}"
+    )
 
 
 def test_tests_and_benchmarks_do_not_import_each_other():
@@ -193,7 +195,7 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """In a fresh interpreter in which nothing else that is installed beside it can be found."""
+    """Import fastkd in an interpreter that finds no other installed package."""
     script = """
 import sys
 import importlib.abc

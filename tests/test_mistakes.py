@@ -27,7 +27,7 @@ def loss(student: Any = None, teacher: Any = None, *arguments: Any, **options: A
 
 
 class ModelOutput(OrderedDict):
-    """A model output of transformers: a dictionary whose items are attributes."""
+    """Model output of transformers: a dictionary with attributes."""
 
     def __getattr__(self, name: str) -> Any:
         return self[name]

@@ -1,4 +1,4 @@
-"""Where plain code loses digits or makes NaN: near the teacher, masked and huge logits, fp16."""
+"""Inputs where simple code cancels or overflows: near the teacher, masked, huge, fp16."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ CLASSES = 32000
 def near(
     kl: float, device: torch.device, *, rows: int = 4, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor]:
-    """fp32 logits whose divergence at temperature 1 is about ``kl`` in each row."""
+    """Make fp32 logits with a divergence of about ``kl`` at temperature 1 in each row."""
     student, noise, _ = make((rows, classes), FP32, device=device, labels=False, spread=1.0)
     # KL is half the variance of the difference, to first order.
     return student * 3.0, student * 3.0 + noise * math.sqrt(2 * kl)
@@ -61,7 +61,7 @@ def test_divergence_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Row losses, and their gradient on ``leaf``; without a gradient they are the same."""
+    """Compute row losses and their gradient on ``leaf``; both calls give equal losses."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_divergence_of_either_form(device, classes, temperature):
-    """Rows on both sides of what is plainly above 0 (docs/maths.md, section 3)."""
+    """Test rows on both sides of the bound of well-separated rows (docs/maths.md, section 3)."""
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
     for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
@@ -91,7 +91,7 @@ def test_divergence_of_either_form(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_of_either_form(device, classes, temperature):
-    """The same of the reverse KL, which is the sum of its slopes where it is plainly above 0."""
+    """The reverse KL of well-separated rows is the sum of its slopes."""
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
@@ -124,9 +124,7 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     ids=str,
 )
 def test_jsd_near_and_far(device, classes, apart, mix):
-    """Both of its forms, series and logarithm. At their border the logarithm's loses four bits of a
-    class, which ten classes do not average.
-    """
+    """At the border of series and logarithm, the logarithm loses four bits of a class."""
     student, teacher = near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
@@ -140,7 +138,7 @@ def test_jsd_near_and_far(device, classes, apart, mix):
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_near_the_teacher(device, classes, kl):
-    """Both of its divergences are small, and so is each row's difference of the labels' odds."""
+    """Both divergences are small, and so are the differences of the labels' log-odds."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
     student, teacher = near(kl, device, rows=16, classes=classes)
@@ -184,7 +182,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
-    """Where a label's exponential, relative to the greatest of the others, is no float."""
+    """The label's exponential, relative to the greatest other one, overflows or underflows."""
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -203,7 +201,7 @@ def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
 
 @pytest.mark.parametrize("log_target", [False, True])
 def test_kl_div_is_off_where_this_is_not(log_target):
-    """What the bound above is worth: torch's own, on the same numbers, is off by more than 10 %."""
+    """torch's kl_div errs by more than 10 % on the same numbers."""
     student, teacher = near(5e-7, torch.device("cpu"), rows=8)
     exact = truth(student, teacher, temperature=1.0, reduction="none").loss
     target = F.log_softmax(teacher, -1) if log_target else F.softmax(teacher, -1)
@@ -295,7 +293,7 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype):
-    """Gradients below fp16's range are not lost before the loss is scaled, nor rounded twice."""
+    """Gradients below fp16's range are kept under a loss scale, and rounded once."""
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
     exact = truth(student, teacher, labels, **options).grad * scale
@@ -417,7 +415,7 @@ def test_a_term_without_weight_may_be_infinite(device):
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 def test_rows_without_any_class(device, masked):
-    """softmax of a row of -inf does not exist: NaN, for that row only."""
+    """The softmax of a row of -inf does not exist: NaN, for that row alone."""
     student, teacher, labels = make((5, 70), device=device, ignored=0.0)
     if masked != "teacher":
         student[2] = -INF
@@ -486,7 +484,7 @@ def test_ignored_rows_may_hold_anything(device, classes):
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_offsets(device, sign, size, dtype):
-    """Rows far from zero: softmax does not see the offset, so neither may the loss."""
+    """Loss and gradient of rows with a huge offset are those without it."""
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
     exact = truth(student, teacher, labels)
@@ -500,7 +498,7 @@ def test_huge_offsets(device, sign, size, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("size", [1e4, 1e38])
 def test_huge_differences(device, size, dtype):
-    """One-hot rows in all but name: the loss is as large as the logits, the gradient at most 2."""
+    """Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2."""
     student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
     exact = truth(student, teacher, labels, temperature=1.0, reduction="none")
     leaf = student.requires_grad_()
@@ -517,7 +515,7 @@ def test_huge_differences(device, size, dtype):
     ids=str,
 )
 def test_probabilities_that_underflow(device, classes, temperature, dtype):
-    """Exponentials that are normal numbers until they are divided by the sum of many others."""
+    """Exponentials are normal numbers before the division by a large sum."""
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
     depth = (690, 750) if dtype == FP64 else (70, 110)
     student[:, 3] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""What is installed, what it says about itself, and that its examples run."""
+"""The installed package: metadata, public names, and examples in docstrings."""
 
 import doctest
 import importlib
@@ -118,13 +118,13 @@ def test_docstrings_run(name):
 
 
 def test_there_are_examples_to_run():
-    found = [
+    doctests = [
         test
         for name in NAMES
         for test in doctest.DocTestFinder().find(importlib.import_module(name))
         if test.examples
     ]
-    assert {test.name for test in found} >= {
+    assert {test.name for test in doctests} >= {
         f"fastkd.losses.{name}" for name in ("loss", "terms", "KDLoss")
     }
 

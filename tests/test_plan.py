@@ -1,4 +1,4 @@
-"""The planner of the CUDA kernels: plain C++, asked here for devices that are not at hand."""
+"""The planner of the CUDA kernels, plain C++, for devices that are not at hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOT = (FLOAT32, FLOAT16, BFLOAT16)
 
 
 class Device(NamedTuple):
-    """A device as the planner knows it."""
+    """Properties of a device that the planner reads."""
 
     processors: int
     cluster: int

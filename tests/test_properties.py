@@ -1,4 +1,4 @@
-"""What holds for every input, on inputs that hypothesis chooses."""
+"""Properties that hold for every input, tested by hypothesis."""
 
 import math
 from typing import Any
@@ -89,7 +89,7 @@ def test_permuted_classes(device, classes, rows, t, seed):
     dtype=st.sampled_from(DTYPES),
 )
 def test_rows_are_independent(device, classes, rows, t, seed, dtype):
-    """Bit for bit: each row alone, and all of them in reverse."""
+    """Each row alone, and all rows in reverse, give equal bits."""
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed)
 
     def run(s: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def test_reductions_agree(device, classes, rows, t, seed, ignored, n):
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-    """A shape, how to lay the logits out, and options."""
+    """Strategy of a shape, a memory layout, and options."""
     leading = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (*leading, draw(WIDTHS))
     layout = {
@@ -210,7 +210,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
 
 
 def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
-    """The same numbers in a view of a larger tensor, its first dimensions swapped."""
+    """Copy logits into a view of a larger tensor with its first dimensions swapped."""
     swap = swap and values.dim() > 2
     shape = list(values.transpose(0, 1).shape if swap else values.shape)
     if len(shape) > 1:

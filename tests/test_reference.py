@@ -1,4 +1,4 @@
-"""The reference against torch's own cross_entropy and kl_div, in float64."""
+"""The reference against torch's cross_entropy and kl_div, in float64."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ INF = math.inf
 
 
 def kl(student: Tensor, teacher: Tensor, t: float | Tensor) -> Tensor:
-    """KL of each row by torch."""
+    """Compute the KL of each row by torch."""
     t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
     return F.kl_div(
         F.log_softmax(student / t, -1), F.softmax(teacher / t, -1), reduction="none"

@@ -1,4 +1,4 @@
-"""One teacher of several for each row."""
+"""Routed teachers: one of several teachers for each row."""
 # ruff: noqa: E501 - one mistake a line
 
 import pytest
@@ -40,7 +40,7 @@ def of_device(options, device):
 
 
 def chosen(logits, indices):
-    """The logits of each row's teacher, where every teacher has computed all rows."""
+    """Select the logits of each row's teacher from all teachers' logits."""
     stacked = torch.stack([x.float() for x in logits])
     return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
 

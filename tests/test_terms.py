@@ -1,4 +1,4 @@
-"""fastkd.terms: every field against the reference, and where its gradient flows."""
+"""fastkd.terms: every field against the reference, and its gradient."""
 
 import math
 
@@ -153,7 +153,7 @@ def test_agreement(device, width, student, teacher, agree):
 
 
 def test_agreement_across_segments(device):
-    """The greatest class may lie in any part of a row that is shared among threads."""
+    """The greatest class lies in any part of a row that threads share."""
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]
