@@ -27,11 +27,11 @@ For every row, with logits `z` of the student, `w` of the teacher and label `y`,
 \\text{loss} = a\\,\\mathrm{CE}(\\mathrm{softmax}(z), y) + b\\,T^2 D(p, q)
 ```
 
-with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$ is
-`soft_weight`, and $T_t$ is `teacher_temperature`, which is $T$ unless it is given. `alpha` is short for
-`hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
-gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a set of
-options computes.
+with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$
+is `soft_weight`, and $T_t$ is `teacher_temperature`, which is $T$ unless it is given. `alpha` is
+short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences,
+their gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a
+set of options computes.
 
 ## Options
 
