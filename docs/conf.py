@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from typing import Any
 
 from docutils import nodes
 from myst_parser.parsers.sphinx_ import MystParser
@@ -48,6 +49,7 @@ myst_fence_as_directive = ["math"]  # ```math is what GitHub renders, too
 myst_heading_anchors = 4  # links such as teachers.md#ids
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # docstrings describe the types with their shapes and ranges
 python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
@@ -86,7 +88,15 @@ def to_markdown(notebook: str) -> str:
     return "\n\n".join(parts)
 
 
+def drop_alias(*event: Any) -> None:
+    """Remove the docstring that Python gives to a field of a named tuple."""
+    lines = event[-1]
+    if lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
 def setup(app: Sphinx) -> None:
     """Register notebooks as sources."""
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(NotebookParser)
+    app.connect("autodoc-process-docstring", drop_alias)

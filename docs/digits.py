@@ -88,7 +88,8 @@ def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: to
     doubt = (logits.softmax(-1).amax(-1) - 0.95).abs()
     shown = torch.where(logits.argmax(-1) == labels, doubt, 1.0).argmin()
     print(f"soft-targets.png shows a {labels[shown]}")
-    figure, panels = plt.subplots(1, 4, figsize=(10, 2.3), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(6, 4), layout="constrained")
+    panels = panels.flat
     panels[0].imshow(images[shown].view(8, 8), cmap="gray_r")
     panels[0].axis("off")
     for axes, temperature in zip(panels[1:], (1, 4, 20), strict=True):
@@ -101,7 +102,7 @@ def draw_soft_targets(teacher: torch.nn.Module, images: torch.Tensor, labels: to
         axes.set_ylim(0, 1)
         axes.grid(axis="y", color=INK, alpha=0.25)
         style(axes)
-    panels[1].set_ylabel("teacher's probability", color=INK)
+    figure.suptitle("An image, and its teacher's probabilities", color=INK)
     save(figure, "soft-targets.png")
 
 
