@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+import fastkd
 from fastkd import __main__ as command_line
 from fastkd import extras
+from fastkd._core import native
 from fastkd.commands import config
 
 pytest.importorskip("accelerate")
@@ -378,6 +380,20 @@ def test_the_example_runs(monkeypatch, tmp_path, capsys):
     example = ROOT / "examples" / "digits.yaml"
     run(monkeypatch, "distill", "--config", example, "--epochs", 5, "--output", tmp_path)
     assert (tmp_path / "student.safetensors").exists()
+
+
+def test_info_says_why_the_fast_path_is_off(monkeypatch):
+    facts = command_line.info()
+    assert facts["fast path"] == native.FAST_PATH and facts["fast path"][:3] in ("on,", "off")
+    monkeypatch.setattr(torch, "__version__", "2.14.1")
+    other = SimpleNamespace(torch_version="2.13.0", register_kernels=pytest.fail)
+    monkeypatch.setattr(fastkd, "_eager", other, raising=False)
+    reason = "off: built with torch 2.13.0, running 2.14.1: reinstall to get it"
+    assert native._load_eager() == (None, reason)
+    monkeypatch.delattr(fastkd, "_eager")
+    monkeypatch.setitem(sys.modules, "fastkd._eager", None)
+    reason = "off: not built for torch 2.14.1: install from source to get it"
+    assert native._load_eager() == (None, reason)
 
 
 def test_help_names_every_command():

@@ -9,6 +9,7 @@ import torch
 
 import fastkd
 from fastkd import _C
+from fastkd._core import native
 from fastkd.commands import config
 from fastkd.commands.distill import distill
 from fastkd.commands.factories import ConfigError
@@ -26,6 +27,7 @@ def info() -> dict[str, str]:
         "compiler": _C.compiler,
         "CPU kernels": f"{_C.isa()} in use; available: {', '.join(_C.available_isas())}",
         "CUDA kernels": _C.cuda_architectures or "not built (needs nvcc and a CUDA build of torch)",
+        "fast path": native.FAST_PATH,
         "threads": str(torch.get_num_threads()),
         "divergences": ", ".join(fastkd.divergences()),
     }

@@ -53,6 +53,11 @@ class Answers(NamedTuple):
     calibration_error: float | None
     bins: tuple[Bin, ...]
 
+    @property
+    def quality(self) -> float:
+        """Accuracy, or agreement without labels."""
+        return self.agreement if self.accuracy is None else self.accuracy
+
 
 class Latency(NamedTuple):
     """Seconds of a forward pass, and samples per second at the median."""

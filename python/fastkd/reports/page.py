@@ -66,14 +66,16 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 def make_page(report: Report) -> str:
     """Return the page of a report."""
     colors = plots.choose_colors(report)
+    is_labelled = report.models[0].answers.accuracy is not None
+    kind = "accuracy" if is_labelled else "agreement with the teacher"
     names, cards, rows = "", "", ""
     for model, color in zip(report.models, colors, strict=True):
         style, name = f'style="--color: {color}"', escape(model.name)
-        share, kind = tables.summarize_quality(model)
         cost = escape(tables.summarize_cost(report, model))
         names += f'<th scope="col"><span class="dot" {style}></span>{name}</th>'
         cards += (
-            f'<div class="card" {style}><h2>{name}</h2><p class="figure">{share}</p>'
+            f'<div class="card" {style}><h2>{name}</h2>'
+            f'<p class="figure">{100 * model.answers.quality:.1f} %</p>'
             f'<p class="muted">{kind} · {cost}</p></div>'
         )
     for row in tables.make_rows(report):

@@ -70,7 +70,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
     points = []
     for model, cost, color in zip(report.models, costs, choose_colors(report), strict=True):
         answers: Any = model.answers
-        y = 100 * (answers.accuracy if is_labelled else answers.agreement)
+        y = 100 * answers.quality
         if is_labelled:
             low, high = 100 * answers.accuracy_low, 100 * answers.accuracy_high
             axes.vlines(cost, low, high, color=color, linewidth=1.5, alpha=0.7)

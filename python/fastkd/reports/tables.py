@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import math
+import itertools
 import re
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd import extras
@@ -77,7 +76,7 @@ def make_rows(report: Report) -> list[Row]:
     rows = []
 
     def add(label: str, texts: Iterable[str], notes: Iterable[str] = ()) -> None:
-        rows.append(Row(label, list(zip_longest(texts, notes, fillvalue=""))))
+        rows.append(Row(label, list(itertools.zip_longest(texts, notes, fillvalue=""))))
 
     def add_size(label: str, values: Sequence[int | None], text: Any, less: str, more: str) -> None:
         ratios = [_compare(values[0], value, less, more) for value in values[1:]]
@@ -122,52 +121,32 @@ def summarize_cost(report: Report, model: Model) -> str:
     return " · ".join(parts)
 
 
-def summarize_quality(model: Model) -> tuple[str, str]:
-    """Return a model's accuracy, or without labels its agreement, and the figure's name."""
-    if model.answers.accuracy is None:
-        return _format_percent(model.answers.agreement), "agreement with the teacher"
-    return _format_percent(model.answers.accuracy), "accuracy"
-
-
-def find_alone(report: Report) -> Model | None:
-    """Return the first student whose name says that it was trained alone."""
-    students = report.models[1:]
-    return next((m for m in students if "alone" in re.findall("[a-z]+", m.name.lower())), None)
-
-
 def summarize(report: Report) -> str:
     """Return one sentence on the best student, or the best but the one that was trained alone."""
     teacher, *students = report.models
-    alone = find_alone(report)
-
-    def measure_quality(model: Model) -> float:
-        answers = model.answers
-        return answers.agreement if answers.accuracy is None else answers.accuracy
-
-    best = max([m for m in students if m is not alone] or students, key=measure_quality)
-    quality, quality_of_teacher = measure_quality(best), measure_quality(teacher)
-    if best.answers.accuracy is None or not quality_of_teacher:
-        text = f"{best.name} agrees with the teacher on {_format_percent(best.answers.agreement)}"
-        text += " of the rows"
+    is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
+    alone = next(itertools.compress(students, is_alone), None)
+    best = max([m for m in students if m is not alone] or students, key=lambda m: m.answers.quality)
+    found: Any = best.answers
+    if found.accuracy is None or not teacher.answers.accuracy:
+        text = f"agrees with the teacher on {_format_percent(found.agreement)} of the rows"
     else:
-        text = f"{best.name} keeps {_format_percent(quality / quality_of_teacher)} of the teacher's"
-        text += " accuracy"
-    ratio = teacher.size.bytes / (best.size.bytes or math.inf)
-    if ratio:
-        size = f"1/{ratio:,.0f} of" if ratio >= 1.5 else f"{1 / ratio:.2g}x"
-        text += f" at {size} its size"
+        share = _format_percent(found.accuracy / teacher.answers.accuracy)
+        text = f"keeps {share} of the teacher's accuracy"
+    if teacher.size.bytes and best.size.bytes:
+        ratio = teacher.size.bytes / best.size.bytes
+        text += f" at {f'1/{ratio:,.0f} of' if ratio >= 1.5 else f'{1 / ratio:.2g}x'} its size"
     for device, by_batch in best.latency.items():
-        speed = _format_ratio(by_batch[min(by_batch)].speedup, "faster", "slower")
-        if speed and speed != "the same":
-            text += f", {speed} on {measure.name_device(device)}"
-    if alone is None or alone is best or best.answers.accuracy is None:
-        return f"{text}."
-    points = 100 * (quality - measure_quality(alone))
-    text += f"; {abs(points):.1f} points {'below' if points < 0 else 'above'} training alone"
-    intervals: list[Any] = [best.answers, alone.answers]
-    low, high = sorted(intervals, key=lambda each: each.accuracy)
-    overlap = low.accuracy_high >= high.accuracy_low
-    return f"{text}{', a difference within the intervals' if overlap else ''}."
+        if speed := _format_ratio(by_batch[min(by_batch)].speedup, "faster", "slower"):
+            text += f", {speed.replace('the same', 'as fast')} on {measure.name_device(device)}"
+    if alone is not None and alone is not best and found.accuracy is not None:
+        other: Any = alone.answers
+        points = 100 * (found.accuracy - other.accuracy)
+        text += f"; {abs(points):.1f} points {'below' if points < 0 else 'above'} training alone"
+        low, high = sorted([found, other], key=lambda answers: answers.accuracy)
+        if low.accuracy_high >= high.accuracy_low:
+            text += ", a difference within the intervals"
+    return f"{best.name} {text}."
 
 
 def describe_method(report: Report) -> str:
