@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
 from fastkd import __main__ as command_line
@@ -211,6 +212,18 @@ def test_options_override_the_file(config_path, monkeypatch, capsys):
     assert "385" in capsys.readouterr().out.replace(" ", "").partition("parameters")[2][:40]
 
 
+def test_shortcuts_of_the_loss(config_path, monkeypatch):
+    short = ("--temperature", 3, "--alpha", 0.3, "--divergence", "jsd")
+    full = [f"--loss.{name}={value}" for name, value in zip(*[iter(short)] * 2, strict=True)]
+    full = [option.replace(".--", ".") for option in full]
+    arguments = (monkeypatch, "distill", "--config", config_path)
+    run(*arguments, *short, "--output", config_path.parent / "short")
+    run(*arguments, *full, "--output", config_path.parent / "full")
+    run(*arguments)
+    weights = [next(load(config_path, name).parameters()) for name in ("short", "full", "out")]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_resumed_it_ends_as_if_it_had_never_stopped(config_path, monkeypatch):
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--output", config_path.parent / "whole", "--epochs", 4)
@@ -401,10 +414,10 @@ def test_help_names_every_command():
         [sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("info", "distill", "report"))
+    assert all(name in done.stdout for name in ("info", "distill", "sweep", "report"))
 
 
-@pytest.mark.parametrize("command", ["distill", "report"])
+@pytest.mark.parametrize("command", ["distill", "sweep", "report"])
 def test_help_describes_every_option(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, command, "--help")
@@ -412,6 +425,109 @@ def test_help_describes_every_option(monkeypatch, capsys, command):
     shown = capsys.readouterr().out
     assert all(f"--{field.name}" in shown for field in dataclasses.fields(config.Training))
     assert "largest norm of the gradient" in shown and "--module" in shown
+
+
+# ---- sweep
+
+
+def swept(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
+    lines = (config_path.parent / output / "sweep.jsonl").read_text().splitlines()[1:]
+    return {tuple(run): accuracy for *run, accuracy in map(json.loads, lines)}
+
+
+def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
+    """Each run is that of a trainer; the table has means, standard errors and differences."""
+    run(
+        *(monkeypatch, "sweep", "--config", config_path, "--alpha=[0.1]", "--divergence=[jsd]"),
+        *("--temperature=[1,4]", "--share=[0.5,1]", "--seeds=2"),
+    )
+    results = swept(config_path, "out")
+    assert len(results) == 2 * 2 * (1 + 2)
+    parts = module_of(config_path)
+    images, labels = parts.data()[:]
+    for share, epochs in ((1.0, 3), (0.5, 6)):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+        chosen = order[:100] if share < 1 else torch.arange(200)
+        torch.manual_seed(1)
+        student = parts.student()
+        trainer = fastkd.Trainer(
+            student,
+            parts.teacher().eval(),
+            torch.optim.Adam(student.parameters(), 1e-2),
+            loss=fastkd.KDLoss(divergence="jsd", temperature=4.0, alpha=0.1),
+        )
+        torch.manual_seed(1)
+        samples = TensorDataset(images[chosen], labels[chosen])
+        trainer.fit(DataLoader(samples, 50, shuffle=True), epochs)
+        accuracy = trainer.evaluate(DataLoader(parts.held_out(), 50)).accuracy
+        assert results[share, "jsd", 4.0, 0.1, 1] == accuracy
+    accuracies = [100 * results[0.5, "jsd", 4.0, 0.1, seed] for seed in (0, 1)]
+    alone = [100 * results[0.5, "", 1.0, 1.0, seed] for seed in (0, 1)]
+    gains = [a - b for a, b in zip(accuracies, alone, strict=True)]
+    cells = [
+        f"{sum(values) / 2:{sign}.2f} ± {abs(values[0] - values[1]) / 2:.2f}"
+        for values, sign in ((accuracies, ""), (gains, "+"))
+    ]
+    table = (config_path.parent / "out" / "sweep.md").read_text()
+    assert f"| 50% | jsd | 4 | 0.1 | {cells[0]} | {cells[1]} |" in table
+    assert table in capsys.readouterr().out
+    assert (config_path.parent / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
+    options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]")
+    arguments = (monkeypatch, "sweep", "--config", config_path, *options)
+    run(*arguments, "--seeds=2")
+    file = config_path.parent / "out" / "sweep.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 2
+    file.write_text("".join(lines[:3]) + lines[3][:9])  # killed while it wrote a line
+    trained = []
+    fit = fastkd.Trainer.fit
+    monkeypatch.setattr(
+        fastkd.Trainer, "fit", lambda self, *args: trained.append(1) or fit(self, *args)
+    )
+    run(*arguments, "--seeds=2")
+    assert file.read_text() == whole and len(trained) == 2
+    run(*arguments, "--seeds=3")  # a further seed
+    assert file.read_text().startswith(whole) and len(trained) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("temperature=0", "temperature.*tuple.*0"),
+        ("temperature=[0]", "loss: temperature must be positive"),
+        ("divergence=[kld]", "loss: divergence must be one of"),
+        ("alpha=[2]", r"loss: alpha must be in \[0, 1\]"),
+        ("loss.hard_weight=1", "loss: .*alpha"),
+        ("share=[0]", r"share must be in \(0, 1\]; got 0"),
+        ("seeds=0", "seeds must be an int of at least 1; got 0"),
+        ("validation=", "validation is missing"),
+        ("optimizer.name=LBFGS", "optimizer: name must be"),
+        ("teacher_top_k=2", "teacher_top_k: a cache of a few classes has one temperature"),
+        ("validation={module}:unlabelled", "validation must have labels"),
+        ("share=[0.5] --train={module}:batches", "share: train must return a data set"),
+        ("epochs=4", "holds a sweep of another configuration"),
+    ],
+)
+def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    changes = f"--{change.replace('{module}', name)}".split()
+    arguments = (
+        "sweep",
+        "--config",
+        config_path,
+        "--temperature=[2]",
+        "--alpha=[0.1]",
+        "--seeds=1",
+    )
+    if change == "epochs=4":
+        run(monkeypatch, *arguments)
+        capsys.readouterr()
+    error = refused(monkeypatch, capsys, *arguments, *changes)
+    assert re.search(f"^fastkd sweep: .*{message}", error), error
 
 
 # ---- what is refused

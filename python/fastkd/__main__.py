@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +15,7 @@ from fastkd.commands import config
 from fastkd.commands.distill import distill
 from fastkd.commands.factories import ConfigError
 from fastkd.commands.report import report
+from fastkd.commands.sweep import sweep
 from fastkd.extras import MissingPackageError
 
 
@@ -47,6 +49,7 @@ def main() -> None:
     commands.add_parser("info", help="print versions, kernels and threads for a bug report")
     # config.run parses their options, and prints their help.
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
+    commands.add_parser("sweep", add_help=False, help="compare losses with training alone")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")
     arguments, options = parser.parse_known_args()
     if arguments.command == "info":
@@ -56,7 +59,12 @@ def main() -> None:
             print(f"{name:<13}  {value}")
         return
     try:
-        config.run(distill if arguments.command == "distill" else report, options)
+        named: dict[str, Callable[..., None]] = {
+            "distill": distill,
+            "sweep": sweep,
+            "report": report,
+        }
+        config.run(named[arguments.command], options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 
