@@ -184,7 +184,7 @@ def _measure(
             measured = None
             try:
                 measured = run()
-            except Exception as error:  # too large for this machine, say: the other cases go on
+            except Exception as error:  # for example, too large for this machine; other cases run
                 console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
             return measured
@@ -229,8 +229,7 @@ def _measure(
 def main() -> None:
     """Parse the command line, and run the chosen part."""
     chosen = _arguments()
-    # Compilations start from nothing, so that the times reported for them are what a first run
-    # costs.
+    # Compilation starts with an empty cache, so that the reported times are those of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     try:

@@ -33,7 +33,7 @@ class Regime(NamedTuple):
     rows: int = 64
     classes: int = 1000
     spread: float = 3.0
-    apart: float | None = None  # None: independent
+    apart: float | None = None  # None: independent of the student
     offset: float = 0.0
 
 

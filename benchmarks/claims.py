@@ -14,7 +14,7 @@ Results = dict[str, Any]
 Values = dict[str, float]
 """The measured value for each case that a claim covers."""
 
-# A page here or there: a peak of "1.0 tensors" that is met within this much is met.
+# A peak may exceed its bound by a few pages, this share of it.
 MEMORY_SLACK = 0.03
 
 
@@ -180,7 +180,7 @@ def _against_eager(results: Results) -> Values:
 
 def _both_devices() -> list[Claim]:
     return [
-        # The gradient, and on a CPU 8 bytes a class and thread for exponentials.
+        # The gradient; on a CPU, also 8 bytes a class and thread for exponentials.
         Claim(
             "extra peak memory, student tensors",
             1.15,

@@ -147,8 +147,8 @@ def plain(dense: Case, name: str) -> LossFunction:
 
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # half without the entropy: see `check`
-    "soft_cross_entropy": "ForwardKLLoss",  # it leaves the teacher's entropy out
+    "symmetric_kl": "SymmetricKLLoss",  # half, without the entropy; see `check`
+    "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
 }
 
 
@@ -211,7 +211,7 @@ def check(one: DivergenceCase, lane: str, step: Step) -> dict[str, float]:
     loss_limit, limit = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
     if lane == FUSED:
         loss_limit = limit = TOLERANCE[dtype]
-    # torchtune's forward KL leaves the teacher's entropy out, which the gradient does not see.
+    # torchtune's forward KL omits the teacher's entropy, which has no gradient.
     another_value = lane == "torchtune" and one.name == "symmetric_kl"
     right_loss = loss_error <= loss_limit or another_value
     if one.name == "total_variation":

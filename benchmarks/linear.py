@@ -196,7 +196,7 @@ def eager_upcast(case: LinearCase) -> LossFunction:
 
 def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
     liger = _import("liger_kernel.chunked_loss", "liger-kernel")
-    # Without T^2, which its weights can make up for; its beta of 0 is the forward KL.
+    # Liger has no T^2, which the weights replace; its beta=0 is the forward KL.
     criterion = liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=ALPHA,
         weight_soft_loss=(1 - ALPHA) * TEMPERATURE**2,
@@ -401,7 +401,7 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if results.get(key):  # runs of earlier versions do not have all
+        if results.get(key):  # older results lack some keys
             result.append(held(name, results[key]))
     theirs = lanes.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):

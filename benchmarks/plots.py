@@ -187,7 +187,7 @@ def scaling(results: Results, path: Path) -> None:
             _limit(axes, results, points, name)
             axes.set_xscale("log")
         axes.set_yscale("log")
-        if name == "threads":  # the lines cross the whole panel: room for the legend below them
+        if name == "threads":  # the lines cross the whole panel, so the legend is below them
             axes.set_ylim(bottom=axes.get_ylim()[0] / 6)
         axes.grid(True, which="major", color=INK, alpha=0.3, linewidth=0.6)
         axes.set_xlabel(_fixed(name, points))

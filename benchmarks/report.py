@@ -91,7 +91,7 @@ def case_rows(case: Results) -> Rows:
     rows = []
     for name, record in case["lanes"].items():
         if record["status"].startswith("not available"):
-            continue  # said once, for the whole run
+            continue  # printed once, for the whole run
         seconds = record.get("times")
         notes = [] if record["status"] == "ok" else [record["status"]]
         if "compile_seconds" in record:

@@ -138,7 +138,7 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure everything about a case."""
     device = settings.device
-    torch.compiler.reset()  # past its limit of recompilations Dynamo would silently run eagerly
+    torch.compiler.reset()  # beyond its recompilation limit Dynamo silently runs eagerly
     _release(device)
     kind = "device" if device == "cuda" and case.elements >= WALL_LIMIT else "wall"
     wanted = [

@@ -29,7 +29,7 @@ from fastkd import teachers
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
 BATCH = 64
-SECONDS = 1.0  # of reading, for each case
+SECONDS = 1.0  # seconds of reading for each case
 
 
 class Case(NamedTuple):

@@ -21,7 +21,7 @@ from benchmarks.truth import Truth
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
-# A size of each kind: nothing but overhead, batches of images, wide rows, few wide rows.
+# Overhead alone, batches of images, wide rows, few wide rows.
 SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
 
 

@@ -31,7 +31,7 @@ from fastkd import reference
 
 BATCH = 64
 TEACHER_EPOCHS = 20
-STUDENT_SHARE = 0.1  # of the training images
+STUDENT_SHARE = 0.1  # share of the training images
 # Chosen on validation images cut from the training images, never on the test images, over hidden
 # widths 2 to 32, learning rates 0.003 to 0.02 (the same for both students, and none was better for
 # the student alone), temperatures 2 to 14 and alphas 0 to 0.3. With 2 to 6 hidden units
@@ -48,9 +48,9 @@ ALPHA = 0.1
 class Digits(NamedTuple):
     """Training and test split of the 1,797 images of 8 x 8 pixels, one for each seed."""
 
-    images: Tensor  # [images, 64], what the teacher learns from
+    images: Tensor  # [images, 64], the teacher's training set
     labels: Tensor  # [images]
-    few: Tensor  # indices of the images that the students see
+    few: Tensor  # indices of the student's images
     test_images: Tensor
     test_labels: Tensor
 
@@ -181,7 +181,7 @@ def distil_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # This call is all that distillation takes. alpha weighs the labels' term.
+        # The only change for distillation. alpha weighs the labels' term.
         return fastkd.loss(
             logits,
             teacher_logits[index],
@@ -205,9 +205,9 @@ def distil_student(
 class Outcome(NamedTuple):
     """Accuracies over all seeds."""
 
-    models: dict[str, nn.Module]  # of the last seed
+    models: dict[str, nn.Module]  # the last seed's
     accuracies: dict[str, list[float]]  # one for each seed
-    batches: list[Batch]  # of the last distillation
+    batches: list[Batch]  # the last distillation's
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -282,7 +282,7 @@ def errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]
     of_loss = of_gradient = 0.0
     for batch in batches:
         value, gradient = loss_and_gradient(loss, batch)
-        # As float64 from the start, so that the truth's gradient is not rounded to float32.
+        # float64 from the start, so that the true gradient is not rounded to float32.
         double = Batch(batch.student.double(), batch.teacher.double(), batch.labels)
         true_value, true_gradient = loss_and_gradient(truth, double)
         of_loss = max(of_loss, ((value - true_value) / true_value).abs().item())
@@ -409,8 +409,8 @@ def main() -> None:
     """Train the models, measure them, and print the results."""
     options = parse()
     temperature, alpha = options.temperature, options.alpha
-    # Models this small gain nothing from a second thread, and timings on one thread depend less on
-    # what else the machine does. `make bench` measures the loss on all of them.
+    # Models this small gain nothing from a second thread, and one thread is less disturbed by other
+    # processes. `make bench` measures the loss on all threads.
     torch.set_num_threads(1)
     outcome = run(options)
     table = results(outcome)

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of teacher and student each")
     epochs = parser.parse_args().epochs
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     torch.manual_seed(0)
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
@@ -52,7 +52,7 @@ def main() -> None:
         for x, y in loader:
             with torch.no_grad():
                 teacher_logits = teacher(x)
-            # alpha weighs the labels' term. terms() is loss() with what is worth printing.
+            # alpha weighs the labels' term. terms() is loss() with the quantities worth printing.
             terms = fastkd.terms(student(x), teacher_logits, y, temperature=4.0, alpha=0.1)
             optimizer.zero_grad()
             terms.loss.backward()

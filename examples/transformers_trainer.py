@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of teacher and student each")
     steps = parser.parse_args().steps
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    torch.set_num_threads(1)  # models this small gain nothing from a second thread
     torch.manual_seed(0)
     text = "\n".join(topics.values())
     characters = sorted(set(text))

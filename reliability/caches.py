@@ -68,7 +68,7 @@ def edited(data: bytes, seed: int) -> bytes:
     else:
         other, its = draw.choice(places(header))
         container[key] = json.loads(json.dumps(other[its]))
-    if draw.randrange(4) == 0:  # lengths, ids and lists of classes are in the body
+    if draw.randrange(4) == 0:  # lengths, ids and class lists are in the body
         bytes_ = bytearray(body)
         for _ in range(draw.randrange(1, 5) if body else 0):
             bytes_[draw.randrange(len(bytes_))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
@@ -122,7 +122,7 @@ def write_corpus(folder: Path) -> None:
         "sequences": (nn.Embedding(9, 7), tokens, {"top_k": 2}),
     }
     for name, (teacher, inputs, options) in kinds.items():
-        shutil.rmtree(FOLDER / name, ignore_errors=True)  # of an earlier run
+        shutil.rmtree(FOLDER / name, ignore_errors=True)  # an earlier run's files
         loader = DataLoader(WithIds(TensorDataset(inputs)), 2)
         precompute(teacher, loader, FOLDER / name, progress=False, **options)
         (shard,) = (FOLDER / name).glob("*.safetensors")
@@ -139,7 +139,7 @@ def check_other_files() -> None:
 
     def bind() -> None:
         with socket.socket(socket.AF_UNIX) as made:
-            made.bind(os.path.relpath(file))  # paths of sockets have about 100 bytes at most
+            made.bind(os.path.relpath(file))  # socket paths are limited to about 100 bytes
 
     for make in (lambda: os.mkfifo(file), bind, lambda: file.symlink_to("/dev/zero"), file.mkdir):
         shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +158,7 @@ def fuzz(arguments: list[str]) -> None:
 
     from fastkd.teachers import TeacherCache, cache, shard
 
-    # One by one: where a package is installed editable, atheris's hook of imports changes nothing.
+    # Modules are instrumented one by one: atheris's import hook misses editable packages.
     for owner in (shard, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):
@@ -194,9 +194,9 @@ def fuzz(arguments: list[str]) -> None:
             try:
                 return edited(data, seed)[:most]
             except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-                pass  # there is no header to edit
+                pass  # no header to edit
             except (struct.error, AttributeError):
-                pass  # there are no checksums to compute
+                pass  # no checksums to compute
         return bytes(atheris.Mutate(data, most))
 
     atheris.Setup([sys.argv[0], *arguments], read, custom_mutator=mutate)

@@ -51,7 +51,7 @@ def main() -> int:
     (tarball,) = FOLDER.glob("*.tar.gz")
     figures["sdist"] = f"{tarball.name}, {tarball.stat().st_size // 1024} KiB"
 
-    # A new environment that has this one's torch; the first git on its path is one that fails.
+    # The environment has this one's torch, and a git that fails first on its path.
     run(sys.executable, "-m", "venv", FOLDER / "env")
     python = FOLDER / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())

@@ -53,7 +53,7 @@ def main() -> int:
     subprocess.run([*install, ROOT], check=True, env={**os.environ, "PATH": path})
     environment = {
         **os.environ,
-        # The C++ library too: the sanitizer wraps its exceptions, and has to find them.
+        # The sanitizer wraps the C++ library's exceptions, so it must find the library.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

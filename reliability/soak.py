@@ -81,7 +81,7 @@ def calls() -> dict[str, Callable[[], object]]:
 def main() -> int:
     """Print the growth of the process for each kind of call."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    torch.set_num_threads(1)  # on busy processors, teams of threads mostly wait for each other
+    torch.set_num_threads(1)  # one thread, since teams of threads on busy processors mostly wait
     grown = {}
     for name, call in calls().items():
         for _ in range(max(500, count // 50)):

@@ -22,17 +22,17 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# The oldest and the newest torch with the oldest and the newest Python, and what lies between once
-# each: a torch takes gigabytes for each Python. Others can be named. 3.10 has no 2.15.
+# The oldest and the newest torch with the oldest and the newest Python, and each version between
+# once, since a torch takes gigabytes for each Python. Others can be named. 3.10 has no torch 2.15.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
     *("bad_input", "compile", "package", "topk", "linear", "linear_training", "learned"),
 ]
-# What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
+# Tests for a wheel that was built with another torch: ops, derivatives, tracing.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
-# torch.compile of older torches needs setuptools, and does not say so where Python has it not.
+# torch.compile of older torches needs setuptools, without a message if it is missing.
 TESTS = ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "setuptools"]
 
 
@@ -54,12 +54,12 @@ def uv(*arguments: str | Path, log: Path) -> None:
 
 def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     """Run a command; append its output to the log and return it."""
-    # Not on the path of the tests: the folder's own packages, and another environment's.
+    # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
     if shutil.which(
         "ccache"
-    ):  # the kernels, which know neither Python nor torch, are compiled once
+    ):  # kernels depend on neither Python nor torch, so they are compiled once
         environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -124,7 +124,7 @@ def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, 
         uv("venv", "--quiet", "--python", executable, folder, log=log)
         install = ("pip", "install", "--quiet", "--python", python)
         uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
-        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # there is no GPU to try it on
+        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # no GPU to test on
         path = f"PATH={folder / 'bin'}:{os.environ['PATH']}"
         build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", off]
         run(["env", path, *build, "--python", str(python), "-o", str(wheels), str(source)], log)

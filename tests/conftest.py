@@ -5,8 +5,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-# Before torch loads OpenMP: threads that spin for one another make small operations very slow where
-# the processors are shared.
+# Set before torch loads OpenMP: spinning threads slow down small operations on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -22,12 +21,12 @@ sys.path.insert(0, str(FOLDER))
 collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # on a machine with a GPU and no network: the other files run
+except ModuleNotFoundError:  # skipped if not installed, as on a GPU machine without network
     collect_ignore += sorted(
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
 else:
-    # Derandomised: a run's outcome depends on the code alone.
+    # Derandomized: a run's outcome depends on the code alone.
     settings.register_profile(
         "fastkd",
         derandomize=True,

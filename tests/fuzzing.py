@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as conftest.py, for the programs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in conftest.py, for the programs
 
 import hypothesis
 import torch
@@ -26,7 +26,7 @@ LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", 
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
-# The grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
+# grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
@@ -70,7 +70,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
         return view.view(shape).copy_(values)
-    if layout == "sliced":  # as logits[..., :vocabulary] and logits[:, :-1] are
+    if layout == "sliced":  # slices, as logits[..., :vocabulary] and logits[:, :-1] are
         more = [n + (1 if i else 0) for i, n in enumerate(shape)]
         base = values.new_full(more, math.nan)
         view = base[tuple(slice(0, n) for n in shape)]
@@ -96,10 +96,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
     """Return True if NaN and infinities agree, and other entries are within the bounds."""
-    # Beyond, the dtype may say inf.
+    # Values beyond the dtype's range may be inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
-    # Below its least number it rounds to nothing.
+    # Values below the dtype's least number round to 0.
     absolute = absolute + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
     got = got.double()
     fits = (got - want).abs() <= relative * want.abs() + absolute

@@ -55,7 +55,7 @@ def centered(x: Array) -> Array:
     return x - x.mean(-1, keepdims=True)
 
 
-# Of teacher's and student's probabilities, of their logits over the temperatures, of the labels.
+# Arguments: probabilities, logits over temperatures (teacher, student), labels, mix.
 DIVERGENCES: dict[str, Any] = {
     "forward_kl": lambda p, q, w, z, y, mix: kl(p, q),
     "reverse_kl": lambda p, q, w, z, y, mix: kl(q, p),

@@ -35,7 +35,7 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
     """
     path = folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, about escapes in their docstrings
+        warnings.simplefilter("ignore")  # warnings about escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
     definitions = {
         node.name: node
@@ -44,7 +44,7 @@ def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNa
     }
     missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # Annotations stay text: they name what is imported in the file.
+    # Annotations stay text, since they name the file's imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
@@ -74,7 +74,7 @@ def timm_task() -> Any:
     ).LogitDistillationTask
 
 
-# Relative and absolute; the libraries that compute in float32 whatever they get set the second.
+# Relative and absolute tolerance; libraries that always compute in float32 set the second.
 DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}
 SHAPES = [(6, 5), (2, 4, 11)]

@@ -25,7 +25,7 @@ def llama(width: int, seed: int) -> Any:
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=128,
-            initializer_range=0.3,  # so that a teacher has opinions
+            initializer_range=0.3,  # spreads the teacher's logits
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -41,7 +41,7 @@ def sentences(count: int = 32) -> list[dict[str, list[int]]]:
         length = 4 + index * 5 % (LENGTH - 3)
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
         labels = tokens.clone()
-        labels[: index % 3] = -100  # a prompt
+        labels[: index % 3] = -100  # prompt without labels
         samples.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     return samples
 

@@ -14,8 +14,8 @@ from fastkd import Head, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Widest rows that one kernel of the CUDA planner serves (csrc/cuda/plan.cpp): both tiny kernels,
-# warps and CTAs that hold a row in registers (fp32, 16-bit); and rows for the streaming kernel.
+# Widest rows of each kernel of the CUDA planner (csrc/cuda/plan.cpp): both tiny kernels, warps and
+# CTAs with a row in registers (fp32, 16-bit); then rows for the streaming kernel.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
@@ -61,7 +61,7 @@ def make(
 ) -> Problem:
     """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values anyway.
+    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -253,7 +253,7 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 # exponential (2 ulp) at an argument of size up to about 100, hence some 10 units in the last place.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# A unit in the last place. Two are the floor under "no worse than eager", which may be exact by
+# Two units in the last place. They are the floor of "no worse than eager", which may be exact by
 # luck on a few numbers.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
 # 16-bit gradients may be this much further off than the true gradient rounded to their dtype.
@@ -297,7 +297,7 @@ def assert_grad(
     assert grad is not None
     assert grad.shape == exact.shape
     error, size = distance(grad, exact), float(exact.norm())
-    # With one class, or two, it is a small difference of probabilities near one.
+    # With one or two classes, the gradient is a small difference of probabilities near 1.
     few = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
     if weight is not None:
         few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
@@ -311,7 +311,7 @@ def assert_grad(
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
-    # No single class hides behind the norm either.
+    # Bound each class too, since the norm hides single classes.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
     allowed = rounding + 8 * torch.finfo(acc).eps * largest + info.smallest_normal * info.eps + few

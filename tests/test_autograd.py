@@ -215,7 +215,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # The gradient is there already; whether torch objects or not, it is not a wrong one.
+        # The gradient exists already: an error or the right gradient, never a wrong one.
         try:
             value.backward()
         except RuntimeError as error:
@@ -262,9 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(
-            student, teacher, labels
-        )  # nothing asks for a gradient; the mistake is the same
+        fastkd.loss(student, teacher, labels)  # no gradient is needed, and the mistake is the same
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -288,9 +286,9 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     events = profile.profiler.kineto_results.events()
     taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
     if inplace:
-        tensors += 1.0  # of the product that the logits come from
+        tensors += 1.0  # the matrix product before the logits
     assert taken <= tensors * student.nbytes + 8192
-    assert taken >= tensors * student.nbytes  # the profiler saw what there is to see
+    assert taken >= tensors * student.nbytes  # the profiler recorded allocations
 
 
 def test_a_gradient_in_use_is_not_written_over():
@@ -313,7 +311,7 @@ def test_a_gradient_in_use_is_not_written_over():
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # as any tensor can be
+    again.resize_(40, 20000)  # a view, as any tensor can be
     assert torch.equal(again[:32], alone[1])
 
 
@@ -348,7 +346,7 @@ def test_inference_mode_and_no_grad(device):
             inside = fastkd.loss(leaf, teacher, labels)
         assert torch.equal(inside, value) and not inside.requires_grad
     with torch.inference_mode():
-        frozen = teacher.clone()  # an inference tensor, as a teacher often is
+        frozen = teacher.clone()  # an inference tensor, as teachers often are
     fastkd.loss(leaf, frozen.clone(), labels).backward()
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
@@ -373,7 +371,7 @@ def test_what_inference_mode_has_made(device, options, labels):
     inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # they have no kernel
+        options.pop("inplace", None)  # options without a kernel
     with torch.inference_mode():
         frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}

@@ -25,7 +25,7 @@ def good() -> dict[str, Any]:
 
 
 Z = torch.zeros
-# (what is changed in a good call, the error, what its message must say)
+# (changes of a valid call, the error, a part of its message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -359,7 +359,7 @@ def test_checks_that_look_at_data_need_tensors():
         fastkd.check_inputs(**good(), ignore_index=2**63)
 
 
-# What makes a tensor of another layout, and what the error says to call.
+# Ways to make a tensor of another layout, and the call that the message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -401,11 +401,11 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # which has no other layout of this kind
+        value = torch.rand(4, 7)  # torch.long has no other layout of this kind
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # which are checked when they are made
+        if function in ("TopK", "Head"):  # checked by the constructor
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -435,7 +435,7 @@ def test_arguments_of_another_type_are_named(function, arguments):
 
 def test_check_inputs_accepts_good_ones(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # ignored: not looked at
+    student[0], labels[0] = NAN, -100  # ignored without a check
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))

@@ -105,7 +105,7 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, plain())
     losses(trainer, OWN["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # the next pass may have another one
+    trainer = trainer_in(tmp_path)  # the next pass may have another sampler
     trainer.resume()
     losses(trainer, plain())
 
@@ -333,8 +333,8 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # of this very step, under the name of the link
-    (folder / ".discarded").symlink_to(elsewhere)  # as an interruption may leave it
+        trainer.save()  # the same step's checkpoint has the link's name
+    (folder / ".discarded").symlink_to(elsewhere)  # as after an interruption
     logged += losses(trainer, plain(), 15)
     assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]

@@ -82,7 +82,7 @@ def test_chunks_of_classes(sizes, most, writes):
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # a bound for the test's time
+    classes = min(classes, 500 * most)  # bounds the test's time
     end = 0
     for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
@@ -95,8 +95,8 @@ def test_chunks_of_classes(sizes, most, writes):
     assert end == classes
 
 
-# Shapes of Llama 3 and Qwen heads, and what a GPU of 80 GB is meant to spend on them beyond the
-# inputs, with the dtype that the gradient is summed in.
+# Shapes of Llama 3 and Qwen heads, the memory for them beyond the inputs on a GPU of 80 GB, and the
+# dtype of the summed gradient.
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -114,7 +114,7 @@ def test_large_heads(sizes, mib, accumulate):
     assert chosen.chunk >= 768
 
 
-# What Liger's fused loss takes on them: docs/linear.md.
+# Memory of Liger's fused loss for these shapes: docs/linear.md.
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory(sizes, mib):
     """The least memory of chunks of classes is the two gradients plus small chunks."""
@@ -125,7 +125,7 @@ def test_the_least_memory(sizes, mib):
     assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
     pieces = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
     assert len(pieces) == chosen.chunks
-    # Of 10 classes 9 are in chunks of at least 512.
+    # 9 of 10 classes are in chunks of at least 512.
     assert sum(chunk.size for chunk in pieces if chunk.size >= 512) > 0.9 * classes
     with pytest.raises(ValueError, match="takes less than"):
         plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)
@@ -135,7 +135,7 @@ def test_one_chunk_sums_nothing():
     assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
-    # Scaled before it is rounded, since unscaled sums may be too large for it.
+    # The sum is scaled before it is rounded, since it may overflow without.
     assert plan(512, 1000, 64, dtype=FP16).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, weight_dtype=FP32).accumulate is FP32
     assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64

@@ -239,7 +239,7 @@ def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, c
     arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--epochs", 1)
     run(*arguments, "--resume=true")
-    run(*arguments, "--resume=true")  # nothing is left to do
+    run(*arguments, "--resume=true")  # nothing remains to do
     history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
 @pytest.mark.parametrize(
     "other",
     [
-        ["train_options={first: 7, last: 400}"],  # more of it
+        ["train_options={first: 7, last: 400}"],  # extends the cache
         ["train_options={first: 7, last: 214}", "teacher="],
         ["validation_options.first=250"],
         ["validation_options.first=250", "teacher="],
@@ -640,7 +640,7 @@ def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, neste
     ]
     lines += [f"{key}: {f'{{width: {value}}}' if nested else value}"]
     config_path.write_text("\n".join(lines))
-    with pytest.raises((SystemExit, TypeError)):  # the student itself refuses such a width
+    with pytest.raises((SystemExit, TypeError)):  # the student's constructor refuses this width
         run(monkeypatch, "distill", "--config", config_path)
     assert not proof.exists() and "evil" not in sys.modules
 

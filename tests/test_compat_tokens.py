@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
-# torch's own words about what several libraries have as their default.
+# torch's warning about a default that several libraries use.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
 # ---------------------------------------------------------------- torchtune
@@ -358,7 +358,7 @@ def test_nemo_refuses_a_count_of_nothing():
 def test_distilbert(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # among them a row with a label, and one without
+    attention[1, 4:] = 0  # at least one row with and one without a label
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:

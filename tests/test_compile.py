@@ -10,7 +10,7 @@ from fastkd._core import shapes
 from fastkd._core.dense import Arguments
 
 pytestmark = [
-    # What torch's own compiler and exporter warn about on some versions.
+    # Warnings of torch's own compiler and exporter on some versions.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -286,7 +286,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("labels", "reduction", "dtype"),
     [
         (True, "none", FP32),

@@ -165,7 +165,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),
@@ -219,7 +219,7 @@ def test_the_gil_is_released(each_autograd):
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
     assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
-    # Several times each: where processors are shared the watch may not get one in time.
+    # Repeated, because the watching thread may get no processor in time.
     assert any(seen_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20))
     assert any(seen_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20))
 

@@ -81,7 +81,7 @@ def lists_of(problem, k: int = 20) -> TopK:
 def test_a_sparse_teacher_does_not_wait_either(no_waiting, classes, reduction):
     problem = make((64, classes), BF16, device="cuda")
     lists = lists_of(problem)
-    lists.indices[3] = classes  # a mistake, which only data can tell
+    lists.indices[3] = classes  # a mistake that only the data shows
     with no_waiting:
         for scale in (1.0, 3.0):
             leaf = problem.student.detach().requires_grad_()
@@ -218,7 +218,7 @@ def test_half_of_the_rows_ignored(classes):
     value.backward()
     torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=0)
     assert (leaf.grad[::2] == 0).all()
-    # The count is the same, so the scale is; fewer rows may be summed by another kernel.
+    # The count and so the scale are equal; another number of rows may have another kernel.
     torch.testing.assert_close(leaf.grad[1::2], expected[1], rtol=2**-7, atol=1e-9)
 
 

@@ -13,14 +13,14 @@ from fastkd import _C
 
 S = _C.segment
 SHAPES = [
-    (64, 10),  # stays on the calling thread
+    (64, 10),  # on the calling thread alone
     (300, 1000),  # whole rows for each thread
-    (5, 3 * S + 1),  # whole rows, and one that is shared
+    (5, 3 * S + 1),  # whole rows, and one shared row
     (1, 5 * S + 100),  # one row, shared segment by segment
     (2, 2 * S),
     (7, S + 1),
 ]
-# One; one more for the sum of the slopes; one that leaves the label out; squares, and two more.
+# Forms of sweeps: one; two with a sum of slopes; without the label; with squares and three.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -87,7 +87,7 @@ def test_threads_are_used(shape):
     student, teacher, _ = make(shape, labels=False)
     torch.set_num_threads(2)
     student.requires_grad_()
-    fastkd.loss(student, teacher)  # the threads exist from here on
+    fastkd.loss(student, teacher)  # starts the threads
     mine, everyone = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)
@@ -109,7 +109,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
             grad, *terms = run(*problem, "mean", divergence)
             for ours, theirs in zip(terms, best[1:], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
-            # A rounding to 16 bits may fall to either side: one unit in the last place.
+            # Rounding to 16 bits may go either way: one unit in the last place.
             eps = max(torch.finfo(dtype).eps, bound)
             torch.testing.assert_close(
                 grad, best[0], rtol=eps, atol=bound * float(best[0].abs().max()), msg=name
@@ -157,7 +157,7 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Past 12 MiB it is written past them; rows of an odd number of classes begin anywhere.
+    # Above 12 MiB stores are non-temporal; rows of an odd number of classes are misaligned.
     few = 4
     times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
     problem = make((few, classes), dtype)

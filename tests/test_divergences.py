@@ -47,7 +47,7 @@ def test_gradcheck(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# docs/maths.md, section 10: slopes of d = log p - log q, of p and q, of mix.
+# docs/maths.md, section 10: slopes as functions of d = log p - log q, p, q and mix.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -150,8 +150,7 @@ def test_module_learns_its_temperature(device):
 def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
     """Divergences of probabilities, and of centered logits, ignore a constant."""
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
-    # The cosine does not leave it out; the total variation's slope jumps where rounding tells p
-    # from q.
+    # The cosine depends on a constant; the total variation's slope jumps where p rounds to q.
     constant = 0.0 if name in ("cosine", "total_variation") else 3.0
     leaf = (student + constant).requires_grad_()
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
@@ -197,10 +196,10 @@ def test_high_temperature_limit(device):
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # of order 1 / T
+        assert after < before / 8  # smaller terms are of order 1 / T
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
-    torch.testing.assert_close(at_its_own / 2, limit)  # T^2 takes back what 1 / T^2 takes
+    torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
 
 
 def test_relations_between_divergences(device):
@@ -222,12 +221,12 @@ def test_relations_between_divergences(device):
     same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
     same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
     same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
-    # The generalised JSD over its weight tends to the forward KL, and likewise at the other end.
+    # The JSD over its weight tends to the forward KL, or at the other end to the reverse KL.
     same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
     same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
     assert (value("total_variation") <= 4).all()
-    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker
+    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker's inequality
 
 
 def test_jsd_of_disjoint_teacher_and_student(device):
@@ -262,7 +261,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # one that learns is never fused
+    for temperature in (t, 1.5):  # a learned temperature is never fused
         wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
@@ -275,7 +274,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
 
 
 INF = float("inf")
-# What a class costs that one of the two masks: (only the teacher, only the student).
+# Value of a class that one side masks: (the teacher alone, the student alone); None if finite.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),

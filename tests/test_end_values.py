@@ -10,7 +10,7 @@ from fastkd import reference
 
 INF = float("inf")
 CLASSES = [6, 100, 200, 3000]
-# Infinite where one of the two masks a class.
+# Divergences that are infinite if one side masks a class.
 INFINITE = {
     "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
     "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
@@ -65,7 +65,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (who == "teacher"):
-        return  # infinite itself
+        return  # infinite by itself
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)

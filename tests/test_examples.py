@@ -8,7 +8,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# What to run, what it has to be able to import, and a word of its last line.
+# Arguments, required packages, and a word of the last line of output.
 SCRIPTS = {
     "plain_loop.py": (["--epochs", "2"], "sklearn", "student: test accuracy"),
     "lightning_module.py": (["--epochs", "1"], "lightning", "student: test accuracy"),

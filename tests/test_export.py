@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# The losses by one op each; the others go to `make test-all`.
+# Losses of one op each; the others run in `make test-all`.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -100,7 +100,7 @@ def test_exported_programs_train_as_eager_calls_do(name, strict):
     module = Learning(linear) if name not in LOSSES else Student(LOSSES[name])
     expected = gradients(lambda: module(x, teacher, labels), module)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of an op that has no gradient
+        warnings.simplefilter("error")  # torch's warning about an op without a gradient
         exported = torch.export.export(module, (x, teacher, labels), strict=strict).module()
         ours = gradients(lambda: exported(x, teacher, labels), exported)
     assert_same_step(ours, expected)
@@ -120,14 +120,14 @@ def fresh_dynamo() -> Iterator[None]:
 def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     _, teacher, labels = make((8, 50))
-    dtype = FP32  # with the other backend a narrower one, but for heads, whose dtype is float32
+    dtype = FP32  # the Python backend passes narrower tensors, except for heads, in float32
     if backend == "eager" and not name.startswith("linear"):
         dtype = (BF16, FP16)[len(name) % 2]
     module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))
     expected = gradients(lambda: module(x, teacher, labels), module)
     with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
         value = 3 * module(x, teacher, labels)
-        for last in (False, True):  # what was saved must stay as it was for the second pass
+        for last in (False, True):  # saved tensors must be unchanged for the second pass
             module.weight.grad = None
             value.backward(retain_graph=not last)
             assert module.weight.grad is not None

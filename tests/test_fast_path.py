@@ -138,11 +138,11 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
     }
     for way, (pack, unpack) in ways.items():
         if name == "topk" and way == "a negative":
-            continue  # its op takes no labels or indices that are views of negatives
+            continue  # the op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # the forward pass's gradient is given away by now
+        for _ in range(2):  # the forward pass's gradient is used up
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -210,7 +210,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
-    for wrapped in range(2, 4):  # which of the tensors that are saved
+    for wrapped in range(2, 4):  # index of the saved tensor
         seen = []
 
         def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:

@@ -46,13 +46,13 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     spread: float = 1.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student's or teacher's hidden states, ...)
+    odd: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
     ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
-    masked: bool = False  # a class that both biases take out
+    masked: bool = False  # a class that both biases mask
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     scale: float | None = None
     chunk: int | None = None
-    by_classes: bool = False  # where those have all that the call needs
+    by_classes: bool = False  # if chunks of classes support the call
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
@@ -214,8 +214,8 @@ def exact(
     chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
         chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
-    # cosine of such a row is NaN, whatever it weighs.)
+    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. (The
+    # cosine of such a row is always NaN.)
     nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
     value = reference.loss(student, seen, labels, **chosen)
@@ -242,18 +242,19 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
     hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
     slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
-    if case.divergence == "cosine" and want.student.numel():  # grows as the logits shrink
+    # The cosine's gradient grows as the logits shrink.
+    if case.divergence == "cosine" and want.student.numel():
         lengths = torch.stack([x.norm(dim=-1) for x in (want.student, want.teacher)])
         if lacks_inverse(lengths, FP64 if case.dtype == FP64 else FP32):
             return math.inf
         slope *= 1 + float((1 / want.student.norm(dim=-1).clamp(min=1e-12)).max()) ** 2
     if case.divergence == "dkd":
-        slope *= 10  # mix weighs 8
+        slope *= 10  # dkd's mix is 8
     return slope / (case.normalizer or 1.0)
 
 
 def check(case: Case, device: torch.device) -> None:
-    if case.divergence == "dkd":  # refuses a single class
+    if case.divergence == "dkd":  # dkd refuses a single class
         case = case._replace(classes=max(case.classes, 2))
     if case.reduction != "mean":
         case = case._replace(normalizer=None)
@@ -268,7 +269,7 @@ def check(case: Case, device: torch.device) -> None:
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # Rows of odd numbers count nothing where they are ignored, and else concern only themselves.
+    # Rows of odd numbers have no effect if ignored, and affect only themselves otherwise.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
@@ -307,17 +308,17 @@ def test_fuzz_linear(device, case):
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
 def test_regressions(device, teacher):
-    # Infinite squares of no weight: the gradient is the hard term's.
+    # Infinite squares with weight 0: the gradient is the hard term's.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
-    # An infinite slope of one class: 0 in all classes of the row, where rows are in lanes.
+    # An infinite slope of one class: the transposed layout gave 0 for the whole row.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # Of centred squares that one has no slope; it was 0.
+    # The same class has no slope for centered squares; it was 0.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # A gradient below the least number of its dtype.
     run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
-    # A label's number in a chunk of classes is not that of the rows that are ignored.
+    # A label relative to a chunk of classes may equal ignore_index.
     run(Case(leading=(6, 6), ignore_index=0, chunk=1, classes=20, by_classes=True), device)
 
 

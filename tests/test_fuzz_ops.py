@@ -27,14 +27,14 @@ NAMES = (
     "topk_loss_backward_", "topk_loss_gradient", "mixture", "empty_gradient", "linear_loss",
 )  # fmt: skip
 RELEASED = ("released", "shortened")
-# Made of PyTorch operations, of which some crash where a tensor's storage was released.
+# Ops made of PyTorch operations, some of which crash on released storages.
 COMPOSED = ("loss_gradient", "topk_loss_gradient", "linear_loss")
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, OverflowError)
-GUARDS = (0xA5, 0xFF)  # 0xFF: NaN as a number, and -1 as a class
+GUARDS = (0xA5, 0xFF)  # 0xFF bytes are NaN as floats, and -1 as class indices
 GUARD_BYTES = 256
 FLOATS = (FP32, FP32, BF16, FP16, FP64)
 HIDDEN = 5
-# What is done to a tensor argument of a valid call.
+# Changes of a tensor argument of a valid call.
 CHANGES = (
     "one more", "one less", "none at all", "one more in dim 0", "a dimension more", "flattened",
     "one number", "a thousand billion rows", "released", "shortened", "on meta", "absent", "sparse",
@@ -42,7 +42,7 @@ CHANGES = (
     *(FP64, FP32, FP16, BF16, torch.int64, torch.int32, torch.bool, torch.complex64),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "odd bytes")
-# What a number, an enum, a flag or a name becomes.
+# Replacements of a number, an enum, a flag or a name.
 NUMBERS = (
     0, 1, -1, 2, 3, 99, 2**31, 2**32, 2**40, -(2**63), 2**63 - 1, 0.0, -0.0, -1.0, 1e-46, 1e-300,
     1e39, 1e300, math.inf, -math.inf, math.nan, None, True, "none", "kl", (), (1.0,), (-1.0, 2.0),
@@ -58,17 +58,18 @@ class Case(NamedTuple):
     classes: int = 10
     k: int = 2
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
-    layouts: tuple[str, ...] = ("contiguous",)  # of the tensors, in turn
+    layouts: tuple[str, ...] = ("contiguous",)  # dtypes of the tensors, in turn
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
     present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
-    number: int = 0  # of the divergence, the tail, the ensemble
+    number: int = 0  # numbers of the divergence, the tail, the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
     requires_grad: bool = False
-    changes: tuple[tuple[int, Any, Any], ...] = ()  # (place, of a tensor there, else of a number)
+    changes: tuple[tuple[int, Any, Any], ...] = ()
+    """Each is (argument, change if it is a tensor, change if it is a number)."""
     isa: str = "default"
     threads: int = 1
     in_python: bool = False
@@ -377,7 +378,7 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # A list that is none is seen when its row is computed, with rows before it written.
+        # An invalid list is found when its row is computed, after earlier rows are written.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -393,8 +394,8 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # statistics of rows that do not count are not written
-    # A linear loss leaves what it does not compute as it is.
+        del results[1]  # statistics of ignored rows are not written
+    # A linear loss leaves outputs that it does not compute unchanged.
     return "", [each for each in results if each.device.type == "cpu"]
 
 
@@ -410,19 +411,19 @@ def run(case: Case, _: torch.device) -> None:
         check(case)
 
 
-# What was found, and fixed.
+# Cases that failed once.
 REGRESSIONS = [
-    # A `filled` gradient was scaled by a grad_output for each row; no rows were read from null.
+    # A `filled` gradient was scaled by row-wise grad_output; zero rows were read from null.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
     # The number of a reduction lost its upper 32 bits before it was checked.
     Case(changes=((19, "absent", 2**40),)),
-    # With one tensor on "meta" the kernel for tracing answered: with memory that nobody wrote.
+    # With one tensor on "meta" the fake kernel answered with uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # An attribute of None, and an assertion.
+    # An attribute error on None, and an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # a division by a chunk of 0

@@ -46,7 +46,7 @@ class Case(NamedTuple):
     seed: int = 0
     odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
     padding: float = 0.0
-    wrong: tuple[int, int, int] | None = None  # (row, place of the list, a class that is none)
+    wrong: tuple[int, int, int] | None = None  # (row, position in the list, an invalid class)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
@@ -237,7 +237,7 @@ def check(case: Case, device: torch.device) -> None:
     )
     assert grad is not None and value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
-    if size > 1e30:  # float32 overflows where float64 does not: no number is held to another
+    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
         return
     close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
     is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
@@ -256,21 +256,21 @@ def run(case: Case, device: torch.device) -> None:
         check(case, device)
 
 
-# What was found, and fixed.
+# Cases that failed once.
 REGRESSIONS = [
-    # Logits as log_probs: beyond exp(709) their sum wrapped round, and was small enough.
+    # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
     Case(odd=((1, 0, 0, 1e38),)),
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # A negative factor as the scale of an exponential: its bits wrapped round.
+    # A negative scale of an exponential: its bits overflowed.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
         for tail in TAILS
     ),
-    # Outside the kernel a row without any probability was 0 where its list was empty.
+    # The fallback gave 0 for a row without any probability and an empty list.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
-    # Outside the kernel a masked class whose probability underflows was 0 instead of inf.
+    # The fallback gave 0, not inf, for a masked class whose probability underflows.
     Case(
         leading=(),
         classes=2,

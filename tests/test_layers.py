@@ -21,7 +21,7 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|TH)(/|$)")
 
-# What each part of csrc may include of csrc, by folder or file; "" is csrc itself.
+# Allowed includes within csrc, by folder or file; "" is csrc itself.
 LAYERS = {
     "numerics.h": set(),
     "dtypes.h": set(),
@@ -40,7 +40,7 @@ LAYERS = {
     },
     "torch": {"kernels.h", "mixture.h", "topk.h", "torch"},
 }
-# What each part of the package may import of it, by folder or file: what stands above.
+# Allowed imports within the package, by folder or file: only lower layers.
 IMPORTS = {
     "_C": set(),
     "_eager": set(),
@@ -61,7 +61,7 @@ IMPORTS = {
     "integrations": {"batches", "compat", "extras", "losses"},
     "commands": {"extras", "losses", "reports", "teachers", "training", "validation"},
 }
-# The optional module of autograd in C++, which has no stable interface.
+# The optional module of C++ autograd, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
@@ -91,7 +91,7 @@ def test_the_sources_are_where_this_test_looks():
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, and this is how test_plan.py reaches it
+            continue  # the planner is plain C++, called from test_plan.py
         target = own_part(path, name)
         if target is not None:
             assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
@@ -174,7 +174,7 @@ def test_every_module_imports_what_stands_above_it():
 def test_python_layers(path):
     layer = python_part(path)
     if layer == "__main__":
-        return  # the command line sees everything
+        return  # the command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
     if layer == "__init__":

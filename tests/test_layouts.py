@@ -22,10 +22,10 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# (N, classes, ...): few pixels, several tiles of them and an odd rest, groups that tiles straddle,
-# classes of several blocks, more classes than a tile keeps, and one class.
+# (N, classes, ...): few pixels, several tiles with a remainder, groups across tiles, classes in
+# several blocks, more classes than a tile has, and one class.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
-# Those that the kernels take where they lie come first.
+# Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
 
 
@@ -87,7 +87,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     )
     if grad.dtype is not FP64:
         assert_grad(grad.movedim(1, -1), exact_grad, acc)
-    else:  # the truth is float64 itself, and its rounding the greater part of the difference
+    else:  # float64 is the truth, whose rounding dominates
         atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
         torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
     return grad
@@ -111,7 +111,7 @@ def test_every_dtype_and_instruction_set(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
-# Many pixels, and a class more than one thread, two, ... take.
+# Many pixels, and one class more than one thread, two threads, ... take.
 CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
 
 
@@ -182,10 +182,10 @@ def test_labels():
 def test_masked_classes_and_rows_without_an_answer(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both: nothing
-    teacher[0, 1, 0, 1] = -torch.inf  # the teacher: nothing of it
-    student[0, 1, 0, 2] = -torch.inf  # the student alone: +inf
-    student[0, :, 0, 3] = -torch.inf  # no class at all, NaN, +inf: NaN
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both masked: contributes 0
+    teacher[0, 1, 0, 1] = -torch.inf  # masked by the teacher: contributes 0
+    student[0, 1, 0, 2] = -torch.inf  # masked by the student alone: +inf
+    student[0, :, 0, 3] = -torch.inf  # all masked, NaN, or +inf: NaN
     student[0, 2, 1, 0] = torch.nan
     teacher[0, 2, 1, 1] = torch.inf
     losses = fastkd.loss(student, teacher, dim=1, reduction="none")
@@ -269,7 +269,7 @@ def test_memory(layout, dtype):
     assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own warning in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("layout", "dynamic"),

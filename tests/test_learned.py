@@ -15,7 +15,7 @@ def row_numbers(low, high):
     return torch.linspace(low, high, ROWS, dtype=FP64)
 
 
-# Options with the tensors that learn; the others are not leaves.
+# Options with their learned tensors; other tensors are not leaves.
 LEARN = {
     "temperature": {"temperature": torch.tensor(2.0, dtype=FP64)},
     "temperatures of rows": {
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         )
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
-        size = max(float(terms.loss.detach().abs().max()), 1.0)  # what a gradient of 0 rounds at
+        size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
         for mine, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
             # Only the logits' gradient is rounded to their dtype.

@@ -157,7 +157,7 @@ def test_near_the_teacher(device, divergence, size):
     value = loss_in_chunks(Head(hidden, weight), teacher, chunks=by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
-    # It goes with the square of the gap, of which what rounds the statistics is an error.
+    # The gradient depends on the squared difference, which includes the statistics' rounding.
     bound = torch.finfo(FP32).eps / size
     torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
 
@@ -285,7 +285,7 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
     expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
-    if captured:  # a graph, when all rows are kept
+    if captured:  # mimics graph capture, where all rows are computed
         monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
     value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
@@ -395,7 +395,7 @@ def test_a_bound_that_rows_cannot_keep_to():
         run(heads, chunks={"max_workspace": 2**20})
     with pytest.raises(ValueError, match=r"too small for chunks of classes"):
         run(heads, chunks={"max_workspace": 2**20, "chunk_by": "classes"})
-    # What chunks of classes lack takes rows, however few.
+    # Calls that chunks of classes do not support get chunks of few rows.
     run(heads, chunks={"max_workspace": bound}, label_smoothing=0.1)
 
 

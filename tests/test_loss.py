@@ -58,7 +58,7 @@ def check(
     value.backward(grad_output)
     assert leaf.grad.dtype == student.dtype
     assert_grad(leaf.grad, exact.grad, acc, theirs[1])
-    # Without a gradient to write there is another way through the kernels, but one answer.
+    # Without a gradient the kernels have another path, with the same result.
     assert torch.equal(fastkd.loss(student.detach(), teacher, labels, **options), value.detach())
 
 
@@ -164,7 +164,7 @@ def test_without_labels(device, options, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_normalizer_may_be_a_tensor(device, shape, dtype):
-    # Any real dtype, and on the CPU also for CUDA logits: it is moved without waiting.
+    # Any real dtype; on the CPU also for CUDA logits, since it is copied asynchronously.
     for normalizer in (
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
@@ -299,7 +299,7 @@ def test_long_rows(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # odd: no alignment is left
+        ((1, 128257), BF16),  # odd, so no row is aligned
     ],
     ids=str,
 )
@@ -320,7 +320,7 @@ def test_each_size_class_of_the_cuda_planner(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_numbers_of_rows(device, rows, dtype):
-    # Around what one warp, one CTA, one cluster and one grid of the CUDA kernels take at a time.
+    # Sizes around the limits of a warp, a CTA, a cluster and a grid of the CUDA kernels.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 
@@ -392,7 +392,7 @@ def test_layouts(device, layout, dtype):
     """A view gives the bits of its contiguous copy, and a gradient for its base."""
     same = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
-        # Pixels go through the lanes, rows of adjacent classes in float64 do not.
+        # Pixels use the transposed layout; adjacent float64 classes do not.
         same = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
@@ -441,7 +441,7 @@ def test_rows_far_apart(device):
     """Strides are int64: two rows are more than 2^31 elements apart."""
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # never written as a whole: not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)

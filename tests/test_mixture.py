@@ -16,7 +16,7 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Of log p, beside its own size; of p, absolute.
+# Tolerance of log p, relative to its size; of p, absolute.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -336,7 +336,7 @@ def test_statistics_of_rows_mix_teachers(ensemble):
     torch.testing.assert_close(gradient, of_sum)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(reduction):

@@ -52,8 +52,8 @@ def test_divergence_near_the_teacher(device, kl):
     rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
     assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
     rows.sum().backward()
-    # q - p without cancellation: what is left is the rounding of the row's normalisation, a unit in
-    # the last place of the probabilities, where eager has those of each single one.
+    # q - p is computed without cancellation: its error is the rounding of the row's normalizer, a
+    # unit in the last place of p, where eager has one for each class.
     error = distance(leaf.grad, exact.grad)
     assert error <= 2 * FLOOR[FP32] * float(teacher.double().softmax(-1).norm())
     theirs = eager(student, teacher, temperature=1.0, reduction="sum")[1]
@@ -147,13 +147,13 @@ def test_dkd_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    # What rounding does to a row's sum of exponentials counts by its square alone.
+    # Rounding of a row's sum of exponentials enters by its square alone.
     floor = torch.finfo(FP32).eps ** 2 / 2
     # The greatest error of 60 draws of 64 rows of 10 classes at 1e-8 is 22 times the floor by the
     # kernels of November 2026, and 29 times by those of December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # As of the KL: a unit in the last place of what the probabilities are multiplied by.
+    # As for the KL: a unit in the last place of the probabilities' factors.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
@@ -170,7 +170,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
     exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
-    # The rounding of u and v: by their distance, where 1 - c would be off by a unit of 1.
+    # Rounding of u and v enters by their distance; 1 - c would be off by a unit of 1.
     off = (rows.detach().double() - exact.detach()).abs()
     assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
     rows.sum().backward()
@@ -218,7 +218,7 @@ def test_divergence_near_the_teacher_in_double(device, student_dtype):
     teacher = student.double() + (teacher.double() - student.double())
     exact = truth(student, teacher, temperature=1.0)
     got = fastkd.loss(student, teacher, temperature=1.0)
-    # The truth itself cancels in float64: sum p (log p - log q) at 1e-8 of terms of size 1e-4.
+    # The truth itself cancels in float64: p (log p - log q) has terms of 1e-4 and a sum of 1e-8.
     assert float(got) == pytest.approx(float(exact.loss), rel=1e-7)
 
 
@@ -263,7 +263,7 @@ def test_gradient_error(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # below a unit in the last place more than eager's
+    if dtype is FP32:  # less than a unit in the last place above eager's
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
@@ -276,7 +276,7 @@ def test_gradient_error(device, options, dtype):
     ids=str,
 )
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
-    # Root mean squares: of one problem, how 1 / rows is rounded may decide.
+    # Root mean squares, since the rounding of 1 / rows may decide a single problem.
     ours, theirs = [], []
     for seed in range(12):
         problem = make(shape, FP32, seed=seed)
@@ -299,7 +299,8 @@ def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype
     exact = truth(student, teacher, labels, **options).grad * scale
     if dtype is FP16 and reduction == "mean" and scale == 65536.0:
         lost = (exact / scale).to(FP16).double() * scale
-        assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)  # the danger is real
+        # Without a loss scale, gradients underflow.
+        assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
     (value.sum() * scale).backward()
@@ -375,7 +376,7 @@ def test_masked_classes(device, where, classes, dtype, reduction):
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
     value.sum().backward()
     if where == "student":
-        assert (value == INF).all()  # the teacher's mass there cannot be had
+        assert (value == INF).all()  # the teacher's mass of the class is lost
         assert leaf.grad.isfinite().all()
         # d KL / dz = q - p holds in the limit, also where q = 0.
         p = teacher.double().div(2).softmax(-1)
@@ -457,7 +458,7 @@ def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
             assert total.isnan()
             assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
     if where == "teacher":
-        # A term that weighs nothing does not excuse NaN: never a hidden number.
+        # Weight 0 does not hide NaN.
         assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
 
 

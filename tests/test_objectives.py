@@ -16,8 +16,8 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Of float32 (float64): what a sum of a few products of exponentials and logarithms may be off by,
-# relative to T^2 and to the logits' size.
+# Tolerance in float32 (float64) for sums of a few products of exponentials and logarithms, relative
+# to T^2 and to the logits' size.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
@@ -106,7 +106,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 def test_grid(device, name, form, kind):
     labels = labels_of(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype; all pairs of them would show nothing more.
+    # Each reduction and each dtype; their pairs would show nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
         teacher = teacher_of(form, dtype, device)

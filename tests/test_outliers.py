@@ -35,7 +35,7 @@ def test_squared_error_of_one_logit_far_from_the_rest(
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
     assert float(value.max()) < 1e-6
     rest = student.abs() < 100
-    # With two temperatures a difference of quotients is as exact as each of these, of up to 20.
+    # With two temperatures, a difference of quotients is as exact as each quotient, up to 20.
     limit = 4e-7 * size + (0 if teacher_temperature is None else 20 * 2e-7 * 2 / classes)
     assert bool((grad <= limit)[rest].all())
 
@@ -55,7 +55,7 @@ def test_centered_squared_error_of_one_logit_far_from_the_rest(
         "centered_mse", student, teacher, teacher_temperature=teacher_temperature
     )
     assert float(value.max()) < 1e-6
-    # Every class is compared with the mean, which the one logit makes large.
+    # The one logit makes the mean large, and each class is compared with the mean.
     scale = (20 + abs(size_of_one) / classes) * 2 / classes
     assert bool((grad <= 1e-6 * (size + scale)).all())
 

@@ -54,7 +54,7 @@ def test_soft_term_is_not_negative_and_zero_at_the_teacher(device, classes, rows
 )
 def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, seed, alpha, a, b):
     student, teacher, labels = make((rows, classes), FP32, device=device, seed=seed)
-    # Multiples of 2^-12 below 32 in size stay what they are when an integer is added to them.
+    # Multiples of 2^-12 below 32 stay exact when an integer is added.
     student, teacher = ((x.clamp(-31, 31) * 4096).round() / 4096 for x in (student, teacher))
     leaf, moved = student.clone().requires_grad_(), (student + a).requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, temperature=t, alpha=alpha)
@@ -62,7 +62,7 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     torch.testing.assert_close(other, value, rtol=2e-6, atol=2e-6)
     value.backward()
     other.backward()
-    scale = 1 + t  # of the gradient's parts, each a difference of probabilities
+    scale = 1 + t  # rounding of the gradient's parts, differences of probabilities
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
 
@@ -105,7 +105,7 @@ def test_rows_are_independent(device, classes, rows, t, seed, dtype):
         value, grad = run(student[row : row + 1], teacher[row : row + 1], labels[row : row + 1])
         if device.type == "cpu":
             assert torch.equal(value[0], values[row]) and torch.equal(grad[0], grads[row])
-        else:  # fewer rows may get another kernel, that sums in another order
+        else:  # another number of rows may use another kernel, with another order of sums
             torch.testing.assert_close(value[0], values[row], rtol=2e-6, atol=1e-7)
 
 
@@ -184,7 +184,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
     shape = (*leading, draw(WIDTHS))
     layout = {
         "dtypes": draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES))),
-        # For each tensor: classes cut off at either end, rows left out, dimensions swapped.
+        # Layout of each tensor: classes cut off at either end, rows left out, dimensions swapped.
         "cut": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "step": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         "swap": draw(st.tuples(st.booleans(), st.booleans())),
@@ -250,7 +250,7 @@ def test_any_call_is_what_the_reference_says(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A loss is a sum of terms with weights up to 3 T^2; where they nearly vanish, rounding is left.
+    # A loss sums terms with weights up to 3 T^2; where they nearly vanish, rounding remains.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)
@@ -261,7 +261,7 @@ def test_any_call_is_what_the_reference_says(device, call):
 @pytest.mark.parametrize("name", fastkd.divergences())
 @given(classes=st.integers(1, 40), t=TEMPERATURES, seed=SEEDS)
 def test_every_divergence_is_the_references(device, name, classes, t, seed):
-    classes += name == "dkd"  # which tells the label from other classes
+    classes += name == "dkd"  # dkd distinguishes the label from other classes
     student, teacher, labels = make((3, classes), FP64, device=device, seed=seed)
     options = {"temperature": t, "divergence": name}
     leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()

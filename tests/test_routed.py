@@ -75,7 +75,7 @@ def test_heads(device, labels, indices, options, with_labels):
     exact = chosen([head.logits() for head in heads], indices)
     expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
     want = torch.autograd.grad(expected.sum(), (hidden, weight))
-    # A teacher's rows that are not its own are not read.
+    # A teacher is not read in rows of other teachers.
     for i, head in enumerate(heads):
         head.hidden[indices != i] = float("nan")
     teacher = fastkd.Routed(heads, indices)

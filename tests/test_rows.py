@@ -68,6 +68,6 @@ def test_memory_is_that_of_the_parts(monkeypatch):
 
     monkeypatch.setattr(rows, "MAX_LOGITS_PER_PART", 8 * CLASSES)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        options = {"divergence": "cosine", "standardize": True}  # which no kernel has
+        options = {"divergence": "cosine", "standardize": True}  # a call without a kernel
         fastkd.loss(student.requires_grad_(), teacher, labels, **options).backward()
     assert not kept

@@ -71,7 +71,7 @@ def test_expected_values_and_gradients(device, estimator):
     same_gradient = reference.loss(
         whole, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
     )
-    if estimator != "k2":  # which is biased
+    if estimator != "k2":  # k2 is biased
         torch.testing.assert_close(loss, reverse)
     expected = torch.autograd.grad(same_gradient, whole)[0][0]
     torch.testing.assert_close(student.grad.sum(0), expected)

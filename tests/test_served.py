@@ -204,7 +204,7 @@ def test_a_probability_of_0_is_minus_infinity():
 def test_generated_tokens(name, whole):
     reply = choice(name)
     topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat lists the generated token and the 2 or 3 most probable ones, 3 entries in all.
+    # A chat reply lists the generated token and the 2 or 3 most probable ones, 3 in all.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
@@ -322,7 +322,7 @@ def test_a_batch_of_sampled_tokens():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # The tokens of a batch, padded by labels' -100, give the same.
+    # A batch's tokens, padded by labels of -100, give equal results.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")
@@ -372,7 +372,7 @@ def token(value: Any) -> Any:
 
 LIST = TopK(torch.tensor([[-1.0, -2.0]]), torch.tensor([[3, 4]]))
 ONE = Sampled(torch.tensor([-1.0]), torch.tensor([3]))
-# (a call, the error, what its message must say)
+# (a call, the error, a part of its message)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # the reply
     "no reply": (lambda: served.from_vllm(None), ValueError, "prompt_logprobs must be a list with an entry for each token; got None"),

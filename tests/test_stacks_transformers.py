@@ -149,7 +149,7 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
     """The trainer counts two simulated GPUs, (2, 1), and DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
-    for sample in even:  # the count of tokens is divided by the GPUs, rounded down
+    for sample in even:  # the token count is divided by the GPUs, rounded down
         sample["labels"] = sample["input_ids"]
     options = {"average_tokens_across_devices": everywhere, "data": even}
     ours = run(Distilling, tmp_path, gpus=2, **options)
@@ -245,7 +245,7 @@ def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2)})
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2), "use_cache": True})
     batches.outputs(Wrapped(asked), (torch.zeros(1, 2), True))
-    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # which takes none
+    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # this model takes no cache
     assert asked.seen == [False, True, True]
 
 
@@ -318,7 +318,7 @@ def test_plain_modules(form, tmp_path):
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    # As they come to compute_metrics: no entry of a tuple and no sample of a tensor is lost.
+    # compute_metrics gets every entry of a tuple and every sample of a tensor.
     result = ours.predict(sentences()[:8])
     assert result.metrics["test_loss"] > 0
     predictions = result.predictions

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # a warning, when it is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns when it is imported
 for package in ("trl", "datasets", "tokenizers", "accelerate", "jinja2"):
     pytest.importorskip(package)
 
@@ -119,7 +119,8 @@ def prompted() -> Dataset:
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()),
 )
 def test_gkd_trainer(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)  # of logits
+    # The mixin does not call the loss of full logits.
+    monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)
     kinds = (GKDTrainer, FastGKD, integration.GKDTrainer)
     theirs, *ours = (gkd(kind, tmp_path, prompted(), **options) for kind in kinds)
     assert len(theirs) == STEPS
@@ -299,7 +300,7 @@ def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
 )
 def test_distillation_trainer(options, tmp_path, monkeypatch):
     theirs = distillation(DistillationTrainer, tmp_path, **options).state.log_history
-    # TRL's own loss is not what the trainer calls, and is not changed.
+    # The trainers do not call TRL's own loss, which stays unchanged.
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
     ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
     for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):

@@ -383,7 +383,7 @@ def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch)
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write(Counting(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(FileNotFoundError):  # reading cannot see the files, either
+    with pytest.raises(FileNotFoundError):  # neither can a reader see the files
         write(Counting(), tmp_path, loader=halves[1], top_k=4)
     monkeypatch.undo()
     same(TeacherCache(tmp_path), cache)
@@ -408,7 +408,7 @@ def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypat
 # ---- many readers
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later warn
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read(cache, method):
     ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))
@@ -760,7 +760,7 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
     data, original = file.read_bytes(), contents(tmp_path)
     kept = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
-        bit = place * 5 % 7 if bit is None else bit  # of each byte the highest and another
+        bit = place * 5 % 7 if bit is None else bit  # the highest bit of each byte and one other
         damaged = bytearray(data)
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
@@ -770,7 +770,7 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
             continue
         kept += 1
         assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
-    assert kept < 50  # of the header's blanks and the like
+    assert kept < 50  # blanks of the header, for example
 
 
 def test_each_sample_has_its_checksum(tmp_path):

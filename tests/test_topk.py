@@ -147,7 +147,7 @@ def run(
     problem: Problem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     leaf = problem.student.detach().requires_grad_()
-    options = {"temperature": 2.0, **options}  # that of make()'s lists
+    options = {"temperature": 2.0, **options}  # mixture weight for make()'s lists
     value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
@@ -170,8 +170,9 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- against the definition
 
-# (shape, k): more is left than listed, and less; one class listed; a list longer than the kernel's
-# chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading dimensions
+# (shape, k): more mass outside the list, and less; one listed class; a list longer than the
+# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading
+# dimensions
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -292,7 +293,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
     """Padding has any class: 0 in TRL, consecutive ids in a server's reply."""
     student, indices, log_probs, labels = make((6, 40), 5, device=device)
-    labels = indices[:, 1]  # among them the classes that the padding names
+    labels = indices[:, 1]  # include the padding's classes
     shorter = (indices[:, :3], log_probs[:, :3])
     minus_infinity = torch.full((6, 2), -math.inf, dtype=log_probs.dtype, device=device)
     padded = torch.cat((shorter[1], minus_infinity), -1)
@@ -317,7 +318,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         ids = torch.cat((shorter[0], classes.to(device)), -1)
         for one, other in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(one, other, msg=name)
-        with torch.no_grad():  # the formula, too
+        with torch.no_grad():  # also by the formula
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
@@ -420,7 +421,7 @@ def test_little_is_left_outside_the_list(gap, dtype):
     problem = Problem(student, torch.arange(5).expand(4, 5), log_probs.contiguous(), None)
     check(problem, temperature=1.0)
     _, grad = run(problem, temperature=1.0)
-    # The teacher leaves them 0.14, whatever little they have.
+    # The teacher leaves 0.14 to the other classes.
     q = student.double().softmax(-1)[:, 5:].sum(-1).mean()
     torch.testing.assert_close(grad[:, 5:].sum().double(), q - 0.14, rtol=1e-5, atol=0)
 
@@ -546,7 +547,7 @@ def test_a_masked_class_that_is_listed(device, tail):
     assert (value == INF).all()
     assert grad.isfinite().all()
     assert (grad[rows, problem.indices[:, 0]] < 0).all()
-    # The teacher thinks it impossible too.
+    # The teacher masks the class too.
     problem.log_probs[:, 0] = -INF
     check(problem, tail, reduction="none")
     assert (run(problem, tail)[1][rows, problem.indices[:, 0]] == 0).all()
@@ -739,7 +740,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),
@@ -817,7 +818,7 @@ def good() -> dict[str, Any]:
 
 
 Z, L = torch.zeros, torch.int64
-# (what is changed in a good call, the error, what its message must say)
+# (changes of a valid call, the error, a part of its message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "student a list": ({"student": [1.0]}, TypeError, "student must be a tensor; got list"),
     "integer student": ({"student": Z(3, 5, dtype=L)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
@@ -925,7 +926,7 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
     value = loss_of(arguments, reduction="none")
     value.sum().backward()
     bad = {int(re.search(r"row (\d)", message)[1])} if mistake != "probabilities" else {0, 1, 2}
-    # Of one listed class exp(0.25) is too much as well.
+    # exp(0.25) of a single listed class is too large, too.
     for row in range(3):
         assert bool(value[row].isnan()) == (row in bad)
         assert bool(arguments["student"].grad[row].isnan().all()) == (row in bad)
@@ -957,6 +958,6 @@ def test_a_table_of_characters_learns_from_the_top_four():
 
     untrained = float(fastkd.loss(torch.zeros(40, 40), log_p, temperature=1.0))
     divergence = {tail: learn(tail) for tail in TAILS}
-    # Told how much to leave to the rest, the student comes closest to the whole teacher.
+    # With the ghost class, which has the rest's mass, the student comes closest to the teacher.
     assert divergence["ghost"] < divergence["renormalize"] < untrained
     assert divergence["ghost"] < 0.5 * untrained and divergence["ghost"] < divergence["ignore"]

@@ -510,13 +510,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
             return output
         if term != "soft":
             return output * math.nan
-        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student rules out
+        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student masks
         return output.scatter(1, wrong, -math.inf)
 
     {"hard and soft": teacher[2], "soft": student[2], "hint": teacher[0]}[
         term
     ].register_forward_hook(poison)
-    if term == "hint":  # behind the hint all is well again
+    if term == "hint":  # NaN does not reach later layers
         teacher[1].register_forward_hook(lambda module, inputs, output: output.nan_to_num())
     before_hooks = hooks(student)
     trainer = trainer_of(
@@ -687,8 +687,8 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         before = file.read_bytes() if file.exists() else None
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
-        checkpoints.write_checksums(checkpoint)  # a forger computes checksums, too
-        if name == "random_states_0.pkl":  # left out; ours are in position-0.pt
+        checkpoints.write_checksums(checkpoint)  # an attacker recomputes checksums
+        if name == "random_states_0.pkl":  # unused; fastkd's are in position-0.pt
             assert scheduled_trainer(folder).resume()
         else:
             with pytest.raises((pickle.UnpicklingError, ValueError), match=r"weights|execute"):
@@ -698,7 +698,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         checkpoints.write_checksums(checkpoint)
     assert scheduled_trainer(folder).resume()
     torch.load(tmp_path / "malicious", weights_only=False)
-    assert proof.exists()  # so it would have been seen
+    assert proof.exists()  # the file would be there
 
 
 def test_what_could_not_be_resumed_is_not_saved(tmp_path):

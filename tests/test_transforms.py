@@ -105,7 +105,7 @@ def test_compiled_transforms(name, transform):
     def function(x: Tensor) -> Tensor:
         return TRANSFORMS[transform](lambda z: LOSSES[name](z, teacher, labels), x)
 
-    torch.compiler.reset()  # past its limit of recompilations it would give up
+    torch.compiler.reset()  # beyond its recompilation limit Dynamo gives up
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = function(student)
     assert want.abs().max() > 0

@@ -171,7 +171,8 @@ def test_distributed_weights_are_gathered():
 
 def test_another_trl_is_refused(monkeypatch):
     monkeypatch.setattr(extras, "load", lambda module, extra: SimpleNamespace(__version__="1.15.0"))
-    monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)  # if a test has made it
+    # An earlier test may have made the class.
+    monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)
     with pytest.raises(ImportError, match=r"needs TRL 1\.16, .* got TRL 1\.15\.0: pip install"):
         trl.DistillationTrainer  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'SFTTrainer'"):

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.checkpoints is not None:
         trainer.resume()
-    torch.manual_seed(1 + trainer.step)  # not what a resumed run may depend on
+    torch.manual_seed(1 + trainer.step)  # a resumed run must not depend on it
     if options.die_in_save:
         die_in_save(options.die_in_save)
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if main_process:
             torch.save([parameters], options.out)
         return
-    # Shares of 3 and 2 batches, the last of them smaller; and a process with nothing to do.
+    # Shares of 3 and 2 batches with a smaller last one, and a process without data.
     held_out = [range(37), range(5)]
     evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
@@ -149,6 +149,6 @@ if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # The threads of a group that DTensors used outlive it, and now and then abort the process
-        # when they find the interpreter gone.
+        # Threads of a process group used by DTensors outlive it, and may abort the process when the
+        # interpreter is gone.
         os._exit(0)

@@ -45,7 +45,7 @@ def parse(log: str) -> list[Kernel]:
 def has_terms(label: str) -> bool:
     """Return True if a kernel also sums the terms."""
     arguments = label.partition("_kernel<")[2]
-    while "<" in arguments:  # those of its arguments say nothing
+    while "<" in arguments:  # mangled names of later arguments have no flags
         arguments = re.sub(r"<[^<>]*>", "", arguments, count=1)
     flags = re.findall(r"\b(true|false)\b", arguments)
     return flags[:1] == ["true"]

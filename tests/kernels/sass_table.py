@@ -20,17 +20,17 @@ from typing import NamedTuple
 
 from ptxas_table import has_terms
 
-# What a processor (SM) of compute capability 9.0 does in a cycle: thread instructions issued, and
-# results of each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
+# Limits of an SM of compute capability 9.0 a cycle: thread instructions issued, and results of each
+# pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
-PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and what it copies
+PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and its copy bandwidth
 PIPES = {
     "mufu": r"MUFU",
     "fma": r"FFMA|FMUL|FADD|HFMA2|IMAD",
     "alu": r"FMNMX|HMNMX2|FSETP|FSEL|ISETP|SEL|LOP3|PLOP3|SHF|PRMT|IADD3|LEA|F2FP|VIADD|IABS|MOV",
 }
 ELEMENT = {"float": 4, "__nv_bfloat16": 2}
-EXPONENTIALS = 2  # of a class
+EXPONENTIALS = 2  # bytes of a class
 
 
 class Need(NamedTuple):
@@ -162,7 +162,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             way = shortest(body, need)
             if way is None or (not stores and any(o.startswith("STG") for o in way)):
-                continue  # of another sweep
+                continue  # belongs to another sweep
             per_class = Counter({opcode: n / classes for opcode, n in way.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
@@ -185,7 +185,7 @@ def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
         for pipe, opcodes in PIPES.items()
     }
     slots = per_class.total()
-    memory = bytes_moved / BYTES_PER_NS * PROCESSORS * GIGAHERTZ  # cycles of a processor
+    memory = bytes_moved / BYTES_PER_NS * PROCESSORS * GIGAHERTZ  # cycles of an SM
     shares = {"issue": slots / ISSUED, **{pipe: n / RATES[pipe] for pipe, n in pipes.items()}}
     cells = [f"{slots:.1f}", *(f"{n:.1f}" for n in pipes.values())]
     cells += [f"{100 * cycles / memory:.0f} %" for cycles in shares.values()]
