@@ -463,8 +463,8 @@ def readme_comparison() -> str:
     """Caption the README's code before and after."""
     return (
         "The number is the same, up to rounding, and the call "
-        f"{times(ratio(_headline_case(), 'eager'))} as fast. The call loses no digits where the student "
-        "is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
+        f"{times(ratio(_headline_case(), 'eager'))} as fast. The call loses no digits where the "
+        "student is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
     )
 
 
