@@ -449,10 +449,10 @@ def readme_headline() -> str:
     ours, eager = (case["lanes"][name]["peak_tensors"] for name in ("fastkd", "eager"))
     gpus = _measured("cuda")
     return (
-        "fastkd computes the distillation loss and its gradient in one fused pass in C++ or CUDA, by "
-        f"one call from PyTorch.\nOn a CPU it is **{times(ratio(case, 'eager'))} as fast** as eager "
-        "PyTorch, with "
-        f"**{ours:.0f} tensor** of the size of the logits in memory instead of **{eager:.0f}** "
+        "fastkd computes the distillation loss and its gradient in one fused pass in C++ or CUDA, "
+        "by one call from PyTorch.\n"
+        f"On a CPU it is **{times(ratio(case, 'eager'))} as fast** as eager PyTorch, with "
+        f"**{ours:.0f} tensor** of the size of the logits in memory\ninstead of **{eager:.0f}** "
         f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
         f"Status: **alpha**. CPU: measured on {_measured('cpu')}. CUDA: "
         + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
