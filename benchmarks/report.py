@@ -27,7 +27,7 @@ time taken; "peak" the extra memory, in tensors of logits. Errors are relative t
 gradient's in the 2-norm."""
 DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, the same in times of
 its forward KL, and how many times as long others take (PyTorch: eager, in float32)."""
-README_RIVALS = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
+README_BASELINES = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
 README_CASES = (
     ("llama-3", "bf16"),
     ("llama-2", "fp32"),
@@ -433,8 +433,8 @@ def _headline_case() -> Results:
 
 def _measured(kind: str) -> str:
     """Return the devices of one kind that have results, their kernels, and the newest date."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
-    about = [one["environment"] for one in found if one["environment"]["kind"] == kind]
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
+    about = [one["environment"] for one in runs if one["environment"]["kind"] == kind]
     if not about:
         return ""
     devices = dict.fromkeys(one["device"].split(",")[0] for one in about)
@@ -472,7 +472,7 @@ def readme_comparison() -> str:
 def readme_rows(results: Results) -> Rows:
     """Select four cases with a gradient, and the best-known baselines, for the README."""
     cases = [case for key in README_CASES if (case := _case(results, *key))]
-    names = [name for name in README_RIVALS if any(ratio(case, name) for case in cases)]
+    names = [name for name in README_BASELINES if any(ratio(case, name) for case in cases)]
     heading = [
         "loss + backward",
         "fastkd",
