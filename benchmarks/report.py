@@ -431,8 +431,8 @@ def _headline_case() -> Results:
 
 def _measured(kind: str) -> str:
     """Return the devices of one kind that have results, their kernels, and the newest date."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
-    about = [one["environment"] for one in found if one["environment"]["kind"] == kind]
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
+    about = [one["environment"] for one in runs if one["environment"]["kind"] == kind]
     if not about:
         return ""
     devices = dict.fromkeys(one["device"].split(",")[0] for one in about)
@@ -447,9 +447,10 @@ def readme_headline() -> str:
     ours, eager = (case["lanes"][name]["peak_tensors"] for name in ("fastkd", "eager"))
     gpus = _measured("cuda")
     return (
-        "fastkd computes the distillation loss and its gradient in one fused pass, by one call "
-        f"from PyTorch: **{times(ratio(case, 'eager'))} as fast** as\neager PyTorch on a CPU, with "
-        f"**{ours:.0f} tensor** of the size of the logits in memory instead of **{eager:.0f}** "
+        "fastkd computes the distillation loss and its gradient in one fused pass in C++ or CUDA, "
+        "by one call from PyTorch.\n"
+        f"On a CPU it is **{times(ratio(case, 'eager'))} as fast** as eager PyTorch, with "
+        f"**{ours:.0f} tensor** of the size of the logits in memory\ninstead of **{eager:.0f}** "
         f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
         f"Status: **alpha**. CPU: measured on {_measured('cpu')}. CUDA: "
         + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
@@ -461,8 +462,8 @@ def readme_comparison() -> str:
     """Caption the README's code before and after."""
     return (
         "The number is the same, up to rounding, and the call "
-        f"{times(ratio(_headline_case(), 'eager'))} as fast. It loses no digits where the student "
-        "is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
+        f"{times(ratio(_headline_case(), 'eager'))} as fast. The call loses no digits where the "
+        "student is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
     )
 
 
