@@ -168,13 +168,13 @@ def test_distill_then_report(config_path, monkeypatch, capsys):
     target = config_path.parent / "shown"
     run(
         *(monkeypatch, "report", "--config", config_path, "--seconds", 0, "--save", target),
-        *("--model.untrained", f"{name}:student", "--title", "Digits"),
+        *("--model.untrained", f"{name}:student", "--title", "Digits", "--threads", 1),
     )
     report = json.loads((target / "report.json").read_text())
     by_name = {model["name"]: model for model in report["models"]}
     assert list(by_name) == ["teacher", "distilled", "untrained"] and report["title"] == "Digits"
     assert by_name["distilled"]["accuracy"] == pytest.approx(accuracy)
-    assert by_name["untrained"]["accuracy"] < accuracy
+    assert by_name["untrained"]["accuracy"] < accuracy and report["environment"]["threads"] == "1"
     assert (target / "report.html").read_text().startswith("<!doctype html>")
     assert "untrained" in capsys.readouterr().out
 
@@ -770,6 +770,7 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
         (["--teacher=json:loads", "--validation=json:loads"], "at least one student"),
         (["--model=json:loads"], "model.*dict.*json:loads"),
         (["--batch_size=0"], "batch_size must be an int of at least 1; got 0"),
+        (["--threads=0"], "threads must be an int of at least 1; got 0"),
         (["--seconds=-1"], "seconds must be finite and at least 0; got -1"),
         ([f"--save={__file__}"], "save must be a folder; got"),
         (["--model.teacher=json:loads"], "none may be named teacher"),
@@ -777,7 +778,7 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
-    if arguments and arguments[0].startswith(("--sec", "--save", "--model.")):
+    if arguments and arguments[0].startswith(("--sec", "--thr", "--save", "--model.")):
         arguments = ["--teacher=json:loads", "--validation=json:loads", *arguments]
     assert re.search(message, refused(monkeypatch, capsys, "report", *arguments))
 

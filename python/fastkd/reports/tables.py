@@ -127,11 +127,11 @@ def summarize(report: Report) -> str:
     is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
     alone = next(itertools.compress(students, is_alone), None)
     best = max([m for m in students if m is not alone] or students, key=lambda m: m.answers.quality)
-    found: Any = best.answers
-    if found.accuracy is None or not teacher.answers.accuracy:
-        text = f"agrees with the teacher on {_format_percent(found.agreement)} of the rows"
+    answers: Any = best.answers
+    if answers.accuracy is None or not teacher.answers.accuracy:
+        text = f"agrees with the teacher on {_format_percent(answers.agreement)} of the rows"
     else:
-        share = _format_percent(found.accuracy / teacher.answers.accuracy)
+        share = _format_percent(answers.accuracy / teacher.answers.accuracy)
         text = f"keeps {share} of the teacher's accuracy"
     if teacher.size.bytes and best.size.bytes:
         ratio = teacher.size.bytes / best.size.bytes
@@ -139,11 +139,11 @@ def summarize(report: Report) -> str:
     for device, by_batch in best.latency.items():
         if speed := _format_ratio(by_batch[min(by_batch)].speedup, "faster", "slower"):
             text += f", {speed.replace('the same', 'as fast')} on {measure.name_device(device)}"
-    if alone is not None and alone is not best and found.accuracy is not None:
+    if alone is not None and alone is not best and answers.accuracy is not None:
         other: Any = alone.answers
-        points = 100 * (found.accuracy - other.accuracy)
+        points = 100 * (answers.accuracy - other.accuracy)
         text += f"; {abs(points):.1f} points {'below' if points < 0 else 'above'} training alone"
-        low, high = sorted([found, other], key=lambda answers: answers.accuracy)
+        low, high = sorted([answers, other], key=lambda each: each.accuracy)
         if low.accuracy_high >= high.accuracy_low:
             text += ", a difference within the intervals"
     return f"{best.name} {text}."
