@@ -108,71 +108,48 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
 // Logits in a thread's buffer for a mixture of teachers, or one row if a row is longer. The buffer
 // is written and read a few rows at a time, and is to stay in L2.
 constexpr int64_t kMixedClasses = 65536;
+constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
 
-// Runs rows of a call, on one thread or on all. A mixture takes the teacher's place a few rows at a
-// time.
-class Runner {
- public:
-  explicit Runner(const Inputs& in, const MixtureArgs* mixture = nullptr)
-      : mixture_(mixture),
-        classes_(in.classes),
-        row_bytes_(classes_ * acc_bytes(in)),
-        step_(std::max<int64_t>(1, kMixedClasses / classes_)) {
-    if (mixture_ == nullptr) return;
-    check_temperatures(mixture_->row_temperatures, mixture_->rows, mixture_->in_double);
-    const int64_t rows = in.rows, grain = grain_rows(classes_);
-    threads_ = std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain);
-    threads_ = std::max<int64_t>(1, threads_);
-    if (step_ > kTile) step_ -= step_ % kTile;
-    step_ = std::min(step_, (rows + threads_ - 1) / threads_);
-    room_ = torch::stable::empty({threads_, step_, classes_}, acc_type(in_double(in)));
-  }
-
-  // Calls run(args, begin, end) for whole rows [0, rows), on all threads.
-  template <class Args, class Run>
-  void on_all_threads(const Args& args, int64_t rows, const Run& run) const {
-    if (mixture_ == nullptr) {
-      torch::stable::parallel_for(0, rows, grain_rows(classes_),
-                                  [&](int64_t begin, int64_t end) { run(args, begin, end); });
-      return;
+// Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
+// a few rows at a time, and passes them as the teacher's.
+template <class Args, class Run>
+void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
+  check_temperatures(mixture.row_temperatures, mixture.rows, mixture.in_double);
+  const int64_t rows = args.rows, row_bytes = args.classes * acc_bytes(args);
+  const int64_t grain = grain_rows(args.classes);
+  const int64_t threads = std::max<int64_t>(
+      1, std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain));
+  int64_t step = std::max<int64_t>(1, kMixedClasses / args.classes);
+  if (step > kTile) step -= step % kTile;
+  step = std::min(step, (rows + threads - 1) / threads);
+  const Tensor buffers =
+      torch::stable::empty({threads, step, args.classes}, acc_type(in_double(args)));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+    for (int64_t thread = first_thread; thread < last_thread; ++thread) {
+      MixtureArgs mixed = mixture;
+      Args with_teacher = args;
+      mixed.mixed = static_cast<char*>(buffers.mutable_data_ptr()) + thread * step * row_bytes;
+      const int64_t end = rows * (thread + 1) / threads;
+      for (int64_t row = rows * thread / threads; row < end; row += step) {
+        const int64_t last = std::min(row + step, end);
+        mixed.first_row = row;
+        cpu::kernels().mixture(mixed, row, last);
+        // The address that row 0 would have.
+        const uintptr_t first =
+            reinterpret_cast<uintptr_t>(mixed.mixed) - static_cast<size_t>(row * row_bytes);
+        with_teacher.teacher = reinterpret_cast<const void*>(first);
+        run(with_teacher, row, last);
+      }
     }
-    torch::stable::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread)
-        on_thread(thread, args, rows * thread / threads_, rows * (thread + 1) / threads_, run);
-    });
-  }
+  });
+}
 
-  // Calls run(args, begin, end) on the calling thread.
-  template <class Args, class Run>
-  void here(const Args& args, int64_t begin, int64_t end, const Run& run) const {
-    mixture_ == nullptr ? run(args, begin, end) : on_thread(0, args, begin, end, run);
-  }
-
- private:
-  static constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
-
-  template <class Args, class Run>
-  void on_thread(int64_t thread, Args args, int64_t begin, int64_t end, const Run& run) const {
-    MixtureArgs mixture = *mixture_;
-    char* const room = static_cast<char*>(room_.mutable_data_ptr()) + thread * step_ * row_bytes_;
-    mixture.mixed = room;
-    for (int64_t at = begin; at < end; at += step_) {
-      const int64_t last = std::min(at + step_, end);
-      mixture.first_row = at;
-      cpu::kernels().mixture(mixture, at, last);
-      // The address that row 0 would have.
-      const uintptr_t first =
-          reinterpret_cast<uintptr_t>(room) - static_cast<size_t>(at * row_bytes_);
-      args.teacher = reinterpret_cast<const void*>(first);
-      run(args, at, last);
-    }
-  }
-
-  const MixtureArgs* mixture_;
-  int64_t classes_, row_bytes_, step_;
-  int64_t threads_ = 1;
-  Tensor room_;  // of each thread, for so many rows
-};
+// Call run(args, begin, end) for rows [0, rows), on all threads.
+template <class Args, class Run>
+void run_rows(const Args& args, int64_t rows, const Run& run) {
+  torch::stable::parallel_for(0, rows, grain_rows(args.classes),
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
 
 // Few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
@@ -205,19 +182,17 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
   }
 }
 
-void run_forward(const ForwardArgs& args, const Runner& runner) {
+void run_forward(const ForwardArgs& args, const MixtureArgs* mixture) {
   const cpu::Kernels& kernels = cpu::kernels();
+  if (mixture) return run_mixed(args, *mixture, kernels.forward);
   const int64_t threads = torch::stable::get_num_threads();
   // Every thread gets the same number of whole rows. The remaining rows are shared segment by
   // segment if that ends sooner than giving one more row to some of the threads.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
-  const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
-  runner.on_all_threads(args, whole, kernels.forward);
-  runner.here(args, whole, args.rows,
-              [&](const ForwardArgs& with_teacher, int64_t begin, int64_t end) {
-                forward_split(kernels, with_teacher, begin, end);
-              });
+  const int64_t split = rest < std::min(threads, segments) ? rest : 0;
+  run_rows(args, args.rows - split, kernels.forward);
+  forward_split(kernels, args, args.rows - split, args.rows);
 }
 
 void run_topk(const TopkArgs& args) {
@@ -240,7 +215,7 @@ struct CpuBackend final : Backend {
   void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
                const Outputs& outputs) const override {
     args.scale = scale_of(reducing, count_rows(args));
-    run_forward(args, Runner(args, call.mixture));
+    run_forward(args, call.mixture);
     if (!reducing.per_row()) add_up(args, outputs, args.scale);
   }
 
@@ -248,15 +223,15 @@ struct CpuBackend final : Backend {
                 const Tensor& grad_output, const Tensor& grad, bool filled) const override {
     if (filled && scale_filled(args, grad_output, grad)) return;
     const int64_t count = count_rows(args);
-    const Runner runner(args, call.mixture);
-    if (args.stats != nullptr)
-      return runner.on_all_threads(args, args.rows, cpu::kernels().backward);
+    const auto kernel = cpu::kernels().backward;
+    if (args.stats && call.mixture) return run_mixed(args, *call.mixture, kernel);
+    if (args.stats) return run_rows(args, args.rows, kernel);
     // By the forward pass: bit for bit what the backward pass would write from statistics.
     ForwardArgs forward;
     const Outputs outputs = set_outputs(call, reducing, 1, &grad, &forward);
     forward.grad_output = value_of(grad_output);
     forward.scale = scale_of(reducing, count);
-    run_forward(forward, runner);
+    run_forward(forward, call.mixture);
   }
 
   void topk(const Call&, TopkArgs args, const Reducing& reducing,
@@ -276,10 +251,7 @@ struct CpuBackend final : Backend {
   void mix(const MixtureArgs& args, const Tensor& out) const override {
     check_temperatures(args.row_temperatures, args.rows, args.in_double);
     prefer_huge_pages(args.mixed, static_cast<size_t>(out.numel()) * out.element_size());
-    const cpu::Kernels& kernels = cpu::kernels();
-    torch::stable::parallel_for(
-        0, args.rows, grain_rows(args.classes),
-        [&](int64_t begin, int64_t end) { kernels.mixture(args, begin, end); });
+    run_rows(args, args.rows, cpu::kernels().mixture);
   }
 };
 
