@@ -11,9 +11,12 @@ import fastkd
 from fastkd import _C
 from fastkd.commands import config
 from fastkd.commands.distill import distill
+from fastkd.commands.export import export
 from fastkd.commands.factories import ConfigError
 from fastkd.commands.report import report
 from fastkd.extras import MissingPackageError
+
+_COMMANDS = (distill, report, export)
 
 
 def info() -> dict[str, str]:
@@ -46,6 +49,7 @@ def main() -> None:
     # config.run parses their options, and prints their help.
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")
+    commands.add_parser("export", add_help=False, help="write a student as a program for a device")
     arguments, options = parser.parse_known_args()
     if arguments.command == "info":
         if options:
@@ -54,7 +58,7 @@ def main() -> None:
             print(f"{name:<13}  {value}")
         return
     try:
-        config.run(distill if arguments.command == "distill" else report, options)
+        config.run({each.__name__: each for each in _COMMANDS}[arguments.command], options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import batches
+from fastkd import batches, deployment
 
 BINS = 15
 BURST = 6  # calls in a turn; the first one, after another model's turn, is not counted
@@ -21,11 +21,11 @@ LEAST_BURSTS = 4
 
 
 class Size(NamedTuple):
-    """How large a model is."""
+    """How large a model is; a field is None if it is unknown."""
 
-    parameters: int
-    bytes: int
-    """Bytes of its weights and buffers, as in a file of them."""
+    parameters: int | None
+    bytes: int | None
+    """Bytes of its file, or for a module of its weights and buffers, as in a file of them."""
 
 
 class Bin(NamedTuple):
@@ -61,6 +61,8 @@ class Latency(NamedTuple):
 
 def measure_size(model: nn.Module) -> Size:
     """Count parameters and bytes; shared memory counts once."""
+    if isinstance(model, deployment.DeployedModel):
+        return Size(model.parameter_count, model.bytes)
     # Quantized layers keep tensors in tuples of the state dict.
     tensors = list(batches.tensors(model.state_dict()))
     sizes = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
@@ -182,6 +184,16 @@ def _select_rows(
     return logits[mask], labels
 
 
+def resize(inputs: Any, count: int) -> Any:
+    """Take the first ``count`` samples of a batch's inputs, repeating them if there are fewer."""
+
+    def take(tensor: Tensor) -> Tensor:
+        index = torch.arange(count, device=tensor.device)
+        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
+
+    return batches.map_tensors(take, inputs)
+
+
 def measure_latencies(
     models: Mapping[str, nn.Module],
     inputs: Any,
@@ -190,12 +202,6 @@ def measure_latencies(
     seconds: float,
 ) -> dict[str, dict[str, dict[int, Latency]]]:
     """Measure latencies by model, then by device, then by batch size."""
-
-    def resize(tensor: Tensor) -> Tensor:
-        """Take the first ``batch_size`` samples, repeating them if there are fewer."""
-        index = torch.arange(batch_size, device=tensor.device)
-        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
-
     latencies: Any = {name: {str(device): {} for device in devices} for name in models}
     quantiles = torch.tensor([0.5, 0.95], dtype=torch.float64)
     for device in devices:
@@ -207,7 +213,7 @@ def measure_latencies(
             for model in moved.values():
                 stack.enter_context(batches.evaluating(model))
             for batch_size in batch_sizes:
-                resized = batches.map_tensors(resize, inputs)
+                resized = resize(inputs, batch_size)
                 for name, times in _time_in_turns(moved, resized, device, seconds).items():
                     p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
                     latency = Latency(p50, p95, batch_size / p50, len(times))

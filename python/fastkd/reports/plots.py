@@ -58,7 +58,7 @@ def _draw_tradeoff(report: Report) -> Any:
     batch = min(by_batch)
     figure = _make_figure(9, 3.8)
     axes = figure.add_subplot()
-    largest = max(model.size.parameters for model in report.models) or 1
+    largest = max(model.size.parameters or 0 for model in report.models) or 1
     is_labelled = report.models[0].answers.accuracy is not None
     for model, color in zip(report.models, choose_colors(report), strict=True):
         answers: Any = model.answers
@@ -67,7 +67,7 @@ def _draw_tradeoff(report: Report) -> Any:
         if is_labelled:
             low, high = 100 * answers.accuracy_low, 100 * answers.accuracy_high
             axes.vlines(x, low, high, color=color, linewidth=1.5, alpha=0.7)
-        area = max(40.0, 700 * model.size.parameters / largest)
+        area = max(40.0, 700 * (model.size.parameters or 0) / largest)
         axes.scatter([x], [y], s=area, color=color, alpha=0.85, linewidths=0, zorder=3)
         axes.annotate(
             model.name, (x, y), xytext=(6 + area**0.5 / 2, 0), textcoords="offset points",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastkd.reports import Model, Report
 
 COUNTS = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
+UNKNOWN = "-"
 DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
@@ -31,14 +32,18 @@ def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
     return f"{value / scale:#.3g}".rstrip("."), unit
 
 
-def format_count(value: float) -> str:
-    """Format a number in three digits: 999, 1.23k, 25.6M."""
+def format_count(value: float | None) -> str:
+    """Format a number in three digits: 999, 1.23k, 25.6M; None is a dash."""
+    if value is None:
+        return UNKNOWN
     digits, unit = _scale(value, COUNTS)
     return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
-def format_size(value: int) -> str:
-    """Format a number of bytes in three digits: 10.5 MB."""
+def format_size(value: int | None) -> str:
+    """Format a number of bytes in three digits: 10.5 MB; None is a dash."""
+    if value is None:
+        return UNKNOWN
     digits, unit = _scale(value, COUNTS)
     return f"{digits} {unit}B" if unit else f"{value} B"
 
@@ -52,8 +57,8 @@ def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _format_ratio(teacher: float, student: float, less: str, more: str) -> str:
-    """Describe how many times less or more the student has, or return "" if a value is 0."""
+def _format_ratio(teacher: float | None, student: float | None, less: str, more: str) -> str:
+    """Describe how many times less or more the student has; "" if a value is 0 or unknown."""
     if not teacher or not student:
         return ""
     ratio = teacher / student
@@ -62,6 +67,11 @@ def _format_ratio(teacher: float, student: float, less: str, more: str) -> str:
     times = max(ratio, 1 / ratio)
     digits = f"{times:#.3g}" if times < 99.95 else f"{times:,.0f}"
     return f"{digits}x {less if ratio > 1 else more}"
+
+
+def _format_memory(value: int | None) -> str:
+    """Format a peak of resident memory, which counts pages: small ones are not measured."""
+    return "< 100 kB" if value is not None and value < 100_000 else format_size(value)
 
 
 def make_rows(report: Report) -> list[Row]:
@@ -81,6 +91,8 @@ def make_rows(report: Report) -> list[Row]:
 
     compare("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
     compare("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
+    if any(model.peak_memory is not None for model in models):
+        add("peak memory", [_format_memory(model.peak_memory) for model in models])
     if answers[0].accuracy is not None:
         intervals = (f"{100 * a.accuracy_low:.1f} to {100 * a.accuracy_high:.1f}" for a in answers)
         add("accuracy", [_format_percent(a.accuracy) for a in answers], intervals)
@@ -106,6 +118,8 @@ def summarize_cost(report: Report, model: Model) -> str:
     ratio = _format_ratio(teacher.size.parameters, parameters, "fewer", "more")
     count = ratio.replace("the same", "as many") if is_student else ""
     parts = [f"{count or format_count(parameters)} parameters"]
+    if parameters is None:
+        parts = [format_size(model.size.bytes)]
     for device, by_batch in teacher.latency.items():
         batch = min(by_batch)
         seconds = model.latency[device][batch].p50
