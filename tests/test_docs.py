@@ -8,7 +8,7 @@ import pytest
 PAGES = pathlib.Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("name", ["language-models.md", "teachers.md"])
+@pytest.mark.parametrize("name", ["language-models.md", "teachers.md", "deploying.md"])
 def test_python_of_a_page(name):
     blocks = re.findall(r"```python\n(.*?)```", (PAGES / name).read_text(), re.DOTALL)
     assert blocks

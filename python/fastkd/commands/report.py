@@ -59,15 +59,15 @@ def report(
     extras.check("report", "rich", "matplotlib.figure")
     if training.teacher_weights or any(not isinstance(each, str) for each in students.values()):
         extras.check("train", "safetensors.torch")
+    data = factories.make_data("validation", training)
     models = {}
-    # The students first: making a teacher may take a training of its own.
+    # Students before the teacher, which a factory may train: an error should come before that.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)
         else:
             with raise_as_config_error(f"model.{name}"):
                 models[name] = deployment.load(options)
-    data = factories.make_data("validation", training)
     result = reports.report(
         factories.make_model("teacher", training),
         models,
