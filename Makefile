@@ -31,7 +31,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 # What developers need beside it: the tests' and examples' libraries, linters, and the libraries that fastkd.compat
 # is tested against, whose own dependencies weigh gigabytes and are not needed.
 $(VENV)/complete: $(VENV)/installed
-	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,examples,test,dev]"
+	$(RUN) -m pip install --quiet --no-build-isolation -e ".[train,report,deploy,examples,test,dev]"
 	$(RUN) -m pip install --quiet --no-deps --group peers
 	$(RUN) -m pip install --quiet --group stacks
 	touch $@

@@ -414,10 +414,11 @@ def test_help_names_every_command():
         [sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("info", "distill", "sweep", "report"))
+    commands = ("info", "distill", "sweep", "report", "export")
+    assert all(name in done.stdout for name in commands)
 
 
-@pytest.mark.parametrize("command", ["distill", "sweep", "report"])
+@pytest.mark.parametrize("command", ["distill", "sweep", "report", "export"])
 def test_help_describes_every_option(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, command, "--help")
@@ -530,7 +531,42 @@ def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
     assert re.search(f"^fastkd sweep: .*{message}", error), error
 
 
+# ---- export
+
+
+def test_distill_then_export_then_report(config_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+    file = config_path.parent / "out" / "student.onnx"
+    run(monkeypatch, "distill", "--config", config_path, "--epochs=1")
+    run(monkeypatch, "export", "--config", config_path, "--samples=50")
+    shown = capsys.readouterr().out
+    assert f"{file}: {file.stat().st_size:,} bytes. On 50 rows" in shown
+    assert "the class is the same on 100.0%" in shown
+    target = config_path.parent / "shown"
+    arguments = ("--seconds=0", "--save", target, f"--model.onnx={file}")
+    run(monkeypatch, "report", "--config", config_path, *arguments)
+    found = json.loads((target / "report.json").read_text())["models"]
+    assert [model["name"] for model in found] == ["teacher", "distilled", "onnx"]
+    assert found[2]["accuracy"] == found[1]["accuracy"]
+    assert found[2]["parameters"] == found[1]["parameters"]
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student="], "student is missing"),
+        (["--output="], "output is missing"),
+        (["--samples=0"], "samples must be an int of at least 1; got 0"),
+        (["--path=student.pte"], "path must be a file that ends in .onnx for format='onnx'; got"),
+        ([], "student_weights must be an existing .safetensors file"),
+    ],
+)
+def test_an_export_of_too_little(config_path, monkeypatch, capsys, arguments, message):
+    pytest.importorskip("onnxscript")
+    assert message in refused(monkeypatch, capsys, "export", "--config", config_path, *arguments)
 
 
 @pytest.mark.parametrize(

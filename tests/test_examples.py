@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,19 @@ def test_notebook(name):
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_script_has_the_cells_of_the_notebook():
+    """In the percent format: ``jupytext --to ipynb examples/deploy.py`` writes the notebook."""
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / "deploy.ipynb", as_version=4)
+    cells = []
+    for part in re.split(r"^# %%", (EXAMPLES / "deploy.py").read_text(), flags=re.MULTILINE)[1:]:
+        kind, _, text = part.partition("\n")
+        is_text = kind.strip() == "[markdown]"
+        text = re.sub(r"^# ?", "", text.strip("\n"), flags=re.MULTILINE) if is_text else text
+        cells.append(("markdown" if is_text else "code", text.strip("\n")))
+    assert cells == [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def test_there_are_notebooks():

@@ -60,9 +60,10 @@ def test_precompute(package, hide, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_report(hide):
-    hide("rich")
-    with pytest.raises(ImportError, match=r"needs rich, .*fastkd\[report\]"):
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_report(package, hide):
+    hide(package)
+    with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[report\]"):
         fastkd.report(Unasked(), nn.Linear(2, 3), LOADER)
 
 
@@ -81,6 +82,9 @@ def test_trainer(hide):
         ("distill", "numpy"),
         ("report", "rich"),
         ("report", "matplotlib"),
+        ("report", "safetensors"),
+        ("export", "onnxruntime"),
+        ("export", "safetensors"),
     ],
 )
 def test_command_line(command, package, hide, tmp_path, monkeypatch, capsys):

@@ -56,10 +56,14 @@ IMPORTS = {
     "training": {
         *("_core", "batches", "extras", "losses", "reference", "teachers", "validation"),
     },
-    "reports": {"_C", "batches", "extras", "validation"},
+    "deployment": {"batches", "extras", "validation"},
+    "reports": {"_C", "batches", "deployment", "extras", "validation"},
     "compat": {"_core", "losses", "validation"},
     "integrations": {"batches", "compat", "extras", "losses"},
-    "commands": {"extras", "losses", "reports", "teachers", "training", "validation"},
+    "commands": {
+        *("batches", "deployment", "extras", "losses", "reports", "teachers", "training"),
+        "validation",
+    },
 }
 # The optional module of C++ autograd, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
@@ -208,7 +212,8 @@ class Wall(importlib.abc.MetaPathFinder):
 import torch
 known = {name.split(".")[0] for name in sys.modules}
 refused = {"numpy", "scipy", "sklearn", "rich", "tqdm", "matplotlib", "pytest", "hypothesis",
-           "triton", "pandas", "yaml", "jsonargparse"} - known
+           "triton", "pandas", "yaml", "jsonargparse", "onnx", "onnxruntime", "onnxscript",
+           "executorch", "torchao"} - known
 sys.meta_path.insert(0, Wall())
 import fastkd
 fastkd.loss(torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3)).backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
 
 import torch
 
@@ -13,10 +12,13 @@ from fastkd import _C
 from fastkd._core import native
 from fastkd.commands import config
 from fastkd.commands.distill import distill
+from fastkd.commands.export import export
 from fastkd.commands.factories import ConfigError
 from fastkd.commands.report import report
 from fastkd.commands.sweep import sweep
 from fastkd.extras import MissingPackageError
+
+_COMMANDS = (distill, sweep, report, export)
 
 
 def info() -> dict[str, str]:
@@ -51,6 +53,7 @@ def main() -> None:
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
     commands.add_parser("sweep", add_help=False, help="compare losses with training alone")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")
+    commands.add_parser("export", add_help=False, help="write a student as a program for a device")
     arguments, options = parser.parse_known_args()
     if arguments.command == "info":
         if options:
@@ -59,12 +62,7 @@ def main() -> None:
             print(f"{name:<13}  {value}")
         return
     try:
-        named: dict[str, Callable[..., None]] = {
-            "distill": distill,
-            "sweep": sweep,
-            "report": report,
-        }
-        config.run(named[arguments.command], options)
+        config.run({each.__name__: each for each in _COMMANDS}[arguments.command], options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 

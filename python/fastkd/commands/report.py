@@ -7,9 +7,10 @@ import pathlib
 
 from torch.utils.data import DataLoader
 
-from fastkd import extras, reports, validation
+from fastkd import deployment, extras, reports, validation
 from fastkd.commands.config import Training, raise_as_config_error
 from fastkd.commands.factories import ConfigError, Factories
+from fastkd.deployment import writing
 
 
 def report(
@@ -30,7 +31,8 @@ def report(
     Args:
         training: the options of the training.
         factories: what makes the models and the data.
-        model: further students, as --model.NAME=module:function@FILE.safetensors.
+        model: further students, as --model.NAME=module:function@FILE.safetensors, or exported ones,
+            as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
         title: title of the report.
         seconds: duration of each latency measurement.
         threads: number of threads that PyTorch uses; without it, its own choice.
@@ -42,12 +44,15 @@ def report(
         validation.check_folder("save", save)
         if threads is not None:
             validation.check_count("threads", threads)
-    students = {}
+    students: dict[str, Training | str] = {}
     if training.student:
         training.require("output")
         weights = str(pathlib.Path(training.output) / "student.safetensors")
         students["distilled"] = dataclasses.replace(training, student_weights=weights)
     for name, text in model.items():
+        if pathlib.Path(text).suffix in writing.SUFFIXES.values():
+            students[name] = text
+            continue
         function, _, weights = text.partition("@")
         students[name] = Training(student=function, student_weights=weights)
     if not students or "teacher" in students:
@@ -55,11 +60,21 @@ def report(
             "report needs at least one student, and none may be named teacher: give student or "
             "--model.NAME=module:function@FILE.safetensors"
         )
-    extras.check("report", "rich", *(["matplotlib"] if save else []))
+    extras.check("report", "rich", "matplotlib.figure")
+    if training.teacher_weights or any(not isinstance(each, str) for each in students.values()):
+        extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
+    models = {}
+    # Students before the teacher, which a factory may train: an error should come before that.
+    for name, options in students.items():
+        if isinstance(options, Training):
+            models[name] = factories.make_model("student", options)
+        else:
+            with raise_as_config_error(f"model.{name}"):
+                models[name] = deployment.load(options)
     result = reports.report(
         factories.make_model("teacher", training),
-        {name: factories.make_model("student", options) for name, options in students.items()},
+        models,
         data if isinstance(data, DataLoader) else DataLoader(data, training.batch_size),
         title=title,
         seconds=seconds,

@@ -6,6 +6,6 @@ file, or of a program in memory, so that :func:`fastkd.report` can measure it be
 """
 
 from fastkd.deployment.exporting import Exported, export
-from fastkd.deployment.loading import DeployedModel, load
+from fastkd.deployment.loading import DeployedModel, check_model, is_model, load
 
-__all__ = ["DeployedModel", "Exported", "export", "load"]
+__all__ = ["DeployedModel", "Exported", "check_model", "export", "is_model", "load"]

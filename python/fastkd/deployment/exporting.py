@@ -149,7 +149,8 @@ def _check_arguments(
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
     if quantize is not None:
-        validation.check_one_of("quantize", quantize, ("int8",), "None keeps the student's dtype")
+        hints = dict.fromkeys(("none", "fp32", "float32"), "None keeps the student's dtype")
+        validation.check_one_of("quantize", quantize, ("int8",), hints)
     validation.check_count("max_batch", max_batch, 2)
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a file's path; got {type(path).__name__}")

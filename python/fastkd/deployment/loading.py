@@ -124,6 +124,18 @@ def take_samples(inputs: Any, index: Tensor) -> Any:
     return batches.map_tensors(lambda t: t[index.to(t.device)] if t.dim() else t, inputs)
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raise TypeError unless :func:`load` takes ``model``."""
+    if not is_model(model):
+        raise TypeError(f"{name} must be {ACCEPTED}; got {type(model).__name__}")
+
+
+def is_model(model: Any) -> bool:
+    """Return True if :func:`load` takes models of this type."""
+    kinds = (nn.Module, torch.export.ExportedProgram, str, os.PathLike)
+    return isinstance(model, kinds) or _find_loader(model) is not None
+
+
 def load(model: Any) -> nn.Module:
     """Return a module that runs ``model``; a module is returned unchanged.
 
@@ -143,20 +155,25 @@ def load(model: Any) -> nn.Module:
     """
     if isinstance(model, nn.Module):
         return model
-    if isinstance(model, torch.export.ExportedProgram):
-        return _load_torch(model)
+    check_model("model", model)
     if isinstance(model, (str, os.PathLike)):
         path = pathlib.Path(model)
         loaders = {".onnx": _load_onnx, ".pte": _load_executorch, ".pt2": _load_torch}
         if path.suffix not in loaders or not path.is_file():
             raise ValueError(f"model must be an existing .onnx, .pte or .pt2 file; got {path}")
         return loaders[path.suffix](path)
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
-    if any(n.startswith("onnxruntime.") and n.endswith(".InferenceSession") for n in names):
-        return _load_onnx(model)
-    if names & {"executorch.runtime.Program", "executorch.runtime.Method"}:
-        return _load_executorch(model)
-    raise TypeError(f"model must be {ACCEPTED}; got {type(model).__name__}")
+    return (_find_loader(model) or _load_torch)(model)
+
+
+def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
+    """Return the loader of a runtime's object, which is known by its name: nothing is imported."""
+    for kind in type(model).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if (package, kind.__name__) == ("onnxruntime", "InferenceSession"):
+            return _load_onnx
+        if package == "executorch" and kind.__name__ in ("Program", "Method"):
+            return _load_executorch
+    return None
 
 
 def _load_onnx(source: Any) -> DeployedModel:

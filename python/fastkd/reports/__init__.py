@@ -19,10 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from fastkd import _C, extras, validation
-from fastkd.reports import measure, page, plots, tables
+from fastkd import _C, deployment, extras, validation
+from fastkd.reports import measure, memory, page, plots, tables
 
 
 class Model(NamedTuple):
@@ -33,6 +32,8 @@ class Model(NamedTuple):
     answers: measure.Answers
     latency: dict[str, dict[int, measure.Latency]]
     """By device, then by batch size."""
+    peak_memory: int | None = None
+    """Bytes that loading it and a call of the largest batch add on the CPU; None if unknown."""
 
 
 class Report(NamedTuple):
@@ -58,6 +59,7 @@ class Report(NamedTuple):
             {
                 "name": model.name,
                 **model.size._asdict(),
+                "peak_memory": model.peak_memory,
                 **model.answers._asdict(),
                 "bins": [part._asdict() for part in model.answers.bins],
                 "latency": {
@@ -106,8 +108,8 @@ class Report(NamedTuple):
 
 
 def report(
-    teacher: nn.Module,
-    students: nn.Module | Mapping[str, nn.Module],
+    teacher: Any,
+    students: Any,
     loader: Iterable[Any],
     *,
     title: str = "Distillation report",
@@ -121,7 +123,14 @@ def report(
 ) -> Report:
     """Measure a teacher and its students on the same data.
 
-    - **Size**: parameters, and bytes of weights and buffers; shared ones count once.
+    A model is a module, or what is deployed: an exported program, an ONNX Runtime session, an
+    ExecuTorch program, or the path of an ``.onnx``, ``.pte`` or ``.pt2`` file, int8 ones too.
+    :func:`fastkd.deployment.load` has the details. Programs run on the CPU.
+
+    - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared ones
+      count once. A figure that is unknown is a dash, and None in JSON.
+    - **Peak memory**: by how much resident memory grows on the CPU while the model is loaded, a
+      module copied, and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,
@@ -138,12 +147,14 @@ def report(
     the word "alone" is taken as the one trained without a teacher, for the sentence at the top.
 
     Args:
-        teacher: module that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
-        students: one module, or several by name, such as ``{"alone": a, "distilled": b}``.
+        teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
+        students: one model, or several by name, such as
+            ``{"alone": module, "int8": "student.onnx"}``.
         loader: held-out batches in a form that :mod:`fastkd.batches` lists, with labels
             ``(B, ...)``. Without labels there is no accuracy, cross entropy or calibration error.
         title: heading.
-        devices: where to measure latency. Default: the CPU, and the GPU if there is one.
+        devices: where to measure latency. Default: the CPU, and the GPU if there is one and all
+            models are modules.
         batch_sizes: of the latency. Default 1 and 32.
         seconds: of timing for each model, device and batch size. Default 1.
         threads: that PyTorch uses on the CPU. Default: as many as it has.
@@ -152,10 +163,12 @@ def report(
         show: print the table.
 
     Raises:
-        ImportError: before anything is measured, if ``show`` and Rich is not installed.
-        TypeError: for models that are not modules, names or a title that are not text, or
-            ``devices`` or ``batch_sizes`` that are not a list or tuple.
-        ValueError: for no student, a loader without rows, models whose logits differ in rows,
+        ImportError: before anything is measured, if matplotlib, Rich with ``show``, or the runtime
+            of a program is not installed.
+        TypeError: for models of other kinds, names or a title that are not text, or ``devices`` or
+            ``batch_sizes`` that are not a list or tuple.
+        ValueError: for no student, a file that does not exist, a program and a device that is not
+            the CPU, a loader without rows, models whose logits differ in rows,
             labels that do not fit them, a student named ``teacher``, or logits or a cross entropy
             that are not finite.
 
@@ -168,7 +181,7 @@ def report(
         >>> [model.name for model in report.models]
         ['teacher', 'student']
     """
-    models = _name_models(teacher, students)
+    named = _name_models(teacher, students)
     if not isinstance(title, str):
         raise TypeError(f"title must be text; got {type(title).__name__}")
     for name, value in (("devices", devices or ()), ("batch_sizes", batch_sizes)):
@@ -180,11 +193,18 @@ def report(
     validation.check_ignore_index(ignore_index)
     if threads is not None:
         validation.check_count("threads", threads)
-    if show:
-        extras.check("report", "rich")
+    # `save` needs matplotlib.
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))
+    models = {name: deployment.load(model) for name, model in named.items()}
+    programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
     if devices is None:
-        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        has_gpu = torch.cuda.is_available() and not programs
+        devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
     resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    if programs and any(device.type != "cpu" for device in resolved):
+        raise ValueError(
+            f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
+        )
     previous = torch.get_num_threads()
     torch.set_num_threads(threads or previous)
     try:
@@ -193,10 +213,18 @@ def report(
         latencies, warnings = measure.measure_latencies(
             models, inputs, resolved, batch_sizes, seconds
         )
+        samples = measure.resize(inputs, max(batch_sizes))
+        peaks = {name: memory.measure_peak_memory(m, samples) for name, m in models.items()}
     finally:
         torch.set_num_threads(previous)
     rows = (
-        Model(name, measure.measure_size(model), answers[name], latencies[name])
+        Model(
+            name,
+            measure.measure_size(model),
+            answers[name],
+            latencies[name],
+            peaks[name],
+        )
         for name, model in models.items()
     )
     result = Report(title, tuple(rows), environment, tuple(warnings))
@@ -205,11 +233,9 @@ def report(
     return result
 
 
-def _name_models(
-    teacher: nn.Module, students: nn.Module | Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
-    """Return the models by name, the teacher first, or raise if one is not a named module."""
-    named = {"student": students} if isinstance(students, nn.Module) else students
+def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
+    """Return the models by name, the teacher first, or raise if one is of no kind of a model."""
+    named = {"student": students} if deployment.is_model(students) else students
     if not isinstance(named, Mapping):
         raise TypeError(
             "students must be a module, or a mapping of names to modules such as "
@@ -223,8 +249,7 @@ def _name_models(
     for name, model in models.items():
         if not isinstance(name, str):
             raise TypeError(f"students must have names that are text; got {name!r}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{name} must be a module; got {type(model).__name__}")
+        deployment.check_model(name, model)
     return models
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd import batches
+from fastkd import batches, deployment
 
 BINS = 15
 TURNS = 10  # of each model, after one that does not count
@@ -25,11 +25,11 @@ WIDE = 2.0  # the 95th percentile over the median, beyond which there is a warni
 
 
 class Size(NamedTuple):
-    """How large a model is."""
+    """How large a model is; a field is None if it is unknown."""
 
-    parameters: int
-    bytes: int
-    """Bytes of its weights and buffers, as in a file of them."""
+    parameters: int | None
+    bytes: int | None
+    """Bytes of its file, or for a module of its weights and buffers, as in a file of them."""
 
 
 class Bin(NamedTuple):
@@ -79,6 +79,8 @@ class Turn(NamedTuple):
 
 def measure_size(model: nn.Module) -> Size:
     """Count parameters and bytes; shared memory counts once."""
+    if isinstance(model, deployment.DeployedModel):
+        return Size(model.parameter_count, model.bytes)
     # Quantized layers keep tensors in tuples of the state dict.
     tensors = list(batches.tensors(model.state_dict()))
     sizes = {(t.device, t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}
@@ -200,6 +202,16 @@ def _select_rows(
     return logits[mask], labels
 
 
+def resize(inputs: Any, count: int) -> Any:
+    """Take the first ``count`` samples of a batch's inputs, repeating them if there are fewer."""
+
+    def take(tensor: Tensor) -> Tensor:
+        index = torch.arange(count, device=tensor.device)
+        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
+
+    return batches.map_tensors(take, inputs)
+
+
 def measure_latencies(
     models: Mapping[str, nn.Module],
     inputs: Any,
@@ -208,12 +220,6 @@ def measure_latencies(
     seconds: float,
 ) -> tuple[dict[str, dict[str, dict[int, Latency]]], list[str]]:
     """Measure latencies by model, then by device, then by batch size; return them and warnings."""
-
-    def resize(tensor: Tensor) -> Tensor:
-        """Take the first ``batch_size`` samples, repeating them if there are fewer."""
-        index = torch.arange(batch_size, device=tensor.device)
-        return tensor[index % len(tensor)] if tensor.dim() else tensor  # 0-d: of no sample
-
     latencies: Any = {name: {str(device): {} for device in devices} for name in models}
     warnings = []
     for device in devices:
@@ -225,7 +231,7 @@ def measure_latencies(
             for model in moved.values():
                 stack.enter_context(batches.evaluating(model))
             for batch_size in batch_sizes:
-                turns = _time_in_turns(moved, batches.map_tensors(resize, inputs), device, seconds)
+                turns = _time_in_turns(moved, resize(inputs, batch_size), device, seconds)
                 by_model, reasons = summarize_turns(turns, batch_size)
                 place = f"{name_device(device)}, batch {batch_size}"
                 warnings += [f"{place}: {reason}." for reason in reasons]

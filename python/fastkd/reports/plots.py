@@ -64,7 +64,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
     figure = _make_figure(width, 3.8)
     axes = figure.add_subplot()
     teacher = report.models[0]
-    largest = max(model.size.bytes for model in report.models) or 1
+    largest = max(model.size.bytes or 0 for model in report.models) or 1
     is_labelled = teacher.answers.accuracy is not None
     costs, axis = _choose_costs(report)
     points = []
@@ -74,7 +74,7 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
         if is_labelled:
             low, high = 100 * answers.accuracy_low, 100 * answers.accuracy_high
             axes.vlines(cost, low, high, color=color, linewidth=1.5, alpha=0.7)
-        area = max(40.0, 500 * model.size.bytes / largest)
+        area = max(40.0, 500 * (model.size.bytes or 0) / largest)
         axes.scatter([cost], [y], s=area, color=color, alpha=0.85, linewidths=0, zorder=3)
         points.append((y, cost, model.name, color))
     axes.set_xscale("log")
@@ -90,14 +90,15 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 
 def _choose_costs(report: Report) -> tuple[list[float], str]:
     """Return each model's latency, or its bytes if latencies are withheld, and the axis label."""
+    sizes = [model.size.bytes for model in report.models]
     for device, by_batch in report.models[0].latency.items():
         batch = min(by_batch)
         times = [model.latency[device][batch] for model in report.models]
-        if all(latency.speedup for latency in times):
+        if None in sizes or all(latency.speedup for latency in times):
             place = measure.name_device(device)
             label = f"median latency on {place}, batch {batch} [ms]"
             return [1e3 * latency.p50 for latency in times], label
-    return [max(model.size.bytes, 1) / 1e3 for model in report.models], "bytes on disk [kB]"
+    return [max(size or 0, 1) / 1e3 for size in sizes], "bytes on disk [kB]"
 
 
 def _set_ticks(axes: Any, width: float) -> None:

@@ -33,14 +33,18 @@ def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
     return f"{value / scale:#.3g}".rstrip("."), unit
 
 
-def format_count(value: float) -> str:
-    """Format a number in three digits: 999, 1.23k, 25.6M."""
+def format_count(value: float | None) -> str:
+    """Format a number in three digits: 999, 1.23k, 25.6M; None is a dash."""
+    if value is None:
+        return UNKNOWN
     digits, unit = _scale(value, COUNTS)
     return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
-def format_size(value: int) -> str:
-    """Format a number of bytes in three digits: 10.5 MB."""
+def format_size(value: int | None) -> str:
+    """Format a number of bytes in three digits: 10.5 MB; None is a dash."""
+    if value is None:
+        return UNKNOWN
     digits, unit = _scale(value, COUNTS)
     return f"{digits} {unit}B" if unit else f"{value} B"
 
@@ -69,6 +73,11 @@ def _compare(teacher: int | None, student: int | None, less: str, more: str) -> 
     return _format_ratio(teacher / student if teacher and student else None, less, more)
 
 
+def _format_memory(value: int | None) -> str:
+    """Format a peak of resident memory, which counts pages: small ones are not measured."""
+    return "< 100 kB" if value is not None and value < 100_000 else format_size(value)
+
+
 def make_rows(report: Report) -> list[Row]:
     """Make the rows of the table."""
     models = report.models
@@ -84,6 +93,8 @@ def make_rows(report: Report) -> list[Row]:
 
     add_size("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
     add_size("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
+    if any(model.peak_memory is not None for model in models):
+        add("peak memory", [_format_memory(model.peak_memory) for model in models])
     if answers[0].accuracy is not None:
         intervals = (f"{100 * a.accuracy_low:.1f} to {100 * a.accuracy_high:.1f}" for a in answers)
         add("accuracy", [_format_percent(a.accuracy) for a in answers], intervals)

@@ -1,0 +1,73 @@
+"""``fastkd export``: write a trained student as a program for a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from fastkd import batches, deployment, extras, validation
+from fastkd.commands.config import Training, raise_as_config_error
+from fastkd.commands.factories import ConfigError, Factories
+from fastkd.deployment import writing
+
+
+def export(
+    training: Training,
+    factories: Factories,
+    path: str = "",
+    format: Literal["onnx", "executorch", "torch"] = "onnx",
+    quantize: Literal["none", "int8"] = "none",
+    samples: int = 256,
+    max_batch: int = 32,
+) -> None:
+    """Export the student of a distill command: ONNX, ExecuTorch or torch.export, and int8.
+
+    With the options of a distill command, this takes the student in its output folder, or that of
+    student_weights. The file is compared with the student on held-out data before it gets its name.
+
+    Args:
+        training: the options of the training.
+        factories: what makes the models and the data.
+        path: file to write, which ends in .onnx, .pte (executorch) or .pt2 (torch); in the output
+            folder by default.
+        format: format of the file.
+        quantize: int8 for weights and activations of 8 bits.
+        samples: number of samples of the training data that calibrate int8, and of held-out samples
+            that compare.
+        max_batch: largest batch of an ExecuTorch program.
+    """
+    training.require("student", "train", *([] if training.student_weights else ["output"]))
+    with raise_as_config_error():
+        validation.check_count("samples", samples)
+        validation.check_count("max_batch", max_batch, 2)
+    path = path or str(pathlib.Path(training.output) / f"student{writing.SUFFIXES[format]}")
+    writing.check_packages(format, quantize == "int8")
+    extras.check("train", "safetensors.torch")
+    if not training.student_weights:
+        weights = str(pathlib.Path(training.output) / "student.safetensors")
+        training = dataclasses.replace(training, student_weights=weights)
+    student = factories.make_model("student", training)
+    train = factories.make_data("train", training)
+    held_out = factories.make_data("validation", training)
+    with raise_as_config_error():
+        exported = deployment.export(
+            student,
+            _take_inputs("train", train, samples),
+            path,
+            format,
+            None if quantize == "none" else quantize,
+            rows=None if held_out is None else _take_inputs("validation", held_out, samples),
+            max_batch=max_batch,
+        )
+    print(exported)
+
+
+def _take_inputs(name: str, data: Any, samples: int) -> Any:
+    """Return the inputs of the first batch, of ``samples`` samples unless there is a loader."""
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, samples)
+    for batch in loader:
+        return batches.split(batch).inputs
+    raise ConfigError(f"{name} has no samples")

@@ -1,0 +1,362 @@
+"""Exported students: what is written agrees, what runs is measured, and nothing is half written."""
+
+import importlib
+import json
+import pathlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastkd
+from fastkd import deployment, extras
+from fastkd.deployment import loading, writing
+from fastkd.reports import memory, tables
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("executorch")
+digits = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+
+IMAGES = torch.tensor(digits[0] / 16, dtype=torch.float32)
+LABELS = torch.tensor(digits[1])
+TRAIN, HELD_OUT = IMAGES[:1200], IMAGES[1200:]
+LOADER = [(IMAGES[i : i + 100], LABELS[i : i + 100]) for i in range(1200, len(IMAGES), 100)]
+FILES = {
+    "exported": ("student.pt2", "torch", None),
+    "ONNX": ("student.onnx", "onnx", None),
+    "ONNX int8": ("student-int8.onnx", "onnx", "int8"),
+    "ExecuTorch": ("student.pte", "executorch", None),
+}
+
+
+@pytest.fixture(scope="module")
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
+    made.append(nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(made.parameters(), 2e-3)
+    for _ in range(8):
+        for index in torch.randperm(1200).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(made(TRAIN[index]), LABELS[index]).backward()
+            optimizer.step()
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory) -> dict[str, deployment.Exported]:
+    folder = tmp_path_factory.mktemp("exported")
+    return {
+        name: fastkd.export(student, TRAIN[:256], folder / file, kind, quantize, rows=HELD_OUT)
+        for name, (file, kind, quantize) in FILES.items()
+    }
+
+
+def logits_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(rows)
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_figures_are_those_of_the_file(student, exported, name):
+    found = exported[name]
+    expected, given = logits_of(student, HELD_OUT), logits_of(loading.load(found.path), HELD_OUT)
+    assert found.rows == len(HELD_OUT) and found.bytes == found.path.stat().st_size
+    assert found.difference == pytest.approx(float((given - expected).abs().max()), rel=1e-3)
+    same = (given.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert found.agreement == pytest.approx(float(same), abs=1e-9)
+    if "int8" not in name:
+        assert found.difference < 1e-4 and found.agreement == 1
+    assert f"{found.bytes:,} bytes" in str(found)
+
+
+def test_int8_costs_little_accuracy_and_few_bytes(student, exported):
+    found = {n: loading.load(exported[n].path) for n in ("ONNX", "ONNX int8")}
+    right = {
+        n: float((logits_of(m, HELD_OUT).argmax(-1) == LABELS[1200:]).double().mean())
+        for n, m in found.items()
+    }
+    assert right["ONNX"] - right["ONNX int8"] <= 0.005
+    assert exported["ONNX int8"].bytes <= 0.35 * exported["ONNX"].bytes
+
+
+def test_the_runtime_alone_reads_what_is_written(student, exported):
+    """The file works without fastkd, for batches of any size, and names no file of this machine."""
+    path = exported["ONNX"].path
+    session = onnxruntime.InferenceSession(str(path))
+    for count in (1, 7, 100):
+        (given,) = session.run(["logits"], {"input": HELD_OUT[:count].numpy()})
+        assert torch.allclose(torch.from_numpy(given), logits_of(student, HELD_OUT[:count]), 1e-4)
+    assert str(pathlib.Path(__file__).parents[1]).encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "kind"), [("a.pte", "executorch"), ("a.pt2", "torch")])
+def test_int8_by_pt2e(student, tmp_path, file, kind):
+    """A convolution too, whose batch ATen would limit if it was traced with few samples."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, 1, 1)
+    nn.init.dirac_(first.weight)
+    model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), first, nn.Flatten(), student)
+    found = fastkd.export(model, TRAIN[:256], tmp_path / file, kind, "int8", rows=HELD_OUT)
+    assert found.agreement > 0.98 and found.difference > 0
+    assert found.bytes < 0.9 * 4 * sum(p.numel() for p in student.parameters())
+    assert logits_of(loading.load(found.path), HELD_OUT[:50]).shape == (50, 10)
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_several_inputs(form, tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = nn.Embedding(9, 4), nn.Linear(3, 4)
+
+        def forward(self, words, features):
+            return {"logits": self.table(words).sum(1) + self.layer(features)}
+
+    model, words, features = Sum(), torch.randint(9, (50, 5)), torch.randn(50, 3)
+    inputs = (words, features) if form == "tuple" else {"features": features, "words": words}
+    for file, kind in (("a.onnx", "onnx"), ("a.pt2", "torch")):
+        found = fastkd.export(model, inputs, tmp_path / file, kind)
+        assert found.rows == 50 and found.agreement == 1
+        report = fastkd.report(
+            model, found.path, [(inputs, torch.zeros(50).long())] if form == "tuple" else [inputs],
+            seconds=0, show=False,
+        )  # fmt: skip
+        assert report.models[1].answers.agreement == 1
+    if form == "mapping":
+        with pytest.raises(TypeError, match=r"has the inputs \['features', 'words'\]; got"):
+            loading.load(tmp_path / "a.onnx")(word=words, features=features)
+
+
+def test_logits_with_classes_elsewhere_and_one_sample(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 5, 1)
+    found = fastkd.export(model, torch.randn(1, 3, 4, 4), tmp_path / "a.pt2", "torch", dim=1)
+    assert found.rows == 16
+    assert logits_of(loading.load(found.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
+
+
+def test_the_student_stays_as_it_is(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model[1].eval()
+    found = fastkd.export(model, TRAIN[:64], tmp_path / "new" / "a.pt2", "torch")
+    assert found.agreement == 1
+    assert model.training and not model[1].training and model[3].weight.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- what is not written
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x.reshape(32, 8, 8).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"student": 3}, TypeError, "^student must be a module; got int"),
+        ({"student": Fixed()}, ValueError, "^student cannot be traced .* batches of any size: "),
+        ({"student": nn.Linear(64, 9).bfloat16()}, ValueError, r"bfloat16.*student\.float\(\)"),
+        ({"format": "tflite"}, ValueError, "^format must be one of 'onnx', 'exec.*; got 'tflite'"),
+        ({"quantize": "int4"}, ValueError, "^quantize must be one of 'int8'; got 'int4'. None "),
+        ({"max_batch": 1}, ValueError, "^max_batch must be an int of at least 2; got 1"),
+        ({"path": 3}, TypeError, "^path must be a file's path; got int"),
+        ({"path": "a.pt2"}, ValueError, r"^path must be a file that ends in \.onnx for format='o"),
+        ({"example": [1, 2]}, TypeError, r"^example must be a tensor \(B, \.\.\.\), or a tuple"),
+        ({"example": torch.tensor(1)}, TypeError, "^example must be a tensor"),
+        ({"example": TRAIN[:0]}, ValueError, "^example must have at least one sample"),
+        ({"rows": (TRAIN[:2], TRAIN[:3])}, ValueError, "^rows must have .* got the shapes"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"student": nn.Linear(64, 10), "example": TRAIN[:32], "path": "a.onnx", **change}
+    with pytest.raises(error, match=message):
+        fastkd.export(**given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["disk", "wrong", "nan"])
+def test_a_file_is_written_whole_or_not(student, tmp_path, monkeypatch, fault):
+    path = tmp_path / "a.pt2"
+    path.write_text("earlier")
+
+    def fill_the_disk(part, *arguments):
+        part.write_text("half")
+        raise OSError("No space left on device")
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return student(x) * {"wrong": 1.001, "nan": float("nan")}[fault]
+
+    if fault == "disk":
+        monkeypatch.setattr(writing, "write", fill_the_disk)
+    else:
+        monkeypatch.setattr(loading, "load", lambda path: Scaled())
+    message = {
+        "disk": "No space",
+        "wrong": "logits differ from the student's by .* Nothing was written",
+        "nan": "0 of 640 finite. Nothing was written",
+    }[fault]
+    with pytest.raises((OSError, ValueError), match=message):
+        fastkd.export(student, TRAIN[:64], path, "torch")
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("package", "kind"), [("onnxruntime", "onnx"), ("onnx", "onnx"), ("executorch", "executorch")]
+)
+def test_a_missing_package_is_named_first(package, kind, tmp_path, monkeypatch):
+    def import_module(name):
+        if name.partition(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return importlib.import_module(name)
+
+    class Unasked(nn.Linear):
+        def forward(self, x):
+            pytest.fail("the model was asked")
+
+    path = tmp_path / f"a{writing.SUFFIXES[kind]}"
+    monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
+    with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
+        fastkd.export(Unasked(64, 10), TRAIN, path, kind)
+    if package != "onnx":
+        path.write_bytes(b"")
+        with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[deploy\]"):
+            fastkd.report(Unasked(64, 10), path, LOADER, show=False)
+
+
+# ---- what runs
+
+
+def test_five_models_in_one_report(student, exported):
+    found = fastkd.report(
+        student, {n: each.path for n, each in exported.items()}, LOADER, seconds=0.01, show=False
+    )
+    torch_model, *programs = found.models
+    assert [model.name for model in programs] == list(FILES)
+    for model in programs:
+        assert model.size == (torch_model.size.parameters, exported[model.name].bytes)
+        assert model.answers.rows == len(HELD_OUT)
+        assert model.answers.agreement >= 0.98
+        assert model.answers.accuracy == pytest.approx(torch_model.answers.accuracy, abs=0.005)
+        assert model.latency["cpu"][1].p95 >= model.latency["cpu"][1].p50 > 0
+    page = found.html()
+    assert all(name in page for name in FILES) and "0 parameters" not in page
+    assert len(json.loads(found.json())["models"]) == 5
+
+
+def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(exported["ExecuTorch"].path)
+    session = onnxruntime.InferenceSession(exported["ONNX"].path.read_bytes())
+    traced = torch.export.export(student, (HELD_OUT[:100],))
+    models = {"method": program.load_method("forward"), "session": session, "traced": traced}
+    loader = [batch for batch in LOADER if len(batch[0]) == 100]
+    found = fastkd.report(student, {**models, "program": program}, loader, seconds=0, show=False)
+    by_name = {model.name: model for model in found.models}
+    parameters = by_name["teacher"].size.parameters
+    assert by_name["method"].size == (None, None)
+    assert by_name["program"].size == (parameters, None)
+    assert by_name["session"].size == (parameters, exported["ONNX"].bytes)
+    assert by_name["traced"].size == by_name["teacher"].size
+    assert all(model.answers.agreement == 1 for model in found.models)
+    row = next(row for row in tables.make_rows(found) if row.label == "parameters")
+    assert row.cells[1] == ("-", "") and all(figure != "0" for figure, _ in row.cells)
+    assert json.loads(found.json())["models"][1]["parameters"] is None
+    assert "method: " in found.markdown() and "None" not in found.markdown()
+    assert "None" not in found.html()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_programs_of_a_fixed_batch(student, count):
+    """They are called several times, and their last batch is padded."""
+    program = torch.export.export(student.eval(), (HELD_OUT[:4],))
+    model = loading.load(program)
+    assert torch.allclose(logits_of(model, HELD_OUT[:count]), logits_of(student, HELD_OUT[:count]))
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
+def test_an_executorch_program_has_a_largest_batch(student, exported, count):
+    given = logits_of(loading.load(exported["ExecuTorch"].path), HELD_OUT[:count])
+    assert torch.allclose(given, logits_of(student, HELD_OUT[:count]), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_executorch_program_of_a_fixed_batch(student, tmp_path):
+    from executorch.exir import to_edge_transform_and_lower
+
+    with loading.silence():
+        program = torch.export.export(student.eval(), (HELD_OUT[:4],))
+        to_edge_transform_and_lower(program).to_executorch().save(str(tmp_path / "a.pte"))
+    model = loading.load(tmp_path / "a.pte")
+    for count in (1, 4, 6):
+        expected = logits_of(student, HELD_OUT[:count])
+        assert torch.allclose(logits_of(model, HELD_OUT[:count]), expected, atol=1e-4)
+    assert model.parameter_count is None
+
+
+def test_an_onnx_model_of_a_fixed_batch_and_a_dynamic_int8_one(student, exported, tmp_path):
+    from onnxruntime import quantization
+
+    with loading.silence():
+        made = torch.onnx.export(student.eval(), (HELD_OUT[:4],), dynamo=True, verbose=False)
+        made.save(tmp_path / "fixed.onnx", external_data=False)
+        quantization.quantize_dynamic(exported["ONNX"].path, tmp_path / "dynamic.onnx")
+    models = {"fixed": tmp_path / "fixed.onnx", "dynamic": str(tmp_path / "dynamic.onnx")}
+    found = fastkd.report(student, models, LOADER, seconds=0, show=False)
+    assert found.models[1].answers.agreement == 1 and found.models[2].answers.agreement > 0.98
+    assert found.models[1].size.parameters is None
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (3, TypeError, r"^model must be a module, .* \.pt2 file; got int"),
+        ("missing.onnx", ValueError, "^model must be an existing .* got missing.onnx"),
+        (__file__, ValueError, "^model must be an existing .onnx, .pte or .pt2 file; got "),
+    ],
+)
+def test_what_is_no_model(model, error, message):
+    with pytest.raises(error, match=message):
+        loading.load(model)
+
+
+def test_programs_run_on_the_cpu(student, exported):
+    with pytest.raises(ValueError, match=r"^devices must be \['cpu'\], where the program small"):
+        fastkd.report(
+            student, {"small": exported["ONNX"].path}, LOADER, devices=["meta"], show=False
+        )
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="not Linux")
+def test_peak_memory_counts_weights_and_activations(exported):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1_000_000))
+
+        def forward(self, x):
+            return torch.zeros(5_000_000)[:10] + x[:, :10] + self.weight[0]
+
+    found = memory.measure_peak_memory(Wide(), HELD_OUT[:2])
+    assert found == pytest.approx(24e6, abs=1e6)
+    onnx = memory.measure_peak_memory(loading.load(exported["ONNX"].path), HELD_OUT[:32])
+    assert 0.2e6 < onnx < 5e6
+
+    class Uncopied(Wide):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("cannot be copied")
+
+    assert memory.measure_peak_memory(Uncopied(), HELD_OUT[:2]) is None
