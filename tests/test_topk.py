@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, Head, TopK
+from fastkd import _C, Head, TopK, reference
 from fastkd._core import autograd, native, topk
+from fastkd._core.arguments import SPARSE_DIVERGENCES
 from fastkd._core.objective import Options
 from fastkd._core.values import TAILS
 
@@ -408,6 +409,41 @@ def test_a_student_close_to_its_teacher(tail, noise):
     d = log_p.log_softmax(-1) - log_q_list.log_softmax(-1)
     exact = 4 * (log_p.softmax(-1) * (d**2 / 2 - d**3 / 6 + d**4 / 24)).sum(-1)
     torch.testing.assert_close(value, exact, rtol=1e-6, atol=0)
+
+
+def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
+    """Students in float32 at KL(teacher || student) = 5e-7, the tail one class."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
+    noise = 1e-3 * t * torch.randn(4, classes, generator=generator, dtype=FP64)
+    log_probs, indices = (teacher / t).log_softmax(-1).topk(k)
+    kl = reference.topk.terms(
+        teacher + noise, log_probs, indices, None, temperature=t, reduction="none",
+        hard_weight=0.0, soft_weight=1 / t**2,
+    ).loss  # fmt: skip
+    student = teacher + noise * (5e-7 / kl).sqrt()[:, None]
+    return Problem(student.float(), indices, log_probs.float(), None)
+
+
+@pytest.mark.parametrize("name", sorted({*SPARSE_DIVERGENCES} - {"soft_cross_entropy"}))
+@pytest.mark.parametrize("tail", ["ghost", "renormalize"])
+@pytest.mark.parametrize(
+    ("classes", "k", "spread", "t"),
+    [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
+)
+def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
+    """Each row's value and gradient, where an error of 1e-8 in the tail's mass would show."""
+    problem = near_teacher(classes, k, spread, t)
+    options = {"divergence": name, "temperature": t, "reduction": "none"}
+    value, grad = run(problem, tail, **options)
+    leaf = problem.student.double().requires_grad_()
+    exact = reference.topk.terms(
+        leaf, problem.log_probs.double(), problem.indices, None, tail=tail,
+        mix=reference.DIVERGENCES[name].mix, hard_weight=0.0, soft_weight=1.0, **options,
+    ).loss  # fmt: skip
+    (gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    assert ((value.double() - exact).abs() <= 2e-6 * exact).all()
+    assert ((grad.double() - gradient).norm(dim=-1) <= 2e-6 * gradient.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
