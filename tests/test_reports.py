@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -324,6 +325,25 @@ def test_wide_and_superlinear_timings_are_named():
     (warning,) = measure._compare_batches("CPU: student's", by_batch)
     assert warning == "CPU: student's batch 32 takes 40x as long as its batch 1."
     assert not measure._compare_batches("", {1: one, 32: one._replace(p50=33 * one.p50)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/task")
+def test_processor_time_of_every_thread():
+    def work() -> None:
+        start = time.thread_time()
+        while time.thread_time() < start + 0.1:
+            pass
+
+    before = measure._read_processor_time()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    work()
+    after = measure._read_processor_time()
+    # The kernel counts with a delay, and a thread that has ended no longer counts.
+    assert 0.08e9 < after[0] - before[0] < 0.4e9 and after[1] >= before[1]
+    for thread in threads:
+        thread.join()
 
 
 @pytest.fixture
