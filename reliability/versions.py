@@ -57,9 +57,7 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
-    if shutil.which(
-        "ccache"
-    ):  # kernels depend on neither Python nor torch, so they are compiled once
+    if shutil.which("ccache"):  # compiled once, since kernels depend on neither Python nor torch
         environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

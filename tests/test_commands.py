@@ -153,7 +153,7 @@ def load(config_path: pathlib.Path, output: str = "out") -> nn.Module:
 # ---- distill
 
 
-def test_distill_then_report(config_path, monkeypatch, capsys):
+def test_distill_writes_what_report_reads(config_path, monkeypatch, capsys):
     run(monkeypatch, "distill", "--config", config_path)
     history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[-1]["soft"] < history[0]["soft"]
@@ -306,7 +306,7 @@ def test_a_cosine_needs_an_end(config_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes(config_path):
+def test_two_processes_share_the_teacher(config_path):
     """Each process runs the teacher on half of the data; the schedule ends with the last step."""
     cache = config_path.parent / "cache"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
@@ -389,7 +389,7 @@ def test_a_factory_may_return_a_loader(config_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_example_runs(monkeypatch, tmp_path, capsys):
+def test_the_example_configuration_runs(monkeypatch, tmp_path, capsys):
     example = ROOT / "examples" / "digits.yaml"
     run(monkeypatch, "distill", "--config", example, "--epochs", 5, "--output", tmp_path)
     assert (tmp_path / "student.safetensors").exists()

@@ -248,7 +248,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_data_loader_workers(tmp_path, method):
+def test_data_loader_workers_compute_the_loss(tmp_path, method):
     """Workers are forked after the parent used threads; spawn needs a script."""
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)

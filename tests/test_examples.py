@@ -25,7 +25,7 @@ NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
     "name",
     [n if n == "plain_loop.py" else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS],
 )
-def test_script(name):
+def test_scripts_print_what_is_documented(name):
     arguments, needs, word = SCRIPTS[name]
     pytest.importorskip(needs)
     done = subprocess.run(
@@ -60,7 +60,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_notebook(name):
+def test_notebooks_run_to_the_end(name):
     """Run a notebook from its first cell to its last, with its pictures."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)

@@ -74,7 +74,7 @@ def test_prints_what_it_returns(capsys):
     ],
     ids=str,
 )
-def test_says(options, words):
+def test_the_text_names_the_options(options, words):
     for expected in words:
         assert expected in said(**options)
 
@@ -87,7 +87,7 @@ def test_says(options, words):
         ("mse", ["never by the classes", "softmax(z / T)"]),
     ],
 )
-def test_does_not_say(divergence, words):
+def test_the_text_omits_other_options(divergence, words):
     """The explanation omits options that the divergence lacks or refuses."""
     text = said(divergence=divergence)
     assert not any(unexpected in text for unexpected in words)
@@ -139,7 +139,7 @@ def test_the_page_is_what_the_code_says():
 
 
 @pytest.mark.parametrize("tail", ["ghost", "renormalize", "ignore"])
-def test_a_list(tail):
+def test_the_text_describes_a_list(tail):
     top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3), tail)
     text = fastkd.explain(teacher=top, show=False)
     assert "T = T_t = 1 softens" in text or "T = 1 softens" in text
@@ -148,7 +148,7 @@ def test_a_list(tail):
 
 
 @pytest.mark.parametrize(("estimator", "gradient"), [("k1", "q || p"), ("k3", "p || q")])
-def test_a_sampled_class(estimator, gradient):
+def test_the_text_describes_a_sampled_class(estimator, gradient):
     sampled = fastkd.Sampled(torch.zeros(2), torch.zeros(2, dtype=torch.int64), estimator)
     text = " ".join(fastkd.explain(teacher=sampled, shift=1, show=False).split())
     assert f"is the gradient of KL({gradient})" in text and f"[{estimator}: Schulman 2020]" in text

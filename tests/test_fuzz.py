@@ -494,12 +494,12 @@ REGRESSIONS = [
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 @settings(max_examples=300)
 @given(case=CASES)
-def test_fuzz(device, case):
+def test_random_calls_equal_the_reference(device, case):
     run(case, device)
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
-def test_regressions(device, case):
+def test_earlier_failures_equal_the_reference(device, case):
     run(case, device)
 
 

@@ -302,12 +302,12 @@ def run(case: Case, device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 @settings(max_examples=150)
 @given(case=CASES)
-def test_fuzz_linear(device, case):
+def test_random_heads_equal_the_reference(device, case):
     run(case, device)
 
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
-def test_regressions(device, teacher):
+def test_earlier_failures_equal_the_reference(device, teacher):
     # Infinite squares with weight 0: the gradient is the hard term's.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)

@@ -455,12 +455,12 @@ def test_a_gradient_whose_classes_are_apart(isa):
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=400)
 @given(case=CASES)
-def test_fuzz_ops(case):
+def test_hostile_calls_are_refused_or_right(case):
     run(case, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
-def test_regressions(case):
+def test_earlier_failures_are_refused_or_right(case):
     run(case, torch.device("cpu"))
 
 

@@ -175,7 +175,7 @@ def test_every_module_imports_what_stands_above_it():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_python_layers(path):
+def test_python_files_import_lower_layers(path):
     layer = python_part(path)
     if layer == "__main__":
         return  # the command line may import everything
