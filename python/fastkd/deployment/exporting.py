@@ -151,13 +151,7 @@ def _check_arguments(
     if quantize is not None:
         validation.check_one_of("quantize", quantize, ("int8",), "None keeps the student's dtype")
     validation.check_count("max_batch", max_batch, 2)
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a file's path; got {type(path).__name__}")
-    path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
-    if path.suffix != suffix or path.is_dir():
-        raise ValueError(
-            f"path must be a file that ends in {suffix} for format={format!r}; got {path}"
-        )
+    path = check_path(path, format)
     if format == "onnx":
         size = sum(tensor.nbytes for tensor in batches.tensors(student.state_dict()))
         if size > _ONNX_BYTES:
@@ -169,6 +163,18 @@ def _check_arguments(
                 "student has the dtype torch.bfloat16, in which ONNX Runtime does not compute on "
                 "CPUs; give student.float()"
             )
+    return path
+
+
+def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
+    """Return the path of a file to write, or raise if it does not fit the format."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's path; got {type(path).__name__}")
+    path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(
+            f"path must be a file that ends in {suffix} for format={format!r}; got {path}"
+        )
     return path
 
 
