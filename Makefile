@@ -11,7 +11,7 @@ CLANG ?= clang++
 COMMA := ,
 
 .PHONY: help install demo examples test test-all coverage kernel-test kernel-test-arm sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
-  versions package accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
+  versions package docs docs-links accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -124,6 +124,17 @@ versions: $(VENV)/complete  ## the core tests on other Pythons and torches: giga
 package: $(VENV)/complete  ## sdist, auditwheel and cibuildwheel, tried as far as this machine allows
 	$(RUN) -m pip install --quiet --group package
 	$(RUN) -m reliability.package
+
+# -n: a name in a docstring that refers to nothing is an error, as a dead link is. Examples in docstrings run.
+SPHINX := $(RUN) -m sphinx -W --keep-going -n -q -c docs -d build/doctrees
+docs: $(VENV)/complete  ## build the documentation site in build/docs, and check its links and examples
+	$(RUN) -m pip install --quiet --group docs
+	$(SPHINX) . build/docs
+	$(SPHINX) -b doctest . build/docs-doctest
+	@echo "the site is in build/docs/index.html"
+
+docs-links: docs  ## check the links to other sites, too: needs the network
+	$(SPHINX) -b linkcheck . build/docs-links
 
 accuracy: $(VENV)/installed  ## write docs/accuracy.md: errors against float64, beside eager PyTorch's
 	$(RUN) -m benchmarks.accuracy

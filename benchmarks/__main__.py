@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: should you switch? Measured on your own machine."""
+"""Measure on this machine whether to switch to fastkd: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ EXAMPLES = """examples:
   python -m benchmarks                     the default, a few minutes
   python -m benchmarks --device cuda       on a GPU
   python -m benchmarks --rows 4096 --classes 32000 --dtype bf16 --temperature 2
-  python -m benchmarks --only llama --rivals fastkd eager
+  python -m benchmarks --only llama --baselines fastkd eager
   python -m benchmarks --only "top 64"     the sparse teacher alone
   python -m benchmarks --only divergences  the other divergences alone
-  python -m benchmarks --readme            the README's section, from the newest saved results
+  python -m benchmarks --readme            the README's figures, from the newest saved results
 """
 
 
@@ -36,7 +36,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--full", action="store_true", help="every model, dtype and temperature")
     parser.add_argument("--only", metavar="TEXT", help="only cases whose title contains this")
-    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these (fastkd always)")
+    parser.add_argument("--baselines", nargs="+", metavar="NAME", help="only these (fastkd always)")
     parser.add_argument("--seconds", type=float, help="of timing for each case")
     parser.add_argument(
         "--minutes",
@@ -46,20 +46,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     parser.add_argument("--no-save", action="store_true", help="only show")
     parser.add_argument(
-        "--list", action="store_true", help="list cases and rivals, and measure nothing"
+        "--list", action="store_true", help="list cases and baselines, and measure nothing"
     )
-    parser.add_argument("--readme", action="store_true", help="only rewrite the README's section")
+    parser.add_argument("--readme", action="store_true", help="only rewrite the README's figures")
     parser.add_argument(
         "--redraw", type=Path, metavar="FOLDER", help="only redo a saved run's report and plots"
     )
-    own = parser.add_argument_group("a case of your own")
-    own.add_argument("--rows", type=int)
-    own.add_argument("--classes", type=int)
-    own.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    own.add_argument("--temperature", type=float, default=2.0)
-    own.add_argument("--alpha", type=float, default=0.5, help="weight of the hard term")
-    own.add_argument("--ignored", type=float, default=0.0, help="share of rows that are ignored")
-    own.add_argument("--forward-only", action="store_true", help="no gradient")
+    custom = parser.add_argument_group("a case of your own")
+    custom.add_argument("--rows", type=int)
+    custom.add_argument("--classes", type=int)
+    custom.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    custom.add_argument("--temperature", type=float, default=2.0)
+    custom.add_argument("--alpha", type=float, default=0.5, help="weight of the hard term")
+    custom.add_argument("--ignored", type=float, default=0.0, help="share of rows that are ignored")
+    custom.add_argument("--forward-only", action="store_true", help="no gradient")
     chosen = parser.parse_args()
     if (chosen.rows is None) != (chosen.classes is None):
         parser.error("--rows and --classes go together")
@@ -84,12 +84,12 @@ def _own_case(chosen: argparse.Namespace) -> Any:
 
 
 def _list(cases: list[Any]) -> None:
-    from benchmarks.rivals import RIVALS
+    from benchmarks.baselines import BASELINES
 
     for case in cases:
         print(case.title)
     print()
-    for one in RIVALS:
+    for one in BASELINES:
         print(f"{one.name:20}{one.what}")
 
 
@@ -105,7 +105,7 @@ def _redraw(folder: Path) -> None:
 
 
 def _draw(results: dict[str, Any], folder: Path) -> None:
-    """The plots; where matplotlib is missing `--redraw` draws them elsewhere."""
+    """Draw the plots; without matplotlib, say that `--redraw` draws them elsewhere."""
     try:
         from benchmarks import plots
     except ModuleNotFoundError as error:
@@ -114,15 +114,15 @@ def _draw(results: dict[str, Any], folder: Path) -> None:
     plots.draw(results, folder)
 
 
-def _stream_speeds(device: str, found: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
-    """Each stream, what it is, and the median over the cases of how fast it was."""
+def _stream_speeds(device: str, cases: list[dict[str, Any]]) -> dict[str, tuple[str, float]]:
+    """Return each memory stream with its description and its median speed over the cases."""
     import statistics
 
     from benchmarks.stream import streams
 
     result = {}
     for one in streams(device):
-        speeds = [case["streams"][one.name] for case in found if one.name in case["streams"]]
+        speeds = [case["streams"][one.name] for case in cases if one.name in case["streams"]]
         if speeds:
             result[one.name] = (one.what, statistics.median(speeds))
     return result
@@ -135,7 +135,7 @@ def _measure(
     sections: dict[str, list[Any]],
     standard: bool,
 ) -> dict[str, Any]:
-    """Runs everything, showing each case as it is done."""
+    """Run all cases, and print each when it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -150,7 +150,7 @@ def _measure(
         device,
         chosen.seconds or (0.4 if device == "cuda" else 1.5),
         start + 60 * minutes,
-        ("fastkd", *chosen.rivals) if chosen.rivals else (),
+        ("fastkd", *chosen.baselines) if chosen.baselines else (),
     )
     results: dict[str, Any] = {
         "environment": environment.describe(device),
@@ -181,25 +181,25 @@ def _measure(
             progress.update(task, description=text)
 
         def attempt(title: str, run: Callable[[], Any]) -> Any:
-            found = None
+            measured = None
             try:
-                found = run()
-            except Exception as error:  # too large for this machine, say: the other cases go on
+                measured = run()
+            except Exception as error:  # for example, too large for this machine; other cases run
                 console.print(f"{title}: not measured, {type(error).__name__}: {str(error)[:200]}")
             progress.advance(task)
-            return found
+            return measured
 
         for case in selected:
-            found = attempt(case.title, partial(suite.run_case, case, settings, say))
-            if found is not None:
-                results["cases"].append(found)
-                report.show_case(console, found)
+            measured = attempt(case.title, partial(suite.run_case, case, settings, say))
+            if measured is not None:
+                results["cases"].append(measured)
+                report.show_case(console, measured)
         runs: dict[str, Callable[..., Any]] = {"sparse": sparse.run, "divergences": divergences.run}
         for name, run in runs.items():
             for one in sections[name]:
                 say(one.title)
-                found = attempt(one.title, partial(run, one, device, settings.seconds))
-                results[name] += [found] * (found is not None)
+                measured = attempt(one.title, partial(run, one, device, settings.seconds))
+                results[name] += [measured] * (measured is not None)
         for duel in duels:
             say(duel.name)
             results["duels"].append(suite.run_duel(duel, settings))
@@ -227,10 +227,9 @@ def _measure(
 
 
 def main() -> None:
-    """Parses the command line and runs what it asks for."""
+    """Parse the command line, and run the chosen part."""
     chosen = _arguments()
-    # Compilations start from nothing, so that the times reported for them are what a first run
-    # costs.
+    # Compilation starts with an empty cache, so that the reported times are those of a first run.
     folder = tempfile.mkdtemp(prefix="fastkd-inductor-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     try:
@@ -258,12 +257,12 @@ def _run(chosen: argparse.Namespace) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore", module=r"torch\._inductor|torch\._dynamo")
-    standard = chosen.rows is None and chosen.only is None and not chosen.rivals
+    standard = chosen.rows is None and chosen.only is None and not chosen.baselines
     if chosen.rows is not None:
         selected = [_own_case(chosen)]
     else:
         selected = cases.full(device) if chosen.full else cases.default(device)
-    wanted = chosen.rows is None and not chosen.rivals
+    wanted = chosen.rows is None and not chosen.baselines
     sections: dict[str, list[Any]] = {
         "sparse": sparse.cases(device) if wanted else [],
         "divergences": divergences.cases(device) if wanted else [],
@@ -271,8 +270,8 @@ def _run(chosen: argparse.Namespace) -> None:
     if chosen.only:
         selected = [case for case in selected if chosen.only in case.title]
         sections = {
-            name: [case for case in found if chosen.only in case.title]
-            for name, found in sections.items()
+            name: [case for case in section if chosen.only in case.title]
+            for name, section in sections.items()
         }
     if chosen.list:
         _list([*selected, *itertools.chain.from_iterable(sections.values())])

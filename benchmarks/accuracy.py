@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accuracy`` writes docs/accuracy.md: errors against float64, and eager's.
+"""Write docs/accuracy.md, the errors of fastkd and of eager PyTorch against float64.
 
 The truth is `fastkd.reference` in float64 on the very numbers given. Eager PyTorch computes
 the same formula from ``log_softmax`` in the inputs' dtype. Of a loss, the error is that of each row
@@ -27,13 +27,13 @@ T = 2.0
 
 
 class Regime(NamedTuple):
-    """How logits are drawn: rows, classes, their spread, and the teacher's distance."""
+    """Distribution of logits: rows, classes, their spread, and the teacher's distance."""
 
     name: str
     rows: int = 64
     classes: int = 1000
     spread: float = 3.0
-    apart: float | None = None  # None: independent
+    apart: float | None = None  # None: independent of the student
     offset: float = 0.0
 
 
@@ -48,7 +48,7 @@ REGIMES = (
 
 
 def draw(regime: Regime, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Student and teacher."""
+    """Draw student and teacher logits."""
     generator = torch.Generator().manual_seed(0)
     shape = (regime.rows, regime.classes)
     student, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "sn")
@@ -60,7 +60,7 @@ def draw(regime: Regime, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
 
 
 def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """The losses of the rows by PyTorch's own operations in the inputs' dtype."""
+    """Compute the row losses by PyTorch's own operations in the inputs' dtype."""
     kind = reference.DIVERGENCES[divergence]
     pair = (teacher / T, student / T)
     if kind.compares == "probabilities":
@@ -75,12 +75,12 @@ def eager(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 def labels_of(student: Tensor) -> Tensor:
-    """A label for each row, for the divergences that need one."""
+    """Return one label for each row, for the divergences that need labels."""
     return torch.arange(len(student), device=student.device) % student.shape[-1]
 
 
 def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """The same by fastkd; the hard term weighs nothing."""
+    """Compute the row losses by fastkd, with a hard term of weight 0."""
     needs = reference.DIVERGENCES[divergence].needs_labels
     labels = labels_of(student) if needs else None
     weights = {"hard_weight": 0.0, "soft_weight": 1.0} if needs else {}
@@ -90,7 +90,7 @@ def fused(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Of the rows: loss and gradient, each the median and the greatest."""
+    """Errors of loss and gradient over the rows: median and greatest."""
 
     loss: float
     loss_most: float
@@ -98,7 +98,7 @@ class Errors(NamedTuple):
     grad_most: float
 
     def __str__(self) -> str:
-        """Cells of a table."""
+        """Return the errors as cells of a table."""
         return " | ".join(
             f"{a:.0e} / {b:.0e}" for a, b in ((self.loss, self.loss_most), self[2:])
         ).replace("e-0", "e-")
@@ -108,7 +108,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def rows_of(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
-    """(losses, gradient)."""
+    """Return (losses, gradient) of the rows."""
     leaf = student.detach().clone().requires_grad_()
     value = compute(leaf)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
@@ -116,19 +116,19 @@ def rows_of(compute: Callable[[Tensor], Tensor], student: Tensor) -> Rows:
 
 
 def errors(rows: Rows, truth: Rows) -> Errors:
-    """How far off the rows are."""
-    found: list[float] = []
+    """Return the errors of the rows against float64."""
+    numbers: list[float] = []
     for got, exact in zip(rows, truth, strict=True):
         got, exact = got.reshape(len(got), -1), exact.reshape(len(exact), -1)
         relative = ((got - exact).norm(dim=1) / exact.norm(dim=1)).nan_to_num(math.inf)
-        found += [float(relative.median()), float(relative.max())]
-    return Errors(*found)
+        numbers += [float(relative.median()), float(relative.max())]
+    return Errors(*numbers)
 
 
 def compare(
     regime: Regime, dtype: torch.dtype, device: str, divergence: str
 ) -> tuple[Errors, Errors, float]:
-    """(fastkd's, eager's, what rounding the true gradient to the dtype costs by itself)."""
+    """Return the errors of fastkd, of eager, and of rounding the true gradient to the dtype."""
     student, teacher = draw(regime, dtype, device)
     exact_teacher = teacher.double()
     needs = reference.DIVERGENCES[divergence].needs_labels
@@ -153,7 +153,7 @@ HEAD = (
 
 
 def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [
         f"| {name} | {ours} | {theirs} | {rounded:.0e} |".replace("e-0", "e-")
         for name, (ours, theirs, rounded) in rows
@@ -162,7 +162,7 @@ def table(rows: Iterable[tuple[str, tuple[Errors, Errors, float]]]) -> str:
 
 
 def document(device: str) -> str:
-    """docs/accuracy.md."""
+    """Return the text of docs/accuracy.md."""
     facts = environment.describe(device)
     parts = [
         "# Accuracy\n",
@@ -201,7 +201,7 @@ def document(device: str) -> str:
 
 
 def main() -> None:
-    """Writes the document of a device."""
+    """Write the document for a device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device

@@ -1,8 +1,8 @@
-"""What is measured: shapes named after what people train, and how many rows of each fit a machine.
+"""Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
 The rule for rows. Vision cases have the batch that their recipes use. Language models take as many
 tokens as fit: 8192 on a GPU, halved until one tensor of logits takes at most 1/48 of its memory,
-which leaves room for the rival that is hungriest (eager in float32 on half-precision logits: 16
+which leaves room for the baseline that is hungriest (eager in float32 on half-precision logits: 16
 such tensors) and for two sets of inputs; 128 on a CPU, halved until one float32 tensor takes at
 most 32 MiB, several times what its caches hold.
 """
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Model:
-    """Something people train, as far as its loss is concerned."""
+    """Shape of a well-known model's logits."""
 
     name: str
     classes: int
@@ -47,7 +47,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a shape, a dtype, a temperature, and whether a gradient is wanted."""
+    """One measurement: a shape, a dtype, a temperature, and whether there is a gradient."""
 
     name: str
     rows: int
@@ -71,41 +71,39 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """Size of one tensor of logits."""
+        """Return the number of elements of one tensor of logits."""
         return self.rows * self.classes
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of one tensor of logits."""
+        """Return the bytes of one tensor of logits."""
         return self.elements * DTYPES[self.dtype].itemsize
 
     @property
     def least_bytes(self) -> int:
-        """What must move at least: both logits read and, if wanted, the gradient written."""
+        """Return the least bytes to move: two tensors read and, with a gradient, one written."""
         return (3 if self.gradient else 2) * self.tensor_bytes
 
     @property
     def grad_scale(self) -> float:
-        """What the loss is multiplied by before backward: float16 gradients need it, as under a
-        GradScaler.
-        """
+        """Return the loss scale: float16 gradients need one, as under a GradScaler."""
         return 4096.0 if self.dtype == "fp16" else 1.0
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Describe the case in words."""
         mode = "loss + backward" if self.gradient else "loss alone"
         ignored = f", {self.ignored:.0%} of rows ignored" if self.ignored else ""
         shape = f"{self.rows} x {self.classes} {self.dtype}{', dim=1' if self.pixels else ''}"
         return f"{self.name}: {shape}, T = {self.temperature:g}, {mode}{ignored}"
 
     def asdict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the case as a dictionary for JSON."""
         return asdict(self)
 
 
 def rows_that_fit(classes: int, dtype: str, device: str) -> int:
-    """The rule of this file's head."""
+    """Return the number of rows by the rule in this file's docstring."""
     if device == "cuda":
         rows, size = 8192, DTYPES[dtype].itemsize
         limit = torch.cuda.get_device_properties(0).total_memory // 48
@@ -117,19 +115,19 @@ def rows_that_fit(classes: int, dtype: str, device: str) -> int:
 
 
 def case(name: str, device: str, dtype: str, temperature: float, **options: Any) -> Case:
-    """A case of the model with that name."""
+    """Return a case of the model with this name."""
     model = MODELS[name]
     rows = model.rows or rows_that_fit(model.classes, dtype, device)
     return Case(name, rows, model.classes, dtype, temperature, **options)
 
 
 def default(device: str) -> list[Case]:
-    """A subset that takes a few minutes; what claims.py asks for comes first."""
+    """Return cases that take a few minutes; those that claims.py needs come first."""
     return _default_cuda() if device == "cuda" else _default_cpu()
 
 
 def full(device: str) -> list[Case]:
-    """The default, then every model, dtype and temperature, with and without a gradient."""
+    """Return the default cases and all models and dtypes, with and without gradient."""
     cases = default(device)
     for name in MODELS:
         for dtype in DTYPES:
@@ -208,7 +206,7 @@ def _default_cuda() -> list[Case]:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two cases that only fastkd runs, side by side: what does a difference cost it?"""
+    """Two cases that fastkd alone runs, side by side, to time their difference."""
 
     name: str
     first: Case
@@ -217,7 +215,7 @@ class Duel:
 
 
 def duels(device: str) -> list[Duel]:
-    """The comparisons of fastkd with itself."""
+    """Return the comparisons of fastkd with itself."""
     dtype = "bf16" if device == "cuda" else "fp32"
 
     def fit(classes: int, temperature: float = 2.0, ignored: float = 0.0) -> Case:
@@ -233,9 +231,7 @@ def duels(device: str) -> list[Duel]:
 
 
 def scaling(device: str) -> dict[str, list[Case]]:
-    """Series of cases: against rows, against classes; and, on a CPU, the cases that threads are
-    varied for.
-    """
+    """Return series of cases over rows, classes and, on a CPU, numbers of threads."""
     if device == "cuda":
         rows = [2**power for power in range(0, 14, 2)]
         classes = [10, 100, 1000, 8192, 32000, 65536, 128256, 262144]

@@ -1,4 +1,4 @@
-"""What fastkd promises of its speed, memory and accuracy, as rows that results are held against.
+"""List the claims about speed, memory and accuracy, and check results against them.
 
 A claim has a bound that must be reached and one that is aimed at. It is measured over all the cases
 that it covers, and the worst one counts. What was not measured is said to be so.
@@ -14,13 +14,13 @@ Results = dict[str, Any]
 Values = dict[str, float]
 """The measured value for each case that a claim covers."""
 
-# A page here or there: a peak of "1.0 tensors" that is met within this much is met.
+# A peak may exceed its bound by a few pages, this share of it.
 MEMORY_SLACK = 0.03
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One promise."""
+    """Claim about a measured value."""
 
     what: str
     must: float | None
@@ -31,7 +31,7 @@ class Claim:
     unit: str = "x"
 
     def evaluate(self, results: Results) -> dict[str, Any]:
-        """The row of the table: bounds, the worst measured value, where, and the verdict."""
+        """Return the table row: bounds, the worst measured value, where, and the verdict."""
         values = {title: value for title, value in self.values(results).items() if value == value}
         row = {
             "what": self.what,
@@ -58,9 +58,7 @@ class Claim:
 
 
 def _cases(results: Results, **wanted: Any) -> Iterable[Results]:
-    """The cases whose fields are, or are among, the wanted values; with a gradient unless said
-    otherwise.
-    """
+    """Return the cases with these field values, with a gradient unless stated otherwise."""
     wanted.setdefault("gradient", True)
     for case in results["cases"]:
         if all(
@@ -75,14 +73,14 @@ def _seconds(case: Results, name: str) -> float | None:
     return times["median"] if times else None
 
 
-def _faster_than(rival: str, **wanted: Any) -> Callable[[Results], Values]:
+def _faster_than(baseline: str, **wanted: Any) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for case in _cases(results, **wanted):
-            ours, theirs = _seconds(case, "fastkd"), _seconds(case, rival)
+            ours, theirs = _seconds(case, "fastkd"), _seconds(case, baseline)
             if ours and theirs:
-                found[case["title"]] = theirs / ours
-        return found
+                by_case[case["title"]] = theirs / ours
+        return by_case
 
     return values
 
@@ -94,12 +92,12 @@ def _in_times_of_a_sum(**wanted: Any) -> Callable[[Results], Values]:
 
 def _lane(name: str, field: str, **wanted: Any) -> Callable[[Results], Values]:
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for case in _cases(results, **wanted):
             value = case["lanes"].get(name, {}).get(field)
             if value is not None:
-                found[case["title"]] = value
-        return found
+                by_case[case["title"]] = value
+        return by_case
 
     return values
 
@@ -131,18 +129,18 @@ def _sparse(results: Results) -> Values:
     return {one["title"]: one["of the dense loss"] for one in results.get("sparse", [])}
 
 
-def _divergence(name: str, rival: str = "", **wanted: Any) -> Callable[[Results], Values]:
-    """Its time in those of the forward KL; with a rival, the rival's in its own."""
+def _divergence(name: str, baseline: str = "", **wanted: Any) -> Callable[[Results], Values]:
+    """Return a divergence's time over the forward KL's, or a baseline's time over fastkd's."""
 
     def values(results: Results) -> Values:
-        found = {}
+        by_case = {}
         for one in results.get("divergences", []):
             if one["divergence"] != name or any(one[key] != wanted[key] for key in wanted):
                 continue
-            value = one["rivals"].get(rival) if rival else one["of the forward KL"]
+            value = one["rivals"].get(baseline) if baseline else one["of the forward KL"]
             if value is not None:
-                found[one["title"]] = value
-        return found
+                by_case[one["title"]] = value
+        return by_case
 
     return values
 
@@ -161,28 +159,28 @@ def _near(name: str, statistic: str) -> Callable[[Results], Values]:
 
 
 def _against_rounding(results: Results) -> Values:
-    found = {}
+    by_case = {}
     for case in _cases(results, dtype=("bf16", "fp16")):
         error, rounding = case["lanes"].get("fastkd", {}).get("gradient_error"), case["rounding"]
         if error is not None and rounding:
-            found[case["title"]] = error / rounding
-    return found
+            by_case[case["title"]] = error / rounding
+    return by_case
 
 
 def _against_eager(results: Results) -> Values:
-    found = {}
+    by_case = {}
     for case in _cases(results, dtype="fp32"):
         lanes = case["lanes"]
         ours = lanes.get("fastkd", {}).get("gradient_error")
         eager = lanes.get("eager", {}).get("gradient_error")
         if ours is not None and eager:
-            found[case["title"]] = ours / eager
-    return found
+            by_case[case["title"]] = ours / eager
+    return by_case
 
 
 def _both_devices() -> list[Claim]:
     return [
-        # The gradient, and on a CPU 8 bytes a class and thread for exponentials.
+        # The gradient; on a CPU, also 8 bytes a class and thread for exponentials.
         Claim(
             "extra peak memory, student tensors",
             1.15,
@@ -375,6 +373,6 @@ def _cuda() -> list[Claim]:
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """The rows for the device of some results."""
+    """Return the table rows of all claims about the results' device."""
     claims = _cuda() if results["environment"]["kind"] == "cuda" else _cpu()
     return [claim.evaluate(results) for claim in claims]

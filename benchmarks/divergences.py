@@ -1,4 +1,4 @@
-"""The other divergences: what each costs beside the forward KL, and beside what others run for it.
+"""Time the other divergences beside the forward KL and beside common implementations.
 
 The soft term alone is timed, so that no hard term hides a difference. What no kernel computes is
 measured too, and is marked: there fastkd runs its reference formula in plain PyTorch.
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from benchmarks import rivals
+from benchmarks import baselines
+from benchmarks.baselines import LossFunction
 from benchmarks.cases import MODELS, Case, case
 from benchmarks.measure import WALL_LIMIT, Step, make_sets, time_in_turns
-from benchmarks.rivals import LossFunction
 from benchmarks.suite import quiet_failures
 from benchmarks.truth import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 from fastkd import reference
@@ -39,22 +39,20 @@ CHUNK = 2**21
 
 @dataclass(frozen=True)
 class DivergenceCase:
-    """A shape and a divergence, with its default ``mix``."""
+    """Case of a shape and a divergence, with its default ``mix``."""
 
     dense: Case
     name: str
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Describe the case in words."""
         one = self.dense
         return f"divergences: {self.name}, {one.rows} x {one.classes} {one.dtype}"
 
 
 def cases(device: str) -> list[DivergenceCase]:
-    """Every divergence at 32000 classes, in both of the dtypes that language models are trained in,
-    and Jensen and Shannon's at 128256.
-    """
+    """Return every divergence at 32000 classes in fp32 and bf16, and the JSD at 128256 classes."""
 
     def dense(model: str, dtype: str) -> Case:
         soft_alone: dict[str, Any] = {"temperature": 2.0, "alpha": 0.0}
@@ -71,7 +69,7 @@ def cases(device: str) -> list[DivergenceCase]:
 
 
 def fused(dense: Case, name: str) -> LossFunction:
-    """This package's."""
+    """Compute the divergence by fastkd."""
     options: dict[str, Any] = {"temperature": dense.temperature, "alpha": dense.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
 
@@ -100,7 +98,7 @@ def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _dkd(z: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-    """As the paper's authors write it: the label's logit is pushed out of the other classes."""
+    """Compute the DKD loss as its authors' code does, which masks the label's logit by -1000."""
     chosen = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, labels.unsqueeze(-1), True)
 
     def of_label(logits: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ FORMULAS: dict[str, Plain] = {
 
 
 def plain(dense: Case, name: str) -> LossFunction:
-    """Eager PyTorch, in float32 as accuracy demands."""
+    """Compute the divergence by eager PyTorch, in float32 for accuracy."""
     t, formula = dense.temperature, FORMULAS[name]
     return lambda s, w, y: t**2 * formula(s.float() / t, w.float() / t, y).mean()
 
@@ -149,52 +147,52 @@ def plain(dense: Case, name: str) -> LossFunction:
 
 _TORCHTUNE = {
     "reverse_kl": "ReverseKLLoss",
-    "symmetric_kl": "SymmetricKLLoss",  # half without the entropy: see `check`
-    "soft_cross_entropy": "ForwardKLLoss",  # it leaves the teacher's entropy out
+    "symmetric_kl": "SymmetricKLLoss",  # half, without the entropy; see `check`
+    "soft_cross_entropy": "ForwardKLLoss",  # omits the teacher's entropy
 }
 
 
 def torchtune(dense: Case, name: str) -> LossFunction:
-    """torchtune has no temperature, so it gets logits divided by it."""
+    """Compute the divergence by torchtune, from logits divided by the temperature."""
     t = dense.temperature
-    criterion = getattr(rivals._torchtune_losses(), _TORCHTUNE[name])()
+    criterion = getattr(baselines._torchtune_losses(), _TORCHTUNE[name])()
     return lambda s, w, y: t**2 * criterion(s / t, w / t, y)
 
 
 def liger(dense: Case, name: str) -> LossFunction:
-    """LigerJSD, as among the rivals of the forward KL."""
-    loss = rivals.by_name("Liger JSD").make(dense)
+    """Compute the JSD by Liger-Kernel."""
+    loss = baselines.by_name("Liger JSD").make(dense)
     return lambda s, w, y: dense.temperature**2 * loss(s, w, y)
 
 
 def makers(name: str) -> dict[str, Callable[[Case, str], LossFunction]]:
-    """Every way to compute a divergence."""
-    found: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
+    """Return every way to compute a divergence, by name."""
+    ways: dict[str, Callable[[Case, str], LossFunction]] = {FUSED: fused, PLAIN: plain}
     if name in _TORCHTUNE:
-        found["torchtune"] = torchtune
+        ways["torchtune"] = torchtune
     if name == "jsd":
-        found["Liger"] = liger
-    return found
+        ways["Liger"] = liger
+    return ways
 
 
 # ---- measuring
 
 
 def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
-    """How far a step's loss and gradient on its first inputs are from float64."""
-    given, dense = step.sets[0], one.dense
-    loss, gradient = step.run(given)
+    """Return the errors of a step's loss and gradient on its first inputs, against float64."""
+    inputs, dense = step.sets[0], one.dense
+    loss, gradient = step.run(inputs)
     assert gradient is not None
     options = {"temperature": dense.temperature, "hard_weight": 0.0, "soft_weight": 1.0}
     exact = squares = off = 0.0
     rows = max(1, CHUNK // dense.classes)
     for start in range(0, dense.rows, rows):
         part = slice(start, start + rows)
-        leaf = given.student.detach()[part].double().requires_grad_()
+        leaf = inputs.student.detach()[part].double().requires_grad_()
         truth = reference.loss(
             leaf,
-            given.teacher[part].double(),
-            given.labels[part],
+            inputs.teacher[part].double(),
+            inputs.labels[part],
             divergence=one.name,
             normalizer=float(dense.rows),
             **options,
@@ -207,13 +205,13 @@ def errors(one: DivergenceCase, step: Step) -> tuple[float, float]:
 
 
 def check(one: DivergenceCase, lane: str, step: Step) -> dict[str, float]:
-    """A step's errors, if they are small enough for it to be timed."""
+    """Return a step's errors; raise if they are too large for it to be timed."""
     loss_error, gradient_error = errors(one, step)
     dtype = one.dense.dtype
     loss_limit, limit = LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
     if lane == FUSED:
         loss_limit = limit = TOLERANCE[dtype]
-    # torchtune's forward KL leaves the teacher's entropy out, which the gradient does not see.
+    # torchtune's forward KL omits the teacher's entropy, which has no gradient.
     another_value = lane == "torchtune" and one.name == "symmetric_kl"
     right_loss = loss_error <= loss_limit or another_value
     if one.name == "total_variation":
@@ -224,7 +222,7 @@ def check(one: DivergenceCase, lane: str, step: Step) -> dict[str, float]:
 
 
 def run(one: DivergenceCase, device: str, seconds: float) -> dict[str, Any]:
-    """All ways checked, then timed side by side; times are those of loss and backward."""
+    """Check all implementations, then time loss and backward pass side by side."""
     sets = make_sets(one.dense, device)
     lanes: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}

@@ -1,6 +1,4 @@
-"""What a figure depends on besides the code: device, versions, commit, clocks, and how quiet the
-machine was.
-"""
+"""Describe the environment of a measurement: device, versions, commit, clocks, other load."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ PACKAGES = ("torch", "fastkd", "triton", "liger-kernel", "torchdistill", "torcht
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -34,7 +32,7 @@ def cpu_model() -> str:
 
 
 def device_name(device: str) -> str:
-    """What a report is headed with."""
+    """Return the device's name for a report's heading."""
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     threads = torch.get_num_threads()
@@ -42,9 +40,7 @@ def device_name(device: str) -> str:
 
 
 def slug(device: str) -> str:
-    """The name of the device's folder of results. Processors that share a name (a virtual machine's
-    often is no more than its maker's) differ at least in the kernels that they run.
-    """
+    """Return the name of the device's folder of results; for CPUs it includes the kernels."""
     name = device_name(device)
     if device == "cpu":
         name += " " + info()["CPU kernels"].partition(" ")[0]
@@ -67,7 +63,7 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; FASTKD_COMMIT names it where there is no repository."""
+    """Return the measured commit; FASTKD_COMMIT names it outside a repository."""
     if not (head := _output("git", "rev-parse", "--short", "HEAD")):
         return os.environ.get("FASTKD_COMMIT", "unknown")
     changed = _output(
@@ -77,19 +73,19 @@ def commit() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what is measured."""
-    found = {}
+    """Return the installed versions of the measured packages."""
+    packages = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = torch.__version__
-    return found
+            packages[package] = "not installed"
+    packages["torch"] = torch.__version__
+    return packages
 
 
 def clocks(device: str) -> dict[str, str]:
-    """The clocks now, where they are known."""
+    """Return the current clock rates, where they are known."""
     if device == "cuda":
         fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
         line = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
@@ -108,14 +104,14 @@ def _read(path: str) -> str:
 
 
 def cpu_ticks() -> tuple[int, int]:
-    """(stolen, all) ticks of all processors: what a virtual machine's host took, and time."""
+    """Return (stolen, all) ticks of all processors; a virtual machine's host steals ticks."""
     first = _read("/proc/stat").partition("\n")[0].split()[1:]
     ticks = [int(value) for value in first]
     return (ticks[7] if len(ticks) > 7 else 0), sum(ticks[:8])
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Everything, for the head of a report."""
+    """Return the description for the head of a report."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "device": device_name(device),

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.linear``: two linear heads and their loss, time and memory.
+"""Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
 
 Every way to compute it is checked against float64, then all are timed in turns. Each time is also
 given as a multiple of the GEMM time, the duration of the four necessary matrix products: the logits
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 import fastkd
 from benchmarks import environment, memory, report
+from benchmarks.baselines import UnavailableError, _import
 from benchmarks.cases import DTYPES
 from benchmarks.measure import time_in_turns
-from benchmarks.rivals import UnavailableError, _import
 from fastkd import Head
 from fastkd.linear.planner import MIB
 
@@ -38,7 +38,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One shape and its targets: multiples of the GEMM time, and memory in MiB."""
+    """Shape with its bounds: multiples of the GEMM time, and memory in MiB."""
 
     name: str
     rows: int
@@ -57,7 +57,7 @@ class LinearCase:
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Describe the case in words."""
         ignored = f", {self.ignored:.0%} of the rows ignored" if self.ignored else ""
         return (
             f"{self.name}: {self.rows} rows, {self.student_width} (teacher {self.teacher_width}) x "
@@ -66,7 +66,7 @@ class LinearCase:
 
 
 def cases(device: str) -> list[LinearCase]:
-    """Heads of language models on a GPU; on a CPU, one that is large for it."""
+    """Return heads of language models for a GPU, and one large head for a CPU."""
     if device == "cuda":
         llama = ("llama-3", 4096, 2048, 4096, 128256, "bf16")
         qwen = ("qwen", 8192, 1024, 4096, 151936, "bf16")
@@ -96,7 +96,7 @@ def cases(device: str) -> list[LinearCase]:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case, in the order that Liger takes them."""
+    """Tensors of a case, in the order of Liger's arguments."""
 
     hidden: Tensor
     weight: Tensor
@@ -106,12 +106,12 @@ class Inputs(NamedTuple):
 
     @property
     def heads(self) -> tuple[Head, Head]:
-        """Student and teacher."""
+        """Return student and teacher as Heads."""
         return Head(*self[:2]), Head(*self[2:4])
 
 
 def make_inputs(case: LinearCase, device: str) -> Inputs:
-    """Logits with a standard deviation of 3, some classes standing out as in trained models."""
+    """Draw inputs whose logits have a standard deviation of 3 and a few outstanding classes."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, width: int, scale: float = 1.0) -> Tensor:
@@ -137,10 +137,10 @@ LossFunction = Callable[[Inputs], Tensor]
 
 
 def _fastkd(**chunks: Any) -> LossFunction:
-    """fastkd.loss with a plan of these options."""
+    """Return a call of fastkd.loss with a plan of these options."""
 
-    def loss(given: Inputs) -> Tensor:
-        arguments = (*given.heads, given.labels)
+    def loss(inputs: Inputs) -> Tensor:
+        arguments = (*inputs.heads, inputs.labels)
         options: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA}
         if chunks:
             options["chunks"] = fastkd.chunks.plan(*arguments, **chunks, **options)
@@ -150,12 +150,12 @@ def _fastkd(**chunks: Any) -> LossFunction:
 
 
 def fused(case: LinearCase) -> LossFunction:
-    """fastkd.loss as it comes."""
+    """Compute the loss by fastkd with default options."""
     return _fastkd()
 
 
 def fused_small(case: LinearCase) -> LossFunction:
-    """Rows in chunks within a bound, the weight's gradient summed in its own dtype."""
+    """Compute the loss in bounded chunks of rows, the weight's gradient summed in its own dtype."""
     if not case.small_mib:
         raise UnavailableError("not tried")
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
@@ -163,40 +163,40 @@ def fused_small(case: LinearCase) -> LossFunction:
 
 
 def fused_smallest(case: LinearCase) -> LossFunction:
-    """Classes in chunks: the logits are computed twice."""
+    """Compute the loss in chunks of classes, which compute the logits twice."""
     return _fastkd(chunk_by="classes")
 
 
-def _eager(given: Inputs, upcast: bool) -> Tensor:
+def _eager(inputs: Inputs, upcast: bool) -> Tensor:
     with torch.no_grad():
-        teacher = F.linear(given.teacher_hidden, given.teacher_weight)
-    student = F.linear(given.hidden, given.weight)
-    valid = given.labels != -100
+        teacher = F.linear(inputs.teacher_hidden, inputs.teacher_weight)
+    student = F.linear(inputs.hidden, inputs.weight)
+    valid = inputs.labels != -100
     if not valid.all():
         student, teacher = student[valid], teacher[valid]
     if upcast:
         student, teacher = student.float(), teacher.float()
     log_q = F.log_softmax(student / TEMPERATURE, -1)
     soft = F.kl_div(log_q, F.softmax(teacher / TEMPERATURE, -1), reduction="batchmean")
-    hard = F.cross_entropy(student, given.labels[valid])
+    hard = F.cross_entropy(student, inputs.labels[valid])
     return ALPHA * hard + (1 - ALPHA) * TEMPERATURE**2 * soft
 
 
 def eager(case: LinearCase) -> LossFunction:
-    """PyTorch as tutorials write it."""
-    return lambda given: _eager(given, upcast=False)
+    """Compute the loss by the usual PyTorch operations."""
+    return lambda inputs: _eager(inputs, upcast=False)
 
 
 def eager_upcast(case: LinearCase) -> LossFunction:
-    """The same on logits cast to float32."""
+    """Compute the loss by PyTorch operations on logits cast to float32."""
     if case.dtype == "fp32":
         raise UnavailableError("the same as eager in float32")
-    return lambda given: _eager(given, upcast=True)
+    return lambda inputs: _eager(inputs, upcast=True)
 
 
 def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
     liger = _import("liger_kernel.chunked_loss", "liger-kernel")
-    # Without T^2, which its weights can make up for; its beta of 0 is the forward KL.
+    # Liger has no T^2, which the weights replace; its beta=0 is the forward KL.
     criterion = liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=ALPHA,
         weight_soft_loss=(1 - ALPHA) * TEMPERATURE**2,
@@ -205,16 +205,16 @@ def _liger_chunked(case: LinearCase, compiled: bool) -> LossFunction:
         compiled=compiled,
         chunk_size=1024,
     )
-    return lambda given: criterion(*given)
+    return lambda inputs: criterion(*inputs)
 
 
 def liger(case: LinearCase) -> LossFunction:
-    """Liger's chunked loss, compiled."""
+    """Compute the loss by Liger-Kernel's chunked loss, compiled."""
     return _liger_chunked(case, compiled=True)
 
 
 def liger_plain(case: LinearCase) -> LossFunction:
-    """Liger's chunked loss, not compiled."""
+    """Compute the loss by Liger-Kernel's chunked loss, not compiled."""
     return _liger_chunked(case, compiled=False)
 
 
@@ -229,18 +229,18 @@ LANES: dict[str, Callable[[LinearCase], LossFunction]] = {
 }
 
 
-def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
-    """The four products of the rows that count, into memory that is there already."""
-    hidden, weight = given.hidden.detach(), given.weight.detach()
-    valid = given.labels != -100
-    hidden, teacher_hidden = hidden[valid], given.teacher_hidden[valid]
+def products_alone(case: LinearCase, inputs: Inputs) -> Callable[[], None]:
+    """Compute the four matrix products of the valid rows into allocated memory."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    valid = inputs.labels != -100
+    hidden, teacher_hidden = hidden[valid], inputs.teacher_hidden[valid]
     logits = torch.empty(len(hidden), case.classes, dtype=hidden.dtype, device=hidden.device)
     teacher = torch.empty_like(logits)
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
         torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(teacher_hidden, given.teacher_weight.t(), out=teacher)
+        torch.mm(teacher_hidden, inputs.teacher_weight.t(), out=teacher)
         torch.mm(logits, weight, out=hidden_grad)
         torch.mm(logits.t(), hidden, out=weight_grad)
 
@@ -250,19 +250,19 @@ def products_alone(case: LinearCase, given: Inputs) -> Callable[[], None]:
 # ---- measuring
 
 
-def step(function: LossFunction, given: Inputs) -> Tensor:
-    """Loss and gradients, which replace those of the step before."""
-    given.hidden.grad = given.weight.grad = None
-    loss = function(given)
+def step(function: LossFunction, inputs: Inputs) -> Tensor:
+    """Compute loss and gradients, which replace those of the previous step."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    loss = function(inputs)
     loss.backward()
     return loss
 
 
-def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
-    """The loss and its gradients in float64, some rows at a time."""
-    wide = [value.detach().double() for value in given[:4]]
+def truth(inputs: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
+    """Compute the loss and its gradients in float64, some rows at a time."""
+    wide = [value.detach().double() for value in inputs[:4]]
     hidden, weight = wide[0], wide[1].requires_grad_()
-    count = int((given.labels != -100).sum())
+    count = int((inputs.labels != -100).sum())
     total, hidden_grads = 0.0, []
     weight_grad = torch.zeros_like(wide[1])
     for start in range(0, len(hidden), rows):
@@ -271,7 +271,7 @@ def truth(given: Inputs, rows: int = 256) -> tuple[float, Tensor, Tensor]:
         loss = fastkd.reference.loss(
             F.linear(leaf, weight),
             F.linear(wide[2][part], wide[3]),
-            given.labels[part],
+            inputs.labels[part],
             temperature=TEMPERATURE,
             hard_weight=ALPHA,
             soft_weight=1 - ALPHA,
@@ -294,15 +294,15 @@ def _distance(grad: Tensor | None, right: Tensor) -> float:
 
 
 def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
-    """Memory of a step beyond its inputs."""
+    """Return the peak memory of a step beyond its inputs, in MiB."""
     if device == "cuda":
-        function, given = LANES[name](case), make_inputs(case, device)
-        step(function, given)
-        given.hidden.grad = given.weight.grad = None
+        function, inputs = LANES[name](case), make_inputs(case, device)
+        step(function, inputs)
+        inputs.hidden.grad = inputs.weight.grad = None
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(function, given)
+        step(function, inputs)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     command = [sys.executable, "-m", "benchmarks.linear", "--peak", json.dumps(asdict(case)), name]
@@ -322,32 +322,32 @@ def peak_mib(case: LinearCase, name: str, device: str) -> float | None:
 
 
 def _peak_here(case: LinearCase, name: str) -> int:
-    """The same in this process, in bytes, as memory.py measures it."""
-    function, given = LANES[name](case), make_inputs(case, "cpu")
-    step(function, given)
-    given.hidden.grad = given.weight.grad = None
+    """Return the peak memory of a step in this process, in bytes."""
+    function, inputs = LANES[name](case), make_inputs(case, "cpu")
+    step(function, inputs)
+    inputs.hidden.grad = inputs.weight.grad = None
     memory._settle()
     before = memory._status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    step(function, given)
+    step(function, inputs)
     return max(0, memory._status("VmHWM") - before)
 
 
 def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict[str, Any]:
-    """All ways checked, timed in turns, and their memory measured."""
-    given = make_inputs(case, device)
-    exact = truth(given)
+    """Check all implementations, time them in turns, and measure their memory."""
+    inputs = make_inputs(case, device)
+    exact = truth(inputs)
     records: dict[str, dict[str, Any]] = {}
-    lanes: dict[str, Callable[[], object]] = {"products alone": products_alone(case, given)}
+    lanes: dict[str, Callable[[], object]] = {"products alone": products_alone(case, inputs)}
     for name in names:
         try:
             function = LANES[name](case)
-            loss = step(function, given)
+            loss = step(function, inputs)
             records[name] = {
                 "status": "ok",
                 "loss_error": abs(loss.item() / exact[0] - 1),
-                "hidden_error": _distance(given.hidden.grad, exact[1]),
-                "weight_error": _distance(given.weight.grad, exact[2]),
+                "hidden_error": _distance(inputs.hidden.grad, exact[1]),
+                "weight_error": _distance(inputs.weight.grad, exact[2]),
             }
         except UnavailableError as reason:
             if str(reason) not in ("not tried", "the same as eager in float32"):
@@ -359,13 +359,13 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
         if max(records[name]["hidden_error"], records[name]["weight_error"]) > 0.25:
             records[name]["status"] = "wrong answer"
             continue
-        lanes[name] = lambda function=function: step(function, given)
+        lanes[name] = lambda function=function: step(function, inputs)
     del exact
     gc.collect()
     kind = "device" if device == "cuda" else "wall"
     times = time_in_turns(lanes, device, kind, seconds)
     del lanes
-    given.hidden.grad = given.weight.grad = None
+    inputs.hidden.grad = inputs.weight.grad = None
     gc.collect()
     floor = times["products alone"]
     for name, measured in times.items():
@@ -380,9 +380,9 @@ def run(case: LinearCase, device: str, seconds: float, names: list[str]) -> dict
 # ---- showing
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
-    """What was to be reached, and whether it was."""
-    lanes = found["lanes"]
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Return each bound with the measured value and the verdict."""
+    lanes = results["lanes"]
 
     def held(name: str, bound: tuple[float, float]) -> str:
         record = lanes.get(name, {})
@@ -393,16 +393,16 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         return f"{name}: target of {bound[0]:.2f}x the GEMM time and {bound[1]:.0f} MiB {verdict}"
 
     result = []
-    if found["small_mib"] and "fastkd, small" in lanes:
-        summed = "bfloat16" if found["dtype"] == "bf16" else "float32"
-        result.append(f"small: max_workspace of {found['small_mib']} MiB, dW summed in {summed}")
+    if results["small_mib"] and "fastkd, small" in lanes:
+        summed = "bfloat16" if results["dtype"] == "bf16" else "float32"
+        result.append(f"small: max_workspace of {results['small_mib']} MiB, dW summed in {summed}")
     for name, key in (
         ("fastkd", "must"),
         ("fastkd, small", "small_must"),
         ("fastkd, smallest", "smallest_must"),
     ):
-        if found.get(key):  # runs of earlier versions do not have all
-            result.append(held(name, found[key]))
+        if results.get(key):  # older results lack some keys
+            result.append(held(name, results[key]))
     theirs = lanes.get("eager", {})
     for name in ("fastkd", "fastkd, smallest"):
         ours = lanes.get(name, {})
@@ -417,7 +417,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
 
 
 def error_verdicts(lanes: dict[str, Any]) -> list[str]:
-    """Gradients in 16 bits: at most eager's errors, and 1.1 of those with logits in float32."""
+    """Check 16-bit gradients: at most eager's errors, and 1.1 times those with float32 logits."""
     bounds = {"eager": 1.0, "eager fp32": 1.1}
     if any("weight_error" not in lanes.get(name, {}) for name in bounds):
         return []
@@ -426,18 +426,18 @@ def error_verdicts(lanes: dict[str, Any]) -> list[str]:
         for name, record in lanes.items()
         if name.startswith("fastkd") and "weight_error" in record
         for title, key in (("dX", "hidden_error"), ("dW", "weight_error"))
-        if any(record[key] > factor * lanes[rival][key] for rival, factor in bounds.items())
+        if any(record[key] > factor * lanes[baseline][key] for baseline, factor in bounds.items())
     ]
     return missed or ["errors of dX and dW: at most eager's, and at most 1.1x eager fp32's"]
 
 
-def table(found: dict[str, Any]) -> str:
-    """A case as Markdown."""
+def table(results: dict[str, Any]) -> str:
+    """Return a case as Markdown."""
     lines = [
         "| | time | time / GEMM time | MiB | loss error | dX error | dW error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, record in found["lanes"].items():
+    for name, record in results["lanes"].items():
         if record["status"] != "ok":
             lines.append(f"| {name} | {record['status']} | | | | | |")
             continue
@@ -455,18 +455,18 @@ def table(found: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All cases."""
+    """Return all cases as Markdown."""
     load = results["environment"]["load at the start"]
     busy = f" Other work was running (load {load}): times suffered." if load > 0.5 else ""
     parts = [f"{report.headline(results)}.{busy}"]
-    for found in results["cases"]:
-        notes = "; ".join(verdicts(found))
-        parts += [f"**{found['title']}**", table(found)] + ([f"{notes}."] if notes else [])
+    for each in results["cases"]:
+        notes = "; ".join(verdicts(each))
+        parts += [f"**{each['title']}**", table(each)] + ([f"{notes}."] if notes else [])
     return "\n\n".join(parts) + "\n"
 
 
 def planned() -> str:
-    """What the planner says of the least memory on a GPU, where nothing was measured."""
+    """Return the planner's least memory on a GPU, where nothing was measured."""
     lines = [
         "Planned for a GPU by `fastkd.chunks.plan`, not measured (Liger: its fused kernel, H100):",
         "",
@@ -499,7 +499,7 @@ def planned() -> str:
 
 
 def rewrite_page() -> str:
-    """Puts every saved run's tables, and what is planned, between the page's marks."""
+    """Write every saved run's tables, and the plans, between the page's marks."""
     saved = sorted(report.RESULTS.glob("*/linear.json"))
     body = "\n".join([*(markdown(json.loads(path.read_text())) for path in saved), planned()])
     text = PAGE.read_text()
@@ -510,7 +510,7 @@ def rewrite_page() -> str:
 
 
 def main() -> None:
-    """Parses the command line and runs what it asks for."""
+    """Parse the command line, and run the chosen part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
@@ -536,11 +536,12 @@ def main() -> None:
     for case in cases(device):
         if chosen.only and chosen.only not in case.title:
             continue
-        found = run(
+        record = run(
             case, device, chosen.seconds or (2.0 if device == "cuda" else 20.0), chosen.lanes
         )
-        results["cases"].append(found)
-        print(f"{found['title']}\n{table(found)}\n" + "\n".join(verdicts(found)) + "\n", flush=True)
+        results["cases"].append(record)
+        print(f"{record['title']}\n{table(record)}\n" + "\n".join(verdicts(record)), flush=True)
+        print()
     if chosen.no_save:
         return
     output = chosen.output or report.RESULTS / environment.slug(device)

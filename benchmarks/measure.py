@@ -1,4 +1,4 @@
-"""Timing: what is compared runs in one process, in turns, on inputs that are not in the caches.
+"""Time calls in one process, in turns, on inputs that are not in the caches.
 
 - In turns: each round runs every lane once, and the order rotates and reverses from round to round,
   so that a drift of the clocks, a neighbour's load or what the last lane left in the caches favours
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import LossFunction
 from benchmarks.cases import DTYPES, Case
-from benchmarks.rivals import LossFunction
 
 WALL_LIMIT = 2**22
 """Under this many logits a GPU case is timed by the wall clock."""
@@ -40,7 +40,7 @@ class Inputs:
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last-level cache."""
+    """Return the size of the last-level cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     size = 0
@@ -52,9 +52,7 @@ def cache_bytes(device: str) -> int:
 
 
 def make_inputs(case: Case, device: str, seed: int) -> Inputs:
-    """Logits as trained models have them: a few classes stand out, and the student half follows the
-    teacher.
-    """
+    """Draw logits like trained models': few classes stand out, the student is near the teacher."""
     generator = torch.Generator(device).manual_seed(seed)
     shape, dtype = (case.rows, case.classes), DTYPES[case.dtype]
     teacher = torch.randn(shape, generator=generator, device=device).mul_(2.5)
@@ -72,14 +70,14 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
 
 
 def make_sets(case: Case, device: str) -> list[Inputs]:
-    """Enough sets of inputs that one is out of the caches when its turn comes again."""
+    """Draw enough sets of inputs that each has left the caches before its next turn."""
     each = 2 * case.tensor_bytes
     count = max(2, min(16, -(-3 * cache_bytes(device) // each)))
     return [make_inputs(case, device, seed) for seed in range(count)]
 
 
 class _Produce(torch.autograd.Function):
-    """Hands out logits as a model does: not a leaf, and free to be written over."""
+    """Return logits that are no leaf and may be overwritten, as a model's output."""
 
     @staticmethod
     def forward(ctx: object, logits: Tensor, anchor: Tensor, sink: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -94,9 +92,7 @@ class _Produce(torch.autograd.Function):
 
 @dataclass
 class Step:
-    """One loss, with its backward pass if the case wants a gradient; what a training step would
-    call.
-    """
+    """Loss with its backward pass if the case has a gradient, as in a training step."""
 
     case: Case
     function: LossFunction
@@ -107,12 +103,12 @@ class Step:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
     def __call__(self) -> None:
-        """Runs on the next set of inputs."""
+        """Run on the next set of inputs."""
         self.run(self.sets[self.turn])
         self.turn = (self.turn + 1) % len(self.sets)
 
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        """The loss and the gradient on some inputs."""
+        """Return the loss and the gradient on some inputs."""
         if not self.case.gradient:
             with torch.no_grad():
                 return self.function(inputs.student, inputs.teacher, inputs.labels), None
@@ -139,7 +135,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call."""
+    """Percentiles of the seconds of one call."""
 
     median: float
     p20: float
@@ -148,7 +144,7 @@ class Times:
 
     @classmethod
     def of(cls, samples: list[float]) -> Times:
-        """The percentiles of some samples."""
+        """Compute the percentiles of samples."""
         if len(samples) == 1:
             return cls(samples[0], samples[0], samples[0], 1)
         fifths = statistics.quantiles(samples, n=5, method="inclusive")
@@ -156,17 +152,15 @@ class Times:
 
 
 class Clock:
-    """How one call's time is taken: "wall" for what a caller waits for, "device" for a GPU's share
-    of it.
-    """
+    """Clock of one call: "wall" for the caller's time, "device" for the GPU's share of it."""
 
     def __init__(self, device: str, kind: str) -> None:
-        """``kind`` is "wall" or "device"."""
+        """Choose the kind of clock, "wall" or "device"."""
         self.cuda = device == "cuda"
         self.kind = kind if self.cuda else "wall"
 
     def wall(self, call: Callable[[], object], count: int) -> float:
-        """Seconds of one of ``count`` calls in a row."""
+        """Return the seconds of one of ``count`` consecutive calls."""
         if self.cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -179,7 +173,7 @@ class Clock:
     def device(
         self, call: Callable[[], object], host: float
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Events around a call that the host has sent before the device begins with it."""
+        """Return the seconds between two events around a call that is queued before it starts."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(min(1.5 * host + 5e-5, 5e-3) * SLEEP_CYCLES_PER_SECOND))
         start.record()
@@ -189,7 +183,7 @@ class Clock:
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
-    """How long the host takes to send a call's work to the device."""
+    """Return the seconds that the host takes to send a call's work to the device."""
     best = float("inf")
     for _ in range(3):
         torch.cuda.synchronize()
@@ -206,9 +200,7 @@ def time_in_turns(
     seconds: float,
     least_rounds: int = 9,
 ) -> dict[str, Times]:
-    """The times of several calls that take turns for about ``seconds``, at least ``least_rounds``
-    times each.
-    """
+    """Time several calls in turns for about ``seconds``, at least ``least_rounds`` times each."""
     clock = Clock(device, kind)
     estimates: dict[str, float] = {}
     host: dict[str, float] = {}
@@ -252,7 +244,7 @@ def time_in_turns(
 
 
 def cuda_peak_tensors(step: Step) -> float:
-    """Most memory in use during a call beyond what was in use before it, in tensors of logits."""
+    """Return the peak memory of a call beyond the memory before it, in tensors of logits."""
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,12 +1,11 @@
-"""Peak memory of a call on a CPU, in a process of its own.
+"""Measure the peak memory of a call on a CPU, in a process of its own.
 
-The kernel keeps the most memory that a process ever had resident (VmHWM), and forgets it when asked
-(clear_refs, Linux). So each rival runs once to have loaded and compiled what it needs, freed memory
-goes back to the system, the peak is forgotten, the rival runs again, and the new peak less what was
-resident before is what it took. The first run's gradient is held until then: fastkd would use its
-memory again. The child's malloc gives every large tensor pages of its own, so that tensors are
-counted while they live: left to itself, glibc keeps holes between them, and eager PyTorch then
-takes up to twice as much.
+Linux stores the peak resident memory of a process (VmHWM) and resets it on request (clear_refs).
+Each baseline runs once, to load and compile its code. Free memory goes back to the system, the peak
+is reset, and the baseline runs again; the result is the new peak less the memory before. The first
+run's gradient is held until then, because fastkd would recycle its memory. The child's malloc gives
+every large tensor pages of its own, so that tensors are counted while they live. Otherwise glibc
+keeps holes between tensors, and eager PyTorch then takes up to twice as much.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, rivals
+from benchmarks import baselines, measure
 from benchmarks.cases import Case
 
 
@@ -38,10 +37,10 @@ def _settle() -> None:
 
 
 def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
-    """Extra peak of each rival, in tensors of logits; None for what fails."""
+    """Return the extra peak of each baseline, in tensors of logits; None if it fails."""
     result: dict[str, float | None] = {}
     for name in names:
-        one = rivals.by_name(name)
+        one = baselines.by_name(name)
         try:
             inputs = measure.make_inputs(case, "cpu", 0)
             step = measure.Step(case, one.make(case), [inputs], one.non_leaf)
@@ -60,7 +59,7 @@ def peaks(case: Case, names: list[str]) -> dict[str, float | None]:
 
 
 def peaks_in_child(case: Case, names: list[str], threads: int) -> dict[str, float | None]:
-    """The same from another process; all None where the system does not tell."""
+    """Measure the peaks in another process; all None where the system has no VmHWM."""
     arguments = [json.dumps(case.asdict()), str(threads), *names]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     folder = Path(__file__).parent.parent

@@ -1,6 +1,4 @@
-"""Plots of results: overview.png for a newcomer, scaling.png for those who ask what it costs to
-grow.
-"""
+"""Plot results: overview.png for newcomers, scaling.png for the cost of larger inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +11,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MultipleLocator
 
 from benchmarks import report
 
 Results = dict[str, Any]
 
+INK = "#7d8590"  # readable on white and on the dark backgrounds of GitHub and of the docs
 COLOURS = {
-    "fastkd": "#0b6e4f",
+    "fastkd": "#2a9d6f",
     "eager": "#8d99ae",
-    "eager fp32": "#5c677d",
+    "eager fp32": "#67748e",
     "torch.compile": "#e09f3e",
     "torch.compile best": "#b5651d",
     "Liger KL + CE": "#9d8189",
@@ -48,28 +48,32 @@ def _style() -> None:
             "font.size": 11,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "figure.facecolor": "white",
+            "savefig.transparent": True,
             "savefig.dpi": 160,
+            **dict.fromkeys(
+                ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
+                INK,
+            ),
         }
     )
 
 
 def _overview_cases(results: Results) -> list[Results]:
-    """One case of each well-known model and dtype, at most six; with many rivals, fewer cases."""
+    """Select one case of each well-known model and dtype, at most six."""
     wanted: tuple[str, ...] = OVERVIEW
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     if results["environment"]["kind"] == "cuda":
         wanted = ("imagenet-1k", "llama-2", "llama-3", "gemma")
         dtypes = ("bf16",)
-    found: dict[tuple[str, str], Results] = {}
+    firsts: dict[tuple[str, str], Results] = {}
     for case in results["cases"]:
         name = case["name"].split(",")[0]
         small = case["name"].endswith("small batch")
         usable = case["gradient"] and report.ratio(case, "fastkd") and not small
         if name in wanted and usable and case["dtype"] in dtypes:
-            found.setdefault((name, case["dtype"]), case)
-    compiled = [case for case in found.values() if report.ratio(case, "torch.compile")]
-    chosen = compiled if len(compiled) >= 3 else list(found.values())
+            firsts.setdefault((name, case["dtype"]), case)
+    compiled = [case for case in firsts.values() if report.ratio(case, "torch.compile")]
+    chosen = compiled if len(compiled) >= 3 else list(firsts.values())
     chosen.sort(
         key=lambda case: (OVERVIEW.index(case["name"].split(",")[0]), case["dtype"] == "bf16")
     )
@@ -77,7 +81,7 @@ def _overview_cases(results: Results) -> list[Results]:
 
 
 def overview(results: Results, path: Path) -> None:
-    """How many times as long each rival takes, for a few models."""
+    """Draw the time of each baseline relative to fastkd, for a few models."""
     cases = _overview_cases(results)
     if not cases:
         return
@@ -103,14 +107,15 @@ def overview(results: Results, path: Path) -> None:
         text = f"{value:.1f}x  ({seconds})"
         if name == "fastkd":
             share = case["lanes"][name].get("share")
-            text = f"{seconds}" + (f", {share:.0%} of the memory's speed" if share else "")
+            text = f"{seconds}" + (f", {100 * share:.0f} % of memory bandwidth" if share else "")
         weight = "bold" if name == "fastkd" else "normal"
         axes.text(value + longest * 0.008, y, text, va="center", fontsize=9, weight=weight)
     axes.invert_yaxis()
     axes.set_yticks(ticks, labels)
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, longest * 1.2)
-    axes.set_xlabel("in times of fastkd's (shorter is better)")
+    axes.xaxis.set_major_locator(MultipleLocator(5))
+    axes.set_xlabel("time relative to fastkd (shorter is better)")
     handles = [Patch(color=COLOURS[name]) for name in names]
     figure.legend(
         handles,
@@ -129,7 +134,7 @@ def overview(results: Results, path: Path) -> None:
 
 
 def _caption(figure: Any, results: Results) -> None:
-    figure.supxlabel(report.headline(results), fontsize=7.5, color="#666666")
+    figure.supxlabel(report.headline(results), fontsize=7.5)
 
 
 def _series(
@@ -148,18 +153,18 @@ def _series(
 
 
 def _limit(axes: Axes, results: Results, points: list[Results], along: str) -> None:
-    """The time in which the memory could move what must be moved."""
+    """Draw the time that the memory bandwidth alone would take."""
     if not results["streams"]:
         return
     _, speed = next(iter(results["streams"].values()))
     sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
     x = [point[along] for point in points]
     y = [3 * p["rows"] * p["classes"] * sizes[p["dtype"]] / speed * 1e3 for p in points]
-    axes.plot(x, y, ":", color="#333333", label="memory's limit")
+    axes.plot(x, y, ":", color=INK, label="memory bandwidth")
 
 
 def scaling(results: Results, path: Path) -> None:
-    """Cost against rows, classes and threads."""
+    """Plot the cost over rows, classes and threads."""
     series = results["scaling"]
     if not series:
         return
@@ -182,9 +187,9 @@ def scaling(results: Results, path: Path) -> None:
             _limit(axes, results, points, name)
             axes.set_xscale("log")
         axes.set_yscale("log")
-        if name == "threads":  # the lines cross the whole panel: room for the legend below them
+        if name == "threads":  # the lines cross the whole panel, so the legend is below them
             axes.set_ylim(bottom=axes.get_ylim()[0] / 6)
-        axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        axes.grid(True, which="major", color=INK, alpha=0.3, linewidth=0.6)
         axes.set_xlabel(_fixed(name, points))
         axes.set_ylabel("ms for a loss and its gradient")
         axes.legend(frameon=False, fontsize=8, loc="lower left" if name == "threads" else "best")
@@ -203,6 +208,6 @@ def _fixed(name: str, points: list[Results]) -> str:
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Every plot of some results."""
+    """Draw every plot of some results."""
     overview(results, folder / "overview.png")
     scaling(results, folder / "scaling.png")

@@ -1,6 +1,4 @@
-"""Shows results: tables for the terminal, JSON and Markdown under results/<device>/, and the
-README's section.
-"""
+"""Write results: tables for the terminal, JSON and Markdown files, and the README's section."""
 
 from __future__ import annotations
 
@@ -13,14 +11,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rivals import RIVALS
+from benchmarks.baselines import BASELINES
 
 Results = dict[str, Any]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LEGEND = """`python -m benchmarks` writes this file. Every answer was checked against float64 before
 it was timed. Baselines took turns in one process, on inputs that were out of the caches; times are
 medians. "Of stream" is the time that the memory needs for both logits (and the gradient), over the
@@ -28,14 +25,21 @@ time taken; "peak" the extra memory, in tensors of logits. Errors are relative t
 gradient's in the 2-norm."""
 DIVERGENCES = """The soft term alone, loss + backward, T = 2: fastkd's time, the same in times of
 its forward KL, and how many times as long others take (PyTorch: eager, in float32)."""
-README_RIVALS = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
+README_BASELINES = ("eager", "eager fp32", "torch.compile", "torch.compile best", "Liger KL + CE")
+README_CASES = (
+    ("llama-3", "bf16"),
+    ("llama-2", "fp32"),
+    ("imagenet-1k", "fp32"),
+    ("digits", "fp32"),
+)
+PENDING = "benchmarks/results/PENDING.md"
 
 
 # ---- numbers in words
 
 
 def duration(seconds: float) -> str:
-    """A time with three digits and its unit."""
+    """Format a time with three digits and its unit."""
     unit, scale = "us", 1e-6
     if seconds >= 1e-3:
         unit, scale = ("ms", 1e-3) if seconds < 1 else ("s", 1.0)
@@ -44,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def times(value: float | None, digits: int = 1) -> str:
-    """A ratio."""
+    """Format a ratio."""
     if value is None:
         return ""
     return f"{value:.{digits if value < 99.5 else 0}f}x"
@@ -87,16 +91,16 @@ def case_rows(case: Results) -> Rows:
     rows = []
     for name, record in case["lanes"].items():
         if record["status"].startswith("not available"):
-            continue  # said once, for the whole run
-        found = record.get("times")
+            continue  # printed once, for the whole run
+        seconds = record.get("times")
         notes = [] if record["status"] == "ok" else [record["status"]]
         if "compile_seconds" in record:
             notes.append(f"compiled in {record['compile_seconds']:.0f} s")
         rows.append(
             [
                 name,
-                duration(found["median"]) if found else "",
-                f"{duration(found['p20'])} to {duration(found['p80'])}" if found else "",
+                duration(seconds["median"]) if seconds else "",
+                f"{duration(seconds['p20'])} to {duration(seconds['p80'])}" if seconds else "",
                 times(ratio(case, name), 2),
                 _optional(record.get("bytes_per_second", 0) / 1e9 or None, ".1f"),
                 _optional(record.get("share"), ".2f"),
@@ -110,10 +114,10 @@ def case_rows(case: Results) -> Rows:
 
 
 def summary_rows(results: Results) -> Rows:
-    """A line for each case: fastkd's time, and the baselines' times divided by it."""
+    """Return a line for each case: fastkd's time, and the baselines' times divided by it."""
     names = [
         one.name
-        for one in RIVALS
+        for one in BASELINES
         if one.name != "fastkd" and any(ratio(case, one.name) for case in results["cases"])
     ]
     heading = ["case", "shape", "T", "fastkd", "of stream", *names, "s.sum()"]
@@ -136,7 +140,7 @@ def summary_rows(results: Results) -> Rows:
 
 
 def claim_rows(results: Results) -> Rows:
-    """Promises and what was measured."""
+    """Return the claims and their measured values."""
     heading = ["claim", "must", "aim", "measured", "", "worst at"]
     rows = []
     for claim in results["claims"]:
@@ -162,7 +166,7 @@ def claim_rows(results: Results) -> Rows:
 
 
 def duel_rows(results: Results) -> Rows:
-    """fastkd against itself."""
+    """Return the comparisons of fastkd with itself."""
     rows = [
         [
             duel["name"],
@@ -177,7 +181,7 @@ def duel_rows(results: Results) -> Rows:
 
 
 def sparse_rows(results: Results) -> Rows:
-    """The sparse teacher against all of its logits."""
+    """Return the times of a sparse teacher over those of all logits."""
     names = list(dict.fromkeys(name for one in results["sparse"] for name in one["lanes"]))
     rows = [
         [
@@ -192,12 +196,12 @@ def sparse_rows(results: Results) -> Rows:
 
 
 def divergence_rows(results: Results) -> Rows:
-    """Each divergence beside the forward KL, and what others take for it."""
-    found = results["divergences"]
-    names = list(dict.fromkeys(name for one in found for name in one["rivals"]))
+    """Return each divergence's time over the forward KL's, and the baselines' times over it."""
+    cases = results["divergences"]
+    names = list(dict.fromkeys(name for one in cases for name in one["rivals"]))
     heading = ["", "fastkd", "of forward_kl", *names, "loss error", "grad. error", ""]
     rows = []
-    for one in found:
+    for one in cases:
         ours = one["lanes"]["fastkd"]
         remarks = [] if one["fused"] else ["the reference formula: no kernel"]
         remarks += [
@@ -220,7 +224,7 @@ def divergence_rows(results: Results) -> Rows:
 
 
 def scaling_rows(points: Iterable[Results]) -> Rows:
-    """One series."""
+    """Return the rows of one series."""
     rows = []
     for case in points:
         ours, eager = _median(case, "fastkd"), _median(case, "eager")
@@ -237,7 +241,7 @@ def scaling_rows(points: Iterable[Results]) -> Rows:
 
 
 def headline(results: Results) -> str:
-    """Where, with what and when."""
+    """Return the device, versions and date as one line."""
     about = results["environment"]
     versions = about["versions"]
     named = [
@@ -257,8 +261,8 @@ def headline(results: Results) -> str:
 def _table(rows: Rows, title: str = "") -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(rows[0]):
-        left = index == 0 or name in ("", "worst at")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+        is_left = index == 0 or name in ("", "worst at")
+        table.add_column(name, justify="left" if is_left else "right", overflow="fold")
     for row in rows[1]:
         style = "bold green" if row[0] == "fastkd" else ""
         if "missed" in row or "wrong answer" in row[-1]:
@@ -268,12 +272,12 @@ def _table(rows: Rows, title: str = "") -> Table:
 
 
 def show_case(console: Console, case: Results) -> None:
-    """One case, as soon as it is measured."""
+    """Print one case."""
     console.print(_table(case_rows(case), case["title"]))
 
 
 def show(console: Console, results: Results) -> None:
-    """All of it, after a run."""
+    """Print all tables."""
     console.rule("Times of fastkd, and times of the baselines divided by it")
     console.print(_table(summary_rows(results)))
     for line in notes(results):
@@ -293,7 +297,7 @@ def show(console: Console, results: Results) -> None:
 
 
 def notes(results: Results) -> list[str]:
-    """What the tables do not say."""
+    """Return remarks on failures and on load during the run."""
     lines = [f"Not measured: {name}, {why}." for name, why in results["missing"].items()]
     lines += [
         f"Stream {name!r}: {what}; {speed / 1e9:.1f} GB/s."
@@ -313,7 +317,7 @@ def notes(results: Results) -> list[str]:
 
 
 def save(results: Results, folder: Path) -> None:
-    """results.json and results.md."""
+    """Write results.json and results.md."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(results), indent=1)
     (folder / "results.json").write_text(text + "\n")
@@ -340,7 +344,7 @@ def _markdown_table(rows: Rows) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The whole report."""
+    """Return the whole report as Markdown."""
     about = results["environment"]
     quiet = (
         f"Load {about['load at the start']} at the start; the host of a virtual machine took "
@@ -351,7 +355,7 @@ def markdown(results: Results) -> str:
         f"{headline(results)}. {quiet}\n\n{LEGEND}\n",
         _markdown_table(summary_rows(results)),
         "\n".join(f"- {line}" for line in notes(results)) + "\n",
-        "Baselines:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in RIVALS) + "\n",
+        "Baselines:\n\n" + "\n".join(f"- {one.name}: {one.what}" for one in BASELINES) + "\n",
     ]
     if results["claims"]:
         parts += ["## Claims\n", _markdown_table(claim_rows(results))]
@@ -394,47 +398,96 @@ def markdown(results: Results) -> str:
 
 
 def newest() -> list[tuple[Path, Results]]:
-    """The newest results of a GPU, if any, then the newest of a CPU."""
-    found: dict[str, tuple[Path, Results]] = {}
+    """Return the newest results of a GPU, if any, then the newest of a CPU."""
+    latest: dict[str, tuple[Path, Results]] = {}
     for path in sorted(RESULTS.glob("*/results.json")):
         results = json.loads(path.read_text())
         kind = results["environment"]["kind"]
         if not results.get("standard"):
             continue
         if (
-            kind not in found
-            or results["environment"]["date"] > found[kind][1]["environment"]["date"]
+            kind not in latest
+            or results["environment"]["date"] > latest[kind][1]["environment"]["date"]
         ):
-            found[kind] = (path.parent, results)
-    return [found[kind] for kind in ("cuda", "cpu") if kind in found]
+            latest[kind] = (path.parent, results)
+    return [latest[kind] for kind in ("cuda", "cpu") if kind in latest]
+
+
+def _case(results: Results, name: str, dtype: str) -> Results | None:
+    """Return the case of a model and a dtype, with its gradient."""
+    for case in results["cases"]:
+        if (case["name"], case["dtype"], case["gradient"]) == (name, dtype, True):
+            return case if _median(case, "fastkd") else None
+    return None
+
+
+def _headline_case() -> Results:
+    """Return the case of the README's first sentences, from the newest results of a CPU."""
+    case = _case(newest()[-1][1], *README_CASES[1])
+    if case is None:
+        raise SystemExit(f"the newest results lack the case {README_CASES[1]}")
+    return case
+
+
+def _measured(kind: str) -> str:
+    """Return the devices of one kind that have results, their kernels, and the newest date."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/results.json"))]
+    about = [one["environment"] for one in runs if one["environment"]["kind"] == kind]
+    if not about:
+        return ""
+    devices = dict.fromkeys(one["device"].split(",")[0] for one in about)
+    isas = dict.fromkeys(one["fastkd"]["CPU kernels"].split(" ")[0] for one in about)
+    kernels = f" ({', '.join(isas)})" if kind == "cpu" else ""
+    return f"{' and '.join(devices)}{kernels}, last on {max(one['date'] for one in about)[:10]}"
+
+
+def readme_headline() -> str:
+    """Say what fastkd is, with two measurements, and what is validated where."""
+    case = _headline_case()
+    ours, eager = (case["lanes"][name]["peak_tensors"] for name in ("fastkd", "eager"))
+    gpus = _measured("cuda")
+    return (
+        "fastkd computes the distillation loss and its gradient in one fused pass in C++ or CUDA, "
+        "by one call from PyTorch.\n"
+        f"On a CPU it is **{times(ratio(case, 'eager'))} as fast** as eager PyTorch, with "
+        f"**{ours:.0f} tensor** of the size of the logits in memory\ninstead of **{eager:.0f}** "
+        f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
+        f"Status: **alpha**. CPU: measured on {_measured('cpu')}. CUDA: "
+        + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
+        + ". [Documentation](docs/index.md); `make docs` builds it as a site.\n"
+    )
+
+
+def readme_comparison() -> str:
+    """Caption the README's code before and after."""
+    return (
+        "The number is the same, up to rounding, and the call "
+        f"{times(ratio(_headline_case(), 'eager'))} as fast. The call loses no digits where the "
+        "student is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
+    )
 
 
 def readme_rows(results: Results) -> Rows:
-    """Select the cases with a gradient, and the best-known baselines, for the README."""
-    names = [name for name in README_RIVALS if any(ratio(case, name) for case in results["cases"])]
+    """Select four cases with a gradient, and the best-known baselines, for the README."""
+    cases = [case for key in README_CASES if (case := _case(results, *key))]
+    names = [name for name in README_BASELINES if any(ratio(case, name) for case in cases)]
     heading = [
         "loss + backward",
         "fastkd",
-        "of memory speed",
+        "of memory bandwidth",
         *names,
         "gradient error: fastkd",
         "eager",
     ]
     rows = []
-    seen = set()
-    for case in results["cases"]:
-        key = (case["rows"], case["classes"], case["dtype"])
-        median = _median(case, "fastkd")
-        if not case["gradient"] or not median or key in seen:
-            continue
-        seen.add(key)
+    for case in cases:
         share = case["lanes"]["fastkd"].get("share")
         errors = [case["lanes"].get(name, {}).get("gradient_error") for name in ("fastkd", "eager")]
         rows.append(
             [
                 f"{case['name']}, {case['rows']} x {case['classes']} {case['dtype']}",
-                duration(median),
-                f"{share:.0%}" if share else "",
+                duration(_median(case, "fastkd") or 0.0),
+                f"{100 * share:.0f} %" if share else "",
                 *(times(ratio(case, name)) for name in names),
                 *(_optional(error, ".0e") for error in errors),
             ]
@@ -442,33 +495,40 @@ def readme_rows(results: Results) -> Rows:
     return heading, rows
 
 
-def readme_section() -> str:
-    """What stands between the README's markers."""
+def readme_benchmarks() -> str:
+    """Show the newest results: a picture, and a table of four cases."""
     parts = []
     for folder, results in newest():
         where = folder.relative_to(README.parent).as_posix()
         verb = "copy" if results["environment"]["kind"] == "cuda" else "stream"
         parts += [
-            f"**{headline(results)}**\n",
-            f"![Time of each baseline, divided by fastkd's]({where}/overview.png)\n",
+            f"![Time of each baseline relative to fastkd]({where}/overview.png)\n",
             _markdown_table(readme_rows(results)),
-            f"Baselines: their time divided by fastkd's. Of memory speed: time to {verb} the same "
-            "bytes, divided by fastkd's time. Gradient errors: against float64.\n"
+            "Baselines: their time divided by fastkd's. Memory bandwidth: the time to "
+            f"{verb} the same bytes, divided by fastkd's\ntime. Gradient errors: relative to "
+            f"float64. {headline(results)}.\n"
             f"[All cases, errors, memory and claims]({where}/results.md).\n",
         ]
     return "\n".join(parts)
 
 
+README_PARTS = {
+    "headline": readme_headline,
+    "comparison": readme_comparison,
+    "benchmarks": readme_benchmarks,
+}
+
+
 def rewrite_readme() -> str:
-    """Puts the newest results between the markers of the README; says what was done."""
-    text = README.read_text() if README.exists() else ""
-    if BEGIN not in text or END not in text:
-        raise SystemExit(
-            f"{README} needs the lines {BEGIN} and {END}, between which the results go"
-        )
+    """Write each part between its markers in the README; return what was done."""
     if not newest():
         raise SystemExit(f"no results under {RESULTS}: run `python -m benchmarks` first")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    README.write_text(f"{head}{BEGIN}\n{readme_section()}{END}{tail}")
+    text = README.read_text()
+    for name, write in README_PARTS.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{README} needs the lines {begin.strip()} and {end}")
+        head, rest = text.split(begin, 1)
+        text = f"{head}{begin}{write()}{end}{rest.split(end, 1)[1]}"
+    README.write_text(text)
     return f"{README.name} rewritten from {', '.join(folder.name for folder, _ in newest())}"

@@ -1,4 +1,4 @@
-"""The sparse teacher: its k most probable classes instead of all logits, and what that saves."""
+"""Time a sparse teacher, its k most probable classes, beside all of its logits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), class by class."""
+    """Return the terms of KL(p || q), one for each class."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
-    """log(mix p + (1 - mix) q), as TRL's generalized JSD has it."""
+    """Return log(mix p + (1 - mix) q), in the form of TRL's generalized JSD."""
     return torch.logaddexp(log_p + math.log(mix), log_q + math.log(1 - mix))
 
 
@@ -50,7 +50,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class SparseCase:
-    """A case whose teacher is its k most probable classes."""
+    """Case whose teacher is its k most probable classes."""
 
     dense: Case
     divergence: str = "forward_kl"
@@ -58,12 +58,12 @@ class SparseCase:
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Describe the case in words."""
         return f"top {self.k} of {self.dense.title}, {self.divergence}"
 
 
 def cases(device: str) -> list[SparseCase]:
-    """Llama-3's vocabulary, in both of the dtypes that language models are trained in."""
+    """Return cases with Llama 3's vocabulary in fp32 and bf16."""
     return [
         SparseCase(case("llama-3", device, dtype, temperature=2.0), divergence)
         for dtype in ("fp32", "bf16")
@@ -72,13 +72,13 @@ def cases(device: str) -> list[SparseCase]:
 
 
 def fused(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """This package's sparse loss."""
+    """Compute the sparse loss by fastkd."""
     options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
     return lambda s, top, y: fastkd.loss(s, top, y, divergence=sparse.divergence, **options)
 
 
 def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
-    """PyTorch as the libraries write it: logarithms gathered, and a ghost class appended."""
+    """Compute the sparse loss by PyTorch: gathered logarithms and a ghost class."""
     t, alpha, divergence = (
         sparse.dense.temperature,
         sparse.dense.alpha,
@@ -98,25 +98,25 @@ def plain(sparse: SparseCase) -> Callable[[Tensor, TopK, Tensor], Tensor]:
 
 
 def dense(sparse: SparseCase) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """This package's loss with all of the teacher's logits."""
+    """Compute the loss by fastkd from all of the teacher's logits."""
     options = {"temperature": sparse.dense.temperature, "alpha": sparse.dense.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, **options)
 
 
 def top_of(sparse: SparseCase, teacher: Tensor) -> TopK:
-    """The teacher's k most probable classes."""
+    """Return the teacher's k most probable classes."""
     return TopK(*F.log_softmax(teacher.float() / sparse.dense.temperature, -1).topk(sparse.k))
 
 
 def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]:
-    """How far a step's loss and gradient are from float64, on some rows of its first inputs."""
-    given = step.sets[0]
-    log_probs, indices, _ = given.teacher  # type: ignore[misc]
+    """Return the errors of a step's loss and gradient on some rows, against float64."""
+    inputs = step.sets[0]
+    log_probs, indices, _ = inputs.teacher  # type: ignore[misc]
     top = TopK(log_probs[:rows], indices[:rows])
     few = Inputs(
-        given.student.detach()[:rows].clone().requires_grad_(),
+        inputs.student.detach()[:rows].clone().requires_grad_(),
         top,
-        given.labels[:rows],  # type: ignore[arg-type]
+        inputs.labels[:rows],  # type: ignore[arg-type]
     )
     loss, gradient = step.run(few)
     leaf = few.student.detach().double().requires_grad_()
@@ -129,7 +129,7 @@ def errors(sparse: SparseCase, step: Step, rows: int = 4) -> tuple[float, float]
 
 
 def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
-    """All ways checked, then timed side by side; times are those of loss and backward."""
+    """Check all implementations, then time loss and backward pass side by side."""
     sets = make_sets(sparse.dense, device)
     short = [
         Inputs(one.student, top_of(sparse, one.teacher), one.labels)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How fast this machine moves bytes: the limit that a fused loss is held against.
+"""Measure the memory bandwidth of this machine, the limit of a fused loss.
 
 On a GPU: a device-to-device copy (torch's copy_) and torch.add(out=), both over a gigabyte. On a
 CPU: a two-reads-one-write loop with non-temporal stores (stream.c, compiled on the spot), on as
@@ -23,7 +23,7 @@ import torch
 
 @dataclass(frozen=True)
 class Stream:
-    """A way through memory, to be timed."""
+    """Access pattern whose bandwidth is measured."""
 
     name: str
     run: Callable[[], object]
@@ -68,7 +68,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def streams(device: str) -> list[Stream]:
-    """The streams of a device; the first is the one that shares are computed from."""
+    """Return the streams of a device; shares of bandwidth refer to the first."""
     if device == "cuda":
         a, b, c = _cuda_buffers()
         size = a.numel() * a.itemsize

@@ -1,6 +1,4 @@
-"""Runs cases: every rival checked, then all of them timed side by side. The result is plain data
-for JSON.
-"""
+"""Run cases: check every baseline, then time them side by side; return data for JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 import fastkd
-from benchmarks import environment, memory, rivals
+from benchmarks import baselines, environment, memory
+from benchmarks.baselines import Baseline, UnavailableError
 from benchmarks.cases import Case, Duel
 from benchmarks.measure import (
     WALL_LIMIT,
@@ -26,7 +25,6 @@ from benchmarks.measure import (
     make_sets,
     time_in_turns,
 )
-from benchmarks.rivals import Rival, UnavailableError
 from benchmarks.stream import streams
 from benchmarks.truth import Truth
 
@@ -43,22 +41,22 @@ dominates.
 
 @dataclass
 class Settings:
-    """How long and how much."""
+    """Durations and numbers of repetitions."""
 
     device: str
     seconds: float
     """Time for the rounds of one case."""
     deadline: float = math.inf
-    """When (time.monotonic) to stop trying rivals that must be compiled."""
+    """When (time.monotonic) to stop trying baselines that must be compiled."""
     names: Sequence[str] = ()
-    """The rivals to measure; all, if empty."""
+    """The baselines to measure; all, if empty."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Rivals that cannot be measured on this machine, and why: filled as they are met."""
+    """Baselines that cannot be measured on this machine, and why: filled as they are met."""
 
 
 @contextlib.contextmanager
 def quiet_failures(record: dict[str, Any]) -> Iterator[None]:
-    """A rival that fails becomes a line of the report."""
+    """Turn a baseline's exception into a line of the report."""
     try:
         yield
     except UnavailableError as reason:
@@ -76,24 +74,24 @@ def _release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _owned(one: Rival, sets: list[Inputs]) -> list[Inputs]:
-    """The inputs for a rival: its own copy of the student's logits if it writes over them."""
+def _owned(one: Baseline, sets: list[Inputs]) -> list[Inputs]:
+    """Return a baseline's inputs, with a copy of the student if it overwrites the logits."""
     if not one.overwrites:
         return sets
     return [
         Inputs(
-            given.student.detach().clone().requires_grad_(given.student.requires_grad),
-            given.teacher,
-            given.labels,
+            inputs.student.detach().clone().requires_grad_(inputs.student.requires_grad),
+            inputs.teacher,
+            inputs.labels,
         )
-        for given in sets
+        for inputs in sets
     ]
 
 
 def _prepare(
-    one: Rival, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
+    one: Baseline, case: Case, sets: list[Inputs], truth: Truth, settings: Settings
 ) -> tuple[dict[str, Any], Step | None]:
-    """Makes a rival's call, runs it once, and checks the answer."""
+    """Make a baseline's call, run it once, and check the answer."""
     record: dict[str, Any] = {"status": "ok"}
     if one.name in settings.missing:
         record["status"] = settings.missing[one.name]
@@ -138,14 +136,14 @@ def _prepare(
 def run_case(
     case: Case, settings: Settings, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Everything that is measured about a case."""
+    """Measure everything about a case."""
     device = settings.device
-    torch.compiler.reset()  # past its limit of recompilations Dynamo would silently run eagerly
+    torch.compiler.reset()  # beyond its recompilation limit Dynamo silently runs eagerly
     _release(device)
     kind = "device" if device == "cuda" and case.elements >= WALL_LIMIT else "wall"
     wanted = [
         one
-        for one in rivals.RIVALS
+        for one in baselines.BASELINES
         if one.is_for(case) and (not settings.names or one.name in settings.names)
     ]
     sets = make_sets(case, device)
@@ -169,7 +167,7 @@ def run_case(
         steps = {name: step for name, step in steps.items() if records[name]["status"] == "ok"}
     lanes: dict[str, Callable[[], object]] = dict(steps)
     if case.gradient and case.elements < FLOOR_LIMIT:
-        lanes[FLOOR] = Step(case, rivals.floor(case), sets)
+        lanes[FLOOR] = Step(case, baselines.floor(case), sets)
         records[FLOOR] = {"status": "ok"}
     measured = streams(device) if case.elements >= STREAM_LIMIT else []
     lanes |= {f"stream {one.name}": one.run for one in measured}
@@ -209,7 +207,7 @@ def _time_what_works(
     kind: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Times the lanes; if that fails, finds those that fail by themselves and leaves them out."""
+    """Time the calls; if that fails, leave out those that fail by themselves."""
     try:
         return dict(time_in_turns(lanes, device, kind, seconds))
     except Exception:
@@ -233,9 +231,7 @@ def _time_what_works(
 
 
 def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
-    """Bytes that must be moved, over the time that it took; and the share of what the memory can
-    do.
-    """
+    """Add the bandwidth and its share of the measured memory bandwidth."""
     best = next(iter(result["streams"].values()), None)
     for name, record in result["lanes"].items():
         if "times" in record and name != FLOOR:
@@ -245,7 +241,7 @@ def _add_bandwidth(result: dict[str, Any], case: Case) -> None:
 
 
 def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
-    """fastkd on two cases in turns, for each element of the logits."""
+    """Time fastkd on two cases in turns, for each element of the logits."""
     device = settings.device
     _release(device)
     kind = "device" if duel.first.elements >= WALL_LIMIT else "wall"
@@ -253,7 +249,7 @@ def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
     result: dict[str, Any] = {"name": duel.name, "status": "ok"}
     with quiet_failures(result):
         for name, case in (("first", duel.first), ("second", duel.second)):
-            steps[name] = Step(case, rivals.fused(case), make_sets(case, device))
+            steps[name] = Step(case, baselines.fused(case), make_sets(case, device))
         times = time_in_turns(steps, device, kind, settings.seconds)
         first = times["first"].median / duel.first.elements
         second = times["second"].median / duel.second.elements
@@ -264,9 +260,7 @@ def run_duel(duel: Duel, settings: Settings) -> dict[str, Any]:
 
 
 def close_to_the_teacher(device: str, rows: int = 32, classes: int = 32000) -> dict[str, Any]:
-    """How well fastkd and F.kl_div see a KL of 5e-7 in float32, where a sum of p (log p - log q)
-    cancels.
-    """
+    """Return the errors of fastkd and F.kl_div for a KL of 5e-7 in float32, where sums cancel."""
     generator = torch.Generator(device).manual_seed(0)
     teacher = torch.randn(rows, classes, generator=generator, device=device)
     noise = torch.randn(rows, classes, generator=generator, device=device)
@@ -293,7 +287,7 @@ def close_to_the_teacher(device: str, rows: int = 32, classes: int = 32000) -> d
 def run_scaling(
     series: dict[str, list[Case]], settings: Settings, say: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The cost of fastkd and of eager PyTorch along rows, classes and, on a CPU, threads."""
+    """Time fastkd and eager PyTorch over rows, classes and, on a CPU, threads."""
     short = Settings(settings.device, settings.seconds / 6, names=("fastkd", "eager"))
     result: dict[str, list[dict[str, Any]]] = {}
     for name, cases in series.items():

@@ -29,11 +29,11 @@ from fastkd import teachers
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "teachers.md"
 BATCH = 64
-SECONDS = 1.0  # of reading, for each case
+SECONDS = 1.0  # seconds of reading for each case
 
 
 class Case(NamedTuple):
-    """A cache of a usual shape."""
+    """Shape of a usual teacher cache."""
 
     name: str
     samples: int
@@ -53,22 +53,22 @@ CASES = (
 
 
 class Canned(nn.Module):
-    """A teacher that costs nothing: random logits, the same for every batch."""
+    """Teacher without cost: random logits, the same for every batch."""
 
     def __init__(self, case: Case) -> None:
-        """Draws them."""
+        """Draw the logits."""
         super().__init__()
         rows = 2 if case.positions else BATCH
         torch.manual_seed(0)
         self.logits = nn.Buffer(4 * torch.randn(rows, *case.positions, case.classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The first few of them."""
+        """Return the logits of as many rows as the batch has."""
         return self.logits[: len(inputs)]
 
 
 def measured(case: Case) -> list[str]:
-    """A row of the table of sizes and speeds."""
+    """Return a row of the table of sizes and speeds."""
     with tempfile.TemporaryDirectory() as folder:
         data = teachers.WithIds(TensorDataset(torch.zeros(case.samples, 1)))
         loader = DataLoader(data, 2 if case.positions else BATCH)
@@ -125,7 +125,7 @@ def digest_speeds() -> Iterator[list[str]]:
 
 
 def digits() -> tuple[str, nn.Module, Tensor]:
-    """A classifier of 1,797 images of digits, trained on all of them but asked about all."""
+    """Train a classifier on 1,797 images of digits, and return its logits of all of them."""
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def digits() -> tuple[str, nn.Module, Tensor]:
 
 
 def characters() -> tuple[str, nn.Module, Tensor]:
-    """A table of what follows each two characters in the text that comes with Python."""
+    """Return the character after each two characters, counted in the text of pydoc_data.topics."""
     text = "\n".join(pydoc_data.topics.topics.values())
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(sign) for sign in text])
@@ -153,7 +153,7 @@ def characters() -> tuple[str, nn.Module, Tensor]:
 
 
 def losses() -> Iterator[list[str]]:
-    """Rows of the table of what is lost."""
+    """Return rows of the table of the loss in accuracy."""
     for name, teacher, inputs in (digits(), characters()):
         loader = DataLoader(teachers.WithIds(TensorDataset(inputs)), BATCH)
         for top_k in (None, 1, 2, 4, 8):
@@ -171,13 +171,13 @@ def losses() -> Iterator[list[str]]:
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(heading) + " |", "|---|---|" + "---:|" * (len(heading) - 2)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def main() -> None:
-    """Measures, shows and writes."""
+    """Measure the caches, and write the tables."""
     speeds = table(
         [
             *("cache", "kept", "bytes a sample", "written, samples/s"),
@@ -192,14 +192,14 @@ def main() -> None:
     facts = environment.describe("cpu")
     where = f"{facts['device']}, torch {torch.__version__}, {date}."
     digests = table(["digest", "of", "speed"], list(digest_speeds()))
-    found = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
+    blocks = {"speeds": f"{speeds}\n\n{where}", "losses": lost, "digests": f"{digests}\n\n{where}"}
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name, block in found.items():
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
     DOCUMENT.write_text(text, encoding="utf-8")
-    Console().print(Markdown("\n\n".join(found.values())))
+    Console().print(Markdown("\n\n".join(blocks.values())))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Micro-benchmarks for watching regressions, each of which also asserts its answer.
+"""Micro-benchmarks that find regressions; each also checks its answer.
 
     python -m pytest benchmarks --benchmark-autosave         save a run under .benchmarks/
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-They are no part of the normal test run. For rivals, figures and plots: ``python -m benchmarks``.
+They are no part of the normal test run. For baselines, figures and plots: ``python -m benchmarks``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.baselines import floor, fused
 from benchmarks.cases import DTYPES, Case
 from benchmarks.measure import Step, make_inputs
-from benchmarks.rivals import floor, fused
 from benchmarks.truth import Truth
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
-# A size of each kind: nothing but overhead, batches of images, wide rows, few wide rows.
+# Overhead alone, batches of images, wide rows, few wide rows.
 SHAPES = [(8, 10), (128, 100), (1024, 1000), (32, 32000), (4, 128257)]
 
 
@@ -73,7 +73,7 @@ def test_half_of_the_rows_ignored(benchmark: Any, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_pytorchs_own_cost(benchmark: Any, device: str) -> None:
-    """What the smallest case is to be compared with: a sum and its backward pass."""
+    """Time a sum and its backward pass, PyTorch's cost on the smallest case."""
     case = Case("micro", 8, 10)
     inputs = make_inputs(case, device, 0)
     step = Step(case, floor(case), [inputs])

@@ -1,4 +1,4 @@
-"""The right answer of a case, in float64, and how far a rival's answer is from it.
+"""Compute a case's loss and gradient in float64, and the distance of an answer.
 
 Losses come from every row. Gradients are kept for every row as long as that takes a reasonable
 share of memory, else for rows spread evenly over the tensor, the first and the last among them.
@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from benchmarks.cases import DTYPES, Case
 from fastkd import reference
 
-# How far off an answer may be and still be an answer to the same question. Errors are reported as
-# they are; these bounds only keep a wrong rival from being timed. Half precision in eager PyTorch
-# is that inaccurate.
+# Bounds of the errors of a right answer. Errors are reported unchanged; the bounds keep wrong
+# baselines from being timed. They are wide because eager PyTorch is inaccurate in half precision.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 
@@ -35,7 +34,7 @@ class Errors:
     """Largest error of an element of the gradient, over the truth's largest element."""
 
     def acceptable(self, case: Case) -> bool:
-        """Whether the answer is one to the same question; NaN is not."""
+        """Return True if the errors are small enough; NaN is not."""
         gradient = 0.0 if self.gradient is None else self.gradient
         return (
             self.loss <= LOSS_TOLERANCE[case.dtype] and gradient <= GRADIENT_TOLERANCE[case.dtype]
@@ -43,10 +42,10 @@ class Errors:
 
 
 class Truth:
-    """Losses and gradients of one set of inputs."""
+    """Losses and gradients of one set of inputs in float64."""
 
     def __init__(self, case: Case, student: Tensor, teacher: Tensor, labels: Tensor) -> None:
-        """Computes nothing yet."""
+        """Store the inputs; the first use computes."""
         self.case = case
         self.inputs = (student.detach().clone(), teacher, labels)
         on_gpu = student.device.type == "cuda"
@@ -58,7 +57,7 @@ class Truth:
         self._gradients: dict[str, Tensor] = {}
 
     def _sum(self, kind: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The loss of some rows, times the number that the mean divides by."""
+        """Return the loss of some rows, times the divisor of the mean."""
         case, t = self.case, self.case.temperature
         if kind == "jsd":
             log_q, log_p = F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1)
@@ -92,7 +91,7 @@ class Truth:
         self._gradients[kind] = torch.cat(gradients)
 
     def errors(self, kind: str, loss: Tensor, gradient: Tensor | None) -> Errors:
-        """How far an answer is off."""
+        """Return the errors of an answer."""
         if kind not in self._losses:
             self._compute(kind)
         right = self._losses[kind]
@@ -102,7 +101,7 @@ class Truth:
         return Errors(loss_error, *self._distance(self._gradients[kind], gradient))
 
     def rounding(self) -> float | None:
-        """The relative error of the correctly rounded gradient: what the dtype costs by itself."""
+        """Return the relative error of the correctly rounded gradient, the dtype's own error."""
         if not self.case.gradient or "kd" not in self._gradients:
             return None
         rounded = self._gradients["kd"].to(DTYPES[self.case.dtype])

@@ -17,18 +17,21 @@ from fastkd._core.objective import Options
 PATH = pathlib.Path(__file__).with_suffix(".md")
 
 _INTRO = """\
-# Objectives
+# Options and divergences
 
 <!-- Written by `python docs/objectives.py`; a test compares. -->
 
 For every row, with logits `z` of the student, `w` of the teacher and label `y`,
 
-    loss = hard_weight CE(softmax(z), y) + soft_weight T^2 D(p, q)
-    q = softmax(z / T)      p = softmax(w / T_t)      T_t = T unless given
+```math
+\\text{loss} = a\\,\\mathrm{CE}(\\mathrm{softmax}(z), y) + b\\,T^2 D(p, q)
+```
 
-`alpha` is short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the
-divergences, their gradients and what masked classes cost; `fastkd.explain(**options)` says in words
-what a set of options means.
+with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$
+is `soft_weight`, and $T_t$ is `teacher_temperature`, which is $T$ unless it is given. `alpha` is
+short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences,
+their gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a
+set of options computes.
 
 ## Options
 

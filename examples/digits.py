@@ -1,4 +1,4 @@
-"""Distils a small student on scikit-learn's digits, and measures what the distillation brought.
+"""Distill a small student on scikit-learn's digits, and measure the effect of distillation.
 
     python examples/digits.py [--seeds N] [--epochs N] [--temperature T] [--alpha A]
 
@@ -31,7 +31,7 @@ from fastkd import reference
 
 BATCH = 64
 TEACHER_EPOCHS = 20
-STUDENT_SHARE = 0.1  # of the training images
+STUDENT_SHARE = 0.1  # share of the training images
 # Chosen on validation images cut from the training images, never on the test images, over hidden
 # widths 2 to 32, learning rates 0.003 to 0.02 (the same for both students, and none was better for
 # the student alone), temperatures 2 to 14 and alphas 0 to 0.3. With 2 to 6 hidden units
@@ -46,17 +46,17 @@ ALPHA = 0.1
 
 
 class Digits(NamedTuple):
-    """One split of the 1,797 images of 8 x 8 pixels, made anew for each seed."""
+    """Training and test split of the 1,797 images of 8 x 8 pixels, one for each seed."""
 
-    images: Tensor  # [images, 64], what the teacher learns from
+    images: Tensor  # [images, 64], the teacher's training set
     labels: Tensor  # [images]
-    few: Tensor  # indices of the images that the students see
+    few: Tensor  # indices of the student's images
     test_images: Tensor
     test_labels: Tensor
 
 
 def load(seed: int) -> Digits:
-    """Real digits: 70 % to learn from, 30 % to test on, every class in equal shares."""
+    """Load the digits: 70 % to train, 30 % to test, with equal shares of each class."""
     images, labels = load_digits(return_X_y=True)
     train, test, train_labels, test_labels = train_test_split(
         torch.tensor(images / 16, dtype=torch.float32),
@@ -75,7 +75,7 @@ def load(seed: int) -> Digits:
 
 
 def make_teacher() -> nn.Module:
-    """Two convolutions and two linear layers."""
+    """Make a teacher of two convolutions and two linear layers."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 16, 3, padding=1),
@@ -91,7 +91,7 @@ def make_teacher() -> nn.Module:
 
 
 def make_student() -> nn.Module:
-    """One hidden layer."""
+    """Make a student with one hidden layer."""
     return nn.Sequential(nn.Linear(64, STUDENT_WIDTH), nn.ReLU(), nn.Linear(STUDENT_WIDTH, 10))
 
 
@@ -108,7 +108,7 @@ def train(
     seed: int,
     bar: tqdm,
 ) -> None:
-    """Trains ``model``; ``loss_of`` gets a batch's logits, and the indices of its images."""
+    """Train ``model``; ``loss_of`` takes a batch's logits and the indices of its images."""
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -123,12 +123,12 @@ def train(
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Percentage of the test images that are recognised."""
+    """Return the accuracy on the test images in percent."""
     return 100 * (model(digits.test_images).argmax(-1) == digits.test_labels).float().mean().item()
 
 
 class Batch(NamedTuple):
-    """What the loss was given at one training step."""
+    """Arguments of the loss in one training step."""
 
     student: Tensor
     teacher: Tensor
@@ -136,7 +136,7 @@ class Batch(NamedTuple):
 
 
 def train_teacher(digits: Digits, seed: int, bar: tqdm) -> nn.Module:
-    """On all training images."""
+    """Train a teacher on all training images."""
     torch.manual_seed(seed)
     teacher = make_teacher()
     train(
@@ -152,7 +152,7 @@ def train_teacher(digits: Digits, seed: int, bar: tqdm) -> nn.Module:
 
 
 def train_student(digits: Digits, seed: int, epochs: int, bar: tqdm) -> nn.Module:
-    """On few images and their labels."""
+    """Train a student on few images and their labels."""
     torch.manual_seed(seed)
     student = make_student()
     labels = digits.labels[digits.few]
@@ -171,7 +171,7 @@ def train_student(digits: Digits, seed: int, epochs: int, bar: tqdm) -> nn.Modul
 def distil_student(
     digits: Digits, teacher: nn.Module, seed: int, options: argparse.Namespace, bar: tqdm
 ) -> tuple[nn.Module, list[Batch]]:
-    """On the same few images, their labels, and the teacher's logits; returns its batches too."""
+    """Train a student on the few images, labels and teacher logits; return its batches."""
     torch.manual_seed(seed)
     student = make_student()
     images, labels = digits.images[digits.few], digits.labels[digits.few]
@@ -181,7 +181,7 @@ def distil_student(
 
     def distillation(logits: Tensor, index: Tensor) -> Tensor:
         batches.append(Batch(logits.detach(), teacher_logits[index], labels[index]))
-        # This call is all that distillation takes. alpha weighs the labels' term.
+        # The only change for distillation. alpha weighs the labels' term.
         return fastkd.loss(
             logits,
             teacher_logits[index],
@@ -203,15 +203,15 @@ def distil_student(
 
 
 class Outcome(NamedTuple):
-    """What all seeds gave."""
+    """Accuracies over all seeds."""
 
-    models: dict[str, nn.Module]  # of the last seed
+    models: dict[str, nn.Module]  # the last seed's
     accuracies: dict[str, list[float]]  # one for each seed
-    batches: list[Batch]  # of the last distillation
+    batches: list[Batch]  # the last distillation's
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Trains a teacher, a student alone and a student distilled for each seed."""
+    """Train a teacher, a student alone and a distilled student for each seed."""
     splits = [load(seed) for seed in range(options.seeds)]
     epochs = options.epochs
     with tqdm(total=options.seeds * TEACHER_EPOCHS, desc="teachers          ") as bar:
@@ -237,7 +237,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(temperature: float, alpha: float) -> Loss:
-    """The loss as tutorials write it, in PyTorch operations."""
+    """Compute the loss by PyTorch operations, as in tutorials."""
 
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         hard = F.cross_entropy(student, labels)
@@ -253,12 +253,12 @@ def eager(temperature: float, alpha: float) -> Loss:
 
 
 def fused(temperature: float, alpha: float) -> Loss:
-    """The loss as fastkd computes it."""
+    """Compute the loss by fastkd."""
     return lambda *batch: fastkd.loss(*batch, temperature=temperature, alpha=alpha)
 
 
 def exact(temperature: float, alpha: float) -> Loss:
-    """The loss by its definition, in float64."""
+    """Compute the loss by its definition, in float64."""
     return lambda student, teacher, labels: reference.loss(
         student.double(),
         teacher.double(),
@@ -270,7 +270,7 @@ def exact(temperature: float, alpha: float) -> Loss:
 
 
 def loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One forward and one backward pass."""
+    """Run one forward and one backward pass."""
     student = batch.student.detach().requires_grad_()
     value = loss(student, batch.teacher, batch.labels)
     (gradient,) = torch.autograd.grad(value, student)
@@ -278,11 +278,11 @@ def loss_and_gradient(loss: Loss, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]:
-    """The largest errors of loss and gradient, relative to the loss and the largest entry."""
+    """Return the largest relative errors of the loss and of the gradient."""
     of_loss = of_gradient = 0.0
     for batch in batches:
         value, gradient = loss_and_gradient(loss, batch)
-        # As float64 from the start, so that the truth's gradient is not rounded to float32.
+        # float64 from the start, so that the true gradient is not rounded to float32.
         double = Batch(batch.student.double(), batch.teacher.double(), batch.labels)
         true_value, true_gradient = loss_and_gradient(truth, double)
         of_loss = max(of_loss, ((value - true_value) / true_value).abs().item())
@@ -295,7 +295,7 @@ def errors(loss: Loss, truth: Loss, batches: list[Batch]) -> tuple[float, float]
 
 
 def medians(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each call. They take turns, so that disturbances hit all alike."""
+    """Return the median seconds of each call, timed in turns."""
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + repeats // 5):
         for call, taken in zip(calls, samples, strict=True):
@@ -307,7 +307,7 @@ def medians(calls: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def compare(batch: Batch, temperature: float, alpha: float, repeats: int) -> tuple[float, float]:
-    """Median seconds of loss and gradient: eager PyTorch, fastkd."""
+    """Return the median seconds of loss and gradient by eager PyTorch and by fastkd."""
     losses = (eager(temperature, alpha), fused(temperature, alpha))
     return tuple(
         medians([lambda loss=loss: loss_and_gradient(loss, batch) for loss in losses], repeats)
@@ -318,12 +318,12 @@ def compare(batch: Batch, temperature: float, alpha: float, repeats: int) -> tup
 
 
 def spread(values: list[float]) -> float:
-    """Standard deviation over the seeds; 0 for a single one."""
+    """Return the standard deviation over the seeds; 0 for a single seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def results(outcome: Outcome) -> Table:
-    """One line for each model."""
+    """Return one line for each model."""
     seeds = len(outcome.accuracies["teacher"])
     table = Table(title=f"scikit-learn's digits, seeds: {seeds}; latency: 1 image, 1 CPU thread")
     table.add_column("model", no_wrap=True)
@@ -348,7 +348,7 @@ def results(outcome: Outcome) -> Table:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Whether distillation helped, in words that follow from the figures."""
+    """Say whether distillation helped, judged by the figures."""
     teacher, alone, distilled = outcome.accuracies.values()
     gains = [after - before for before, after in zip(alone, distilled, strict=True)]
     gain, deviation = statistics.mean(gains), spread(gains)
@@ -368,7 +368,7 @@ def verdict(outcome: Outcome) -> str:
 
 
 def agreement(batches: list[Batch], temperature: float, alpha: float) -> str:
-    """How far the loss and its gradient are from the float64 reference on these batches."""
+    """Return the errors of loss and gradient on these batches against the float64 reference."""
     truth = exact(temperature, alpha)
     ours = errors(fused(temperature, alpha), truth, batches)
     theirs = errors(eager(temperature, alpha), truth, batches)
@@ -380,7 +380,7 @@ def agreement(batches: list[Batch], temperature: float, alpha: float) -> str:
 
 
 def speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: float) -> str:
-    """How fast loss and backward pass are against eager PyTorch on named batches."""
+    """Return the times of loss and backward pass beside eager PyTorch's on named batches."""
     parts = []
     for name, (batch, repeats) in batches.items():
         before, after = compare(batch, temperature, alpha, repeats)
@@ -393,7 +393,7 @@ def speed(batches: dict[str, tuple[Batch, int]], temperature: float, alpha: floa
 
 
 def parse() -> argparse.Namespace:
-    """The command line's options."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Distils a small student on real digits.")
     parser.add_argument("--seeds", type=int, default=10, help="how many runs to average over")
     parser.add_argument("--epochs", type=int, default=STUDENT_EPOCHS, help="of the students")
@@ -406,11 +406,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, measures and prints."""
+    """Train the models, measure them, and print the results."""
     options = parse()
     temperature, alpha = options.temperature, options.alpha
-    # Models this small gain nothing from a second thread, and timings on one thread depend less on
-    # what else the machine does. `make bench` measures the loss on all of them.
+    # Models this small gain nothing from a second thread, and one thread is less disturbed by other
+    # processes. `make bench` measures the loss on all threads.
     torch.set_num_threads(1)
     outcome = run(options)
     table = results(outcome)

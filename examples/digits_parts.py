@@ -1,4 +1,4 @@
-"""The models and data of digits.py, as ``fastkd distill --config`` is given them."""
+"""Models and data of digits.py, for ``fastkd distill --config``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ SEED = 0
 
 
 def teacher() -> nn.Module:
-    """Trained on all training images, which takes a few seconds."""
+    """Train a teacher on all training images, in a few seconds."""
     return train_teacher(load(SEED), SEED, tqdm(disable=True))
 
 
 def student() -> nn.Module:
-    """One hidden layer, untrained."""
+    """Make an untrained student with one hidden layer."""
     return make_student()
 
 
 def training_set() -> TensorDataset:
-    """The few images that the student may see, and their labels."""
+    """Return the student's few training images and their labels."""
     digits = load(SEED)
     return TensorDataset(digits.images[digits.few], digits.labels[digits.few])
 
 
 def test_set() -> TensorDataset:
-    """Images that neither has seen."""
+    """Return the test images, which no model is trained on."""
     digits = load(SEED)
     return TensorDataset(digits.test_images, digits.test_labels)

@@ -28,7 +28,7 @@ LENGTH, PROMPT, BATCH, TOP_K, RATE = 48, 16, 16, 8, 2e-3
 # Logits at position i predict token i + 1: shift=1. alpha=0.0: the labels only mask the prompt.
 OPTIONS: dict[str, Any] = {"shift": 1, "temperature": 1.0, "alpha": 0.0}
 REVERSE = OPTIONS | {"divergence": "reverse_kl"}
-Row = dict[str, list[float]]  # a measure's name: its value for each seed
+Row = dict[str, list[float]]  # values of each seed, by the measure's name
 
 
 class GPT(nn.Module):
@@ -90,7 +90,7 @@ def off_policy(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
 def off_policy_top_k(student: GPT, teacher: GPT, text: Tensor) -> Tensor:
     """Compute the forward KL from the teacher's most probable tokens, on real text."""
     log_probs, indices = teacher(text).log_softmax(-1).topk(TOP_K)
-    # A list lies where the token lies that it scores, as servers return it: one position later.
+    # A list comes with the token that it scores, one position later, as from servers.
     lists = fastkd.TopK(log_probs.roll(1, dims=1), indices.roll(1, dims=1))
     return fastkd.loss(student(text), lists, mask_prompt(text), **OPTIONS)
 
@@ -117,7 +117,7 @@ LOSSES: dict[str, Loss] = {
 
 def train(model: GPT, teacher: GPT, text: Tensor, objective: Loss, steps: int, seed: int) -> None:
     """Train a model by Adam, with a rate that falls to zero."""
-    torch.manual_seed(seed)  # for what the student samples
+    torch.manual_seed(seed)  # for the student's samples
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -147,7 +147,7 @@ def sampling_error(student: GPT, teacher: GPT, text: Tensor) -> float:
     """Return the error of the gradient from sampled tokens, relative to the exact gradient."""
     gradients = []
     for objective in (on_policy, on_policy_sampled):
-        torch.manual_seed(0)  # the student writes the same text for both
+        torch.manual_seed(0)  # the student writes the same text for both losses
         parts = torch.autograd.grad(objective(student, teacher, text), list(student.parameters()))
         gradients.append(torch.cat([part.flatten() for part in parts]))
     return ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
@@ -218,7 +218,7 @@ def draw(rows: dict[str, Row], path: pathlib.Path) -> None:
     figure = Figure((10, 2.6), layout="constrained", facecolor="white")  # readable on dark pages
     for axes, key in zip(figure.subplots(1, 3, sharey=True), rows["teacher"], strict=False):
         axes.axvline(rows["teacher"][key][0], color="#7a8599", linestyle="--")
-        for name in list(rows)[:0:-1]:  # from the bottom up, without the teacher
+        for name in list(rows)[:0:-1]:  # bottom to top, without the teacher
             axes.scatter(rows[name][key], [name] * len(rows[name][key]), color="#2f80d0", alpha=0.5)
         axes.set_xlabel(f"{key}, nats a character")
     figure.savefig(path, dpi=150)
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of each of the five losses")
     parser.add_argument("--write", type=pathlib.Path, help="a document, between its markers")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # models this small gain little from a second one
+    torch.set_num_threads(1)  # models this small gain little from a second thread
     if options.write:
         begin, end = (f"<!-- language_model:{edge} -->" for edge in ("begin", "end"))
         before, _, rest = options.write.read_text().partition(begin)

@@ -1,4 +1,4 @@
-"""Distillation in a Lightning module: the teacher is asked in training_step.
+"""Distill in a Lightning module: training_step calls the teacher.
 
 python examples/lightning_module.py [--epochs N]
 """
@@ -16,15 +16,15 @@ import fastkd
 
 
 def network(width: int) -> nn.Sequential:
-    """One hidden layer."""
+    """Make a network with one hidden layer."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 class Classifier(lightning.LightningModule):
-    """A network that learns from labels, and from a teacher if it is given one."""
+    """Network trained on labels, and on a teacher if there is one."""
 
     def __init__(self, model: nn.Module, rate: float, teacher: nn.Module | None = None) -> None:
-        """Freezes the teacher. It is kept in a list, or it would be saved with the student."""
+        """Freeze the teacher. A list keeps it out of the student's checkpoints."""
         super().__init__()
         self.model, self.rate = model, rate
         self.loss = fastkd.KDLoss(temperature=4.0, alpha=0.1)
@@ -36,7 +36,7 @@ class Classifier(lightning.LightningModule):
             teacher.to(self.device, next(self.model.parameters()).dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The loss of a batch."""
+        """Compute the loss of a batch."""
         images, labels = batch
         if not self._teachers:
             return F.cross_entropy(self.model(images), labels)
@@ -47,22 +47,22 @@ class Classifier(lightning.LightningModule):
         return terms.loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """The accuracy on a batch."""
+        """Log the accuracy on a batch."""
         images, labels = batch
         self.log("accuracy", (self.model(images).argmax(-1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return the optimizer, Adam."""
         return torch.optim.Adam(self.model.parameters(), self.rate)
 
 
 def main() -> None:
-    """Trains a teacher, then its student."""
+    """Train a teacher, then its student."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20, help="of teacher and student each")
     epochs = parser.parse_args().epochs
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     lightning.seed_everything(0, verbose=False)
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16

@@ -1,4 +1,4 @@
-"""Distillation in a plain PyTorch loop: what changes is the teacher's call and the loss.
+"""Distill in a plain PyTorch loop: the teacher's call and the loss are the only changes.
 
 python examples/plain_loop.py [--epochs N]
 """
@@ -15,23 +15,23 @@ import fastkd
 
 
 def network(width: int) -> nn.Sequential:
-    """One hidden layer."""
+    """Make a network with one hidden layer."""
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of images that are recognised."""
+    """Return the share of correctly classified images."""
     return (model(images).argmax(-1) == labels).float().mean().item()
 
 
 def main() -> None:
-    """Trains a teacher, then its student."""
+    """Train a teacher, then its student."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20, help="of teacher and student each")
     epochs = parser.parse_args().epochs
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     torch.manual_seed(0)
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
@@ -52,7 +52,7 @@ def main() -> None:
         for x, y in loader:
             with torch.no_grad():
                 teacher_logits = teacher(x)
-            # alpha weighs the labels' term. terms() is loss() with what is worth printing.
+            # alpha weighs the labels' term. terms() is loss() with the quantities worth printing.
             terms = fastkd.terms(student(x), teacher_logits, y, temperature=4.0, alpha=0.1)
             optimizer.zero_grad()
             terms.loss.backward()

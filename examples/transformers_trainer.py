@@ -1,4 +1,4 @@
-"""Distillation in transformers.Trainer, by a mixin: a small GPT-2 and a smaller one, on text.
+"""Distill in transformers.Trainer by a mixin: a small GPT-2 and a smaller one, on text.
 
     python examples/transformers_trainer.py [--steps N]
 
@@ -20,23 +20,23 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """The mixin goes first."""
+    """Trainer with the mixin, which must come first."""
 
 
 def model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
-    """Of any size, with first weights of its own."""
+    """Make a GPT-2 of any size, initialized from its own seed."""
     sizes = {"n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": 4}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **ends))
 
 
 def main() -> None:
-    """Trains a teacher on text, then a student on text and teacher."""
+    """Train a teacher on text, then a student on text and teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="of teacher and student each")
     steps = parser.parse_args().steps
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    torch.set_num_threads(1)  # models this small gain nothing from a second thread
     torch.manual_seed(0)
     text = "\n".join(topics.values())
     characters = sorted(set(text))

@@ -1,5 +1,4 @@
-"""What fastkd promises about faults, and the programs that try it; ``docs/reliability.md`` lists
-them.
+"""Programs that test fastkd's behavior under faults; ``docs/reliability.md`` lists them.
 
 A program of this package prints what it found as a line ``figures: {...}``. Started through
 ``python -m reliability NAME``, as the Makefile does, the line is kept in ``results/NAME.json`` and

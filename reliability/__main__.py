@@ -1,4 +1,5 @@
-"""``python -m reliability [NAME ...]`` runs what docs/reliability.md lists, and writes it.
+"""Run the programs that docs/reliability.md lists, and write it: ``python -m reliability [NAME
+...]``.
 
 Without names everything is run, one line after the other: none is given up because another failed,
 each is stopped at its limit, and the document is written anew after each. What a run found is kept
@@ -28,7 +29,7 @@ HAND = ROOT / "reliability" / "findings.md"
 
 
 class Promise(NamedTuple):
-    """A promise and the command that tries it."""
+    """Promise, and the command that tests it."""
 
     promise: str
     command: str
@@ -129,13 +130,13 @@ PROMISES = {
 
 
 def run(name: str) -> dict[str, Any]:
-    """Runs a promise's command, shows what it prints, and keeps what it found."""
+    """Run a promise's command, print its output, and store its figures."""
     promise = PROMISES[name]
     print(f"\n==== {name}: {promise.command} (at most {promise.minutes} minutes)", flush=True)
     start = time.monotonic()
     if promise.needs is None or shutil.which(promise.needs):
         status, lines = started(promise)
-        kept = found(lines)
+        kept = figures_of(lines)
         if status == -signal.SIGKILL:
             kept.append(f"stopped after {promise.minutes} minutes")
     else:
@@ -156,7 +157,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def started(promise: Promise) -> tuple[int, list[str]]:
-    """The exit status of a command and what it printed; with all it started it has its limit."""
+    """Return a command's exit status and output; kill its process group at the time limit."""
     lines = []
     with subprocess.Popen(
         promise.command, shell=True, cwd=ROOT, text=True, errors="replace", start_new_session=True,
@@ -172,8 +173,8 @@ def started(promise: Promise) -> tuple[int, list[str]]:
     return process.returncode, lines
 
 
-def found(lines: list[str]) -> list[Any]:
-    """The figures that a command printed, and the closing lines of test runners."""
+def figures_of(lines: list[str]) -> list[Any]:
+    """Return the figures that a command printed, and the last lines of test runners."""
     kept: list[Any] = []
     for line in lines:
         if line.startswith("figures: "):
@@ -186,7 +187,7 @@ def found(lines: list[str]) -> list[Any]:
 
 
 def shown(value: Any) -> str:
-    """What was found, in words."""
+    """Describe the figures in words."""
     if isinstance(value, dict):
         pairs = {key: part for key, part in value.items() if not isinstance(part, list)}
         return ", ".join(f"{key}: {part}" for key, part in pairs.items())
@@ -194,12 +195,12 @@ def shown(value: Any) -> str:
 
 
 def document() -> str:
-    """docs/reliability.md."""
+    """Return the text of docs/reliability.md."""
     lines = [
         "# Reliability",
         "",
         "Written by `python -m reliability`, which runs these commands; the text below the tables",
-        "is [reliability/findings.md](../reliability/findings.md). Each line is a promise, the",
+        "is `reliability/findings.md`. Each line is a promise, the",
         "command that tries it, and what its last run found.",
         "",
         "| Promise | Command | Last run | Found |",
@@ -231,7 +232,7 @@ def document() -> str:
 
 
 def main() -> int:
-    """Runs what is named, and writes the document."""
+    """Run the named programs, and write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PROMISES)}")
     parser.add_argument("--write", action="store_true", help="run nothing, only write")

@@ -30,7 +30,7 @@ TEXTS = ("", "nan", "inf", "-1", "1e999", "[]", "[-1]", "[0]", "[3]", "9" * 25, 
 
 
 def split(data: bytes) -> tuple[Any, bytes]:
-    """A file's header and its body; raises ValueError where there is no header."""
+    """Split a file into header and body; raise ValueError if it has no header."""
     if len(data) < 8:
         raise ValueError("too short")
     (size,) = struct.unpack("<Q", data[:8])
@@ -38,23 +38,23 @@ def split(data: bytes) -> tuple[Any, bytes]:
 
 
 def join(header: Any, body: bytes) -> bytes:
-    """The file of both."""
+    """Return the file of a header and a body."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) inside a JSON value."""
+    """Return every (container, key) inside a JSON value."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
-    found = [(value, key) for key in keys]
+    pairs = [(value, key) for key in keys]
     for key in keys:
         if isinstance(value[key], (dict, list)):
-            found += places(value[key])
-    return found
+            pairs += places(value[key])
+    return pairs
 
 
 def edited(data: bytes, seed: int) -> bytes:
-    """One entry of the header is another number or text, is gone, or is a neighbour's."""
+    """Change, delete or exchange one entry of the header."""
     header, body = split(data)
     draw = random.Random(seed)
     container, key = draw.choice(places(header))
@@ -68,7 +68,7 @@ def edited(data: bytes, seed: int) -> bytes:
     else:
         other, its = draw.choice(places(header))
         container[key] = json.loads(json.dumps(other[its]))
-    if draw.randrange(4) == 0:  # lengths, ids and lists of classes are in the body
+    if draw.randrange(4) == 0:  # lengths, ids and class lists are in the body
         bytes_ = bytearray(body)
         for _ in range(draw.randrange(1, 5) if body else 0):
             bytes_[draw.randrange(len(bytes_))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
@@ -77,7 +77,7 @@ def edited(data: bytes, seed: int) -> bytes:
 
 
 def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
-    """Compute a file's checksums anew, as a forger would; raise what a header without them does."""
+    """Recompute a file's checksums, as an attacker would; raise for headers without them."""
 
     def part(name: str) -> bytes:
         start, stop = header[name]["data_offsets"]
@@ -107,7 +107,7 @@ def sealed(header: Any, body: bytes) -> tuple[Any, bytes]:
 
 
 def write_corpus(folder: Path) -> None:
-    """Whole shards: dense, top-k, and sequences."""
+    """Write valid shards: dense, top-k, and sequences."""
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
@@ -122,7 +122,7 @@ def write_corpus(folder: Path) -> None:
         "sequences": (nn.Embedding(9, 7), tokens, {"top_k": 2}),
     }
     for name, (teacher, inputs, options) in kinds.items():
-        shutil.rmtree(FOLDER / name, ignore_errors=True)  # of an earlier run
+        shutil.rmtree(FOLDER / name, ignore_errors=True)  # an earlier run's files
         loader = DataLoader(WithIds(TensorDataset(inputs)), 2)
         precompute(teacher, loader, FOLDER / name, progress=False, **options)
         (shard,) = (FOLDER / name).glob("*.safetensors")
@@ -139,7 +139,7 @@ def check_other_files() -> None:
 
     def bind() -> None:
         with socket.socket(socket.AF_UNIX) as made:
-            made.bind(os.path.relpath(file))  # paths of sockets have about 100 bytes at most
+            made.bind(os.path.relpath(file))  # socket paths are limited to about 100 bytes
 
     for make in (lambda: os.mkfifo(file), bind, lambda: file.symlink_to("/dev/zero"), file.mkdir):
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,12 +153,12 @@ def check_other_files() -> None:
 
 
 def fuzz(arguments: list[str]) -> None:
-    """libFuzzer's loop; it ends the process."""
+    """Run libFuzzer's loop, which ends the process."""
     import atheris
 
     from fastkd.teachers import TeacherCache, cache, shard
 
-    # One by one: where a package is installed editable, atheris's hook of imports changes nothing.
+    # Modules are instrumented one by one: atheris's import hook misses editable packages.
     for owner in (shard, cache, TeacherCache):
         for name, member in list(vars(owner).items()):
             if inspect.isfunction(member):
@@ -168,7 +168,7 @@ def fuzz(arguments: list[str]) -> None:
     place.mkdir(exist_ok=True)
 
     def contents(data: bytes) -> list[bytes] | None:
-        """All that can be read of a file, or None if it is refused."""
+        """Return everything that a file contains, or None if it is refused."""
         (place / "shard-00000.safetensors").write_bytes(data)
         try:
             opened = TeacherCache(place)
@@ -180,13 +180,13 @@ def fuzz(arguments: list[str]) -> None:
         return [texts, *(shard.view_bytes(tensor).tobytes() for tensor in tensors)]
 
     def read(data: bytes) -> None:
-        found = contents(data)
-        if found is None:
+        original = contents(data)
+        if original is None:
             return
         draw = random.Random(zlib.crc32(data))
         flipped = bytearray(data)
         flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        if contents(bytes(flipped)) not in (None, found):
+        if contents(bytes(flipped)) not in (None, original):
             raise AssertionError("a flipped bit changes what is read, and no error says so")
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -194,9 +194,9 @@ def fuzz(arguments: list[str]) -> None:
             try:
                 return edited(data, seed)[:most]
             except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-                pass  # there is no header to edit
+                pass  # no header to edit
             except (struct.error, AttributeError):
-                pass  # there are no checksums to compute
+                pass  # no checksums to compute
         return bytes(atheris.Mutate(data, most))
 
     atheris.Setup([sys.argv[0], *arguments], read, custom_mutator=mutate)
@@ -204,7 +204,7 @@ def fuzz(arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Runs libFuzzer in a process of its own, whose last words are the figures."""
+    """Run libFuzzer in a process of its own, and print its last figures."""
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     corpus = FOLDER / "corpus"

@@ -1,4 +1,4 @@
-"""The source distribution and the wheel, tried as a stranger would, as far as this machine allows.
+"""Test the source distribution and the wheel in new environments.
 
 - ``python -m build --sdist``; the tarball installs into a new environment that has torch, where
   ``git`` is not to be had, and works there.
@@ -28,7 +28,7 @@ WORKS = (
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Runs a command outside the project's folder; its output, or an error with its end.
+    """Run a command outside the project's folder; return its output or raise with its last lines.
 
     The tools are this environment's own, whether it is activated or not.
     """
@@ -43,7 +43,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def main() -> int:
-    """Tries all, and stops at the first failure."""
+    """Run all checks, and stop at the first failure."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     figures: dict[str, str] = {}
@@ -51,7 +51,7 @@ def main() -> int:
     (tarball,) = FOLDER.glob("*.tar.gz")
     figures["sdist"] = f"{tarball.name}, {tarball.stat().st_size // 1024} KiB"
 
-    # A new environment that has this one's torch; the first git on its path is one that fails.
+    # The environment has this one's torch, and a git that fails first on its path.
     run(sys.executable, "-m", "venv", FOLDER / "env")
     python = FOLDER / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())

@@ -1,4 +1,4 @@
-"""The Python suite's core on an extension built with AddressSanitizer and its sister.
+"""Run core tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The extension goes into an environment of its own that sees this one's packages. The interpreter is
 not built with the sanitizers, so their libraries are loaded before it; leaks, of which interpreters
@@ -32,13 +32,13 @@ CORE = [
 
 
 def library(name: str) -> str:
-    """Where the compiler has one of its libraries."""
+    """Return the path of one of the compiler's libraries."""
     command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
-    """Builds and tests; pytest's exit status."""
+    """Build the extension and run the tests; return pytest's exit status."""
     subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
     python = FOLDER / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -53,7 +53,7 @@ def main() -> int:
     subprocess.run([*install, ROOT], check=True, env={**os.environ, "PATH": path})
     environment = {
         **os.environ,
-        # The C++ library too: the sanitizer wraps its exceptions, and has to find them.
+        # The sanitizer wraps the C++ library's exceptions, so it must find the library.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -1,4 +1,4 @@
-"""Very many calls, by every way in, failing ones too: what the process holds must not grow.
+"""Repeat every kind of call many times, failing ones too; the process must not grow.
 
 ``python -m reliability.soak [CALLS]``; an allocator may take some pages later than others, hence
 the margin, which is far below what the smallest tensor of a call would add up to.
@@ -25,14 +25,14 @@ ROWS, CLASSES = 16, 50  # 3,200 bytes of logits
 
 
 def resident() -> int:
-    """Bytes that the process has in memory, once what is free has gone back to the system."""
+    """Return the resident bytes of the process after it has returned free memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """Each way in, on small tensors."""
+    """Return each kind of call, on small tensors."""
     student = torch.randn(ROWS, CLASSES, requires_grad=True)
     teacher, labels = torch.randn(ROWS, CLASSES), torch.randint(CLASSES, (ROWS,))
     wrong = torch.full((ROWS,), CLASSES)
@@ -79,9 +79,9 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def main() -> int:
-    """Prints how much each way in has grown the process by."""
+    """Print the growth of the process for each kind of call."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    torch.set_num_threads(1)  # on busy processors, teams of threads mostly wait for each other
+    torch.set_num_threads(1)  # one thread, since teams of threads on busy processors mostly wait
     grown = {}
     for name, call in calls().items():
         for _ in range(max(500, count // 50)):

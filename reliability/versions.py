@@ -1,4 +1,4 @@
-"""The core tests on other Pythons and other torches, each pair in an environment of its own.
+"""Run core tests on other versions of Python and torch, each pair in its own environment.
 
 A source distribution is built once, from which every pair builds its wheel with its own torch (no
 git, and nothing of this folder). The tests then run on the installed wheel. The wheel that the pair
@@ -22,44 +22,44 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "versions"
-# The oldest and the newest torch with the oldest and the newest Python, and what lies between once
-# each: a torch takes gigabytes for each Python. Others can be named. 3.10 has no 2.15.
+# The oldest and the newest torch with the oldest and the newest Python, and each version between
+# once, since a torch takes gigabytes for each Python. Others can be named. 3.10 has no torch 2.15.
 PAIRS = ("3.10:2.10.0", "3.10:2.14.1", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.10.0", "3.13:2.15.0")
 CORE = [
     *("loss", "autograd", "transforms", "numerics", "terms", "determinism"),
     *("bad_input", "compile", "package", "topk", "linear", "linear_training", "learned"),
 ]
-# What a wheel built with another torch is tried on: the ops, their derivatives, and tracing.
+# Tests for a wheel that was built with another torch: ops, derivatives, tracing.
 FOREIGN = ["loss", "autograd", "terms"]
 BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
-# torch.compile of older torches needs setuptools, and does not say so where Python has it not.
+# torch.compile of older torches needs setuptools, without a message if it is missing.
 TESTS = ["pytest>=8", "hypothesis>=6.100", "numpy>=1.26", "setuptools"]
 
 
 class Pair(NamedTuple):
-    """A Python and a torch."""
+    """Version of Python and version of torch."""
 
     python: str
     torch: str
 
     def __str__(self) -> str:
-        """What a report calls it."""
+        """Return the name of the pair in a report."""
         return f"Python {self.python}, torch {self.torch}"
 
 
 def uv(*arguments: str | Path, log: Path) -> None:
-    """Runs uv, whose environments share files: a CUDA build of torch takes 5 GB by itself."""
+    """Run uv, whose environments share files: a CUDA build of torch takes 5 GB."""
     run([sys.executable, "-m", "uv", *map(str, arguments)], log)
 
 
 def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
-    """Runs a command; its output is added to the log and returned."""
-    # Not on the path of the tests: the folder's own packages, and another environment's.
+    """Run a command; append its output to the log and return it."""
+    # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
     if shutil.which(
         "ccache"
-    ):  # the kernels, which know neither Python nor torch, are compiled once
+    ):  # kernels depend on neither Python nor torch, so they are compiled once
         environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -74,10 +74,10 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
 
 
 def interpreter(version: str) -> str | None:
-    """The path of a Python that runs and is of this version."""
+    """Return the path of a working Python of this version."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [shutil.which(f"python{version}"), sys.executable]
-    candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *found]
+    others = [shutil.which(f"python{version}"), sys.executable]
+    candidates = [*map(str, sorted(root.glob(f"{version}.*/bin/python{version}"))), *others]
     for candidate in filter(None, candidates):
         command = [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def interpreter(version: str) -> str | None:
 
 
 def source_distribution() -> Path:
-    """The unpacked tarball of ``python -m build --sdist``."""
+    """Return the unpacked tarball of ``python -m build --sdist``."""
     shutil.rmtree(FOLDER / "source", ignore_errors=True)
     log = FOLDER / "sdist.log"
     command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(FOLDER / "source"), "."]
@@ -99,7 +99,7 @@ def source_distribution() -> Path:
 
 
 def tested(python: Path, names: list[str], source: Path, log: Path) -> str:
-    """Runs test files of the source distribution; the closing line of pytest."""
+    """Run test files of the source distribution; return pytest's last line."""
     files = [f"tests/test_{name}.py" for name in names]
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     closing = run(command, log, source).strip().splitlines()[-1]
@@ -107,7 +107,7 @@ def tested(python: Path, names: list[str], source: Path, log: Path) -> str:
 
 
 def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, str], Path | None]:
-    """What happened, and the wheel that was built."""
+    """Return the result for a pair, and the wheel that was built."""
     row = {"python": pair.python, "torch": pair.torch}
     row["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     executable = interpreter(pair.python)
@@ -124,7 +124,7 @@ def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, 
         uv("venv", "--quiet", "--python", executable, folder, log=log)
         install = ("pip", "install", "--quiet", "--python", python)
         uv(*install, f"torch=={pair.torch}", *BUILD, *TESTS, log=log)
-        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # there is no GPU to try it on
+        off = "--config-setting=cmake.define.FASTKD_CUDA=OFF"  # no GPU to test on
         path = f"PATH={folder / 'bin'}:{os.environ['PATH']}"
         build = [sys.executable, "-m", "uv", "build", "--wheel", "--no-build-isolation", off]
         run(["env", path, *build, "--python", str(python), "-o", str(wheels), str(source)], log)
@@ -142,7 +142,7 @@ def try_pair(pair: Pair, source: Path, foreign: Path | None) -> tuple[dict[str, 
 
 
 def main() -> int:
-    """Tries the pairs."""
+    """Test the pairs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PYTHON:TORCH")
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def keep(row: dict[str, str]) -> list[dict[str, str]]:
-    """Adds to what earlier runs found, of which those of the same pair are forgotten."""
+    """Add results to the stored ones, in place of older results of the same pair."""
     path = FOLDER / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     same = ("python", "torch")

@@ -1,12 +1,11 @@
-"""What every test file shares: the devices, the CPU instruction sets, and hypothesis' profile."""
+"""Fixtures of all test files: devices, CPU instruction sets, and hypothesis' profile."""
 
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
 
-# Before torch loads OpenMP: threads that spin for one another make small operations very slow where
-# the processors are shared.
+# Set before torch loads OpenMP: spinning threads slow down small operations on shared processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -22,12 +21,12 @@ sys.path.insert(0, str(FOLDER))
 collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
-except ModuleNotFoundError:  # on a machine with a GPU and no network: the other files run
+except ModuleNotFoundError:  # skipped if not installed, as on a GPU machine without network
     collect_ignore += sorted(
         path.name for path in FOLDER.glob("test_*.py") if "from hypothesis" in path.read_text()
     )
 else:
-    # Derandomised: a run's outcome depends on the code alone.
+    # Derandomized: a run's outcome depends on the code alone.
     settings.register_profile(
         "fastkd",
         derandomize=True,
@@ -78,7 +77,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this processor runs, forced."""
+    """Run the test with each instruction set that this processor has."""
     before = _C.isa()
     _C.use_isa(request.param)
     yield request.param
@@ -87,7 +86,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What the fuzzers share: odd numbers, places in memory, what counts as close, and the program."""
+"""Shared parts of the fuzzers: odd numbers, memory layouts, comparisons, and the program."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as conftest.py, for the programs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in conftest.py, for the programs
 
 import hypothesis
 import torch
@@ -26,12 +26,12 @@ LAYOUTS = ("contiguous", "rows apart", "sliced", "transposed", "classes apart", 
 TEMPERATURES = st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(0.25, 30.0))
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.5])] * 2)
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.9, 1.0])
-# The grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
+# grad_outputs of fuzzed calls. Powers of two scale 16-bit gradients without rounding.
 GRAD_OUTPUTS = st.sampled_from([1.0, 1.0, -1.0, -0.5, 2.0, 0.0])
 
 
 def odd_numbers(tensors: int) -> st.SearchStrategy[tuple[tuple[int, int, int, float], ...]]:
-    """(which tensor, row, column, value) of a few entries."""
+    """Choose (which tensor, row, column, value) for a few entries."""
     place = (st.integers(0, tensors - 1), st.integers(0, 4), st.integers(0, 2**14))
     return st.lists(st.tuples(*place, st.sampled_from(ODD)), max_size=4).map(tuple)
 
@@ -40,8 +40,7 @@ NARROW = {"int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100) -> Tensor:
-    """The labels in a dtype of this name, if it is one; negative ones, if it has none, are what
-    ``ignore_index`` would be wrapped to."""
+    """Convert labels to a dtype by name; unsigned dtypes wrap ``ignore_index``."""
     if dtype not in NARROW:
         return labels
     largest = torch.iinfo(NARROW[dtype]).max
@@ -51,12 +50,12 @@ def narrowed(labels: Tensor, dtype: str, classes: int, ignore_index: int = -100)
 
 
 def rarely(usual: Any, others: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Options of which each is left alone in most cases, so that they meet in few at a time."""
+    """Draw options of which most are their defaults in each case."""
     return st.one_of(st.just(usual), st.just(usual), others)
 
 
 def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...]) -> None:
-    """Writes odd numbers into contiguous matrices, wherever these have an entry."""
+    """Write odd numbers into contiguous matrices, at entries that exist."""
     for which, row, column, value in odd:
         matrix = values[which].view(-1, values[which].shape[-1])
         if len(matrix):
@@ -64,14 +63,14 @@ def sprinkle(values: list[Tensor], odd: tuple[tuple[int, int, int, float], ...])
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers, elsewhere in memory; what surrounds them is NaN."""
+    """Copy a tensor into another memory layout, surrounded by NaN."""
     shape = values.shape
     if layout == "odd bytes" and values.device.type == "cpu" and values.numel():
         size = values.element_size()
         memory = bytearray(values.numel() * size + 1)
         view = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
         return view.view(shape).copy_(values)
-    if layout == "sliced":  # as logits[..., :vocabulary] and logits[:, :-1] are
+    if layout == "sliced":  # slices, as logits[..., :vocabulary] and logits[:, :-1] are
         more = [n + (1 if i else 0) for i, n in enumerate(shape)]
         base = values.new_full(more, math.nan)
         view = base[tuple(slice(0, n) for n in shape)]
@@ -96,11 +95,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, what: str) -> None:
-    """NaN where NaN is due, an infinity where one is due, else within the bounds."""
-    # Beyond, the dtype may say inf.
+    """Return True if NaN and infinities agree, and other entries are within the bounds."""
+    # Values beyond the dtype's range may be inf.
     largest = min(torch.finfo(got.dtype).max, torch.finfo(FP32).max) / 2
     huge = want.abs() > largest
-    # Below its least number it rounds to nothing.
+    # Values below the dtype's least number round to 0.
     absolute = absolute + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps / 2
     got = got.double()
     fits = (got - want).abs() <= relative * want.abs() + absolute
@@ -112,19 +111,19 @@ def close(got: Tensor, want: Tensor, relative: float, absolute: float | Tensor, 
 
 
 def largest_of(*tensors: Tensor) -> float:
-    """The greatest finite magnitude."""
+    """Return the greatest finite magnitude."""
     finite = [x.double().nan_to_num(0, 0, 0).abs() for x in tensors if x.numel()]
     return max([float(x.max()) for x in finite], default=0.0)
 
 
 def lacks_inverse(lengths: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a row's length, computed in ``dtype``, counts as none for want of an inverse."""
+    """Return True if a row's length, computed in ``dtype``, has no finite inverse."""
     return bool(((lengths > 0) & (lengths <= 1 / torch.finfo(dtype).max)).any())
 
 
 @contextmanager
 def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
-    """Set an instruction set, a number of threads, and autograd in Python, for the context."""
+    """Set the instruction set, the number of threads, and Python autograd, for the context."""
     before, count = _C.isa(), torch.get_num_threads()
     _C.use_isa(isa)
     torch.set_num_threads(threads)
@@ -137,7 +136,7 @@ def settled(isa: str, threads: int, *, in_python: bool) -> Iterator[None]:
 
 
 def program(cases: st.SearchStrategy[Any], run: Callable[[Any, torch.device], None]) -> None:
-    """``FILE [CASES [SEED]]``: batches from consecutive seeds, printed with what fails."""
+    """Run ``FILE [CASES [SEED]]``: test batches of consecutive seeds, and print failing cases."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20000
     first = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The objectives once more, in NumPy and float64, from probabilities: shares nothing with fastkd.
+"""Compute the objectives in NumPy and float64, from probabilities, without fastkd.
 
 Works on rows: logits (R, C), labels (R,) or (R, C), and one number for each row or for all.
 """
@@ -12,7 +12,7 @@ Array = np.ndarray
 
 
 class Fields(NamedTuple):
-    """The fields of fastkd.Terms."""
+    """Fields of fastkd.Terms."""
 
     loss: Array
     hard: Array
@@ -55,7 +55,7 @@ def centered(x: Array) -> Array:
     return x - x.mean(-1, keepdims=True)
 
 
-# Of teacher's and student's probabilities, of their logits over the temperatures, of the labels.
+# Arguments: probabilities, logits over temperatures (teacher, student), labels, mix.
 DIVERGENCES: dict[str, Any] = {
     "forward_kl": lambda p, q, w, z, y, mix: kl(p, q),
     "reverse_kl": lambda p, q, w, z, y, mix: kl(q, p),
@@ -92,10 +92,10 @@ def standardized(x: Array) -> Array:
 
 
 def teacher(
-    given: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
+    arrays: list[Array], t: Any, form: str, weights: Any, ensemble: str, standardize: bool
 ) -> tuple[Array, Array]:
-    """(logits over the temperature, probabilities)."""
-    logits = [np.log(x) if form == "probs" else x for x in given]
+    """Return (logits over the temperature, probabilities)."""
+    logits = [np.log(x) if form == "probs" else x for x in arrays]
     if standardize:
         logits = [standardized(x) for x in logits]
     shares = np.array(weights or [1.0] * len(logits))
@@ -119,7 +119,7 @@ def cross_entropy(logits: Array, labels: Array, weight: Array | None, smoothing:
 
 
 class Parts(NamedTuple):
-    """Rows' shares of the loss, rows of the other fields, and what the two terms are divided by."""
+    """Row losses, rows of the other fields, and the divisors of the two terms."""
 
     hard: Array
     soft: Array
@@ -149,18 +149,20 @@ def parts(
     ensemble: str = "probs",
     standardize: bool = False,
 ) -> Parts:
-    """The rows of everything, in float64."""
+    """Compute the rows of all fields in float64."""
     raw, y, given_weight = double(student), double_labels(labels), double(class_weight)
     many = [double(x) for x in (teachers if isinstance(teachers, (list, tuple)) else [teachers])]
     by_index = y is not None and y.ndim == 1
     valid = y != ignore_index if by_index else np.ones(len(raw), bool)
     index = np.where(valid, y, 0) if by_index else y
     t = np.broadcast_to(double(temperature), raw.shape[:1])
-    own = teacher_temperature
-    own = (temperature if teacher_form == "logits" else 1.0) if own is None else own
-    own = np.broadcast_to(double(own), raw.shape[:1])[:, None]
+    teacher_t = teacher_temperature
+    teacher_t = (
+        (temperature if teacher_form == "logits" else 1.0) if teacher_t is None else teacher_t
+    )
+    teacher_t = np.broadcast_to(double(teacher_t), raw.shape[:1])[:, None]
     z = (standardized(raw) if standardize else raw) / t[:, None]
-    w, p = teacher(many, own, teacher_form, teacher_weights, ensemble, standardize)
+    w, p = teacher(many, teacher_t, teacher_form, teacher_weights, ensemble, standardize)
     q = softmax(z)
     soft = DIVERGENCES[divergence](p, q, w, z, index, MIX.get(divergence) if mix is None else mix)
     hard = np.zeros(len(raw))
@@ -183,7 +185,7 @@ def parts(
 
 
 def terms(*arguments: Any, **options: Any) -> Fields:
-    """Every field, in float64."""
+    """Compute every field in float64."""
     rows = parts(*arguments, **options)
     if options.get("reduction") == "none":
         return Fields(rows.hard + rows.soft, *rows.fields)
@@ -199,7 +201,7 @@ def double_labels(labels: Any) -> Any:
 
 
 def gradient(student: torch.Tensor, *arguments: Any, step: float = 1e-3, **options: Any) -> Array:
-    """Of the loss's sum, by central differences of the fourth order.
+    """Differentiate the loss's sum by central differences of the fourth order.
 
     Rows are independent, so all of them are moved at once, a class at a time.
     """

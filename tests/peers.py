@@ -1,4 +1,4 @@
-"""Other libraries' own code as the oracle of fastkd.compat, and what its tests share.
+"""Compile other libraries' code as the oracle of fastkd.compat, and share its helpers.
 
 A library's classes and functions are compiled from its installed source, alone: importing the
 library would bring along its dependencies, which are a hundred times its size, and their warnings.
@@ -21,45 +21,45 @@ from torch.nn import functional as F
 
 
 def folder(package: str) -> pathlib.Path:
-    """Where an installed package lies, without importing it; skips the test if it is not there."""
+    """Return an installed package's folder without importing it; skip the test if missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed (make test installs it)")
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
-def code(package: str, file: str, *names: str, **given: Any) -> SimpleNamespace:
-    """The named classes and functions (methods too) of a package's file, without their decorators.
+def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
+    """Compile named classes and functions of a package's file, without their decorators.
 
     ``given`` are the globals that they use beside torch, nn and F.
     """
     path = folder(package) / file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, about escapes in their docstrings
+        warnings.simplefilter("ignore")  # warnings about escapes in the libraries' docstrings
         tree = ast.parse(path.read_text())
-    found = {
+    definitions = {
         node.name: node
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names
     }
-    missing = set(names) - set(found)
+    missing = set(names) - set(definitions)
     assert not missing, f"{path} has no {missing} any more: the convention may have changed"
-    # Annotations stay text: they name what is imported in the file.
+    # Annotations stay text, since they name the file's imports.
     body: list[ast.stmt] = [
         ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     ]
-    for node in sorted(found.values(), key=lambda node: node.lineno):
+    for node in sorted(definitions.values(), key=lambda node: node.lineno):
         node.decorator_list = []
         body.append(node)
     module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
-    namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **given}
+    namespace = {"__name__": f"peer_{package}", "torch": torch, "nn": nn, "F": F, **extra_globals}
     exec(compile(module, str(path), "exec"), namespace)
     return SimpleNamespace(**{name: namespace[name] for name in names})
 
 
 @functools.cache
 def timm_task() -> Any:
-    """timm's LogitDistillationTask; importing timm would import torchvision."""
+    """Compile timm's LogitDistillationTask; importing timm would import torchvision."""
     as_it_is = {"unwrap_model": lambda model: model, "get_state_dict": None}
     base = code("timm", "task/task.py", "TrainingTask", **as_it_is).TrainingTask
     return code(
@@ -74,7 +74,7 @@ def timm_task() -> Any:
     ).LogitDistillationTask
 
 
-# Relative and absolute; the libraries that compute in float32 whatever they get set the second.
+# Relative and absolute tolerance; libraries that always compute in float32 set the second.
 DOUBLE = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-6}
 SHAPES = [(6, 5), (2, 4, 11)]
@@ -82,7 +82,7 @@ MASKS = ["all count", "some ignored"]
 
 
 def draw(shape: tuple[int, ...], mask: str = "all count", ignore_index: int = -100):
-    """Logits of student and teacher in float64, and labels."""
+    """Draw logits of student and teacher in float64, and labels."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     student, teacher = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(shape[-1], shape[:-1], generator=generator)
@@ -97,7 +97,7 @@ def agree(
     student: Tensor,
     tolerance: dict[str, float] = DOUBLE,
 ) -> None:
-    """The same value and the same gradient for the student's logits."""
+    """Assert that two losses have the same value and the same gradient for the student."""
     values, grads = [], []
     for function in (ours, theirs):
         leaf = student.clone().requires_grad_()
@@ -112,6 +112,6 @@ def agree(
 
 
 def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of each row."""
+    """Compute T^2 KL(teacher || student) of each row."""
     p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
     return temperature**2 * (p * (p / q).log()).sum(-1)

@@ -12,7 +12,7 @@ TEMPERATURE, ALPHA = 3.0, 0.3
 
 
 def llama(width: int, seed: int) -> Any:
-    """Return a Llama with first weights of its own, and no dropout."""
+    """Return a randomly initialized Llama without dropout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -25,7 +25,7 @@ def llama(width: int, seed: int) -> Any:
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=128,
-            initializer_range=0.3,  # so that a teacher has opinions
+            initializer_range=0.3,  # spreads the teacher's logits
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
@@ -41,7 +41,7 @@ def sentences(count: int = 32) -> list[dict[str, list[int]]]:
         length = 4 + index * 5 % (LENGTH - 3)
         tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
         labels = tokens.clone()
-        labels[: index % 3] = -100  # a prompt
+        labels[: index % 3] = -100  # prompt without labels
         samples.append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     return samples
 
@@ -66,7 +66,7 @@ def by_hand(
     count: Tensor | float | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss by PyTorch's operations; labels stand where their logits do."""
+    """Compute the loss by PyTorch's operations from labels aligned with the logits."""
     rows = labels != -100
     student, teacher = student[rows].float(), teacher[rows].float()
     hard = F.cross_entropy(student, labels[rows], reduction="sum", label_smoothing=smoothing)

@@ -1,4 +1,4 @@
-"""Problems, their truth in float64, torch's eager answer, and the bounds that tests hold."""
+"""Test problems, their truth in float64, torch's eager answer, and error bounds."""
 
 import itertools
 import math
@@ -14,8 +14,8 @@ from fastkd import Head, reference
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP64, FP32, BF16, FP16)
-# Widest rows that one kernel of the CUDA planner serves (csrc/cuda/plan.cpp): both tiny kernels,
-# warps and CTAs that hold a row in registers (fp32, 16-bit); and rows for the streaming kernel.
+# Widest rows of each kernel of the CUDA planner (csrc/cuda/plan.cpp): both tiny kernels, warps and
+# CTAs with a row in registers (fp32, 16-bit); then rows for the streaming kernel.
 CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 425984)
 
 
@@ -59,9 +59,9 @@ def make(
     spread: float = 3.0,
     seed: int = 0,
 ) -> Problem:
-    """Random logits, the same on every device, and labels of which a share is ignored."""
+    """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values anyway.
+    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
@@ -79,7 +79,7 @@ WIDTH, TEACHER_WIDTH = 24, 40
 
 
 class Heads(NamedTuple):
-    """A student that is a head, whose tensors require grad, and a teacher: a head, or another."""
+    """Student head whose tensors require grad, and a teacher: a head, or another kind."""
 
     student: Head
     teacher: Any
@@ -106,7 +106,7 @@ def make_heads(
     ignored: float = 0.3,
     seed: int = 0,
 ) -> Heads:
-    """Random heads with biases, and labels of which a share is ignored."""
+    """Draw heads with biases, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -132,7 +132,7 @@ def loss_in_chunks(
     chunks: dict[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """fastkd.loss with a plan made for the call; ``chunks``: options of fastkd.chunks.plan."""
+    """Compute fastkd.loss with a plan; ``chunks`` are options of fastkd.chunks.plan."""
     plan: Any = "auto"
     if chunks is not None:
         plan = fastkd.chunks.plan(student, teacher, labels, **chunks, **options)
@@ -140,15 +140,15 @@ def loss_in_chunks(
 
 
 def weights(options: dict[str, Any], has_labels: bool) -> dict[str, Any]:
-    """fastkd's options as the reference takes them: two weights instead of alpha."""
-    given = dict(options)
-    alpha = given.pop("alpha", None)
-    hard, soft = given.pop("hard_weight", None), given.pop("soft_weight", None)
+    """Translate fastkd's options to the reference's: two weights instead of alpha."""
+    in_two_weights = dict(options)
+    alpha = in_two_weights.pop("alpha", None)
+    hard, soft = in_two_weights.pop("hard_weight", None), in_two_weights.pop("soft_weight", None)
     if hard is None and soft is None:
         hard = (0.5 if alpha is None else alpha) if has_labels else 0.0
         soft = 1.0 - hard
     return {
-        **given,
+        **in_two_weights,
         "hard_weight": 1.0 if hard is None else hard,
         "soft_weight": 1.0 if soft is None else soft,
     }
@@ -170,7 +170,7 @@ def truth(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> Answer:
-    """The reference in float64 on the very values given, and its gradient."""
+    """Compute the reference and its gradient in float64 on the same values."""
     leaf = student.detach().double().requires_grad_()
     terms = reference.terms(
         leaf, teacher.detach().double(), labels, **weights(options, labels is not None)
@@ -203,8 +203,8 @@ def eager(
     grad_output: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) as torch's own functions give them in the student's dtype."""
-    given = weights(options, labels is not None)
+    """Compute (loss, gradient) by torch's own functions in the student's dtype."""
+    in_two_weights = weights(options, labels is not None)
     leaf = student.detach().clone().requires_grad_()
     teacher = teacher.detach().to(torch.promote_types(student.dtype, teacher.dtype))
     t = (
@@ -214,7 +214,7 @@ def eager(
     )
     squared = t.squeeze(-1) ** 2 if isinstance(t, Tensor) else t**2
     total = (
-        given["soft_weight"]
+        in_two_weights["soft_weight"]
         * squared
         * F.kl_div(
             F.log_softmax(leaf / t, -1),
@@ -231,7 +231,7 @@ def eager(
             label_smoothing=label_smoothing,
             reduction="none",
         )
-        total = given["hard_weight"] * hard.view(total.shape) + total
+        total = in_two_weights["hard_weight"] * hard.view(total.shape) + total
         total = total.masked_fill(labels == ignore_index, 0)
     if reduction != "none":
         total = total.sum()
@@ -253,7 +253,7 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 # exponential (2 ulp) at an argument of size up to about 100, hence some 10 units in the last place.
 VALUE_BOUND = {FP32: 2e-6, FP64: 1e-14}
 GRAD_BOUND = {FP32: 2e-6, FP64: 1e-14}
-# A unit in the last place. Two are the floor under "no worse than eager", which may be exact by
+# Two units in the last place. They are the floor of "no worse than eager", which may be exact by
 # luck on a few numbers.
 FLOOR = {FP32: torch.finfo(FP32).eps, FP64: torch.finfo(FP64).eps}
 # 16-bit gradients may be this much further off than the true gradient rounded to their dtype.
@@ -267,7 +267,7 @@ def distance(value: Tensor, exact: Tensor) -> float:
 def assert_value(
     value: Tensor, truth: Answer, acc: torch.dtype, theirs: Tensor | None = None
 ) -> None:
-    """The loss is as exact as its compute type allows, and no worse than eager's."""
+    """Assert that the loss is as exact as its compute type allows, and at least as eager's."""
     exact = truth.loss
     assert value.dtype == acc
     assert value.shape == exact.shape
@@ -290,14 +290,14 @@ def assert_grad(
     *,
     weight: float | None = None,
 ) -> None:
-    """The gradient, norm-wise: fp32 and fp64 absolutely and against eager, 16-bit against rounding.
+    """Assert the gradient's norm-wise error: fp32 and fp64 against eager, 16-bit against rounding.
 
     ``weight``: a bound of what probabilities are multiplied by, where rows may be confident.
     """
     assert grad is not None
     assert grad.shape == exact.shape
     error, size = distance(grad, exact), float(exact.norm())
-    # With one class, or two, it is a small difference of probabilities near one.
+    # With one or two classes, the gradient is a small difference of probabilities near 1.
     few = 2 * FLOOR[acc] * math.sqrt(exact.numel()) if exact.shape[-1] <= 2 else 0.0
     if weight is not None:
         few = 2 * FLOOR[acc] * math.sqrt(exact.numel() / exact.shape[-1]) * weight
@@ -311,7 +311,7 @@ def assert_grad(
         assert error <= limit, f"off by {error:.2e} of {size:.2e}, eager and floor {limit:.2e}"
     if exact.numel() == 0:
         return
-    # No single class hides behind the norm either.
+    # Bound each class too, since the norm hides single classes.
     info, largest = torch.finfo(grad.dtype), float(exact.abs().max())
     rounding = 0.51 * max(info.eps, torch.finfo(acc).eps) * exact.abs()
     allowed = rounding + 8 * torch.finfo(acc).eps * largest + info.smallest_normal * info.eps + few
@@ -322,7 +322,7 @@ def assert_grad(
 
 
 def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
-    """The same bits on the CPU; up to rounding on CUDA, where alignment orders the sums."""
+    """Assert equal bits on the CPU, and equality up to rounding on CUDA."""
     assert value is not None and expected is not None
     if value.device.type == "cpu":
         assert torch.equal(value, expected)
@@ -333,7 +333,7 @@ def assert_same(value: Tensor | None, expected: Tensor | None) -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most memory that a CPU's allocator had handed out at a time, as the profiler saw it."""
+    """Return a CPU allocator's peak of live bytes, measured by the profiler."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Derivatives of every order, by every way that torch has to ask for them."""
+"""Derivatives of every order, by each of torch's interfaces for them."""
 
 import copy
 import io
@@ -109,7 +109,7 @@ def test_third_derivatives_and_those_of_terms(device):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_gradient_penalty_through_a_model(device):
-    """What saved gradients get silently wrong: a penalty on the gradient, trained through."""
+    """Check a penalty on the gradient, which implementations with saved gradients get wrong."""
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 7, dtype=FP64, device=device)
     x = torch.randn(4, 6, dtype=FP64, device=device, requires_grad=True)
@@ -150,7 +150,7 @@ def test_grad_output(device, scale, reduction, dtype):
     ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
 )
 def test_backward_twice(device, terms, reduction, dtype):
-    """retain_graph: all gradients are right, and a later call leaves earlier results alone."""
+    """With retain_graph, all gradients are right, and later calls leave earlier results alone."""
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
     leaf = student.requires_grad_()
@@ -180,7 +180,7 @@ def test_backward_twice(device, terms, reduction, dtype):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_gradient_is_the_callers_own(device):
-    """Writing into .grad, as clip_grad_norm_ does, does not reach a second backward pass."""
+    """Changes of .grad in place, as by clip_grad_norm_, do not reach a second backward pass."""
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels)
@@ -206,7 +206,7 @@ def test_backward_after_the_graph_is_freed(device):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_inputs_changed_in_between_are_an_error(device, reduction):
-    """Backward may read the logits again: a change in place is found, not read as a logit."""
+    """A change of the logits in place before backward raises an error."""
     student, teacher, labels = make((6, 20), device=device)
     hidden = student.requires_grad_() * 1.0
     value = fastkd.loss(hidden, teacher, labels, reduction=reduction).sum()
@@ -215,7 +215,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
     else:
-        # The gradient is there already; whether torch objects or not, it is not a wrong one.
+        # The gradient exists already: an error or the right gradient, never a wrong one.
         try:
             value.backward()
         except RuntimeError as error:
@@ -228,7 +228,7 @@ def test_inputs_changed_in_between_are_an_error(device, reduction):
 
 @pytest.mark.usefixtures("each_autograd")
 def test_inside_a_bigger_graph(device):
-    """A hidden student, the loss among others, the teacher frozen, parameters shared."""
+    """The student is not a leaf, losses are added, the teacher is frozen, parameters are shared."""
     torch.manual_seed(0)
     model = (
         torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 7))
@@ -262,9 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(
-            student, teacher, labels
-        )  # nothing asks for a gradient; the mistake is the same
+        fastkd.loss(student, teacher, labels)  # no gradient is needed, and the mistake is the same
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()
@@ -278,7 +276,7 @@ def test_teacher_gets_no_gradient(device):
 @pytest.mark.parametrize(("inplace", "tensors"), [(False, 1.0), (True, 0.0)])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory_on_the_cpu(inplace, tensors, dtype):
-    """All that forward and backward allocate: one student tensor, and a few numbers a row."""
+    """Forward and backward allocate one student tensor and a few numbers a row."""
     student, teacher, labels = make((16, 20000), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     hidden = leaf * 1 if inplace else leaf
@@ -288,13 +286,13 @@ def test_memory_on_the_cpu(inplace, tensors, dtype):
     events = profile.profiler.kineto_results.events()
     taken = sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
     if inplace:
-        tensors += 1.0  # of the product that the logits come from
+        tensors += 1.0  # the matrix product before the logits
     assert taken <= tensors * student.nbytes + 8192
-    assert taken >= tensors * student.nbytes  # the profiler saw what there is to see
+    assert taken >= tensors * student.nbytes  # the profiler recorded allocations
 
 
 def test_a_gradient_in_use_is_not_written_over():
-    """The next call uses the memory of a gradient, but not before that is gone."""
+    """The next call recycles a gradient's memory only after the gradient is freed."""
 
     def gradient(seed: int) -> Tensor:
         student, teacher, labels = make((32, 20000), seed=seed)
@@ -313,7 +311,7 @@ def test_a_gradient_in_use_is_not_written_over():
     assert torch.equal(again, alone[1])
     if native.EAGER is not None:
         assert again.data_ptr() in addresses
-    again.resize_(40, 20000)  # as any tensor can be
+    again.resize_(40, 20000)  # a view, as any tensor can be
     assert torch.equal(again[:32], alone[1])
 
 
@@ -321,7 +319,7 @@ def test_a_gradient_in_use_is_not_written_over():
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=name_of)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_gradients_do_not_depend_on_the_scales_of_other_calls(dtype, shape, divergence):
-    """16-bit gradients are written for the grad_output of the call before, or else anew."""
+    """16-bit gradients are written for the previous grad_output, or recomputed."""
     student, teacher, labels = make(shape, dtype)
 
     def gradients(factor: float) -> list[Tensor]:
@@ -348,7 +346,7 @@ def test_inference_mode_and_no_grad(device):
             inside = fastkd.loss(leaf, teacher, labels)
         assert torch.equal(inside, value) and not inside.requires_grad
     with torch.inference_mode():
-        frozen = teacher.clone()  # an inference tensor, as a teacher often is
+        frozen = teacher.clone()  # an inference tensor, as teachers often are
     fastkd.loss(leaf, frozen.clone(), labels).backward()
     assert_grad(leaf.grad, truth(student, teacher, labels).grad, FP32)
 
@@ -368,18 +366,18 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("labels", ["indices", "probabilities"])
 def test_what_inference_mode_has_made(device, options, labels):
-    """A teacher often is; torch refuses to save it for backward, so it is copied."""
+    """Inference tensors, often a teacher's output, are copied: torch refuses to save them."""
     student, teacher, indices = make((6, 20), device=device)
-    given = indices if labels == "indices" else teacher.softmax(-1)
+    inputs = indices if labels == "indices" else teacher.softmax(-1)
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if labels == "probabilities":
-        options.pop("inplace", None)  # they have no kernel
+        options.pop("inplace", None)  # options without a kernel
     with torch.inference_mode():
-        frozen, frozen_labels = teacher.clone(), given.clone()
+        frozen, frozen_labels = teacher.clone(), inputs.clone()
         made = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     several = "teacher_weights" in options
     grads = []
-    for t, y, o in ((teacher, given, options), (frozen, frozen_labels, made)):
+    for t, y, o in ((teacher, inputs, options), (frozen, frozen_labels, made)):
         leaf = student.clone().requires_grad_()
         fastkd.loss(leaf * 1, [t, -t] if several else t, y, **o).sum().backward()
         grads.append(leaf.grad)

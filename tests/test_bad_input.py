@@ -1,4 +1,4 @@
-"""Every mistake gets a sentence: which argument, what was given, and what is accepted."""
+"""Messages about invalid arguments: they name the argument, its value, and valid values."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -25,7 +25,7 @@ def good() -> dict[str, Any]:
 
 
 Z = torch.zeros
-# (what is changed in a good call, the error, what its message must say)
+# (changes of a valid call, the error, a part of its message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # shapes and ranks
     "shapes differ": ({"teacher": Z(3, 6)}, ValueError, "student and teacher must have the same shape; got (3, 5) and (3, 6)"),
@@ -213,7 +213,7 @@ def test_a_refused_call_writes_nothing(mistake, grad, inplace):
 
 
 def test_the_table_is_of_mistakes():
-    """The call that they change is a good one, and each option they change is an option."""
+    """The unchanged call is valid, and each changed option is an option."""
     assert fastkd.loss(**good()).isfinite()
     for changed, _, _ in MISTAKES.values():
         assert set(changed) <= {*good(), *Options._fields}
@@ -289,7 +289,7 @@ def test_a_temperature_that_float32_cannot_square_or_invert(value, dtype):
 
 @pytest.mark.parametrize("value", [1e-18, 1e18])
 def test_the_least_and_the_greatest_temperature(value):
-    """float32 has a finite loss and gradient at either."""
+    """Loss and gradient in float32 are finite at either end of the range."""
     for option in (value, torch.full((3,), value), torch.tensor(value, dtype=torch.float64)):
         student, teacher, labels = good().values()
         leaf = student.requires_grad_()
@@ -306,7 +306,7 @@ def test_the_least_and_the_greatest_temperature(value):
 
 
 def test_errors_name_no_path_of_the_machine_that_built_the_extension():
-    """A native check's own words begin with a file's place in the repository."""
+    """Messages of native checks begin with a path relative to the repository."""
     student, teacher = Z(3, 5), Z(3, 6)
     settings = (None, None, None, 1.0, 1.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 2, 0.0, False)
     with pytest.raises(RuntimeError, match="must have the shape of the student") as caught:
@@ -343,8 +343,8 @@ def test_numpy_s_scalars_are_numbers(kind):
     arguments = good()
     expected = fastkd.loss(**arguments, temperature=3.0, hard_weight=1.0, normalizer=2.0)
     three, one, two = kind(3), kind(1), kind(2)
-    found = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
-    assert torch.equal(found, expected)
+    loss = fastkd.loss(**arguments, temperature=three, hard_weight=one, normalizer=two)
+    assert torch.equal(loss, expected)
     assert fastkd.KDLoss(alpha=one)(**arguments) == fastkd.loss(**arguments, alpha=1.0)
     fastkd.check_inputs(**arguments, temperature=three)
 
@@ -359,7 +359,7 @@ def test_checks_that_look_at_data_need_tensors():
         fastkd.check_inputs(**good(), ignore_index=2**63)
 
 
-# What makes a tensor of another layout, and what the error says to call.
+# Ways to make a tensor of another layout, and the call that the message names.
 LAYOUTS = {
     "coo": (lambda value: value.to_sparse(), "to_dense()"),
     "csr": (lambda value: value.to_sparse_csr(), "to_dense()"),
@@ -386,7 +386,7 @@ LAYOUTS = {
     ],
 )
 def test_tensors_of_other_layouts_are_refused(function, name, layout):
-    """With the call that makes them dense, and not by an internal error of torch's."""
+    """The message contains the call that makes the tensor dense."""
     make_other, advice = LAYOUTS[layout]
     arguments: dict[str, Any] = dict(good(), labels=torch.rand(4, 7))
     if function == "TopK":
@@ -401,11 +401,11 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
     if (layout == "csr" and value.dim() < 2) or (
         layout == "mkldnn" and not value.is_floating_point()
     ):
-        value = torch.rand(4, 7)  # which has no other layout of this kind
+        value = torch.rand(4, 7)  # torch.long has no other layout of this kind
     arguments[name] = make_other(value)
     kind = getattr(fastkd, function)
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor") as caught:
-        if function in ("TopK", "Head"):  # which are checked when they are made
+        if function in ("TopK", "Head"):  # checked by the constructor
             side = {"TopK": "teacher", "Head": "student"}[function]
             fields = {key: arguments.pop(key) for key in kind._fields if key in arguments}
             fastkd.loss(**{**arguments, side: kind(**fields)})
@@ -428,14 +428,14 @@ def test_tensors_of_other_layouts_are_refused(function, name, layout):
 )
 def test_arguments_of_another_type_are_named(function, arguments):
     name = list(arguments)[-1]
-    given = arguments if function == "check_logits" else {**good(), **arguments}
+    with_tensors = arguments if function == "check_logits" else {**good(), **arguments}
     with pytest.raises(TypeError, match=f"^{name} must be "):
-        getattr(fastkd, function)(**given)
+        getattr(fastkd, function)(**with_tensors)
 
 
 def test_check_inputs_accepts_good_ones(device):
     student, teacher, labels = make((6, 40), device=device)
-    student[0], labels[0] = NAN, -100  # ignored: not looked at
+    student[0], labels[0] = NAN, -100  # ignored without a check
     teacher[1, :39] = -INF
     assert fastkd.check_inputs(student, teacher, labels) is None
     fastkd.check_inputs(student[1:], teacher[1:], temperature=torch.ones(5, device=device))
@@ -520,6 +520,6 @@ def test_probabilities_are_warned_about(device, dtype):
 
 
 def test_probabilities_are_never_refused(device):
-    """They may be logits: the check is for those who ask."""
+    """Tensors of probabilities may be logits, so only check_logits warns about them."""
     probabilities = make((6, 40), device=device).student.softmax(-1)
     assert fastkd.loss(probabilities, probabilities) == 0

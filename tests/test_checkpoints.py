@@ -1,4 +1,4 @@
-"""What a checkpoint brings back, and which folders are checkpoints."""
+"""Contents of checkpoints, and the names of checkpoint folders."""
 
 import copy
 import os
@@ -33,7 +33,7 @@ def data() -> TensorDataset:
 
 
 def trainer_in(folder: pathlib.Path, **options) -> fastkd.Trainer:
-    """With a student that draws random numbers, as each process would make it."""
+    """Make a trainer whose student draws random numbers, equal in each process."""
     torch.manual_seed(0)
     random.seed(0)
     student = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 3))
@@ -49,31 +49,33 @@ def plain() -> DataLoader:
 
 
 def losses(trainer: fastkd.Trainer, loader, until: int = 15) -> list[float]:
-    """Of the steps up to that number, with a checkpoint after each pass and at the end."""
-    found = []
+    """Train up to a step, with a checkpoint after each pass; return the losses."""
+    drawn = []
     while trainer.step < until:
         for step in trainer.steps(loader):
-            found.append(float(step.loss))
+            drawn.append(float(step.loss))
             if step.number == until and until % 5:
                 break
         trainer.save()
-    return found
+    return drawn
 
 
 # ---- random states
 
 OWN = {
-    "loader": lambda own: DataLoader(data(), 8, shuffle=True, generator=own),
-    "sampler": lambda own: DataLoader(data(), 8, sampler=RandomSampler(data(), generator=own)),
-    "replacing": lambda own: DataLoader(
-        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=own)
+    "loader": lambda generator: DataLoader(data(), 8, shuffle=True, generator=generator),
+    "sampler": lambda generator: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), generator=generator)
     ),
-    "weighted": lambda own: DataLoader(
-        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=own)
+    "replacing": lambda generator: DataLoader(
+        data(), 8, sampler=RandomSampler(data(), replacement=True, generator=generator)
     ),
-    "batch sampler": lambda own: DataLoader(
+    "weighted": lambda generator: DataLoader(
+        data(), 8, sampler=WeightedRandomSampler([1.0] * 40, 40, generator=generator)
+    ),
+    "batch sampler": lambda generator: DataLoader(
         data(),
-        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=own), 8, False),
+        batch_sampler=BatchSampler(SubsetRandomSampler(range(40), generator=generator), 8, False),
     ),
 }
 
@@ -81,7 +83,7 @@ OWN = {
 @pytest.mark.parametrize("stop", [5, 7, 10])
 @pytest.mark.parametrize("which", OWN)
 def test_a_generator_of_the_loaders_own_comes_back(tmp_path, which, stop):
-    """In the middle of a pass and between two of them."""
+    """The generator is restored in the middle of a pass and between two passes."""
 
     def loader():
         return OWN[which](torch.Generator().manual_seed(3))
@@ -103,42 +105,42 @@ def test_a_loader_of_other_generators_is_refused_within_a_pass(tmp_path):
     ):
         losses(trainer, plain())
     losses(trainer, OWN["loader"](torch.Generator()), 10)
-    trainer = trainer_in(tmp_path)  # the next pass may have another one
+    trainer = trainer_in(tmp_path)  # the next pass may have another sampler
     trainer.resume()
     losses(trainer, plain())
 
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_random_numbers_drawn_after_resume_change_nothing(tmp_path, stop):
-    """Not even where the run is interrupted once more."""
+    """The run's random numbers stay the same, even if it is interrupted twice."""
     straight = losses(trainer_in(tmp_path / "a"), plain())
-    found = losses(trainer_in(tmp_path / "b"), plain(), stop)
+    resumed = losses(trainer_in(tmp_path / "b"), plain(), stop)
     for until in (8, 15):
         trainer = trainer_in(tmp_path / "b")
         trainer.resume()
         torch.randn(3)
-        found += losses(trainer, plain(), until)
-    assert found == straight
+        resumed += losses(trainer, plain(), until)
+    assert resumed == straight
 
 
 def test_a_loop_that_draws_random_numbers_saves_at_its_end(tmp_path):
     def drawing(trainer, until=15):
-        found, loader = [], plain()
+        resumed, loader = [], plain()
         while trainer.step < until:
             for step in trainer.steps(loader):
-                found.append(float(step.loss))
+                resumed.append(float(step.loss))
                 if step.number % 4 == 0:
                     trainer.evaluate(loader)
                     trainer.save()
                 if step.number == until:
                     break
-        return found
+        return resumed
 
     straight = drawing(trainer_in(tmp_path / "a", save_every=4))
-    found = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
+    resumed = drawing(trainer_in(tmp_path / "b", save_every=4), 8)
     trainer = trainer_in(tmp_path / "b", save_every=4)
     assert trainer.resume()
-    assert found + drawing(trainer) == straight
+    assert resumed + drawing(trainer) == straight
 
 
 # ---- folders
@@ -160,7 +162,7 @@ def test_saving_once_more_at_the_same_step_writes_anew(tmp_path):
 
 @pytest.mark.parametrize("renamings", [1, 2])
 def test_an_interrupted_writing_anew_leaves_one_of_the_two(tmp_path, monkeypatch, renamings):
-    """Before and after the new one takes the name of the old."""
+    """The write is interrupted before and after the new folder takes the old one's name."""
     trainer = trainer_in(tmp_path)
     next(trainer.steps(plain()))
     trainer.save()
@@ -206,8 +208,8 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
     names = [f"step-{number:08d}" for number in (7, 99_999_999, 100_000_000)]
     for name in (*names, f"{names[1]}.replaced"):
         (tmp_path / name).mkdir()
-    found = [path.name for path in checkpoints.list_complete(tmp_path)]
-    assert found == [names[0], f"{names[1]}.replaced", *names[1:]]
+    listed = [path.name for path in checkpoints.list_complete(tmp_path)]
+    assert listed == [names[0], f"{names[1]}.replaced", *names[1:]]
 
 
 @pytest.mark.parametrize("part", ["ema", "scheduler", "hints"])
@@ -237,7 +239,7 @@ def test_a_part_that_the_trainer_has_not_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> pathlib.Path:
-    """A folder with two checkpoints that have every kind of file."""
+    """Make a folder with two checkpoints that have every kind of file."""
     folder = tmp_path_factory.mktemp("complete")
     losses(complete_trainer_in(folder), plain(), 10)
     return folder
@@ -256,7 +258,7 @@ FILES = (
 
 
 def damages(file: pathlib.Path) -> dict[str, Callable[[], object]]:
-    """What may become of a file, by name."""
+    """Return kinds of damage to a file, by name."""
     data = file.read_bytes()
     changes: dict[str, Callable[[], object]] = {
         f"cut to {size} bytes": lambda size=size: file.write_bytes(data[:size])
@@ -299,7 +301,7 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(complete, tmp_path, name
 
 
 def state_of(trainer: fastkd.Trainer) -> list:
-    """Copies of all that a checkpoint brings back."""
+    """Copy all state that a checkpoint restores."""
     states = [trainer.student, trainer._optimizer, trainer.ema, trainer.scheduler]
     numbers = [
         trainer.step,
@@ -311,7 +313,7 @@ def state_of(trainer: fastkd.Trainer) -> list:
 
 
 def same(one: object, other: object) -> bool:
-    """Equal in all that is inside them."""
+    """Return True if two nested states are equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -323,17 +325,17 @@ def same(one: object, other: object) -> bool:
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
-    """The link goes when its turn comes, and what it leads to stays."""
+    """Deleting an old checkpoint deletes the link and keeps its target."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     trainer = trainer_in(folder)
-    found = losses(trainer, plain(), 5)
+    logged = losses(trainer, plain(), 5)
     shutil.move(folder / "step-00000005", elsewhere)
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # of this very step, under the name of the link
-    (folder / ".discarded").symlink_to(elsewhere)  # as an interruption may leave it
-    found += losses(trainer, plain(), 15)
-    assert len(found) == 15
+        trainer.save()  # the same step's checkpoint has the link's name
+    (folder / ".discarded").symlink_to(elsewhere)  # as after an interruption
+    logged += losses(trainer, plain(), 15)
+    assert len(logged) == 15
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
     assert list((tmp_path / "away" if dangling else elsewhere).iterdir())

@@ -1,4 +1,4 @@
-"""The planner of a Head's chunks: which chunks, and what it says they cost."""
+"""Plans of a Head's chunks: their sizes and their memory."""
 
 import re
 from typing import Any
@@ -27,7 +27,7 @@ def plan(
     weight_grad: bool = True,
     **options: Any,
 ) -> Plan:
-    """A plan of these sizes, of a teacher that is as wide as the student."""
+    """Make a plan of these sizes for a teacher as wide as the student."""
     widths, dtypes = [student_width] * 2, [dtype, dtype, weight_dtype or dtype]
     sizes = Sizes(rows, classes, *widths, *dtypes, weight_grad, device, logits_per_row)
     return plan_sizes(sizes, **options)
@@ -48,7 +48,7 @@ HEADS = st.fixed_dictionaries(
 
 @given(HEADS)
 def test_by_itself(sizes):
-    """Chunks cover the rows, and are no smaller than what makes products fast."""
+    """Chunks cover all rows, and are large enough for fast matrix products."""
     chosen = plan(**sizes)
     rows = sizes["rows"]
     assert chosen.chunks * chosen.chunk >= rows
@@ -59,7 +59,7 @@ def test_by_itself(sizes):
 
 @given(HEADS, st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace(sizes, mib, chunk_by):
-    """Or says what is too much; and it never takes smaller chunks than it has to."""
+    """The plan fits max_workspace, or raises; its chunks are as large as possible."""
     try:
         chosen = plan(**sizes, chunk_by=chunk_by, max_workspace=mib * MIB)
     except ValueError as error:
@@ -78,11 +78,11 @@ def test_keeps_to_max_workspace(sizes, mib, chunk_by):
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
 def test_chunks_of_classes(sizes, most, writes):
-    """They cover all classes, and where logits lie in the gradient it is not written yet."""
+    """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
     grad_row = width * sizes["dtype"].itemsize * sizes["weight_grad"]
-    classes = min(classes, 500 * most)  # a bound for the test's time
+    classes = min(classes, 500 * most)  # bounds the test's time
     end = 0
     for chunk in class_chunks(rows, classes, most, item, grad_row, writes=writes):
         assert chunk.start == end and 0 < chunk.size <= most
@@ -95,8 +95,8 @@ def test_chunks_of_classes(sizes, most, writes):
     assert end == classes
 
 
-# Shapes of Llama 3 and Qwen heads, and what a GPU of 80 GB is meant to spend on them beyond the
-# inputs, with the dtype that the gradient is summed in.
+# Shapes of Llama 3 and Qwen heads, the memory for them beyond the inputs on a GPU of 80 GB, and the
+# dtype of the summed gradient.
 TARGETS = [
     ((4096, 128256, 2048), 2100, "auto"),
     ((8192, 151936, 1024), 2300, "auto"),
@@ -114,19 +114,19 @@ def test_large_heads(sizes, mib, accumulate):
     assert chosen.chunk >= 768
 
 
-# What Liger's fused loss takes on them: docs/linear.md.
+# Memory of Liger's fused loss for these shapes: docs/linear.md.
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
 def test_the_least_memory(sizes, mib):
-    """Chunks of classes take the two gradients and little more, with few small chunks."""
+    """The least memory of chunks of classes is the two gradients plus small chunks."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
     assert chosen.chunk_by == "classes" and chosen.accumulate is BF16
     assert chosen.peak_bytes < mib * MIB
     assert chosen.peak_bytes < 1.02 * (2 * classes + 4 * rows) * width
-    found = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
-    assert len(found) == chosen.chunks
-    # Of 10 classes 9 are in chunks of at least 512.
-    assert sum(chunk.size for chunk in found if chunk.size >= 512) > 0.9 * classes
+    pieces = list(class_chunks(rows, classes, chosen.chunk, 4, 2 * width, writes=True))
+    assert len(pieces) == chosen.chunks
+    # 9 of 10 classes are in chunks of at least 512.
+    assert sum(chunk.size for chunk in pieces if chunk.size >= 512) > 0.9 * classes
     with pytest.raises(ValueError, match="takes less than"):
         plan(*sizes, dtype=BF16, device="cuda", chunk_by="rows", max_workspace=mib * MIB - 1)
 
@@ -135,7 +135,7 @@ def test_one_chunk_sums_nothing():
     assert plan(512, 1000, 64, dtype=BF16).accumulate is BF16
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, chunk_size=128, accumulate_dtype=BF16).accumulate is BF16
-    # Scaled before it is rounded, since unscaled sums may be too large for it.
+    # The sum is scaled before it is rounded, since it may overflow without.
     assert plan(512, 1000, 64, dtype=FP16).accumulate is FP32
     assert plan(512, 1000, 64, dtype=BF16, weight_dtype=FP32).accumulate is FP32
     assert plan(512, 1000, 64, dtype=FP64, chunk_size=128).accumulate is FP64
@@ -172,30 +172,30 @@ def test_bad_input(wrong, message):
 # ---- the properties of a call
 
 
-def sizes(given: Any, **options: Any) -> Sizes:
-    """The sizes that the plan of a call is made from."""
-    found: list[Sizes] = []
+def sizes(inputs: Any, **options: Any) -> Sizes:
+    """Return the sizes that a call's plan is made from."""
+    seen: list[Sizes] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastkd.chunks, "sizes_of", lambda *a: found.append(sizes_of(*a)) or found[-1])
-        fastkd.chunks.plan(*given, **options)
-    return found[0]
+        patch.setattr(fastkd.chunks, "sizes_of", lambda *a: seen.append(sizes_of(*a)) or seen[-1])
+        fastkd.chunks.plan(*inputs, **options)
+    return seen[0]
 
 
 def test_sizes_of_a_call(device):
-    given = make_heads(BF16, device)
-    one = sizes(given)
+    inputs = make_heads(BF16, device)
+    one = sizes(inputs)
     assert one[:4] == (37, 203, 24, 40)
     assert one[4:7] == (BF16, BF16, BF16) and one.weight_grad
     assert one.device == device.type and one.logits_per_row == 2
     assert one.cast_per_class == 0 and one.copied_per_row == (24 + 40) * 2
-    assert sizes(given[:2]).copied_per_row == 0
+    assert sizes(inputs[:2]).copied_per_row == 0
     with torch.no_grad():
-        assert not sizes(given).weight_grad
-    assert sizes(given.with_options(softcap=5.0)).logits_per_row == 3
-    assert sizes(given, standardize=True).logits_per_row > 20
-    logits = sizes(given._replace(teacher=given.teacher.logits().float()))
+        assert not sizes(inputs).weight_grad
+    assert sizes(inputs.with_options(softcap=5.0)).logits_per_row == 3
+    assert sizes(inputs, standardize=True).logits_per_row > 20
+    logits = sizes(inputs._replace(teacher=inputs.teacher.logits().float()))
     assert (logits.teacher_width, logits.teacher_dtype) == (0, FP32)
-    lists = given._replace(teacher=TopK(*given.teacher.logits().float().log_softmax(-1).topk(4)))
+    lists = inputs._replace(teacher=TopK(*inputs.teacher.logits().float().log_softmax(-1).topk(4)))
     assert sizes(lists).teacher_dtype == BF16 and 2 < sizes(lists).logits_per_row < 3
 
 
@@ -207,7 +207,7 @@ def test_sizes_under_autocast():
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """Sizes of a head that no memory holds."""
+    """Meta tensors may be larger than any memory."""
 
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))
@@ -227,16 +227,16 @@ def test_meta_tensors_are_planned_for_a_gpu():
 
 
 def test_a_plan_serves_fewer_rows():
-    given = make_heads()
-    plan = fastkd.chunks.plan(*given, chunk_size=8)
-    few = [head._replace(hidden=head.hidden[:5]) for head in given[:2]]
-    value = fastkd.loss(*few, given.labels[:5], chunks=plan)
-    torch.testing.assert_close(value, fastkd.loss(*few, given.labels[:5]))
+    inputs = make_heads()
+    plan = fastkd.chunks.plan(*inputs, chunk_size=8)
+    few = [head._replace(hidden=head.hidden[:5]) for head in inputs[:2]]
+    value = fastkd.loss(*few, inputs.labels[:5], chunks=plan)
+    torch.testing.assert_close(value, fastkd.loss(*few, inputs.labels[:5]))
 
 
 @given(HEADS, st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["auto", "rows"]))
 def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by):
-    """Or says that it cannot."""
+    """With a chunk_size, the plan fits max_workspace or raises."""
     options = {**sizes, "chunk_by": chunk_by, "chunk_size": size}
     chosen = plan(**options)
     if chosen.peak_bytes <= mib * MIB:

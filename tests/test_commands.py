@@ -1,4 +1,4 @@
-"""The command line: a training and a report from a YAML file, and what is said of a bad one."""
+"""The command line: training and report from a YAML file, and messages about bad files."""
 
 import dataclasses
 import importlib
@@ -14,9 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import fastkd
 from fastkd import __main__ as command_line
 from fastkd import extras
+from fastkd._core import native
 from fastkd.commands import config
 
 pytest.importorskip("accelerate")
@@ -114,8 +117,8 @@ def path(monkeypatch):
 
 
 @pytest.fixture
-def given(tmp_path, request) -> pathlib.Path:
-    """A configuration beside the module that it names, unique to the test."""
+def config_path(tmp_path, request) -> pathlib.Path:
+    """Write a configuration and a module of a unique name beside it."""
     module = "parts_" + re.sub(r"\W", "_", request.node.name)[:80]
     (tmp_path / f"{module}.py").write_text(PARTS)
     file = tmp_path / "config.yaml"
@@ -135,50 +138,50 @@ def refused(monkeypatch, capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
-def module_of(given: pathlib.Path):
-    return sys.modules[next(given.parent.glob("parts_*.py")).stem]
+def module_of(config_path: pathlib.Path):
+    return sys.modules[next(config_path.parent.glob("parts_*.py")).stem]
 
 
-def load(given: pathlib.Path, output: str = "out") -> nn.Module:
+def load(config_path: pathlib.Path, output: str = "out") -> nn.Module:
     from safetensors.torch import load_model
 
-    student = module_of(given).student()
-    load_model(student, str(given.parent / output / "student.safetensors"))
+    student = module_of(config_path).student()
+    load_model(student, str(config_path.parent / output / "student.safetensors"))
     return student
 
 
 # ---- distill
 
 
-def test_distill_then_report(given, monkeypatch, capsys):
-    run(monkeypatch, "distill", "--config", given)
-    history = json.loads((given.parent / "out" / "history.json").read_text())
+def test_distill_then_report(config_path, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", config_path)
+    history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[-1]["soft"] < history[0]["soft"]
-    images, labels = module_of(given).held_out()[:]
+    images, labels = module_of(config_path).held_out()[:]
     with torch.no_grad():
-        accuracy = (load(given)(images).argmax(-1) == labels).float().mean().item()
+        accuracy = (load(config_path)(images).argmax(-1) == labels).float().mean().item()
     assert history[-1]["accuracy"] == pytest.approx(accuracy)
     assert f"accuracy {100 * accuracy:.1f} %" in capsys.readouterr().out
-    assert list((given.parent / "out" / "checkpoints").iterdir())
+    assert list((config_path.parent / "out" / "checkpoints").iterdir())
 
-    name = module_of(given).__name__
-    target = given.parent / "shown"
+    name = module_of(config_path).__name__
+    target = config_path.parent / "shown"
     run(
-        *(monkeypatch, "report", "--config", given, "--seconds", 0, "--save", target),
-        *("--model.untrained", f"{name}:student", "--title", "Digits"),
+        *(monkeypatch, "report", "--config", config_path, "--seconds", 0, "--save", target),
+        *("--model.untrained", f"{name}:student", "--title", "Digits", "--threads", 1),
     )
-    found = json.loads((target / "report.json").read_text())
-    by_name = {model["name"]: model for model in found["models"]}
-    assert list(by_name) == ["teacher", "distilled", "untrained"] and found["title"] == "Digits"
+    report = json.loads((target / "report.json").read_text())
+    by_name = {model["name"]: model for model in report["models"]}
+    assert list(by_name) == ["teacher", "distilled", "untrained"] and report["title"] == "Digits"
     assert by_name["distilled"]["accuracy"] == pytest.approx(accuracy)
-    assert by_name["untrained"]["accuracy"] < accuracy
+    assert by_name["untrained"]["accuracy"] < accuracy and report["environment"]["threads"] == "1"
     assert (target / "report.html").read_text().startswith("<!doctype html>")
     assert "untrained" in capsys.readouterr().out
 
 
-def test_report_without_a_configuration(given, monkeypatch, capsys):
-    name = next(given.parent.glob("parts_*.py")).stem
-    monkeypatch.chdir(given.parent)
+def test_report_without_a_configuration(config_path, monkeypatch, capsys):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    monkeypatch.chdir(config_path.parent)
     run(
         *(
             monkeypatch,
@@ -193,57 +196,71 @@ def test_report_without_a_configuration(given, monkeypatch, capsys):
     assert "agrees with the teacher" in capsys.readouterr().out
 
 
-def test_options_override_the_file(given, monkeypatch, capsys):
-    changed = ("--student_options.width", 5, "--output", given.parent / "2026")
+def test_options_override_the_file(config_path, monkeypatch, capsys):
+    changed = ("--student_options.width", 5, "--output", config_path.parent / "2026")
     run(
-        *(monkeypatch, "distill", "--config", given, "--epochs", 1, "--ema", 0.5, *changed),
+        *(monkeypatch, "distill", "--config", config_path, "--epochs", 1, "--ema", 0.5, *changed),
         *("--schedule", "cosine", "--checkpoints", "false", "--clip", "1e0"),
     )
-    history = json.loads((given.parent / "2026" / "history.json").read_text())
-    assert len(history) == 1 and not (given.parent / "2026" / "checkpoints").exists()
+    history = json.loads((config_path.parent / "2026" / "history.json").read_text())
+    assert len(history) == 1 and not (config_path.parent / "2026" / "checkpoints").exists()
     from safetensors.torch import load_file
 
-    weights = load_file(given.parent / "2026" / "student.safetensors")
+    weights = load_file(config_path.parent / "2026" / "student.safetensors")
     assert weights["0.weight"].shape == (5, 64)
-    run(monkeypatch, "report", "--config", given, *changed, "--seconds", 0)
+    run(monkeypatch, "report", "--config", config_path, *changed, "--seconds", 0)
     assert "385" in capsys.readouterr().out.replace(" ", "").partition("parameters")[2][:40]
 
 
-def test_resumed_it_ends_as_if_it_had_never_stopped(given, monkeypatch):
-    arguments = (monkeypatch, "distill", "--config", given)
-    run(*arguments, "--output", given.parent / "whole", "--epochs", 4)
+def test_shortcuts_of_the_loss(config_path, monkeypatch):
+    short = ("--temperature", 3, "--alpha", 0.3, "--divergence", "jsd")
+    full = [f"--loss.{name}={value}" for name, value in zip(*[iter(short)] * 2, strict=True)]
+    full = [option.replace(".--", ".") for option in full]
+    arguments = (monkeypatch, "distill", "--config", config_path)
+    run(*arguments, *short, "--output", config_path.parent / "short")
+    run(*arguments, *full, "--output", config_path.parent / "full")
+    run(*arguments)
+    weights = [next(load(config_path, name).parameters()) for name in ("short", "full", "out")]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_resumed_it_ends_as_if_it_had_never_stopped(config_path, monkeypatch):
+    arguments = (monkeypatch, "distill", "--config", config_path)
+    run(*arguments, "--output", config_path.parent / "whole", "--epochs", 4)
     run(*arguments, "--epochs", 2)
     run(*arguments, "--epochs", 4, "--resume=true")
-    for one, other in zip(load(given, "whole").parameters(), load(given).parameters(), strict=True):
+    for one, other in zip(
+        load(config_path, "whole").parameters(), load(config_path).parameters(), strict=True
+    ):
         assert torch.equal(one, other)
 
 
-def test_history_goes_on_where_a_run_was_interrupted(given, monkeypatch, capsys):
-    arguments = (monkeypatch, "distill", "--config", given)
+def test_history_goes_on_where_a_run_was_interrupted(config_path, monkeypatch, capsys):
+    arguments = (monkeypatch, "distill", "--config", config_path)
     run(*arguments, "--epochs", 1)
     run(*arguments, "--resume=true")
-    run(*arguments, "--resume=true")  # nothing is left to do
-    history = json.loads((given.parent / "out" / "history.json").read_text())
+    run(*arguments, "--resume=true")  # nothing remains to do
+    history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert len(history) == 3 and history[2]["soft"] < history[1]["soft"] < history[0]["soft"]
     assert f"accuracy {100 * history[-1]['accuracy']:.1f} %" in capsys.readouterr().out
 
 
-def test_another_run_s_checkpoints(given, monkeypatch, capsys):
-    run(monkeypatch, "distill", "--config", given, "--epochs", 1)
-    again = (monkeypatch, capsys, "distill", "--config", given)
+def test_another_run_s_checkpoints(config_path, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", config_path, "--epochs", 1)
+    again = (monkeypatch, capsys, "distill", "--config", config_path)
     assert re.search("output: .* holds the checkpoints of another run", refused(*again))
     error = refused(*again, "--resume=true", "--checkpoints=false")
     assert "resume needs checkpoints, and checkpoints is false" in error
 
 
 @pytest.mark.parametrize("change", ["teacher_top_k=4", "loss.temperature=3"])
-def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
-    cached = ("distill", "--config", given, f"--teacher_cache={given.parent / 'cache'}")
+def test_a_cache_that_does_not_fit(config_path, monkeypatch, capsys, change):
+    cached = ("distill", "--config", config_path, f"--teacher_cache={config_path.parent / 'cache'}")
     run(monkeypatch, *cached, "--teacher_top_k=5", "--checkpoints=false")
     changed = ("--teacher_top_k=5", f"--{change}", "--checkpoints=false")
     error = refused(monkeypatch, capsys, *cached, *changed)
     assert re.search(r"fastkd distill: teacher_cache: .* holds a cache with", error)
-    without = (*changed, "--teacher=", f"--teacher_cache={given.parent}")
+    without = (*changed, "--teacher=", f"--teacher_cache={config_path.parent}")
     error = refused(monkeypatch, capsys, *cached, *without)
     assert re.search(r"fastkd distill: teacher_cache: .* holds no teacher's cache", error)
 
@@ -251,16 +268,16 @@ def test_a_cache_that_does_not_fit(given, monkeypatch, capsys, change):
 @pytest.mark.parametrize(
     "other",
     [
-        ["train_options={first: 7, last: 400}"],  # more of it
+        ["train_options={first: 7, last: 400}"],  # extends the cache
         ["train_options={first: 7, last: 214}", "teacher="],
         ["validation_options.first=250"],
         ["validation_options.first=250", "teacher="],
     ],
 )
-def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
-    """Is refused, and nothing is added to it."""
-    cache = given.parent / "cache"
-    cached = ("distill", "--config", given, f"--teacher_cache={cache}")
+def test_a_cache_of_other_data(config_path, monkeypatch, capsys, other):
+    """A cache of other data is refused, and nothing is added to it."""
+    cache = config_path.parent / "cache"
+    cached = ("distill", "--config", config_path, f"--teacher_cache={cache}")
     run(monkeypatch, *cached, "--checkpoints=false", "--train_options.last=207")
     files = list(cache.iterdir())
     changes = [f"--{change}" for change in other]
@@ -269,34 +286,34 @@ def test_a_cache_of_other_data(given, monkeypatch, capsys, other):
     assert "Choose another folder" in error and list(cache.iterdir()) == files
 
 
-def test_a_cache_of_augmented_data(given, monkeypatch, capsys):
-    name = next(given.parent.glob("parts_*.py")).stem
-    augmented = (f"--train={name}:Augmented", f"--teacher_cache={given.parent / 'c'}")
-    error = refused(monkeypatch, capsys, "distill", "--config", given, *augmented)
+def test_a_cache_of_augmented_data(config_path, monkeypatch, capsys):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    augmented = (f"--train={name}:Augmented", f"--teacher_cache={config_path.parent / 'c'}")
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path, *augmented)
     assert "With random augmentation, leave out teacher_cache" in error
-    assert not (given.parent / "out").exists()
+    assert not (config_path.parent / "out").exists()
 
 
-def test_a_cosine_needs_an_end(given, monkeypatch, capsys):
-    name = next(given.parent.glob("parts_*.py")).stem
-    streamed = ("distill", "--config", given, f"--train={name}:Stream")
+def test_a_cosine_needs_an_end(config_path, monkeypatch, capsys):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    streamed = ("distill", "--config", config_path, f"--train={name}:Stream")
     run(monkeypatch, *streamed)
     error = refused(
-        *(monkeypatch, capsys, *streamed, "--output", given.parent / "b"),
+        *(monkeypatch, capsys, *streamed, "--output", config_path.parent / "b"),
         "--schedule=cosine",
     )
     assert "schedule: cosine needs the number of steps" in error
 
 
 @pytest.mark.slow
-def test_two_processes(given):
-    """Each asks the teacher about half of the data, and the schedule ends with the last step."""
-    cache = given.parent / "cache"
+def test_two_processes(config_path):
+    """Each process runs the teacher on half of the data; the schedule ends with the last step."""
+    cache = config_path.parent / "cache"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     changes = (f"teacher_cache={cache}", "schedule=cosine")
     overrides = [f"--{change}" for change in changes]
     done = subprocess.run(
-        [sys.executable, *launch, "fastkd", "distill", "--config", str(given), *overrides],
+        [sys.executable, *launch, "fastkd", "distill", "--config", str(config_path), *overrides],
         capture_output=True,
         text=True,
     )
@@ -306,56 +323,69 @@ def test_two_processes(given):
 
     assert len(teachers.TeacherCache(cache)) == 300
     assert [len(shard.read(file)[0].ids) for file in cache.glob(shard.PATTERN)] == [150, 150]
-    (last,) = (given.parent / "out" / "checkpoints").glob("step-00000006")
+    (last,) = (config_path.parent / "out" / "checkpoints").glob("step-00000006")
     schedule = torch.load(last / "scheduler.pt")
     assert schedule["_last_lr"] == [pytest.approx(0.0, abs=1e-12)]
-    history = json.loads((given.parent / "out" / "history.json").read_text())
+    history = json.loads((config_path.parent / "out" / "history.json").read_text())
     assert [each["rows"] for each in history] == [100] * 3
 
 
-def test_a_cached_teacher_teaches_the_same(given, monkeypatch, capsys):
-    run(monkeypatch, "distill", "--config", given, "--output", given.parent / "live")
-    cache = given.parent / "cache"
-    once = (monkeypatch, "distill", "--config", given, f"--teacher_cache={cache}")
-    asked = module_of(given).asked
+def test_a_cached_teacher_teaches_the_same(config_path, monkeypatch, capsys):
+    run(monkeypatch, "distill", "--config", config_path, "--output", config_path.parent / "live")
+    cache = config_path.parent / "cache"
+    once = (monkeypatch, "distill", "--config", config_path, f"--teacher_cache={cache}")
+    asked = module_of(config_path).asked
     run(*once)
-    asked = module_of(given).asked - asked - 50 * 1700
+    asked = module_of(config_path).asked - asked - 50 * 1700
     assert asked == 300 and list(cache.glob("shard-*.safetensors"))
-    for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
+    for one, other in zip(
+        load(config_path, "live").parameters(), load(config_path).parameters(), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
-    run(*once, "--teacher=", "--output", given.parent / "again")
-    for one, other in zip(load(given, "again").parameters(), load(given).parameters(), strict=True):
+    run(*once, "--teacher=", "--output", config_path.parent / "again")
+    for one, other in zip(
+        load(config_path, "again").parameters(), load(config_path).parameters(), strict=True
+    ):
         assert torch.equal(one, other)
     error = refused(
-        *(*once[:1], capsys, *once[1:], "--output", given.parent / "none"),
-        f"--train={module_of(given).__name__}:batches",
+        *(*once[:1], capsys, *once[1:], "--output", config_path.parent / "none"),
+        f"--train={module_of(config_path).__name__}:batches",
     )
     assert "train must return a data set with __getitem__ if there is a teacher_cache" in error
 
 
-def test_the_most_probable_classes_teach_nearly_the_same(given, monkeypatch):
-    """All ten of them, so what differs is float16 alone."""
+def test_the_most_probable_classes_teach_nearly_the_same(config_path, monkeypatch):
+    """The cache has all ten classes, so it differs by float16 rounding only."""
     loss = "--loss={temperature: 2, alpha: 0.1}"
-    arguments = (monkeypatch, "distill", "--config", given, loss)
-    run(*arguments, "--output", given.parent / "live")
-    cache = given.parent / "cache"
+    arguments = (monkeypatch, "distill", "--config", config_path, loss)
+    run(*arguments, "--output", config_path.parent / "live")
+    cache = config_path.parent / "cache"
     run(*arguments, f"--teacher_cache={cache}", "--teacher_top_k=10")
-    for one, other in zip(load(given, "live").parameters(), load(given).parameters(), strict=True):
+    for one, other in zip(
+        load(config_path, "live").parameters(), load(config_path).parameters(), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
 
 
-def test_without_labels_the_history_is_json(given, monkeypatch, capsys):
-    name = next(given.parent.glob("parts_*.py")).stem
+def test_without_labels_the_history_is_json(config_path, monkeypatch, capsys):
+    name = next(config_path.parent.glob("parts_*.py")).stem
     unlabelled = (f"--train={name}:unlabelled", f"--validation={name}:unlabelled")
-    run(monkeypatch, "distill", "--config", given, *unlabelled, "--loss={temperature: 4, alpha: 0}")
-    text = (given.parent / "out" / "history.json").read_text()
+    run(
+        monkeypatch,
+        "distill",
+        "--config",
+        config_path,
+        *unlabelled,
+        "--loss={temperature: 4, alpha: 0}",
+    )
+    text = (config_path.parent / "out" / "history.json").read_text()
     assert [each["accuracy"] for each in json.loads(text)] == [None] * 3 and "NaN" not in text
     assert "accuracy" not in capsys.readouterr().out
 
 
-def test_a_factory_may_return_a_loader(given, monkeypatch):
-    name = next(given.parent.glob("parts_*.py")).stem
-    run(monkeypatch, "distill", "--config", given, f"--train={name}:batches")
+def test_a_factory_may_return_a_loader(config_path, monkeypatch):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    run(monkeypatch, "distill", "--config", config_path, f"--train={name}:batches")
 
 
 @pytest.mark.slow
@@ -365,15 +395,29 @@ def test_the_example_runs(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "student.safetensors").exists()
 
 
+def test_info_says_why_the_fast_path_is_off(monkeypatch):
+    facts = command_line.info()
+    assert facts["fast path"] == native.FAST_PATH and facts["fast path"][:3] in ("on,", "off")
+    monkeypatch.setattr(torch, "__version__", "2.14.1")
+    other = SimpleNamespace(torch_version="2.13.0", register_kernels=pytest.fail)
+    monkeypatch.setattr(fastkd, "_eager", other, raising=False)
+    reason = "off: built with torch 2.13.0, running 2.14.1: reinstall to get it"
+    assert native._load_eager() == (None, reason)
+    monkeypatch.delattr(fastkd, "_eager")
+    monkeypatch.setitem(sys.modules, "fastkd._eager", None)
+    reason = "off: not built for torch 2.14.1: install from source to get it"
+    assert native._load_eager() == (None, reason)
+
+
 def test_help_names_every_command():
     done = subprocess.run(
         [sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("info", "distill", "report", "export"))
+    assert all(name in done.stdout for name in ("info", "distill", "sweep", "report", "export"))
 
 
-@pytest.mark.parametrize("command", ["distill", "report", "export"])
+@pytest.mark.parametrize("command", ["distill", "sweep", "report", "export"])
 def test_help_describes_every_option(monkeypatch, capsys, command):
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, command, "--help")
@@ -383,21 +427,124 @@ def test_help_describes_every_option(monkeypatch, capsys, command):
     assert "largest norm of the gradient" in shown and "--module" in shown
 
 
-def test_distill_then_export_then_report(given, monkeypatch, capsys):
+def test_distill_then_export_then_report(config_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
-    file = given.parent / "out" / "student.onnx"
-    run(monkeypatch, "distill", "--config", given, "--epochs=1")
-    run(monkeypatch, "export", "--config", given, "--samples=50")
+    file = config_path.parent / "out" / "student.onnx"
+    run(monkeypatch, "distill", "--config", config_path, "--epochs=1")
+    run(monkeypatch, "export", "--config", config_path, "--samples=50")
     shown = capsys.readouterr().out
     assert f"{file}: {file.stat().st_size:,} bytes. On 50 rows" in shown
     assert "the class is the same on 100.0%" in shown
-    target = given.parent / "shown"
+    target = config_path.parent / "shown"
     arguments = ("--seconds=0", "--save", target, f"--model.onnx={file}")
-    run(monkeypatch, "report", "--config", given, *arguments)
+    run(monkeypatch, "report", "--config", config_path, *arguments)
     found = json.loads((target / "report.json").read_text())["models"]
     assert [model["name"] for model in found] == ["teacher", "distilled", "onnx"]
     assert found[2]["accuracy"] == found[1]["accuracy"]
     assert found[2]["parameters"] == found[1]["parameters"]
+
+
+# ---- sweep
+
+
+def swept(config_path: pathlib.Path, output: str) -> dict[tuple, float]:
+    lines = (config_path.parent / output / "sweep.jsonl").read_text().splitlines()[1:]
+    return {tuple(run): accuracy for *run, accuracy in map(json.loads, lines)}
+
+
+def test_a_sweep_is_a_table_of_trainings(config_path, monkeypatch, capsys):
+    """Each run is that of a trainer; the table has means, standard errors and differences."""
+    run(
+        *(monkeypatch, "sweep", "--config", config_path, "--alpha=[0.1]", "--divergence=[jsd]"),
+        *("--temperature=[1,4]", "--share=[0.5,1]", "--seeds=2"),
+    )
+    results = swept(config_path, "out")
+    assert len(results) == 2 * 2 * (1 + 2)
+    parts = module_of(config_path)
+    images, labels = parts.data()[:]
+    for share, epochs in ((1.0, 3), (0.5, 6)):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
+        chosen = order[:100] if share < 1 else torch.arange(200)
+        torch.manual_seed(1)
+        student = parts.student()
+        trainer = fastkd.Trainer(
+            student,
+            parts.teacher().eval(),
+            torch.optim.Adam(student.parameters(), 1e-2),
+            loss=fastkd.KDLoss(divergence="jsd", temperature=4.0, alpha=0.1),
+        )
+        torch.manual_seed(1)
+        samples = TensorDataset(images[chosen], labels[chosen])
+        trainer.fit(DataLoader(samples, 50, shuffle=True), epochs)
+        accuracy = trainer.evaluate(DataLoader(parts.held_out(), 50)).accuracy
+        assert results[share, "jsd", 4.0, 0.1, 1] == accuracy
+    accuracies = [100 * results[0.5, "jsd", 4.0, 0.1, seed] for seed in (0, 1)]
+    alone = [100 * results[0.5, "", 1.0, 1.0, seed] for seed in (0, 1)]
+    gains = [a - b for a, b in zip(accuracies, alone, strict=True)]
+    cells = [
+        f"{sum(values) / 2:{sign}.2f} ± {abs(values[0] - values[1]) / 2:.2f}"
+        for values, sign in ((accuracies, ""), (gains, "+"))
+    ]
+    table = (config_path.parent / "out" / "sweep.md").read_text()
+    assert f"| 50% | jsd | 4 | 0.1 | {cells[0]} | {cells[1]} |" in table
+    assert table in capsys.readouterr().out
+    assert (config_path.parent / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_continues_where_it_stopped(config_path, monkeypatch):
+    options = ("--epochs=1", "--temperature=[2]", "--alpha=[0.1]")
+    arguments = (monkeypatch, "sweep", "--config", config_path, *options)
+    run(*arguments, "--seeds=2")
+    file = config_path.parent / "out" / "sweep.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 2
+    file.write_text("".join(lines[:3]) + lines[3][:9])  # killed while it wrote a line
+    trained = []
+    fit = fastkd.Trainer.fit
+    monkeypatch.setattr(
+        fastkd.Trainer, "fit", lambda self, *args: trained.append(1) or fit(self, *args)
+    )
+    run(*arguments, "--seeds=2")
+    assert file.read_text() == whole and len(trained) == 2
+    run(*arguments, "--seeds=3")  # a further seed
+    assert file.read_text().startswith(whole) and len(trained) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("temperature=0", "temperature.*tuple.*0"),
+        ("temperature=[0]", "loss: temperature must be positive"),
+        ("divergence=[kld]", "loss: divergence must be one of"),
+        ("alpha=[2]", r"loss: alpha must be in \[0, 1\]"),
+        ("loss.hard_weight=1", "loss: .*alpha"),
+        ("share=[0]", r"share must be in \(0, 1\]; got 0"),
+        ("seeds=0", "seeds must be an int of at least 1; got 0"),
+        ("validation=", "validation is missing"),
+        ("optimizer.name=LBFGS", "optimizer: name must be"),
+        ("teacher_top_k=2", "teacher_top_k: a cache of a few classes has one temperature"),
+        ("validation={module}:unlabelled", "validation must have labels"),
+        ("share=[0.5] --train={module}:batches", "share: train must return a data set"),
+        ("epochs=4", "holds a sweep of another configuration"),
+    ],
+)
+def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    changes = f"--{change.replace('{module}', name)}".split()
+    arguments = (
+        "sweep",
+        "--config",
+        config_path,
+        "--temperature=[2]",
+        "--alpha=[0.1]",
+        "--seeds=1",
+    )
+    if change == "epochs=4":
+        run(monkeypatch, *arguments)
+        capsys.readouterr()
+    error = refused(monkeypatch, capsys, *arguments, *changes)
+    assert re.search(f"^fastkd sweep: .*{message}", error), error
 
 
 # ---- what is refused
@@ -413,15 +560,15 @@ def test_distill_then_export_then_report(given, monkeypatch, capsys):
         ([], "student_weights must be an existing .safetensors file"),
     ],
 )
-def test_an_export_of_too_little(given, monkeypatch, capsys, arguments, message):
+def test_an_export_of_too_little(config_path, monkeypatch, capsys, arguments, message):
     pytest.importorskip("onnxscript")
-    assert message in refused(monkeypatch, capsys, "export", "--config", given, *arguments)
+    assert message in refused(monkeypatch, capsys, "export", "--config", config_path, *arguments)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("epoch=3", "nrecognized arguments: --epoch=3"),
+        ("epoch=3", "nrecognized arguments: --epoch=3. Did you mean 'epochs'"),
         ("epochs=1.5", "epochs.*int.*1.5"),
         ("epochs=true", "epochs.*int.*True"),
         ("epochs=0", "epochs must be an int of at least 1; got 0"),
@@ -435,7 +582,7 @@ def test_an_export_of_too_little(given, monkeypatch, capsys, arguments, message)
         ("output=", "output is missing"),
         ("teacher=", "teacher is missing"),
         ("loss=3", "loss.*dict.*3"),
-        ("loss.alhpa=1", "loss: .*alhpa"),
+        ("loss.alhpa=1", "loss: .*alhpa.*Did you mean 'alpha'"),
         ("loss.temperature=0", "loss: temperature must be positive"),
         (
             "optimizer.name=open",
@@ -477,64 +624,68 @@ def test_an_export_of_too_little(given, monkeypatch, capsys, arguments, message)
         ("teacher_cache={module}.py/c", "teacher_cache must be a folder; got .*, and .* is a file"),
     ],
 )
-def test_a_sentence_names_the_key(given, monkeypatch, capsys, change, message):
-    name = next(given.parent.glob("parts_*.py")).stem
-    monkeypatch.chdir(given.parent)
+def test_a_sentence_names_the_key(config_path, monkeypatch, capsys, change, message):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    monkeypatch.chdir(config_path.parent)
     change = change.format(module=name) if "{" in change else change
     message = message.replace("{module}", name)
-    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--{change}")
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path, f"--{change}")
     assert re.search(f"^fastkd distill: .*{message}", error), error
-    assert error.count("\n") == 1 and not (given.parent / "out").exists()
+    assert error.count("\n") == 1 and not (config_path.parent / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["distill", "report"])
 @pytest.mark.parametrize("key", ["teacher", "student", "train", "validation"])
 @pytest.mark.parametrize("factory", ["os:system", "{module}:os.system", "{module}:system"])
-def test_a_configuration_runs_no_command(given, monkeypatch, capsys, command, key, factory):
-    name, proof = next(given.parent.glob("parts_*.py")).stem, given.parent / "proof"
+def test_a_configuration_runs_no_command(config_path, monkeypatch, capsys, command, key, factory):
+    name, proof = next(config_path.parent.glob("parts_*.py")).stem, config_path.parent / "proof"
     if command == "report" and key == "train":
         key = "validation"  # a report has no training data
-    lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
+    lines = [
+        line for line in config_path.read_text().splitlines() if not line.startswith(f"{key}:")
+    ]
     lines += [f"{key}: '{factory.format(module=name)}'"]
     lines += [f"{key}_options: {{command: 'echo executed > {proof}'}}"]
-    given.write_text("\n".join(lines))
-    refused(monkeypatch, capsys, command, "--config", given)
+    config_path.write_text("\n".join(lines))
+    refused(monkeypatch, capsys, command, "--config", config_path)
     assert not proof.exists()
 
 
 @pytest.mark.parametrize("key", ["module", "config", "resume", "print_config"])
-def test_a_file_cannot_set_options_of_the_command_line(given, monkeypatch, capsys, key):
-    """With ``module`` or ``config`` a file could trust other modules."""
-    given.write_text(f"{given.read_text()}\n{key}: os\n")
-    error = refused(monkeypatch, capsys, "distill", "--config", given)
-    assert f"fastkd distill: {given}: " in error and key in error
+def test_a_file_cannot_set_options_of_the_command_line(config_path, monkeypatch, capsys, key):
+    """The keys ``module`` and ``config`` would let a file trust other modules."""
+    config_path.write_text(f"{config_path.read_text()}\n{key}: os\n")
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path)
+    assert f"fastkd distill: {config_path}: " in error and key in error
 
 
 @pytest.mark.parametrize("key", ["student", "student_options", "loss", "epochs"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_class_path_imports_nothing(given, monkeypatch, capsys, key, nested):
-    """jsonargparse imports the classes of this notation, for types that accept them."""
-    proof = given.parent / "imported"
-    (given.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
-    monkeypatch.syspath_prepend(given.parent)
+def test_class_path_imports_nothing(config_path, monkeypatch, capsys, key, nested):
+    """jsonargparse imports classes named by class_path for types that accept them."""
+    proof = config_path.parent / "imported"
+    (config_path.parent / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.syspath_prepend(config_path.parent)
     value = "{class_path: evil.Evil, init_args: {}}"
-    lines = [line for line in given.read_text().splitlines() if not line.startswith(f"{key}:")]
+    lines = [
+        line for line in config_path.read_text().splitlines() if not line.startswith(f"{key}:")
+    ]
     lines += [f"{key}: {f'{{width: {value}}}' if nested else value}"]
-    given.write_text("\n".join(lines))
-    with pytest.raises((SystemExit, TypeError)):  # the student itself refuses such a width
-        run(monkeypatch, "distill", "--config", given)
+    config_path.write_text("\n".join(lines))
+    with pytest.raises((SystemExit, TypeError)):  # the student's constructor refuses this width
+        run(monkeypatch, "distill", "--config", config_path)
     assert not proof.exists() and "evil" not in sys.modules
 
 
-def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_factory):
-    """An import runs code. A module that --module names is imported, with those inside it."""
+def test_other_modules_are_not_imported(config_path, monkeypatch, capsys, tmp_path_factory):
+    """Modules named by --module, and their submodules, are imported."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     package = elsewhere / "distant_parts"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "small.py").write_text(PARTS)
     monkeypatch.syspath_prepend(elsewhere)
-    change = ("distill", "--config", given, "--student=distant_parts.small:student")
+    change = ("distill", "--config", config_path, "--student=distant_parts.small:student")
     error = refused(monkeypatch, capsys, *change)
     assert "add --module distant_parts.small" in error
     assert not any(name.startswith("distant_parts") for name in sys.modules)
@@ -544,14 +695,14 @@ def test_other_modules_are_not_imported(given, monkeypatch, capsys, tmp_path_fac
     run(monkeypatch, *change, "--module", "distant_parts.small", "--epochs", 1, "--resume=true")
 
 
-def test_modules_beside_a_configuration_replace_no_other(given, monkeypatch, capsys):
-    """Its folder comes last where Python looks for modules."""
+def test_modules_beside_a_configuration_replace_no_other(config_path, monkeypatch, capsys):
+    """The configuration's folder comes last in sys.path."""
     before = list(sys.path)
-    (given.parent / "wave.py").write_text("raise ZeroDivisionError")
+    (config_path.parent / "wave.py").write_text("raise ZeroDivisionError")
     change = ("--student=wave:open",)
-    error = refused(monkeypatch, capsys, "distill", "--config", given, *change)
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path, *change)
     assert "the module wave is" in error and "have a name of its own" in error
-    assert sys.path[: len(before)] == before and str(given.parent) in sys.path
+    assert sys.path[: len(before)] == before and str(config_path.parent) in sys.path
 
 
 @pytest.mark.parametrize(
@@ -588,20 +739,22 @@ def test_files_that_are_no_configuration(tmp_path, monkeypatch, capsys, text, me
     assert error.count("\n") == 1
 
 
-def test_numbers_of_a_file(given, monkeypatch):
-    """1e-3 is a number, which YAML 1.1 takes for text; null stands for the default."""
+def test_numbers_of_a_file(config_path, monkeypatch):
+    """1e-3 is a number, though YAML 1.1 reads it as text; null stands for the default."""
     texts = ["clip: 1e-3", "ema: 5e-1", "seed: null", "loss: {alpha: 1e-1}", "optimizer: null"]
     trainings = []
-    name = next(given.parent.glob("parts_*.py")).stem
-    given.write_text("\n".join([f"student: {name}:student", *texts]))
-    config.run(lambda training, factories: trainings.append(training), ["--config", str(given)])
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    config_path.write_text("\n".join([f"student: {name}:student", *texts]))
+    config.run(
+        lambda training, factories: trainings.append(training), ["--config", str(config_path)]
+    )
     (training,) = trainings
     assert (training.clip, training.ema, training.seed) == (1e-3, 0.5, 0)
     assert training.loss == {"alpha": 0.1} and training.optimizer == {}
 
 
 def test_nested_aliases_end_at_once(tmp_path):
-    """They stand for 9^10 values, which no machine can hold: another process tries it."""
+    """The aliases stand for 9^10 values, so another process reads them."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
     file = tmp_path / "config.yaml"
@@ -615,7 +768,7 @@ def test_nested_aliases_end_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_long_texts_end_at_once(tmp_path):
-    """Looking for a number in them takes time in proportion to their length."""
+    """Parsing a number takes time proportional to the text's length."""
     file = tmp_path / "config.yaml"
     file.write_text(f"student: '{'1' * 500_000}'")
     assert "is missing" in command_in_another_process(file)
@@ -629,7 +782,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
 
 
 def command_in_another_process(file: pathlib.Path) -> str:
-    """What a command that is refused prints; one that does not end fails the test."""
+    """Return the output of a refused command; fail if it does not end."""
     command = [sys.executable, "-m", "fastkd", "distill", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
@@ -649,6 +802,7 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
         (["--teacher=json:loads", "--validation=json:loads"], "at least one student"),
         (["--model=json:loads"], "model.*dict.*json:loads"),
         (["--batch_size=0"], "batch_size must be an int of at least 1; got 0"),
+        (["--threads=0"], "threads must be an int of at least 1; got 0"),
         (["--seconds=-1"], "seconds must be finite and at least 0; got -1"),
         ([f"--save={__file__}"], "save must be a folder; got"),
         (["--model.teacher=json:loads"], "none may be named teacher"),
@@ -656,7 +810,7 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
-    if arguments and arguments[0].startswith(("--sec", "--save", "--model.")):
+    if arguments and arguments[0].startswith(("--sec", "--thr", "--save", "--model.")):
         arguments = ["--teacher=json:loads", "--validation=json:loads", *arguments]
     assert re.search(message, refused(monkeypatch, capsys, "report", *arguments))
 
@@ -668,43 +822,47 @@ def test_a_report_of_too_little(monkeypatch, capsys, arguments, message):
         ("train={module}:Stream", "train must return a data set with __getitem__ .*Stream"),
     ],
 )
-def test_what_a_cache_cannot_do(given, monkeypatch, capsys, change, message):
-    name = next(given.parent.glob("parts_*.py")).stem
-    cached = (f"--teacher_cache={given.parent / 'cache'}", "--teacher_top_k=5")
+def test_what_a_cache_cannot_do(config_path, monkeypatch, capsys, change, message):
+    name = next(config_path.parent.glob("parts_*.py")).stem
+    cached = (f"--teacher_cache={config_path.parent / 'cache'}", "--teacher_top_k=5")
     change = f"--{change.format(module=name)}"
-    error = refused(monkeypatch, capsys, "distill", "--config", given, *cached, change)
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path, *cached, change)
     assert re.search(f"fastkd distill: {message}", error), error
 
 
-def test_a_precision_that_the_machine_lacks(given, monkeypatch, capsys):
+def test_a_precision_that_the_machine_lacks(config_path, monkeypatch, capsys):
     def lacking(**_):
         raise ValueError("fp16 needs a GPU")
 
     monkeypatch.setattr("accelerate.Accelerator", lacking)
-    error = refused(monkeypatch, capsys, "distill", "--config", given)
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path)
     assert "fastkd distill: mixed_precision: fp16 needs a GPU" in error
 
 
-def test_weights_of_another_model(given, monkeypatch, capsys):
+def test_weights_of_another_model(config_path, monkeypatch, capsys):
     from safetensors.torch import save_model
 
-    file = given.parent / "other.safetensors"
+    file = config_path.parent / "other.safetensors"
     save_model(nn.Linear(3, 3), str(file))
-    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--student_weights={file}")
+    error = refused(
+        monkeypatch, capsys, "distill", "--config", config_path, f"--student_weights={file}"
+    )
     assert "student_weights:" in error and "does not fit" in error
     file.write_bytes(b"no weights")
-    error = refused(monkeypatch, capsys, "distill", "--config", given, f"--student_weights={file}")
+    error = refused(
+        monkeypatch, capsys, "distill", "--config", config_path, f"--student_weights={file}"
+    )
     assert "student_weights:" in error and "does not fit" in error
 
 
 @pytest.mark.parametrize(
     ("factory", "error"), [("broken", ZeroDivisionError), ("misled", ValueError)]
 )
-def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory, error):
-    """Also where they call fastkd with what it refuses."""
-    name = next(given.parent.glob("parts_*.py")).stem
+def test_the_user_s_own_errors_keep_their_traceback(config_path, monkeypatch, factory, error):
+    """Errors that the user's code gets from fastkd keep their traceback, too."""
+    name = next(config_path.parent.glob("parts_*.py")).stem
     with pytest.raises(error):
-        run(monkeypatch, "distill", "--config", given, f"--student={name}:{factory}")
+        run(monkeypatch, "distill", "--config", config_path, f"--student={name}:{factory}")
 
 
 @pytest.mark.parametrize(
@@ -714,39 +872,41 @@ def test_the_user_s_own_errors_keep_their_traceback(given, monkeypatch, factory,
         ("teacher_top_k=50", "teacher_top_k must be at most the number of classes, 10; got 50"),
     ],
 )
-def test_what_does_not_fit_the_teacher(given, monkeypatch, capsys, change, message):
-    """A sentence says so, before anything is trained or written."""
-    cached = f"--teacher_cache={given.parent / 'cache'}"
-    error = refused(monkeypatch, capsys, "distill", "--config", given, cached, f"--{change}")
+def test_what_does_not_fit_the_teacher(config_path, monkeypatch, capsys, change, message):
+    """The message comes before anything is trained or written."""
+    cached = f"--teacher_cache={config_path.parent / 'cache'}"
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path, cached, f"--{change}")
     assert error.splitlines()[-1].startswith(f"fastkd distill: {message}")
     assert "Traceback" not in error
-    assert not (given.parent / "out").exists() and not list(given.parent.glob("cache/*"))
+    assert not (config_path.parent / "out").exists() and not list(
+        config_path.parent.glob("cache/*")
+    )
 
 
-def test_errors_while_models_run_keep_their_traceback(given, monkeypatch):
-    """They may come from the user's code, which has the models."""
-    name = next(given.parent.glob("parts_*.py")).stem
+def test_errors_while_models_run_keep_their_traceback(config_path, monkeypatch):
+    """Errors inside the user's models keep their traceback."""
+    name = next(config_path.parent.glob("parts_*.py")).stem
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        run(monkeypatch, "distill", "--config", given, f"--student={name}:misshapen")
-    assert not (given.parent / "out" / "student.safetensors").exists()
+        run(monkeypatch, "distill", "--config", config_path, f"--student={name}:misshapen")
+    assert not (config_path.parent / "out" / "student.safetensors").exists()
 
 
 @pytest.mark.parametrize("package", ["yaml", "jsonargparse"])
-def test_a_missing_package_is_named(given, monkeypatch, capsys, package):
+def test_a_missing_package_is_named(config_path, monkeypatch, capsys, package):
     def import_module(name):
         if name == package:
             raise ModuleNotFoundError(name=name)
         return importlib.import_module(name)
 
     monkeypatch.setattr(extras, "importlib", SimpleNamespace(import_module=import_module))
-    error = refused(monkeypatch, capsys, "distill", "--config", given)
+    error = refused(monkeypatch, capsys, "distill", "--config", config_path)
     assert f"this needs {package}, which is not installed: pip install 'fastkd[train]'" in error
 
 
-def test_the_user_s_missing_modules_keep_their_traceback(given, monkeypatch):
-    (given.parent / "needs_more.py").write_text("import no_such_module")
+def test_the_user_s_missing_modules_keep_their_traceback(config_path, monkeypatch):
+    (config_path.parent / "needs_more.py").write_text("import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        run(monkeypatch, "distill", "--config", given, "--student=needs_more:student")
+        run(monkeypatch, "distill", "--config", config_path, "--student=needs_more:student")
 
 
 def test_the_console_script_is_the_module():

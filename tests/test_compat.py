@@ -1,4 +1,4 @@
-"""fastkd.compat as a whole: what all adapters promise, and their page."""
+"""Promises of all adapters in fastkd.compat, and docs/compat.md."""
 
 import pathlib
 import re
@@ -107,7 +107,7 @@ def test_cuda_agrees_with_the_cpu(name):
 
 
 def test_every_adapter_has_a_section():
-    """With an import that works, in docs/compat.md."""
+    """Each section of docs/compat.md has an import that works."""
     imports = re.findall(r"^\+ (from .*)$", (ROOT / "docs" / "compat.md").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in imports] == [f"fastkd.compat.{n}" for n in compat.__all__]
     for line in imports:

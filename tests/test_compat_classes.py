@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for classifiers: their code, or the formula written out."""
+"""fastkd.compat against libraries for classifiers: their code, or their formula."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastkd.compat import deit, keras, mdistiller, timm, torchdistill
 
-# torch's own words about what several libraries have as their default.
+# torch's warning about a default that several libraries use.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
 # ------------------------------------------------------------- torchdistill
@@ -59,7 +59,7 @@ def test_torchdistill(name, reduction, options):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 def test_torchdistill_images_and_soft_targets(reduction):
-    """Per-pixel classes, where the two terms have different denominators; and mixup's targets."""
+    """Per-pixel classes have two denominators; mixup has targets of probabilities."""
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     theirs = torchdistill_code().KDLoss(*PATHS, temperature=2.0, alpha=0.3, reduction=reduction)
     student, teacher, _ = draw((2, 5, 3, 4))
@@ -73,7 +73,7 @@ def test_torchdistill_images_and_soft_targets(reduction):
 
 
 def test_torchdistill_ignored_rows_are_out_of_both_terms():
-    """Documented difference: the soft term of ignored rows is trained on in torchdistill."""
+    """Documented difference: torchdistill's soft term includes ignored rows."""
     student, teacher, labels = draw((6, 5), "some ignored")
     kept = labels != -100
     ours = torchdistill.KDLoss(*PATHS, temperature=2.0, alpha=0.3)
@@ -101,7 +101,7 @@ def test_torchdistill_refuses():
 
 
 def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
-    """(teacher, student): linear, in float64, with what timm asks of a model."""
+    """Make (teacher, student), linear models in float64 with timm's attributes."""
     torch.manual_seed(0)
     made = nn.Linear(3, classes).double(), nn.Linear(3, classes).double()
     for model in made:
@@ -162,7 +162,7 @@ def test_timm_refuses_a_name():
 
 @pytest.fixture(scope="module")
 def keras_package(tmp_path_factory):
-    """Keras on the torch backend; it reads its backend from the environment when imported."""
+    """Import Keras on the torch backend, which it reads from the environment."""
     peers.folder("keras")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_BACKEND", "torch")
@@ -173,7 +173,7 @@ def keras_package(tmp_path_factory):
 
 
 def keras_loss(package, temperature: float):
-    """Keras' KL of softened probabilities: the instance, not the name (see the page)."""
+    """Compute Keras' KL of softened probabilities by its instance, not its name."""
     return package.distillation.LogitsDistillation(temperature, package.losses.KLDivergence())
 
 
@@ -207,7 +207,7 @@ def test_keras_distiller(keras_package, weight, with_labels):
     )
     x, y = torch.randn(6, 3), torch.arange(6) % 5 if with_labels else None
     torch.testing.assert_close(ours.compute_loss(x, y), theirs.compute_loss(x, y), **SINGLE)
-    if with_labels or weight < 1:  # the gradient for logits, which both take as y_pred
+    if with_labels or weight < 1:  # gradient for the logits, which both take as y_pred
         agree(
             lambda s: ours.compute_loss(x, y, s),
             lambda s: theirs.compute_loss(x, y, s),
@@ -217,7 +217,7 @@ def test_keras_distiller(keras_package, weight, with_labels):
 
 
 def test_keras_modes(keras_package):
-    """The teacher is frozen and in evaluation mode; a student on Keras is told the mode."""
+    """The teacher is frozen and in evaluation mode; a Keras student gets the training flag."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
     student = keras_package.Sequential(
@@ -230,7 +230,7 @@ def test_keras_modes(keras_package):
     ours = keras.Distiller(teacher, student, keras.LogitsDistillation()).train()
     x, y = torch.randn(6, 3), torch.arange(6) % 5
     before = copy.deepcopy(teacher.state_dict())
-    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # of the student's dropout
+    assert ours.compute_loss(x, y) != ours.compute_loss(x, y)  # in case of dropout in the student
     assert ours.compute_loss(x, y, training=False) == ours.compute_loss(x, y, training=False)
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
     assert not any(module.training for module in teacher.modules())
@@ -240,7 +240,7 @@ def test_keras_modes(keras_package):
 
 def test_keras_without_the_teacher():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # fails, if it is called with as many inputs
+    no_teacher = nn.Linear(1, 1)  # raises if it is called with as many inputs
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )
@@ -248,7 +248,7 @@ def test_keras_without_the_teacher():
 
 
 def test_signatures(keras_package):
-    """What their signatures name, ours do, in the same order."""
+    """The adapters have the parameters of the libraries' signatures, in the same order."""
     pairs = [
         (timm.LogitDistillationTask, peers.timm_task()),
         (keras.Distiller, keras_package.distillation.Distiller),
@@ -256,10 +256,10 @@ def test_signatures(keras_package):
         (keras.LogitsDistillation, keras_package.distillation.LogitsDistillation),
     ]
     for ours, theirs in pairs:
-        given, expected = (inspect.signature(one).parameters for one in (ours, theirs))
+        arguments, expected = (inspect.signature(one).parameters for one in (ours, theirs))
         names = [name for name, p in expected.items() if p.kind is not p.VAR_KEYWORD]
-        assert [*given] == names
-        assert [p.default for p in given.values()] == [expected[name].default for name in names]
+        assert [*arguments] == names
+        assert [p.default for p in arguments.values()] == [expected[name].default for name in names]
     logits = torch.zeros(2, 5)
     assert keras.LogitsDistillation().compute_loss(logits, logits, sample_weight=None) == 0
 
@@ -296,14 +296,14 @@ def test_deit(kind, alpha):
     heads, _, labels = draw((2, 6, 5))
     labels, images = labels[0], torch.randn(6, 3, dtype=torch.float64)
     base = nn.CrossEntropyLoss(label_smoothing=0.1)
-    given = teacher(images).detach()
+    arguments = teacher(images).detach()
 
     def formula(heads: Tensor) -> Tensor:
         if kind == "none":
             return base(heads[0], labels)
         theirs = {
-            "soft": kl_rows(heads[1], given, 3.0).sum() / heads[1].numel(),
-            "hard": F.cross_entropy(heads[1], given.argmax(-1)),
+            "soft": kl_rows(heads[1], arguments, 3.0).sum() / heads[1].numel(),
+            "hard": F.cross_entropy(heads[1], arguments.argmax(-1)),
         }[kind]
         return (1 - alpha) * base(heads[0], labels) + alpha * theirs
 

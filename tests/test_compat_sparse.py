@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries whose teachers may list a few classes: their own code."""
+"""fastkd.compat against libraries with sparse teachers: their own code."""
 
 import functools
 from dataclasses import dataclass
@@ -63,21 +63,21 @@ def test_trl_sdft_of_the_students_top_k(k, add_tail, alpha):
 def swift():
     names = ("TeacherOutput", "jsd_loss", "_align_vocab", "extract_active", "gkd_loss")
     defaults = ("default_log_softmax", "default_kl_div", "default_gather")
-    found = peers.code(
+    theirs = peers.code(
         "swift", "rlhf_trainers/gkd_loss.py", *names, *defaults, Enum=Enum, Optional=Optional
     )
-    found.TeacherOutput.__module__ = __name__
-    dataclass(found.TeacherOutput)  # peers.code leaves decorators out
-    return found
+    theirs.TeacherOutput.__module__ = __name__
+    dataclass(theirs.TeacherOutput)  # peers.code leaves decorators out
+    return theirs
 
 
-def outputs(**given):
+def outputs(**arguments):
     fields = dict.fromkeys(("full_logits", "topk_logprobs", "topk_indices", "labels"))
-    return SimpleNamespace(**{**fields, **given})
+    return SimpleNamespace(**{**fields, **arguments})
 
 
 def same_loss(student, target, beta, temperature, **teacher):
-    """The same sum, gradient and number of tokens."""
+    """Assert equal sums, gradients and numbers of tokens."""
     call = (target, beta, temperature)
     theirs = swift().TeacherOutput(**teacher)
     agree(
@@ -101,10 +101,10 @@ def test_ms_swift(beta, temperature, mask):
 @pytest.mark.parametrize("form", ["log-probabilities", "logits"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_ms_swift_with_lists(form, temperature, beta):
-    """Its servers send log-probabilities; of a local teacher it keeps the logits themselves."""
+    """ms-swift's servers send log-probabilities; its local teachers send logits."""
     student, teacher, labels = draw((2, 6, 11), "some ignored")
     values, indices = (teacher if form == "logits" else teacher.log_softmax(-1)).topk(4)
-    values[0, 1] = -torch.inf  # a token without an answer of the server: it does not count
+    values[0, 1] = -torch.inf  # a token that the server did not score, which does not count
     lists = {"topk_logprobs": values, "topk_indices": indices}
     same_loss(student, labels, beta, temperature, **lists, labels=labels)
 
@@ -113,15 +113,15 @@ def test_ms_swift_with_lists(form, temperature, beta):
 def test_ms_swift_where_the_teacher_has_another_prompt(form):
     student, teacher, labels = draw((1, 6, 11), "some ignored")
     shifted = labels.roll(1, 1)
-    given = {"full_logits": teacher}
+    arguments = {"full_logits": teacher}
     if form == "lists":
         values, indices = teacher.log_softmax(-1).topk(4)
-        given = {"topk_logprobs": values, "topk_indices": indices}
-    same_loss(student, labels, 0.0, 2.0, **given, labels=shifted)
+        arguments = {"topk_logprobs": values, "topk_indices": indices}
+    same_loss(student, labels, 0.0, 2.0, **arguments, labels=shifted)
 
 
 def test_ms_swift_with_padding_in_a_list():
-    """Documented difference: its loss is NaN; here padding lists no class."""
+    """Documented difference: ms-swift's loss is NaN; here a padding entry lists no class."""
     student, teacher, labels = draw((2, 6, 11))
     values, indices = teacher.log_softmax(-1).topk(4)
     padded = torch.cat([values, torch.full_like(values[..., :1], -torch.inf)], -1)

@@ -1,4 +1,4 @@
-"""fastkd.compat against libraries for language models: their code, or the formula written out."""
+"""fastkd.compat against libraries for language models: their code, or their formula."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastkd.compat import distilbert, liger, modelopt, nemo, textbrewer, torchtune, trl
 
-# torch's own words about what several libraries have as their default.
+# torch's warning about a default that several libraries use.
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 
 # ---------------------------------------------------------------- torchtune
@@ -138,7 +138,7 @@ def test_trl_with_a_global_count(mask, count):
 
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (2, 1)])
 def test_trl_with_a_count_for_every_gpu(shape):
-    """Which the trainer averages over them, as it does what its own loss returns."""
+    """The trainer averages the count over the GPUs, as it does its own loss."""
     student, teacher, labels = draw((2, 4, 11), "some ignored")
     options = {"labels": labels, "num_items_in_batch": torch.full(shape, 5.0).double()}
     agree(
@@ -206,7 +206,7 @@ def test_liger_kl(reduction, log_target):
 
 
 def test_liger_kl_needs_no_eps():
-    """Documented difference: a target of 0, or smaller than eps, contributes what it should."""
+    """Documented difference: a target of 0, or below eps, contributes its exact value."""
     student, teacher, _ = draw((7, 11))
     teacher[:, 0], teacher[:, 1] = -math.inf, -60.0
     agree(
@@ -244,7 +244,7 @@ def test_liger_tvd_has_finite_gradients_where_a_probability_is_zero():
 
 
 def test_liger_tvd_pulls_nowhere_where_probabilities_are_equal():
-    """Documented difference: Liger had the subgradient -1/2 there."""
+    """Documented difference: Liger's subgradient is -1/2 at equal probabilities."""
     p = torch.full((2, 4), 0.25, requires_grad=True)
     (grad,) = torch.autograd.grad(liger.LigerTVDLoss()(p, p.detach()), p)
     assert not grad.any()
@@ -327,7 +327,7 @@ def test_nemo_refuses_a_sharded_vocabulary():
         nemo.KDLoss(tp_group="group")
 
     class Sharded(torch.Tensor):
-        """As torch.distributed.tensor.DTensor, of which one process cannot have any."""
+        """Stand-in for torch.distributed.tensor.DTensor, which needs several processes."""
 
         full_tensor = torch.Tensor.clone
 
@@ -358,17 +358,17 @@ def test_nemo_refuses_a_count_of_nothing():
 def test_distilbert(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
-    attention[1, 4:] = 0  # among them a row with a label, and one without
+    attention[1, 4:] = 0  # at least one row with and one without a label
     rows = labels > -1 if restrict else attention.bool()
 
     def formula(s: Tensor) -> Tensor:
-        given = {"alpha_mlm": 0.0, "alpha_mse": 0.0, **weights}
-        total = given["alpha_ce"] * kl_rows(s[rows], teacher[rows], 2.0).mean()
-        total = total + given["alpha_mlm"] * F.cross_entropy(s.flatten(0, 1), labels.flatten())
+        arguments = {"alpha_mlm": 0.0, "alpha_mse": 0.0, **weights}
+        total = arguments["alpha_ce"] * kl_rows(s[rows], teacher[rows], 2.0).mean()
+        total = total + arguments["alpha_mlm"] * F.cross_entropy(s.flatten(0, 1), labels.flatten())
         shifted = F.cross_entropy(s[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        total = total + given["alpha_clm"] * shifted
+        total = total + arguments["alpha_clm"] * shifted
         squared = (s[rows] - teacher[rows]).square().sum() / rows.sum()
-        return total + given["alpha_mse"] * squared
+        return total + arguments["alpha_mse"] * squared
 
     agree(
         lambda s: distilbert.step_loss(

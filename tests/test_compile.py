@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, fake and meta tensors, and torch's own checks of the ops."""
+"""torch.compile, torch.export, fake and meta tensors, and torch's checks of the ops."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastkd._core import shapes
 from fastkd._core.dense import Arguments
 
 pytestmark = [
-    # What torch's own compiler and exporter warn about on some versions.
+    # Warnings of torch's own compiler and exporter on some versions.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -32,7 +32,7 @@ def run(function, student, *rest):
 
 
 def recorder(graphs: list):
-    """aot_eager, keeping the graphs of forward and backward."""
+    """Backend aot_eager that stores the graphs of forward and backward."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -57,7 +57,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_compiled_is_eager(device, call):
-    """Forward and backward in one graph each, of the op and not of the formula it stands for."""
+    """Forward and backward are one graph each, of the op and not of its formula."""
     student, teacher, labels = make((3, 4, 50), device=device)
     graphs = []
     compiled = torch.compile(CALLS[call], fullgraph=True, backend=recorder(graphs))
@@ -78,7 +78,7 @@ def test_compiled_is_eager(device, call):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_compiled_16_bit_gradients(device, dtype):
-    """Under a loss scale, that a compiled backward pass does not see beforehand."""
+    """A compiled backward pass does not know the loss scale beforehand."""
     student, teacher, labels = make((64, 8000), dtype, device=device, spread=1.0)
     compiled = torch.compile(
         lambda *a: fastkd.loss(*a, temperature=4.0, alpha=0.1), fullgraph=True, backend="aot_eager"
@@ -91,7 +91,7 @@ def test_compiled_16_bit_gradients(device, dtype):
 
 
 def test_dynamic_shapes(device):
-    """One graph for any number of rows and classes."""
+    """One graph serves any number of rows and classes."""
     graphs = []
     compiled = torch.compile(CALLS["mean"], fullgraph=True, dynamic=True, backend=recorder(graphs))
     for shape in ((5, 50), (7, 33), (12, 130)):
@@ -103,7 +103,7 @@ def test_dynamic_shapes(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_inductor(device):
-    """The default backend, with something to fuse around the op."""
+    """The default backend fuses operations around the op."""
     student, teacher, labels = make((6, 50), device=device)
 
     def step(s, t, y):
@@ -185,12 +185,12 @@ EVERY_OPTION = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY_OPTION)
 def test_every_option_compiles(name):
-    """In one graph, also those that PyTorch operations compute."""
+    """Every option compiles in one graph, including those without kernels."""
     student, teacher, labels = make((6, 50))
     labels, options = labels.clamp(max=39), EVERY_OPTION[name]
     student.requires_grad_()
     teachers = [teacher.softmax(-1), student.softmax(-1).detach()]
-    given = teachers if "teacher_weights" in options else teacher
+    tensors = teachers if "teacher_weights" in options else teacher
 
     def function(s, t, y):
         return fastkd.loss(s, t, y, **options)
@@ -199,7 +199,7 @@ def test_every_option_compiles(name):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for each in (function, compiled):
-        value = each(student, given, labels)
+        value = each(student, tensors, labels)
         results.append((value, *torch.autograd.grad(value, student)))
     torch.testing.assert_close(results[1], results[0])
 
@@ -278,7 +278,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=False):
-    """The arguments of the op after the student."""
+    """Return the arguments of the op after the student."""
     return tuple(Arguments(
         (teacher,), labels=labels, row_settings=rows, temperature=2.0, teacher_temperature=2.0,
         hard_weight=0.5, soft_weight=0.5, label_smoothing=smoothing,
@@ -286,7 +286,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("labels", "reduction", "dtype"),
     [
         (True, "none", FP32),

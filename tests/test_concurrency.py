@@ -1,4 +1,4 @@
-"""Many threads of Python, forked processes, other people's OpenMP settings, and the GIL."""
+"""Python threads, forked processes, OpenMP settings, and the GIL."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def step(student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tenso
 
 @pytest.mark.parametrize("shape", [(40, 10), (300, 1000), (2, 3 * _C.segment + 5)], ids=str)
 def test_many_threads_at_once(device, each_autograd, shape):
-    """Each has its own problem, and gets the answer that it would get alone."""
+    """Each thread has its own problem, and gets the same answer as alone."""
     problems = [make(shape, device=device, seed=seed) for seed in range(TEAM)]
     alone = [step(*problem) for problem in problems]
     with ThreadPoolExecutor(TEAM) as pool:
@@ -40,7 +40,7 @@ def test_many_threads_at_once(device, each_autograd, shape):
 
 
 def test_threads_share_a_graph(device, each_autograd):
-    """Backward passes of one graph at once: the buffer of the first is no other's."""
+    """Concurrent backward passes of one graph share no buffer."""
     for seed in range(20):
         student, teacher, labels = make((64, 300), FP32, device=device, seed=seed)
         leaf = student.requires_grad_()
@@ -101,7 +101,7 @@ print("equal")
     ["dense+topk", *(pytest.param(f"{n}+{n}", marks=pytest.mark.slow) for n in LOSSES)],
 )
 def test_threads_share_a_leaf(language, calls):
-    """Forward passes of one leaf at once do not wait for each other for ever."""
+    """Concurrent forward passes of one leaf do not deadlock."""
     command = [sys.executable, "-c", SHARED_LEAF, language, calls]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "equal", done.stderr
@@ -165,7 +165,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),
@@ -175,7 +175,7 @@ print("finished")
     ],
 )
 def test_threads_run_backward_through_one_graph(language, retain, loss):
-    """Each thread gets a gradient of its own, or, without retain_graph, torch's error.
+    """Each thread gets its own gradient or, without retain_graph, torch's error.
 
     Without retain_graph two threads may both get the gradient, as from torch's nodes: the engine
     releases the saved tensors some time after the gradient is computed.
@@ -187,7 +187,7 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
 
 
 def seen_during(work: Callable[[], object]) -> bool:
-    """Whether another thread of Python runs while ``work`` does.
+    """Return True if another Python thread runs during ``work``.
 
     Nobody is made to hand the GIL over in that time: the other one runs only if it is released.
     """
@@ -219,7 +219,7 @@ def test_the_gil_is_released(each_autograd):
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction="none")
     assert not seen_during(lambda: sum(range(3_000_000))), "the watch would see anything"
-    # Several times each: where processors are shared the watch may not get one in time.
+    # Repeated, because the watching thread may get no processor in time.
     assert any(seen_during(lambda: fastkd.loss(leaf, teacher, labels)) for _ in range(20))
     assert any(seen_during(lambda: value.sum().backward(retain_graph=True)) for _ in range(20))
 
@@ -249,7 +249,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_data_loader_workers(tmp_path, method):
-    """Processes forked after the parent's threads were at work; a script, as spawn needs one."""
+    """Workers are forked after the parent used threads; spawn needs a script."""
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)
     command = [sys.executable, str(script), method]
@@ -277,16 +277,16 @@ OPENMP = {
 
 @pytest.mark.slow
 def test_openmp_settings_change_no_bit():
-    """In several threads of Python, too, each of which opens a parallel region of its own."""
-    found = []
+    """Bits are equal in several Python threads, each with its own parallel region."""
+    answers = []
     for settings in OPENMP.values():
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **settings}
         command = [sys.executable, "-c", BITS]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert all(answer == found[0] for answer in found)
-    assert found[0][0] == found[0][1]
+        answers.append(json.loads(done.stdout))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == answers[0][1]
 
 
 def test_a_forced_instruction_set_while_others_compute():

@@ -169,7 +169,7 @@ class Fixed(nn.Module):
         ({"student": Fixed()}, ValueError, "^student cannot be traced .* batches of any size: "),
         ({"student": nn.Linear(64, 9).bfloat16()}, ValueError, r"bfloat16.*student\.float\(\)"),
         ({"format": "tflite"}, ValueError, "^format must be one of 'onnx', 'exec.*; got 'tflite'"),
-        ({"quantize": "int4"}, ValueError, "^quantize must be one of 'int8'; got 'int4'. None "),
+        ({"quantize": "int4"}, ValueError, "^quantize must be one of 'int8'; got 'int4'"),
         ({"max_batch": 1}, ValueError, "^max_batch must be an int of at least 2; got 1"),
         ({"path": 3}, TypeError, "^path must be a file's path; got int"),
         ({"path": "a.pt2"}, ValueError, r"^path must be a file that ends in \.onnx for format='o"),

@@ -1,4 +1,4 @@
-"""The same bits on every run, for every number of threads; nearly so on every instruction set."""
+"""Bits are equal for every run and number of threads, and nearly so for instruction sets."""
 
 import os
 import time
@@ -13,14 +13,14 @@ from fastkd import _C
 
 S = _C.segment
 SHAPES = [
-    (64, 10),  # stays on the calling thread
+    (64, 10),  # on the calling thread alone
     (300, 1000),  # whole rows for each thread
-    (5, 3 * S + 1),  # whole rows, and one that is shared
+    (5, 3 * S + 1),  # whole rows, and one shared row
     (1, 5 * S + 100),  # one row, shared segment by segment
     (2, 2 * S),
     (7, S + 1),
 ]
-# One; one more for the sum of the slopes; one that leaves the label out; squares, and two more.
+# Forms of sweeps: one; two with a sum of slopes; without the label; with squares and three.
 SWEEPS = ["forward_kl", "reverse_kl", "jsd", "dkd", "cosine"]
 
 
@@ -66,7 +66,7 @@ def test_same_for_any_number_of_threads(divergence, shape, reduction, dtype):
 
 @pytest.mark.usefixtures("threads", "isa")
 def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
-    """In one row of twenty, float64 sums of two segments were merged with another rounding."""
+    """Regression: one row of twenty had sums of two segments merged with another rounding."""
     for seed in range(60):
         student, teacher, _ = make((1, 2 * S - 3000), FP64, labels=False, seed=seed)
         student.requires_grad_()
@@ -81,13 +81,13 @@ def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
 def test_threads_are_used(shape):
-    """The calling thread alone does not do the work: its CPU time is well below the process's."""
+    """The calling thread's CPU time is well below the process's."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")
     student, teacher, _ = make(shape, labels=False)
     torch.set_num_threads(2)
     student.requires_grad_()
-    fastkd.loss(student, teacher)  # the threads exist from here on
+    fastkd.loss(student, teacher)  # starts the threads
     mine, everyone = time.thread_time(), time.process_time()
     for _ in range(8):
         fastkd.loss(student, teacher)
@@ -99,7 +99,7 @@ def test_threads_are_used(shape):
 @pytest.mark.parametrize("shape", [(16, 10), (8, 1000), (2, 20000)], ids=str)
 @pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
 def test_instruction_sets_agree(divergence, shape, dtype):
-    """Each differs from the best one by rounding alone."""
+    """Each instruction set differs from the best one by rounding only."""
     problem = make(shape, dtype)
     best, before = run(*problem, "mean", divergence), _C.isa()
     bound = 1e-13 if dtype is FP64 else 2e-6
@@ -109,7 +109,7 @@ def test_instruction_sets_agree(divergence, shape, dtype):
             grad, *terms = run(*problem, "mean", divergence)
             for ours, theirs in zip(terms, best[1:], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound / 10, msg=name)
-            # A rounding to 16 bits may fall to either side: one unit in the last place.
+            # Rounding to 16 bits may go either way: one unit in the last place.
             eps = max(torch.finfo(dtype).eps, bound)
             torch.testing.assert_close(
                 grad, best[0], rtol=eps, atol=bound * float(best[0].abs().max()), msg=name
@@ -140,7 +140,7 @@ def test_isa_can_be_forced_and_unknown_ones_are_refused():
 def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
     device, divergence, dtype, classes
 ):
-    """By reduction="none" and by a second backward pass: from a few numbers a row, bit for bit."""
+    """reduction="none" and a second backward pass recompute the same bits from row statistics."""
     student, teacher, labels = make((24, classes), dtype, device=device)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     total = fastkd.loss(a, teacher, labels, reduction="sum", divergence=divergence)
@@ -157,7 +157,7 @@ def test_the_gradient_written_in_backward_is_the_one_written_in_forward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("divergence", [*SWEEPS, "topk"])
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(divergence, dtype, classes):
-    # Past 12 MiB it is written past them; rows of an odd number of classes begin anywhere.
+    # Above 12 MiB stores are non-temporal; rows of an odd number of classes are misaligned.
     few = 4
     times = -(-13 * 2**20 // (few * classes * dtype.itemsize))
     problem = make((few, classes), dtype)

@@ -1,6 +1,7 @@
-"""The divergences: their derivatives, what must hold whatever the logits, and masked classes."""
+"""Derivatives, properties and masked classes of the divergences."""
 
 import itertools
+import typing
 
 import oracle
 import pytest
@@ -15,6 +16,10 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
+
+
+def test_the_type_of_names_lists_every_divergence():
+    assert typing.get_args(reference.DivergenceName) == NAMES
 
 
 # ---- derivatives
@@ -42,7 +47,7 @@ def test_gradcheck(device, name, standardize):
     assert torch.autograd.gradgradcheck(function, (leaf, t))
 
 
-# docs/maths.md, section 10: slopes of d = log p - log q, of p and q, of mix.
+# docs/maths.md, section 10: slopes as functions of d = log p - log q, p, q and mix.
 SLOPES = {
     "forward_kl": lambda d, p, q, b: -p,
     "reverse_kl": lambda d, p, q, b: q * (1 - d),
@@ -70,38 +75,38 @@ def test_gradient_follows_from_the_slopes(device, name):
 
 
 def test_gradient_of_dkd(device):
-    """docs/maths.md, section 10."""
+    """The gradient of dkd is that of docs/maths.md, section 10."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     leaf, t, mix = student.requires_grad_(), 1.7, 3.0
     weights = {"hard_weight": 0.0, "soft_weight": 1.0}
     options = {"divergence": "dkd", "mix": mix, "temperature": t, "reduction": "sum"}
     fastkd.loss(leaf, teacher, labels, **options, **weights).backward()
-    own = F.one_hot(labels, CLASSES).bool()
+    is_label = F.one_hot(labels, CLASSES).bool()
     p, q = (teacher / t).softmax(-1), (student.detach() / t).softmax(-1)
-    p_y, q_y = p[own].unsqueeze(-1), q[own].unsqueeze(-1)
+    p_y, q_y = p[is_label].unsqueeze(-1), q[is_label].unsqueeze(-1)
     p_rest, q_rest = p / (1 - p_y), q / (1 - q_y)
     others = -(q_y - p_y) * q_rest + mix * (q_rest - p_rest)
-    torch.testing.assert_close(leaf.grad, t * torch.where(own, q_y - p_y, others))
+    torch.testing.assert_close(leaf.grad, t * torch.where(is_label, q_y - p_y, others))
 
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_learnable_temperature(device, name, per_row):
-    """Its gradient is that of the formula, T^2 and the teacher's side included."""
+    """The temperature's gradient includes T^2 and the teacher's softening."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
     t = torch.full(shape, 2.0, dtype=FP64, device=device, requires_grad=True)
-    own = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
+    teacher_t = torch.full(shape, 1.5, dtype=FP64, device=device, requires_grad=True)
     options = {"divergence": name, "reduction": "sum"}
     fastkd.loss(
-        student, teacher, labels, temperature=t, teacher_temperature=own, **options
+        student, teacher, labels, temperature=t, teacher_temperature=teacher_t, **options
     ).backward()
     step = 1e-5
-    for leaf, key in ((t, "temperature"), (own, "teacher_temperature")):
+    for leaf, key in ((t, "temperature"), (teacher_t, "teacher_temperature")):
         for row in range(ROWS if per_row else 1):
             moved = []
             for sign in (1, -1):
-                numbers = {"temperature": t.detach(), "teacher_temperature": own.detach()}
+                numbers = {"temperature": t.detach(), "teacher_temperature": teacher_t.detach()}
                 bump = torch.zeros(shape, dtype=FP64)
                 bump[row if per_row else ...] = sign * step
                 numbers[key] = numbers[key].cpu() + bump
@@ -143,10 +148,9 @@ def test_module_learns_its_temperature(device):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("soft_cross_entropy", "mse")])
 def test_zero_for_a_perfect_student_up_to_a_constant(device, name):
-    """The divergences of probabilities, and those of logits that leave a constant out."""
+    """Divergences of probabilities, and of centered logits, ignore a constant."""
     student, _, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
-    # The cosine does not leave it out; the total variation's slope jumps where rounding tells p
-    # from q.
+    # The cosine depends on a constant; the total variation's slope jumps where p rounds to q.
     constant = 0.0 if name in ("cosine", "total_variation") else 3.0
     leaf = (student + constant).requires_grad_()
     options = {"divergence": name, "reduction": "none", "hard_weight": 0.0, "soft_weight": 1.0}
@@ -185,17 +189,17 @@ def test_standardized_logits_have_no_scale(device, name):
 
 
 def test_high_temperature_limit(device):
-    """T^2 KL -> the centred squared error over 2, as T grows (Hinton et al. 2015, section 2.1)."""
+    """T^2 KL approaches half the centered squared error as T grows (Hinton et al. 2015, 2.1)."""
     student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
     limit = fastkd.terms(student, teacher, divergence="centered_mse", temperature=1.0).soft / 2
     distances = [
         abs(float(fastkd.loss(student, teacher, temperature=t) - limit)) for t in (1e2, 1e3, 1e4)
     ]
     for before, after in itertools.pairwise(distances):
-        assert after < before / 8  # of order 1 / T
+        assert after < before / 8  # smaller terms are of order 1 / T
     assert distances[-1] < 1e-3 * float(limit)
     at_its_own = fastkd.loss(student, teacher, temperature=37.0, divergence="centered_mse")
-    torch.testing.assert_close(at_its_own / 2, limit)  # T^2 takes back what 1 / T^2 takes
+    torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
 
 
 def test_relations_between_divergences(device):
@@ -217,16 +221,16 @@ def test_relations_between_divergences(device):
     same(value("skewed_forward_kl", 0.2), value("skewed_reverse_kl", 0.2, swapped=True))
     same(value("skewed_forward_kl", 1e-9), forward, 1e-6)
     same(value("skewed_reverse_kl", 1e-9), reverse, 1e-6)
-    # The generalised JSD over its weight tends to the forward KL, and likewise at the other end.
+    # The JSD over its weight tends to the forward KL, or at the other end to the reverse KL.
     same(value("jsd", 1e-7) / 1e-7, forward, 1e-4)
     same(value("jsd", 1 - 1e-7) / 1e-7, reverse, 1e-4)
     assert (value("jsd") <= 4 * torch.tensor(2.0).log()).all()
     assert (value("total_variation") <= 4).all()
-    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker
+    assert (2 * (value("total_variation") / 4) ** 2 <= forward / 4).all()  # Pinsker's inequality
 
 
 def test_jsd_of_disjoint_teacher_and_student(device):
-    """What only one of the two allows costs the JSD a finite price: log 2 altogether."""
+    """Classes that only one of the two allows add up to a JSD of log 2."""
     inf = float("inf")
     student = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=FP64, device=device)
     teacher = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=FP64, device=device)
@@ -257,7 +261,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
     if form != "logits":
         teacher = teacher.log_softmax(-1) if form == "log_probs" else teacher.softmax(-1)
     options = {"divergence": name, "standardize": standardize, "teacher_form": form}
-    for temperature in (t, 1.5):  # one that learns is never fused
+    for temperature in (t, 1.5):  # a learned temperature is never fused
         wide, slim = student.clone().requires_grad_(), student[:, kept].clone().requires_grad_()
         got = fastkd.loss(wide, teacher, labels, temperature=temperature, **options)
         expected = fastkd.loss(slim, teacher[:, kept], narrow, temperature=1.5, **options)
@@ -270,7 +274,7 @@ def test_a_class_that_both_mask_is_not_there(device, name, standardize, form):
 
 
 INF = float("inf")
-# What a class costs that one of the two masks: (only the teacher, only the student).
+# Value of a class that one side masks: (the teacher alone, the student alone); None if finite.
 PRICES = {
     "forward_kl": (None, INF),
     "reverse_kl": (INF, None),
@@ -288,7 +292,7 @@ PRICES = {
 
 @pytest.mark.parametrize("name", PRICES)
 def test_a_class_that_one_masks(device, name):
-    """A finite price is that of a class of next to no probability, and has a finite gradient."""
+    """A finite value equals that of a class of tiny probability, with a finite gradient."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     labels = labels.masked_fill(labels == 2, 3)
     options = {"divergence": name, "hard_weight": 0.0, "soft_weight": 1.0, "reduction": "none"}
@@ -360,7 +364,7 @@ def test_jsd_of_rows_with_parts_far_below_the_others(isa, name, temperature, dty
 
 
 def test_forward_gradient_where_the_student_alone_masks(device):
-    """+inf, with the finite gradient q - p."""
+    """The loss is +inf, with the finite gradient q - p."""
     student = torch.tensor([[0.0, 1.0, -INF]], device=device, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0]], device=device)
     for name in ("forward_kl", "soft_cross_entropy"):
@@ -371,7 +375,7 @@ def test_forward_gradient_where_the_student_alone_masks(device):
 
 
 def masked_by_the_student(divergence, reduction, classes, device):
-    """Logits with their gradient: of two rows, the first masks a class that the teacher has."""
+    """Make a student leaf of two rows; the first masks a class that the teacher has."""
     student = torch.linspace(-1, 1, classes, device=device).repeat(2, 1)
     student[0, 1] = -INF
     student.requires_grad_()
@@ -385,7 +389,7 @@ def masked_by_the_student(divergence, reduction, classes, device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
 def test_squared_error_where_the_student_alone_masks(device, classes, reduction):
-    """+inf, with an infinite gradient for that class alone."""
+    """The loss is +inf, with an infinite gradient for the masked class alone."""
     student = masked_by_the_student("mse", reduction, classes, device)
     torch.testing.assert_close(student.grad, student.detach() * 2 / classes)
 
@@ -393,7 +397,7 @@ def test_squared_error_where_the_student_alone_masks(device, classes, reduction)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("classes", [3, 200])
 def test_centered_squared_error_where_the_student_alone_masks(device, classes, reduction):
-    """+inf, with no gradient: other classes deviate by infinity, this one by inf - inf."""
+    """The loss is +inf without a gradient: centered differences are infinite or NaN."""
     student = masked_by_the_student("centered_mse", reduction, classes, device)
     assert student.grad[0, 1].isnan()
     assert student.grad[0, 2:].isinf().all()
@@ -401,7 +405,7 @@ def test_centered_squared_error_where_the_student_alone_masks(device, classes, r
 
 
 def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
-    """The second part is left out; the first is that of a certain teacher, -log q_y."""
+    """The second part is omitted; the first is -log q_y, of a one-hot teacher."""
     teacher = torch.tensor([[2.0, -INF, -INF]], device=device)
     student = torch.tensor([[1.0, 0.0, 0.5]], device=device, requires_grad=True)
     label = torch.tensor([0], device=device)
@@ -416,9 +420,7 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("nothing", [0.0, 1e-40])
 def test_cosine_of_zeros(device, classes, reduction, nothing):
-    """At a right angle to everything, with the slope that the formula has of z / T alone; so are
-    rows whose length has no inverse.
-    """
+    """A zero row has cosine distance 1 and a gradient of z / T alone, as have subnormal rows."""
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0
     near_student, near_teacher = (x.masked_fill(x == 0, nothing) for x in (student, teacher))
@@ -442,7 +444,7 @@ def test_total_variation_has_slope_0_at_ties(device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("standardize", [False, True])
 def test_rows_without_spread_are_finite(device, name, standardize):
-    """All logits of a row equal, zero too: no divergence divides by nothing."""
+    """Rows of equal logits, or of zeros, divide by no zero in any divergence."""
     student = torch.zeros(2, 4, device=device, requires_grad=True)
     labels = torch.tensor([1, 2], device=device)
     teacher = torch.tensor([[3.0, 3.0, 3.0, 3.0], [1.0, 0.0, 0.0, 0.0]], device=device)

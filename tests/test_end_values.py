@@ -1,5 +1,4 @@
-"""Weights, mixtures and smoothing at the ends of their ranges: what weighs nothing is left out,
-from the gradient too, even where it is infinite."""
+"""Weights, mixtures and smoothing at the ends of their ranges: a weight of 0 removes a term."""
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from fastkd import reference
 
 INF = float("inf")
 CLASSES = [6, 100, 200, 3000]
-# Infinite where one of the two masks a class.
+# Divergences that are infinite if one side masks a class.
 INFINITE = {
     "teacher": ["reverse_kl", "symmetric_kl", "mse", "centered_mse"],
     "student": ["forward_kl", "symmetric_kl", "soft_cross_entropy", "mse", "centered_mse", "dkd"],
@@ -66,7 +65,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     student, teacher, _ = masked(who, 6, FP64, torch.device("cpu"))
     name = "forward_kl" if mix else "reverse_kl"
     if (name == "reverse_kl") == (who == "teacher"):
-        return  # infinite itself
+        return  # infinite by itself
     options = {"hard_weight": 0.0, "soft_weight": 1.0}
     leaf = student.requires_grad_()
     value = reference.loss(leaf, teacher, divergence="symmetric_kl", mix=mix, **options)
@@ -85,7 +84,7 @@ def test_the_reference_of_the_symmetric_kl_of_one_kl(who, mix):
     ids=str,
 )
 def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
-    """The ends themselves are refused."""
+    """Mixtures next to 0 and 1 are accepted, 0 and 1 are refused."""
     student, teacher, _ = masked("teacher", classes, dtype, device)
     student[2, 3] = -INF
     options = {"divergence": name, "mix": mix, "reduction": "none"}
@@ -100,7 +99,7 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     ids=str,
 )
 def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes):
-    """The gradient is that of the hard term alone."""
+    """The gradient is the hard term's alone."""
     who, name = masking
     student, teacher, labels = masked(who, classes, dtype, device)
     weight = torch.zeros(4, device=device) if how == "rows" else 0.0
@@ -128,7 +127,7 @@ def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
-    """A label that the student masks."""
+    """The student masks the label's class."""
     student, teacher, labels = masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1
@@ -142,7 +141,7 @@ def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_weight):
-    """The label weighs nothing then; of the classes it is one, whose logarithm is infinite."""
+    """The label's class counts as one of all classes; its logarithm is infinite."""
     student, teacher, labels = masked("student", 6, FP64, torch.device("cpu"))
     teacher[:3, 1] = -INF
     labels[:3] = 1
@@ -158,7 +157,7 @@ def test_the_reference_of_smoothing_1_where_the_student_masks_the_label(hard_wei
 
 
 def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: str, teachers: int):
-    """Return (loss, gradients of logits and temperature) of the rows to keep."""
+    """Return (loss, gradients of logits and temperature) of the selected rows."""
     student, teacher, labels = masked(who, 7, FP32, torch.device("cpu"))
     every = [teacher, teacher.roll(1, 0)] if teachers > 1 else [teacher]
     for one in every:
@@ -182,7 +181,7 @@ def of_rows(temperature: Tensor, weight: Tensor, keep: slice, name: str, who: st
 @pytest.mark.parametrize("teachers", [1, 2])
 @pytest.mark.parametrize(("who", "name"), [pair for pair in MASKED if pair[1] != "dkd"])
 def test_a_learned_temperature_and_an_infinite_row_of_no_weight(who, name, teachers):
-    """It gives neither the logits nor the temperature a gradient of NaN."""
+    """Neither logits nor temperature get a gradient of NaN."""
     weight, t = torch.tensor([0.0, 0.0, 0.0, 0.7]), torch.tensor(1.5)
     value, grad, of_t = of_rows(t, weight, slice(0, 4), name, who, teachers)
     _, last, expected = of_rows(t, weight, slice(3, 4), name, who, teachers)

@@ -1,4 +1,4 @@
-"""Every example runs, in short, and says what its documentation says that it says."""
+"""Run every example briefly, and compare its output with its documentation."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# What to run, what it has to be able to import, and a word of its last line.
+# Arguments, required packages, and a word of the last line of output.
 SCRIPTS = {
     "plain_loop.py": (["--epochs", "2"], "sklearn", "student: test accuracy"),
     "lightning_module.py": (["--epochs", "1"], "lightning", "student: test accuracy"),
@@ -61,7 +61,7 @@ def test_the_language_model_writes_between_its_markers(tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebook(name):
-    """From its first cell to its last; its pictures are made."""
+    """Run a notebook from its first cell to its last, with its pictures."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()

@@ -15,7 +15,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "objectives.py"
 
 
 def said(**options) -> str:
-    """The text, without its line breaks."""
+    """Return the explanation without its line breaks."""
     return " ".join(fastkd.explain(show=False, **options).split())
 
 
@@ -88,7 +88,7 @@ def test_says(options, words):
     ],
 )
 def test_does_not_say(divergence, words):
-    """What is refused with a divergence, or what it has not."""
+    """The explanation omits options that the divergence lacks or refuses."""
     text = said(divergence=divergence)
     assert not any(unexpected in text for unexpected in words)
 
@@ -96,7 +96,7 @@ def test_does_not_say(divergence, words):
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
 @pytest.mark.parametrize("own", [None, 1.0, 3.0])
 def test_the_teacher_s_distribution_is_the_loss_s(form, own):
-    """The formula of p, as it is printed."""
+    """The printed formula of p equals the loss's distribution."""
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
     formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=own))[1]

@@ -1,4 +1,4 @@
-"""torch.export and compiled autograd: the programs that they make train as eager calls do."""
+"""Programs of torch.export and compiled autograd train like eager calls."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +44,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# The losses by one op each; the others go to `make test-all`.
+# Losses of one op each; the others run in `make test-all`.
 QUICK = ("mean", "linear", "learned temperature")
 
 
@@ -53,7 +53,7 @@ def names_of(names: Iterable[str]) -> list:
 
 
 class Student(nn.Module):
-    """A linear student and its loss."""
+    """Linear student with its loss."""
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ class Student(nn.Module):
 
 
 class Learning(Student):
-    """A student that also learns its temperature."""
+    """Student with a learned temperature."""
 
     def forward(self, x: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return fastkd.loss(x @ self.weight, teacher, labels, temperature=self.temperature)
 
 
 def gradients(step: Callable[[], Tensor], module: nn.Module) -> list[Tensor]:
-    """The loss of a step and its gradients, under a factor that is not 1."""
+    """Return the loss of a step and its gradients, times a factor other than 1."""
     for parameter in module.parameters():
         parameter.grad = None
     value = step()
@@ -100,7 +100,7 @@ def test_exported_programs_train_as_eager_calls_do(name, strict):
     module = Learning(linear) if name not in LOSSES else Student(LOSSES[name])
     expected = gradients(lambda: module(x, teacher, labels), module)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of an op that has no gradient
+        warnings.simplefilter("error")  # torch's warning about an op without a gradient
         exported = torch.export.export(module, (x, teacher, labels), strict=strict).module()
         ours = gradients(lambda: exported(x, teacher, labels), exported)
     assert_same_step(ours, expected)
@@ -120,14 +120,14 @@ def fresh_dynamo() -> Iterator[None]:
 def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
     _, teacher, labels = make((8, 50))
-    dtype = FP32  # with the other backend a narrower one, but for heads, whose dtype is float32
+    dtype = FP32  # the Python backend passes narrower tensors, except for heads, in float32
     if backend == "eager" and not name.startswith("linear"):
         dtype = (BF16, FP16)[len(name) % 2]
     module = Student(lambda s, t, y: LOSSES[name](s.to(dtype), t, y))
     expected = gradients(lambda: module(x, teacher, labels), module)
     with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
         value = 3 * module(x, teacher, labels)
-        for last in (False, True):  # what was saved must stay as it was for the second pass
+        for last in (False, True):  # saved tensors must be unchanged for the second pass
             module.weight.grad = None
             value.backward(retain_graph=not last)
             assert module.weight.grad is not None
@@ -139,7 +139,7 @@ def test_compiled_autograd_gives_the_gradients_of_autograd(name, backend):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", names_of(LOSSES))
 def test_rows_chosen_by_a_mask_are_compiled(name, backend):
-    """Their number is known to nobody while the call is traced."""
+    """The number of selected rows is unknown during tracing."""
     student, teacher, labels = make((8, 50))
     mask = torch.arange(8) % 3 != 0
     leaf = student.requires_grad_()

@@ -1,4 +1,4 @@
-"""A missing package of an extra is named before any work is done that would be lost."""
+"""A missing optional package is named before any work starts."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ class Unasked(nn.Linear):
 
 @pytest.fixture
 def hide(monkeypatch):
-    """Make an installed package look as if it were not."""
+    """Make an installed package unimportable."""
 
     def hidden(package: str) -> None:
         def import_module(name):

@@ -1,4 +1,4 @@
-"""The fast path (fast_path.py) and the losses' autograd kernels: hooks, modes and second passes.
+"""The fast path (fast_path.py) and autograd kernels: hooks, modes and second passes.
 
 That autograd in C++ and in Python give the same bits is tested wherever a test uses
 ``each_autograd``.
@@ -32,7 +32,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def assert_near(gradient: Tensor, expected: Tensor) -> None:
-    """Rounding apart: it may have been scaled, or computed by the formula."""
+    """Assert equality up to rounding: the gradient may be scaled, or computed by the formula."""
     rtol = 1e-2 if expected.dtype == BF16 else 1e-5
     torch.testing.assert_close(gradient, expected, rtol=rtol, atol=1e-7)
 
@@ -126,7 +126,7 @@ def test_the_profiler_sees_the_loss(name, grad):
 @each_loss
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_hooks_may_save_tensors_elsewhere(name, dtype):
-    """As ``save_on_cpu`` does, and such as compress, or lay out anew."""
+    """Hooks of ``save_on_cpu`` and others may move, compress or re-stride saved tensors."""
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     plain = LOSSES[name](leaf, teacher, labels)
@@ -138,11 +138,11 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
     }
     for way, (pack, unpack) in ways.items():
         if name == "topk" and way == "a negative":
-            continue  # its op takes no labels or indices that are views of negatives
+            continue  # the op refuses labels or indices that are negative views
         with saved_tensors_hooks(lambda x, f=pack: f(x), lambda x, f=unpack: f(x)):
             value = LOSSES[name](leaf, teacher, labels)
         torch.autograd.grad(value, leaf, retain_graph=True)
-        for _ in range(2):  # the forward pass's gradient is given away by now
+        for _ in range(2):  # the forward pass's gradient is used up
             (again,) = torch.autograd.grad(value, leaf, torch.tensor(3.0), retain_graph=True)
             assert_near(again, expected)
 
@@ -151,7 +151,7 @@ def test_hooks_may_save_tensors_elsewhere(name, dtype):
 @each_loss
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_checkpointing_stops_when_it_has_what_it_needs(name, with_labels):
-    """It does so by an exception of the hook that saves tensors."""
+    """Checkpointing raises an exception in the hook that saves tensors."""
     _, teacher, labels = make((6, 40))
     hidden = torch.randn(6, 16, requires_grad=True)
     head = torch.randn(40, 16)
@@ -184,7 +184,7 @@ def test_exceptions_of_hooks_are_raised(name, calls):
 
 
 class Wrapper(Tensor):
-    """A tensor without memory of its own."""
+    """Tensor subclass without memory of its own."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapper":
@@ -210,7 +210,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
     student, teacher, labels = make((6, 20), dtype)
     leaf = student.requires_grad_()
     expected = torch.autograd.grad(LOSSES[name](leaf, teacher, labels), leaf)[0]
-    for wrapped in range(2, 4):  # which of the tensors that are saved
+    for wrapped in range(2, 4):  # index of the saved tensor
         seen = []
 
         def unpack(saved: Tensor, seen: list[Tensor] = seen, wrapped: int = wrapped) -> Tensor:
@@ -227,7 +227,7 @@ def test_hooks_may_give_back_wrappers(name, dtype):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("factor", [1.0, 3.0, float("inf")])
 def test_terms_do_not_change_a_gradient_that_is_written_anew(dtype, factor):
-    """Not even where the hard term has no weight, and is computed for the terms alone."""
+    """The hard term may have weight 0, and be computed for the terms alone."""
     student, teacher, labels = make((5, 170), dtype, ignored=0.0)
     leaf = student.requires_grad_()
     values = [

@@ -1,4 +1,4 @@
-"""Random calls held against the reference in float64: sizes, layouts, dtypes, options, odd numbers.
+"""Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
 
 ``make fuzz CASES=20000 SEED=7`` runs this file as a program, and its sisters for sparse teachers,
 linear heads and caches: in batches of 500 from consecutive seeds, each printed when it fails, with
@@ -42,13 +42,13 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     spread: float = 3.0
-    apart: float = 1.0  # how far the teacher is from the student
+    apart: float = 1.0  # scale of the difference of teacher and student
     seed: int = 0
     odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or teacher, row, class, value)
     layout: str = "contiguous"
@@ -57,17 +57,17 @@ class Case(NamedTuple):
     divergence: str = "forward_kl"
     temperature: float = 2.0
     own: float | None = None  # the teacher's temperature
-    per_row: frozenset[str] = frozenset()  # which options are tensors with a number for each row
-    constant: frozenset[str] = frozenset()  # the same, of which each is the option itself
+    per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
+    constant: frozenset[str] = frozenset()  # options that are such tensors with equal numbers
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
     reduction: str = "mean"
     normalizer: float | None = None
     class_weight: bool = False
-    mix: float | None = None  # where the divergence has one
+    mix: float | None = None  # for divergences that have a mix
     grad_output: float = 1.0
     ignore_index: int = -100
-    unused: int = 0  # padded classes, which are sliced off
+    unused: int = 0  # padded classes, removed by a slice
     dim: int = -1
     way: str = "loss"
     isa: str = "default"
@@ -113,7 +113,7 @@ CASES = st.builds(
 
 
 class Problem(NamedTuple):
-    """A case's tensors and options; the options as the reference has them, too."""
+    """Tensors and options of a case; the options in the reference's form, too."""
 
     student: Tensor
     teacher: Tensor
@@ -124,7 +124,7 @@ class Problem(NamedTuple):
 
 def build(case: Case, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(case.seed)
-    if case.divergence == "dkd":  # refuses a single class
+    if case.divergence == "dkd":  # dkd refuses a single class
         case = case._replace(classes=max(case.classes, 2))
     shape = (*case.leading, case.classes + case.unused)
     student = torch.randn(shape, generator=generator, dtype=FP64) * case.spread
@@ -185,7 +185,7 @@ def sliced(case: Case, logits: Tensor, dim: int) -> Tensor:
 
 
 def is_fused(case: Case) -> bool:
-    """Whether kernels compute it, and not PyTorch's operations."""
+    """Return True if kernels compute the case, and not PyTorch's operations."""
     return (
         case.divergence in DIVERGENCES
         and case.labels != "probabilities"
@@ -194,7 +194,7 @@ def is_fused(case: Case) -> bool:
 
 
 def compute(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(loss, gradient), by one of the ways in."""
+    """Compute (loss, gradient) by one of the entry points."""
     student, teacher, labels, options, _ = problem
     leaf = student.detach().requires_grad_()
     logits, teacher = (sliced(case, x, options["dim"]) for x in (leaf, teacher))
@@ -224,7 +224,7 @@ def soft_terms(case: Case, problem: Problem) -> Tensor:
 
 
 def check_constants(case: Case, device: torch.device, problem: Problem, soft: Tensor) -> None:
-    """Raise if tensors that hold an option's number for each row cost the divergence accuracy."""
+    """Raise if tensors with an option's number for each row cost the divergence accuracy."""
     plain = soft_terms(case, build(case._replace(constant=frozenset()), device)).double()
     finite = soft.isfinite() & plain.isfinite()
     got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
@@ -237,7 +237,7 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
 
 
 def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return what rounding may change: (each row's squared error, its gradient in each class).
+    """Return the bounds of rounding: (squared error of each row, error of each gradient entry).
 
     A class depends on the rounding of its own logits and, for centered ones, of their mean.
     """
@@ -259,7 +259,7 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """The call gives what the reference gives in float64, as far as the dtypes carry."""
+    """Assert that the call equals the reference in float64, as far as the dtypes carry."""
     problem = build(case, device)
     student, teacher, labels, _, exact = problem
     dim = exact["dim"]
@@ -279,14 +279,14 @@ def check(case: Case, device: torch.device) -> None:
     if reference.DIVERGENCES[case.divergence].compares == "logits" and not all(
         bool(x.isfinite().all()) for x in (student, teacher)
     ):
-        return  # their infinities are not written down; the call has come back, which is all
+        return  # infinities of hostile calls are not predicted; the call returned
     acc = compute_dtype(student, teacher)
     eps = torch.finfo(acc).eps
     assert value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == want.shape and grad.shape == student.shape
-    if size > 1e30:  # float32 overflows where float64 does not: no number is held to another
+    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
         return
-    # A class that the student alone masks makes the loss infinite; float64 says so unless the
+    # A class masked by the student alone makes the loss infinite; float64 says so unless the
     # teacher's probability of it underflows.
     alone = ((student == -math.inf) & (teacher > -math.inf)).any(dim)
     if bool(alone.any()) and not bool(value.isfinite().all()):
@@ -295,7 +295,7 @@ def check(case: Case, device: torch.device) -> None:
     in_value, in_gradient = torch.tensor(size * count), torch.tensor(size)
     hard = torch.as_tensor(exact.get("hard_weight", 0.0))
     if case.divergence in ("mse", "centered_mse") and is_fused(case) and not hard.any():
-        # Of these no class has anything to do with how large the others' logits are.
+        # The classes of these divergences do not depend on the size of other logits.
         of_rows, in_gradient = roundings(case, problem)
         in_value = of_rows.sum().clamp(min=1e-30) * count
     close(value, want.detach(), 8 * eps, 64 * eps * in_value, "loss")
@@ -304,12 +304,12 @@ def check(case: Case, device: torch.device) -> None:
     if case.constant and is_fused(case) and rows.loss.numel():
         check_constants(case, device, problem, rows.soft)
     if case.divergence == "total_variation":
-        return  # the gradient jumps where p = q: roundings of the two fall on either side
-    told = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
+        return  # the gradient jumps at p = q, where roundings differ
+    is_comparable = rows.loss.isfinite().unsqueeze(dim) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
-        grad.where(told, torch.zeros_like(grad)),
-        gradient.where(told, torch.zeros_like(gradient)),
+        grad.where(is_comparable, torch.zeros_like(grad)),
+        gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
         64 * eps * max(abs(case.grad_output), 1e-30) * in_gradient
         + info.smallest_normal * info.eps,
@@ -318,7 +318,7 @@ def check(case: Case, device: torch.device) -> None:
 
 
 def sensitivity(case: Case, problem: Problem) -> float:
-    """What a rounding of a logit over its temperature becomes in the loss and in its gradient."""
+    """Return the effect of rounding a logit over its temperature on loss and gradient."""
     student, teacher, exact = problem.student, problem.teacher, problem.exact
     if not student.numel():
         return 1.0
@@ -329,18 +329,18 @@ def sensitivity(case: Case, problem: Problem) -> float:
     in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
-        return math.inf  # a logit over its temperature is no float32, whatever it weighs
-    # PyTorch rounds logarithms of probabilities at their size, and as their sum, to which it adds
-    # one class after another in each of eight lanes. So does the truth, where it is no wider.
+        return math.inf  # a logit over its temperature overflows float32
+    # PyTorch rounds log-probabilities at their own size, and sums them one class after another in
+    # eight lanes; so does a truth of the same width.
     if not fused or compute_dtype(student, teacher) is FP64:
         in_exponent += math.log(case.classes) + case.classes / 8 / 64
     size = float(hard.max()) * (1 + largest) + float(soft.max()) * greatest**2 * in_exponent
     size /= exact.get("normalizer", 1.0)
     if case.class_weight:
-        size *= 10  # what the mean of the hard term is divided by, a tenth for each row and more
+        size *= 10  # divisor of the hard term's mean: at least a tenth for each row
     if reference.DIVERGENCES[case.divergence].compares == "logits":
         size *= in_exponent
-    if case.divergence == "cosine":  # its gradient grows as the logits shrink
+    if case.divergence == "cosine":  # the cosine's gradient grows as the logits shrink
         lengths = [
             logits.double().movedim(exact["dim"], -1)[..., : case.classes].norm(dim=-1)
             for logits in (student, teacher)
@@ -349,7 +349,7 @@ def sensitivity(case: Case, problem: Problem) -> float:
             return math.inf
         size *= 1 + float(1 / lengths[0].clamp(min=1e-30).min())
     if case.divergence == "dkd":
-        size *= 10  # mix weighs 8
+        size *= 10  # dkd's mix is 8
     return size
 
 
@@ -358,17 +358,17 @@ def run(case: Case, device: torch.device) -> None:
         check(case, device)
 
 
-# What was found, and fixed.
+# Cases that failed once.
 REGRESSIONS = [
-    # No row, in strides that cannot be walked: was refused as if by inplace.
+    # No rows with invalid strides: refused with a message about inplace.
     Case(leading=(3, 5, 0), classes=35, layout="transposed", way="python"),
     Case(leading=(0,), classes=127, layout="classes apart"),
-    # No memory at all was taken for the teacher's.
+    # Empty tensors without memory counted as sharing the teacher's.
     Case(leading=(0,), classes=60, way="inplace"),
     # 0 / 0 where the student's probability of a class is subnormal: a gradient of NaN.
     Case((2,), 2049, spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
     Case((4,), 2049, (BF16, BF16), spread=100.0, divergence="skewed_reverse_kl", temperature=1.0),
-    # A class that the teacher masks and whose student probability underflows, of no weight: NaN.
+    # The teacher masks a class whose student probability underflows, with weight 0: NaN.
     Case(
         (1,),
         16,
@@ -386,7 +386,7 @@ REGRESSIONS = [
         temperature=1.0,
         weights=(0.0, 0.0),
     ),
-    # An infinite divergence of no weight, whose slopes are infinite: NaN.
+    # An infinite divergence with weight 0 and infinite slopes: NaN.
     Case(
         (1,),
         2,
@@ -403,7 +403,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.0),
     ),
-    # Exponentials of many classes, one after the other: their sum's rounding was in the gradient.
+    # Sequential sums of many exponentials: their rounding was in the gradient.
     Case(
         (),
         32768,
@@ -415,7 +415,7 @@ REGRESSIONS = [
         temperature=0.25,
         weights=(0.0, 0.3),
     ),
-    # PyTorch's operations round log C: was held to a bound without it.
+    # PyTorch's operations round log C, which the bound did not include.
     Case(
         (),
         32768,
@@ -426,7 +426,7 @@ REGRESSIONS = [
         own=8.0,
         weights=(0.0, 0.3),
     ),
-    # ... nor that it sums them one after another.
+    # PyTorch sums classes sequentially, which the bound did not include.
     Case(
         (),
         32768,
@@ -438,9 +438,9 @@ REGRESSIONS = [
         own=8.0,
         weights=(0.0, 0.3),
     ),
-    # ... nor that the truth does, which had a divergence of -1e-13.
+    # The truth sums classes sequentially: a divergence of -1e-13.
     Case((), 32768, (FP32, FP64), 0.0, 0.0, odd=((0, 0, 0, 6e-8),), labels="none", temperature=1.0),
-    # One KL alone, of a class that the teacher masks: the other's infinite slope of no weight, NaN.
+    # One KL alone, of a class that the teacher masks: the other KL's infinite slope made NaN.
     *(
         Case(
             (2,),
@@ -453,7 +453,7 @@ REGRESSIONS = [
         )
         for n in (6, 1000)
     ),
-    # The gaps of other classes were lost in the one logit's from which the maximum was taken off.
+    # Differences of other classes were lost when one logit's maximum was subtracted.
     *(
         Case(
             (3,),
@@ -468,24 +468,24 @@ REGRESSIONS = [
         for name in ("mse", "centered_mse")
         for own in (None, 0.7)
     ),
-    # Tensors that hold the same number for each row: a difference of rounded quotients.
+    # Tensors with equal numbers for each row: a difference of rounded quotients.
     *(
         Case((20,), n, spread=3.0, apart=1e-4, temperature=3.0, constant=frozenset([name]))
         for n in (10, 100)
         for name in ("temperature", "soft_weight", "class_weight")
     ),
-    # A gradient that is asked for with other factors than 1.
+    # A gradient with a grad_output other than 1.
     *(
         Case((3,), n, reduction=reduction, grad_output=factor, odd=((0, 0, 1, -math.inf),))
         for n in (10, 1000)
         for reduction in ("mean", "none")
         for factor in (-0.5, 0.0)
     ),
-    # The label weighs nothing, and is masked: 0 * inf in the reference.
+    # The label's weight is 0, and the label is masked: 0 * inf in the reference.
     Case(
         (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
     ),
-    # The teacher's temperature of each row beside one number for the student.
+    # A teacher temperature for each row beside one student temperature.
     Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),
 ]

@@ -1,4 +1,4 @@
-"""Random heads: their loss held against the reference on full logits, in float64."""
+"""Random heads: their loss compared with the reference on full logits, in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -46,13 +46,13 @@ class Case(NamedTuple):
     dtype: torch.dtype = FP32
     spread: float = 1.0
     seed: int = 0
-    odd: tuple[tuple[int, int, int, float], ...] = ()  # (student's or teacher's hidden states, ...)
+    odd: tuple[tuple[int, int, int, float], ...] = ()  # (tensor, row, column, value)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
     ignore_index: int = -100
     biases: tuple[bool, bool] = (True, False)
-    masked: bool = False  # a class that both biases take out
+    masked: bool = False  # a class that both biases mask
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
@@ -65,7 +65,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     scale: float | None = None
     chunk: int | None = None
-    by_classes: bool = False  # where those have all that the call needs
+    by_classes: bool = False  # if chunks of classes support the call
     grad_output: float = 1.0
     isa: str = "default"
     threads: int = 1
@@ -108,7 +108,7 @@ CASES = st.builds(
 
 
 def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """(Tensors, options) of the call, options of its chunks among them."""
+    """Make (tensors, options) of the call, with the options of its chunks."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -118,7 +118,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
     sprinkle(hiddens, case.odd)
     hidden, teacher_hidden = (laid_out(x.to(device), case.layout) for x in hiddens)
     weight, teacher_weight = (draw(case.classes, width) for width in case.widths)
-    biases = [draw(case.classes) if given else None for given in case.biases]
+    biases = [draw(case.classes) if is_given else None for is_given in case.biases]
     if case.masked and case.classes > 1:
         for bias in biases:
             if bias is not None and all(case.biases):
@@ -152,7 +152,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
 
 
 def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> Tensor:
-    """The loss of the call."""
+    """Compute the loss of the call."""
 
     def head(which: str) -> Head:
         parts = (tensors[f"{which}_{name}"] for name in ("hidden", "weight", "bias"))
@@ -163,7 +163,7 @@ def loss_of(case: Case, tensors: dict[str, Tensor | None], options: dict[str, An
 
 
 def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bool:
-    """Whether chunks of classes have all that the call needs."""
+    """Return True if chunks of classes support the call."""
     return (
         case.divergence in class_statistics.DIVERGENCES
         and case.labels != "probabilities"
@@ -193,7 +193,7 @@ class Exact(NamedTuple):
 def exact(
     case: Case, tensors: dict[str, Tensor | None], options: dict[str, Any]
 ) -> tuple[Exact, Tensor]:
-    """The same on full logits in float64, and which rows count. The others are zeros there."""
+    """Compute loss and gradients on full logits in float64, and the mask of valid rows."""
     wide = {k: None if v is None else v.detach().double() for k, v in tensors.items()}
     leaves = [wide[name].requires_grad_() for name in NAMES if wide[name] is not None]
     labels = tensors["labels"]
@@ -211,21 +211,20 @@ def exact(
     both = (case.softcap, case.scale)
     student = logits("student", *both)
     teacher = wide["teacher_logits"] if case.teacher == "logits" else logits("teacher", *both)
-    given = {k: v for k, v in options.items() if k != "chunks"}
+    chosen = {k: v for k, v in options.items() if k != "chunks"}
     if labels is None:
-        given |= {"hard_weight": 0.0, "soft_weight": 1.0}
-    # An infinite divergence of no weight is nothing, but its slopes times 0 would be NaN here. (The
-    # cosine of such a row is NaN, whatever it weighs.)
-    nothing = given.get("soft_weight") == 0 and case.divergence != "cosine"
+        chosen |= {"hard_weight": 0.0, "soft_weight": 1.0}
+    # An infinite divergence with weight 0 counts as 0, though its slopes times 0 would be NaN. (The
+    # cosine of such a row is always NaN.)
+    nothing = chosen.get("soft_weight") == 0 and case.divergence != "cosine"
     seen = student.detach() if nothing else teacher
-    value = reference.loss(student, seen, labels, **given)
+    value = reference.loss(student, seen, labels, **chosen)
     grads = torch.autograd.grad(value.sum(), leaves)
     return Exact(value.detach(), list(grads), student.detach(), teacher.detach()), counted
 
 
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
-    """What one rounding in each logit's products becomes in a row's loss, and in the sum over
-    classes of its gradient's magnitudes.
+    """Return the effect of rounding each logit's products on the row losses and gradients.
 
     A logit is off by eps times the magnitudes that were added up for it. With logits over their
     temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the
@@ -243,33 +242,34 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
     ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
     hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
     slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
-    if case.divergence == "cosine" and want.student.numel():  # grows as the logits shrink
+    # The cosine's gradient grows as the logits shrink.
+    if case.divergence == "cosine" and want.student.numel():
         lengths = torch.stack([x.norm(dim=-1) for x in (want.student, want.teacher)])
         if lacks_inverse(lengths, FP64 if case.dtype == FP64 else FP32):
             return math.inf
         slope *= 1 + float((1 / want.student.norm(dim=-1).clamp(min=1e-12)).max()) ** 2
     if case.divergence == "dkd":
-        slope *= 10  # mix weighs 8
+        slope *= 10  # dkd's mix is 8
     return slope / (case.normalizer or 1.0)
 
 
 def check(case: Case, device: torch.device) -> None:
-    if case.divergence == "dkd":  # refuses a single class
+    if case.divergence == "dkd":  # dkd refuses a single class
         case = case._replace(classes=max(case.classes, 2))
     if case.reduction != "mean":
         case = case._replace(normalizer=None)
     tensors, options = build(case, device)
     before = {k: None if v is None else v.clone() for k, v in tensors.items()}
-    given = dict(tensors)
+    copies = dict(tensors)
     for name in NAMES:
-        given[name] = None if given[name] is None else given[name].detach().requires_grad_()
-    value = loss_of(case, given, options)
+        copies[name] = None if copies[name] is None else copies[name].detach().requires_grad_()
+    value = loss_of(case, copies, options)
     value.backward(torch.full_like(value, case.grad_output))
     for name, tensor in tensors.items():
         assert tensor is None or same_bits(tensor, before[name]), f"{name} was written"
     want, counted = exact(case, tensors, options)
     assert value.shape == want.loss.shape
-    # Rows of odd numbers count nothing where they are ignored, and else concern only themselves.
+    # Rows of odd numbers have no effect if ignored, and affect only themselves otherwise.
     hiddens = [x for k, x in before.items() if k.endswith("_hidden")]
     usual = torch.stack([(x.abs() < 1e5).all(-1) for x in hiddens]).all(0) | ~counted
     tame = {k: v.clone() if k.endswith("_hidden") else v for k, v in before.items()}
@@ -283,12 +283,12 @@ def check(case: Case, device: torch.device) -> None:
         close(value.detach(), want.loss, 8 * eps, 16 * slope * eps * count, "loss")
         gains = {"student_hidden": largest_of(before["student_weight"]), "student_bias": rows}
         gains |= {"student_weight": largest_of(tame["student_hidden"]) * rows}
-        names = [name for name in NAMES if given[name] is not None]
+        names = [name for name in NAMES if copies[name] is not None]
         for name, gradient in zip(names, want.grads, strict=True):
             gain = gains[name] * (case.scale or 1.0)
             exact_gradient = gradient * case.grad_output
             limit = 16 * slope * eps * gain * max(1.0, abs(case.grad_output))
-            close(given[name].grad, exact_gradient, 8 * eps, limit, name)
+            close(copies[name].grad, exact_gradient, 8 * eps, limit, name)
     elif case.reduction == "none":
         got, true = value.detach()[usual], want.loss[usual]
         close(got, true, 8 * eps, 16 * slope * eps, "loss of the usual rows")
@@ -308,17 +308,17 @@ def test_fuzz_linear(device, case):
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
 def test_regressions(device, teacher):
-    # Infinite squares of no weight: the gradient is the hard term's.
+    # Infinite squares with weight 0: the gradient is the hard term's.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)
     run(case, device)
-    # An infinite slope of one class: 0 in all classes of the row, where rows are in lanes.
+    # An infinite slope of one class: the transposed layout gave 0 for the whole row.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # Of centred squares that one has no slope; it was 0.
+    # The same class has no slope for centered squares; it was 0.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # A gradient below the least number of its dtype.
     run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)
-    # A label's number in a chunk of classes is not that of the rows that are ignored.
+    # A label relative to a chunk of classes may equal ignore_index.
     run(Case(leading=(6, 6), ignore_index=0, chunk=1, classes=20, by_classes=True), device)
 
 

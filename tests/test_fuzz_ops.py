@@ -27,14 +27,14 @@ NAMES = (
     "topk_loss_backward_", "topk_loss_gradient", "mixture", "empty_gradient", "linear_loss",
 )  # fmt: skip
 RELEASED = ("released", "shortened")
-# Made of PyTorch operations, of which some crash where a tensor's storage was released.
+# Ops made of PyTorch operations, some of which crash on released storages.
 COMPOSED = ("loss_gradient", "topk_loss_gradient", "linear_loss")
 ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, OverflowError)
-GUARDS = (0xA5, 0xFF)  # 0xFF: NaN as a number, and -1 as a class
+GUARDS = (0xA5, 0xFF)  # 0xFF bytes are NaN as floats, and -1 as class indices
 GUARD_BYTES = 256
 FLOATS = (FP32, FP32, BF16, FP16, FP64)
 HIDDEN = 5
-# What is done to a tensor argument of a valid call.
+# Changes of a tensor argument of a valid call.
 CHANGES = (
     "one more", "one less", "none at all", "one more in dim 0", "a dimension more", "flattened",
     "one number", "a thousand billion rows", "released", "shortened", "on meta", "absent", "sparse",
@@ -42,7 +42,7 @@ CHANGES = (
     *(FP64, FP32, FP16, BF16, torch.int64, torch.int32, torch.bool, torch.complex64),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "contiguous", "classes apart", "transposed", "expanded", "odd bytes")
-# What a number, an enum, a flag or a name becomes.
+# Replacements of a number, an enum, a flag or a name.
 NUMBERS = (
     0, 1, -1, 2, 3, 99, 2**31, 2**32, 2**40, -(2**63), 2**63 - 1, 0.0, -0.0, -1.0, 1e-46, 1e-300,
     1e39, 1e300, math.inf, -math.inf, math.nan, None, True, "none", "kl", (), (1.0,), (-1.0, 2.0),
@@ -51,24 +51,25 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)
     classes: int = 10
     k: int = 2
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
-    layouts: tuple[str, ...] = ("contiguous",)  # of the tensors, in turn
+    layouts: tuple[str, ...] = ("contiguous",)  # dtypes of the tensors, in turn
     seed: int = 0
     teachers: int = 1
     mixed: bool = False
     present: int = 0  # bits: labels, row settings, denominator, temperatures of teachers
-    number: int = 0  # of the divergence, the tail, the ensemble
+    number: int = 0  # numbers of the divergence, the tail, the ensemble
     reduction: int = 2
     flags: tuple[bool, bool, bool] = (False, False, False)
     inplace: bool = False
     requires_grad: bool = False
-    changes: tuple[tuple[int, Any, Any], ...] = ()  # (place, of a tensor there, else of a number)
+    changes: tuple[tuple[int, Any, Any], ...] = ()
+    """Each is (argument, change if it is a tensor, change if it is a number)."""
     isa: str = "default"
     threads: int = 1
     in_python: bool = False
@@ -104,14 +105,14 @@ CASES = st.builds(
 
 
 class Memory:
-    """Tensors with bytes of ``guard`` before them, behind them, and between their elements."""
+    """Tensors with bytes of ``guard`` before, behind and between their elements."""
 
     def __init__(self, guard: int) -> None:
         self.guard = guard
         self.blocks: list[tuple[bytearray, Tensor]] = []
 
     def place(self, values: Tensor, layout: str) -> Tensor:
-        """Return a tensor of these values, laid out like this."""
+        """Return a tensor of these values in a memory layout."""
         if values.numel() == 0:
             return values
         if layout == "expanded":
@@ -131,7 +132,7 @@ class Memory:
         return tensor
 
     def copy(self) -> list[tuple[bytes, Tensor]]:
-        """Return what the blocks hold: all bytes, and the values of the tensors."""
+        """Return all bytes of the blocks, and the values of the tensors."""
         return [(bytes(block), tensor.clone()) for block, tensor in self.blocks]
 
     def check(self, before: list[tuple[bytes, Tensor]], writable: Tensor | None) -> None:
@@ -147,7 +148,7 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 
 
 def changed(value: Any, change: Any, first: Any) -> Any:
-    """The tensor argument after a change of CHANGES, or as it is where torch has no such tensor."""
+    """Apply a change of CHANGES to a tensor argument, where torch has such a tensor."""
     if change == "absent":
         return None
     if not isinstance(value, Tensor):
@@ -201,7 +202,7 @@ def apply(tensor: Tensor, change: str, first: Any) -> Any:
 
 
 def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
-    """The arguments of the op by name: valid ones, and then the changes."""
+    """Return the op's arguments by name, after the changes."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, classes, k = math.prod(case.leading), case.classes, min(case.k, case.classes)
     shape = (*case.leading, classes)
@@ -298,11 +299,11 @@ def arguments_of(case: Case, memory: Memory) -> dict[str, Any]:
 def linear_arguments(
     case: Case, tensors: dict[str, Any], floats: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same of the op with heads, whose tensors are one list."""
+    """Return the arguments of the op with heads, whose tensors are one list."""
     rows, classes = math.prod(case.leading), case.classes
     acc = tensors["log_probs"].dtype
     bias, sparse_teacher, teacher_head = case.flags
-    own, other = case.dtypes
+    student_dtype, other = case.dtypes
     lists = [None, None]
     if sparse_teacher:
         lists = [
@@ -315,9 +316,9 @@ def linear_arguments(
     settings_of_rows = tensors["row_settings"]
     numbers_of_rows = [None] * 4 if settings_of_rows is None else list(settings_of_rows)
     inputs = [
-        floats((rows, HIDDEN), own),
-        floats((classes, HIDDEN), own),
-        floats((classes,), own) if bias else None,
+        floats((rows, HIDDEN), student_dtype),
+        floats((classes, HIDDEN), student_dtype),
+        floats((classes,), student_dtype) if bias else None,
         floats((rows, HIDDEN), other) if head else None,
         floats((classes, HIDDEN), other) if head else None,
         floats((classes,), other) if head and bias else None,
@@ -335,7 +336,7 @@ def linear_arguments(
         "label_smoothing": 0.1, "divergence": _C.divergences[case.number], "mix": None,
         "standardize": False, "tail": topk.TAILS[case.number % len(topk.TAILS)], "estimator": None,
         "student_softcap": None, "teacher_softcap": None, "student_scale": 1.0,
-        "teacher_scale": 1.0, "dtype": own, "teacher_dtype": other, "accumulate": FP32,
+        "teacher_scale": 1.0, "dtype": student_dtype, "teacher_dtype": other, "accumulate": FP32,
         "chunk": max(case.k, classes // 8), "by_classes": case.present == 15,
         "hidden_grad": case.mixed, "weight_grad": case.mixed, "bias_grad": case.mixed and bias,
     }  # fmt: skip
@@ -343,7 +344,7 @@ def linear_arguments(
 
 
 def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The shapes of the results of a call that was accepted."""
+    """Return the shapes of an accepted call's results."""
     if case.op == "mixture":
         return [tuple(arguments["teachers"][0].shape)]
     if case.op == "linear_loss":
@@ -370,14 +371,14 @@ def expected_shapes(case: Case, arguments: dict[str, Any]) -> list[tuple[int, ..
 
 
 def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
-    """The name of the error, or results that the call alone determines."""
+    """Return the error's name, or the results that depend on the call alone."""
     memory = Memory(guard)
     arguments = arguments_of(case, memory)
     before, grad = memory.copy(), arguments.get("grad")
     try:
         results = getattr(OPS, case.op)(*arguments.values())
     except ERRORS as error:
-        # A list that is none is seen when its row is computed, with rows before it written.
+        # An invalid list is found when its row is computed, after earlier rows are written.
         late = "indices must be different" in str(error)
         memory.check(before, grad if late and isinstance(grad, Tensor) else None)
         return type(error).__name__, []
@@ -393,8 +394,8 @@ def call(case: Case, guard: int) -> tuple[str, list[Tensor]]:
     if case.op == "empty_gradient":
         return "", []
     if case.op == "loss_into":
-        del results[1]  # statistics of rows that do not count are not written
-    # A linear loss leaves what it does not compute as it is.
+        del results[1]  # statistics of ignored rows are not written
+    # A linear loss leaves outputs that it does not compute unchanged.
     return "", [each for each in results if each.device.type == "cpu"]
 
 
@@ -410,19 +411,19 @@ def run(case: Case, _: torch.device) -> None:
         check(case)
 
 
-# What was found, and fixed.
+# Cases that failed once.
 REGRESSIONS = [
-    # A `filled` gradient was scaled by a grad_output for each row; no rows were read from null.
+    # A `filled` gradient was scaled by row-wise grad_output; zero rows were read from null.
     Case(op="loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="topk_loss_backward_", leading=(0,), reduction=0, flags=(False, False, True)),
     Case(op="loss_backward_", reduction=0, flags=(False, False, True)),
     # The number of a reduction lost its upper 32 bits before it was checked.
     Case(changes=((19, "absent", 2**40),)),
-    # With one tensor on "meta" the kernel for tracing answered: with memory that nobody wrote.
+    # With one tensor on "meta" the fake kernel answered with uninitialized memory.
     Case(present=1, changes=((8, "on meta", 0),)),
     Case(op="topk_loss_into", changes=((3, "on meta", 0),)),
     Case(op="linear_loss", changes=((0, "on meta", 0),)),
-    # An attribute of None, and an assertion.
+    # An attribute error on None, and an assertion.
     Case(op="loss_gradient", number=_C.divergences.index("dkd"), reduction=1),
     Case(op="linear_loss", present=15, flags=(False, True, False)),
     Case(op="linear_loss", changes=((20, "absent", 0),)),  # a division by a chunk of 0
@@ -432,13 +433,13 @@ REFUSED = ("filled", "reduction", "device", "labels must be", "by_classes", "chu
 
 @pytest.mark.parametrize("case", REGRESSIONS)
 def test_regressions_are_refused(case):
-    """What was accepted, or ended the process, is refused by a message that names the argument."""
+    """Each call that was accepted, or crashed, is refused by a message with the argument's name."""
     with pytest.raises(ERRORS, match="|".join(REFUSED)):
         getattr(OPS, case.op)(*arguments_of(case, Memory(GUARDS[0])).values())
 
 
 def test_a_gradient_whose_classes_are_apart(isa):
-    """Its neighbors in memory stay, and its values are those of an adjacent one."""
+    """Elements between the classes stay, and the values equal those of adjacent classes."""
     for dtype, classes in ((FP64, 127), (FP32, 1000)):
         student, teacher = (torch.randn(1, classes, dtype=dtype) for _ in range(2))
         case = Case(dtypes=(dtype, dtype), present=0, reduction=1)

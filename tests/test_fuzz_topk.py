@@ -1,4 +1,4 @@
-"""Random sparse teachers held against the definition in float64, as in test_fuzz.py dense ones."""
+"""Random sparse teachers compared with the definition in float64."""
 
 import math
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from fastkd._core.values import ESTIMATORS, TAILS
 
 
 class Case(NamedTuple):
-    """A call, in numbers that print as they are typed."""
+    """Parameters of a call, as numbers that print as they are typed."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     seed: int = 0
     odd: tuple[tuple[int, int, int, float], ...] = ()  # (student or list, row, column, value)
     padding: float = 0.0
-    wrong: tuple[int, int, int] | None = None  # (row, place of the list, a class that is none)
+    wrong: tuple[int, int, int] | None = None  # (row, position in the list, an invalid class)
     layout: str = "contiguous"
     labels: str = "indices"
     ignored: float = 0.2
@@ -138,14 +138,14 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def laid_out_indices(indices: Tensor, layout: str) -> Tensor:
-    """As they are stored, or a view of every second one."""
+    """Return the indices contiguous, or as a view of every second entry."""
     if layout != "classes apart":
         return indices
     return indices.new_full((*indices.shape, 2), 10**9)[..., 0].copy_(indices)
 
 
 def is_refused(problem: Problem) -> bool:
-    """Whether a row that counts has a list that is none: the CPU refuses it, CUDA makes it NaN."""
+    """Return True if a valid row has an invalid list: an error on CPUs, NaN on CUDA."""
     student, indices, log_probs, labels = problem
     labels = None if labels is None else labels.long()
     try:
@@ -156,14 +156,14 @@ def is_refused(problem: Problem) -> bool:
 
 
 def of_soft_term(case: Case) -> dict[str, Any]:
-    """The options of the soft term; tail ignore is the forward KL's alone."""
+    """Return the soft term's options; tail "ignore" has the forward KL alone."""
     if case.estimator is not None or case.tail == "ignore":
         return {}
     return {"divergence": case.divergence, "mix": reference.DIVERGENCES[case.divergence].mix}
 
 
 def row_weight(case: Case, student: Tensor) -> float | Tensor:
-    """The soft term's weight, perhaps one for each row."""
+    """Return the soft term's weight, which may be one number for each row."""
     if not case.row_weights:
         return 1.0
     weight = torch.arange(student[..., 0].numel(), dtype=FP64) % 3 / 2
@@ -171,7 +171,7 @@ def row_weight(case: Case, student: Tensor) -> float | Tensor:
 
 
 def exact(case: Case, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) by the definition, in float64."""
+    """Compute (loss, gradient) by the definition, in float64."""
     student, indices, log_probs, labels = problem
     leaf = student.detach().double().requires_grad_()
     hard, soft = (0.0, 1.0) if labels is None else case.weights
@@ -237,14 +237,14 @@ def check(case: Case, device: torch.device) -> None:
     )
     assert grad is not None and value.dtype == acc and grad.dtype == student.dtype
     assert value.shape == (student.shape[:-1] if case.reduction == "none" else ())
-    if size > 1e30:  # float32 overflows where float64 does not: no number is held to another
+    if size > 1e30:  # float32 overflows where float64 does not, so nothing is compared
         return
     close(value.flatten(), want.flatten(), 8 * eps, 64 * eps * size * max(1, len(rows)), "loss")
-    told = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
+    is_comparable = rows.isfinite().view(*student.shape[:-1], 1) & gradient.isfinite()
     info = torch.finfo(grad.dtype)
     close(
-        grad.where(told, torch.zeros_like(grad)),
-        gradient.where(told, torch.zeros_like(gradient)),
+        grad.where(is_comparable, torch.zeros_like(grad)),
+        gradient.where(is_comparable, torch.zeros_like(gradient)),
         0.51 * info.eps + 8 * eps,
         64 * eps * abs(case.grad_output) * size + info.smallest_normal * info.eps,
         "gradient",
@@ -256,21 +256,21 @@ def run(case: Case, device: torch.device) -> None:
         check(case, device)
 
 
-# What was found, and fixed.
+# Cases that failed once.
 REGRESSIONS = [
-    # Logits as log_probs: beyond exp(709) their sum wrapped round, and was small enough.
+    # Logits as log_probs: beyond exp(709) their sum overflowed to a small number.
     Case(odd=((1, 0, 0, 1e38),)),
     Case(odd=((1, 1, 2, 3e4),), dtypes=(FP64, FP64), tail="ignore"),
-    # A negative factor as the scale of an exponential: its bits wrapped round.
+    # A negative scale of an exponential: its bits overflowed.
     *(
         Case(
             (4,), 40, k=40, spread=300.0, reduction="none", grad_output=-0.5, ignored=0.0, tail=tail
         )
         for tail in TAILS
     ),
-    # Outside the kernel a row without any probability was 0 where its list was empty.
+    # The fallback gave 0 for a row without any probability and an empty list.
     Case(leading=(), classes=1, k=1, odd=((0, 0, 0, -math.inf),), padding=1.0, labels="none"),
-    # Outside the kernel a masked class whose probability underflows was 0 instead of inf.
+    # The fallback gave 0, not inf, for a masked class whose probability underflows.
     Case(
         leading=(),
         classes=2,

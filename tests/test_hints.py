@@ -1,4 +1,4 @@
-"""Hints: what they measure, what they learn, what they refuse."""
+"""Feature hints: their distances, their projections, and invalid arguments."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_a_projection_maps_the_student_to_the_teacher_in_its_own_dtype(ours, the
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_the_projection_learns_and_the_student_through_it(listed):
-    """Whether the optimizer has the projection's parameters or not."""
+    """The projection learns even if the optimizer lacks its parameters."""
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))

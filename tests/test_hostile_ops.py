@@ -1,4 +1,4 @@
-"""Calls of the ops, and of what autograd shows of them, that only an error or an attack makes.
+"""Invalid calls of the ops and of autograd's nodes, as by errors or attacks.
 
 Each must raise: the ops read and write memory by the sizes that they are given.
 """
@@ -19,7 +19,7 @@ OPS = torch.ops.fastkd
 
 
 def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = None, **changed):
-    """Student, and what the dense op takes after it."""
+    """Return the student and the other arguments of the dense op."""
     student, teacher, labels = make((ROWS, CLASSES))
     call = Arguments(
         (changed.pop("teacher", teacher),), labels=labels, row_settings=rows,
@@ -31,7 +31,7 @@ def arguments_of(*, rows: Tensor | None = None, denominator: Tensor | None = Non
 
 
 def released(tensor: Tensor) -> Tensor:
-    """A tensor whose storage was released, as FSDP releases parameters'."""
+    """Return a tensor with a released storage, as FSDP's parameters have."""
     tensor = tensor.detach().clone()
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -78,9 +78,7 @@ def test_the_dense_ops_refuse(case):
     grad = torch.full((ROWS, CLASSES), 7.0)
     with pytest.raises(RuntimeError):
         OPS.loss_into(grad, *wrong, True)
-    if (
-        "reduction" not in case and "denominator" not in case
-    ):  # which the backward pass does not use
+    if "reduction" not in case and "denominator" not in case:  # unused in the backward pass
         with pytest.raises(RuntimeError):
             OPS.loss_backward_(grad, one, stats, *wrong, False)
     assert (grad == 7).all(), "a call that is refused writes nothing"
@@ -106,16 +104,18 @@ BACKWARD = {
 @pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("case", BACKWARD)
 def test_the_backward_ops_refuse(case, filled):
-    given = {
+    all_arguments = {
         "grad": torch.zeros(ROWS, CLASSES),
         "grad_output": torch.ones(()),
         "stats": torch.zeros(shapes.STATS * ROWS + 1),
         **BACKWARD[case],
     }
-    reduction = given.pop("reduction", shapes.REDUCTIONS.index("mean"))
-    first = (given["grad"], given["grad_output"])
+    reduction = all_arguments.pop("reduction", shapes.REDUCTIONS.index("mean"))
+    first = (all_arguments["grad"], all_arguments["grad_output"])
     with pytest.raises(RuntimeError):
-        OPS.loss_backward_(*first, given["stats"], *arguments_of(reduction=reduction), filled)
+        OPS.loss_backward_(
+            *first, all_arguments["stats"], *arguments_of(reduction=reduction), filled
+        )
     if "statistics" not in case:
         settings = (2.0, 0.5, 0.5, 0.0, -100, 0, 0.5, 0, 0, reduction, 0.0)
         with pytest.raises(RuntimeError):
@@ -162,9 +162,9 @@ def test_the_sparse_op_refuses():
 @pytest.mark.parametrize("what", ["student", "teacher", "labels", "temperature"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "jsd"}], ids=str)
 def test_released_tensors_raise(what, options):
-    given = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
-    given[what] = released(given[what])
-    student, teacher, labels, temperature = given.values()
+    all_arguments = dict(make((ROWS, CLASSES))._asdict(), temperature=torch.ones(ROWS))
+    all_arguments[what] = released(all_arguments[what])
+    student, teacher, labels, temperature = all_arguments.values()
     for leaf in (student, student.detach().requires_grad_()):
         with pytest.raises(RuntimeError):
             fastkd.loss(leaf, teacher, labels, temperature=temperature, **options)
@@ -173,9 +173,9 @@ def test_released_tensors_raise(what, options):
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("what", range(4))
 def test_released_lists_raise(what):
-    given = [*lists(), make((ROWS, CLASSES)).labels]
-    given[what] = released(given[what])
-    student, indices, log_probs, labels = given
+    all_arguments = [*lists(), make((ROWS, CLASSES)).labels]
+    all_arguments[what] = released(all_arguments[what])
+    student, indices, log_probs, labels = all_arguments
     for requires_grad in (False, True):
         leaf = student.detach().requires_grad_(requires_grad)
         with pytest.raises(RuntimeError):
@@ -195,7 +195,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
-    """Its errors are those of the ops, or of Python, whose nodes cannot be called."""
+    """The errors are those of the ops, or of Python, whose nodes cannot be called."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

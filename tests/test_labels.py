@@ -1,5 +1,4 @@
-"""Class indices mean the same in every integer dtype, wherever they are taken: torch wraps what it
-compares a narrow one with, so that among uint8 the label 156 is -100."""
+"""Class indices mean the same in every integer dtype, although torch wraps ignore_index."""
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fastkd.training import student_loss, teacher
 
 CLASSES = 200
 NARROW = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
-LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # of which -100 is among the last
+LABELS = {torch.int8: [3, -100, 5, -100, 100, 7]}  # -100 is one of the last
 OTHERS = [156, 3, 156, 5, 199, 7]
 
 
@@ -127,8 +126,8 @@ def test_a_trainer_counts_rows_labelled_156():
 def test_a_report_counts_rows_labelled_156():
     logits, _, _ = make((6, CLASSES))
     loader = [(logits, labels_in(torch.uint8))]
-    found = reports.measure.measure_answers({"a": nn.Identity()}, loader, -100, -1)[0]
-    assert found["a"].rows == 6
+    answers = reports.measure.measure_answers({"a": nn.Identity()}, loader, -100, -1)[0]
+    assert answers["a"].rows == 6
 
 
 def test_precompute_keeps_rows_labelled_156(tmp_path):

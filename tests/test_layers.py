@@ -1,4 +1,4 @@
-"""Who may know whom, read from the sources: a breach fails here before it grows."""
+"""Import and include rules of the layers, checked in the sources."""
 
 import ast
 import pathlib
@@ -21,7 +21,7 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH = re.compile(r"^(torch|ATen|c10|caffe2|TH)(/|$)")
 
-# What each part of csrc may include of csrc, by folder or file; "" is csrc itself.
+# Allowed includes within csrc, by folder or file; "" is csrc itself.
 LAYERS = {
     "numerics.h": set(),
     "dtypes.h": set(),
@@ -40,7 +40,7 @@ LAYERS = {
     },
     "torch": {"kernels.h", "mixture.h", "topk.h", "torch"},
 }
-# What each part of the package may import of it, by folder or file: what stands above.
+# Allowed imports within the package, by folder or file: only lower layers.
 IMPORTS = {
     "_C": set(),
     "_eager": set(),
@@ -65,7 +65,7 @@ IMPORTS = {
         "validation",
     },
 }
-# The optional module of autograd in C++, which has no stable interface.
+# The optional module of C++ autograd, which has no stable interface.
 UNSTABLE = {"torch/eager.cpp", "torch/grad_buffer.h"}
 
 
@@ -78,7 +78,7 @@ def includes(path: pathlib.Path) -> list[str]:
 
 
 def own_part(path: pathlib.Path, name: str) -> str | None:
-    """The part of csrc that an include of a file means, or None for a system header."""
+    """Return the folder of csrc of an include, or None for a system header."""
     for base in (path.parent, CSRC):
         target = (base / name).resolve()
         if target.is_file() and target.is_relative_to(CSRC):
@@ -95,7 +95,7 @@ def test_the_sources_are_where_this_test_looks():
 def test_csrc_includes_downwards_only(path):
     for name in includes(path):
         if (path.name, name) == ("module.cpp", "../cuda/plan.h"):
-            continue  # the planner is plain C++, and this is how test_plan.py reaches it
+            continue  # the planner is plain C++, called from test_plan.py
         target = own_part(path, name)
         if target is not None:
             assert target in LAYERS[part(path)], f"{path.name} must not include {name}"
@@ -176,17 +176,19 @@ def test_every_module_imports_what_stands_above_it():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_python_layers(path):
-    own = python_part(path)
-    if own == "__main__":
-        return  # the command line sees everything
+    layer = python_part(path)
+    if layer == "__main__":
+        return  # the command line may import everything
     names = {name for name in imported(path) if name.split(".")[0] == "fastkd"}
     parts = {name.split(".")[1] if "." in name else "" for name in names}
-    if own == "__init__":
+    if layer == "__init__":
         assert not parts & {"compat", "integrations", "commands"}, (
             "these are imported when they are used"
         )
         return
-    assert parts <= {own, *IMPORTS[own]}, f"{own} imports {sorted(parts - {own, *IMPORTS[own]})}"
+    assert parts <= {layer, *IMPORTS[layer]}, (
+        f"{layer} imports {sorted(parts - {layer, *IMPORTS[layer]})}"
+    )
 
 
 def test_tests_and_benchmarks_do_not_import_each_other():
@@ -197,7 +199,7 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 
 
 def test_importing_fastkd_needs_torch_alone():
-    """In a fresh interpreter in which nothing else that is installed beside it can be found."""
+    """Import fastkd in an interpreter that finds no other installed package."""
     script = """
 import sys
 import importlib.abc

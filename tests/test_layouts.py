@@ -1,5 +1,4 @@
-"""Logits whose classes are not adjacent, (N, C, H, W) and (N, C, L): the kernels' answers, where
-the gradient lies, and that nothing is copied."""
+"""Logits with non-adjacent classes, (N, C, H, W) and (N, C, L): results, strides, no copies."""
 
 from typing import Any
 
@@ -23,10 +22,10 @@ import fastkd
 from fastkd import reference
 from fastkd._core import dense, shapes
 
-# (N, classes, ...): few pixels, several tiles of them and an odd rest, groups that tiles straddle,
-# classes of several blocks, more classes than a tile keeps, and one class.
+# (N, classes, ...): few pixels, several tiles with a remainder, groups across tiles, classes in
+# several blocks, more classes than a tile has, and one class.
 SHAPES = [(2, 19, 5, 7), (5, 3, 4), (2, 21, 8, 24), (1, 150, 33), (1, 1100, 40), (3, 1, 2, 2)]
-# Those that the kernels take where they lie come first.
+# Layouts that the kernels read in place come first.
 LAYOUTS = ["plain", "channels last", "fewer classes", "classes outside", "crop", "spread"]
 
 
@@ -37,7 +36,7 @@ def make(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Random logits, the same for every layout, laid out in one of the ways that programs do."""
+    """Draw logits, equal for every layout, in a layout that programs use."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=FP64).mul_(3).to(device, dtype)
     n, classes, *pixels = shape
@@ -66,7 +65,7 @@ def make_labels(shape: tuple[int, ...], device: torch.device | str = "cpu") -> T
 def truth(
     student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(terms, gradient of the loss's sum), classes last, by the reference in float64."""
+    """Compute (terms, gradient of the summed loss), classes last, by the reference in float64."""
     rows = student.detach().double().movedim(1, -1).contiguous().requires_grad_()
     options = weights(options, labels is not None)
     terms = reference.terms(rows, teacher.double().movedim(1, -1), labels, **options)
@@ -75,7 +74,7 @@ def truth(
 
 
 def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
-    """All terms and the gradient against the truth; the gradient."""
+    """Assert all terms and the gradient against the truth; return the gradient."""
     student = student.detach().requires_grad_()
     options.setdefault("temperature", 2.0)
     got = fastkd.terms(student, teacher, labels, dim=1, **options)
@@ -88,14 +87,14 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options: An
     )
     if grad.dtype is not FP64:
         assert_grad(grad.movedim(1, -1), exact_grad, acc)
-    else:  # the truth is float64 itself, and its rounding the greater part of the difference
+    else:  # float64 is the truth, whose rounding dominates
         atol = 1e-14 * float(exact_grad.abs().max()) + 1e-16
         torch.testing.assert_close(grad.movedim(1, -1), exact_grad, rtol=1e-12, atol=atol)
     return grad
 
 
 def check_dtypes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    """A student of this dtype with teachers of its own and of others."""
+    """Test a student dtype with teachers of the same and of other dtypes."""
 
     def teacher(dtype: torch.dtype) -> Tensor:
         return make(shape, dtype=dtype, seed=1, device=device)
@@ -112,7 +111,7 @@ def test_every_dtype_and_instruction_set(isa, shape, dtype):
     check_dtypes(shape, dtype, "cpu")
 
 
-# Many pixels, and a class more than one thread, two, ... take.
+# Many pixels, and one class more than one thread, two threads, ... take.
 CUDA_SHAPES = [(3, 19, 200, 301), *((2, classes, 40, 33) for classes in (25, 49, 97, 193))]
 
 
@@ -150,7 +149,7 @@ def test_any_two_layouts(device, shape, ours, theirs):
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_numbers_of_rows(device, name):
-    """Temperatures and weights of each pixel."""
+    """Each pixel may have its own temperature and weights."""
     shape = (2, 19, 5, 7)
     rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
@@ -166,7 +165,7 @@ def test_numbers_of_rows(device, name):
 
 
 def test_labels():
-    """Ignored pixels may hold anything; a label that is out of range is named."""
+    """Ignored pixels may hold anything; an invalid label is named."""
     shape = (2, 19, 3, 4)
     student, teacher, labels = make(shape), make(shape, seed=1), make_labels(shape)
     student.movedim(1, -1)[labels == -100] = torch.nan
@@ -183,10 +182,10 @@ def test_labels():
 def test_masked_classes_and_rows_without_an_answer(device):
     shape = (1, 5, 2, 4)
     student, teacher = make(shape, device=device), make(shape, seed=1, device=device)
-    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both: nothing
-    teacher[0, 1, 0, 1] = -torch.inf  # the teacher: nothing of it
-    student[0, 1, 0, 2] = -torch.inf  # the student alone: +inf
-    student[0, :, 0, 3] = -torch.inf  # no class at all, NaN, +inf: NaN
+    student[0, 1, 0, 0] = teacher[0, 1, 0, 0] = -torch.inf  # both masked: contributes 0
+    teacher[0, 1, 0, 1] = -torch.inf  # masked by the teacher: contributes 0
+    student[0, 1, 0, 2] = -torch.inf  # masked by the student alone: +inf
+    student[0, :, 0, 3] = -torch.inf  # all masked, NaN, or +inf: NaN
     student[0, 2, 1, 0] = torch.nan
     teacher[0, 2, 1, 1] = torch.inf
     losses = fastkd.loss(student, teacher, dim=1, reduction="none")
@@ -200,7 +199,7 @@ def test_masked_classes_and_rows_without_an_answer(device):
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 def test_backward_again(device, shape, name, dtype):
-    """A second backward pass, which computes anew from the statistics, gives the same bits."""
+    """A second backward pass recomputes the same bits from the statistics."""
     student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
     student.requires_grad_()
     value = fastkd.loss(student, teacher, make_labels(shape, device), dim=1, divergence=name)
@@ -257,7 +256,7 @@ def test_any_number_of_threads(shape):
 @pytest.mark.parametrize("layout", ["plain", "channels last", "fewer classes"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_memory(layout, dtype):
-    """One gradient, and a few numbers a row: neither logits nor gradient are copied."""
+    """A call allocates one gradient and a few numbers a row, without copies."""
     shape = (2, 150, 50, 40)
     student, teacher = make(shape, layout, dtype).requires_grad_(), make(shape, layout, dtype, 1)
     labels = make_labels(shape)
@@ -270,7 +269,7 @@ def test_memory(layout, dtype):
     assert grad.nbytes <= taken <= grad.nbytes + 40 * labels.numel() + 4096
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own warning in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("layout", "dynamic"),
@@ -297,7 +296,7 @@ def test_compiled(device, layout, dynamic):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_shapes_for_tracing(device, layout, reduction):
-    """The fakes know the gradient's strides."""
+    """The fake kernels return the gradient's strides."""
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
@@ -316,7 +315,7 @@ def test_shapes_for_tracing(device, layout, reduction):
 
 
 def test_transposed_logits():
-    """(C, N).t() is a layout of pixels, too."""
+    """(C, N).t() is a strided layout, too."""
     student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
     value = fastkd.loss(student.t(), teacher.t(), labels)
     expected = fastkd.loss(student.t().contiguous(), teacher.t().contiguous(), labels)

@@ -1,5 +1,4 @@
-"""Learned temperatures and weights, and standardized logits, in the logits' dtypes against float64;
-tests/test_divergences.py has their derivatives by differences."""
+"""Learned temperatures and weights, and standardized logits, against float64 in each dtype."""
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ def row_numbers(low, high):
     return torch.linspace(low, high, ROWS, dtype=FP64)
 
 
-# Options with the tensors that learn; the others are not leaves.
+# Options with their learned tensors; other tensors are not leaves.
 LEARN = {
     "temperature": {"temperature": torch.tensor(2.0, dtype=FP64)},
     "temperatures of rows": {
@@ -38,21 +37,21 @@ LEARN = {
 
 
 def leaves_of(options):
-    """The options with leaves of their own, and those that learn."""
-    given = {
+    """Return the options with new leaves, and the learned ones."""
+    fixed = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in options.items()
     }
     learned = [
         value.requires_grad_()
-        for name, value in given.items()
+        for name, value in fixed.items()
         if isinstance(value, torch.Tensor) and name != "class_weight"
     ]
-    return given, learned
+    return fixed, learned
 
 
 def problem(dtype, device="cpu"):
-    """With a class that both mask in one row, and a masked row that holds NaN."""
+    """Make a problem with a class masked by both and a NaN in an ignored row."""
     student, teacher, labels = make((ROWS, CLASSES), dtype, device=device, ignored=0.0)
     student[1, 3] = teacher[1, 3] = -torch.inf
     labels[1] = 5
@@ -74,22 +73,22 @@ def test_gradients_are_those_of_float64(name, learn, reduction):
         got = torch.autograd.grad(loss, [leaf, *learned], factor)
         assert got[0].dtype is dtype and not got[0][4].any()
 
-        given, learned = leaves_of(LEARN[learn])
-        if "hard_weight" not in given and "soft_weight" not in given:
-            given.update(hard_weight=0.5, soft_weight=0.5)
-        given.setdefault("hard_weight", 1.0)
+        fixed, learned = leaves_of(LEARN[learn])
+        if "hard_weight" not in fixed and "soft_weight" not in fixed:
+            fixed.update(hard_weight=0.5, soft_weight=0.5)
+        fixed.setdefault("hard_weight", 1.0)
         wide = student.double().requires_grad_()
         terms = reference.terms(
-            wide, teacher.double(), labels, divergence=name, reduction=reduction, **given
+            wide, teacher.double(), labels, divergence=name, reduction=reduction, **fixed
         )
         expected = torch.autograd.grad(terms.loss, [wide, *learned], factor.double())
         torch.testing.assert_close(loss.double(), terms.loss, rtol=bound, atol=bound)
-        size = max(float(terms.loss.detach().abs().max()), 1.0)  # what a gradient of 0 rounds at
+        size = max(float(terms.loss.detach().abs().max()), 1.0)  # rounding of a gradient near 0
         for mine, theirs in zip(got, expected, strict=True):
             scale = float(theirs.abs().max())
             # Only the logits' gradient is rounded to their dtype.
-            own = bound if mine.shape == student.shape else min(bound, 2e-6)
-            assert float((mine.double() - theirs).abs().max()) <= own * max(scale, size)
+            limit = bound if mine.shape == student.shape else min(bound, 2e-6)
+            assert float((mine.double() - theirs).abs().max()) <= limit * max(scale, size)
 
 
 MIXTURES = {
@@ -103,14 +102,14 @@ MIXTURES = {
 @pytest.mark.parametrize("which", MIXTURES)
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
 def test_a_mixture_of_teachers(name, which):
-    given, teachers_of = MIXTURES[which]
+    fixed, teachers_of = MIXTURES[which]
     results = []
     for dtype in (FP32, FP64):
         student, teacher, labels = (
             x.to(dtype) if x.is_floating_point() else x for x in make((ROWS, CLASSES))
         )
         leaf, t = student.requires_grad_(), row_numbers(1, 3).requires_grad_()
-        options = {**given, "temperature": t, "divergence": name, "reduction": "sum"}
+        options = {**fixed, "temperature": t, "divergence": name, "reduction": "sum"}
         teachers = teachers_of(teacher)
         if dtype is FP32:
             loss = fastkd.loss(leaf, teachers, labels, alpha=0.5, **options)
@@ -239,8 +238,8 @@ def test_a_class_that_one_side_masks(learn, side, name):
         problem = make((4, 6), labels=False)._asdict()
         problem[side][:, 2] = -torch.inf
         leaf, teacher = (problem[key].to(dtype) for key in ("student", "teacher"))
-        given, learned = leaves_of(options)
-        value = loss(leaf.requires_grad_(), teacher, divergence=name, **given, **weights)
+        fixed, learned = leaves_of(options)
+        value = loss(leaf.requires_grad_(), teacher, divergence=name, **fixed, **weights)
         return torch.autograd.grad(value, [leaf, *learned])
 
     exact = gradients(reference.loss, FP64, hard_weight=0.0, soft_weight=1.0)

@@ -1,8 +1,5 @@
-"""The loss of a student that is a Head: against float64 on full logits, and against what PyTorch
-makes of the same dtypes."""
+"""The loss of a student Head: against float64, and against PyTorch in the same dtypes."""
 
-import pathlib
-import re
 from typing import Any
 
 import pytest
@@ -35,23 +32,23 @@ ROWS, CLASSES = 37, 203
 
 
 def run(
-    given: Heads,
+    heads: Heads,
     outgoing: Tensor | None = None,
     *,
     softcap: Any = None,
     scale: Any = None,
     **options: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss and the gradients of hidden states, weight and bias."""
-    given = given.with_options(softcap, scale)
-    leaves = [leaf.detach().requires_grad_() for leaf in given.leaves()]
-    value = loss_in_chunks(Head(*leaves, *given.student[3:]), *given[1:], **options)
+    """Compute the loss and the gradients of hidden states, weight and bias."""
+    heads = heads.with_options(softcap, scale)
+    leaves = [leaf.detach().requires_grad_() for leaf in heads.leaves()]
+    value = loss_in_chunks(Head(*leaves, *heads.student[3:]), *heads[1:], **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
     return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
 
 
 def on_full_logits(
-    given: Heads,
+    heads: Heads,
     dtype: torch.dtype,
     outgoing: Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -60,25 +57,25 @@ def on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same by PyTorch's own operations, products in ``dtype``, the loss in ``loss_dtype``."""
+    """Compute them by PyTorch on full logits, products in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)
         return z if cap is None else cap * torch.tanh(z / cap)
 
-    given = given.with_options(softcap, scale)
-    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given.leaves()]
-    z = logits(*leaves, *given.student[3:])
-    w = logits(*(value.to(dtype) for value in given.teacher[:3]), *given.teacher[3:])
+    heads = heads.with_options(softcap, scale)
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
+    z = logits(*leaves, *heads.student[3:])
+    w = logits(*(value.to(dtype) for value in heads.teacher[:3]), *heads.teacher[3:])
     if loss_dtype is not None:
         z, w = z.to(loss_dtype), w.to(loss_dtype)
-    value = loss_in(z, w, given.labels, options)
+    value = loss_in(z, w, heads.labels, options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
     return value.detach(), list(torch.autograd.grad(value, leaves, outgoing))
 
 
 def loss_in(z: Tensor, w: Tensor, labels: Tensor, options: dict) -> Tensor:
-    """The reference's loss; in 16 bits, which it would leave, the loss as tutorials write it."""
+    """Compute the loss by the reference or, in 16 bits, by the usual PyTorch operations."""
     if z.dtype in (FP32, FP64):
         options = {k: v.to(z.dtype) if is_real(v) else v for k, v in options.items()}
         return reference.loss(z, w, labels, **weights(options, True))
@@ -113,11 +110,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, dtype, options):
-    """Loss and gradients of every option, in several chunks of which the last is smaller."""
-    given = make_heads(dtype, device)
+    """Test loss and gradients of every option, in several chunks with a smaller last one."""
+    heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    exact, exact_grads = on_full_logits(given, FP64, **options)
-    value, grads = run(given, chunks={"chunk_size": 8}, **options)
+    exact, exact_grads = on_full_logits(heads, FP64, **options)
+    value, grads = run(heads, chunks={"chunk_size": 8}, **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -128,12 +125,12 @@ def test_options(device, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output(device, dtype, reduction):
-    """What comes from above multiplies the gradients; of "none", each row's."""
-    given = make_heads(dtype, device)
+    """grad_output multiplies the gradients; with "none", each row's."""
+    heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(given, FP64, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunks={"chunk_size": 8}, **options)
+    exact, exact_grads = on_full_logits(heads, FP64, outgoing.to(device), **options)
+    value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -143,48 +140,48 @@ def test_grad_output(device, dtype, reduction):
 @pytest.mark.parametrize("chunk_size", [8, 100, "auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype, chunk_size):
-    """No more than those of PyTorch in 16 bits, nor 1.1 times those of logits cast to float32."""
-    given = make_heads(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(given, FP64)
-    _, grads = run(given, chunks={"chunk_size": chunk_size})
-    _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
-    _, eager = on_full_logits(given, dtype)
-    for name, grad, right, cast, own in zip("xwb", grads, exact, upcast, eager, strict=True):
+    """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
+    heads = make_heads(dtype, device, rows=300, classes=1000)
+    _, exact = on_full_logits(heads, FP64)
+    _, grads = run(heads, chunks={"chunk_size": chunk_size})
+    _, upcast = on_full_logits(heads, dtype, loss_dtype=FP32)
+    _, eager = on_full_logits(heads, dtype)
+    for name, grad, right, cast, baseline in zip("xwb", grads, exact, upcast, eager, strict=True):
         error = distance(grad, right)
-        assert error <= distance(own, right), name
+        assert error <= distance(baseline, right), name
         assert error <= 1.1 * distance(cast, right), name
 
 
 def test_float16_under_a_loss_scale(device):
-    """Gradients too small for float16 arrive all the same once the loss is scaled."""
-    given = make_heads(FP16, device, rows=300, classes=1000)
+    """Gradients too small for float16 are exact under a loss scale."""
+    heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
     options = {"normalizer": 1e5}
-    _, exact = on_full_logits(given, FP64, outgoing, **options)
-    _, grads = run(given, outgoing, chunks={"chunk_size": 64}, **options)
+    _, exact = on_full_logits(heads, FP64, outgoing, **options)
+    _, grads = run(heads, outgoing, chunks={"chunk_size": 64}, **options)
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16], ids=name_of)
 def test_chunks_change_rounding_alone(device, dtype):
-    given = make_heads(dtype, device)
-    whole, whole_grads = run(given, chunks={"chunk_size": ROWS})
+    heads = make_heads(dtype, device)
+    whole, whole_grads = run(heads, chunks={"chunk_size": ROWS})
     bound = 16 * torch.finfo(dtype).eps
     for size in (1, 7, 8, 36, 1000):
-        value, grads = run(given, chunks={"chunk_size": size})
+        value, grads = run(heads, chunks={"chunk_size": size})
         torch.testing.assert_close(value, whole, rtol=1e-5 if dtype != FP64 else 1e-14, atol=0)
         for grad, right in zip(grads, whole_grads, strict=True):
             assert distance(grad, right.double()) <= bound * right.double().norm()
 
 
 def test_summing_in_16_bits(device):
-    """It costs accuracy, less than 16-bit logits do."""
-    given = make_heads(BF16, device, rows=300, classes=1000)
-    _, (_, exact, _) = on_full_logits(given, FP64)
-    _, (_, upcast, _) = on_full_logits(given, BF16, loss_dtype=FP32)
+    """accumulate_dtype=bfloat16 costs less accuracy than 16-bit logits."""
+    heads = make_heads(BF16, device, rows=300, classes=1000)
+    _, (_, exact, _) = on_full_logits(heads, FP64)
+    _, (_, upcast, _) = on_full_logits(heads, BF16, loss_dtype=FP32)
     errors = [
-        distance(run(given, chunks={"chunk_size": 16, "accumulate_dtype": how})[1][1], exact)
+        distance(run(heads, chunks={"chunk_size": 16, "accumulate_dtype": how})[1][1], exact)
         for how in (FP32, BF16)
     ]
     assert errors[0] < errors[1] < 2 * distance(upcast, exact)
@@ -194,7 +191,7 @@ def test_summing_in_16_bits(device):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, and the rows that they are of."""
+    """Context that counts matrix products and their rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,31 +205,31 @@ class Products(TorchDispatchMode):
 
 
 def test_ignored_rows_take_part_in_no_product(device):
-    given = make_heads(device=device, ignored=0.6)
-    counted = int((given.labels != -100).sum())
+    heads = make_heads(device=device, ignored=0.6)
+    counted = int((heads.labels != -100).sum())
     with Products() as products:
-        run(given, chunks={"chunk_size": 8})
+        run(heads, chunks={"chunk_size": 8})
     chunk_count = -(-counted // 8)
     for width in (CLASSES, WIDTH):  # logits, and the gradient of the hidden states
         rows = [shape[0] for shape in products.shapes if shape[1] == width and shape[0] < CLASSES]
         assert sum(rows) == counted * (2 if width == CLASSES else 1)
         assert max(rows) - min(rows) <= chunk_count
     with torch.no_grad():
-        given.student.hidden[given.labels == -100] = float("nan")
-        given.teacher.hidden[given.labels == -100] = float("inf")
-    value, grads = run(given, chunks={"chunk_size": 8})
+        heads.student.hidden[heads.labels == -100] = float("nan")
+        heads.teacher.hidden[heads.labels == -100] = float("inf")
+    value, grads = run(heads, chunks={"chunk_size": 8})
     assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
-    assert not grads[0][given.labels == -100].any()
+    assert not grads[0][heads.labels == -100].any()
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
 def test_frozen_parts_cost_nothing(device, frozen):
-    given = make_heads(device=device)
+    heads = make_heads(device=device)
     names = Head._fields[:3]
-    for name, leaf in zip(names, given.leaves(), strict=True):
+    for name, leaf in zip(names, heads.leaves(), strict=True):
         leaf.requires_grad_(frozen not in (name, "all"))
     with Products() as products:
-        value = loss_in_chunks(given.student, given.teacher, chunks={"chunk_size": 64})
+        value = loss_in_chunks(heads.student, heads.teacher, chunks={"chunk_size": 64})
     shapes = {"hidden": (ROWS, WIDTH), "weight": (CLASSES, WIDTH), "bias": (CLASSES, 1)}
     for name, shape in shapes.items():
         assert (shape in products.shapes) == (frozen not in (name, "all"))
@@ -240,22 +237,22 @@ def test_frozen_parts_cost_nothing(device, frozen):
         assert not value.requires_grad
         return
     value.backward()
-    assert [leaf.grad is None for leaf in given.leaves()] == [name == frozen for name in names]
+    assert [leaf.grad is None for leaf in heads.leaves()] == [name == frozen for name in names]
 
 
 def test_no_grad(device):
-    given = make_heads(device=device)
+    heads = make_heads(device=device)
     with torch.no_grad(), Products() as products:
-        value = loss_in_chunks(*given, chunks={"chunk_size": 64})
+        value = loss_in_chunks(*heads, chunks={"chunk_size": 64})
     assert len(products.shapes) == 2 and not value.requires_grad
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
-    """Then nothing may be waited for; the answer is the same."""
-    given = make_heads(device=device)
-    expected = run(given, chunks={"chunk_size": 8})
+    """All rows are computed under capture, where nothing may synchronize."""
+    heads = make_heads(device=device)
+    expected = run(heads, chunks={"chunk_size": 8})
     monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunks={"chunk_size": 8})
+    value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad, right)
@@ -267,11 +264,11 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    given = make_heads(dtype, rows=512, classes=16000, ignored=0.0).with_options(cap)
+    heads = make_heads(dtype, rows=512, classes=16000, ignored=0.0).with_options(cap)
     for options in ({"chunk_size": 64}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
-        chosen = fastkd.chunks.plan(*given, **options)
-        peak = peak_bytes(lambda options=options: run(given, softcap=cap, chunks=options))
+        chosen = fastkd.chunks.plan(*heads, **options)
+        peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
         small = 2**21  # biases, row statistics
         if dtype == BF16:  # a factor of a product, which oneDNN packs for itself
             small += chosen.chunk * 16000 * dtype.itemsize
@@ -279,15 +276,15 @@ def test_peak_memory_is_what_the_plan_says(dtype, cap):
 
 
 def test_a_bound_holds_without_kernels_too():
-    given = make_heads(rows=512, classes=2000, ignored=0.0)
+    heads = make_heads(rows=512, classes=2000, ignored=0.0)
     options = {"divergence": "jsd", "standardize": True}
-    assert peak_bytes(lambda: run(given, chunks={"max_workspace": 2**23}, **options)) <= 2**23
+    assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23}, **options)) <= 2**23
 
 
 def test_a_quarter_of_the_memory_of_full_logits():
-    given = make_heads(rows=512, classes=8000, ignored=0.0)
-    ours = peak_bytes(lambda: run(given))
-    theirs = peak_bytes(lambda: on_full_logits(given, FP32))
+    heads = make_heads(rows=512, classes=8000, ignored=0.0)
+    ours = peak_bytes(lambda: run(heads))
+    theirs = peak_bytes(lambda: on_full_logits(heads, FP32))
     assert ours <= theirs / 4
 
 
@@ -295,63 +292,63 @@ def test_a_quarter_of_the_memory_of_full_logits():
 
 
 def test_teacher_logits(device):
-    given = make_heads(device=device)
-    expected, grads = run(given)
-    value, others = run(given._replace(teacher=given.teacher.logits()), chunks={"chunk_size": 8})
+    heads = make_heads(device=device)
+    expected, grads = run(heads)
+    value, others = run(heads._replace(teacher=heads.teacher.logits()), chunks={"chunk_size": 8})
     torch.testing.assert_close(value, expected)
     for grad, right in zip(others, grads, strict=True):
         torch.testing.assert_close(grad, right)
 
 
 def test_a_teacher_that_is_a_head_for_full_logits(device):
-    """Its logits are all computed."""
-    given = make_heads(device=device)
-    student = given.student.logits()
-    expected = fastkd.loss(student, given.teacher.logits(), given.labels)
-    assert torch.equal(fastkd.loss(student, given.teacher, given.labels), expected)
+    """A teacher Head computes all of its logits for a student of full logits."""
+    heads = make_heads(device=device)
+    student = heads.student.logits()
+    expected = fastkd.loss(student, heads.teacher.logits(), heads.labels)
+    assert torch.equal(fastkd.loss(student, heads.teacher, heads.labels), expected)
 
 
 def test_labels_of_probabilities(device):
-    given = make_heads(FP64, device)
-    given = given._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
-    exact, exact_grads = on_full_logits(given, FP64)
-    value, grads = run(given, chunks={"chunk_size": 8})
+    heads = make_heads(FP64, device)
+    heads = heads._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
+    exact, exact_grads = on_full_logits(heads, FP64)
+    value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, right)
 
 
 def test_batch_dimensions(device):
-    given = make_heads(device=device)
-    given = Heads(
-        *(head._replace(hidden=head.hidden[:36]) for head in given[:2]), given.labels[:36]
+    heads = make_heads(device=device)
+    heads = Heads(
+        *(head._replace(hidden=head.hidden[:36]) for head in heads[:2]), heads.labels[:36]
     )
-    flat = fastkd.loss(*given, reduction="none")
+    flat = fastkd.loss(*heads, reduction="none")
     value = fastkd.loss(
-        *(head._replace(hidden=head.hidden.unflatten(0, (3, 12))) for head in given[:2]),
-        given.labels.view(3, 12),
+        *(head._replace(hidden=head.hidden.unflatten(0, (3, 12))) for head in heads[:2]),
+        heads.labels.view(3, 12),
         reduction="none",
     )
     assert value.shape == (3, 12) and torch.equal(value.flatten(), flat)
     value.sum().backward()
-    assert given.student.weight.grad.shape == given.student.weight.shape
+    assert heads.student.weight.grad.shape == heads.student.weight.shape
 
 
 @pytest.mark.parametrize("labels", ["none", "all ignored"])
 def test_no_rows(device, labels):
-    given = make_heads(device=device, rows=0 if labels == "none" else ROWS, ignored=1.0)
+    heads = make_heads(device=device, rows=0 if labels == "none" else ROWS, ignored=1.0)
     for reduction in ("mean", "sum", "none"):
-        value, grads = run(given, reduction=reduction)
+        value, grads = run(heads, reduction=reduction)
         assert not value.any() and not any(grad.any() for grad in grads)
 
 
 def test_a_weight_that_is_tied(device):
-    """To the embedding below it, and to the teacher's head, which gets no gradient."""
-    given = make_heads(FP64, device)
+    """The weight is tied to the embedding, and to the teacher's head, which gets no gradient."""
+    heads = make_heads(FP64, device)
     tokens = torch.arange(ROWS, device=device)
 
     def step(loss):
-        weight = given.student.weight.detach().requires_grad_()
+        weight = heads.student.weight.detach().requires_grad_()
         hidden = F.embedding(tokens, weight).tanh()
         loss(hidden, weight).backward()
         return weight.grad
@@ -366,55 +363,54 @@ def test_a_weight_that_is_tied(device):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_autocast(device, dtype):
-    """Products in 16 bits; the gradients of float32 weights are summed, and stay, in float32."""
-    given = make_heads(FP32, device, rows=300, classes=1000)
+    """Products are in 16 bits; gradients of float32 weights are summed in float32."""
+    heads = make_heads(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
-        value, grads = run(given, chunks={"chunk_size": 64})
+        value, grads = run(heads, chunks={"chunk_size": 64})
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
-    _, exact = on_full_logits(given, FP64)
+    _, exact = on_full_logits(heads, FP64)
     with torch.autocast(device.type, dtype=dtype):
-        _, eager = on_full_logits(given, FP32, loss_dtype=FP32)
-    for grad, right, own in zip(grads, exact, eager, strict=True):
-        assert 0 < distance(grad, right) <= 1.1 * distance(own, right)
+        _, eager = on_full_logits(heads, FP32, loss_dtype=FP32)
+    for grad, right, baseline in zip(grads, exact, eager, strict=True):
+        assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
 
 
 def test_module(device):
-    given = make_heads(device=device)
-    plan = fastkd.chunks.plan(*given, chunk_size=8)
+    heads = make_heads(device=device)
+    plan = fastkd.chunks.plan(*heads, chunk_size=8)
     module = fastkd.KDLoss(temperature=3.0, alpha=0.2, chunks=plan)
-    expected = fastkd.loss(*given, temperature=3.0, alpha=0.2, chunks=plan)
-    assert torch.equal(module(*given), expected)
+    expected = fastkd.loss(*heads, temperature=3.0, alpha=0.2, chunks=plan)
+    assert torch.equal(module(*heads), expected)
     assert "temperature=3.0" in repr(module) and not list(module.parameters())
     module = fastkd.KDLoss(temperature=3.0, chunks=plan)
-    expected = fastkd.loss(*given[:2], temperature=3.0, chunks=plan)
-    assert torch.equal(module(*given[:2]), expected)
+    expected = fastkd.loss(*heads[:2], temperature=3.0, chunks=plan)
+    assert torch.equal(module(*heads[:2]), expected)
 
 
 def test_class_weights_of_labels_out_of_range(monkeypatch):
-    """Labels on CUDA are not checked before they index the weights: an index out of range would
-    be a device-side assert there."""
-    given = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
+    """Labels index the weights unchecked on CUDA, where an invalid one is a device-side assert."""
+    heads = make_heads()._replace(labels=torch.full((ROWS,), CLASSES))
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
-    assert fastkd.chunks.plan(*given, class_weight=torch.ones(CLASSES)).rows == ROWS
+    assert fastkd.chunks.plan(*heads, class_weight=torch.ones(CLASSES)).rows == ROWS
 
 
 def test_options_of_the_module_that_are_tensors():
-    """They are where the module is, and no part of its state."""
+    """Tensor options move with the module, and are not in its state."""
     weight = torch.linspace(0.1, 2, CLASSES)
     module = fastkd.KDLoss(class_weight=weight).to("meta")
     assert module.options["class_weight"].is_meta and not module.state_dict()
-    given = make_heads()
+    heads = make_heads()
     module = fastkd.KDLoss(class_weight=weight)
-    assert torch.equal(module(*given), fastkd.loss(*given, class_weight=weight))
+    assert torch.equal(module(*heads), fastkd.loss(*heads, class_weight=weight))
 
 
 def test_options_of_the_module_are_attributes():
-    given = make_heads()
+    heads = make_heads()
     module = fastkd.KDLoss(temperature=3.0)
     assert module.temperature == 3.0 and module.chunks == "auto"
     module.temperature = 1.0
-    module.chunks = fastkd.chunks.plan(*given, chunk_size=8, temperature=1.0)
-    assert torch.equal(module(*given), fastkd.loss(*given, temperature=1.0, chunks=module.chunks))
+    module.chunks = fastkd.chunks.plan(*heads, chunk_size=8, temperature=1.0)
+    assert torch.equal(module(*heads), fastkd.loss(*heads, temperature=1.0, chunks=module.chunks))
 
 
 def test_chunks_of_the_module_are_checked_when_it_is_made():
@@ -426,17 +422,17 @@ def test_chunks_of_the_module_are_checked_when_it_is_made():
 
 
 def test_layouts(device):
-    """Slices, transposed weights, narrow labels, another ignore_index: as if copied."""
-    given = make_heads(FP64, device)
-    expected, grads = run(given, chunks={"chunk_size": 8})
+    """Slices, transposed weights and narrow labels give the results of copies."""
+    heads = make_heads(FP64, device)
+    expected, grads = run(heads, chunks={"chunk_size": 8})
     wide = torch.randn(ROWS, 2 * WIDTH, dtype=FP64, device=device)
-    wide[:, ::2] = given.student.hidden.detach()
+    wide[:, ::2] = heads.student.hidden.detach()
     x = wide[:, ::2].requires_grad_()
-    w = given.student.weight.detach().t().contiguous().t().requires_grad_()
-    b = given.student.bias.detach().clone().requires_grad_()
-    t, tw = (value.t().contiguous().t() for value in given.teacher[:2])
-    teacher = Head(t, tw, given.teacher.bias.repeat(2)[:CLASSES])
-    labels = given.labels.masked_fill(given.labels == -100, 255).short()
+    w = heads.student.weight.detach().t().contiguous().t().requires_grad_()
+    b = heads.student.bias.detach().clone().requires_grad_()
+    t, tw = (value.t().contiguous().t() for value in heads.teacher[:2])
+    teacher = Head(t, tw, heads.teacher.bias.repeat(2)[:CLASSES])
+    labels = heads.labels.masked_fill(heads.labels == -100, 255).short()
     value = loss_in_chunks(
         Head(x, w, b), teacher, labels, ignore_index=255, chunks={"chunk_size": 8}
     )
@@ -450,10 +446,10 @@ def test_layouts(device):
     ("dtype", "teacher_dtype"), [(FP32, BF16), (BF16, FP32), (FP32, FP64), (FP16, BF16)]
 )
 def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
-    given = make_heads(dtype, device)
-    given = given._replace(teacher=Head(*(value.to(teacher_dtype) for value in given.teacher[:3])))
-    exact, exact_grads = on_full_logits(given, FP64)
-    value, grads = run(given, chunks={"chunk_size": 8})
+    heads = make_heads(dtype, device)
+    heads = heads._replace(teacher=Head(*(value.to(teacher_dtype) for value in heads.teacher[:3])))
+    exact, exact_grads = on_full_logits(heads, FP64)
+    value, grads = run(heads, chunks={"chunk_size": 8})
     bound = (2 if BF16 in (dtype, teacher_dtype) else 64) * max(
         torch.finfo(kind).eps for kind in (dtype, teacher_dtype)
     )
@@ -461,13 +457,6 @@ def test_a_teacher_of_another_dtype(device, dtype, teacher_dtype):
     assert abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         assert grad.dtype == dtype and distance(grad, right) <= bound * right.norm()
-
-
-def test_the_page_runs():
-    """The Python blocks of docs/linear.md, as a reader would type them."""
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "linear.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec("\n".join(blocks), {})
 
 
 # ---- bad input
@@ -482,7 +471,7 @@ STUDENT = {
 
 @pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
 def test_bad_heads(wrong, message):
-    """A Head is checked when it is made, and again where it is passed."""
+    """A Head is checked when it is made, and again in a call."""
     head = make_heads().student
     with pytest.raises((ValueError, TypeError), match=message):
         Head(**{**head._asdict(), **wrong})
@@ -520,11 +509,11 @@ TEACHER = {
 
 @pytest.mark.parametrize(("teacher", "message"), TEACHER.values(), ids=TEACHER)
 def test_bad_teachers(teacher, message):
-    given = make_heads()
+    heads = make_heads()
     with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.loss(given.student, teacher, given.labels)
+        fastkd.loss(heads.student, teacher, heads.labels)
     with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.chunks.plan(given.student, teacher, given.labels)
+        fastkd.chunks.plan(heads.student, teacher, heads.labels)
 
 
 BAD = {
@@ -566,32 +555,32 @@ def test_bad_input(wrong, message):
 
 
 def test_chunks_are_of_heads_alone():
-    given = make_heads()
-    plan = fastkd.chunks.plan(*given)
+    heads = make_heads()
+    plan = fastkd.chunks.plan(*heads)
     with pytest.raises(ValueError, match='chunks must be "auto" unless student is a Head'):
-        fastkd.loss(given.student.logits(), given.teacher, given.labels, chunks=plan)
+        fastkd.loss(heads.student.logits(), heads.teacher, heads.labels, chunks=plan)
 
 
 @pytest.mark.parametrize("teacher", ["head", "logits", "lists"])
 def test_terms(device, teacher):
-    """All terms are those of full logits, whichever teacher; the loss's gradients too."""
-    given = make_heads(FP64, device)
-    logits = given.teacher.logits()
+    """All terms, and the loss's gradients, equal those of full logits for each teacher."""
+    heads = make_heads(FP64, device)
+    logits = heads.teacher.logits()
     teachers: dict[str, Any] = {
-        "head": given.teacher,
+        "head": heads.teacher,
         "logits": logits,
         "lists": TopK(*torch.log_softmax(logits / 2, -1).topk(5)),
     }
     for reduction in ("mean", "none"):
         options = {"temperature": 2.0, "reduction": reduction}
         plan = fastkd.chunks.plan(
-            given.student, teachers[teacher], given.labels, chunk_size=8, **options
+            heads.student, teachers[teacher], heads.labels, chunk_size=8, **options
         )
-        ours = fastkd.terms(given.student, teachers[teacher], given.labels, chunks=plan, **options)
+        ours = fastkd.terms(heads.student, teachers[teacher], heads.labels, chunks=plan, **options)
         dense = teachers["lists"] if teacher == "lists" else logits
-        theirs = fastkd.terms(given.student.logits(), dense, given.labels, **options)
+        theirs = fastkd.terms(heads.student.logits(), dense, heads.labels, **options)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other)
-        grads = [torch.autograd.grad(t.loss.sum(), given.leaves()) for t in (ours, theirs)]
+        grads = [torch.autograd.grad(t.loss.sum(), heads.leaves()) for t in (ours, theirs)]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other)

@@ -1,4 +1,4 @@
-"""Chunks of classes: against float64, and against chunks of rows; memory."""
+"""Chunks of classes: against float64, against chunks of rows, and their memory."""
 
 import math
 from typing import Any
@@ -71,11 +71,11 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, dtype, options, size):
-    """Loss and gradients of every option that it has, in chunks of which the last is smaller."""
+    """Test loss and gradients of every supported option, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
-    given, options = make_heads(dtype, device), on(device, options)
-    exact, exact_grads = on_full_logits(given, FP64, **options)
-    value, grads = run(given, chunks=by_classes(size), **options)
+    heads, options = make_heads(dtype, device), on(device, options)
+    exact, exact_grads = on_full_logits(heads, FP64, **options)
+    value, grads = run(heads, chunks=by_classes(size), **options)
     bound = 64 * torch.finfo(dtype).eps
     assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -86,11 +86,11 @@ def test_options(device, dtype, options, size):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output(device, dtype, reduction):
-    given = make_heads(dtype, device)
+    heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(given, FP64, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunks=by_classes(32), **options)
+    exact, exact_grads = on_full_logits(heads, FP64, outgoing.to(device), **options)
+    value, grads = run(heads, outgoing.to(device), chunks=by_classes(32), **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -99,16 +99,15 @@ def test_grad_output(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype):
-    """No more than PyTorch's in 16 bits, nor 1.1 times those of logits cast to float32; and what is
-    rounded once is as good as rows that are summed in float32."""
-    given = make_heads(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(given, FP64)
-    _, grads = run(given, chunks=by_classes(64))
-    _, in_rows = run(given, chunks=by_rows(64))
-    _, upcast = on_full_logits(given, dtype, loss_dtype=FP32)
-    _, eager = on_full_logits(given, dtype)
-    rivals = (upcast, eager, in_rows)
-    for name, grad, right, *others in zip("xwb", grads, exact, *rivals, strict=True):
+    """Errors are at most PyTorch's in 16 bits, 1.1 times float32 logits', and those of rows."""
+    heads = make_heads(dtype, device, rows=300, classes=1000)
+    _, exact = on_full_logits(heads, FP64)
+    _, grads = run(heads, chunks=by_classes(64))
+    _, in_rows = run(heads, chunks=by_rows(64))
+    _, upcast = on_full_logits(heads, dtype, loss_dtype=FP32)
+    _, eager = on_full_logits(heads, dtype)
+    baselines = (upcast, eager, in_rows)
+    for name, grad, right, *others in zip("xwb", grads, exact, *baselines, strict=True):
         error = distance(grad, right)
         of_cast, of_eager, of_rows = (distance(other, right) for other in others)
         assert error <= of_eager and error <= 1.1 * of_cast, name
@@ -116,10 +115,10 @@ def test_16_bit_errors(device, dtype):
 
 
 def test_float16_under_a_loss_scale(device):
-    given = make_heads(FP16, device, rows=300, classes=1000)
+    heads = make_heads(FP16, device, rows=300, classes=1000)
     outgoing = torch.tensor(2.0**13, device=device)
-    _, exact = on_full_logits(given, FP64, outgoing, normalizer=1e5)
-    _, grads = run(given, outgoing, normalizer=1e5, chunks=by_classes(64))
+    _, exact = on_full_logits(heads, FP64, outgoing, normalizer=1e5)
+    _, grads = run(heads, outgoing, normalizer=1e5, chunks=by_classes(64))
     for grad, right in zip(grads, exact, strict=True):
         assert distance(grad, right) <= 2e-3 * right.norm()
 
@@ -127,18 +126,18 @@ def test_float16_under_a_loss_scale(device):
 @pytest.mark.parametrize("chunks_of", [by_rows(8), by_classes()], ids=str)
 @pytest.mark.parametrize("largest", [2.0**13, 1e6])
 def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
-    """Factors of rows overflow neither by themselves nor times hidden states, as no sum does."""
-    given = make_heads(FP16, device)
+    """Row factors do not overflow, alone or times hidden states."""
+    heads = make_heads(FP16, device)
     with torch.no_grad():
-        given.student.hidden[:, 0] = 20.0
+        heads.student.hidden[:, 0] = 20.0
     outgoing = torch.linspace(-1, 0.1, ROWS, device=device).mul(largest)
-    outgoing[given.labels == -100] = torch.inf
-    small = torch.where(given.labels == -100, 0.0, outgoing / largest)
+    outgoing[heads.labels == -100] = torch.inf
+    small = torch.where(heads.labels == -100, 0.0, outgoing / largest)
     options = {"reduction": "none", "hard_weight": 1e-3, "soft_weight": 1e-3, "chunks": chunks_of}
-    _, expected = run(given, small, **options)
+    _, expected = run(heads, small, **options)
     with torch.autocast(device.type, dtype=FP16):  # gradients of weights in float32
-        hidden, weight, bias = given.leaves()
-        wide = given._replace(student=Head(hidden, weight.float(), bias.float()))
+        hidden, weight, bias = heads.leaves()
+        wide = heads._replace(student=Head(hidden, weight.float(), bias.float()))
         _, grads = run(wide, outgoing, **options)
     for grad, right in zip(grads[1:], expected[1:], strict=True):
         assert grad.dtype == FP32
@@ -148,7 +147,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 def test_near_the_teacher(device, divergence, size):
-    """Nothing cancels between chunks: the loss of a student that all but equals its teacher."""
+    """Nothing cancels between chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
     teacher = torch.randn(8, 5000, device=device) * 3
@@ -158,7 +157,7 @@ def test_near_the_teacher(device, divergence, size):
     value = loss_in_chunks(Head(hidden, weight), teacher, chunks=by_classes(), **options)
     exact = fastkd.loss(weight.t().double(), teacher.double(), **options)
     assert exact.max() < size**2
-    # It goes with the square of the gap, of which what rounds the statistics is an error.
+    # The gradient depends on the squared difference, which includes the statistics' rounding.
     bound = torch.finfo(FP32).eps / size
     torch.testing.assert_close(value.double(), exact, rtol=bound, atol=0)
 
@@ -176,17 +175,17 @@ MASKS = {
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 def test_masked_classes(device, masks, divergence):
-    """Chunks that a mask covers, for one or both; everything is as with rows in chunks."""
+    """Fully masked chunks, of one or both, give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
-    given = make_heads(FP64, device)
+    heads = make_heads(FP64, device)
     with torch.no_grad():
-        for bias, mask in zip((given.student.bias, given.teacher.bias), masks, strict=True):
+        for bias, mask in zip((heads.student.bias, heads.teacher.bias), masks, strict=True):
             if mask is not None:
                 bias[mask] = -math.inf
     for reduction in ("none", "sum"):
         options = {"divergence": divergence, "reduction": reduction}
-        value, grads = run(given, chunks=by_classes(32), **options)
-        expected, right = run(given, chunks=by_rows(8), **options)
+        value, grads = run(heads, chunks=by_classes(32), **options)
+        expected, right = run(heads, chunks=by_rows(8), **options)
         torch.testing.assert_close(value, expected, equal_nan=True)
         for one, other in zip(grads, right, strict=True):
             torch.testing.assert_close(one, other, equal_nan=True)
@@ -194,18 +193,17 @@ def test_masked_classes(device, masks, divergence):
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_no_number(device, wrong):
-    """A row of hidden states that holds no number is NaN, and no other row is."""
-    given = make_heads(device=device, ignored=0.0)
+    """Hidden states of NaN make their own row NaN, and no other row."""
+    heads = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
-        given.student.hidden[3, 0] = wrong
-    value, _ = run(given, chunks=by_classes(32), reduction="none")
+        heads.student.hidden[3, 0] = wrong
+    value, _ = run(heads, chunks=by_classes(32), reduction="none")
     assert value[3].isnan() and value.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 3.0])
 def test_references_of_the_cuda_kernels(temperature):
-    """There, sums are relative to a rounded product; here with its arithmetic written out. Sums of
-    parts with large maxima, far from zero, still add up to those of the whole."""
+    """Sums relative to a rounded product, as on CUDA, add up across chunks far from zero."""
     torch.manual_seed(0)
     objective = Objective(
         temperature, temperature, 0.5, 0.5, -100, "none", 0.0, None, None, "forward_kl", None,
@@ -246,34 +244,34 @@ def test_references_of_the_cuda_kernels(temperature):
 
 
 def test_ignored_rows_take_part_in_no_product(device):
-    given = make_heads(device=device, ignored=0.6)
-    counted = int((given.labels != -100).sum())
+    heads = make_heads(device=device, ignored=0.6)
+    counted = int((heads.labels != -100).sum())
     with torch.no_grad():
-        given.student.hidden[given.labels == -100] = float("nan")
-        given.teacher.hidden[given.labels == -100] = float("inf")
+        heads.student.hidden[heads.labels == -100] = float("nan")
+        heads.teacher.hidden[heads.labels == -100] = float("inf")
     with Products() as products:
-        value, grads = run(given, chunks=by_classes(32))
+        value, grads = run(heads, chunks=by_classes(32))
     assert value.isfinite() and all(grad.isfinite().all() for grad in grads)
-    assert not grads[0][given.labels == -100].any()
+    assert not grads[0][heads.labels == -100].any()
     assert counted < 32
     assert all(counted in shape or shape[1] in (1, WIDTH) for shape in products.shapes)
 
 
 def test_all_rows_ignored(device):
-    given = make_heads(device=device, ignored=1.0)
-    value, grads = run(given, chunks=by_classes())
+    heads = make_heads(device=device, ignored=1.0)
+    value, grads = run(heads, chunks=by_classes())
     assert value == 0 and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"soft_weight": 1.0, "hard_weight": 0.0}])
 def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
-    """Labels on CUDA are not checked; nor are they here on the CPU."""
+    """Labels are not checked on CUDA, and not by this path on a CPU."""
     monkeypatch.setattr(checks, "may_look", lambda tensor: False)
-    given = make_heads(device=device, ignored=0.0)
-    expected = loss_in_chunks(*given, chunks=by_classes(64), reduction="none", **options)
-    given.labels[2], given.labels[4], given.labels[5] = CLASSES, -5, -100
-    rows = loss_in_chunks(*given, chunks=by_classes(64), reduction="none", **options)
-    (grad,) = torch.autograd.grad(rows.sum(), given.student.hidden)
+    heads = make_heads(device=device, ignored=0.0)
+    expected = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
+    heads.labels[2], heads.labels[4], heads.labels[5] = CLASSES, -5, -100
+    rows = loss_in_chunks(*heads, chunks=by_classes(64), reduction="none", **options)
+    (grad,) = torch.autograd.grad(rows.sum(), heads.student.hidden)
     is_invalid = torch.tensor([row in (2, 4) for row in range(ROWS)], device=rows.device)
     assert torch.equal(rows.isnan(), is_invalid) and torch.equal(grad.isnan().any(1), is_invalid)
     valid = [row for row in range(ROWS) if row not in (2, 4, 5)]
@@ -283,13 +281,13 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
 def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
-    """An ignore_index that is a class, such as a pad id, is that number in no other chunk."""
-    given = make_heads(FP64, device, rows=300)
-    given = given._replace(labels=given.labels.masked_fill(given.labels == -100, ignore_index))
-    expected, right = run(given, chunks=by_rows(64), ignore_index=ignore_index)
-    if captured:  # a graph, when all rows are kept
+    """An ignore_index that is a class, such as a pad id, marks no other chunk's class."""
+    heads = make_heads(FP64, device, rows=300)
+    heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
+    expected, right = run(heads, chunks=by_rows(64), ignore_index=ignore_index)
+    if captured:  # mimics graph capture, where all rows are computed
         monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunks=by_classes(32), ignore_index=ignore_index)
+    value, grads = run(heads, chunks=by_classes(32), ignore_index=ignore_index)
     torch.testing.assert_close(value, expected)
     for grad, other in zip(grads, right, strict=True):
         torch.testing.assert_close(grad, other)
@@ -297,46 +295,46 @@ def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "all"])
 def test_frozen_parts_cost_nothing(device, frozen):
-    given = make_heads(device=device)
-    _, expected = run(given, chunks=by_rows(8))
+    heads = make_heads(device=device)
+    _, expected = run(heads, chunks=by_rows(8))
     names = Head._fields[:3]
-    for name, leaf in zip(names, given.leaves(), strict=True):
+    for name, leaf in zip(names, heads.leaves(), strict=True):
         leaf.requires_grad_(frozen not in (name, "all"))
     with Products() as products:
-        value = loss_in_chunks(*given, chunks=by_classes(1000))
-    counted = int((given.labels != -100).sum())
+        value = loss_in_chunks(*heads, chunks=by_classes(1000))
+    counted = int((heads.labels != -100).sum())
     widths = {"hidden": (counted, WIDTH), "weight": WIDTH, "bias": 1}
     for name, shape in widths.items():
-        found = any(
+        requires_grad = any(
             one == shape or (one[0] != counted and one[1] == shape) for one in products.shapes
         )
-        assert found == (frozen not in (name, "all")), name
+        assert requires_grad == (frozen not in (name, "all")), name
     if frozen == "all":
         assert not value.requires_grad
         return
     value.backward()
-    for name, leaf, right in zip(names, given.leaves(), expected, strict=True):
+    for name, leaf, right in zip(names, heads.leaves(), expected, strict=True):
         assert (leaf.grad is None) == (name == frozen)
         if leaf.grad is not None:
             torch.testing.assert_close(leaf.grad, right)
 
 
 def test_without_gradients_the_logits_are_computed_once(device):
-    given = make_heads(device=device)
+    heads = make_heads(device=device)
     with torch.no_grad(), Products() as products:
-        loss_in_chunks(given.student, given.teacher, chunks=by_classes(CLASSES))
+        loss_in_chunks(heads.student, heads.teacher, chunks=by_classes(CLASSES))
     assert len(products.shapes) == 2
     with Products() as products:
-        run(given, chunks=by_classes(1000), reduction="none")
+        run(heads, chunks=by_classes(1000), reduction="none")
     forward = [shape for shape in products.shapes if shape[1] != WIDTH]
     assert len(forward) >= 2
 
 
 def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
-    given = make_heads(device=device)
-    expected = run(given, chunks=by_rows(8))
+    heads = make_heads(device=device)
+    expected = run(heads, chunks=by_rows(8))
     monkeypatch.setattr(linear_loss, "counted_rows", lambda labels, ignore_index: None)
-    value, grads = run(given, chunks=by_classes(32))
+    value, grads = run(heads, chunks=by_classes(32))
     torch.testing.assert_close(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad, right)
@@ -346,68 +344,68 @@ def test_rows_are_kept_while_a_graph_is_captured(device, monkeypatch):
 
 
 def wide_heads(dtype, rows=256, width=256, classes=8000) -> Heads:
-    """Of which the gradient of the weight is the greatest part, as of language models."""
+    """Make heads whose largest tensor is the weight's gradient, as language models have."""
     torch.manual_seed(0)
-    given = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
+    heads = make_heads(dtype, rows=rows, classes=classes, ignored=0.0)
     hidden = torch.randn(rows, width).to(dtype).requires_grad_()
     weight = (torch.randn(classes, width) / 8).to(dtype).requires_grad_()
-    return given._replace(student=Head(hidden, weight, given.student.bias))
+    return heads._replace(student=Head(hidden, weight, heads.student.bias))
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 def test_peak_memory_is_what_the_plan_says(dtype, cap):
-    """The gradients and next to nothing: a third of what chunks of rows take by default."""
-    given = wide_heads(dtype)._replace(labels=None)
-    rows, width = given.student.hidden.shape
-    classes = len(given.student.weight)
-    chosen = fastkd.chunks.plan(*given.with_options(cap), **by_classes())
+    """The peak is the gradients and a little, a third of that of chunks of rows."""
+    heads = wide_heads(dtype)._replace(labels=None)
+    rows, width = heads.student.hidden.shape
+    classes = len(heads.student.weight)
+    chosen = fastkd.chunks.plan(*heads.with_options(cap), **by_classes())
     gradients = (rows * max(4, dtype.itemsize) + classes * dtype.itemsize) * width
     scratch = products.scratch_bytes(rows, width) if dtype == BF16 else 0
     assert gradients < chosen.peak_bytes < 1.1 * gradients + scratch
     small = 2**18  # biases
     if dtype == BF16:  # a factor of a product, as oneDNN packs it
         small += 4 * chosen.chunk * width
-    peak = peak_bytes(lambda: run(given, softcap=cap, chunks=by_classes()))
+    peak = peak_bytes(lambda: run(heads, softcap=cap, chunks=by_classes()))
     assert gradients <= peak <= chosen.peak_bytes + small
 
 
 def test_ignored_rows_are_not_copied_with_the_teachers_logits():
-    given = wide_heads(FP32)._replace(teacher=torch.randn(256, 8000))
-    given.labels[::2] = -100
-    peak = peak_bytes(lambda: loss_in_chunks(*given, chunks=by_classes()).backward())
+    heads = wide_heads(FP32)._replace(teacher=torch.randn(256, 8000))
+    heads.labels[::2] = -100
+    peak = peak_bytes(lambda: loss_in_chunks(*heads, chunks=by_classes()).backward())
     assert peak < (8000 + 4 * 256) * 256 * 4 + 2**20
-    value = loss_in_chunks(*given, chunks=by_classes())
-    torch.testing.assert_close(value, fastkd.loss(*given))
+    value = loss_in_chunks(*heads, chunks=by_classes())
+    torch.testing.assert_close(value, fastkd.loss(*heads))
 
 
 def test_a_bound_that_rows_cannot_keep_to():
-    """The gradients fit, the logits of more than a few rows do not: classes are in chunks."""
-    given = wide_heads(FP32)
+    """If only few rows fit beside the gradients, the plan has chunks of classes."""
+    heads = wide_heads(FP32)
     bound = 10 * 2**20
     with Products() as products:
-        value, grads = run(given, chunks={"max_workspace": bound})
+        value, grads = run(heads, chunks={"max_workspace": bound})
     assert sum(shape[0] == 256 and shape[1] != 256 for shape in products.shapes) > 4
-    assert peak_bytes(lambda: run(given, chunks={"max_workspace": bound})) <= bound
-    expected, right = run(given)
+    assert peak_bytes(lambda: run(heads, chunks={"max_workspace": bound})) <= bound
+    expected, right = run(heads)
     torch.testing.assert_close(value, expected)
     for one, other in zip(grads, right, strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match=r"max_workspace=1048576 is too small"):
-        run(given, chunks={"max_workspace": 2**20})
+        run(heads, chunks={"max_workspace": 2**20})
     with pytest.raises(ValueError, match=r"too small for chunks of classes"):
-        run(given, chunks={"max_workspace": 2**20, "chunk_by": "classes"})
-    # What chunks of classes lack takes rows, however few.
-    run(given, chunks={"max_workspace": bound}, label_smoothing=0.1)
+        run(heads, chunks={"max_workspace": 2**20, "chunk_by": "classes"})
+    # Calls that chunks of classes do not support get chunks of few rows.
+    run(heads, chunks={"max_workspace": bound}, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("chunk_by", ["rows", "classes"])
 def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chunk_by):
     monkeypatch.setattr(products, "_has_products", lambda dtype: False)
-    given = make_heads(BF16, rows=512, classes=16000, ignored=0.0)
+    heads = make_heads(BF16, rows=512, classes=16000, ignored=0.0)
     for bound in (5 * 2**20, 9 * 2**20):
         options = {"max_workspace": bound, "chunk_by": chunk_by}
-        peak = peak_bytes(lambda options=options: run(given, chunks=options))
+        peak = peak_bytes(lambda options=options: run(heads, chunks=options))
         assert peak <= bound + 2**17  # biases
 
 
@@ -415,15 +413,15 @@ def test_a_bound_holds_where_16_bit_products_go_through_float32(monkeypatch, chu
 
 
 def test_tied_weights_and_autocast(device):
-    """The student's weight is the teacher's too, float32, and the products are in bfloat16."""
-    given = make_heads(device=device)
+    """The float32 weight is shared with the teacher, and products are in bfloat16."""
+    heads = make_heads(device=device)
     teacher_hidden = torch.randn(ROWS, WIDTH, device=device)
 
     def step(chunks):
-        leaf = given.student.weight.detach().requires_grad_()
+        leaf = heads.student.weight.detach().requires_grad_()
         with torch.autocast(device.type, dtype=BF16):
-            student, teacher = Head(given.student.hidden, leaf), Head(teacher_hidden, leaf)
-            value = loss_in_chunks(student, teacher, given.labels, chunks=chunks)
+            student, teacher = Head(heads.student.hidden, leaf), Head(teacher_hidden, leaf)
+            value = loss_in_chunks(student, teacher, heads.labels, chunks=chunks)
         value.backward()
         assert leaf.grad.dtype == FP32
         return value.detach(), leaf.grad
@@ -444,26 +442,26 @@ LACKS = {
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
 def test_what_it_lacks(options, message):
-    """A plan for the call is refused, and so is a call with a plan for another."""
-    given = make_heads()
+    """Unsupported calls, and calls with another call's plan, are refused."""
+    heads = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
-        run(given, chunks=by_classes(), **options)
-    plan = fastkd.chunks.plan(*given, chunk_by="classes")
+        run(heads, chunks=by_classes(), **options)
+    plan = fastkd.chunks.plan(*heads, chunk_by="classes")
     with pytest.raises(
         ValueError, match=rf'must be a plan of rows \(chunk_by="rows"\) with {message}'
     ):
-        fastkd.loss(*given, chunks=plan, **options)
+        fastkd.loss(*heads, chunks=plan, **options)
 
 
 def test_terms_are_lacking():
-    given = make_heads()
-    plan = fastkd.chunks.plan(*given, chunk_by="classes")
+    heads = make_heads()
+    plan = fastkd.chunks.plan(*heads, chunk_by="classes")
     with pytest.raises(ValueError, match=r"must be a plan of rows .* with fastkd.terms"):
-        fastkd.terms(*given, chunks=plan)
+        fastkd.terms(*heads, chunks=plan)
 
 
 def test_lists_of_a_sparse_teacher():
-    given = make_heads()
-    teacher = TopK(*given.teacher.logits().log_softmax(-1).topk(4))
+    heads = make_heads()
+    teacher = TopK(*heads.teacher.logits().log_softmax(-1).topk(4))
     with pytest.raises(ValueError, match="with a TopK as teacher"):
-        run(given._replace(teacher=teacher), chunks=by_classes())
+        run(heads._replace(teacher=teacher), chunks=by_classes())

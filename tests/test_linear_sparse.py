@@ -29,7 +29,7 @@ ROWS, CLASSES, K = 37, 203, 9
 
 
 def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> Heads:
-    """Heads whose teacher is k classes of each row, at temperature 1."""
+    """Make heads with k listed classes for each row, at temperature 1."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((rows, classes), generator=generator, dtype=FP64) * 2
     log_probs, indices = torch.log_softmax(logits, -1).topk(min(K, classes - 1))
@@ -37,21 +37,21 @@ def make(dtype=FP32, device="cpu", rows=ROWS, classes=CLASSES, ignored=0.3) -> H
     return make_heads(dtype, device, rows, classes, ignored)._replace(teacher=teacher)
 
 
-def loss(given: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
-    """The loss, at temperature 2 unless the options have another."""
-    given = given._replace(teacher=given.teacher._replace(tail=tail)).with_options(softcap, scale)
-    return loss_in_chunks(*given, **{"temperature": 2.0, **options})
+def loss(heads: Heads, *, softcap=None, scale=None, tail="ghost", **options) -> Tensor:
+    """Compute the loss at temperature 2, unless the options have another."""
+    heads = heads._replace(teacher=heads.teacher._replace(tail=tail)).with_options(softcap, scale)
+    return loss_in_chunks(*heads, **{"temperature": 2.0, **options})
 
 
-def run(given: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradients of hidden states, weight and bias."""
-    value = loss(given, **options)
+def run(heads: Heads, outgoing: Tensor | None = None, **options) -> tuple[Tensor, list[Tensor]]:
+    """Compute the loss and the gradients of hidden states, weight and bias."""
+    value = loss(heads, **options)
     outgoing = torch.ones_like(value) if outgoing is None else outgoing.to(value)
-    return value.detach(), list(torch.autograd.grad(value, given.leaves(), outgoing))
+    return value.detach(), list(torch.autograd.grad(value, heads.leaves(), outgoing))
 
 
 def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tensor:
-    """D of each row, as fastkd.TopK has it."""
+    """Compute the divergence of each row as fastkd.TopK defines it."""
     log_q = log_q.gather(-1, indices)
     if tail == "ignore":
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -65,7 +65,7 @@ def divergence(log_q: Tensor, indices: Tensor, log_p: Tensor, tail: str) -> Tens
 
 
 def on_full_logits(
-    given: Heads,
+    heads: Heads,
     outgoing: Tensor | None = None,
     *,
     dtype: torch.dtype = FP64,
@@ -79,19 +79,19 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same by PyTorch's own operations, products in ``dtype``, the loss in float32 at least."""
-    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in given.leaves()]
+    """Compute them by PyTorch, products in ``dtype``, the loss in float32 at least."""
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_q = torch.log_softmax(z / temperature, -1)
-    soft = divergence(log_q, given.teacher.indices, given.teacher.log_probs.to(wide), tail)
+    soft = divergence(log_q, heads.teacher.indices, heads.teacher.log_probs.to(wide), tail)
     value = soft_weight * temperature**2 * soft
     count: float | Tensor = len(z)
-    if given.labels is not None:
+    if heads.labels is not None:
         options = {"label_smoothing": label_smoothing, "reduction": "none"}
-        hard = F.cross_entropy(z, given.labels, **options)
-        valid = given.labels != -100
+        hard = F.cross_entropy(z, heads.labels, **options)
+        valid = heads.labels != -100
         value, count = (value + hard_weight * hard).where(valid, 0.0), valid.sum()
     if reduction != "none":
         value = value.sum()
@@ -116,7 +116,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["kernel", "formula"])
 def way(request, monkeypatch):
-    """With the kernel, and as on a device that has none."""
+    """Run the test with the kernel, and as on a device without kernels."""
     if request.param == "formula":
         monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
@@ -124,12 +124,12 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 def test_options(device, way, dtype, options):
-    """Loss and gradients, in several chunks of which the last is smaller, and in one."""
-    given = make(dtype, device)
-    exact, exact_grads = on_full_logits(given, **options)
+    """Test loss and gradients in one chunk, and in several with a smaller last one."""
+    heads = make(dtype, device)
+    exact, exact_grads = on_full_logits(heads, **options)
     bound = 64 * torch.finfo(dtype).eps
     for size in (8, ROWS):
-        value, grads = run(given, chunks={"chunk_size": size}, **options)
+        value, grads = run(heads, chunks={"chunk_size": size}, **options)
         assert value.dtype == dtype and abs(value - exact) <= bound * abs(exact)
         for grad, right in zip(grads, exact_grads, strict=True):
             assert grad.dtype == dtype
@@ -139,12 +139,12 @@ def test_options(device, way, dtype, options):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_grad_output(device, dtype, reduction):
-    """What comes from above multiplies the gradients; of "none", each row's."""
-    given = make(dtype, device)
+    """grad_output multiplies the gradients; with "none", each row's."""
+    heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
-    exact, exact_grads = on_full_logits(given, outgoing.to(device), **options)
-    value, grads = run(given, outgoing.to(device), chunks={"chunk_size": 8}, **options)
+    exact, exact_grads = on_full_logits(heads, outgoing.to(device), **options)
+    value, grads = run(heads, outgoing.to(device), chunks={"chunk_size": 8}, **options)
     bound = 16 * torch.finfo(dtype).eps
     assert distance(value, exact) <= bound * exact.norm()
     for grad, right in zip(grads, exact_grads, strict=True):
@@ -153,29 +153,29 @@ def test_grad_output(device, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_16_bit_errors(device, dtype):
-    """No more than 1.1 times those of logits cast to float32."""
-    given = make(dtype, device, rows=300, classes=1000)
-    _, exact = on_full_logits(given)
-    _, cast = on_full_logits(given, dtype=dtype)
+    """Errors are at most 1.1 times those of logits cast to float32."""
+    heads = make(dtype, device, rows=300, classes=1000)
+    _, exact = on_full_logits(heads)
+    _, cast = on_full_logits(heads, dtype=dtype)
     for size in (8, 300):
-        _, grads = run(given, chunks={"chunk_size": size})
-        for name, grad, right, own in zip("xwb", grads, exact, cast, strict=True):
-            assert distance(grad, right) <= 1.1 * distance(own, right), name
+        _, grads = run(heads, chunks={"chunk_size": size})
+        for name, grad, right, baseline in zip("xwb", grads, exact, cast, strict=True):
+            assert distance(grad, right) <= 1.1 * distance(baseline, right), name
 
 
 def test_it_is_the_loss_of_full_logits(device):
-    """Also with narrow lists, padding and batch dimensions."""
-    given = make(device=device)
-    indices = given.teacher.indices.int().clone()
+    """The loss equals that of full logits with narrow lists, padding and batch dimensions."""
+    heads = make(device=device)
+    indices = heads.teacher.indices.int().clone()
     indices[::2, -3:] = -1
-    teacher = TopK(given.teacher.log_probs.to(BF16), indices)
+    teacher = TopK(heads.teacher.log_probs.to(BF16), indices)
     options = {"reduction": "none", "temperature": 2.0}
-    expected = fastkd.loss(given.student.logits(), teacher, given.labels, **options)
+    expected = fastkd.loss(heads.student.logits(), teacher, heads.labels, **options)
     shape = (ROWS, 1)
     value = loss_in_chunks(
-        given.student._replace(hidden=given.student.hidden.unflatten(0, shape)),
+        heads.student._replace(hidden=heads.student.hidden.unflatten(0, shape)),
         TopK(*(value.unflatten(0, shape) for value in teacher[:2])),
-        given.labels.unflatten(0, shape),
+        heads.labels.unflatten(0, shape),
         chunks={"chunk_size": 8},
         **options,
     )
@@ -184,55 +184,55 @@ def test_it_is_the_loss_of_full_logits(device):
 
 
 def test_the_default_temperature_is_that_of_the_lists(device):
-    given = make(device=device)
-    assert torch.equal(fastkd.loss(*given), fastkd.loss(*given, temperature=1.0))
+    heads = make(device=device)
+    assert torch.equal(fastkd.loss(*heads), fastkd.loss(*heads, temperature=1.0))
 
 
 def test_without_labels(device):
-    given = make(FP64, device)._replace(labels=None)
-    exact, exact_grads = on_full_logits(given, soft_weight=1.0)
-    value, grads = run(given, chunks={"chunk_size": 8})
+    heads = make(FP64, device)._replace(labels=None)
+    exact, exact_grads = on_full_logits(heads, soft_weight=1.0)
+    value, grads = run(heads, chunks={"chunk_size": 8})
     torch.testing.assert_close(value, exact)
     for grad, right in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, right)
 
 
 def test_ignored_rows_are_not_read(device):
-    given = make(device=device)
-    expected = run(given, chunks={"chunk_size": 8})
-    ignored = given.labels == -100
+    heads = make(device=device)
+    expected = run(heads, chunks={"chunk_size": 8})
+    ignored = heads.labels == -100
     with torch.no_grad():
-        given.student.hidden[ignored] = float("nan")
-    given.teacher.indices[ignored] = CLASSES + 5
-    given.teacher.log_probs[ignored] = float("inf")
-    value, grads = run(given, chunks={"chunk_size": 8})
+        heads.student.hidden[ignored] = float("nan")
+    heads.teacher.indices[ignored] = CLASSES + 5
+    heads.teacher.log_probs[ignored] = float("inf")
+    value, grads = run(heads, chunks={"chunk_size": 8})
     assert torch.equal(value, expected[0])
     for grad, right in zip(grads, expected[1], strict=True):
         assert torch.equal(grad, right)
-    value, grads = run(given._replace(labels=torch.full_like(given.labels, -100)))
+    value, grads = run(heads._replace(labels=torch.full_like(heads.labels, -100)))
     assert not value.any() and not any(grad.any() for grad in grads)
 
 
 def test_no_gradient_where_none_is_asked_for(device):
-    given = make(device=device)
-    expected, _ = run(given)
+    heads = make(device=device)
+    expected, _ = run(heads)
     with torch.no_grad():
-        assert torch.equal(loss(given), expected)
-    hidden, weight, bias = given.leaves()
-    loss(given._replace(student=Head(hidden, weight.detach(), bias.detach()))).backward()
+        assert torch.equal(loss(heads), expected)
+    hidden, weight, bias = heads.leaves()
+    loss(heads._replace(student=Head(hidden, weight.detach(), bias.detach()))).backward()
     assert hidden.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_autocast(device, dtype):
-    given = make(FP32, device, rows=300, classes=1000)
+    heads = make(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
-        value, grads = run(given, chunks={"chunk_size": 64})
-        _, eager = on_full_logits(given, dtype=FP32)
-    _, exact = on_full_logits(given)
+        value, grads = run(heads, chunks={"chunk_size": 64})
+        _, eager = on_full_logits(heads, dtype=FP32)
+    _, exact = on_full_logits(heads)
     assert value.dtype == FP32 and all(grad.dtype == FP32 for grad in grads)
-    for grad, right, own in zip(grads, exact, eager, strict=True):
-        assert 0 < distance(grad, right) <= 1.1 * distance(own, right)
+    for grad, right, baseline in zip(grads, exact, eager, strict=True):
+        assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
 
 
 # ---- memory
@@ -240,18 +240,18 @@ def test_autocast(device, dtype):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 def test_peak_memory_is_what_the_plan_says(cap):
-    """The gradient is a tensor beside the logits, as a teacher's logits would be."""
-    given = make(rows=512, classes=16000, ignored=0.0)
+    """The gradient is a tensor of its own beside the logits."""
+    heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"
-        chosen = fastkd.chunks.plan(*given.with_options(cap), **options)
-        peak = peak_bytes(lambda options=options: run(given, softcap=cap, chunks=options))
+        chosen = fastkd.chunks.plan(*heads.with_options(cap), **options)
+        peak = peak_bytes(lambda options=options: run(heads, softcap=cap, chunks=options))
         small = 2**22  # a block of a product, biases, lists
         assert 0.5 * chosen.peak_bytes <= peak <= chosen.peak_bytes + small
 
 
 def test_a_bound_holds_for_long_lists_too():
-    """Checking them takes little, whatever their length."""
+    """The check of long lists needs little memory."""
     torch.manual_seed(0)
     student = Head(torch.randn(1024, 8, requires_grad=True), torch.randn(1000, 8))
     log_probs, indices = torch.randn(1024, 1000).log_softmax(-1).topk(512)
@@ -263,9 +263,9 @@ def test_a_bound_holds_for_long_lists_too():
 
 
 def test_a_bound_holds_without_the_kernel_too(monkeypatch):
-    given = make(rows=512, classes=2000, ignored=0.0)
+    heads = make(rows=512, classes=2000, ignored=0.0)
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
-    assert peak_bytes(lambda: run(given, chunks={"max_workspace": 2**23})) <= 2**23
+    assert peak_bytes(lambda: run(heads, chunks={"max_workspace": 2**23})) <= 2**23
 
 
 # ---- derivatives, compilation
@@ -274,38 +274,38 @@ def test_a_bound_holds_without_the_kernel_too(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
 def test_derivatives(tail, reduction):
-    """First and second, by finite differences."""
-    given = make(FP64, rows=5, classes=6)
-    hidden, weight, bias = given.leaves()
+    """First and second derivatives equal finite differences."""
+    heads = make(FP64, rows=5, classes=6)
+    hidden, weight, bias = heads.leaves()
     leaves = [x[:, :3].detach().requires_grad_() for x in (hidden, weight)] + [bias]
 
     def of(x, w, b):
         options = {"tail": tail, "reduction": reduction, "softcap": 5.0}
-        return loss(given._replace(student=Head(x, w, b)), chunks={"chunk_size": 2}, **options)
+        return loss(heads._replace(student=Head(x, w, b)), chunks={"chunk_size": 2}, **options)
 
     assert torch.autograd.gradcheck(of, leaves)
     assert torch.autograd.gradgradcheck(of, leaves)
 
 
 def test_backward_twice():
-    given = make()
-    value = loss(given, chunks={"chunk_size": 8})
-    first = torch.autograd.grad(value, given.leaves(), retain_graph=True)
+    heads = make()
+    value = loss(heads, chunks={"chunk_size": 8})
+    first = torch.autograd.grad(value, heads.leaves(), retain_graph=True)
     kept = [grad.clone() for grad in first]
-    second = torch.autograd.grad(value, given.leaves())
+    second = torch.autograd.grad(value, heads.leaves())
     for one, copy, two in zip(first, kept, second, strict=True):
         assert torch.equal(one, copy) and torch.equal(one, two)
 
 
 def test_function_transforms():
-    given = make(FP64, ignored=0.0)
-    hidden, weight, bias = (leaf.detach() for leaf in given.leaves())
+    heads = make(FP64, ignored=0.0)
+    hidden, weight, bias = (leaf.detach() for leaf in heads.leaves())
 
     def of(x, log_probs, indices, labels):
         return loss(Heads(Head(x, weight, bias), TopK(log_probs, indices), labels))
 
-    rows = (hidden, *given.teacher[:2], given.labels)
-    _, (right, _, _) = run(given)
+    rows = (hidden, *heads.teacher[:2], heads.labels)
+    _, (right, _, _) = run(heads)
     torch.testing.assert_close(torch.func.grad(of)(*rows), right)
     batch = [value[:36].unflatten(0, (4, 9)) for value in rows]
     each = torch.stack([of(*one) for one in zip(*batch, strict=True)])
@@ -318,7 +318,7 @@ def test_function_transforms():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(reduction):
     torch._dynamo.reset()
-    given, graphs = make(), []
+    heads, graphs = make(), []
 
     def keep(graph, _):
         graphs.append([str(node.target) for node in graph.graph.nodes])
@@ -326,15 +326,15 @@ def test_compiled(reduction):
 
     from torch._dynamo.backends.common import aot_autograd
 
-    teacher = given.teacher._replace(tail="renormalize")
-    plan = fastkd.chunks.plan(given.student, teacher, given.labels, chunk_size=8)
+    teacher = heads.teacher._replace(tail="renormalize")
+    plan = fastkd.chunks.plan(heads.student, teacher, heads.labels, chunk_size=8)
 
     def of(x, w, b):
-        return fastkd.loss(Head(x, w, b), teacher, given.labels, reduction=reduction, chunks=plan)
+        return fastkd.loss(Head(x, w, b), teacher, heads.labels, reduction=reduction, chunks=plan)
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     compiled = torch.compile(of, fullgraph=True, backend=backend)
-    leaves = given.leaves()
+    leaves = heads.leaves()
     grads = [torch.autograd.grad(call(*leaves).sum(), leaves) for call in (compiled, of)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
@@ -346,11 +346,11 @@ def test_compiled(reduction):
 
 
 def test_module(device):
-    given = make(device=device)
-    teacher = given.teacher._replace(tail="renormalize")
+    heads = make(device=device)
+    teacher = heads.teacher._replace(tail="renormalize")
     module = fastkd.KDLoss(temperature=1.0, alpha=0.2)
-    expected = loss(given, tail="renormalize", temperature=1.0, alpha=0.2)
-    assert torch.equal(module(given.student, teacher, given.labels), expected)
+    expected = loss(heads, tail="renormalize", temperature=1.0, alpha=0.2)
+    assert torch.equal(module(heads.student, teacher, heads.labels), expected)
 
 
 LISTS = TopK(*torch.randn(ROWS, CLASSES).log_softmax(-1).topk(K))
@@ -396,18 +396,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
 def test_bad_input(wrong, message):
-    given = make()
+    heads = make()
     fields = {name: value for name, value in wrong.items() if name in TopK._fields}
-    options = {"labels": given.labels.clamp(min=0), **wrong}
+    options = {"labels": heads.labels.clamp(min=0), **wrong}
     options = {name: value for name, value in options.items() if name not in TopK._fields}
-    fastkd.loss(*given)
+    fastkd.loss(*heads)
     with pytest.raises((ValueError, TypeError), match=message):
-        fastkd.loss(given.student, given.teacher._replace(**fields), **options)
+        fastkd.loss(heads.student, heads.teacher._replace(**fields), **options)
 
 
 def test_a_detached_teacher():
-    given = make()
-    expected, _ = run(given)
-    learned = given.teacher._replace(log_probs=given.teacher.log_probs.clone().requires_grad_())
+    heads = make()
+    expected, _ = run(heads)
+    learned = heads.teacher._replace(log_probs=heads.teacher.log_probs.clone().requires_grad_())
     detached = learned._replace(log_probs=learned.log_probs.detach())
-    assert torch.equal(loss(given._replace(teacher=detached)), expected)
+    assert torch.equal(loss(heads._replace(teacher=detached)), expected)

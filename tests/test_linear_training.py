@@ -1,5 +1,4 @@
-"""The loss of a Head in what training puts around it: derivatives of derivatives, torch.compile,
-checkpointing, function transforms, several processes."""
+"""The loss of a Head in training: higher derivatives, torch.compile, checkpointing, DDP."""
 
 import pathlib
 import subprocess
@@ -40,7 +39,7 @@ def fresh_compiler():
 
 
 class Model(nn.Module):
-    """A body, a head, and the loss at their end."""
+    """Model of a body, a head, and the loss."""
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class Model(nn.Module):
 
 
 def step(model, function=None):
-    """The loss, and the gradients of every parameter."""
+    """Compute the loss and the gradients of every parameter."""
     model.zero_grad()
     value = (model if function is None else function)(*model.inputs)
     (value.sum() * 3).backward()
@@ -93,7 +92,7 @@ def assert_same_step(ours, theirs):
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 def test_derivatives(options):
-    """First and second, by finite differences."""
+    """First and second derivatives equal finite differences."""
     torch.manual_seed(0)
     options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     cap, chunk_by = options.pop("softcap", None), options.pop("chunk_by", "auto")
@@ -111,7 +110,7 @@ def test_derivatives(options):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name_of)
 def test_backward_twice(dtype):
-    """The first call gives its buffers away; the second makes new ones."""
+    """The second backward pass allocates new buffers."""
     model = Model(dtype)
     value = model(*model.inputs)
     first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
@@ -142,7 +141,7 @@ def test_checkpointing(options, reentrant):
     ],
 )
 def test_compiled(options, fresh_compiler):
-    """In one graph, with the op and not what it stands for."""
+    """The call compiles to one graph with the op, not its formula."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -165,7 +164,7 @@ def test_compiled(options, fresh_compiler):
 @pytest.mark.slow
 @compiles
 def test_inductor(fresh_compiler):
-    """The default backend; in float16, where the gradients are scaled last."""
+    """The default backend works, also in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
     for one, other in zip(
@@ -189,7 +188,7 @@ def test_dynamic_rows(fresh_compiler):
 @pytest.mark.parametrize("by_classes", [False, True], ids=["rows", "classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction, by_classes):
-    """torch's own checks of the op: schema, fake kernel, tracing."""
+    """torch's opcheck passes: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
     inputs = Inputs(x, weight, None, t, teacher_weight, *(None,) * 4, labels, *(None,) * 7)
@@ -252,7 +251,7 @@ DISTRIBUTED = """
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """Under DDP and FSDP the gradients are those of one process with all rows."""
+    """Gradients under DDP and FSDP equal those of one process with all rows."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     model = Model(rows=20)

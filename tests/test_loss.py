@@ -41,7 +41,7 @@ def check(
     against_eager: bool = True,
     **options,
 ) -> None:
-    """One call, forward and backward, against the truth and torch's eager path."""
+    """Check one forward and backward pass against the truth and torch's eager path."""
     acc = compute_dtype(student, teacher)
     if grad_output is None and options.get("reduction") == "none":
         rows = student.shape[:-1]
@@ -58,7 +58,7 @@ def check(
     value.backward(grad_output)
     assert leaf.grad.dtype == student.dtype
     assert_grad(leaf.grad, exact.grad, acc, theirs[1])
-    # Without a gradient to write there is another way through the kernels, but one answer.
+    # Without a gradient the kernels have another path, with the same result.
     assert torch.equal(fastkd.loss(student.detach(), teacher, labels, **options), value.detach())
 
 
@@ -164,7 +164,7 @@ def test_without_labels(device, options, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_normalizer_may_be_a_tensor(device, shape, dtype):
-    # Any real dtype, and on the CPU also for CUDA logits: it is moved without waiting.
+    # Any real dtype; on the CPU also for CUDA logits, since it is copied asynchronously.
     for normalizer in (
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
@@ -299,7 +299,7 @@ def test_long_rows(device, classes, dtype):
         ((1, 151936), FP32),  # Qwen
         ((1, 151936), FP64),
         ((1, 151936), FP16),
-        ((1, 128257), BF16),  # odd: no alignment is left
+        ((1, 128257), BF16),  # odd, so no row is aligned
     ],
     ids=str,
 )
@@ -320,7 +320,7 @@ def test_each_size_class_of_the_cuda_planner(limit, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
 def test_numbers_of_rows(device, rows, dtype):
-    # Around what one warp, one CTA, one cluster and one grid of the CUDA kernels take at a time.
+    # Sizes around the limits of a warp, a CTA, a cluster and a grid of the CUDA kernels.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
 
@@ -328,7 +328,7 @@ def test_numbers_of_rows(device, rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (4, 0, 10), (0, 100000)])
 def test_no_rows(device, shape, dtype):
-    """Nothing to sum and nothing to count: zero, as where all rows are ignored."""
+    """Without rows the loss is 0, as if all rows are ignored."""
     student, teacher, labels = make(shape, dtype, device=device)
     for reduction in ("mean", "sum", "none"):
         for index in (labels, None):
@@ -351,7 +351,7 @@ def test_leading_shapes(device, leading, reduction):
 
 
 def views(student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs of views of (4, 6, 40) logits that are not laid out one row after the other."""
+    """Return pairs of views of (4, 6, 40) logits with non-contiguous rows."""
     shifted = torch.empty(student.numel() + 1, dtype=student.dtype, device=student.device)[1:]
     return {
         "next-token slice": (student[:, :-1], teacher[:, :-1]),
@@ -389,10 +389,10 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device, layout, dtype):
-    """A view gives its contiguous copy's bits, and a gradient for the tensor behind it."""
+    """A view gives the bits of its contiguous copy, and a gradient for its base."""
     same = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
-        # Pixels go through the lanes, rows of adjacent classes in float64 do not.
+        # Pixels use the transposed layout; adjacent float64 classes do not.
         same = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-15)
     base, teacher, _ = make((4, 6, 40), dtype, device=device, labels=False)
     for reduction in ("mean", "none"):
@@ -421,7 +421,7 @@ def test_layouts(device, layout, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
 def test_misaligned_rows(device, classes, dtype):
-    """Each pair of base alignments, on rows that start at every offset from a vector."""
+    """Rows start at each pair of base alignments and each offset from a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
     for a, b in itertools.product(range(0, 8, 3), repeat=2):
@@ -438,10 +438,10 @@ def test_misaligned_rows(device, classes, dtype):
 
 
 def test_rows_far_apart(device):
-    """Strides are int64: two rows more than 2^31 elements apart, without the memory between."""
+    """Strides are int64: two rows are more than 2^31 elements apart."""
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # never written as a whole: not resident
+    base = torch.empty(2**31 + 64, dtype=torch.float16)  # mostly unwritten, so not resident
     student = base.as_strided((2, 40), (2**31, 1))
     fresh, teacher, labels = make((2, 40), FP16, ignored=0.0)
     student.copy_(fresh)
@@ -450,7 +450,7 @@ def test_rows_far_apart(device):
 
 
 def test_defaults_of_torch_change_nothing():
-    """torch.set_default_dtype and set_default_device, where the kernels do not compute."""
+    """torch.set_default_dtype and set_default_device do not change fallback results."""
     student, teacher, labels = make((6, 20))
     calls = [{"standardize": True}, {"temperature": torch.tensor(3.0, requires_grad=True)}]
     values = [fastkd.loss(student, teacher, labels, **options) for options in calls]
@@ -482,7 +482,7 @@ NORMALIZED = ({"divergence": "jsd"}, {}, {"standardize": True}, {"label_smoothin
 @pytest.mark.parametrize("options", NORMALIZED, ids=str)
 @pytest.mark.usefixtures("each_autograd")
 def test_a_normalizer_of_0_goes_with_ignored_rows_alone(normalizer, options, device):
-    """A step of accumulated batches may have no label at all; its count of tokens is 0."""
+    """An accumulation step may have no label; its token count is 0."""
     student, teacher, labels = make((6, 20), device=device)
     ignored = torch.full_like(labels, -100)
     weight, top = torch.eye(20, device=device), fastkd.TopK(*teacher.log_softmax(-1).topk(3))

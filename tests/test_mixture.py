@@ -1,4 +1,4 @@
-"""Several teachers, or probabilities, as the logits of one: the kernel that mixes them."""
+"""The kernel that mixes several teachers, or probabilities, into logits."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from fastkd._core.arguments import Call, check_tensors
 from fastkd._core.objective import Options
 
 INF = math.inf
-# Of log p, beside its own size; of p, absolute.
+# Tolerance of log p, relative to its size; of p, absolute.
 BOUND = {FP32: 4e-7, FP64: 1e-14}
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def teachers_of(
 
 
 def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """The mixture as one teacher."""
+    """Return the mixture as one teacher's logits."""
     resolved = objective.resolve(Options(**options), has_labels=False, teachers=len(teachers))
     resolved = check_tensors(resolved, teachers[0], None, dtype)
     call = Call(teachers[0], tuple(teachers), None, resolved, dtype)
@@ -46,7 +46,7 @@ def mixed_logits(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: A
 
 
 def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> Tensor:
-    """The mixture's logits at temperature 1, in float64, on the CPU."""
+    """Compute the mixture's logits at temperature 1 in float64 on the CPU."""
     logits = mixed_logits(teachers, dtype, **options)
     assert logits.is_contiguous() and logits.dtype == dtype
     temperature = options.get("temperature", 2.0)
@@ -56,19 +56,19 @@ def mixed(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
 
 
 def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> None:
-    """p and its logarithm against float64, and which classes are masked."""
+    """Assert p, its logarithm and the masked classes against float64."""
     classes = teachers[0].shape[-1]
     got = mixed(teachers, dtype, **options).log_softmax(-1).reshape(-1, classes)
-    form, own = options.get("teacher_form", "logits"), options.get("teacher_temperature")
+    form, teacher_t = options.get("teacher_form", "logits"), options.get("teacher_temperature")
     default = options.get("temperature", 2.0) if form == "logits" else 1.0
-    own = default if own is None else own
-    t = own.double().cpu().numpy()[:, None] if isinstance(own, Tensor) else own
-    given = [teacher.double().reshape(-1, classes).cpu().numpy() for teacher in teachers]
+    teacher_t = default if teacher_t is None else teacher_t
+    t = teacher_t.double().cpu().numpy()[:, None] if isinstance(teacher_t, Tensor) else teacher_t
+    shared = [teacher.double().reshape(-1, classes).cpu().numpy() for teacher in teachers]
     weights, ensemble = options.get("teacher_weights"), options.get("ensemble", "probs")
     with np.errstate(divide="ignore"):
-        p = torch.from_numpy(oracle.teacher(given, t, form, weights, ensemble, False)[1])
+        p = torch.from_numpy(oracle.teacher(shared, t, form, weights, ensemble, False)[1])
     torch.testing.assert_close(got.exp(), p, rtol=0, atol=BOUND[dtype])
-    masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in given]
+    masked = [torch.from_numpy(x) == (0 if form == "probs" else -INF) for x in shared]
     together = torch.stack(masked).all(0) if ensemble == "probs" else torch.stack(masked).any(0)
     assert torch.equal(got == -INF, together)
     there = p > 0  # float64 may underflow where the logarithm does not
@@ -106,7 +106,7 @@ def test_options(device):
 
 
 def test_layouts(device):
-    """Rows of any stride are read where they are; classes that are not adjacent are mixed too."""
+    """Rows of any stride are read in place; non-adjacent classes are mixed too."""
     wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
     check([wide[0][:, 1:, :40], wide[1][:, :5, 9:49].contiguous()])
@@ -117,7 +117,7 @@ def test_layouts(device):
 
 @pytest.mark.usefixtures("isa")
 def test_masked_classes(device):
-    """What one teacher masks has the others' share; what all mask is masked."""
+    """A class masked by one teacher has the others' share; one masked by all is masked."""
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
     second[0, 1200:] = -INF
@@ -211,7 +211,7 @@ SHAPES = [(70, 10), (300, 100), (3, 1000), (37, 5000), (3, 140_000)]
 
 
 def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -> list[Tensor]:
-    """The loss and the gradient of scale times its sum."""
+    """Compute the loss and the gradient of ``scale`` times its sum."""
     leaf = student.clone().requires_grad_()
     inplace = options.get("inplace", False)
     labels = torch.arange(student.shape[0]) % student.shape[-1]
@@ -229,17 +229,17 @@ def call(student: Tensor, teacher: Any, *, scale: float = 1.0, **options: Any) -
     {"scale": 128.0}, {"teacher_form": "probs"}, {"divergence": "mse", "ensemble": "logits"},
 ])  # fmt: skip
 def test_as_a_teacher_that_was_mixed_before(shape, options):
-    """The same bits, for any dtype, and for any number of threads."""
+    """The bits equal those of a premixed teacher, for any dtype and number of threads."""
     threads = torch.get_num_threads()
     dtypes = DTYPES if shape[1] < 1000 else (FP32, BF16)
     mixes = {k: v for k, v in options.items() if k in ("teacher_form", "ensemble")}
-    given = {k: v for k, v in options.items() if k not in mixes}
+    shared = {k: v for k, v in options.items() if k not in mixes}
     for dtype in dtypes:
         teachers = teachers_of(options.get("teacher_form", "logits"), shape, dtype, 2)
         acc = FP64 if dtype == FP64 else FP32
         student = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         before = mixed_logits(teachers, acc, temperature=3.0, **mixes)
-        expected = call(student, before, temperature=3.0, **given)
+        expected = call(student, before, temperature=3.0, **shared)
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             got = call(student, teachers, temperature=3.0, **options)
@@ -248,22 +248,22 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
 
 
 def test_numbers_of_rows():
-    """Temperatures and weights of rows, which the mixture and the loss share."""
+    """The mixture and the loss share temperatures and weights of rows."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
     teachers = teachers_of("logits", (70, 300), FP32, 2)
-    own, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
-    before = mixed_logits(teachers, temperature=mine, teacher_temperature=own)
-    given = {"temperature": mine, "soft_weight": own, "hard_weight": 0.5}
-    expected = call(student, before, **given)
-    got = call(student, teachers, teacher_temperature=own, **given)
+    teacher_t, mine = (torch.rand(70, generator=generator) + 0.5 for _ in range(2))
+    before = mixed_logits(teachers, temperature=mine, teacher_temperature=teacher_t)
+    shared = {"temperature": mine, "soft_weight": teacher_t, "hard_weight": 0.5}
+    expected = call(student, before, **shared)
+    got = call(student, teachers, teacher_temperature=teacher_t, **shared)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with pytest.raises(ValueError, match="temperature"):
-        call(student, teachers, teacher_temperature=own * -1)
+        call(student, teachers, teacher_temperature=teacher_t * -1)
 
 
 def test_pixels():
-    """A student whose classes lie in dim 1, beside teachers whose classes are adjacent."""
+    """The student has its classes in dim 1, the teachers adjacent."""
     student = torch.randn(2, 19, 5, 7, generator=torch.Generator().manual_seed(3))
     teachers = [x.movedim(-1, 1) for x in teachers_of("logits", (2, 5, 7, 19), FP32, 2)]
     got = fastkd.loss(student, teachers, dim=1)
@@ -272,7 +272,7 @@ def test_pixels():
 
 
 def test_many_teachers(device):
-    """More than a CUDA kernel takes: PyTorch operations mix them there."""
+    """More teachers than the CUDA kernel takes are mixed by PyTorch operations."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
     got = fastkd.loss(student, [first, second] * 20, temperature=3.0)
@@ -320,7 +320,7 @@ def test_again_and_differentiated_twice():
 
 @pytest.mark.parametrize("ensemble", ["probs", "logits"])
 def test_statistics_of_rows_mix_teachers(ensemble):
-    """The two passes of the linear loop, for several teachers."""
+    """Two passes of the linear loop mix several teachers."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     options = {"reduction": "none", "ensemble": ensemble}
@@ -336,7 +336,7 @@ def test_statistics_of_rows_mix_teachers(ensemble):
     torch.testing.assert_close(gradient, of_sum)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in tracing
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(reduction):

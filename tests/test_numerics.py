@@ -1,4 +1,4 @@
-"""Where plain code loses digits or makes NaN: near the teacher, masked and huge logits, fp16."""
+"""Inputs where simple code cancels or overflows: near the teacher, masked, huge, fp16."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ CLASSES = 32000
 def near(
     kl: float, device: torch.device, *, rows: int = 4, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor]:
-    """fp32 logits whose divergence at temperature 1 is about ``kl`` in each row."""
+    """Make fp32 logits with a divergence of about ``kl`` at temperature 1 in each row."""
     student, noise, _ = make((rows, classes), FP32, device=device, labels=False, spread=1.0)
     # KL is half the variance of the difference, to first order.
     return student * 3.0, student * 3.0 + noise * math.sqrt(2 * kl)
@@ -52,8 +52,8 @@ def test_divergence_near_the_teacher(device, kl):
     rows = fastkd.loss(leaf, teacher, temperature=1.0, reduction="none")
     assert float((rows.detach() / exact.loss - 1).abs().max()) <= 2e-6
     rows.sum().backward()
-    # q - p without cancellation: what is left is the rounding of the row's normalisation, a unit in
-    # the last place of the probabilities, where eager has those of each single one.
+    # q - p is computed without cancellation: its error is the rounding of the row's normalizer, a
+    # unit in the last place of p, where eager has one for each class.
     error = distance(leaf.grad, exact.grad)
     assert error <= 2 * FLOOR[FP32] * float(teacher.double().softmax(-1).norm())
     theirs = eager(student, teacher, temperature=1.0, reduction="sum")[1]
@@ -61,7 +61,7 @@ def test_divergence_near_the_teacher(device, kl):
 
 
 def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    """Row losses, and their gradient on ``leaf``; without a gradient they are the same."""
+    """Compute row losses and their gradient on ``leaf``; both calls give equal losses."""
     rows = fastkd.loss(leaf, teacher, **options)
     rows.sum().backward()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def rows_of(leaf: Tensor, teacher: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_divergence_of_either_form(device, classes, temperature):
-    """Rows on both sides of what is plainly above 0 (docs/maths.md, section 3)."""
+    """Test rows on both sides of the bound of well-separated rows (docs/maths.md, section 3)."""
     options = {"temperature": temperature, "reduction": "none"}
     worst, errors = [0.0, 0.0], [0.0, 0.0]
     for kl in (0.03, 0.05, 0.08, 0.3, 2.0):
@@ -91,7 +91,7 @@ def test_divergence_of_either_form(device, classes, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 4.0])
 @pytest.mark.parametrize("classes", [300, CLASSES])
 def test_reverse_kl_of_either_form(device, classes, temperature):
-    """The same of the reverse KL, which is the sum of its slopes where it is plainly above 0."""
+    """The reverse KL of well-separated rows is the sum of its slopes."""
     options = {"divergence": "reverse_kl", "temperature": temperature, "reduction": "none"}
     for kl in (1e-5, 0.03, 0.05, 0.08, 0.3, 2.0):
         student, teacher = near(kl * temperature**2, device, rows=16, classes=classes)
@@ -124,9 +124,7 @@ def test_one_class_above_many_equal_ones(device, classes, share):
     ids=str,
 )
 def test_jsd_near_and_far(device, classes, apart, mix):
-    """Both of its forms, series and logarithm. At their border the logarithm's loses four bits of a
-    class, which ten classes do not average.
-    """
+    """At the border of series and logarithm, the logarithm loses four bits of a class."""
     student, teacher = near(apart**2 / 2, device, classes=classes)
     options = {"divergence": "jsd", "mix": mix, "temperature": 1.0, "reduction": "none"}
     exact = truth(student, teacher, **options)
@@ -140,7 +138,7 @@ def test_jsd_near_and_far(device, classes, apart, mix):
 @pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("classes", [10, 100, CLASSES])
 def test_dkd_near_the_teacher(device, classes, kl):
-    """Both of its divergences are small, and so is each row's difference of the labels' odds."""
+    """Both divergences are small, and so are the differences of the labels' log-odds."""
     if device.type == "cuda":
         pytest.skip("by PyTorch operations")
     student, teacher = near(kl, device, rows=16, classes=classes)
@@ -149,13 +147,13 @@ def test_dkd_near_the_teacher(device, classes, kl):
     exact = truth(student, teacher, labels, reduction="none", **options)
     leaf = student.requires_grad_()
     rows = fastkd.loss(leaf, teacher, labels, reduction="none", **options)
-    # What rounding does to a row's sum of exponentials counts by its square alone.
+    # Rounding of a row's sum of exponentials enters by its square alone.
     floor = torch.finfo(FP32).eps ** 2 / 2
     # The greatest error of 60 draws of 64 rows of 10 classes at 1e-8 is 22 times the floor by the
     # kernels of November 2026, and 29 times by those of December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # As of the KL: a unit in the last place of what the probabilities are multiplied by.
+    # As for the KL: a unit in the last place of the probabilities' factors.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share
@@ -172,7 +170,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
     rows = fastkd.loss(leaf, teacher, divergence="cosine", temperature=1.0, reduction="none")
     u = F.normalize(exact_leaf, dim=-1)
     exact = (u - F.normalize(teacher.double(), dim=-1)).square().sum(-1) / 2
-    # The rounding of u and v: by their distance, where 1 - c would be off by a unit of 1.
+    # Rounding of u and v enters by their distance; 1 - c would be off by a unit of 1.
     off = (rows.detach().double() - exact.detach()).abs()
     assert (off <= 2e-6 * exact.detach() + FLOOR[FP32] * (2 * exact.detach()).sqrt()).all()
     rows.sum().backward()
@@ -184,7 +182,7 @@ def test_cosine_near_the_teacher(device, classes, distance):
 @pytest.mark.parametrize("gap", [30.0, 150.0, 1500.0])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
-    """Where a label's exponential, relative to the greatest of the others, is no float."""
+    """The label's exponential, relative to the greatest other one, overflows or underflows."""
     student, teacher, _ = make((4, classes), FP32, device=device, labels=False)
     labels = torch.tensor([0, 3, 5, classes - 1], device=device)
     signs = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]], device=device)
@@ -203,7 +201,7 @@ def test_dkd_of_labels_far_above_or_below_the_rest(device, classes, gap):
 
 @pytest.mark.parametrize("log_target", [False, True])
 def test_kl_div_is_off_where_this_is_not(log_target):
-    """What the bound above is worth: torch's own, on the same numbers, is off by more than 10 %."""
+    """torch's kl_div errs by more than 10 % on the same numbers."""
     student, teacher = near(5e-7, torch.device("cpu"), rows=8)
     exact = truth(student, teacher, temperature=1.0, reduction="none").loss
     target = F.log_softmax(teacher, -1) if log_target else F.softmax(teacher, -1)
@@ -220,7 +218,7 @@ def test_divergence_near_the_teacher_in_double(device, student_dtype):
     teacher = student.double() + (teacher.double() - student.double())
     exact = truth(student, teacher, temperature=1.0)
     got = fastkd.loss(student, teacher, temperature=1.0)
-    # The truth itself cancels in float64: sum p (log p - log q) at 1e-8 of terms of size 1e-4.
+    # The truth itself cancels in float64: p (log p - log q) has terms of 1e-4 and a sum of 1e-8.
     assert float(got) == pytest.approx(float(exact.loss), rel=1e-7)
 
 
@@ -265,7 +263,7 @@ def test_gradient_error(device, options, dtype):
         assert error <= ROUNDING * distance(exact.to(dtype), exact)
     else:
         assert_grad(leaf.grad, exact, dtype)
-    if dtype is FP32:  # below a unit in the last place more than eager's
+    if dtype is FP32:  # less than a unit in the last place above eager's
         _, theirs = eager(*problem, **options)
         assert error <= distance(theirs, exact) + FLOOR[dtype] * float(exact.norm())
 
@@ -278,7 +276,7 @@ def test_gradient_error(device, options, dtype):
     ids=str,
 )
 def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha):
-    # Root mean squares: of one problem, how 1 / rows is rounded may decide.
+    # Root mean squares, since the rounding of 1 / rows may decide a single problem.
     ours, theirs = [], []
     for seed in range(12):
         problem = make(shape, FP32, seed=seed)
@@ -295,13 +293,14 @@ def test_gradient_error_of_few_classes_is_below_eagers(shape, temperature, alpha
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("scale", [65536.0, 3.0])
 def test_loss_scale_brings_16_bit_gradients_back(device, scale, reduction, dtype):
-    """Gradients below fp16's range are not lost before the loss is scaled, nor rounded twice."""
+    """Gradients below fp16's range are kept under a loss scale, and rounded once."""
     student, teacher, labels = make((64, 32000), dtype, device=device, spread=1.0)
     options = {"temperature": 4.0, "alpha": 0.1, "reduction": reduction}
     exact = truth(student, teacher, labels, **options).grad * scale
     if dtype is FP16 and reduction == "mean" and scale == 65536.0:
         lost = (exact / scale).to(FP16).double() * scale
-        assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)  # the danger is real
+        # Without a loss scale, gradients underflow.
+        assert distance(lost, exact) > 5 * distance(exact.to(FP16), exact)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)
     (value.sum() * scale).backward()
@@ -377,7 +376,7 @@ def test_masked_classes(device, where, classes, dtype, reduction):
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
     value.sum().backward()
     if where == "student":
-        assert (value == INF).all()  # the teacher's mass there cannot be had
+        assert (value == INF).all()  # the teacher's mass of the class is lost
         assert leaf.grad.isfinite().all()
         # d KL / dz = q - p holds in the limit, also where q = 0.
         p = teacher.double().div(2).softmax(-1)
@@ -417,7 +416,7 @@ def test_a_term_without_weight_may_be_infinite(device):
 
 @pytest.mark.parametrize("masked", ["student", "teacher", "both"])
 def test_rows_without_any_class(device, masked):
-    """softmax of a row of -inf does not exist: NaN, for that row only."""
+    """The softmax of a row of -inf does not exist: NaN, for that row alone."""
     student, teacher, labels = make((5, 70), device=device, ignored=0.0)
     if masked != "teacher":
         student[2] = -INF
@@ -459,7 +458,7 @@ def test_nan_and_inf_stay_in_their_row(device, where, bad, classes, dtype):
             assert total.isnan()
             assert again.grad[2].isnan().all() and again.grad[others].isfinite().all()
     if where == "teacher":
-        # A term that weighs nothing does not excuse NaN: never a hidden number.
+        # Weight 0 does not hide NaN.
         assert fastkd.loss(student, inputs["teacher"], labels, alpha=1.0).isnan()
 
 
@@ -486,7 +485,7 @@ def test_ignored_rows_may_hold_anything(device, classes):
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_huge_offsets(device, sign, size, dtype):
-    """Rows far from zero: softmax does not see the offset, so neither may the loss."""
+    """Loss and gradient of rows with a huge offset are those without it."""
     student, teacher, labels = make((5, 100), dtype, device=device)
     student, teacher = student + sign * size, teacher - sign * size
     exact = truth(student, teacher, labels)
@@ -500,7 +499,7 @@ def test_huge_offsets(device, sign, size, dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("size", [1e4, 1e38])
 def test_huge_differences(device, size, dtype):
-    """One-hot rows in all but name: the loss is as large as the logits, the gradient at most 2."""
+    """Nearly one-hot rows have a loss as large as the logits, and a gradient of at most 2."""
     student, teacher, labels = make((5, 100), dtype, device=device, spread=size / 4)
     exact = truth(student, teacher, labels, temperature=1.0, reduction="none")
     leaf = student.requires_grad_()
@@ -517,7 +516,7 @@ def test_huge_differences(device, size, dtype):
     ids=str,
 )
 def test_probabilities_that_underflow(device, classes, temperature, dtype):
-    """Exponentials that are normal numbers until they are divided by the sum of many others."""
+    """Exponentials are normal numbers before the division by a large sum."""
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
     depth = (690, 750) if dtype == FP64 else (70, 110)
     student[:, 3] = -temperature * torch.linspace(*depth, 16, device=device).to(dtype)

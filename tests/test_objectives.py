@@ -16,14 +16,14 @@ from fastkd import reference
 NAMES = fastkd.divergences()
 OF_LOGITS = [name for name, kind in reference.DIVERGENCES.items() if kind.compares == "logits"]
 ROWS, CLASSES = 5, 6
-# Of float32 (float64): what a sum of a few products of exponentials and logarithms may be off by,
-# relative to T^2 and to the logits' size.
+# Tolerance in float32 (float64) for sums of a few products of exponentials and logarithms, relative
+# to T^2 and to the logits' size.
 BOUND = {FP32: 4e-6, FP64: 1e-13}
 GRAD_BOUND = {FP32: 4e-6, FP64: 1e-9, BF16: 2**-8, FP16: 2**-10}
 
 
 def teacher_of(form: str, dtype: torch.dtype, device: Any, seed: int = 1) -> Any:
-    """A teacher in a form: one tensor, or three."""
+    """Make a teacher in a form: one tensor, or three."""
     many = [
         make((ROWS, CLASSES), FP64, labels=False, device=device, seed=seed + i).student
         for i in range(3 if form.startswith("three") else 1)
@@ -54,7 +54,7 @@ def labels_of(kind: str, device: Any) -> Tensor | None:
 
 
 def refusal(name: str, form: str, kind: str) -> str | None:
-    """What is refused, and the words that say so."""
+    """Return the message of a refused combination, or None."""
     if name in OF_LOGITS and form in ("log_probs", "probs"):
         return 'compares logits and needs teacher_form="logits"'
     if name in OF_LOGITS and form == "three, probs":
@@ -67,15 +67,15 @@ def refusal(name: str, form: str, kind: str) -> str | None:
 
 
 def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) -> None:
-    """Every field, and the gradient, by fastkd.terms and by NumPy."""
+    """Assert that every field and the gradient of fastkd.terms equal NumPy's."""
     weighed = {"hard_weight": 0.3, "soft_weight": 0.9} if labels is not None else {}
-    given = {**weighed, **options}
-    exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **given}
+    resolved = {**weighed, **options}
+    exact_options = {"hard_weight": 0.0, "soft_weight": 1.0, **resolved}
     host = [x.cpu() for x in (teacher if isinstance(teacher, list) else [teacher])]
     on_host = (student.cpu(), host, None if labels is None else labels.cpu())
     exact = oracle.terms(*on_host, **exact_options)
     leaf = student.detach().requires_grad_()
-    got = fastkd.terms(leaf, teacher, labels, **given)
+    got = fastkd.terms(leaf, teacher, labels, **resolved)
     acc = compute_dtype(student, host[0])
     size = float(torch.as_tensor(options.get("temperature", 2.0)).max()) ** 2
     size *= max(1.0, float(max(x.double().abs().max() for x in (student, *host)))) ** 2
@@ -106,7 +106,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 def test_grid(device, name, form, kind):
     labels = labels_of(kind, device)
     message = refusal(name, form, kind)
-    # Each reduction and each dtype; all pairs of them would show nothing more.
+    # Each reduction and each dtype; their pairs would show nothing more.
     for reduction, dtype in zip(("mean", "sum", "none", "mean"), DTYPES, strict=True):
         student = make((ROWS, CLASSES), dtype, labels=False, device=device).student
         teacher = teacher_of(form, dtype, device)
@@ -151,14 +151,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 )
 def test_options(device, name, options, kind):
     labels = labels_of(kind, device)
-    given = {
+    resolved = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in OPTIONS[options].items()
     }
     if options == "ignore_index" and kind == "indices":
         labels = labels.abs().clamp(max=5)
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
-    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **given)
+    check(student, teacher_of("logits", FP64, device), labels, divergence=name, **resolved)
 
 
 @pytest.mark.parametrize("mix", [0.05, 0.7])
@@ -216,7 +216,7 @@ def test_hard_term_is_cross_entropy(device, kind, weighted, smoothing, reduction
 
 
 def test_labels_without_weight_leave_zero(device):
-    """Where the labels' weights sum to 0 the mean is 0, and not 0 / 0."""
+    """If the labels' weights sum to 0, the mean is 0, and not 0 / 0."""
     student, teacher, labels = make((3, 4), device=device)
     weight = torch.zeros(4, device=device)
     got = fastkd.loss(student, teacher, labels, class_weight=weight, alpha=1.0)
@@ -224,7 +224,7 @@ def test_labels_without_weight_leave_zero(device):
 
 
 def test_class_weights_in_place_and_of_pixels(device):
-    """Weights of classes become weights of rows, wherever the kernels take those."""
+    """Class weights become row weights in every kernel that takes row weights."""
     student, teacher, _ = make((2, 7, 5, 3), device=device, labels=False)
     labels = torch.randint(7, (2, 5, 3), generator=torch.Generator().manual_seed(3)).to(device)
     labels[0, 0] = -100
@@ -236,8 +236,8 @@ def test_class_weights_in_place_and_of_pixels(device):
     results = []
     for inplace in (False, True):
         leaf = student.clone().requires_grad_()
-        given = leaf * 1
-        got = fastkd.terms(given, teacher, labels, dim=1, inplace=inplace, **options)
+        logits = leaf * 1
+        got = fastkd.terms(logits, teacher, labels, dim=1, inplace=inplace, **options)
         got.loss.backward()
         results.append((torch.stack(got[:6]), leaf.grad))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -319,7 +319,7 @@ def test_slices_of_padded_classes_in_dimension_1(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("labels_are", ["probabilities", "indices"])
 def test_targets_by_the_kernels(labels_are, reduction, monkeypatch):
-    """Probabilities, and class weights with smoothing: nothing is left to PyTorch's operations."""
+    """Kernels compute probabilities as labels, and class weights with smoothing."""
     student, teacher, labels = make((3, ROWS, CLASSES), ignored=0.3)
     options: dict[str, Any] = {"class_weight": torch.rand(CLASSES) + 0.1, "label_smoothing": 0.1}
     options |= {"reduction": reduction, "hard_weight": torch.rand(3, ROWS), "soft_weight": 0.3}
@@ -351,7 +351,7 @@ def test_second_derivatives_of_targets():
 
 
 def test_labels_that_are_no_probabilities(device):
-    """Rows of nothing, and negative weights, as F.cross_entropy has them."""
+    """Rows of zeros and negative weights give the results of F.cross_entropy."""
     student, teacher, _ = make((ROWS, CLASSES), device=device, labels=False)
     labels = torch.rand(student.shape, device=device)
     labels[0], labels[1, 2] = 0, -0.5
@@ -371,9 +371,9 @@ FUSED_CALLS = {
 
 @pytest.mark.parametrize("options", FUSED_CALLS)
 def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
-    """They become one teacher's logits, and nothing is left to PyTorch's operations."""
+    """Teachers in other forms become one teacher's logits, without PyTorch operations."""
     student, teacher, labels = make((ROWS, CLASSES), device=device)
-    given: dict[str, Any] = {
+    resolved: dict[str, Any] = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in FUSED_CALLS[options].items()
     }
     teachers: Any = [teacher, student.flip(0)] if "two" in options else teacher
@@ -382,11 +382,11 @@ def test_teachers_in_other_forms_stay_fused(device, options, monkeypatch):
     leaf = student.requires_grad_()
     expected = reference.loss(
         leaf.double(), [x.double() for x in teachers] if "two" in options else teachers.double(),
-        labels, **given,
+        labels, **resolved,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(expected, leaf)
     monkeypatch.setattr(reference, "terms", None)
-    got = fastkd.loss(leaf, teachers, labels, **given)
+    got = fastkd.loss(leaf, teachers, labels, **resolved)
     got.backward()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Logits of unlike sizes, and row tensors that change nothing: no digit may be lost to either."""
+"""Logits of very different magnitudes, and neutral row tensors, cost no accuracy."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def errors(divergence, student, teacher, **options):
 def test_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
-    """Every class keeps its digits: the maxima that softmaxes subtract are none of its business."""
+    """No class loses digits to the maxima that softmaxes subtract."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors("mse", student, teacher, teacher_temperature=teacher_temperature)
     assert float(value.max()) < 1e-6
     rest = student.abs() < 100
-    # With two temperatures a difference of quotients is as exact as each of these, of up to 20.
+    # With two temperatures, a difference of quotients is as exact as each quotient, up to 20.
     limit = 4e-7 * size + (0 if teacher_temperature is None else 20 * 2e-7 * 2 / classes)
     assert bool((grad <= limit)[rest].all())
 
@@ -48,14 +48,14 @@ def test_squared_error_of_one_logit_far_from_the_rest(
 def test_centered_squared_error_of_one_logit_far_from_the_rest(
     device, classes, size_of_one, teacher_temperature
 ):
-    """Not the difference of a mean of squares and the square of a mean."""
+    """The centered error is not the difference of a mean of squares and a squared mean."""
     student, teacher, _ = make((6, classes), device=device, labels=False)
     student[:, classes // 2] = size_of_one
     value, grad, size = errors(
         "centered_mse", student, teacher, teacher_temperature=teacher_temperature
     )
     assert float(value.max()) < 1e-6
-    # Every class is compared with the mean, which the one logit makes large.
+    # The one logit makes the mean large, and each class is compared with the mean.
     scale = (20 + abs(size_of_one) / classes) * 2 / classes
     assert bool((grad <= 1e-6 * (size + scale)).all())
 
@@ -63,7 +63,7 @@ def test_centered_squared_error_of_one_logit_far_from_the_rest(
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, classes, dtype):
-    """The constant is in neither value nor gradient, and takes no digits of what is left."""
+    """The constant enters neither value nor gradient, and costs no digits."""
     student, noise, _ = make((6, classes), FP64, device=device, labels=False)
     student = student.to(dtype)
     teacher = (student.double() + 1e-2 * noise + 1000).to(dtype if dtype is FP64 else FP32)
@@ -87,7 +87,7 @@ def test_centered_squared_error_of_logits_that_differ_by_a_constant(device, clas
     ids=str,
 )
 def test_an_outlier_in_every_dtype_and_pass(device, divergence, classes, dtype):
-    """The second backward pass writes the bits of the first, hard term and all."""
+    """A second backward pass gives the bits of the first, with the hard term."""
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     student[:, classes // 2] = 3e4
     exact = truth(student, teacher, labels, divergence=divergence, reduction="sum")
@@ -119,7 +119,7 @@ SAME = {
     ("offset", "classes", "how"), pairwise([0.0, 20.0], [3, 10, 100, 144, 145, 1000], SAME), ids=str
 )
 def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, offset):
-    """A student near its teacher, whose KL a rounded difference of quotients would drown."""
+    """A rounded difference of quotients would exceed the KL of a student near its teacher."""
     teacher, noise, labels = make((ROWS, classes), device=device, ignored=0.0)
     teacher += offset
     student = teacher + 1e-3 * noise
@@ -137,7 +137,7 @@ def test_row_tensors_that_change_nothing_cost_no_accuracy(device, how, classes, 
 @pytest.mark.parametrize("divergence", [d for d in fastkd.divergences() if d != "dkd"])
 @pytest.mark.parametrize("classes", [2, 3, 200])
 def test_a_divergence_is_never_negative(device, divergence, classes):
-    """Not even where its terms are differences of the least normal numbers."""
+    """A divergence is at least 0, even if its terms are differences of subnormal numbers."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4000, classes, generator=generator) * 20
     student[:, 0] += torch.linspace(60, 110, 4000)

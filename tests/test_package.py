@@ -1,11 +1,10 @@
-"""What is installed, what it says about itself, and that its examples run."""
+"""The installed package: metadata, public names, and examples in docstrings."""
 
 import doctest
 import importlib
 import importlib.metadata
 import importlib.resources
 import inspect
-import pathlib
 import pkgutil
 import re
 import subprocess
@@ -17,7 +16,6 @@ import torch
 import fastkd
 from fastkd import _C
 
-ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [
     "fastkd",
     *(
@@ -55,6 +53,14 @@ def test_public_names():
     assert len(fastkd.__all__) == len(set(fastkd.__all__))
     for name in fastkd.__all__:
         assert hasattr(fastkd, name)
+
+
+def test_tab_completion_shows_public_names_alone():
+    for module in (
+        *(fastkd, fastkd.chunks, fastkd.compat, fastkd.integrations),
+        *(fastkd.teachers, fastkd.teachers.served),
+    ):
+        assert dir(module) == sorted(module.__all__)
 
 
 def test_compat_and_integrations_are_imported_when_they_are_used():
@@ -112,13 +118,13 @@ def test_docstrings_run(name):
 
 
 def test_there_are_examples_to_run():
-    found = [
+    doctests = [
         test
         for name in NAMES
         for test in doctest.DocTestFinder().find(importlib.import_module(name))
         if test.examples
     ]
-    assert {test.name for test in found} >= {
+    assert {test.name for test in doctests} >= {
         f"fastkd.losses.{name}" for name in ("loss", "terms", "KDLoss")
     }
 
@@ -139,38 +145,6 @@ def test_info():
 def test_command_without_arguments_says_what_there_is():
     done = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True)
     assert done.returncode == 2 and "info" in done.stderr
-
-
-def readme_blocks() -> list[str]:
-    path = ROOT / "README.md"
-    text = path.read_text() if path.exists() else ""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def test_readme_runs():
-    """Its Python blocks, one after the other, as a reader would type them."""
-    blocks = readme_blocks()
-    if not blocks:
-        pytest.skip("README.md has no Python block")
-    source = "\n".join(blocks)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_readme_lists_the_extras():
-    listed = {
-        extra: set(packages.split(", "))
-        for extra, packages in re.findall(
-            r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
-        )
-    }
-    metadata: dict[str, set[str]] = {}
-    for line in importlib.metadata.requires("fastkd"):
-        if found := re.match(r"([\w-]+).*extra == [\"'](\w+)[\"']", line):
-            metadata.setdefault(found[2], set()).add(found[1])
-    assert listed == metadata
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The planner of the CUDA kernels: plain C++, asked here for devices that are not at hand."""
+"""The planner of the CUDA kernels, plain C++, for devices that are not at hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOT = (FLOAT32, FLOAT16, BFLOAT16)
 
 
 class Device(NamedTuple):
-    """A device as the planner knows it."""
+    """Properties of a device that the planner reads."""
 
     processors: int
     cluster: int
@@ -61,15 +61,15 @@ def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
         assert 32 <= p["threads"] <= 1024 and p["threads"] % 32 == 0
         assert 1 <= p["cluster"] <= device.cluster
         blocks = -(-rows // p["rows_per_block"])
-        if p["finish_inside"]:  # the grid is that one cluster, and every row has its place
+        if p["finish_inside"]:  # the grid is that one cluster, which processes all rows
             assert p["cluster"] == blocks <= 8
         else:
             assert p["cluster"] == 1
-        # A row fits where it is to live.
+        # The row fits its memory.
         if p["family"] == "tiny":
             assert p["lanes"] in (8, 32) and classes <= 4 * p["lanes"]
             assert p["rows_per_block"] * p["lanes"] == p["threads"]
-        if strided:  # whole warps of neighbouring rows
+        if strided:  # whole warps of neighboring rows
             assert (
                 p["rows_per_block"] * p["lanes"] == p["threads"] and p["rows_per_block"] % 32 == 0
             )
@@ -94,7 +94,7 @@ def test_size_classes(name: str, dtype: int, warps: int, ctas: int) -> None:
     assert kind(ctas) == ("registers", 256)
     assert kind(ctas + 1)[0] == "streaming"
     assert kind(8193) == kind(262144) == ("streaming", 512)
-    # Dtypes that differ: tiny, then streaming; double never is tiny.
+    # Different dtypes use tiny, then streaming; double never uses tiny.
     other = BFLOAT16 if dtype == FLOAT32 else FLOAT16
     assert kind(128, other) == ("tiny", 32)
     assert kind(129, other) == kind(1023, other) == ("streaming", 64)
@@ -118,7 +118,7 @@ def test_threads_share_rows_whose_classes_are_not_adjacent() -> None:
     assert sharing(25, many) == sharing(48, many) == 2
     assert sharing(49, many) == 4
     assert sharing(97, many) == sharing(2**20, many) == 8
-    # Few rows, so that the device has more threads.
+    # Few rows, so the device has spare threads.
     assert sharing(19, 512 * 512) == sharing(19, 132 * 512) == 1
     assert sharing(19, 132 * 512 - 1) == 2
     assert sharing(19, 1) == 4

@@ -1,4 +1,4 @@
-"""What holds for every input, on inputs that hypothesis chooses."""
+"""Properties that hold for every input, tested by hypothesis."""
 
 import math
 from typing import Any
@@ -54,7 +54,7 @@ def test_soft_term_is_not_negative_and_zero_at_the_teacher(device, classes, rows
 )
 def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, seed, alpha, a, b):
     student, teacher, labels = make((rows, classes), FP32, device=device, seed=seed)
-    # Multiples of 2^-12 below 32 in size stay what they are when an integer is added to them.
+    # Multiples of 2^-12 below 32 stay exact when an integer is added.
     student, teacher = ((x.clamp(-31, 31) * 4096).round() / 4096 for x in (student, teacher))
     leaf, moved = student.clone().requires_grad_(), (student + a).requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, temperature=t, alpha=alpha)
@@ -62,7 +62,7 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
     torch.testing.assert_close(other, value, rtol=2e-6, atol=2e-6)
     value.backward()
     other.backward()
-    scale = 1 + t  # of the gradient's parts, each a difference of probabilities
+    scale = 1 + t  # rounding of the gradient's parts, differences of probabilities
     torch.testing.assert_close(moved.grad, leaf.grad, rtol=2e-5, atol=2e-7 * scale)
 
 
@@ -89,7 +89,7 @@ def test_permuted_classes(device, classes, rows, t, seed):
     dtype=st.sampled_from(DTYPES),
 )
 def test_rows_are_independent(device, classes, rows, t, seed, dtype):
-    """Bit for bit: each row alone, and all of them in reverse."""
+    """Each row alone, and all rows in reverse, give equal bits."""
     student, teacher, labels = make((rows, classes), dtype, device=device, seed=seed)
 
     def run(s: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def test_rows_are_independent(device, classes, rows, t, seed, dtype):
         value, grad = run(student[row : row + 1], teacher[row : row + 1], labels[row : row + 1])
         if device.type == "cpu":
             assert torch.equal(value[0], values[row]) and torch.equal(grad[0], grads[row])
-        else:  # fewer rows may get another kernel, that sums in another order
+        else:  # another number of rows may use another kernel, with another order of sums
             torch.testing.assert_close(value[0], values[row], rtol=2e-6, atol=1e-7)
 
 
@@ -179,12 +179,12 @@ def test_reductions_agree(device, classes, rows, t, seed, ignored, n):
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-    """A shape, how to lay the logits out, and options."""
+    """Strategy of a shape, a memory layout, and options."""
     leading = draw(st.lists(st.integers(1, 4), max_size=3))
     shape = (*leading, draw(WIDTHS))
     layout = {
         "dtypes": draw(st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES))),
-        # For each tensor: classes cut off at either end, rows left out, dimensions swapped.
+        # Layout of each tensor: classes cut off at either end, rows left out, dimensions swapped.
         "cut": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "step": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         "swap": draw(st.tuples(st.booleans(), st.booleans())),
@@ -210,7 +210,7 @@ def calls(draw: st.DrawFn) -> tuple[tuple[int, ...], dict[str, Any], dict[str, A
 
 
 def lay_out(values: Tensor, cut: int, step: int, swap: bool) -> Tensor:
-    """The same numbers in a view of a larger tensor, its first dimensions swapped."""
+    """Copy logits into a view of a larger tensor with its first dimensions swapped."""
     swap = swap and values.dim() > 2
     shape = list(values.transpose(0, 1).shape if swap else values.shape)
     if len(shape) > 1:
@@ -250,7 +250,7 @@ def test_any_call_is_what_the_reference_says(device, call):
     exact = truth(student, teacher, labels, **options)
     leaf = student.detach().requires_grad_()
     got = fastkd.terms(leaf, teacher, labels, **options)
-    # A loss is a sum of terms with weights up to 3 T^2; where they nearly vanish, rounding is left.
+    # A loss sums terms with weights up to 3 T^2; where they nearly vanish, rounding remains.
     size = float(torch.as_tensor(options["temperature"]).max()) ** 2 * 4
     slack = Answer(exact.terms, exact.loss, exact.grad, exact.noise + size * torch.finfo(acc).eps)
     assert_value(got.loss, slack, acc)
@@ -261,7 +261,7 @@ def test_any_call_is_what_the_reference_says(device, call):
 @pytest.mark.parametrize("name", fastkd.divergences())
 @given(classes=st.integers(1, 40), t=TEMPERATURES, seed=SEEDS)
 def test_every_divergence_is_the_references(device, name, classes, t, seed):
-    classes += name == "dkd"  # which tells the label from other classes
+    classes += name == "dkd"  # dkd distinguishes the label from other classes
     student, teacher, labels = make((3, classes), FP64, device=device, seed=seed)
     options = {"temperature": t, "divergence": name}
     leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The reference against torch's own cross_entropy and kl_div, in float64."""
+"""The reference against torch's cross_entropy and kl_div, in float64."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ INF = math.inf
 
 
 def kl(student: Tensor, teacher: Tensor, t: float | Tensor) -> Tensor:
-    """KL of each row by torch."""
+    """Compute the KL of each row by torch."""
     t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
     return F.kl_div(
         F.log_softmax(student / t, -1), F.softmax(teacher / t, -1), reduction="none"
@@ -137,13 +137,13 @@ def test_entropies_and_agreement():
 @pytest.mark.parametrize(
     ("student", "teacher", "soft"),
     [
-        # The teacher masks a class: it counts nothing in p, q keeps its mass.
+        # The teacher masks a class: it contributes 0, and q keeps its mass.
         ([0.0, 0.0], [0.0, -INF], math.log(2)),
-        # Both mask: as if the class were not there.
+        # Both mask a class: as if it did not exist.
         ([0.0, 1.0, -INF], [1.0, 0.0, -INF], None),
-        # The student alone masks: the teacher's mass there is lost at an infinite price.
+        # The student alone masks a class with teacher mass: infinite.
         ([0.0, -INF], [0.0, 0.0], INF),
-        # Masked by the student, and not by the teacher, but its mass underflows: no price.
+        # The student alone masks a class whose teacher mass underflows: 0.
         ([0.0, -INF], [0.0, -1e9], 0.0),
     ],
 )

@@ -3,8 +3,11 @@
 import copy
 import errno
 import html.parser
+import importlib
 import io
+import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -19,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastkd
+from fastkd import reports
 from fastkd.reports import measure, plots, tables
 
 pytest.importorskip("matplotlib")
@@ -201,9 +205,9 @@ class Summing(nn.Module):
 
 def test_models_without_parameters():
     found = fastkd.report(Summing(), nn.Linear(64, 10), LOADER[:1], seconds=0, show=False)
-    assert "student: " in str(found) and ", 650 parameters, " in found.html()
+    assert "student agrees with" not in str(found) and "2.6" in found.html()
     found = fastkd.report(nn.Linear(64, 10), Summing(), LOADER[:1], seconds=0, show=False)
-    assert ", 0 parameters, " in found.markdown()
+    assert "| parameters | 650 | 0 |" in found.markdown() and "student keeps" in found.markdown()
 
 
 class Slow(nn.Module):
@@ -276,6 +280,225 @@ def test_inputs_that_are_no_sample_s_and_named_tuples():
         assert found.models[0].answers.rows == 6
 
 
+# ---- whether timings can be trusted
+
+
+def make_turns(*turns: tuple[float, list[float], list[float]]) -> list[measure.Turn]:
+    """Turns of a teacher and a student, each with its share of processor time."""
+    return [measure.Turn(share, {"teacher": a, "student": b}) for share, a, b in turns]
+
+
+def test_speedup_of_quiet_turns():
+    """A slow call in each turn, and two turns on a busy machine, do not change the ratio."""
+    quiet = (1.0, [0.4] * 20 + [9.0], [0.1] * 20 + [3.0])
+    busy = (0.4, [4.0] * 9, [0.1] * 9)
+    found, warnings = measure.summarize_turns(make_turns(quiet, busy, quiet, busy, quiet), 8)
+    assert found["student"].speedup == pytest.approx(4) and found["teacher"].speedup == 1
+    assert found["student"][:4] == (0.1, 0.1, pytest.approx(80), 63)
+    assert warnings == []
+
+
+def test_no_speedup_on_a_busy_machine():
+    turns = make_turns(*[(0.5, [0.4] * 9, [0.1] * 9)] * 6, *[(1.0, [0.4] * 9, [0.1] * 9)] * 4)
+    found, (warning,) = measure.summarize_turns(turns, 8)
+    assert found["student"].speedup is found["teacher"].speedup is None
+    assert "withheld; the process got 50 % of the processor time it asked for" in warning
+
+
+def test_no_speedup_if_its_estimates_disagree():
+    turns = make_turns(*[(1.0, [0.4, 9.0, 9.0], [0.1, 0.1, 0.1])] * 9)
+    found, (warning,) = measure.summarize_turns(turns, 8)
+    assert found["student"].speedup is None and found["teacher"].speedup == 1
+    assert warning == (
+        "student's speed ratio is withheld; it is 90 by the medians, 4 by the fastest calls"
+    )
+
+
+def test_wide_and_superlinear_timings_are_named():
+    turns = make_turns(*[(1.0, [0.4] * 8 + [0.9] * 2, [0.1] * 8 + [0.3] * 2)] * 9)
+    found, warnings = measure.summarize_turns(turns, 1)
+    assert found["student"].speedup == pytest.approx(4)
+    assert warnings == ["95th percentile over 2x the median: teacher, student"]
+    one = found["student"]
+    by_batch = {1: one, 32: one._replace(p50=40 * one.p50)}
+    (warning,) = measure._compare_batches("CPU: student's", by_batch)
+    assert warning == "CPU: student's batch 32 takes 40x as long as its batch 1."
+    assert not measure._compare_batches("", {1: one, 32: one._replace(p50=33 * one.p50)})
+
+
+@pytest.fixture
+def busy_cores():
+    """Keep every core busy with a process of its own."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(os.cpu_count())]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+class Repeated(nn.Module):
+    """A layer, so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.layer = times, nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_speed_ratios_on_a_busy_machine(busy_cores, threads):
+    """They are within 2x of the true ratio, 30, or withheld with the reason."""
+    loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
+    found = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
+    for batch, latency in found.models[1].latency["cpu"].items():
+        if latency.speedup is None:
+            reasons = [text for text in found.warnings if text.startswith(f"CPU, batch {batch}:")]
+            assert "withheld" in reasons[0]
+            assert "withheld" in str(found)
+        else:
+            assert 15 < latency.speedup < 60
+
+
+def test_threads_are_set_and_restored():
+    class Counting(nn.Linear):
+        def forward(self, x):
+            counts.add(torch.get_num_threads())
+            return super().forward(x)
+
+    counts, before = set(), torch.get_num_threads()
+    found = fastkd.report(
+        Counting(64, 10), nn.Linear(64, 10), LOADER[:1], threads=3, seconds=0, show=False
+    )
+    assert counts == {3} and torch.get_num_threads() == before
+    environment = found.environment
+    assert environment["threads"] == "3" and environment["cores"] == str(os.cpu_count())
+    assert float(environment["load average at the start"]) >= 0
+    with pytest.raises(ValueError, match=r"^threads must be an int of at least 1; got 0"):
+        fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, threads=0)
+
+
+def test_modules_without_an_evaluation_mode():
+    """They are measured as they are; their siblings are evaluated."""
+    rows = [{0: torch.export.Dim.AUTO}]
+    exported = torch.export.export(nn.Linear(64, 10), (IMAGES[:2],), dynamic_shapes=rows).module()
+    with pytest.raises(NotImplementedError):
+        exported.eval()
+    student = nn.Sequential(nn.Dropout(1.0), exported, nn.Dropout(1.0))
+    found = fastkd.report(exported, student, LOADER[:1], seconds=0, show=False)
+    assert found.models[1].answers.agreement == 1
+    assert student.training and student[0].training and student[2].training
+
+
+# ---- reports of up to ten models
+
+
+def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
+    """A report whose models differ little, as exports of one student do."""
+    models = []
+    for index in range(count):
+        name = ["teacher", "alone", "distilled"][index] if index < 3 else f"exported as {index}"
+        accuracy = [0.98, 0.9, 0.95][index] if index < 3 else 0.949
+        interval = measure.compute_wilson_interval(accuracy, 1000)
+        bins = (measure.Bin(0, 0.0, 0.0),) * 14 + (measure.Bin(1000, 0.97, accuracy),)
+        answers = measure.Answers(1000, accuracy, *interval, 0.1, accuracy, 0.01, bins)
+        size = measure.Size(None if index > 2 else 100, 59_000 if index == 0 else 1000)
+        latency = measure.Latency(1e-3 if index == 0 else 1e-5, 1e-3, 1e3, 100, speedup)
+        models.append(reports.Model(name, size, answers, {"cpu": {1: latency}}))
+    warnings = () if speedup else ("CPU, batch 1: speed ratios are withheld; it was busy.",)
+    return fastkd.Report("Ten", tuple(models), {"threads": "1"}, warnings)
+
+
+def test_the_verdict():
+    found = make_report(4)
+    expected = (
+        "distilled keeps 96.9 % of the teacher's accuracy at 1/59 of its size, 3,650x faster on "
+        "CPU; 5.0 points above training alone."
+    )
+    assert tables.summarize(found) == expected
+    assert expected in Page(found.html()).text and f"**{expected}**" in found.markdown()
+    withheld = tables.summarize(make_report(4, None))
+    assert withheld == expected.replace(", 3,650x faster on CPU", "")
+    teacher, alone, distilled, *_ = found.models
+    small = alone.answers._replace(accuracy=0.949, accuracy_high=0.96)
+    close = found._replace(models=(teacher, alone._replace(answers=small), distilled))
+    assert tables.summarize(close).endswith(
+        "; 0.1 points above training alone, a difference within the intervals."
+    )
+    better = alone.answers._replace(accuracy=0.97, accuracy_low=0.96)
+    worse = found._replace(models=(teacher, alone._replace(answers=better), distilled))
+    assert worse.models[1].name == "alone" and "; 2.0 points below" in tables.summarize(worse)
+    only = tables.summarize(found._replace(models=(teacher, alone)))
+    assert only.startswith("alone keeps 91.8 %") and "training alone" not in only
+
+
+@pytest.mark.parametrize("count", [2, 4, 10])
+@pytest.mark.parametrize("speedup", [3650.0, None])
+def test_eighty_columns(count, speedup):
+    found = make_report(count, speedup)
+    text, words = str(found), " ".join(str(found).split())
+    assert max(map(len, text.splitlines())) <= 80
+    for model in found.models:
+        assert model.name in words
+    assert words.count("3,650x faster") == (count if speedup else 0)
+    assert words.count("withheld") == (0 if speedup else count)
+    assert ("speed ratios are withheld" in words) == (speedup is None)
+
+
+def test_unknown_parameters_are_a_dash():
+    found = make_report(4)
+    row = next(line for line in found.markdown().splitlines() if "parameters" in line)
+    assert row == "| parameters | 100 | 100 (the same) | 100 (the same) | \u2013 |"
+    assert (
+        ">\u2013<" in found.html() and json.loads(found.json())["models"][3]["parameters"] is None
+    )
+
+
+@pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
+@pytest.mark.parametrize("count", [2, 10])
+@pytest.mark.parametrize("speedup", [3650.0, None])
+def test_labels_of_a_plot_never_overlap(count, width, speedup):
+    figure = plots.draw_figures(make_report(count, speedup), width)["tradeoff"]
+    canvas = importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.draw()
+    axes = figure.axes[0]
+    names = [text for text in axes.texts if text.get_text()]
+    assert len(names) == count
+    ticks = [
+        tick.label1
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
+    ]
+    assert len(ticks) >= 4
+    extent = importlib.import_module("matplotlib.text").Text.get_window_extent  # without the line
+    boxes = [extent(text) for text in (*names, *ticks, axes.xaxis.label)]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+
+
+def test_pictures_suit_light_and_dark_pages(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    make_report(3).save(tmp_path)
+    for path in tmp_path.glob("*.png"):
+        with image.open(path) as picture:
+            assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for paper in ("#ffffff", "#0d1117"):  # GitHub's
+        low, high = sorted([luminance(paper), luminance(plots.INK)])
+        assert (high + 0.05) / (low + 0.05) > 4.1
+
+
 # ---- what does not fit
 
 
@@ -328,7 +551,7 @@ def test_what_is_no_list(name, given):
 def test_terminal(models, capsys):
     found = fastkd.report(*models, LOADER[:2], seconds=0)
     shown = capsys.readouterr().out
-    for text in ("teacher", "alone", "distilled", "accuracy", "calibration error", "95th"):
+    for text in ("teacher", "alone", "distilled", "accuracy", "calibration error", "p95"):
         assert text in shown and text in str(found)
     assert f"{100 * found.models[1].answers.agreement:.1f} %" in shown
 
@@ -394,7 +617,7 @@ def test_page_refers_to_nothing_outside_itself(report):
     assert not {"script", "link", "iframe", "img", "object", "base"} & set(page.tags)
     assert all(link.startswith("#") for tag, link in page.links if tag != "meta")
     assert "default-src 'none'" in text
-    assert page.tags.count("svg") == len(plots.draw_figures(report)) == 2
+    assert page.tags.count("svg") == 2 * len(plots.draw_figures(report)) == 4
     ids = re.findall(r'\bid="(.*?)"', text)
     assert len(ids) > 20 and {link[1:] for tag, link in page.links if tag != "meta"} <= set(ids)
 
@@ -505,7 +728,24 @@ def test_page_is_understood_by_a_browser(report, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(report.html(), encoding="utf-8")
     shown = Page(browse(page, "--dump-dom").stdout.decode())
-    assert shown.tags.count("svg") == 2 and shown.tags.count("tr") == 1 + len(
+    assert shown.tags.count("svg") == 4 and shown.tags.count("tr") == 1 + len(
         tables.make_rows(report)
     )
     assert "distilled" in shown.text and "calibration error" in shown.text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_page_on_a_phone(tmp_path):
+    """The page is as wide as the phone, and shows the figures that are drawn for it."""
+    (tmp_path / "report.html").write_text(make_report(10).html(), encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        """<iframe src="report.html" style="width: 390px; height: 800px"></iframe><script>
+        onload = () => {
+          const page = document.querySelector("iframe").contentDocument;
+          const shown = [...page.querySelectorAll("svg")].filter(svg => svg.clientWidth > 0);
+          document.title = [page.documentElement.scrollWidth, ...shown.map(svg => svg.classList)];
+        };</script>"""
+    )
+    done = browse(frame, "--allow-file-access-from-files", "--dump-dom").stdout.decode()
+    assert "<title>390,narrow,narrow</title>" in done

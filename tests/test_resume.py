@@ -1,4 +1,4 @@
-"""Resumption is exact, also after SIGKILL in a save; two processes are as good as one."""
+"""Exact resumption, also after SIGKILL in a save, and with two processes."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ SCRIPT = pathlib.Path(__file__).with_name("training_run.py")
 
 
 def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess:
-    """In processes of its own."""
+    """Run training_run.py in processes of its own."""
     distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     before = [*distributed, str(processes)] if processes > 1 else []
     return subprocess.run(
@@ -29,18 +29,18 @@ def run_here(*arguments: object) -> None:
 
 
 def losses(path: pathlib.Path) -> dict[str, str]:
-    """Of each step the last one written: a step after the last checkpoint is taken again."""
+    """Return the last loss of each step: steps after the last checkpoint are repeated."""
     return dict(line.split(" ", 1) for line in path.with_suffix(".losses").read_text().splitlines())
 
 
 def evaluations(path: pathlib.Path) -> list[list[float]]:
-    """Of each held-out part the fields of the Evaluation; the rows that count come last."""
+    """Return the Evaluation fields of each held-out part; valid rows come last."""
     return json.loads(path.with_suffix(".evaluations").read_text())
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_in_a_save(workers, tmp_path):
-    """What a resumed run gives is what an uninterrupted one gives, to the last bit."""
+    """A resumed run gives the bits of an uninterrupted one."""
     straight, out, checkpoints = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "checkpoints"
     run_here(straight, "--workers", workers)
     arguments = (out, "--workers", workers, "--checkpoints", checkpoints)
@@ -58,7 +58,7 @@ def test_killed_in_a_save(workers, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_of_one(tmp_path):
-    """The same global batches; the rows that count differ between processes and batches."""
+    """Global batches are equal; valid rows differ between processes and batches."""
     same = ("--no-shuffle", "--noise", 0, "--dropout", 0)
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     run_here(one, "--batch", 16, *same)
@@ -71,10 +71,10 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
         for a, b in zip(ours.split(), theirs.split(), strict=True):
             assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-6)
     pairs = zip(evaluations(two), evaluations(one), strict=True)
-    for found, expected in pairs:
-        assert found == pytest.approx(expected, rel=1e-9)
+    for resumed, expected in pairs:
+        assert resumed == pytest.approx(expected, rel=1e-9)
     labels = training_run.Digits(96, 0.0).labels
-    assert [int(found[-1]) for found in evaluations(two)] == [
+    assert [int(fields[-1]) for fields in evaluations(two)] == [
         int((labels[:count] != -100).sum()) for count in (37, 5)
     ]
 

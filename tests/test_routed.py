@@ -1,4 +1,4 @@
-"""One teacher of several for each row."""
+"""Routed teachers: one of several teachers for each row."""
 # ruff: noqa: E501 - one mistake a line
 
 import pytest
@@ -40,7 +40,7 @@ def of_device(options, device):
 
 
 def chosen(logits, indices):
-    """The logits of each row's teacher, where every teacher has computed all rows."""
+    """Select the logits of each row's teacher from all teachers' logits."""
     stacked = torch.stack([x.float() for x in logits])
     return stacked.gather(0, indices[None, ..., None].expand(1, *SHAPE, CLASSES))[0]
 
@@ -75,7 +75,7 @@ def test_heads(device, labels, indices, options, with_labels):
     exact = chosen([head.logits() for head in heads], indices)
     expected = fastkd.loss(hidden @ weight.T, exact, labels, **options)
     want = torch.autograd.grad(expected.sum(), (hidden, weight))
-    # A teacher's rows that are not its own are not read.
+    # A teacher is not read in rows of other teachers.
     for i, head in enumerate(heads):
         head.hidden[indices != i] = float("nan")
     teacher = fastkd.Routed(heads, indices)

@@ -1,4 +1,4 @@
-"""What is computed in parts is what is computed at once."""
+"""Losses computed in parts equal losses computed at once."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def test_parts(monkeypatch, device, options, kind):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     if kind == "probabilities":
         labels = teacher.flip(0).softmax(-1)
-    given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[options].items()}
+    inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[options].items()}
     if kind == "none":
         labels = None
-        given = {k: v for k, v in given.items() if k not in ("class_weight", "hard_weight")}
+        inputs = {k: v for k, v in inputs.items() if k not in ("class_weight", "hard_weight")}
     teachers = [teacher, student.flip(1)] if options == "two teachers" else teacher
     t = torch.tensor(1.5, dtype=FP64, device=device, requires_grad=True)
     leaf = student.requires_grad_()
-    call = prepare(leaf, teachers, labels, Options(teacher_temperature=t, **given))
+    call = prepare(leaf, teachers, labels, Options(teacher_temperature=t, **inputs))
 
     def at_once(call: Call) -> reference.Terms:
         return rows.reference_terms(call)
@@ -57,7 +57,7 @@ def test_parts(monkeypatch, device, options, kind):
 
 
 def test_memory_is_that_of_the_parts(monkeypatch):
-    """What is kept between the passes is less than one tensor of the logits' size."""
+    """The memory between the passes is less than one tensor of the logits' size."""
     student, teacher, labels = make((64, CLASSES))
     kept: list[int] = []
 
@@ -68,6 +68,6 @@ def test_memory_is_that_of_the_parts(monkeypatch):
 
     monkeypatch.setattr(rows, "MAX_LOGITS_PER_PART", 8 * CLASSES)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        options = {"divergence": "cosine", "standardize": True}  # which no kernel has
+        options = {"divergence": "cosine", "standardize": True}  # a call without a kernel
         fastkd.loss(student.requires_grad_(), teacher, labels, **options).backward()
     assert not kept

@@ -1,4 +1,4 @@
-"""One sampled token a row: estimates of KL(student || teacher)."""
+"""Sampled teachers: estimates of KL(student || teacher) from one token a row."""
 # ruff: noqa: E501 - one mistake a line
 
 import math
@@ -22,7 +22,7 @@ def make(device, dtype=FP64):
 
 
 def value_and_gradient(d, estimator):
-    """J. Schulman's estimates of KL(q || p) and their derivatives by log q; d = log p - log q."""
+    """Compute Schulman's estimates and their derivatives by log q; d = log p - log q."""
     if estimator == "k1":
         return -d, -d
     if estimator == "k2":
@@ -55,7 +55,7 @@ def test_values_and_gradients(device, estimator, temperature, dtype):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_expected_values_and_gradients(device, estimator):
-    """Over all tokens, weighted by the student's probabilities, as the docstring says."""
+    """Weighted by the student's probabilities over all tokens, means agree with the docstring."""
     student, log_p = make(device)
     student = student.detach()[:1].expand(CLASSES, -1).contiguous().requires_grad_()
     tokens = torch.arange(CLASSES, device=device)
@@ -71,7 +71,7 @@ def test_expected_values_and_gradients(device, estimator):
     same_gradient = reference.loss(
         whole, log_p[:1], temperature=1.0, divergence=name, soft_weight=1.0, hard_weight=0.0
     )
-    if estimator != "k2":  # which is biased
+    if estimator != "k2":  # k2 is biased
         torch.testing.assert_close(loss, reverse)
     expected = torch.autograd.grad(same_gradient, whole)[0][0]
     torch.testing.assert_close(student.grad.sum(0), expected)

@@ -1,4 +1,4 @@
-"""SECURITY.md's sentences: nothing that is loaded is run, and nobody is called."""
+"""The claims of SECURITY.md: no loaded data is executed, and no connection is opened."""
 
 import ast
 import importlib.metadata
@@ -13,8 +13,8 @@ import fastkd
 
 PACKAGE = pathlib.Path(fastkd.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Modules that run what they load, open connections, start processes or write where nobody told them
-# to; and calls that do.
+# Modules and calls that execute loaded data, open connections, start processes, or write to other
+# places.
 REFUSED_MODULES = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "code", "codeop", "ctypes"),
     *("socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "aiohttp", "subprocess"),
@@ -30,7 +30,7 @@ REFUSED_ATTRIBUTES = {
 
 
 def is_restricted(node: ast.AST) -> bool:
-    """torch.load with the loader that builds tensors and plain containers alone."""
+    """Return True for a torch.load with weights_only, which builds tensors alone."""
     return (
         isinstance(node, ast.Call)
         and ast.unparse(node.func) == "torch.load"
@@ -39,8 +39,8 @@ def is_restricted(node: ast.AST) -> bool:
 
 
 def breaches(source: str) -> list[str]:
-    """What a module does that SECURITY.md says is not done."""
-    found = []
+    """Return a module's breaches of SECURITY.md."""
+    names_found = []
     tree = ast.parse(source)
     restricted = {id(node.func) for node in ast.walk(tree) if is_restricted(node)}
     for node in ast.walk(tree):
@@ -52,13 +52,13 @@ def breaches(source: str) -> list[str]:
             names = [node.module or ""]
         else:
             names = []
-        found += [name for name in names if name.split(".")[0] in REFUSED_MODULES]
+        names_found += [name for name in names if name.split(".")[0] in REFUSED_MODULES]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            found += [node.func.id] if node.func.id in REFUSED_CALLS else []
+            names_found += [node.func.id] if node.func.id in REFUSED_CALLS else []
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             pair = (node.value.id, node.attr)
-            found += [".".join(pair)] if pair in REFUSED_ATTRIBUTES else []
-    return found
+            names_found += [".".join(pair)] if pair in REFUSED_ATTRIBUTES else []
+    return names_found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -98,7 +98,7 @@ print(calls)
 
 
 def test_nobody_is_called_at_import_or_later():
-    """By the interpreter's own audit of connections and processes."""
+    """The interpreter audits connections and processes."""
     command = [sys.executable, "-c", CALLED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

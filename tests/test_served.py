@@ -1,4 +1,4 @@
-"""Replies of inference servers: what they say about which token, and what is refused.
+"""Replies of inference servers: alignment of their log-probabilities, and refused replies.
 
 tests/fixtures/vllm.json was recorded from a real server (its header says which); sglang.json was
 written by hand. Both have the model's log-probabilities of every class, to compare with.
@@ -43,8 +43,10 @@ def choice(name: str, index: int = 0) -> dict[str, Any]:
 
 
 def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int = 0) -> None:
-    """Row i must have the k most probable classes of ``reference[first + i - 1]``, the
-    distribution of token i; with ``first=0``, row 0 is padding."""
+    """Assert that row i has the k most probable classes of ``reference[first + i - 1]``.
+
+    That is the distribution of token i. With ``first=0``, row 0 is padding.
+    """
     assert topk.log_probs.dtype == torch.float32 and topk.indices.dtype == torch.int64
     truth = torch.tensor(reference, dtype=torch.float64)
     if first == 0:
@@ -116,7 +118,7 @@ def test_a_prompt_of_a_chat():
 
 @dataclasses.dataclass
 class Logprob:
-    """As vllm.Logprob."""
+    """Stand-in for vllm.Logprob."""
 
     logprob: float
     rank: int | None = None
@@ -124,7 +126,7 @@ class Logprob:
 
 
 def objects(rows: list[Any]) -> list[Any]:
-    """What LLM.generate returned, of which the fixture has the numbers."""
+    """Rebuild LLM.generate's objects from the fixture's numbers."""
     return [row and {token: Logprob(lp, rank) for token, lp, rank in row} for row in rows]
 
 
@@ -156,7 +158,7 @@ def test_objects_of_vllm_itself():
 
 
 def test_the_temperature_of_prompts_is_1():
-    """What the module's docstring says of vLLM, in both modes."""
+    """Scores of prompts agree with the module's docstring in both modes of vLLM."""
     for mode in ("raw_logprobs", "processed_logprobs"):
         recorded = VLLM["objects"][mode]["T = 2"]
         topk = served.from_vllm(objects(recorded["prompt_logprobs"]))
@@ -181,7 +183,7 @@ def test_logits_are_refused():
 
 
 def test_a_probability_of_0_is_minus_infinity():
-    """Sampled among the 2 most probable, the other probabilities are 0: -inf, or in JSON -9999."""
+    """Samples from the 2 most probable tokens have others at -inf, or -9999 in JSON."""
     recorded = VLLM["objects"]["processed_logprobs"]["top_k = 2"]["logprobs"]
     in_json = [
         row and {str(token): {"logprob": max(lp, -9999.0)} for token, lp, _ in row}
@@ -202,7 +204,7 @@ def test_a_probability_of_0_is_minus_infinity():
 def test_generated_tokens(name, whole):
     reply = choice(name)
     topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
-    # A chat lists the generated token and the 2 or 3 most probable ones, 3 entries in all.
+    # A chat reply lists the generated token and the 2 or 3 most probable ones, 3 in all.
     is_chat = name == "chat"
     reference = (REPLIES["chat"] if is_chat else reply)["reference"]
     first = len(reference) + 1 - len(reply["token_ids"])
@@ -236,7 +238,7 @@ def test_chosen_ids():
 
 
 def test_ids_in_place_of_tokens():
-    """The form of vLLM's /inference/v1/generate."""
+    """vLLM's /inference/v1/generate returns ids in place of tokens."""
     content = copy.deepcopy(choice("chat")["logprobs"]["content"])
     for entry in [*content, *(top for each in content for top in each["top_logprobs"])]:
         entry["token_id"] = int(entry.pop("token").removeprefix("token_id:"))
@@ -267,20 +269,20 @@ def test_sglang(whole):
     assert {tuple(sorted(row)) for row in topk.indices[1:].tolist()} == {(2, 9, 30)}
     topk = served.from_sglang(reply, "output_top_logprobs", tokens=generated, k=2)
     assert_scores(topk, SGLANG["reference"], 2, first=PART)
-    for field, own in {"input": tokens, "output": generated}.items():
-        topk = served.from_sglang(reply, f"{field}_token_logprobs", tokens=own)
+    for field, ids in {"input": tokens, "output": generated}.items():
+        topk = served.from_sglang(reply, f"{field}_token_logprobs", tokens=ids)
         assert_scores(
             topk,
             SGLANG["reference"][: PART - 1 + len(generated)],
             0,
             first=PART * (field == "output"),
         )
-        sampled = served.gather(topk, torch.tensor(own))
-        assert sampled.tokens[1:].tolist() == own[1:]
+        sampled = served.gather(topk, torch.tensor(ids))
+        assert sampled.tokens[1:].tolist() == ids[1:]
 
 
 def test_the_form_of_sglang():
-    """SGLang's own types decode the fixture that was written by hand."""
+    """SGLang's own types decode the hand-written fixture."""
     types = pytest.importorskip("sglang.api.v1.api_types")
     decoded = types.GenerateResponse.from_json_value(SGLANG["reply"])
     assert len(decoded.meta_info.input_top_logprobs) == PART
@@ -320,7 +322,7 @@ def test_a_batch_of_sampled_tokens():
         [-1] * (missing + 1) + VLLM["prompts"][1][1:],
     ]
     assert (batch.log_probs == -math.inf).tolist() == (batch.tokens == -1).tolist()
-    # The tokens of a batch, padded by labels' -100, give the same.
+    # A batch's tokens, padded by labels of -100, give equal results.
     labels = torch.tensor([PROMPT, [-100] * missing + VLLM["prompts"][1]])
     lists = [served.from_vllm(each) for each in REPLIES["prompts, k = 3"]["choices"]]
     again = served.gather(served.collate(lists, padding_side="left"), labels, "k2")
@@ -370,7 +372,7 @@ def token(value: Any) -> Any:
 
 LIST = TopK(torch.tensor([[-1.0, -2.0]]), torch.tensor([[3, 4]]))
 ONE = Sampled(torch.tensor([-1.0]), torch.tensor([3]))
-# (a call, the error, what its message must say)
+# (a call, the error, a part of its message)
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # the reply
     "no reply": (lambda: served.from_vllm(None), ValueError, "prompt_logprobs must be a list with an entry for each token; got None"),
@@ -482,7 +484,7 @@ def test_a_mistake_is_named(name):
 
 
 def test_a_number_of_json_may_be_an_int():
-    """As JavaScript writes 0.0."""
+    """JavaScript writes 0.0 as 0."""
     assert served.from_vllm([{"5": {"logprob": 0}}]).log_probs.tolist() == [[0.0]]
 
 
@@ -574,6 +576,6 @@ def test_any_reply(name, seed, junk, k):
 
 
 def test_every_good_reply_is_valid():
-    """What the fuzzer starts from is read, so that it tries more than the first check."""
+    """The fuzzer's seeds are valid, so that it reaches later checks."""
     for reader, reply in READERS.values():
         assert_valid(reader(reply))

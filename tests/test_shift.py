@@ -32,7 +32,7 @@ def labels(device):
 
 
 def check(student, ours, sliced, sliced_labels, **options):
-    """Hold a shifted call against one of slices: loss, gradient and terms."""
+    """Compare a shifted call with a call on slices: loss, gradient and terms."""
     teacher, labels = ours
     reduction = options.get("reduction", "mean")
     one = fastkd.loss(student, teacher, labels, shift=1, **options)
@@ -61,7 +61,7 @@ def test_logits(student, teacher, labels, reduction, with_labels):
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_labels):
-    """As servers return them: token i's list comes with token i, and token 0 has none."""
+    """Token i's list comes with token i, as from servers, and token 0 has none."""
     log_probs, indices = teacher.log_softmax(-1).topk(K)
     log_probs[:, 0], indices[:, 0] = -math.inf, -1
     top = fastkd.TopK(log_probs, indices)
@@ -72,7 +72,7 @@ def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_label
 
 
 def test_sampled_tokens_with_weights(student, teacher, labels, device):
-    """The weights belong to the tokens: importance ratios, masks."""
+    """Weights belong to tokens, as importance ratios and masks do."""
     tokens = labels.clamp(min=0)
     log_probs = teacher.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     weights = draw(BATCH, POSITIONS, seed=2).abs().to(device)
@@ -100,7 +100,7 @@ def test_classes_first(student, teacher, labels):
 
 
 def test_two_positions_and_short_sequences(student, teacher, labels):
-    """Heads that predict the token after the next, and sequences with nothing to predict."""
+    """shift=2 works, and so do sequences with nothing to predict."""
     ours = fastkd.loss(student, teacher, labels, shift=2)
     torch.testing.assert_close(ours, fastkd.loss(student[:, :-2], teacher[:, :-2], labels[:, 2:]))
     assert fastkd.loss(student[:, :1], teacher[:, :1], labels[:, :1], shift=1) == 0
@@ -114,7 +114,7 @@ def test_kd_loss(student, teacher, labels):
 
 
 def test_narrow_labels(student, teacher, labels):
-    """uint8 cannot hold ignore_index."""
+    """uint8 labels cannot hold ignore_index."""
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))

@@ -1,4 +1,4 @@
-"""Lightning with the example's module, 20 steps, beside the same module with a loss by hand."""
+"""The Lightning example, 20 steps, beside its module with a loss by hand."""
 
 import copy
 import importlib.util
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 lightning = pytest.importorskip("lightning")
-pytest.importorskip("sklearn")  # which the example imports
+pytest.importorskip("sklearn")  # imported by the example
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 STEPS = 20
@@ -29,7 +29,7 @@ Classifier = example().Classifier
 
 
 class ByHand(Classifier):
-    """The example's loss, temperature 4 and alpha 0.1, by PyTorch's operations."""
+    """Module with the example's loss by PyTorch's operations."""
 
     def training_step(self, batch, index):
         images, labels = batch

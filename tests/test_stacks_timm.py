@@ -1,4 +1,4 @@
-"""timm's LogitDistillationTask in a training loop, 20 steps, beside the one of fastkd.compat."""
+"""timm's LogitDistillationTask in a training loop, 20 steps, beside fastkd.compat's."""
 
 import copy
 
@@ -13,7 +13,7 @@ STEPS, CLASSES = 20, 10
 
 
 class Network(nn.Module):
-    """A small convolutional network, with what timm asks of a model."""
+    """Small convolutional network with timm's attributes."""
 
     num_classes, in_chans = CLASSES, 3
     pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}  # noqa: RUF012
@@ -36,7 +36,7 @@ class Network(nn.Module):
 
 
 def train(kind, student, teacher, autocast: bool, **options) -> list[float]:
-    """Return each step's loss, of a loop such as that of timm's train.py."""
+    """Train in a loop like timm's train.py; return each step's loss."""
     torch.manual_seed(3)
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(CLASSES, (8,))) for _ in range(STEPS)]
     task = kind(copy.deepcopy(student), copy.deepcopy(teacher), verbose=False, **options)

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin, 20 steps, beside the same trainer with a loss by hand."""
+"""transformers.Trainer with the mixin, 20 steps, beside a trainer with a loss by hand."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ class Distilling(DistillationMixin, transformers.Trainer):
 
 
 class ByHand(transformers.Trainer):
-    """The same loss by PyTorch's operations, over the models' logits without a cache."""
+    """Trainer with the loss by PyTorch's operations, from logits without a cache."""
 
     def __init__(self, *arguments, teacher, **options):
         super().__init__(*arguments, **options)
@@ -116,7 +116,7 @@ def run(kind, folder, **options) -> list[float]:
 
 
 def moved(samples):
-    """Collate with labels that stand where their logits do, as collators without padding do."""
+    """Collate with labels aligned with their logits, as collators without padding do."""
     batch = pad(samples)
     return {**batch, "shift_labels": causal_labels(batch), "labels": batch["labels"] * 0 + 7}
 
@@ -147,9 +147,9 @@ def test_each_step_has_the_loss_by_hand(situation, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_two_gpus_are_one_with_batches_twice_as_large(everywhere, tmp_path):
-    """Simulated: the trainer counts for two, as (2, 1), and DataParallel finds none."""
+    """The trainer counts two simulated GPUs, (2, 1), and DataParallel finds none."""
     even = [sample for sample in sentences(64) if len(sample["input_ids"]) % 2][:32]
-    for sample in even:  # the count of tokens is divided by the GPUs, rounded down
+    for sample in even:  # the token count is divided by the GPUs, rounded down
         sample["labels"] = sample["input_ids"]
     options = {"average_tokens_across_devices": everywhere, "data": even}
     ours = run(Distilling, tmp_path, gpus=2, **options)
@@ -187,7 +187,7 @@ def packed_and_padded():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixin", "fastkd.Trainer"])
 def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
-    """No sequence sees the one before, neither in the student nor in the teacher."""
+    """No sequence attends to the previous one, in the student or in the teacher."""
     options = {"temperature": TEMPERATURE, "alpha": ALPHA}
     values = []
     for batch in packed_and_padded():
@@ -209,7 +209,7 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(kind, tmp_path):
 
 
 class Asked(nn.Module):
-    """Logits, and what the call said about the cache."""
+    """Output of logits that records the call's use of the cache."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ def test_wrapped_models_are_asked_for_no_cache_unless_the_batch_wants_one():
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2)})
     batches.outputs(Wrapped(asked), {"x": torch.zeros(1, 2), "use_cache": True})
     batches.outputs(Wrapped(asked), (torch.zeros(1, 2), True))
-    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # which takes none
+    batches.outputs(Wrapped(nn.Linear(2, 3)), torch.zeros(1, 2))  # this model takes no cache
     assert asked.seen == [False, True, True]
 
 
@@ -262,7 +262,7 @@ def test_labels_that_are_shifted_stay_where_they_are():
 
 
 def test_granite_takes_it_by_its_base_model():
-    """Its head's forward has ``**kwargs`` alone, where the model that it calls names it."""
+    """Granite's head takes ``**kwargs`` alone, and calls a base model that names the argument."""
     config = transformers.GraniteMoeConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -280,7 +280,7 @@ def test_granite_takes_it_by_its_base_model():
 
 
 class Head(nn.Module):
-    """A plain module; ``form`` is what its forward makes of the logits."""
+    """Plain module; ``form`` is the type of its forward's output."""
 
     def __init__(self, width, form, seed):
         super().__init__()
@@ -318,7 +318,7 @@ def test_plain_modules(form, tmp_path):
     ours.train()
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
-    # As they come to compute_metrics: no entry of a tuple and no sample of a tensor is lost.
+    # compute_metrics gets every entry of a tuple and every sample of a tensor.
     result = ours.predict(sentences()[:8])
     assert result.metrics["test_loss"] > 0
     predictions = result.predictions
@@ -327,7 +327,7 @@ def test_plain_modules(form, tmp_path):
 
 
 def test_a_teacher_in_bf16_gets_its_dtype(tmp_path):
-    """Floating-point inputs are cast for it, as for images."""
+    """Floating-point inputs, such as images, are cast for the teacher."""
 
     class Classifier(nn.Module):
         def __init__(self):

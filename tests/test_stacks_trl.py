@@ -1,4 +1,4 @@
-"""TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside that of fastkd."""
+"""TRL's GKD, distillation and SFT trainers, 20 steps: their own loss beside fastkd's."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # a warning, when it is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL warns when it is imported
 for package in ("trl", "datasets", "tokenizers", "accelerate", "jinja2"):
     pytest.importorskip(package)
 
@@ -119,7 +119,8 @@ def prompted() -> Dataset:
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()),
 )
 def test_gkd_trainer(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)  # of logits
+    # The mixin does not call the loss of full logits.
+    monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)
     kinds = (GKDTrainer, FastGKD, integration.GKDTrainer)
     theirs, *ours = (gkd(kind, tmp_path, prompted(), **options) for kind in kinds)
     assert len(theirs) == STEPS
@@ -129,7 +130,7 @@ def test_gkd_trainer(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
 def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
-    """Its own loss is 0 / 0."""
+    """TRL's own loss is 0 / 0 here."""
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
     empty = Dataset.from_list(rows)
@@ -137,7 +138,7 @@ def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
 
 
 def other_models(kind: str):
-    """Return a student and a teacher whose logits are scaled, or soft-capped."""
+    """Return a student and a teacher with scaled, or soft-capped, logits."""
     shared = {"vocab_size": VOCABULARY, "num_hidden_layers": 1, "num_attention_heads": 2}
     shared |= {"num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
     name, options = {
@@ -165,7 +166,7 @@ def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compute_metrics", [None, lambda found: {"shape": found.predictions.shape}]
+    "compute_metrics", [None, lambda results: {"shape": results.predictions.shape}]
 )
 def test_gkd_trainer_evaluates(compute_metrics, tmp_path):
     ours, theirs = (
@@ -179,7 +180,7 @@ def test_gkd_trainer_evaluates(compute_metrics, tmp_path):
 
 @pytest.mark.parametrize("return_outputs", [False, True])
 def test_gkd_trainer_of_several_processes(return_outputs, tmp_path, monkeypatch):
-    """DDP averages gradients over processes: the loss of a shared count is multiplied by them."""
+    """DDP averages gradients, so a loss over a shared count is multiplied by the processes."""
     trainer = gkd_trainer(integration.GKDTrainer, tmp_path, prompted())
     batch = next(iter(trainer.get_train_dataloader()))
 
@@ -210,7 +211,7 @@ def two_steps(folder, processes: int) -> dict[str, list[float]]:
 
 
 def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
-    """With DDP. TRL's own losses and gradients are half as large as with one process."""
+    """TRL's own losses and gradients under DDP are half of one process's."""
     file = tmp_path / "log.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, __file__, file], capture_output=True, text=True)
@@ -222,10 +223,10 @@ def test_gkd_trainer_takes_the_same_steps_with_two_processes(tmp_path):
 
 def test_gkd_trainer_refuses_logits_that_it_cannot_compute(tmp_path):
     models = models_of("teacher_model")
-    own = models["teacher_model"].forward
+    teacher_forward = models["teacher_model"].forward
 
     def forward(*arguments, **options):
-        out = own(*arguments, **options)
+        out = teacher_forward(*arguments, **options)
         return type(out)(logits=1.1 * out.logits)
 
     models["teacher_model"].forward = forward
@@ -251,7 +252,7 @@ def with_logits(
     temperature=1.0,
     **_,
 ):
-    """TRL's chunked loss by :func:`fastkd.compat.trl.generalized_jsd_loss`."""
+    """Compute TRL's chunked loss by :func:`fastkd.compat.trl.generalized_jsd_loss`."""
     labels = torch.where(completion_mask != 0, 0, -100)
     loss = generalized_jsd_loss(
         student_hidden_states @ student_lm_head_weight.T,
@@ -299,7 +300,7 @@ def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
 )
 def test_distillation_trainer(options, tmp_path, monkeypatch):
     theirs = distillation(DistillationTrainer, tmp_path, **options).state.log_history
-    # TRL's own loss is not what the trainer calls, and is not changed.
+    # The trainers do not call TRL's own loss, which stays unchanged.
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
     ours = distillation(integration.DistillationTrainer, tmp_path, **options).state.log_history
     for name in ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"):
@@ -309,7 +310,7 @@ def test_distillation_trainer(options, tmp_path, monkeypatch):
 
 
 def test_the_trainers_can_be_pickled_by_name():
-    """As torch.save and spawned processes need."""
+    """torch.save and spawned processes need picklable trainers."""
     for name in ("DistillationTrainer", "GKDTrainer"):
         kind = getattr(integration, name)
         assert pickle.loads(pickle.dumps(kind)) is kind
@@ -360,7 +361,7 @@ def test_sft_trainer(packing, tmp_path):
 
 
 def test_packing_gives_the_loss_of_padding(tmp_path):
-    """Of all sentences in one step."""
+    """One step holds all sentences."""
     options = {"max_steps": 1, "per_device_train_batch_size": 32}
     packed, padded = (sft(Distilling, tmp_path, packing=each, **options) for each in (True, False))
     assert packed == pytest.approx(padded, rel=1e-6)

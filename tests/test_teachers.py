@@ -1,4 +1,4 @@
-"""The teacher's cache: what is written is what is read, whatever is interrupted, lost or forged."""
+"""The teacher cache: round trips, and interruptions, losses and forged files."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 class Counting(nn.Module):
-    """A teacher that knows how many samples it was asked about, and fails when told to."""
+    """Teacher that counts its samples, and fails on demand."""
 
     def __init__(self, classes: int = 10, fail_after: float = float("inf")) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Counting(nn.Module):
 
 
 class Characters(nn.Module):
-    """A teacher of sequences."""
+    """Teacher of sequences of characters."""
 
     def __init__(self, vocabulary: int = 30) -> None:
         super().__init__()
@@ -84,9 +84,9 @@ def cache(tmp_path_factory) -> TeacherCache:
 def test_all_classes(tmp_path, dtype):
     cache = write(Counting(), tmp_path, dtype=dtype, temperature=3.0, shard_bytes=1000)
     ids = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:77]
-    found, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
-    assert found.dtype == dtype and found.shape == (77, 10)
-    assert bool(((found - exact).abs() <= EPS[dtype] * exact.abs() * 1.001 + 1e-6).all())
+    cached, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
+    assert cached.dtype == dtype and cached.shape == (77, 10)
+    assert bool(((cached - exact).abs() <= EPS[dtype] * exact.abs() * 1.001 + 1e-6).all())
     assert len(list(tmp_path.iterdir())) > 1
 
 
@@ -121,7 +121,7 @@ def test_the_kl_that_was_lost_is_measured(tmp_path, dtype, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
-    """Of a row whose tail is a denormal number, and of one whose loss is but rounding."""
+    """A row has a subnormal tail, another a loss that is all rounding."""
     torch.manual_seed(0)
     sure, level = torch.randn(1, 1000), torch.zeros(1, 14)
     sure[0, 3], level[0, 4:] = 105.0, -15.669451713562012
@@ -146,7 +146,7 @@ def test_masked_classes(tmp_path):
 
 
 def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
-    """At another temperature, too: times T, its log-probabilities are logits up to a constant."""
+    """Times T, cached log-probabilities are logits up to a constant, at any other temperature."""
     cache = write(Counting(), tmp_path, dtype=torch.float32, temperature=2.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_the_loss_of_a_dense_cache_is_that_of_the_teacher(tmp_path):
 
 
 def test_a_top_k_cache_is_a_teacher(tmp_path):
-    """With all classes in it, the loss is that of the teacher; padding counts nothing."""
+    """With all classes cached, the loss is the teacher's; padding contributes 0."""
     cache = write(Counting(), tmp_path, top_k=10, dtype=torch.float32, temperature=3.0)
     student, ids = torch.randn(64, 10), torch.arange(64)
     with torch.no_grad():
@@ -172,11 +172,11 @@ def test_a_top_k_cache_is_a_teacher(tmp_path):
     text = write(Characters(), tmp_path / "text", loader=sequences(4), top_k=4)
     batch = padded([(TEXT[0], None, 0), (TEXT[1], None, 1)])
     student = torch.randn(2, 9, 30)
-    found = text.lookup(batch.ids, student.shape[1:-1])
-    whole = fastkd.loss(student, found, batch.labels, reduction="sum")
+    cached = text.lookup(batch.ids, student.shape[1:-1])
+    whole = fastkd.loss(student, cached, batch.labels, reduction="sum")
     alone = []
     for row, n in ((0, 3), (1, 9)):
-        lists = fastkd.TopK(found.log_probs[row, :n], found.indices[row, :n])
+        lists = fastkd.TopK(cached.log_probs[row, :n], cached.indices[row, :n])
         alone.append(fastkd.loss(student[row, :n], lists, TEXT[row], reduction="sum"))
     torch.testing.assert_close(whole, sum(alone), rtol=1e-5, atol=1e-5)
 
@@ -187,7 +187,7 @@ TEXT = [torch.arange(n) % 30 for n in (3, 9, 0, 5, 9, 1)]
 
 
 def padded(samples: list, length: int | None = None) -> batches.Labelled:
-    """Collates (tokens, tokens, id) by filling up at the end."""
+    """Collate (tokens, tokens, id), padded at the end."""
     length = length or max(1, max(len(item[0]) for item in samples))
     inputs = torch.zeros(len(samples), length, dtype=torch.int64)
     labels = torch.full((len(samples), length), -100)
@@ -210,16 +210,16 @@ def test_sequences_are_kept_without_their_padding(tmp_path, top_k):
     assert cache.positions == (-1,)
     assert sum(len(part.log_probs) for part in cache._shards) == sum(map(len, TEXT))
     order = [4, 2, 0]
-    found = cache.lookup(torch.tensor(order), shape=(12,))
-    log_probs = found if top_k is None else found.log_probs
+    cached = cache.lookup(torch.tensor(order), shape=(12,))
+    log_probs = cached if top_k is None else cached.log_probs
     assert log_probs.shape == (3, 12, top_k or 30)
     for row, number in enumerate(order):
         tokens = TEXT[number]
         exact = Characters()(tokens).log_softmax(-1)
         if top_k is not None:
             exact, places = exact.topk(top_k)
-            assert torch.equal(found.indices[row, : len(tokens)], places)
-            assert bool((found.indices[row, len(tokens) :] == -1).all())
+            assert torch.equal(cached.indices[row, : len(tokens)], places)
+            assert bool((cached.indices[row, len(tokens) :] == -1).all())
             assert bool((log_probs[row, len(tokens) :] == -torch.inf).all())
         else:  # padding is a distribution, too
             rest = log_probs[row, len(tokens) :].exp().sum(-1)
@@ -271,9 +271,9 @@ def test_images_of_classes(tmp_path):
 
 
 def lookup(cache: TeacherCache, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors that a cache has for some samples."""
-    found = cache.lookup(ids)
-    return (found,) if cache.top_k is None else found[:2]
+    """Return the cached tensors of some samples."""
+    cached = cache.lookup(ids)
+    return (cached,) if cache.top_k is None else cached[:2]
 
 
 def same(one: TeacherCache, other: TeacherCache) -> None:
@@ -298,7 +298,7 @@ def test_resumes_after_an_error_with_all_that_was_done(tmp_path, cache, error):
 
 @pytest.mark.parametrize("interrupted", [1, 2])
 def test_an_interrupt_while_a_file_is_written_loses_nothing(tmp_path, monkeypatch, interrupted):
-    """Be it the first file of two, or the last one, after all samples."""
+    """The interrupt comes in the first file of two, or in the last, after all samples."""
     shards, whole = [], shard.write
 
     def interrupt(folder, part):
@@ -353,9 +353,9 @@ def test_killed_it_leaves_a_usable_cache(tmp_path, cache):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    left = TeacherCache(tmp_path)
-    assert 0 < len(left) < 200
-    assert torch.equal(left.lookup(left.ids).indices, cache.lookup(left.ids).indices)
+    reopened = TeacherCache(tmp_path)
+    assert 0 < len(reopened) < 200
+    assert torch.equal(reopened.lookup(reopened.ids).indices, cache.lookup(reopened.ids).indices)
     teacher = Counting()
     resumed = write(teacher, tmp_path, top_k=4)
     assert teacher.samples < 200 and len(resumed) == 200
@@ -379,18 +379,18 @@ def test_what_a_killed_process_left_half_written_is_not_read(tmp_path, cache):
 
 
 def test_two_processes_may_write_different_samples(tmp_path, cache, monkeypatch):
-    """As under a distributed sampler: both see the same next free name."""
+    """Under a distributed sampler, both processes see the same next free name."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     write(Counting(), tmp_path, loader=halves[0], top_k=4)
     monkeypatch.setattr(pathlib.Path, "glob", lambda *_: iter(()))
-    with pytest.raises(FileNotFoundError):  # reading cannot see the files, either
+    with pytest.raises(FileNotFoundError):  # neither can a reader see the files
         write(Counting(), tmp_path, loader=halves[1], top_k=4)
     monkeypatch.undo()
     same(TeacherCache(tmp_path), cache)
 
 
 def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypatch):
-    """As in two containers; the second writes its file while the first writes."""
+    """Two containers have equal process numbers; the second writes during the first's write."""
     halves = [DataLoader(Subset(DATA, range(first, 200, 2)), 32) for first in (0, 1)]
     module = pytest.importorskip("safetensors.torch")
     save_file = module.save_file
@@ -408,7 +408,7 @@ def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypat
 # ---- many readers
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later warn
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read(cache, method):
     ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))
@@ -419,10 +419,10 @@ def test_workers_read(cache, method):
         num_workers=2,
         multiprocessing_context=method,
     )
-    for asked, found in zip(ids, loader, strict=True):
+    for asked, looked_up in zip(ids, loader, strict=True):
         expected = cache.lookup(asked)
-        assert type(found) is fastkd.TopK and found.tail == expected.tail
-        assert all(torch.equal(*pair) for pair in zip(found[:2], expected[:2], strict=True))
+        assert type(looked_up) is fastkd.TopK and looked_up.tail == expected.tail
+        assert all(torch.equal(*pair) for pair in zip(looked_up[:2], expected[:2], strict=True))
 
 
 def test_pickled_it_is_a_path(cache):
@@ -453,7 +453,7 @@ def test_the_teacher_s_wrappers_make_no_difference(cache):
 
 
 class Packed(nn.Module):
-    """Keeps quantized weights as quantized layers do: in a tuple of its state."""
+    """Module with its weights in a tuple of its state, as quantized layers have them."""
 
     def __init__(self, weight):
         super().__init__()
@@ -473,11 +473,11 @@ def test_a_fingerprint_is_of_quantized_weights_too(of_channels):
         scales = torch.full((3,), scale)
         return Packed(torch.quantize_per_channel(weight, scales, torch.zeros(3), 0, torch.qint8))
 
-    found = [
+    prints = [
         fastkd.teachers.fingerprint(packed(value, scale))
         for value, scale in ((1.0, 0.1), (1.0, 0.1), (1.0, 0.2), (2.0, 0.2))
     ]
-    assert found[0] == found[1] and len(set(found)) == 3
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 def test_another_number_of_classes_is_refused(cache):
@@ -610,7 +610,7 @@ def joined(header: dict | bytes, body: bytes) -> bytes:
 
 @pytest.fixture
 def forged(cache, tmp_path):
-    """Writes a file as a cache of one shard, and gives the whole shard's header and body."""
+    """Write a forged file as a cache of one shard; return the valid header and body."""
     data = (cache.path / "shard-00000.safetensors").read_bytes()
 
     def forge(new: bytes) -> pathlib.Path:
@@ -688,7 +688,7 @@ READ = "import sys; from fastkd.teachers import TeacherCache; TeacherCache(sys.a
     ["pipe", *(pytest.param(k, marks=pytest.mark.slow) for k in ("socket", "device", "folder"))],
 )
 def test_only_regular_files_are_opened(tmp_path, kind):
-    """A process of its own, since opening a named pipe would wait for ever."""
+    """A process of its own tries it, since opening a named pipe blocks."""
     file = tmp_path / "shard-00000.safetensors"
     if kind == "pipe":
         os.mkfifo(file)
@@ -716,7 +716,7 @@ def test_forged_lengths_and_classes(forged):
 
 
 def test_a_forged_class_is_refused(cache, tmp_path):
-    """Its checksum is right: a forger computes that, too."""
+    """The forged file has a valid checksum."""
     content, _ = shard.read(cache.path / "shard-00000.safetensors")
     content.indices[0, 0] = 10
     shard.write(tmp_path, content)
@@ -725,14 +725,14 @@ def test_a_forged_class_is_refused(cache, tmp_path):
 
 
 def contents(path: pathlib.Path) -> list[torch.Tensor]:
-    """All that can be read of a cache."""
+    """Return everything that a cache contains."""
     read = TeacherCache(path)
     numbers = torch.tensor([read.classes, read.temperature, read.kl, read.tail])
     return [read.ids, read._lengths, read._inputs, numbers, *lookup(read, read.ids)]
 
 
 def test_damaged_bytes_and_cut_files_are_refused(forged):
-    """In one process: a crash would end the tests."""
+    """A process of its own tries each file: a crash would end the tests."""
     data, forge = forged
     original = contents(forge(data))
     header_size = struct.unpack("<Q", data[:8])[0] + 8
@@ -753,14 +753,14 @@ def test_damaged_bytes_and_cut_files_are_refused(forged):
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_flipped_bits_are_seen(tmp_path, top_k):
-    """Such as the sign of a log-probability, which makes a probability of more than 1."""
+    """A flipped sign of a log-probability makes a probability above 1."""
     few = Subset(DATA, range(3))
     write(Counting(5), tmp_path, loader=DataLoader(few, 3), top_k=top_k)
     (file,) = tmp_path.iterdir()
     data, original = file.read_bytes(), contents(tmp_path)
     kept = 0
     for place, bit in itertools.product(range(len(data)), (7, None)):
-        bit = place * 5 % 7 if bit is None else bit  # of each byte the highest and another
+        bit = place * 5 % 7 if bit is None else bit  # the highest bit of each byte and one other
         damaged = bytearray(data)
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
@@ -770,11 +770,11 @@ def test_flipped_bits_are_seen(tmp_path, top_k):
             continue
         kept += 1
         assert all(map(torch.equal, read, original)), f"bit {bit} of byte {place}"
-    assert kept < 50  # of the header's blanks and the like
+    assert kept < 50  # blanks of the header, for example
 
 
 def test_each_sample_has_its_checksum(tmp_path):
-    """Damage is found where it is read, and samples elsewhere are read all the same."""
+    """Damage is found when a sample is read, and other samples stay readable."""
     write(Counting(), tmp_path)
     (file,) = tmp_path.iterdir()
     header, body = parts_of(file.read_bytes())
@@ -825,9 +825,9 @@ def test_batches_are_taken_apart():
         ((x, y, ids), y, ids),
         (batches.Unlabelled(x, ids), None, ids),
     ]:
-        found = batches.split(batch)
-        assert found.inputs is x and found.labels is labels
-        assert found.ids is None if numbers is None else torch.equal(found.ids, numbers.long())
+        parts = batches.split(batch)
+        assert parts.inputs is x and parts.labels is labels
+        assert parts.ids is None if numbers is None else torch.equal(parts.ids, numbers.long())
     assert batches.split({"a": x, "labels": y, "ids": ids}).inputs == {"a": x}
     with pytest.raises(TypeError, match="got tuple of 4"):
         batches.split((x, y, ids, x))

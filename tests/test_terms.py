@@ -1,4 +1,4 @@
-"""fastkd.terms: every field against the reference, and where its gradient flows."""
+"""fastkd.terms: every field against the reference, and its gradient."""
 
 import math
 
@@ -23,7 +23,7 @@ import fastkd
 from fastkd import _C
 
 RELATIVE = {FP32: 2e-6, FP64: 1e-13}
-# Entropies and divergences are differences of log-probabilities: a unit in the last place of those.
+# Entropies and divergences are differences of log-probabilities: a unit in the last place.
 ABSOLUTE = {FP32: 1e-6, FP64: 1e-14}
 
 
@@ -73,7 +73,7 @@ def test_every_field(device, shape, reduction, dtype):
     ids=str,
 )
 def test_options(device, options):
-    # The terms are what they are whatever they weigh.
+    # Terms do not depend on their weights.
     check(*make((6, 170), device=device), **options)
 
 
@@ -113,7 +113,7 @@ def test_only_the_loss_carries_a_gradient(device):
     assert got.loss.requires_grad
     for name, term in zip(got._fields[1:], got[1:], strict=True):
         assert not term.requires_grad, name
-    # Nor does using them change the one that flows.
+    # Uses of the other terms do not change the loss's gradient.
     (3 * got.loss + got.hard + got.student_entropy).backward()
     alone = student.detach().requires_grad_()
     (3 * fastkd.loss(alone, teacher, labels)).backward()
@@ -136,7 +136,7 @@ def test_ignored_rows_are_zero_in_every_field(device):
     [
         ([1.0, 2.0, 0.0], [0.0, 5.0, 1.0], 1),
         ([1.0, 2.0, 0.0], [6.0, 5.0, 1.0], 0),
-        ([2.0, 2.0, 0.0], [0.0, 5.0, 1.0], 1),  # a tie that the teacher's choice is part of
+        ([2.0, 2.0, 0.0], [0.0, 5.0, 1.0], 1),  # a tie that includes the teacher's choice
         ([2.0, 1.0, 2.0], [0.0, 5.0, 5.0], 1),  # ties that share a class
         ([2.0, 2.0, 0.0], [0.0, 1.0, 5.0], 0),
         ([2.0, 0.0, 2.0], [0.0, 5.0, 0.0], 0),
@@ -146,14 +146,14 @@ def test_ignored_rows_are_zero_in_every_field(device):
 )
 @pytest.mark.parametrize("width", [3, 200])
 def test_agreement(device, width, student, teacher, agree):
-    # Padded with classes below all others, in front, so that the row is wide.
+    # Padding classes below all others come first, so that the row is wide.
     pad = [-9.0] * (width - 3)
     s, t = (torch.tensor([pad + row], device=device) for row in (student, teacher))
     assert fastkd.terms(s, t, reduction="none").agreement.tolist() == [agree]
 
 
 def test_agreement_across_segments(device):
-    """The greatest class may lie in any part of a row that is shared among threads."""
+    """The greatest class lies in any part of a row that threads share."""
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)
     places = [0, _C.segment - 1, _C.segment, 2 * _C.segment + 3, width - 1]
@@ -170,7 +170,7 @@ def test_nan_rows_are_nan_in_every_field(device):
     student[1, 7] = math.nan
     got = fastkd.terms(student, teacher, labels, reduction="none")
     for name, term in zip(got._fields, got, strict=True):
-        if name == "teacher_entropy" or name.endswith("mass"):  # say nothing about the student
+        if name == "teacher_entropy" or name.endswith("mass"):  # independent of the student
             continue
         assert not term[[0, 2, 3]].isnan().any(), name
         if name != "agreement":

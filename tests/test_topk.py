@@ -1,4 +1,4 @@
-"""The sparse teacher: k classes a row, held against the definition, row by row, in float64."""
+"""Sparse teachers of k classes a row, against the definition in float64."""
 # ruff: noqa: E501 - one mistake a line
 
 import collections
@@ -58,8 +58,7 @@ def make(
     temperature: float = 2.0,
     seed: int = 0,
 ) -> Problem:
-    """A student near its teacher, whose greatest k classes come in a random order with padding
-    between them. A fifth of the labels is ignored, and half of the others are listed."""
+    """Make a student near its teacher, with shuffled and padded lists and ignored rows."""
     generator = torch.Generator().manual_seed(seed)
     *rows, classes = shape
     wide = FP64 if dtype == FP64 else FP32
@@ -79,7 +78,7 @@ def make(
 
 
 def row_divergence(z: Tensor, indices: Tensor, log_probs: Tensor, tail: str) -> Tensor:
-    """By the definition: the coarser distribution's probabilities, and torch's kl_div of them."""
+    """Compute the divergence of the merged classes by torch's kl_div."""
     kept = indices >= 0
     ids, p = indices[kept], log_probs[kept].exp()
 
@@ -148,7 +147,7 @@ def run(
     problem: Problem, tail: str = "ghost", grad_output: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     leaf = problem.student.detach().requires_grad_()
-    options = {"temperature": 2.0, **options}  # that of make()'s lists
+    options = {"temperature": 2.0, **options}  # mixture weight for make()'s lists
     value = fastkd.loss(leaf, problem.teacher(tail), problem.labels, **options)
     outgoing = torch.ones_like(value) if grad_output is None else grad_output.to(value)
     (grad,) = torch.autograd.grad(value, leaf, outgoing)
@@ -165,14 +164,15 @@ def check(problem: Problem, tail: str = "ghost", **options: Any) -> None:
 
 @pytest.fixture
 def formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain PyTorch formula instead of the kernel."""
+    """Use the PyTorch formula instead of the kernel."""
     monkeypatch.setattr(topk, "KERNEL_DEVICES", ())
 
 
 # ---- against the definition
 
-# (shape, k): more is left than listed, and less; one class listed; a list longer than the kernel's
-# chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading dimensions
+# (shape, k): more mass outside the list, and less; one listed class; a list longer than the
+# kernel's chunk of 64; rows that end within a vector, a word of 64, a block and a segment; leading
+# dimensions
 SHAPES = [
     *(((5, 10), 3), ((5, 10), 9), ((6, 2), 1), ((4, 1000), 64), ((3, 333), 130)),
     *(((2, 1025), 20), ((2, S + 65), 64), ((2, 3, 40), 5), ((7,), 2)),
@@ -230,7 +230,7 @@ def test_without_labels(device, tail):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("shape", "k"), [((5, 10), 3), ((4, 300), 20), ((2, 3, 40), 5)], ids=str)
 def test_the_formula(shape, k, tail, dtype):
-    """What serves where no kernel can."""
+    """The PyTorch formula, for devices without kernels, equals the definition."""
     problem = make(shape, k, FP64, padding=0.3)
     problem = problem._replace(
         student=problem.student.to(dtype), log_probs=problem.log_probs.to(dtype)
@@ -291,9 +291,9 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.usefixtures("each_autograd")
 def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
-    """Whatever its class is: 0 again and again in TRL, the next ones in a server's reply."""
+    """Padding has any class: 0 in TRL, consecutive ids in a server's reply."""
     student, indices, log_probs, labels = make((6, 40), 5, device=device)
-    labels = indices[:, 1]  # among them the classes that the padding names
+    labels = indices[:, 1]  # include the padding's classes
     shorter = (indices[:, :3], log_probs[:, :3])
     minus_infinity = torch.full((6, 2), -math.inf, dtype=log_probs.dtype, device=device)
     padded = torch.cat((shorter[1], minus_infinity), -1)
@@ -318,7 +318,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
         ids = torch.cat((shorter[0], classes.to(device)), -1)
         for one, other in zip(run_list(ids, padded), expected, strict=True):
             torch.testing.assert_close(one, other, msg=name)
-        with torch.no_grad():  # the formula, too
+        with torch.no_grad():  # also by the formula
             head, teacher = Head(student, torch.eye(40, device=device)), TopK(padded, ids, tail)
             linear = fastkd.loss(head, teacher, labels, temperature=2.0)
             torch.testing.assert_close(linear, expected[0])
@@ -329,7 +329,7 @@ def test_an_entry_of_minus_infinity_is_padding(device, tail, requires_grad):
 
 
 def test_a_list_is_of_temperature_1_unless_the_call_says_otherwise():
-    """As what servers return and what log_softmax gives is."""
+    """The default temperature is 1, that of servers and of log_softmax."""
     logits = make((6, 40), 5).student
     teacher = TopK(*logits.log_softmax(-1).topk(40))
     student = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
@@ -393,8 +393,7 @@ def test_a_perfect_student(device, tail):
 @pytest.mark.parametrize("noise", [1e-4, 1e-6])
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
 def test_a_student_close_to_its_teacher(tail, noise):
-    """Where p log(p / q) adds up numbers of both signs to one a million times smaller; lists in
-    float64, for their rounding would be all that is left of the loss."""
+    """Terms of both signs add up to a millionth of their size; lists are in float64."""
     problem = perfect(tail, FP64)
     generator = torch.Generator().manual_seed(1)
     student = problem.student + noise * torch.randn(8, 500, generator=generator, dtype=FP64)
@@ -414,7 +413,7 @@ def test_a_student_close_to_its_teacher(tail, noise):
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=name_of)
 def test_little_is_left_outside_the_list(gap, dtype):
-    """1 minus the listed probabilities would be 0 here, and its logarithm -inf."""
+    """1 minus the listed probabilities rounds to 0, and its logarithm to -inf."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(4, 200, generator=generator, dtype=dtype)
     student[:, :5] += gap
@@ -422,7 +421,7 @@ def test_little_is_left_outside_the_list(gap, dtype):
     problem = Problem(student, torch.arange(5).expand(4, 5), log_probs.contiguous(), None)
     check(problem, temperature=1.0)
     _, grad = run(problem, temperature=1.0)
-    # The teacher leaves them 0.14, whatever little they have.
+    # The teacher leaves 0.14 to the other classes.
     q = student.double().softmax(-1)[:, 5:].sum(-1).mean()
     torch.testing.assert_close(grad[:, 5:].sum().double(), q - 0.14, rtol=1e-5, atol=0)
 
@@ -471,7 +470,7 @@ def test_the_order_of_a_list_does_not_matter(device, tail):
 @pytest.mark.parametrize("filler", [0.0, NAN, INF, 1e30])
 @pytest.mark.parametrize("tail", TAILS)
 def test_padding_counts_nothing(device, tail, filler):
-    """Whatever number stands beside it."""
+    """Padding contributes 0, whatever its log-probability."""
     problem = make((5, 300), 20, padding=0.0, device=device)
     some = torch.full((5, 3), filler, device=device)
     nothing = torch.tensor([-1, -100, -(2**62)], device=device).expand(5, 3)
@@ -500,8 +499,7 @@ def test_an_empty_list_has_no_soft_term(device, tail, what):
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
 def test_narrow_lists(device, index_dtype, dtype):
-    """Ids of any integer dtype; log-probabilities as they are, also where rounding has made them
-    add up to more than 1."""
+    """Ids have any integer dtype; rounded log-probabilities may add up to more than 1."""
     student = make((3, 300), 1, device=device).student
     indices = torch.arange(155, device=device).expand(3, 155)
     log_probs = torch.full((3, 155), -math.log(155), device=device).to(dtype)
@@ -514,8 +512,7 @@ def test_narrow_lists(device, index_dtype, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_more_than_one(device, tail):
-    """A mass above 1, as rounding leaves it: the gradient is still the value's, and "ghost" is not
-    negative."""
+    """With a rounded mass above 1, the gradient is the value's, and "ghost" is at least 0."""
     problem = make((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
     problem = problem._replace(log_probs=normal)
@@ -531,7 +528,7 @@ def test_more_than_one(device, tail):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_masked_classes_that_are_not_listed(device, tail):
-    """Are as if they were not there."""
+    """Unlisted masked classes have no effect."""
     problem = make((4, 300), 20, device=device, labels=False)
     wide = torch.cat([problem.student, torch.full((4, 2000), -INF, device=device)], -1)
     value, grad = run(problem, tail)
@@ -550,7 +547,7 @@ def test_a_masked_class_that_is_listed(device, tail):
     assert (value == INF).all()
     assert grad.isfinite().all()
     assert (grad[rows, problem.indices[:, 0]] < 0).all()
-    # The teacher thinks it impossible too.
+    # The teacher masks the class too.
     problem.log_probs[:, 0] = -INF
     check(problem, tail, reduction="none")
     assert (run(problem, tail)[1][rows, problem.indices[:, 0]] == 0).all()
@@ -558,7 +555,7 @@ def test_a_masked_class_that_is_listed(device, tail):
 
 @pytest.mark.parametrize("rest", ["listed", "masked"])
 def test_no_ghost_where_nothing_is_left(device, rest):
-    """The remaining mass has nowhere to be: the listed probabilities are divided by their sum."""
+    """Without other classes, the listed probabilities are divided by their sum."""
     student = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=FP64).to(device)
     log_probs = torch.tensor([0.1, 0.2, 0.1, 0.1, 0.1, 0.2], dtype=FP64, device=device).log()
     problem = Problem(
@@ -620,7 +617,7 @@ def test_no_rows(device, reduction):
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_huge_logits(scale):
-    """Softmax knows differences alone: those of the maximum stay exact."""
+    """Differences from the maximum are exact, so softmax is."""
     problem = make((4, 64), 6, FP64, labels=False)
     student = problem.student.round() + 2.0**60 * (scale > 1e20)
     value, _ = run(problem._replace(student=student))
@@ -721,7 +718,7 @@ def test_backward_twice(device, reduction, dtype):
 
 
 def test_fp16_gradients_survive_a_loss_scale(device):
-    """They are computed anew: what had underflowed at first is there."""
+    """Gradients are recomputed for the loss scale, so nothing has underflowed."""
     problem = make((64, 2000), 20, FP16, device=device)
     scale = torch.tensor(2.0**15)
     grad = run(problem, grad_output=scale)[1]
@@ -743,7 +740,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # every pair of two
+@pytest.mark.parametrize(  # every two values meet
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),
@@ -821,7 +818,7 @@ def good() -> dict[str, Any]:
 
 
 Z, L = torch.zeros, torch.int64
-# (what is changed in a good call, the error, what its message must say)
+# (changes of a valid call, the error, a part of its message)
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "student a list": ({"student": [1.0]}, TypeError, "student must be a tensor; got list"),
     "integer student": ({"student": Z(3, 5, dtype=L)}, TypeError, "student must be float64, float32, bfloat16 or float16; got torch.int64"),
@@ -881,10 +878,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
-    """The loss with the teacher of these lists, which is checked when it is made."""
-    given = {**arguments, **options}
-    fields = {name: given.pop(name) for name in TopK._fields if name in given}
-    return fastkd.loss(given.pop("student"), TopK(**fields), **given)
+    """Compute the loss with these lists, which are checked when the teacher is made."""
+    teacher_and_labels = {**arguments, **options}
+    fields = {
+        name: teacher_and_labels.pop(name) for name in TopK._fields if name in teacher_and_labels
+    }
+    return fastkd.loss(teacher_and_labels.pop("student"), TopK(**fields), **teacher_and_labels)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -914,7 +913,7 @@ DATA = [name for name, (_, _, message) in MISTAKES.items() if re.search(r"row \d
 @pytest.mark.parametrize("mistake", DATA)
 @pytest.mark.parametrize("way", ["formula", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
-    """The formula alone, and the CUDA kernels, which cannot look at data."""
+    """The formula alone, and CUDA kernels, cannot read data without synchronization."""
     changed, _, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
     if way == "formula":
@@ -927,7 +926,7 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
     value = loss_of(arguments, reduction="none")
     value.sum().backward()
     bad = {int(re.search(r"row (\d)", message)[1])} if mistake != "probabilities" else {0, 1, 2}
-    # Of one listed class exp(0.25) is too much as well.
+    # exp(0.25) of a single listed class is too large, too.
     for row in range(3):
         assert bool(value[row].isnan()) == (row in bad)
         assert bool(arguments["student"].grad[row].isnan().all()) == (row in bad)
@@ -937,8 +936,7 @@ def test_where_nothing_waits_a_mistake_makes_its_row_nan(mistake, way, request):
 
 
 def test_a_table_of_characters_learns_from_the_top_four():
-    """A teacher of character pairs in Python's own documentation, of which each row keeps its four
-    most probable successors; the student has never seen the text."""
+    """A student learns character pairs of pydoc_data.topics from four successors a row."""
     text = "".join(pydoc_data.topics.topics.values()).lower()[:200_000]
     kept = [character for character, _ in collections.Counter(text).most_common(40)]
     place = {character: i for i, character in enumerate(kept)}
@@ -960,6 +958,6 @@ def test_a_table_of_characters_learns_from_the_top_four():
 
     untrained = float(fastkd.loss(torch.zeros(40, 40), log_p, temperature=1.0))
     divergence = {tail: learn(tail) for tail in TAILS}
-    # Told how much to leave to the rest, the student comes closest to the whole teacher.
+    # With the ghost class, which has the rest's mass, the student comes closest to the teacher.
     assert divergence["ghost"] < divergence["renormalize"] < untrained
     assert divergence["ghost"] < 0.5 * untrained and divergence["ghost"] < divergence["ignore"]

@@ -26,7 +26,7 @@ LOSS = {"temperature": 3.0, "alpha": 0.3}
 
 @pytest.fixture(autouse=True)
 def accelerate_state():
-    """Accelerate keeps the process's precision for good."""
+    """Reset Accelerate's state, which keeps a process's precision."""
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -50,7 +50,7 @@ def trainer_of(student: nn.Module, teacher, **options) -> fastkd.Trainer:
 
 
 def by_hand(student: nn.Module, teacher, steps, **options) -> nn.Module:
-    """Trains a copy on batches; the average of several teachers' probabilities is the teacher."""
+    """Train a copy on batches; the teacher is the average of several teachers' probabilities."""
     student = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), 0.5)
     for inputs, labels in steps:
@@ -73,7 +73,7 @@ def batches(data: TensorDataset, size: int = 16):
 
 
 class Wrapped(nn.Module):
-    """Takes keyword arguments and gives an output with logits, as transformers' models."""
+    """Model with keyword arguments and an output with logits, as in transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_anything_else_through_forward_and_labels():
 
 @dataclasses.dataclass
 class Pictures:
-    """A batch of a form of its own."""
+    """Batch in a class of its own."""
 
     names: list[str]
     pixels: torch.Tensor
@@ -170,7 +170,7 @@ def test_batches_that_lost_their_labels_are_refused(options):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_accumulated_batches_are_one_batch(accumulate):
-    """Batches of different sizes, in each of which another share of the rows counts."""
+    """Accumulated batches have different sizes and different shares of valid rows."""
     student, teacher, (inputs, labels) = network(), network(24, 1), digits().tensors
     labels = labels.masked_fill(torch.arange(64) % 7 < torch.arange(64) // 16, -100)
     sizes = [5, 20, 3, 12, 24]
@@ -253,7 +253,7 @@ def test_clipping_schedule_and_average():
 
 
 def test_clipping_is_of_what_the_optimizer_updates():
-    """And not of the gradients of the rest, which nobody sets to zero."""
+    """Clipping excludes gradients of parameters that the optimizer does not update."""
     student, teacher, data = network(), network(24, 1), digits()
     other = copy.deepcopy(student)
     optimizer = torch.optim.SGD(other[2].parameters(), 0.5)
@@ -309,7 +309,7 @@ def test_a_cached_teacher_is_as_good_as_the_live_one(tmp_path):
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_cached_sequences_in_batches_that_are_padded_longer(tmp_path, top_k, dim):
-    """Each sequence is padded to 8 rows, and none of these 16 is longer than 7."""
+    """Each sequence is padded to 8 rows; none of these 16 is longer than 7."""
     images, digit = load_digits(return_X_y=True)
     inputs = torch.tensor(images[:16] / 16).view(16, 8, 8)
     lengths = 4 + torch.arange(16) % 4
@@ -381,8 +381,8 @@ def test_a_cache_of_the_most_probable_classes(tmp_path, masked):
     assert float(0.3 * step.hard + 0.7 * 9 * step.soft) == pytest.approx(float(step.loss), rel=1e-6)
     for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    found, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
-    assert (found.hard, found.agreement) == (
+    cached, live = (trainer_of(student, t).evaluate(loader) for t in (cache, teacher))
+    assert (cached.hard, cached.agreement) == (
         pytest.approx(live.hard),
         pytest.approx(live.agreement),
     )
@@ -412,12 +412,12 @@ def test_what_a_cache_of_the_most_probable_classes_has_anyway_may_be_said(tmp_pa
     said = {"divergence": "forward_kl", "standardize": False, "class_weight": None, "dim": -1}
     options = {**LOSS, **({} if labelled else {"alpha": 0.0})}
     losses = [fastkd.KDLoss(**options), fastkd.KDLoss(**options, **said)]
-    found = [
+    histories = [
         trainer_of(copy.deepcopy(student), cache, loss=loss).fit(loader, 2, validation=loader)
         for loss in losses
     ]
-    assert math.isfinite(found[0][-1].loss)
-    assert found[0][-1][:4] == found[1][-1][:4]
+    assert math.isfinite(histories[0][-1].loss)
+    assert histories[0][-1][:4] == histories[1][-1][:4]
 
 
 def test_the_teacher_is_frozen_and_keeps_its_dtype():
@@ -456,16 +456,16 @@ def test_evaluation_is_over_rows_and_leaves_modes_alone():
     labels = labels.masked_fill(torch.arange(64) < 20, -100)
     trainer = trainer_of(student, teacher)
     student.train()
-    found = trainer.evaluate(list(zip(inputs.split(30), labels.split(30), strict=True)))
+    evaluated = trainer.evaluate(list(zip(inputs.split(30), labels.split(30), strict=True)))
     assert student[1].training
     student.eval().requires_grad_(False)
     terms = fastkd.terms(student(inputs), teacher(inputs), labels, **LOSS)
-    assert found.loss == pytest.approx(float(terms.loss))
-    assert found.hard == pytest.approx(float(terms.hard))
-    assert found.soft == pytest.approx(float(terms.soft))
-    assert found.agreement == pytest.approx(float(terms.agreement))
+    assert evaluated.loss == pytest.approx(float(terms.loss))
+    assert evaluated.hard == pytest.approx(float(terms.hard))
+    assert evaluated.soft == pytest.approx(float(terms.soft))
+    assert evaluated.agreement == pytest.approx(float(terms.agreement))
     hits = (student(inputs).argmax(-1) == labels)[20:]
-    assert (found.accuracy, found.rows) == (pytest.approx(float(hits.double().mean())), 44)
+    assert (evaluated.accuracy, evaluated.rows) == (pytest.approx(float(hits.double().mean())), 44)
 
 
 def test_an_evaluation_of_nothing_is_refused():
@@ -482,7 +482,7 @@ def test_an_evaluation_of_nothing_is_refused():
 @pytest.mark.parametrize("dim", [-1, 1])
 @pytest.mark.parametrize("soft", [False, True])
 def test_accuracy_is_among_the_classes_that_count(dim, soft):
-    """What the student says of padding is no answer."""
+    """Predictions on padding do not count."""
     labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2]])
     right = F.one_hot(labels, 3).double()
     logits = torch.cat((right, torch.full((4, 2, 2), 9.0)), -1).movedim(-1, dim)
@@ -494,8 +494,8 @@ def test_accuracy_is_among_the_classes_that_count(dim, soft):
         forward=lambda model, batch: batch[0].narrow(dim, 0, 3),
         loss=fastkd.KDLoss(**LOSS, dim=dim),
     )
-    found = trainer.evaluate([(logits, labels)])
-    assert (found.accuracy, found.agreement) == (1.0, 1.0)
+    evaluated = trainer.evaluate([(logits, labels)])
+    assert (evaluated.accuracy, evaluated.agreement) == (1.0, 1.0)
 
 
 # ---- what goes wrong
@@ -510,13 +510,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
             return output
         if term != "soft":
             return output * math.nan
-        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student rules out
+        wrong = (data[2][1] + 1).unsqueeze(1) % 10  # a class that the student masks
         return output.scatter(1, wrong, -math.inf)
 
     {"hard and soft": teacher[2], "soft": student[2], "hint": teacher[0]}[
         term
     ].register_forward_hook(poison)
-    if term == "hint":  # behind the hint all is well again
+    if term == "hint":  # NaN does not reach later layers
         teacher[1].register_forward_hook(lambda module, inputs, output: output.nan_to_num())
     before_hooks = hooks(student)
     trainer = trainer_of(
@@ -533,7 +533,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(term):
 
 
 def test_gradients_that_are_there_before_a_step_are_not_in_it():
-    """One's own, those of a loss that was not finite, those of a step that was interrupted."""
+    """Earlier gradients are the user's, of a non-finite loss, or of an interrupted step."""
     student, teacher, (data, *_) = network(), network(24, 1), batches(digits())
     expected = by_hand(student, teacher, 2 * [data])
     inputs, labels = data
@@ -555,7 +555,7 @@ def test_gradients_that_are_there_before_a_step_are_not_in_it():
 
 
 def test_other_devices_are_read_a_step_late():
-    """As on a GPU: what has arrived is looked at when the next step is on its way."""
+    """Losses on other devices are read when the next step is queued, as on a GPU."""
 
     class Far:
         def __init__(self, *values):
@@ -649,7 +649,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 
 
 class Malicious:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, proof: pathlib.Path) -> None:
         self.proof = proof
@@ -668,7 +668,7 @@ def scheduled_trainer(folder: pathlib.Path, **options) -> fastkd.Trainer:
 
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path):
-    """Each of its pickled files in turn, and those that Accelerate would unpickle."""
+    """Each pickled file of a checkpoint is replaced in turn, also Accelerate's."""
     folder, proof = tmp_path / "run", tmp_path / "proof"
     scheduled_trainer(folder).fit(DataLoader(digits(), 32))
     checkpoint = folder / "step-00000002"
@@ -687,8 +687,8 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         before = file.read_bytes() if file.exists() else None
         torch.save(Malicious(proof), tmp_path / "malicious")
         file.write_bytes((tmp_path / "malicious").read_bytes())
-        checkpoints.write_checksums(checkpoint)  # a forger computes checksums, too
-        if name == "random_states_0.pkl":  # left out; ours are in position-0.pt
+        checkpoints.write_checksums(checkpoint)  # an attacker recomputes checksums
+        if name == "random_states_0.pkl":  # unused; fastkd's are in position-0.pt
             assert scheduled_trainer(folder).resume()
         else:
             with pytest.raises((pickle.UnpicklingError, ValueError), match=r"weights|execute"):
@@ -698,7 +698,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path):
         checkpoints.write_checksums(checkpoint)
     assert scheduled_trainer(folder).resume()
     torch.load(tmp_path / "malicious", weights_only=False)
-    assert proof.exists()  # so it would have been seen
+    assert proof.exists()  # the file would be there
 
 
 def test_what_could_not_be_resumed_is_not_saved(tmp_path):
@@ -787,7 +787,7 @@ def test_an_accelerator_that_would_divide_losses_is_refused():
 
 
 class Stream(IterableDataset):
-    """Samples of which nobody knows how many there are."""
+    """Iterable dataset of unknown length."""
 
     def __iter__(self):
         return iter(zip(*digits(40).tensors, strict=True))
@@ -795,8 +795,8 @@ class Stream(IterableDataset):
 
 def test_streams(capsys):
     trainer = trainer_of(network(), network(24, 1), progress=True)
-    (found,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
-    assert trainer.step == 3 and found.rows == 40 and "3it" in capsys.readouterr().err
+    (evaluated,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
+    assert trainer.step == 3 and evaluated.rows == 40 and "3it" in capsys.readouterr().err
 
 
 def test_a_loader_without_batches_is_refused():

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the mixin: the right denominator, shift and scale."""
+"""transformers.Trainer with the mixin: denominator, shift and scale."""
 
 import copy
 import doctest
@@ -29,7 +29,7 @@ def model(width: int, seed: int) -> transformers.GPT2LMHeadModel:
 
 
 def sentences(count: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Of different lengths, padded: every batch has another number of tokens that count."""
+    """Make padded sentences, so that each batch has another number of valid tokens."""
     torch.manual_seed(3)
     tokens = torch.randint(VOCABULARY, (count, 12))
     lengths = torch.arange(count) % 7 + 4

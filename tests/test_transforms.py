@@ -1,4 +1,4 @@
-"""torch.func, forward-mode differentiation and batches of gradients; compiled, too."""
+"""torch.func, forward-mode differentiation and batched gradients, also compiled."""
 
 from typing import Any
 
@@ -99,13 +99,13 @@ TRANSFORMS = {
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
 def test_compiled_transforms(name, transform):
-    """The ops have no formula for these, and a compiled one would leave out their derivatives."""
+    """Ops without a batching formula must not be compiled without their derivatives."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:
         return TRANSFORMS[transform](lambda z: LOSSES[name](z, teacher, labels), x)
 
-    torch.compiler.reset()  # past its limit of recompilations it would give up
+    torch.compiler.reset()  # beyond its recompilation limit Dynamo gives up
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     want = function(student)
     assert want.abs().max() > 0
@@ -162,7 +162,7 @@ def test_gradients_that_are_negatives_of_what_lies_in_memory(device, dtype):
 @pytest.mark.parametrize("name", ["teacher", "normalizer", "class_weight"])
 def test_tangents_of_what_gets_none_are_refused(name):
     student, teacher, labels = problem64(torch.device("cpu"))
-    given: dict[str, Any] = {
+    static: dict[str, Any] = {
         "teacher": teacher,
         "normalizer": torch.tensor(3.0, dtype=FP64),
         "class_weight": torch.ones(7, dtype=FP64),
@@ -173,9 +173,9 @@ def test_tangents_of_what_gets_none_are_refused(name):
         return fastkd.loss(student, labels=labels, **options)
 
     with pytest.raises(ValueError, match=rf"{name}.* (the teacher none|no gradient)"):
-        torch.func.jvp(function, (given[name],), (torch.ones_like(given[name]),))
+        torch.func.jvp(function, (static[name],), (torch.ones_like(static[name]),))
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        dual = forward_ad.make_dual(static[name], torch.ones_like(static[name]))
         with pytest.raises(ValueError, match=name):
             function(dual)
 

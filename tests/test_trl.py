@@ -1,4 +1,4 @@
-"""The loss of fastkd.integrations.trl beside TRL's own code, without the trainers."""
+"""The loss of fastkd.integrations.trl against TRL's code, without trainers."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ SCALES = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.3}
 
 @functools.cache
 def theirs():
-    """TRL's _chunked_divergence_loss with its torch code, for devices without Triton."""
+    """Compute TRL's _chunked_divergence_loss by its torch code, for devices without Triton."""
     names = {"_BLOCK_SIZE": 0, "_MM_OUT_DTYPE": False, "_use_triton": lambda device: False}
     steps = peers.code(
         "trl", "kernels/chunked_logprob.py", "_torch_transform", "_addmm_fp32", **names
@@ -42,7 +42,7 @@ def theirs():
 
 
 def draw(bias: bool = False, dtype: torch.dtype = torch.float32):
-    """The student's tensors, the teacher's, and a mask."""
+    """Draw the student's tensors, the teacher's, and a mask."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def draw(bias: bool = False, dtype: torch.dtype = torch.float32):
 
 
 def run(function, student, teacher, mask, beta, **options):
-    """The loss, the entropies' sum, the count, and the gradients of the student's tensors."""
+    """Compute loss, summed entropies, count, and the gradients of the student's tensors."""
     leaves = [tensor.clone().requires_grad_() for tensor in student]
     if len(leaves) == 3:
         options |= {"student_lm_head_bias": leaves[2], "teacher_lm_head_bias": teacher[2]}
@@ -72,8 +72,8 @@ def run(function, student, teacher, mask, beta, **options):
 def test_value_and_gradients(beta, temperature, options):
     for count, bias in ((None, True), (30, False), (torch.tensor(30.0), True)):
         call = (*draw(bias), beta)
-        given = {**options, "temperature": temperature, "num_items_in_batch": count}
-        ours, other = (run(f, *call, **given) for f in (trl.chunked_divergence_loss, theirs()))
+        inputs = {**options, "temperature": temperature, "num_items_in_batch": count}
+        ours, other = (run(f, *call, **inputs) for f in (trl.chunked_divergence_loss, theirs()))
         torch.testing.assert_close(ours, other, **peers.SINGLE)
 
 
@@ -133,7 +133,7 @@ def test_heads_of_different_classes_are_refused():
 
 
 def test_a_weight_of_another_dtype_is_converted():
-    """As TRL's, whose backbone may be in bfloat16 while the head is not."""
+    """TRL accepts a backbone in bfloat16 with a head in another dtype."""
     student, teacher, mask = draw()
     student[0], teacher[0] = student[0].bfloat16(), teacher[0].bfloat16()
     ours = run(trl.chunked_divergence_loss, student, teacher, mask, 0.5)
@@ -171,7 +171,8 @@ def test_distributed_weights_are_gathered():
 
 def test_another_trl_is_refused(monkeypatch):
     monkeypatch.setattr(extras, "load", lambda module, extra: SimpleNamespace(__version__="1.15.0"))
-    monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)  # if a test has made it
+    # An earlier test may have made the class.
+    monkeypatch.delitem(vars(trl), "DistillationTrainer", raising=False)
     with pytest.raises(ImportError, match=r"needs TRL 1\.16, .* got TRL 1\.15\.0: pip install"):
         trl.DistillationTrainer  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'SFTTrainer'"):

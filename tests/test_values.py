@@ -1,4 +1,4 @@
-"""``Head`` and ``TopK``: their checks, how other code moves them, and the loss of every pair."""
+"""``Head`` and ``TopK``: checks, other code that moves them, and the loss of every pair."""
 # ruff: noqa: E501 - one mistake a line
 
 import copy
@@ -75,7 +75,7 @@ def assert_same_value(value: Head | TopK, expected: Head | TopK) -> None:
 FLOATS = "must be float64, float32, bfloat16 or float16; got torch.int64"
 SHAPES = "Head.hidden must have shape (..., width) and Head.weight (classes, width); got "
 LISTS = "TopK.log_probs and TopK.indices must have the same shape (..., k) with k >= 1; got "
-# (the constructor, its arguments, the error, what its message must say)
+# (the constructor, its arguments, the error, a part of its message)
 MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "hidden a list": (Head, {"hidden": [1.0], "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got list"),
     "hidden None": (Head, {"hidden": None, "weight": Z(5, 4)}, TypeError, "Head.hidden must be a tensor; got NoneType"),
@@ -126,10 +126,12 @@ def test_arguments_of_the_wrong_number(kind):
 
 
 def test_the_order_of_topk_is_that_of_torch():
-    """``TopK(*log_probs.topk(k))`` has its fields in their places."""
-    found = torch.log_softmax(draw(3, 5), -1).topk(2)
-    top = TopK(*found)
-    assert top.log_probs is found.values and top.indices is found.indices and top.tail == "ghost"
+    """``TopK(*log_probs.topk(k))`` has its fields in order."""
+    top_two = torch.log_softmax(draw(3, 5), -1).topk(2)
+    top = TopK(*top_two)
+    assert (
+        top.log_probs is top_two.values and top.indices is top_two.indices and top.tail == "ghost"
+    )
 
 
 def test_fields_that_replace_others_are_checked_by_the_call():
@@ -167,7 +169,7 @@ def test_pairs_that_are_refused(way, student, teacher, error, message):
 
 
 def test_classes_that_differ_name_the_slices():
-    """The message has the calls that work, and they are not copies."""
+    """The message has calls that work without a copy."""
     student, teacher = draw(3, 8), draw(3, 5, seed=1)
     with pytest.raises(ValueError, match="first classes are the same") as caught:
         fastkd.loss(student, teacher)
@@ -215,7 +217,7 @@ def test_pytrees(value):
     assert_same_value(pytree.tree_unflatten(leaves, tree)["value"], value)
     doubled = pytree.tree_map_only(Tensor, lambda x: x * 2, value)
     assert torch.equal(doubled[0], value[0] * 2)
-    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)  # no tensor: not checked
+    shapes = pytree.tree_map_only(Tensor, lambda x: x.shape, value)  # not a tensor, so not checked
     assert type(shapes) is type(value) and shapes[0] == value[0].shape
 
 
@@ -229,7 +231,7 @@ def test_accelerate_moves_them(value):
 
 
 class Samples(Dataset):
-    """Samples of a sparse teacher, one row each."""
+    """Dataset of a sparse teacher's samples, one row each."""
 
     def __len__(self) -> int:
         return ROWS
@@ -321,7 +323,7 @@ def test_function_transforms(student, teacher):
     def rows_of(*fields: int | None) -> Any:
         return {"tensor": lambda x: x, "Head": Head, "TopK": TopK}[teacher](*fields)
 
-    # A tree of numbers says which fields have a dimension of rows.
+    # A tree of numbers marks the fields with a dimension of rows.
     dims = rows_of(*{"tensor": (0,), "Head": (0, None, None), "TopK": (0, 0, None)}[teacher])
     rows = torch.func.vmap(torch.func.grad(row), (0, dims))(inputs[0], other)
     (expected,) = torch.autograd.grad(function(*leaves), leaves[0])
@@ -395,7 +397,7 @@ def test_batchmean_is_refused_and_mean_named(way, student, teacher):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_terms_of_a_sparse_teacher(monkeypatch, tail, reduction, with_labels, fused):
-    """Against the definition in float64, with padding and ignored rows, and without a kernel."""
+    """Terms equal the float64 definition with padding, ignored rows, and without a kernel."""
     labels, student = (make_labels() if with_labels else None), 2 * draw(ROWS, CLASSES, dtype=FP64)
     top = topk(tail, FP64)
     top = top._replace(indices=top.indices.clone())
@@ -453,19 +455,19 @@ def test_terms_of_a_head_are_those_of_its_logits(chunk_by, options, with_labels,
         chunks = fastkd.chunks.plan(
             student, teacher_of("tensor", FP64), chunk_by=chunk_by, chunk_size=size
         )
-    given: dict[str, Any] = {"reduction": reduction, "temperature": 1.5}
+    common: dict[str, Any] = {"reduction": reduction, "temperature": 1.5}
     if with_labels:
-        given["alpha"] = 0.3
+        common["alpha"] = 0.3
     try:
-        got = fastkd.terms(student, teacher, labels, chunks=chunks, **given)
+        got = fastkd.terms(student, teacher, labels, chunks=chunks, **common)
     except ValueError as error:
         assert chunk_by == "classes" and "chunks must be a plan of rows" in str(error)
         return
-    expected = fastkd.terms(student.logits(), teacher, labels, **given)
+    expected = fastkd.terms(student.logits(), teacher, labels, **common)
     for name, mine, theirs in zip(got._fields, got, expected, strict=True):
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg=name)
-    assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **given))
+    assert torch.equal(got.loss, fastkd.loss(student, teacher, labels, chunks=chunks, **common))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
@@ -481,7 +483,7 @@ def test_the_gradient_of_terms_is_that_of_the_loss(student, teacher, dtype):
 
 
 def test_the_logits_of_a_head():
-    """By the formula, and with a gradient."""
+    """The logits equal the formula, and have a gradient."""
     student = head(dtype=FP64, softcap=2.0, scale=0.25)
     logits = 0.25 * (student.hidden @ student.weight.t() + student.bias)
     torch.testing.assert_close(student.logits(), 2.0 * torch.tanh(logits / 2.0))
@@ -528,9 +530,12 @@ def mistakes(logits: Tensor, top: TopK) -> None:
     fastkd.loss(logits, "teacher")  # type: ignore[arg-type]
     fastkd.loss(top, logits)  # type: ignore[arg-type]
     fastkd.loss(logits, logits, reduction="batchmean")  # type: ignore[arg-type]
-    fastkd.loss(logits, logits, tau=2.0)  # type: ignore[call-arg]
+    fastkd.loss(logits, logits, tau=2.0)  # type: ignore[arg-type]
+    fastkd.loss(logits, logits, divergence="kl")  # type: ignore[arg-type]
+    KDLoss(4.0, 0.1)  # type: ignore[arg-type]
+    fastkd.teachers.served.gather(top, logits, "k4")  # type: ignore[arg-type]
     fastkd.loss(logits)  # type: ignore[call-arg]
-    fastkd.loss(logits, logits, logits, 2.0)  # type: ignore[call-arg]
+    fastkd.loss(logits, logits, logits, 2.0)  # type: ignore[arg-type]
     TopK(logits, logits, "drop")  # type: ignore[arg-type]
     Head(logits)  # type: ignore[call-arg]
     KDLoss(teacher_form="softmax")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""fastkd.verify: its verdict on what is right, and on what is wrong."""
+"""fastkd.verify: its verdicts on right and on wrong results."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ ROWS, CLASSES = 6, 40
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=name_of)
 def test_agrees(device, dtype):
-    found = fastkd.verify(
+    verification = fastkd.verify(
         *make((ROWS, CLASSES), dtype, device=device), repeats=1, show=False, temperature=3.0
     )
-    assert found.agrees and found.rows_checked == ROWS
+    assert verification.agrees and verification.rows_checked == ROWS
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_agrees(device, dtype):
 def test_agrees_whatever_the_options(options):
     student, teacher, labels = make((ROWS, CLASSES))
     labels = labels.clamp(min=-1) if "ignore_index" in options else labels
-    found = fastkd.verify(student, teacher, labels, repeats=1, show=False, **options)
-    assert found.agrees, str(found)
+    verification = fastkd.verify(student, teacher, labels, repeats=1, show=False, **options)
+    assert verification.agrees, str(verification)
     assert student.grad is None
 
 
@@ -56,17 +56,17 @@ def test_agrees_on_slices_of_padded_classes():
 def test_says_so_where_something_is_wrong(monkeypatch):
     right = losses.loss
     monkeypatch.setattr(losses, "loss", lambda *a, **k: 1.001 * right(*a, **k))
-    found = fastkd.verify(*make((ROWS, CLASSES)), repeats=1, show=False)
-    assert not found.agrees
-    assert found.loss_error == pytest.approx(1e-3, rel=1e-2)
-    assert found.gradient_error == pytest.approx(1e-3, rel=1e-2)
-    assert "DOES NOT AGREE" in str(found)
+    verification = fastkd.verify(*make((ROWS, CLASSES)), repeats=1, show=False)
+    assert not verification.agrees
+    assert verification.loss_error == pytest.approx(1e-3, rel=1e-2)
+    assert verification.gradient_error == pytest.approx(1e-3, rel=1e-2)
+    assert "DOES NOT AGREE" in str(verification)
 
 
 def test_prints_a_table(capsys):
-    found = fastkd.verify(*make((ROWS, CLASSES)), repeats=1)
+    verification = fastkd.verify(*make((ROWS, CLASSES)), repeats=1)
     printed = capsys.readouterr().out
-    assert f"{ROWS} x {CLASSES}, float32, cpu" in printed and str(found) in printed
+    assert f"{ROWS} x {CLASSES}, float32, cpu" in printed and str(verification) in printed
 
 
 def test_refuses_what_the_loss_refuses():

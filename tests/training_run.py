@@ -1,4 +1,4 @@
-"""A training run in a process of its own, to be killed, or run by two: training_run.py OUT.
+"""A training run in its own process, to be killed, or run by two: training_run.py OUT.
 
 Real digits, a student with dropout, hints with a projection, a shuffled loader, noise that the
 dataset draws, accumulation, a schedule, an average: whatever a resumption has to bring back.
@@ -24,7 +24,7 @@ from fastkd.training import checkpoints
 
 
 class Digits(Dataset):
-    """Sequences of 8 rows of 8 pixels; of each row the label, or -100 where it is blank."""
+    """Sequences of 8 rows of 8 pixels, with a label each, or -100 for a blank row."""
 
     def __init__(self, count: int, noise: float) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.checkpoints is not None:
         trainer.resume()
-    torch.manual_seed(1 + trainer.step)  # not what a resumed run may depend on
+    torch.manual_seed(1 + trainer.step)  # a resumed run must not depend on it
     if options.die_in_save:
         die_in_save(options.die_in_save)
 
@@ -107,16 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if main_process:
             torch.save([parameters], options.out)
         return
-    # Shares of 3 and 2 batches, the last of them smaller; and a process with nothing to do.
+    # Shares of 3 and 2 batches with a smaller last one, and a process without data.
     held_out = [range(37), range(5)]
-    found = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
+    evaluations = [trainer.evaluate(DataLoader(Subset(data, part), 8)) for part in held_out]
     if main_process:
-        options.out.with_suffix(".evaluations").write_text(json.dumps(found))
+        options.out.with_suffix(".evaluations").write_text(json.dumps(evaluations))
         torch.save([student.state_dict(), trainer.ema.module.state_dict()], options.out)
 
 
 def sharding_accelerator() -> Accelerator:
-    """As Accelerate makes it of this plugin on GPUs; on CPUs it would take no notice of it."""
+    """Return Accelerate's FSDP accelerator, which ignores the plugin on CPUs."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -131,7 +131,7 @@ def sharding_accelerator() -> Accelerator:
 
 
 def die_in_save(number: int) -> None:
-    """Kills this process in a save, between two of its files; odd ones just before the renaming."""
+    """Kill this process in a save, between two files; odd numbers just before the renaming."""
     written = 0
     synchronize = checkpoints.synchronize
 
@@ -149,6 +149,6 @@ if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # The threads of a group that DTensors used outlive it, and now and then abort the process
-        # when they find the interpreter gone.
+        # Threads of a process group used by DTensors outlive it, and may abort the process when the
+        # interpreter is gone.
         os._exit(0)

@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(kThreads, (sizeof(typename Row::A) == 8 ? 1 : 
     }
     typename W::Stats stats;
     stats.load(stats_of_rows, args.rows, index);
-    W writer(call, index, typename W::Temper(args, index), stats, scale * grad_output);
+    W writer(call, index, Temperature<A>(args, index, W::kGeneral), stats, scale * grad_output);
     if constexpr (W::kGeneral)
       writer.balance(stats_of_rows[kSlopeSum * args.rows + index],
                      stats_of_rows[kClassCount * args.rows + index]);
-    typename W::Sums unused;
+    Sums<A> unused;
     write<kAtRunTime, false, true>(row, writer, label, unused);
   });
 }
@@ -104,9 +104,9 @@ cudaError_t launch_rows(void (*kernel)(BackwardCall), BackwardCall call, cudaStr
 template <class Row>
 cudaError_t launch_as(const BackwardCall& call, cudaStream_t stream) {
   using A = typename Row::A;
-  return launch_rows(is_hot(call.args) ? backward_kernel<Row, Writer<A, Row::kFold>>
-                                       : backward_kernel<Row, GeneralWriter<A>>,
-                     call, stream);
+  return launch_rows(
+      is_hot(call.args) ? backward_kernel<Row, Writer<A>> : backward_kernel<Row, GeneralWriter<A>>,
+      call, stream);
 }
 
 }  // namespace
@@ -127,10 +127,6 @@ cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t 
     using E = typename decltype(elements)::Type;
     if (is_strided(args)) return launch_as<ElementRow<E>>(call, stream);
     if constexpr (E::kHot) {
-      // The tiny kernel of forward does not fold the scales. Its rows must not fold them here
-      // either, so that the gradient is the same bit for bit.
-      if (args.classes <= 32 * kTinyPerLane)
-        return launch_as<ElementRow<AnyDtypes<float>>>(call, stream);
       return launch_as<VectorRow<typename E::T>>(call, stream);
     } else {
       return launch_as<ElementRow<E>>(call, stream);

@@ -34,7 +34,7 @@ __device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
 }
 // Return the loss and gradient of a row that is not real.
 __device__ __forceinline__ float fill_value(RowKind kind) {
-  return kind == RowKind::kIgnored ? 0.0f : __int_as_float(0x7fc00000);
+  return kind == RowKind::kIgnored ? 0.0f : NAN;
 }
 // Closes a row that is ignored (0), or holds no answer (NaN).
 template <class A>
@@ -48,9 +48,9 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
 // Closes a row: everything but its gradient. One thread.
 template <class W, class A>
 __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
-                                          const typename W::Stats& stats, typename W::Sums sums,
+                                          const typename W::Stats& stats, Sums<A> sums,
                                           A label_logit) {
-  const typename W::Temper& t = writer.t;
+  const Temperature<A>& t = writer.t;
   A hard = 0;
   if (args.labels != nullptr) {
     A log_sum = log_sum_of(stats, t);
@@ -63,10 +63,9 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   }
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. The divergence is then infinite.
-  A slope(0), classes(0);
-  if constexpr (W::kGeneral) slope = sums.slope, classes = sums.classes;
-  A soft = divergence_of(args.divergence, sums.value, slope, classes, sums.teacher_entropy);
-  if (soft != soft) soft = static_cast<A>(__int_as_float(0x7f800000));
+  A soft =
+      divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
+  if (soft != soft) soft = A(INFINITY);
   // Added to whatever leaves a row that holds no answer.
   const A nan_or_0 = stats.valid() ? A(0) : static_cast<A>(fill_value(RowKind::kBad));
   soft += nan_or_0;
@@ -81,7 +80,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
     terms[kTeacherEntropy * args.rows + row] = sums.teacher_entropy + nan_or_0;
     terms[kAgreement * args.rows + row] = sums.agreement + nan_or_0;
   }
-  stats.store(static_cast<A*>(args.stats), args.rows, row, slope, classes);
+  stats.store(static_cast<A*>(args.stats), args.rows, row, sums.slope, sums.classes);
 }
 
 // Labels that are not ignored among first, first + step, ...

@@ -10,41 +10,6 @@
 
 namespace fastkd::cuda {
 
-// Running sums of that sweep: the value is the divergence, and the slopes center its gradient.
-template <class A>
-struct GeneralSums : Sums<A> {
-  A slope = 0;
-  A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
-
-  template <int kLanes, class Extra>
-  __device__ __forceinline__ void merge_lanes(Extra extra) {
-    Sums<A>::template merge_lanes<kLanes>(extra);
-    slope = lanes_sum<kLanes>(slope);
-    classes = lanes_sum<kLanes>(classes);
-  }
-  template <class Extra>
-  __device__ __forceinline__ void add(const GeneralSums& other, Extra extra) {
-    Sums<A>::add(other, extra);
-    slope += other.slope;
-    classes += other.classes;
-  }
-};
-
-// The class that a row's sums leave out: its label (kDecoupled), or none, as always without kAny.
-template <bool kAny>
-struct LeftOut {
-  int64_t index;  // or -1
-
-  __device__ __forceinline__ explicit LeftOut(int64_t i) : index(i) {}
-  __device__ __forceinline__ LeftOut(const Inputs& in, int64_t label)
-      : index(in.divergence == Divergence::kDecoupled ? label : -1) {}
-  // Return the position of the class in a chunk, or -1.
-  template <class C>
-  __device__ __forceinline__ int place_in(const C& chunk) const {
-    return kAny ? chunk.place_of(index) : -1;
-  }
-};
-
 // The odds of a row's label against its other classes, from their logarithms.
 template <class A>
 __device__ __forceinline__ Odds<A> odds_of(A log) {
@@ -63,7 +28,7 @@ struct LabelLogits {
   A student, teacher;
 
   __device__ __forceinline__ LabelLogits(const Inputs& in, int64_t row) {
-    student = teacher = static_cast<A>(__int_as_float(0x7fc00000));
+    student = teacher = A(NAN);
     const int64_t label = label_of(in, row);
     if (label < 0 || label >= in.classes || label == in.ignore_index) return;
     const auto read = [&](const void* logits, DType dtype, const RowStrides& stride) {
@@ -113,7 +78,7 @@ struct GeneralStats : RowStats<A> {
     nothing = static_cast<A>(inverses.nothing);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
     if (this->valid() && exists(student_moment) && exists(teacher_moment)) return;
-    this->student_scale = student_moment = static_cast<A>(__int_as_float(0x7fc00000));
+    this->student_scale = student_moment = A(NAN);
   }
   __device__ __forceinline__ void set_means(const Moments& moments) {
     student_moment = static_cast<A>(quotient_of(moments.student, moments.student_count));
@@ -121,7 +86,7 @@ struct GeneralStats : RowStats<A> {
     if (this->valid() && student_moment - student_moment == A(0) &&
         teacher_moment - teacher_moment == A(0))
       return;
-    this->student_scale = student_moment = static_cast<A>(__int_as_float(0x7fc00000));
+    this->student_scale = student_moment = A(NAN);
   }
   // Sums without the label may be of no class: then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
@@ -134,7 +99,7 @@ struct GeneralStats : RowStats<A> {
     };
     const LabelLogits<A> label(in, row);
     if (!exists(label.student, this->student_scale) || !exists(label.teacher, this->teacher_scale))
-      this->student_scale = static_cast<A>(__int_as_float(0x7fc00000));
+      this->student_scale = A(NAN);
   }
 };
 
@@ -145,9 +110,8 @@ __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
 }
 
 template <class A>
-struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
-  using Base = Writer<A, false, TwoTemperatures<A>>;
-  using Sums = GeneralSums<A>;
+struct alignas(16) GeneralWriter : Writer<A> {
+  using Base = Writer<A>;
   using Stats = GeneralStats<A>;
   static constexpr bool kGeneral = true;
 
@@ -160,7 +124,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   template <class Call>
   __device__ __forceinline__ GeneralWriter(const Call& call, int64_t index,
-                                           const TwoTemperatures<A>& temperature, const Stats& row,
+                                           const Temperature<A>& temperature, const Stats& row,
                                            A scale)
       : Base(call, index, temperature, row, scale),
         divergence(call.args.divergence),
@@ -170,8 +134,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
     // Comparisons drop NaN: a row that holds no answer shall have it in every class.
-    if (!row.valid()) this->soft = static_cast<A>(__int_as_float(0x7fc00000));
-    if (this->apart) this->student_bias = this->teacher_bias = this->hard_bias = A(0);
+    if (!row.valid()) this->soft = A(NAN);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
   }
@@ -182,28 +145,16 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     return Stats(in, row, statistics, moments);
   }
 
-  __device__ __forceinline__ A difference(A zs, A ws) const {
-    const auto& t = this->t;
-    const A apart = fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, this->shift));
-    return t.same() ? fma_of(ws - zs, t.inverse, this->shift) : apart;
-  }
-
   template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
-    const A zs = z - student_base, ws = w - teacher_base;
-    const A d = difference(zs, ws);
-    const A q = exp2_of(fma_of(zs, t.slope, this->student_bias));
-    const A p = exp2_of(fma_of(ws, t.teacher_slope(), this->teacher_bias));
-    hard_exponent = fma_of(zs, static_cast<A>(kLog2E), this->hard_bias);
-    Element<A> e = device_element(mul_of(p, this->stats.teacher_scale),
-                                  mul_of(q, this->stats.student_scale), d);
+    Element<A> e = Base::element(z - student_base, w - teacher_base, hard_exponent);
     if constexpr (is_mean(D::kBalance)) {
       constexpr bool kCentered = D::kBalance == Balance::kCentered;
       const A from_z = kCentered ? z - student_moment : z;
       const A from_w = kCentered ? w - teacher_moment : w;
-      e.gap = t.same() ? mul_of(from_w - from_z, t.inverse)
-                       : fma_of(from_w, t.teacher_inverse(), -mul_of(from_z, t.inverse));
+      e.gap = t.same ? mul_of(from_w - from_z, t.inverse)
+                     : fma_of(from_w, t.teacher_inverse, -mul_of(from_z, t.inverse));
     }
     return e;
   }
@@ -219,7 +170,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
 
   // Value and slope of one class. The extras ride along.
   template <class D>
-  __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums& sums) const {
+  __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums<A>& sums) const {
     A unused;
     const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = evaluated<D>(e, z, w);
@@ -233,7 +184,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   }
 
   // Once all slopes are summed: from here on the gradient can be written.
-  __device__ __forceinline__ void balance(const Stats& row, Sums& sums) {
+  __device__ __forceinline__ void balance(const Stats& row, Sums<A>& sums) {
     sums.value += row.nothing, sums.slope += row.nothing;
     balance(sums.slope, sums.classes);
   }
@@ -268,7 +219,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   // of their log_sum, log sum exp(z) - max z, that of all, and the label's cross entropy. `z` is
   // the label's logit, which the gradient may have overwritten. One thread.
   __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
-                                                A& cross_entropy, Sums& sums) const {
+                                                A& cross_entropy, Sums<A>& sums) const {
     if (divergence != Divergence::kDecoupled) return;
     const auto& stats = this->stats;
     const A w = LabelLogits<A>(in, row).teacher, above = z - stats.student_max;
@@ -329,7 +280,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
     return this->stats.student_scale == A(0) ? A(INFINITY) : log;
   }
   __device__ __forceinline__ A teacher_log_odds(A w) const {
-    const A log = fma_of(w - this->stats.teacher_max, this->t.teacher_inverse(), this->teacher_log);
+    const A log = fma_of(w - this->stats.teacher_max, this->t.teacher_inverse, this->teacher_log);
     return this->stats.teacher_scale == A(0) ? A(INFINITY) : log;
   }
   __device__ __forceinline__ A hard_log_odds(A z) const {
@@ -340,7 +291,7 @@ struct alignas(16) GeneralWriter : Writer<A, false, TwoTemperatures<A>> {
   __device__ __forceinline__ A odds_difference(A z, A w) const {
     if (this->stats.student_scale == A(0) || this->stats.teacher_scale == A(0))
       return teacher_log_odds(w) - log_odds(z);
-    return difference(z - student_base, w - teacher_base);
+    return this->difference(z - student_base, w - teacher_base);
   }
 };
 

@@ -76,13 +76,12 @@ cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_
   }
 }
 
-// A device (a slice of one, say) may hold no such cluster: then `call` and `plan` do without.
-cudaError_t launch_rows(ForwardCall& call, Plan& plan, cudaStream_t stream) {
+// A device (a slice of one, say) may hold no such cluster: then `call` does without.
+cudaError_t launch_rows(ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   const cudaError_t error = launch_family(call, plan, stream);
   if (!call.finish_inside || plan.cluster == 1 || !refuses_cluster(error)) return error;
   cudaGetLastError();
-  call.finish_inside = plan.finish_inside = false;
-  plan.cluster = 1;
+  call.finish_inside = false;
   return launch_family(call, plan, stream);
 }
 
@@ -94,10 +93,9 @@ cudaError_t forward_on(const ForwardArgs& args, void* total, const void* denomin
   call.args = with_groups(args);
   call.total = args.reduction == Reduction::kNone ? nullptr : total;
   call.constants = make_constants(args.divergence, args.mix);
-  Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
-                        device.limits(), !is_hot(args), is_strided(args));
+  const Plan plan = make_plan(args.rows, args.classes, args.student_dtype, args.teacher_dtype,
+                              device.limits(), !is_hot(args), is_strided(args));
   call.finish_inside = plan.finish_inside && call.total != nullptr && args.rows > 0;
-  if (!call.finish_inside && plan.finish_inside) plan.finish_inside = false, plan.cluster = 1;
   if (const cudaError_t error = launch_scale(call, denominator, args.rows <= kCountInside, stream))
     return error;
   if (args.rows > 0)

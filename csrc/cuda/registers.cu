@@ -11,7 +11,7 @@ cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStre
       return cudaErrorInvalidValue;
     } else {
       using Row = VectorRow<typename E::T, kRegisterBytes / kVectorBytes>;
-      using W = Writer<float, Row::kFold>;
+      using W = Writer<float>;
       const auto with = [&](auto extra) {
         constexpr bool kExtra = decltype(extra)::value;
         return plan.lanes == 32

@@ -94,16 +94,12 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
   }
 };
 
-// 16-bit gradients have no use for the last bit of an fp32 exponent (writer.cuh).
-template <class T>
-constexpr bool kFoldScales = sizeof(T) == 2;
-
 // kHeld: vectors of each input that a thread keeps in registers from the first sweep on; 0: every
 // sweep reads memory again.
 template <class T, int kHeld = 0>
 struct VectorRow {
   using A = float;
-  static constexpr bool kHot = true, kFold = kFoldScales<T>;
+  static constexpr bool kHot = true;
   static constexpr int kElements = Vector<T>::kElements;
 
   const T *student, *teacher;
@@ -222,7 +218,7 @@ template <class T_>
 struct SameDtype {
   using T = T_;
   using A = float;
-  static constexpr bool kHot = true, kFold = kFoldScales<T>;
+  static constexpr bool kHot = true;
   static constexpr int kChunk = Vector<T>::kElements;
 
   template <class Fn>
@@ -233,7 +229,7 @@ struct SameDtype {
 template <class Acc>
 struct AnyDtypes {
   using A = Acc;
-  static constexpr bool kHot = false, kFold = false;
+  static constexpr bool kHot = false;
   static constexpr int kChunk = kVectorBytes / static_cast<int>(sizeof(A));
 
   template <class Fn>
@@ -267,7 +263,7 @@ cudaError_t with_elements(const Inputs& in, Fn&& fn) {
 template <class E>
 struct ElementRow {
   using A = typename E::A;
-  static constexpr bool kHot = E::kHot, kFold = E::kFold;
+  static constexpr bool kHot = E::kHot;
   static constexpr int kChunk = E::kChunk;
 
   Strip student, teacher, grad;

@@ -11,8 +11,8 @@
 
 namespace fastkd::cuda {
 
-// Teams. merge(x, how) gives every thread of a row the sum of what its threads have, in an order
-// that the launch alone fixes.
+// Teams. merge(x, rule) gives every thread of a row the sum of what its threads have, in an order
+// that the launch alone fixes. `rule`: the second argument of x.add().
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
@@ -24,9 +24,9 @@ struct LaneTeam {
   __device__ __forceinline__ explicit LaneTeam(int)
       : place{static_cast<int>(blockDim.x) / kLanes, static_cast<int>(threadIdx.x) / kLanes,
               static_cast<int>(threadIdx.x) % kLanes, kLanes} {}
-  template <class S, class How>
-  __device__ __forceinline__ void merge(S& x, const How& how) {
-    x.template merge_lanes<kLanes>(how);
+  template <class S, class Rule>
+  __device__ __forceinline__ void merge(S& x, const Rule& rule) {
+    x.template merge_lanes<kLanes>(rule);
   }
   // Orders what the threads of a row have read before what they write.
   __device__ __forceinline__ void order() const { __syncwarp(); }
@@ -41,11 +41,11 @@ struct BlockTeam {
 
   __device__ __forceinline__ explicit BlockTeam(int)
       : place{1, 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)} {}
-  template <class S, class How>
-  __device__ __forceinline__ void merge(S& x, const How& how) {
-    x.template merge_lanes<32>(how);
+  template <class S, class Rule>
+  __device__ __forceinline__ void merge(S& x, const Rule& rule) {
+    x.template merge_lanes<32>(rule);
     x = exchange.share(x);
-    x.template merge_lanes<32>(how);
+    x.template merge_lanes<32>(rule);
   }
   __device__ __forceinline__ void order() const {}  // merge() has
 };
@@ -65,8 +65,8 @@ struct TileTeam {
     place.part = static_cast<int>(threadIdx.x) / place.rows;
   }
   // Two sets of slots in turn: one barrier is enough.
-  template <class S, class How>
-  __device__ __forceinline__ void merge(S& x, const How& how) {
+  template <class S, class Rule>
+  __device__ __forceinline__ void merge(S& x, const Rule& rule) {
     if (place.parts == 1) return;
     static_assert(kStridedThreads * sizeof(S) <= kSlotsBytes);
     extern __shared__ __align__(128) unsigned char dynamic[];
@@ -75,20 +75,14 @@ struct TileTeam {
     __syncthreads();
     turn ^= 1;
     x = S();
-    for (int i = 0; i < place.parts; i++) reach(x, slots[i * place.rows + place.row], how);
-    for (int i = 0; i < place.parts; i++) x.add(slots[i * place.rows + place.row], how);
+    const S* const first = slots + place.row;
+    const S* const end = first + place.parts * place.rows;
+    if constexpr (std::is_same_v<S, Statistics<A>>)  // maxima first: each sum is then scaled once
+      for (const S* part = first; part < end; part += place.rows)
+        x.raise(part->student_max, part->teacher_max, rule);
+    for (const S* part = first; part < end; part += place.rows) x.add(*part, rule);
   }
   __device__ __forceinline__ void order() const {}
-
- private:
-  // Raises the maxima before there are sums: each of these is then scaled once.
-  template <class How>
-  static __device__ __forceinline__ void reach(Statistics<A>& x, const Statistics<A>& other,
-                                               const How& t) {
-    x.raise(other.student_max, other.teacher_max, t);
-  }
-  template <class S, class How>
-  static __device__ __forceinline__ void reach(S&, const S&, const How&) {}
 };
 
 template <class Row, class Team, class W, bool kExtra>
@@ -107,8 +101,11 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
   };
   // Before the gradient may overwrite it.
   const A label_logit = real && label >= 0 ? row.student_at(label) : A(0);
-  const typename W::Temper t(args, index);
-  const LeftOut<W::kGeneral> left_out(args, label);
+  const Temperature<A> t(args, index, W::kGeneral);
+  // The sums of kDecoupled leave the label out.
+  const auto left_out = [&](const auto& chunk) {
+    return W::kGeneral && args.divergence == Divergence::kDecoupled ? chunk.place_of(label) : -1;
+  };
   Statistics<A> statistics;
   with_power_of(t.power,
                 [&](auto power) { statistics = scan<decltype(power)::value>(row, t, left_out); });
@@ -122,17 +119,20 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
   }
   const typename W::Stats stats = W::stats_of(args, index, statistics, moments);
   W writer(call, index, t, stats, scale);
-  typename W::Sums sums, unused;
+  constexpr SumKind kKind = W::kGeneral ? SumKind::kSlopes
+                            : kExtra    ? SumKind::kTerms
+                                        : SumKind::kValue;
+  Sums<A> sums, unused;
   if constexpr (W::kGeneral) {
     sums = sum(row, writer, left_out, wants_extra(args));
-    team.merge(sums, std::true_type());
+    team.merge(sums, SumKindOf<kKind>());
     writer.balance(stats, sums);
   }
   team.order();
   with_power_of(t.power, [&](auto power) {
     write<decltype(power)::value, kExtra, kExtra>(row, writer, label, W::kGeneral ? unused : sums);
   });
-  if constexpr (!W::kGeneral) team.merge(sums, std::bool_constant<kExtra>());
+  if constexpr (!W::kGeneral) team.merge(sums, SumKindOf<kKind>());
   if (real && team.place.part == 0) close_row(args, index, writer, stats, sums, label_logit);
 }
 
@@ -184,8 +184,8 @@ cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t 
     return error;
   const int64_t blocks = (call.args.rows + plan.rows_per_block - 1) / plan.rows_per_block;
   const int64_t most = static_cast<int64_t>(per_processor) * device.processors;
-  Launch launch(blocks < most || plan.finish_inside ? blocks : most, threads, shared, stream);
-  launch.cluster(plan.cluster);
+  Launch launch(blocks < most || call.finish_inside ? blocks : most, threads, shared, stream);
+  launch.cluster(call.finish_inside ? plan.cluster : 1);
   if (call.scale_source == ScaleSource::kStats) launch.overlap(device);
   return launch(kernel, call, plan.lanes);
 }
@@ -197,8 +197,8 @@ cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
   // Dtypes that differ are rare: one kernel fewer to compile.
   if constexpr (Row::kHot)
-    if (!wants_extra(args)) return fn(TypeOf<Writer<A, Row::kFold>>(), std::false_type());
-  return fn(TypeOf<Writer<A, Row::kFold>>(), std::true_type());
+    if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
+  return fn(TypeOf<Writer<A>>(), std::true_type());
 }
 
 }  // namespace fastkd::cuda

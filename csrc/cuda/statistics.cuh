@@ -1,6 +1,7 @@
 // Statistics of the first sweep over a row: maxima and sums of exponentials of student and teacher,
-// and moments; and the row's temperatures. Derivations: docs/maths.md, section 3. Letters:
-// numerics.h.
+// and moments; and the row's temperatures. The maxima and sums come from one sweep, because a sweep
+// for the maxima alone would read the row once more. Derivations: docs/maths.md, section 3.
+// Letters: numerics.h.
 #pragma once
 #include <type_traits>
 
@@ -56,29 +57,37 @@ __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
 
-// The temperatures of a row; with kTwo the teacher has one of its own. `power`: softmax(z) is the
-// power-th power of softmax(z / t) up to its scale, which saves the third exponential; 0 where it
-// is none of 1, 2, 4. Without labels there is no hard term, and 1 costs least. A power's error is
-// that of exp(z / t) times t: too much where the hard term is the greater part of the gradient.
-template <class A, bool kTwo = false>
+// The temperatures of a row. `power`: softmax(z) is the power-th power of softmax(z / t) up to its
+// scale, which saves the third exponential; 0 where it is none of 1, 2, 4. Without labels there is
+// no hard term, and 1 costs least. A power's error is that of exp(z / t) times t: too much where
+// the hard term is the greater part of the gradient.
+template <class A>
 struct Temperature {
   A t, inverse;
-  A slope;                   // log2(e) / t
-  A own_inverse, own_slope;  // the teacher's
-  A margin;  // how far a logit may lie above a running maximum: its exponentials stay below 2^16
-  A limit;   // maxima beyond it have no rounded product as their reference
+  A slope;  // log2(e) / t
+  A teacher_inverse, teacher_slope;
+  bool same;  // student and teacher have the same temperature
+  A margin;   // how far a logit may lie above a running maximum: its exponentials stay below 2^16
+  A limit;    // maxima beyond it have no rounded product as their reference
   int power;
 
-  Temperature() = default;
-  __device__ __forceinline__ Temperature(const Inputs& in, int64_t row)
+  // `two`: the teacher's temperature is read, too. A constant, so that the hot kernels have one.
+  __device__ __forceinline__ Temperature(const Inputs& in, int64_t row, bool two = false)
       : t(number_of(setting_of<A>(in, kTemperature, row, in.temperature))),
         inverse(quotient_of(A(1), t)),
-        slope(quotient_of(static_cast<A>(kLog2E), t)) {
-    A own = t;
-    if (kTwo) own = number_of(setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
-    own_inverse = kTwo ? quotient_of(A(1), own) : inverse;
-    own_slope = kTwo ? quotient_of(static_cast<A>(kLog2E), own) : slope;
-    const A least = own < t ? own : t, steepest = max_of(slope, own_slope);
+        slope(quotient_of(static_cast<A>(kLog2E), t)),
+        teacher_inverse(inverse),
+        teacher_slope(slope),
+        same(true) {
+    A least = t, steepest = slope;
+    if (two) {
+      const A teacher =
+          number_of(setting_of<A>(in, kTeacherTemperature, row, in.teacher_temperature));
+      teacher_inverse = quotient_of(A(1), teacher);
+      teacher_slope = quotient_of(static_cast<A>(kLog2E), teacher);
+      same = teacher_slope == slope;
+      least = teacher < t ? teacher : t, steepest = max_of(slope, teacher_slope);
+    }
     margin = A(11) * (least < A(1) ? least : A(1));
     limit = quotient_of(A(kLargestReference), max_of(steepest, static_cast<A>(kLog2E)));
     const A hard = setting_of<A>(in, kHardWeight, row, in.hard_weight);
@@ -86,20 +95,15 @@ struct Temperature {
     const bool whole = t == A(1) || t == A(2) || t == A(4);
     const bool precise = hard <= soft * t || t == A(1);
     power = in.labels == nullptr ? 1 : whole && precise ? static_cast<int>(t) : 0;
-    if (kTwo && has_moments(in)) power = 0;  // backward has no scale of q
+    if (two && has_moments(in)) power = 0;  // backward has no scale of q
   }
-  __device__ __forceinline__ A teacher_inverse() const { return kTwo ? own_inverse : inverse; }
-  __device__ __forceinline__ A teacher_slope() const { return kTwo ? own_slope : slope; }
-  __device__ __forceinline__ bool same() const { return !kTwo || own_slope == slope; }
 
  private:
   // A temperature that is none makes its row NaN.
   static __device__ __forceinline__ A number_of(A x) {
-    return x > A(0) && x - x == A(0) ? x : static_cast<A>(__int_as_float(0x7fc00000));
+    return x > A(0) && x - x == A(0) ? x : A(NAN);
   }
 };
-template <class A>
-using TwoTemperatures = Temperature<A, true>;
 
 // kPower as a template argument: Temperature::power, in copies of the hot loops. With kAtRunTime
 // the third exponential is computed whatever the temperature (57.9 instead of 47.1 issue slots a
@@ -140,8 +144,7 @@ struct Statistics {
 
   // Makes (s, w) part of the maxima. The products are rounded for themselves: fused into the sums
   // of a butterfly they would leave the lanes with different last bits (seen 2026-11).
-  template <class Temper>
-  __device__ __forceinline__ void raise(A s, A w, const Temper& t) {
+  __device__ __forceinline__ void raise(A s, A w, const Temperature<A>& t) {
     if (s > student_max) {
       const A change = reference_change(student_max, s, t.slope, t.limit);
       const A hard_change = t.power > 0
@@ -152,39 +155,38 @@ struct Statistics {
       student_max = s;
     }
     if (w > teacher_max) {
-      teacher_sum = mul_of(teacher_sum,
-                           exp2_of(reference_change(teacher_max, w, t.teacher_slope(), t.limit)));
+      teacher_sum =
+          mul_of(teacher_sum, exp2_of(reference_change(teacher_max, w, t.teacher_slope, t.limit)));
       teacher_max = w;
     }
   }
   // Return true if the maxima are too large for add(), so that add_any() is needed.
-  template <class Temper>
-  __device__ __forceinline__ bool beyond(const Temper& t) const {
+  __device__ __forceinline__ bool beyond(const Temperature<A>& t) const {
     return max_of(magnitude_of(student_max), magnitude_of(teacher_max)) > t.limit;
   }
   // One class, at most t.margin above the maxima.
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void add(A z, A w, const Temper& t) {
+  template <int kPower>
+  __device__ __forceinline__ void add(A z, A w, const Temperature<A>& t) {
     add_exponents<kPower>(fma_of(z, t.slope, -mul_of(student_max, t.slope)),
                           kPower > 0 ? A(0) : fma_of(z, A(kLog2E), -mul_of(student_max, A(kLog2E))),
-                          fma_of(w, t.teacher_slope(), -mul_of(teacher_max, t.teacher_slope())), t);
+                          fma_of(w, t.teacher_slope, -mul_of(teacher_max, t.teacher_slope)), t);
   }
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void add_any(A z, A w, const Temper& t) {
+  template <int kPower>
+  __device__ __forceinline__ void add_any(A z, A w, const Temperature<A>& t) {
     add_exponents<kPower>(
         exponent_of(z, student_max, t.slope, t.limit),
         kPower > 0 ? A(0) : exponent_of(z, student_max, static_cast<A>(kLog2E), t.limit),
-        exponent_of(w, teacher_max, t.teacher_slope(), t.limit), t);
+        exponent_of(w, teacher_max, t.teacher_slope, t.limit), t);
   }
-  template <int kPower, class Temper>
-  __device__ __forceinline__ void add_exponents(A student, A hard, A teacher, const Temper& t) {
+  template <int kPower>
+  __device__ __forceinline__ void add_exponents(A student, A hard, A teacher,
+                                                const Temperature<A>& t) {
     const A e = exp2_of(student);
     student_sum += e;
     hard_sum += power_of<kPower>(e, hard, t.power);
     teacher_sum += exp2_of(teacher);
   }
-  template <class Temper>
-  __device__ __forceinline__ void add(Statistics other, const Temper& t) {
+  __device__ __forceinline__ void add(Statistics other, const Temperature<A>& t) {
     raise(other.student_max, other.teacher_max, t);
     other.raise(student_max, teacher_max, t);
     student_sum += other.student_sum;
@@ -192,8 +194,8 @@ struct Statistics {
     teacher_sum += other.teacher_sum;
   }
   // All lanes of a group get the statistics of the group.
-  template <int kLanes, class Temper>
-  __device__ __forceinline__ void merge_lanes(const Temper& t) {
+  template <int kLanes>
+  __device__ __forceinline__ void merge_lanes(const Temperature<A>& t) {
     raise(lanes_max<kLanes>(student_max), lanes_max<kLanes>(teacher_max), t);
     student_sum = lanes_sum<kLanes>(student_sum);
     hard_sum = lanes_sum<kLanes>(hard_sum);
@@ -218,15 +220,15 @@ struct Moments {
     if (!masks) student += static_cast<double>(z), student_count += 1;
     if (!teacher_masks) teacher += static_cast<double>(w), teacher_count += 1;
   }
-  template <class How>
-  __device__ __forceinline__ void add(const Moments& other, const How&) {
+  template <class Any>
+  __device__ __forceinline__ void add(const Moments& other, const Any&) {
     student += other.student;
     teacher += other.teacher;
     student_count += other.student_count;
     teacher_count += other.teacher_count;
   }
-  template <int kLanes, class How>
-  __device__ __forceinline__ void merge_lanes(const How&) {
+  template <int kLanes, class Any>
+  __device__ __forceinline__ void merge_lanes(const Any&) {
     student = lanes_sum<kLanes>(student);
     teacher = lanes_sum<kLanes>(teacher);
     student_count = lanes_sum<kLanes>(student_count);
@@ -254,7 +256,7 @@ struct RowStats {
            zero;
   }
 
-  // `slope` and `classes`: of GeneralSums, or 0.
+  // `slope` and `classes`: of Sums (writer.cuh).
   __device__ __forceinline__ void store(A* stats, int64_t rows, int64_t row, A slope,
                                         A classes) const {
     stats[kStudentMax * rows + row] = student_max;
@@ -275,14 +277,14 @@ struct RowStats {
 };
 
 // reference_error() of the exponentials at temperature 1, which may be powers of those at t.
-template <class A, class Temper>
-__device__ __forceinline__ A hard_reference_error(A m, const Temper& t) {
+template <class A>
+__device__ __forceinline__ A hard_reference_error(A m, const Temperature<A>& t) {
   return t.power > 0 ? reference_error(m, t.slope, t.limit) * static_cast<A>(t.power)
                      : reference_error(m, static_cast<A>(kLog2E), t.limit);
 }
 // log sum exp(z) - max z.
-template <class A, class Temper>
-__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temper& t) {
+template <class A>
+__device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temperature<A>& t) {
   return -static_cast<A>(kLn2) *
          (log2_of(stats.hard_scale) + hard_reference_error(stats.student_max, t));
 }

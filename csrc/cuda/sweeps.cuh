@@ -8,15 +8,17 @@ namespace fastkd::cuda {
 
 // The statistics of this thread's classes. The maxima that the sums refer to follow the greatest
 // logits only when they have fallen behind by t.margin: some lane of a warp meets a new maximum in
-// almost every vector, and rescaling the sums costs as much as two classes.
-template <int kPower, class Row, class Temper, class Out>
-__device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row, const Temper& t,
-                                                            const Out& left_out) {
+// almost every vector, and rescaling the sums costs as much as two classes. `left_out`: returns the
+// position in a chunk of the class that the sums leave out, or -1.
+template <int kPower, class Row, class LeftOut>
+__device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
+                                                            const Temperature<typename Row::A>& t,
+                                                            const LeftOut& left_out) {
   using A = typename Row::A;
   Statistics<A> statistics;
   A student_top = kLowest<A>, teacher_top = kLowest<A>;
   row.template for_chunks<false, 2>([&](const auto& chunk) {
-    const int out = left_out.place_in(chunk);
+    const int out = left_out(chunk);
     chunk.include_in(student_top, teacher_top, out);
     if (student_top > statistics.student_max + t.margin ||
         teacher_top > statistics.teacher_max + t.margin)
@@ -43,13 +45,13 @@ __device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
 }
 
 // The sums over values and slopes that a GeneralWriter needs before the gradient is known.
-template <class Row, class W, class Out>
-__device__ __forceinline__ typename W::Sums sum(const Row& row, const W& writer,
-                                                const Out& left_out, bool extra) {
+template <class Row, class W, class LeftOut>
+__device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& writer,
+                                                     const LeftOut& left_out, bool extra) {
   using A = typename Row::A;
-  typename W::Sums sums;
+  Sums<A> sums;
   row.template for_chunks<false, 1>([&](const auto& chunk) {
-    const int out = left_out.place_in(chunk);
+    const int out = left_out(chunk);
     visit_general(writer.divergence, [&](auto d) {
       using D = decltype(d);
       chunk.each(D::kBalance == Balance::kNone ? out : -1,
@@ -62,7 +64,7 @@ __device__ __forceinline__ typename W::Sums sum(const Row& row, const W& writer,
 // The gradient of this thread's classes; with a Writer, also the sums of the second sweep.
 template <int kPower, bool kExtra, bool kUniform, class Row, class W>
 __device__ __forceinline__ void write(const Row& row, const W& writer, int64_t label,
-                                      typename W::Sums& sums) {
+                                      Sums<typename Row::A>& sums) {
   using A = typename Row::A;
   row.template for_chunks<true, W::kGeneral ? 1 : 2>([&](const auto& chunk) {
     A g[std::decay_t<decltype(chunk)>::kMost];

@@ -13,8 +13,7 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
                ? launch_rows<Row, LaneTeam<8>, W, true, kTinyThreads, 1>(call, plan, stream)
                : launch_rows<Row, LaneTeam<32>, W, true, kTinyThreads, 1>(call, plan, stream);
   };
-  return is_hot(call.args) ? with(TypeOf<Writer<float, false>>())
-                           : with(TypeOf<GeneralWriter<float>>());
+  return is_hot(call.args) ? with(TypeOf<Writer<float>>()) : with(TypeOf<GeneralWriter<float>>());
 }
 
 }  // namespace fastkd::cuda

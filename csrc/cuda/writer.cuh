@@ -6,6 +6,13 @@
 
 namespace fastkd::cuda {
 
+// The sums that a kernel needs. Each includes those before it.
+enum class SumKind { kValue, kTerms, kSlopes };
+template <SumKind kKind_>
+struct SumKindOf {
+  static constexpr SumKind kKind = kKind_;
+};
+
 // Running sums of the second sweep.
 template <class A>
 struct Sums {
@@ -13,26 +20,33 @@ struct Sums {
   A logits = 0;  // the mean over all classes of z - max z
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
+  A slope = 0;    // centers the gradient of the divergences in general.cuh
+  A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
 
-  // `Extra`: std::bool_constant, whether there is more than the value.
-  template <int kLanes, class Extra>
-  __device__ __forceinline__ void merge_lanes(Extra) {
+  template <int kLanes, class Kind>
+  __device__ __forceinline__ void merge_lanes(Kind) {
     value = lanes_sum<kLanes>(value);
-    if (!Extra::value) return;
+    if (Kind::kKind == SumKind::kValue) return;
     logits = lanes_sum<kLanes>(logits);
     student_entropy = lanes_sum<kLanes>(student_entropy);
     teacher_entropy = lanes_sum<kLanes>(teacher_entropy);
     agreement = lanes_max<kLanes>(agreement);
+    if (Kind::kKind == SumKind::kTerms) return;
+    slope = lanes_sum<kLanes>(slope);
+    classes = lanes_sum<kLanes>(classes);
   }
-  template <class Extra>
-  __device__ __forceinline__ void add(const Sums& other, Extra) {
+  template <class Kind>
+  __device__ __forceinline__ void add(const Sums& other, Kind) {
     value += other.value;
     logits += other.logits;
     student_entropy += other.student_entropy;
     teacher_entropy += other.teacher_entropy;
     agreement = max_of(agreement, other.agreement);
+    slope += other.slope;
+    classes += other.classes;
   }
 };
+
 // element() of numerics.h in fewer instructions: a series of four terms for |d| < 1/8, a polynomial
 // through Chebyshev nodes that is off by 9e-8 of the value at most, and predicates instead of
 // selects (27 instead of 30 issue slots a class in the second sweep on an H100). Limits as there: a
@@ -70,24 +84,19 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
   return element(p, q, d);
 }
 
-// Beyond these, in powers of 2, a row's second sweep goes the longer way. The distance of the two
-// references: d would round at its size (docs/maths.md, section 3). And with the scales in the
-// exponents, the size of a reference: the exponents would.
+// Beyond these distances of the two references, in powers of 2, or of the two maxima, in logits, d
+// would round at their size (docs/maths.md, section 3): the second sweep then takes the maxima off
+// the logits first. Up to t = 2.88 the first limit is the stricter.
 constexpr float kLargestDistance = 16;
-constexpr float kApart = 32;  // in logits; up to t = 2.88 the distance is the stricter limit
-constexpr float kLargestFolded = 64;
+constexpr float kApart = 32;
 
-// Constants of a row for the second sweep, and the sweep's one step. kFold: the scales of the two
-// softmaxes ride in the exponents, which saves two multiplications and costs an error of half a
-// unit in the last place of the exponent. kFold is for 16-bit gradients.
-template <class A, bool kFold, class Temper_ = Temperature<A>>
+// Constants of a row for the second sweep, and the sweep's one step.
+template <class A>
 struct alignas(16) Writer {
-  using Temper = Temper_;
-  using Sums = cuda::Sums<A>;
   using Stats = RowStats<A>;
   static constexpr bool kGeneral = false;
 
-  Temper t;
+  Temperature<A> t;
   RowStats<A> stats;  // where `apart`, the scales are relative to the maxima themselves
   bool apart;         // logits are taken relative to the maxima before anything else is done
   A student_bias, teacher_bias, hard_bias;  // of the exponents
@@ -98,25 +107,23 @@ struct alignas(16) Writer {
 
   // `scale` includes grad_output.
   template <class Call>
-  __device__ __forceinline__ Writer(const Call& call, int64_t index, const Temper& temperature,
-                                    const RowStats<A>& row, A scale)
+  __device__ __forceinline__ Writer(const Call& call, int64_t index,
+                                    const Temperature<A>& temperature, const RowStats<A>& row,
+                                    A scale)
       : t(temperature), stats(row) {
     const Inputs& in = call.args;
     const A ln_2 = static_cast<A>(kLn2), log2_e = static_cast<A>(kLog2E);
     const A student_error = reference_error(row.student_max, t.slope, t.limit);
-    const A teacher_error = reference_error(row.teacher_max, t.teacher_slope(), t.limit);
+    const A teacher_error = reference_error(row.teacher_max, t.teacher_slope, t.limit);
     const A student_reference = mul_of(row.student_max, t.slope);
-    const A teacher_reference = mul_of(row.teacher_max, t.teacher_slope());
+    const A teacher_reference = mul_of(row.teacher_max, t.teacher_slope);
     const A distance = student_reference - teacher_reference;
-    const A largest = max_of(magnitude_of(student_reference), magnitude_of(teacher_reference));
     apart = max_of(magnitude_of(row.student_max), magnitude_of(row.teacher_max)) > t.limit ||
             !(magnitude_of(distance) <= A(kLargestDistance)) ||
-            magnitude_of(row.student_max - row.teacher_max) > A(kApart) ||
-            (kFold && largest > A(kLargestFolded)) || !t.same();
+            magnitude_of(row.student_max - row.teacher_max) > A(kApart) || !t.same;
     student_log = ln_2 * (log2_of(row.student_scale) + student_error);
     teacher_log = ln_2 * (log2_of(row.teacher_scale) + teacher_error);
-    student_bias = add_of(-student_reference, kFold ? log2_of(row.student_scale) : A(0));
-    teacher_bias = add_of(-teacher_reference, kFold ? log2_of(row.teacher_scale) : A(0));
+    student_bias = -student_reference, teacher_bias = -teacher_reference;
     hard_bias = -mul_of(row.student_max, log2_e);
 
     soft = mul_of(mul_of(scale, setting_of<A>(in, kSoftWeight, index, in.soft_weight)), t.t);
@@ -136,22 +143,20 @@ struct alignas(16) Writer {
     label = mul_of(weight, A(1) - smoothing);
 
     if (apart) {
+      student_bias = teacher_bias = hard_bias = A(0);
       stats.student_scale = mul_of(row.student_scale, exp2_of(student_error));
       stats.teacher_scale = mul_of(row.teacher_scale, exp2_of(teacher_error));
       if (t.power == 0)
         hard = mul_of(hard, exp2_of(reference_error(row.student_max, log2_e, t.limit)));
     }
     // d must belong to the very p and q that are formed below: their sum of p d + q - p is then off
-    // by the square of what they are off by.
-    if (kFold && !apart) {
-      shift = mul_of(teacher_bias - student_bias, ln_2);
-    } else {  // one logarithm: where the two sums are near, it does not cancel
-      const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
-      const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
-      const A of_sums = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
-      const A errors = fma_of(teacher_error - student_error, ln_2, of_sums);
-      shift = apart ? of_sums : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
-    }
+    // by the square of what they are off by. One logarithm: where the two sums are near, it does
+    // not cancel.
+    const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
+    const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
+    const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
+    const A errors = fma_of(teacher_error - student_error, ln_2, log_ratio);
+    shift = apart ? log_ratio : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
   }
 
   static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
@@ -160,28 +165,19 @@ struct alignas(16) Writer {
     return Stats(statistics);
   }
 
-  // p, q and d of one class, and the exponent of its exp(z) where no power of q serves.
-  template <bool kApart>
+  // d of one class. The logits: less the maxima if the row is `apart`.
+  __device__ __forceinline__ A difference(A z, A w) const {
+    const A far = fma_of(w, t.teacher_inverse, fma_of(-z, t.inverse, shift));
+    return t.same ? fma_of(w - z, t.inverse, shift) : far;
+  }
+  // p, q and d of one class, and the exponent of its exp(z) where no power of q serves. The logits
+  // as in difference().
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
-    A d, q, p;
-    if (kApart) {
-      const A zs = z - stats.student_max, ws = w - stats.teacher_max;
-      d = t.same() ? fma_of(ws - zs, t.inverse, shift)
-                   : fma_of(ws, t.teacher_inverse(), fma_of(-zs, t.inverse, shift));
-      q = exp2_of(mul_of(zs, t.slope));
-      p = exp2_of(mul_of(ws, t.teacher_slope()));
-      hard_exponent = mul_of(zs, static_cast<A>(kLog2E));
-    } else {
-      d = fma_of(w - z, t.inverse, shift);
-      q = exp2_of(fma_of(z, t.slope, student_bias));
-      p = exp2_of(fma_of(w, t.slope, teacher_bias));
-      hard_exponent = fma_of(z, static_cast<A>(kLog2E), hard_bias);
-    }
-    if (kApart || !kFold) {
-      q = mul_of(q, stats.student_scale);
-      p = mul_of(p, stats.teacher_scale);
-    }
-    return device_element(p, q, d);
+    const A q = exp2_of(fma_of(z, t.slope, student_bias));
+    const A p = exp2_of(fma_of(w, t.teacher_slope, teacher_bias));
+    hard_exponent = fma_of(z, static_cast<A>(kLog2E), hard_bias);
+    return device_element(mul_of(p, stats.teacher_scale), mul_of(q, stats.student_scale),
+                          difference(z, w));
   }
 
   // The hard term's part of the gradient, but for what belongs to the label.
@@ -202,9 +198,11 @@ struct alignas(16) Writer {
   // The gradient of one class, but for what belongs to the label. kApart: `apart`, which the whole
   // row has in common.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
-  __device__ __forceinline__ A write_as(A z, A w, Sums& sums) const {
+  __device__ __forceinline__ A write_as(A z, A w, Sums<A>& sums) const {
     A hard_exponent;
-    const Element<A> e = element<kApart>(z, w, hard_exponent);
+    const Element<A> e = kApart
+                             ? element(z - stats.student_max, w - stats.teacher_max, hard_exponent)
+                             : element(z, w, hard_exponent);
     sums.value += ForwardKL::at(e).value;
     const A softmax = hard_part<kPower, kUniform>(e.q, hard_exponent);
     if (kExtra) add_extra(z, w, e.p, e.q, sums);
@@ -214,12 +212,12 @@ struct alignas(16) Writer {
   // The label's gradient, given what write_as() made of its class.
   __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
-  __device__ __forceinline__ void add_extra(A z, A w, A p, A q, cuda::Sums<A>& sums) const {
+  __device__ __forceinline__ void add_extra(A z, A w, A p, A q, Sums<A>& sums) const {
     const A zs = z - stats.student_max;
     sums.logits = fma_of(zs, share, sums.logits);
     sums.student_entropy -= times_log(q, fma_of(zs, t.inverse, student_log));
     sums.teacher_entropy -=
-        times_log(p, fma_of(w - stats.teacher_max, t.teacher_inverse(), teacher_log));
+        times_log(p, fma_of(w - stats.teacher_max, t.teacher_inverse, teacher_log));
     if (z == stats.student_max && w == stats.teacher_max) sums.agreement = A(1);
   }
 };

@@ -1,6 +1,4 @@
-#include <initializer_list>
-
-#include "backends.h"
+#include "arguments.h"
 
 namespace fastkd::glue {
 
@@ -27,17 +25,13 @@ void check_same_sizes(const Tensor& student, const Tensor& other, const char* na
                   " must have the shape of the student logits");
 }
 
-std::vector<int64_t> strides_of(const Tensor& tensor) {
-  return {tensor.strides().begin(), tensor.strides().end()};
-}
-
 void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(tensor.device() == like.device(), name,
                   " must be on the device of the student logits");
 }
 
-}  // namespace
-
+// Throw unless all elements of `tensor` lie inside its storage. FSDP, for one, releases storages
+// of tensors that still exist.
 void check_storage(const Tensor& tensor, const char* name) {
   if (tensor.numel() == 0) return;
   int64_t last = tensor.storage_offset();  // index of the last element in the storage
@@ -50,6 +44,8 @@ void check_storage(const Tensor& tensor, const char* name) {
                   " bytes");
 }
 
+}  // namespace
+
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
                     const char* name, int64_t entries) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
@@ -60,26 +56,45 @@ Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, 
   return readable(tensor);
 }
 
-void take_row_settings(Call* call, const std::optional<Tensor>& row_settings) {
-  if (!row_settings) return;
-  call->row_settings = checked_rows(*row_settings, call->student, call->acc, call->inputs.rows,
-                                    "row_settings", kRowSettings);
-  call->inputs.row_settings = call->row_settings->const_data_ptr();
+void Call::take_row_settings(const std::optional<Tensor>& settings) {
+  if (!settings) return;
+  row_settings = checked_rows(*settings, student, acc_type(in_double(inputs)), inputs.rows,
+                              "row_settings", kRowSettings);
+  inputs.row_settings = row_settings->const_data_ptr();
+}
+
+// Not by torch::stable::empty, whose trip through the dispatcher takes long for small calls.
+Tensor Call::empty(std::initializer_list<int64_t> shape) const {
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(student.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(student.get(), &device_index));
+  int64_t strides[2] = {1, 1};
+  if (shape.size() == 2) strides[0] = shape.begin()[1];
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides,
+      in_double(inputs) ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor Call::empty_out(int64_t fields, bool per_row) const {
+  if (fields == 1) return per_row ? empty({inputs.rows}) : empty({});
+  return per_row ? empty({fields, inputs.rows}) : empty({fields});
 }
 
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& row_settings, const Options& options, bool strided,
-             const Tensor* grad) {
+             const Inputs& settings, bool strided, const Tensor* grad) {
   STD_TORCH_CHECK(student.dim() >= 1, "student logits must have at least one dimension");
   check_same_sizes(student, teacher, "teacher logits");
   check_device(teacher, student, "teacher logits");
   check_storage(student, "student logits");
   check_storage(teacher, "teacher logits");
-  Call call{{}, {}, {}, student, teacher, labels, std::nullopt, ScalarType::Float};
+  Call call{settings, {}, student, teacher, labels, std::nullopt};
   Inputs& in = call.inputs;
   in.student_dtype = dtype_of(student, "student logits");
   in.teacher_dtype = dtype_of(teacher, "teacher logits");
-  if (computes_in_double(in.student_dtype, in.teacher_dtype)) call.acc = ScalarType::Double;
   in.classes = student.size(student.dim() - 1);
   STD_TORCH_CHECK(in.classes > 0, "logits must have at least one class");
   in.rows = student.numel() / in.classes;
@@ -93,8 +108,10 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
                     "the gradient must have the dtype of the student logits");
     inplace = grad->const_data_ptr() == student.const_data_ptr();
   }
-  call.grad_strides = grad ? strides_of(*grad) : gradient_strides(student, strided);
-  const Layout layout = lay_out(&call.student, &call.teacher, call.grad_strides, strided, inplace);
+  const std::vector<int64_t> grad_strides =
+      grad ? std::vector<int64_t>(grad->strides().begin(), grad->strides().end())
+           : gradient_strides(student, strided);
+  const Layout layout = lay_out(&call.student, &call.teacher, grad_strides, strided, inplace);
   in.group_rows = layout.group_rows;
   in.student_stride = layout.student;
   in.teacher_stride = layout.teacher;
@@ -108,82 +125,30 @@ Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<T
         "labels must have the shape of the student logits without the classes");
     call.labels = checked_rows(*labels, student, ScalarType::Long, in.rows, "labels", 1);
     in.labels = static_cast<const int64_t*>(call.labels->const_data_ptr());
+  } else {
+    in.hard_weight = 0;
   }
-  take_row_settings(&call, row_settings);
-  STD_TORCH_CHECK(options.divergence >= 0 && options.divergence < kDivergences,
-                  "no divergence has the number ", options.divergence);
-  set_options(options, &in);
   return call;
 }
 
-namespace {
-
-// A new contiguous tensor on the student's device, without a trip through the dispatcher.
-Tensor empty(const Call& call, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  int32_t device_type = 0;
-  int32_t device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(call.student.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(call.student.get(), &device_index));
-  int64_t strides[2] = {1, 1};
-  if (shape.size() == 2) strides[0] = shape.begin()[1];
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.begin(), strides,
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
-}  // namespace
-
-Tensor empty_out(const Call& call, bool terms, bool per_row) {
-  const int64_t rows = call.inputs.rows;
-  if (terms) {
-    return per_row ? empty(call, {1 + kTerms, rows}, call.acc)
-                   : empty(call, {1 + kTerms}, call.acc);
-  }
-  return per_row ? empty(call, {rows}, call.acc) : empty(call, {}, call.acc);
-}
-
-Tensor empty_stats(const Call& call) {
-  return empty(call, {kStats * call.inputs.rows + 1}, call.acc);
-}
-
-BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& grad_output,
-                           const Tensor& grad) {
-  const int64_t rows = call.inputs.rows;
-  const bool per_row = grad_output.dim() == 1;
-  BackwardArgs args;
-  static_cast<Inputs&>(args) = call.inputs;
-  checked_rows(grad_output, call.student, call.acc, per_row ? rows : 1, "grad_output", 1);
-  STD_TORCH_CHECK(grad_output.dim() <= 1 && grad_output.is_contiguous(),
-                  "grad_output must be contiguous");
-  args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_per_row = per_row;
-  if (stats) {
-    checked_rows(*stats, call.student, call.acc, kStats * rows + 1, "stats", 1);
-    STD_TORCH_CHECK(stats->is_contiguous(), "stats must be contiguous");
-    args.stats = stats->const_data_ptr();
-  }
-  args.grad = grad.mutable_data_ptr();
-  args.grad_stride = call.grad_stride;
-  return args;
-}
-
 void check_reducing(const Reducing& reducing, const Call& call, bool with_grad) {
-  STD_TORCH_CHECK(!with_grad || reducing.reduction != Reduction::kNone,
+  STD_TORCH_CHECK(!with_grad || !reducing.per_row(),
                   "a gradient is written for reduction mean or sum");
   if (reducing.denominator)
-    checked_rows(*reducing.denominator, call.student, call.acc, 1, "denominator", 1);
+    checked_rows(*reducing.denominator, call.student, acc_type(in_double(call.inputs)), 1,
+                 "denominator", 1);
 }
 
-void check_grad_output(const Tensor& grad_output, const Reducing& reducing, bool filled) {
-  STD_TORCH_CHECK(grad_output.dim() == 0 || reducing.reduction == Reduction::kNone,
+void check_grad_output(const Call& call, const Reducing& reducing, const Tensor& grad_output,
+                       bool filled) {
+  const int64_t dims = grad_output.dim();
+  STD_TORCH_CHECK(dims == 0 || (dims == 1 && reducing.per_row()),
                   "grad_output must be 0-d, or, with reduction none, have one number for each row");
-  STD_TORCH_CHECK(grad_output.dim() == 0 || !filled,
+  STD_TORCH_CHECK(dims == 0 || !filled,
                   "grad_output must be 0-d where filled is true: one number scales the gradient");
+  STD_TORCH_CHECK(grad_output.is_contiguous(), "grad_output must be contiguous");
+  checked_rows(grad_output, call.student, acc_type(in_double(call.inputs)),
+               dims == 1 ? call.inputs.rows : 1, "grad_output", 1);
 }
-
-Tensor nothing(const Call& call) { return empty(call, {0}, call.acc); }
 
 }  // namespace fastkd::glue

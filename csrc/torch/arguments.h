@@ -1,22 +1,30 @@
-// Read and check the arguments of an op, and convert them to the structs of kernels.h, for every
-// backend.
+// Read and check the arguments of an op, and convert them to the structs of kernels.h, topk.h and
+// mixture.h.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../mixture.h"
-#include "layout.h"
-#include "options.h"
+#include "../topk.h"
+#include "row_strides.h"
 
 namespace fastkd::glue {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Return `value` as the enum `E`, whose last member is `last`.
+template <class E>
+E checked_enum(int64_t value, E last, const char* name) {
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(last), name, " has no member ",
+                  value);
+  return static_cast<E>(value);
+}
 
 // Reads the arguments of a boxed kernel from its stack, in the order of the op's schema. Each
 // argument must be taken, because the stack owns a reference to each tensor.
@@ -26,6 +34,19 @@ class ArgumentReader {
   template <class T>
   T take() {
     return torch::stable::detail::to<T>(*next_++);
+  }
+  template <class... Ts>
+  void take(Ts*... arguments) {
+    ((*arguments = take<Ts>()), ...);
+  }
+  // The numbers from hard_weight to mix.
+  void take_settings(Inputs* inputs) {
+    int64_t divergence = 0;
+    take(&inputs->hard_weight, &inputs->soft_weight, &inputs->label_smoothing,
+         &inputs->ignore_index, &divergence, &inputs->mix);
+    STD_TORCH_CHECK(divergence >= 0 && divergence < kDivergences, "no divergence has the number ",
+                    divergence);
+    inputs->divergence = static_cast<Divergence>(divergence);
   }
 
  private:
@@ -38,54 +59,99 @@ void return_results(StableIValue* stack, const Results&... results) {
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
+// The reduction of the losses of rows.
+struct Reducing {
+  Reduction reduction;
+  double normalizer;                  // where positive, mean divides by it
+  std::optional<Tensor> denominator;  // acc, one number on the inputs' device: mean divides by it
+
+  // Read the last two arguments of a loss, but for with_terms.
+  void take_from(ArgumentReader* reader) {
+    reduction = checked_enum(reader->take<int64_t>(), Reduction::kMean, "reduction");
+    normalizer = reader->take<double>();
+  }
+  bool per_row() const { return reduction == Reduction::kNone; }
+};
+
 DType dtype_of(const Tensor& tensor, const char* name);
+
+inline bool in_double(const Inputs& in) {
+  return computes_in_double(in.student_dtype, in.teacher_dtype);
+}
+// The type of loss, terms, stats, row_settings and grad_output.
+inline ScalarType acc_type(bool in_double) {
+  return in_double ? ScalarType::Double : ScalarType::Float;
+}
+inline int64_t acc_bytes(const Inputs& in) { return in_double(in) ? 8 : 4; }
 
 // Check that `tensor` has `entries` numbers of `dtype` for each row and is on the device of `like`.
 // Return `tensor`, or a contiguous copy of it.
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
                     const char* name, int64_t entries);
 
-// Throw unless all elements of `tensor` lie inside its storage. FSDP, for one, releases storages
-// of tensors that still exist.
-void check_storage(const Tensor& tensor, const char* name);
-
 // The inputs of a call and the tensors that keep them alive: a tensor whose rows the kernels cannot
-// walk is replaced by a copy (layout.h).
+// walk is replaced by a copy (row_strides.h).
 struct Call {
   Inputs inputs;
   RowStrides grad_stride;
-  std::vector<int64_t> grad_strides;  // of each dimension
-  Tensor student;
-  Tensor teacher;
-  std::optional<Tensor> labels;
-  std::optional<Tensor> row_settings;
-  ScalarType acc;                        // type of loss, terms, stats, row_settings and grad_output
+  Tensor student, teacher;
+  std::optional<Tensor> labels, row_settings;
   const MixtureArgs* mixture = nullptr;  // stands for the teacher: on CPUs, `mixed` yet to be set
+
+  // Use row_settings, if there are any, for the temperatures and weights of each row.
+  void take_row_settings(const std::optional<Tensor>& settings);
+  // Return a new contiguous tensor of acc on the student's device, of at most two dimensions.
+  Tensor empty(std::initializer_list<int64_t> shape) const;
+  // Return memory for the results: `fields` numbers, each for every row or for all rows.
+  Tensor empty_out(int64_t fields, bool per_row) const;
+  Tensor empty_stats() const { return empty({kStats * inputs.rows + 1}); }
 };
 
-// Use row_settings, if there are any, for the temperatures and weights of each row.
-void take_row_settings(Call* call, const std::optional<Tensor>& row_settings);
-
-// Check the arguments, and lay out the rows. `strided`: true if the kernels take classes that are
-// not adjacent. `grad`: the gradient's memory, or null. If `grad` is the student, the student is
-// not copied.
+// Check the arguments, and lay out the rows. `settings`: their numbers. `strided`: true if the
+// kernels take classes that are not adjacent. `grad`: the gradient's memory, or null. If `grad` is
+// the student, the student is not copied. Settings of rows are not yet taken.
 Call prepare(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& row_settings, const Options& options, bool strided,
-             const Tensor* grad);
+             const Inputs& settings, bool strided, const Tensor* grad);
 
-// The shapes of the ops' results. The sums over rows are 0-d; with terms they are a vector of 1 +
-// kTerms.
-Tensor empty_out(const Call& call, bool terms, bool per_row);
-Tensor empty_stats(const Call& call);  // acc [kStats * rows + 1]
+// The losses of all rows, which are `out` itself with reduction none.
+struct Outputs {
+  Tensor out, rows;
+};
 
-// Check the arguments of a backward pass. `grad_output`: acc, one number or one for each row.
-// `stats`: from the forward pass; null for the sparse loss, which has none.
-BackwardArgs backward_args(const Call& call, const Tensor* stats, const Tensor& grad_output,
-                           const Tensor& grad);
+// Complete the arguments of a forward pass but for terms, stats and scale. `fields`: numbers that
+// are computed for each row, of which the loss is the first. `grad`: or null.
+template <class Args>
+Outputs set_outputs(const Call& call, const Reducing& reducing, int64_t fields, const Tensor* grad,
+                    Args* args) {
+  static_cast<Inputs&>(*args) = call.inputs;
+  const Tensor out = call.empty_out(fields, reducing.per_row());
+  const Outputs outputs{out, reducing.per_row() ? out : call.empty_out(fields, true)};
+  args->loss = outputs.rows.mutable_data_ptr();
+  args->reduction = reducing.reduction;
+  if (grad) {
+    args->grad = grad->mutable_data_ptr();
+    args->grad_stride = call.grad_stride;
+  }
+  return outputs;
+}
 
-inline int64_t acc_size(const Call& call) { return call.acc == ScalarType::Double ? 8 : 4; }
+// Complete the arguments of a backward pass but for statistics and scale.
+template <class Args>
+void set_gradient(const Call& call, const Tensor& grad_output, const Tensor& grad, Args* args) {
+  static_cast<Inputs&>(*args) = call.inputs;
+  args->grad_output = grad_output.const_data_ptr();
+  args->grad_output_per_row = grad_output.dim() == 1;
+  args->grad = grad.mutable_data_ptr();
+  args->grad_stride = call.grad_stride;
+}
 
-// Return an empty tensor, for a result that was not requested.
-Tensor nothing(const Call& call);
+// Throw unless `grad_output` is one number or, with reduction none, one for each row. A gradient
+// that is `filled` is scaled, by one number.
+void check_grad_output(const Call& call, const Reducing& reducing, const Tensor& grad_output,
+                       bool filled);
+
+// Throw unless the reduction goes with a gradient if `with_grad`, and its denominator has the dtype
+// and device of the loss of `call`.
+void check_reducing(const Reducing& reducing, const Call& call, bool with_grad);
 
 }  // namespace fastkd::glue

@@ -1,19 +1,22 @@
-// The ops on CPU tensors: counts rows, splits the work among torch's threads, sums the row losses
-// in order.
-#include "cpu.h"
-
+// The ops on CPU tensors: counts rows, splits the work among torch's threads, and sums the losses
+// of rows in order, so that the result does not depend on the number of threads.
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
-#include <new>
 #include <vector>
+
+#include "backends.h"
+#include "huge_pages.h"
 
 namespace fastkd::glue {
 namespace {
 
-bool in_double(const Inputs& in) { return computes_in_double(in.student_dtype, in.teacher_dtype); }
-int64_t acc_bytes(const Inputs& in) { return in_double(in) ? 8 : 4; }
-ScalarType acc_type(const Inputs& in) {
-  return in_double(in) ? ScalarType::Double : ScalarType::Float;
+// Return the least number of rows that are worth a thread of their own. A row takes as long as so
+// many classes of a long one, which take some 0.6 ns each.
+int64_t grain_rows(int64_t classes) {
+  constexpr int64_t kGrain = 16384;
+  return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));
 }
 
 // Return the value of a float32 or float64 tensor with one element.
@@ -31,9 +34,9 @@ void multiply_(const Tensor& self, const Tensor& factor) {
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference that the call returned
 }
 
-}  // namespace
-
+// Throw if one of acc [2, rows] is no temperature.
 void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
+  if (of_rows == nullptr) return;
   for (int64_t at = 0; at < 2 * rows; ++at) {
     const double t = in_double ? static_cast<const double*>(of_rows)[at]
                                : static_cast<const float*>(of_rows)[at];
@@ -42,9 +45,11 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   }
 }
 
+// Check what only the data can tell, before anything is written. Return the number of rows that are
+// not ignored.
 int64_t count_rows(const Inputs& in) {
   static_assert(kTemperature == 0 && kTeacherTemperature == 1);
-  if (in.row_settings) check_temperatures(in.row_settings, in.rows, in_double(in));
+  check_temperatures(in.row_settings, in.rows, in_double(in));
   if (!in.labels) return in.rows;
   int64_t count = 0;
   for (int64_t row = 0; row < in.rows; ++row) {
@@ -57,6 +62,8 @@ int64_t count_rows(const Inputs& in) {
   return count;
 }
 
+// Return the factor of the sum over rows. `count`: the number of rows that are not ignored. If it
+// is 0, the factor is 1, so that the mean is 0 for any divisor, 0 included.
 double scale_of(const Reducing& reducing, int64_t count) {
   if (reducing.reduction != Reduction::kMean) return 1.0;
   double divisor = static_cast<double>(count);
@@ -65,6 +72,9 @@ double scale_of(const Reducing& reducing, int64_t count) {
   return count > 0 ? 1.0 / divisor : 1.0;
 }
 
+// Multiply `grad`, the gradient for grad_output = 1, by grad_output, and return true. Return false,
+// with `grad` unchanged, if computing the gradient again is more accurate and still possible: it is
+// not if `grad` has overwritten the student's logits.
 bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor& grad) {
   const double factor = value_of(grad_output);
   if (factor == 1.0) return true;
@@ -80,106 +90,66 @@ bool scale_filled(const Inputs& inputs, const Tensor& grad_output, const Tensor&
   return true;
 }
 
-RowLosses::RowLosses(const Inputs& inputs, Reduction reduction, int64_t fields, void* out)
-    : inputs_(inputs),
-      acc_bytes_(acc_bytes(inputs)),
-      fields_(fields),
-      out_(reduction == Reduction::kNone ? nullptr : out),
-      data_(out) {
-  if (out_ == nullptr) return;
-  const int64_t numbers = fields * inputs.rows;
-  constexpr int64_t kMost = INT64_MAX / 8;  // beyond, the tensor's error is that of its size
-  if (numbers <= kMost)
-    own_.reset(new (std::nothrow) char[static_cast<size_t>(numbers * acc_bytes_)]);
-  data_ = own_.get();
-  if (data_ != nullptr) return;
-  tensor_ = torch::stable::empty({numbers}, acc_type(inputs));
-  data_ = tensor_->mutable_data_ptr();
-}
-
-void RowLosses::add_up(double scale) const {
-  if (out_ == nullptr) return;
+// Write the sums over rows of each of the outputs' fields, times `scale`.
+void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    const T* values = static_cast<const T*>(data_);
-    for (int64_t field = 0; field < fields_; ++field) {
+    const T* values = static_cast<const T*>(outputs.rows.const_data_ptr());
+    T* const out = static_cast<T*>(outputs.out.mutable_data_ptr());
+    for (int64_t field = 0; field < outputs.out.numel(); ++field) {
       double sum = 0;  // in order
-      for (int64_t row = 0; row < inputs_.rows; ++row) sum += static_cast<double>(*values++);
-      static_cast<T*>(out_)[field] = static_cast<T>(sum * scale);
+      for (int64_t row = 0; row < inputs.rows; ++row) sum += static_cast<double>(*values++);
+      out[field] = static_cast<T>(sum * scale);
     }
   };
-  in_double(inputs_) ? of_type(0.0) : of_type(0.0f);
+  in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
-
-namespace {
 
 // Logits in a thread's buffer for a mixture of teachers, or one row if a row is longer. The buffer
 // is written and read a few rows at a time, and is to stay in L2.
 constexpr int64_t kMixedClasses = 65536;
+constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
 
-// Runs rows of a call, on one thread or on all. A mixture takes the teacher's place a few rows at a
-// time.
-class Runner {
- public:
-  explicit Runner(const Inputs& in, const MixtureArgs* mixture = nullptr)
-      : mixture_(mixture),
-        classes_(in.classes),
-        row_bytes_(classes_ * acc_bytes(in)),
-        step_(std::max<int64_t>(1, kMixedClasses / classes_)) {
-    if (mixture_ == nullptr) return;
-    const int64_t rows = in.rows, grain = grain_rows(classes_);
-    threads_ = std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain);
-    threads_ = std::max<int64_t>(1, threads_);
-    if (step_ > kTile) step_ -= step_ % kTile;
-    step_ = std::min(step_, (rows + threads_ - 1) / threads_);
-    room_ = torch::stable::empty({threads_, step_, classes_}, acc_type(in));
-  }
-
-  // Calls run(args, begin, end) for whole rows [0, rows), on all threads.
-  template <class Args, class Run>
-  void on_all_threads(const Args& args, int64_t rows, const Run& run) const {
-    if (mixture_ == nullptr) {
-      torch::stable::parallel_for(0, rows, grain_rows(classes_),
-                                  [&](int64_t begin, int64_t end) { run(args, begin, end); });
-      return;
+// Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
+// a few rows at a time, and passes them as the teacher's.
+template <class Args, class Run>
+void run_mixed(const Args& args, const MixtureArgs& mixture, const Run& run) {
+  check_temperatures(mixture.row_temperatures, mixture.rows, mixture.in_double);
+  const int64_t rows = args.rows, row_bytes = args.classes * acc_bytes(args);
+  const int64_t grain = grain_rows(args.classes);
+  const int64_t threads = std::max<int64_t>(
+      1, std::min<int64_t>(torch::stable::get_num_threads(), (rows + grain - 1) / grain));
+  int64_t step = std::max<int64_t>(1, kMixedClasses / args.classes);
+  if (step > kTile) step -= step % kTile;
+  step = std::min(step, (rows + threads - 1) / threads);
+  const Tensor buffers =
+      torch::stable::empty({threads, step, args.classes}, acc_type(in_double(args)));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+    for (int64_t thread = first_thread; thread < last_thread; ++thread) {
+      MixtureArgs mixed = mixture;
+      Args with_teacher = args;
+      mixed.mixed = static_cast<char*>(buffers.mutable_data_ptr()) + thread * step * row_bytes;
+      const int64_t end = rows * (thread + 1) / threads;
+      for (int64_t row = rows * thread / threads; row < end; row += step) {
+        const int64_t last = std::min(row + step, end);
+        mixed.first_row = row;
+        cpu::kernels().mixture(mixed, row, last);
+        // The address that row 0 would have.
+        const uintptr_t first =
+            reinterpret_cast<uintptr_t>(mixed.mixed) - static_cast<size_t>(row * row_bytes);
+        with_teacher.teacher = reinterpret_cast<const void*>(first);
+        run(with_teacher, row, last);
+      }
     }
-    torch::stable::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread)
-        on_thread(thread, args, rows * thread / threads_, rows * (thread + 1) / threads_, run);
-    });
-  }
+  });
+}
 
-  // Calls run(args, begin, end) on the calling thread.
-  template <class Args, class Run>
-  void here(const Args& args, int64_t begin, int64_t end, const Run& run) const {
-    mixture_ == nullptr ? run(args, begin, end) : on_thread(0, args, begin, end, run);
-  }
-
- private:
-  static constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
-
-  template <class Args, class Run>
-  void on_thread(int64_t thread, Args args, int64_t begin, int64_t end, const Run& run) const {
-    MixtureArgs mixture = *mixture_;
-    char* const room = static_cast<char*>(room_.mutable_data_ptr()) + thread * step_ * row_bytes_;
-    mixture.mixed = room;
-    for (int64_t at = begin; at < end; at += step_) {
-      const int64_t last = std::min(at + step_, end);
-      mixture.first_row = at;
-      cpu::kernels().mixture(mixture, at, last);
-      // The address that row 0 would have.
-      const uintptr_t first =
-          reinterpret_cast<uintptr_t>(room) - static_cast<size_t>(at * row_bytes_);
-      args.teacher = reinterpret_cast<const void*>(first);
-      run(args, at, last);
-    }
-  }
-
-  const MixtureArgs* mixture_;
-  int64_t classes_, row_bytes_, step_;
-  int64_t threads_ = 1;
-  Tensor room_;  // of each thread, for so many rows
-};
+// Call run(args, begin, end) for rows [0, rows), on all threads.
+template <class Args, class Run>
+void run_rows(const Args& args, int64_t rows, const Run& run) {
+  torch::stable::parallel_for(0, rows, grain_rows(args.classes),
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+}
 
 // Few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
@@ -212,74 +182,84 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
   }
 }
 
-void run_forward(const ForwardArgs& args, const Runner& runner) {
+void run_forward(const ForwardArgs& args, const MixtureArgs* mixture) {
   const cpu::Kernels& kernels = cpu::kernels();
+  if (mixture) return run_mixed(args, *mixture, kernels.forward);
   const int64_t threads = torch::stable::get_num_threads();
   // Every thread gets the same number of whole rows. The remaining rows are shared segment by
   // segment if that ends sooner than giving one more row to some of the threads.
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
   const int64_t rest = cpu::has_apart_classes(args) ? 0 : args.rows % threads;
-  const int64_t whole = rest < std::min(threads, segments) ? args.rows - rest : args.rows;
-  runner.on_all_threads(args, whole, kernels.forward);
-  runner.here(args, whole, args.rows,
-              [&](const ForwardArgs& with_teacher, int64_t begin, int64_t end) {
-                forward_split(kernels, with_teacher, begin, end);
-              });
+  const int64_t split = rest < std::min(threads, segments) ? rest : 0;
+  run_rows(args, args.rows - split, kernels.forward);
+  forward_split(kernels, args, args.rows - split, args.rows);
 }
 
-}  // namespace
+void run_topk(const TopkArgs& args) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  std::atomic<int64_t> first_bad{args.rows};
+  torch::stable::parallel_for(
+      0, args.rows, grain_rows(args.classes), [&](int64_t begin, int64_t end) {
+        std::vector<uint64_t> listed(static_cast<size_t>(cpu::bitmap_words(args.classes)));
+        const int64_t bad = kernels.topk(args, begin, end, listed.data());
+        int64_t before = first_bad.load();
+        while (bad >= 0 && bad < before && !first_bad.compare_exchange_weak(before, bad)) continue;
+      });
+  STD_TORCH_CHECK(first_bad == args.rows,
+                  "indices must be different classes of the student's, or negative, and log_probs "
+                  "the logarithms of their probabilities; not so in row ",
+                  first_bad.load());
+}
 
-ForwardResult Cpu::forward(const Call& call, const Reducing& reducing, bool terms, bool with_stats,
-                           const Tensor* grad) {
-  ForwardArgs args;
-  static_cast<Inputs&>(args) = call.inputs;
-  args.reduction = reducing.reduction;
-  // With a gradient, no statistics: 14 MB for 524288 rows of 19 classes, whose logits are 40 MB.
-  with_stats = with_stats && grad == nullptr;
-  const ForwardResult result{empty_out(call, terms, args.reduction == Reduction::kNone),
-                             with_stats ? empty_stats(call) : nothing(call)};
-  if (with_stats) args.stats = result.stats.mutable_data_ptr();
-  if (grad) {
-    args.grad = grad->mutable_data_ptr();
-    args.grad_stride = call.grad_stride;
+struct CpuBackend final : Backend {
+  void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
+               const Outputs& outputs) const override {
+    args.scale = scale_of(reducing, count_rows(args));
+    run_forward(args, call.mixture);
+    if (!reducing.per_row()) add_up(args, outputs, args.scale);
   }
-  args.scale = scale_of(reducing, count_rows(args));
-  const RowLosses losses(args, args.reduction, terms ? 1 + kTerms : 1,
-                         result.out.mutable_data_ptr());
-  args.loss = losses.loss();
-  if (terms) args.terms = losses.terms();
-  run_forward(args, Runner(args, call.mixture));
-  losses.add_up(args.scale);
-  return result;
-}
 
-namespace {
+  void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
+                const Tensor& grad_output, const Tensor& grad, bool filled) const override {
+    if (filled && scale_filled(args, grad_output, grad)) return;
+    const int64_t count = count_rows(args);
+    const auto kernel = cpu::kernels().backward;
+    if (args.stats && call.mixture) return run_mixed(args, *call.mixture, kernel);
+    if (args.stats) return run_rows(args, args.rows, kernel);
+    // By the forward pass: bit for bit what the backward pass would write from statistics.
+    ForwardArgs forward;
+    const Outputs outputs = set_outputs(call, reducing, 1, &grad, &forward);
+    forward.grad_output = value_of(grad_output);
+    forward.scale = scale_of(reducing, count);
+    run_forward(forward, call.mixture);
+  }
 
-// Write `factor` times the gradient by the forward pass, bit for bit what the backward pass would
-// write from statistics.
-void write_gradient(const Call& call, const BackwardArgs& args, const Reducing& reducing,
-                    double factor) {
-  ForwardArgs forward;
-  static_cast<Inputs&>(forward) = call.inputs;
-  forward.reduction = reducing.reduction;
-  forward.grad = args.grad;
-  forward.grad_stride = args.grad_stride;
-  forward.grad_output = factor;
-  forward.scale = scale_of(reducing, count_rows(forward));
-  double total = 0;
-  const RowLosses losses(forward, reducing.reduction, 1, &total);
-  forward.loss = losses.loss();
-  run_forward(forward, Runner(forward, call.mixture));
-}
+  void topk(const Call&, TopkArgs args, const Reducing& reducing,
+            const Outputs& outputs) const override {
+    args.scale = scale_of(reducing, count_rows(args));
+    run_topk(args);
+    if (!reducing.per_row()) add_up(args, outputs, args.scale);
+  }
+
+  void topk_backward(const Call&, TopkArgs args, const Reducing& reducing,
+                     const Tensor& grad_output, const Tensor& grad, bool filled) const override {
+    if (filled && scale_filled(args, grad_output, grad)) return;
+    args.scale = scale_of(reducing, count_rows(args));
+    run_topk(args);
+  }
+
+  void mix(const MixtureArgs& args, const Tensor& out) const override {
+    check_temperatures(args.row_temperatures, args.rows, args.in_double);
+    prefer_huge_pages(args.mixed, static_cast<size_t>(out.numel()) * out.element_size());
+    run_rows(args, args.rows, cpu::kernels().mixture);
+  }
+};
 
 }  // namespace
 
-void Cpu::backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
-                   const Tensor& grad_output, const Tensor& grad, bool filled) {
-  if (filled && scale_filled(args, grad_output, grad)) return;
-  if (args.stats == nullptr) return write_gradient(call, args, reducing, value_of(grad_output));
-  count_rows(args);  // called for its checks of labels and temperatures
-  Runner(args, call.mixture).on_all_threads(args, args.rows, cpu::kernels().backward);
+const Backend& cpu_backend() {
+  static const CpuBackend kBackend;
+  return kBackend;
 }
 
 }  // namespace fastkd::glue

@@ -24,85 +24,69 @@ void check(int status) {
   STD_TORCH_CHECK(status == 0, "fastkd's CUDA kernel failed to launch: ", cuda::describe(status));
 }
 
-template <class Args>
-void set_reduction(Args& args, const Reducing& reducing) {
-  args.reduction = reducing.reduction;
-  if (args.reduction == Reduction::kMean && !reducing.denominator && reducing.normalizer > 0) {
-    args.reduction = Reduction::kSum;
-    args.scale = 1.0 / reducing.normalizer;
+struct CudaBackend final : Backend {
+  void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
+               const Outputs& outputs) const override {
+    launch(call, cuda::forward, args, reducing, outputs);
   }
-}
 
-const void* denominator_of(const Reducing& reducing) {
-  return reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr;
-}
+  void backward(const Call& call, const BackwardArgs& args, const Reducing&, const Tensor&,
+                const Tensor&, bool filled) const override {
+    const DeviceGuard guard(call.student.get_device_index());
+    check(cuda::backward(args, filled, current_stream(call.student)));
+  }
+
+  void topk(const Call& call, TopkArgs args, const Reducing& reducing,
+            const Outputs& outputs) const override {
+    const Tensor stats = call.empty_stats();
+    args.stats = stats.mutable_data_ptr();
+    launch(call, cuda::topk, args, reducing, outputs);
+  }
+
+  void topk_backward(const Call& call, TopkArgs args, const Reducing& reducing, const Tensor&,
+                     const Tensor&, bool filled) const override {
+    const DeviceGuard guard(call.student.get_device_index());
+    const Tensor stats = call.empty_stats();
+    args.stats = stats.mutable_data_ptr();
+    set_reduction(&args, reducing);
+    check(
+        cuda::topk_backward(args, filled, denominator_of(reducing), current_stream(call.student)));
+  }
+
+  void mix(const MixtureArgs& args, const Tensor& out) const override {
+    const DeviceGuard guard(out.get_device_index());
+    check(cuda::mixture(args, current_stream(out)));
+  }
+
+ private:
+  template <class Args>
+  static void set_reduction(Args* args, const Reducing& reducing) {
+    args->reduction = reducing.reduction;
+    if (args->reduction == Reduction::kMean && !reducing.denominator && reducing.normalizer > 0) {
+      args->reduction = Reduction::kSum;
+      args->scale = 1.0 / reducing.normalizer;
+    }
+  }
+
+  static const void* denominator_of(const Reducing& reducing) {
+    return reducing.denominator ? reducing.denominator->const_data_ptr() : nullptr;
+  }
+
+  template <class Args>
+  static void launch(const Call& call, int (*kernel)(const Args&, void*, const void*, void*),
+                     Args& args, const Reducing& reducing, const Outputs& outputs) {
+    const DeviceGuard guard(call.student.get_device_index());
+    set_reduction(&args, reducing);
+    check(kernel(args, reducing.per_row() ? nullptr : outputs.out.mutable_data_ptr(),
+                 denominator_of(reducing), current_stream(call.student)));
+  }
+};
 
 }  // namespace
 
-ForwardResult Cuda::forward(const Call& call, const Reducing& reducing, bool terms,
-                            bool /*with_stats*/, const Tensor* grad) {
-  const DeviceGuard guard(call.student.get_device_index());
-  ForwardArgs args;
-  static_cast<Inputs&>(args) = call.inputs;
-  set_reduction(args, reducing);
-  const bool per_row = args.reduction == Reduction::kNone;
-  ForwardResult result{empty_out(call, terms, per_row), empty_stats(call)};
-  const Tensor values = per_row ? result.out : empty_out(call, terms, true);
-  args.loss = values.mutable_data_ptr();
-  if (terms) args.terms = static_cast<char*>(args.loss) + args.rows * acc_size(call);
-  args.stats = result.stats.mutable_data_ptr();
-  if (grad) {
-    args.grad = grad->mutable_data_ptr();
-    args.grad_stride = call.grad_stride;
-  }
-  check(cuda::forward(args, per_row ? nullptr : result.out.mutable_data_ptr(),
-                      denominator_of(reducing), current_stream(call.student)));
-  return result;
-}
-
-void Cuda::backward(const Call& call, const BackwardArgs& args, const Reducing& /*reducing*/,
-                    const Tensor& /*grad_output*/, const Tensor& /*grad*/, bool filled) {
-  const DeviceGuard guard(call.student.get_device_index());
-  check(cuda::backward(args, filled, current_stream(call.student)));
-}
-
-Tensor Cuda::topk(TopkCall topk, const Reducing& reducing, const Tensor* grad) {
-  const Call& call = topk.call;
-  const DeviceGuard guard(call.student.get_device_index());
-  TopkArgs& args = topk.args;
-  set_reduction(args, reducing);
-  const bool per_row = args.reduction == Reduction::kNone;
-  const Tensor out = empty_out(call, false, per_row), stats = empty_stats(call);
-  const Tensor values = per_row ? out : empty_out(call, false, true);
-  args.loss = values.mutable_data_ptr();
-  args.stats = stats.mutable_data_ptr();
-  if (grad) {
-    args.grad = grad->mutable_data_ptr();
-    args.grad_stride = call.grad_stride;
-  }
-  check(cuda::topk(args, per_row ? nullptr : out.mutable_data_ptr(), denominator_of(reducing),
-                   current_stream(call.student)));
-  return out;
-}
-
-void Cuda::topk_backward(TopkCall topk, const Reducing& reducing, const Tensor& grad_output,
-                         const Tensor& grad, bool filled) {
-  const Call& call = topk.call;
-  const DeviceGuard guard(call.student.get_device_index());
-  TopkArgs& args = topk.args;
-  set_reduction(args, reducing);
-  const Tensor stats = empty_stats(call);
-  args.stats = stats.mutable_data_ptr();
-  args.grad_output = grad_output.const_data_ptr();
-  args.grad_output_per_row = grad_output.dim() == 1;
-  args.grad = grad.mutable_data_ptr();
-  args.grad_stride = call.grad_stride;
-  check(cuda::topk_backward(args, filled, denominator_of(reducing), current_stream(call.student)));
-}
-
-void Cuda::mix(const MixtureArgs& args, const Tensor& out) {
-  const DeviceGuard guard(out.get_device_index());
-  check(cuda::mixture(args, current_stream(out)));
+const Backend& cuda_backend() {
+  static const CudaBackend kBackend;
+  return kBackend;
 }
 
 }  // namespace fastkd::glue

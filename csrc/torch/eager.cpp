@@ -22,7 +22,7 @@
 
 #include "../kernels.h"
 #include "grad_buffer.h"
-#include "walk.h"
+#include "gradient_strides.h"
 
 namespace fastkd {
 namespace {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch  # noqa: F401 - loads the libraries that fastkd._C is linked to
 
-from fastkd import deployment, teachers
+from fastkd import deployment, teachers, validation
 from fastkd._C import version as __version__
 from fastkd._core.values import Head, Routed, Sampled, TopK
 from fastkd.deployment import export
@@ -69,9 +69,10 @@ else:
         """Import a module that ``import fastkd`` does not import."""
         if name in _LAZY_MODULES:
             return importlib.import_module(f"fastkd.{name}")
-        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+        hint = validation.suggest(name, __all__)
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:
-    """Return the module's names, with those of the modules that are not imported yet."""
-    return sorted({*globals(), *_LAZY_MODULES})
+    """Return the public names."""
+    return __all__

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 
 import torch
 
 import fastkd
 from fastkd import _C
+from fastkd._core import native
 from fastkd.commands import config
 from fastkd.commands.distill import distill
 from fastkd.commands.export import export
 from fastkd.commands.factories import ConfigError
 from fastkd.commands.report import report
+from fastkd.commands.sweep import sweep
 from fastkd.extras import MissingPackageError
-
-_COMMANDS = (distill, report, export)
 
 
 def info() -> dict[str, str]:
@@ -29,6 +30,7 @@ def info() -> dict[str, str]:
         "compiler": _C.compiler,
         "CPU kernels": f"{_C.isa()} in use; available: {', '.join(_C.available_isas())}",
         "CUDA kernels": _C.cuda_architectures or "not built (needs nvcc and a CUDA build of torch)",
+        "fast path": native.FAST_PATH,
         "threads": str(torch.get_num_threads()),
         "divergences": ", ".join(fastkd.divergences()),
     }
@@ -48,6 +50,7 @@ def main() -> None:
     commands.add_parser("info", help="print versions, kernels and threads for a bug report")
     # config.run parses their options, and prints their help.
     commands.add_parser("distill", add_help=False, help="train a student on a teacher's outputs")
+    commands.add_parser("sweep", add_help=False, help="compare losses with training alone")
     commands.add_parser("report", add_help=False, help="compare students with their teacher")
     commands.add_parser("export", add_help=False, help="write a student as a program for a device")
     arguments, options = parser.parse_known_args()
@@ -58,7 +61,13 @@ def main() -> None:
             print(f"{name:<13}  {value}")
         return
     try:
-        config.run({each.__name__: each for each in _COMMANDS}[arguments.command], options)
+        named: dict[str, Callable[..., None]] = {
+            "distill": distill,
+            "sweep": sweep,
+            "report": report,
+            "export": export,
+        }
+        config.run(named[arguments.command], options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 

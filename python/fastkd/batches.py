@@ -288,10 +288,15 @@ def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> An
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set ``model`` to evaluation mode without gradients; restore each submodule's mode after."""
+    """Set ``model`` to evaluation mode without gradients; restore each submodule's mode after.
+
+    A module that has no modes, such as an exported program's, stays as it is.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        for module, _ in modes:
+            with contextlib.suppress(NotImplementedError):
+                module.eval()
         with torch.no_grad():
             yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from fastkd._core.arguments import (
     routed_logits,
     shift_rows,
 )
+from fastkd._core.mistakes import hide_catch_all, raise_for_call
 from fastkd._core.objective import Options, resolve
 from fastkd._core.values import Head, Routed, Sampled, TopK
 from fastkd.linear.chunks import Plan
-from fastkd.reference import Terms
+from fastkd.reference import DivergenceName, Ensemble, Reduction, TeacherForm, Terms
 
 __all__ = [
+    "DivergenceName",
     "Head",
     "KDLoss",
     "Routed",
@@ -39,31 +41,33 @@ __all__ = [
 ]
 
 
+@hide_catch_all
 def loss(
     student: Student,
     teacher: Teacher,
     labels: Tensor | None = None,
-    *,
+    *extra: NoReturn,
     temperature: float | Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
     hard_weight: float | Tensor | None = None,
     soft_weight: float | Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: DivergenceName = "forward_kl",
     mix: float | None = None,
-    teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+    teacher_form: TeacherForm = "logits",
     teacher_weights: Sequence[float] | None = None,
-    ensemble: Literal["probs", "logits"] = "probs",
+    ensemble: Ensemble = "probs",
     standardize: bool = False,
     dim: int = -1,
     shift: int = 0,
     inplace: bool = False,
     chunks: Plan | Literal["auto"] = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Compute the distillation loss; ``alpha`` weighs the **hard** term, the cross entropy.
 
@@ -204,6 +208,9 @@ def loss(
         >>> layer.weight.grad.shape
         torch.Size([10, 16])
     """
+    if extra or unknown:
+        takes = "from 2 to 3 positional arguments"
+        raise_for_call("loss", takes, 3 + len(extra), unknown, Options._fields)
     return _compute(
         False, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
         soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
@@ -211,31 +218,33 @@ def loss(
     )  # fmt: skip
 
 
+@hide_catch_all
 def terms(
     student: Student,
     teacher: Teacher,
     labels: Tensor | None = None,
-    *,
+    *extra: NoReturn,
     temperature: float | Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
     alpha: float | None = None,
     hard_weight: float | Tensor | None = None,
     soft_weight: float | Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    divergence: str = "forward_kl",
+    divergence: DivergenceName = "forward_kl",
     mix: float | None = None,
-    teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+    teacher_form: TeacherForm = "logits",
     teacher_weights: Sequence[float] | None = None,
-    ensemble: Literal["probs", "logits"] = "probs",
+    ensemble: Ensemble = "probs",
     standardize: bool = False,
     dim: int = -1,
     shift: int = 0,
     inplace: bool = False,
     chunks: Plan | Literal["auto"] = "auto",
+    **unknown: NoReturn,
 ) -> Terms:
     """Compute the loss and the quantities worth logging about it; arguments as in :func:`loss`.
 
@@ -243,14 +252,10 @@ def terms(
     need extra passes, and a TopK three more over the student.
 
     Returns:
-        A named tuple of tensors, each reduced like the loss: ``loss``, ``hard`` (cross entropy),
-        ``soft`` (the divergence without weight and T^2), ``student_entropy`` and
-        ``teacher_entropy`` (nats, at temperature T; of the listed classes and the tail for a TopK)
-        and ``agreement`` (share of rows whose most probable class is the same for both), and
-        ``student_mass`` and ``teacher_mass``, the probabilities of the classes that the teacher
-        lists: 1 unless the teacher is a TopK or Sampled. A Sampled teacher tells neither its
-        entropy nor its most probable class: those two fields are NaN. Only ``loss`` carries a
-        gradient. CUDA is not synchronized, except once to count rows if the
+        A :class:`fastkd.Terms`, whose fields are reduced like the loss. The entropies are those of
+        the listed classes and the tail if the teacher is a TopK. A Sampled teacher tells neither
+        its entropy nor its most probable class: ``teacher_entropy`` and ``agreement`` are then NaN.
+        Only ``loss`` carries a gradient. CUDA is not synchronized, except once to count rows if the
         student is a Head with class-index labels.
 
     Example:
@@ -259,6 +264,9 @@ def terms(
         >>> fastkd.terms(student, teacher, torch.randint(10, (8,)))._fields[:5]
         ('loss', 'hard', 'soft', 'student_entropy', 'teacher_entropy')
     """
+    if extra or unknown:
+        takes = "from 2 to 3 positional arguments"
+        raise_for_call("terms", takes, 3 + len(extra), unknown, Options._fields)
     packed = _compute(
         True, student, teacher, labels, temperature, teacher_temperature, alpha, hard_weight,
         soft_weight, ignore_index, reduction, label_smoothing, class_weight, normalizer, divergence,
@@ -299,31 +307,36 @@ class KDLoss(nn.Module):
         tensor(0.1099)
     """
 
+    @hide_catch_all
     def __init__(
         self,
-        *,
+        *extra: NoReturn,
         temperature: float | Tensor | None = None,
         teacher_temperature: float | Tensor | None = None,
         alpha: float | None = None,
         hard_weight: float | Tensor | None = None,
         soft_weight: float | Tensor | None = None,
         ignore_index: int = -100,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-        divergence: str = "forward_kl",
+        divergence: DivergenceName = "forward_kl",
         mix: float | None = None,
-        teacher_form: Literal["logits", "log_probs", "probs"] = "logits",
+        teacher_form: TeacherForm = "logits",
         teacher_weights: Sequence[float] | None = None,
-        ensemble: Literal["probs", "logits"] = "probs",
+        ensemble: Ensemble = "probs",
         standardize: bool = False,
         dim: int = -1,
         shift: int = 0,
         inplace: bool = False,
         chunks: Plan | Literal["auto"] = "auto",
+        **unknown: NoReturn,
     ) -> None:
         """Check the options, and store them."""
+        if extra or unknown:
+            takes = "no positional arguments"
+            raise_for_call("KDLoss", takes, len(extra), unknown, Options._fields)
         super().__init__()
         options = Options(
             temperature, teacher_temperature, alpha, hard_weight, soft_weight, ignore_index,

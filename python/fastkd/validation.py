@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +19,33 @@ INTEGERS = (
 )
 
 
-def check_one_of(name: str, value: object, accepted: Sequence[str], hint: str = "") -> int:
+def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+    """Return a sentence that names what a misspelt name may mean, to end a message, or "".
+
+    ``hints``: sentences for names that are not similar to an accepted one.
+    """
+    if not isinstance(value, str):
+        return ""
+    key = value.lower().replace("-", "_")
+    if hints and key in hints:
+        return f". {hints[key]}"
+    names = {name.lower(): name for name in accepted}
+    close = difflib.get_close_matches(key, names, n=1)
+    return f". Did you mean {names[close[0]]!r}?" if close else ""
+
+
+def check_one_of(
+    name: str, value: object, accepted: Sequence[str], hints: Mapping[str, str] | None = None
+) -> int:
     """Return the position of ``value`` among the accepted names; raise if it is not one of them.
 
-    ``hint``: a sentence at the end of the message.
+    ``hints``: as in :func:`suggest`.
     """
     if isinstance(value, str) and value in accepted:
         return accepted.index(value)
     listed = ", ".join(repr(option) for option in accepted)
-    raise ValueError(f"{name} must be one of {listed}; got {value!r}{hint and '. ' + hint}")
+    hint = suggest(value, accepted, hints)
+    raise ValueError(f"{name} must be one of {listed}; got {value!r}{hint}")
 
 
 def check_number(

@@ -137,7 +137,7 @@ Answer exact_answer(const Problem& in) {
 }
 
 // `threads` threads take vectors of eight classes in turn: as scan() of sweeps.cuh.
-template <class A, bool kFold>
+template <class A>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
@@ -178,7 +178,7 @@ Answer answer_of(const Problem& in, int threads) {
     all.teacher_sum += part.teacher_sum;
   }
   const RowStats<A> stats(all);
-  const Writer<A, kFold> writer(call, 0, t, stats, A(1));
+  const Writer<A> writer(call, 0, t, stats, A(1));
   Sums<A> sums;
   Answer answer;
   for (int64_t i = 0; i < classes; ++i) {
@@ -194,22 +194,20 @@ Answer answer_of(const Problem& in, int threads) {
   return answer;
 }
 
-template <class A, bool kFold>
+template <class A>
 void compare(const Problem& in, double loss_error, double grad_error) {
   const Answer want = exact_answer(in);
   double norm = 0;
   for (double g : want.grad) norm += g * g;
   norm = std::sqrt(norm);
   for (int threads : {4, 32}) {  // a thread sums few classes, as on the device
-    const Answer got = answer_of<A, kFold>(in, threads);
+    const Answer got = answer_of<A>(in, threads);
     const std::string at = in.name + ", t " + std::to_string(in.t) +
-                           (kFold            ? ", folded"
-                            : sizeof(A) == 8 ? ", double"
-                                             : "") +
-                           ", threads " + std::to_string(threads);
+                           (sizeof(A) == 8 ? ", double" : "") + ", threads " +
+                           std::to_string(threads);
     const double floor = std::numeric_limits<A>::epsilon();
     // p d and q - p are rounded at the size of p; and d at that of maxima that differ a little.
-    const double noise = (kFold ? 1 : 0.5) + 0.1 * std::fmin(in.distance, 32);
+    const double noise = 0.5 + 0.1 * std::fmin(in.distance, 32);
     check(close(got.hard, want.hard, 2 * floor, loss_error), at + ", hard", got.hard, want.hard);
     check(close(got.soft, want.soft, noise * floor, loss_error), at + ", soft", got.soft,
           want.soft);
@@ -227,9 +225,8 @@ void compare(const Problem& in, double loss_error, double grad_error) {
 void everywhere(const Problem& in) {
   // What `t` does to the rounding of exponents is no fault of the kernels.
   const double slack = in.t < 0.1 ? 8 : 1;
-  compare<float, false>(in, 1.5e-6 * slack, 1.5e-6 * slack);
-  compare<float, true>(in, 3e-6 * slack, 3e-6 * slack);
-  if (has_truth_for_double()) compare<double, false>(in, 1e-14 * slack, 1e-14 * slack);
+  compare<float>(in, 1.5e-6 * slack, 1.5e-6 * slack);
+  if (has_truth_for_double()) compare<double>(in, 1e-14 * slack, 1e-14 * slack);
 }
 
 Problem problem(const std::string& name, int classes, double student_offset, double teacher_offset,
@@ -293,10 +290,9 @@ void limits() {
 
     const auto is_nan = [](const Problem& bad) {
       for (int threads : {1, 32}) {
-        const Answer got = answer_of<float, false>(bad, threads);
-        const Answer folded = answer_of<float, true>(bad, threads);
-        const Answer wide = answer_of<double, false>(bad, threads);
-        for (const Answer* answer : {&got, &folded, &wide}) {
+        const Answer got = answer_of<float>(bad, threads);
+        const Answer wide = answer_of<double>(bad, threads);
+        for (const Answer* answer : {&got, &wide}) {
           check(std::isnan(answer->loss), bad.name + ", loss", answer->loss, kNaN);
           for (double g : answer->grad) check(std::isnan(g), bad.name + ", gradient", g, kNaN);
         }
@@ -320,7 +316,7 @@ void limits() {
     is_nan(bad);
   }
   for (double t : {0.0, -1.0, kInfinity, kNaN}) {
-    const Answer got = answer_of<float, false>(problem("no temperature", 20, 0, 0, 3, 1, t), 2);
+    const Answer got = answer_of<float>(problem("no temperature", 20, 0, 0, 3, 1, t), 2);
     check(std::isnan(got.loss) && std::isnan(got.grad[0]), "no temperature", got.loss, kNaN);
   }
 }
@@ -368,14 +364,14 @@ Answer general_of(const Problem& in, const Objective& o) {
   const std::vector<A> student(in.z.begin(), in.z.end()), teacher(in.w.begin(), in.w.end());
   args.student = student.data(), args.teacher = teacher.data();
   args.student_dtype = args.teacher_dtype = sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const TwoTemperatures<A> t(args, 0);
-  const LeftOut<true> left_out(args, in.label);
+  const Temperature<A> t(args, 0, true);
+  const int64_t left_out = o.divergence == Divergence::kDecoupled ? in.label : -1;
   const auto logits = [&](size_t i, A& z, A& w) { z = student[i], w = teacher[i]; };
   Statistics<A> statistics;
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    if (static_cast<int64_t>(i) == left_out.index) continue;
+    if (static_cast<int64_t>(i) == left_out) continue;
     statistics.raise(z, w, t);
     statistics.template add_any<kAtRunTime>(z, w, t);
   }
@@ -383,12 +379,12 @@ Answer general_of(const Problem& in, const Objective& o) {
   for (size_t i = 0; i < in.z.size(); ++i) moments.add(student[i], teacher[i], is_unit(args));
   const GeneralStats<A> stats(args, 0, statistics, moments);
   GeneralWriter<A> writer(call, 0, t, stats, A(1));
-  GeneralSums<A> sums;
+  Sums<A> sums;
   Answer answer;
   for (size_t i = 0; i < in.z.size(); ++i) {
     A z, w;
     logits(i, z, w);
-    if (static_cast<int64_t>(i) == left_out.index) continue;
+    if (static_cast<int64_t>(i) == left_out) continue;
     visit_general(o.divergence,
                   [&](auto d) { writer.template sum_as<decltype(d)>(z, w, true, sums); });
   }

@@ -1,4 +1,4 @@
-"""Reads what ``nvcc -Xptxas -v`` printed, prints a table of the kernels, fails on spills.
+"""Print a table of the kernels from the output of ``nvcc -Xptxas -v``; fail on spills.
 
 Kernels that also sum the terms (their first argument that is true or false is true) are not hot:
 they may spill a little.
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 
 def parse(log: str) -> list[Kernel]:
-    """Every kernel of the log, in order."""
+    """Return every kernel of the log, in order."""
     kernels = []
     name, arch, stack, spills = "", "", 0, 0
     for line in log.splitlines():
@@ -43,9 +43,9 @@ def parse(log: str) -> list[Kernel]:
 
 
 def has_terms(label: str) -> bool:
-    """Whether a kernel also sums the terms."""
+    """Return True if a kernel also sums the terms."""
     arguments = label.partition("_kernel<")[2]
-    while "<" in arguments:  # those of its arguments say nothing
+    while "<" in arguments:  # mangled names of later arguments have no flags
         arguments = re.sub(r"<[^<>]*>", "", arguments, count=1)
     flags = re.findall(r"\b(true|false)\b", arguments)
     return flags[:1] == ["true"]

@@ -1,4 +1,4 @@
-"""Counts the instructions of the kernels' sweeps, per class, on the shortest way through them.
+"""Count the instructions per class of the kernels' sweeps, on the shortest path.
 
 A sweep is a loop, or in the registers kernels the whole row. Of the ways round it the shortest is
 taken that loads student and teacher, computes two exponentials a class and, in the second sweep,
@@ -20,21 +20,21 @@ from typing import NamedTuple
 
 from ptxas_table import has_terms
 
-# What a processor (SM) of compute capability 9.0 does in a cycle: thread instructions issued, and
-# results of each pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
+# Limits of an SM of compute capability 9.0 a cycle: thread instructions issued, and results of each
+# pipe (CUDA C++ Programming Guide, "Arithmetic Instructions").
 ISSUED, RATES = 128, {"mufu": 16, "alu": 64, "fma": 128}
-PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and what it copies
+PROCESSORS, GIGAHERTZ, BYTES_PER_NS = 132, 1.755, 3000  # an H100 SXM, and its copy bandwidth
 PIPES = {
     "mufu": r"MUFU",
     "fma": r"FFMA|FMUL|FADD|HFMA2|IMAD",
     "alu": r"FMNMX|HMNMX2|FSETP|FSEL|ISETP|SEL|LOP3|PLOP3|SHF|PRMT|IADD3|LEA|F2FP|VIADD|IABS|MOV",
 }
 ELEMENT = {"float": 4, "__nv_bfloat16": 2}
-EXPONENTIALS = 2  # of a class
+EXPONENTIALS = 2  # bytes of a class
 
 
 class Need(NamedTuple):
-    """What a walk must have met."""
+    """Opcodes that a path must contain."""
 
     exponentials: int
     loads: int
@@ -49,13 +49,13 @@ class Instruction(NamedTuple):
 
 
 def kernels(text: str) -> dict[str, list[Instruction]]:
-    """Each kernel's instructions, by its name."""
+    """Return each kernel's instructions, by its name."""
     functions = re.split(r"\n\s*Function : ", text)[1:]
     mangled = "\n".join(function.partition("\n")[0].strip() for function in functions)
     names = subprocess.run(
         ["c++filt", "-p"], input=mangled, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    found = {}
+    codes = {}
     for name, function in zip(names, functions, strict=True):
         code = []
         for address, guard, opcode, rest in re.findall(
@@ -68,12 +68,12 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
                     int(address, 16), opcode, conditional, int(target[1], 16) if target else None
                 )
             )
-        found[re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", name)] = code
-    return found
+        codes[re.sub(r"fastkd::(cuda::)?|\(anonymous namespace\)::|void ", "", name)] = code
+    return codes
 
 
 class Block(NamedTuple):
-    """Instructions that are always issued together, and where the code goes on."""
+    """Basic block: instructions that are always issued together, and its successors."""
 
     opcodes: list[str]
     met: Need
@@ -81,7 +81,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(code: list[Instruction]) -> list[Block]:
-    """The code cut where it branches or is branched to; what leaves it goes nowhere."""
+    """Split the code into basic blocks; branches out of the code have no successor."""
     starts = {code[0].address, *(i.target for i in code if i.target is not None)}
     starts |= {
         after.address
@@ -108,10 +108,10 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
 
 
 def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
-    """The opcodes of the shortest way from the first instruction to the last that meets it all."""
+    """Return the opcodes of the shortest path from first to last block with all needs."""
     blocks = blocks_of(code)
     there_is = zip(*(block.met for block in blocks), strict=True)
-    if any(sum(found) < wanted for found, wanted in zip(there_is, need, strict=True)):
+    if any(sum(count) < wanted for count, wanted in zip(there_is, need, strict=True)):
         return None
     start = (0, Need(0, 0, 0))
     lengths = {start: 0}
@@ -142,7 +142,7 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """What lies between a branch back and its target."""
+    """Return the code between each backward branch and its target."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     return [
         code[index[end.target] : i + 1]
@@ -152,7 +152,7 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None:
-    """Opcodes per class of the loop that takes fewest; one or two vectors each time round."""
+    """Return opcodes per class of the loop with fewest; one or two vectors an iteration."""
     best = None
     for body in loops(code):
         if len(body) > 2500:
@@ -162,7 +162,7 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
             way = shortest(body, need)
             if way is None or (not stores and any(o.startswith("STG") for o in way)):
-                continue  # of another sweep
+                continue  # belongs to another sweep
             per_class = Counter({opcode: n / classes for opcode, n in way.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
@@ -170,22 +170,22 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
 
 
 def row(code: list[Instruction], element: int) -> Counter | None:
-    """The same of a registers kernel, where a thread holds 64 bytes of each input."""
+    """Return opcodes per class of a registers kernel, with 64 bytes of each input a thread."""
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
     ways = [shortest(body, need) for body in loops(code) if len(body) > 2500]
-    found = min((way for way in ways if way), key=Counter.total, default=None)
-    return found and Counter({opcode: n / classes for opcode, n in found.items()})
+    fewest = min((way for way in ways if way), key=Counter.total, default=None)
+    return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
 
 
 def line(name: str, what: str, per_class: Counter, bytes_moved: float) -> str:
-    """Counts, and how many times as fast as memory each bound lets the sweep be."""
+    """Return a table line: counts, and each pipe's speed limit over the memory's."""
     pipes = {
         pipe: sum(n for opcode, n in per_class.items() if re.match(opcodes, opcode))
         for pipe, opcodes in PIPES.items()
     }
     slots = per_class.total()
-    memory = bytes_moved / BYTES_PER_NS * PROCESSORS * GIGAHERTZ  # cycles of a processor
+    memory = bytes_moved / BYTES_PER_NS * PROCESSORS * GIGAHERTZ  # cycles of an SM
     shares = {"issue": slots / ISSUED, **{pipe: n / RATES[pipe] for pipe, n in pipes.items()}}
     cells = [f"{slots:.1f}", *(f"{n:.1f}" for n in pipes.values())]
     cells += [f"{100 * cycles / memory:.0f} %" for cycles in shares.values()]
@@ -204,12 +204,12 @@ def main() -> None:
         family = "streaming" if held == "0" else "registers"
         if family == "registers":
             lanes = "a warp" if team == "LaneTeam" else "a CTA"
-            found = {f"both, {lanes} a row": row(code, element)}
+            sweeps = {f"both, {lanes} a row": row(code, element)}
         else:
             first, second = (sweep(code, element, stores) for stores in (False, True))
             both = first + second if first and second else None
-            found = {"first": first, "second": second, "both": both}
-        for what, counts in found.items():
+            sweeps = {"first": first, "second": second, "both": both}
+        for what, counts in sweeps.items():
             if counts is None:
                 sys.exit(f"{name}: not found: {what}")
             print(line(f"{family} {dtype.removeprefix('__nv_')}", what, counts, 3 * element))

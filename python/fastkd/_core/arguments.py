@@ -222,7 +222,7 @@ def check_teacher_has_no_gradient(name: str, value: Tensor) -> None:
     if checks.is_differentiated(value):
         raise ValueError(
             f"{name} requires grad, but the loss gives the teacher none: compute it under "
-            "torch.no_grad(), or .detach() it"
+            "torch.no_grad(), or .detach() it. The student is the first argument"
         )
 
 

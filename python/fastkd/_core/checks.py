@@ -8,11 +8,13 @@ read logits; :func:`fastkd.check_inputs` does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
+from fastkd._core import mistakes
 from fastkd.validation import FLOATS, INTEGERS, check_number, to_int64
 
 # Within this range a temperature, its square and the inverse of either are normal float32 numbers.
@@ -34,10 +36,14 @@ def check_dense(name: str, value: Tensor) -> None:
 def check_floats(name: str, value: object) -> None:
     """Raise unless ``value`` is a dense tensor of a supported floating-point dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        hint = mistakes.hint_for_type(name, value)
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}{hint}")
     check_dense(name, value)
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}")
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16; got {value.dtype}"
+            + mistakes.hint_for_type(name, value)
+        )
 
 
 def check_student(value: Tensor, dim: int = -1) -> None:
@@ -74,7 +80,7 @@ def check_teacher(student: Tensor, name: str, value: Tensor, dim: int = -1) -> N
     if student.device != value.device:
         raise ValueError(
             f"student and {name} must be on the same device; got {student.device} and "
-            f"{value.device}"
+            f"{value.device}. {name}.to(student.device) moves it"
         )
 
 
@@ -83,7 +89,7 @@ def check_labels(value: object, student: Tensor) -> bool:
     if not isinstance(value, Tensor):
         raise TypeError(
             "labels must be a tensor of class indices or probabilities, or None; got "
-            f"{type(value).__name__}"
+            f"{type(value).__name__}. torch.as_tensor(labels) converts a list or an array"
         )
     check_dense("labels", value)
     if value.is_floating_point() and value.shape == student.shape:
@@ -96,7 +102,8 @@ def check_labels(value: object, student: Tensor) -> bool:
     if value.is_floating_point():
         raise TypeError(
             f"labels must be class indices of an integer dtype; got {value.dtype}, which would be "
-            f"probabilities if the shape were {tuple(student.shape)}, not {tuple(value.shape)}"
+            f"probabilities if the shape were {tuple(student.shape)}, not {tuple(value.shape)}. "
+            "labels.long() converts them to indices"
         )
     if value.dtype not in INTEGERS:
         raise TypeError(f"labels must be class indices of an integer dtype; got {value.dtype}")
@@ -131,10 +138,12 @@ def check_entries(value: Tensor, name: str, student: Tensor, each: str = "row of
         raise ValueError(
             f"{name} must have one entry for each {each}, shape {tuple(shape)}{logits}; got "
             f"{tuple(value.shape)}"
+            + (mistakes.hint_for_labels(value.shape, student.shape) if name == "labels" else "")
         )
     if value.device != student.device:
         raise ValueError(
-            f"{name} must be on the logits' device, {student.device}; got {value.device}"
+            f"{name} must be on the logits' device, {student.device}; got {value.device}. "
+            f"{name}.to(student.device) moves it"
         )
 
 
@@ -324,18 +333,20 @@ def check_rows(
     if labels is not None and not labels.is_floating_point():
         classes = student.shape[-1]
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        raise_for_first(
-            bad, labels, f"labels must be in [0, {classes}) or ignore_index={ignore_index}"
-        )
+        message = f"labels must be in [0, {classes}) or ignore_index={ignore_index}"
+        raise_for_first(bad, labels, message, mistakes.hint_for_label)
     if isinstance(temperature, Tensor):
         check_row_temperatures("temperature", temperature.detach())
 
 
-def raise_for_first(bad: Tensor, value: Tensor, message: str) -> None:
-    """Raise for the first row that is bad; the message ends with the row and its value."""
+def raise_for_first(
+    bad: Tensor, value: Tensor, message: str, hint: Callable[[float], str] = lambda _: ""
+) -> None:
+    """Raise for the first row that is bad, with the row, its value, and the value's hint."""
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
-        raise ValueError(f"{message}; row {row} has {value.flatten()[row].item()}")
+        first = value.flatten()[row].item()
+        raise ValueError(f"{message}; row {row} has {first}{hint(first)}")
 
 
 def check_lists(

@@ -14,7 +14,7 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
         f"{torch.__version__}); if it was built for another Python, reinstall it."
     ) from error
 
-__all__ = ["CUDA_KERNELS", "EAGER", "_C", "is_dynamo_compiling"]
+__all__ = ["CUDA_KERNELS", "EAGER", "FAST_PATH", "_C", "is_dynamo_compiling"]
 
 # Saves two attribute lookups in each call of a loss.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -22,20 +22,23 @@ is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 CUDA_KERNELS = bool(_C.cuda_architectures)
 
 
-def _load_eager() -> Any:
+def _load_eager() -> tuple[Any, str]:
     """Register autograd in C++ (csrc/torch/eager.cpp) if it was built with exactly this torch.
 
-    Return the module, or None.
+    Return the module, or None, and a description for ``fastkd info``.
     """
     try:
         from fastkd import _eager
-    except ImportError:
-        return None
-    if _eager.torch_version != torch.__version__:
-        return None
+    except ImportError:  # not built, or a symbol that this torch lacks
+        return None, f"off: not built for torch {torch.__version__}: install from source to get it"
+    if (built := _eager.torch_version) != torch.__version__:
+        return (
+            None,
+            f"off: built with torch {built}, running {torch.__version__}: reinstall to get it",
+        )
     _eager.register_kernels()
-    return _eager
+    return _eager, "on, autograd in C++"
 
 
-EAGER = _load_eager()
-"""The module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used instead."""
+EAGER, FAST_PATH = _load_eager()
+"""The module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used; and why."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastkd import reference, validation
-from fastkd._core import checks
+from fastkd._core import checks, mistakes
 
 PER_ROW_OPTIONS = ("temperature", "teacher_temperature", "hard_weight", "soft_weight")
 """The options that may be a tensor with one number for each row."""
@@ -23,15 +23,15 @@ class Options(NamedTuple):
     hard_weight: float | Tensor | None = None
     soft_weight: float | Tensor | None = None
     ignore_index: int = -100
-    reduction: Literal["mean", "sum", "none"] = "mean"
+    reduction: reference.Reduction = "mean"
     label_smoothing: float = 0.0
     class_weight: Tensor | None = None
     normalizer: float | Tensor | None = None
-    divergence: str = "forward_kl"
+    divergence: reference.DivergenceName = "forward_kl"
     mix: float | None = None
-    teacher_form: Literal["logits", "log_probs", "probs"] = "logits"
+    teacher_form: reference.TeacherForm = "logits"
     teacher_weights: Sequence[float] | None = None
-    ensemble: Literal["probs", "logits"] = "probs"
+    ensemble: reference.Ensemble = "probs"
     standardize: bool = False
     dim: int = -1
     shift: int = 0
@@ -76,13 +76,16 @@ def resolve(
     ``teachers``: their number, or None if it is not known yet.
     """
     o = options
-    validation.check_one_of("divergence", o.divergence, tuple(reference.DIVERGENCES))
-    validation.check_one_of("teacher_form", o.teacher_form, reference.TEACHER_FORMS)
+    validation.check_one_of(
+        "divergence", o.divergence, tuple(reference.DIVERGENCES), mistakes.DIVERGENCE_HINTS
+    )
+    validation.check_one_of(
+        "teacher_form", o.teacher_form, reference.TEACHER_FORMS, mistakes.FORM_HINTS
+    )
     validation.check_one_of("ensemble", o.ensemble, reference.ENSEMBLES)
-    hint = ""
-    if o.reduction == "batchmean":  # type: ignore[comparison-overlap]
-        hint = '"mean" divides by the rows, as torch\'s batchmean does'
-    validation.check_one_of("reduction", o.reduction, reference.REDUCTIONS, hint)
+    validation.check_one_of(
+        "reduction", o.reduction, reference.REDUCTIONS, mistakes.REDUCTION_HINTS
+    )
     for name in ("standardize", "inplace"):
         if not isinstance(getattr(o, name), bool):
             raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
@@ -162,6 +165,12 @@ def _mix(divergence: str, mix: object) -> float | None:
             f"divergence={divergence!r}. Omit mix."
         )
     low, high = kind.mix_range
+    if divergence == "jsd" and mix in (0, 1):
+        limit = "reverse_kl" if mix else "forward_kl"
+        raise ValueError(
+            f"mix must be in (0, 1); got {float(mix)}. For TRL's beta={mix:g}, pass "
+            f"divergence={limit!r}"
+        )
     checked = validation.check_number(
         "mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open
     )

@@ -48,7 +48,7 @@ def _fake_out(
 
 
 def _fake_gradient(student: Tensor, strided: bool) -> Tensor:
-    """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/walk.h).
+    """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/gradient_strides.h).
 
     If ``strided``, and the student's classes are not adjacent but its other dimensions are in
     order, as in (N, C, H, W), the tensor has the student's order. Otherwise it is contiguous.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from fastkd import validation
 from fastkd._core import checks
 
 Tail = Literal["ghost", "renormalize", "ignore"]
-TAILS: tuple[Tail, ...] = ("ghost", "renormalize", "ignore")
+TAILS: tuple[Tail, ...] = get_args(Tail)
 """The index of a name is its ``Tail`` value in csrc/topk.h."""
 Estimator = Literal["k1", "k2", "k3"]
-ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 """The index of a name, plus 1, is its ``Estimator`` value in csrc/topk.h."""
 
 

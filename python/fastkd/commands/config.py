@@ -135,7 +135,7 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
     options = parser.add_function_arguments(command, as_group=False, skip={"training", "factories"})
     for each in (file_parser, parser):
         each.add_class_arguments(Training, as_group=False)
-    source, file_options = "", None
+    source, file_options, fields = "", None, dataclasses.fields(Training)
     try:
         path = parser.parse_args(arguments).config
         if path is not None:
@@ -146,7 +146,11 @@ def run(command: Callable[..., None], arguments: Sequence[str]) -> None:
         namespace = parser.parse_args(arguments, namespace=file_options)
         training = _make_training(namespace)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(f"{source}{one_line(error)}") from None
+        message = one_line(error)
+        misspelt = re.search(r"(?:arguments: --|Option ')(\w+)", message)
+        names = ["config", "module", *options, *(field.name for field in fields)]
+        hint = validation.suggest(misspelt[1], names) if misspelt else ""
+        raise ConfigError(f"{source}{message}{hint}") from None
     factories = Factories(pathlib.Path(path or "config.yaml").parent, namespace.module)
     command(training, factories, **{name: namespace[name] for name in options})
 

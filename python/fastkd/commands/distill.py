@@ -23,7 +23,14 @@ from fastkd.training.trainer import Trainer
 _UNSUPPORTED = ("LBFGS", "SparseAdam")
 
 
-def distill(training: Training, factories: Factories, resume: bool = False) -> None:
+def distill(
+    training: Training,
+    factories: Factories,
+    resume: bool = False,
+    temperature: float | None = None,
+    alpha: float | None = None,
+    divergence: str | None = None,
+) -> None:
     """Train a student on a teacher's outputs, and write it to the output folder.
 
     Options come from the file that --config names, and from the command line, which takes
@@ -36,6 +43,9 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         training: the options of the training.
         factories: what makes the models and the data.
         resume: resume from the newest checkpoint in the output folder.
+        temperature: the same as --loss.temperature.
+        alpha: the same as --loss.alpha, the weight of the labels' term.
+        divergence: the same as --loss.divergence.
     """
     training.require("student", "train", "output")
     if not training.teacher_cache:
@@ -52,31 +62,29 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
         )
     with raise_as_config_error("mixed_precision"):
         accelerator = arguments.make_accelerator(mixed_precision=training.mixed_precision)
-    options: Any = training.loss
+    shortcuts = {"temperature": temperature, "alpha": alpha, "divergence": divergence}
+    given = {name: value for name, value in shortcuts.items() if value is not None}
+    options: Any = {**training.loss, **given}
     with raise_as_config_error("loss"):
         loss = losses.KDLoss(**options)
     with raise_as_config_error():
         arguments.check_loss(loss, teachers=1)
     torch.manual_seed(training.seed)
     student = factories.make_model("student", training)
-    optimizer = _make_optimizer(training.optimizer, student)
-    teacher, train, validation = _make_teacher_and_data(training, factories, loss, accelerator)
-    loader = _make_loader(train, training, shuffle=True)
-    held_out = _make_loader(validation, training, shuffle=False)
-    scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
-    with raise_as_config_error():
-        trainer = Trainer(
-            student,
-            teacher,
-            optimizer,
-            loss=loss,
-            scheduler=scheduler,
-            accumulate=training.accumulate,
-            clip=None if training.clip == math.inf else training.clip,
-            ema=training.ema or None,
-            accelerator=accelerator,
-            checkpoints=folder if training.checkpoints else None,
-        )
+    optimizer = make_optimizer(training.optimizer, student)
+    teacher, train, validation = make_teacher_and_data(training, factories, loss, accelerator)
+    loader = make_loader(train, training, shuffle=True)
+    held_out = make_loader(validation, training, shuffle=False)
+    trainer = make_trainer(
+        training,
+        student,
+        optimizer,
+        loader,
+        loss,
+        teacher,
+        accelerator,
+        checkpoints=folder if training.checkpoints else None,
+    )
     # The order of the data does not depend on how the teacher was made.
     torch.manual_seed(training.seed)
     if resume and trainer.resume():
@@ -94,7 +102,8 @@ def distill(training: Training, factories: Factories, resume: bool = False) -> N
     accelerator.end_training()
 
 
-def _make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer that the options name."""
     options = {"name": "AdamW", **options}
     name = str(options.pop("name"))
     kind: Any = getattr(torch.optim, name, None)
@@ -109,7 +118,34 @@ def _make_optimizer(options: dict[str, Any], student: nn.Module) -> torch.optim.
         return optimizer
 
 
-def _make_teacher_and_data(
+def make_trainer(
+    training: Training,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    loss: losses.KDLoss,
+    teacher: Any,
+    accelerator: Any,
+    **options: Any,
+) -> Trainer:
+    """Make the trainer of a student, with further options of :class:`fastkd.Trainer`."""
+    scheduler = _make_scheduler(optimizer, training, loader, accelerator.num_processes)
+    with raise_as_config_error():
+        return Trainer(
+            student,
+            teacher,
+            optimizer,
+            loss=loss,
+            scheduler=scheduler,
+            accumulate=training.accumulate,
+            clip=None if training.clip == math.inf else training.clip,
+            ema=training.ema or None,
+            accelerator=accelerator,
+            **options,
+        )
+
+
+def make_teacher_and_data(
     training: Training, factories: Factories, loss: losses.KDLoss, accelerator: Any
 ) -> tuple[Any, Any, Any]:
     """Make the teacher, a model or a cache, and the data; a cache needs samples with ids."""
@@ -150,7 +186,7 @@ def _make_cache(
             _check_inputs(cache, samples, first_validation, training.batch_size)
         # Each process computes its share of the samples.
         share = range(accelerator.process_index, len(samples), accelerator.num_processes)
-        loader = _make_loader(Subset(samples, share), training, shuffle=False)
+        loader = make_loader(Subset(samples, share), training, shuffle=False)
         live, is_main = live.to(accelerator.device), accelerator.is_main_process
         try:
             teachers.precompute(live, loader, folder, **options, progress=is_main)
@@ -187,7 +223,7 @@ def _check_inputs(
                 ) from None
 
 
-def _make_loader(data: Any, training: Training, *, shuffle: bool) -> Any:
+def make_loader(data: Any, training: Training, *, shuffle: bool) -> Any:
     """Make batches of a data set, unless it is None or a DataLoader already."""
     if data is None or isinstance(data, DataLoader):
         return data

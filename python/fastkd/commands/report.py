@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -19,6 +20,7 @@ def report(
     model: dict[str, str] = {},  # noqa: B006 - never changed
     title: str = "Distillation report",
     seconds: float = 1.0,
+    threads: int | None = None,
     save: str = "",
 ) -> None:
     """Compare students with their teacher: size, latency, accuracy, calibration.
@@ -34,12 +36,15 @@ def report(
             as --model.NAME=FILE.onnx, FILE.pte or FILE.pt2.
         title: title of the report.
         seconds: duration of each latency measurement.
+        threads: number of threads that PyTorch uses; without it, its own choice.
         save: folder for report.html, report.md, report.json and pictures.
     """
     training.require("teacher", "validation")
     with raise_as_config_error():
         validation.check_number("seconds", seconds, 0.0, float("inf"))
         validation.check_folder("save", save)
+        if threads is not None:
+            validation.check_count("threads", threads)
     students: dict[str, Training | str] = {}
     if training.student:
         training.require("output")
@@ -60,20 +65,22 @@ def report(
     if training.teacher_weights or any(not isinstance(each, str) for each in students.values()):
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
-    models = {}
+    models: dict[str, Any] = {}
     # Students before the teacher, which a factory may train: an error should come before that.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)
-        else:
-            with raise_as_config_error(f"model.{name}"):
-                models[name] = deployment.load(options)
+            continue
+        with raise_as_config_error(f"model.{name}"):
+            deployment.load(options)  # the report loads it again, with its own threads
+        models[name] = options
     result = reports.report(
         factories.make_model("teacher", training),
         models,
         data if isinstance(data, DataLoader) else DataLoader(data, training.batch_size),
         title=title,
         seconds=seconds,
+        threads=threads,
     )
     if save:
         print(f"wrote {result.save(save) / 'report.html'}")

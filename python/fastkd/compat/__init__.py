@@ -45,3 +45,8 @@ __all__ = [
     "trl",
     "trl_sdft",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -28,6 +28,7 @@ class DistillationLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.deit import DistillationLoss
         >>> teacher, base = torch.nn.Linear(2, 4), torch.nn.CrossEntropyLoss()
         >>> criterion = DistillationLoss(base, teacher, "hard", alpha=0.5, tau=1.0)
         >>> heads = torch.zeros(3, 4), torch.zeros(3, 4)

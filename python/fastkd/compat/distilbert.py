@@ -41,6 +41,7 @@ def step_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.distilbert import step_loss
         >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[0, -100, 2]])
         >>> step_loss(logits, logits, torch.ones(1, 3), labels, alpha_mlm=2.0, alpha_clm=0.0)
         tensor(2.7726)

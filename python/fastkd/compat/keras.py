@@ -23,6 +23,7 @@ class LogitsDistillation:
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.keras import LogitsDistillation
         >>> teacher, student = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> LogitsDistillation(temperature=1.0).compute_loss(teacher, student)
         tensor(0.4621)
@@ -54,6 +55,7 @@ class Distiller(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.keras import Distiller
         >>> teacher, student = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
         >>> distiller = Distiller(teacher, student, LogitsDistillation(), student_loss_weight=0.1)
         >>> distiller.compute_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])).backward()

@@ -25,6 +25,7 @@ class LigerKLDIVLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.liger import LigerKLDIVLoss
         >>> target = torch.tensor([[0.5, 0.5]])
         >>> LigerKLDIVLoss(reduction="batchmean")(torch.tensor([[0.25, 0.75]]).log(), target)
         tensor(0.1438)
@@ -60,6 +61,7 @@ class LigerJSD(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.liger import LigerJSD
         >>> student, teacher = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
         >>> LigerJSD(beta=0.0)(student, teacher)
         tensor(0.1438)
@@ -90,6 +92,7 @@ class LigerTVDLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.liger import LigerTVDLoss
         >>> LigerTVDLoss()(torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.5]]))
         tensor(0.2500)
     """

@@ -13,6 +13,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.mdistiller import kd_loss
         >>> kd_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), temperature=1)
         tensor(0.4621)
     """
@@ -42,6 +43,7 @@ def dkd_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.mdistiller import dkd_loss
         >>> student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
         >>> dkd_loss(student, teacher, torch.tensor([0]), alpha=1.0, beta=8.0, temperature=4)
         tensor(5.0100)

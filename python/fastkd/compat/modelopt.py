@@ -18,6 +18,7 @@ class LogitsDistillationLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.modelopt import LogitsDistillationLoss
         >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
         >>> LogitsDistillationLoss()(student, teacher)
         tensor(0.2311)

@@ -33,6 +33,7 @@ def gkd_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.ms_swift import gkd_loss
         >>> from types import SimpleNamespace
         >>> student, teacher = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])
         >>> output = SimpleNamespace(

@@ -24,6 +24,7 @@ class KDLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.nemo import KDLoss
         >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
         >>> KDLoss()(student, teacher, torch.tensor([0]))
         tensor(0.4621)

@@ -19,6 +19,7 @@ def kd_ce_loss(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor =
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.textbrewer import kd_ce_loss
         >>> kd_ce_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([1.0, 8.0]))
         tensor(1.3863)
     """

@@ -28,6 +28,7 @@ class LogitDistillationTask(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.timm import LogitDistillationTask
         >>> student, teacher = torch.nn.Linear(2, 4), torch.nn.Linear(2, 4)
         >>> task = LogitDistillationTask(student, teacher, task_loss_weight=0.3, temperature=4.0)
         >>> task(torch.zeros(3, 2), torch.tensor([0, 1, 2]))["loss"].backward()

@@ -29,6 +29,7 @@ class KDLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchdistill import KDLoss
         >>> criterion = KDLoss("fc", "output", "fc", "output", temperature=4.0, alpha=0.1)
         >>> outputs = {"fc": {"output": torch.zeros(2, 3)}}
         >>> criterion(outputs, outputs, torch.tensor([0, 2]))
@@ -103,6 +104,7 @@ class LogitStdKDLoss(KDLoss):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchdistill import LogitStdKDLoss
         >>> criterion = LogitStdKDLoss("fc", "output", "fc", "output", 2.0, alpha=0.5, beta=9.0)
         >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 30.0]])
         >>> criterion({"fc": {"output": student}}, {"fc": {"output": teacher}}, torch.tensor([1]))

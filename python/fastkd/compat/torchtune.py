@@ -38,11 +38,12 @@ class ForwardKLLoss(_MaskedLoss):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import ForwardKLLoss
         >>> ForwardKLLoss()(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(1.3863)
     """
 
-    divergence = "soft_cross_entropy"
+    divergence: losses.DivergenceName = "soft_cross_entropy"
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
@@ -55,7 +56,7 @@ class ForwardKLLoss(_MaskedLoss):
 class ReverseKLLoss(ForwardKLLoss):
     """Mean over rows of KL(q || p), student first; arguments as in :class:`ForwardKLLoss`."""
 
-    divergence = "reverse_kl"
+    divergence: losses.DivergenceName = "reverse_kl"
 
 
 class SymmetricKLLoss(_MaskedLoss):
@@ -67,6 +68,7 @@ class SymmetricKLLoss(_MaskedLoss):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import SymmetricKLLoss
         >>> SymmetricKLLoss()(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
         tensor(0.6931)
     """
@@ -98,6 +100,7 @@ class ForwardKLWithChunkedOutputLoss(nn.Module):
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.torchtune import ForwardKLWithChunkedOutputLoss
         >>> chunks, labels = [torch.zeros(1, 2, 4)] * 2, torch.tensor([[0, 1, 2, -100]])
         >>> ForwardKLWithChunkedOutputLoss()(chunks, chunks, labels)
         tensor(1.3863)

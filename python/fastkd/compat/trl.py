@@ -42,6 +42,7 @@ def generalized_jsd_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.trl import generalized_jsd_loss
         >>> student, teacher = torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])
         >>> generalized_jsd_loss(student, teacher, beta=0.0)
         tensor(0.4621)

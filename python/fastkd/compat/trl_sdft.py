@@ -21,6 +21,7 @@ def compute_full_logit_self_distillation_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.trl_sdft import compute_full_logit_self_distillation_loss
         >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
         >>> compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)
         tensor([0.4621])
@@ -54,6 +55,7 @@ def compute_topk_self_distillation_loss(
 
     Example:
         >>> import torch
+        >>> from fastkd.compat.trl_sdft import compute_topk_self_distillation_loss
         >>> student, teacher = torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
         >>> options = {"distillation_alpha": 0.0, "distillation_add_tail": True}
         >>> compute_topk_self_distillation_loss(student, teacher, distillation_topk=2, **options)

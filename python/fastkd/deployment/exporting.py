@@ -149,7 +149,7 @@ def _check_arguments(
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
     if quantize is not None:
-        validation.check_one_of("quantize", quantize, ("int8",), "None keeps the student's dtype")
+        validation.check_one_of("quantize", quantize, ("int8",))
     validation.check_count("max_batch", max_batch, 2)
     path = check_path(path, format)
     if format == "onnx":

@@ -3,3 +3,8 @@
 from fastkd.integrations import transformers
 
 __all__ = ["transformers"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -7,8 +7,15 @@ Change one import, and nothing else::
 
 ``pip install fastkd[trl]`` installs what this module needs: TRL 1.16, the only series that is
 supported. The losses are computed from hidden states and heads, so logits as wide as the vocabulary
-exist only for a chunk of tokens, in either trainer. Arguments, configurations, denominators and
-logged metrics are TRL's.
+exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions: its first step computes the
+logits of one sequence with each model, to check the head, and an evaluation that asks for outputs
+computes all of them. Arguments, configurations and logged metrics are TRL's.
+
+The sum over tokens is divided by:
+
+- ``num_items_in_batch``, if the trainer of transformers passes it: the number of labels that are
+  not -100 in the batches of an optimizer step;
+- otherwise the number of tokens that count in the batch, or 1 if there are none.
 
 The trainers differ from TRL's in these points:
 
@@ -65,15 +72,20 @@ def chunked_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the generalized Jensen-Shannon divergence of two heads, with TRL's arguments.
 
-    It replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. The loss is
-    beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q and p the teacher.
+    The function replaces ``_chunked_divergence_loss`` of ``trl.trainer.distillation_trainer``. With
+    p the teacher, q the student and m = beta p + (1 - beta) q, the loss of a token is
+
+    - beta = 0: KL(p || q), the forward KL;
+    - 0 < beta < 1: beta KL(p || m) + (1 - beta) KL(q || m);
+    - beta = 1: KL(q || p), the reverse KL.
 
     Args:
         student_hidden_states, teacher_hidden_states: ``(..., width)``, of either width.
         student_lm_head_weight, teacher_lm_head_weight: ``(classes, width)``.
         completion_mask: ``(...)``; tokens where it is 0 are ignored.
-        beta: in [0, 1]; 0 is forward KL, 1 reverse KL.
-        num_items_in_batch: divides the sum over tokens. Default: the number of tokens that count.
+        beta: in [0, 1].
+        num_items_in_batch: divides the sum over tokens. Default: the number of tokens where
+            ``completion_mask`` is not 0, or 1 if there are none.
         student_lm_head_bias, teacher_lm_head_bias: ``(classes,)`` or None.
         student_logit_scale, teacher_logit_scale: positive factors of the logits.
         student_final_logit_softcapping, teacher_final_logit_softcapping: soft caps, applied after
@@ -118,7 +130,7 @@ def chunked_divergence_loss(
 
 
 def _gather(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """Return a context in which parameters that DeepSpeed ZeRO-3 has partitioned are whole."""
+    """Return a context that gathers parameters partitioned by DeepSpeed ZeRO-3."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     utils = extras.load("trl.trainer.utils", "trl")
@@ -128,7 +140,7 @@ def _gather(*parameters: Tensor | None) -> AbstractContextManager[Any]:
 def _make_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
 ) -> losses.Head:
-    """Return a head whose tensors are whole and, unless autocast is on, of one dtype."""
+    """Return a head of gathered tensors, cast to the hidden state's dtype unless autocast is on."""
 
     def convert(parameter: Tensor) -> Tensor:
         if hasattr(parameter, "full_tensor"):  # a DTensor, under FSDP2
@@ -168,9 +180,10 @@ class _GKD:
 
     Arguments and configuration are those of ``trl.experimental.gkd.GKDTrainer`` (TRL 1.16). Student
     and teacher must be causal language models of transformers. Their logits must be the product of
-    the last hidden state and an ``nn.Linear``, scaled and soft-capped as their configuration says;
-    the first step checks this. Logits exist only if evaluation asks for them, for instance by
-    ``compute_metrics``.
+    the last hidden state and an ``nn.Linear``, scaled and soft-capped as their configuration says.
+    The first step checks this on the batch's first sequence, whose logits exist for the check, as
+    wide as the vocabulary. Later, such logits exist only if evaluation asks for them, for instance
+    by ``compute_metrics``.
 
     Raises:
         ValueError: in the first step, if a model computes its logits in another way.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd import validation
 from fastkd._core import autograd, dispatch, topk
 from fastkd._core.arguments import Teacher
+from fastkd._core.mistakes import raise_for_call
 from fastkd._core.objective import Options
 from fastkd._core.values import Head
 from fastkd.linear import class_loop
@@ -19,10 +20,14 @@ from fastkd.linear.planner import ChunkBy, Plan, Sizes, check_accumulate_dtype, 
 
 __all__ = ["Plan", "plan"]
 
-_CHUNK_BY: tuple[ChunkBy, ...] = ("auto", "rows", "classes")
 _TYPICAL_ROWS = 4096
 _REFERENCE_LOGITS = 24
 """Upper bound on logits-sized tensors saved by autograd for an unfused loss."""
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__
 
 
 def plan(
@@ -89,10 +94,10 @@ def plan(
     """
     unknown = next((name for name in options if name not in Options._fields[:-1]), None)
     if unknown is not None:
-        raise TypeError(f"plan() got an unexpected keyword argument {unknown!r}")
+        raise_for_call("plan", "", 0, {unknown: None}, Options._fields[:-1])
     if not isinstance(student, Head):
         raise TypeError(f"student must be a fastkd.Head; got {type(student).__name__}")
-    validation.check_one_of("chunk_by", chunk_by, _CHUNK_BY)
+    validation.check_one_of("chunk_by", chunk_by, get_args(ChunkBy))
     if chunk_size != "auto" and not _is_positive(chunk_size):
         raise ValueError(
             'chunk_size must be a positive number of rows or classes, or "auto"; got '

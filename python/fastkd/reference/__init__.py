@@ -5,13 +5,16 @@ from fastkd.reference.dense import (
     ENSEMBLES,
     REDUCTIONS,
     TEACHER_FORMS,
+    Ensemble,
+    Reduction,
+    TeacherForm,
     Terms,
     column,
     loss,
     reduce,
     terms,
 )
-from fastkd.reference.divergences import DIVERGENCES, Divergence
+from fastkd.reference.divergences import DIVERGENCES, Divergence, DivergenceName
 
 __all__ = [
     "DIVERGENCES",
@@ -19,6 +22,10 @@ __all__ = [
     "REDUCTIONS",
     "TEACHER_FORMS",
     "Divergence",
+    "DivergenceName",
+    "Ensemble",
+    "Reduction",
+    "TeacherForm",
     "Terms",
     "column",
     "loss",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from torch.nn import functional as F
 
 from fastkd.reference.divergences import DIVERGENCES, log_ratio_sum, over, standardized, weighted
 
-REDUCTIONS = ("none", "sum", "mean")
-TEACHER_FORMS = ("logits", "log_probs", "probs")
-ENSEMBLES = ("probs", "logits")
+Reduction = Literal["none", "sum", "mean"]
+TeacherForm = Literal["logits", "log_probs", "probs"]
+Ensemble = Literal["probs", "logits"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+TEACHER_FORMS: tuple[TeacherForm, ...] = get_args(TeacherForm)
+ENSEMBLES: tuple[Ensemble, ...] = get_args(Ensemble)
 
 
 class Terms(NamedTuple):
@@ -41,7 +44,7 @@ class Terms(NamedTuple):
     student_mass: Tensor = None  # type: ignore[assignment]
     """The student's probability of the classes that the teacher lists; 1 if they are all classes.
 
-    :func:`fastkd.reference.terms`, whose teacher has all classes, leaves this and the next None.
+    ``fastkd.reference.terms``, whose teacher has all classes, leaves this and the next None.
     """
     teacher_mass: Tensor = None  # type: ignore[assignment]
     """The teacher's probability of the classes that it lists; 1 if they are all classes."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,6 +184,22 @@ class Divergence(NamedTuple):
     """True if the range excludes its ends."""
     needs_labels: bool = False
 
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+    "soft_cross_entropy",
+    "mse",
+    "centered_mse",
+    "cosine",
+    "dkd",
+]
+"""The names, for type checkers; the same as the keys of ``DIVERGENCES``."""
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(

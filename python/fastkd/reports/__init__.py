@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastkd import _C, deployment, extras, validation
 from fastkd.reports import measure, memory, page, plots, tables
@@ -42,6 +43,8 @@ class Report(NamedTuple):
     title: str
     models: tuple[Model, ...]
     environment: dict[str, str]
+    warnings: tuple[str, ...] = ()
+    """Sentences on latencies that cannot be trusted, and on ratios withheld for that reason."""
 
     def __str__(self) -> str:
         """Return a table for the terminal."""
@@ -67,8 +70,7 @@ class Report(NamedTuple):
             }
             for model in self.models
         ]
-        report = {"title": self.title, "environment": self.environment, "models": models}
-        return json.dumps(report, indent=2, allow_nan=False)
+        return json.dumps(self._asdict() | {"models": models}, indent=2, allow_nan=False)
 
     def html(self) -> str:
         """Return one page that contains its pictures and loads nothing from elsewhere."""
@@ -115,6 +117,7 @@ def report(
     devices: Sequence[str | torch.device] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     seconds: float = 1.0,
+    threads: int | None = None,
     ignore_index: int = -100,
     dim: int = -1,
     show: bool = True,
@@ -135,11 +138,14 @@ def report(
       ``sum_b n_b / n |accuracy_b - confidence_b|`` over 15 equal bins of confidence (Guo et al.,
       "On Calibration of Modern Neural Networks", 2017). Each model runs on its own device.
     - **Latency** of a forward pass on each device, on the loader's first inputs: median and 95th
-      percentile. Models take turns in bursts of calls, so that changes of the machine's speed
-      affect all of them. Throughput is the largest batch divided by its median.
+      percentile. Models take turns, so that changes of the machine's speed affect all of them.
+      Throughput is the largest batch divided by its median. A ratio to the teacher's latency is
+      withheld if other programs used the processors meanwhile, which Linux tells, or if estimates
+      of the ratio differ by more than 1.5x; ``warnings`` says so.
 
-    The models are not changed: they run in evaluation mode without gradients, return to their mode,
-    and are copied to devices where they are not.
+    The models are not changed: they run in evaluation mode, if they have one, without gradients,
+    return to their mode, and are copied to devices where they are not. A student whose name has
+    the word "alone" is taken as the one trained without a teacher, for the sentence at the top.
 
     Args:
         teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.
@@ -152,6 +158,8 @@ def report(
             models are modules.
         batch_sizes: of the latency. Default 1 and 32.
         seconds: of timing for each model, device and batch size. Default 1.
+        threads: that PyTorch, and a runtime that loads a file, use on the CPU. Default: as many
+            as PyTorch has.
         ignore_index: rows with this label are ignored. Default -100.
         dim: of the classes in the logits. Default -1.
         show: print the table.
@@ -185,33 +193,28 @@ def report(
         raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}")
     validation.check_number("seconds", seconds, 0.0, math.inf)
     validation.check_ignore_index(ignore_index)
-    extras.check(
-        "report", "matplotlib.figure", *(["rich"] if show else [])
-    )  # save needs matplotlib
-    models = {name: deployment.load(model) for name, model in named.items()}
-    programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
-    if devices is None:
-        has_gpu = torch.cuda.is_available() and not programs
-        devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
-    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    if programs and any(device.type != "cpu" for device in resolved):
-        raise ValueError(
-            f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
+    if threads is not None:
+        validation.check_count("threads", threads)
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save and show
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads or previous)
+    try:
+        models = {name: deployment.load(model) for name, model in named.items()}
+        resolved = _choose_devices(models, devices)
+        environment = _describe_environment(resolved)
+        answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
+        latencies, warnings = measure.measure_latencies(
+            models, inputs, resolved, batch_sizes, seconds
         )
-    answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
-    latencies = measure.measure_latencies(models, inputs, resolved, batch_sizes, seconds)
-    samples = measure.resize(inputs, max(batch_sizes))
+        samples = measure.resize(inputs, max(batch_sizes))
+        peaks = {n: memory.measure_peak_memory(model, samples) for n, model in models.items()}
+    finally:
+        torch.set_num_threads(previous)
     rows = (
-        Model(
-            name,
-            measure.measure_size(model),
-            answers[name],
-            latencies[name],
-            memory.measure_peak_memory(model, samples),
-        )
+        Model(name, measure.measure_size(model), answers[name], latencies[name], peaks[name])
         for name, model in models.items()
     )
-    result = Report(title, tuple(rows), _describe_environment(resolved))
+    result = Report(title, tuple(rows), environment, tuple(warnings))
     if show:
         tables.show(result)
     return result
@@ -237,18 +240,37 @@ def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
     return models
 
 
+def _choose_devices(
+    models: Mapping[str, nn.Module], devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
+    """Return the devices of the latency; programs run on the CPU alone."""
+    programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
+    if devices is None:
+        has_gpu = torch.cuda.is_available() and not programs
+        devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
+    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    if programs and any(device.type != "cpu" for device in resolved):
+        raise ValueError(
+            f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
+        )
+    return resolved
+
+
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:
     """Describe what the measurements depend on besides the models."""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else []
     processor = next(iter(names), platform.processor() or platform.machine())
-    threads = torch.get_num_threads()
     environment = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "fastkd": _C.version,
         "torch": torch.__version__,
-        "CPU": f"{processor}, {threads} thread{'' if threads == 1 else 's'}",
+        "CPU": processor,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
     }
+    if hasattr(os, "getloadavg"):  # Windows has none
+        environment["load average at the start"] = f"{os.getloadavg()[0]:.2f}"
     for device in devices:
         if device.type == "cuda":
             environment[f"GPU ({device})"] = torch.cuda.get_device_name(device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from torch.nn import functional as F
 from fastkd import batches, deployment
 
 BINS = 15
-BURST = 6  # calls in a turn; the first one, after another model's turn, is not counted
-LEAST_BURSTS = 4
+TURNS = 10  # of each model, after one that does not count
+LEAST_CALLS = 3  # in a turn, after one that does not count because another model ran before it
+QUIET = 0.9  # a turn counts if the process got this share of the processor time it asked for
+DISAGREE = 1.5  # a factor between two estimates of a ratio, beyond which neither is given
+WIDE = 2.0  # the 95th percentile over the median, beyond which there is a warning
 
 
 class Size(NamedTuple):
@@ -49,6 +53,11 @@ class Answers(NamedTuple):
     calibration_error: float | None
     bins: tuple[Bin, ...]
 
+    @property
+    def quality(self) -> float:
+        """Accuracy, or agreement without labels."""
+        return self.agreement if self.accuracy is None else self.accuracy
+
 
 class Latency(NamedTuple):
     """Seconds of a forward pass, and samples per second at the median."""
@@ -57,6 +66,15 @@ class Latency(NamedTuple):
     p95: float
     throughput: float
     calls: int
+    speedup: float | None
+    """The teacher's duration over this model's; None if it is withheld. A warning says why."""
+
+
+class Turn(NamedTuple):
+    """The durations of one turn of each model, and the share of processor time meanwhile."""
+
+    share: float
+    times: dict[str, list[float]]
 
 
 def measure_size(model: nn.Module) -> Size:
@@ -135,7 +153,7 @@ def measure_answers(
     """
     tallies = {name: _Tally(name) for name in models}
     first = None
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(batches.evaluating(model))
         for batch in loader:
@@ -200,49 +218,129 @@ def measure_latencies(
     devices: Sequence[torch.device],
     batch_sizes: Sequence[int],
     seconds: float,
-) -> dict[str, dict[str, dict[int, Latency]]]:
-    """Measure latencies by model, then by device, then by batch size."""
+) -> tuple[dict[str, dict[str, dict[int, Latency]]], list[str]]:
+    """Measure latencies by model, then by device, then by batch size; return them and warnings."""
     latencies: Any = {name: {str(device): {} for device in devices} for name in models}
-    quantiles = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    warnings = []
     for device in devices:
         moved = {
             name: model if batches.device_of(model) == device else copy.deepcopy(model).to(device)
             for name, model in models.items()
         }
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             for model in moved.values():
                 stack.enter_context(batches.evaluating(model))
             for batch_size in batch_sizes:
-                resized = resize(inputs, batch_size)
-                for name, times in _time_in_turns(moved, resized, device, seconds).items():
-                    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
-                    latency = Latency(p50, p95, batch_size / p50, len(times))
+                turns = _time_in_turns(moved, resize(inputs, batch_size), device, seconds)
+                by_model, reasons = summarize_turns(turns, batch_size)
+                place = f"{name_device(device)}, batch {batch_size}"
+                warnings += [f"{place}: {reason}." for reason in reasons]
+                for name, latency in by_model.items():
                     latencies[name][str(device)][batch_size] = latency
-    return latencies  # type: ignore[no-any-return]
+        for name in models:
+            subject = f"{name_device(device)}: {name}'s"
+            warnings += _compare_batches(subject, latencies[name][str(device)])
+    return latencies, warnings
+
+
+def name_device(device: object) -> str:
+    """Return the name of a device for tables and plots."""
+    return "CPU" if str(device) == "cpu" else f"GPU {device}"
+
+
+def summarize_turns(turns: Sequence[Turn], batch_size: int) -> tuple[dict[str, Latency], list[str]]:
+    """Compute each model's latency, the first one being the teacher's, and what to warn of.
+
+    The speedup is the median over turns of the ratio of the fastest calls, because a call that
+    another program interrupts is not the fastest. It is withheld if it and the ratio of the medians
+    differ much, or if there are too few turns in which the process had the processors.
+    """
+    quiet = [turn for turn in turns if turn.share >= QUIET]
+    is_quiet = 2 * len(quiet) >= len(turns)
+    used = quiet if is_quiet else turns
+    latencies: dict[str, Latency] = {}
+    warnings, wide = [], []
+    if not is_quiet:
+        share = _compute_quantile([turn.share for turn in turns], 0.5)
+        warnings.append(
+            f"speed ratios are withheld; the process got {100 * share:.0f} % of the processor time "
+            "it asked for: other programs ran, or it has more threads than processors"
+        )
+    teacher = next(iter(turns[0].times))
+    for name in turns[0].times:
+        times = [seconds for turn in used for seconds in turn.times[name]]
+        p50, p95 = (_compute_quantile(times, share) for share in (0.5, 0.95))
+        by_median = latencies[teacher].p50 / p50 if latencies else 1.0
+        ratios = [min(turn.times[teacher]) / min(turn.times[name]) for turn in used]
+        speedup = _compute_quantile(ratios, 0.5)
+        agrees = 1 / DISAGREE <= by_median / speedup <= DISAGREE
+        if is_quiet and not agrees:
+            warnings.append(
+                f"{name}'s speed ratio is withheld; it is {by_median:,.3g} by the medians, "
+                f"{speedup:,.3g} by the fastest calls"
+            )
+        elif is_quiet and p95 > WIDE * p50:
+            wide.append(name)
+        latencies[name] = Latency(
+            p50, p95, batch_size / p50, len(times), speedup if is_quiet and agrees else None
+        )
+    if wide:
+        warnings.append(f"95th percentile over {WIDE:g}x the median: {', '.join(wide)}")
+    return latencies, warnings
+
+
+def _compare_batches(name: str, by_batch: Mapping[int, Latency]) -> list[str]:
+    """Return a warning if the largest batch takes longer than as many of the smallest."""
+    small, large = min(by_batch), max(by_batch)
+    times, samples = by_batch[large].p50 / by_batch[small].p50, large / small
+    if times <= 1.2 * samples:  # more may be due to caches
+        return []
+    return [f"{name} batch {large} takes {times:,.0f}x as long as its batch {small}."]
+
+
+def _compute_quantile(values: Sequence[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
 def _time_in_turns(
     models: Mapping[str, nn.Module], inputs: Any, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
-    """Time single calls; models take turns until each has been timed for ``seconds``."""
+) -> list[Turn]:
+    """Time single calls; each model has the same turns, and ``seconds`` in all of them together."""
     arguments = {
         name: batches.arguments(model, _move(inputs, model)) for name, model in models.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in models}
-    spent = dict.fromkeys(models, 0.0)
-    turn = 0
-    while turn < LEAST_BURSTS or min(spent.values()) < seconds:
-        for name, (positional, keywords) in arguments.items():
-            if turn >= LEAST_BURSTS and spent[name] >= seconds:
-                continue
-            for call in range(BURST):
-                start = time.perf_counter()
-                models[name](*positional, **keywords)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                elapsed = time.perf_counter() - start
-                spent[name] += elapsed
-                if turn and call:  # the first turn is a warm-up
-                    times[name].append(elapsed)
-        turn += 1
-    return times
+
+    def time_calls(name: str, seconds: float) -> list[float]:
+        model, (positional, keywords) = models[name], arguments[name]
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) <= LEAST_CALLS or time.perf_counter() < end:
+            start = time.perf_counter()
+            model(*positional, **keywords)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return times[1:]
+
+    for name in models:
+        time_calls(name, 0.0)
+    turns = []
+    for _ in range(TURNS):
+        before = _read_processor_time()
+        times = {name: time_calls(name, seconds / TURNS) for name in models}
+        running, waiting = (b - a for a, b in zip(before, _read_processor_time(), strict=True))
+        turns.append(Turn(1 - waiting / max(running + waiting, 1), times))
+    return turns
+
+
+def _read_processor_time() -> tuple[int, int]:
+    """Return for how long this process's threads ran, and waited for a processor, in nanoseconds.
+
+    Zeros where the system does not tell, which Linux does.
+    """
+    running = waiting = 0
+    for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            counts = file.read_text().split()
+            running, waiting = running + int(counts[0]), waiting + int(counts[1])
+    return running, waiting

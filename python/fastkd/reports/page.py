@@ -31,10 +31,14 @@ section { margin-top: 1.5rem; }
 .card h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .card .figure { font-size: 2rem; font-weight: 650; line-height: 1.3; }
 .card p { margin: 0; }
+.verdict { font-size: 1.15rem; margin: .6rem 0 0; overflow-wrap: anywhere; }
+.warning { margin: .6rem 0 0; padding: .5rem .8rem; border-left: 4px solid #e07b39;
+  background: var(--card); overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem 1.2rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 450; color: var(--muted); }
+th:first-child { text-align: left; font-weight: 450; color: var(--muted); position: sticky; left: 0;
+  background: var(--card); }
 thead th { border-bottom: 1px solid var(--line); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 td small { display: block; line-height: 1.2; }
@@ -42,11 +46,18 @@ td small { display: block; line-height: 1.2; }
   background: var(--color); }
 figure { margin: 0 0 1rem; padding: 1rem 1.2rem; }
 figure svg { display: block; width: 100%; height: auto; }
+svg.narrow { display: none; }
 figure svg text { font-family: inherit !important; }
 figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 @media (max-width: 40rem) {
-  th, td { padding: .45rem .7rem; }
-  th:first-child { white-space: normal; }
+  main { padding: 1.25rem .75rem; }
+  .cards { gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+  .card { padding: .7rem .8rem; }
+  th, td { padding: .45rem .6rem; }
+  th:first-child { white-space: normal; min-width: 6.5rem; }
+  figure { padding: .75rem; }
+  svg.broad { display: none; }
+  svg.narrow { display: block; }
 }
 @media print { body { background: none; } main { padding: 0; } }
 """
@@ -55,15 +66,17 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 def make_page(report: Report) -> str:
     """Return the page of a report."""
     colors = plots.choose_colors(report)
+    is_labelled = report.models[0].answers.accuracy is not None
+    kind = "accuracy" if is_labelled else "agreement with the teacher"
     names, cards, rows = "", "", ""
     for model, color in zip(report.models, colors, strict=True):
         style, name = f'style="--color: {color}"', escape(model.name)
-        share, kind = tables.summarize_quality(model)
         cost = escape(tables.summarize_cost(report, model))
         names += f'<th scope="col"><span class="dot" {style}></span>{name}</th>'
         cards += (
-            f'<div class="card" {style}><h2>{name}</h2><p class="figure">{share}</p>'
-            f'<p class="muted">{kind}, {cost}</p></div>'
+            f'<div class="card" {style}><h2>{name}</h2>'
+            f'<p class="figure">{100 * model.answers.quality:.1f} %</p>'
+            f'<p class="muted">{kind} · {cost}</p></div>'
         )
     for row in tables.make_rows(report):
         cells = "".join(
@@ -71,13 +84,15 @@ def make_page(report: Report) -> str:
             for text, note in row.cells
         )
         rows += f'<tr><th scope="row">{escape(row.label)}</th>{cells}</tr>\n'
-    pictures = "".join(
-        f"<figure>{plots.render_svg(figure, name)}"
-        f"<figcaption>{plots.CAPTIONS[name]}</figcaption></figure>"
-        for name, figure in plots.draw_figures(report).items()
-    )
-    title = escape(report.title)
-    environment = " · ".join(f"{key} {value}" for key, value in report.environment.items())
+    narrow, pictures = plots.draw_figures(report, plots.NARROW), ""
+    for name, figure in plots.draw_figures(report).items():
+        pictures += (
+            f"<figure>{plots.render_svg(figure, name, 'broad')}"
+            f"{plots.render_svg(narrow[name], f'{name}-narrow', 'narrow')}"
+            f"<figcaption>{plots.CAPTIONS[name]}</figcaption></figure>"
+        )
+    title, environment = escape(report.title), escape(tables.describe_environment(report))
+    warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in report.warnings)
     # The policy makes browsers refuse everything but the styles in the page: no request is sent.
     return f"""<!doctype html>
 <html lang="en">
@@ -93,7 +108,8 @@ def make_page(report: Report) -> str:
 <main>
 <header>
 <h1>{title}</h1>
-<p class="muted">{escape(environment)}</p>
+<p class="verdict">{escape(tables.summarize(report))}</p>
+{warnings}
 </header>
 <section class="cards">{cards}</section>
 <section class="wide"><table>
@@ -101,7 +117,8 @@ def make_page(report: Report) -> str:
 <tbody>{rows}</tbody>
 </table></section>
 <section class="pictures">{pictures}</section>
-<footer class="muted"><p>{escape(tables.describe_method(report))}</p></footer>
+<footer class="muted"><p>{escape(tables.describe_method(report))}</p>
+<p>{environment}</p></footer>
 </main>
 </body>
 </html>

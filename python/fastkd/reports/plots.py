@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from fastkd import extras
+from fastkd.reports import measure
 
 if TYPE_CHECKING:
     from fastkd.reports import Report
 
 CAPTIONS = {
-    "tradeoff": "Accuracy over latency. Larger dots have more parameters; lines are 95 % "
-    "intervals.",
+    "tradeoff": "What the models reach, and what they cost. Larger dots take more bytes; vertical "
+    "lines are 95 % intervals.",
     "reliability": "Share of correct answers by confidence; a calibrated model's bars end on the "
     "dashed line. Pale bars: fewer than 10 answers.",
 }
 TEACHER = "#7a8599"
-STUDENTS = ("#2f80d0", "#e07b39", "#2a9d74", "#b5539c", "#c9a227", "#6c5bd1")
-INK = "#1a2b3c"  # text and lines; in the page it becomes the page's text color
+STUDENTS = (
+    *("#2f80d0", "#e07b39", "#2a9d74", "#b5539c", "#c9a227", "#6c5bd1"),
+    *("#1fa3b8", "#d1495b", "#8c6a4f"),
+)
+# Text and lines: legible on white and on black. In the page it becomes the page's text color.
+INK = "#737b86"
+WIDE, NARROW = 9.0, 4.2  # inches; the narrow figures are for phones
 FEW = 10  # bins with fewer rows are pale, because their accuracy is mostly chance
 
 
@@ -28,11 +35,11 @@ def choose_colors(report: Report) -> list[str]:
     return [TEACHER, *(STUDENTS[i % len(STUDENTS)] for i in range(len(report.models) - 1))]
 
 
-def draw_figures(report: Report) -> dict[str, Any]:
+def draw_figures(report: Report, width: float = WIDE) -> dict[str, Any]:
     """Draw the matplotlib figures that the measurements allow, by name."""
-    figures = {"tradeoff": _draw_tradeoff(report)} if report.models[0].latency else {}
+    figures = {"tradeoff": _draw_tradeoff(report, width)}
     if report.models[0].answers.accuracy is not None:
-        figures["reliability"] = _draw_reliability(report)
+        figures["reliability"] = _draw_reliability(report, width)
     return figures
 
 
@@ -53,48 +60,93 @@ def _set_style(axes: Any) -> None:
         label.set_color(INK)
 
 
-def _draw_tradeoff(report: Report) -> Any:
-    device, by_batch = next(iter(report.models[0].latency.items()))
-    batch = min(by_batch)
-    figure = _make_figure(9, 3.8)
+def _draw_tradeoff(report: Report, width: float) -> Any:
+    figure = _make_figure(width, 3.8)
     axes = figure.add_subplot()
-    largest = max(model.size.parameters or 0 for model in report.models) or 1
-    is_labelled = report.models[0].answers.accuracy is not None
-    for model, color in zip(report.models, choose_colors(report), strict=True):
+    teacher = report.models[0]
+    largest = max(model.size.bytes or 0 for model in report.models) or 1
+    is_labelled = teacher.answers.accuracy is not None
+    costs, axis = _choose_costs(report)
+    points = []
+    for model, cost, color in zip(report.models, costs, choose_colors(report), strict=True):
         answers: Any = model.answers
-        x = 1e3 * model.latency[device][batch].p50
-        y = 100 * (answers.accuracy if is_labelled else answers.agreement)
+        y = 100 * answers.quality
         if is_labelled:
             low, high = 100 * answers.accuracy_low, 100 * answers.accuracy_high
-            axes.vlines(x, low, high, color=color, linewidth=1.5, alpha=0.7)
-        area = max(40.0, 700 * (model.size.parameters or 0) / largest)
-        axes.scatter([x], [y], s=area, color=color, alpha=0.85, linewidths=0, zorder=3)
-        axes.annotate(
-            model.name, (x, y), xytext=(6 + area**0.5 / 2, 0), textcoords="offset points",
-            va="center", color=INK, fontweight="bold", parse_math=False,
-        )  # fmt: skip
+            axes.vlines(cost, low, high, color=color, linewidth=1.5, alpha=0.7)
+        area = max(40.0, 500 * (model.size.bytes or 0) / largest)
+        axes.scatter([cost], [y], s=area, color=color, alpha=0.85, linewidths=0, zorder=3)
+        points.append((y, cost, model.name, color))
     axes.set_xscale("log")
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.12, y=0.12)
     axes.set_ylim(top=min(101.0, axes.get_ylim()[1]))
-    # A few ticks, written as 0.2 and not as 2 x 10^-1, even if the range is narrow.
-    low, high = axes.get_xlim()
-    ticker = extras.load("matplotlib.ticker", "report")
-    is_narrow = high / low < 5
-    locator = ticker.MaxNLocator(5) if is_narrow else ticker.LogLocator(subs=(1, 2, 5))
-    axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    place = "CPU" if device == "cpu" else f"GPU ({device})"
-    axes.set_xlabel(f"median latency on {place}, batch {batch} [ms]")
+    _set_ticks(axes, width)
+    axes.set_xlabel(axis)
     axes.set_ylabel(f"{'accuracy' if is_labelled else 'agreement with the teacher'} [%]")
     _set_style(axes)
+    _label_points(axes, points, width)
     return figure
 
 
-def _draw_reliability(report: Report) -> Any:
-    columns = min(3, len(report.models))
+def _choose_costs(report: Report) -> tuple[list[float], str]:
+    """Return each model's latency, and the axis label.
+
+    If a speed ratio is withheld and all sizes are known, return their bytes in place of latencies.
+    """
+    sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
+    is_size_known = len(sizes) == len(report.models)
+    for device, by_batch in report.models[0].latency.items():
+        batch = min(by_batch)
+        times = [model.latency[device][batch] for model in report.models]
+        if all(latency.speedup for latency in times) or not is_size_known:
+            place = measure.name_device(device)
+            label = f"median latency on {place}, batch {batch} [ms]"
+            return [1e3 * latency.p50 for latency in times], label
+    return [max(size, 1) / 1e3 for size in sizes], "bytes on disk [kB]"
+
+
+def _set_ticks(axes: Any, width: float) -> None:
+    """Set a few ticks, written as 0.2 and not as 2 x 10^-1, even if the range is narrow."""
+    low, high = axes.get_xlim()
+    ticker = extras.load("matplotlib.ticker", "report")
+    decades = math.log10(high / low)
+    locator = ticker.LogLocator(subs=(1, 2, 5) if decades * WIDE < 3 * width else (1,))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4) if decades < 0.7 else locator)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()
+
+
+def _shorten(name: str, width: float) -> str:
+    """Return a name, or the beginning of a long one, for a figure of a width."""
+    longest = 24 if width == WIDE else 14
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def _label_points(axes: Any, points: list[tuple[float, float, str, str]], width: float) -> None:
+    """Write the names in a column right of the axes, each with a line to its point (y, x).
+
+    The names are in the order of the points' heights, at least 1/12 of the axes apart.
+    """
+    points.sort()
+    heights = [axes.transLimits.transform((0, y))[1] for y, *_ in points]
+    gap = 1 / max(12, len(points))
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):
+        above = heights[i + 1] if i + 1 < len(heights) else 1 + gap
+        heights[i] = min(heights[i], above - gap)
+    for (y, x, name, color), height in zip(points, heights, strict=True):
+        axes.annotate(
+            _shorten(name, width), (x, y), xytext=(1.03, height), textcoords="axes fraction",
+            va="center", color=INK, fontweight="bold", parse_math=False, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def _draw_reliability(report: Report, width: float) -> Any:
+    columns = min(round(width / 3), len(report.models))
     lines = -(-len(report.models) // columns)
-    figure = _make_figure(3 * columns, 3.1 * lines)
+    figure = _make_figure(width * columns / round(width / 3), 3.1 * lines)
     for index, (model, color) in enumerate(zip(report.models, choose_colors(report), strict=True)):
         axes = figure.add_subplot(lines, columns, index + 1)
         axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, linewidth=1, linestyle="--")
@@ -107,7 +159,9 @@ def _draw_reliability(report: Report) -> Any:
         )
         ticks = [0, 0.5, 1]
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=ticks, yticks=ticks)
-        axes.set_title(model.name, fontsize=10, fontweight="bold", parse_math=False)
+        axes.set_title(
+            _shorten(model.name, width), fontsize=10, fontweight="bold", parse_math=False
+        )
         axes.set_xlabel("confidence")
         if index % columns == 0:
             axes.set_ylabel("accuracy")
@@ -118,14 +172,14 @@ def _draw_reliability(report: Report) -> Any:
 
 
 def render_png(figure: Any) -> bytes:
-    """Render a figure as PNG on white."""
+    """Render a figure as PNG without a background."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white", bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
     return buffer.getvalue()
 
 
-def render_svg(figure: Any, salt: str) -> str:
-    """Render a figure as an ``<svg>`` element whose text and lines have the page's color.
+def render_svg(figure: Any, salt: str, kind: str) -> str:
+    """Render a figure as an ``<svg>`` of a class ``kind`` with the page's color of text and lines.
 
     ``salt`` makes the element's ids different from those of the page's other figures.
     """
@@ -137,4 +191,5 @@ def render_svg(figure: Any, salt: str) -> str:
         figure.savefig(buffer, format="svg", metadata=metadata, bbox_inches="tight")
     text = buffer.getvalue()
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
-    return text.replace("xlink:href", "href").replace(INK, "currentColor").strip()
+    text = text.replace("<svg", f'<svg class="{kind}"', 1).replace(INK, "currentColor")
+    return text.replace("xlink:href", "href").strip()

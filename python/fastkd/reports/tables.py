@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastkd import extras
-from fastkd.reports import plots
+from fastkd.reports import measure, plots
 
 if TYPE_CHECKING:
     from fastkd.reports import Model, Report
+    from fastkd.reports.measure import Latency
 
 COUNTS = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
-UNKNOWN = "-"
+UNKNOWN = "–"
 DURATIONS = (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
@@ -32,18 +33,14 @@ def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
     return f"{value / scale:#.3g}".rstrip("."), unit
 
 
-def format_count(value: float | None) -> str:
-    """Format a number in three digits: 999, 1.23k, 25.6M; None is a dash."""
-    if value is None:
-        return UNKNOWN
+def format_count(value: float) -> str:
+    """Format a number in three digits: 999, 1.23k, 25.6M."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
-def format_size(value: int | None) -> str:
-    """Format a number of bytes in three digits: 10.5 MB; None is a dash."""
-    if value is None:
-        return UNKNOWN
+def format_size(value: int) -> str:
+    """Format a number of bytes in three digits: 10.5 MB."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits} {unit}B" if unit else f"{value} B"
 
@@ -57,11 +54,10 @@ def _format_percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _format_ratio(teacher: float | None, student: float | None, less: str, more: str) -> str:
-    """Describe how many times less or more the student has; "" if a value is 0 or unknown."""
-    if not teacher or not student:
+def _format_ratio(ratio: float | None, less: str, more: str) -> str:
+    """Describe a teacher's value over a student's: 8.46x less, 3,650x more; "" if it is unknown."""
+    if not ratio:
         return ""
-    ratio = teacher / student
     if 0.995 < ratio < 1.005:
         return "the same"
     times = max(ratio, 1 / ratio)
@@ -69,9 +65,8 @@ def _format_ratio(teacher: float | None, student: float | None, less: str, more:
     return f"{digits}x {less if ratio > 1 else more}"
 
 
-def _format_memory(value: int | None) -> str:
-    """Format a peak of resident memory, which counts pages: small ones are not measured."""
-    return "< 100 kB" if value is not None and value < 100_000 else format_size(value)
+def _compare(teacher: int | None, student: int | None, less: str, more: str) -> str:
+    return _format_ratio(teacher / student if teacher and student else None, less, more)
 
 
 def make_rows(report: Report) -> list[Row]:
@@ -81,16 +76,14 @@ def make_rows(report: Report) -> list[Row]:
     rows = []
 
     def add(label: str, texts: Iterable[str], notes: Iterable[str] = ()) -> None:
-        rows.append(Row(label, list(zip_longest(texts, notes, fillvalue=""))))
+        rows.append(Row(label, list(itertools.zip_longest(texts, notes, fillvalue=""))))
 
-    def compare(
-        label: str, values: Sequence[Any], text: Callable[[Any], str], less: str, more: str
-    ) -> None:
-        ratios = (_format_ratio(values[0], value, less, more) for value in values[1:])
-        add(label, map(text, values), ["", *ratios])
+    def add_size(label: str, values: Sequence[int | None], text: Any, less: str, more: str) -> None:
+        ratios = [_compare(values[0], value, less, more) for value in values[1:]]
+        add(label, [UNKNOWN if n is None else text(n) for n in values], ["", *ratios])
 
-    compare("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
-    compare("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
+    add_size("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
+    add_size("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
     if any(model.peak_memory is not None for model in models):
         add("peak memory", [_format_memory(model.peak_memory) for model in models])
     if answers[0].accuracy is not None:
@@ -100,50 +93,70 @@ def make_rows(report: Report) -> list[Row]:
         add("calibration error", [_format_percent(a.calibration_error) for a in answers])
     add("agrees with the teacher", ["", *(_format_percent(a.agreement) for a in answers[1:])])
     for device, by_batch in models[0].latency.items():
-        name = "CPU" if device == "cpu" else f"GPU {device}"
+        name = measure.name_device(device)
         for batch in by_batch:
             times = [m.latency[device][batch] for m in models]
             label = f"{name}, batch {batch}"
-            medians = [t.p50 for t in times]
-            compare(f"{label}: median", medians, format_duration, "faster", "slower")
-            add(f"{label}: 95th percentile", [format_duration(t.p95) for t in times])
+            speeds = [_format_speed(t) for t in times[1:]]
+            add(f"{label}: median", [format_duration(t.p50) for t in times], ["", *speeds])
+            add(f"{label}: p95", [format_duration(t.p95) for t in times])
         add(f"{name}: samples a second", [format_count(t.throughput) for t in times])
     return rows
+
+
+def _format_memory(value: int | None) -> str:
+    """Format a peak of resident memory, which counts pages: small ones are not measured."""
+    if value is None:
+        return UNKNOWN
+    return "< 100 kB" if value < 100_000 else format_size(value)
+
+
+def _format_speed(latency: Latency) -> str:
+    return _format_ratio(latency.speedup, "faster", "slower") or "withheld"
 
 
 def summarize_cost(report: Report, model: Model) -> str:
     """Describe a student's size and latency relative to the teacher, or the teacher's own."""
     teacher = report.models[0]
-    parameters, is_student = model.size.parameters, model is not teacher
-    ratio = _format_ratio(teacher.size.parameters, parameters, "fewer", "more")
-    count = ratio.replace("the same", "as many") if is_student else ""
-    parts = [f"{count or format_count(parameters)} parameters"]
-    if parameters is None:
-        parts = [format_size(model.size.bytes)]
-    for device, by_batch in teacher.latency.items():
-        batch = min(by_batch)
-        seconds = model.latency[device][batch].p50
-        speed = format_duration(seconds)
-        if is_student:
-            speed = _format_ratio(by_batch[batch].p50, seconds, "faster", "slower")
-            speed = speed.replace("the same", "as fast")
-        parts.append(f"{speed} on {'CPU' if device == 'cpu' else 'GPU'}")
-    return ", ".join(parts)
+    is_student = model is not teacher
+    size = UNKNOWN if model.size.bytes is None else format_size(model.size.bytes)
+    ratio = _compare(teacher.size.bytes, model.size.bytes, "smaller", "larger")
+    parts = [f"{size}, {ratio}" if is_student and ratio else size]
+    for device, by_batch in model.latency.items():
+        latency = by_batch[min(by_batch)]
+        part = f"{format_duration(latency.p50)} on {measure.name_device(device)}"
+        if is_student and latency.speedup:
+            part += f", {_format_speed(latency)}"
+        parts.append(part)
+    return " · ".join(parts)
 
 
-def summarize_quality(model: Model) -> tuple[str, str]:
-    """Return a model's accuracy, or without labels its agreement, and the figure's name."""
-    if model.answers.accuracy is None:
-        return _format_percent(model.answers.agreement), "agreement with the teacher"
-    return _format_percent(model.answers.accuracy), "accuracy"
-
-
-def summarize(report: Report) -> list[str]:
-    """Return a line for each model: its quality and its cost."""
-    return [
-        f"{model.name}: {' '.join(summarize_quality(model))}, {summarize_cost(report, model)}"
-        for model in report.models
-    ]
+def summarize(report: Report) -> str:
+    """Return one sentence on the best student, or the best but the one that was trained alone."""
+    teacher, *students = report.models
+    is_alone = [re.search("(?<![a-z])alone(?![a-z])", model.name.lower()) for model in students]
+    alone = next(itertools.compress(students, is_alone), None)
+    best = max([m for m in students if m is not alone] or students, key=lambda m: m.answers.quality)
+    answers: Any = best.answers
+    if answers.accuracy is None or not teacher.answers.accuracy:
+        text = f"agrees with the teacher on {_format_percent(answers.agreement)} of the rows"
+    else:
+        share = _format_percent(answers.accuracy / teacher.answers.accuracy)
+        text = f"keeps {share} of the teacher's accuracy"
+    if teacher.size.bytes and best.size.bytes:
+        ratio = teacher.size.bytes / best.size.bytes
+        text += f" at {f'1/{ratio:,.0f} of' if ratio >= 1.5 else f'{1 / ratio:.2g}x'} its size"
+    for device, by_batch in best.latency.items():
+        if speed := _format_ratio(by_batch[min(by_batch)].speedup, "faster", "slower"):
+            text += f", {speed.replace('the same', 'as fast')} on {measure.name_device(device)}"
+    if alone is not None and alone is not best and answers.accuracy is not None:
+        other: Any = alone.answers
+        points = 100 * (answers.accuracy - other.accuracy)
+        text += f"; {abs(points):.1f} points {'below' if points < 0 else 'above'} training alone"
+        low, high = sorted([answers, other], key=lambda each: each.accuracy)
+        if low.accuracy_high >= high.accuracy_low:
+            text += ", a difference within the intervals"
+    return f"{best.name} {text}."
 
 
 def describe_method(report: Report) -> str:
@@ -162,28 +175,37 @@ def describe_method(report: Report) -> str:
 
 
 def show(report: Report, console: Any = None) -> None:
-    """Print the table and the summary to a Rich console, by default the terminal's."""
-    text = extras.load("rich.text", "report").Text  # Rich would read markup in a str
-    table = extras.load("rich.table", "report").Table(
-        title=text(report.title, style="table.title"),
-        box=extras.load("rich.box", "report").SIMPLE_HEAD,
-        title_justify="left",
-    )
-    table.add_column("")
-    for model in report.models:
-        table.add_column(text(model.name), justify="right")
-    for row in make_rows(report):
-        cells = [text(figure) + text(f"\n{note}".rstrip(), "dim") for figure, note in row.cells]
-        table.add_row(text(row.label), *cells)
+    """Print a Rich table, as several if it is wider than the console, by default the terminal."""
     console = console or extras.load("rich.console", "report").Console()
-    console.print(table)
-    for line in summarize(report):
-        console.print(text(line), soft_wrap=True)
+    text = extras.load("rich.text", "report").Text  # Rich would read markup in a str
+    console.print(text(report.title, "bold"))
+    console.print(text(summarize(report)))
+    for warning in report.warnings:
+        console.print(text(warning, "yellow"))
+    rows = make_rows(report)
+    cell_width = 2 + max(len(part) for row in rows for cell in row.cells for part in cell)
+    label_width = 2 + max(len(row.label) for row in rows)
+    columns = max(1, (console.width - label_width) // cell_width)
+    for start in range(0, len(report.models), columns):
+        part = slice(start, start + columns)
+        table = extras.load("rich.table", "report").Table(
+            box=extras.load("rich.box", "report").SIMPLE_HEAD
+        )
+        table.add_column("")
+        for model in report.models[part]:
+            table.add_column(text(model.name), justify="right", overflow="fold")
+        for row in rows:
+            cells = [
+                text(figure) + text(f"\n{note}".rstrip(), "dim") for figure, note in row.cells[part]
+            ]
+            table.add_row(text(row.label), *cells)
+        console.print(table)
+    console.print(text(describe_environment(report), "dim"))
 
 
 def format_terminal(report: Report) -> str:
     """Return what :func:`show` prints, without colors."""
-    console = extras.load("rich.console", "report").Console(file=io.StringIO(), width=100)
+    console = extras.load("rich.console", "report").Console(file=io.StringIO(), width=80)
     show(report, console)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -191,18 +213,22 @@ def format_terminal(report: Report) -> str:
 def format_markdown(report: Report) -> str:
     """Return a Markdown document with the table, the pictures and the method."""
     names = [_escape(model.name) for model in report.models]
-    lines = [f"# {_escape(report.title)}", ""]
-    lines += [f"- {_escape(line)}" for line in summarize(report)]
-    lines += ["", "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines = [f"# {_escape(report.title)}", "", f"**{_escape(summarize(report))}**", ""]
+    lines += [f"> {_escape(warning)}\n" for warning in report.warnings]
+    lines += ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in make_rows(report):
         cells = [f"{figure} ({note})" if note else figure for figure, note in row.cells]
         lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
     lines.append("")
     for name in plots.draw_figures(report):
         lines += [f"![{plots.CAPTIONS[name]}]({name}.png)", ""]
-    lines += [describe_method(report), ""]
-    lines += [", ".join(f"{key} {value}" for key, value in report.environment.items()), ""]
+    lines += [describe_method(report), "", _escape(describe_environment(report)), ""]
     return "\n".join(lines)
+
+
+def describe_environment(report: Report) -> str:
+    """Describe the machine, its load and the versions."""
+    return ", ".join(f"{key} {value}" for key, value in report.environment.items())
 
 
 def _escape(text: str) -> str:

@@ -13,3 +13,8 @@ from fastkd.teachers.digests import fingerprint
 from fastkd.teachers.writing import precompute
 
 __all__ = ["TeacherCache", "WithIds", "fingerprint", "precompute", "served"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -25,14 +25,10 @@ numbers that cannot be log-probabilities, such as most of those of vLLM's ``raw_
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-import reprlib
-from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -40,7 +36,7 @@ from torch.nn import functional as F
 
 from fastkd import validation
 from fastkd._core.values import Estimator, Sampled, Tail, TopK
-from fastkd.reference import topk as definitions
+from fastkd.teachers.entries import Entries, check_list, check_mapping, get_field, show
 
 SGLangField = Literal[
     "input_top_logprobs",
@@ -50,27 +46,13 @@ SGLangField = Literal[
     "output_token_logprobs",
     "output_token_ids_logprobs",
 ]
-SGLANG_FIELDS: tuple[SGLangField, ...] = (
-    "input_top_logprobs",
-    "input_token_logprobs",
-    "input_token_ids_logprobs",
-    "output_top_logprobs",
-    "output_token_logprobs",
-    "output_token_ids_logprobs",
-)
 PaddingSide = Literal["right", "left"]
-PADDING_SIDES: tuple[PaddingSide, ...] = ("right", "left")
+__all__ = ["collate", "from_openai", "from_sglang", "from_vllm", "gather"]
 
-_TOKEN_ID = "token_id:"
-"""The prefix of a token in a reply of vLLM with ``return_tokens_as_token_ids``."""
-_LARGEST_ID = 2**31 - 1
-_LEAST = -9999.0
-"""JSON has no infinity. vLLM writes -9999 in place of -inf, SGLang the least float32."""
-_ROUNDING = 1e-3
-"""A log-probability may be this far above 0."""
-_RAGGED = 64
-"""The longest list may have this many times the mean number of entries. It bounds the memory of a
-result to this multiple of the reply's."""
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__
 
 
 def from_vllm(
@@ -123,15 +105,15 @@ def from_vllm(
     """
     field = "prompt_logprobs"
     form = "a dictionary from token ids to log-probabilities, {id: {'logprob': number}}"
-    positions = _field(reply, field) if isinstance(reply, Mapping) else reply
+    positions = get_field(reply, field) if isinstance(reply, Mapping) else reply
     if not isinstance(positions, Sequence):
         positions = getattr(positions, field, positions)
     first = next(
-        (entry for entry in _list(field, positions) if isinstance(entry, dict) and entry), {}
+        (entry for entry in check_list(field, positions) if isinstance(entry, dict) and entry), {}
     )
     is_json = all(isinstance(value, dict) for value in first.values())
     read = _read_vllm_json if is_json else _read_vllm_objects
-    entries = _Entries(field, positions, read, form)
+    entries = Entries(field, positions, read, form)
     return entries.topk(tokens, True, k, tail)
 
 
@@ -171,16 +153,16 @@ def from_sglang(
         >>> served.from_sglang({"meta_info": meta}).indices.tolist()
         [[-1, -1], [7, 5]]
     """
-    validation.check_one_of("field", field, SGLANG_FIELDS)
-    _check_mapping(reply)
+    validation.check_one_of("field", field, get_args(SGLangField))
+    check_mapping(reply)
     if "meta_info" in reply:
         reply = reply["meta_info"]
-        _check_mapping(reply, "meta_info")
-    own = field.endswith("_token_logprobs")
-    read = _read_sglang_token if own else _read_sglang
-    form = f"{'' if own else 'a list of '}[log-probability, token id, text]"
-    entries = _Entries(field, _field(reply, field), read, form)
-    return entries.topk(tokens, own, k, tail)
+        check_mapping(reply, "meta_info")
+    is_single = field.endswith("_token_logprobs")
+    read = _read_sglang_token if is_single else _read_sglang
+    form = f"{'' if is_single else 'a list of '}[log-probability, token id, text]"
+    entries = Entries(field, get_field(reply, field), read, form)
+    return entries.topk(tokens, is_single, k, tail)
 
 
 def from_openai(
@@ -218,28 +200,28 @@ def from_openai(
         >>> served.from_openai({"logprobs": logprobs}, tokens=[5]).indices.tolist()
         [[7, 5]]
     """
-    _check_mapping(reply)
+    check_mapping(reply)
     if "content" not in reply and "tokens" not in reply:
-        reply = _field(reply, "logprobs")
-        _check_mapping(reply, "logprobs")
+        reply = get_field(reply, "logprobs")
+        check_mapping(reply, "logprobs")
     if "tokens" in reply:
-        columns = [_field(reply, name) for name in ("tokens", "token_logprobs", "top_logprobs")]
+        columns = [get_field(reply, name) for name in ("tokens", "token_logprobs", "top_logprobs")]
         columns[2] = columns[2] or [None] * len(columns[0] or ())
         for name, column in zip(("tokens", "token_logprobs", "top_logprobs"), columns, strict=True):
             if not isinstance(column, (list, tuple)) or len(column) != len(columns[0]):
                 raise ValueError(
                     "logprobs must have lists 'tokens', 'token_logprobs' and 'top_logprobs' of one "
-                    f"length; got {name!r}: {_show(column)}"
+                    f"length; got {name!r}: {show(column)}"
                 )
         field, positions = "logprobs", list(zip(*columns, strict=True))
         form = "a token, its log-probability, and a dictionary from tokens to log-probabilities"
-        entries = _Entries(field, positions, _read_completion, form)
+        entries = Entries(field, positions, _read_completion, form)
     else:
         form = (
             "{'token': token, 'logprob': number, 'top_logprobs': [{'token': token, 'logprob': "
             "number}]} with the same number wherever it has the same token"
         )
-        entries = _Entries("content", _field(reply, "content"), _read_chat, form)
+        entries = Entries("content", get_field(reply, "content"), _read_chat, form)
     entries.strip_prefixes()
     return entries.topk(tokens, True, k, tail)
 
@@ -335,7 +317,7 @@ def collate(
         >>> served.collate(values, padding_side="left").tokens.tolist()
         [[3, 4], [-1, 9]]
     """
-    validation.check_one_of("padding_side", padding_side, PADDING_SIDES)
+    validation.check_one_of("padding_side", padding_side, get_args(PaddingSide))
     if {type(value) for value in values} not in ({TopK}, {Sampled}):
         names = sorted({type(value).__name__ for value in values})
         raise TypeError(f"values must all be fastkd.TopK, or all fastkd.Sampled; got {names}")
@@ -368,8 +350,6 @@ def collate(
 
 
 # ---- one position of a reply: its token ids and their log-probabilities
-
-_Read = Callable[[Any], tuple[Iterable[Any], Iterable[Any]]]
 
 
 def _read_vllm_json(entry: Any) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -413,256 +393,3 @@ def _merge(
     if log_prob is not None and listed.setdefault(token, log_prob) != log_prob:
         raise ValueError("a token has two log-probabilities")
     return listed.keys(), listed.values()
-
-
-# ---- all positions
-
-
-class _Entries:
-    """The entries of all positions of a reply, one after the other.
-
-    Lists of all positions are checked and converted at once, because a check of each of 100,000
-    entries by itself would take most of the time.
-
-    Attributes:
-        counts: number of entries of each position.
-        ids: token ids as the reply has them.
-        log_probs: log-probabilities as the reply has them.
-    """
-
-    def __init__(self, field: str, positions: object, read: _Read, form: str) -> None:
-        """Concatenate what ``read`` returns for each position; ``form``: what it accepts."""
-        self.field = field
-        self.counts: list[int] = []
-        self.ids: list[Any] = []
-        self.log_probs: list[Any] = []
-        all_ids, all_log_probs, total = self.ids, self.log_probs, 0
-        for position, entry in enumerate(_list(field, positions)):
-            if entry is not None:
-                try:
-                    ids, log_probs = read(entry)
-                    all_ids += ids
-                    all_log_probs += log_probs
-                except Exception as error:  # whatever an object that is not as expected raises
-                    raise ValueError(
-                        f"{field}[{position}] must be {form}; got {_show(entry)}"
-                    ) from error
-            count = len(all_ids) - total
-            if count == 0 and total:
-                raise ValueError(
-                    f"{field}[{position}] must be {form}; got {_show(entry)}, which is accepted "
-                    "before the first scored token only"
-                )
-            self.counts.append(count)
-            total += count
-        if not self.counts:
-            raise ValueError(f"{field} must have an entry for each token; got an empty list")
-        if len(self.counts) * max(self.counts) > _RAGGED * max(total, len(self.counts)):
-            raise ValueError(
-                f"{field} must have lists of similar lengths; got {total} entries in "
-                f"{len(self.counts)} positions, of which {field}["
-                f"{self.counts.index(max(self.counts))}] has {max(self.counts)}"
-            )
-
-    def fail(self, entry: int, message: str) -> NoReturn:
-        """Raise ValueError about an entry, by its index among those of all positions."""
-        position = bisect.bisect_right(list(itertools.accumulate(self.counts)), entry)
-        raise ValueError(f"{self.field}[{position}]: {message}")
-
-    def strip_prefixes(self) -> None:
-        """Remove the prefix of each token, unless tokens are ids already; raise if one is text."""
-        kinds = _types(self.ids)
-        if kinds <= {int}:
-            return
-        size = len(_TOKEN_ID)
-        ids = (
-            [token[size:] for token in self.ids if token[:size] == _TOKEN_ID]
-            if kinds == {str}
-            else []
-        )
-        if len(ids) < len(self.ids):
-            entry, token = next(
-                (entry, token)
-                for entry, token in enumerate(self.ids)
-                if type(token) is not str or not token.startswith(_TOKEN_ID)
-            )
-            self.fail(
-                entry,
-                f"tokens must be ids, such as '{_TOKEN_ID}5'; got {_show(token)}. Request "
-                "return_tokens_as_token_ids=True",
-            )
-        self.ids = ids
-
-    def topk(
-        self,
-        tokens: Sequence[int] | Tensor | None,
-        lists_tokens: bool,
-        k: int | None,
-        tail: Tail,
-    ) -> TopK:
-        """Check everything and return the result of a reader.
-
-        ``lists_tokens``: each position lists the sequence's own token.
-        """
-        if k is not None:
-            validation.check_count("k", k)
-        rows, width = len(self.counts), max(max(self.counts), k or 1)
-        counts = torch.tensor(self.counts)
-        row = torch.repeat_interleave(torch.arange(rows), counts)
-        place = (
-            torch.arange(len(row)) + (torch.arange(rows) * width - counts.cumsum(0) + counts)[row]
-        )
-        log_probs = torch.full((rows * width,), -math.inf, dtype=torch.float64)
-        indices = torch.full((rows * width,), -1)
-        log_probs[place] = self.to_log_probs()
-        indices[place] = self.to_indices()
-        log_probs, order = log_probs.view(rows, width).sort(stable=True, dim=-1, descending=True)
-        indices = indices.view(rows, width).gather(-1, order)
-        self.check_rows(log_probs, indices)
-        if tokens is not None:
-            self.check_tokens(indices, tokens, lists_tokens)
-        return TopK(log_probs[:, :k].float(), indices[:, :k], tail)
-
-    def to_log_probs(self) -> Tensor:
-        """Return the log-probabilities of all entries in float64; raise if one cannot be one."""
-        try:
-            if not _types(self.log_probs) <= {float, int}:
-                raise TypeError
-            numbers = _to_tensor("d", self.log_probs, torch.float64)
-        except (TypeError, OverflowError):
-            entry, value = next(
-                (entry, value)
-                for entry, value in enumerate(self.log_probs)
-                if type(value) is not float and (type(value) is not int or abs(value) > 2**1000)
-            )
-            self.fail(entry, f"a log-probability must be a number; got {_show(value)}")
-        wrong = ~(numbers <= _ROUNDING)
-        if wrong.any():
-            entry = int(wrong.nonzero()[0])
-            self.fail(
-                entry,
-                f"a log-probability must be at most 0; got {float(numbers[entry])}. vLLM returns "
-                "logits if its logprobs_mode is raw_logits or processed_logits",
-            )
-        return numbers.masked_fill(numbers <= _LEAST, -math.inf)
-
-    def to_indices(self) -> Tensor:
-        """Return the token ids of all entries in int64; raise if one is not an id."""
-        is_text = bool(self.ids) and type(self.ids[0]) is str
-        try:
-            # int() also accepts signs, spaces, underscores and digits of other scripts.
-            if "".join(self.ids).encode().isdigit() if is_text else _types(self.ids) <= {int}:
-                numbers = list(map(int, self.ids)) if is_text else self.ids
-                indices = _to_tensor("q", numbers, torch.int64)
-                if not ((indices < 0) | (indices > _LARGEST_ID)).any():
-                    return indices
-        except (TypeError, ValueError, OverflowError):
-            pass
-        entry, value = next(
-            (entry, value)
-            for entry, value in enumerate(self.ids)
-            if not _is_id(value) or type(value) is not type(self.ids[0])
-        )
-        self.fail(
-            entry,
-            f"a token id must be an integer from 0 to {_LARGEST_ID}, and all ids numbers, or all "
-            f"strings; got {_show(value)}",
-        )
-
-    def check_rows(self, log_probs: Tensor, indices: Tensor) -> None:
-        """Raise if a position lists a token twice, or probabilities that add up to more than 1."""
-        duplicate = definitions.find_duplicate(indices)
-        if (duplicate >= 0).any():
-            position = int((duplicate >= 0).nonzero()[0])
-            raise ValueError(
-                f"{self.field}[{position}] must list a token once; it lists "
-                f"{int(duplicate[position])} twice"
-            )
-        mass = definitions.mass(indices, log_probs)
-        if (mass > definitions.MOST_MASS).any():
-            position = int(mass.argmax())
-            raise ValueError(
-                f"{self.field}[{position}] must have logarithms of probabilities, which add up to "
-                f"at most 1; they add up to {float(mass[position]):.4g}"
-            )
-
-    def check_tokens(
-        self, indices: Tensor, tokens: Sequence[int] | Tensor, lists_tokens: bool
-    ) -> None:
-        """Raise if the reply cannot be about these tokens."""
-        try:
-            own = tokens if isinstance(tokens, Tensor) else _to_tensor("q", tokens, torch.int64)
-        except (TypeError, OverflowError):
-            raise TypeError(f"tokens must be integers of 64 bits; got {_show(tokens)}") from None
-        if own.dtype not in validation.INTEGERS or own.dim() != 1:
-            raise TypeError(
-                f"tokens must be integers of shape (n,); got {own.dtype} of shape "
-                f"{tuple(own.shape)}"
-            )
-        own = own.to(indices)
-        if len(own) != len(indices):
-            raise ValueError(
-                f"{self.field} must have an entry for each of the {len(own)} tokens; it has "
-                f"{len(indices)}"
-            )
-        lacks = (indices != own[:, None]).all(-1) & (indices >= 0).any(-1)
-        if lists_tokens and lacks.any():
-            position = int(lacks.nonzero()[0])
-            raise ValueError(
-                f"{self.field}[{position}] must list token {position} of the sequence, "
-                f"{int(own[position])}, and does not: the reply is about other tokens"
-            )
-
-
-def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
-    """Convert numbers to a tensor through an ``array``: 10 times as fast as ``torch.tensor``."""
-    numbers = array(code, values)
-    return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
-
-
-def _types(values: list[Any]) -> set[type]:
-    return set(map(type, values))
-
-
-def _is_id(value: object) -> bool:
-    if type(value) is str:
-        return (
-            value.isascii() and value.isdecimal() and len(value) < 20 and int(value) <= _LARGEST_ID
-        )
-    return type(value) is int and 0 <= value <= _LARGEST_ID
-
-
-def _field(reply: Mapping[str, Any], field: str) -> Any:
-    """Return a field of a reply; raise ValueError if it is absent or None."""
-    value = reply.get(field)
-    if value is not None:
-        return value
-    if field not in reply and "choices" in reply:
-        raise ValueError(
-            f"reply has 'choices', each of which is the reply for one sequence: pass "
-            f"reply['choices'][0] for {field}"
-        )
-    given = "None" if field in reply else f"the fields {_show(list(reply))}"
-    raise ValueError(f"reply must have {field!r}, which the request has to ask for; got {given}")
-
-
-def _list(field: str, positions: object) -> Sequence[Any]:
-    if not isinstance(positions, Sequence) or isinstance(positions, (str, bytes)):
-        raise ValueError(
-            f"{field} must be a list with an entry for each token; got {_show(positions)}"
-        )
-    return positions
-
-
-def _check_mapping(value: object, name: str = "reply") -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dictionary, decoded from JSON; got {_show(value)}")
-
-
-def _show(value: object) -> str:
-    """Return a short repr for a message."""
-    try:
-        text = reprlib.repr(value)
-    except Exception:  # of a foreign object, or of an int of too many digits
-        return type(value).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,13 +1,13 @@
-"""What fastkd is measured against: one function for each rival.
+"""Define the baselines: one function for each other way to compute the loss.
 
-A rival's function takes a case and returns the function of (student, teacher, labels) that computes
+A baseline's function takes a case and returns a function of (student, teacher, labels), which
+computes
 
     alpha * CE(student, labels) + (1 - alpha) * T^2 * KL(teacher || student)
 
-with what its package offers, in the way its documentation shows. Where a package computes something
-else, the rival says so, and ``truth`` names what its answer is held against (truth.py). A package
-that is missing, or that cannot run here, raises ``UnavailableError`` with the reason: it becomes a
-line of the report.
+by its package, as its documentation shows. If a package computes something else, the baseline says
+so, and ``truth`` names the formula for its check (truth.py). A package that is missing, or cannot
+run here, raises ``UnavailableError`` with the reason, which becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class UnavailableError(Exception):
-    """Why a rival cannot be measured here."""
+    """Reason why a baseline cannot be measured here."""
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One way to compute a case's loss."""
 
     name: str
@@ -51,11 +51,11 @@ class Rival:
     it hard.
     """
     half_only: bool = False
-    """Whether it would be the same as another rival in float32."""
+    """Whether it would be the same as another baseline in float32."""
     language_models_only: bool = False
 
     def is_for(self, case: Case) -> bool:
-        """Whether the rival is worth measuring on a case."""
+        """Return True if the baseline is worth measuring on a case."""
         if self.compiles != "no" and case.compiled not in (self.compiles, "best"):
             return False
         if self.half_only and case.dtype == "fp32":
@@ -65,24 +65,24 @@ class Rival:
         return not (self.language_models_only and case.classes < 30000)
 
 
-RIVALS: list[Rival] = []
+BASELINES: list[Baseline] = []
 
 
-def rival(
+def baseline(
     name: str, what: str, **options: Any
 ) -> Callable[[Callable[[Case], LossFunction]], Callable[[Case], LossFunction]]:
-    """Adds a function to the list."""
+    """Add a function to the list of baselines."""
 
     def add(make: Callable[[Case], LossFunction]) -> Callable[[Case], LossFunction]:
-        RIVALS.append(Rival(name, make, what, **options))
+        BASELINES.append(Baseline(name, make, what, **options))
         return make
 
     return add
 
 
-def by_name(name: str) -> Rival:
-    """The rival of that name."""
-    return next(one for one in RIVALS if one.name == name)
+def by_name(name: str) -> Baseline:
+    """Return the baseline of that name."""
+    return next(one for one in BASELINES if one.name == name)
 
 
 def _import(module: str, package: str) -> Any:
@@ -98,34 +98,34 @@ def _import(module: str, package: str) -> Any:
 
 
 def _as_given(case: Case, *tensors: Tensor) -> Iterator[Tensor]:
-    """A case's tensors as a program has them: of pixels, (1, C, P) logits and (1, P) labels."""
+    """Return a case's tensors in a program's layout: pixels as (1, C, P) and (1, P)."""
     return (tensor.t()[None] if case.pixels else tensor for tensor in tensors)
 
 
-@rival("fastkd", "fastkd.loss")
+@baseline("fastkd", "fastkd.loss")
 def fused(case: Case) -> LossFunction:
-    """This package."""
+    """Compute the loss by fastkd."""
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
     if case.pixels:
         options["dim"] = 1
     return lambda s, t, y: fastkd.loss(*_as_given(case, s, t, y), **options)  # type: ignore[arg-type]
 
 
-@rival(
+@baseline(
     "fastkd in place",
     "fastkd.loss(inplace=True): the gradient over the student's logits",
     overwrites=True,
     non_leaf=True,
 )
 def fused_in_place(case: Case) -> LossFunction:
-    """This package, with no memory but the inputs'."""
+    """Compute the loss by fastkd, with the gradient in the logits' memory."""
     options: dict[str, Any] = {"temperature": case.temperature, "alpha": case.alpha}
     return lambda s, t, y: fastkd.loss(s, t, y, inplace=True, **options)
 
 
-@rival("eager", "PyTorch as tutorials write it, in the logits' dtype")
+@baseline("eager", "PyTorch as tutorials write it, in the logits' dtype")
 def eager(case: Case) -> LossFunction:
-    """F.cross_entropy and F.kl_div."""
+    """Compute the loss by F.cross_entropy and F.kl_div."""
     temperature, alpha = case.temperature, case.alpha
 
     def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -139,9 +139,9 @@ def eager(case: Case) -> LossFunction:
     return kd
 
 
-@rival("eager fp32", "the same on logits cast to float32, as autocast does", half_only=True)
+@baseline("eager fp32", "the same on logits cast to float32, as autocast does", half_only=True)
 def eager_upcast(case: Case) -> LossFunction:
-    """What accuracy demands of eager."""
+    """Compute the loss by eager PyTorch on logits cast to float32."""
     kd = eager(case)
 
     def upcast(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -150,19 +150,19 @@ def eager_upcast(case: Case) -> LossFunction:
     return upcast
 
 
-@rival("torch.compile", "torch.compile(eager), default mode, static shapes", compiles="default")
+@baseline("torch.compile", "torch.compile(eager), default mode, static shapes", compiles="default")
 def compiled(case: Case) -> LossFunction:
-    """Inductor, as it comes."""
+    """Compute the eager loss compiled by Inductor's defaults."""
     return torch.compile(eager(case), dynamic=False)
 
 
-@rival(
+@baseline(
     "torch.compile best",
     "torch.compile(eager fp32, mode='max-autotune-no-cudagraphs'): its fastest form in most cases",
     compiles="best",
 )
 def compiled_best(case: Case) -> LossFunction:
-    """Inductor, tried hard."""
+    """Compute the eager loss compiled by Inductor with max-autotune."""
     return torch.compile(eager_upcast(case), dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
@@ -172,11 +172,11 @@ def _liger(case: Case) -> Any:
     return _import("liger_kernel.transformers", "liger-kernel")
 
 
-@rival(
+@baseline(
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Liger-Kernel's two losses; its cross entropy writes over the logits, so it comes last."""
+    """Compute the loss by Liger-Kernel. Its cross entropy overwrites the logits, so it is last."""
     liger = _liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()
@@ -191,7 +191,7 @@ def liger_kl(case: Case) -> LossFunction:
     return kd
 
 
-@rival(
+@baseline(
     "Liger JSD",
     "LigerJSD(beta=0.5) on eager log-softmaxes: another divergence, no hard term; for its speed",
     truth="jsd",
@@ -199,7 +199,7 @@ def liger_kl(case: Case) -> LossFunction:
     language_models_only=True,
 )
 def liger_jsd(case: Case) -> LossFunction:
-    """Liger-Kernel's fused divergence."""
+    """Compute the soft term by Liger-Kernel's fused divergence."""
     jsd = _liger(case).LigerJSD(beta=0.5)
     temperature = case.temperature
 
@@ -210,9 +210,9 @@ def liger_jsd(case: Case) -> LossFunction:
     return loss
 
 
-@rival("torchdistill", "torchdistill.losses.mid_level.KDLoss")
+@baseline("torchdistill", "torchdistill.losses.mid_level.KDLoss")
 def torchdistill(case: Case) -> LossFunction:
-    """torchdistill reads logits out of the dictionaries that its hooks fill."""
+    """Compute the loss by torchdistill, which reads logits from dictionaries."""
     module = _import("torchdistill.losses.mid_level", "torchdistill")
     criterion = module.KDLoss("", "output", "", "output", case.temperature, alpha=case.alpha)
 
@@ -224,9 +224,7 @@ def torchdistill(case: Case) -> LossFunction:
 
 
 def _torchtune_losses() -> Any:
-    """The package's file of losses, by itself: the package as a whole imports only with an old
-    torchao.
-    """
+    """Import torchtune's file of losses alone: the package needs an old torchao."""
     package = importlib.util.find_spec("torchtune")
     if package is None or not package.submodule_search_locations:
         raise UnavailableError("not installed (pip install torchtune)")
@@ -239,13 +237,13 @@ def _torchtune_losses() -> Any:
     return module
 
 
-@rival(
+@baseline(
     "torchtune",
     "torchtune's ForwardKLLoss on logits / T + F.cross_entropy: without the teacher's entropy",
     truth="soft_ce",
 )
 def torchtune(case: Case) -> LossFunction:
-    """torchtune has no temperature, so it gets logits divided by it."""
+    """Compute the loss by torchtune, from logits divided by the temperature."""
     criterion = _torchtune_losses().ForwardKLLoss()
     temperature, alpha = case.temperature, case.alpha
 
@@ -259,5 +257,5 @@ def torchtune(case: Case) -> LossFunction:
 
 
 def floor(case: Case) -> LossFunction:
-    """The cheapest thing that has a gradient: what PyTorch itself costs on a small case."""
+    """Compute a sum and its gradient, PyTorch's own cost on a small case."""
     return lambda s, t, y: s.sum()

@@ -1,0 +1,70 @@
+"""What calls cost without autograd in C++; with ``--write``, docs/install.md says it.
+
+Loss and backward pass on one thread, with autograd in C++ and in Python in turns. The figure is the
+ratio of the least processor times, which other programs hardly change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import baselines, cases, environment, measure
+from fastkd._core import autograd, native
+
+PAGE = Path(__file__).parents[1] / "docs" / "install.md"
+BEGIN, END = "<!-- fast path:begin -->", "<!-- fast path:end -->"
+SHAPES = ((8, 10), (128, 100), (1024, 1000))
+ROUNDS, CALLS = 60, 200
+
+
+def least_time(step: measure.Step, calls: int) -> float:
+    """Return processor seconds of a call, the mean of some after one that does not count."""
+    step()
+    start = time.process_time()
+    for _ in range(calls):
+        step()
+    return (time.process_time() - start) / calls
+
+
+def compare(rows: int, classes: int) -> float:
+    """Return the time with autograd in Python over the time with autograd in C++."""
+    case = cases.Case("", rows, classes)
+    step = measure.Step(case, baselines.fused(case), [measure.make_inputs(case, "cpu", 0)])
+    calls = max(5, CALLS * 80 // (rows * classes))
+    cpp, python = [], []
+    for _ in range(ROUNDS):
+        cpp.append(least_time(step, calls))
+        with autograd.without_cpp():
+            python.append(least_time(step, calls))
+    return min(python) / min(cpp)
+
+
+def main() -> None:
+    """Measure, print, and with ``--write`` put the sentence into docs/install.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="rewrite the sentence in docs/install.md"
+    )
+    write = parser.parse_args().write
+    if native.EAGER is None:
+        raise SystemExit(f"fast path: {native.FAST_PATH}")
+    torch.set_num_threads(1)
+    ratios = {shape: compare(*shape) for shape in SHAPES}
+    listed = ", ".join(f"{ratio:.1f}x for {rows} x {n}" for (rows, n), ratio in ratios.items())
+    sentence = (
+        f"Without it, loss and backward pass take longer: {listed} logits "
+        f"({environment.device_name('cpu')}, torch {torch.__version__}, processor time)."
+    )
+    print(sentence)
+    if write:
+        head, rest = PAGE.read_text().split(BEGIN)
+        tail = rest.split(END)[1]
+        PAGE.write_text(f"{head}{BEGIN}\n{sentence}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+// The layout of a new gradient. No torch here, because both _C (row_strides.cpp) and _eager use it.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace fastkd {
+
+// Return the dimension just outside the classes in memory, if all dimensions but the classes are in
+// order, as in (N, C, H, W). Otherwise return the last dimension.
+inline int64_t dimension_outside_classes(int64_t dims, const int64_t* sizes,
+                                         const int64_t* strides) {
+  const int64_t last = dims - 1;
+  int64_t result = last, outer = -1;  // `outer`: the stride of the previous dimension
+  for (int64_t dim = 0; dim < last; ++dim) {
+    if (sizes[dim] == 1) continue;
+    if (outer >= 0 && strides[dim] > outer) return last;
+    if (result == last && strides[dim] < strides[last]) result = dim;
+    outer = strides[dim];
+  }
+  return result;
+}
+
+// Write the strides of a new, dense gradient to `result`. `strided`: true if the kernels take
+// classes that are not adjacent. Then the gradient has the student's order of dimensions, if the
+// student's classes are not adjacent and its other dimensions are in order, as in (N, C, H, W).
+// Otherwise the gradient is contiguous. _fake_gradient() in python/fastkd/_core/shapes.py, for
+// tracing, must agree.
+inline void gradient_strides(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                             bool strided, int64_t* result) {
+  const int64_t last = dims - 1;
+  const bool empty = std::find(sizes, sizes + dims, 0) != sizes + dims;
+  const bool adjacent = sizes[last] == 1 || strides[last] == 1 || empty;
+  const int64_t outside =
+      strided && !adjacent ? dimension_outside_classes(dims, sizes, strides) : last;
+  int64_t next = 1;
+  const auto put = [&](int64_t dim) {
+    result[dim] = next;
+    next *= sizes[dim];
+  };
+  if (outside == last) put(last);
+  for (int64_t dim = last - 1; dim >= 0; --dim) {
+    put(dim);
+    if (dim == outside) put(last);
+  }
+}
+
+}  // namespace fastkd

@@ -1,0 +1,36 @@
+// The rows of tensors: how kernels walk them in place, and which tensors are copied.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../kernels.h"
+
+namespace fastkd::glue {
+
+using torch::stable::Tensor;
+
+// The strides of the rows of a student, its teacher and its gradient.
+struct Layout {
+  int64_t group_rows = 1;
+  RowStrides student, teacher, grad;
+};
+
+// Return the strides of a new gradient (gradient_strides.h).
+std::vector<int64_t> gradient_strides(const Tensor& student, bool strided);
+
+// Return the layout of the rows of three tensors of the student's sizes. The student or the teacher
+// is replaced by a copy with the gradient's strides, if kernels cannot walk it together with the
+// gradient. `strided`: true if the kernels take classes that are not adjacent. `inplace`: the
+// student must be used where it is, so a layout that would need its copy is an error.
+Layout lay_out(Tensor* student, Tensor* teacher, const std::vector<int64_t>& grad_strides,
+               bool strided, bool inplace);
+
+// Return the tensor, or a copy if it is not contiguous or not aligned to its element size, as C++
+// requires: torch.frombuffer makes tensors at any address.
+Tensor readable(const Tensor& tensor);
+
+// Return a new tensor with the sizes, dtype and device of `like`.
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& strides);
+
+}  // namespace fastkd::glue

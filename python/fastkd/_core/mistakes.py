@@ -1,0 +1,131 @@
+"""Name the call that works in the messages about frequent mistakes; runs only when a call fails."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastkd.validation import suggest
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_SPARSE = "{} is a field of the teacher, fastkd.{}"
+OPTION_HINTS = {
+    **dict.fromkeys(("t", "tau", "temp", "kd_temperature"), "Did you mean 'temperature'?"),
+    **dict.fromkeys(
+        ("lambda_", "lam", "lmbda", "kd_weight", "kd_ratio", "gamma"),
+        "alpha weighs the hard term, and 1 - alpha the soft term",
+    ),
+    "beta": 'TRL\'s beta is mix with divergence="jsd"; beta=0 is divergence="forward_kl", and '
+    'beta=1 is divergence="reverse_kl"',
+    "weight": "Did you mean 'class_weight'?",
+    "axis": "Did you mean 'dim'?",
+    "log_target": 'Did you mean teacher_form="log_probs"?',
+    "num_items_in_batch": "Did you mean 'normalizer'?",
+    **dict.fromkeys(("target", "targets", "label", "y"), "Did you mean 'labels'?"),
+    **dict.fromkeys(("loss", "loss_type", "kind", "objective"), "Did you mean 'divergence'?"),
+    **dict.fromkeys(("k", "topk", "top_k"), "Pass a fastkd.TopK as teacher"),
+    "tail": _SPARSE.format("tail", "TopK"),
+    "estimator": _SPARSE.format("estimator", "Sampled"),
+}
+DIVERGENCE_HINTS = {
+    alias: f"Did you mean {name!r}?"
+    for name, aliases in {
+        "forward_kl": ("kl", "kld", "kl_div", "kldiv", "kl_divergence", "fkl", "forward"),
+        "reverse_kl": ("rkl", "reverse"),
+        "symmetric_kl": ("jeffreys", "skl"),
+        "jsd": ("js", "jensen_shannon", "gjsd", "generalized_jsd", "js_divergence"),
+        "total_variation": ("tv", "tvd", "l1"),
+        "soft_cross_entropy": ("ce", "cross_entropy", "soft_ce"),
+        "mse": ("l2",),
+    }.items()
+    for alias in aliases
+}
+FORM_HINTS = {
+    **dict.fromkeys(("softmax", "probabilities", "prob"), "Did you mean 'probs'?"),
+    **dict.fromkeys(("log_softmax", "logprobs", "log_prob"), "Did you mean 'log_probs'?"),
+}
+REDUCTION_HINTS = {
+    "batchmean": '"mean" divides by the rows, as torch\'s batchmean does',
+    **dict.fromkeys(("avg", "average"), "Did you mean 'mean'?"),
+}
+
+
+def raise_for_call(
+    function: str,
+    takes: str,
+    count: int,
+    unknown: Mapping[str, object],
+    accepted: Sequence[str],
+) -> NoReturn:
+    """Raise the TypeError of a call with ``count`` positional arguments or unknown keywords.
+
+    ``takes``: the positional arguments that the function takes, for the message.
+    """
+    if unknown:
+        name = next(iter(unknown))
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {name!r}"
+            + suggest(name, accepted, OPTION_HINTS)
+        )
+    raise TypeError(
+        f"{function}() takes {takes} but {count} were given. Options are keywords, such as "
+        "temperature=4.0, alpha=0.1"
+    )
+
+
+def hide_catch_all(function: _Function) -> _Function:
+    """Show no ``*extra`` and ``**unknown`` in the signature, which only catch mistakes."""
+    signature = inspect.signature(function)
+    hidden = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in signature.parameters.values() if p.kind not in hidden]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
+def hint_for_type(name: str, value: object) -> str:
+    """Return how to make floating-point logits of ``value``, as a sentence after a message."""
+    hint = ""
+    if isinstance(value, Tensor):
+        integer = not value.is_floating_point() and not value.is_complex()
+        if name.endswith(".log_probs"):
+            hint = "The fields are in the order of torch.topk: log_probs, indices"
+        elif integer and name.startswith("teacher"):
+            hint = "The arguments are student, teacher, labels, in this order"
+        elif integer:
+            hint = f"{name}.float() converts it"
+    elif isinstance(getattr(value, "logits", None), Tensor):
+        hint = f"Pass {name}.logits"
+    elif isinstance(value, torch.nn.Module):
+        hint = f"Pass the module's output: {name}(inputs)"
+    elif type(value).__module__ == "numpy":
+        hint = f"torch.from_numpy({name}) converts it"
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        hint = f"If a model returned it, pass its logits, such as {name}[0]"
+    return hint and f". {hint}"
+
+
+def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
+    """Return how to make labels fit the logits, as a sentence after a message."""
+    shape, logits, hint = tuple(shape), tuple(logits), ""
+    rows = logits[:-1]
+    if shape == (*rows, 1):
+        hint = "labels.squeeze(-1) has this shape"
+    elif shape == logits:
+        hint = "labels.argmax(-1) are the class indices of one-hot labels"
+    elif len(logits) > 2 and shape == (logits[0], *logits[2:]):
+        hint = f"With dim=1, logits of shape {logits} have {logits[1]} classes"
+    elif rows and shape and shape[:-1] == rows[:-1] and abs(shape[-1] - rows[-1]) == 1:
+        shifted = "labels[:, 1:]" if shape[-1] > rows[-1] else "student[:, :-1] and teacher[:, :-1]"
+        hint = f"Pass {shifted}, or the logits and labels of all positions and shift=1"
+    return hint and f". {hint}"
+
+
+def hint_for_label(label: float) -> str:
+    """Return how to accept a label that is out of range, as a sentence after a message."""
+    if label < 0:
+        return f". ignore_index={label} ignores such rows"
+    return ". Classes are numbered from 0"

@@ -1,0 +1,238 @@
+"""``fastkd sweep``: train a student with many losses, and compare each with training alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from fastkd import extras, losses, validation
+from fastkd.commands import distill
+from fastkd.commands.config import Training, raise_as_config_error
+from fastkd.commands.factories import ConfigError, Factories
+from fastkd.training import arguments, student_loss
+
+
+class Run(NamedTuple):
+    """Identify one training of a sweep."""
+
+    share: float
+    divergence: str
+    """Empty for training on the labels alone."""
+    temperature: float
+    alpha: float
+    seed: int
+
+
+Accuracies = dict[Run, float]
+
+
+def sweep(
+    training: Training,
+    factories: Factories,
+    temperature: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0),
+    alpha: tuple[float, ...] = (0.1, 0.5),
+    divergence: tuple[str, ...] = ("forward_kl",),
+    share: tuple[float, ...] = (1.0,),
+    seeds: int = 5,
+) -> None:
+    """Train the student with every combination of losses, and compare each with training alone.
+
+    The configuration is that of distill. The output folder gets the table sweep.md, the plot
+    sweep.png, and sweep.jsonl, which has a line for each training. The same command continues a
+    sweep that was stopped, and one with further values or seeds adds to it.
+
+    Args:
+        training: the options of the training.
+        factories: what makes the models and the data.
+        temperature: temperatures, such as [2,4,8].
+        alpha: weights of the labels' term.
+        divergence: names of divergences, such as [forward_kl,jsd].
+        share: shares of the training samples, in (0, 1]. A smaller share has more epochs, so that
+            the number of steps is the same.
+        seeds: number of trainings of each combination, with the seeds from --seed on.
+    """
+    training.require("student", "train", "validation", "output")
+    if not training.teacher_cache:
+        training.require("teacher")
+    if training.teacher_top_k:
+        raise ConfigError("teacher_top_k: a cache of a few classes has one temperature; leave it 0")
+    extras.check("train", "safetensors.torch", "numpy", "accelerate", "tqdm")
+    extras.check("report", "matplotlib")
+    with raise_as_config_error():
+        validation.check_count("seeds", seeds)
+        for each in share:
+            validation.check_number("share", each, 0.0, 1.0, open_low=True)
+    objectives = [("", 1.0, 1.0), *itertools.product(divergence, temperature, alpha)]
+    made = {each: _make_loss(training, *each) for each in objectives}
+    runs = [
+        Run(part, *each, seed)
+        for seed in range(training.seed, training.seed + seeds)
+        for part, each in itertools.product(share, objectives)
+    ]
+    folder = pathlib.Path(training.output)
+    done = _read(folder / "sweep.jsonl", training)
+    distill.make_optimizer(training.optimizer, factories.make_model("student", training))
+    accelerator = arguments.make_accelerator(mixed_precision=training.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ConfigError("sweep runs in one process; start it without accelerate launch")
+    torch.manual_seed(training.seed)
+    teacher, data, held_out = distill.make_teacher_and_data(
+        training, factories, made[objectives[-1]], accelerator
+    )
+    if share != (1.0,) and isinstance(data, (DataLoader, IterableDataset)):
+        raise ConfigError("share: train must return a data set with __getitem__ to take a share of")
+    held_out = distill.make_loader(held_out, training, shuffle=False)
+    if student_loss.labels(next(iter(held_out))) is None:
+        raise ConfigError("validation must have labels, by which the students are compared")
+    bar = extras.load("tqdm", "train").tqdm(runs, desc="trainings")
+    for run in bar:
+        bar.set_postfix_str(_describe(run))
+        if run in done:
+            continue
+        part = data if run.share == 1 else _draw(data, run)
+        options = dataclasses.replace(
+            training, seed=run.seed, epochs=math.ceil(training.epochs / run.share)
+        )
+        torch.manual_seed(run.seed)
+        student = factories.make_model("student", options)
+        optimizer = distill.make_optimizer(options.optimizer, student)
+        loss = made[run.divergence, run.temperature, run.alpha]
+        loader = distill.make_loader(part, options, shuffle=True)
+        trainer = distill.make_trainer(
+            options, student, optimizer, loader, loss, teacher, accelerator, progress=False
+        )
+        torch.manual_seed(run.seed)  # for the order of the data, as distill does
+        trainer.fit(loader, options.epochs)
+        done[run] = trainer.evaluate(held_out).accuracy
+        with (folder / "sweep.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([*run, done[run]]) + "\n")
+        accelerator.free_memory()
+    rows = {run: done[run] for run in runs}
+    table = "\n".join(_tabulate(rows))
+    (folder / "sweep.md").write_text(table + "\n", encoding="utf-8")
+    _plot(rows, folder / "sweep.png")
+    print(f"{table}\n\nwrote {folder / 'sweep.md'} and sweep.png")
+
+
+def _draw(data: Any, run: Run) -> Any:
+    """Return the run's share of the samples, drawn with its seed."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.seed))
+    return Subset(data, order[: math.ceil(run.share * len(data))].tolist())
+
+
+def _make_loss(
+    training: Training, divergence: str, temperature: float, alpha: float
+) -> losses.KDLoss:
+    """Make the loss of a run: the configuration's, with these options replaced."""
+    options: Any = {**training.loss, "alpha": alpha}
+    if divergence:
+        options |= {"divergence": divergence, "temperature": temperature}
+    with raise_as_config_error("loss"):
+        loss = losses.KDLoss(**options)
+    with raise_as_config_error():
+        arguments.check_loss(loss, teachers=1)
+    return loss
+
+
+def _read(file: pathlib.Path, training: Training) -> Accuracies:
+    """Return the results in the file, and prepare it for further ones.
+
+    Its first line is the configuration. An incomplete last line, of a process that was killed, is
+    removed.
+    """
+    options = dataclasses.asdict(training)
+    for name in ("output", "seed", "checkpoints"):
+        del options[name]
+    header = json.dumps(options, default=str) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    lines = [line for line in lines if line.endswith("\n")] or [header]
+    if lines[0] != header:
+        raise ConfigError(
+            f"output: {file} holds a sweep of another configuration; choose another --output"
+        )
+    file.write_text("".join(lines), encoding="utf-8")
+    values = [json.loads(line) for line in lines[1:]]
+    return {Run(*run): accuracy for *run, accuracy in values}
+
+
+def _describe(run: Run) -> str:
+    loss = f"{run.divergence}, T={run.temperature:g}, alpha={run.alpha:g}"
+    return (loss if run.divergence else "alone") + f", {run.share:.0%}, seed {run.seed}"
+
+
+def _summarize(values: list[float]) -> tuple[float, float]:
+    """Return mean and standard error, in points; the error of a single value is NaN."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return 100 * statistics.mean(values), 100 * error
+
+
+def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]:
+    """Yield each combination's first run, its accuracies, and their gains over training alone."""
+    for (*_, first_seed), first in zip(rows, rows, strict=True):
+        if first_seed != next(iter(rows)).seed:
+            return
+        runs = [run for run in rows if run[:-1] == first[:-1]]
+        alone = [rows[Run(run.share, "", 1.0, 1.0, run.seed)] for run in runs]
+        accuracies = [rows[run] for run in runs]
+        yield first, accuracies, [a - b for a, b in zip(accuracies, alone, strict=True)]
+
+
+def _tabulate(rows: Accuracies) -> Iterator[str]:
+    """Yield the lines of the table, and a sentence about its best row."""
+    yield "| share | divergence | T | alpha | accuracy, % | gain over training alone, points |"
+    yield "|-:|-|-:|-:|-:|-:|"
+    best = (-math.inf, math.nan, "")
+    for run, accuracies, gains in _compare(rows):
+        share, name = f"{run.share:.0%}", run.divergence or "alone"
+        options = f"{run.temperature:g} | {run.alpha:g}" if run.divergence else " | "
+        gain, error = _summarize(gains)
+        shown = f"{gain:+.2f} ± {error:.2f}" if run.divergence else ""
+        accuracy = "{:.2f} ± {:.2f}".format(*_summarize(accuracies))
+        yield f"| {share} | {name} | {options} | {accuracy} | {shown} |"
+        if run.divergence:
+            best = max(best, (gain, error, _describe(run).rpartition(",")[0]))
+    yield ""
+    yield (
+        f"Mean ± standard error over {len(accuracies)} seeds; gains are of equal seeds. The "
+        f"largest gain, {best[0]:+.2f} ± {best[1]:.2f}, is that of {best[2]}. The largest of many "
+        "gains is too high by chance: measure it once more, on samples that chose nothing."
+    )
+
+
+def _plot(rows: Accuracies, file: pathlib.Path) -> None:
+    """Plot the gains over the temperature: a row for each divergence, a column for each share."""
+    extras.load("matplotlib", "report").use("Agg")
+    plt = extras.load("matplotlib.pyplot", "report")
+    found = [(run, *_summarize(gains)) for run, _, gains in _compare(rows) if run.divergence]
+    names, shares, alphas = (
+        list(dict.fromkeys(getattr(run, name) for run, *_ in found))
+        for name in ("divergence", "share", "alpha")
+    )
+    size = (4 * len(shares), 3 * len(names))
+    figure, grid = plt.subplots(
+        len(names), len(shares), sharex=True, sharey="col", squeeze=False, figsize=size
+    )
+    for (i, name), (j, share) in itertools.product(enumerate(names), enumerate(shares)):
+        axes = grid[i][j]
+        axes.axhline(0, color="gray")
+        for alpha in alphas:
+            key = (share, name, alpha)
+            line = [each for each in found if (each[0].share, *each[0][1:4:2]) == key]
+            x, y = [run.temperature for run, *_ in line], [gain for _, gain, _ in line]
+            axes.errorbar(x, y, [2 * e for *_, e in line], capsize=3, label=f"alpha {alpha:g}")
+        axes.set_xscale("log", base=2)
+        axes.set(title=f"{name}, {share:.0%} of the samples", xlabel="temperature")
+    grid[0][0].set_ylabel("gain over training alone,\npoints ± 2 standard errors")
+    grid[0][0].legend()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
