@@ -3,8 +3,8 @@
     python examples/feature_hints.py [--seeds N] [--epochs N]
 
 The teacher has two wide convolutions and learns from 1,200 digits. The student has six convolutions
-of 6 channels and sees 100 digits. The hint makes its third layer predict the teacher's second layer:
-a 1x1 convolution, trained with the student and no part of it, maps 6 channels to 32.
+of 6 channels and sees 100 digits. The hint makes its third layer predict the teacher's second
+layer: a 1x1 convolution, trained with the student and no part of it, maps 6 channels to 32.
 """
 
 import argparse

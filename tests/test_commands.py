@@ -414,8 +414,7 @@ def test_help_names_every_command():
         [sys.executable, "-m", "fastkd", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    commands = ("info", "distill", "sweep", "report", "export")
-    assert all(name in done.stdout for name in commands)
+    assert all(name in done.stdout for name in ("info", "distill", "sweep", "report", "export"))
 
 
 @pytest.mark.parametrize("command", ["distill", "sweep", "report", "export"])
@@ -529,26 +528,6 @@ def test_a_sweep_refuses(config_path, monkeypatch, capsys, change, message):
         capsys.readouterr()
     error = refused(monkeypatch, capsys, *arguments, *changes)
     assert re.search(f"^fastkd sweep: .*{message}", error), error
-
-
-# ---- export
-
-
-def test_distill_then_export_then_report(config_path, monkeypatch, capsys):
-    pytest.importorskip("onnxscript")
-    file = config_path.parent / "out" / "student.onnx"
-    run(monkeypatch, "distill", "--config", config_path, "--epochs=1")
-    run(monkeypatch, "export", "--config", config_path, "--samples=50")
-    shown = capsys.readouterr().out
-    assert f"{file}: {file.stat().st_size:,} bytes. On 50 rows" in shown
-    assert "the class is the same on 100.0%" in shown
-    target = config_path.parent / "shown"
-    arguments = ("--seconds=0", "--save", target, f"--model.onnx={file}")
-    run(monkeypatch, "report", "--config", config_path, *arguments)
-    found = json.loads((target / "report.json").read_text())["models"]
-    assert [model["name"] for model in found] == ["teacher", "distilled", "onnx"]
-    assert found[2]["accuracy"] == found[1]["accuracy"]
-    assert found[2]["parameters"] == found[1]["parameters"]
 
 
 # ---- what is refused

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fastkd import batches, deployment, extras, validation
 from fastkd.commands.config import Training, raise_as_config_error
 from fastkd.commands.factories import ConfigError, Factories
-from fastkd.deployment import writing
+from fastkd.deployment import exporting, writing
 
 
 def export(
@@ -40,28 +40,29 @@ def export(
         max_batch: largest batch of an ExecuTorch program.
     """
     training.require("student", "train", *([] if training.student_weights else ["output"]))
+    folder = pathlib.Path(training.output)
     with raise_as_config_error():
         validation.check_count("samples", samples)
         validation.check_count("max_batch", max_batch, 2)
-    path = path or str(pathlib.Path(training.output) / f"student{writing.SUFFIXES[format]}")
+        target = path or folder / f"student{writing.SUFFIXES[format]}"
+        exporting.check_path(target, format)
     writing.check_packages(format, quantize == "int8")
     extras.check("train", "safetensors.torch")
-    if not training.student_weights:
-        weights = str(pathlib.Path(training.output) / "student.safetensors")
-        training = dataclasses.replace(training, student_weights=weights)
-    student = factories.make_model("student", training)
+    weights = training.student_weights or str(folder / "student.safetensors")
+    student = factories.make_model(
+        "student", dataclasses.replace(training, student_weights=weights)
+    )
     train = factories.make_data("train", training)
     held_out = factories.make_data("validation", training)
-    with raise_as_config_error():
-        exported = deployment.export(
-            student,
-            _take_inputs("train", train, samples),
-            path,
-            format,
-            None if quantize == "none" else quantize,
-            rows=None if held_out is None else _take_inputs("validation", held_out, samples),
-            max_batch=max_batch,
-        )
+    exported = deployment.export(
+        student,
+        _take_inputs("train", train, samples),
+        target,
+        format,
+        None if quantize == "none" else quantize,
+        rows=None if held_out is None else _take_inputs("validation", held_out, samples),
+        max_batch=max_batch,
+    )
     print(exported)
 
 

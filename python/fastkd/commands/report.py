@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -64,14 +65,15 @@ def report(
     if training.teacher_weights or any(not isinstance(each, str) for each in students.values()):
         extras.check("train", "safetensors.torch")
     data = factories.make_data("validation", training)
-    models = {}
+    models: dict[str, Any] = {}
     # Students before the teacher, which a factory may train: an error should come before that.
     for name, options in students.items():
         if isinstance(options, Training):
             models[name] = factories.make_model("student", options)
-        else:
-            with raise_as_config_error(f"model.{name}"):
-                models[name] = deployment.load(options)
+            continue
+        with raise_as_config_error(f"model.{name}"):
+            deployment.load(options)  # the report loads it again, with its own threads
+        models[name] = options
     result = reports.report(
         factories.make_model("teacher", training),
         models,

@@ -152,13 +152,7 @@ def _check_arguments(
         hints = dict.fromkeys(("none", "fp32", "float32"), "None keeps the student's dtype")
         validation.check_one_of("quantize", quantize, ("int8",), hints)
     validation.check_count("max_batch", max_batch, 2)
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a file's path; got {type(path).__name__}")
-    path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
-    if path.suffix != suffix or path.is_dir():
-        raise ValueError(
-            f"path must be a file that ends in {suffix} for format={format!r}; got {path}"
-        )
+    path = check_path(path, format)
     if format == "onnx":
         size = sum(tensor.nbytes for tensor in batches.tensors(student.state_dict()))
         if size > _ONNX_BYTES:
@@ -170,6 +164,18 @@ def _check_arguments(
                 "student has the dtype torch.bfloat16, in which ONNX Runtime does not compute on "
                 "CPUs; give student.float()"
             )
+    return path
+
+
+def check_path(path: str | os.PathLike[str], format: str) -> pathlib.Path:
+    """Return the path of a file to write, or raise if it does not fit the format."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's path; got {type(path).__name__}")
+    path, suffix = pathlib.Path(path), writing.SUFFIXES[format]
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(
+            f"path must be a file that ends in {suffix} for format={format!r}; got {path}"
+        )
     return path
 
 

@@ -57,7 +57,10 @@ def write(path: pathlib.Path, model: nn.Module, inputs: tuple[Tensor, ...], to: 
             return
         if to.is_quantized:
             program = _trace(_quantize(program, inputs, to), inputs, to)
+        for node in program.graph.nodes:  # it names files of the exporting machine
+            node.meta.pop("stack_trace", None)
         if to.format == "torch":
+            program.example_inputs = None  # samples of the caller's data
             torch.export.save(program, path, extra_files={loading.COUNT: str(to.parameters)})
             return
         partitioner = extras.load(_PARTITIONER, "deploy").XnnpackPartitioner()

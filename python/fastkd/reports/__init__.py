@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastkd import _C, deployment, extras, validation
 from fastkd.reports import measure, memory, page, plots, tables
@@ -157,7 +158,8 @@ def report(
             models are modules.
         batch_sizes: of the latency. Default 1 and 32.
         seconds: of timing for each model, device and batch size. Default 1.
-        threads: that PyTorch uses on the CPU. Default: as many as it has.
+        threads: that PyTorch, and a runtime that loads a file, use on the CPU. Default: as many
+            as PyTorch has.
         ignore_index: rows with this label are ignored. Default -100.
         dim: of the classes in the logits. Default -1.
         show: print the table.
@@ -193,38 +195,23 @@ def report(
     validation.check_ignore_index(ignore_index)
     if threads is not None:
         validation.check_count("threads", threads)
-    # `save` needs matplotlib.
-    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))
-    models = {name: deployment.load(model) for name, model in named.items()}
-    programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
-    if devices is None:
-        has_gpu = torch.cuda.is_available() and not programs
-        devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
-    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
-    if programs and any(device.type != "cpu" for device in resolved):
-        raise ValueError(
-            f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
-        )
+    extras.check("report", "matplotlib.figure", *(["rich"] if show else []))  # for save and show
     previous = torch.get_num_threads()
     torch.set_num_threads(threads or previous)
     try:
+        models = {name: deployment.load(model) for name, model in named.items()}
+        resolved = _choose_devices(models, devices)
         environment = _describe_environment(resolved)
         answers, inputs = measure.measure_answers(models, loader, ignore_index, dim)
         latencies, warnings = measure.measure_latencies(
             models, inputs, resolved, batch_sizes, seconds
         )
         samples = measure.resize(inputs, max(batch_sizes))
-        peaks = {name: memory.measure_peak_memory(m, samples) for name, m in models.items()}
+        peaks = {n: memory.measure_peak_memory(model, samples) for n, model in models.items()}
     finally:
         torch.set_num_threads(previous)
     rows = (
-        Model(
-            name,
-            measure.measure_size(model),
-            answers[name],
-            latencies[name],
-            peaks[name],
-        )
+        Model(name, measure.measure_size(model), answers[name], latencies[name], peaks[name])
         for name, model in models.items()
     )
     result = Report(title, tuple(rows), environment, tuple(warnings))
@@ -251,6 +238,22 @@ def _name_models(teacher: Any, students: Any) -> dict[str, Any]:
             raise TypeError(f"students must have names that are text; got {name!r}")
         deployment.check_model(name, model)
     return models
+
+
+def _choose_devices(
+    models: Mapping[str, nn.Module], devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
+    """Return the devices of the latency; programs run on the CPU alone."""
+    programs = [name for name, m in models.items() if isinstance(m, deployment.DeployedModel)]
+    if devices is None:
+        has_gpu = torch.cuda.is_available() and not programs
+        devices = ["cpu", "cuda"] if has_gpu else ["cpu"]
+    resolved = [torch.empty(0, device=device).device for device in devices]  # cuda is cuda:0
+    if programs and any(device.type != "cpu" for device in resolved):
+        raise ValueError(
+            f"devices must be ['cpu'], where the program {programs[0]} runs; got {list(devices)}"
+        )
+    return resolved
 
 
 def _describe_environment(devices: Sequence[torch.device]) -> dict[str, str]:

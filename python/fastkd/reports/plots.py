@@ -89,16 +89,20 @@ def _draw_tradeoff(report: Report, width: float) -> Any:
 
 
 def _choose_costs(report: Report) -> tuple[list[float], str]:
-    """Return each model's latency, or its bytes if latencies are withheld, and the axis label."""
-    sizes = [model.size.bytes for model in report.models]
+    """Return each model's latency, and the axis label.
+
+    If a speed ratio is withheld and all sizes are known, return their bytes in place of latencies.
+    """
+    sizes = [model.size.bytes for model in report.models if model.size.bytes is not None]
+    is_size_known = len(sizes) == len(report.models)
     for device, by_batch in report.models[0].latency.items():
         batch = min(by_batch)
         times = [model.latency[device][batch] for model in report.models]
-        if None in sizes or all(latency.speedup for latency in times):
+        if all(latency.speedup for latency in times) or not is_size_known:
             place = measure.name_device(device)
             label = f"median latency on {place}, batch {batch} [ms]"
             return [1e3 * latency.p50 for latency in times], label
-    return [max(size or 0, 1) / 1e3 for size in sizes], "bytes on disk [kB]"
+    return [max(size, 1) / 1e3 for size in sizes], "bytes on disk [kB]"
 
 
 def _set_ticks(axes: Any, width: float) -> None:

@@ -32,18 +32,14 @@ def _scale(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, str]:
     return f"{value / scale:#.3g}".rstrip("."), unit
 
 
-def format_count(value: float | None) -> str:
-    """Format a number in three digits: 999, 1.23k, 25.6M; None is a dash."""
-    if value is None:
-        return UNKNOWN
+def format_count(value: float) -> str:
+    """Format a number in three digits: 999, 1.23k, 25.6M."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits}{unit}" if unit else f"{value:.0f}"
 
 
-def format_size(value: int | None) -> str:
-    """Format a number of bytes in three digits: 10.5 MB; None is a dash."""
-    if value is None:
-        return UNKNOWN
+def format_size(value: int) -> str:
+    """Format a number of bytes in three digits: 10.5 MB."""
     digits, unit = _scale(value, COUNTS)
     return f"{digits} {unit}B" if unit else f"{value} B"
 
@@ -70,7 +66,9 @@ def _format_ratio(ratio: float | None, less: str, more: str) -> str:
 
 def _format_memory(value: int | None) -> str:
     """Format a peak of resident memory, which counts pages: small ones are not measured."""
-    return "< 100 kB" if value is not None and value < 100_000 else format_size(value)
+    if value is None:
+        return UNKNOWN
+    return "< 100 kB" if value < 100_000 else format_size(value)
 
 
 def make_rows(report: Report) -> list[Row]:
