@@ -22,7 +22,7 @@ _ONNX_BYTES = 2**31 - 2**20  # of weights; protobuf's limit, less the graph
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """The file that :func:`export` wrote, and how far its answers are from the student's."""
+    """The file that :func:`fastkd.export` wrote, and how far its answers are from the student's."""
 
     path: pathlib.Path
     bytes: int
