@@ -2,7 +2,7 @@
 
     python examples/transformers_trainer.py [--steps N]
 
-The text is the one that ships with Python (pydoc_data.topics), the tokens are its characters.
+The text is pydoc_data.topics, which Python includes; the tokens are its characters.
 """
 
 import argparse

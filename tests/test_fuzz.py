@@ -1,10 +1,9 @@
 """Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
 
-``make fuzz CASES=20000 SEED=7`` runs this file as a program, and its sisters for sparse teachers,
-linear heads and caches: in batches of 500 from consecutive seeds, each printed when it fails, with
-the case that hypothesis has shrunk it to. Such a case is then added to REGRESSIONS, fix and all.
-What has no kernel on any device and is PyTorch's arithmetic throughout (several teachers,
-standardize) is not in here: test_objectives.py has it.
+``make fuzz CASES=20000 SEED=7`` runs this file as a program, and the fuzzers of sparse teachers,
+linear heads and ops: batches of 500 cases from consecutive seeds. A failing batch prints the case
+that hypothesis has shrunk it to. Add such a case to REGRESSIONS with its fix. Options that only
+PyTorch computes (several teachers, standardize) are tested in test_objectives.py.
 """
 
 import math

@@ -226,9 +226,9 @@ def exact(
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
     """Return the effect of rounding each logit's products on the row losses and gradients.
 
-    A logit is off by eps times the magnitudes that were added up for it. With logits over their
-    temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the
-    slopes of every divergence, and its square the slopes' own.
+    A logit's error is eps times the sum of the magnitudes of its products. If logits over their
+    temperature are at most L, log p - log q is at most R = 1 + 2 L. R bounds the slopes of every
+    divergence, and R^2 their derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
