@@ -21,7 +21,7 @@ from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turn
 from fastkd import Sampled, TopK
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
+"""Largest error of a loss, or norm of a gradient's, to be timed."""
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Run core tests on other versions of Python and torch, each pair in its own environment.
 
-A source distribution is built once, from which every pair builds its wheel with its own torch (no
-git, and nothing of this folder). The tests then run on the installed wheel. The wheel that the pair
-before built for the same Python meets this pair's torch too: it must work there as well, which is
-what the stable ABI promises.
+A source distribution is built once; each pair builds its wheel from it with its own torch, without
+git and without this folder. The tests run on the installed wheel. A pair also tests the previous
+pair's wheel for the same Python with its own torch, as the stable ABI promises.
 """
 
 from __future__ import annotations

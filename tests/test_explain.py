@@ -94,17 +94,23 @@ def test_the_text_omits_other_options(divergence, words):
 
 
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
-@pytest.mark.parametrize("own", [None, 1.0, 3.0])
-def test_the_teacher_s_distribution_is_the_loss_s(form, own):
+@pytest.mark.parametrize("teacher_t", [None, 1.0, 3.0])
+def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
     """The printed formula of p equals the loss's distribution."""
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
-    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=own))[1]
-    names = {"softmax": lambda x: x.softmax(-1), "log": torch.log, "w": w, "T": 2.0, "T_t": own}
+    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=teacher_t))[1]
+    names = {
+        "softmax": lambda x: x.softmax(-1),
+        "log": torch.log,
+        "w": w,
+        "T": 2.0,
+        "T_t": teacher_t,
+    }
     p = eval(formula.replace("sum w", "w.sum(-1, keepdim=True)"), names)
     log_q = (student / 2.0).log_softmax(-1)
     torch.testing.assert_close(
-        fastkd.loss(student, w, teacher_form=form, teacher_temperature=own),
+        fastkd.loss(student, w, teacher_form=form, teacher_temperature=teacher_t),
         4 * (p * (p.log() - log_q)).sum(-1).mean(),
     )
 

@@ -1,8 +1,8 @@
 """Hostile calls of the ops in ``torch.ops.fastkd``, which read memory by the sizes of tensors.
 
-Each call is near to a valid one. It must raise an error that Python code expects, or return
-tensors of the right shapes. Each call is made twice, with other bytes around the tensors: the
-bytes stay as they are, and the results do not depend on them.
+Each call is nearly valid. It must raise an error that Python code expects, or return tensors of the
+right shapes. Each call is made twice, with different bytes around the tensors: the bytes must stay
+unchanged, and the results must not depend on them.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Replies of inference servers: alignment of their log-probabilities, and refused replies.
 
-tests/fixtures/vllm.json was recorded from a real server (its header says which); sglang.json was
-written by hand. Both have the model's log-probabilities of every class, to compare with.
+tests/fixtures/vllm.json was recorded from a real server (its header names the version);
+sglang.json was written by hand. Both include the model's log-probabilities of every class.
 """
 # ruff: noqa: E501 - one mistake a line
 
