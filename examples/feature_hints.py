@@ -3,8 +3,8 @@
     python examples/feature_hints.py [--seeds N] [--epochs N]
 
 The teacher has two wide convolutions and learns from 1,200 digits. The student has six convolutions
-of 6 channels and sees 100 digits. The hint makes its third layer predict the teacher's second: a 1x1
-convolution, trained with the student and no part of it, maps 6 channels to 32.
+of 6 channels and sees 100 digits. The hint makes the third of them predict the teacher's second: a
+1x1 convolution, trained with the student and no part of it, maps 6 channels to 32.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def main() -> None:
         )
         teacher = network(32, 2)
         train(teacher, network(1, 1), everything, 6, loss=labels_alone)
-        hint = fastkd.Hint("layer3", "layer2", weight=20.0, project=nn.Conv2d(6, 32, 1))
+        project = nn.Conv2d(6, 32, 1)
+        hint = fastkd.Hint(student="layer3", teacher="layer2", weight=20.0, project=project)
         for name, loss, hints in (
             ("alone", labels_alone, []),
             ("distilled", distillation, []),
