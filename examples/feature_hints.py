@@ -64,7 +64,8 @@ def main() -> None:
         )
         teacher = network(32, 2)
         train(teacher, network(1, 1), everything, 6, loss=labels_alone)
-        hint = fastkd.Hint("layer3", "layer2", weight=20.0, project=nn.Conv2d(6, 32, 1))
+        project = nn.Conv2d(6, 32, 1)
+        hint = fastkd.Hint(student="layer3", teacher="layer2", weight=20.0, project=project)
         for name, loss, hints in (
             ("alone", labels_alone, []),
             ("distilled", distillation, []),
