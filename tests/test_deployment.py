@@ -251,6 +251,7 @@ def test_five_models_in_one_report(student, exported):
         assert model.answers.rows == len(HELD_OUT)
         assert model.answers.agreement >= 0.98
         assert model.answers.accuracy == pytest.approx(torch_model.answers.accuracy, abs=0.005)
+        assert model.peak_memory is None or model.peak_memory < 100e6
         assert model.latency["cpu"][1].p95 >= model.latency["cpu"][1].p50 > 0
     page = found.html()
     assert all(name in page for name in FILES) and "0 parameters" not in page
@@ -271,6 +272,7 @@ def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
     assert by_name["method"].size == (None, None)
     assert by_name["program"].size == (parameters, None)
     assert by_name["session"].size == (parameters, exported["ONNX"].bytes)
+    assert all(by_name[name].peak_memory is None for name in models)
     assert by_name["traced"].size == by_name["teacher"].size
     assert all(model.answers.agreement == 1 for model in found.models)
     row = next(row for row in tables.make_rows(found) if row.label == "parameters")

@@ -101,6 +101,11 @@ class DeployedModel(nn.Module):
         """Load the program again: a runtime's objects cannot be copied."""
         return load(self.source)
 
+    @property
+    def is_file(self) -> bool:
+        """Return True if the program was loaded from a file, and can be loaded again."""
+        return isinstance(self.source, pathlib.Path)
+
     def extra_repr(self) -> str:
         """Return the name of the program."""
         return self.name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd import batches
+from fastkd import batches, deployment
 
 _PROCESS = pathlib.Path("/proc/self")
 
@@ -26,8 +26,10 @@ def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
     pages, some of which a process has in store: within 0.1 MB on linear layers of known size.
 
     Returns:
-        None if the model cannot be copied, or if the system does not tell (other than Linux).
+        None if the model cannot be copied, as a program in memory, or on other systems than Linux.
     """
+    if isinstance(model, deployment.DeployedModel) and not model.is_file:
+        return None
     growth = None
     for _ in range(2):
         gc.collect()
