@@ -77,16 +77,16 @@ struct GeneralStats : RowStats<A> {
     student_moment = inverses.student, teacher_moment = inverses.teacher;
     nothing = static_cast<A>(inverses.nothing);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
-    if (this->valid() && exists(student_moment) && exists(teacher_moment)) return;
-    this->student_scale = student_moment = A(NAN);
+    invalidate_unless(this->valid() && exists(student_moment) && exists(teacher_moment));
   }
   __device__ __forceinline__ void set_means(const Moments& moments) {
     student_moment = static_cast<A>(quotient_of(moments.student, moments.student_count));
     teacher_moment = static_cast<A>(quotient_of(moments.teacher, moments.teacher_count));
-    if (this->valid() && student_moment - student_moment == A(0) &&
-        teacher_moment - teacher_moment == A(0))
-      return;
-    this->student_scale = student_moment = A(NAN);
+    invalidate_unless(this->valid() && student_moment - student_moment == A(0) &&
+                      teacher_moment - teacher_moment == A(0));
+  }
+  __device__ __forceinline__ void invalidate_unless(bool good) {
+    if (!good) this->student_scale = student_moment = A(NAN);
   }
   // Sums without the label may be of no class: then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
@@ -139,12 +139,6 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
   }
 
-  static __device__ __forceinline__ Stats stats_of(const Inputs& in, int64_t row,
-                                                   const Statistics<A>& statistics,
-                                                   const Moments& moments) {
-    return Stats(in, row, statistics, moments);
-  }
-
   template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
@@ -189,11 +183,11 @@ struct alignas(16) GeneralWriter : Writer<A> {
     balance(sums.slope, sums.classes);
   }
   __device__ __forceinline__ void balance(A slope, A classes) {
-    const Balance how = balance_of(divergence);
-    if (how == Balance::kStudent || how == Balance::kUnit) student_share = slope;
-    if (!is_mean(how)) return;
+    const Balance formula = balance_of(divergence);
+    if (formula == Balance::kStudent || formula == Balance::kUnit) student_share = slope;
+    if (!is_mean(formula)) return;
     this->soft = quotient_of(this->soft, classes);
-    if (how == Balance::kCentered) constant_share = quotient_of(slope, classes);
+    if (formula == Balance::kCentered) constant_share = quotient_of(slope, classes);
   }
 
   // The gradient of one class, but for what belongs to the label.
@@ -256,8 +250,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     } else if (this->stats.teacher_scale == A(0)) {
       this->shift = A(-INFINITY);
     }
-    const LabelLogits<A> of_label(in, row);
-    const A z = of_label.student, w = of_label.teacher;
+    const LabelLogits<A> logits(in, row);
+    const A z = logits.student, w = logits.teacher;
     const A diff = mul_of(
         this->soft, binary_kl_of(teacher_log_odds(w), log_odds(z), odds_difference(z, w)).diff);
     const A rest = odds_of(hard_log_odds(z)).rest();

@@ -1,6 +1,7 @@
 // The sweeps over a row, a chunk of classes at a time (row_views.cuh), as every kernel runs them:
-// statistics; for some divergences the moments and the sums of slopes; value and gradient.
-// Derivations: docs/maths.md, sections 2, 3 and 10.
+// statistics; for some divergences the moments and the sums of slopes; value and gradient. Forward
+// and backward share them, because both must write a gradient to the same bits. Derivations:
+// docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "row_views.cuh"
 

@@ -159,12 +159,6 @@ struct alignas(16) Writer {
     shift = apart ? log_ratio : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
   }
 
-  static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
-                                                   const Statistics<A>& statistics,
-                                                   const Moments&) {
-    return Stats(statistics);
-  }
-
   // d of one class. The logits: less the maxima if the row is `apart`.
   __device__ __forceinline__ A difference(A z, A w) const {
     const A far = fma_of(w, t.teacher_inverse, fma_of(-z, t.inverse, shift));
