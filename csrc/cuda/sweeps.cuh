@@ -52,7 +52,7 @@ __device__ __forceinline__ typename W::Sums sum(const Row& row, const W& writer,
     const int out = left_out.place_in(chunk);
     visit_general(writer.divergence, [&](auto d) {
       using D = decltype(d);
-      chunk.each(D::kBalance == Balance::kNone ? out : -1,
+      chunk.each(D::kCentering == SlopeCentering::kNone ? out : -1,
                  [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
     });
   });
