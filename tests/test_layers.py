@@ -25,7 +25,8 @@ TORCH = re.compile(r"^(torch|ATen|c10|caffe2|TH)(/|$)")
 LAYERS = {
     "numerics.h": set(),
     "dtypes.h": set(),
-    "divergences.h": {"numerics.h"},
+    "constants.h": {"numerics.h"},
+    "divergences.h": {"constants.h"},
     "kernels.h": {"divergences.h", "dtypes.h"},
     "topk.h": {"kernels.h"},
     "topk_row.h": {"divergences.h", "topk.h"},

@@ -143,8 +143,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
     Element<A> e = Base::element(z - student_base, w - teacher_base, hard_exponent);
-    if constexpr (is_mean(D::kBalance)) {
-      constexpr bool kCentered = D::kBalance == Balance::kCentered;
+    if constexpr (is_mean(D::kCentering)) {
+      constexpr bool kCentered = D::kCentering == SlopeCentering::kCentered;
       const A from_z = kCentered ? z - student_moment : z;
       const A from_w = kCentered ? w - teacher_moment : w;
       e.gap = t.same ? mul_of(from_w - from_z, t.inverse)
@@ -156,7 +156,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
   // The cosine's p and q are the elements of two unit vectors.
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
-    if constexpr (D::kBalance == Balance::kUnit)
+    if constexpr (D::kCentering == SlopeCentering::kUnit)
       return D::at(Element<A>{mul_of(w, teacher_moment), mul_of(z, student_moment), 0, 0, 0},
                    constants);
     return D::at(e, constants);
@@ -169,11 +169,11 @@ struct alignas(16) GeneralWriter : Writer<A> {
     const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = evaluated<D>(e, z, w);
     // Classes that both mask take no part in a mean, and none in a length.
-    const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
-    const A summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
+    const bool counts = !leaves_out_masked(D::kCentering) || here.slope == here.slope;
+    const A summed = D::kCentering == SlopeCentering::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
     sums.slope += counts ? summed : A(0);
-    if (is_mean(D::kBalance)) sums.classes += counts ? A(1) : A(0);
+    if (is_mean(D::kCentering)) sums.classes += counts ? A(1) : A(0);
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
@@ -183,11 +183,12 @@ struct alignas(16) GeneralWriter : Writer<A> {
     balance(sums.slope, sums.classes);
   }
   __device__ __forceinline__ void balance(A slope, A classes) {
-    const Balance formula = balance_of(divergence);
-    if (formula == Balance::kStudent || formula == Balance::kUnit) student_share = slope;
+    const SlopeCentering formula = centering_of(divergence);
+    if (formula == SlopeCentering::kStudent || formula == SlopeCentering::kUnit)
+      student_share = slope;
     if (!is_mean(formula)) return;
     this->soft = quotient_of(this->soft, classes);
-    if (formula == Balance::kCentered) constant_share = quotient_of(slope, classes);
+    if (formula == SlopeCentering::kCentered) constant_share = quotient_of(slope, classes);
   }
 
   // The gradient of one class, but for what belongs to the label.
@@ -197,12 +198,12 @@ struct alignas(16) GeneralWriter : Writer<A> {
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
     const A unbalanced = evaluated<D>(e, z, w).slope;
-    if constexpr (D::kBalance == Balance::kNone)
+    if constexpr (D::kCentering == SlopeCentering::kNone)
       return weighted_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
-    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_moment) : e.q;
+    const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
     // In a mean q counts nothing, and backward has no scale of it.
-    A slope = is_mean(D::kBalance) ? unbalanced - constant_share : unbalanced - q * student_share;
-    if (leaves_out_masked(D::kBalance) && unbalanced != unbalanced) slope = A(0);
+    A slope = is_mean(D::kCentering) ? unbalanced - constant_share : unbalanced - q * student_share;
+    if (leaves_out_masked(D::kCentering) && unbalanced != unbalanced) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {

@@ -55,7 +55,7 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
     const int out = left_out(chunk);
     visit_general(writer.divergence, [&](auto d) {
       using D = decltype(d);
-      chunk.each(D::kBalance == Balance::kNone ? out : -1,
+      chunk.each(D::kCentering == SlopeCentering::kNone ? out : -1,
                  [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
     });
   });

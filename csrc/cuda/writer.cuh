@@ -21,7 +21,7 @@ struct Sums {
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
   A slope = 0;    // centers the gradient of the divergences in general.cuh
-  A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
+  A classes = 0;  // that count for a mean: n of SlopeCentering (divergences.h), or 0
 
   template <int kLanes, class Kind>
   __device__ __forceinline__ void merge_lanes(Kind) {
