@@ -1,7 +1,7 @@
 """Compute a case's loss and gradient in float64, and the distance of an answer.
 
-Losses are of every row. Gradients are of every row if that takes a reasonable share of memory;
-otherwise of rows spread evenly over the tensor, with the first and the last.
+The loss includes every row. The gradient is stored for every row if that takes a reasonable share
+of memory; otherwise for rows spread evenly over the tensor, with the first and the last.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_a_student_released_after_the_forward_pass_raises():
 
 @pytest.mark.parametrize("reduction", shapes.REDUCTIONS)
 def test_grad_fn_called_by_hand_refuses_what_the_engine_would(reduction):
-    """The errors are those of the ops, or of Python, whose nodes cannot be called."""
+    """The ops raise; nodes of autograd in Python cannot be called at all."""
     student, teacher, labels = make((ROWS, CLASSES), FP32)
     leaf = student.requires_grad_()
     _, indices, log_probs = lists()

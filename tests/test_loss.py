@@ -164,7 +164,7 @@ def test_the_soft_term_needs_no_labels(device, options, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_normalizer_may_be_a_tensor(device, shape, dtype):
-    # Any real dtype; on the CPU also for CUDA logits, since it is copied asynchronously.
+    # The normalizer has any real dtype; for CUDA logits, it may be on the CPU.
     for normalizer in (
         torch.full(shape, 23, dtype=torch.int64),
         torch.full(shape, 23.0, dtype=FP32, device=device),
