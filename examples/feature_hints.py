@@ -78,13 +78,12 @@ def main() -> None:
             accuracies.setdefault(name, []).append(accuracy)
             print(f"seed {seed}, {name}: test accuracy {accuracy:.1f} %")
     alone, distilled, hinted = accuracies.values()
-    for name, more, fewer in (
-        ("distillation", distilled, alone),
-        ("the hint besides", hinted, distilled),
-    ):
-        gains = [a - b for a, b in zip(more, fewer, strict=True)]
+    for name, values in {"trained alone": alone, "distilled without a hint": distilled}.items():
+        gains = [a - b for a, b in zip(hinted, values, strict=True)]
         error = 2 * stdev(gains) / len(gains) ** 0.5
-        print(f"gain by {name}: {mean(gains):+.1f} ± {error:.1f} points (2 standard errors)")
+        print(
+            f"with a hint against {name}: {mean(gains):+.1f} ± {error:.1f} points (2 std. errors)"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ SCRIPTS = {
     "lightning_module.py": (["--seeds", "2", "--epochs", "1"], "lightning", "gain by"),
     "transformers_trainer.py": (["--seeds", "2", "--steps", "1"], "transformers", "gain by"),
     "language_model.py": (["--steps", "2", "--seeds", "1"], "matplotlib", "Lowest reverse KL"),
-    "feature_hints.py": (["--seeds", "2", "--epochs", "1"], "accelerate", "gain by the hint"),
+    "feature_hints.py": (["--seeds", "2", "--epochs", "1"], "accelerate", "with a hint"),
     "ensemble.py": (["--seeds", "2", "--steps", "5"], "sklearn", "all against none"),
 }
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
