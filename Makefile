@@ -10,7 +10,7 @@ CTEST := $(VENV)/bin/ctest --output-on-failure --parallel $(shell nproc)
 CLANG ?= clang++
 COMMA := ,
 
-.PHONY: help install demo examples test test-all coverage kernel-test kernel-test-arm sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
+.PHONY: help install demo examples choosing test test-all coverage kernel-test kernel-test-arm sanitize valgrind sanitize-python fuzz fuzz-kernels libfuzzer fuzz-caches soak \
   versions package docs docs-links accuracy reliability bench kernel-bench lint fmt cuda-compile gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -145,6 +145,9 @@ reliability: $(VENV)/complete  ## run what docs/reliability.md lists, and write 
 examples: $(VENV)/complete  ## run every script and notebook in examples/, in full
 	for script in $$(grep -l "__main__" examples/*.py); do echo "== $$script"; $(RUN) $$script || exit 1; done
 	$(RUN) -m pytest tests/test_examples.py -k notebook
+
+choosing: $(VENV)/complete  ## run the sweep of docs/choosing.md, or the rest of it, and write its tables and plots
+	$(RUN) -m benchmarks.choosing
 
 bench: $(VENV)/installed  ## measure fastkd against what you would use instead
 	$(RUN) -m benchmarks

@@ -1,8 +1,8 @@
 """Write docs/accuracy.md, the errors of fastkd and of eager PyTorch against float64.
 
-The truth is `fastkd.reference` in float64 on the very numbers given. Eager PyTorch computes
-the same formula from ``log_softmax`` in the inputs' dtype. Of a loss, the error is that of each row
-relative to the row's loss; of a gradient, the 2-norm of a row's error relative to that of the row.
+The truth is `fastkd.reference` in float64 on the same numbers. Eager PyTorch computes the same
+formula from ``log_softmax`` in the inputs' dtype. The error of a loss is that of each row relative
+to the row's loss; the error of a gradient is the 2-norm of a row's error relative to the row's.
 """
 
 from __future__ import annotations

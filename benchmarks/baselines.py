@@ -41,17 +41,15 @@ class Baseline:
     make: Callable[[Case], LossFunction]
     what: str
     truth: str = "kd"
-    """What its answer is held against: "kd", "soft_ce" or "jsd" (truth.py)."""
+    """Formula that checks the answer: "kd", "soft_ce" or "jsd" (truth.py)."""
     overwrites: bool = False
-    """Whether it writes over the student's logits; it then gets logits of its own."""
+    """True if the baseline overwrites the student's logits; it then gets a copy."""
     non_leaf: bool = False
-    """Whether the student's logits must come out of an operation, as a model's do."""
+    """True if the student's logits must be an operation's output, as a model's are."""
     compiles: str = "no"
-    """Which cases it is for: "default" for those that try torch.compile, "best" for those that try
-    it hard.
-    """
+    """Cases to measure: "default" with torch.compile, "best" with its autotuning."""
     half_only: bool = False
-    """Whether it would be the same as another baseline in float32."""
+    """True if the baseline equals another one in float32."""
     language_models_only: bool = False
 
     def is_for(self, case: Case) -> bool:

@@ -1,10 +1,10 @@
 """Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
-The rule for rows. Vision cases have the batch that their recipes use. Language models take as many
-tokens as fit: 8192 on a GPU, halved until one tensor of logits takes at most 1/48 of its memory,
-which leaves room for the baseline that is hungriest (eager in float32 on half-precision logits: 16
-such tensors) and for two sets of inputs; 128 on a CPU, halved until one float32 tensor takes at
-most 32 MiB, several times what its caches hold.
+The number of rows. Vision cases have their recipes' batch. Language models have 8192 tokens on a
+GPU, halved until one tensor of logits takes at most 1/48 of its memory. That leaves room for the
+largest baseline (eager in float32 on half-precision logits: 16 such tensors) and for two sets of
+inputs. On a CPU they have 128 tokens, halved until one float32 tensor takes at most 32 MiB, several
+times the size of the caches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Model:
     classes: int
     what: str
     rows: int = 0
-    """The rows of one step; 0: as many tokens as fit the machine."""
+    """Rows of one step; 0 for as many tokens as fit the machine."""
 
 
 MODELS = {
@@ -59,15 +59,11 @@ class Case:
     ignored: float = 0.0
     """The share of rows whose label is ignored."""
     compiled: str = "default"
-    """How much of torch.compile is tried, which takes seconds for each shape: "no", "default" or
-    "best".
-    """
+    """Use of torch.compile, which takes seconds for each shape: "no", "default" or "best"."""
     pixels: bool = False
-    """Whether the classes come first, as in one image's (1, C, H, W), and not last."""
+    """True if the classes come first, as in (1, C, H, W) of one image."""
     memory: bool = False
-    """Whether fastkd in place is tried too, and, on a CPU, peak memory measured, in a child
-    process.
-    """
+    """True if fastkd in place is measured, too, and peak memory on a CPU, in a child process."""
 
     @property
     def elements(self) -> int:
@@ -211,7 +207,7 @@ class Duel:
     name: str
     first: Case
     second: Case
-    """Reported as the time of ``first`` over that of ``second``, for each element of the logits."""
+    """The time of ``first`` over that of ``second``, for each element of the logits."""
 
 
 def duels(device: str) -> list[Duel]:

@@ -1,7 +1,7 @@
 """List the claims about speed, memory and accuracy, and check results against them.
 
-A claim has a bound that must be reached and one that is aimed at. It is measured over all the cases
-that it covers, and the worst one counts. What was not measured is said to be so.
+A claim has a required and a desired bound. The worst value over all the cases that it covers
+counts. The table marks claims without a measurement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 Results = dict[str, Any]
 Values = dict[str, float]
-"""The measured value for each case that a claim covers."""
+"""Function of the results that returns the measured value of each covered case."""
 
 # A peak may exceed its bound by a few pages, this share of it.
 MEMORY_SLACK = 0.03
@@ -26,7 +26,7 @@ class Claim:
     must: float | None
     aim: float | None
     more: bool
-    """Whether more is better."""
+    """True if a larger value is better."""
     values: Callable[[Results], Values]
     unit: str = "x"
 

@@ -1,7 +1,7 @@
 """Time the other divergences beside the forward KL and beside common implementations.
 
-The soft term alone is timed, so that no hard term hides a difference. What no kernel computes is
-measured too, and is marked: there fastkd runs its reference formula in plain PyTorch.
+Only the soft term is timed, so that no hard term hides a difference. Divergences without a kernel
+are measured too, and marked: fastkd computes their reference formula in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,12 @@ from fastkd import reference
 from fastkd._core.dense import DIVERGENCES
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""How far fastkd's loss or, norm-wise, gradient may be from float64 to be timed; for others the
-bounds are those of truth.py.
-"""
+"""Largest error of fastkd's loss or gradient; truth.py has the baselines' bounds."""
 SIGN_TOLERANCE = 1e-2
-"""The least bound for a gradient of the total variation, which jumps where p = q: a class that
-rounding moves across counts with the other sign.
-"""
+"""Bound for the total variation's gradient, which changes sign where rounding moves p across q."""
 FUSED, BASE, PLAIN = "fastkd", "forward_kl", "PyTorch"
 CHUNK = 2**21
-"""Logits that the check computes at once."""
+"""Number of logits that the check computes at once."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Time two linear heads with their loss, and measure memory: ``python -m benchmarks.linear``.
 
-Every way to compute it is checked against float64, then all are timed in turns. Each time is also
-given as a multiple of the GEMM time, the duration of the four necessary matrix products: the logits
-of student and teacher, and the gradients of hidden states and weight. Memory is what a step takes
-beyond its inputs; on a CPU it is measured in a process of its own (memory.py).
+All implementations are checked against float64, then timed in turns. Times are also multiples of
+the GEMM time, the duration of the four necessary matrix products: the logits of student and
+teacher, and the gradients of hidden states and weight. Memory is that of a step beyond its inputs;
+on a CPU it is measured in a process of its own (memory.py).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class LinearCase:
     ignored: float = 0.0
     """The share of rows whose label is ignored."""
     small_mib: int = 0
-    """What the way that saves memory may take; 0: it is not tried."""
+    """Memory bound for fastkd in small chunks; 0 to leave it out."""
     must: tuple[float, float] | None = None
-    """Time and memory that fastkd has to reach."""
+    """Required time and memory of fastkd."""
     small_must: tuple[float, float] | None = None
     smallest_must: tuple[float, float] | None = None
 

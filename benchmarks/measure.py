@@ -1,12 +1,10 @@
 """Time calls in one process, in turns, on inputs that are not in the caches.
 
-- In turns: each round runs every lane once, and the order rotates and reverses from round to round,
-  so that a drift of the clocks, a neighbour's load or what the last lane left in the caches favours
-  nobody.
-- Cold: calls go round several sets of inputs that together exceed the last-level cache.
-- On a GPU, large cases are timed by events around the call behind a queue that is kept busy, so
-  that only the device's time counts; small ones (under 4M logits) by the wall clock, because there
-  one waits for the host.
+- In turns: each round runs every call once, and the order rotates and reverses from round to round,
+  so that clock drift, other processes and cached data favor no call.
+- Cold: calls alternate between several sets of inputs that exceed the last-level cache together.
+- On a GPU, events around the call behind a busy queue time large cases, so that only the device's
+  time counts. The wall clock times small cases (under 4M logits), where callers wait for the host.
 - Reported are the median and the 20th and 80th percentiles.
 """
 
@@ -26,7 +24,7 @@ from benchmarks.baselines import LossFunction
 from benchmarks.cases import DTYPES, Case
 
 WALL_LIMIT = 2**22
-"""Under this many logits a GPU case is timed by the wall clock."""
+"""GPU cases with fewer logits are timed by the wall clock."""
 SLEEP_CYCLES_PER_SECOND = 2e9
 
 

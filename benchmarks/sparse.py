@@ -1,8 +1,12 @@
-"""Time a sparse teacher, its k most probable classes, beside all of its logits."""
+"""Time a sparse teacher, its k most probable classes, beside all of its logits.
+
+``python -m benchmarks.sparse [seconds]`` times a sampled token beside a cross entropy.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +18,10 @@ from torch.nn import functional as F
 import fastkd
 from benchmarks.cases import Case, case
 from benchmarks.measure import WALL_LIMIT, Inputs, Step, make_sets, time_in_turns
-from fastkd import TopK
+from fastkd import Sampled, TopK
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""How far a loss or, norm-wise, a gradient may be from float64 to be timed."""
+"""Largest error of a loss, or norm of a gradient's, to be timed."""
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -158,3 +162,42 @@ def run(sparse: SparseCase, device: str, seconds: float) -> dict[str, Any]:
         "of the dense loss": ours / times["fastkd.loss, all classes"].median,
         "of PyTorch": ours / times["PyTorch"].median,
     }
+
+
+def run_sampled(device: str, seconds: float) -> dict[str, Any]:
+    """Time one sampled token a row (k1) beside cross entropies of the same logits.
+
+    The fused cross entropy is the hard term of the sparse loss, which reads the logits once and
+    writes the gradient once; a list of one class has the weight 0.
+    """
+    dense = case("llama-3", device, "fp32", temperature=1.0)
+    sets = []
+    for one in make_sets(dense, device):
+        tokens = one.student.detach().softmax(-1).multinomial(1)
+        log_probs = F.log_softmax(one.teacher, -1).gather(-1, tokens)  # type: ignore[arg-type]
+        sets.append(Inputs(one.student, TopK(log_probs, tokens), tokens.squeeze(-1)))  # type: ignore[arg-type]
+
+    def sampled(student: Tensor, top: TopK, _: Tensor) -> Tensor:
+        return fastkd.loss(student, Sampled(top.log_probs.squeeze(-1), top.indices.squeeze(-1)))
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        "fastkd.loss, Sampled": sampled,
+        "fastkd.loss, labels alone": lambda s, top, y: fastkd.loss(s, top, y, alpha=1.0),
+        "PyTorch, labels alone": lambda s, top, y: F.cross_entropy(s, y),
+    }
+    steps = {name: Step(dense, function, sets) for name, function in functions.items()}
+    kind = "device" if dense.elements >= WALL_LIMIT else "wall"
+    times = time_in_turns(dict(steps), device, kind, seconds)
+    ours, fused, eager = (times[name] for name in functions)
+    return {
+        "title": f"a sampled token of {dense.title}",
+        "lanes": {name: {"times": asdict(one)} for name, one in times.items()},
+        "of the cross entropy": ours.median / fused.median,
+        "of the cross entropy, by the 20th percentiles": ours.p20 / fused.p20,
+        "of PyTorch's cross entropy": ours.median / eager.median,
+    }
+
+
+if __name__ == "__main__":
+    for key, value in run_sampled("cpu", float(sys.argv[1]) if sys.argv[1:] else 20.0).items():
+        print(f"{key}: {value}")

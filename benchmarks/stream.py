@@ -1,9 +1,8 @@
 """Measure the memory bandwidth of this machine, the limit of a fused loss.
 
 On a GPU: a device-to-device copy (torch's copy_) and torch.add(out=), both over a gigabyte. On a
-CPU: a two-reads-one-write loop with non-temporal stores (stream.c, compiled on the spot), on as
-many threads as torch uses; torch.add(out=), whose ordinary stores also read what they overwrite,
-stands in without a C compiler.
+CPU: a loop of two reads and one non-temporal store (stream.c, compiled here), on torch's number of
+threads. Without a C compiler it is torch.add(out=), whose ordinary stores also read their target.
 """
 
 from __future__ import annotations

@@ -30,13 +30,9 @@ from benchmarks.truth import Truth
 
 FLOOR = "s.sum()"
 FLOOR_LIMIT = 2**18
-"""Cases of fewer logits are also compared with ``s.sum().backward()``: there PyTorch's own cost
-counts.
-"""
+"""Cases of fewer logits are also compared with ``s.sum().backward()``, PyTorch's own cost."""
 STREAM_LIMIT = 2**19
-"""Cases of fewer logits are not held against the memory's speed: they fit into caches, or launching
-dominates.
-"""
+"""Cases of fewer logits are not compared with the bandwidth: they fit caches or are all launch."""
 
 
 @dataclass
@@ -47,11 +43,11 @@ class Settings:
     seconds: float
     """Time for the rounds of one case."""
     deadline: float = math.inf
-    """When (time.monotonic) to stop trying baselines that must be compiled."""
+    """Time (time.monotonic) after which compiled baselines are left out."""
     names: Sequence[str] = ()
     """The baselines to measure; all, if empty."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Baselines that cannot be measured on this machine, and why: filled as they are met."""
+    """Baselines that cannot be measured on this machine, with the reason."""
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
     python -m pytest benchmarks --benchmark-compare          compare with the last saved run
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-They are no part of the normal test run. For baselines, figures and plots: ``python -m benchmarks``.
+The normal test run leaves them out. ``python -m benchmarks`` has baselines, figures and plots.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compute a case's loss and gradient in float64, and the distance of an answer.
 
-Losses come from every row. Gradients are kept for every row as long as that takes a reasonable
-share of memory, else for rows spread evenly over the tensor, the first and the last among them.
+Losses are of every row. Gradients are of every row if that takes a reasonable share of memory;
+otherwise of rows spread evenly over the tensor, with the first and the last.
 """
 
 from __future__ import annotations

@@ -12,30 +12,13 @@
 // differ.
 #pragma once
 #include <cmath>
-#include <cstdint>
 
-#include "numerics.h"
+#include "constants.h"
 
 namespace fastkd {
 
-enum class Divergence : int32_t {
-  kForwardKL,
-  kSoftCrossEntropy,
-  kReverseKL,
-  kSymmetricKL,
-  kJensenShannon,
-  kSkewedForwardKL,
-  kSkewedReverseKL,
-  kTotalVariation,
-  kSquaredError,
-  kCenteredSquaredError,
-  kDecoupled,
-  kCosine,
-};
-constexpr int kDivergences = static_cast<int>(Divergence::kCosine) + 1;
-
 // The formula of the gradient, given the slopes and their sum S.
-enum class Balance {
+enum class SlopeCentering {
   kNone,     // it is the slope: S is 0
   kStudent,  // slope - q * S
   // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
@@ -48,39 +31,7 @@ enum class Balance {
   kUnit,
 };
 
-// Constants of a divergence, the same for all classes, in the compute type.
-template <class T>
-struct ConstantsOf {
-  static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
-  // mix and 1 - mix, such that their sum is 1 in T as well: the logarithm of a mixture is next to 0
-  // where it is the greater of p and q, or near it.
-  T mix = 0, rest = 1;
-  T bound = T(1e30);
-  // Mixtures m, for |d| <= kSeriesLimit: value / (q d^2) and (1 - mix) log(m / q) / d. In fp64 by
-  // powers of d; in fp32 so few terms do because they are economised.
-  T value[kIsDouble ? 14 : 6] = {};
-  T log[kIsDouble ? 14 : 5] = {};
-};
-// Constants for both compute types; made once a call.
-struct Constants {
-  ConstantsOf<double> wide;
-  ConstantsOf<float> narrow;
-};
-
 namespace {
-
-// T may be a vector of numbers.
-template <class T>
-using ConstantsFor = ConstantsOf<Scalar<T>>;
-
-template <class T>
-FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
-  if constexpr (ConstantsOf<T>::kIsDouble) {
-    return k.wide;
-  } else {
-    return k.narrow;
-  }
-}
 
 template <class T>
 struct Evaluated {
@@ -90,7 +41,7 @@ struct Evaluated {
 // KL(p || q) = sum p log(p / q) (Hinton et al. 2015, equation 2 at temperature t). The soft cross
 // entropy is the same plus the teacher's entropy, which has no gradient.
 struct ForwardKL {
-  static constexpr Balance kBalance = Balance::kNone;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kNone;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
@@ -105,7 +56,7 @@ struct ForwardKL {
 
 // KL(q || p) = sum q log(q / p) (Gu et al. 2024, MiniLLM).
 struct ReverseKL {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e) {
@@ -121,7 +72,7 @@ struct ReverseKL {
 
 // mix KL(p || q) + (1 - mix) KL(q || p).
 struct SymmetricKL {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
@@ -163,7 +114,7 @@ FASTKD_HOST_DEVICE T near_teacher(const Element<T>& e, const ConstantsFor<T>& k)
 
 // mix KL(p || m) + (1 - mix) KL(q || m), m = mix p + (1 - mix) q (Agarwal et al. 2024, GKD).
 struct JensenShannon {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
@@ -172,7 +123,7 @@ struct JensenShannon {
     // that is p, and log where it is q.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
     const auto above = e.d > 0;
-    const T product = (above ? q : p) * bounded_above(bounded_below(e.d, -k.bound), k.bound);
+    const T product = (above ? q : p) * bounded_above(bounded_below(e.d));
     const T slope = -(q * log) - (above ? product : T{});
     const T direct = -(m * log) - magnitude_of(product);
     const T near = e.q * e.d;
@@ -198,7 +149,7 @@ FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, Scalar<T> a, Scalar<T
 
 // KL(p || m), m = mix p + (1 - mix) q (Ko et al. 2024, DistiLLM).
 struct SkewedForwardKL {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
@@ -211,7 +162,7 @@ struct SkewedForwardKL {
 
 // KL(q || m), m = mix q + (1 - mix) p (Ko et al. 2024, DistiLLM).
 struct SkewedReverseKL {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
@@ -225,7 +176,7 @@ struct SkewedReverseKL {
 
 // 1/2 sum |p - q|; the subgradient at p = q is 0.
 struct TotalVariation {
-  static constexpr Balance kBalance = Balance::kStudent;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kStudent;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
@@ -237,7 +188,7 @@ struct TotalVariation {
 
 // mean (z / t - w / t)^2 over classes (Bucila et al. 2006; Ba and Caruana 2014).
 struct SquaredError {
-  static constexpr Balance kBalance = Balance::kMean;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kMean;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
@@ -248,7 +199,7 @@ struct SquaredError {
 // mean (z / t - w / t)^2 over classes, of logits minus the mean of their row. The engines subtract
 // the means first. S = -2 n mean(gap) would be 0 but for the rounding of the means.
 struct CenteredSquaredError {
-  static constexpr Balance kBalance = Balance::kCentered;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kCentered;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
@@ -259,7 +210,7 @@ struct CenteredSquaredError {
 // 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019): nothing
 // cancels where the two are near each other. Its p and q are the elements of v and u.
 struct Cosine {
-  static constexpr Balance kBalance = Balance::kUnit;
+  static constexpr SlopeCentering kCentering = SlopeCentering::kUnit;
 
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>&) {
@@ -365,23 +316,11 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
     case Divergence::kForwardKL:
     case Divergence::kSoftCrossEntropy:
     case Divergence::kDecoupled:  // among the classes that are not the label
-    default:
-      return fn(ForwardKL{});
+    case Divergence::kCosine:     // not asked for
+      break;
   }
+  return fn(ForwardKL{});
 }
-
-constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
-                                                        "soft_cross_entropy",
-                                                        "reverse_kl",
-                                                        "symmetric_kl",
-                                                        "jsd",
-                                                        "skewed_forward_kl",
-                                                        "skewed_reverse_kl",
-                                                        "total_variation",
-                                                        "mse",
-                                                        "centered_mse",
-                                                        "dkd",
-                                                        "cosine"};
 
 // The forward KL's gradient comes from the sweep that sums its value; the others' follows once
 // their slopes are summed.
@@ -394,18 +333,18 @@ FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
 // summed beside the gradient.
 FASTKD_HOST_DEVICE bool is_reverse(Divergence id) { return id == Divergence::kReverseKL; }
 
-FASTKD_HOST_DEVICE Balance balance_of(Divergence id) {
-  if (id == Divergence::kCosine) return Cosine::kBalance;
-  return visit(id, [](auto divergence) { return decltype(divergence)::kBalance; });
+FASTKD_HOST_DEVICE SlopeCentering centering_of(Divergence id) {
+  if (id == Divergence::kCosine) return Cosine::kCentering;
+  return visit(id, [](auto divergence) { return decltype(divergence)::kCentering; });
 }
 
-FASTKD_HOST_DEVICE constexpr bool is_mean(Balance balance) {
-  return balance == Balance::kMean || balance == Balance::kCentered;
+FASTKD_HOST_DEVICE constexpr bool is_mean(SlopeCentering centering) {
+  return centering == SlopeCentering::kMean || centering == SlopeCentering::kCentered;
 }
 
 // Return true if classes that student and teacher both mask have slopes of NaN.
-FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(Balance balance) {
-  return is_mean(balance) || balance == Balance::kUnit;
+FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(SlopeCentering centering) {
+  return is_mean(centering) || centering == SlopeCentering::kUnit;
 }
 
 // 0 in place of a negative number. A divergence is none, but its terms may round to one, where they
@@ -415,69 +354,14 @@ FASTKD_HOST_DEVICE T at_least_0(T value) {
   return value < T{} ? T{} : value;
 }
 
-// The divergence of a row from the sums over its classes; `classes` is n of Balance.
+// The divergence of a row from the sums over its classes; `classes` is n of SlopeCentering.
 template <class T>
 FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T teacher_entropy) {
   if (id == Divergence::kSoftCrossEntropy) return at_least_0(value + teacher_entropy);
-  const Balance balance = balance_of(id);
-  if (!is_mean(balance)) return at_least_0(value);
-  const T mean = balance == Balance::kCentered ? slope / classes / 2 : T{};
+  const SlopeCentering centering = centering_of(id);
+  if (!is_mean(centering)) return at_least_0(value);
+  const T mean = centering == SlopeCentering::kCentered ? slope / classes / 2 : T{};
   return at_least_0<T>(value / classes - mean * mean);
-}
-
-// The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=
-// kSeriesLimit, as good as: its highest power is taken off time and again as the multiple of a
-// Chebyshev polynomial.
-template <int kMany, int kFew>
-void economise(const double (&many)[kMany], float (&few)[kFew]) {
-  double left[kMany];
-  for (int i = 0; i < kMany; ++i) left[i] = many[i] * std::pow(kSeriesLimit, i);
-  for (int n = kMany - 1; n >= kFew; --n) {
-    double term = left[n];  // of T_n / 2^(n - 1), from its highest power down
-    for (int i = n; i >= 0; i -= 2) {
-      left[i] -= term;
-      const int below = n - i;
-      term *= -static_cast<double>(i * (i - 1)) /
-              static_cast<double>((below + 2) * (2 * n - below - 2));
-    }
-  }
-  for (int i = 0; i < kFew; ++i) few[i] = static_cast<float>(left[i] / std::pow(kSeriesLimit, i));
-}
-
-inline Constants make_constants(Divergence id, double mix) {
-  constexpr int kTerms = 14, kPowers = kTerms + 2;
-  Constants both;
-  ConstantsOf<double>& k = both.wide;
-  k.mix = mix, k.rest = 1 - mix;
-  const float greater = static_cast<float>(mix < 0.5 ? k.rest : mix);
-  both.narrow.mix = mix < 0.5 ? 1 - greater : greater;
-  both.narrow.rest = mix < 0.5 ? greater : 1 - greater;
-  if (id != Divergence::kJensenShannon && id != Divergence::kSkewedForwardKL &&
-      id != Divergence::kSkewedReverseKL) {
-    return both;
-  }
-  // Powers of d: e = exp(d), m = 1 - a + a e^d = m / q, and l = log m by m l' = m'.
-  const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
-  double e[kPowers], m[kPowers], l[kPowers];
-  e[0] = m[0] = 1, l[0] = 0;
-  for (int n = 1; n < kPowers; ++n) {
-    e[n] = e[n - 1] / n;
-    m[n] = a * e[n];
-    l[n] = m[n];
-    for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
-    if (n <= kTerms) k.log[n - 1] = (1 - mix) * l[n];
-  }
-  for (int n = 2; n < kPowers; ++n) {
-    double e_l = 0, m_l = 0;  // of the products
-    for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
-    double& value = k.value[n - 2];
-    if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
-    if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
-    if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
-  }
-  economise(k.value, both.narrow.value);
-  economise(k.log, both.narrow.log);
-  return both;
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ enum Stat : int {
   kTeacherMax,    // max w
   kTeacherScale,  // 1 / sum exp((w - max w) / t)
   kSlopeSum,      // S of divergences.h; of kCosine the divergence
-  kClassCount,    // n of Balance (divergences.h), or 0
+  kClassCount,    // n of SlopeCentering (divergences.h), or 0
   kStats,
 
   // Rows that divergences which do not need the above use for others.
@@ -168,7 +168,7 @@ struct Sums {
   double value;           // of the divergence
   double slope;           // of the divergence's slopes, of q - p (kDecoupled), or
                           // `value` (kCosine)
-  double classes;         // that count for a mean: n of Balance (divergences.h), or 0
+  double classes;         // that count for a mean: n of SlopeCentering (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;
   double agreement;  // > 0 where a class is the greatest of both
@@ -182,14 +182,15 @@ struct Kernels {
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
   // The steps of forward(), for a few rows that are longer than a segment. Scan every segment of a
-  // row; balance every segment, given all statistics, unless the divergence is_one_sweep(); write
-  // every segment, given the total of balance's sums; close the row. Statistics and sums have
-  // ceil(classes / kSegment) entries. balance and write add to the segment's entry of the sums.
+  // row; sum the slopes of every segment, given all statistics, unless the divergence
+  // is_one_sweep(); write every segment, given the total of those sums; close the row. Statistics
+  // and sums have ceil(classes / kSegment) entries. sum_slopes and write add to the segment's entry
+  // of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
-  void (*balance)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
-                  Sums* of_segment);
+  void (*sum_slopes)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
+                     Sums* of_segment);
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
-                const Sums& of_balance, Sums* of_segment);
+                const Sums& slope_sums, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
   // Test hook: out[i] = 2^in[i]. The kernels have two exponentials: one of registers, and one that
   // compilers vectorise.
@@ -202,7 +203,7 @@ struct Kernels {
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
-// The sums of all segments that balance made, added in the order that makes the bits those of a
+// The sums of all segments that sum_slopes made, added in the order that makes the bits those of a
 // whole row.
 Sums total(const Sums* of_segments, int64_t segments);
 

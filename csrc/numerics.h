@@ -158,8 +158,8 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
 // student alone does, d = +inf, the value is +inf and diff = -p stays finite. If p has underflowed
 // to 0 there, the value is NaN, which in a row of clean sums can only mean +inf.
 template <class T>
-FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d, Scalar<T> bound = Scalar<T>(-1e30)) {
-  const T product = p * bounded_below(d, bound);
+FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
+  const T product = p * bounded_below(d);
   const T near = product * (d * series_of(d));
   const T direct = q - p;
   const auto small = is_small(d);
@@ -209,8 +209,7 @@ FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   const PowerOfTwo<T> parts = power_of_two(x);
-  return float_of<T>(parts.exponent) * static_cast<float>(kLn2) +
-         log1p_of_mantissa(parts.fraction);
+  return float_of<T>(parts.exponent) * static_cast<float>(kLn2) + log1p_of_mantissa(parts.fraction);
 }
 FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 

@@ -1,10 +1,10 @@
-// The arithmetic of one row of the sparse loss after the sums of the student's exponentials: a few
-// numbers, all in double, from which value and gradient are made. The CPU's and the CUDA kernels
-// share it.
+// The arithmetic of one row of the sparse loss. The kernels sum the student's exponentials; these
+// functions turn the sums into the value and into the constants of the gradient, in double, for the
+// CPU and for CUDA.
 //
-// A row's classes are those that the teacher lists and the rest. Sums of exponentials are taken of
-// each apart, so that the probability of the rest is a sum of positive terms, and not 1 minus
-// something near 1. docs/maths.md, section 13, derives the formulas.
+// A row's classes are those that the teacher lists, and the rest. Each has its own sums, so that
+// the probability of the rest is a sum of positive terms, and not 1 minus something near 1.
+// docs/maths.md, section 13, derives the formulas.
 #pragma once
 #include "divergences.h"
 #include "topk.h"
@@ -34,18 +34,20 @@ struct Comparison {
 
 namespace {
 
-constexpr double kNothing = -__builtin_huge_val();  // the greatest of no logits
+constexpr double kNothing = -__builtin_huge_val();  // the maximum of no logits
 
-// Sums of exponentials, at temperature t and at 1, relative to the greatest logit or one near it.
-struct Mass {
+// The sums of exp((z - max) / t) and of exp(z - max) over some of a row's classes.
+struct RelativeSums {
   double max = kNothing, tempered = 0, hard = 0;
 };
 
-// A maximum to subtract: any finite number where there is nothing to subtract from.
-FASTKD_HOST_DEVICE double origin(const Mass& mass) { return mass.max > kNothing ? mass.max : 0.0; }
+// Return the maximum, or 0 if there is no class, since -inf must not be subtracted from a logit.
+FASTKD_HOST_DEVICE double origin(const RelativeSums& sums) {
+  return sums.max > kNothing ? sums.max : 0.0;
+}
 
-// Return the factor for sums whose maximum changes from `from` to `to`.
-FASTKD_HOST_DEVICE double shift(double from, double to, double temperature) {
+// Return the factor that makes sums relative to the maximum `from` relative to `to`.
+FASTKD_HOST_DEVICE double rescaling_of(double from, double to, double temperature) {
   return from == to ? 1.0 : std::exp((from - to) / temperature);
 }
 
@@ -56,20 +58,21 @@ struct RowOptions {
   bool hard;  // true if the hard term counts
 };
 
-// The sums of a row's exponentials, and the teacher's.
+// The sums of a row over the rest, the listed classes, and all classes.
 struct Summary {
-  Mass rest, list, all;
+  RelativeSums rest, list, all;
   double teacher = 0;  // sum of the listed probabilities
-  double count = 0;    // of listed classes
-  double offsets = 0;  // sum of z - max z over all classes; for label smoothing alone
+  double count = 0;    // number of listed classes
+  double offsets = 0;  // sum of z - max z over all classes; used by label smoothing alone
 
   // Set `all` and `offsets`. `logits`: the sum of all logits.
   FASTKD_HOST_DEVICE void complete(const RowOptions& row, double logits) {
     const double max = rest.max > list.max ? rest.max : list.max;
     all.max = max;
-    all.tempered = rest.tempered * shift(rest.max, max, row.temperature) +
-                   list.tempered * shift(list.max, max, row.temperature);
-    all.hard = rest.hard * shift(rest.max, max, 1) + list.hard * shift(list.max, max, 1);
+    all.tempered = rest.tempered * rescaling_of(rest.max, max, row.temperature) +
+                   list.tempered * rescaling_of(list.max, max, row.temperature);
+    all.hard =
+        rest.hard * rescaling_of(rest.max, max, 1) + list.hard * rescaling_of(list.max, max, 1);
     offsets = logits - row.classes * max;
   }
   // Return true if the listed probabilities sum to at most kMostMass; false for NaN.
@@ -95,11 +98,11 @@ FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }
 
-// The soft term of a row. e = exp((z - max) / t), where max is that of the listed classes for a
-// listed class, and that of the rest for another.
+// The constants of a row's soft term. In the comments, e = exp((z - max) / t), where max is the
+// maximum of the listed classes for a listed class, and the maximum of the rest for any other.
 struct Soft {
-  bool exists = true;     // false if the list has no probability to compare
-  bool has_rest = false;  // true if the rest is compared, as one class: the ghost
+  bool is_present = true;  // false if the list has no probability to compare
+  bool has_rest = false;   // true if the rest is compared, as one class: the ghost
   double student_scale = 1, student_log_scale = 0;  // q = student_scale * e for a listed class
   double teacher_scale = 1, teacher_log_scale = 0;  // p = teacher_scale * exp(log_prob)
   double rest_p = 0, rest_q = 0, rest_log_q = kNothing;
@@ -112,41 +115,43 @@ struct SoftSums {
   double slope = 0;    // S of divergences.h
   double entropy = 0;  // of the teacher, for the soft cross entropy alone
 
-  FASTKD_HOST_DEVICE void add(const Evaluated<double>& of) {
-    value += of.value;
-    slope += of.slope;
+  FASTKD_HOST_DEVICE void add(const Evaluated<double>& term) {
+    value += term.value;
+    slope += term.slope;
   }
 };
 
-// Return the soft term before its sums over classes are known.
-FASTKD_HOST_DEVICE Soft soften(const Comparison& how, const RowOptions& row, const Summary& of) {
-  const bool renormalizes = !how.estimates() && how.tail == Tail::kRenormalize;
+// Return the soft term without the gradient of the rest, which include_rest() sets.
+FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& row,
+                               const Summary& summary) {
+  const bool renormalizes = !comparison.estimates() && comparison.tail == Tail::kRenormalize;
   Soft soft;
   // Relative to the listed classes' own maximum, so that nothing underflows where the rest is
   // greater.
-  if (of.list.max > kNothing) {
+  if (summary.list.max > kNothing) {
     soft.student_log_scale =
-        renormalizes ? -std::log(of.list.tempered) : of.log_q(row, of.list.max, 1.0);
+        renormalizes ? -std::log(summary.list.tempered) : summary.log_q(row, summary.list.max, 1.0);
   }
   soft.student_scale = std::exp(soft.student_log_scale);
-  const bool has_others = of.rest.max > kNothing && !renormalizes;
+  const bool has_others = summary.rest.max > kNothing && !renormalizes;
   if (has_others) {
-    soft.rest_log_q = of.log_q(row, of.rest.max, of.rest.tempered);
+    soft.rest_log_q = summary.log_q(row, summary.rest.max, summary.rest.tempered);
     soft.rest_q = std::exp(soft.rest_log_q);
   }
-  if (how.estimates()) {
-    soft.exists = of.count > 0;
+  if (comparison.estimates()) {
+    soft.is_present = summary.count > 0;
     return soft;
   }
   soft.has_rest = has_others;
-  if (how.is_cut_off()) return soft;
-  const double remaining = 1 - of.teacher;
-  if (has_others) soft.rest_p = remaining > how.least_rest ? remaining : how.least_rest;
+  if (comparison.is_cut_off()) return soft;
+  const double remaining = 1 - summary.teacher;
+  if (has_others)
+    soft.rest_p = remaining > comparison.least_rest ? remaining : comparison.least_rest;
   if (soft.rest_p == remaining) return soft;
   // The probabilities of list and ghost do not add up to 1: scale those of the list.
-  soft.exists = of.teacher > 0;
-  if (!soft.exists) return soft;
-  soft.teacher_scale = (1 - soft.rest_p) / of.teacher;
+  soft.is_present = summary.teacher > 0;
+  if (!soft.is_present) return soft;
+  soft.teacher_scale = (1 - soft.rest_p) / summary.teacher;
   soft.teacher_log_scale = std::log(soft.teacher_scale);
   return soft;
 }
@@ -154,18 +159,19 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& how, const RowOptions& row, con
 // Evaluate the divergence D, or the estimator, at a listed class, given p, q and `log_e`, the
 // logarithm of q / student_scale.
 template <class D>
-FASTKD_HOST_DEVICE Evaluated<double> listed(const Comparison& how, const Soft& soft,
+FASTKD_HOST_DEVICE Evaluated<double> listed(const Comparison& comparison, const Soft& soft,
                                             const ConstantsOf<double>& constants, double p,
                                             double q, double log_p, double log_e) {
   const double d = log_p + soft.teacher_log_scale - (log_e + soft.student_log_scale);
-  if (how.estimates()) return estimate(how.estimator, d);
+  if (comparison.estimates()) return estimate(comparison.estimator, d);
   return D::at(element(p, q, d), constants);
 }
 
-// Add what is not of the listed classes to their sums, and set the gradient of the rest.
+// Add the ghost to the sums over the listed classes, and set the gradient of the rest.
 template <class D>
-FASTKD_HOST_DEVICE void include_rest(const Comparison& how, const ConstantsOf<double>& constants,
-                                     const Summary& of, SoftSums* sums, Soft* soft) {
+FASTKD_HOST_DEVICE void include_rest(const Comparison& comparison,
+                                     const ConstantsOf<double>& constants, const Summary& summary,
+                                     SoftSums* sums, Soft* soft) {
   double ghost_slope = 0;
   if (soft->has_rest) {
     const double log_p = std::log(soft->rest_p);
@@ -176,58 +182,59 @@ FASTKD_HOST_DEVICE void include_rest(const Comparison& how, const ConstantsOf<do
     ghost_slope = ghost.slope;
   }
   // The forward KL's terms contain q - p, whose sum is 0 unless the teacher's list is cut off.
-  if (how.is_cut_off()) sums->value += of.teacher - 1;
-  if (of.rest.tempered > 0) {
-    soft->rest = (ghost_slope - soft->rest_q * sums->slope) / of.rest.tempered;
+  if (comparison.is_cut_off()) sums->value += summary.teacher - 1;
+  if (summary.rest.tempered > 0) {
+    soft->rest = (ghost_slope - soft->rest_q * sums->slope) / summary.rest.tempered;
   }
 }
 
-// Constants of a row's gradient.
+// The factors of a row's gradient.
 struct Gains {
   double soft = 0, hard = 0, onehot = 0, uniform = 0;
   double rest = 0, rest_hard = 0;  // of exponentials relative to the rest's maximum
 };
 
 // `gain` multiplies the gradient.
-FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& of, const Soft& soft,
+FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& summary, const Soft& soft,
                                   double gain) {
   Gains g;
-  g.soft = soft.exists ? gain * row.soft_weight * row.temperature : 0.0;
-  g.rest = soft.exists ? g.soft * soft.rest : 0.0;
+  g.soft = soft.is_present ? gain * row.soft_weight * row.temperature : 0.0;
+  g.rest = soft.is_present ? g.soft * soft.rest : 0.0;
   if (!row.hard || row.hard_weight == 0) return g;
   g.hard = gain * row.hard_weight;
   g.onehot = g.hard * (1 - row.label_smoothing);
   g.uniform = -g.hard * row.label_smoothing / row.classes;
-  g.rest_hard = g.hard * shift(of.rest.max, of.all.max, 1) / of.all.hard;
+  g.rest_hard = g.hard * rescaling_of(summary.rest.max, summary.all.max, 1) / summary.all.hard;
   return g;
 }
 
-// The gradient of a label that is not listed: the one-hot target is taken off before anything is
-// rounded.
-FASTKD_HOST_DEVICE double label_gradient(const RowOptions& row, const Summary& of,
+// Return the gradient of a label that is not listed: the one-hot target is subtracted in double.
+FASTKD_HOST_DEVICE double label_gradient(const RowOptions& row, const Summary& summary,
                                          const Gains& gains, double z) {
-  return gains.rest * std::exp((z - origin(of.rest)) / row.temperature) +
-         gains.hard * std::exp(z - of.all.max) / of.all.hard + gains.uniform - gains.onehot;
+  return gains.rest * std::exp((z - origin(summary.rest)) / row.temperature) +
+         gains.hard * std::exp(z - summary.all.max) / summary.all.hard + gains.uniform -
+         gains.onehot;
 }
 
 // Return the row's loss.
-FASTKD_HOST_DEVICE double row_loss(const Comparison& how, const RowOptions& row, const Summary& of,
-                                   const Soft& soft, const SoftSums& sums, double label_logit) {
+FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOptions& row,
+                                   const Summary& summary, const Soft& soft, const SoftSums& sums,
+                                   double label_logit) {
   double value = sums.value;
-  if (how.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
+  if (comparison.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
   // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
   // probability underflows. The divergence is then infinite.
   if (value != value) value = -kNothing;
   // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
-  if (!how.estimates() && !how.is_cut_off()) value = at_least_0(value);
-  if (!soft.exists) value = 0;
+  if (!comparison.estimates() && !comparison.is_cut_off()) value = at_least_0(value);
+  if (!soft.is_present) value = 0;
   const double t = row.temperature;
   const double loss = weighted(row.soft_weight * t * t, value);
   if (!row.hard) return loss;
   const double smoothing = row.label_smoothing;
-  double target = weighted(1 - smoothing, label_logit - of.all.max);
-  if (smoothing != 0) target += smoothing / row.classes * of.offsets;
-  return loss + weighted(row.hard_weight, std::log(of.all.hard) - target);
+  double target = weighted(1 - smoothing, label_logit - summary.all.max);
+  if (smoothing != 0) target += smoothing / row.classes * summary.offsets;
+  return loss + weighted(row.hard_weight, std::log(summary.all.hard) - target);
 }
 
 }  // namespace

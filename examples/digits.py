@@ -2,11 +2,11 @@
 
     python examples/digits.py [--seeds N] [--epochs N] [--temperature T] [--alpha A]
 
-A convolutional teacher learns from all training images. Then the same small student is trained
-twice on a tenth of those images: alone, from their labels, and distilled, from their labels and
-the teacher's logits. Everything else is equal: first weights, images, order of batches, steps,
-optimizer, learning rate. So the two differ by the loss alone. It is a question of Hinton, Vinyals
-and Dean (2015): can soft targets pass on, with few images, what a teacher learnt from many?
+A convolutional teacher is trained on all training images. Then the same small student is trained
+twice on a tenth of those images: alone, on their labels; and distilled, on their labels and the
+teacher's logits. Initial weights, images, batches, steps, optimizer and learning rate are equal, so
+only the loss differs. Hinton, Vinyals and Dean (2015) asked the question: can soft targets pass on,
+with few images, what a teacher learned from many?
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/language-models.md]
 
-The text is Python's documentation, by characters. The teacher learns from all of it; the students,
-with a sixth of its parameters, from a tenth: first from the labels, then in five ways from the same
-weights, with equal steps, rates and numbers of tokens; no rate was tuned. A model with a large
-vocabulary passes fastkd.Head in place of logits.
+The text is Python's documentation, one token a character. The teacher is trained on all of it. The
+students have a sixth of its parameters and a tenth of the text. They are trained on the labels,
+then from the same weights in five ways with equal steps, rates and numbers of tokens. No rate was
+tuned. A model with a large vocabulary passes fastkd.Head in place of logits.
 """
 
 import argparse

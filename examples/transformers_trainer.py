@@ -1,17 +1,20 @@
-"""Distill in transformers.Trainer by a mixin: a small GPT-2 and a smaller one, on text.
+"""Distill in transformers.Trainer, by a mixin: from a small GPT-2 to a smaller one, on text.
 
-    python examples/transformers_trainer.py [--steps N]
+    python examples/transformers_trainer.py [--seeds N] [--steps N]
 
-The text is the one that ships with Python (pydoc_data.topics), the tokens are its characters.
+The text ships with Python (pydoc_data.topics); the tokens are its characters. The teacher reads all
+of it, and the students read 5,000 characters, for the same number of steps with and without the
+teacher.
 """
 
 import argparse
 import pathlib
 import tempfile
 from pydoc_data.topics import topics
+from statistics import mean, stdev
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import fastkd
 from fastkd.integrations.transformers import DistillationMixin
@@ -20,58 +23,78 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """Trainer with the mixin, which must come first."""
+    """The mixin goes first."""
 
 
 def model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
-    """Make a GPT-2 of any size, initialized from its own seed."""
+    """Return a GPT-2 with random weights."""
     sizes = {"n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": 4}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes, **ends))
 
 
-def main() -> None:
-    """Train a teacher on text, then a student on text and teacher."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="of teacher and student each")
-    steps = parser.parse_args().steps
+def arguments(rate: float, steps: int, seed: int) -> TrainingArguments:
+    """Return the arguments of a training without logs and checkpoints."""
+    return TrainingArguments(
+        str(pathlib.Path(tempfile.gettempdir()) / "fastkd-transformers"),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=steps,
+        learning_rate=rate,
+        seed=seed,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second thread
-    torch.manual_seed(0)
+
+def main() -> None:
+    """Train a teacher, then a student alone and a student distilled for each seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100, help="of the students")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)  # models this small gain nothing from a second one
     text = "\n".join(topics.values())
     characters = sorted(set(text))
     number = {character: index for index, character in enumerate(characters)}
     tokens = torch.tensor([number[character] for character in text])
     windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    samples = [{"input_ids": window, "labels": window} for window in windows]
-    held_out, training = samples[:64], samples[64:]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    samples = [{"input_ids": window, "labels": window} for window in windows[order]]
+    held_out, training = samples[:128], samples[128:]
 
-    def arguments(rate: float) -> TrainingArguments:
-        return TrainingArguments(
-            str(pathlib.Path(tempfile.gettempdir()) / "fastkd-transformers"),
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,
-            max_steps=steps,
-            learning_rate=rate,
-            report_to=[],
-            save_strategy="no",
-            logging_steps=max(1, steps // 3),
-            disable_tqdm=True,
-        )
+    def evaluate(trained: GPT2LMHeadModel) -> float:
+        """Return the cross entropy on text that no model has read, in nats a character."""
+        trainer = Trainer(trained, arguments(0.0, 1, 0), eval_dataset=held_out)
+        return trainer.evaluate()["eval_loss"]
 
+    set_seed(0)
     teacher = model(len(characters), 64, 2)
-    Trainer(teacher, arguments(3e-3), train_dataset=training).train()
-    student = model(len(characters), 32, 1)
-    trainer = DistillationTrainer(
-        student,
-        arguments(5e-3),
-        train_dataset=training,
-        eval_dataset=held_out,
-        teacher=teacher,
-        kd_loss=fastkd.KDLoss(temperature=2.0, alpha=0.5),
-    )
-    trainer.train()
-    print(f"held-out distillation loss: {trainer.evaluate()['eval_loss']}")
+    Trainer(teacher, arguments(3e-3, 4 * options.steps, 0), train_dataset=training).train()
+    print(f"teacher: cross entropy {evaluate(teacher):.3f}")
+    gains = []
+    for seed in range(options.seeds):
+        few, common = training[:78], arguments(5e-3, options.steps, seed)
+        set_seed(seed)
+        alone = model(len(characters), 32, 1)
+        Trainer(alone, common, train_dataset=few).train()
+        set_seed(seed)
+        distilled = model(len(characters), 32, 1)
+        DistillationTrainer(
+            distilled,
+            common,
+            train_dataset=few,
+            teacher=teacher,
+            kd_loss=fastkd.KDLoss(temperature=1.0, alpha=0.1),
+        ).train()
+        losses = evaluate(alone), evaluate(distilled)
+        gains.append(losses[0] - losses[1])
+        print(f"seed {seed}: cross entropy: alone {losses[0]:.3f}, distilled {losses[1]:.3f}")
+    error = 2 * stdev(gains) / len(gains) ** 0.5
+    print(f"gain by distillation: {mean(gains):+.3f} ± {error:.3f} nats (2 standard errors)")
 
 
 if __name__ == "__main__":

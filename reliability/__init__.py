@@ -1,6 +1,5 @@
 """Programs that test fastkd's behavior under faults; ``docs/reliability.md`` lists them.
 
-A program of this package prints what it found as a line ``figures: {...}``. Started through
-``python -m reliability NAME``, as the Makefile does, the line is kept in ``results/NAME.json`` and
-shown in the document.
+A program of this package prints its results as a line ``figures: {...}``. ``python -m reliability
+NAME``, which the Makefile calls, stores that line in ``results/NAME.json`` and in the document.
 """

@@ -1,9 +1,8 @@
 """Run the programs that docs/reliability.md lists, and write it: ``python -m reliability [NAME
 ...]``.
 
-Without names everything is run, one line after the other: none is given up because another failed,
-each is stopped at its limit, and the document is written anew after each. What a run found is kept
-in ``results/NAME.json``; the document shows the last one of each.
+Without names all programs run in order. A failure does not stop the others, each program has a time
+limit, and the document is written after each. ``results/NAME.json`` has a program's last results.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Promise(NamedTuple):
     promise: str
     command: str
     minutes: int = 10
-    """It is stopped after so many."""
+    """Time limit of the command."""
     needs: str | None = None
-    """A program that is not everywhere; without it the promise is not tried."""
+    """Required program; if it is missing, the promise is not tested."""
 
 
 TESTS = ".venv/bin/python -m pytest -q "

@@ -1,12 +1,11 @@
 """Run libFuzzer on the reader of teachers' caches, which answers or raises ValueError.
 
 ``python -m reliability.caches [SECONDS [SEED]]``. atheris follows the reader's branches. Half of
-the mutations are of a header's entries, which the format's length, offsets and, mostly, checksums
-then fit again: of bytes changed at random hardly one in a thousand gets past the JSON, and none
-past the checksums. Where a file is accepted, flipping a bit of it must be noticed or change
-nothing that is read. A file that is no regular one must be refused before the fuzzing begins.
-libFuzzer leaves a finding in ``build/caches``. Once it is fixed, it belongs into
-``tests/test_teachers.py``.
+the mutations change entries of a header and then correct its length, offsets and most checksums.
+Of random changes, hardly one in a thousand gets past the JSON, and none past the checksums. If a
+file is accepted, a flipped bit must be detected or change nothing that is read. Files that are
+not regular must be refused before the fuzzing begins. libFuzzer writes a failing file to
+``build/caches``. Once fixed, add it to ``tests/test_teachers.py``.
 """
 
 from __future__ import annotations

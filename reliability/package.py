@@ -1,9 +1,9 @@
 """Test the source distribution and the wheel in new environments.
 
-- ``python -m build --sdist``; the tarball installs into a new environment that has torch, where
-  ``git`` is not to be had, and works there.
-- auditwheel repairs the wheel with torch's libraries left out, and none of them is inside.
-- cibuildwheel reads its settings in pyproject.toml. To build by them takes a container engine.
+- ``python -m build --sdist``; the tarball installs into a new environment that has torch and no
+  ``git``, and works there.
+- auditwheel repairs the wheel without torch's libraries, and none of these is inside.
+- cibuildwheel reads its settings in pyproject.toml; a build by cibuildwheel needs containers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKS = (
 def run(*command: str | Path, **environment: str) -> str:
     """Run a command outside the project's folder; return its output or raise with its last lines.
 
-    The tools are this environment's own, whether it is activated or not.
+    The command finds this environment's tools, even if the environment is not activated.
     """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

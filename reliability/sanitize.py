@@ -1,8 +1,8 @@
 """Run core tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The extension goes into an environment of its own that sees this one's packages. The interpreter is
-not built with the sanitizers, so their libraries are loaded before it; leaks, of which interpreters
-have many at exit, are ``make soak``'s to find.
+built without sanitizers, so their libraries are loaded before it. Leaks are left to ``make soak``,
+since interpreters have many at exit.
 """
 
 from __future__ import annotations

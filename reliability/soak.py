@@ -1,7 +1,7 @@
 """Repeat every kind of call many times, failing ones too; the process must not grow.
 
-``python -m reliability.soak [CALLS]``; an allocator may take some pages later than others, hence
-the margin, which is far below what the smallest tensor of a call would add up to.
+``python -m reliability.soak [CALLS]``. The margin allows for pages that an allocator takes late; it
+is far below the sum over the calls of their smallest tensor.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Run core tests on other versions of Python and torch, each pair in its own environment.
 
-A source distribution is built once, from which every pair builds its wheel with its own torch (no
-git, and nothing of this folder). The tests then run on the installed wheel. The wheel that the pair
-before built for the same Python meets this pair's torch too: it must work there as well, which is
-what the stable ABI promises.
+A source distribution is built once; each pair builds its wheel from it with its own torch, without
+git and without this folder. The tests run on the installed wheel. A pair also tests the previous
+pair's wheel for the same Python with its own torch, as the stable ABI promises.
 """
 
 from __future__ import annotations
@@ -57,9 +56,7 @@ def run(command: list[str], log: Path, folder: Path = ROOT) -> str:
     # Neither the folder's own package nor another environment's may be imported.
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
     environment |= {"UV_NATIVE_TLS": "1", "UV_PYTHON_DOWNLOADS": "never", "OMP_NUM_THREADS": "2"}
-    if shutil.which(
-        "ccache"
-    ):  # kernels depend on neither Python nor torch, so they are compiled once
+    if shutil.which("ccache"):  # compiled once, since kernels depend on neither Python nor torch
         environment["CMAKE_CXX_COMPILER_LAUNCHER"] = "ccache"
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

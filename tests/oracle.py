@@ -1,6 +1,6 @@
 """Compute the objectives in NumPy and float64, from probabilities, without fastkd.
 
-Works on rows: logits (R, C), labels (R,) or (R, C), and one number for each row or for all.
+Arguments: logits (R, C), labels (R,) or (R, C), and one number for each row or for all.
 """
 
 from typing import Any, NamedTuple
@@ -203,7 +203,7 @@ def double_labels(labels: Any) -> Any:
 def gradient(student: torch.Tensor, *arguments: Any, step: float = 1e-3, **options: Any) -> Array:
     """Differentiate the loss's sum by central differences of the fourth order.
 
-    Rows are independent, so all of them are moved at once, a class at a time.
+    Rows are independent, so one difference moves one class of all rows.
     """
     base = double(student)
     grad = np.zeros_like(base)

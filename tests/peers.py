@@ -1,7 +1,7 @@
 """Compile other libraries' code as the oracle of fastkd.compat, and share its helpers.
 
-A library's classes and functions are compiled from its installed source, alone: importing the
-library would bring along its dependencies, which are a hundred times its size, and their warnings.
+A library's classes and functions are compiled from its installed source, alone. Importing the
+library would import its dependencies, a hundred times its size, with their warnings.
 """
 
 import ast
@@ -31,7 +31,7 @@ def folder(package: str) -> pathlib.Path:
 def code(package: str, file: str, *names: str, **extra_globals: Any) -> SimpleNamespace:
     """Compile named classes and functions of a package's file, without their decorators.
 
-    ``given`` are the globals that they use beside torch, nn and F.
+    ``extra_globals``: names that the code uses beside torch, nn and F.
     """
     path = folder(package) / file
     with warnings.catch_warnings():

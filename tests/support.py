@@ -159,7 +159,7 @@ class Answer(NamedTuple):
     loss: Tensor
     grad: Tensor
     noise: float
-    """The truth's own rounding: its sum of p (log p - log q) cancels, the kernels' does not."""
+    """Rounding of the truth: its sum of p (log p - log q) cancels, the kernels' sum does not."""
 
 
 def truth(
@@ -292,7 +292,7 @@ def assert_grad(
 ) -> None:
     """Assert the gradient's norm-wise error: fp32 and fp64 against eager, 16-bit against rounding.
 
-    ``weight``: a bound of what probabilities are multiplied by, where rows may be confident.
+    ``weight``: a bound of the factors of probabilities, for rows with probabilities near 1.
     """
     assert grad is not None
     assert grad.shape == exact.shape

@@ -48,7 +48,7 @@ def expected(student: Tensor, teacher: Tensor, labels: Tensor | None, **options)
     ],
     ids=str,
 )
-def test_gradcheck(device, options, reduction):
+def test_gradients_equal_finite_differences(device, options, reduction):
     student, teacher, labels = make((3, 3), FP64, device=device, spread=1.0, ignored=0.0)
     labels[1] = -100
 
@@ -131,7 +131,7 @@ def test_gradient_penalty_through_a_model(device):
 @pytest.mark.parametrize(
     ("dtype", "reduction", "scale"), pairwise(DTYPES, REDUCTIONS, [1.0, -0.3, 1024.0, 0.0]), ids=str
 )
-def test_grad_output(device, scale, reduction, dtype):
+def test_grad_output_scales_the_gradient(device, scale, reduction, dtype):
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
     shape = (6,) if reduction == "none" else ()
@@ -149,7 +149,7 @@ def test_grad_output(device, scale, reduction, dtype):
 @pytest.mark.parametrize(
     ("dtype", "reduction", "terms"), pairwise(DTYPES, REDUCTIONS, [False, True]), ids=str
 )
-def test_backward_twice(device, terms, reduction, dtype):
+def test_a_second_backward_pass_is_right(device, terms, reduction, dtype):
     """With retain_graph, all gradients are right, and later calls leave earlier results alone."""
     student, teacher, labels = make((6, 203), dtype, device=device)
     acc = compute_dtype(student, teacher)
@@ -405,7 +405,7 @@ def test_heads_and_lists_that_inference_mode_has_made(device):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(device, reentrant):
+def test_checkpointing_gives_the_same_gradient(device, reentrant):
     student, teacher, labels = make((6, 20), device=device)
     leaf = student.clone().requires_grad_()
     checkpoint(
@@ -417,7 +417,7 @@ def test_checkpoint(device, reentrant):
 
 
 @pytest.mark.parametrize("half", [BF16, FP16], ids=name_of)
-def test_autocast(device, half):
+def test_autocast_leaves_the_loss_in_float32(device, half):
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 20, device=device)
     x = torch.randn(5, 6, device=device)
@@ -432,7 +432,7 @@ def test_autocast(device, half):
     assert model.weight.grad.dtype == FP32 and model.weight.grad.isfinite().all()
 
 
-def test_saved_tensor_hooks(device):
+def test_saved_tensors_may_be_offloaded(device):
     student, teacher, labels = make((6, 20), device=device)
     results = []
     for _ in range(2):
@@ -446,7 +446,7 @@ def test_saved_tensor_hooks(device):
     assert torch.equal(leaf.grad, results[0])
 
 
-def test_anomaly_mode(device):
+def test_anomaly_mode_works(device):
     student, teacher, labels = make((6, 20), device=device)
     with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
         fastkd.loss(student.requires_grad_(), teacher, labels).backward()

@@ -182,7 +182,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("way", ["loss", "terms"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_message(mistake, way):
+def test_the_message_names_argument_and_values(mistake, way):
     changed, error, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
@@ -229,7 +229,7 @@ def test_valid_names_are_listed():
 
 
 @pytest.mark.parametrize("name", ["loss", "terms", "verify", "KDLoss", "explain"])
-def test_unknown_option(name):
+def test_an_unknown_option_is_refused(name):
     function = getattr(fastkd, name)
     arguments = good() if name in ("loss", "terms", "verify") else {}
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'tau'"):
@@ -330,7 +330,7 @@ def test_non_adjacent_classes_work(device):
     assert torch.equal(leaf.grad, plain.grad)
 
 
-def test_integers_are_numbers():
+def test_integers_are_accepted_as_numbers():
     arguments = good()
     assert torch.equal(
         fastkd.loss(**arguments, temperature=3, alpha=1, normalizer=2, label_smoothing=0),

@@ -47,7 +47,7 @@ HEADS = st.fixed_dictionaries(
 
 
 @given(HEADS)
-def test_by_itself(sizes):
+def test_default_chunks_cover_all_rows(sizes):
     """Chunks cover all rows, and are large enough for fast matrix products."""
     chosen = plan(**sizes)
     rows = sizes["rows"]
@@ -77,7 +77,7 @@ def test_keeps_to_max_workspace(sizes, mib, chunk_by):
 
 
 @given(HEADS, st.integers(1, 9000), st.booleans())
-def test_chunks_of_classes(sizes, most, writes):
+def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
     """Chunks cover all classes; logits lie only in the unwritten part of the gradient."""
     rows, classes, width = sizes["rows"], sizes["classes"], sizes["student_width"]
     item = int(sizes["logits_per_row"]) * sizes["dtype"].itemsize
@@ -106,7 +106,7 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(("sizes", "mib", "accumulate"), TARGETS, ids=str)
-def test_large_heads(sizes, mib, accumulate):
+def test_large_heads_fit_their_memory(sizes, mib, accumulate):
     options = {"dtype": BF16, "device": "cuda", "accumulate_dtype": accumulate}
     bound = None if mib > 2000 else mib * MIB
     chosen = plan(*sizes, **options, max_workspace=bound)
@@ -116,7 +116,7 @@ def test_large_heads(sizes, mib, accumulate):
 
 # Memory of Liger's fused loss for these shapes: docs/linear.md.
 @pytest.mark.parametrize(("sizes", "mib"), [(TARGETS[0][0], 564), (TARGETS[1][0], 334)], ids=str)
-def test_the_least_memory(sizes, mib):
+def test_the_least_memory_is_two_gradients(sizes, mib):
     """The least memory of chunks of classes is the two gradients plus small chunks."""
     chosen = plan(*sizes, dtype=BF16, device="cuda", max_workspace=mib * MIB - 1)
     rows, classes, width = sizes
@@ -164,7 +164,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
-def test_bad_input(wrong, message):
+def test_bad_arguments_are_refused(wrong, message):
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
         fastkd.chunks.plan(**{**make_heads()._asdict(), **wrong})
 
@@ -199,7 +199,7 @@ def test_sizes_of_a_call(device):
     assert sizes(lists).teacher_dtype == BF16 and 2 < sizes(lists).logits_per_row < 3
 
 
-def test_sizes_under_autocast():
+def test_autocast_changes_the_sizes():
     with torch.autocast("cpu", dtype=BF16):
         one = sizes(make_heads())
     assert one[4:7] == (BF16, BF16, FP32)
@@ -246,7 +246,7 @@ def test_keeps_to_max_workspace_with_a_size_of_chunks(sizes, mib, size, chunk_by
         plan(**options, max_workspace=mib * MIB)
 
 
-def test_no_room():
+def test_a_bound_too_small_is_refused():
     with pytest.raises(
         ValueError, match=r"max_workspace=1048576 .* accumulate_dtype=torch.bfloat16"
     ):

@@ -43,7 +43,7 @@ def torchdistill_code():
     ],
     ids=lambda options: ", ".join(options),
 )
-def test_torchdistill(name, reduction, options):
+def test_torchdistill_gives_its_own_loss(name, reduction, options):
     student, teacher, labels = draw((6, 5))
     ours = getattr(torchdistill, name)(*PATHS, temperature=4.0, reduction=reduction, **options)
     theirs = getattr(torchdistill_code(), name)(
@@ -86,7 +86,7 @@ def test_torchdistill_ignored_rows_are_out_of_both_terms():
     assert ours(*filled(student, teacher), labels) != theirs(*filled(student, teacher), labels)
 
 
-def test_torchdistill_refuses():
+def test_torchdistill_refuses_unsupported_options():
     with pytest.raises(TypeError, match="alpha and beta must not both be None"):
         torchdistill.KDLoss(*PATHS, temperature=2.0)
     with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
@@ -121,7 +121,7 @@ def models(classes: int = 5) -> tuple[nn.Module, nn.Module]:
     ],
     ids=lambda weights: ", ".join(weights) or "none",
 )
-def test_timm(weights, fused):
+def test_timm_gives_its_own_loss(weights, fused):
     teacher, student = models()
     images, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 5
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -178,7 +178,7 @@ def keras_loss(package, temperature: float):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_keras_logits_distillation(keras_package, temperature):
+def test_keras_logits_distillation_gives_its_own_loss(keras_package, temperature):
     student, teacher, _ = draw((6, 5))
     theirs = keras_loss(keras_package, temperature)
     ours = keras.LogitsDistillation(temperature)
@@ -192,7 +192,7 @@ def test_keras_logits_distillation(keras_package, temperature):
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_keras_distiller(keras_package, weight, with_labels):
+def test_keras_distiller_trains_like_its_own(keras_package, weight, with_labels):
     torch.manual_seed(0)
     teacher, student = (
         keras_package.Sequential([keras_package.Input((3,)), keras_package.layers.Dense(5)])
@@ -216,7 +216,7 @@ def test_keras_distiller(keras_package, weight, with_labels):
         )
 
 
-def test_keras_modes(keras_package):
+def test_keras_distiller_sets_training_modes(keras_package):
     """The teacher is frozen and in evaluation mode; a Keras student gets the training flag."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
@@ -247,7 +247,7 @@ def test_keras_without_the_teacher():
     agree(lambda s: ours.compute_loss(s, labels), lambda s: F.cross_entropy(s, labels), logits)
 
 
-def test_signatures(keras_package):
+def test_signatures_are_those_of_the_libraries(keras_package):
     """The adapters have the parameters of the libraries' signatures, in the same order."""
     pairs = [
         (timm.LogitDistillationTask, peers.timm_task()),
@@ -278,7 +278,7 @@ def test_what_has_no_meaning_here():
         ours.compute_loss(torch.zeros(1, 3).double(), sample_weight=3)
 
 
-def test_keras_refuses():
+def test_keras_refuses_unsupported_losses():
     with pytest.raises(ValueError, match="loss must be one of 'kl_divergence'; got 'mse'"):
         keras.LogitsDistillation(loss="mse")
     teacher, student = models()
@@ -291,7 +291,7 @@ def test_keras_refuses():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["none", "soft", "hard"])
-def test_deit(kind, alpha):
+def test_deit_gives_its_own_loss(kind, alpha):
     teacher, _ = models()
     heads, _, labels = draw((2, 6, 5))
     labels, images = labels[0], torch.randn(6, 3, dtype=torch.float64)
@@ -319,7 +319,7 @@ def test_deit_needs_two_heads():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_mdistiller_kd(temperature):
+def test_mdistiller_kd_gives_its_own_loss(temperature):
     student, teacher, _ = draw((6, 5))
     agree(
         lambda s: mdistiller.kd_loss(s, teacher, temperature),
@@ -330,7 +330,7 @@ def test_mdistiller_kd(temperature):
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 8.0), (0.5, 0.0), (2.0, 2.0)])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_mdistiller_dkd(alpha, beta, temperature):
+def test_mdistiller_dkd_gives_its_own_loss(alpha, beta, temperature):
     student, teacher, target = draw((6, 5))
     others = torch.ones(6, 5, dtype=torch.bool).scatter(1, target[:, None], False)
 

@@ -24,7 +24,7 @@ def sdft():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
-def test_trl_sdft(alpha):
+def test_trl_sdft_gives_its_own_loss(alpha):
     student, teacher, _ = draw((2, 4, 11))
     agree(
         lambda s: trl_sdft.compute_full_logit_self_distillation_loss(
@@ -92,7 +92,7 @@ def same_loss(student, target, beta, temperature, **teacher):
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("mask", MASKS)
-def test_ms_swift(beta, temperature, mask):
+def test_ms_swift_gives_its_own_loss(beta, temperature, mask):
     student, teacher, labels = draw((2, 6, 11), mask)
     same_loss(student, labels, beta, temperature, full_logits=teacher, labels=labels)
 
@@ -135,7 +135,7 @@ def test_ms_swift_with_padding_in_a_list():
     assert swift().gkd_loss(student, theirs, labels, 0.0, 1.0)[0].isnan()
 
 
-def test_ms_swift_refuses():
+def test_ms_swift_refuses_unsupported_options():
     student, teacher, labels = draw((2, 6, 11))
     with pytest.raises(ValueError, match="must have full_logits, or topk_logprobs and topk_indic"):
         ms_swift.gkd_loss(student, outputs(), labels, 0.0, 1.0)

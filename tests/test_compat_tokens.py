@@ -37,7 +37,7 @@ def torchtune_code():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("name", "_", "options"), TORCHTUNE)
-def test_torchtune(name, _, options, mask, normalize):
+def test_torchtune_gives_its_own_loss(name, _, options, mask, normalize):
     student, teacher, labels = draw((7, 5), mask, -7)
     ours = getattr(torchtune, name)(**options, ignore_index=-7)
     theirs = getattr(torchtune_code(), name)(**options, ignore_index=-7)
@@ -51,7 +51,7 @@ def test_torchtune(name, _, options, mask, normalize):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("_", "name", "options"), TORCHTUNE)
-def test_torchtune_chunked(_, name, options, mask):
+def test_torchtune_chunked_gives_its_own_loss(_, name, options, mask):
     student, teacher, labels = draw((2, 7, 5), mask)
     ours = getattr(torchtune, name)(3, **options)
     theirs = getattr(torchtune_code(), name)(3, **options)
@@ -109,7 +109,7 @@ def trl_loss():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
-def test_trl(beta, temperature, reduction, mask):
+def test_trl_gives_its_own_loss(beta, temperature, reduction, mask):
     student, teacher, labels = draw((2, 4, 11), mask)
     options = {
         "labels": None if mask == "no labels" else labels,
@@ -158,7 +158,7 @@ def test_trl_where_no_row_counts_in_the_whole_step(count):
     assert loss == 0 and not student.grad.any()
 
 
-def test_trl_refuses():
+def test_trl_refuses_unsupported_options():
     student, teacher, _ = draw((2, 3, 5))
     with pytest.raises(ValueError, match=r"reduction must be one of .*; got 'none'"):
         trl.generalized_jsd_loss(student, teacher, reduction="none")
@@ -177,7 +177,7 @@ def test_trl_refuses():
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
-def test_liger_jsd(beta, mask):
+def test_liger_jsd_gives_its_own_loss(beta, mask):
     file = "chunked_loss/jsd_loss.py"
     summed = peers.code("liger_kernel", file, "distillation_loss_fn", math=math)
     student, teacher, labels = draw((7, 11), mask)
@@ -193,7 +193,7 @@ def test_liger_jsd(beta, mask):
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
 @pytest.mark.parametrize("log_target", [False, True])
-def test_liger_kl(reduction, log_target):
+def test_liger_kl_gives_its_own_loss(reduction, log_target):
     student, teacher, _ = draw((7, 11))
     target = teacher.log_softmax(-1) if log_target else teacher.softmax(-1)
     ours = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
@@ -220,7 +220,7 @@ def test_liger_kl_needs_no_eps():
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 @pytest.mark.parametrize("mask", [*MASKS, "no labels"])
-def test_liger_tvd(reduction, mask):
+def test_liger_tvd_gives_its_own_loss(reduction, mask):
     student, teacher, labels = draw((7, 11), mask)
     kept = labels != -100
     divisor = {"batchmean": kept.sum(), "mean": kept.sum() * 11, "sum": 1}[reduction]
@@ -276,7 +276,7 @@ def test_liger_refuses_losses_for_each_class(make):
 @pytest.mark.parametrize("name", ["kd_ce_loss", "kd_mse_loss"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["1", "8", "tensor", "one entry", "one for each row"])
-def test_textbrewer(name, shape, kind):
+def test_textbrewer_gives_its_own_loss(name, shape, kind):
     student, teacher, _ = draw(shape)
     rows = math.prod(shape[:-1])
     temperature = {
@@ -295,7 +295,7 @@ def test_textbrewer(name, shape, kind):
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_modelopt(reduction, shape):
+def test_modelopt_gives_its_own_loss(reduction, shape):
     student, teacher, _ = draw(shape)
     theirs = peers.code(
         "modelopt", "torch/distill/losses.py", "LogitsDistillationLoss", Loss=nn.modules.loss._Loss
@@ -307,7 +307,7 @@ def test_modelopt(reduction, shape):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("count", [None, 24])
 @pytest.mark.parametrize("mask", MASKS)
-def test_nemo(temperature, count, mask):
+def test_nemo_gives_its_own_loss(temperature, count, mask):
     student, teacher, labels = draw((2, 4, 11), mask)
     names = ("KDLoss", "_forward_kl_from_log_probs", "_kl_forward_chunked")
     theirs = peers.code(
@@ -355,7 +355,7 @@ def test_nemo_refuses_a_count_of_nothing():
     ],
     ids=["mlm", "clm", "mse", "mlm and mse"],
 )
-def test_distilbert(weights, restrict):
+def test_distilbert_gives_its_own_loss(weights, restrict):
     student, teacher, labels = draw((2, 6, 5), "some ignored")
     attention = torch.ones(2, 6, dtype=torch.long)
     attention[1, 4:] = 0  # at least one row with and one without a label

@@ -56,7 +56,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_compiled_is_eager(device, call):
+def test_a_compiled_loss_equals_the_eager_one(device, call):
     """Forward and backward are one graph each, of the op and not of its formula."""
     student, teacher, labels = make((3, 4, 50), device=device)
     graphs = []
@@ -90,7 +90,7 @@ def test_compiled_16_bit_gradients(device, dtype):
     assert distance(leaf.grad, exact) <= limit
 
 
-def test_dynamic_shapes(device):
+def test_dynamic_shapes_need_one_graph(device):
     """One graph serves any number of rows and classes."""
     graphs = []
     compiled = torch.compile(CALLS["mean"], fullgraph=True, dynamic=True, backend=recorder(graphs))
@@ -102,7 +102,7 @@ def test_dynamic_shapes(device):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_inductor(device):
+def test_inductor_gives_the_eager_gradient(device):
     """The default backend fuses operations around the op."""
     student, teacher, labels = make((6, 50), device=device)
 
@@ -154,7 +154,7 @@ def test_data_is_checked_by_a_compiled_graph():
         compiled(student, teacher, torch.full((6,), 50))
 
 
-def test_export(device):
+def test_an_exported_loss_equals_the_eager_one(device):
     student, teacher, labels = make((6, 50), device=device)
     criterion = fastkd.KDLoss(temperature=3.0)
     rows = torch.export.Dim("rows", min=2, max=1000)
@@ -228,7 +228,7 @@ SHAPES = [((6, 50), (6,)), ((2, 3, 50), (2, 3)), ((50,), ()), ((0, 50), (0,))]
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
-def test_meta_tensors(shape, rows, reduction, dtype):
+def test_meta_tensors_give_shapes_and_dtypes(shape, rows, reduction, dtype):
     student = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
     teacher = torch.empty(shape, dtype=dtype, device="meta")
     labels = torch.empty(rows, dtype=torch.int64, device="meta")
@@ -260,7 +260,7 @@ def test_fake_tensors_are_shaped_like_real_ones(device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_make_fx(device, reduction):
+def test_make_fx_traces_the_op(device, reduction):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     student, teacher, labels = make((6, 50), device=device)
@@ -299,7 +299,7 @@ def arguments_of(teacher, labels, rows, reduction, *, smoothing=0.1, with_terms=
     ids=str,
 )
 @pytest.mark.usefixtures("each_autograd")
-def test_opcheck_loss(device, labels, reduction, dtype):
+def test_opcheck_passes_for_the_loss(device, labels, reduction, dtype):
     student, teacher, index = make((6, 50), dtype, device=device, labels=labels)
     rows = torch.linspace(1, 2, 4 * 6, device=device)
     for with_terms, with_stats in ((False, True), (True, False)):

@@ -189,7 +189,7 @@ def test_threads_run_backward_through_one_graph(language, retain, loss):
 def seen_during(work: Callable[[], object]) -> bool:
     """Return True if another Python thread runs during ``work``.
 
-    Nobody is made to hand the GIL over in that time: the other one runs only if it is released.
+    The switch interval is too long to hand the GIL over, so the thread runs only if it is released.
     """
     phase, seen, done = "before", set(), threading.Event()
 
@@ -248,7 +248,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_data_loader_workers(tmp_path, method):
+def test_data_loader_workers_compute_the_loss(tmp_path, method):
     """Workers are forked after the parent used threads; spawn needs a script."""
     script = tmp_path / "dataset.py"
     script.write_text(DATASET)

@@ -41,7 +41,7 @@ def run(
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bitwise_repeatable(device, shape, reduction, dtype):
+def test_repeated_calls_give_equal_bits(device, shape, reduction, dtype):
     problem = make(shape, dtype, device=device)
     first = run(*problem, reduction)
     for _ in range(3):
@@ -80,7 +80,7 @@ def test_merged_sums_of_a_shared_row_are_those_of_a_whole_one():
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(64, 8 * S), (1, 64 * S)], ids=["whole rows", "one row"])
-def test_threads_are_used(shape):
+def test_several_threads_do_the_work(shape):
     """The calling thread's CPU time is well below the process's."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor")

@@ -27,7 +27,7 @@ def test_the_type_of_names_lists_every_divergence():
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(device, name, standardize):
+def test_gradients_equal_finite_differences(device, name, standardize):
     student, teacher, labels = make((3, 4), FP64, device=device, ignored=0.0, spread=1.0)
     labels[1] = -100
     t = torch.tensor(1.7, dtype=FP64, device=device, requires_grad=True)
@@ -74,7 +74,7 @@ def test_gradient_follows_from_the_slopes(device, name):
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_gradient_of_dkd(device):
+def test_the_gradient_of_dkd_is_its_formula(device):
     """The gradient of dkd is that of docs/maths.md, section 10."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, ignored=0.0)
     leaf, t, mix = student.requires_grad_(), 1.7, 3.0
@@ -91,7 +91,7 @@ def test_gradient_of_dkd(device):
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_learnable_temperature(device, name, per_row):
+def test_learned_temperatures_get_their_gradient(device, name, per_row):
     """The temperature's gradient includes T^2 and the teacher's softening."""
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device, seed=3)
     shape = (ROWS,) if per_row else ()
@@ -118,7 +118,7 @@ def test_learnable_temperature(device, name, per_row):
             assert float(ours) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
 
 
-def test_learnable_weights(device):
+def test_learned_weights_get_their_gradient(device):
     student, teacher, labels = make((ROWS, CLASSES), device=device, ignored=0.0)
     hard = torch.full((ROWS,), 0.4, device=device, requires_grad=True)
     soft = torch.tensor(0.6, device=device, requires_grad=True)
@@ -202,7 +202,7 @@ def test_high_temperature_limit(device):
     torch.testing.assert_close(at_its_own / 2, limit)  # the loss multiplies by T^2
 
 
-def test_relations_between_divergences(device):
+def test_divergences_keep_their_relations(device):
     student, teacher, _ = make((ROWS, CLASSES), FP64, device=device, labels=False)
 
     def value(name: str, mix: float | None = None, swapped: bool = False) -> Tensor:
@@ -419,7 +419,7 @@ def test_dkd_of_a_teacher_that_allows_the_label_alone(device):
 @pytest.mark.parametrize("classes", [6, 100])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("nothing", [0.0, 1e-40])
-def test_cosine_of_zeros(device, classes, reduction, nothing):
+def test_the_cosine_of_a_zero_row_is_finite(device, classes, reduction, nothing):
     """A zero row has cosine distance 1 and a gradient of z / T alone, as have subnormal rows."""
     student, teacher, _ = make((4, classes), device=device, labels=False)
     student[:2], teacher[1:3] = 0, 0

@@ -74,7 +74,7 @@ def test_prints_what_it_returns(capsys):
     ],
     ids=str,
 )
-def test_says(options, words):
+def test_the_text_names_the_options(options, words):
     for expected in words:
         assert expected in said(**options)
 
@@ -87,24 +87,30 @@ def test_says(options, words):
         ("mse", ["never by the classes", "softmax(z / T)"]),
     ],
 )
-def test_does_not_say(divergence, words):
+def test_the_text_omits_other_options(divergence, words):
     """The explanation omits options that the divergence lacks or refuses."""
     text = said(divergence=divergence)
     assert not any(unexpected in text for unexpected in words)
 
 
 @pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
-@pytest.mark.parametrize("own", [None, 1.0, 3.0])
-def test_the_teacher_s_distribution_is_the_loss_s(form, own):
+@pytest.mark.parametrize("teacher_t", [None, 1.0, 3.0])
+def test_the_teacher_s_distribution_is_the_loss_s(form, teacher_t):
     """The printed formula of p equals the loss's distribution."""
     student, w = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     w = {"logits": w, "log_probs": w.log_softmax(-1), "probs": w.softmax(-1)}[form]
-    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=own))[1]
-    names = {"softmax": lambda x: x.softmax(-1), "log": torch.log, "w": w, "T": 2.0, "T_t": own}
+    formula = re.search(r", p = (.*?);", said(teacher_form=form, teacher_temperature=teacher_t))[1]
+    names = {
+        "softmax": lambda x: x.softmax(-1),
+        "log": torch.log,
+        "w": w,
+        "T": 2.0,
+        "T_t": teacher_t,
+    }
     p = eval(formula.replace("sum w", "w.sum(-1, keepdim=True)"), names)
     log_q = (student / 2.0).log_softmax(-1)
     torch.testing.assert_close(
-        fastkd.loss(student, w, teacher_form=form, teacher_temperature=own),
+        fastkd.loss(student, w, teacher_form=form, teacher_temperature=teacher_t),
         4 * (p * (p.log() - log_q)).sum(-1).mean(),
     )
 
@@ -139,7 +145,7 @@ def test_the_page_is_what_the_code_says():
 
 
 @pytest.mark.parametrize("tail", ["ghost", "renormalize", "ignore"])
-def test_a_list(tail):
+def test_the_text_describes_a_list(tail):
     top = fastkd.TopK(torch.zeros(2, 3) - 2, torch.arange(6).view(2, 3), tail)
     text = fastkd.explain(teacher=top, show=False)
     assert "T = T_t = 1 softens" in text or "T = 1 softens" in text
@@ -148,7 +154,7 @@ def test_a_list(tail):
 
 
 @pytest.mark.parametrize(("estimator", "gradient"), [("k1", "q || p"), ("k3", "p || q")])
-def test_a_sampled_class(estimator, gradient):
+def test_the_text_describes_a_sampled_class(estimator, gradient):
     sampled = fastkd.Sampled(torch.zeros(2), torch.zeros(2, dtype=torch.int64), estimator)
     text = " ".join(fastkd.explain(teacher=sampled, shift=1, show=False).split())
     assert f"is the gradient of KL({gradient})" in text and f"[{estimator}: Schulman 2020]" in text

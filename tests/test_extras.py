@@ -53,7 +53,7 @@ def hide(monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["safetensors", "numpy", "tqdm"])
-def test_precompute(package, hide, tmp_path):
+def test_precompute_names_its_package(package, hide, tmp_path):
     hide(package)
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[train\]"):
         fastkd.teachers.precompute(Unasked(), LOADER, tmp_path / "cache")
@@ -61,13 +61,13 @@ def test_precompute(package, hide, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
-def test_report(package, hide):
+def test_report_names_its_package(package, hide):
     hide(package)
     with pytest.raises(ImportError, match=rf"needs {package}, .*fastkd\[report\]"):
         fastkd.report(Unasked(), nn.Linear(2, 3), LOADER)
 
 
-def test_trainer(hide):
+def test_the_trainer_names_its_package(hide):
     hide("tqdm")
     student = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
@@ -87,7 +87,7 @@ def test_trainer(hide):
         ("export", "safetensors"),
     ],
 )
-def test_command_line(command, package, hide, tmp_path, monkeypatch, capsys):
+def test_the_command_line_names_its_package(command, package, hide, tmp_path, monkeypatch, capsys):
     (tmp_path / "parts_of_extras.py").write_text(PARTS)
     file = tmp_path / "config.yaml"
     parts = dict.fromkeys(("teacher", "student"), "parts_of_extras:model")

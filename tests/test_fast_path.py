@@ -1,7 +1,6 @@
 """The fast path (fast_path.py) and autograd kernels: hooks, modes and second passes.
 
-That autograd in C++ and in Python give the same bits is tested wherever a test uses
-``each_autograd``.
+Tests with the fixture ``each_autograd`` run with autograd in C++ and in Python.
 """
 
 import pytest

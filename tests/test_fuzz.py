@@ -1,10 +1,9 @@
 """Random calls compared with the reference in float64: sizes, layouts, dtypes, options.
 
-``make fuzz CASES=20000 SEED=7`` runs this file as a program, and its sisters for sparse teachers,
-linear heads and caches: in batches of 500 from consecutive seeds, each printed when it fails, with
-the case that hypothesis has shrunk it to. Such a case is then added to REGRESSIONS, fix and all.
-What has no kernel on any device and is PyTorch's arithmetic throughout (several teachers,
-standardize) is not in here: test_objectives.py has it.
+``make fuzz CASES=20000 SEED=7`` runs this file as a program, and the fuzzers of sparse teachers,
+linear heads and ops: batches of 500 cases from consecutive seeds. A failing batch prints the case
+that hypothesis has shrunk it to. Add such a case to REGRESSIONS with its fix. Options that only
+PyTorch computes (several teachers, standardize) are tested in test_objectives.py.
 """
 
 import math
@@ -56,7 +55,7 @@ class Case(NamedTuple):
     ignored: float = 0.2
     divergence: str = "forward_kl"
     temperature: float = 2.0
-    own: float | None = None  # the teacher's temperature
+    teacher_t: float | None = None  # the teacher's temperature
     per_row: frozenset[str] = frozenset()  # options that are tensors with a number for each row
     constant: frozenset[str] = frozenset()  # options that are such tensors with equal numbers
     weights: tuple[float, float] = (0.5, 0.5)
@@ -93,7 +92,7 @@ CASES = st.builds(
     ignored=st.sampled_from([0.0, 0.2, 1.0]),
     divergence=st.sampled_from(["forward_kl", *fastkd.divergences()]),
     temperature=TEMPERATURES,
-    own=st.one_of(st.none(), st.floats(0.25, 30.0)),
+    teacher_t=st.one_of(st.none(), st.floats(0.25, 30.0)),
     per_row=rarely(frozenset(), st.frozensets(st.sampled_from(ROW_SETTINGS))),
     constant=rarely(frozenset(), st.frozensets(st.sampled_from([*ROW_SETTINGS, "class_weight"]))),
     weights=WEIGHTS,
@@ -138,8 +137,8 @@ def build(case: Case, device: torch.device) -> Problem:
     labels = labels_of(case, generator, device, dim)
     options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
     options |= {"temperature": case.temperature, "dim": dim}
-    if case.own is not None:
-        options["teacher_temperature"] = case.own
+    if case.teacher_t is not None:
+        options["teacher_temperature"] = case.teacher_t
     if labels is not None:
         options |= {"label_smoothing": case.smoothing, "ignore_index": case.ignore_index}
         options |= dict(zip(("hard_weight", "soft_weight"), case.weights, strict=True))
@@ -230,7 +229,7 @@ def check_constants(case: Case, device: torch.device, problem: Problem, soft: Te
     got, plain, soft = (x[finite] for x in (soft_terms(case, problem).double(), plain, soft))
     error, of_plain = (got - soft).abs(), (plain - soft).abs()
     eps = torch.finfo(compute_dtype(problem.student, problem.teacher)).eps
-    least = min(case.temperature, case.own or case.temperature)
+    least = min(case.temperature, case.teacher_t or case.temperature)
     ratio = 1 + largest_of(problem.student, problem.teacher) / least
     limit = 64 * eps * ratio * soft.abs() + 4 * (of_plain.max() if len(of_plain) else 0.0)
     assert bool((error <= limit).all()), f"{error} beside {of_plain}"
@@ -243,12 +242,12 @@ def roundings(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """
     student, teacher, exact = problem.student.double(), problem.teacher.double(), problem.exact
     dim, classes = exact["dim"], case.classes
-    t, own, soft = (
+    t, teacher_t, soft = (
         torch.as_tensor(exact.get(name, exact["temperature"]), dtype=FP64).unsqueeze(-1)
         for name in ("temperature", "teacher_temperature", "soft_weight")
     )
     student, teacher = (x.movedim(dim, -1)[..., :classes].abs() for x in (student, teacher))
-    size = student / t.to(student) + teacher / own.to(teacher)
+    size = student / t.to(student) + teacher / teacher_t.to(teacher)
     if case.divergence == "centered_mse":
         size = size + size.mean(-1, keepdim=True)
     gain = soft.to(size) * t.to(size) / exact.get("normalizer", 1.0)
@@ -322,11 +321,11 @@ def sensitivity(case: Case, problem: Problem) -> float:
     student, teacher, exact = problem.student, problem.teacher, problem.exact
     if not student.numel():
         return 1.0
-    t, own, hard, soft = (
+    t, teacher_t, hard, soft = (
         torch.as_tensor(exact.get(name, exact["temperature"]), dtype=FP64) for name in ROW_SETTINGS
     )
     largest, greatest = largest_of(student, teacher), float(t.max())
-    in_exponent = 1 + largest / float(torch.minimum(t.min(), own.min()))
+    in_exponent = 1 + largest / float(torch.minimum(t.min(), teacher_t.min()))
     fused = is_fused(case)
     if not fused and in_exponent > 1e30:
         return math.inf  # a logit over its temperature overflows float32
@@ -423,7 +422,7 @@ REGRESSIONS = [
         apart=1e-4,
         labels="probabilities",
         temperature=1.0,
-        own=8.0,
+        teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
     # PyTorch sums classes sequentially, which the bound did not include.
@@ -435,7 +434,7 @@ REGRESSIONS = [
         labels="probabilities",
         divergence="soft_cross_entropy",
         temperature=1.0,
-        own=8.0,
+        teacher_t=8.0,
         weights=(0.0, 0.3),
     ),
     # The truth sums classes sequentially: a divergence of -1e-13.
@@ -462,11 +461,11 @@ REGRESSIONS = [
             divergence=name,
             labels="none",
             temperature=1.5,
-            own=own,
+            teacher_t=teacher_t,
         )
         for n in (7, 1000)
         for name in ("mse", "centered_mse")
-        for own in (None, 0.7)
+        for teacher_t in (None, 0.7)
     ),
     # Tensors with equal numbers for each row: a difference of rounded quotients.
     *(
@@ -486,20 +485,20 @@ REGRESSIONS = [
         (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
     ),
     # A teacher temperature for each row beside one student temperature.
-    Case(own=3.0, per_row=frozenset(["teacher_temperature"])),
-    Case(leading=(0,), own=2.0, per_row=frozenset(["teacher_temperature"])),
+    Case(teacher_t=3.0, per_row=frozenset(["teacher_temperature"])),
+    Case(leading=(0,), teacher_t=2.0, per_row=frozenset(["teacher_temperature"])),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 @settings(max_examples=300)
 @given(case=CASES)
-def test_fuzz(device, case):
+def test_random_calls_equal_the_reference(device, case):
     run(case, device)
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
-def test_regressions(device, case):
+def test_earlier_failures_equal_the_reference(device, case):
     run(case, device)
 
 

@@ -56,7 +56,7 @@ class Case(NamedTuple):
     teacher: str = "head"
     divergence: str = "forward_kl"
     temperature: float = 2.0
-    own: float | None = None
+    teacher_t: float | None = None
     per_row: bool = False
     weights: tuple[float, float] = (0.5, 0.5)
     smoothing: float = 0.0
@@ -91,7 +91,7 @@ CASES = st.builds(
         ["forward_kl", *(n for n in fastkd.divergences() if n != "total_variation")]
     ),
     temperature=TEMPERATURES,
-    own=rarely(None, st.floats(0.25, 30.0)),
+    teacher_t=rarely(None, st.floats(0.25, 30.0)),
     per_row=rarely(False, st.booleans()),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
@@ -133,7 +133,7 @@ def build(case: Case, device: torch.device) -> tuple[dict[str, Tensor | None], d
     tensors = {k: None if v is None else v.to(device) for k, v in tensors.items()}
     tensors["labels"] = labels_of(case, generator, device)
     options: dict[str, Any] = {"reduction": case.reduction, "divergence": case.divergence}
-    options |= {"temperature": case.temperature, "teacher_temperature": case.own}
+    options |= {"temperature": case.temperature, "teacher_temperature": case.teacher_t}
     options["chunks"] = {"chunk_size": case.chunk or "auto"}
     if case.per_row:
         rows = math.prod(case.leading)
@@ -168,7 +168,7 @@ def has_classes(case: Case, options: dict[str, Any], device: torch.device) -> bo
         case.divergence in class_statistics.DIVERGENCES
         and case.labels != "probabilities"
         and not options.get("label_smoothing")
-        and (case.own is None or device.type == "cpu")
+        and (case.teacher_t is None or device.type == "cpu")
     )
 
 
@@ -226,9 +226,9 @@ def exact(
 def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> float:
     """Return the effect of rounding each logit's products on the row losses and gradients.
 
-    A logit is off by eps times the magnitudes that were added up for it. With logits over their
-    temperature no larger than L, log p - log q is no larger than R = 1 + 2 L, which bounds the
-    slopes of every divergence, and its square the slopes' own.
+    A logit's error is eps times the sum of the magnitudes of its products. If logits over their
+    temperature are at most L, log p - log q is at most R = 1 + 2 L. R bounds the slopes of every
+    divergence, and R^2 their derivatives.
     """
     sums = 1.0
     for side, width in zip(("student", "teacher"), case.widths, strict=True):
@@ -238,7 +238,7 @@ def sensitivity(case: Case, tensors: dict[str, Tensor | None], want: Exact) -> f
         )
         sums = max(sums, (width * hidden * weight + bias) * (case.scale or 1.0))
     t = case.temperature * (2 if case.per_row else 1)
-    least = min(case.temperature, case.own or case.temperature)
+    least = min(case.temperature, case.teacher_t or case.temperature)
     ratio = 1 + 2 * largest_of(want.student, want.teacher) / least
     hard, soft = (0.0, 1.0) if tensors["labels"] is None else case.weights
     slope = sums * (2 * hard + 4 * soft * (t / min(least, 1.0) * ratio) ** 2)
@@ -302,12 +302,12 @@ def run(case: Case, device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 @settings(max_examples=150)
 @given(case=CASES)
-def test_fuzz_linear(device, case):
+def test_random_heads_equal_the_reference(device, case):
     run(case, device)
 
 
 @pytest.mark.parametrize("teacher", ["head", "logits"])
-def test_regressions(device, teacher):
+def test_earlier_failures_equal_the_reference(device, teacher):
     # Infinite squares with weight 0: the gradient is the hard term's.
     biases, weights = (True, True), (0.5, 0.0)
     case = Case(divergence="mse", masked=True, biases=biases, teacher=teacher, weights=weights)

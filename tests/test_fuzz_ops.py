@@ -1,8 +1,8 @@
 """Hostile calls of the ops in ``torch.ops.fastkd``, which read memory by the sizes of tensors.
 
-Each call is near to a valid one. It must raise an error that Python code expects, or return
-tensors of the right shapes. Each call is made twice, with other bytes around the tensors: the
-bytes stay as they are, and the results do not depend on them.
+Each call is nearly valid. It must raise an error that Python code expects, or return tensors of the
+right shapes. Each call is made twice, with different bytes around the tensors: the bytes must stay
+unchanged, and the results must not depend on them.
 """
 
 import math
@@ -455,12 +455,12 @@ def test_a_gradient_whose_classes_are_apart(isa):
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=400)
 @given(case=CASES)
-def test_fuzz_ops(case):
+def test_hostile_calls_are_refused_or_right(case):
     run(case, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
-def test_regressions(case):
+def test_earlier_failures_are_refused_or_right(case):
     run(case, torch.device("cpu"))
 
 

@@ -287,12 +287,12 @@ REGRESSIONS = [
 @pytest.mark.filterwarnings("ignore:.*torch.frombuffer")
 @settings(max_examples=200)
 @given(case=CASES)
-def test_fuzz_topk(device, case):
+def test_random_lists_equal_the_definition(device, case):
     run(case, device)
 
 
 @pytest.mark.parametrize("case", REGRESSIONS)
-def test_regressions(device, case):
+def test_earlier_failures_equal_the_definition(device, case):
     run(case, device)
 
 

@@ -126,7 +126,7 @@ def test_features_that_do_not_fit():
         ({"loss": "mae"}, "one of 'mse', 'cosine', 'attention'; got 'mae'"),
     ],
 )
-def test_bad_arguments(options, words):
+def test_bad_arguments_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         fastkd.Hint(student="a", teacher="b", **options)
 

@@ -1,6 +1,6 @@
 """Invalid calls of the ops and of autograd's nodes, as by errors or attacks.
 
-Each must raise: the ops read and write memory by the sizes that they are given.
+Each call must raise, since the ops read and write memory by the sizes of their arguments.
 """
 
 import itertools

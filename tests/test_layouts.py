@@ -127,7 +127,7 @@ def test_every_dtype_on_cuda(shape, dtype):
     pairwise(["mean", "sum", "none"], [(2, 19, 5, 7), (1, 1100, 40)], dense.DIVERGENCES),
     ids=str,
 )
-def test_every_divergence(device, name, shape, reduction):
+def test_every_divergence_reads_pixels_in_place(device, name, shape, reduction):
     options = {"divergence": name, "reduction": reduction, "label_smoothing": 0.1}
     for dtype in (FP32, FP64):
         student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
@@ -137,7 +137,7 @@ def test_every_divergence(device, name, shape, reduction):
 @pytest.mark.parametrize(
     ("ours", "theirs", "shape"), pairwise(LAYOUTS, LAYOUTS, [(2, 19, 5, 7), (3, 60, 9)]), ids=str
 )
-def test_any_two_layouts(device, shape, ours, theirs):
+def test_any_two_layouts_give_the_truth(device, shape, ours, theirs):
     labels = make_labels(shape, device)
     student, teacher = make(shape, ours, device=device), make(shape, theirs, seed=1, device=device)
     grad = check(student, teacher, labels)
@@ -148,7 +148,7 @@ def test_any_two_layouts(device, shape, ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
-def test_numbers_of_rows(device, name):
+def test_pixels_have_their_own_numbers(device, name):
     """Each pixel may have its own temperature and weights."""
     shape = (2, 19, 5, 7)
     rows = torch.rand((2, 5, 7), generator=torch.Generator().manual_seed(3)).to(device) + 0.5
@@ -164,7 +164,7 @@ def test_numbers_of_rows(device, name):
     assert_grad(grad.movedim(1, -1), exact_grad, FP32)
 
 
-def test_labels():
+def test_labels_of_pixels_are_checked_and_ignored():
     """Ignored pixels may hold anything; an invalid label is named."""
     shape = (2, 19, 3, 4)
     student, teacher, labels = make(shape), make(shape, seed=1), make_labels(shape)
@@ -198,7 +198,7 @@ def test_masked_classes_and_rows_without_an_answer(device):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "centered_mse"])
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
-def test_backward_again(device, shape, name, dtype):
+def test_a_second_backward_pass_gives_equal_bits(device, shape, name, dtype):
     """A second backward pass recomputes the same bits from the statistics."""
     student, teacher = (make(shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
     student.requires_grad_()
@@ -210,7 +210,7 @@ def test_backward_again(device, shape, name, dtype):
     torch.testing.assert_close(third, first * 3, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_second_derivatives():
+def test_second_derivatives_of_pixels_are_right():
     shape = (2, 4, 3)
     teacher, labels = make(shape, dtype=FP64, seed=1), make_labels(shape)
     for layout in ("plain", "crop"):
@@ -222,7 +222,7 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 1100, 40)], ids=str)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-def test_inplace(device, shape, name):
+def test_pixels_are_overwritten_in_place(device, shape, name):
     plain, over = (make(shape, device=device).requires_grad_() for _ in range(2))
     teacher, labels = make(shape, seed=1, device=device), make_labels(shape, device)
     value = fastkd.loss(plain, teacher, labels, dim=1, divergence=name)
@@ -255,7 +255,7 @@ def test_any_number_of_threads(shape):
 
 @pytest.mark.parametrize("layout", ["plain", "channels last", "fewer classes"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
-def test_memory(layout, dtype):
+def test_pixels_are_not_copied(layout, dtype):
     """A call allocates one gradient and a few numbers a row, without copies."""
     shape = (2, 150, 50, 40)
     student, teacher = make(shape, layout, dtype).requires_grad_(), make(shape, layout, dtype, 1)
@@ -278,7 +278,7 @@ def test_memory(layout, dtype):
         for i, layout in enumerate(LAYOUTS)
     ],
 )
-def test_compiled(device, layout, dynamic):
+def test_compiled_pixels_equal_eager_ones(device, layout, dynamic):
     shape = (2, 19, 5, 7)
     student, teacher = (make(shape, layout, seed=seed, device=device) for seed in (0, 1))
     student.requires_grad_()
@@ -295,7 +295,7 @@ def test_compiled(device, layout, dynamic):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_shapes_for_tracing(device, layout, reduction):
+def test_fakes_have_the_strides_of_pixels(device, layout, reduction):
     """The fake kernels return the gradient's strides."""
     shape = (2, 19, 5, 7)
     student, teacher = make(shape, layout, device=device), make(shape, seed=1, device=device)
@@ -314,7 +314,7 @@ def test_shapes_for_tracing(device, layout, reduction):
     )
 
 
-def test_transposed_logits():
+def test_transposed_logits_are_read_in_place():
     """(C, N).t() is a strided layout, too."""
     student, teacher, labels = make((7, 40)), make((7, 40), seed=1), torch.arange(40) % 7
     value = fastkd.loss(student.t(), teacher.t(), labels)

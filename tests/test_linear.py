@@ -109,7 +109,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
-def test_options(device, dtype, options):
+def test_every_option_equals_the_truth(device, dtype, options):
     """Test loss and gradients of every option, in several chunks with a smaller last one."""
     heads = make_heads(dtype, device)
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -124,7 +124,7 @@ def test_options(device, dtype, options):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_grad_output(device, dtype, reduction):
+def test_grad_output_scales_the_gradients(device, dtype, reduction):
     """grad_output multiplies the gradients; with "none", each row's."""
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
@@ -139,7 +139,7 @@ def test_grad_output(device, dtype, reduction):
 
 @pytest.mark.parametrize("chunk_size", [8, 100, "auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_16_bit_errors(device, dtype, chunk_size):
+def test_16_bit_errors_are_at_most_pytorchs(device, dtype, chunk_size):
     """Errors are at most PyTorch's in 16 bits, and 1.1 times those of float32 logits."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(heads, FP64)
@@ -240,7 +240,7 @@ def test_frozen_parts_cost_nothing(device, frozen):
     assert [leaf.grad is None for leaf in heads.leaves()] == [name == frozen for name in names]
 
 
-def test_no_grad(device):
+def test_no_gradient_is_computed_under_no_grad(device):
     heads = make_heads(device=device)
     with torch.no_grad(), Products() as products:
         value = loss_in_chunks(*heads, chunks={"chunk_size": 64})
@@ -291,7 +291,7 @@ def test_a_quarter_of_the_memory_of_full_logits():
 # ---- teachers, labels, modules
 
 
-def test_teacher_logits(device):
+def test_a_teacher_may_be_logits(device):
     heads = make_heads(device=device)
     expected, grads = run(heads)
     value, others = run(heads._replace(teacher=heads.teacher.logits()), chunks={"chunk_size": 8})
@@ -308,7 +308,7 @@ def test_a_teacher_that_is_a_head_for_full_logits(device):
     assert torch.equal(fastkd.loss(student, heads.teacher, heads.labels), expected)
 
 
-def test_labels_of_probabilities(device):
+def test_labels_may_be_probabilities(device):
     heads = make_heads(FP64, device)
     heads = heads._replace(labels=torch.rand(ROWS, CLASSES, device=device, dtype=FP64).softmax(-1))
     exact, exact_grads = on_full_logits(heads, FP64)
@@ -318,7 +318,7 @@ def test_labels_of_probabilities(device):
         torch.testing.assert_close(grad, right)
 
 
-def test_batch_dimensions(device):
+def test_batch_dimensions_are_flattened(device):
     heads = make_heads(device=device)
     heads = Heads(
         *(head._replace(hidden=head.hidden[:36]) for head in heads[:2]), heads.labels[:36]
@@ -335,7 +335,7 @@ def test_batch_dimensions(device):
 
 
 @pytest.mark.parametrize("labels", ["none", "all ignored"])
-def test_no_rows(device, labels):
+def test_no_rows_give_zero(device, labels):
     heads = make_heads(device=device, rows=0 if labels == "none" else ROWS, ignored=1.0)
     for reduction in ("mean", "sum", "none"):
         value, grads = run(heads, reduction=reduction)
@@ -362,7 +362,7 @@ def test_a_weight_that_is_tied(device):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_autocast(device, dtype):
+def test_autocast_keeps_float32_gradients(device, dtype):
     """Products are in 16 bits; gradients of float32 weights are summed in float32."""
     heads = make_heads(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
@@ -375,7 +375,7 @@ def test_autocast(device, dtype):
         assert 0 < distance(grad, right) <= 1.1 * distance(baseline, right)
 
 
-def test_module(device):
+def test_the_module_takes_heads(device):
     heads = make_heads(device=device)
     plan = fastkd.chunks.plan(*heads, chunk_size=8)
     module = fastkd.KDLoss(temperature=3.0, alpha=0.2, chunks=plan)
@@ -421,7 +421,7 @@ def test_chunks_of_the_module_are_checked_when_it_is_made():
         fastkd.KDLoss().chunks = 8
 
 
-def test_layouts(device):
+def test_layouts_give_the_results_of_copies(device):
     """Slices, transposed weights and narrow labels give the results of copies."""
     heads = make_heads(FP64, device)
     expected, grads = run(heads, chunks={"chunk_size": 8})
@@ -470,7 +470,7 @@ STUDENT = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), STUDENT.values(), ids=STUDENT)
-def test_bad_heads(wrong, message):
+def test_bad_heads_are_refused(wrong, message):
     """A Head is checked when it is made, and again in a call."""
     head = make_heads().student
     with pytest.raises((ValueError, TypeError), match=message):
@@ -508,7 +508,7 @@ TEACHER = {
 
 
 @pytest.mark.parametrize(("teacher", "message"), TEACHER.values(), ids=TEACHER)
-def test_bad_teachers(teacher, message):
+def test_bad_teachers_are_refused(teacher, message):
     heads = make_heads()
     with pytest.raises((ValueError, TypeError), match=message):
         fastkd.loss(heads.student, teacher, heads.labels)
@@ -549,7 +549,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
-def test_bad_input(wrong, message):
+def test_bad_arguments_are_refused(wrong, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fastkd.loss(**{**make_heads()._asdict(), **wrong})
 
@@ -562,7 +562,7 @@ def test_chunks_are_of_heads_alone():
 
 
 @pytest.mark.parametrize("teacher", ["head", "logits", "lists"])
-def test_terms(device, teacher):
+def test_terms_are_those_of_full_logits(device, teacher):
     """All terms, and the loss's gradients, equal those of full logits for each teacher."""
     heads = make_heads(FP64, device)
     logits = heads.teacher.logits()

@@ -70,7 +70,7 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [16, "auto"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
-def test_options(device, dtype, options, size):
+def test_every_option_equals_the_truth(device, dtype, options, size):
     """Test loss and gradients of every supported option, with a smaller last chunk."""
     skip_what_cuda_lacks(device, options)
     heads, options = make_heads(dtype, device), on(device, options)
@@ -85,7 +85,7 @@ def test_options(device, dtype, options, size):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_grad_output(device, dtype, reduction):
+def test_grad_output_scales_the_gradients(device, dtype, reduction):
     heads = make_heads(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
     options = {"reduction": reduction, "softcap": 5.0}
@@ -98,8 +98,8 @@ def test_grad_output(device, dtype, reduction):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_16_bit_errors(device, dtype):
-    """Errors are at most PyTorch's in 16 bits, 1.1 times float32 logits', and those of rows."""
+def test_16_bit_errors_are_at_most_pytorchs(device, dtype):
+    """Errors are bounded by those of PyTorch, of float32 logits, and of chunks of rows."""
     heads = make_heads(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(heads, FP64)
     _, grads = run(heads, chunks=by_classes(64))
@@ -146,7 +146,7 @@ def test_float16_of_rows_under_a_loss_scale(device, largest, chunks_of):
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
-def test_near_the_teacher(device, divergence, size):
+def test_nothing_cancels_near_the_teacher(device, divergence, size):
     """Nothing cancels between chunks if the student nearly equals its teacher."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ MASKS = {
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-def test_masked_classes(device, masks, divergence):
+def test_masked_chunks_equal_chunks_of_rows(device, masks, divergence):
     """Fully masked chunks, of one or both, give the results of chunks of rows."""
     skip_what_cuda_lacks(device, {"divergence": divergence} if divergence != "forward_kl" else {})
     heads = make_heads(FP64, device)
@@ -192,7 +192,7 @@ def test_masked_classes(device, masks, divergence):
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_no_number(device, wrong):
+def test_nan_stays_in_its_row(device, wrong):
     """Hidden states of NaN make their own row NaN, and no other row."""
     heads = make_heads(device=device, ignored=0.0)
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_ignored_rows_take_part_in_no_product(device):
     assert all(counted in shape or shape[1] in (1, WIDTH) for shape in products.shapes)
 
 
-def test_all_rows_ignored(device):
+def test_all_rows_ignored_give_zero(device):
     heads = make_heads(device=device, ignored=1.0)
     value, grads = run(heads, chunks=by_classes())
     assert value == 0 and not any(grad.any() for grad in grads)
@@ -280,7 +280,7 @@ def test_labels_out_of_range_are_nan_rows(device, monkeypatch, options):
 
 @pytest.mark.parametrize("ignore_index", [0, 5, CLASSES - 1])
 @pytest.mark.parametrize("captured", [False, True])
-def test_an_ignored_class(device, ignore_index, captured, monkeypatch):
+def test_an_ignored_class_marks_no_other_chunk(device, ignore_index, captured, monkeypatch):
     """An ignore_index that is a class, such as a pad id, marks no other chunk's class."""
     heads = make_heads(FP64, device, rows=300)
     heads = heads._replace(labels=heads.labels.masked_fill(heads.labels == -100, ignore_index))
@@ -441,7 +441,7 @@ LACKS = {
 
 
 @pytest.mark.parametrize(("options", "message"), LACKS.values(), ids=LACKS)
-def test_what_it_lacks(options, message):
+def test_unsupported_calls_are_refused(options, message):
     """Unsupported calls, and calls with another call's plan, are refused."""
     heads = make_heads()
     with pytest.raises(ValueError, match=f'chunk_by must be "auto" or "rows" with {message}'):
@@ -453,7 +453,7 @@ def test_what_it_lacks(options, message):
         fastkd.loss(*heads, chunks=plan, **options)
 
 
-def test_terms_are_lacking():
+def test_terms_are_refused():
     heads = make_heads()
     plan = fastkd.chunks.plan(*heads, chunk_by="classes")
     with pytest.raises(ValueError, match=r"must be a plan of rows .* with fastkd.terms"):

@@ -123,7 +123,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
-def test_options(device, way, dtype, options):
+def test_every_option_equals_the_truth(device, way, dtype, options):
     """Test loss and gradients in one chunk, and in several with a smaller last one."""
     heads = make(dtype, device)
     exact, exact_grads = on_full_logits(heads, **options)
@@ -138,7 +138,7 @@ def test_options(device, way, dtype, options):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_grad_output(device, dtype, reduction):
+def test_grad_output_scales_the_gradients(device, dtype, reduction):
     """grad_output multiplies the gradients; with "none", each row's."""
     heads = make(dtype, device)
     outgoing = torch.linspace(0.5, 2, ROWS) if reduction == "none" else torch.tensor(3.0)
@@ -152,7 +152,7 @@ def test_grad_output(device, dtype, reduction):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_16_bit_errors(device, dtype):
+def test_16_bit_errors_are_at_most_those_of_upcast_logits(device, dtype):
     """Errors are at most 1.1 times those of logits cast to float32."""
     heads = make(dtype, device, rows=300, classes=1000)
     _, exact = on_full_logits(heads)
@@ -188,7 +188,7 @@ def test_the_default_temperature_is_that_of_the_lists(device):
     assert torch.equal(fastkd.loss(*heads), fastkd.loss(*heads, temperature=1.0))
 
 
-def test_without_labels(device):
+def test_the_soft_term_needs_no_labels(device):
     heads = make(FP64, device)._replace(labels=None)
     exact, exact_grads = on_full_logits(heads, soft_weight=1.0)
     value, grads = run(heads, chunks={"chunk_size": 8})
@@ -224,7 +224,7 @@ def test_no_gradient_where_none_is_asked_for(device):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_autocast(device, dtype):
+def test_autocast_keeps_float32_gradients(device, dtype):
     heads = make(FP32, device, rows=300, classes=1000)
     with torch.autocast(device.type, dtype=dtype):
         value, grads = run(heads, chunks={"chunk_size": 64})
@@ -273,7 +273,7 @@ def test_a_bound_holds_without_the_kernel_too(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_derivatives(tail, reduction):
+def test_derivatives_equal_finite_differences(tail, reduction):
     """First and second derivatives equal finite differences."""
     heads = make(FP64, rows=5, classes=6)
     hidden, weight, bias = heads.leaves()
@@ -287,7 +287,7 @@ def test_derivatives(tail, reduction):
     assert torch.autograd.gradgradcheck(of, leaves)
 
 
-def test_backward_twice():
+def test_a_second_backward_pass_is_right():
     heads = make()
     value = loss(heads, chunks={"chunk_size": 8})
     first = torch.autograd.grad(value, heads.leaves(), retain_graph=True)
@@ -297,7 +297,7 @@ def test_backward_twice():
         assert torch.equal(one, copy) and torch.equal(one, two)
 
 
-def test_function_transforms():
+def test_function_transforms_give_the_gradient():
     heads = make(FP64, ignored=0.0)
     hidden, weight, bias = (leaf.detach() for leaf in heads.leaves())
 
@@ -316,7 +316,7 @@ def test_function_transforms():
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(reduction):
+def test_a_compiled_loss_equals_the_eager_one(reduction):
     torch._dynamo.reset()
     heads, graphs = make(), []
 
@@ -345,7 +345,7 @@ def test_compiled(reduction):
 # ---- the module, bad input
 
 
-def test_module(device):
+def test_the_module_takes_heads_and_lists(device):
     heads = make(device=device)
     teacher = heads.teacher._replace(tail="renormalize")
     module = fastkd.KDLoss(temperature=1.0, alpha=0.2)
@@ -395,7 +395,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
-def test_bad_input(wrong, message):
+def test_bad_arguments_are_refused(wrong, message):
     heads = make()
     fields = {name: value for name, value in wrong.items() if name in TopK._fields}
     options = {"labels": heads.labels.clamp(min=0), **wrong}
@@ -405,7 +405,7 @@ def test_bad_input(wrong, message):
         fastkd.loss(heads.student, heads.teacher._replace(**fields), **options)
 
 
-def test_a_detached_teacher():
+def test_a_detached_teacher_is_accepted():
     heads = make()
     expected, _ = run(heads)
     learned = heads.teacher._replace(log_probs=heads.teacher.log_probs.clone().requires_grad_())

@@ -91,7 +91,7 @@ def assert_same_step(ours, theirs):
 
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
-def test_derivatives(options):
+def test_derivatives_equal_finite_differences(options):
     """First and second derivatives equal finite differences."""
     torch.manual_seed(0)
     options = {k: v[:5] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -109,7 +109,7 @@ def test_derivatives(options):
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=name_of)
-def test_backward_twice(dtype):
+def test_a_second_backward_pass_is_right(dtype):
     """The second backward pass allocates new buffers."""
     model = Model(dtype)
     value = model(*model.inputs)
@@ -122,7 +122,7 @@ def test_backward_twice(dtype):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
-def test_checkpointing(options, reentrant):
+def test_checkpointing_gives_the_same_gradients(options, reentrant):
     model = Model(**options)
     model.inputs[0].requires_grad_()
 
@@ -140,7 +140,7 @@ def test_checkpointing(options, reentrant):
         for i, (name, options) in enumerate(CALLS.items())
     ],
 )
-def test_compiled(options, fresh_compiler):
+def test_a_compiled_model_equals_the_eager_one(options, fresh_compiler):
     """The call compiles to one graph with the op, not its formula."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -163,7 +163,7 @@ def test_compiled(options, fresh_compiler):
 
 @pytest.mark.slow
 @compiles
-def test_inductor(fresh_compiler):
+def test_inductor_gives_the_eager_gradients(fresh_compiler):
     """The default backend works, also in float16, where gradients are scaled last."""
     dtype = FP16
     model = Model(dtype)
@@ -176,7 +176,7 @@ def test_inductor(fresh_compiler):
 
 @pytest.mark.slow
 @compiles
-def test_dynamic_rows(fresh_compiler):
+def test_dynamic_rows_need_one_graph(fresh_compiler):
     model = Model()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 9, 21):
@@ -187,7 +187,7 @@ def test_dynamic_rows(fresh_compiler):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("by_classes", [False, True], ids=["rows", "classes"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction, by_classes):
+def test_opcheck_passes_for_heads(reduction, by_classes):
     """torch's opcheck passes: schema, fake kernel, tracing."""
     x, t, labels = Model().inputs
     weight, teacher_weight = torch.randn(50, 8), torch.randn(50, 20)
@@ -210,7 +210,7 @@ def test_opcheck(reduction, by_classes):
     )
 
 
-def test_function_transforms():
+def test_function_transforms_give_the_gradients():
     model = Model(FP64)
     x, t, labels = model.inputs
     weight = model.head.weight.detach()[:, :8]
@@ -250,7 +250,7 @@ DISTRIBUTED = """
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+def test_two_processes_give_the_gradients_of_one(tmp_path):
     """Gradients under DDP and FSDP equal those of one process with all rows."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")

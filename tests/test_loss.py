@@ -67,21 +67,21 @@ def check(
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(name_of, pair)))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_dtypes(device, pair, reduction):
+def test_every_pair_of_dtypes_equals_the_truth(device, pair, reduction):
     problem = make((9, 1003), *pair, device=device)
     same = pair[0] == pair[1]
     check(*problem, reduction=reduction, against_eager=same)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
-def test_every_instruction_set(isa, dtype):
+def test_every_instruction_set_equals_the_truth(isa, dtype):
     for classes in (10, 170, 3001):
         check(*make((5, classes), dtype), temperature=4.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("temperature", [1, 2.0, 3.0, 4.0, 0.5, 20.0, 1.7])
-def test_temperatures(device, temperature, dtype):
+def test_temperatures_equal_the_truth(device, temperature, dtype):
     check(*make((8, 301), dtype, device=device), temperature=temperature)
 
 
@@ -110,7 +110,7 @@ def test_temperatures(device, temperature, dtype):
     ],
     ids=str,
 )
-def test_options(device, options, dtype):
+def test_options_equal_the_truth(device, options, dtype):
     student, teacher, labels = make((12, 181), dtype, device=device)
     if "ignore_index" in options:
         labels = labels.masked_fill(labels == -100, options["ignore_index"])
@@ -156,7 +156,7 @@ def test_autograd_in_cpp_and_in_python_give_the_same_bits(options, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"soft_weight": 0.7}, {"temperature": 3.0}], ids=str)
-def test_without_labels(device, options, reduction):
+def test_the_soft_term_needs_no_labels(device, options, reduction):
     student, teacher, _ = make((6, 170), device=device, labels=False)
     check(student, teacher, None, reduction=reduction, **options)
 
@@ -199,7 +199,7 @@ def test_labels_of_any_integer_dtype(device, index_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_all_rows_ignored(device, dtype, reduction):
+def test_all_rows_ignored_give_zero(device, dtype, reduction):
     student, teacher, labels = make((4, 33), dtype, device=device, ignored=1.1)
     leaf = student.requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, reduction=reduction)
@@ -269,7 +269,7 @@ WIDTHS = {
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=name_of)
 @pytest.mark.parametrize("classes", WIDTHS, ids=str)
-def test_widths(device, classes, dtype):
+def test_every_width_equals_the_truth(device, classes, dtype):
     check(*make((5, classes), dtype, device=device), reduction="mean")
     check(*make((2, classes), dtype, device=device, seed=1), reduction="none", temperature=3.0)
 
@@ -286,7 +286,7 @@ LONG_WIDTHS = {
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("classes", LONG_WIDTHS, ids=str)
-def test_long_rows(device, classes, dtype):
+def test_long_rows_equal_the_truth(device, classes, dtype):
     # Three rows: whole rows and rows shared among threads, for two threads and for more.
     check(*make((3, classes), dtype, device=device, ignored=0.0), against_eager=dtype == FP32)
 
@@ -303,7 +303,7 @@ def test_long_rows(device, classes, dtype):
     ],
     ids=str,
 )
-def test_vocabularies(device, shape, dtype):
+def test_vocabularies_equal_the_truth(device, shape, dtype):
     check(*make(shape, dtype, device=device, ignored=0.0), temperature=4.0, against_eager=False)
 
 
@@ -319,7 +319,7 @@ def test_each_size_class_of_the_cuda_planner(limit, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("rows", [1, 7, 64, 65, 128, 129, 300, 1500])
-def test_numbers_of_rows(device, rows, dtype):
+def test_every_number_of_rows_equals_the_truth(device, rows, dtype):
     # Sizes around the limits of a warp, a CTA, a cluster and a grid of the CUDA kernels.
     for classes in (10, 200):
         check(*make((rows, classes), dtype, device=device))
@@ -327,7 +327,7 @@ def test_numbers_of_rows(device, rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(0, 10), (0, 3, 10), (4, 0, 10), (0, 100000)])
-def test_no_rows(device, shape, dtype):
+def test_no_rows_give_zero(device, shape, dtype):
     """Without rows the loss is 0, as if all rows are ignored."""
     student, teacher, labels = make(shape, dtype, device=device)
     for reduction in ("mean", "sum", "none"):
@@ -344,7 +344,7 @@ def test_no_rows(device, shape, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 3, 2), (1, 4, 1), (2, 1, 2, 2)], ids=str)
-def test_leading_shapes(device, leading, reduction):
+def test_leading_shapes_are_flattened(device, leading, reduction):
     check(
         *make((*leading, 33), device=device, ignored=0.3 if leading else 0.0), reduction=reduction
     )
@@ -388,7 +388,7 @@ LAYOUTS = list(views(torch.empty(4, 6, 40), torch.empty(4, 6, 40)))
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(device, layout, dtype):
+def test_views_give_the_bits_of_copies(device, layout, dtype):
     """A view gives the bits of its contiguous copy, and a gradient for its base."""
     same = assert_same
     if layout == "classes not adjacent" and dtype is FP64 and device.type == "cpu":
@@ -420,7 +420,7 @@ def test_layouts(device, layout, dtype):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=name_of)
 @pytest.mark.parametrize("classes", [33, 1000, 5001])
-def test_misaligned_rows(device, classes, dtype):
+def test_misaligned_rows_equal_the_truth(device, classes, dtype):
     """Rows start at each pair of base alignments and each offset from a vector."""
     student, teacher, labels = make((9, classes), dtype, device=device)
     expected = fastkd.loss(student, teacher, labels)
@@ -437,7 +437,7 @@ def test_misaligned_rows(device, classes, dtype):
         assert_grad(leaf.grad, exact.grad, FP32)
 
 
-def test_rows_far_apart(device):
+def test_rows_far_apart_equal_the_truth(device):
     """Strides are int64: two rows are more than 2^31 elements apart."""
     if device.type == "cuda":
         pytest.skip("CUDA memory is not committed lazily; test_cuda has a case that is full")

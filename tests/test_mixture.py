@@ -86,7 +86,7 @@ def check(teachers: list[Tensor], dtype: torch.dtype = FP32, **options: Any) -> 
     ),
     ids=str,
 )
-def test_mixtures(device, form, ensemble, classes):
+def test_mixtures_equal_the_truth(device, form, ensemble, classes):
     for dtype in DTYPES:
         acc = FP64 if dtype == FP64 else FP32
         for count in (1, 2, 5) if form == "probs" else (2, 5):
@@ -95,7 +95,7 @@ def test_mixtures(device, form, ensemble, classes):
 
 
 @pytest.mark.usefixtures("isa")
-def test_options(device):
+def test_options_equal_the_truth(device):
     teachers = teachers_of("logits", (4, 170), FP32, 3, device)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], temperature=3.0, teacher_temperature=0.7)
     check(teachers, teacher_weights=[1.0, 2.0, 0.5], ensemble="logits", teacher_temperature=0.7)
@@ -105,7 +105,7 @@ def test_options(device):
     check(teachers, temperature=1.0, teacher_temperature=of_rows)
 
 
-def test_layouts(device):
+def test_rows_of_any_stride_are_mixed(device):
     """Rows of any stride are read in place; non-adjacent classes are mixed too."""
     wide = teachers_of("logits", (3, 6, 50), FP32, 2, device)
     check([logits[:, :-1, 3:44] for logits in wide])
@@ -116,7 +116,7 @@ def test_layouts(device):
 
 
 @pytest.mark.usefixtures("isa")
-def test_masked_classes(device):
+def test_masked_classes_are_mixed(device):
     """A class masked by one teacher has the others' share; one masked by all is masked."""
     first, second = teachers_of("logits", (3, 2100), FP32, 2, device)
     first[0, :1500] = -INF
@@ -163,7 +163,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("of_rows", [None, torch.tensor([1.0, 2.0, 3.0, 1.5, 2.5, 3.5])])
-def test_opcheck(of_rows):
+def test_opcheck_passes_for_mixtures(of_rows):
     teachers = teachers_of("logits", (3, 40), FP32, 2)
     mixing = (teachers, of_rows, [0.25, 0.75], False, 0, 2.0, 3.0)
     ops = torch.ops.fastkd
@@ -194,7 +194,7 @@ def test_the_op_refuses_what_it_cannot_read():
         torch.ops.fastkd.loss(a, [b], None, [1.0], False, 0, 1.0, 1.0, *options)
 
 
-def test_no_rows():
+def test_no_rows_give_no_mixture():
     assert mixed([torch.zeros(0, 5), torch.zeros(0, 5)]).shape == (0, 5)
 
 
@@ -247,7 +247,7 @@ def test_as_a_teacher_that_was_mixed_before(shape, options):
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_numbers_of_rows():
+def test_rows_have_their_own_numbers():
     """The mixture and the loss share temperatures and weights of rows."""
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(70, 300, generator=generator)
@@ -262,7 +262,7 @@ def test_numbers_of_rows():
         call(student, teachers, teacher_temperature=teacher_t * -1)
 
 
-def test_pixels():
+def test_pixels_are_mixed():
     """The student has its classes in dim 1, the teachers adjacent."""
     student = torch.randn(2, 19, 5, 7, generator=torch.Generator().manual_seed(3))
     teachers = [x.movedim(-1, 1) for x in teachers_of("logits", (2, 5, 7, 19), FP32, 2)]
@@ -271,7 +271,7 @@ def test_pixels():
     torch.testing.assert_close(got, fastkd.loss(student, copies, dim=1))
 
 
-def test_many_teachers(device):
+def test_many_teachers_are_mixed(device):
     """More teachers than the CUDA kernel takes are mixed by PyTorch operations."""
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(8)).to(device)
     first, second = teachers_of("logits", (3, 40), FP32, 2, device)
@@ -339,7 +339,7 @@ def test_statistics_of_rows_mix_teachers(ensemble):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in tracing
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(reduction):
+def test_a_compiled_mixture_equals_the_eager_one(reduction):
     student = torch.randn(30, 40, generator=torch.Generator().manual_seed(7))
     teachers = teachers_of("logits", (30, 40), FP32, 2)
     of_rows = torch.linspace(1, 2, 30)

@@ -237,7 +237,7 @@ def test_equal_logits_have_no_divergence(device, classes, temperature, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_never_negative(device, dtype):
+def test_a_kl_is_never_negative(device, dtype):
     for step in range(8):
         student, noise, _ = make((64, 257), dtype, device=device, labels=False, seed=step)
         teacher = (student.double() + noise.double() * 10.0**-step).to(dtype)
@@ -253,7 +253,7 @@ def test_never_negative(device, dtype):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 4.0, "alpha": 0.1}, {"alpha": 1.0}], ids=str
 )
-def test_gradient_error(device, options, dtype):
+def test_gradient_errors_are_at_most_eagers(device, options, dtype):
     problem = make((16, 4000), dtype, device=device)
     exact = truth(*problem, **options).grad
     leaf = problem.student.detach().requires_grad_()
@@ -363,7 +363,7 @@ MASKS = {
     pairwise(DTYPES, MASKS, [5, 40, 1500, 20000], ["mean", "none"]),
     ids=str,
 )
-def test_masked_classes(device, where, classes, dtype, reduction):
+def test_masked_classes_give_exact_values(device, where, classes, dtype, reduction):
     student, teacher, labels = make((6, classes), dtype, device=device, ignored=0.0)
     columns = torch.arange(classes, device=device) % 3 == 1
     labels = torch.where(labels % 3 == 1, labels - 1, labels)  # never a masked class
@@ -515,7 +515,7 @@ def test_huge_differences(device, size, dtype):
     pairwise(DTYPES, [49, 1500, 40000], [1.0, 2.0, 2.5]),
     ids=str,
 )
-def test_probabilities_that_underflow(device, classes, temperature, dtype):
+def test_probabilities_may_underflow(device, classes, temperature, dtype):
     """Exponentials are normal numbers before the division by a large sum."""
     student, teacher, _ = make((16, classes), dtype, device=device, spread=0.1)
     depth = (690, 750) if dtype == FP64 else (70, 110)
@@ -531,7 +531,7 @@ def test_probabilities_that_underflow(device, classes, temperature, dtype):
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2, 100.0, 1e4])
-def test_extreme_temperatures(device, temperature):
+def test_extreme_temperatures_are_finite(device, temperature):
     student, teacher, labels = make((5, 100), FP32, device=device)
     exact = truth(student, teacher, labels, temperature=temperature)
     leaf = student.requires_grad_()

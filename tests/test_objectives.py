@@ -103,7 +103,7 @@ def check(student: Tensor, teacher: Any, labels: Tensor | None, **options: Any) 
 @pytest.mark.parametrize("kind", ["none", "indices", "probabilities"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_grid(device, name, form, kind):
+def test_every_objective_equals_numpys(device, name, form, kind):
     labels = labels_of(kind, device)
     message = refusal(name, form, kind)
     # Each reduction and each dtype; their pairs would show nothing more.
@@ -149,7 +149,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         *(("indices", options, "dkd") for options in OPTIONS),
     ],
 )
-def test_options(device, name, options, kind):
+def test_options_equal_numpys(device, name, options, kind):
     labels = labels_of(kind, device)
     resolved = {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -163,7 +163,7 @@ def test_options(device, name, options, kind):
 
 @pytest.mark.parametrize("mix", [0.05, 0.7])
 @pytest.mark.parametrize("name", [n for n in NAMES if reference.DIVERGENCES[n].mix is not None])
-def test_mix(device, name, mix):
+def test_every_mix_equals_numpys(device, name, mix):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
     teacher, labels = teacher_of("logits", FP64, device), labels_of("indices", device)
     check(student, teacher, labels, divergence=name, mix=mix)
@@ -177,7 +177,7 @@ def test_teacher_temperature_softens_every_form(device, form):
         check(student, teacher, None, divergence=name, teacher_temperature=1.7, **FORMS[form])
 
 
-def test_standardized_ensemble(device):
+def test_a_standardized_ensemble_equals_numpys(device):
     student = make((ROWS, CLASSES), FP64, labels=False, device=device).student
     for form in ("three, probs", "three, logits"):
         teacher = teacher_of(form, FP64, device)

@@ -30,7 +30,7 @@ def test_version_is_that_of_the_metadata():
     assert fastkd.__version__ == importlib.metadata.version("fastkd") == _C.version
 
 
-def test_metadata():
+def test_the_metadata_names_license_and_torch():
     metadata = importlib.metadata.metadata("fastkd")
     assert metadata["License-Expression"] == "Apache-2.0"
     needs = [line for line in importlib.metadata.requires("fastkd") if "extra ==" not in line]
@@ -49,7 +49,7 @@ def test_stub_names_what_the_library_has():
     assert named == {name for name in dir(_C) if not name.startswith("_")}
 
 
-def test_public_names():
+def test_public_names_exist():
     assert len(fastkd.__all__) == len(set(fastkd.__all__))
     for name in fastkd.__all__:
         assert hasattr(fastkd, name)
@@ -129,7 +129,7 @@ def test_there_are_examples_to_run():
     }
 
 
-def test_info():
+def test_info_names_versions_and_kernels():
     done = subprocess.run([sys.executable, "-m", "fastkd", "info"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())

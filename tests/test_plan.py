@@ -82,7 +82,7 @@ def test_every_plan_can_be_launched(name: str, pair: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["ampere", "hopper"])
 @pytest.mark.parametrize(("dtype", "warps", "ctas"), [(FLOAT32, 512, 4096), (BFLOAT16, 1024, 8192)])
-def test_size_classes(name: str, dtype: int, warps: int, ctas: int) -> None:
+def test_each_size_has_its_kernel(name: str, dtype: int, warps: int, ctas: int) -> None:
     def kind(classes: int, teacher: int = dtype) -> tuple[str, int]:
         p = plan(classes, 4096, dtype, teacher, device=DEVICES[name])
         return p["family"], p["lanes"]

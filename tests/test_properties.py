@@ -67,7 +67,7 @@ def test_a_constant_added_to_a_row_changes_nothing(device, classes, rows, t, see
 
 
 @given(classes=WIDTHS, rows=ROWS, t=TEMPERATURES, seed=SEEDS)
-def test_permuted_classes(device, classes, rows, t, seed):
+def test_permuted_classes_permute_the_gradient(device, classes, rows, t, seed):
     student, teacher, labels = make((rows, classes), FP32, device=device, seed=seed)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).to(device)
     place = order.argsort()
@@ -151,7 +151,7 @@ def test_ignored_rows_are_zero_and_unread(device, classes, rows, seed, dtype, ju
 
 
 @given(classes=WIDTHS, rows=ROWS, t=TEMPERATURES, seed=SEEDS, alpha=SHARES)
-def test_linear_in_alpha(device, classes, rows, t, seed, alpha):
+def test_the_loss_is_linear_in_alpha(device, classes, rows, t, seed, alpha):
     problem = make((rows, classes), FP64, device=device, seed=seed)
     hard, soft, both = (fastkd.loss(*problem, temperature=t, alpha=a) for a in (1.0, 0.0, alpha))
     torch.testing.assert_close(both, alpha * hard + (1 - alpha) * soft, rtol=1e-13, atol=1e-14)

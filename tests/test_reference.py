@@ -112,7 +112,7 @@ def test_both_terms_are_weighed_masked_and_reduced_alike(reduction, normalizer):
     torch.testing.assert_close(got, expected, **EXACT)
 
 
-def test_gradient_is_torchs():
+def test_the_gradient_is_torchs():
     student, teacher, labels = make((8, 13), FP64, ignored=0.4)
     leaf, other = student.clone().requires_grad_(), student.clone().requires_grad_()
     valid = labels != -100
@@ -124,7 +124,7 @@ def test_gradient_is_torchs():
     torch.testing.assert_close(other.grad, leaf.grad, **EXACT)
 
 
-def test_entropies_and_agreement():
+def test_entropies_and_agreement_are_their_formulas():
     student, teacher, _ = make((8, 13), FP64, labels=False)
     got = reference.terms(student, teacher, temperature=3.0, reduction="none")
     for logits, entropy in ((student, got.student_entropy), (teacher, got.teacher_entropy)):
@@ -147,7 +147,7 @@ def test_entropies_and_agreement():
         ([0.0, -INF], [0.0, -1e9], 0.0),
     ],
 )
-def test_masked_classes(student, teacher, soft):
+def test_masked_classes_give_exact_values(student, teacher, soft):
     student, teacher = torch.tensor(student, dtype=FP64), torch.tensor(teacher, dtype=FP64)
     got = reference.terms(student, teacher, temperature=1.0, hard_weight=0.0, soft_weight=1.0)
     if soft is None:
@@ -194,7 +194,7 @@ def test_computes_in_float32_or_better(a, b):
     assert reference.loss(student, teacher, labels).dtype == expected
 
 
-def test_all_rows_ignored():
+def test_all_rows_ignored_give_zero():
     student = torch.zeros(3, 4, requires_grad=True)
     value = reference.loss(student, torch.ones(3, 4), torch.full((3,), -100))
     value.backward()

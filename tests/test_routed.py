@@ -46,7 +46,7 @@ def chosen(logits, indices):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_logits(device, labels, indices, options):
+def test_each_row_has_the_logits_of_its_teacher(device, labels, indices, options):
     student = draw(*SHAPE, CLASSES, seed=0).to(device).requires_grad_()
     teachers = [draw(*SHAPE, CLASSES, seed=i).to(device) for i in (1, 2, 3)]
     teachers[1] = teachers[1].bfloat16()
@@ -61,7 +61,7 @@ def test_logits(device, labels, indices, options):
 
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_heads(device, labels, indices, options, with_labels):
+def test_heads_may_be_routed(device, labels, indices, options, with_labels):
     hidden = draw(*SHAPE, 6, seed=0).to(device).requires_grad_()
     weight = draw(CLASSES, 6, seed=1).to(device).requires_grad_()
     heads = tuple(
@@ -119,7 +119,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
+def test_bad_arguments_are_refused(case):
     teachers, indices, error, message = BAD[case]
     with pytest.raises(error) as raised:
         fastkd.loss(Z(2, 4), fastkd.Routed(teachers, indices))

@@ -28,7 +28,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("kind", ["none", "indices", "probabilities"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_parts(monkeypatch, device, options, kind):
+def test_parts_equal_the_whole(monkeypatch, device, options, kind):
     student, teacher, labels = make((ROWS, CLASSES), FP64, device=device)
     if kind == "probabilities":
         labels = teacher.flip(0).softmax(-1)

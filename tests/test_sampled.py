@@ -33,7 +33,7 @@ def value_and_gradient(d, estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("dtype", [FP64, torch.float32, torch.bfloat16], ids=str)
-def test_values_and_gradients(device, estimator, temperature, dtype):
+def test_values_and_gradients_are_schulmans(device, estimator, temperature, dtype):
     student, log_p = make(device, dtype)
     tokens = torch.arange(ROWS, device=device) * 7
     log_probs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -77,7 +77,7 @@ def test_expected_values_and_gradients(device, estimator):
     torch.testing.assert_close(student.grad.sum(0), expected)
 
 
-def test_terms(device):
+def test_terms_are_those_of_the_definition(device):
     student, log_p = make(device)
     tokens = torch.arange(ROWS, device=device)
     log_probs = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -118,7 +118,7 @@ def test_a_head_as_student(device):
 
 
 @pytest.mark.parametrize("transform", ["double backward", "compile", "vmap of grad"])
-def test_transforms(device, transform):
+def test_function_transforms_give_the_gradient(device, transform):
     student, log_p = make(device)
     teacher = fastkd.Sampled(
         log_p[:, 0].contiguous(), torch.zeros(ROWS, dtype=torch.int64, device=device)
@@ -153,7 +153,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
+def test_bad_arguments_are_refused(case):
     log_probs, tokens, options, error, message = BAD[case]
     with pytest.raises(error) as raised:
         estimator = options.pop("estimator", "k1") if case == "estimator" else "k1"

@@ -1,7 +1,7 @@
 """Replies of inference servers: alignment of their log-probabilities, and refused replies.
 
-tests/fixtures/vllm.json was recorded from a real server (its header says which); sglang.json was
-written by hand. Both have the model's log-probabilities of every class, to compare with.
+tests/fixtures/vllm.json was recorded from a real server (its header names the version);
+sglang.json was written by hand. Both include the model's log-probabilities of every class.
 """
 # ruff: noqa: E501 - one mistake a line
 
@@ -66,7 +66,7 @@ def assert_scores(topk: TopK, reference: list[list[float]], k: int, first: int =
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_prompt(index):
+def test_a_prompt_is_scored(index):
     reply, tokens = choice("prompts, k = 3", index), VLLM["prompts"][index]
     topk = served.from_vllm(reply, tokens=tokens)
     # The longest list has the prompt's own token besides the 3 most probable.
@@ -86,7 +86,7 @@ def test_k_cuts_and_pads(k):
     assert (topk.indices[:, both:] == -1).all() and (topk.log_probs[:, both:] == -math.inf).all()
 
 
-def test_all_classes():
+def test_all_classes_may_be_listed():
     topk = served.from_vllm(choice("prompt, all"), tokens=PROMPT)
     assert_scores(topk, VLLM["reference"][0], topk.indices.shape[1])
     torch.testing.assert_close(topk.log_probs[1:].exp().sum(1), torch.ones(len(PROMPT) - 1))
@@ -131,7 +131,7 @@ def objects(rows: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["T = 1", "chosen ids"])
-def test_objects(name):
+def test_python_objects_are_read(name):
     recorded = VLLM["objects"]["raw_logprobs"][name]
     output = types.SimpleNamespace(
         prompt_logprobs=objects(recorded["prompt_logprobs"]),
@@ -201,7 +201,7 @@ def test_a_probability_of_0_is_minus_infinity():
 
 @pytest.mark.parametrize("name", ["completion", "chat", "warm"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_generated_tokens(name, whole):
+def test_generated_tokens_are_scored(name, whole):
     reply = choice(name)
     topk = served.from_openai(reply if whole else reply["logprobs"], tokens=reply["token_ids"])
     # A chat reply lists the generated token and the 2 or 3 most probable ones, 3 in all.
@@ -216,7 +216,7 @@ def test_generated_tokens(name, whole):
 
 
 @pytest.mark.parametrize("name", ["completion, 0", "chat, 0"])
-def test_generated_tokens_alone(name):
+def test_generated_tokens_may_come_alone(name):
     reply = choice(name)
     topk = served.from_openai(reply, tokens=reply["token_ids"])
     assert topk.indices[:, 0].tolist() == reply["token_ids"] and topk.indices.shape[1] == 1
@@ -232,7 +232,7 @@ def test_an_echo_has_the_prompt_first():
     assert len(topk.indices) == len(tokens)
 
 
-def test_chosen_ids():
+def test_chosen_ids_are_scored():
     topk = served.from_openai(choice("completion, chosen ids"))
     assert all({9, 2, 30} <= set(row) for row in topk.indices.tolist())
 
@@ -258,7 +258,7 @@ PART = len(SGLANG["prompt"])
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_sglang(whole):
+def test_replies_of_sglang_are_read(whole):
     reply = SGLANG["reply"] if whole else SGLANG["reply"]["meta_info"]
     tokens, generated = SGLANG["prompt"], SGLANG["reply"]["output_ids"]
     topk = served.from_sglang(reply, tokens=tokens)
@@ -562,7 +562,7 @@ def assert_valid(topk: TopK) -> None:
     k=st.none() | st.integers(1, 5),
 )
 @hypothesis.settings(max_examples=100)
-def test_any_reply(name, seed, junk, k):
+def test_any_reply_is_read_or_refused(name, seed, junk, k):
     reader, reply = READERS[name]
     chooser = random.Random(seed)
     for each in junk:

@@ -52,7 +52,7 @@ def check(student, ours, sliced, sliced_labels, **options):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_logits(student, teacher, labels, reduction, with_labels):
+def test_shifted_logits_equal_slices(student, teacher, labels, reduction, with_labels):
     labels = labels if with_labels else None
     sliced = labels[:, 1:] if with_labels else None
     check(student, (teacher, labels), teacher[:, :-1], sliced, reduction=reduction)
@@ -81,7 +81,7 @@ def test_sampled_tokens_with_weights(student, teacher, labels, device):
     check(student, (sampled, None), sliced, None, soft_weight=weights)
 
 
-def test_heads(device, labels):
+def test_shifted_heads_equal_slices(device, labels):
     hidden = draw(BATCH, POSITIONS, 8, seed=3).to(device)
     weight = draw(CLASSES, 8, seed=4).to(device).requires_grad_()
     other = fastkd.Head(hidden, weight.detach() * 1.1)
@@ -93,7 +93,7 @@ def test_heads(device, labels):
     torch.testing.assert_close(*(torch.autograd.grad(x, weight)[0] for x in (ours, theirs)))
 
 
-def test_classes_first(student, teacher, labels):
+def test_dim_1_is_shifted_too(student, teacher, labels):
     first = [x.movedim(-1, 1) for x in (student, teacher)]
     ours = fastkd.loss(*first, labels, dim=1, shift=1)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))
@@ -107,13 +107,13 @@ def test_two_positions_and_short_sequences(student, teacher, labels):
     assert fastkd.loss(student[:, :1], teacher[:, :1], shift=5) == 0
 
 
-def test_kd_loss(student, teacher, labels):
+def test_the_module_shifts(student, teacher, labels):
     criterion = fastkd.KDLoss(shift=1)
     ours = criterion(student, teacher, labels)
     torch.testing.assert_close(ours, fastkd.loss(student, teacher, labels, shift=1))
 
 
-def test_narrow_labels(student, teacher, labels):
+def test_narrow_labels_are_shifted(student, teacher, labels):
     """uint8 labels cannot hold ignore_index."""
     labels = labels.clamp(min=0)
     ours = fastkd.loss(student, teacher, labels.to(torch.uint8), shift=1)
@@ -129,12 +129,12 @@ def test_narrow_labels(student, teacher, labels):
         ({"shift": 1, "label_smoothing": 0.1}, ValueError, "label_smoothing needs labels"),
     ],
 )
-def test_bad_options(student, teacher, options, error, message):
+def test_bad_shifts_are_refused(student, teacher, options, error, message):
     with pytest.raises(error, match=message):
         fastkd.loss(student, teacher, **options)
 
 
-def test_bad_shapes(student, teacher):
+def test_bad_shapes_are_refused(student, teacher):
     with pytest.raises(ValueError, match=r"shift=1 needs logits \(..., positions, C\)"):
         fastkd.loss(student[0, 0], teacher[0, 0], shift=1)
     with pytest.raises(TypeError, match="labels must be class indices with shift=1"):

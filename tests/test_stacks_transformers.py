@@ -311,7 +311,7 @@ def without_mask(samples):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_plain_modules(form, tmp_path):
+def test_plain_modules_are_trained(form, tmp_path):
     models = {"student": Head(8, FORMS[form], 0), "teacher": Head(16, FORMS[form], 1)}
     ours = trainer(Distilling, tmp_path, collator=without_mask, **models)
     theirs = trainer(ByHand, tmp_path, collator=without_mask, **models)
@@ -364,7 +364,7 @@ def refused(error, match, folder, **options):
     assert before.training
 
 
-def test_refusals(tmp_path):
+def test_unsupported_arguments_are_refused(tmp_path):
     refused(
         TypeError,
         "teacher must be a torch.nn.Module; got the name 'org/large'.*from_pretrained",

@@ -118,7 +118,7 @@ def prompted() -> Dataset:
     ],
     ids=lambda options: ", ".join(f"{name} {value}" for name, value in options.items()),
 )
-def test_gkd_trainer(options, tmp_path, monkeypatch):
+def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
     # The mixin does not call the loss of full logits.
     monkeypatch.setattr(integration.GKDTrainer, "generalized_jsd_loss", None)
     kinds = (GKDTrainer, FastGKD, integration.GKDTrainer)
@@ -168,7 +168,7 @@ def test_gkd_trainer_with_logits_that_are_scaled_or_capped(kind, tmp_path):
 @pytest.mark.parametrize(
     "compute_metrics", [None, lambda results: {"shape": results.predictions.shape}]
 )
-def test_gkd_trainer_evaluates(compute_metrics, tmp_path):
+def test_the_gkd_trainer_evaluates(compute_metrics, tmp_path):
     ours, theirs = (
         gkd_trainer(kind, tmp_path, prompted(), compute_metrics=compute_metrics).evaluate()
         for kind in (integration.GKDTrainer, GKDTrainer)
@@ -298,7 +298,7 @@ def test_distillation_trainer_with_logits(tmp_path, monkeypatch):
     ],
     ids=["forward KL", "evaluation", "temperature", "reverse KL, accumulation"],
 )
-def test_distillation_trainer(options, tmp_path, monkeypatch):
+def test_the_distillation_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
     theirs = distillation(DistillationTrainer, tmp_path, **options).state.log_history
     # The trainers do not call TRL's own loss, which stays unchanged.
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", None)
@@ -353,7 +353,7 @@ def sft(kind, folder, **options) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer(packing, tmp_path):
+def test_the_sft_trainer_logs_losses_by_hand(packing, tmp_path):
     options = {"packing": packing, "gradient_accumulation_steps": 2}
     ours, theirs = (sft(kind, tmp_path, **options) for kind in (Distilling, ByHand))
     assert len(ours) == STEPS

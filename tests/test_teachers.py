@@ -81,7 +81,7 @@ def cache(tmp_path_factory) -> TeacherCache:
 
 
 @pytest.mark.parametrize("dtype", EPS)
-def test_all_classes(tmp_path, dtype):
+def test_a_dense_cache_returns_what_was_written(tmp_path, dtype):
     cache = write(Counting(), tmp_path, dtype=dtype, temperature=3.0, shard_bytes=1000)
     ids = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:77]
     cached, exact = cache.lookup(ids), truth(Counting(), 3.0)[ids]
@@ -91,7 +91,7 @@ def test_all_classes(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 10])
-def test_top_k(tmp_path, top_k):
+def test_a_top_k_cache_returns_what_was_written(tmp_path, top_k):
     cache = write(Counting(), tmp_path, top_k=top_k, dtype=torch.float32)
     ids = torch.tensor([199, 0, 7, 7])
     log_probs, indices, _ = cache.lookup(ids)
@@ -131,7 +131,7 @@ def test_what_is_lost_is_finite_and_not_negative(tmp_path, top_k):
         assert 0 <= write(nn.Identity(), tmp_path / name, **options).kl < 1e-6
 
 
-def test_masked_classes(tmp_path):
+def test_masked_classes_are_cached(tmp_path):
     class Masked(Counting):
         def forward(self, images):
             logits = super().forward(images).clone()
@@ -255,7 +255,7 @@ def test_a_mapping_s_values_that_are_no_sample_s(tmp_path):
     assert len(cache) == 200
 
 
-def test_images_of_classes(tmp_path):
+def test_pixels_are_cached(tmp_path):
     data = WithIds(TensorDataset(torch.arange(5 * 12).view(5, 3, 4) % 30))
     cache = write(Characters(), tmp_path, loader=DataLoader(data, 2), top_k=2)
     assert cache.positions == (3, 4)
@@ -410,7 +410,7 @@ def test_two_writers_with_one_process_number_write_two_files(tmp_path, monkeypat
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later warn
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_read(cache, method):
+def test_data_loader_workers_read_a_cache(cache, method):
     ids = list(torch.randperm(200, generator=torch.Generator().manual_seed(3)).split(50))
     loader = DataLoader(
         ids,
@@ -575,7 +575,7 @@ def test_an_empty_loader_makes_no_folder(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_no_cache(tmp_path):
+def test_a_folder_without_a_cache_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no teacher's cache"):
         TeacherCache(tmp_path)
     (tmp_path / "file").write_text("")
@@ -642,7 +642,7 @@ def forged(cache, tmp_path):
         ("kl", "", "its kl is|could not convert"),
     ],
 )
-def test_forged_metadata(forged, key, value, message):
+def test_forged_metadata_is_refused(forged, key, value, message):
     data, forge = forged
     header, body = parts_of(data)
     header["__metadata__"][key] = value
@@ -673,7 +673,7 @@ def test_forged_metadata(forged, key, value, message):
         lambda header, body: pickle.dumps({"ids": [1]}),
     ],
 )
-def test_forged_files(forged, change):
+def test_forged_files_are_refused(forged, change):
     data, forge = forged
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors is not a complete shard"):
         TeacherCache(forge(change(*parts_of(data))))
@@ -803,7 +803,7 @@ def test_shards_of_two_caches_are_not_mixed(cache, tmp_path):
 # ---- batches
 
 
-def test_samples_with_ids():
+def test_samples_carry_their_ids():
     assert WithIds(TensorDataset(IMAGES))[-1].ids == 199
     assert isinstance(WithIds([torch.zeros(2)])[0], batches.Unlabelled)
     assert WithIds([{"x": 1}])[0] == {"x": 1, "ids": 0}
@@ -835,7 +835,7 @@ def test_batches_are_taken_apart():
         batches.split("x" * 5)
 
 
-def test_logits_of_models():
+def test_logits_of_outputs_are_found():
     class Output(dict):
         @property
         def logits(self):

@@ -54,7 +54,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, **options) ->
     ),
     ids=str,
 )
-def test_every_field(device, shape, reduction, dtype):
+def test_every_field_equals_the_reference(device, shape, reduction, dtype):
     check(*make(shape, dtype, device=device), reduction=reduction)
 
 
@@ -72,24 +72,24 @@ def test_every_field(device, shape, reduction, dtype):
     ],
     ids=str,
 )
-def test_options(device, options):
+def test_options_equal_the_reference(device, options):
     # Terms do not depend on their weights.
     check(*make((6, 170), device=device), **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_row_temperatures(device, reduction):
+def test_row_temperatures_equal_the_reference(device, reduction):
     temperature = torch.linspace(0.5, 5, 6, device=device)
     check(*make((6, 170), device=device), temperature=temperature, reduction=reduction)
 
 
-def test_every_instruction_set(isa):
+def test_every_instruction_set_equals_the_reference(isa):
     for dtype in (FP32, BF16, FP16, FP64):
         check(*make((3, 1030), dtype))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_without_labels(device, reduction):
+def test_terms_need_no_labels(device, reduction):
     student, teacher, _ = make((6, 170), device=device, labels=False)
     got = check(student, teacher, None, reduction=reduction)
     assert torch.equal(got.hard, torch.zeros_like(got.hard))
@@ -145,14 +145,14 @@ def test_ignored_rows_are_zero_in_every_field(device):
     ],
 )
 @pytest.mark.parametrize("width", [3, 200])
-def test_agreement(device, width, student, teacher, agree):
+def test_agreement_counts_equal_greatest_classes(device, width, student, teacher, agree):
     # Padding classes below all others come first, so that the row is wide.
     pad = [-9.0] * (width - 3)
     s, t = (torch.tensor([pad + row], device=device) for row in (student, teacher))
     assert fastkd.terms(s, t, reduction="none").agreement.tolist() == [agree]
 
 
-def test_agreement_across_segments(device):
+def test_agreement_sees_every_segment(device):
     """The greatest class lies in any part of a row that threads share."""
     width = 3 * _C.segment + 7
     student, teacher = torch.zeros(5, width, device=device), torch.zeros(5, width, device=device)

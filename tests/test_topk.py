@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import _C, Head, TopK
+from fastkd import _C, Head, TopK, reference
 from fastkd._core import autograd, native, topk
+from fastkd._core.arguments import SPARSE_DIVERGENCES
 from fastkd._core.objective import Options
 from fastkd._core.values import TAILS
 
@@ -182,19 +183,19 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("shape", "k"), SHAPES, ids=str)
-def test_value_and_gradient(device, shape, k, tail, dtype):
+def test_value_and_gradient_equal_the_definition(device, shape, k, tail, dtype):
     check(make(shape, k, dtype, device=device), tail)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("tail", TAILS)
-def test_every_instruction_set(isa, tail, dtype):
+def test_every_instruction_set_equals_the_definition(isa, tail, dtype):
     check(make((3, 2100), 70, dtype), tail, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0, 4.0])
 @pytest.mark.parametrize("tail", TAILS)
-def test_temperatures(device, tail, temperature):
+def test_temperatures_equal_the_definition(device, tail, temperature):
     problem = make((4, 1000), 64, device=device, temperature=temperature)
     check(problem, tail, temperature=temperature)
 
@@ -216,12 +217,12 @@ def test_temperatures(device, tail, temperature):
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=name_of)
 @pytest.mark.parametrize("tail", TAILS)
-def test_options(device, tail, dtype, options):
+def test_options_equal_the_definition(device, tail, dtype, options):
     check(make((5, 300), 20, dtype, device=device), tail, **options)
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_without_labels(device, tail):
+def test_the_soft_term_needs_no_labels(device, tail):
     check(make((5, 300), 20, labels=False, device=device), tail)
 
 
@@ -229,7 +230,7 @@ def test_without_labels(device, tail):
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=name_of)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("shape", "k"), [((5, 10), 3), ((4, 300), 20), ((2, 3, 40), 5)], ids=str)
-def test_the_formula(shape, k, tail, dtype):
+def test_the_fallback_equals_the_definition(shape, k, tail, dtype):
     """The PyTorch formula, for devices without kernels, equals the definition."""
     problem = make(shape, k, FP64, padding=0.3)
     problem = problem._replace(
@@ -242,7 +243,7 @@ def test_the_formula(shape, k, tail, dtype):
     torch.testing.assert_close(grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_weights_given_apart(device):
+def test_two_weights_weigh_both_terms(device):
     problem = make((5, 300), 20, device=device)
     hard = run(problem, alpha=1.0)[0]
     soft = run(problem, alpha=0.0)[0]
@@ -383,7 +384,7 @@ def perfect(tail: str, dtype: torch.dtype = FP32) -> Problem:
 
 
 @pytest.mark.parametrize("tail", ["ghost", "renormalize"])
-def test_a_perfect_student(device, tail):
+def test_a_perfect_student_has_no_loss(device, tail):
     problem = Problem(*(x if x is None else x.to(device) for x in perfect(tail)))
     value, grad = run(problem, tail, reduction="none")
     assert (value.abs() < 1e-10).all()
@@ -408,6 +409,41 @@ def test_a_student_close_to_its_teacher(tail, noise):
     d = log_p.log_softmax(-1) - log_q_list.log_softmax(-1)
     exact = 4 * (log_p.softmax(-1) * (d**2 / 2 - d**3 / 6 + d**4 / 24)).sum(-1)
     torch.testing.assert_close(value, exact, rtol=1e-6, atol=0)
+
+
+def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
+    """Students in float32 at KL(teacher || student) = 5e-7, the tail one class."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
+    noise = 1e-3 * t * torch.randn(4, classes, generator=generator, dtype=FP64)
+    log_probs, indices = (teacher / t).log_softmax(-1).topk(k)
+    kl = reference.topk.terms(
+        teacher + noise, log_probs, indices, None, temperature=t, reduction="none",
+        hard_weight=0.0, soft_weight=1 / t**2,
+    ).loss  # fmt: skip
+    student = teacher + noise * (5e-7 / kl).sqrt()[:, None]
+    return Problem(student.float(), indices, log_probs.float(), None)
+
+
+@pytest.mark.parametrize("name", sorted({*SPARSE_DIVERGENCES} - {"soft_cross_entropy"}))
+@pytest.mark.parametrize("tail", ["ghost", "renormalize"])
+@pytest.mark.parametrize(
+    ("classes", "k", "spread", "t"),
+    [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
+)
+def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
+    """Each row's value and gradient, where an error of 1e-8 in the tail's mass would show."""
+    problem = near_teacher(classes, k, spread, t)
+    options = {"divergence": name, "temperature": t, "reduction": "none"}
+    value, grad = run(problem, tail, **options)
+    leaf = problem.student.double().requires_grad_()
+    exact = reference.topk.terms(
+        leaf, problem.log_probs.double(), problem.indices, None, tail=tail,
+        mix=reference.DIVERGENCES[name].mix, hard_weight=0.0, soft_weight=1.0, **options,
+    ).loss  # fmt: skip
+    (gradient,) = torch.autograd.grad(exact.sum(), leaf)
+    assert ((value.double() - exact).abs() <= 2e-6 * exact).all()
+    assert ((grad.double() - gradient).norm(dim=-1) <= 2e-6 * gradient.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 300.0])
@@ -498,7 +534,7 @@ def test_an_empty_list_has_no_soft_term(device, tail, what):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=name_of)
-def test_narrow_lists(device, index_dtype, dtype):
+def test_narrow_dtypes_are_accepted(device, index_dtype, dtype):
     """Ids have any integer dtype; rounded log-probabilities may add up to more than 1."""
     student = make((3, 300), 1, device=device).student
     indices = torch.arange(155, device=device).expand(3, 155)
@@ -511,7 +547,7 @@ def test_narrow_lists(device, index_dtype, dtype):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_more_than_one(device, tail):
+def test_a_rounded_mass_above_1_is_accepted(device, tail):
     """With a rounded mass above 1, the gradient is the value's, and "ghost" is at least 0."""
     problem = make((6, 40), 10, FP64, labels=False, padding=0.0, device=device)
     normal = problem.log_probs.log_softmax(-1) + math.log(1.05)
@@ -601,7 +637,7 @@ def test_ignored_rows_are_not_read(device, tail):
     assert (run(problem, tail)[1][1] == 0).all()
 
 
-def test_all_rows_ignored(device):
+def test_all_rows_ignored_give_zero(device):
     problem = make((4, 300), 20, device=device)
     problem.labels.fill_(-100)
     value, grad = run(problem)
@@ -609,14 +645,14 @@ def test_all_rows_ignored(device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_rows(device, reduction):
+def test_no_rows_give_zero(device, reduction):
     problem = make((0, 40), 5, device=device)
     value, grad = run(problem, reduction=reduction)
     assert value.sum() == 0 and grad.shape == (0, 40)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_huge_logits(scale):
+def test_huge_logits_keep_their_differences(scale):
     """Differences from the maximum are exact, so softmax is."""
     problem = make((4, 64), 6, FP64, labels=False)
     student = problem.student.round() + 2.0**60 * (scale > 1e20)
@@ -630,7 +666,7 @@ def test_huge_logits(scale):
 # ---- layouts, threads
 
 
-def test_layouts(device):
+def test_views_equal_copies(device):
     problem = make((2, 5, 300), 20, device=device)
     expected = run(problem)
     wide = torch.zeros(2, 6, 320, device=device)
@@ -670,7 +706,7 @@ def test_same_for_any_number_of_threads(shape, k, reduction, dtype):
 
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(device, tail, reduction):
+def test_gradients_equal_finite_differences(device, tail, reduction):
     problem = make((3, 12), 5, FP64, device=device)
     leaf = problem.student.requires_grad_()
 
@@ -689,7 +725,7 @@ def test_gradcheck(device, tail, reduction):
 
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_function_transforms(device, tail):
+def test_function_transforms_give_the_gradient(device, tail):
     student, indices, log_probs, labels = make((3, 12), 5, FP64, device=device)
     expected = run(Problem(student, indices, log_probs, labels), tail, reduction="sum")[1]
 
@@ -708,7 +744,7 @@ def test_function_transforms(device, tail):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice(device, reduction, dtype):
+def test_a_second_backward_pass_is_right(device, reduction, dtype):
     problem = make((5, 300), 20, dtype, device=device)
     leaf = problem.student.requires_grad_()
     value = fastkd.loss(leaf, problem.teacher(), problem.labels, reduction=reduction).sum()
@@ -755,7 +791,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
     ids=str,
 )
 @pytest.mark.usefixtures("each_autograd")
-def test_opcheck(dtype, reduction, requires_grad):
+def test_opcheck_passes_for_lists(dtype, reduction, requires_grad):
     problem = make((4, 50), 5, dtype)
     settings = (None, None, 2.0, 0.5, 0.5, 0.1, -100, 0, 0.5, 0, 0, reduction, 0.0)
     leaf = problem.student.clone().requires_grad_(requires_grad)
@@ -780,7 +816,7 @@ def test_opcheck(dtype, reduction, requires_grad):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=name_of)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile(device, reduction, dtype):
+def test_a_compiled_loss_equals_the_eager_one(device, reduction, dtype):
     problem = make((4, 50), 5, dtype, device=device)
 
     def step(student: Tensor) -> tuple[Tensor, Tensor]:
@@ -888,7 +924,7 @@ def loss_of(arguments: dict[str, Any], **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("grad", [False, True])
-def test_message(mistake, grad):
+def test_the_message_names_argument_and_values(mistake, grad):
     changed, error, message = MISTAKES[mistake]
     arguments = {**good(), **changed}
     if (

@@ -92,7 +92,7 @@ def test_a_loop_by_hand_gives_the_same_student():
     assert_same(student, expected)
 
 
-def test_mappings():
+def test_batches_may_be_mappings():
     student, teacher, data = Wrapped(network()), Wrapped(network(24, 1)), digits()
     expected = by_hand(student.model, teacher.model, batches(data))
     trainer_of(student, teacher).fit([{"pixels": x, "labels": y} for x, y in batches(data)])
@@ -746,7 +746,7 @@ def test_what_could_not_be_resumed_is_not_saved(tmp_path):
         ({"teacher_device": "nope"}, RuntimeError, "device"),
     ],
 )
-def test_bad_arguments(options, error, words):
+def test_bad_arguments_are_refused(options, error, words):
     teacher = network(24, 1)
     with pytest.raises(error, match=words):
         trainer_of(network(), teacher, **options)
@@ -793,7 +793,7 @@ class Stream(IterableDataset):
         return iter(zip(*digits(40).tensors, strict=True))
 
 
-def test_streams(capsys):
+def test_loaders_without_a_length_are_trained_on(capsys):
     trainer = trainer_of(network(), network(24, 1), progress=True)
     (evaluated,) = trainer.fit(DataLoader(Stream(), 16), validation=DataLoader(Stream(), 16))
     assert trainer.step == 3 and evaluated.rows == 40 and "3it" in capsys.readouterr().err
@@ -904,7 +904,7 @@ def test_one_bar_shows_both_terms(capsys, tmp_path):
     assert "10/12" in shown and "12/12" in shown and "epoch 3" in shown
 
 
-def test_tensorboard(tmp_path):
+def test_losses_are_logged_to_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -34,7 +34,7 @@ def test_func_grad_and_hessian(device):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-def test_func_vmap(device):
+def test_vmap_gives_the_gradients_of_samples(device):
     generator = torch.Generator().manual_seed(0)
     students = torch.randn(3, 4, 7, generator=generator, dtype=FP64).to(device)
     _, teacher, labels = problem64(device)
@@ -59,7 +59,7 @@ def test_func_jvp_and_functional_call(device):
 
 
 @OLD_SCRIPT
-def test_forward_mode(device):
+def test_forward_mode_equals_reverse_mode(device):
     student, teacher, labels = problem64(device)
     tangent = student.roll(1, 0)
     with torch.autograd.forward_ad.dual_level():
@@ -98,7 +98,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(LOSSES)]
 )
-def test_compiled_transforms(name, transform):
+def test_compiled_transforms_equal_eager_ones(name, transform):
     """Ops without a batching formula must not be compiled without their derivatives."""
     student, teacher, labels = problem64(torch.device("cpu"))
 
@@ -118,7 +118,7 @@ def test_compiled_transforms(name, transform):
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")
 @pytest.mark.usefixtures("each_autograd")
 @pytest.mark.parametrize("name", LOSSES)
-def test_batches_of_gradients(name):
+def test_batched_grad_outputs_give_batched_gradients(name):
     student, teacher, labels = problem64(torch.device("cpu"))
     leaf = student.requires_grad_()
     value = LOSSES[name](leaf, teacher, labels)
@@ -129,7 +129,7 @@ def test_batches_of_gradients(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")
-def test_vectorized_jacobian():
+def test_a_vectorized_jacobian_is_right():
     student, teacher, labels = problem64(torch.device("cpu"))
 
     def function(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def run(function, student, teacher, mask, beta, **options):
 @pytest.mark.parametrize(
     "options", [{}, SOFTCAPS, SCALES, {**SOFTCAPS, **SCALES}], ids=["", "softcap", "scale", "both"]
 )
-def test_value_and_gradients(beta, temperature, options):
+def test_value_and_gradients_are_trls(beta, temperature, options):
     for count, bias in ((None, True), (30, False), (torch.tensor(30.0), True)):
         call = (*draw(bias), beta)
         inputs = {**options, "temperature": temperature, "num_items_in_batch": count}

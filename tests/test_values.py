@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_message(mistake):
+def test_the_message_names_argument_and_values(mistake):
     kind, arguments, error, message = MISTAKES[mistake]
     with pytest.raises(error, match="^" + re.escape(message)):
         kind(**arguments)
@@ -196,7 +196,7 @@ def test_repr_shows_no_numbers():
 
 
 @each_value
-def test_copies_and_pickles(value):
+def test_values_are_copied_and_pickled(value):
     for again in (
         pickle.loads(pickle.dumps(value)),
         copy.copy(value),
@@ -209,7 +209,7 @@ def test_copies_and_pickles(value):
 
 
 @each_value
-def test_pytrees(value):
+def test_values_are_pytrees(value):
     leaves, tree = pytree.tree_flatten({"value": value})
     assert [leaf for leaf in leaves if isinstance(leaf, Tensor)] == [
         field for field in value if isinstance(field, Tensor)
@@ -275,7 +275,7 @@ def teacher_of(kind: str, dtype: torch.dtype = FP32) -> Tensor | Head | TopK:
     "values", [pytest.param("made inside", marks=pytest.mark.slow), "as arguments"]
 )
 @each_pair
-def test_compiled(student, teacher, values):
+def test_compiled_pairs_equal_eager_ones(student, teacher, values):
     inputs = (draw(ROWS, CLASSES),) if student == "tensor" else head()
     other = teacher_of(teacher)
     made = {"tensor": lambda x: x, "Head": Head, "TopK": TopK}
@@ -304,7 +304,7 @@ def test_compiled(student, teacher, values):
 
 @each_pair
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_function_transforms(student, teacher):
+def test_function_transforms_give_the_gradients(student, teacher):
     inputs, other = head(dtype=FP64)[:2], teacher_of(teacher, FP64)
 
     def function(hidden: Tensor, weight: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ ROWS, CLASSES = 6, 40
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16], ids=name_of)
-def test_agrees(device, dtype):
+def test_a_right_loss_agrees(device, dtype):
     verification = fastkd.verify(
         *make((ROWS, CLASSES), dtype, device=device), repeats=1, show=False, temperature=3.0
     )
@@ -63,7 +63,7 @@ def test_says_so_where_something_is_wrong(monkeypatch):
     assert "DOES NOT AGREE" in str(verification)
 
 
-def test_prints_a_table(capsys):
+def test_the_verdict_is_printed(capsys):
     verification = fastkd.verify(*make((ROWS, CLASSES)), repeats=1)
     printed = capsys.readouterr().out
     assert f"{ROWS} x {CLASSES}, float32, cpu" in printed and str(verification) in printed

@@ -1,7 +1,7 @@
 """A training run in its own process, to be killed, or run by two: training_run.py OUT.
 
-Real digits, a student with dropout, hints with a projection, a shuffled loader, noise that the
-dataset draws, accumulation, a schedule, an average: whatever a resumption has to bring back.
+It has all state that resumption must restore: dropout, hints with a projection, a shuffled loader,
+noise drawn by the dataset, accumulation, a schedule, and averaged weights.
 """
 
 import argparse

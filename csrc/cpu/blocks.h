@@ -1,6 +1,6 @@
 // The loops of the sweeps after the first (scan.h): each works on one block of one row, which lies
-// in the L1 cache, and is vectorised by the compiler. Letters as in numerics.h; docs/maths.md
-// derives the formulas.
+// in the L1 cache, a register of classes at a time. Letters as in numerics.h; docs/maths.md derives
+// the formulas.
 #pragma once
 #include "../divergences.h"
 #include "formulas.h"
@@ -20,7 +20,6 @@ struct Coefficients : LogRatio<T> {
   T uniform = 0;         // label smoothing's share of the target
   T student_share = 0;   // of q, and
   T constant_share = 0;  // of 1, which center the slopes (divergences.h)
-  T bound = T(-1e30);    // of log(p / q), from below; as a literal it is compiled to more
   // Gradient of a row whose sums leave its label out (decoupled.h): other classes get rest_gain
   // times q, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
@@ -37,313 +36,292 @@ struct Coefficients : LogRatio<T> {
   bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
-// d of one class, or, of divergences that compare logits, their difference: `log_ratio` is 0 then.
-template <bool kShifted, class T>
-FASTKD_HOST_DEVICE T log_ratio_of(const Coefficients<T>& c, T z, T w) {
-  if constexpr (!kShifted) return (w - z) * c.inverse_temperature - c.log_ratio;
-  return c.of(z, w);
+// A block of a row in the sweeps after the first, whose logits have the storage type S.
+template <class T, class S>
+struct RowBlock {
+  int64_t at, classes;              // of the row
+  T *student, *teacher;             // exponentials; slopes may replace the teacher's
+  Vectors<const S> z = {}, w = {};  // logits, for loops that read them
+  Vectors<S> grad = {};
+};
+
+// The numbers of a register of classes: register `index` of the step at `at`.
+template <class T, class S, int64_t kWidth>
+struct Classes {
+  const RowBlock<T, S>& block;
+  int64_t at, index;
+
+  FASTKD_HOST_DEVICE Register<T> z() const {
+    return load_register<kWidth>(block.z.at(at), index, -kInfinity<T>);
+  }
+  FASTKD_HOST_DEVICE Register<T> w() const {
+    return load_register<kWidth>(block.w.at(at), index, -kInfinity<T>);
+  }
+  FASTKD_HOST_DEVICE Register<T> student() const {
+    return load_register<kWidth>(block.student + at, index, T(0));
+  }
+  FASTKD_HOST_DEVICE Register<T> teacher() const {
+    return load_register<kWidth>(block.teacher + at, index, T(0));
+  }
+  FASTKD_HOST_DEVICE void replace_teacher(Register<T> slopes) const {
+    T* const to = block.teacher + at + index * kPerRegister<T>;
+    std::memcpy(to, &slopes, kBytesOfEach<kWidth, T>);
+  }
+};
+
+// Calls fn(classes) for all registers of a block.
+template <class T, class S, class Fn>
+FASTKD_HOST_DEVICE void for_registers(const RowBlock<T, S>& block, Fn&& fn) {
+  const RowBlock<T, S> b = block;
+  for_vectors<S>(b.classes, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value;
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) fn(Classes<T, S, kWidth>{b, at, i});
+  });
 }
 
-template <bool kShifted, class T>
-FASTKD_HOST_DEVICE Element<T> element_of(const Coefficients<T>& c, T z, T w, T student_exponential,
-                                         T teacher_exponential) {
-  return element<T>(teacher_exponential * c.teacher_scale, student_exponential * c.student_scale,
-                    log_ratio_of<kShifted>(c, z, w), c.bound);
-}
-
-// Return the quantities of one class that the divergence D reads.
-template <class D, bool kShifted, class T>
-FASTKD_HOST_DEVICE Element<T> element_for(const Coefficients<T>& c, T z, T w, T student_exponential,
-                                          T teacher_exponential) {
-  if constexpr (D::kBalance == Balance::kUnit) {
-    return {w * c.teacher_inverse, z * c.student_inverse, T(0), T(0), T(0)};
-  } else if constexpr (is_mean(D::kBalance)) {
-    return {T(0), T(0), T(0), T(0), T(0), log_ratio_of<true>(c, z, w)};
+// Return the quantities that the divergence D reads of some classes, of one row or of several: with
+// their logits, and their exponentials, which are to be scaled.
+template <class D, class V, class R, class Scales>
+FASTKD_HOST_DEVICE Element<V> element_of(const LogRatio<R>& ratio, const Scales& s, V z, V w,
+                                         V student, V teacher) {
+  if constexpr (D::kCentering == SlopeCentering::kUnit) {
+    return {w * s.teacher_inverse, z * s.student_inverse, V{}, V{}, V{}};
+  } else if constexpr (is_mean(D::kCentering)) {
+    return {V{}, V{}, V{}, V{}, V{}, ratio.at(z, w)};
   } else {
-    return element_of<kShifted>(c, z, w, student_exponential, teacher_exponential);
+    return element<V>(teacher * s.teacher_scale, student * s.student_scale, ratio.at(z, w));
   }
 }
+template <class D, class T, class Classes>
+FASTKD_HOST_DEVICE Element<Register<T>> element_of(const Coefficients<T>& c, const Classes& x) {
+  return element_of<D, Register<T>>(c, c, x.z(), x.w(), x.student(), x.teacher());
+}
 
-// A block of a row in the sweeps after the first.
-template <class T>
-struct RowBlock {
-  int64_t at, classes;   // of the row
-  int64_t count;         // of numbers: the classes, or, of pairs, what they are padded to
-  T *student, *teacher;  // exponentials; slopes may replace the teacher's
-  Vectors<const T> z = {}, w = {};  // logits, for loops that read them
-};
+// Adds to the sums of values, slopes and classes; those that both logits mask are left out.
+template <class D, class V, class Values, class Sums>
+FASTKD_HOST_DEVICE void add_classes(const Evaluated<V>& here, int64_t index, Values* values,
+                                    Sums* slopes, Sums* classes) {
+  const V summed = D::kCentering == SlopeCentering::kUnit ? here.value : here.slope;
+  if constexpr (leaves_out_masked(D::kCentering)) {
+    const auto counts = here.slope == here.slope;
+    values->add(index, counts ? here.value : V{});
+    slopes->add(index, counts ? summed : V{});
+    classes->add(index, counts ? V{} + 1 : V{});
+  } else {
+    values->add(index, here.value), slopes->add(index, summed);
+  }
+}
 
 struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// Write the gradient of the hard term, of label smoothing, and of q's share where the label is left
-// out. The loops below add it to the divergence's gradient.
-template <ExpSource kSource, class T>
-__attribute__((noinline)) void write_hard_part(const Coefficients<T>& coefficients,
-                                               const RowBlock<T>& block, T* hard_part) {
-  const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  const Exponentials<T> separate(c.separate);
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
-    Register<T> z[kMany] = {}, e[kMany], result[kMany];
-    load<kWidth>(b.student + at, T(0), e);
-    if constexpr (kSource == ExpSource::kSeparate) {
-      load<kWidth>(b.z.at(at), -kInfinity<T>, z);
-      FASTKD_UNROLL
-      for (int64_t i = 0; i < kMany; ++i) z[i] -= separate.max;
-    }
-    FASTKD_UNROLL
-    for (int64_t i = 0; i < kMany; ++i) result[i] = e[i] * c.block_rest_gain + c.uniform;
-    if constexpr (kSource != ExpSource::kNone) {
-      add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), result);
-    }
-    store<kWidth>(result, hard_part + at);
-  });
-}
-
-// Writes the forward KL's gradient but for the label's share, and returns its sum; with kDecoupled
-// that of q - p, too. `grad` may be the student itself.
-template <bool kShifted, bool kDecoupled, class T>
-__attribute__((noinline)) SlopeSums write_gradient(const Coefficients<T>& coefficients,
-                                                   const RowBlock<T>& block, const T* hard_part,
-                                                   const Vectors<T>& grad) {
-  const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  T values[kLanes] = {}, diffs[kLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = b.z.at(at), *w = b.w.at(at);
-    T* const g = grad.at(at);
-    prefetch_next<Into::kL2, kWidth>(g);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const Element<T> e =
-          element_of<kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
-      const Evaluated<T> kl = ForwardKL::at(e);
-      values[i] += kl.value;
-      if constexpr (kDecoupled) diffs[i] += kl.slope;
-      g[i] = hard_part[at + i] + c.soft_gain * kl.slope;
-    }
-  });
-  return {sum_of(values), kDecoupled ? sum_of(diffs) : 0.0, 0.0};
-}
-
 // For the divergences whose slopes have a sum: sums value and slopes, and replaces the teacher's
 // exponentials by slopes.
-template <class D, bool kShifted, class T>
+template <class D, class T, class S>
 __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
                                                 const ConstantsOf<T>& constants,
-                                                const RowBlock<T>& block) {
+                                                const RowBlock<T, S>& b) {
+  using V = Register<T>;
   const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
   const ConstantsOf<T> k = constants;
-  T values[kLanes] = {}, sums[kLanes] = {}, classes[kLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = b.z.at(at), *w = b.w.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const Element<T> e =
-          element_for<D, kShifted>(c, z[i], w[i], b.student[at + i], b.teacher[at + i]);
-      const Evaluated<T> here = D::at(e, k);
-      const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
-      const T summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
-      values[i] += counts ? here.value : T(0);
-      if constexpr (D::kBalance != Balance::kMean) sums[i] += counts ? summed : T(0);
-      if constexpr (is_mean(D::kBalance)) classes[i] += counts ? T(1) : T(0);
-      b.teacher[at + i] = here.slope;
-    }
+  LaneSums<T> values, sums, classes;
+  for_registers(b, [&](const auto& x) FASTKD_INLINE {
+    const Evaluated<V> here = D::at(element_of<D>(c, x), k);
+    x.replace_teacher(here.slope);
+    add_classes<D>(here, x.index, &values, &sums, &classes);
   });
-  return {sum_of(values), sum_of(sums), is_mean(D::kBalance) ? sum_of(classes) : 0.0};
+  return {values.total(), sums.total(), is_mean(D::kCentering) ? classes.total() : 0.0};
 }
 
-// Makes the gradient of slopes; `q` times q_scale is what they are centered by. With kAnySlope
-// slopes may be NaN, where the gradient is 0, a constant may center them, and the gain may be 0.
-template <bool kAnySlope, class T>
-__attribute__((noinline)) void center_gradient(const Coefficients<T>& coefficients,
-                                               const RowBlock<T>& block, const Vectors<const T>& q,
-                                               T q_scale, const T* hard_part,
-                                               const Vectors<T>& grad) {
-  const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T* const shares = q.at(at);
-    T* const g = grad.at(at);
-    prefetch_next<Into::kL2, kWidth>(g);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T share = shares[i] * q_scale * c.student_share, slope = b.teacher[at + i];
-      if constexpr (kAnySlope) {
-        const T centered = slope == slope ? slope - share - c.constant_share : T(0);
-        g[i] = hard_part[at + i] + weighted_part(c.soft_gain, centered);
-      } else {
-        g[i] = hard_part[at + i] + c.soft_gain * (slope - share);
-      }
-    }
-  });
-}
-
-// The reverse KL's slopes -q d are formed twice, which costs less than to cache them: first they
-// are summed, without the teacher's exponentials, and then centered.
-template <bool kShifted, class T>
+// Sums the reverse KL's slopes -q d. They are formed twice, which costs less than to cache them:
+// the sum needs no exponentials of the teacher.
+template <class T, class S>
 __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients,
-                                             const RowBlock<T>& block) {
+                                             const RowBlock<T, S>& b) {
   const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  // Over kLanes sums GCC 12 makes a branch of times_log().
-  constexpr int64_t kFewLanes = kPerRegister<float> < 8 ? 8 : kPerRegister<float>;
-  T sums[kFewLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    constexpr int64_t kPart = kWidth < kFewLanes ? kWidth : kFewLanes;
-    for (int64_t part = 0; part < kWidth; part += kPart) {
-      const T *z = b.z.at(at) + part, *w = b.w.at(at) + part;
-#pragma omp simd
-      for (int64_t i = 0; i < kPart; ++i) {
-        const T q = b.student[at + part + i] * c.student_scale;
-        const T d = log_ratio_of<kShifted>(c, z[i], w[i]);
-        sums[i] += times_log(q, bounded_above(d, -c.bound));
-      }
-    }
+  LaneSums<T> sums;
+  for_registers(b, [&](const auto& x) FASTKD_INLINE {
+    const Register<T> q = x.student() * c.student_scale;
+    sums.add(x.index, times_log(q, bounded_above(c.at(x.z(), x.w()))));
   });
-  return -precise_sum_of(sums);
+  return -sums.total();
+}
+
+// What the label's gradient gets: the amount that the one-hot target takes off, or another value.
+template <class T>
+struct Label {
+  int64_t index = -1;  // in the row, or none
+  bool replaces = false;
+  T value = 0;
+
+  // Changes the gradient of a step that holds the label.
+  template <class S, int64_t kWidth>
+  FASTKD_HOST_DEVICE void put(int64_t step, Register<T>* gradient) const {
+    T numbers[kWidth];
+    store<kWidth>(gradient, numbers);
+    T& gradient_of_label = numbers[place_of<S>(index - step, kWidth)];
+    gradient_of_label = replaces ? value : gradient_of_label - value;
+    load<kWidth>(numbers, T(0), gradient);
+  }
+};
+
+// Writes a block's gradient: fn(classes) is its part that is not the hard term's. `grad` may be the
+// student itself.
+template <ExpSource kSource, class T, class S, class Fn>
+FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<T, S>& block,
+                                       const Label<T>& label, Fn&& fn) {
+  const RowBlock<T, S> b = block;
+  const Exponentials<T> separate(c.separate);
+  for_vectors<S>(b.classes, [&](int64_t at, auto width) FASTKD_INLINE {
+    constexpr int64_t kWidth = decltype(width)::value, kMany = kRegisters<kWidth, T>;
+    prefetch_next<Into::kL2, kWidth>(b.grad.at(at));
+    Register<T> z[kMany] = {}, e[kMany], g[kMany];
+    FASTKD_UNROLL
+    for (int64_t i = 0; i < kMany; ++i) {
+      const Classes<T, S, kWidth> x{b, at, i};
+      e[i] = x.student();
+      if constexpr (kSource == ExpSource::kSeparate) z[i] = x.z() - separate.max;
+      g[i] = fn(x);
+    }
+    if constexpr (kSource != ExpSource::kNone) {
+      add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), g);
+    }
+    if (holds(b.at + at, kWidth, label.index)) label.template put<S, kWidth>(b.at + at, g);
+    store<kWidth>(g, b.grad.at(at));
+  });
+}
+
+// The gradient of a well-separated row (row.h) is q - p as it stands.
+template <ExpSource kSource, class T, class S>
+__attribute__((noinline)) void write_difference(const Coefficients<T>& coefficients,
+                                                const RowBlock<T, S>& b, const Label<T>& label) {
+  const Coefficients<T> c = coefficients;
+  write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
+    return c.uniform + c.student_soft_gain * x.student() - c.teacher_soft_gain * x.teacher();
+  });
+}
+
+// Writes the forward KL's gradient, and returns its sum; with kDecoupled that of q - p, too.
+template <ExpSource kSource, bool kDecoupled, class T, class S>
+__attribute__((noinline)) SlopeSums write_forward_kl(const Coefficients<T>& coefficients,
+                                                     const RowBlock<T, S>& b,
+                                                     const Label<T>& label) {
+  using V = Register<T>;
+  const Coefficients<T> c = coefficients;
+  LaneSums<T> values, diffs;
+  write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
+    const Evaluated<V> kl = ForwardKL::at(element_of<ForwardKL>(c, x));
+    values.add(x.index, kl.value);
+    const V gradient = c.uniform + c.soft_gain * kl.slope;
+    if constexpr (!kDecoupled) return gradient;
+    diffs.add(x.index, kl.slope);
+    return gradient + c.block_rest_gain * x.student();
+  });
+  return {values.total(), kDecoupled ? diffs.total() : 0.0, 0.0};
 }
 
 // With kValue the reverse KL is summed, too, class by class.
-template <bool kShifted, bool kValue, class T>
-__attribute__((noinline)) double write_reverse_kl(const Coefficients<T>& coefficients,
-                                                  const RowBlock<T>& block, const T* hard_part,
-                                                  const Vectors<T>& grad) {
+template <ExpSource kSource, bool kValue, class T, class S>
+__attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coefficients,
+                                                     const RowBlock<T, S>& b,
+                                                     const Label<T>& label) {
+  using V = Register<T>;
   const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  T values[kLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = b.z.at(at), *w = b.w.at(at);
-    T* const g = grad.at(at);
-    prefetch_next<Into::kL2, kWidth>(g);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T teacher_exponential = kValue ? b.teacher[at + i] : T(0);
-      const Element<T> e =
-          element_of<kShifted>(c, z[i], w[i], b.student[at + i], teacher_exponential);
-      const Evaluated<T> here = ReverseKL::at(e);
-      if constexpr (kValue) values[i] += here.value;
-      g[i] = hard_part[at + i] + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
-    }
+  LaneSums<T> values;
+  write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
+    const Element<V> e = element_of<ReverseKL>(c, x);
+    const Evaluated<V> here = ReverseKL::at(e);
+    if constexpr (kValue) values.add(x.index, here.value);
+    return c.uniform + weighted_part(c.soft_gain, here.slope - e.q * c.student_share);
   });
-  return kValue ? sum_of(values) : 0.0;
+  return {kValue ? values.total() : 0.0, 0.0, 0.0};
 }
 
-// The entropies of a block, for `terms`, and whether one of its classes is the greatest of both.
-template <class T>
+// Makes the gradient of cached slopes, which are over q's scale if the block is comparable. With
+// kMasked slopes may be NaN, where the gradient is 0, and a constant, or z, may center them.
+template <ExpSource kSource, bool kMasked, class T, class S>
+__attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients, bool unit,
+                                             const RowBlock<T, S>& b, const Label<T>& label) {
+  using V = Register<T>;
+  const Coefficients<T> c = coefficients;
+  const T gain = c.is_comparable() ? c.student_soft_gain : c.soft_gain;
+  const T share = c.is_comparable() ? c.student_share : c.student_scale * c.student_share;
+  write_gradient<kSource>(c, b, label, [&](const auto& x) FASTKD_INLINE {
+    const V slope = x.teacher();
+    if constexpr (!kMasked) return c.uniform + weighted_part(gain, slope - x.student() * share);
+    const V center = unit ? x.z() * (c.student_inverse * c.student_share) : V{} + c.constant_share;
+    return c.uniform + (slope == slope ? weighted_part(gain, slope - center) : V{});
+  });
+}
+
+// The entropies of a block, for `terms`, and whether one of its classes is the greatest of both; or
+// the teacher's entropy alone, which the soft cross entropy asks for.
 struct Entropies {
-  T student = 0, teacher = 0;
+  double student = 0, teacher = 0;
   bool agreement = false;
 };
-template <class T>
-__attribute__((noinline)) Entropies<T> sum_entropies(const Coefficients<T>& coefficients,
-                                                     T student_log_scale, T teacher_log_scale,
-                                                     T student_max, T teacher_max,
-                                                     const RowBlock<T>& block) {
+template <bool kBoth, class T, class S>
+__attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coefficients,
+                                                  const Scales<T>& scales,
+                                                  const RowBlock<T, S>& b) {
+  using V = Register<T>;
   const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  T student_sums[kLanes] = {}, teacher_sums[kLanes] = {}, agreements[kLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T *z = b.z.at(at), *w = b.w.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T log_q = (z[i] - student_max) * c.inverse_temperature + student_log_scale;
-      const T log_p = (w[i] - teacher_max) * c.teacher_inverse_temperature + teacher_log_scale;
-      student_sums[i] -= times_log(b.student[at + i] * c.student_scale, log_q);
-      teacher_sums[i] -= times_log(b.teacher[at + i] * c.teacher_scale, log_p);
-      const bool greatest = (z[i] == student_max) & (w[i] == teacher_max);
-      agreements[i] = greatest ? T(1) : agreements[i];
-    }
+  const T student_max = scales.student_max, teacher_max = scales.teacher_max;
+  const T student_log_scale = std::log(scales.student_scale);
+  const T teacher_log_scale = std::log(scales.teacher_scale);
+  LaneSums<T> student, teacher, agreements;
+  for_registers(b, [&](const auto& x) FASTKD_INLINE {
+    const V w = x.w() - teacher_max;
+    const V log_p = w * c.teacher_inverse_temperature + teacher_log_scale;
+    teacher.add(x.index, times_log<V>(x.teacher() * c.teacher_scale, log_p));
+    if constexpr (!kBoth) return;
+    const V z = x.z() - student_max;
+    const V log_q = z * c.inverse_temperature + student_log_scale;
+    student.add(x.index, times_log<V>(x.student() * c.student_scale, log_q));
+    agreements.add(x.index, (z == 0) & (w == 0) ? V{} + 1 : V{});
   });
-  return {sum_of(student_sums), sum_of(teacher_sums), sum_of(agreements) > T(0)};
+  return {-student.total(), -teacher.total(), agreements.total() > 0};
 }
 
-// The teacher's alone, which the soft cross entropy asks for.
+// Moments of several rows, one a lane, or of one row, parts of them a lane (Statistics, kernels.h).
+// In double: logits may be of any size.
 template <class T>
-__attribute__((noinline)) double sum_teacher_entropy(const Coefficients<T>& coefficients,
-                                                     T log_scale, T max, const RowBlock<T>& block) {
-  const Coefficients<T> c = coefficients;
-  const RowBlock<T> b = block;
-  T sums[kLanes] = {};
-  for_vectors<T>(b.count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T* w = b.w.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const T p = b.teacher[at + i] * c.teacher_scale;
-      const T log_p = (w[i] - max) * c.teacher_inverse_temperature + log_scale;
-      sums[i] += p * bounded_below(log_p, c.bound);
-    }
-  });
-  return -sum_of(sums);
-}
-
-// The moments of Statistics (kernels.h).
 struct Moments {
-  double student = 0, teacher = 0, student_count = 0, teacher_count = 0;
+  static constexpr int64_t kMany = kPerRegister<T>;
+  double student[kMany] = {}, teacher[kMany] = {};
+  Register<T> student_count{}, teacher_count{};
+
+  // Sums squares over the classes that student and teacher do not both mask; or the logits that are
+  // not masked.
+  FASTKD_HOST_DEVICE void add(Register<T> z, Register<T> w, bool squares) {
+    using V = Register<T>;
+    auto masked = z == -kInfinity<T>, teacher_masked = w == -kInfinity<T>;
+    if (squares) masked = teacher_masked = masked & teacher_masked;
+    student_count += masked ? V{} : V{} + 1;
+    teacher_count += teacher_masked ? V{} : V{} + 1;
+    const V x = masked ? V{} : z, y = teacher_masked ? V{} : w;
+    T of_student[kMany], of_teacher[kMany];
+    store<kMany>(&x, of_student), store<kMany>(&y, of_teacher);
+#pragma omp simd
+    for (int64_t i = 0; i < kMany; ++i) {
+      const double a = of_student[i], b = of_teacher[i];
+      student[i] += squares ? a * a : a, teacher[i] += squares ? b * b : b;
+    }
+  }
 };
 
-// Sums squares over the classes that student and teacher do not both mask. In double: logits may be
-// of any size. The masks have a loop of their own in T: in one loop with the conversion to double
-// GCC 12's code takes four times as long.
-template <class T>
-Moments sum_squares(const Vectors<const T>& student, const Vectors<const T>& teacher,
-                    int64_t count) {
-  double of_student[kLanes] = {}, of_teacher[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    T student_counted[kWidth], teacher_counted[kWidth];
-    const T *z = student.at(at), *w = teacher.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const bool masked = z[i] == -kInfinity<T> && w[i] == -kInfinity<T>;
-      student_counted[i] = masked ? T(0) : z[i], teacher_counted[i] = masked ? T(0) : w[i];
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const double x = student_counted[i], y = teacher_counted[i];
-      of_student[i] += x * x, of_teacher[i] += y * y;
-    }
-  });
-  return {sum_of(of_student), sum_of(of_teacher), 0, 0};
-}
-
-// Sums and counts the classes that are not masked, in double. One call a tensor: in one loop for
-// both GCC 12's code takes five times as long.
-template <class T>
-void sum_logits(const Vectors<const T>& logits, int64_t count, double* sum, double* classes) {
-  double sums[kLanes] = {};
-  T counts[kLanes] = {};
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const T* lanes = logits.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const bool masked = lanes[i] == -kInfinity<T>;
-      counts[i] += masked ? T(0) : T(1);
-      sums[i] += static_cast<double>(masked ? T(0) : lanes[i]);
-    }
-  });
-  *sum = sum_of(sums), *classes = static_cast<double>(sum_of(counts));
-}
-
-template <class T>
-Moments sum_moments(const Vectors<const T>& student, const Vectors<const T>& teacher,
-                    int64_t count) {
-  Moments moments;
-  sum_logits(student, count, &moments.student, &moments.student_count);
-  sum_logits(teacher, count, &moments.teacher, &moments.teacher_count);
-  return moments;
+// Not inlined, for most divergences need none.
+template <class T, class S>
+__attribute__((noinline)) void add_moments(const RowBlock<T, S>& b, bool squares, Statistics* to) {
+  Moments<T> sums;
+  for_registers(b, [&](const auto& x) FASTKD_INLINE { sums.add(x.z(), x.w(), squares); });
+  for (int64_t i = 0; i < kPerRegister<T>; ++i) {
+    to->student_moment += sums.student[i], to->teacher_moment += sums.teacher[i];
+    to->student_count += static_cast<double>(lane_of(sums.student_count, i));
+    to->teacher_count += static_cast<double>(lane_of(sums.teacher_count, i));
+  }
 }
 
 template <class T>

@@ -32,7 +32,7 @@ FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<
   const Odds<V> student = odds_of(z, s.student_max, s.student_scale, row.temperature);
   const Odds<V> teacher = odds_of(w, s.teacher_max, s.teacher_scale, row.teacher_temperature);
   const auto both = (s.student_scale > 0) & (s.teacher_scale > 0);
-  return {student, teacher, both ? ratio.of(z, w) : teacher.log - student.log};
+  return {student, teacher, both ? ratio.at(z, w) : teacher.log - student.log};
 }
 
 // The weight of the KL among the other classes: none where the teacher allows none of them.

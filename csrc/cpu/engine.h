@@ -13,15 +13,10 @@ struct Engine : FirstSweep<T> {
   using FirstSweep<T>::grad;
   using FirstSweep<T>::terms;
   using FirstSweep<T>::constants;
-  using FirstSweep<T>::pairs;
   using FirstSweep<T>::grad_at;
   using FirstSweep<T>::end_of;
   using FirstSweep<T>::non_temporal;
-  using FirstSweep<T>::numbers;
-  using FirstSweep<T>::place;
-  using FirstSweep<T>::put_pairs;
   using FirstSweep<T>::with_storage;
-  using FirstSweep<T>::for_exponentials;
 
   bool one_sweep() const { return is_one_sweep(in.divergence); }
   // Return true if the sweep that sums slopes caches them for the sweep that centers them.
@@ -38,11 +33,16 @@ struct Engine : FirstSweep<T> {
     return r;
   }
 
-  void read_student(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
-    b->z = numbers(student_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
+  // Has a block's logits read, if they are not yet.
+  template <class S>
+  void read_student(const ActiveRow<T>& r, RowBlock<T, S>* b, S* buffer) const {
+    if (b->z.block != nullptr) return;
+    b->z = fetch(student_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
-  void read_teacher(const ActiveRow<T>& r, RowBlock<T>* b, T* buffer) const {
-    b->w = numbers(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
+  template <class S>
+  void read_teacher(const ActiveRow<T>& r, RowBlock<T, S>* b, S* buffer) const {
+    if (b->w.block != nullptr) return;
+    b->w = fetch(teacher_of(in, r.index), b->at, b->classes, buffer, r.row.left_out);
   }
 
   // Return true if the sweep after the first sums more than the divergence.
@@ -58,54 +58,39 @@ struct Engine : FirstSweep<T> {
         weighted(1 - in.label_smoothing, z - static_cast<double>(r.scales.student_max));
   }
   // Add a block's sums for label smoothing, `terms` and the soft cross entropy.
-  __attribute__((noinline)) void add_extras(const ActiveRow<T>& r, RowBlock<T> b,
+  template <class S>
+  __attribute__((noinline)) void add_extras(const ActiveRow<T>& r, const RowBlock<T, S>& b,
                                             Sums* sums) const {
-    alignas(64) T z[kLongest];
-    alignas(64) T w[kLongest];
-    const Scales<T>& s = r.scales;
     if (r.row.hard != ExpSource::kNone && in.label_smoothing != 0) {
+      alignas(64) T z[kLongest];
       const double share = in.label_smoothing / static_cast<double>(in.classes);
       copy_block(student_of(in, r.index), b.at, b.classes, z);
-      sums->student_logits += share * sum_offsets(z, s.student_max, b.classes);
+      sums->student_logits += share * sum_offsets(z, r.scales.student_max, b.classes);
     }
     if (!terms && in.divergence != Divergence::kSoftCrossEntropy) return;
-    const T teacher_log_scale = std::log(s.teacher_scale);
-    read_teacher(r, &b, w);
-    if (!terms) {
-      sums->teacher_entropy += sum_teacher_entropy(r.c, teacher_log_scale, s.teacher_max, b);
-      return;
-    }
-    read_student(r, &b, z);
-    const Entropies<T> e = sum_entropies(r.c, std::log(s.student_scale), teacher_log_scale,
-                                         s.student_max, s.teacher_max, b);
+    const Entropies e =
+        terms ? sum_entropies<true>(r.c, r.scales, b) : sum_entropies<false>(r.c, r.scales, b);
     sums->student_entropy += e.student;
     sums->teacher_entropy += e.teacher;
     sums->agreement += e.agreement;
   }
 
   // Sums value and slopes of a block. Slopes that are cached replace the teacher's exponentials.
-  SlopeSums sum_block(const ActiveRow<T>& r, RowBlock<T> b) const {
-    alignas(64) T student[kLongest];
-    alignas(64) T teacher[kLongest];
+  template <class S>
+  SlopeSums sum_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
-    read_student(r, &b, student);
-    read_teacher(r, &b, teacher);
-    if (is_reverse(in.divergence)) {
-      return {0, c.shifted ? sum_reverse<true>(c, b) : sum_reverse<false>(c, b), 0};
-    }
+    if (is_reverse(in.divergence)) return {0, sum_reverse(c, b), 0};
     if constexpr (sizeof(T) == sizeof(float)) {
       if (c.is_comparable()) return find_even_slopes(c, b);
     }
     const ConstantsOf<T>& k = constants_in<T>(constants);
-    if (r.row.unit) return find_slopes<Cosine, false>(c, k, b);
+    if (r.row.unit) return find_slopes<Cosine>(c, k, b);
     return visit(in.divergence, [&](auto divergence) -> SlopeSums {
       using D = decltype(divergence);
       if constexpr (std::is_same<D, ForwardKL>::value || std::is_same<D, ReverseKL>::value) {
         return {};  // not reached
-      } else if constexpr (is_mean(D::kBalance)) {
-        return find_slopes<D, false>(c, k, b);
       } else {
-        return c.shifted ? find_slopes<D, true>(c, k, b) : find_slopes<D, false>(c, k, b);
+        return find_slopes<D>(c, k, b);
       }
     });
   }
@@ -115,12 +100,18 @@ struct Engine : FirstSweep<T> {
                    Sums* sums) const {
     if (!r->has_gradient()) return;
     add_label_logit(*r, segment, sums);
-    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
-      if (has_extras()) add_extras(*r, b, sums);
-      const SlopeSums of_block = sum_block(*r, b);
-      sums->value += of_block.value;
-      sums->slope += of_block.slope;
-      sums->classes += of_block.classes;
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      alignas(64) S student[kLongest];
+      alignas(64) S teacher[kLongest];
+      this->template for_exponentials<S>(r, segment, cache, [&](RowBlock<T, S> b) {
+        read_student(*r, &b, student), read_teacher(*r, &b, teacher);
+        if (has_extras()) add_extras(*r, b, sums);
+        const SlopeSums of_block = sum_block(*r, b);
+        sums->value += of_block.value;
+        sums->slope += of_block.slope;
+        sums->classes += of_block.classes;
+      });
     });
     const double nothing = segment == 0 ? r->scales.nothing : 0;
     sums->value += nothing, sums->slope += nothing;
@@ -128,23 +119,18 @@ struct Engine : FirstSweep<T> {
 
   // Set the shares that center the slopes. The slope sum is rounded to T, as it is in `stats`.
   void set_shares(Coefficients<T>* c, const Sums& sums) const {
-    const Balance balance = balance_of(in.divergence);
+    const SlopeCentering centering = centering_of(in.divergence);
     const T slope = static_cast<T>(sums.slope);
-    c->student_share = balance == Balance::kStudent || balance == Balance::kUnit ? slope : T(0);
-    if (!is_mean(balance)) return;
+    c->student_share =
+        centering == SlopeCentering::kStudent || centering == SlopeCentering::kUnit ? slope : T(0);
+    if (!is_mean(centering)) return;
     c->soft_gain = static_cast<T>(static_cast<double>(c->soft_gain) / sums.classes);
-    if (balance == Balance::kCentered) {
+    if (centering == SlopeCentering::kCentered) {
       c->constant_share = static_cast<T>(static_cast<double>(slope) / sums.classes);
     }
   }
 
-  // Update of the label's gradient: the amount that the one-hot target takes off, or a new value.
-  struct Label {
-    int64_t index = -1;  // in the row, or none
-    bool replaces = false;
-    T value = 0;
-  };
-  Label label_of(const ActiveRow<T>& r) const {
+  Label<T> label_of(const ActiveRow<T>& r) const {
     const Row<T>& row = r.row;
     if (grad == nullptr) return {};
     if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
@@ -152,118 +138,66 @@ struct Engine : FirstSweep<T> {
     if (row.gradient_hard == ExpSource::kNone) return {};
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }
-  void put_label(const Label& label, const RowBlock<T>& b, const Vectors<T>& g) const {
-    if (!holds(b.at, b.classes, label.index)) return;
-    T* const element = g.element(place(label.index - b.at));
-    *element = label.replaces ? label.value : *element - label.value;
-  }
-
-  // Writes the gradient of a block of a well-separated row.
-  template <bool kSlopes, class S>
-  void write_separated(const ActiveRow<T>& r, const RowBlock<T>& b, const Label& label) const {
-    alignas(64) S student[kLongest];
-    alignas(64) S result[kLongest];
-    void* const to = grad_at(r.index, b.at);
-    const Vectors<S> g = target(to, in.student_dtype, b.classes, result, non_temporal());
-    const Logits logits = student_of(in, r.index);
-    const ExpSource source = r.row.gradient_hard;
-    Vectors<const S> z;
-    if (source == ExpSource::kSeparate) z = fetch(logits, b.at, b.classes, student);
-    // Before the student's logits may be overwritten, and before it is rounded.
-    T of_label = 0;
-    const bool recomputes = !std::is_same<S, T>::value && holds(b.at, b.classes, label.index);
-    if (recomputes) {
-      const int64_t i = place(label.index - b.at);
-      const T logit = read_one<T>(logits.base, logits.dtype, label.index);
-      of_label = well_separated_gradient(r.c, source, kSlopes, logit, b.student[i], b.teacher[i]) -
-                 label.value;
-    }
-    with_source(source, [&](auto constant_source) {
-      write_well_separated<decltype(constant_source)::value, kSlopes>(r.c, b, z, g);
-    });
-    if constexpr (std::is_same<S, T>::value) {
-      put_label(label, b, g);
-    } else if (recomputes) {
-      *g.element(label.index - b.at) = narrow<S>(of_label);
-    }
-    put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
-  }
 
   // Writes a block's gradient, or sums alone.
-  SlopeSums write_block(const ActiveRow<T>& r, RowBlock<T> b, const Label& label) const {
-    alignas(64) T student[kLongest];
-    alignas(64) T teacher[kLongest];
-    alignas(64) T result[kLongest];
-    alignas(64) T buffer[kLongest];
-    T* const hard_part = pairs ? result : buffer;  // one buffer less in L1
+  template <ExpSource kSource, class S>
+  SlopeSums write_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
-    void* const to = grad_at(r.index, b.at);
-    const Vectors<T> g = pairs ? Vectors<T>{result}
-                               : target(to, in.student_dtype, b.classes, result, non_temporal());
-    read_student(r, &b, student);
-    with_source(r.row.gradient_hard,
-                [&](auto source) { write_hard_part<decltype(source)::value>(c, b, hard_part); });
-    SlopeSums sums;
-    if (caches_slopes()) {
-      const bool any = leaves_out_masked(balance_of(in.divergence)) || c.soft_gain == T(0);
-      const auto center = any ? &center_gradient<true, T> : &center_gradient<false, T>;
-      const Vectors<const T> q = r.row.unit ? b.z : Vectors<const T>{b.student};
-      center(c, b, q, r.row.unit ? c.student_inverse : c.student_scale, hard_part, g);
-    } else {
-      read_teacher(r, &b, teacher);
-      sums = is_reverse(in.divergence) ? write_reverse(c, b, hard_part, g)
-                                       : write_forward(r, b, hard_part, g);
+    const Label<T> label = label_of(r);
+    if (is_difference(r)) {
+      write_difference<kSource>(c, b, label);
+      return {};
     }
-    put_label(label, b, g);
-    if (grad == nullptr) return sums;
-    pairs ? put_pairs(result, to, b.classes)
-          : put_result(g, result, to, in.student_dtype, b.classes, non_temporal());
-    return sums;
-  }
-  SlopeSums write_forward(const ActiveRow<T>& r, const RowBlock<T>& b, const T* hard_part,
-                          const Vectors<T>& g) const {
-    if (r.row.left_out >= 0) {
-      return r.c.shifted ? write_gradient<true, true>(r.c, b, hard_part, g)
-                         : write_gradient<false, true>(r.c, b, hard_part, g);
+    if (is_reverse(in.divergence)) {
+      // In backward, too, where nobody asks for the value: other loops might have other bits.
+      return is_sum_of_slopes(c, c.student_share) ? write_reverse_kl<kSource, false>(c, b, label)
+                                                  : write_reverse_kl<kSource, true>(c, b, label);
     }
-    return r.c.shifted ? write_gradient<true, false>(r.c, b, hard_part, g)
-                       : write_gradient<false, false>(r.c, b, hard_part, g);
-  }
-  SlopeSums write_reverse(const Coefficients<T>& c, const RowBlock<T>& b, const T* hard_part,
-                          const Vectors<T>& g) const {
-    // In backward, too, where nobody asks for the value: other loops might have other bits.
-    if (c.shifted) return {write_reverse_kl<true, true>(c, b, hard_part, g), 0, 0};
-    const bool value = !is_sum_of_slopes(c, c.student_share);
-    return {value ? write_reverse_kl<false, true>(c, b, hard_part, g)
-                  : write_reverse_kl<false, false>(c, b, hard_part, g),
-            0, 0};
+    if (one_sweep()) {
+      return r.row.left_out >= 0 ? write_forward_kl<kSource, true>(c, b, label)
+                                 : write_forward_kl<kSource, false>(c, b, label);
+    }
+    leaves_out_masked(centering_of(in.divergence))
+        ? center_slopes<kSource, true>(c, r.row.unit, b, label)
+        : center_slopes<kSource, false>(c, r.row.unit, b, label);
+    return {};
   }
 
   // The gradient of a segment. Sums are wanted by forward alone; null in backward. `has_slopes`:
   // sum_segment() left them in `cache`.
   void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
              Sums* sums) const {
-    const bool difference = is_difference(*r), extras = sums != nullptr && one_sweep();
+    const bool difference = is_difference(*r);
+    const bool extras = sums != nullptr && one_sweep() && has_extras();
     const bool is_value_summed =
         one_sweep() ? !difference
                     : is_reverse(in.divergence) && !is_sum_of_slopes(r->c, r->c.student_share);
     const bool writes = grad != nullptr || (sums != nullptr && is_value_summed);
-    if (extras) add_label_logit(*r, segment, sums);
-    if (!writes && !(extras && has_extras())) return;
-    const Label label = label_of(*r);
-    for_exponentials(r, segment, cache, [&](const RowBlock<T>& b) {
-      if (extras && has_extras()) add_extras(*r, b, sums);
-      if (!writes) return;
-      if (caches_slopes() && !has_slopes) sum_block(*r, b);
-      if (difference || r->c.is_comparable()) {
-        return with_storage([&](auto storage) {
-          using S = decltype(storage);
-          difference ? write_separated<false, S>(*r, b, label)
-                     : write_separated<true, S>(*r, b, label);
+    if (sums != nullptr && one_sweep()) add_label_logit(*r, segment, sums);
+    if (!writes && !extras) return;
+    const bool finds_slopes = caches_slopes() && !has_slopes;
+    const bool reads_both = finds_slopes || extras || !(difference || caches_slopes());
+    const ExpSource source = grad != nullptr ? r->row.gradient_hard : ExpSource::kNone;
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      alignas(64) S student[kLongest];
+      alignas(64) S teacher[kLongest];
+      alignas(64) S result[kLongest];
+      this->template for_exponentials<S>(r, segment, cache, [&](RowBlock<T, S> b) {
+        const bool reads_student = source == ExpSource::kSeparate || r->row.unit;
+        if (reads_both || reads_student) read_student(*r, &b, student);
+        if (reads_both) read_teacher(*r, &b, teacher);
+        if (extras) add_extras(*r, b, sums);
+        if (!writes) return;
+        if (finds_slopes) sum_block(*r, b);
+        void* const to = grad_at(r->index, b.at);
+        b.grad = target(to, in.student_dtype, b.classes, result, non_temporal());
+        const SlopeSums of_block = with_source(source, [&](auto constant_source) {
+          return write_block<decltype(constant_source)::value>(*r, b);
         });
-      }
-      const SlopeSums of_block = write_block(*r, b, label);
-      if (sums != nullptr) sums->value += of_block.value, sums->slope += of_block.slope;
+        put_result(b.grad, result, to, in.student_dtype, b.classes, non_temporal());
+        if (sums != nullptr) sums->value += of_block.value, sums->slope += of_block.slope;
+      });
     });
   }
 };

@@ -100,11 +100,11 @@ struct Exponential {
     }
   }
 
-  FASTKD_HOST_DEVICE T operator()(T logit) const { return of(logit - max, factor, least); }
+  FASTKD_HOST_DEVICE T operator()(T logit) const { return power_of(logit - max, factor, least); }
 
   // Return the exponential of logit - max. V is T, or a register with a factor for each lane.
   template <class V = T, class Bits = typename F::Bits>
-  FASTKD_HOST_DEVICE V of(V offset, V factor, V least) const {
+  FASTKD_HOST_DEVICE V power_of(V offset, V factor, V least) const {
     const V shifted = offset * factor + F::kRound;
     const V fraction = offset * factor - (shifted - F::kRound);
     V power = fraction * coefficient[P::kCoefficients - 1] + coefficient[P::kCoefficients - 2];

@@ -1,19 +1,60 @@
-// The first sweep of a row: maxima and sums, and the exponentials that later sweeps use again.
+// Access to the logits and the gradient of a row, and its first sweep: maxima and sums, and the
+// exponentials that later sweeps use again.
 #pragma once
-#include "row_access.h"
+#include "blocks.h"
+#include "row_blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 template <class T>
-struct FirstSweep : RowAccess<T> {
-  using RowAccess<T>::in;
-  using RowAccess<T>::grad;
-  using RowAccess<T>::grad_at;
-  using RowAccess<T>::end_of;
-  using RowAccess<T>::numbers;
-  using RowAccess<T>::steps;
-  using RowAccess<T>::with_storage;
+struct FirstSweep {
+  const Inputs& in;
+  void* grad;  // [rows, classes], or null
+  RowStrides grad_stride;
+  bool terms;
+  Constants constants;
+
+  bool non_temporal() const {
+    constexpr int64_t kLeastClasses = 2048;  // set by measurement
+    return stores_non_temporal(in, grad, kLeastClasses);
+  }
+  // After whatever is to be seen by other threads.
+  void complete() const {
+    if (non_temporal()) store_fence();
+  }
+
+  void* grad_at(int64_t row, int64_t index) const {
+    if (grad == nullptr) return nullptr;
+    return const_cast<void*>(
+        at(grad, in.student_dtype, row_offset(row, in.group_rows, grad_stride) + index));
+  }
+
+  int64_t segments() const { return (in.classes + kSegment - 1) / kSegment; }
+  int64_t end_of(int64_t segment) const {
+    const int64_t end = (segment + 1) * kSegment;
+    return end < in.classes ? end : in.classes;
+  }
+
+  // Calls fn with a value of the type that the sweeps read: bf16, if both logits are, or T.
+  template <class Fn>
+  auto with_storage(Fn&& fn) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const DType pairs = DType::kBFloat16;
+      if (in.student_dtype == pairs && in.teacher_dtype == pairs) return fn(BFloat16{});
+    }
+    return fn(T{});
+  }
+
+  void fill(int64_t index, int64_t begin, int64_t end, T value) const {
+    if (grad == nullptr) return;
+    alignas(64) T block[kBlock];
+    for (T& x : block) x = value;
+    for (int64_t at = begin; at < end; at += kBlock) {
+      const int64_t count = end - at < kBlock ? end - at : kBlock;
+      FASTKD_ISA::write(block, in.student_dtype, count, grad_at(index, at));
+    }
+  }
 
   // Has the processor look up where the next pages are, many at once, before they are wanted: a
   // first access of a page, even to prefetch, waits for that, some 100 ns on a virtual machine.
@@ -70,25 +111,11 @@ struct FirstSweep : RowAccess<T> {
       const Vectors<const S> w = fetch(teacher, at, count, teacher_buffer, row.left_out);
       touch_pages<S>(student, teacher, index, at, count);
       const double top = maximum(z, count), teacher_top = maximum(w, count);
-      const bool raised = top > result.student_max || teacher_top > result.teacher_max;
-      if (log_ratios && raised && at > begin) {
-        result.log_ratio_sum = moved_log_ratios(row, result, std::fmax(top, result.student_max),
-                                                std::fmax(teacher_top, result.teacher_max));
-      }
-      if (top > result.student_max) {
-        if (result.student_max > kLowest) {
-          result.student_sum *= row.rescale(result.student_max, top);
-          result.hard_sum *= row.hard_rescale(result.student_max, top);
-        }
-        tempered.max = separate.max = static_cast<T>(top);
-        result.student_max = top;
-      }
-      if (teacher_top > result.teacher_max) {
-        if (result.teacher_max > kLowest) {
-          result.teacher_sum *= row.teacher_rescale(result.teacher_max, teacher_top);
-        }
-        teachers.max = static_cast<T>(teacher_top);
-        result.teacher_max = teacher_top;
+      if (top > result.student_max || teacher_top > result.teacher_max) {
+        // The sums so far become relative to the greater maxima.
+        merge(row, Statistics{top, 0, 0, teacher_top, 0}, &result);
+        tempered.max = separate.max = origin_of<T>(result.student_max);
+        teachers.max = origin_of<T>(result.teacher_max);
       }
       const Into next = next_of<S>(at, in.classes);
       const ExponentialSums sums =
@@ -104,6 +131,9 @@ struct FirstSweep : RowAccess<T> {
       result.hard_sum += sums.hard;
       result.teacher_sum += teacher_sums.tempered;
       result.log_ratio_sum += teacher_sums.log_ratios;
+      if (row.unit || row.centered) {
+        add_moments(RowBlock<T, S>{at, count, nullptr, nullptr, z, w}, row.unit, &result);
+      }
       // A row that is not well separated by its first classes is not worth the log ratios of the
       // others.
       if (log_ratios && at == begin && at + count < end && mean_of(row, result) == 0) {
@@ -114,23 +144,6 @@ struct FirstSweep : RowAccess<T> {
     return result;
   }
 
-  // Not inlined, for most divergences have none.
-  __attribute__((noinline)) void add_moments(int64_t index, int64_t begin, int64_t end,
-                                             Statistics* result) const {
-    alignas(64) T student[kLongest];
-    alignas(64) T teacher[kLongest];
-    const bool squares = in.divergence == Divergence::kCosine;
-    for_blocks(begin, end, -1, [&](int64_t at, int64_t count) {
-      const Vectors<const T> z = numbers(student_of(in, index), at, count, student);
-      const Vectors<const T> w = numbers(teacher_of(in, index), at, count, teacher);
-      const Moments moments =
-          squares ? sum_squares(z, w, steps(count)) : sum_moments(z, w, steps(count));
-      result->student_moment += moments.student, result->teacher_moment += moments.teacher;
-      result->student_count += moments.student_count;
-      result->teacher_count += moments.teacher_count;
-    });
-  }
-
   Statistics scan(const Row<T>& row, int64_t index, int64_t segment,
                   const SegmentCache<T>& cache) const {
     if (row.state != State::kNormal) return kNoStatistics;
@@ -138,7 +151,6 @@ struct FirstSweep : RowAccess<T> {
     Statistics result = with_storage([&](auto storage) {
       return scan_blocks<decltype(storage)>(row, index, begin, end, cache);
     });
-    if (row.unit || row.centered) add_moments(index, begin, end, &result);
     if (holds(begin, end - begin, row.left_out)) {
       const Logits student = student_of(in, index), teacher = teacher_of(in, index);
       result.student_label = read_one<double>(student.base, student.dtype, row.left_out);
@@ -171,8 +183,7 @@ struct FirstSweep : RowAccess<T> {
                                               int64_t left_out, T factor, double max,
                                               T* exponentials) const {
     alignas(64) S buffer[kLongest];
-    // If all classes so far are masked, no maximum is subtracted.
-    const Exponential<T> exponential(factor, max > kLowest ? static_cast<T>(max) : T(0), 1);
+    const Exponential<T> exponential(factor, origin_of<T>(max), 1);
     sum_exponentials<ExpSource::kNone, LogRatioSum::kNone>(
         fetch(logits, at, count, buffer, left_out), count, exponential, exponential, 0,
         exponentials, Into::kL1);
@@ -180,36 +191,30 @@ struct FirstSweep : RowAccess<T> {
 
   // Calls fn(block) for the blocks of a segment, with their constants in `r`: with exponentials
   // that `cache` has, or recomputed.
-  template <class Fn>
+  template <class S, class Fn>
   void for_exponentials(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
                         Fn&& fn) const {
     const Row<T>& row = r->row;
-    const int64_t index = r->index;
     const int64_t begin = segment * kSegment, end = end_of(segment);
     double maxima[2][SegmentCache<T>::kBlocks];
     alignas(64) T exponentials[2][kLongest];
     const double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
     if (cache.empty()) {
       student_max = maxima[0], teacher_max = maxima[1];
-      with_storage([&](auto storage) {
-        find_maxima<decltype(storage)>(row, index, begin, end, maxima[0], maxima[1]);
-      });
+      find_maxima<S>(row, r->index, begin, end, maxima[0], maxima[1]);
     }
     for_blocks(begin, end, row.left_out, [&](int64_t at, int64_t count) {
       T *student = exponentials[0], *teacher = exponentials[1];
       if (!cache.empty()) {
         student = cache.student + (at - begin), teacher = cache.teacher + (at - begin);
       } else {
-        with_storage([&](auto storage) {
-          using S = decltype(storage);
-          exponentiate<S>(student_of(in, index), at, count, row.left_out, row.factor, *student_max,
-                          student);
-          exponentiate<S>(teacher_of(in, index), at, count, row.left_out, row.teacher_factor,
-                          *teacher_max, teacher);
-        });
+        exponentiate<S>(student_of(in, r->index), at, count, row.left_out, row.factor, *student_max,
+                        student);
+        exponentiate<S>(teacher_of(in, r->index), at, count, row.left_out, row.teacher_factor,
+                        *teacher_max, teacher);
       }
       set_block(row, r->scales, *student_max++, *teacher_max++, &r->c);
-      fn(RowBlock<T>{at, count, steps(count), student, teacher});
+      fn(RowBlock<T, S>{at, count, student, teacher});
     });
   }
 };

@@ -1,8 +1,10 @@
-// The formulas of a row, or of several side by side: both engines' source for all that is computed
-// once a row (docs/maths.md derives it).
+// The formulas of a row: all that is computed once a row, between its sweeps over the classes.
+// Scales from the first sweep's sums, the constants of log(p / q), the gains of the gradient's
+// terms, and at last loss and terms (docs/maths.md, sections 1 to 3 and 7).
 //
-// V is double in the row engine, which rounds the results to its compute type T; in the transposed
-// engine it is a vector of floats, one for each row.
+// The row engine (rows.h) and the transposed engine (transposed_engine.h) share them, so that each
+// is written once. V is double in the row engine, which rounds the results to its compute type T;
+// in the transposed engine it is a vector of floats, one for each row.
 #pragma once
 #include <cmath>
 
@@ -41,7 +43,7 @@ struct Scales {
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
   V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
   V nothing{};                          // what a row of zeros adds to the divergence (kCosine)
-  V mean{};                             // the forward KL, where it is plain; else 0
+  V mean{};                             // the forward KL of a well-separated row; else 0
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   FASTKD_HOST_DEVICE auto valid() const {
@@ -72,17 +74,17 @@ struct Scales {
 
 // The scales of a row, or of several, from its first sweep's sums.
 template <class V, class Sums>
-FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& of, bool hard, bool decoupled) {
-  Scales<V> s = {static_cast<V>(of.student_max),
-                 static_cast<V>(1 / of.student_sum),
-                 hard ? static_cast<V>(1 / of.hard_sum) : V{},
-                 static_cast<V>(of.teacher_max),
-                 static_cast<V>(1 / of.teacher_sum),
-                 static_cast<V>(of.student_label),
-                 static_cast<V>(of.teacher_label)};
+FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& sums, bool hard, bool decoupled) {
+  Scales<V> s = {static_cast<V>(sums.student_max),
+                 static_cast<V>(1 / sums.student_sum),
+                 hard ? static_cast<V>(1 / sums.hard_sum) : V{},
+                 static_cast<V>(sums.teacher_max),
+                 static_cast<V>(1 / sums.teacher_sum),
+                 static_cast<V>(sums.student_label),
+                 static_cast<V>(sums.teacher_label)};
   if (!decoupled) return s;
   // No class but the label.
-  const auto no_student = of.student_sum == 0, no_teacher = of.teacher_sum == 0;
+  const auto no_student = sums.student_sum == 0, no_teacher = sums.teacher_sum == 0;
   s.student_max = no_student ? V{} : s.student_max;
   s.student_scale = no_student ? V{} : s.student_scale;
   s.hard_scale = no_student ? V{} : s.hard_scale;
@@ -131,8 +133,9 @@ struct LogRatio {
   V log_ratio{};
   Mask<V> shifted{};  // the bases are not 0, or the ratio not 1
 
-  FASTKD_HOST_DEVICE V of(V z, V w) const {
-    const V from_z = z - student_base, from_w = w - teacher_base;
+  template <class W = V>
+  FASTKD_HOST_DEVICE W at(W z, W w) const {
+    const W from_z = z - student_base, from_w = w - teacher_base;
     return (from_w * temperature_ratio - from_z) * inverse_temperature - log_ratio;
   }
 };

@@ -1,12 +1,13 @@
 // Several teachers, or probabilities, as the logits of one, row by row, compiled once for each
-// instruction set. A first sweep over the row finds what normalises each teacher, a second, which
-// finds them in the cache, mixes them; a mean of logits needs no first one.
+// instruction set. The first sweep computes the normalization of each teacher; the second, which
+// finds the logits in the cache, mixes them. A mean of logits needs no first sweep.
 #include "../mixture.h"
 
 #include <limits>
 #include <vector>
 
 #include "blocks.h"
+#include "fp64.h"
 #include "logarithm.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -23,8 +24,8 @@ class Mixer {
   void mix(int64_t row) {
     double t = args_.temperature, teacher_t = args_.teacher_temperature;
     if (args_.row_temperatures != nullptr) {
-      const T* const own = static_cast<const T*>(args_.row_temperatures) + row;
-      t = static_cast<double>(own[0]), teacher_t = static_cast<double>(own[args_.rows]);
+      const T* const of_row = static_cast<const T*>(args_.row_temperatures) + row;
+      t = static_cast<double>(of_row[0]), teacher_t = static_cast<double>(of_row[args_.rows]);
     }
     const bool linear = args_.count == 1 || args_.ensemble == Ensemble::kLogits;
     const T factor = static_cast<T>(kLog2E / teacher_t);
@@ -142,9 +143,15 @@ void mix_rows(const MixtureArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
+#if defined(FASTKD_FP64)
+void fp64::mixture(const MixtureArgs& args, int64_t begin, int64_t end) {
+  mix_rows<double>(args, begin, end);
+}
+#endif
+
 void run_mixture(const MixtureArgs& args, int64_t begin, int64_t end);
 void run_mixture(const MixtureArgs& args, int64_t begin, int64_t end) {
-  args.in_double ? mix_rows<double>(args, begin, end) : mix_rows<float>(args, begin, end);
+  args.in_double ? baseline::fp64::mixture(args, begin, end) : mix_rows<float>(args, begin, end);
 }
 
 }  // namespace fastkd::cpu::FASTKD_ISA

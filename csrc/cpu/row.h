@@ -49,7 +49,8 @@ struct Row : Settings<double> {
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
   // to `to`. An empty sum, whose maximum is -inf, stays empty.
   static double rescale(double from, double to, double exponent) {
-    return from == to ? 1.0 : std::exp2((from - to) * exponent);
+    if (from == to) return 1;
+    return from > kLowest ? std::exp2((from - to) * exponent) : 0;
   }
   double rescale(double from, double to) const {
     return rescale(from, to, static_cast<double>(factor));
@@ -118,34 +119,22 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   return row;
 }
 
+// Return what exponentials are relative to: nothing is subtracted while all classes are masked.
+template <class T>
+T origin_of(double max) {
+  return max > kLowest ? static_cast<T>(max) : T(0);
+}
+
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
-
-template <class T>
-void merge_student(const Row<T>& row, double max, double sum, double hard_sum, Statistics* into) {
-  const double top = max > into->student_max ? max : into->student_max;
-  const double mine = into->student_max;
-  into->student_sum = into->student_sum * row.rescale(mine, top) + sum * row.rescale(max, top);
-  into->hard_sum =
-      into->hard_sum * row.hard_rescale(mine, top) + hard_sum * row.hard_rescale(max, top);
-  into->student_max = top;
-}
-
-template <class T>
-void merge_teacher(const Row<T>& row, double max, double sum, Statistics* into) {
-  const double top = max > into->teacher_max ? max : into->teacher_max;
-  into->teacher_sum = into->teacher_sum * row.teacher_rescale(into->teacher_max, top) +
-                      sum * row.teacher_rescale(max, top);
-  into->teacher_max = top;
-}
 
 // The sum of log ratios of some classes, had they other maxima. Not inlined, as merge().
 template <class T>
-__attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& of,
+__attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& sums,
                                                   double student_max, double teacher_max) {
-  if (!row.log_ratios || of.teacher_sum == 0) return 0;
-  const double student = student_max - of.student_max, teacher = teacher_max - of.teacher_max;
-  return (of.log_ratio_sum + (student - teacher) * of.teacher_sum) *
-         row.teacher_rescale(of.teacher_max, teacher_max);
+  if (!row.log_ratios || sums.teacher_sum == 0) return 0;
+  const double student = student_max - sums.student_max, teacher = teacher_max - sums.teacher_max;
+  return (sums.log_ratio_sum + (student - teacher) * sums.teacher_sum) *
+         row.teacher_rescale(sums.teacher_max, teacher_max);
 }
 
 // Not inlined: were one of its products fused with the sum in one caller and the other in another,
@@ -157,8 +146,19 @@ __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
   const double teacher_top = std::fmax(into->teacher_max, other.teacher_max);
   into->log_ratio_sum = moved_log_ratios(row, *into, student_top, teacher_top) +
                         moved_log_ratios(row, other, student_top, teacher_top);
-  merge_student(row, other.student_max, other.student_sum, other.hard_sum, into);
-  merge_teacher(row, other.teacher_max, other.teacher_sum, into);
+  const auto student = [&](const Statistics& sums) {
+    return row.rescale(sums.student_max, student_top);
+  };
+  const auto hard = [&](const Statistics& sums) {
+    return row.hard_rescale(sums.student_max, student_top);
+  };
+  const auto teacher = [&](const Statistics& sums) {
+    return row.teacher_rescale(sums.teacher_max, teacher_top);
+  };
+  into->student_sum = into->student_sum * student(*into) + other.student_sum * student(other);
+  into->hard_sum = into->hard_sum * hard(*into) + other.hard_sum * hard(other);
+  into->teacher_sum = into->teacher_sum * teacher(*into) + other.teacher_sum * teacher(other);
+  into->student_max = student_top, into->teacher_max = teacher_top;
   into->student_label += other.student_label;
   into->teacher_label += other.teacher_label;
   into->student_moment += other.student_moment;
@@ -179,29 +179,30 @@ inline void add(const Sums& other, Sums* into) {
 
 // Not inlined, for most divergences need no lengths.
 template <class T>
-__attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& of, Scales<T>* s) {
+__attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& sums,
+                                            Scales<T>* s) {
   const Inverses<T> inverses =
-      inverses_of<T>(of.student_moment, of.teacher_moment, row.temperature);
+      inverses_of<T>(sums.student_moment, sums.teacher_moment, row.temperature);
   s->student_inverse = inverses.student;
   s->teacher_inverse = inverses.teacher;
   s->nothing = inverses.nothing;
 }
 // Not inlined, for the same reason.
 template <class T>
-__attribute__((noinline)) void set_means(const Statistics& of, Scales<T>* s) {
-  s->student_mean = static_cast<T>(of.student_moment / of.student_count);
-  s->teacher_mean = static_cast<T>(of.teacher_moment / of.teacher_count);
+__attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
+  s->student_mean = static_cast<T>(sums.student_moment / sums.student_count);
+  s->teacher_mean = static_cast<T>(sums.teacher_moment / sums.teacher_count);
 }
 
 // The forward KL of a well-separated row; else 0. Rows whose maxima are far apart are not.
 template <class T>
-__attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
-  if (are_apart(of.student_max, of.teacher_max, row.temperature)) return 0;
-  const double inverse = 1 / of.teacher_sum;
+__attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& sums) {
+  if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;
+  const double inverse = 1 / sums.teacher_sum;
   // The exponentials' own temperature, which has been rounded.
   const double factor = static_cast<double>(row.factor) * kLn2;
-  const double log_ratio = std::log(of.student_sum * inverse);
-  const double mean = of.log_ratio_sum * inverse * factor + log_ratio;
+  const double log_ratio = std::log(sums.student_sum * inverse);
+  const double mean = sums.log_ratio_sum * inverse * factor + log_ratio;
   const bool is_separated =
       mean >= kWellSeparated && mean >= kShare * std::fabs(log_ratio) && mean < kGreatest;
   return is_separated ? static_cast<T>(mean) : T(0);
@@ -210,11 +211,11 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& of) {
 // Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
 // the unrounded quotients, so that backward arrived at other bits.
 template <class T>
-__attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& of) {
-  Scales<T> s = scales_of<T>(of, row.hard != ExpSource::kNone, row.left_out >= 0);
-  if (row.unit) set_inverses(row, of, &s);
-  if (row.centered) set_means(of, &s);
-  if (row.log_ratios) s.mean = mean_of(row, of);
+__attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
+  Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
+  if (row.unit) set_inverses(row, sums, &s);
+  if (row.centered) set_means(sums, &s);
+  if (row.log_ratios) s.mean = mean_of(row, sums);
   return s;
 }
 
@@ -235,12 +236,12 @@ bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
 }
 // Not inlined, as merge().
 template <class T>
-__attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& of,
+__attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& sums,
                                             const LogRatio<T>& ratio, double slope) {
   // The exponentials' own temperature, as in mean_of().
   const double inverse = static_cast<double>(row.factor) * kLn2;
-  const double log_ratio =
-      (of.teacher_max - of.student_max) * inverse + std::log(of.teacher_sum / of.student_sum);
+  const double log_ratio = (sums.teacher_max - sums.student_max) * inverse +
+                           std::log(sums.teacher_sum / sums.student_sum);
   return (slope - static_cast<double>(ratio.log_ratio)) *
              (inverse / static_cast<double>(ratio.inverse_temperature)) +
          log_ratio;

@@ -147,10 +147,10 @@ class RowCache {
         new (std::nothrow) double[static_cast<size_t>(2 * segments * SegmentCache<T>::kBlocks)]);
   }
 
-  SegmentCache<T> of(int64_t segment) const {
+  SegmentCache<T> segment(int64_t index) const {
     if (exponentials_ == nullptr || maxima_ == nullptr) return {};
-    T* const student = exponentials_.get() + 2 * segment * width_;
-    double* const student_max = maxima_.get() + 2 * segment * SegmentCache<T>::kBlocks;
+    T* const student = exponentials_.get() + 2 * index * width_;
+    double* const student_max = maxima_.get() + 2 * index * SegmentCache<T>::kBlocks;
     return {student, student + width_, student_max, student_max + SegmentCache<T>::kBlocks};
   }
 

@@ -13,13 +13,13 @@ namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 template <class T>
-void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
-              const Scales<T>& scales, Sums sums) {
+void put_loss(const ForwardArgs& args, const Row<T>& row, int64_t index,
+              const Statistics& statistics, const Scales<T>& scales, Sums sums) {
   double hard = 0;
   const Scales<double> exact = scales.template as<double>();
   if (row.hard != ExpSource::kNone) {
     // log sum exp(z) - max; then the target's mean of max - z.
-    hard = std::log2(of.hard_sum) / row.hard_exponent();
+    hard = std::log2(statistics.hard_sum) / row.hard_exponent();
     if (row.left_out >= 0) hard = log_sum(exact, hard);
     hard -= sums.student_logits;
   }
@@ -69,7 +69,7 @@ Scales<T> get_stats(const BackwardArgs& args, const Row<T>& row, int64_t index, 
 
 // The last step of a row: its loss, terms and stats.
 template <class T>
-void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& of,
+void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Statistics& statistics,
             const Scales<T>& scales, Sums* sums) {
   if (row.state == State::kIgnored) {
     put_constant(args, index, T(0));
@@ -81,13 +81,13 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   if (is_reverse(args.divergence)) {
     const LogRatio<T> ratio = make_log_ratio(row, scales);
     if (is_sum_of_slopes(ratio, static_cast<T>(sums->slope))) {
-      sums->value = reverse_of(row, of, ratio, sums->slope);
+      sums->value = reverse_of(row, statistics, ratio, sums->slope);
     }
   }
   if (row.state == State::kInvalid || !scales.valid()) {
     put_constant(args, index, kNaN<T>);
   } else {
-    put_loss(args, row, index, of, scales, *sums);
+    put_loss(args, row, index, statistics, scales, *sums);
   }
   put_stats(args, index, scales, *sums);
 }
@@ -112,9 +112,9 @@ void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index
                  const RowCache<T>& cache) {
   const Row<T> row = make_row<T>(args, index, engine.terms);
   const int64_t last = engine.segments() - 1;
-  Statistics statistics = engine.scan(row, index, 0, cache.of(0));
+  Statistics statistics = engine.scan(row, index, 0, cache.segment(0));
   for (int64_t i = 1; i <= last; ++i) {
-    merge(row, engine.scan(row, index, i, cache.of(i)), &statistics);
+    merge(row, engine.scan(row, index, i, cache.segment(i)), &statistics);
   }
   ActiveRow<T> r = engine.activate(row, make_scales(row, statistics), gain_of<T>(args), index);
   Sums sums = {};
@@ -122,13 +122,13 @@ void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index
   if (!engine.one_sweep()) {
     for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
-      engine.sum_segment(&r, i, cache.of(i), &of_segment);
+      engine.sum_segment(&r, i, cache.segment(i), &of_segment);
       add(of_segment, &sums);
     }
     engine.set_shares(&r.c, sums);
   }
   for (int64_t i = last; i >= 0; --i) {
-    const SegmentCache<T> segment = cache.of(i);
+    const SegmentCache<T> segment = cache.segment(i);
     const bool has_slopes = engine.caches_slopes() && !segment.empty();
     Sums of_segment = {};
     write_segment(engine, &r, i, segment, has_slopes, &of_segment);
@@ -155,7 +155,7 @@ void backward_row(const BackwardArgs& args, const Engine<T>& engine, int64_t ind
 
 template <class T, class Args>
 Engine<T> make_engine(const Args& args, bool terms) {
-  return {{{args, args.grad, args.grad_stride, terms, make_constants(args.divergence, args.mix)}}};
+  return {{args, args.grad, args.grad_stride, terms, make_constants(args.divergence, args.mix)}};
 }
 
 template <class T>
@@ -200,8 +200,8 @@ ActiveRow<T> activate(const ForwardArgs& args, const Engine<T>& engine, int64_t 
 }
 
 template <class T>
-void balance_segment(const ForwardArgs& args, int64_t index, int64_t segment,
-                     const Statistics* of_row, Sums* result) {
+void sum_slopes_of_segment(const ForwardArgs& args, int64_t index, int64_t segment,
+                           const Statistics* of_row, Sums* result) {
   const Engine<T> engine = make_engine<T>(args, args.terms != nullptr);
   ActiveRow<T> r = activate(args, engine, index, of_row);
   engine.sum_segment(&r, segment, SegmentCache<T>{}, result);
@@ -209,10 +209,10 @@ void balance_segment(const ForwardArgs& args, int64_t index, int64_t segment,
 
 template <class T>
 void write_segment(const ForwardArgs& args, int64_t index, int64_t segment,
-                   const Statistics* of_row, const Sums& of_balance, Sums* result) {
+                   const Statistics* of_row, const Sums& slope_sums, Sums* result) {
   const Engine<T> engine = make_engine<T>(args, args.terms != nullptr);
   ActiveRow<T> r = activate(args, engine, index, of_row);
-  engine.set_shares(&r.c, of_balance);
+  engine.set_shares(&r.c, slope_sums);
   write_segment(engine, &r, segment, SegmentCache<T>{}, false, result);
   engine.complete();
 }
@@ -226,6 +226,17 @@ void close_row(const ForwardArgs& args, int64_t index, const Statistics* of_row,
   for (int64_t i = segments; i-- > 0;) add(of_segments[i], &sums);
   const Statistics statistics = merge_all(row, of_row, segments);
   finish(args, row, index, statistics, make_scales(row, statistics), &sums);
+}
+
+// The row engine's part of an instruction set's kernels.
+template <class T>
+Kernels row_kernels(const char* name) {
+  Kernels kernels = {};
+  kernels.name = name;
+  kernels.forward = forward_rows<T>, kernels.backward = backward_rows<T>;
+  kernels.scan = scan_segment<T>, kernels.sum_slopes = sum_slopes_of_segment<T>;
+  kernels.write = write_segment<T>, kernels.close = close_row<T>;
+  return kernels;
 }
 
 }  // namespace

@@ -30,42 +30,22 @@ FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
 }
 
 // Ignores a NaN, which the sums of exponentials then show.
-template <class T>
-T maximum(const Vectors<const T>& logits, int64_t count) {
-  constexpr int64_t kMany = kRegisters<kLanes, T>;
+template <class S>
+auto maximum(const Vectors<const S>& logits, int64_t count) {
+  using T = decltype(widen(S{}));
+  constexpr int64_t kMany = kRegisters<kWide<T>, T>;
   Register<T> top[kMany];
   for (Register<T>& lanes : top) lanes = splat(-kInfinity<T>);
-  for_vectors<T>(count, [&](int64_t at, auto width) FASTKD_INLINE {
+  for_vectors<S>(count, [&](int64_t at, auto width) FASTKD_INLINE {
     constexpr int64_t kWidth = decltype(width)::value;
-    Register<T> x[kRegisters<kWidth, T>];
-    load<kWidth>(logits.at(at), -kInfinity<T>, x);
     FASTKD_UNROLL
-    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) top[i] = max(x[i], top[i]);
-  });
-  T lanes[kLanes];
-  store<kLanes>(top, lanes);
-  return tree_reduce<kLanes>(lanes, [](T a, T b) { return a > b ? a : b; });
-}
-
-// Sign and magnitude to two's complement and back: integers in the order of the numbers.
-FASTKD_HOST_DEVICE int16_t ordered(int16_t bits) {
-  return static_cast<int16_t>(bits ^ ((bits >> 15) & 0x7fff));
-}
-inline float maximum(const Vectors<const BFloat16>& logits, int64_t count) {
-  int16_t lanes[kLanes];
-  for (int16_t& lane : lanes) lane = ordered(static_cast<int16_t>(0xff80));  // -inf
-  for_vectors<BFloat16>(count, [&](int64_t at, auto width) FASTKD_INLINE {
-    constexpr int64_t kWidth = decltype(width)::value;
-    const BFloat16* vector = logits.at(at);
-#pragma omp simd
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const int16_t x = ordered(static_cast<int16_t>(vector[i].bits));
-      lanes[i] = x > lanes[i] ? x : lanes[i];
+    for (int64_t i = 0; i < kRegisters<kWidth, T>; ++i) {
+      top[i] = max(load_register<kWidth>(logits.at(at), i, -kInfinity<T>), top[i]);
     }
   });
-  const int16_t top =
-      tree_reduce<kLanes>(lanes, [](int16_t a, int16_t b) { return a > b ? a : b; });
-  return widen(BFloat16{static_cast<uint16_t>(ordered(top))});
+  T lanes[kWide<T>];
+  store<kWide<T>>(top, lanes);
+  return tree_reduce<kWide<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
 // The sum of the tempered exponentials, each times its log ratio: how much further below its
@@ -99,6 +79,11 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
     prefetch<kInto>(block, kBlock * sizeof(S) + i);
   }
 }
+
+// Sums in a register are short ones, over kRun classes, so that rounding adds up no more than in
+// kLanes.
+constexpr int64_t kRun = kRegisterBytes < 32 ? 64 : 128;
+static_assert(kRun % kLanes == 0, "");
 
 // Leaves the tempered exponentials in `cache` unless it is null. `separate` is read by
 // ExpSource::kSeparate alone, `squarings` by kPower, `others` where log ratios are summed. Not

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -35,38 +36,16 @@ FASTKD_HOST_DEVICE float widen(Float16 x) {
   return bits_as<float>(result | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// Rounded to the nearest, ties to even.
-template <class S, class T>
-S narrow(T x);
-template <>
-FASTKD_HOST_DEVICE float narrow(float x) {
-  return x;
-}
-template <>
-FASTKD_HOST_DEVICE double narrow(double x) {
-  return x;
-}
-template <>
-FASTKD_HOST_DEVICE float narrow(double x) {
-  return static_cast<float>(x);
-}
-template <>
-FASTKD_HOST_DEVICE double narrow(float x) {
-  return x;
-}
-// The upper half is x as bf16. A NaN's payload could overflow here; rows with NaN never come here,
-// they are filled. V is float, or a register of them, and Bits as much of uint32_t.
+// The upper half is x as bf16, rounded to the nearest, ties to even. A NaN's payload could overflow
+// here; rows with NaN never come here, they are filled. V is float, or a register of them, and Bits
+// as much of uint32_t.
 template <class Bits = uint32_t, class V>
 FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
   const Bits bits = bits_as<Bits>(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
-template <>
-FASTKD_HOST_DEVICE BFloat16 narrow(float x) {
-  return {static_cast<uint16_t>(rounded_bits(x) >> 16)};
-}
-template <>
-FASTKD_HOST_DEVICE Float16 narrow(float x) {
+// x as fp16, rounded alike.
+FASTKD_HOST_DEVICE uint16_t half_bits(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -75,10 +54,11 @@ FASTKD_HOST_DEVICE Float16 narrow(float x) {
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   const uint32_t result = magnitude >= 0x47800000u ? special : finite;
-  return {static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u))};
+  return static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
 }
 // fp64 gradients of 16-bit students (fp64 teacher): through fp32, forced to odd so that rounding
 // twice does no harm.
+FASTKD_HOST_DEVICE float round_to_odd(float x) { return x; }
 FASTKD_HOST_DEVICE float round_to_odd(double x) {
   const float nearest = static_cast<float>(x);
   const uint32_t bits = bits_as<uint32_t>(nearest);
@@ -87,13 +67,16 @@ FASTKD_HOST_DEVICE float round_to_odd(double x) {
   const bool away = (back > x) == (x > 0);  // |nearest| > |x|
   return bits_as<float>((away ? bits - 1u : bits) | 1u);
 }
-template <>
-FASTKD_HOST_DEVICE BFloat16 narrow(double x) {
-  return narrow<BFloat16>(round_to_odd(x));
-}
-template <>
-FASTKD_HOST_DEVICE Float16 narrow(double x) {
-  return narrow<Float16>(round_to_odd(x));
+// x as S, rounded to the nearest, ties to even.
+template <class S, class T>
+FASTKD_HOST_DEVICE S narrow(T x) {
+  if constexpr (std::is_same<S, BFloat16>::value) {
+    return {static_cast<uint16_t>(rounded_bits(round_to_odd(x)) >> 16)};
+  } else if constexpr (std::is_same<S, Float16>::value) {
+    return {half_bits(round_to_odd(x))};
+  } else {
+    return static_cast<S>(x);
+  }
 }
 
 // Calls fn with a value of the type that `dtype` names.
@@ -113,30 +96,24 @@ FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
 
 // The processor's own fp16 conversions, which compilers do not find in the loops below; as many as
 // fill vectors of eight. Returns how many were converted.
+#if defined(__F16C__)
 inline int64_t convert_vectors(const Float16* from, int64_t count, float* to) {
   int64_t i = 0;
-#if defined(__F16C__)
   for (; i + 8 <= count; i += 8) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
-#else
-  (void)from, (void)count, (void)to;
-#endif
   return i;
 }
 inline int64_t convert_vectors(const float* from, int64_t count, Float16* to) {
   int64_t i = 0;
-#if defined(__F16C__)
   for (; i + 8 <= count; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
   }
-#else
-  (void)from, (void)count, (void)to;
-#endif
   return i;
 }
+#endif
 template <class From, class To>
 int64_t convert_vectors(const From*, int64_t, To*) {
   return 0;

@@ -1,12 +1,14 @@
 // The sparse loss, row by row, compiled once for each instruction set: the student is read once
 // from memory, and its gradient is written in a second sweep.
 //
-// The rest's sums are taken with the listed classes masked (topk_row.h). The gradient is dense but
-// simple for the rest, a few products of its exponentials; the listed classes, and the label, are
-// computed apart in double and written over it.
+// The first sweep sums the exponentials of the rest, with the listed classes masked (topk_row.h).
+// The second writes the gradient of the rest to all classes, a few products of an exponential; the
+// listed classes and the label are then computed in double and written over it.
 #include <memory>
 
 #include "../topk_row.h"
+#include "fp64.h"
+#include "precise_sums.h"
 #include "row_blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
@@ -15,19 +17,19 @@ namespace {
 using topk::Comparison;
 using topk::Gains;
 using topk::kNothing;
-using topk::Mass;
+using topk::RelativeSums;
 using topk::RowOptions;
 using topk::Soft;
 using topk::SoftSums;
 using topk::Summary;
 
-// True if the first sweep keeps the rest's exponentials for the gradient. Exponentials of fp32
-// logits would double the memory; recomputing them from cached logits takes less time.
+// True if the first sweep caches the rest's exponentials for the second. Caching the exponentials
+// of fp32 logits would double the memory; recomputing them from cached logits takes less time.
 template <class T, class S>
 constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
 
-// The listed classes of a row, without padding, and what is computed of each. The memory is a
-// thread's, for all its rows.
+// The listed classes of a row, without padding, with the student's probability and the slope of
+// each. A thread's rows share the memory.
 struct List {
   int64_t count = 0;
   std::unique_ptr<int64_t[]> id;
@@ -42,38 +44,38 @@ struct List {
 };
 
 // The memory of a thread: the list, and for the second sweep the rest's exponentials, with the
-// maxima that those of each block are relative to.
+// maximum of each block that its exponentials are relative to.
 template <class T, class S>
 struct Scratch {
   List list;
-  const Comparison how;
+  const Comparison comparison;
   const Constants constants;
   std::unique_ptr<T[]> exponentials;
   std::unique_ptr<double[]> maxima;
 
   explicit Scratch(const TopkArgs& args)
-      : list(args.k), how(args), constants(make_constants(args.divergence, args.mix)) {
+      : list(args.k), comparison(args), constants(make_constants(args.divergence, args.mix)) {
     if (!kKeepsRest<T, S>) return;
     exponentials.reset(new T[static_cast<size_t>(args.classes + kLanes)]);
     maxima.reset(new double[static_cast<size_t>(args.classes / kBlock + 1)]);
   }
 };
 
-// Sum value and slopes of the listed classes; leave q and slope of each in the list.
+// Return the sums over the listed classes, and store q and the slope of each in the list.
 template <class D>
-SoftSums sum_listed(const Comparison& how, const RowOptions& row, const Summary& of,
+SoftSums sum_listed(const Comparison& comparison, const RowOptions& row, const Summary& summary,
                     const Soft& soft, const ConstantsOf<double>& constants, const List& list) {
-  const double origin = topk::origin(of.list), inverse_temperature = 1 / row.temperature;
+  const double origin = topk::origin(summary.list), inverse_temperature = 1 / row.temperature;
   const Exponential<double> student(kLog2E / row.temperature, origin, soft.student_scale);
   const Exponential<double> teacher(kLog2E, 0, soft.teacher_scale);
-  const bool wants_entropy = how.divergence == Divergence::kSoftCrossEntropy;
+  const bool wants_entropy = comparison.divergence == Divergence::kSoftCrossEntropy;
   double value = 0, slope = 0, entropy = 0;
 #pragma omp simd reduction(+ : value, slope, entropy)
   for (int64_t i = 0; i < list.count; ++i) {
     const double p = teacher(list.log_p[i]), q = student(list.z[i]);
     const double log_e = (list.z[i] - origin) * inverse_temperature;
     const Evaluated<double> here =
-        topk::listed<D>(how, soft, constants, p, q, list.log_p[i], log_e);
+        topk::listed<D>(comparison, soft, constants, p, q, list.log_p[i], log_e);
     value += here.value;
     slope += here.slope;
     if (wants_entropy) entropy -= times_log(p, list.log_p[i] + soft.teacher_log_scale);
@@ -132,27 +134,27 @@ struct TopkRow {
     for (int64_t i = 0; i < scratch.list.count; ++i) listed[scratch.list.id[i] / 64] = 0;
   }
 
-  void sum_list(Summary* of) const {
+  void sum_list(Summary* summary) const {
     const List& list = scratch.list;
     double max = kNothing;
     for (int64_t i = 0; i < list.count; ++i) max = list.z[i] > max ? list.z[i] : max;
     const double near = topk::origin({max});
     const Exponential<double> tempered(kLog2E / row.temperature, near, 1);
-    const Exponential<double> own(kLog2E, near, 1), teacher(kLog2E, 0, 1);
+    const Exponential<double> separate(kLog2E, near, 1), teacher(kLog2E, 0, 1);
     double tempered_sum = 0, hard_sum = 0, teacher_sum = 0;
 #pragma omp simd reduction(+ : tempered_sum, hard_sum, teacher_sum)
     for (int64_t i = 0; i < list.count; ++i) {
       tempered_sum += tempered(list.z[i]);
-      hard_sum += own(list.z[i]);
+      hard_sum += separate(list.z[i]);
       // e is too much already, and beyond 2^1024 the exponential's bits wrap round.
       teacher_sum += teacher(list.log_p[i] > 1 ? 1 : list.log_p[i]);
     }
-    of->list = {max, tempered_sum, hard_sum};
-    of->teacher = teacher_sum, of->count = static_cast<double>(list.count);
+    summary->list = {max, tempered_sum, hard_sum};
+    summary->teacher = teacher_sum, summary->count = static_cast<double>(list.count);
   }
 
-  // Masks the listed classes of the block that starts at `at`. Returns where it lies afterwards:
-  // in `buffer` if there were any.
+  // Mask the listed classes of the block that starts at `at`. Return the masked block, which lies
+  // in `buffer` if a class was masked.
   Vectors<const S> mask_listed(Vectors<const S> block, int64_t at, int64_t count, S* buffer) const {
     for (int64_t word = at / 64; word <= (at + count - 1) / 64; ++word) {
       for (uint64_t bits = listed[word]; bits != 0; bits &= bits - 1) {
@@ -165,32 +167,40 @@ struct TopkRow {
     return block;
   }
 
-  // One sweep: the rest's sums and, for label smoothing, the sum of all logits.
-  Mass scan_rest(double* total) const {
+  // Return the rest's sums; for label smoothing, add all logits to `total`.
+  RelativeSums scan_rest(double* total) const {
     alignas(64) S buffer[kLongest];
     alignas(64) T logits[kLongest];
-    Exponential<T> tempered(row.factor, 0, 1), own(row.hard_factor, 0, 1);
-    Mass mass;
+    Exponential<T> tempered(row.factor, 0, 1), separate(row.hard_factor, 0, 1);
+    PreciseExponential precise(row.temperature);
+    bool is_precise = false;
+    RelativeSums sums;
     double* block_max = scratch.maxima.get();
-    const auto sum = with_source(row.hard, [](auto source) {
-      return &sum_exponentials<decltype(source)::value, LogRatioSum::kNone, T, S>;
-    });
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const Vectors<const S> block =
           mask_listed(fetch(student, at, count, buffer), at, count, buffer);
       const double top = maximum(block, count);
-      if (top > mass.max) {
-        mass.tempered *= topk::shift(mass.max, top, row.temperature);
-        mass.hard *= topk::shift(mass.max, top, 1);
-        tempered.max = own.max = static_cast<T>(top);
-        mass.max = top;
+      if (top > sums.max) {
+        sums.tempered *= topk::rescaling_of(sums.max, top, row.temperature);
+        sums.hard *= topk::rescaling_of(sums.max, top, 1);
+        tempered.max = separate.max = static_cast<T>(top);
+        sums.max = top;
+        is_precise = precise.set_max(top);
       }
       T* exponentials = nullptr;
-      if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = mass.max;
-      const ExponentialSums sums = sum(block, count, tempered, own, row.squarings(), exponentials,
-                                       next_of<S>(at, args.classes), {}, 0);
-      mass.tempered += sums.tempered;
-      mass.hard += sums.hard;
+      if constexpr (kKeeps) exponentials = &scratch.exponentials[at], *block_max++ = sums.max;
+      const Into next = next_of<S>(at, args.classes);
+      const ExponentialSums block_sums = with_source(row.hard, [&](auto source) {
+        constexpr ExpSource kSource = decltype(source)::value;
+        if constexpr (std::is_same_v<S, float>) {
+          if (is_precise)
+            return sum_precisely<kSource>(block, count, precise, separate, row.squarings(), next);
+        }
+        return sum_exponentials<kSource, LogRatioSum::kNone>(block, count, tempered, separate,
+                                                             row.squarings(), exponentials, next);
+      });
+      sums.tempered += block_sums.tempered;
+      sums.hard += block_sums.hard;
       if (args.label_smoothing != 0) {
         copy_block(student, at, count, logits);
         const double near =
@@ -199,25 +209,26 @@ struct TopkRow {
                   static_cast<double>(count) * near;
       }
     });
-    return mass;
+    if (sums.max == kNothing) sums.tempered *= 0, sums.hard *= 0;  // no class, or NaN
+    return sums;
   }
 
-  Summary summarise() const {
-    Summary of;
+  Summary sum_row() const {
+    Summary summary;
     double total = 0;
-    of.rest = scan_rest(&total);
-    sum_list(&of);
-    of.complete(options, total);
-    return of;
+    summary.rest = scan_rest(&total);
+    sum_list(&summary);
+    summary.complete(options, total);
+    return summary;
   }
 
-  Gains gains(const Summary& of, const Soft& soft) const {
+  Gains gains(const Summary& summary, const Soft& soft) const {
     double gain = args.scale;
     if (args.grad_output != nullptr) {
       gain *= static_cast<double>(
           static_cast<const T*>(args.grad_output)[args.grad_output_per_row ? index : 0]);
     }
-    return topk::gains_of(options, of, soft, gain);
+    return topk::gains_of(options, summary, soft, gain);
   }
 
   void* grad_at(int64_t id) const {
@@ -236,21 +247,21 @@ struct TopkRow {
 
   // Write the gradient of the rest. The values written for listed classes have no meaning.
   template <ExpSource kSource>
-  void write_rest(const Summary& of, const Gains& gains) const {
+  void write_rest(const Summary& summary, const Gains& gains) const {
     alignas(64) S buffer[kLongest];
     alignas(64) S result[kLongest];
-    const double max = topk::origin(of.rest);
+    const double max = topk::origin(summary.rest);
     const Exponentials<T> tempered({row.factor, static_cast<T>(max), 1});
-    const Exponentials<T> own({row.hard_factor, static_cast<T>(max), 1});
+    const Exponentials<T> separate({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = splat(static_cast<T>(gains.uniform));
     const double* block_max = scratch.maxima.get();
     // More classes than the dense loss wants: what is written to listed ones afterwards waits.
     const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
-      const double shift = topk::shift(relative_to, max, row.temperature);
+      const double shift = topk::rescaling_of(relative_to, max, row.temperature);
       const double hard_shift =
-          kSource == ExpSource::kSeparate ? 1 : topk::shift(relative_to, max, 1);
+          kSource == ExpSource::kSeparate ? 1 : topk::rescaling_of(relative_to, max, 1);
       const Register<T> soft_gain = splat(static_cast<T>(gains.rest * shift));
       const Register<T> hard_gain = splat(static_cast<T>(gains.rest_hard * hard_shift));
       const T* const exponentials = kKeeps ? &scratch.exponentials[at] : nullptr;
@@ -271,7 +282,7 @@ struct TopkRow {
           gradient[i] = uniform + soft_gain * e[i];
         }
         if constexpr (kSource != ExpSource::kNone) {
-          add_hard<kSource, kMany>(own, row.squarings(), z, e, hard_gain, gradient);
+          add_hard<kSource, kMany>(separate, row.squarings(), z, e, hard_gain, gradient);
         }
         store<kWidth>(gradient, grad.at(step));
       });
@@ -284,22 +295,22 @@ struct TopkRow {
     FASTKD_ISA::write(&gradient, args.student_dtype, 1, grad_at(id));
   }
 
-  void write_label(const Summary& of, const Gains& gains) const {
+  void write_label(const Summary& summary, const Gains& gains) const {
     if (row.gradient_hard == ExpSource::kNone || is_listed(row.label)) return;
-    put(row.label, topk::label_gradient(options, of, gains, logit(row.label)));
+    put(row.label, topk::label_gradient(options, summary, gains, logit(row.label)));
   }
 
   // The gradients of the listed classes.
-  void write_list(const Summary& of, const SoftSums& sums, const Gains& gains) const {
+  void write_list(const Summary& summary, const SoftSums& sums, const Gains& gains) const {
     const List& list = scratch.list;
     const bool hard = row.gradient_hard != ExpSource::kNone;
     // The gain, which may be negative, is no scale of an exponential.
-    const double hard_gain = hard ? gains.hard / of.all.hard : 0.0;
-    const Exponential<double> own(kLog2E, of.all.max, 1);
+    const double hard_gain = hard ? gains.hard / summary.all.hard : 0.0;
+    const Exponential<double> separate(kLog2E, summary.all.max, 1);
     for (int64_t i = 0; i < list.count; ++i) {
       double gradient = gains.uniform;
       if (gains.soft != 0) gradient += gains.soft * (list.slope[i] - list.q[i] * sums.slope);
-      if (hard) gradient += hard_gain * own(list.z[i]);
+      if (hard) gradient += hard_gain * separate(list.z[i]);
       put(list.id[i], gradient - (hard && list.id[i] == row.label ? gains.onehot : 0.0));
     }
   }
@@ -309,37 +320,39 @@ struct TopkRow {
     if (args.loss != nullptr) static_cast<T*>(args.loss)[index] = value;
   }
 
-  // The whole row, its bits set. Returns whether the list is of log-probabilities.
+  // Compute a row whose list is read. Return false if its list is not of log-probabilities.
   bool run() const {
-    const Summary of = summarise();
-    if (row.state == State::kInvalid || !of.listed_well() || !of.valid()) {
+    const Summary summary = sum_row();
+    if (row.state == State::kInvalid || !summary.listed_well() || !summary.valid()) {
       put_constant(kNaN<T>);
-      return of.listed_well();
+      return summary.listed_well();
     }
-    Soft soft = topk::soften(scratch.how, options, of);
+    Soft soft = topk::soften(scratch.comparison, options, summary);
     const SoftSums sums = visit(args.divergence, [&](auto divergence) {
       using D = decltype(divergence);
       const ConstantsOf<double>& constants = constants_in<double>(scratch.constants);
-      SoftSums result = sum_listed<D>(scratch.how, options, of, soft, constants, scratch.list);
-      topk::include_rest<D>(scratch.how, constants, of, &result, &soft);
+      SoftSums result =
+          sum_listed<D>(scratch.comparison, options, summary, soft, constants, scratch.list);
+      topk::include_rest<D>(scratch.comparison, constants, summary, &result, &soft);
       return result;
     });
-    const Gains g = gains(of, soft);
+    const Gains g = gains(summary, soft);
     if (args.grad != nullptr) {
       with_source(row.gradient_hard,
-                  [&](auto source) { write_rest<decltype(source)::value>(of, g); });
-      write_label(of, g);
-      write_list(of, sums, g);
+                  [&](auto source) { write_rest<decltype(source)::value>(summary, g); });
+      write_label(summary, g);
+      write_list(summary, sums, g);
     }
     if (args.loss != nullptr) {
       const double label_logit = options.hard ? logit(row.label) : 0.0;
-      static_cast<T*>(args.loss)[index] =
-          static_cast<T>(topk::row_loss(scratch.how, options, of, soft, sums, label_logit));
+      static_cast<T*>(args.loss)[index] = static_cast<T>(
+          topk::row_loss(scratch.comparison, options, summary, soft, sums, label_logit));
     }
     return true;
   }
 };
 
+// Return the first row whose list is invalid, or -1.
 template <class T, class S>
 int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
   Scratch<T, S> scratch(args);
@@ -364,10 +377,16 @@ int64_t run_rows(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* lis
 
 }  // namespace
 
+#if defined(FASTKD_FP64)
+int64_t fp64::topk(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
+  return run_rows<double, double>(args, begin, end, listed);
+}
+#endif
+
 int64_t run_topk(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed);
 int64_t run_topk(const TopkArgs& args, int64_t begin, int64_t end, uint64_t* listed) {
   if (computes_in_double(args.student_dtype, args.teacher_dtype)) {
-    return run_rows<double, double>(args, begin, end, listed);
+    return baseline::fp64::topk(args, begin, end, listed);
   }
   if (args.student_dtype == DType::kBFloat16) {
     return run_rows<float, BFloat16>(args, begin, end, listed);

@@ -1,13 +1,17 @@
-// The transposed engine: one row per SIMD lane, for rows of few classes, and for rows whose classes
-// are not adjacent.
+// The transposed engine: loss and gradient of several rows at once, one row per SIMD lane, for rows
+// of few classes, and for rows whose classes are not adjacent.
 //
-// A row of ten classes fills less than one vector, and what a row costs besides its classes (three
-// logarithms, scales, gains) would be most of its time. The pixels of (N, C, H, W) logits are
-// adjacent, their classes are not. Here a tile of rows is copied to the transposed layout
-// (transpose.h), and a group of them, as many as a register has lanes, is computed side by side by
-// the formulas of the row engine (formulas.h, decoupled.h, divergences.h) with registers as
-// numbers. No lane reads another: the bits do not depend on which rows share a group.
+// It computes what the row engine (rows.h) does, by docs/maths.md, sections 1 to 3, 7 and 10, with
+// the same formulas (formulas.h, decoupled.h, divergences.h): they take registers as numbers here.
+// Why another layout: a row of ten classes fills less than one vector, and what a row costs besides
+// its classes (three logarithms, scales, gains) would be most of its time. The pixels of
+// (N, C, H, W) logits are adjacent, their classes are not.
+//
+// A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find it in L1:
+// scan() takes maxima and sums of exponentials, sweep() values and slopes, center() the gradient.
+// No lane reads another: the bits do not depend on which rows share a group.
 #pragma once
+#include "blocks.h"
 #include "decoupled.h"
 #include "row_blocks.h"
 #include "transpose.h"
@@ -19,7 +23,7 @@ namespace {
 struct PreciseSum {
   V sum{}, excess{};
 
-  FASTKD_HOST_DEVICE void add(V x) {
+  FASTKD_HOST_DEVICE void add(int64_t, V x) {
     const V part = x - excess, next = sum + part;
     excess = (next - sum) - part;
     sum = next;
@@ -29,7 +33,7 @@ struct PreciseSum {
 struct PlainSum {
   V sum{};
 
-  FASTKD_HOST_DEVICE void add(V x) { sum += x; }
+  FASTKD_HOST_DEVICE void add(int64_t, V x) { sum += x; }
 };
 
 // Precise sums: if exponentials are few, rounding their sum would be most of the gradient's error.
@@ -83,8 +87,8 @@ struct TransposedEngine {
   LabelGains<V> label_gains{};  // kDecoupled, or 0
   // Sums of the first sweep,
   ExpSums exponentials;
-  alignas(64) double student_moment[kGroupRows], teacher_moment[kGroupRows];  // as in Statistics
-  V student_count, teacher_count, offsets;
+  Moments<float> moments;
+  V offsets;
   // and of the second, as in Sums (kernels.h); each block's are summed first.
   V value, slope, classes, student_entropy, teacher_entropy, agreement;
 
@@ -193,9 +197,9 @@ struct TransposedEngine {
       });
     }
     exponentials = ExpSums{};
-    student_count = teacher_count = offsets = V{};
+    moments = Moments<float>{};
+    offsets = V{};
     value = slope = classes = student_entropy = teacher_entropy = agreement = V{};
-    for (int64_t i = 0; i < kGroupRows; ++i) student_moment[i] = teacher_moment[i] = 0;
   }
 
   // Calls fn(row, index of its label in the student's and teacher's logits) for rows with a label.
@@ -240,9 +244,9 @@ struct TransposedEngine {
       store(of_teachers, tile.teacher_exp + c * kGroupRows);
       store(hard_exp, tile.hard_exp + c * kGroupRows);
       if constexpr (!kSummed) continue;
-      sums.student.add(tempered);
-      sums.teacher.add(of_teachers);
-      if constexpr (kSource != ExpSource::kNone) sums.hard.add(hard_exp);
+      sums.student.add(c, tempered);
+      sums.teacher.add(c, of_teachers);
+      if constexpr (kSource != ExpSource::kNone) sums.hard.add(c, hard_exp);
     }
     if constexpr (kSummed) exponentials = sums;
   }
@@ -284,38 +288,22 @@ struct TransposedEngine {
     offsets += sum;
   }
 
-  // Add the moments of a block: sum_moments() (blocks.h) for several rows.
   void add_moments(const Block& b) {
-    const auto add = [&](V x, double* sums) {
-      float rows[kGroupRows];
-      store(x, rows);
-#pragma omp simd
-      for (int64_t i = 0; i < kGroupRows; ++i) {
-        const double number = rows[i];
-        sums[i] += unit ? number * number : number;
-      }
-    };
     for (int64_t c = b.begin; c < b.end; ++c) {
-      const V z = load(student_at(c)), w = load(teacher_at(c));
-      Mask<V> masked = z == -kInfinity<float>, teacher_masked = w == -kInfinity<float>;
-      if (unit) masked = teacher_masked = masked & teacher_masked;
-      student_count += masked ? V{} : broadcast<V>(1);
-      teacher_count += teacher_masked ? V{} : broadcast<V>(1);
-      add(masked ? V{} : z, student_moment);
-      add(teacher_masked ? V{} : w, teacher_moment);
+      moments.add(load(student_at(c)), load(teacher_at(c)), unit);
     }
   }
   void set_moments() {
     for (int64_t i = 0; i < kGroupRows; ++i) {
       if (unit) {
-        const auto inverses = inverses_of<float>(student_moment[i], teacher_moment[i],
+        const auto inverses = inverses_of<float>(moments.student[i], moments.teacher[i],
                                                  static_cast<double>(settings.temperature[i]));
         scales.student_inverse[i] = inverses.student, scales.teacher_inverse[i] = inverses.teacher;
         scales.nothing[i] = static_cast<float>(inverses.nothing);
       } else {
-        const double classes = student_count[i], teacher_classes = teacher_count[i];
-        scales.student_mean[i] = static_cast<float>(student_moment[i] / classes);
-        scales.teacher_mean[i] = static_cast<float>(teacher_moment[i] / teacher_classes);
+        const double classes = moments.student_count[i], teacher_classes = moments.teacher_count[i];
+        scales.student_mean[i] = static_cast<float>(moments.student[i] / classes);
+        scales.teacher_mean[i] = static_cast<float>(moments.teacher[i] / teacher_classes);
       }
     }
   }
@@ -344,7 +332,7 @@ struct TransposedEngine {
     });
     value += scales.nothing, slope += scales.nothing;
     if (backward) slope = known_slope, classes = known_classes;
-    if (D::kBalance != Balance::kNone) balance<D>();
+    if (D::kCentering != SlopeCentering::kNone) center<D>();
     finish();
   }
 
@@ -366,63 +354,50 @@ struct TransposedEngine {
     };
   }
 
-  // Sums values and slopes. Leaves the slopes, or, where nothing balances them, the gradient, in
+  // Sums values and slopes. Leaves the slopes, or, where nothing centers them, the gradient, in
   // place of the student's logits.
   template <class D>
   void sweep(const Block& b) {
-    constexpr Balance kBalance = D::kBalance;
+    constexpr bool kIsGradient = D::kCentering == SlopeCentering::kNone;
     const ConstantsOf<float> k = constants.narrow;
     const auto gradient = make_gradient();
     const LogRatio<V> r = ratio;
-    const V student_scale = scales.student_scale, teacher_scale = scales.teacher_scale;
-    const V student_inverse = scales.student_inverse, teacher_inverse = scales.teacher_inverse;
+    const Scales<V> of_rows = scales;
     // Precise, because one square of logits far apart would take the digits of other squares.
-    std::conditional_t<is_mean(kBalance), PreciseSum, PlainSum> values;
-    V slopes{}, counted{};
+    std::conditional_t<is_mean(D::kCentering), PreciseSum, PlainSum> values;
+    PlainSum slopes, counted;
     for (int64_t c = b.begin; c < b.end; ++c) {
       const V z = load(student_at(c)), w = load(teacher_at(c));
-      const V q = load(tile.student_exp + c * kGroupRows) * student_scale;
-      const V p = load(tile.teacher_exp + c * kGroupRows) * teacher_scale;
-      Element<V> e;
-      if constexpr (kBalance == Balance::kUnit) {
-        e = {w * teacher_inverse, z * student_inverse, V{}, V{}, V{}};
-      } else {
-        const V d = r.of(z, w);
-        e = element(p, q, d);
-        e.gap = d;
-      }
-      const Evaluated<V> here = D::at(e, k);
-      V of_class = here.value, summed = kBalance == Balance::kUnit ? here.value : here.slope;
-      if constexpr (leaves_out_masked(kBalance)) {
-        const auto counts = here.slope == here.slope;
-        of_class = counts ? of_class : V{}, summed = counts ? summed : V{};
-        counted += counts ? broadcast<V>(1) : V{};
-      }
-      values.add(of_class), slopes += summed;
+      const V student = load(tile.student_exp + c * kGroupRows);
+      const V teacher = load(tile.teacher_exp + c * kGroupRows);
+      const Evaluated<V> here = D::at(element_of<D, V>(r, of_rows, z, w, student, teacher), k);
+      add_classes<D>(here, c, &values, &slopes, &counted);
       const V hard_exp = load(tile.hard_exp + c * kGroupRows);
-      store(kBalance == Balance::kNone ? gradient(here.slope, q, hard_exp) : here.slope,
+      store(kIsGradient ? gradient(here.slope, student * of_rows.student_scale, hard_exp)
+                        : here.slope,
             student_at(c));
     }
-    value += values.sum, slope += slopes, classes += counted;
+    value += values.sum, slope += slopes.sum, classes += counted.sum;
   }
 
   // Makes the gradient of the slopes, given their sum.
   template <class D>
-  void balance() {
-    constexpr Balance kBalance = D::kBalance;
+  void center() {
+    constexpr SlopeCentering kCentering = D::kCentering;
     const auto gradient = make_gradient();
     const V student_scale = scales.student_scale, teacher_inverse = scales.teacher_inverse;
-    const V share = is_mean(kBalance) ? 1 / classes : broadcast<V>(1), sum = slope;
+    const V share = is_mean(kCentering) ? 1 / classes : broadcast<V>(1), sum = slope;
     for (int64_t c = 0; c < in.classes; ++c) {
-      const V unbalanced = load(student_at(c));
+      const V uncentered = load(student_at(c));
       const V q = load(tile.student_exp + c * kGroupRows) * student_scale;
       V weight = share;
-      if (kBalance == Balance::kStudent) weight = q;
-      if (kBalance == Balance::kUnit) weight = unbalanced + load(teacher_at(c)) * teacher_inverse;
+      if (kCentering == SlopeCentering::kStudent) weight = q;
+      if (kCentering == SlopeCentering::kUnit)
+        weight = uncentered + load(teacher_at(c)) * teacher_inverse;
       // Not 0 times a sum of slopes that may be infinite.
-      V here = kBalance == Balance::kMean ? unbalanced : unbalanced - sum * weight;
+      V here = kCentering == SlopeCentering::kMean ? uncentered : uncentered - sum * weight;
       here *= share;
-      if (leaves_out_masked(kBalance)) here = unbalanced == unbalanced ? here : V{};
+      if (leaves_out_masked(kCentering)) here = uncentered == uncentered ? here : V{};
       store(gradient(here, q, load(tile.hard_exp + c * kGroupRows)), student_at(c));
     }
   }

@@ -1,6 +1,8 @@
 // The gradient for a grad_output that forward did not know: written again class by class, from the
 // row statistics that forward left, to the same bits; or, where rounding twice does no harm, scaled
-// in place. If the gradient is in place already and grad_output is 1, the kernels return at once.
+// in place. If the gradient is in place already and grad_output is 1, the kernels return at once:
+// most calls end there, so that forward and backward cost one pass through memory. Derivations:
+// docs/maths.md, sections 2, 3 and 7.
 #include "launch.h"
 #include "sweeps.cuh"
 

@@ -1,5 +1,7 @@
-// The two tiny kernels before and after the rows: counting labels, and adding up the total. Each is
-// one CTA, or, where the rows are many, a cluster of them, whose first adds up what all have found.
+// The two small kernels before and after the rows: one counts the labels that are not ignored, the
+// other adds up the total (docs/maths.md, section 7). Each is one CTA, or, where the rows are many,
+// a cluster of them, whose first adds up the sums of all: one CTA would take as long as the rows
+// (docs/performance-log.md).
 #include "launch.h"
 
 namespace fastkd::cuda {
@@ -10,15 +12,15 @@ constexpr int64_t kRowsOfOneCta = 16384;
 constexpr int kAtOnce = 16;  // loads of a thread
 
 // The sum over the CTAs of what each has, in their order, for thread 0 of the first.
-__device__ __forceinline__ double cluster_sum(double mine, double* of_ctas) {
+__device__ __forceinline__ double cluster_sum(double mine, double* sums) {
   const int ctas = cluster_size(), rank = cluster_rank();
   if (ctas == 1) return mine;
   cluster_barrier();  // all have begun: their memory is there
-  if (threadIdx.x == 0) store_in(0, of_ctas + rank, mine);
+  if (threadIdx.x == 0) store_in(0, sums + rank, mine);
   cluster_barrier();
   if (rank != 0 || threadIdx.x != 0) return 0;
   double sum = 0;
-  for (int i = 0; i < ctas; i++) sum += of_ctas[i];
+  for (int i = 0; i < ctas; i++) sum += sums[i];
   return sum;
 }
 
@@ -31,12 +33,12 @@ __device__ __forceinline__ int64_t step_of_rows() {
 
 template <class A>
 __global__ void __launch_bounds__(1024) count_kernel(const __grid_constant__ ForwardCall call) {
-  __shared__ double of_ctas[kCtas];
+  __shared__ double sums[kCtas];
   WarpExchange exchange;
   allow_next_kernel();  // its first loads need no scale
   const bool counts = call.scale_source == ScaleSource::kCount;
   const int mine = counts ? count_labels(call.args, first_row(), step_of_rows()) : 0;
-  const double count = cluster_sum(exchange.sum(mine), of_ctas);
+  const double count = cluster_sum(exchange.sum(mine), sums);
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
   static_cast<A*>(call.args.stats)[kStats * call.args.rows] =
       counts ? scale_of_count<A>(static_cast<int64_t>(count)) : known_scale<A>(call);
@@ -44,13 +46,13 @@ __global__ void __launch_bounds__(1024) count_kernel(const __grid_constant__ For
 
 template <class A>
 __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ ForwardCall call) {
-  __shared__ double of_ctas[kCtas];
+  __shared__ double sums[kCtas];
   WarpExchange exchange;
   wait_for_previous_kernel();
   const A scale = static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   const int quantity = blockIdx.x / cluster_size();
   const double mine = sum_rows<kAtOnce, A>(call.args, quantity, first_row(), step_of_rows());
-  const double sum = cluster_sum(exchange.sum(mine), of_ctas);
+  const double sum = cluster_sum(exchange.sum(mine), sums);
   if (cluster_rank() == 0 && threadIdx.x == 0) put_total(call, quantity, scale, sum);
 }
 

@@ -122,11 +122,11 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& 
 template <int kAtOnce, class A>
 __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity, int64_t first,
                                            int64_t step) {
-  const A* of_rows = quantity == 0 ? static_cast<const A*>(args.loss)
-                                   : static_cast<const A*>(args.terms) + (quantity - 1) * args.rows;
+  const A* values = quantity == 0 ? static_cast<const A*>(args.loss)
+                                  : static_cast<const A*>(args.terms) + (quantity - 1) * args.rows;
   double sum = 0;
 #pragma unroll kAtOnce
-  for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(of_rows + i);
+  for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(values + i);
   return sum;
 }
 // total[i] = scale * (the sum of one quantity over all rows). One thread. If no row counts, the

@@ -77,16 +77,16 @@ struct GeneralStats : RowStats<A> {
     student_moment = inverses.student, teacher_moment = inverses.teacher;
     nothing = static_cast<A>(inverses.nothing);
     const auto exists = [](A x) { return x > A(0) && x < A(INFINITY); };
-    if (this->valid() && exists(student_moment) && exists(teacher_moment)) return;
-    this->student_scale = student_moment = A(NAN);
+    invalidate_unless(this->valid() && exists(student_moment) && exists(teacher_moment));
   }
   __device__ __forceinline__ void set_means(const Moments& moments) {
     student_moment = static_cast<A>(quotient_of(moments.student, moments.student_count));
     teacher_moment = static_cast<A>(quotient_of(moments.teacher, moments.teacher_count));
-    if (this->valid() && student_moment - student_moment == A(0) &&
-        teacher_moment - teacher_moment == A(0))
-      return;
-    this->student_scale = student_moment = A(NAN);
+    invalidate_unless(this->valid() && student_moment - student_moment == A(0) &&
+                      teacher_moment - teacher_moment == A(0));
+  }
+  __device__ __forceinline__ void invalidate_unless(bool good) {
+    if (!good) this->student_scale = student_moment = A(NAN);
   }
   // Sums without the label may be of no class: then the label must be one.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
@@ -139,18 +139,12 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
   }
 
-  static __device__ __forceinline__ Stats stats_of(const Inputs& in, int64_t row,
-                                                   const Statistics<A>& statistics,
-                                                   const Moments& moments) {
-    return Stats(in, row, statistics, moments);
-  }
-
   template <class D>
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const auto& t = this->t;
     Element<A> e = Base::element(z - student_base, w - teacher_base, hard_exponent);
-    if constexpr (is_mean(D::kBalance)) {
-      constexpr bool kCentered = D::kBalance == Balance::kCentered;
+    if constexpr (is_mean(D::kCentering)) {
+      constexpr bool kCentered = D::kCentering == SlopeCentering::kCentered;
       const A from_z = kCentered ? z - student_moment : z;
       const A from_w = kCentered ? w - teacher_moment : w;
       e.gap = t.same ? mul_of(from_w - from_z, t.inverse)
@@ -162,7 +156,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
   // The cosine's p and q are the elements of two unit vectors.
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
-    if constexpr (D::kBalance == Balance::kUnit)
+    if constexpr (D::kCentering == SlopeCentering::kUnit)
       return D::at(Element<A>{mul_of(w, teacher_moment), mul_of(z, student_moment), 0, 0, 0},
                    constants);
     return D::at(e, constants);
@@ -175,11 +169,11 @@ struct alignas(16) GeneralWriter : Writer<A> {
     const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = evaluated<D>(e, z, w);
     // Classes that both mask take no part in a mean, and none in a length.
-    const bool counts = !leaves_out_masked(D::kBalance) || here.slope == here.slope;
-    const A summed = D::kBalance == Balance::kUnit ? here.value : here.slope;
+    const bool counts = !leaves_out_masked(D::kCentering) || here.slope == here.slope;
+    const A summed = D::kCentering == SlopeCentering::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
     sums.slope += counts ? summed : A(0);
-    if (is_mean(D::kBalance)) sums.classes += counts ? A(1) : A(0);
+    if (is_mean(D::kCentering)) sums.classes += counts ? A(1) : A(0);
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
@@ -189,11 +183,12 @@ struct alignas(16) GeneralWriter : Writer<A> {
     balance(sums.slope, sums.classes);
   }
   __device__ __forceinline__ void balance(A slope, A classes) {
-    const Balance how = balance_of(divergence);
-    if (how == Balance::kStudent || how == Balance::kUnit) student_share = slope;
-    if (!is_mean(how)) return;
+    const SlopeCentering formula = centering_of(divergence);
+    if (formula == SlopeCentering::kStudent || formula == SlopeCentering::kUnit)
+      student_share = slope;
+    if (!is_mean(formula)) return;
     this->soft = quotient_of(this->soft, classes);
-    if (how == Balance::kCentered) constant_share = quotient_of(slope, classes);
+    if (formula == SlopeCentering::kCentered) constant_share = quotient_of(slope, classes);
   }
 
   // The gradient of one class, but for what belongs to the label.
@@ -203,12 +198,12 @@ struct alignas(16) GeneralWriter : Writer<A> {
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
     const A unbalanced = evaluated<D>(e, z, w).slope;
-    if constexpr (D::kBalance == Balance::kNone)
+    if constexpr (D::kCentering == SlopeCentering::kNone)
       return weighted_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
-    const A q = D::kBalance == Balance::kUnit ? mul_of(z, student_moment) : e.q;
+    const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
     // In a mean q counts nothing, and backward has no scale of it.
-    A slope = is_mean(D::kBalance) ? unbalanced - constant_share : unbalanced - q * student_share;
-    if (leaves_out_masked(D::kBalance) && unbalanced != unbalanced) slope = A(0);
+    A slope = is_mean(D::kCentering) ? unbalanced - constant_share : unbalanced - q * student_share;
+    if (leaves_out_masked(D::kCentering) && unbalanced != unbalanced) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {
@@ -256,8 +251,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     } else if (this->stats.teacher_scale == A(0)) {
       this->shift = A(-INFINITY);
     }
-    const LabelLogits<A> of_label(in, row);
-    const A z = of_label.student, w = of_label.teacher;
+    const LabelLogits<A> logits(in, row);
+    const A z = logits.student, w = logits.teacher;
     const A diff = mul_of(
         this->soft, binary_kl_of(teacher_log_odds(w), log_odds(z), odds_difference(z, w)).diff);
     const A rest = odds_of(hard_log_odds(z)).rest();

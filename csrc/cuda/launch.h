@@ -1,4 +1,5 @@
-// Between launch.cu, which decides, and the kernels' files, which launch.
+// The launches of all kernels: launch.cu decides which of them a call takes, and the files that
+// define the kernels launch them, so that nvcc compiles them side by side.
 #pragma once
 #include <cuda_runtime.h>
 

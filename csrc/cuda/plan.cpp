@@ -7,28 +7,17 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The CTAs of a grid that is small enough to be one portable cluster can add up the total
-// themselves, which saves a launch.
-void finish_inside_if_small(Plan& plan, int64_t rows, const DeviceLimits& device) {
-  const int64_t blocks = ceil_div(rows, plan.rows_per_block);
-  if (blocks > std::min(device.largest_cluster, 8) && blocks > 1) return;
-  plan.finish_inside = true;
-  plan.cluster = static_cast<int>(std::max<int64_t>(blocks, 1));
-}
-
-Plan tiny(int64_t rows, int64_t classes, const DeviceLimits& device) {
+Plan tiny(int64_t rows, int64_t classes) {
   Plan plan;
   plan.family = Family::kTiny;
   plan.lanes = classes <= 8 * kTinyPerLane ? 8 : 32;
   // Few rows: larger CTAs, so that eight of them hold all rows.
   const int64_t threads = rows * plan.lanes;
   plan.threads = threads > 8 * 256 && threads <= 8 * kTinyThreads ? kTinyThreads : 256;
-  plan.rows_per_block = plan.threads / plan.lanes;
-  finish_inside_if_small(plan, rows, device);
   return plan;
 }
 
-Plan registers(int64_t rows, int64_t classes, int element, const DeviceLimits& device) {
+Plan registers(int64_t rows, int64_t classes, int element) {
   Plan plan;
   plan.family = Family::kRegisters;
   const int64_t per_thread = kRegisterBytes / element;
@@ -36,12 +25,17 @@ Plan registers(int64_t rows, int64_t classes, int element, const DeviceLimits& d
     plan.lanes = 32;
     // Sixteen warps where that makes the grid one cluster.
     plan.threads = rows > 64 && rows <= 128 ? 512 : 256;
-    plan.rows_per_block = plan.threads / 32;
   } else {
     plan.threads = static_cast<int>(ceil_div(ceil_div(classes, per_thread), 32) * 32);
     plan.lanes = plan.threads;
   }
-  finish_inside_if_small(plan, rows, device);
+  return plan;
+}
+
+Plan streaming(int64_t classes) {
+  Plan plan;
+  plan.threads = classes >= 8192 ? 512 : classes >= 1024 ? 256 : 64;
+  plan.lanes = plan.threads;
   return plan;
 }
 
@@ -58,9 +52,18 @@ Plan strided(int64_t rows, int64_t classes, const DeviceLimits& device) {
            classes > lanes * kStridedFewest;
   };
   while (plan.lanes < kStridedParts && shares(plan.lanes)) plan.lanes *= 2;
-  plan.rows_per_block = plan.threads / plan.lanes;
-  finish_inside_if_small(plan, rows, device);
   return plan;
+}
+
+Plan plan_family(int64_t rows, int64_t classes, DType student, DType teacher,
+                 const DeviceLimits& device, bool general, bool is_strided) {
+  if (is_strided) return strided(rows, classes, device);
+  if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
+    return tiny(rows, classes);
+  const int element = static_cast<int>(size_of(student));
+  if (hot_dtypes(student, teacher) && !general && classes * element <= 256 * kRegisterBytes)
+    return registers(rows, classes, element);
+  return streaming(classes);
 }
 
 }  // namespace
@@ -71,17 +74,13 @@ bool hot_dtypes(DType student, DType teacher) {
 
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
                const DeviceLimits& device, bool general, bool is_strided) {
-  if (is_strided) return strided(rows, classes, device);
-  if (classes <= 32 * kTinyPerLane && !computes_in_double(student, teacher))
-    return tiny(rows, classes, device);
-  if (hot_dtypes(student, teacher) && !general) {
-    const int element = static_cast<int>(size_of(student));
-    if (classes * element <= 256 * kRegisterBytes) return registers(rows, classes, element, device);
-  }
-  Plan plan;
-  plan.threads = classes >= 8192 ? 512 : classes >= 1024 ? 256 : 64;
-  plan.lanes = plan.threads;
-  finish_inside_if_small(plan, rows, device);
+  Plan plan = plan_family(rows, classes, student, teacher, device, general, is_strided);
+  plan.rows_per_block = plan.threads / plan.lanes;
+  // The CTAs of a grid that is small enough to be one portable cluster can add up the total
+  // themselves, which saves a launch.
+  const int64_t blocks = std::max<int64_t>(ceil_div(rows, plan.rows_per_block), 1);
+  plan.finish_inside = blocks <= std::max(std::min(device.largest_cluster, 8), 1);
+  if (plan.finish_inside) plan.cluster = static_cast<int>(blocks);
   return plan;
 }
 

@@ -1,5 +1,7 @@
 // One row of student, teacher and gradient as the threads that share it walk it, a chunk of classes
-// at a time. Two views of a row:
+// at a time. Views, because the sweeps (sweeps.cuh) are the same for every layout and dtype: they
+// compute what docs/maths.md derives in sections 2 and 3, and leave to the view what is loaded and
+// stored by which thread. Two views of a row:
 //   VectorRow   adjacent classes of one 16-bit or 32-bit dtype, in vectors of 16 bytes
 //   ElementRow  any dtypes and strides, one class at a time
 // Each class is read and written by the same thread, so that the gradient may overwrite the

@@ -17,7 +17,7 @@ namespace fastkd::cuda {
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
 struct LaneTeam {
-  static constexpr bool kOwnWarp = kLanes == 32;  // no other row waits for this one
+  static constexpr bool kWholeWarps = kLanes == 32;  // no other row waits for this one
   static constexpr int kSharedBytes = 0;
   Place place;
 
@@ -34,7 +34,7 @@ struct LaneTeam {
 
 // A CTA has one row.
 struct BlockTeam {
-  static constexpr bool kOwnWarp = true;
+  static constexpr bool kWholeWarps = true;
   static constexpr int kSharedBytes = 0;
   Place place;
   WarpExchange exchange;
@@ -53,7 +53,7 @@ struct BlockTeam {
 // `parts` threads share a row, each in a warp of its own: neighboring lanes have neighboring rows.
 template <class A>
 struct TileTeam {
-  static constexpr bool kOwnWarp = false;
+  static constexpr bool kWholeWarps = false;
   static constexpr int kSlotsBytes = kStridedThreads * 8 * static_cast<int>(sizeof(A));
   static constexpr int kSharedBytes = 2 * kSlotsBytes;
   Place place;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
       team.merge(moments, t);
     }
   }
-  const typename W::Stats stats = W::stats_of(args, index, statistics, moments);
+  const typename W::Stats stats(args, index, statistics, moments);
   W writer(call, index, t, stats, scale);
   constexpr SumKind kKind = W::kGeneral ? SumKind::kSlopes
                             : kExtra    ? SumKind::kTerms
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const A value = static_cast<A>(fill_value(kind));
       if (inside) row.fill(value);
       if (inside && team.place.part == 0) close_row_as(args, index, value);
-      if (Team::kOwnWarp) continue;
+      if (Team::kWholeWarps) continue;
       row.clear();  // its threads take part in what all threads do together
     }
     run_row<Row, Team, W, kExtra>(call, team, row, index, label, real, scale);

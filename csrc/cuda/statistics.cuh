@@ -248,6 +248,10 @@ struct RowStats {
         hard_scale(reciprocal_of(s.hard_sum)),
         teacher_max(s.teacher_max),
         teacher_scale(reciprocal_of(s.teacher_sum)) {}
+  // As GeneralStats (general.cuh) has it.
+  __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
+                                      const Moments&)
+      : RowStats(s) {}
 
   // Not so where a logit is NaN or +inf, or all of them are -inf.
   __device__ __forceinline__ bool valid() const {

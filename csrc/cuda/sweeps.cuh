@@ -1,6 +1,7 @@
 // The sweeps over a row, a chunk of classes at a time (row_views.cuh), as every kernel runs them:
-// statistics; for some divergences the moments and the sums of slopes; value and gradient.
-// Derivations: docs/maths.md, sections 2, 3 and 10.
+// statistics; for some divergences the moments and the sums of slopes; value and gradient. Forward
+// and backward share them, because both must write a gradient to the same bits. Derivations:
+// docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "row_views.cuh"
 
@@ -54,7 +55,7 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
     const int out = left_out(chunk);
     visit_general(writer.divergence, [&](auto d) {
       using D = decltype(d);
-      chunk.each(D::kBalance == Balance::kNone ? out : -1,
+      chunk.each(D::kCentering == SlopeCentering::kNone ? out : -1,
                  [&](A z, A w, int) { writer.template sum_as<D>(z, w, extra, sums); });
     });
   });

@@ -24,7 +24,7 @@ struct TopkCall {
   const void* grad_output;  // acc, one number or [rows], or null: 1
   bool grad_output_per_row;
   bool filled;  // grad holds the gradient for grad_output = 1
-  topk::Comparison how;
+  topk::Comparison comparison;
   int64_t k;
 };
 
@@ -67,7 +67,7 @@ template <class A>
 struct Solution {
   bool valid, label_is_listed;
   topk::RowOptions row;
-  topk::Summary of;
+  topk::Summary summary;
   topk::Soft soft;
   topk::SoftSums sums;
   topk::Gains gains;
@@ -171,13 +171,13 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
                                        const Rest<A>& rest, const ListSums& list, double greatest,
                                        const Temperature<A>& t) {
   s.row = options_of<A>(call.forward.args, index);
-  s.of.rest = rest.mass(t);
-  s.of.list = {greatest, list.tempered, list.hard};
-  s.of.teacher = list.teacher, s.of.count = list.count;
-  s.of.complete(s.row, rest.logits);
-  s.valid = s.of.listed_well() && s.of.valid();
+  s.summary.rest = rest.mass(t);
+  s.summary.list = {greatest, list.tempered, list.hard};
+  s.summary.teacher = list.teacher, s.summary.count = list.count;
+  s.summary.complete(s.row, rest.logits);
+  s.valid = s.summary.listed_well() && s.summary.valid();
   s.label_is_listed = list.labels > 0;
-  s.soft = topk::soften(call.how, s.row, s.of);
+  s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
 // Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined: it
@@ -186,11 +186,12 @@ template <class A>
 __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
                                                                 const Solution<A>& s, double z,
                                                                 double log_p) {
-  const double log_e = (z - topk::origin(s.of.list)) / s.row.temperature;
+  const double log_e = (z - topk::origin(s.summary.list)) / s.row.temperature;
   const double p = s.soft.teacher_scale * exp(log_p), q = s.soft.student_scale * exp(log_e);
   const auto& constants = constants_in<double>(call.forward.constants);
-  return visit(call.how.divergence, [&](auto divergence) {
-    return topk::listed<decltype(divergence)>(call.how, s.soft, constants, p, q, log_p, log_e);
+  return visit(call.comparison.divergence, [&](auto divergence) {
+    return topk::listed<decltype(divergence)>(call.comparison, s.soft, constants, p, q, log_p,
+                                              log_e);
   });
 }
 
@@ -203,7 +204,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
   topk::SoftSums sums;
   list.each([&](int64_t id, double log_p) {
     sums.add(evaluate(call, s, static_cast<double>(row.student_at(id)), log_p));
-    if (call.how.divergence == Divergence::kSoftCrossEntropy)
+    if (call.comparison.divergence == Divergence::kSoftCrossEntropy)
       sums.entropy -=
           times_log(s.soft.teacher_scale * exp(log_p), log_p + s.soft.teacher_log_scale);
   });
@@ -217,10 +218,11 @@ __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, cons
                                       double gain) {
   s.sums = sums;
   const auto& constants = constants_in<double>(call.forward.constants);
-  visit(call.how.divergence, [&](auto divergence) {
-    topk::include_rest<decltype(divergence)>(call.how, constants, s.of, &s.sums, &s.soft);
+  visit(call.comparison.divergence, [&](auto divergence) {
+    topk::include_rest<decltype(divergence)>(call.comparison, constants, s.summary, &s.sums,
+                                             &s.soft);
   });
-  s.gains = topk::gains_of(s.row, s.of, s.soft, gain);
+  s.gains = topk::gains_of(s.row, s.summary, s.soft, gain);
   s.rest = RestWriter<A>(s.gains, rest, t);
 }
 
@@ -229,7 +231,7 @@ template <class Row>
 __device__ __forceinline__ void write_list(const Row& row, const List<typename Row::A>& list,
                                            const Solution<typename Row::A>& s, const TopkCall& call,
                                            int64_t label) {
-  const double near = topk::origin(s.of.list), hard = s.gains.hard / s.of.all.hard;
+  const double near = topk::origin(s.summary.list), hard = s.gains.hard / s.summary.all.hard;
   list.each([&](int64_t id, double log_p) {
     const double z = static_cast<double>(row.student_at(id));
     double g = s.gains.uniform;
@@ -237,7 +239,7 @@ __device__ __forceinline__ void write_list(const Row& row, const List<typename R
       const double q = s.soft.student_scale * exp((z - near) / s.row.temperature);
       g += s.gains.soft * (evaluate(call, s, z, log_p).slope - q * s.sums.slope);
     }
-    if (s.row.hard) g += hard * exp(z - s.of.all.max) - (id == label ? s.gains.onehot : 0.0);
+    if (s.row.hard) g += hard * exp(z - s.summary.all.max) - (id == label ? s.gains.onehot : 0.0);
     row.store_at(id, static_cast<typename Row::A>(g));
   });
 }
@@ -262,14 +264,16 @@ __device__ __forceinline__ void write_row(const Row& row, const List<typename Ro
     });
     __syncthreads();
     if (threadIdx.x == 0 && s.row.hard && !s.label_is_listed)
-      row.store_at(label, static_cast<A>(topk::label_gradient(
-                              s.row, s.of, s.gains, static_cast<double>(row.student_at(label)))));
+      row.store_at(
+          label, static_cast<A>(topk::label_gradient(s.row, s.summary, s.gains,
+                                                     static_cast<double>(row.student_at(label)))));
     write_list(row, list, s, call, label);
   }
   if (threadIdx.x != 0) return;
   const double label_logit = s.row.hard ? static_cast<double>(row.student_at(label)) : 0.0;
   put_loss(call.forward.args, list.index,
-           static_cast<A>(topk::row_loss(call.how, s.row, s.of, s.soft, s.sums, label_logit)));
+           static_cast<A>(
+               topk::row_loss(call.comparison, s.row, s.summary, s.soft, s.sums, label_logit)));
 }
 
 template <class Row>
@@ -395,7 +399,7 @@ TopkCall call_of(const TopkArgs& args) {
   forward.reduction = args.reduction, forward.scale = args.scale;
   call.log_probs = args.teacher, call.indices = args.indices, call.k = args.k;
   call.grad_output = args.grad_output, call.grad_output_per_row = args.grad_output_per_row;
-  call.how = topk::Comparison(args);
+  call.comparison = topk::Comparison(args);
   forward.divergence = Divergence::kForwardKL;  // of the student and itself
   call.forward.constants = make_constants(args.divergence, args.mix);
   return call;

@@ -44,7 +44,7 @@ struct Rest : Statistics<A> {
   }
   // NaN is something.
   __device__ __forceinline__ bool nothing() const { return this->student_sum == A(0); }
-  __device__ __forceinline__ topk::Mass mass(const Temperature<A>& t) const {
+  __device__ __forceinline__ topk::RelativeSums mass(const Temperature<A>& t) const {
     if (nothing()) return {};
     return {static_cast<double>(this->student_max), this->student_sum * to_max(t),
             this->hard_sum * hard_to_max(t)};

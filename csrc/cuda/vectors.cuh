@@ -1,7 +1,7 @@
 // Rows of logits as 16-byte vectors, for any alignment of student, teacher and gradient.
 //
 // The vectors lie on the gradient's grid, so that every store is a whole vector. Inputs that are
-// shifted against it are put together from two neighbouring vectors (about two instructions an
+// shifted against it are put together from two neighboring vectors (about two instructions an
 // element, and no further memory traffic). The elements before the first whole vector and after
 // the last (at most 15 each) are peeled: one lane an element.
 #pragma once
@@ -29,72 +29,64 @@ __device__ __forceinline__ T from_acc(A x) {
   if constexpr (std::is_arithmetic_v<T>) return static_cast<T>(x);
 }
 
-__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __nv_bfloat16) {
-  low = __uint_as_float(v << 16);
-  high = __uint_as_float(v & 0xffff0000u);
+// The 32-bit words of a vector, each of one or two elements of the type of the last argument.
+__device__ __forceinline__ void unpack(uint32_t word, float* x, float) {
+  x[0] = __uint_as_float(word);
 }
-__device__ __forceinline__ void unpack(uint32_t v, float& low, float& high, __half) {
-  const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&v));
-  low = f.x;
-  high = f.y;
+__device__ __forceinline__ void unpack(uint32_t word, float* x, __nv_bfloat16) {
+  x[0] = __uint_as_float(word << 16);
+  x[1] = __uint_as_float(word & 0xffff0000u);
 }
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
+__device__ __forceinline__ void unpack(uint32_t word, float* x, __half) {
+  const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  x[0] = f.x;
+  x[1] = f.y;
 }
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-  const __half2 v = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
+__device__ __forceinline__ uint32_t pack(const float* x, float) { return __float_as_uint(x[0]); }
+__device__ __forceinline__ uint32_t pack(const float* x, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x[0], x[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
+__device__ __forceinline__ uint32_t pack(const float* x, __half) {
+  const __half2 pair = __floats2half2_rn(x[0], x[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+// The greater elements of two words. NaN is dropped; the sums of exponentials keep it.
 template <class Pair>
-__device__ __forceinline__ uint32_t pair_max_as(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t max_of_pairs(uint32_t a, uint32_t b) {
   const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
   return *reinterpret_cast<const uint32_t*>(&v);
 }
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __nv_bfloat16) {
-  return pair_max_as<__nv_bfloat162>(a, b);
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, float) {
+  return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
 }
-__device__ __forceinline__ uint32_t pair_max(uint32_t a, uint32_t b, __half) {
-  return pair_max_as<__half2>(a, b);
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __nv_bfloat16) {
+  return max_of_pairs<__nv_bfloat162>(a, b);
+}
+__device__ __forceinline__ uint32_t max_of_words(uint32_t a, uint32_t b, __half) {
+  return max_of_pairs<__half2>(a, b);
 }
 
 // 16 bytes of T.
 template <class T>
 struct Vector {
   static constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T));
+  static constexpr int kOfWord = kElements / 4;
+
   static __device__ __forceinline__ void load(uint4 v, float (&x)[kElements]) {
-    unpack(v.x, x[0], x[1], T());
-    unpack(v.y, x[2], x[3], T());
-    unpack(v.z, x[4], x[5], T());
-    unpack(v.w, x[6], x[7], T());
+    unpack(v.x, x, T());
+    unpack(v.y, x + kOfWord, T());
+    unpack(v.z, x + 2 * kOfWord, T());
+    unpack(v.w, x + 3 * kOfWord, T());
   }
   static __device__ __forceinline__ uint4 store(const float (&x)[kElements]) {
-    return {pack(x[0], x[1], T()), pack(x[2], x[3], T()), pack(x[4], x[5], T()),
-            pack(x[6], x[7], T())};
-  }
-  // NaN is dropped here; the sums of exponentials keep it.
-  static __device__ __forceinline__ float max(uint4 v) {
-    float low, high;
-    unpack(pair_max(pair_max(v.x, v.y, T()), pair_max(v.z, v.w, T()), T()), low, high, T());
-    return fmaxf(low, high);
-  }
-};
-template <>
-struct Vector<float> {
-  static constexpr int kElements = 4;
-  static __device__ __forceinline__ void load(uint4 v, float (&x)[4]) {
-    x[0] = __uint_as_float(v.x);
-    x[1] = __uint_as_float(v.y);
-    x[2] = __uint_as_float(v.z);
-    x[3] = __uint_as_float(v.w);
-  }
-  static __device__ __forceinline__ uint4 store(const float (&x)[4]) {
-    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-            __float_as_uint(x[3])};
+    return {pack(x, T()), pack(x + kOfWord, T()), pack(x + 2 * kOfWord, T()),
+            pack(x + 3 * kOfWord, T())};
   }
   static __device__ __forceinline__ float max(uint4 v) {
-    return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)),
-                 fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
+    float x[kOfWord];
+    unpack(max_of_words(max_of_words(v.x, v.y, T()), max_of_words(v.z, v.w, T()), T()), x, T());
+    return kOfWord == 1 ? x[0] : fmaxf(x[0], x[kOfWord - 1]);
   }
 };
 
@@ -153,13 +145,9 @@ __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teach
   if (begin > classes) begin = static_cast<int>(classes);
   const int64_t inside = classes - last - begin;
   const int64_t vectors = inside > 0 ? inside / kElements : 0;
-  RowLayout layout;
-  layout.begin = begin;
-  layout.vectors = vectors;
-  layout.tail = static_cast<int>(classes - begin - vectors * kElements);
-  layout.student_shift = ((s + begin) & kMask) * static_cast<int>(sizeof(T));
-  layout.teacher_shift = ((t + begin) & kMask) * static_cast<int>(sizeof(T));
-  return layout;
+  constexpr int kBytes = static_cast<int>(sizeof(T));
+  return {begin, vectors, static_cast<int>(classes - begin - vectors * kElements),
+          ((s + begin) & kMask) * kBytes, ((t + begin) & kMask) * kBytes};
 }
 // The aligned vectors of which `fetch` makes the row's vectors.
 template <class T>

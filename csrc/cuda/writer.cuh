@@ -21,7 +21,7 @@ struct Sums {
   A student_entropy = 0, teacher_entropy = 0;
   A agreement = 0;
   A slope = 0;    // centers the gradient of the divergences in general.cuh
-  A classes = 0;  // that count for a mean: n of Balance (divergences.h), or 0
+  A classes = 0;  // that count for a mean: n of SlopeCentering (divergences.h), or 0
 
   template <int kLanes, class Kind>
   __device__ __forceinline__ void merge_lanes(Kind) {
@@ -157,12 +157,6 @@ struct alignas(16) Writer {
     const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
     const A errors = fma_of(teacher_error - student_error, ln_2, log_ratio);
     shift = apart ? log_ratio : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
-  }
-
-  static __device__ __forceinline__ Stats stats_of(const Inputs&, int64_t,
-                                                   const Statistics<A>& statistics,
-                                                   const Moments&) {
-    return Stats(statistics);
   }
 
   // d of one class. The logits: less the maxima if the row is `apart`.

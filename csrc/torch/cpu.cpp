@@ -168,15 +168,15 @@ void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t
     sums.assign(sums.size(), {});
     for_segments(
         [&](int64_t segment, size_t at) { kernels.scan(args, row, segment, &statistics[at]); });
-    cpu::Sums balanced = {};
+    cpu::Sums slope_sums = {};
     if (!is_one_sweep(args.divergence)) {
       for_segments([&](int64_t segment, size_t at) {
-        kernels.balance(args, row, segment, statistics.data(), &sums[at]);
+        kernels.sum_slopes(args, row, segment, statistics.data(), &sums[at]);
       });
-      balanced = cpu::total(sums.data(), segments);
+      slope_sums = cpu::total(sums.data(), segments);
     }
     for_segments([&](int64_t segment, size_t at) {
-      kernels.write(args, row, segment, statistics.data(), balanced, &sums[at]);
+      kernels.write(args, row, segment, statistics.data(), slope_sums, &sums[at]);
     });
     kernels.close(args, row, statistics.data(), sums.data());
   }

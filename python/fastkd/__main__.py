@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
 
 import torch
 
@@ -18,6 +17,8 @@ from fastkd.commands.factories import ConfigError
 from fastkd.commands.report import report
 from fastkd.commands.sweep import sweep
 from fastkd.extras import MissingPackageError
+
+_COMMANDS = (distill, sweep, report, export)
 
 
 def info() -> dict[str, str]:
@@ -61,13 +62,7 @@ def main() -> None:
             print(f"{name:<13}  {value}")
         return
     try:
-        named: dict[str, Callable[..., None]] = {
-            "distill": distill,
-            "sweep": sweep,
-            "report": report,
-            "export": export,
-        }
-        config.run(named[arguments.command], options)
+        config.run({each.__name__: each for each in _COMMANDS}[arguments.command], options)
     except (ConfigError, MissingPackageError) as error:
         parser.exit(2, f"fastkd {arguments.command}: {error}\n")
 

@@ -145,13 +145,14 @@ void split(const cpu::Kernels& k, const ForwardArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t i = 0; i < segments; ++i) k.scan(args, row, i, &statistics[i]);
     sums.assign(sums.size(), {});
-    cpu::Sums balanced = {};
+    cpu::Sums slope_sums = {};
     if (!is_one_sweep(args.divergence)) {
-      for (int64_t i = 0; i < segments; ++i) k.balance(args, row, i, statistics.data(), &sums[i]);
-      balanced = cpu::total(sums.data(), segments);
+      for (int64_t i = 0; i < segments; ++i)
+        k.sum_slopes(args, row, i, statistics.data(), &sums[i]);
+      slope_sums = cpu::total(sums.data(), segments);
     }
     for (int64_t i = 0; i < segments; ++i) {
-      k.write(args, row, i, statistics.data(), balanced, &sums[i]);
+      k.write(args, row, i, statistics.data(), slope_sums, &sums[i]);
     }
     k.close(args, row, statistics.data(), sums.data());
   }

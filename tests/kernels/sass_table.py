@@ -1,9 +1,9 @@
 """Count the instructions per class of the kernels' sweeps, on the shortest path.
 
-A sweep is a loop, or in the registers kernels the whole row. Of the ways round it the shortest is
-taken that loads student and teacher, computes two exponentials a class and, in the second sweep,
-stores the gradient: aligned rows whose maxima neither rise nor lie far apart, T = 1. Beside the
-slots that are issued stand the shares of three pipes, and the bound that follows from each.
+A sweep is a loop, or in the registers kernels the whole row. Its path is the shortest one that
+loads student and teacher, computes two exponentials a class and, in the second sweep, stores the
+gradient: aligned rows at T = 1 whose maxima do not change. The table has the issued slots, the
+shares of three pipes, and the bound by each.
 
 Usage: cuobjdump -sass -arch sm_90 build/cuda/libfastkd_cuda.a | python tests/kernels/sass_table.py
 """

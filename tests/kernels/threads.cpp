@@ -104,15 +104,15 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
     in_parallel(segments,
                 [&](int64_t i) { k.scan(args, row, i, &statistics[static_cast<size_t>(i)]); });
     sums.assign(sums.size(), {});
-    cpu::Sums balanced = {};
+    cpu::Sums slope_sums = {};
     if (!is_one_sweep(args.divergence)) {
       in_parallel(segments, [&](int64_t i) {
-        k.balance(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
+        k.sum_slopes(args, row, i, statistics.data(), &sums[static_cast<size_t>(i)]);
       });
-      balanced = cpu::total(sums.data(), segments);
+      slope_sums = cpu::total(sums.data(), segments);
     }
     in_parallel(segments, [&](int64_t i) {
-      k.write(args, row, i, statistics.data(), balanced, &sums[static_cast<size_t>(i)]);
+      k.write(args, row, i, statistics.data(), slope_sums, &sums[static_cast<size_t>(i)]);
     });
     k.close(args, row, statistics.data(), sums.data());
   }

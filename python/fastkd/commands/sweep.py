@@ -32,6 +32,7 @@ class Run(NamedTuple):
     seed: int
 
 
+_ALONE = ("", 1.0, 1.0)
 Accuracies = dict[Run, float]
 
 
@@ -71,8 +72,8 @@ def sweep(
         validation.check_count("seeds", seeds)
         for each in share:
             validation.check_number("share", each, 0.0, 1.0, open_low=True)
-    objectives = [("", 1.0, 1.0), *itertools.product(divergence, temperature, alpha)]
-    made = {each: _make_loss(training, *each) for each in objectives}
+    objectives = [_ALONE, *itertools.product(divergence, temperature, alpha)]
+    loss_of = {each: _make_loss(training, *each) for each in objectives}
     runs = [
         Run(part, *each, seed)
         for seed in range(training.seed, training.seed + seeds)
@@ -86,7 +87,7 @@ def sweep(
         raise ConfigError("sweep runs in one process; start it without accelerate launch")
     torch.manual_seed(training.seed)
     teacher, data, held_out = distill.make_teacher_and_data(
-        training, factories, made[objectives[-1]], accelerator
+        training, factories, loss_of[objectives[-1]], accelerator
     )
     if share != (1.0,) and isinstance(data, (DataLoader, IterableDataset)):
         raise ConfigError("share: train must return a data set with __getitem__ to take a share of")
@@ -105,7 +106,7 @@ def sweep(
         torch.manual_seed(run.seed)
         student = factories.make_model("student", options)
         optimizer = distill.make_optimizer(options.optimizer, student)
-        loss = made[run.divergence, run.temperature, run.alpha]
+        loss = loss_of[run.divergence, run.temperature, run.alpha]
         loader = distill.make_loader(part, options, shuffle=True)
         trainer = distill.make_trainer(
             options, student, optimizer, loader, loss, teacher, accelerator, progress=False
@@ -178,13 +179,10 @@ def _summarize(values: list[float]) -> tuple[float, float]:
 
 def _compare(rows: Accuracies) -> Iterator[tuple[Run, list[float], list[float]]]:
     """Yield each combination's first run, its accuracies, and their gains over training alone."""
-    for (*_, first_seed), first in zip(rows, rows, strict=True):
-        if first_seed != next(iter(rows)).seed:
-            return
-        runs = [run for run in rows if run[:-1] == first[:-1]]
-        alone = [rows[Run(run.share, "", 1.0, 1.0, run.seed)] for run in runs]
-        accuracies = [rows[run] for run in runs]
-        yield first, accuracies, [a - b for a, b in zip(accuracies, alone, strict=True)]
+    for combination in dict.fromkeys(run[:-1] for run in rows):
+        runs = [run for run in rows if run[:-1] == combination]
+        gains = [rows[run] - rows[Run(run.share, *_ALONE, run.seed)] for run in runs]
+        yield runs[0], [rows[run] for run in runs], gains
 
 
 def _tabulate(rows: Accuracies) -> Iterator[str]:

@@ -22,7 +22,7 @@ _ONNX_BYTES = 2**31 - 2**20  # of weights; protobuf's limit, less the graph
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """The file that :func:`export` wrote, and how far its answers are from the student's."""
+    """The file that :func:`fastkd.export` wrote, and how far its answers are from the student's."""
 
     path: pathlib.Path
     bytes: int
@@ -149,7 +149,8 @@ def _check_arguments(
         raise TypeError(f"student must be a module; got {type(student).__name__}")
     validation.check_one_of("format", format, tuple(writing.SUFFIXES))
     if quantize is not None:
-        validation.check_one_of("quantize", quantize, ("int8",))
+        hints = dict.fromkeys(("none", "fp32", "float32"), "None keeps the student's dtype")
+        validation.check_one_of("quantize", quantize, ("int8",), hints)
     validation.check_count("max_batch", max_batch, 2)
     path = check_path(path, format)
     if format == "onnx":

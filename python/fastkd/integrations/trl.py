@@ -11,11 +11,13 @@ exist only for a chunk of tokens. ``GKDTrainer`` makes two exceptions: its first
 logits of one sequence with each model, to check the head, and an evaluation that asks for outputs
 computes all of them. Arguments, configurations and logged metrics are TRL's.
 
-The sum over tokens is divided by:
+The sum over tokens is divided as in TRL:
 
-- ``num_items_in_batch``, if the trainer of transformers passes it: the number of labels that are
-  not -100 in the batches of an optimizer step;
-- otherwise the number of tokens that count in the batch, or 1 if there are none.
+- ``DistillationTrainer``, training: by the tokens that count in an optimizer step, those of all
+  processes, divided by the number of processes;
+- ``GKDTrainer``, training: by the ``num_items_in_batch`` of transformers, the labels that are not
+  -100 in the data set's batches of an optimizer step;
+- evaluation: by the tokens that count in the batch, or 1 if there are none.
 
 The trainers differ from TRL's in these points:
 

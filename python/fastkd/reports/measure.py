@@ -328,7 +328,8 @@ def _time_in_turns(
     for _ in range(TURNS):
         before = _read_processor_time()
         times = {name: time_calls(name, seconds / TURNS) for name in models}
-        running, waiting = (b - a for a, b in zip(before, _read_processor_time(), strict=True))
+        after = _read_processor_time()  # less than before if threads with much time have ended
+        running, waiting = (max(0, b - a) for a, b in zip(before, after, strict=True))
         turns.append(Turn(1 - waiting / max(running + waiting, 1), times))
     return turns
 

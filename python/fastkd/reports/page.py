@@ -24,13 +24,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; }
 .muted, small { color: var(--muted); font-size: .85rem; }
 header p { margin: 0; }
 section { margin-top: 1.5rem; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
-.card, .wide, figure { background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; }
-.card { padding: 1rem 1.2rem; border-top: 4px solid var(--color); }
-.card h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
-.card .figure { font-size: 2rem; font-weight: 650; line-height: 1.3; }
-.card p { margin: 0; }
+.wide, figure { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .verdict { font-size: 1.15rem; margin: .6rem 0 0; overflow-wrap: anywhere; }
 .warning { margin: .6rem 0 0; padding: .5rem .8rem; border-left: 4px solid #e07b39;
   background: var(--card); overflow-wrap: anywhere; }
@@ -51,8 +45,6 @@ figure svg text { font-family: inherit !important; }
 figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 @media (max-width: 40rem) {
   main { padding: 1.25rem .75rem; }
-  .cards { gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-  .card { padding: .7rem .8rem; }
   th, td { padding: .45rem .6rem; }
   th:first-child { white-space: normal; min-width: 6.5rem; }
   figure { padding: .75rem; }
@@ -66,18 +58,10 @@ figcaption { color: var(--muted); font-size: .85rem; margin-top: .5rem; }
 def make_page(report: Report) -> str:
     """Return the page of a report."""
     colors = plots.choose_colors(report)
-    is_labelled = report.models[0].answers.accuracy is not None
-    kind = "accuracy" if is_labelled else "agreement with the teacher"
-    names, cards, rows = "", "", ""
+    names, rows = "", ""
     for model, color in zip(report.models, colors, strict=True):
-        style, name = f'style="--color: {color}"', escape(model.name)
-        cost = escape(tables.summarize_cost(report, model))
-        names += f'<th scope="col"><span class="dot" {style}></span>{name}</th>'
-        cards += (
-            f'<div class="card" {style}><h2>{name}</h2>'
-            f'<p class="figure">{100 * model.answers.quality:.1f} %</p>'
-            f'<p class="muted">{kind} · {cost}</p></div>'
-        )
+        dot = f'<span class="dot" style="--color: {color}"></span>'
+        names += f'<th scope="col">{dot}{escape(model.name)}</th>'
     for row in tables.make_rows(report):
         cells = "".join(
             f"<td>{escape(text)}{f'<small>{escape(note)}</small>' if note else ''}</td>"
@@ -111,7 +95,6 @@ def make_page(report: Report) -> str:
 <p class="verdict">{escape(tables.summarize(report))}</p>
 {warnings}
 </header>
-<section class="cards">{cards}</section>
 <section class="wide"><table>
 <thead><tr><th></th>{names}</tr></thead>
 <tbody>{rows}</tbody>

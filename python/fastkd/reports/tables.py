@@ -12,8 +12,7 @@ from fastkd import extras
 from fastkd.reports import measure, plots
 
 if TYPE_CHECKING:
-    from fastkd.reports import Model, Report
-    from fastkd.reports.measure import Latency
+    from fastkd.reports import Report
 
 COUNTS = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))
 UNKNOWN = "–"
@@ -65,8 +64,11 @@ def _format_ratio(ratio: float | None, less: str, more: str) -> str:
     return f"{digits}x {less if ratio > 1 else more}"
 
 
-def _compare(teacher: int | None, student: int | None, less: str, more: str) -> str:
-    return _format_ratio(teacher / student if teacher and student else None, less, more)
+def _format_memory(value: int | None) -> str:
+    """Format a peak of resident memory, which counts pages: small ones are not measured."""
+    if value is None:
+        return UNKNOWN
+    return "< 100 kB" if value < 100_000 else format_size(value)
 
 
 def make_rows(report: Report) -> list[Row]:
@@ -79,8 +81,9 @@ def make_rows(report: Report) -> list[Row]:
         rows.append(Row(label, list(itertools.zip_longest(texts, notes, fillvalue=""))))
 
     def add_size(label: str, values: Sequence[int | None], text: Any, less: str, more: str) -> None:
-        ratios = [_compare(values[0], value, less, more) for value in values[1:]]
-        add(label, [UNKNOWN if n is None else text(n) for n in values], ["", *ratios])
+        first = values[0] or 0
+        notes = [_format_ratio(first / n if n else None, less, more) for n in values[1:]]
+        add(label, [UNKNOWN if n is None else text(n) for n in values], ["", *notes])
 
     add_size("parameters", [m.size.parameters for m in models], format_count, "fewer", "more")
     add_size("bytes on disk", [m.size.bytes for m in models], format_size, "smaller", "larger")
@@ -97,38 +100,11 @@ def make_rows(report: Report) -> list[Row]:
         for batch in by_batch:
             times = [m.latency[device][batch] for m in models]
             label = f"{name}, batch {batch}"
-            speeds = [_format_speed(t) for t in times[1:]]
-            add(f"{label}: median", [format_duration(t.p50) for t in times], ["", *speeds])
+            ratios = [_format_ratio(t.speedup, "faster", "slower") or "withheld" for t in times]
+            add(f"{label}: median", [format_duration(t.p50) for t in times], ["", *ratios[1:]])
             add(f"{label}: p95", [format_duration(t.p95) for t in times])
         add(f"{name}: samples a second", [format_count(t.throughput) for t in times])
     return rows
-
-
-def _format_memory(value: int | None) -> str:
-    """Format a peak of resident memory, which counts pages: small ones are not measured."""
-    if value is None:
-        return UNKNOWN
-    return "< 100 kB" if value < 100_000 else format_size(value)
-
-
-def _format_speed(latency: Latency) -> str:
-    return _format_ratio(latency.speedup, "faster", "slower") or "withheld"
-
-
-def summarize_cost(report: Report, model: Model) -> str:
-    """Describe a student's size and latency relative to the teacher, or the teacher's own."""
-    teacher = report.models[0]
-    is_student = model is not teacher
-    size = UNKNOWN if model.size.bytes is None else format_size(model.size.bytes)
-    ratio = _compare(teacher.size.bytes, model.size.bytes, "smaller", "larger")
-    parts = [f"{size}, {ratio}" if is_student and ratio else size]
-    for device, by_batch in model.latency.items():
-        latency = by_batch[min(by_batch)]
-        part = f"{format_duration(latency.p50)} on {measure.name_device(device)}"
-        if is_student and latency.speedup:
-            part += f", {_format_speed(latency)}"
-        parts.append(part)
-    return " · ".join(parts)
 
 
 def summarize(report: Report) -> str:

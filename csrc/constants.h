@@ -1,0 +1,128 @@
+// The divergences' names, and the constants of each: the numbers that its formula
+// (divergences.h) reads, the same for all rows of a call.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "numerics.h"
+
+namespace fastkd {
+
+enum class Divergence : int32_t {
+  kForwardKL,
+  kSoftCrossEntropy,
+  kReverseKL,
+  kSymmetricKL,
+  kJensenShannon,
+  kSkewedForwardKL,
+  kSkewedReverseKL,
+  kTotalVariation,
+  kSquaredError,
+  kCenteredSquaredError,
+  kDecoupled,
+  kCosine,
+};
+constexpr int kDivergences = static_cast<int>(Divergence::kCosine) + 1;
+constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
+                                                        "soft_cross_entropy",
+                                                        "reverse_kl",
+                                                        "symmetric_kl",
+                                                        "jsd",
+                                                        "skewed_forward_kl",
+                                                        "skewed_reverse_kl",
+                                                        "total_variation",
+                                                        "mse",
+                                                        "centered_mse",
+                                                        "dkd",
+                                                        "cosine"};
+
+// Constants of a divergence, the same for all classes, in the compute type.
+template <class T>
+struct ConstantsOf {
+  static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
+  // mix and 1 - mix, such that their sum is 1 in T as well: the logarithm of a mixture is next to 0
+  // where it is the greater of p and q, or near it.
+  T mix = 0, rest = 1;
+  // Mixtures m, for |d| <= kSeriesLimit: value / (q d^2) and (1 - mix) log(m / q) / d. In fp64 by
+  // powers of d; in fp32 so few terms do because they are economised.
+  T value[kIsDouble ? 14 : 6] = {};
+  T log[kIsDouble ? 14 : 5] = {};
+};
+// Constants for both compute types; made once a call.
+struct Constants {
+  ConstantsOf<double> wide;
+  ConstantsOf<float> narrow;
+};
+
+namespace {
+
+// T may be a vector of numbers.
+template <class T>
+using ConstantsFor = ConstantsOf<Scalar<T>>;
+
+template <class T>
+FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
+  if constexpr (ConstantsOf<T>::kIsDouble) {
+    return k.wide;
+  } else {
+    return k.narrow;
+  }
+}
+
+// The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=
+// kSeriesLimit, as good as: its highest power is taken off time and again as the multiple of a
+// Chebyshev polynomial.
+template <int kMany, int kFew>
+void economise(const double (&many)[kMany], float (&few)[kFew]) {
+  double left[kMany];
+  for (int i = 0; i < kMany; ++i) left[i] = many[i] * std::pow(kSeriesLimit, i);
+  for (int n = kMany - 1; n >= kFew; --n) {
+    double term = left[n];  // of T_n / 2^(n - 1), from its highest power down
+    for (int i = n; i >= 0; i -= 2) {
+      left[i] -= term;
+      const int below = n - i;
+      term *= -static_cast<double>(i * (i - 1)) /
+              static_cast<double>((below + 2) * (2 * n - below - 2));
+    }
+  }
+  for (int i = 0; i < kFew; ++i) few[i] = static_cast<float>(left[i] / std::pow(kSeriesLimit, i));
+}
+
+inline Constants make_constants(Divergence id, double mix) {
+  constexpr int kTerms = 14, kPowers = kTerms + 2;
+  Constants both;
+  ConstantsOf<double>& k = both.wide;
+  k.mix = mix, k.rest = 1 - mix;
+  const float greater = static_cast<float>(mix < 0.5 ? k.rest : mix);
+  both.narrow.mix = mix < 0.5 ? 1 - greater : greater;
+  both.narrow.rest = mix < 0.5 ? greater : 1 - greater;
+  if (id != Divergence::kJensenShannon && id != Divergence::kSkewedForwardKL &&
+      id != Divergence::kSkewedReverseKL) {
+    return both;
+  }
+  // Powers of d: e = exp(d), m = 1 - a + a e^d = m / q, and l = log m by m l' = m'.
+  const double a = id == Divergence::kSkewedReverseKL ? 1 - mix : mix;
+  double e[kPowers], m[kPowers], l[kPowers];
+  e[0] = m[0] = 1, l[0] = 0;
+  for (int n = 1; n < kPowers; ++n) {
+    e[n] = e[n - 1] / n;
+    m[n] = a * e[n];
+    l[n] = m[n];
+    for (int j = 1; j < n; ++j) l[n] -= j * l[j] * m[n - j] / n;
+    if (n <= kTerms) k.log[n - 1] = (1 - mix) * l[n];
+  }
+  for (int n = 2; n < kPowers; ++n) {
+    double e_l = 0, m_l = 0;  // of the products
+    for (int j = 1; j <= n; ++j) e_l += e[n - j] * l[j], m_l += m[n - j] * l[j];
+    double& value = k.value[n - 2];
+    if (id == Divergence::kJensenShannon) value = a * e[n - 1] - m_l;
+    if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
+    if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
+  }
+  economise(k.value, both.narrow.value);
+  economise(k.log, both.narrow.log);
+  return both;
+}
+
+}  // namespace
+}  // namespace fastkd

@@ -1,0 +1,41 @@
+"""The sweep behind docs/choosing.md runs in short, continues if it stopped, and writes its page."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "choosing.md"
+PART = re.compile(r"<!-- choosing:(\w+) -->\n(.*?)\n?<!-- choosing:end -->", re.DOTALL)
+
+
+def test_every_part_of_the_page_is_written():
+    parts = dict(PART.findall(PAGE.read_text()))
+    names = {"run", "share", "divergence", "alpha", "teacher", "steps", "unlabeled"}
+    assert set(parts) == names and all(parts.values())
+    assert PAGE.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_sweep_writes_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_text(PAGE.read_text())
+    command = [sys.executable, "-m", "benchmarks.choosing", "--quick"]
+    command += ["--page", page, "--results", results]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    written, lines = page.read_text(), results.read_text().splitlines(keepends=True)
+    assert PART.sub("", written) == PART.sub("", PAGE.read_text()) and written != PAGE.read_text()
+    assert all(text.count("\n") > 3 for name, text in PART.findall(written) if name != "run")
+    assert "nan" not in written and page.with_suffix(".png").exists()
+    results.write_text("".join(lines[:-2]) + lines[-2][:100])  # killed while it wrote a line
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    again = results.read_text().splitlines(keepends=True)
+    assert again[:-2] == lines[:-2] and len(again) == len(lines)
+    assert [text.partition('"seconds"')[0] for text in again] == [
+        text.partition('"seconds"')[0] for text in lines
+    ]
