@@ -134,7 +134,12 @@ def _quantize(program: ExportedProgram, inputs: tuple[Tensor, ...], to: Request)
     model = pt2e.prepare_pt2e(program.module(), quantizer)
     for batch in _split(inputs, to):
         model(*batch)
-    return _Positional(pt2e.convert_pt2e(model))
+    quantized = pt2e.convert_pt2e(model)
+    used = {node.target for node in quantized.graph.nodes if node.op == "get_attr"}
+    for name in {name for name, _ in quantized.named_parameters()} - used:  # in float32
+        owner, _, attribute = name.rpartition(".")
+        delattr(quantized.get_submodule(owner), attribute)
+    return _Positional(quantized)
 
 
 class _Positional(nn.Module):
