@@ -291,7 +291,8 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
     const V z = x.z() - student_max;
     const V log_q = z * c.inverse_temperature + student_log_scale;
     student.add(x.index, times_log<V>(x.student() * c.student_scale, log_q));
-    agreements.add(x.index, (z == 0) & (w == 0) ? V{} + 1 : V{});
+    const auto greatest = (z == 0) & (w == 0);
+    agreements.add(x.index, greatest ? V{} + 1 : V{});
   });
   return {-student.total(), -teacher.total(), agreements.total() > 0};
 }
