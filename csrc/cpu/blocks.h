@@ -156,13 +156,15 @@ struct Label {
   bool replaces = false;
   T value = 0;
 
+  FASTKD_HOST_DEVICE void change(T* gradient) const {
+    *gradient = replaces ? value : *gradient - value;
+  }
   // Changes the gradient of a step that holds the label.
   template <class S, int64_t kWidth>
-  FASTKD_HOST_DEVICE void put(int64_t step, Register<T>* gradient) const {
+  FASTKD_HOST_DEVICE void change(int64_t step, Register<T>* gradient) const {
     T numbers[kWidth];
     store<kWidth>(gradient, numbers);
-    T& gradient_of_label = numbers[place_of<S>(index - step, kWidth)];
-    gradient_of_label = replaces ? value : gradient_of_label - value;
+    change(&numbers[place_of<S>(index - step, kWidth)]);
     load<kWidth>(numbers, T(0), gradient);
   }
 };
@@ -172,6 +174,7 @@ struct Label {
 template <ExpSource kSource, class T, class S, class Fn>
 FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<T, S>& block,
                                        const Label<T>& label, Fn&& fn) {
+  constexpr bool kIsExact = std::is_same<S, T>::value;
   const RowBlock<T, S> b = block;
   const Exponentials<T> separate(c.separate);
   for_vectors<S>(b.classes, [&](int64_t at, auto width) FASTKD_INLINE {
@@ -188,9 +191,17 @@ FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<
     if constexpr (kSource != ExpSource::kNone) {
       add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), g);
     }
-    if (holds(b.at + at, kWidth, label.index)) label.template put<S, kWidth>(b.at + at, g);
+    // Before it is rounded.
+    if (!kIsExact && holds(b.at + at, kWidth, label.index)) {
+      label.template change<S, kWidth>(b.at + at, g);
+    }
     store<kWidth>(g, b.grad.at(at));
   });
+  // Here no branch of the loop is mispredicted for it.
+  if constexpr (kIsExact) {
+    const int64_t i = label.index - b.at;
+    if (holds(0, b.classes, i)) label.change(b.grad.element(i));
+  }
 }
 
 // The gradient of a well-separated row (row.h) is q - p as it stands.
@@ -280,7 +291,8 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
     const V z = x.z() - student_max;
     const V log_q = z * c.inverse_temperature + student_log_scale;
     student.add(x.index, times_log<V>(x.student() * c.student_scale, log_q));
-    agreements.add(x.index, (z == 0) & (w == 0) ? V{} + 1 : V{});
+    const auto greatest = (z == 0) & (w == 0);
+    agreements.add(x.index, greatest ? V{} + 1 : V{});
   });
   return {-student.total(), -teacher.total(), agreements.total() > 0};
 }

@@ -112,8 +112,11 @@ struct FirstSweep {
       touch_pages<S>(student, teacher, index, at, count);
       const double top = maximum(z, count), teacher_top = maximum(w, count);
       if (top > result.student_max || teacher_top > result.teacher_max) {
-        // The sums so far become relative to the greater maxima.
-        merge(row, Statistics{top, 0, 0, teacher_top, 0}, &result);
+        if (at == begin) {
+          result.student_max = top, result.teacher_max = teacher_top;
+        } else {  // the sums so far become relative to the greater maxima
+          merge(row, Statistics{top, 0, 0, teacher_top, 0}, &result);
+        }
         tempered.max = separate.max = origin_of<T>(result.student_max);
         teachers.max = origin_of<T>(result.teacher_max);
       }

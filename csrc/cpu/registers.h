@@ -147,8 +147,9 @@ FASTKD_HOST_DEVICE V max(V a, V b) {
 #if defined(__AVX512F__)
 // GCC 12 warns that the forms without a mask read what is not initialised.
 constexpr __mmask16 kAllLanes = 0xffff;
-// GCC 12 takes the choice above into the operation before it, and makes a loop's maximum wait for
-// seven cycles instead of four: bf16 of 4,096 classes 0.85 instead of 0.77 ns a class.
+// GCC 12 joins the choice above with the operation before it, so that a maximum waits for a
+// comparison and a masked shift: bf16 of 4,096 classes 0.85 instead of 0.80 ns a class (Xeon,
+// December 2026).
 FASTKD_HOST_DEVICE Register<float> max(Register<float> a, Register<float> b) {
   return (Register<float>)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
 }

@@ -41,6 +41,7 @@ struct Vectors {
   int64_t whole = INT64_MAX;  // classes before the last
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
+  S* element(int64_t index) const { return index < whole ? block + index : last + (index - whole); }
 };
 
 // Calls fn(at, width), which should be FASTKD_INLINE, for all of `count` classes. The width is a
