@@ -83,4 +83,4 @@ def test_the_script_has_the_cells_of_the_notebook():
 
 
 def test_there_are_notebooks():
-    assert "introduction.ipynb" in NOTEBOOKS
+    assert {"introduction.ipynb", "deploy.ipynb"} <= set(NOTEBOOKS)
