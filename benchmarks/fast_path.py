@@ -56,7 +56,7 @@ def main() -> None:
     ratios = {shape: compare(*shape) for shape in SHAPES}
     listed = ", ".join(f"{ratio:.1f}x for {rows} x {n}" for (rows, n), ratio in ratios.items())
     sentence = (
-        f"Without it, loss and backward pass take longer: {listed} logits "
+        f"Without the fast path, loss and backward pass take longer: {listed} logits "
         f"({environment.device_name('cpu')}, torch {torch.__version__}, processor time)."
     )
     print(sentence)

@@ -454,15 +454,15 @@ def readme_headline() -> str:
         f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
         f"Status: **alpha**. CPU: measured on {_measured('cpu')}. CUDA: "
         + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
-        + ". [Documentation](docs/index.md); `make docs` builds it as a site.\n"
+        + ". [Documentation](docs/index.md); `make docs` builds a site of it.\n"
     )
 
 
 def readme_comparison() -> str:
     """Caption the README's code before and after."""
     return (
-        "The number is the same, up to rounding, and the call "
-        f"{times(ratio(_headline_case(), 'eager'))} as fast. The call loses no digits where the "
+        "Both give the same loss up to rounding. The call is "
+        f"{times(ratio(_headline_case(), 'eager'))} as fast, and loses no digits where the "
         "student is close to its\nteacher ([accuracy](docs/accuracy.md)).\n"
     )
 
@@ -474,7 +474,7 @@ def readme_rows(results: Results) -> Rows:
     heading = [
         "loss + backward",
         "fastkd",
-        "of memory bandwidth",
+        "share of memory bandwidth",
         *names,
         "gradient error: fastkd",
         "eager",
@@ -504,7 +504,7 @@ def readme_benchmarks() -> str:
         parts += [
             f"![Time of each baseline relative to fastkd]({where}/overview.png)\n",
             _markdown_table(readme_rows(results)),
-            "Baselines: their time divided by fastkd's. Memory bandwidth: the time to "
+            "Baselines: the time of each, divided by fastkd's. Share of memory bandwidth: the time to "
             f"{verb} the same bytes, divided by fastkd's\ntime. Gradient errors: relative to "
             f"float64. {headline(results)}.\n"
             f"[All cases, errors, memory and claims]({where}/results.md).\n",

@@ -180,13 +180,14 @@ def main() -> None:
     """Measure the caches, and write the tables."""
     speeds = table(
         [
-            *("cache", "kept", "bytes a sample", "written, samples/s"),
+            *("cache", "classes stored", "bytes a sample", "written, samples/s"),
             *("read first, samples/s", "read again, samples/s", "read again"),
         ],
         [measured(case) for case in CASES],
     )
     lost = table(
-        ["teacher", "kept", "KL lost, T = 1", "tail", "KL lost, T = 4", "tail"], list(losses())
+        ["teacher", "classes stored", "KL lost, T = 1", "tail", "KL lost, T = 4", "tail"],
+        list(losses()),
     )
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     facts = environment.describe("cpu")

@@ -196,8 +196,14 @@ def describe(rows: dict[str, Row], error: float) -> str:
     lines.append("")
     for first, second, key, expected, reason in (
         (off, labels, "held-out loss", "lower", "The teacher has read ten times as much text."),
-        (top, off, "held-out loss", "higher", "A list does not divide the rest among tokens."),
-        (on, off, "held-out loss", "higher", "Real text is not what it was trained on."),
+        (
+            top,
+            off,
+            "held-out loss",
+            "higher",
+            "A list does not say how the remaining probability is divided among tokens.",
+        ),
+        (on, off, "held-out loss", "higher", "The on-policy student was not trained on real text."),
         (on, off, "reverse KL", "lower", "On-policy training minimizes this measure."),
         (on, off, "entropy", "lower", "The reverse KL favors the teacher's likely tokens."),
         (k1, on, "reverse KL", "higher", f"The noise is {error:.0%} of the exact gradient."),
