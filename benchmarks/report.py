@@ -504,8 +504,8 @@ def readme_benchmarks() -> str:
         parts += [
             f"![Time of each baseline relative to fastkd]({where}/overview.png)\n",
             _markdown_table(readme_rows(results)),
-            "Baselines: the time of each, divided by fastkd's. Share of memory bandwidth: the time to "
-            f"{verb} the same bytes, divided by fastkd's\ntime. Gradient errors: relative to "
+            "Baselines: the time of each, divided by fastkd's. Share of memory bandwidth: the time "
+            f"to {verb} the same bytes, divided by fastkd's\ntime. Gradient errors: relative to "
             f"float64. {headline(results)}.\n"
             f"[All cases, errors, memory and claims]({where}/results.md).\n",
         ]
