@@ -12,7 +12,7 @@
 namespace fastkd::glue {
 namespace {
 
-// The arguments that all ops of the loss share, in the order of FASTKD_LOSS below.
+// The arguments that all ops of the dense loss share, in the order of FASTKD_LOSS below.
 struct LossArguments {
   Tensor student;
   Mixture teachers;
