@@ -251,13 +251,13 @@ void check_backward(const cpu::Kernels& k, Data& data) {
 }
 
 // Rows cut into segments give the bits of whole rows.
-void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, unsigned seed,
+void check_split(const cpu::Kernels& k, const Problem& p, const Data& expected, unsigned seed,
                  bool terms) {
   Data data(p, seed);
-  data.labels = whole.labels;
+  data.labels = expected.labels;
   if (!p.in_place) {
-    data.student.bytes = whole.student.bytes;
-    data.teacher.bytes = whole.teacher.bytes;
+    data.student.bytes = expected.student.bytes;
+    data.teacher.bytes = expected.teacher.bytes;
   }
   data.refresh();
   if (terms) data.args.terms = data.terms.data();
@@ -278,11 +278,11 @@ void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, uns
     }
     k.close(data.args, r, statistics.data(), sums.data());
   }
-  check(data.grad.bytes == whole.grad.bytes, "split gradient");
-  check(data.student.bytes == whole.student.bytes, "split student");
-  check(data.loss == whole.loss, "split loss");
-  check(data.stats == whole.stats, "split stats");
-  if (terms) check(data.terms == whole.terms, "split terms");
+  check(data.grad.bytes == expected.grad.bytes, "split gradient");
+  check(data.student.bytes == expected.student.bytes, "split student");
+  check(data.loss == expected.loss, "split loss");
+  check(data.stats == expected.stats, "split stats");
+  if (terms) check(data.terms == expected.terms, "split terms");
 }
 
 template <class Edit>
@@ -303,8 +303,8 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   check_backward(k, data);
   // Nobody cuts rows of the transposed engine into segments, nor rows whose classes are not
   // adjacent.
-  const bool whole = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
-  if (!whole) check_split(k, p, data, seed, terms);
+  const bool is_unsplit = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
+  if (!is_unsplit) check_split(k, p, data, seed, terms);
 
   // The loss alone: the same bits without a gradient.
   const std::vector<unsigned char> loss = data.loss;

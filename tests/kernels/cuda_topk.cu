@@ -322,8 +322,9 @@ void Runner::run() {
   }
   Buffer settings(c.rows * kRowSettings * ea);
   for (int64_t r = 0; r < c.rows; r++) {
-    const Case of = of_row(r);
-    const double numbers[] = {of.temperature, of.temperature, of.hard_weight, of.soft_weight};
+    const Case row_case = of_row(r);
+    const double numbers[] = {row_case.temperature, row_case.temperature, row_case.hard_weight,
+                              row_case.soft_weight};
     for (int i = 0; i < kRowSettings; i++)
       store(settings.host.data(), acc, i * c.rows + r, numbers[i]);
   }

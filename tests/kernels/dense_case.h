@@ -53,15 +53,15 @@ struct Reference {
 // The soft term of everything but the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
                  int64_t label, double t, double soft_weight, Reference& r) {
-  const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
-  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own, label);
+  const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, teacher_t, label);
   r.terms[kSoft] = static_cast<double>(exact.value);
   r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
   double top = -kInfinity, sum = 0, entropy = 0;
   for (const double x : w) top = std::fmax(top, x);
-  for (const double x : w) sum += std::exp((x - top) / own);
+  for (const double x : w) sum += std::exp((x - top) / teacher_t);
   for (const double x : w) {
-    const double log_p = (x - top) / own - std::log(sum);
+    const double log_p = (x - top) / teacher_t - std::log(sum);
     if (log_p > -kInfinity) entropy -= std::exp(log_p) * log_p;
   }
   r.terms[kTeacherEntropy] = entropy;
@@ -242,10 +242,10 @@ void Runner::run() {
       add(teacher, c.teacher, w, c.teacher_above, r % 3 != 0);
     }
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
-    const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+    const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
     const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
     const double soft_weight = c.soft_weight * (c.row_settings ? 1 + r % 3 : 1);
-    const double of_row[kRowSettings] = {t, own, hard_weight, soft_weight};
+    const double of_row[kRowSettings] = {t, teacher_t, hard_weight, soft_weight};
     for (int k = 0; k < kRowSettings; k++)
       store(settings.host.data(), acc_dtype, k * c.rows + r, of_row[k]);
     store(grad_output.host.data(), acc_dtype, r, 1.0);
@@ -366,10 +366,10 @@ void Runner::run() {
     int64_t differs = 0;
     for (int64_t r = 0; r < c.rows && c.smoothing == 0; r++)
       for (int64_t i = 0; i < c.classes; i++) {
-        const int64_t of = at(r, i, out_stride), byte = of * es;
-        const double w = load(first.data(), c.student, of);
+        const int64_t index = at(r, i, out_stride), byte = index * es;
+        const double w = load(first.data(), c.student, index);
         if (std::memcmp(&first[byte], &out.host[byte], es) != 0 && !std::isnan(w) && differs++ == 0)
-          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, of), w);
+          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, index), w);
       }
     check_grad(out.host, 1, "backward anew");
   }

@@ -346,8 +346,8 @@ void divergences() {
     const Divergence which = static_cast<Divergence>(id);
     for (double mix : {0.1, 0.5, 0.9}) {
       for (double t : {1.0, 1.5, 4.0}) {
-        for (double own : {1.0, t, 3.0}) {
-          const Objective o = {which, mix, t, own};
+        for (double teacher_t : {1.0, t, 3.0}) {
+          const Objective o = {which, mix, t, teacher_t};
           Problem in = problem("general", 300, 0, 0, 3, 1, t);
           const auto all = [&](const char* name) {
             in.name = name;

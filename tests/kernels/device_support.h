@@ -84,9 +84,9 @@ int total_failures = 0, total_cases = 0;
 
 bool has_device() {
   int devices = 0;
-  const bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
-  if (!found) std::printf("SKIP: no CUDA device\n");
-  return found;
+  const bool is_available = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+  if (!is_available) std::printf("SKIP: no CUDA device\n");
+  return is_available;
 }
 
 // The summary, and the exit status of a test.

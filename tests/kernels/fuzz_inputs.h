@@ -63,14 +63,15 @@ struct Matrix {
 
   // The input's bytes, over and over; or numbers of moderate size.
   void fill(Bytes& in, DType dtype, bool bits) {
-    const int64_t left = in.end - in.at;
+    const int64_t remaining = in.end - in.at;
     std::mt19937 random(in.take<uint32_t>());
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < classes; ++i) {
         const uint64_t word = random();
         uint8_t* to = row(r) + i * size;
-        if (bits && left > 0) {
-          for (int64_t b = 0; b < size; ++b) to[b] = in.end[-1 - (i * size + b + r * 7) % left];
+        if (bits && remaining > 0) {
+          for (int64_t b = 0; b < size; ++b)
+            to[b] = in.end[-1 - (i * size + b + r * 7) % remaining];
         } else if (dtype == DType::kFloat64) {
           const double x = static_cast<double>(word) / 1e9 - 2;
           std::memcpy(to, &x, 8);
@@ -110,13 +111,13 @@ inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DTyp
 
 // Between the rows nothing was written.
 inline bool padding_is_whole(const Matrix& m) {
-  std::vector<bool> own(static_cast<size_t>(m.bytes), false);
+  std::vector<bool> in_row(static_cast<size_t>(m.bytes), false);
   for (int64_t r = 0; r < m.rows; ++r) {
-    const auto start = own.begin() + (m.row(r) - m.memory.get());
+    const auto start = in_row.begin() + (m.row(r) - m.memory.get());
     std::fill(start, start + m.classes * m.size, true);
   }
   for (int64_t i = 0; i < m.bytes; ++i) {
-    if (!own[static_cast<size_t>(i)] && m.memory[static_cast<size_t>(i)] != kGuard) return false;
+    if (!in_row[static_cast<size_t>(i)] && m.memory[static_cast<size_t>(i)] != kGuard) return false;
   }
   return true;
 }

@@ -47,8 +47,8 @@ struct Decoupled {
 };
 
 inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vector<double>& w,
-                            Real t, Real own, int64_t label) {
-  const Decoupled student(z, t, label), teacher(w, own, label);
+                            Real t, Real teacher_t, int64_t label) {
+  const Decoupled student(z, t, label), teacher(w, teacher_t, label);
   const auto kl = [](Real p, Real log_p, Real log_q) { return p == 0 ? 0 : p * (log_p - log_q); };
   const auto log_of_label = [](Real odds) {
     return odds < 0 ? odds - std::log1p(std::exp(odds)) : -std::log1p(std::exp(-odds));
@@ -87,16 +87,16 @@ inline Divergence cosine(const std::vector<double>& z, const std::vector<double>
 
 // Student logits z at temperature t, teacher logits w at a temperature of its own.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
-                             const std::vector<double>& w, Real t, Real own, int64_t label) {
+                             const std::vector<double>& w, Real t, Real teacher_t, int64_t label) {
   using fastkd::Divergence;
-  if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, own, label);
+  if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, teacher_t, label);
   if (id == Divergence::kCosine) return cosine(z, w, t);
   const size_t n = z.size();
   const Real infinity = HUGE_VALL;
   Real mz = -infinity, mw = -infinity, student_sum = 0, teacher_sum = 0;
   for (size_t i = 0; i < n; ++i) mz = std::fmax(mz, Real(z[i])), mw = std::fmax(mw, Real(w[i]));
   for (size_t i = 0; i < n; ++i) {
-    student_sum += std::exp((z[i] - mz) / t), teacher_sum += std::exp((w[i] - mw) / own);
+    student_sum += std::exp((z[i] - mz) / t), teacher_sum += std::exp((w[i] - mw) / teacher_t);
   }
   const bool is_mean = id == Divergence::kSquaredError || id == Divergence::kCenteredSquaredError;
   truth::Divergence result;
@@ -104,13 +104,13 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
   Real counted = 0, mean = 0;
   for (size_t i = 0; i < n; ++i) {
     const Real log_q = (z[i] - mz) / t - std::log(student_sum);
-    const Real log_p = (w[i] - mw) / own - std::log(teacher_sum);
+    const Real log_p = (w[i] - mw) / teacher_t - std::log(teacher_sum);
     const Real p = std::exp(log_p);
     q[i] = std::exp(log_q);
     const Real forward = p == 0 ? 0 : p * (log_p - log_q);
     const Real reverse = q[i] == 0 ? 0 : q[i] * (log_q - log_p);
     const Real m = a * p + (1 - a) * q[i], other = a * q[i] + (1 - a) * p;
-    const Real gap = z[i] / t - w[i] / own;
+    const Real gap = z[i] / t - w[i] / teacher_t;
     switch (id) {
       case Divergence::kForwardKL:
         result.value += forward, slope[i] = -p;

@@ -138,8 +138,9 @@ void check_guards() {
 }
 void check_device_memory(const void* p, size_t bytes, Place place) {
   const auto* first = static_cast<const unsigned char*>(p);
-  auto found = allocations.upper_bound(first);
-  if (found == allocations.begin() || (--found, first + bytes > found->first + found->second))
+  auto allocation = allocations.upper_bound(first);
+  if (allocation == allocations.begin() ||
+      (--allocation, first + bytes > allocation->first + allocation->second))
     fail("%zu bytes at %p are in no allocation, %s:%d", bytes, p, place.file, place.line);
 }
 

@@ -33,11 +33,11 @@ Block find_shared() {
   Block block;
   fastkd::cuda::dynamic[0] = kUndefined;  // makes it exist
   dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* found) {
+      [](dl_phdr_info* info, size_t, void* result) {
         for (int i = 0; i < info->dlpi_phnum; i++)
           if (info->dlpi_phdr[i].p_type == PT_TLS)
-            *static_cast<Block*>(found) = {static_cast<unsigned char*>(info->dlpi_tls_data),
-                                           info->dlpi_phdr[i].p_memsz};
+            *static_cast<Block*>(result) = {static_cast<unsigned char*>(info->dlpi_tls_data),
+                                            info->dlpi_phdr[i].p_memsz};
         return 1;  // the program comes first
       },
       &block);
@@ -71,9 +71,9 @@ unsigned char* bytes_at(uint32_t address, size_t bytes) {
 }
 Barrier& barrier_at(uint32_t address) {
   Cta& cta = cta_of(address);
-  const auto found = cta.barriers.find(address);
-  if (found == cta.barriers.end()) fail("no barrier was made at address %x", address);
-  return found->second;
+  const auto entry = cta.barriers.find(address);
+  if (entry == cta.barriers.end()) fail("no barrier was made at address %x", address);
+  return entry->second;
 }
 void settle(Barrier& barrier) {
   if (barrier.missing < 0) fail("a barrier of %d had more arrivals", barrier.count);
