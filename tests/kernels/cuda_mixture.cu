@@ -1,6 +1,7 @@
-// Checks the CUDA kernel that mixes teachers against its definition in double on the host. No
-// torch. Prints one line per failed case and a summary; the exit status is the number of failed
-// cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the emulation.
+// Check the CUDA kernel that mixes teachers against its definition in double on the host. No torch.
+// The program prints one line per failed case and a summary; the exit status is the number of
+// failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the
+// emulation.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -36,7 +37,8 @@ double log_sum(const std::vector<double>& x) {
   return max + std::log(sum);
 }
 
-// The mixture's log-probabilities, of what each teacher has for the row; NaN where it has none.
+// Return the mixture's log-probabilities of one row, given each teacher's logits; NaN if there is
+// none.
 std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,
                                   double teacher_temperature) {
   const size_t n = static_cast<size_t>(c.classes);
@@ -131,8 +133,8 @@ int failures_of(const Case& c) {
     std::printf("FAIL %s: not the same again\n", c.name.c_str());
     return 1;
   }
-  // What counts is the softmax at the student's temperature. Its logarithm is compared, to what
-  // fp32 has of the logits that it is the difference of.
+  // The mixture is compared as log softmax at the student's temperature. The tolerance is the fp32
+  // rounding error of the logits, whose difference the log softmax is.
   for (int64_t row = 0; row < c.rows; row++) {
     const double t = temperature(row, c.temperature);
     const std::vector<double> want = reference_row(c, logits_of_rows[static_cast<size_t>(row)],
@@ -146,7 +148,7 @@ int failures_of(const Case& c) {
     const auto any = [&](auto&& is) { return std::any_of(got.begin(), got.end(), is); };
     const bool poisoned = any([](double x) { return x != x; });
     if (std::isnan(want[0]) && (args.count == 1 || c.ensemble == Ensemble::kLogits)) {
-      // A mean of logits leaves it to the loss to find what makes a row NaN.
+      // The kernel does not look for invalid rows in a mean of logits; the loss finds them.
       if (poisoned || any([](double x) { return x == kInfinity; }) || log_sum(got) == -kInfinity)
         continue;
       std::printf("FAIL %s: row %lld hides what is no answer\n", c.name.c_str(),

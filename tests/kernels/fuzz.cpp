@@ -1,7 +1,7 @@
-// Hostile calls of the C interface of the CPU kernels: bytes become sizes, strides, options, labels
-// and the very bits of the logits. Whatever they are, nothing outside the given memory is touched
-// (every buffer is as small as it may be: AddressSanitizer sees one byte too many), padding stays
-// as it was, and what kernels.h promises of every call holds, on every instruction set.
+// Fuzz the C interface of the CPU kernels: the input's bytes become sizes, strides, options, labels
+// and the bits of the logits. For any input, nothing outside the given memory is touched (buffers
+// have no spare byte, so AddressSanitizer reports one byte too many), padding stays unchanged, and
+// what kernels.h promises of every call holds, on every instruction set.
 //
 // LLVMFuzzerTestOneInput is libFuzzer's entry; main(), left out with -DFASTKD_LIBFUZZER, feeds it
 // random and mutated inputs from a seed: fuzz [CASES [SEED]].
@@ -23,7 +23,7 @@ namespace {
 
 using namespace fastkd;
 
-const Inputs* in_hand = nullptr;  // what a failure is reported with
+const Inputs* in_hand = nullptr;  // the call that a failure reports
 
 void require(bool ok, const char* what, const char* isa) {
   if (ok) return;
@@ -108,7 +108,7 @@ struct Call {
   }
 };
 
-// Buffers of one forward call, no byte longer than kernels.h asks for.
+// Buffers of one forward call, with exactly the sizes that kernels.h requires.
 struct Outputs {
   std::unique_ptr<uint8_t[]> loss, terms, stats;
   ForwardArgs args;

@@ -1,5 +1,5 @@
-// The divergences by definition, for the tests of the CUDA kernels: straightforward and in long
-// double. Not for students near their teachers, where these forms cancel.
+// The divergences by definition, for the tests of the CUDA kernels: direct formulas in long double.
+// Near the teacher these formulas cancel, so they are not used there.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,8 +13,8 @@ using Real = long double;
 
 struct Divergence {
   Real value = 0;
-  std::vector<Real> grad;  // of the value by z / t
-  Real inverse = 0;        // of the student's length, where that is what counts
+  std::vector<Real> grad;  // derivative of the value by z / t
+  Real inverse = 0;        // inverse of the student's norm, for the cosine
 };
 
 // x log(y / z), where x log 0 is 0 for x = 0.
@@ -22,11 +22,11 @@ inline Real x_log(Real x, Real y, Real z) {
   return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
 }
 
-// The logarithms of the label's odds against all other classes, and of what these are among
-// themselves.
+// The logarithms of the label's odds against all other classes, and of the probabilities among the
+// other classes.
 struct Decoupled {
   Real odds;
-  std::vector<Real> log;  // of the label: nothing
+  std::vector<Real> log;  // no entry for the label
 
   Decoupled(const std::vector<double>& logits, Real t, int64_t label) {
     const Real infinity = HUGE_VALL;
@@ -41,7 +41,7 @@ struct Decoupled {
     odds = sum == 0 ? infinity : log[static_cast<size_t>(label)];
     log[static_cast<size_t>(label)] = -infinity;
   }
-  // The probability of the label, and of all others.
+  // Return the probability of the label, and of all other classes.
   Real label() const { return 1 / (1 + std::exp(-odds)); }
   Real rest() const { return 1 / (1 + std::exp(odds)); }
 };
@@ -60,7 +60,7 @@ inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vec
       student.label() < 0.5 ? student.label() - teacher.label() : teacher.rest() - student.rest();
   for (size_t i = 0; i < z.size(); ++i) {
     const Real p = std::exp(teacher.log[i]), q = std::exp(student.log[i]);
-    const bool any = teacher.rest() > 0;  // other class that the teacher allows
+    const bool any = teacher.rest() > 0;  // true if the teacher allows another class
     result.value += a * kl(p, teacher.log[i], student.log[i]);
     result.grad.push_back((any ? a * (q - p) : 0) - diff * q);
   }
@@ -85,7 +85,7 @@ inline Divergence cosine(const std::vector<double>& z, const std::vector<double>
   return result;
 }
 
-// Student logits z at temperature t, teacher logits w at a temperature of its own.
+// Compute a divergence of student logits z at temperature t and teacher logits w at `teacher_t`.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
                              const std::vector<double>& w, Real t, Real teacher_t, int64_t label) {
   using fastkd::Divergence;
@@ -145,7 +145,7 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         break;
       case Divergence::kDecoupled:
       case Divergence::kCosine:
-        break;  // above
+        break;  // handled above
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;

@@ -70,25 +70,25 @@ def compute_routed(
     results = []
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
-        def own(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
+        def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
             """Select the teacher's rows of a tensor with ``trailing`` other dimensions."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
         mine: Any = (
-            own(each, 1) if isinstance(each, Tensor) else each._replace(hidden=own(each.hidden, 1))
+            select_rows(each, 1) if isinstance(each, Tensor) else each._replace(hidden=select_rows(each.hidden, 1))
         )
         of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
         moved: dict[str, Any] = {
-            name: own(value, 0)
+            name: select_rows(value, 0)
             for name, value in of_rows.items()
             if isinstance(value, Tensor) and value.dim()
         }
         classes = 1 if labels is not None and labels.is_floating_point() else 0
         results.append(
             compute(
-                student._replace(hidden=own(student.hidden, 1)),
+                student._replace(hidden=select_rows(student.hidden, 1)),
                 mine,
-                None if labels is None else own(labels, classes),
+                None if labels is None else select_rows(labels, classes),
                 options._replace(**moved),
                 with_terms,
             )
@@ -177,8 +177,8 @@ class _LinearLoss(torch.autograd.Function):
             leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
             with torch.enable_grad():
                 loss = _compute_by_operations(inputs, call)
-                found = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
-            return (None, *(next(found) if want else None for want in wanted), *others)
+                gradients = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
+            return (None, *(next(gradients) if want else None for want in wanted), *others)
         scale: Tensor | None = grad_output
         if call.reduction == "none":
             inputs = inputs._replace(grad_rows=grad_output.contiguous())

@@ -196,12 +196,12 @@ def _by_rows(
                 f"gradients and the logits of {plan.chunk} rows take {plan.peak_bytes} bytes"
             )
         return plan
-    whole = make_plan(max(1, rows))
+    unchunked = make_plan(max(1, rows))
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.device], LOGITS_BYTES[sizes.device] // row_bytes)
-        return whole if rows <= most else make_plan(_equal_chunk(rows, most))
-    if whole.peak_bytes <= max_workspace:
-        return whole
+        return unchunked if rows <= most else make_plan(_equal_chunk(rows, most))
+    if unchunked.peak_bytes <= max_workspace:
+        return unchunked
     least = make_plan(1)
     if least.peak_bytes > max_workspace:
         can_narrow = sizes.weight_dtype is torch.bfloat16 and least.accumulate is torch.float32

@@ -54,7 +54,7 @@ def _call_copy(model: nn.Module, inputs: Any) -> None:
 
 def _read(key: str) -> int:
     """Return a size in bytes from the process's status."""
-    found = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+    if match is None:
         raise OSError(f"/proc/self/status has no {key}")
-    return 1024 * int(found[1])
+    return 1024 * int(match[1])
