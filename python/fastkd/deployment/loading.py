@@ -30,7 +30,7 @@ _ONNX_DTYPES = {
     "tensor(int8)": torch.int8,
     "tensor(bool)": torch.bool,
 }
-# By number of c10::ScalarType.
+# Keys are the numbers of c10::ScalarType.
 _EXECUTORCH_DTYPES = {
     0: torch.uint8,
     1: torch.int8,

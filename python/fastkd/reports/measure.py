@@ -335,9 +335,9 @@ def _time_in_turns(
 
 
 def _read_processor_time() -> tuple[int, int]:
-    """Return for how long this process's threads ran, and waited for a processor, in nanoseconds.
+    """Return the nanoseconds that this process's threads ran, and waited for a processor.
 
-    Zeros where the system does not tell, which Linux does.
+    The result is zeros on systems other than Linux, which do not report these times.
     """
     running = waiting = 0
     for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):

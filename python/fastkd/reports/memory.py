@@ -19,9 +19,9 @@ _PROCESS = pathlib.Path("/proc/self")
 
 
 def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
-    """Return by how many bytes resident memory grows at most while a copy is made and called.
+    """Return the most bytes by which resident memory grows while a copy is made and called.
 
-    The copy of a module holds its weights once more; that of a program is loaded anew. The first
+    The copy of a module holds its weights once more; that of a program is loaded again. The first
     copy warms up libraries and caches, and the second is measured. Figures are those of whole
     pages, some of which a process has in store: within 0.1 MB on linear layers of known size.
 
