@@ -118,7 +118,7 @@ def test_the_profiler_sees_the_loss(name, grad):
     assert [event.input_shapes[1 if grad else 0] for event in recorded] == 2 * [[6, 20]]
 
 
-# ---- the backward pass, where the gradient is wanted anew
+# ---- backward passes that recompute the gradient
 
 
 @pytest.mark.usefixtures("each_autograd")

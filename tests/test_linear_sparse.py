@@ -79,7 +79,7 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute them by PyTorch, products in ``dtype``, the loss in float32 at least."""
+    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in float32 or wider."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale

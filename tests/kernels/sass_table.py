@@ -123,7 +123,8 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
             continue
         at, so_far = state
         block = blocks[at]
-        now = Need(*(min(sum(n), most) for *n, most in zip(so_far, block.counts, need, strict=True)))
+        totals = zip(so_far, block.counts, need, strict=True)
+        now = Need(*(min(sum(n), most) for *n, most in totals))
         if at == len(blocks) - 1:
             if now != need:
                 continue
