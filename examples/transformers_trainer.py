@@ -23,7 +23,7 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """The mixin goes first."""
+    """Trainer with the distillation loss; the mixin is the first base."""
 
 
 def model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
