@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each student")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     accuracies: dict[str, list[float]] = {}

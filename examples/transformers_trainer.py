@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the students")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    torch.set_num_threads(1)  # models this small gain nothing from a second thread
     text = "\n".join(topics.values())
     characters = sorted(set(text))
     number = {character: index for index, character in enumerate(characters)}

@@ -776,7 +776,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # every two values meet
+@pytest.mark.parametrize(  # every pair of values occurs
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),

@@ -87,8 +87,7 @@ struct Exponential {
   using P = Polynomial<T>;
   T factor;
   T max;
-  T least;  // of logit - max: below it the result is 0, since the bits of scale * 2^x would wrap
-            // round
+  T least;  // of logit - max: below it the result is 0, since the exponent would wrap around
   T coefficient[P::kCoefficients];
 
   // `scale` >= 0. A scale above 1 is allowed only for exponents of at most 0.

@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_logits(const MixtureArgs& args, const Mixed
     if (first + i * blockDim.x < args.classes) x[i] = log_of(x[i]);
 }
 
-// Exponentials' sum, relative to the greatest logit so far. NaN makes the sum NaN.
+// The sum of exponentials, relative to the greatest logit so far. NaN makes the sum NaN.
 template <class A>
 struct Sum {
   A max = kLowest<A>;

@@ -96,7 +96,7 @@ struct Call {
   RowStrides grad_stride;
   Tensor student, teacher;
   std::optional<Tensor> labels, row_settings;
-  const MixtureArgs* mixture = nullptr;  // stands for the teacher: on CPUs, `mixed` yet to be set
+  const MixtureArgs* mixture = nullptr;  // replaces the teacher; on CPUs, its `mixed` is set later
 
   // Use row_settings, if there are any, for the temperatures and weights of each row.
   void take_row_settings(const std::optional<Tensor>& settings);

@@ -28,7 +28,7 @@ std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
 struct Soft {
   Real value = 0;
   std::vector<Real> grad;  // by z / t
-  Real size = 1;           // of the slopes
+  Real size = 1;           // magnitude of the slopes
 };
 
 Soft forward_kl(const std::vector<Real>& log_p, const std::vector<Real>& log_q) {
@@ -46,8 +46,7 @@ std::vector<Real> over(std::vector<Real> logits, Real t) {
   return logits;
 }
 
-// Compute its two divergences, which are forward KLs: of (label, the rest), and of the other
-// classes.
+// Compute decoupled distillation: a forward KL of (label, the rest), and one of the other classes.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
   const auto parts = [=](std::vector<Real> logs, Real* of_label, Real* of_rest) {

@@ -90,8 +90,8 @@ def row_numbers(
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """Return numbers for all rows; if any is a tensor, also numbers of each row to use instead.
 
-    ``numbers`` begins with the two temperatures. Equal temperatures for all rows promise equal ones
-    in each row (csrc/kernels.h).
+    ``numbers`` begins with the two temperatures. If the two returned for all rows are equal, the
+    kernels assume that the two of each row are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]

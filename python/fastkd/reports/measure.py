@@ -97,8 +97,8 @@ class _Tally:
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, correct
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
-        """Add logits ``[rows, C]`` of the model, the teacher's classes and the labels."""
-        # Not the argmax of log_p: rounding makes log_p equal where logits hardly differ.
+        """Add rows: logits ``[rows, C]``, the teacher's most probable classes, and labels."""
+        # The argmax of log_p may differ: rounding makes log_p equal where logits hardly differ.
         predicted = logits.argmax(-1)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         confidence = log_p.amax(-1)
