@@ -1,5 +1,5 @@
 // The table of kernels of one instruction set, and its fp32 row engine (rows.h). FASTKD_ISA names
-// the instruction set and its namespace.
+// the instruction set and its namespace. Derivations: docs/maths.md, sections 1 to 3.
 #include "rows.h"
 
 namespace fastkd::cpu::baseline {

@@ -15,7 +15,7 @@ template <class A>
 __device__ __forceinline__ Odds<A> odds_of(A log) {
   return {log, exp2_of(mul_of(-magnitude_of(log), static_cast<A>(kLog2E)))};
 }
-// Not inlined: it is rare, and forward and backward must compute the same bits.
+// Not inlined: calls are rare, and forward and backward must compute the same bits.
 template <class A>
 __device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A student_log,
                                                               A difference) {
@@ -198,13 +198,13 @@ struct alignas(16) GeneralWriter : Writer<A> {
     A hard_exponent;
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
-    const A unbalanced = evaluated<D>(e, z, w).slope;
+    const A uncentered = evaluated<D>(e, z, w).slope;
     if constexpr (D::kCentering == SlopeCentering::kNone)
-      return weighted_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
+      return weighted_part(this->soft, uncentered) + fma_of(rest_gain, e.q, hard);
     const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
     // q is not used by a divergence with a mean, and backward has no scale of q.
-    A slope = is_mean(D::kCentering) ? unbalanced - constant_share : unbalanced - q * student_share;
-    if (leaves_out_masked(D::kCentering) && unbalanced != unbalanced) slope = A(0);
+    A slope = is_mean(D::kCentering) ? uncentered - constant_share : uncentered - q * student_share;
+    if (leaves_out_masked(D::kCentering) && uncentered != uncentered) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {

@@ -80,7 +80,7 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
     for (int i = 0; i < kElements; i++)
       if (i != without) fn(z[i], w[i], i);
   }
-  // Uses maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
+  // Use maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
   // 2026-12-01), since no class is unpacked before the maxima are known.
   __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
                                              int without) const {
