@@ -44,7 +44,7 @@ struct ConstantsOf {
   // and q, its logarithm is close to 0, and an error of the sum would show.
   T mix = 0, rest = 1;
   // Series in d for |d| <= kSeriesLimit, of a mixture m: value / (q d^2) and (1 - mix) log(m / q) /
-  // d. fp64 has the Taylor series, and fp32 fewer terms (economise()).
+  // d. fp64 has the Taylor series, and fp32 fewer terms (economize()).
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
@@ -73,7 +73,7 @@ FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
 // <= kSeriesLimit: repeatedly subtract the multiple of a Chebyshev polynomial that cancels the
 // highest power (economization of power series).
 template <int kMany, int kFew>
-void economise(const double (&many)[kMany], float (&few)[kFew]) {
+void economize(const double (&many)[kMany], float (&few)[kFew]) {
   double remaining[kMany];
   for (int i = 0; i < kMany; ++i) remaining[i] = many[i] * std::pow(kSeriesLimit, i);
   for (int n = kMany - 1; n >= kFew; --n) {
@@ -120,8 +120,8 @@ inline Constants make_constants(Divergence id, double mix) {
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
   }
-  economise(k.value, both.narrow.value);
-  economise(k.log, both.narrow.log);
+  economize(k.value, both.narrow.value);
+  economize(k.log, both.narrow.log);
   return both;
 }
 

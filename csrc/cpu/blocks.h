@@ -18,8 +18,8 @@ struct Coefficients : LogRatio<T> {
   T soft_gain = 0;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z - max z) + uniform
   T hard_gain = 0;
   T uniform = 0;         // label smoothing's share of the target
-  T student_share = 0;   // of q, and
-  T constant_share = 0;  // of 1, which center the slopes (divergences.h)
+  T student_share = 0;   // factor of q in the centering of slopes (divergences.h)
+  T constant_share = 0;  // factor of 1 in the centering of slopes
   // Gradient of a row whose sums leave its label out (decoupled.h): other classes get rest_gain
   // times q, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;

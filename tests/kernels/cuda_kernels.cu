@@ -305,7 +305,7 @@ void pixels(bool brief) {
   far_pixels();
   if (brief) return;
   const DType all[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
-  int turn = 0;  // the types take turns, so that each option meets all of them among the sizes
+  int turn = 0;  // the types take turns, so that each option is tested with each type
   for (const int64_t classes : {1, 2, 4, 19, 33, 150, 1003}) {
     const auto with = [&](const std::string& name, auto&& change) {
       Case c;

@@ -227,7 +227,7 @@ void Runner::run() {
     int64_t label = r == 0   ? c.classes - 1
                     : r == 1 ? 0
                              : static_cast<int64_t>(random.uniform() * c.classes);
-    if (c.infinities) label = label / 77 * 77;  // of a class that is not masked
+    if (c.infinities) label = label / 77 * 77;  // a class that is not masked
     if (c.both_mask) label = label / 5 * 5;
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
