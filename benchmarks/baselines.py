@@ -174,7 +174,7 @@ def _liger(case: Case) -> Any:
     "Liger KL + CE", "LigerKLDIVLoss on eager softmaxes + LigerCrossEntropyLoss", overwrites=True
 )
 def liger_kl(case: Case) -> LossFunction:
-    """Compute the loss by Liger-Kernel. Its cross entropy overwrites the logits, so it is last."""
+    """Compute the loss by Liger-Kernel, the cross entropy last: it overwrites the logits."""
     liger = _liger(case)
     soft_loss = liger.LigerKLDIVLoss(reduction="batchmean")
     hard_loss = liger.LigerCrossEntropyLoss()

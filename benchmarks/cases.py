@@ -1,10 +1,10 @@
 """Define the measured cases: shapes of well-known models, and the rows that fit a machine.
 
-The number of rows. Vision cases have their recipes' batch. Language models have 8192 tokens on a
-GPU, halved until one tensor of logits takes at most 1/48 of its memory. That leaves room for the
-largest baseline (eager in float32 on half-precision logits: 16 such tensors) and for two sets of
-inputs. On a CPU they have 128 tokens, halved until one float32 tensor takes at most 32 MiB, several
-times the size of the caches.
+Vision cases have the number of rows of their recipes' batch. Language models have 8192 rows
+(tokens) on a GPU, halved until one tensor of logits takes at most 1/48 of the GPU's memory. That
+leaves room for the largest baseline (eager in float32 on half-precision logits: 16 such tensors)
+and for two sets of inputs. On a CPU language models have 128 rows, halved until one float32 tensor
+takes at most 32 MiB, several times the size of the caches.
 """
 
 from __future__ import annotations

@@ -227,16 +227,16 @@ def write(parts: dict[str, str], page: pathlib.Path) -> None:
     text = page.read_text()
     for name, part in parts.items():
         begin, end = f"<!-- choosing:{name} -->\n", "<!-- choosing:end -->"
-        before, found, rest = text.partition(begin)
+        before, opened, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
-        if not found or not closed:
+        if not opened or not closed:
             raise SystemExit(f"{page} must have {begin.strip()} and {end}")
         text = f"{before}{begin}{part}\n{end}{after}"
     page.write_text(text)
 
 
 def main() -> None:
-    """Run the sweep, or what is left of it, and write the page."""
+    """Run the sweep, or its remaining part, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "choosing.md")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "build" / "choosing.jsonl")

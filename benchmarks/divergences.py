@@ -70,7 +70,7 @@ def fused(dense: Case, name: str) -> LossFunction:
     return lambda s, t, y: fastkd.loss(s, t, y, divergence=name, **options)
 
 
-# ---- PyTorch as papers and libraries write it: of (student, teacher) / T in float32, (N,)
+# ---- formulas of papers and libraries in PyTorch: (student, teacher) / T in float32 to (N,)
 
 Plain = Callable[[Tensor, Tensor, Tensor], Tensor]
 

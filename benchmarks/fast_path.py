@@ -1,4 +1,4 @@
-"""What calls cost without autograd in C++; with ``--write``, docs/install.md says it.
+"""Measure the cost of calls without autograd in C++; ``--write`` puts it into docs/install.md.
 
 Loss and backward pass on one thread, with autograd in C++ and in Python in turns. The figure is the
 ratio of the least processor times, which other programs hardly change.

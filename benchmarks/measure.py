@@ -150,7 +150,7 @@ class Times:
 
 
 class Clock:
-    """Clock of one call: "wall" for the caller's time, "device" for the GPU's share of it."""
+    """Clock of one call: "wall" is the caller's time, "device" the GPU's time."""
 
     def __init__(self, device: str, kind: str) -> None:
         """Choose the kind of clock, "wall" or "device"."""

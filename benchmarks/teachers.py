@@ -148,8 +148,8 @@ def characters() -> tuple[str, nn.Module, Tensor]:
     counts = torch.full((size * size, size), 0.01)
     counts.index_put_((pairs, codes[2:]), torch.ones(len(pairs)), accumulate=True)
     teacher = nn.Embedding.from_pretrained(counts.log())
-    whole = pairs[: len(pairs) // 128 * 128].view(-1, 128)
-    return f"characters, {size} classes", teacher, whole[:400]
+    sequences = pairs[: len(pairs) // 128 * 128].view(-1, 128)
+    return f"characters, {size} classes", teacher, sequences[:400]
 
 
 def losses() -> Iterator[list[str]]:

@@ -115,10 +115,10 @@ class Truth:
         for start in range(0, len(right), self.chunk):
             part = right[start : start + self.chunk]
             rows = self.rows[start : start + self.chunk]
-            there = (
+            computed = (
                 gradient[start : start + self.chunk] if everything else gradient[rows]
             ).double()
-            difference = there - part
+            difference = computed - part
             squares += torch.stack([difference.square().sum(), part.square().sum()])
             largest = torch.maximum(
                 largest, torch.stack([difference.abs().max(), part.abs().max()])

@@ -1,5 +1,5 @@
-// The divergences' names, and the constants of each: the numbers that its formula
-// (divergences.h) reads, the same for all rows of a call.
+// The names of the divergences, and the constants of each: the numbers of its formula
+// (divergences.h) that are the same for all rows of a call (docs/maths.md, sections 3 and 10).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -40,11 +40,11 @@ constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",
 template <class T>
 struct ConstantsOf {
   static constexpr bool kIsDouble = sizeof(T) == sizeof(double);
-  // mix and 1 - mix, such that their sum is 1 in T as well: the logarithm of a mixture is next to 0
-  // where it is the greater of p and q, or near it.
+  // mix and 1 - mix. Their sum is 1 in T as well: where the mixture is close to the greater of p
+  // and q, its logarithm is close to 0, and an error of the sum would show.
   T mix = 0, rest = 1;
-  // Mixtures m, for |d| <= kSeriesLimit: value / (q d^2) and (1 - mix) log(m / q) / d. In fp64 by
-  // powers of d; in fp32 so few terms do because they are economised.
+  // Series in d for |d| <= kSeriesLimit, of a mixture m: value / (q d^2) and (1 - mix) log(m / q) /
+  // d. fp64 has the Taylor series, and fp32 fewer terms (economize()).
   T value[kIsDouble ? 14 : 6] = {};
   T log[kIsDouble ? 14 : 5] = {};
 };
@@ -56,7 +56,7 @@ struct Constants {
 
 namespace {
 
-// T may be a vector of numbers.
+// `T` may be a vector of numbers.
 template <class T>
 using ConstantsFor = ConstantsOf<Scalar<T>>;
 
@@ -69,23 +69,24 @@ FASTKD_HOST_DEVICE const ConstantsOf<T>& constants_in(const Constants& k) {
   }
 }
 
-// The polynomial of degree kFew - 1 that is nearest to one of degree kMany - 1 on |d| <=
-// kSeriesLimit, as good as: its highest power is taken off time and again as the multiple of a
-// Chebyshev polynomial.
+// Compute a polynomial of degree kFew - 1 that is close to the given one of degree kMany - 1 on |d|
+// <= kSeriesLimit: repeatedly subtract the multiple of a Chebyshev polynomial that cancels the
+// highest power (economization of power series).
 template <int kMany, int kFew>
-void economise(const double (&many)[kMany], float (&few)[kFew]) {
-  double left[kMany];
-  for (int i = 0; i < kMany; ++i) left[i] = many[i] * std::pow(kSeriesLimit, i);
+void economize(const double (&many)[kMany], float (&few)[kFew]) {
+  double remaining[kMany];
+  for (int i = 0; i < kMany; ++i) remaining[i] = many[i] * std::pow(kSeriesLimit, i);
   for (int n = kMany - 1; n >= kFew; --n) {
-    double term = left[n];  // of T_n / 2^(n - 1), from its highest power down
+    double term = remaining[n];  // coefficient of T_n / 2^(n - 1), from the highest power down
     for (int i = n; i >= 0; i -= 2) {
-      left[i] -= term;
+      remaining[i] -= term;
       const int below = n - i;
       term *= -static_cast<double>(i * (i - 1)) /
               static_cast<double>((below + 2) * (2 * n - below - 2));
     }
   }
-  for (int i = 0; i < kFew; ++i) few[i] = static_cast<float>(left[i] / std::pow(kSeriesLimit, i));
+  for (int i = 0; i < kFew; ++i)
+    few[i] = static_cast<float>(remaining[i] / std::pow(kSeriesLimit, i));
 }
 
 inline Constants make_constants(Divergence id, double mix) {
@@ -119,8 +120,8 @@ inline Constants make_constants(Divergence id, double mix) {
     if (id == Divergence::kSkewedForwardKL) value = e[n - 1] - e_l - (1 - a) * e[n];
     if (id == Divergence::kSkewedReverseKL) value = a * e[n] - l[n];
   }
-  economise(k.value, both.narrow.value);
-  economise(k.log, both.narrow.log);
+  economize(k.value, both.narrow.value);
+  economize(k.log, both.narrow.log);
   return both;
 }
 

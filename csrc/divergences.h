@@ -1,15 +1,16 @@
-// A divergence is a few lines of maths; the engines that run it do not change when one is added.
+// The divergences: value and slope of one class, from p, q and d. The engines that run them do not
+// change when one is added.
 //
 // For D = sum_i value(p_i, q_i), let slope_i = q_i * d value / d q_i and S = sum_i slope_i. Then
-//   dD/dz_i = (slope_i - q_i * S) / t                                       (docs/maths.md, section
-//   2)
+//   dD/dz_i = (slope_i - q_i * S) / t
+// by docs/maths.md, section 2. Section 10 has the formula of each divergence.
 // A multiple of q_i may be added to every slope: S grows by the same multiple, and the gradient
-// stays. Each divergence chooses it such that nothing cancels where p is near q; for the forward KL
-// such that S is 0, so that value and gradient come from one sweep.
+// stays. Each divergence chooses the multiple such that nothing cancels where p is near q. For the
+// forward KL the chosen S is 0, so that value and gradient come from one sweep.
 //
-// To add one: a struct here, a line in Divergence, visit() and kDivergenceNames, and the function
-// of the same name in python/fastkd/reference/divergences.py. A test fails when the two lists
-// differ.
+// To add a divergence: a struct here, a line in Divergence, visit() and kDivergenceNames, and the
+// function of the same name in python/fastkd/reference/divergences.py. A test fails when the two
+// lists differ.
 #pragma once
 #include <cmath>
 
@@ -19,15 +20,15 @@ namespace fastkd {
 
 // The formula of the gradient, given the slopes and their sum S.
 enum class SlopeCentering {
-  kNone,     // it is the slope: S is 0
+  kNone,     // the slope itself: S is 0
   kStudent,  // slope - q * S
   // slope / n, and (slope - S / n) / n, where n counts the classes that student and teacher do not
-  // both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0. These
-  // divergences read the difference of two logits alone.
+  // both mask. Classes that both mask have a value and slope of NaN, and a gradient of 0. The
+  // divergences with kMean read only the difference of two logits.
   kMean,
   kCentered,
-  // (slope - u D) / |z|, of the unit vectors u and v of Cosine, where the slopes' sum is D and the
-  // slopes of classes that both mask are NaN, too.
+  // (slope - u D) / |z| for Cosine, with the unit vectors u and v: D is the sum of the slopes, and
+  // classes that both mask have slopes of NaN, too.
   kUnit,
 };
 
@@ -39,7 +40,7 @@ struct Evaluated {
 };
 
 // KL(p || q) = sum p log(p / q) (Hinton et al. 2015, equation 2 at temperature t). The soft cross
-// entropy is the same plus the teacher's entropy, which has no gradient.
+// entropy adds the teacher's entropy, which has no gradient.
 struct ForwardKL {
   static constexpr SlopeCentering kCentering = SlopeCentering::kNone;
 
@@ -80,13 +81,13 @@ struct SymmetricKL {
     const T slope = -times_log(e.q, bounded_above(e.d));
     // p f(d) + q f(-d) = (p - q) d, so that one series serves both.
     const T reverse = is_small(e.d) ? -e.diff * e.d - e.excess : (e.p - e.q) + slope;
-    // A KL of weight 0 is left out of value and slope, both of which may be infinite.
+    // A KL of weight 0 is left out of value and slope, either of which may be infinite.
     return {weighted_part(a, e.excess) + weighted_part(b, reverse),
             a * e.diff + weighted_part(b, slope)};
   }
 };
 
-// log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
+// Return log(m / q) and log(m / p) of the mixture m = (1 - a) q + a p, 0 < a < 1.
 template <class T>
 struct Mixture {
   T log_over_q, log_over_p;
@@ -94,8 +95,8 @@ struct Mixture {
 
 template <class T>
 FASTKD_HOST_DEVICE Mixture<T> mixture(const Element<T>& e, Scalar<T> a) {
-  // Relative to q, or to p where that is the greater by far, so that nothing overflows: m / q - 1 =
-  // a (p - q) / q.
+  // Relative to q, or to p if p is much greater, so that nothing overflows: m / q - 1 = a (p - q) /
+  // q.
   const auto above = e.d > static_cast<Scalar<T>>(kSeriesLimit);
   const T log = log1p_of((above ? (1 - a) * e.diff : -a * e.diff) / (above ? e.p : e.q));
   return {above ? log + e.d : log, above ? log : log - e.d};
@@ -119,8 +120,8 @@ struct JensenShannon {
   template <class T>
   static FASTKD_HOST_DEVICE Evaluated<T> at(const Element<T>& e, const ConstantsFor<T>& k) {
     const T p = k.mix * e.p, q = k.rest * e.q, m = p + q;
-    // Relative to the greater of the two, so that nothing overflows: log(m / q) is log + d where
-    // that is p, and log where it is q.
+    // Relative to the greater of p and q, so that nothing overflows: log(m / q) is log + d if p is
+    // greater, and log if q is greater.
     const T log = log_of(m / (e.p > e.q ? e.p : e.q));
     const auto above = e.d > 0;
     const T product = (above ? q : p) * bounded_above(bounded_below(e.d));
@@ -133,15 +134,15 @@ struct JensenShannon {
   }
 };
 
-// Next to nothing, and normal: added to what may be 0, it keeps 0 / 0 away.
+// The least normal number: added to a denominator that may be 0, it prevents 0 / 0.
 template <class T>
 FASTKD_HOST_DEVICE constexpr T least() {
   static_assert(kIsScalar<T>, "");
   return sizeof(T) == sizeof(float) ? T(1.17549435e-38) : T(2.2250738585072014e-308);
 }
 
-// q (q - p) / (a q + b p), also where q is so small that a q underflows: then there is next to
-// nothing of it.
+// Return q (q - p) / (a q + b p), also if q is so small that a q underflows: the result is then
+// negligible.
 template <class T>
 FASTKD_HOST_DEVICE T share_of_mixture(const Element<T>& e, Scalar<T> a, Scalar<T> b) {
   return e.q * (e.diff / (a * e.q + b * e.p + least<Scalar<T>>()));
@@ -208,7 +209,7 @@ struct CenteredSquaredError {
 };
 
 // 1 - z.w / (|z| |w|) = 1/2 |u - v|^2 with u = z / |z| and v = w / |w| (Sanh et al. 2019): nothing
-// cancels where the two are near each other. Its p and q are the elements of v and u.
+// cancels if u is near v. Its p and q are the elements of v and u.
 struct Cosine {
   static constexpr SlopeCentering kCentering = SlopeCentering::kUnit;
 
@@ -219,21 +220,21 @@ struct Cosine {
   }
 };
 
-// Return true if a row's length has no inverse in T.
+// Return true if a row's norm has no inverse in T.
 template <class T>
 FASTKD_HOST_DEVICE bool is_nothing(double squares) {
-  // In double its square is 0.
+  // Its square is 0 in double.
   constexpr double kLeast = sizeof(T) == sizeof(double) ? 0 : 1 / 3.4028234663852886e38;
   return squares <= kLeast * kLeast;
 }
 
-// Inverse lengths of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
-// zeros has the inverse t, so that its gradient is that by z / t. A row of zeros is at a right
-// angle to everything: 1/2 |u - v|^2 lacks 1/2 for each such row.
+// Inverse norms of a row for Cosine, 1 / |z| and 1 / |w|, from sums of squares. A student row of
+// zeros has the inverse t, so that its gradient is that by z / t. A row of zeros is orthogonal to
+// every row: 1/2 |u - v|^2 lacks 1/2 for each such row.
 template <class T>
 struct Inverses {
   T student, teacher;
-  double nothing;  // what a row of zeros adds to the divergence
+  double nothing;  // what rows of zeros add to the divergence
 };
 template <class T>
 FASTKD_HOST_DEVICE Inverses<T> inverses_of(double student_squares, double teacher_squares,
@@ -260,7 +261,7 @@ struct Odds {
   }
 };
 
-// exp(x) - 1 where is_small(x)
+// Return exp(x) - 1 where is_small(x).
 template <class T>
 FASTKD_HOST_DEVICE T expm1_of_small(T x) {
   return x + x * x * series_of(-x);
@@ -272,16 +273,16 @@ struct BinaryKL {
   T diff;  // q_y - p_y
 };
 
-// The KL of these two outcomes. `difference` is that of the two logarithms, which may be known
-// better than they are; with it nothing cancels where p_y is near q_y.
+// Return the KL of these two outcomes. `difference`: that of the two logarithms, which may be known
+// more accurately than each logarithm; with it nothing cancels if p_y is near q_y.
 template <class T>
 FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& student,
                                          T difference) {
   const T p = teacher.label(), q = student.label(), p_rest = teacher.rest(),
           q_rest = student.rest();
   const auto small = is_small(difference), likely = teacher.log > 0;
-  // log(p / q) and log(p_rest / q_rest): far apart, that of the likelier outcome, and the other
-  // from it.
+  // log(p / q) and log(p_rest / q_rest). If the logarithms are far apart: the log ratio of the
+  // likelier outcome first, and the other from it.
   const T of_likely =
       likely ? teacher.log_label() - student.log_label() : teacher.log_rest() - student.log_rest();
   const T apart = likely ? of_likely : of_likely + difference;
@@ -292,8 +293,8 @@ FASTKD_HOST_DEVICE BinaryKL<T> binary_kl(const Odds<T>& teacher, const Odds<T>& 
   return {label.excess + rest.excess, likely ? -rest.diff : label.diff};
 }
 
-// Calls fn(ForwardKL{}) and so on for the divergence that `id` names, but Cosine, whose p and q are
-// no probabilities; returns fn's answer.
+// Call fn(ForwardKL{}), or fn of the other structs, for the divergence that `id` names, and return
+// fn's result. Cosine is not among them, because its p and q are no probabilities.
 template <class Fn>
 FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
   switch (id) {
@@ -316,21 +317,21 @@ FASTKD_HOST_DEVICE auto visit(Divergence id, Fn&& fn) {
     case Divergence::kForwardKL:
     case Divergence::kSoftCrossEntropy:
     case Divergence::kDecoupled:  // among the classes that are not the label
-    case Divergence::kCosine:     // not asked for
+    case Divergence::kCosine:     // callers handle it before
       break;
   }
   return fn(ForwardKL{});
 }
 
-// The forward KL's gradient comes from the sweep that sums its value; the others' follows once
-// their slopes are summed.
+// Return true if value and gradient come from one sweep, as for the forward KL. The gradients of
+// other divergences follow once their slopes are summed.
 FASTKD_HOST_DEVICE bool is_one_sweep(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy ||
          id == Divergence::kDecoupled;
 }
 
-// The reverse KL's value is the sum of its slopes; near 0, where they cancel, its classes' are
-// summed beside the gradient.
+// Return true for the reverse KL, whose value is the sum of its slopes. Near 0, where the slopes
+// cancel, the classes' values are summed in the sweep that writes the gradient.
 FASTKD_HOST_DEVICE bool is_reverse(Divergence id) { return id == Divergence::kReverseKL; }
 
 FASTKD_HOST_DEVICE SlopeCentering centering_of(Divergence id) {
@@ -347,14 +348,14 @@ FASTKD_HOST_DEVICE constexpr bool leaves_out_masked(SlopeCentering centering) {
   return is_mean(centering) || centering == SlopeCentering::kUnit;
 }
 
-// 0 in place of a negative number. A divergence is none, but its terms may round to one, where they
-// are differences of the least numbers there are. NaN stays.
+// Return 0 instead of a negative number, and NaN for NaN. A divergence is never negative, but its
+// terms may round to a negative number if they are differences of the least numbers.
 template <class T>
 FASTKD_HOST_DEVICE T at_least_0(T value) {
   return value < T{} ? T{} : value;
 }
 
-// The divergence of a row from the sums over its classes; `classes` is n of SlopeCentering.
+// Return the divergence of a row from the sums over its classes; `classes` is n of SlopeCentering.
 template <class T>
 FASTKD_HOST_DEVICE T divergence_of(Divergence id, T value, T slope, T classes, T teacher_entropy) {
   if (id == Divergence::kSoftCrossEntropy) return at_least_0(value + teacher_entropy);

@@ -1,4 +1,5 @@
-// The number types of logits: how they are named, stored and computed with.
+// The dtypes of logits: their names, and the choice of the compute type, whose rounding
+// docs/maths.md discusses in section 3.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +11,8 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Everything is computed in fp32, or in fp64 as soon as one of the two inputs is fp64.
+// Return true if a loss is computed in fp64: if either input is fp64. Otherwise it is computed in
+// fp32.
 inline bool computes_in_double(DType student, DType teacher) {
   return student == DType::kFloat64 || teacher == DType::kFloat64;
 }

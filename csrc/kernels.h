@@ -1,15 +1,16 @@
-// The only interface between the kernels and those who call them: plain structs and functions, no
-// torch.
+// The interface between the kernels and their callers: structs and functions without torch. topk.h
+// and mixture.h extend it.
 //
 // One call computes, for each row of logits,
-//   loss = hard_weight * CE(student, label) + soft_weight * t^2 * D(softmax(teacher / t),
-//   softmax(student / t))
-// and, in the same pass through memory, its gradient with respect to the student's logits.
+//   loss = hard_weight * CE(student, label)
+//         + soft_weight * t^2 * D(softmax(teacher / t), softmax(student / t))
+// (docs/maths.md, section 1), and in the same pass through memory its gradient with respect to the
+// student's logits.
 //
-// "acc" is the compute type: float, or double when either input is fp64 (dtypes.h). Pointers marked
-// acc point to it. Either the classes of a row are adjacent, (..., C), and rows lie where they
-// like; or the rows of a group are, (N, C, H, W), and classes lie where they like. Any alignment
-// works.
+// "acc" is the compute type: float, or double if either input is fp64 (dtypes.h). Pointers marked
+// acc point to it. Either the classes of a row are adjacent, as in (..., C), and rows have any
+// strides; or the rows of a group are adjacent, as in (N, C, H, W), and classes have any stride.
+// Any alignment works.
 #pragma once
 #include <cstdint>
 
@@ -26,7 +27,7 @@ enum Term : int { kHard, kSoft, kStudentEntropy, kTeacherEntropy, kAgreement, kT
 // The rows of `row_settings`.
 enum RowSetting : int { kTemperature, kTeacherTemperature, kHardWeight, kSoftWeight, kRowSettings };
 
-// The rows of `stats`: what one row must leave behind for its gradient to be written again, bit for
+// The rows of `stats`: the numbers of a row from which backward writes the gradient again, bit for
 // bit.
 enum Stat : int {
   kStudentMax,    // max z
@@ -34,11 +35,11 @@ enum Stat : int {
   kHardScale,     // 1 / sum exp(z - max z)
   kTeacherMax,    // max w
   kTeacherScale,  // 1 / sum exp((w - max w) / t)
-  kSlopeSum,      // S of divergences.h; of kCosine the divergence
+  kSlopeSum,      // S of divergences.h; the divergence itself for kCosine
   kClassCount,    // n of SlopeCentering (divergences.h), or 0
   kStats,
 
-  // Rows that divergences which do not need the above use for others.
+  // Other meanings of these rows, for divergences that do not need the numbers above.
   // kCosine: 1 / |z| and 1 / |w|.
   kStudentInverseNorm = kStudentScale,
   kTeacherInverseNorm = kTeacherScale,
@@ -46,14 +47,15 @@ enum Stat : int {
   kStudentMean = kStudentScale,
   kTeacherMean = kTeacherScale,
   // kForwardKL, kSoftCrossEntropy and kJensenShannon on a CPU: the mean of log(p / q) under the
-  // teacher where the row is well separated (cpu/row.h), else 0.
+  // teacher if the row is well separated (cpu/row.h), else 0.
   kMeanLogRatio = kClassCount,
 };
 // The sums of kDecoupled leave the label out; maximum and scales are 0 if there is no other class.
 
-// Strides of rows, which come in groups of `group_rows` (one group is the common case; logits[:,
-// :-1] of a batch of sequences has one group a sequence, (N, C, H, W) one an image): rows of a
-// group are `row` elements apart, groups `group`. One of `row` and `classes` is 1.
+// Strides of rows, which come in groups of `group_rows`: rows of a group are `row` elements apart,
+// and groups are `group` elements apart. Most tensors have one group. logits[:, :-1] of a batch of
+// sequences has one group per sequence, and (N, C, H, W) one per image. One of `row` and `classes`
+// is 1.
 struct RowStrides {
   int64_t row = 0;
   int64_t group = 0;
@@ -83,7 +85,7 @@ struct Inputs {
   const int64_t* labels = nullptr;  // [rows], or null: no hard term and no masked rows
 
   // Settings of each row, acc [kRowSettings, rows], which replace the four numbers below; or null.
-  // Two equal temperatures below promise, even if replaced, that the two of each row are equal.
+  // If the two temperatures below are equal, the two temperatures of each row must be equal, too.
   const void* row_settings = nullptr;
   double temperature = 1.0;  // of the student; its square multiplies the divergence
   double teacher_temperature = 1.0;
@@ -93,31 +95,32 @@ struct Inputs {
   int64_t ignore_index =
       -100;  // rows with this label: loss, terms and gradient are zero, logits unread
   Divergence divergence = Divergence::kForwardKL;
-  double mix = 0.5;  // the divergence's own number, where it has one
+  double mix = 0.5;  // parameter of some divergences
 };
-// kDecoupled needs labels: without, its rows are as if their labels were out of range.
+// Without labels, rows of kDecoupled have the results of rows whose labels are out of range.
 
 // A forward call with its outputs. A label out of range makes its row's loss and gradient NaN.
 struct ForwardArgs : Inputs {
   void* loss = nullptr;  // acc [rows], weighted, not yet divided by any denominator
   void* terms =
       nullptr;  // acc [kTerms, rows], or null. Entropies in nats at temperature t; agreement is 1
-                // where some class is the greatest for the teacher and for the student
-  void* stats = nullptr;  // acc [kStats, rows] followed by one more acc, the scale; or null
+                // if some class is the greatest for both teacher and student
+  void* stats = nullptr;  // acc [kStats, rows] followed by the scale, an acc; or null
   void* grad =
       nullptr;  // [rows, classes] in the student's dtype, or null; may be the student itself
   RowStrides grad_stride;
-  // Multiplies the gradient and, on CUDA, the totals. kNone and kSum take it as it is given, and so
-  // does kMean on the CPU, where the caller has counted the rows. On CUDA kMean takes it from
+  // Factor of the gradient and, on CUDA, of the totals. kNone and kSum use `scale` unchanged. So
+  // does kMean on the CPU, whose caller has counted the rows. kMean on CUDA takes the factor from
   // `denominator`, or counts the rows that are not ignored.
   Reduction reduction = Reduction::kMean;
   double scale = 1.0;
-  // Multiplies the gradient once more, but nothing else: the grad_output that backward would be
-  // called with. CPU only.
+  // Another factor of the gradient only: the grad_output that backward would be called with. CPU
+  // only.
   double grad_output = 1.0;
 };
 
-// Writes grad = d(sum_i grad_output_i * scale * loss_i)/d student from the stats that forward left.
+// The arguments of backward, which writes grad = d(sum_i grad_output_i * scale * loss_i)/d student
+// from the stats of forward.
 struct BackwardArgs : Inputs {
   const void* stats = nullptr;        // acc [kStats, rows] followed by the scale
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`
@@ -131,15 +134,15 @@ struct MixtureArgs;  // mixture.h
 
 namespace cpu {
 
-// Rows longer than this are cut into segments, each with sums of its own that are merged in order:
-// this is what lets several threads share one row, and what makes the result independent of their
-// number.
+// Rows longer than this are divided into segments, whose sums are merged in order. Several threads
+// can then share one row, and the result does not depend on their number (docs/maths.md, section
+// 9).
 constexpr int64_t kSegment = 32768;
 
-// fp32 rows of up to so many classes are computed in the transposed layout, one row per SIMD lane,
-// and so are all fp32 rows whose classes are not adjacent; longer rows fill the vectors by
-// themselves. Set by measurement: in the transposed layout no row pays for its tail and its
-// logarithms, but so many classes of a few rows leave L1.
+// fp32 rows of at most this number of classes use the transposed layout, one row per SIMD lane, and
+// so do all fp32 rows whose classes are not adjacent. Longer rows fill the vectors by themselves.
+// Set by measurement: the transposed layout saves each row's padded last step and its own
+// logarithms, but several rows of many classes do not fit in L1.
 constexpr int64_t kNarrow = 144;
 
 FASTKD_HOST_DEVICE bool has_apart_classes(const Inputs& in) {
@@ -150,68 +153,70 @@ FASTKD_HOST_DEVICE bool is_transposed(const Inputs& in) {
          !computes_in_double(in.student_dtype, in.teacher_dtype);
 }
 
-// Sums of one segment of one row, first sweep.
+// Results of the first sweep over one segment of one row.
 struct Statistics {
   double student_max, student_sum, hard_sum, teacher_max, teacher_sum;
-  // The label's logits where the sums leave it out (kDecoupled) and it is of this segment, or 0.
+  // The label's logits if the sums leave the label out (kDecoupled) and it is in this segment, else
+  // 0.
   double student_label = 0, teacher_label = 0;
-  // Sums of z^2 and w^2 (kCosine), or of z and w over the classes that each does not mask, of which
-  // there are so many (kCenteredSquaredError); or 0.
+  // Sums of z^2 and w^2 (kCosine); or sums of z and w over the classes that each side does not
+  // mask, and the numbers of these classes (kCenteredSquaredError); or 0.
   double student_moment = 0, teacher_moment = 0;
   double student_count = 0, teacher_count = 0;
   // The sum over classes of exp((w - max w) / t) times (w - max w) - (z - max z). NaN if abandoned
   // because the row is close to its teacher; 0 if unused (cpu/row.h).
   double log_ratio_sum = 0;
 };
-// Sums of one segment of one row, second sweep.
+// Sums of the second sweep over one segment of one row.
 struct Sums {
   double value;           // of the divergence
-  double slope;           // of the divergence's slopes, of q - p (kDecoupled), or
+  double slope;           // of the divergence's slopes; of q - p (kDecoupled); or
                           // `value` (kCosine)
-  double classes;         // that count for a mean: n of SlopeCentering (divergences.h), or 0
+  double classes;         // number of classes in a mean: n of SlopeCentering (divergences.h), or 0
   double student_logits;  // sum of z - max z, weighted by the target (docs/maths.md, section 7)
   double student_entropy, teacher_entropy;
-  double agreement;  // > 0 where a class is the greatest of both
+  double agreement;  // > 0 if a class is the greatest for both student and teacher
 };
 
-// One instruction set's kernels. They own no threads: the caller splits rows or segments among its
-// own.
+// The kernels of one instruction set. They start no threads: the caller divides rows or segments
+// among its threads.
 struct Kernels {
   const char* name;
-  // Whole rows [begin, end).
+  // Compute rows [begin, end).
   void (*forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs&, int64_t begin, int64_t end);
-  // The steps of forward(), for a few rows that are longer than a segment. Scan every segment of a
-  // row; sum the slopes of every segment, given all statistics, unless the divergence
-  // is_one_sweep(); write every segment, given the total of those sums; close the row. Statistics
-  // and sums have ceil(classes / kSegment) entries. sum_slopes and write add to the segment's entry
-  // of the sums.
+  // The steps of forward(), for a few rows that are longer than a segment. In this order: scan
+  // every segment of a row; sum the slopes of every segment, given all statistics, unless the
+  // divergence is_one_sweep(); write every segment, given the total of the sums; close the row.
+  // Statistics and sums have ceil(classes / kSegment) entries. sum_slopes and write add to the
+  // segment's entry of the sums.
   void (*scan)(const ForwardArgs&, int64_t row, int64_t segment, Statistics*);
   void (*sum_slopes)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                      Sums* of_segment);
   void (*write)(const ForwardArgs&, int64_t row, int64_t segment, const Statistics* of_row,
                 const Sums& slope_sums, Sums* of_segment);
   void (*close)(const ForwardArgs&, int64_t row, const Statistics* of_row, const Sums* of_row_sums);
-  // Test hook: out[i] = 2^in[i]. The kernels have two exponentials: one of registers, and one that
-  // compilers vectorise.
+  // For tests: out[i] = 2^in[i]. The kernels have two exponentials: one with explicit registers,
+  // and one that compilers vectorize.
   void (*exp2)(const float* in, float* out, int64_t count, bool by_registers);
-  // Whole rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) zeros, left as
-  // zeros. Returns the first row whose list is none: a class out of range or twice, or numbers that
-  // are no log-probabilities, its loss and gradient NaN; or -1.
+  // Compute rows [begin, end) of the sparse loss. `listed`: bitmap_words(classes) zeros, zeros
+  // again afterwards. Return the first row with an invalid list, or -1. A list is invalid if it has
+  // a class out of range or twice, or numbers that are no log-probabilities; the row's loss and
+  // gradient are then NaN.
   int64_t (*topk)(const TopkArgs&, int64_t begin, int64_t end, uint64_t* listed);
-  // Rows [begin, end) of a mixture of teachers.
+  // Compute rows [begin, end) of a mixture of teachers.
   void (*mixture)(const MixtureArgs&, int64_t begin, int64_t end);
 };
 
-// The sums of all segments that sum_slopes made, added in the order that makes the bits those of a
-// whole row.
+// Add up the sums of all segments, in the order of forward(), so that the bits are the same.
 Sums total(const Sums* of_segments, int64_t segments);
 
-// The best that this processor runs, or the one that FASTKD_CPU_CAPABILITY names.
+// Return the best kernels that this processor can run, or those that FASTKD_CPU_CAPABILITY names.
 const Kernels& kernels();
 // Return the kernels that this processor can run, best first, null-terminated.
 const Kernels* const* available();
-// Makes kernels() return the named one; false, and no change, if it is not available.
+// Make kernels() return the named kernels. Return false, and change nothing, if they are not
+// available.
 bool select(const char* name);
 
 }  // namespace cpu
@@ -219,20 +224,21 @@ bool select(const char* name);
 namespace cuda {
 
 // Every call returns a cudaError_t (0 is success), queues its work on `stream` of the current
-// device and never waits for it: both can be captured in a CUDA graph. All pointers are device
-// pointers.
+// device, and never waits for the device: calls can be captured in a CUDA graph. All pointers are
+// device pointers.
 
-// Forward, and the reduction of its row losses and terms. `args.stats` is required, and its last
-// number receives the scale that was folded into the gradient and the total.
+// Compute forward, and reduce the losses and terms of the rows. `args.stats` is required, and its
+// last number receives the scale that was folded into the gradient and the total.
 //   total        acc [1], or [1 + kTerms] with `args.terms`; null for Reduction::kNone
 //   denominator  acc, one number: replaces the count of rows that are not ignored in
 //   Reduction::kMean; or null
 int forward(const ForwardArgs& args, void* total, const void* denominator, void* stream);
 
-// `filled`: args.grad already holds the gradient for grad_output = 1, as forward wrote it. The
-// kernel reads grad_output and returns at once if it is 1. If not, 16-bit gradients are computed
-// anew from the logits (no double rounding, and no fp16 underflow before a loss scale is applied),
-// others, and gradients that overwrote the student (args.grad == args.student), are scaled.
+// Compute backward. `filled`: args.grad already holds the gradient for grad_output = 1, as forward
+// wrote it. The kernel reads grad_output and returns at once if it is 1. If not, 16-bit gradients
+// are recomputed from the logits (no second rounding, and no fp16 underflow before a loss scale is
+// applied); other gradients, and gradients that overwrote the student (args.grad == args.student),
+// are scaled.
 int backward(const BackwardArgs& args, bool filled, void* stream);
 
 const char* describe(int status);

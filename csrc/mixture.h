@@ -1,5 +1,5 @@
-// The interface of the mixing of teachers: several, or probabilities, become the logits of one.
-// Otherwise as kernels.h.
+// The interface of mixtures: several teachers, or probabilities, become the logits of one teacher
+// (docs/maths.md, section 12). Conventions are those of kernels.h.
 #pragma once
 #include "kernels.h"
 
@@ -13,11 +13,11 @@ struct MixedTeacher {
   DType dtype = DType::kFloat32;
   int64_t group_rows = 0;
   RowStrides stride;
-  double share = 1.0;  // the shares of all add up to 1
+  double share = 1.0;  // the shares of all teachers add up to 1
 };
 
-// Writes logits w such that softmax(w / temperature) is the mixture of softmax(logits /
-// teacher_temperature); the logits of probabilities are their logarithms. A row in which a teacher
+// A mixture: logits w such that softmax(w / temperature) is the mixture of softmax(logits /
+// teacher_temperature). The logits of probabilities are their logarithms. A row in which a teacher
 // has NaN, +inf or no class at all becomes NaN.
 struct MixtureArgs {
   int64_t rows = 0;
@@ -28,15 +28,15 @@ struct MixtureArgs {
   Ensemble ensemble = Ensemble::kProbs;
   double temperature = 1.0;
   double teacher_temperature = 1.0;
-  const void* row_temperatures = nullptr;  // acc [2, rows]: replaces the two; or null
-  bool in_double = false;                  // what acc is
+  const void* row_temperatures = nullptr;  // acc [2, rows]: replaces the two temperatures; or null
+  bool in_double = false;                  // acc is double
   void* mixed = nullptr;                   // acc [rows, classes], contiguous, from `first_row` on
   int64_t first_row = 0;                   // CPU only
 };
 
 namespace cuda {
 
-constexpr int kMostTeachers = 32;  // as python/fastkd/_core/dense.py has it
+constexpr int kMostTeachers = 32;  // also in python/fastkd/_core/dense.py
 
 // Queue a mixture of at most kMostTeachers. `stream` and the result are as in kernels.h.
 int mixture(const MixtureArgs& args, void* stream);

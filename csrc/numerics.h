@@ -1,11 +1,10 @@
-// The scalar arithmetic that the CPU and the CUDA engines share. See docs/maths.md for the
-// derivations.
+// The scalar arithmetic that the CPU and the CUDA engines share: f(d) and q - p without
+// cancellation, and logarithms. Derivations: docs/maths.md, section 3.
 //
-// Legend, used everywhere below and in the kernels:
+// Letters here and in all kernels:
 //   z, w   student and teacher logits of one row        q = softmax(z / t), p = softmax(w / t)
 //   t      temperature of the row                       d = log p - log q
-//   diff   q - p, computed without cancellation         S = sum of slopes (docs/maths.md, section
-//   2)
+//   diff   q - p, computed without cancellation         S = sum of slopes (maths.md, section 2)
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -23,7 +22,7 @@
 
 namespace fastkd {
 // Anonymous on purpose: these functions are compiled once per instruction set, and the linker must
-// never replace a baseline copy by an AVX-512 one.
+// never replace a baseline copy by an AVX-512 copy.
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
@@ -66,7 +65,7 @@ FASTKD_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// The number itself, or a vector of it.
+// Return the number itself, or a vector of copies.
 template <class T>
 FASTKD_HOST_DEVICE constexpr T broadcast(Scalar<T> x) {
   if constexpr (kIsScalar<T>) {
@@ -85,13 +84,13 @@ FASTKD_HOST_DEVICE T magnitude_of(T x) {
   }
 }
 
-// n as a float; of a vector, |n| < 2^22.
+// Return n as a float. In a vector, |n| < 2^22.
 template <class T>
 FASTKD_HOST_DEVICE T float_of(Integer<T> n) {
   if constexpr (kIsScalar<T>) {
     return static_cast<T>(n);
   } else {
-    // Added to the bits of 1.5 * 2^23, n is added to the number.
+    // Adding n to the bits of 1.5 * 2^23 adds n to the number.
     return bits_as<T>(n + 0x4b400000) - 12582912.0f;
   }
 }
@@ -113,7 +112,7 @@ FASTKD_HOST_DEVICE auto is_small(T d) {
   return magnitude_of(d) < static_cast<Scalar<T>>(kSeriesLimit);
 }
 
-// f(d) / d^2 = 1/2 - d/6 + d^2/24 - ... for |d| <= 1/4.
+// Return f(d) / d^2 = 1/2 - d/6 + d^2/24 - ... for |d| <= 1/4.
 template <class T>
 FASTKD_HOST_DEVICE T series_of(T d) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
@@ -124,7 +123,7 @@ FASTKD_HOST_DEVICE T series_of(T d) {
   return s * d + 0.5f;
 }
 FASTKD_HOST_DEVICE double series_of(double d) {
-  // Truncated after d^14 / 14!: below 1e-19 of the sum at |d| = 1/4.
+  // Truncated after d^14 / 14!: the error is below 1e-19 of the sum at |d| = 1/4.
   double s = 1.0 / 87178291200.0;
   s = s * d - 1.0 / 6227020800.0;
   s = s * d + 1.0 / 479001600.0;
@@ -140,8 +139,8 @@ FASTKD_HOST_DEVICE double series_of(double d) {
   return s * d + 0.5;
 }
 
-// Keeps x d = 0 where x = 0 because a class is masked: d is infinite there, or NaN if both mask it.
-// At least -1e30, or at most 1e30; NaN becomes the bound.
+// Return x, but at least -1e30, or at most 1e30; NaN becomes the bound. The bounds keep x d = 0 for
+// a masked class, whose p or q is 0: d is infinite there, or NaN if both sides mask it.
 template <class T>
 FASTKD_HOST_DEVICE T bounded_below(T d, Scalar<T> bound = Scalar<T>(-1e30)) {
   return d > bound ? d : broadcast<T>(bound);
@@ -151,12 +150,12 @@ FASTKD_HOST_DEVICE T bounded_above(T d, Scalar<T> bound = Scalar<T>(1e30)) {
   return d < bound ? d : broadcast<T>(bound);
 }
 
-// Builds an Element such that neither `excess` nor `diff` cancels where p is near q.
+// Return an Element such that neither `excess` nor `diff` cancels where p is near q.
 //   |d| <  1/4: f(d) by its series, and q - p = p f(d) - p d
 //   |d| >= 1/4: f(d) p = p d + (q - p) directly
-// Masked classes (logits of -inf): where the teacher masks, p d = 0 and the value is q; where the
-// student alone does, d = +inf, the value is +inf and diff = -p stays finite. If p has underflowed
-// to 0 there, the value is NaN, which in a row of clean sums can only mean +inf.
+// Masked classes (logits of -inf): if the teacher masks the class, p d = 0 and the value is q. If
+// the student alone masks it, d = +inf, the value is +inf and diff = -p stays finite. If p has
+// underflowed to 0 there, the value is NaN, which means +inf in a row with finite sums.
 template <class T>
 FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
   const T product = p * bounded_below(d);
@@ -166,7 +165,7 @@ FASTKD_HOST_DEVICE Element<T> element(T p, T q, T d) {
   return {p, q, d, small ? near - product : direct, small ? near : product + direct};
 }
 
-// log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
+// Return log(1 + r) for 1 + r in [1/sqrt 2, sqrt 2): minimax for the relative error.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
   static_assert(sizeof(Scalar<T>) == sizeof(float), "");
@@ -181,7 +180,7 @@ FASTKD_HOST_DEVICE T log1p_of_mantissa(T r) {
   return s * r;
 }
 
-// x = 2^exponent (1 + fraction) with 1 + fraction in [1/sqrt 2, sqrt 2), for a normal x > 0.
+// Split x = 2^exponent (1 + fraction) with 1 + fraction in [1/sqrt 2, sqrt 2), for a normal x > 0.
 template <class T>
 struct PowerOfTwo {
   Integer<T> exponent;
@@ -189,13 +188,14 @@ struct PowerOfTwo {
 };
 template <class T>
 FASTKD_HOST_DEVICE PowerOfTwo<T> power_of_two(T x) {
-  // Unsigned, so that the bits of other numbers wrap round.
+  // Unsigned, so that the bits of other numbers wrap around.
   const Unsigned<T> shifted = bits_as<Unsigned<T>>(x) - 0x3f3504f3u;
   return {bits_as<Integer<T>>(shifted) >> 23,
           bits_as<T>((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f};
 }
 
-// log(1 + y) for -1 < y, within 3e-8 of itself plus an ulp of the power of two's; 1 + y is normal.
+// Return log(1 + y) for y > -1 with a normal 1 + y. Error: 3e-8 of the result plus an ulp of the
+// logarithm of the power of two.
 template <class T>
 FASTKD_HOST_DEVICE T log1p_of(T y) {
   const PowerOfTwo<T> x = power_of_two(1.0f + y);
@@ -204,8 +204,8 @@ FASTKD_HOST_DEVICE T log1p_of(T y) {
 }
 FASTKD_HOST_DEVICE double log1p_of(double y) { return std::log1p(y); }
 
-// log x for a normal x > 0, within 3e-8 plus an ulp of the power of two's; some finite number for
-// 0 and NaN.
+// Return log x for a normal x > 0; some finite number for 0 and NaN. Error: 3e-8 plus an ulp of the
+// logarithm of the power of two.
 template <class T>
 FASTKD_HOST_DEVICE T log_of(T x) {
   const PowerOfTwo<T> parts = power_of_two(x);
@@ -213,22 +213,22 @@ FASTKD_HOST_DEVICE T log_of(T x) {
 }
 FASTKD_HOST_DEVICE double log_of(double x) { return x > 0 ? std::log(x) : 0.0; }
 
-// weight * value, where a term that weighs nothing is left out even when it is infinite. NaN stays.
+// Return weight * value; 0 if the weight is 0 and the value infinite. NaN stays NaN.
 template <class T>
 FASTKD_HOST_DEVICE T weighted(T weight, T value) {
   const auto infinite = (value - value != T{}) & (value == value);
   return (weight == T{}) & infinite ? T{} : weight * value;
 }
 
-// weight * value for one term of a valid row, or for the term's slope. A weight of 0 gives 0 even
-// for NaN: in a valid row NaN only comes from infinities.
+// Return weight * value for one term of a valid row, or for the term's slope. A weight of 0 gives 0
+// even for NaN: in a valid row NaN comes from infinities only.
 template <class T, class W>
 FASTKD_HOST_DEVICE T weighted_part(W weight, T value) {
   const T part = weight * value;
   return weight == W{} ? T{} : part;
 }
 
-// x log y with 0 log y = 0, whatever y; the caller has log y at hand.
+// Return x log y, given log y; 0 if x is 0, for any y.
 template <class T>
 FASTKD_HOST_DEVICE T times_log(T x, T log_x) {
   return x == T{} ? T{} : x * log_x;

@@ -1,5 +1,5 @@
 // The interface of the sparse loss: a teacher known by the log-probabilities of k classes of each
-// row, or of one sampled class (docs/maths.md, section 13). Otherwise as kernels.h.
+// row, or of one sampled class (docs/maths.md, section 13). Conventions are those of kernels.h.
 #pragma once
 #include "kernels.h"
 
@@ -12,46 +12,45 @@ enum class Tail : int32_t { kGhost = 0, kRenormalize = 1, kIgnore = 2 };
 // 2020). kNone: the list is compared by the divergence of Inputs instead.
 enum class Estimator : int32_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
-// Return true if the sparse loss has the divergence: those that compare probabilities.
+// Return true if the sparse loss supports the divergence: if it compares probabilities.
 constexpr bool is_sparse_divergence(Divergence id) { return id <= Divergence::kTotalVariation; }
 
-// A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, taken as
-// they are. The teacher's stride and temperature and the rows' settings are unused.
+// A call of the sparse loss. `teacher` is acc [rows, k], contiguous: log-probabilities, which are
+// used unchanged. The teacher's stride and temperature and the rows' settings are unused.
 struct TopkArgs : Inputs {
   int64_t k = 0;
-  // [rows, k] class of each log-probability. An entry is padding, as if it were not there, where
-  // its class is negative or its log-probability -inf.
+  // [rows, k] class of each log-probability. An entry whose class is negative or whose
+  // log-probability is -inf is padding, and is ignored.
   const int64_t* indices = nullptr;
   Tail tail = Tail::kGhost;                // with kIgnore the divergence must be the forward KL
-  Estimator estimator = Estimator::kNone;  // the others need k = 1; they do not use the tail
+  Estimator estimator = Estimator::kNone;  // other values need k = 1, and do not use the tail
 
   void* loss = nullptr;   // acc [rows], weighted, not yet divided by any denominator; or null
-  void* stats = nullptr;  // on CUDA acc [kStats, rows] followed by one more acc, the scale, which
-                          // is all that is written of it
+  void* stats = nullptr;  // on CUDA acc [kStats, rows], then the scale, which alone is written
   void* grad = nullptr;   // [rows, classes] in the student's dtype, or null; not the student itself
   RowStrides grad_stride;
-  Reduction reduction = Reduction::kMean;  // it and `scale`: as ForwardArgs has them
+  Reduction reduction = Reduction::kMean;  // as in ForwardArgs, like `scale`
   double scale = 1.0;
   const void* grad_output = nullptr;  // acc, one number, or [rows] when `grad_output_per_row`;
   bool grad_output_per_row = false;   // null: 1. Multiplies the gradient too
 };
 
-// A row's probabilities may add up to so much: those of 16-bit log-probabilities are several
-// percent off.
+// Greatest valid sum of a row's listed probabilities. Rounding 16-bit log-probabilities changes the
+// sum by several percent.
 constexpr double kMostMass = 1.1;
 
 namespace cpu {
 
-// Words that run_topk wants for one bit of each class.
+// Return the number of words of run_topk's bitmap, which has one bit for each class.
 constexpr int64_t bitmap_words(int64_t classes) { return (classes + 63) / 64; }
 
 }  // namespace cpu
 
 namespace cuda {
 
-// Sparse loss, called like forward() and backward() of kernels.h, `filled` included. A row with an
-// invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN. topk_backward() writes the
-// gradient alone, from the logits once more.
+// Compute the sparse loss, with the arguments of forward() and backward() of kernels.h, `filled`
+// included. A row with an invalid list (cpu::Kernels::topk) gets the loss and the gradient NaN.
+// topk_backward() writes only the gradient, from the logits.
 int topk(const TopkArgs& args, void* total, const void* denominator, void* stream);
 int topk_backward(const TopkArgs& args, bool filled, const void* denominator, void* stream);
 

@@ -2,9 +2,9 @@
 // functions turn the sums into the value and into the constants of the gradient, in double, for the
 // CPU and for CUDA.
 //
-// A row's classes are those that the teacher lists, and the rest. Each has its own sums, so that
-// the probability of the rest is a sum of positive terms, and not 1 minus something near 1.
-// docs/maths.md, section 13, derives the formulas.
+// A row's classes are the listed ones and the rest. Each has its own sums, so that the probability
+// of the rest is a sum of positive terms, and not 1 minus a number near 1. docs/maths.md, section
+// 13, derives the formulas.
 #pragma once
 #include "divergences.h"
 #include "topk.h"
@@ -16,8 +16,8 @@ struct Comparison {
   Divergence divergence = Divergence::kForwardKL;
   Tail tail = Tail::kGhost;
   Estimator estimator = Estimator::kNone;
-  // The least p of the ghost. The reverse KL is infinite where the teacher leaves nothing to the
-  // rest, and a list in floating point tells 1 - sum p no more finely than the rounding of 1.
+  // The least p of the ghost. The reverse KL is infinite if the teacher leaves nothing to the rest,
+  // and a list in floating point determines 1 - sum p only up to the rounding of 1.
   double least_rest = 0;
 
   Comparison() = default;
@@ -87,13 +87,13 @@ struct Summary {
   }
 };
 
-// An estimate of KL(q || p) from a sampled class, and its slope: the derivative by log q. k1 has
-// the slope of the policy gradient, whose expected value is the gradient of KL(q || p). (Schulman
-// 2020.)
+// Return an estimate of KL(q || p) from a sampled class, and its slope: the derivative by log q. k1
+// has the slope of the policy gradient, whose expected value is the gradient of KL(q || p)
+// (Schulman 2020).
 FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
-  // r - 1 - log r for the ratio r = p / q, which is the series' f(-d)
+  // r - 1 - log r for the ratio r = p / q is f(-d), which has a series.
   const double ratio_minus_1 = std::expm1(d);
   return {is_small(d) ? d * d * series_of(-d) : ratio_minus_1 - d, -ratio_minus_1};
 }
@@ -148,7 +148,7 @@ FASTKD_HOST_DEVICE Soft soften(const Comparison& comparison, const RowOptions& r
   if (has_others)
     soft.rest_p = remaining > comparison.least_rest ? remaining : comparison.least_rest;
   if (soft.rest_p == remaining) return soft;
-  // The probabilities of list and ghost do not add up to 1: scale those of the list.
+  // The probabilities of list and ghost do not add up to 1: scale the listed ones.
   soft.is_present = summary.teacher > 0;
   if (!soft.is_present) return soft;
   soft.teacher_scale = (1 - soft.rest_p) / summary.teacher;
@@ -194,7 +194,7 @@ struct Gains {
   double rest = 0, rest_hard = 0;  // of exponentials relative to the rest's maximum
 };
 
-// `gain` multiplies the gradient.
+// Return the factors of a row's gradient. `gain` multiplies the gradient.
 FASTKD_HOST_DEVICE Gains gains_of(const RowOptions& row, const Summary& summary, const Soft& soft,
                                   double gain) {
   Gains g;
@@ -222,8 +222,8 @@ FASTKD_HOST_DEVICE double row_loss(const Comparison& comparison, const RowOption
                                    double label_logit) {
   double value = sums.value;
   if (comparison.divergence == Divergence::kSoftCrossEntropy) value += sums.entropy;
-  // In a valid row only 0 * inf makes a NaN: a class that the student masks, and whose teacher
-  // probability underflows. The divergence is then infinite.
+  // In a valid row NaN is 0 * inf: a class that the student masks, and whose teacher probability
+  // underflows. The divergence is then infinite.
   if (value != value) value = -kNothing;
   // The sum with Tail::kIgnore is not a divergence, nor is k1: both may be negative.
   if (!comparison.estimates() && !comparison.is_cut_off()) value = at_least_0(value);

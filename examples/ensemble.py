@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each student")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     accuracies: dict[str, list[float]] = {}
@@ -74,17 +74,17 @@ def main() -> None:
         labeled, many, test = torch.randperm(len(images)).tensor_split(
             [LABELED * len(teachers), LABELED * len(teachers) + UNLABELED]
         )
-        own = labeled.split(LABELED)
+        samples = labeled.split(LABELED)
         probs = {
             name: torch.tensor(teacher.fit(images[few], labels[few]).predict_proba(images[many]))
-            for (name, teacher), few in zip(teachers.items(), own, strict=True)
+            for (name, teacher), few in zip(teachers.items(), samples, strict=True)
         }
         groups = {name: [teacher] for name, teacher in probs.items()} | {"all": [*probs.values()]}
         students = {
             name: train(images[many], group, None, options.steps, seed)
             for name, group in groups.items()
         }
-        alone = train(images[own[0]], [], labels[own[0]], options.steps, seed)
+        alone = train(images[samples[0]], [], labels[samples[0]], options.steps, seed)
         students["none (labels alone)"] = alone
         for name, student in students.items():
             right = student(images[test]).argmax(-1) == labels[test]

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="of the students")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     # Without a soft term the trainer trains on labels alone.

@@ -1,4 +1,4 @@
-"""Five ways to train a small language model, with and without a teacher, compared on a CPU.
+"""Compare five ways to train a small language model, with and without a teacher, on a CPU.
 
     python examples/language_model.py [--seeds N] [--steps N] [--write docs/language-models.md]
 

@@ -28,7 +28,7 @@ class Classifier(lightning.LightningModule):
     """A network that learns from labels, and from a teacher if it is given one."""
 
     def __init__(self, model: nn.Module, rate: float, teacher: nn.Module | None = None) -> None:
-        """Freezes the teacher. It is kept in a list, or it would be saved with the student."""
+        """Freeze the teacher, and keep it in a list, so that it is not saved with the student."""
         super().__init__()
         self.model, self.rate = model, rate
         self.loss = fastkd.KDLoss(temperature=4.0, alpha=0.1)
@@ -40,7 +40,7 @@ class Classifier(lightning.LightningModule):
             teacher.to(self.device, next(self.model.parameters()).dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         images, labels = batch
         if not self._teachers:
             return F.cross_entropy(self.model(images), labels)
@@ -51,12 +51,12 @@ class Classifier(lightning.LightningModule):
         return terms.loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """The accuracy on a batch."""
+        """Log the accuracy on a batch."""
         images, labels = batch
         self.log("accuracy", (self.model(images).argmax(-1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return the optimizer, Adam."""
         return torch.optim.Adam(self.model.parameters(), self.rate)
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of the students")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
 
@@ -92,13 +92,13 @@ def main() -> None:
             for rows, size in ((training, 32), (training[:100], 32), (test, 1000))
         )
         teacher = Classifier(network(256), 3e-3)
-        found = {"teacher": fit(teacher, all_rows, held_out, 10)}
+        accuracies = {"teacher": fit(teacher, all_rows, held_out, 10)}
         for name, source in {"student alone": None, "student distilled": teacher.model}.items():
             torch.manual_seed(seed)
             student = Classifier(network(16), 1e-2, source)
-            found[name] = fit(student, few, held_out, options.epochs)
-        gains.append(found["student distilled"] - found["student alone"])
-        shown = ", ".join(f"{name} {value:.1f} %" for name, value in found.items())
+            accuracies[name] = fit(student, few, held_out, options.epochs)
+        gains.append(accuracies["student distilled"] - accuracies["student alone"])
+        shown = ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items())
         print(f"seed {seed}: test accuracy: {shown}")
     error = 2 * stdev(gains) / len(gains) ** 0.5
     print(f"gain by distillation: {mean(gains):+.1f} ± {error:.1f} points (2 standard errors)")

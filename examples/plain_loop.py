@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of the students")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # networks this small gain nothing from a second one
+    torch.set_num_threads(1)  # networks this small gain nothing from a second thread
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     images = images.float() / 16
     gains = []
@@ -70,14 +70,14 @@ def main() -> None:
         )
         teacher = network(256)
         train(teacher, all_rows, 10, 3e-3)
-        found = {"teacher": accuracy(teacher, images[test], labels[test])}
+        accuracies = {"teacher": accuracy(teacher, images[test], labels[test])}
         for name, source in {"student alone": None, "student distilled": teacher}.items():
             torch.manual_seed(seed)
             student = network(16)
             train(student, few, options.epochs, 1e-2, source)
-            found[name] = accuracy(student, images[test], labels[test])
-        gains.append(found["student distilled"] - found["student alone"])
-        shown = ", ".join(f"{name} {value:.1f} %" for name, value in found.items())
+            accuracies[name] = accuracy(student, images[test], labels[test])
+        gains.append(accuracies["student distilled"] - accuracies["student alone"])
+        shown = ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items())
         print(f"seed {seed}: test accuracy: {shown}")
     error = 2 * stdev(gains) / len(gains) ** 0.5
     print(f"gain by distillation: {mean(gains):+.1f} ± {error:.1f} points (2 standard errors)")

@@ -23,7 +23,7 @@ LENGTH = 64
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """The mixin goes first."""
+    """Trainer with the distillation loss; the mixin is the first base."""
 
 
 def model(vocabulary: int, width: int, layers: int) -> GPT2LMHeadModel:
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the students")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)  # models this small gain nothing from a second one
+    torch.set_num_threads(1)  # models this small gain nothing from a second thread
     text = "\n".join(topics.values())
     characters = sorted(set(text))
     number = {character: index for index, character in enumerate(characters)}

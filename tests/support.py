@@ -20,7 +20,7 @@ CUDA_SIZE_CLASSES = (32, 128, 512, 1024, 4096, 8192, 20480, 40960, 163840, 42598
 
 
 def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Return rows of values, one of each factor, among which every two values meet."""
+    """Return rows with one value of each factor, such that every pair of values occurs."""
     lists = [list(factor) for factor in factors]
 
     def pairs(row: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
@@ -61,7 +61,7 @@ def make(
 ) -> Problem:
     """Draw logits, equal on every device, and labels of which a share is ignored."""
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32: float64 costs twice the time, and the truth takes the rounded values.
+    # Drawn in float32, in half the time of float64; the truth is computed from these values.
     wide = FP64 if FP64 in (dtype, teacher_dtype) else FP32
     student = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)
     teacher = torch.randn(shape, generator=generator, dtype=wide).mul_(spread)

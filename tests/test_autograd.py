@@ -262,7 +262,7 @@ def test_teacher_gets_no_gradient(device):
     with pytest.raises(ValueError, match=r"teacher requires grad.*\.detach\(\)"):
         fastkd.terms(student, teacher, labels)
     with torch.no_grad(), pytest.raises(ValueError, match="teacher requires grad"):
-        fastkd.loss(student, teacher, labels)  # no gradient is needed, and the mistake is the same
+        fastkd.loss(student, teacher, labels)  # an error without gradients, too
     for reduction in REDUCTIONS:
         value = fastkd.loss(student, teacher.detach(), labels, reduction=reduction)
         value.sum().backward()

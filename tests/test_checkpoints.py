@@ -333,7 +333,7 @@ def test_an_old_checkpoint_may_be_a_link(tmp_path, dangling):
     (folder / "step-00000005").symlink_to(elsewhere)
     if dangling:
         elsewhere.rename(tmp_path / "away")
-        trainer.save()  # a checkpoint of step 5 has the link's name
+        trainer.save()  # step 5 again: the new checkpoint has the name of the dangling link
     (folder / ".discarded").symlink_to(elsewhere)  # as after an interruption
     logged += losses(trainer, plain(), 15)
     assert len(logged) == 15

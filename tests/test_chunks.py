@@ -207,7 +207,7 @@ def test_autocast_changes_the_sizes():
 
 
 def test_meta_tensors_are_planned_for_a_gpu():
-    """Meta tensors may be larger than any memory."""
+    """A plan needs no data, so meta tensors larger than any memory have a plan."""
 
     def head(width: int) -> Head:
         shapes = ((4096, width), (128256, width))

@@ -240,7 +240,7 @@ def test_keras_distiller_sets_training_modes(keras_package):
 
 def test_keras_without_the_teacher():
     logits, _, labels = draw((6, 5))
-    no_teacher = nn.Linear(1, 1)  # raises if it is called with as many inputs
+    no_teacher = nn.Linear(1, 1)  # raises if it is called, since the inputs have another width
     ours = keras.Distiller(
         no_teacher, nn.Identity(), keras.LogitsDistillation(), student_loss_weight=1.0
     )

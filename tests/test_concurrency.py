@@ -165,7 +165,7 @@ print("finished")
 """
 
 
-@pytest.mark.parametrize(  # every two values meet
+@pytest.mark.parametrize(  # every pair of values occurs
     ("language", "retain", "loss"),
     [
         ("cpp", "free", "dense"),

@@ -100,7 +100,7 @@ def test_the_runtime_alone_reads_what_is_written(student, exported):
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "kind"), [("a.pte", "executorch"), ("a.pt2", "torch")])
 def test_int8_by_pt2e(student, tmp_path, file, kind):
-    """A convolution too, whose batch ATen would limit if it was traced with few samples."""
+    """PT2E quantizes a convolution, too; ATen would limit its batch if traced with few samples."""
     torch.manual_seed(0)
     first = nn.Conv2d(1, 1, 1)
     nn.init.dirac_(first.weight)
@@ -284,7 +284,7 @@ def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_programs_of_a_fixed_batch(student, count):
-    """They are called several times, and their last batch is padded."""
+    """Programs of a fixed batch are called several times, and their last batch is padded."""
     program = torch.export.export(student.eval(), (HELD_OUT[:4],))
     model = loading.load(program)
     assert torch.allclose(logits_of(model, HELD_OUT[:count]), logits_of(student, HELD_OUT[:count]))

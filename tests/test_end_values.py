@@ -99,7 +99,7 @@ def test_a_mixture_next_to_its_ends(device, name, mix, dtype, classes):
     ids=str,
 )
 def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes):
-    """The gradient is the hard term's alone."""
+    """The gradient is that of the hard term only."""
     who, name = masking
     student, teacher, labels = masked(who, classes, dtype, device)
     weight = torch.zeros(4, device=device) if how == "rows" else 0.0
@@ -127,7 +127,7 @@ def test_an_infinite_soft_term_of_no_weight(device, masking, how, dtype, classes
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_an_infinite_hard_term_of_no_weight(device, smoothing, classes):
-    """The student masks the label's class."""
+    """A student that masks the label's class has an infinite hard term, whose weight is 0."""
     student, teacher, labels = masked("student", classes, FP32, device)
     teacher[:3, 1] = -INF
     labels[:3] = 1

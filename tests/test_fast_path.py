@@ -111,14 +111,14 @@ def test_the_profiler_sees_the_loss(name, grad):
     with torch.profiler.profile(record_shapes=True) as profile:
         LOSSES[name](student.requires_grad_(grad), teacher, labels)
         with torch.inference_mode():
-            other = teacher + 1  # autograd cannot save it
+            other = teacher + 1  # an inference tensor, which autograd cannot save
         LOSSES[name](student, other, labels)
     op = {"loss": "fastkd::loss", "topk": "fastkd::topk_loss"}[name]
     recorded = [event for event in profile.events() if event.name == (f"{op}_into" if grad else op)]
     assert [event.input_shapes[1 if grad else 0] for event in recorded] == 2 * [[6, 20]]
 
 
-# ---- the backward pass, where the gradient is wanted anew
+# ---- backward passes that recompute the gradient
 
 
 @pytest.mark.usefixtures("each_autograd")

@@ -41,7 +41,7 @@ from fastkd._core.dense import DIVERGENCES
 
 
 class Case(NamedTuple):
-    """Parameters of a call, as numbers that print as they are typed."""
+    """Parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10
@@ -484,7 +484,7 @@ REGRESSIONS = [
     Case(
         (2,), 5, odd=((0, 0, 0, -math.inf), (1, 0, 0, -math.inf)), smoothing=1.0, weights=(0.0, 1.0)
     ),
-    # A teacher temperature for each row beside one student temperature.
+    # The teacher has a temperature for each row, and the student one for all rows.
     Case(teacher_t=3.0, per_row=frozenset(["teacher_temperature"])),
     Case(leading=(0,), teacher_t=2.0, per_row=frozenset(["teacher_temperature"])),
 ]

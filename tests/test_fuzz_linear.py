@@ -38,7 +38,7 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 
 
 class Case(NamedTuple):
-    """Parameters of a call, as numbers that print as they are typed."""
+    """Parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10

@@ -51,7 +51,7 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """Parameters of a call, as numbers that print as they are typed."""
+    """Parameters of a call; the repr of a case can be pasted as code."""
 
     op: str = "loss"
     leading: tuple[int, ...] = (3,)

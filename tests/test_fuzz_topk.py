@@ -37,7 +37,7 @@ from fastkd.reference.topk import is_infinite_without_rest
 
 
 class Case(NamedTuple):
-    """Parameters of a call, as numbers that print as they are typed."""
+    """Parameters of a call; the repr of a case can be pasted as code."""
 
     leading: tuple[int, ...] = (3,)
     classes: int = 10

@@ -1,4 +1,4 @@
-"""Invalid calls of the ops and of autograd's nodes, as by errors or attacks.
+"""Test invalid calls of the ops and of autograd's nodes, by mistake or by an attacker.
 
 Each call must raise, since the ops read and write memory by the sizes of their arguments.
 """

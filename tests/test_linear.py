@@ -57,7 +57,7 @@ def on_full_logits(
     scale: Any = None,
     **options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute them by PyTorch on full logits, products in ``dtype``, the loss in ``loss_dtype``."""
+    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in ``loss_dtype``."""
 
     def logits(hidden, weight, bias, cap, scale):
         z = F.linear(hidden, weight, bias) * (1.0 if scale is None else scale)

@@ -1,4 +1,4 @@
-"""Chunks of classes: against float64, against chunks of rows, and their memory."""
+"""Test chunks of classes against float64 and against chunks of rows, and their memory."""
 
 import math
 from typing import Any

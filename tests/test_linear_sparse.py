@@ -79,7 +79,7 @@ def on_full_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute them by PyTorch, products in ``dtype``, the loss in float32 at least."""
+    """Return loss and gradients by PyTorch: products in ``dtype``, the loss in float32 or wider."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in heads.leaves()]
     wide = torch.promote_types(dtype, FP32)
     z = F.linear(*leaves).to(wide) * scale
@@ -240,7 +240,7 @@ def test_autocast_keeps_float32_gradients(device, dtype):
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "soft cap"])
 def test_peak_memory_is_what_the_plan_says(cap):
-    """The gradient is a tensor of its own beside the logits."""
+    """The peak includes the gradient of the logits, which a sparse teacher needs separately."""
     heads = make(rows=512, classes=16000, ignored=0.0)
     for options in ({"chunk_size": 128}, {"max_workspace": 2**24}, {"chunk_size": 512}):
         options["chunk_by"] = "rows"

@@ -50,7 +50,7 @@ def check(
         ).view(rows)
     exact = truth(student, teacher, labels, grad_output=grad_output, **options)
     theirs = (None, None)
-    if against_eager and acc == FP32:  # in float64 the truth is eager
+    if against_eager and acc == FP32:  # in float64, eager PyTorch and the truth are the same
         theirs = eager(student, teacher, labels, grad_output=grad_output, **options)
     leaf = student.detach().requires_grad_()
     value = fastkd.loss(leaf, teacher, labels, **options)

@@ -117,7 +117,7 @@ print((resident() - before) / used)
     ],
     ids=["65 KB", "1 MB", "2.1 MB", "3 MB"],
 )
-@pytest.mark.parametrize(  # every two values meet
+@pytest.mark.parametrize(  # every pair of values occurs
     ("language", "loss"),
     [
         ("cpp", "dense"),

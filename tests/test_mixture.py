@@ -263,7 +263,7 @@ def test_rows_have_their_own_numbers():
 
 
 def test_pixels_are_mixed():
-    """The student has its classes in dim 1, the teachers adjacent."""
+    """Teachers with adjacent classes are mixed for a student with its classes in dim 1."""
     student = torch.randn(2, 19, 5, 7, generator=torch.Generator().manual_seed(3))
     teachers = [x.movedim(-1, 1) for x in teachers_of("logits", (2, 5, 7, 19), FP32, 2)]
     got = fastkd.loss(student, teachers, dim=1)

@@ -60,7 +60,7 @@ def report(models) -> fastkd.Report:
 
 
 def calibration_error(p: torch.Tensor, labels: torch.Tensor) -> float:
-    """As Guo et al. define it, a bin at a time."""
+    """Compute the expected calibration error as Guo et al. define it, bin by bin."""
     confidence, chosen = p.max(-1)
     error = 0.0
     for b in range(15):
@@ -94,7 +94,7 @@ def test_answers(models, report):
 
 
 def test_calibration_of_what_is_known():
-    """Sure and always right; then sure and right half of the time."""
+    """A sure model is always right, and then right half of the time."""
     logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
         found = fastkd.report(
@@ -129,7 +129,7 @@ def test_float64_is_kept():
 
 
 def test_wilson_interval_against_its_definition():
-    """Its ends are the shares at which the normal test just rejects."""
+    """The ends of the interval are the shares at which the normal test just rejects."""
     for share, rows in ((0.9, 50), (0.5, 7), (0.0, 20), (1.0, 3)):
         for end in measure.compute_wilson_interval(share, rows):
             gap = abs(share - end)
@@ -176,7 +176,7 @@ def test_size_counts_shared_weights_once():
     found = measure.measure_size(made)
     assert found.parameters == 64 + 8 + 16 + 8
     assert found.bytes == 4 * (found.parameters + 16) + 8
-    made[2].weight = nn.Parameter(made[0].weight.detach().t())  # the same memory
+    made[2].weight = nn.Parameter(made[0].weight.detach().t())  # a view of made[0].weight
     assert measure.measure_size(made).bytes == found.bytes
 
 
@@ -198,7 +198,7 @@ def test_size_of_a_quantised_model():
 
 
 class Summing(nn.Module):
-    """Without parameters."""
+    """Module without parameters, which sums its inputs."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :60].view(-1, 10, 6).sum(-1)
@@ -212,7 +212,7 @@ def test_models_without_parameters():
 
 
 class Slow(nn.Module):
-    """Waits, and remembers the batches it saw."""
+    """Module that waits, and stores the batches of its calls."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -340,7 +340,7 @@ def test_processor_time_of_every_thread():
         thread.start()
     work()
     after = measure._read_processor_time()
-    # The kernel counts with a delay, and a thread that has ended no longer counts.
+    # The operating system updates the times with a delay, and drops threads that have ended.
     assert 0.08e9 < after[0] - before[0] < 0.4e9 and after[1] >= before[1]
     for thread in threads:
         thread.join()
@@ -358,7 +358,7 @@ def busy_cores():
 
 
 class Repeated(nn.Module):
-    """A layer, so many times."""
+    """Module that applies a layer several times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class Repeated(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_speed_ratios_on_a_busy_machine(busy_cores, threads):
-    """They are within 2x of the true ratio, 30, or withheld with the reason."""
+    """Ratios are within 2x of the true ratio, 30, or withheld with the reason."""
     loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
     found = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
     for batch, latency in found.models[1].latency["cpu"].items():
@@ -404,7 +404,7 @@ def test_threads_are_set_and_restored():
 
 
 def test_modules_without_an_evaluation_mode():
-    """They are measured as they are; their siblings are evaluated."""
+    """Modules without modes are measured unchanged; other submodules are in evaluation mode."""
     rows = [{0: torch.export.Dim.AUTO}]
     exported = torch.export.export(nn.Linear(64, 10), (IMAGES[:2],), dynamic_shapes=rows).module()
     with pytest.raises(NotImplementedError):
@@ -419,7 +419,7 @@ def test_modules_without_an_evaluation_mode():
 
 
 def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
-    """A report whose models differ little, as exports of one student do."""
+    """Make a report whose models differ little, as exports of one student do."""
     models = []
     for index in range(count):
         name = ["teacher", "alone", "distilled"][index] if index < 3 else f"exported as {index}"
@@ -611,7 +611,7 @@ def test_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to, and its text."""
+    """Parser that collects a page's references and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -672,7 +672,7 @@ def test_a_title_is_text():
     "written", [*(pytest.param(n, marks=pytest.mark.slow) for n in range(4)), 4]
 )
 def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, written):
-    """Of a first report nothing, and an earlier one as it was."""
+    """A first report leaves no file, and an earlier report stays unchanged."""
     write, done = pathlib.Path.write_bytes, []
 
     def fill_disk(path, data):
@@ -695,7 +695,7 @@ def test_a_full_disk_leaves_no_half_of_a_report(report, tmp_path, monkeypatch, w
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system has no limits of file sizes")
 def test_a_file_that_may_not_grow_leaves_no_half_of_a_report(report, tmp_path):
-    """As on a full disk, by the system's own error."""
+    """A limit of the file size has the effect of a full disk, by the system's own error."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -719,7 +719,7 @@ def browse(page, *options: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_in_a_browser(report, tmp_path, dark):
-    """It is drawn, pictures too, on the paper that the reader's eyes prefer."""
+    """A browser draws the page and its pictures in the color scheme that the reader prefers."""
     image = pytest.importorskip("PIL.Image")
     page, picture = tmp_path / "report.html", tmp_path / "page.png"
     page.write_text(report.html(), encoding="utf-8")

@@ -61,7 +61,7 @@ def test_shifted_logits_equal_slices(student, teacher, labels, reduction, with_l
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_lists_belong_to_tokens(student, teacher, labels, divergence, with_labels):
-    """Token i's list comes with token i, as from servers, and token 0 has none."""
+    """A server's list for token i comes at position i; token 0 has no list."""
     log_probs, indices = teacher.log_softmax(-1).topk(K)
     log_probs[:, 0], indices[:, 0] = -math.inf, -1
     top = fastkd.TopK(log_probs, indices)

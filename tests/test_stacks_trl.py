@@ -130,7 +130,7 @@ def test_the_gkd_trainer_logs_trls_losses(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [FastGKD, integration.GKDTrainer])
 def test_gkd_trainer_where_no_token_of_a_step_counts(kind, tmp_path):
-    """TRL's own loss is 0 / 0 here."""
+    """A step without valid tokens has the loss 0, where TRL's own loss is 0 / 0."""
     data = prompted()
     rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in data.to_list()]
     empty = Dataset.from_list(rows)

@@ -1,4 +1,4 @@
-"""The teacher cache: round trips, and interruptions, losses and forged files."""
+"""Test the teacher cache: round trips, interruptions, losses, and forged files."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def cache(tmp_path_factory) -> TeacherCache:
     return write(Counting(), tmp_path_factory.mktemp("cache"), top_k=4, shard_bytes=2000)
 
 
-# ---- what is written is what is read
+# ---- round trips
 
 
 @pytest.mark.parametrize("dtype", EPS)

@@ -412,7 +412,7 @@ def test_a_student_close_to_its_teacher(tail, noise):
 
 
 def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
-    """Students in float32 at KL(teacher || student) = 5e-7, the tail one class."""
+    """Make students in float32 at KL(teacher || student) = 5e-7, with one class as the tail."""
     generator = torch.Generator().manual_seed(0)
     teacher = spread * torch.randn(4, classes, generator=generator, dtype=FP64)
     noise = 1e-3 * t * torch.randn(4, classes, generator=generator, dtype=FP64)
@@ -432,7 +432,7 @@ def near_teacher(classes: int, k: int, spread: float, t: float) -> Problem:
     [(500, 30, 1.5, 1.0), (500, 64, 3.0, 1.7), (5000, 64, 1.5, 1.7), (128256, 64, 3.0, 1.0)],
 )
 def test_near_the_teacher_in_float32(classes, k, spread, t, tail, name):
-    """Each row's value and gradient, where an error of 1e-8 in the tail's mass would show."""
+    """Value and gradient of each row would show an error of 1e-8 in the tail's mass."""
     problem = near_teacher(classes, k, spread, t)
     options = {"divergence": name, "temperature": t, "reduction": "none"}
     value, grad = run(problem, tail, **options)
@@ -776,7 +776,7 @@ def test_no_gradient_is_made_where_none_is_asked_for():
 # ---- torch.library, torch.compile
 
 
-@pytest.mark.parametrize(  # every two values meet
+@pytest.mark.parametrize(  # every pair of values occurs
     ("reduction", "requires_grad", "dtype"),
     [
         (0, True, FP32),

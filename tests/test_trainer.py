@@ -871,7 +871,7 @@ def test_without_accelerate_the_extra_is_named(monkeypatch):
         trainer_of(network(), network(24, 1))
 
 
-# ---- what is said and seen of it
+# ---- documentation and output
 
 
 def test_the_code_of_the_documentation_runs(capsys):

@@ -112,7 +112,7 @@ def test_compiled_transforms_equal_eager_ones(name, transform):
     torch.testing.assert_close(compiled(student), want, **EXACT)
 
 
-# ---- batches of gradients, and gradients that are no plain numbers
+# ---- batches of gradients, and gradients that are negated views
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop.*")

@@ -1,6 +1,6 @@
-// The loops of the sweeps after the first (scan.h): each works on one block of one row, which lies
-// in the L1 cache, a register of classes at a time. Letters as in numerics.h; docs/maths.md derives
-// the formulas.
+// The loops of the sweeps after the first (scan.h): value, slopes and gradient of one block of one
+// row, a register of classes at a time. The block lies in the L1 cache, so a sweep costs no memory
+// traffic. Letters as in numerics.h. Derivations: docs/maths.md, sections 2, 3 and 10.
 #pragma once
 #include "../divergences.h"
 #include "formulas.h"
@@ -13,26 +13,26 @@ namespace {
 // exponentials are relative to the greatest logit before its end (set_block(), row.h).
 template <class T>
 struct Coefficients : LogRatio<T> {
-  Exponential<T> separate;  // exp(z - max z) where it is no power of exp(z / t)
-  int squarings = 0;        // that make a power of exp((z - max z) / t)
+  Exponential<T> separate;  // exp(z - max z) if it is not a power of exp(z / t)
+  int squarings = 0;        // number of squarings from exp((z - max z) / t) to its power
   T soft_gain = 0;  // gradient = soft_gain * (slope - ...) + hard_gain * exp(z - max z) + uniform
   T hard_gain = 0;
   T uniform = 0;         // label smoothing's share of the target
-  T student_share = 0;   // of q, and
-  T constant_share = 0;  // of 1, which center the slopes (divergences.h)
+  T student_share = 0;   // factor of q in the centering of slopes (divergences.h)
+  T constant_share = 0;  // factor of 1 in the centering of slopes
   // Gradient of a row whose sums leave its label out (decoupled.h): other classes get rest_gain
   // times q, and the label gets label_gradient.
   T rest_gain = 0, label_gradient = 0;
   T student_inverse = 1, teacher_inverse = 1;  // 1 / |z|, 1 / |w|
   T teacher_inverse_temperature = 1;
-  bool well_separated = false;  // the row is (row.h)
+  bool well_separated = false;  // the row is well separated (row.h)
   // Factors of a block's exponentials:
   T student_scale = 0, teacher_scale = 0;          // q and p
   T student_soft_gain = 0, teacher_soft_gain = 0;  // soft_gain times these
   T block_hard_gain = 0, block_rest_gain = 0;
 
-  // Return true if the exponentials of the block can be compared over q's scale. In a block far
-  // below the row's maximum the scale is too close to 0.
+  // Return true if the exponentials of the block can be compared relative to q's scale. In a block
+  // far below the row's maximum the scale is too close to 0.
   bool is_comparable() const { return well_separated && student_scale > T(1e-15); }
 };
 
@@ -45,7 +45,7 @@ struct RowBlock {
   Vectors<S> grad = {};
 };
 
-// The numbers of a register of classes: register `index` of the step at `at`.
+// The numbers of one register of classes: register `index` of the step at `at`.
 template <class T, class S, int64_t kWidth>
 struct Classes {
   const RowBlock<T, S>& block;
@@ -69,7 +69,7 @@ struct Classes {
   }
 };
 
-// Calls fn(classes) for all registers of a block.
+// Call fn(classes) for all registers of a block.
 template <class T, class S, class Fn>
 FASTKD_HOST_DEVICE void for_registers(const RowBlock<T, S>& block, Fn&& fn) {
   const RowBlock<T, S> b = block;
@@ -80,8 +80,8 @@ FASTKD_HOST_DEVICE void for_registers(const RowBlock<T, S>& block, Fn&& fn) {
   });
 }
 
-// Return the quantities that the divergence D reads of some classes, of one row or of several: with
-// their logits, and their exponentials, which are to be scaled.
+// Return the quantities that the divergence D reads, for some classes of one row or of several,
+// from their logits and their unscaled exponentials.
 template <class D, class V, class R, class Scales>
 FASTKD_HOST_DEVICE Element<V> element_of(const LogRatio<R>& ratio, const Scales& s, V z, V w,
                                          V student, V teacher) {
@@ -98,7 +98,7 @@ FASTKD_HOST_DEVICE Element<Register<T>> element_of(const Coefficients<T>& c, con
   return element_of<D, Register<T>>(c, c, x.z(), x.w(), x.student(), x.teacher());
 }
 
-// Adds to the sums of values, slopes and classes; those that both logits mask are left out.
+// Add to the sums of values, slopes and classes; skip classes that both logits mask.
 template <class D, class V, class Values, class Sums>
 FASTKD_HOST_DEVICE void add_classes(const Evaluated<V>& here, int64_t index, Values* values,
                                     Sums* slopes, Sums* classes) {
@@ -117,8 +117,8 @@ struct SlopeSums {
   double value = 0, slope = 0, classes = 0;
 };
 
-// For the divergences whose slopes have a sum: sums value and slopes, and replaces the teacher's
-// exponentials by slopes.
+// Sum value and slopes, for divergences whose slopes have a sum. Replace the teacher's exponentials
+// by the slopes.
 template <class D, class T, class S>
 __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficients,
                                                 const ConstantsOf<T>& constants,
@@ -135,8 +135,8 @@ __attribute__((noinline)) SlopeSums find_slopes(const Coefficients<T>& coefficie
   return {values.total(), sums.total(), is_mean(D::kCentering) ? classes.total() : 0.0};
 }
 
-// Sums the reverse KL's slopes -q d. They are formed twice, which costs less than to cache them:
-// the sum needs no exponentials of the teacher.
+// Sum the reverse KL's slopes -q d. The sum needs no exponentials of the teacher. The sweep that
+// writes the gradient forms the slopes again, which costs less than caching them.
 template <class T, class S>
 __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients,
                                              const RowBlock<T, S>& b) {
@@ -149,17 +149,18 @@ __attribute__((noinline)) double sum_reverse(const Coefficients<T>& coefficients
   return -sums.total();
 }
 
-// What the label's gradient gets: the amount that the one-hot target takes off, or another value.
+// The change of the gradient at the label: an amount to subtract (the one-hot target), or another
+// value.
 template <class T>
 struct Label {
-  int64_t index = -1;  // in the row, or none
+  int64_t index = -1;  // of the label in the row, or -1
   bool replaces = false;
   T value = 0;
 
   FASTKD_HOST_DEVICE void change(T* gradient) const {
     *gradient = replaces ? value : *gradient - value;
   }
-  // Changes the gradient of a step that holds the label.
+  // Change the gradient of a step that contains the label.
   template <class S, int64_t kWidth>
   FASTKD_HOST_DEVICE void change(int64_t step, Register<T>* gradient) const {
     T numbers[kWidth];
@@ -169,8 +170,8 @@ struct Label {
   }
 };
 
-// Writes a block's gradient: fn(classes) is its part that is not the hard term's. `grad` may be the
-// student itself.
+// Write a block's gradient: fn(classes) is the gradient without the hard term's part. `grad` may be
+// the student itself.
 template <ExpSource kSource, class T, class S, class Fn>
 FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<T, S>& block,
                                        const Label<T>& label, Fn&& fn) {
@@ -191,20 +192,20 @@ FASTKD_HOST_DEVICE void write_gradient(const Coefficients<T>& c, const RowBlock<
     if constexpr (kSource != ExpSource::kNone) {
       add_hard<kSource, kMany>(separate, c.squarings, z, e, splat(c.block_hard_gain), g);
     }
-    // Before it is rounded.
+    // The label changes the gradient before it is rounded to S.
     if (!kIsExact && holds(b.at + at, kWidth, label.index)) {
       label.template change<S, kWidth>(b.at + at, g);
     }
     store<kWidth>(g, b.grad.at(at));
   });
-  // Here no branch of the loop is mispredicted for it.
+  // Here the loop has no branch for the label, which could be mispredicted.
   if constexpr (kIsExact) {
     const int64_t i = label.index - b.at;
     if (holds(0, b.classes, i)) label.change(b.grad.element(i));
   }
 }
 
-// The gradient of a well-separated row (row.h) is q - p as it stands.
+// Write the gradient of a well-separated row (row.h): q - p, directly.
 template <ExpSource kSource, class T, class S>
 __attribute__((noinline)) void write_difference(const Coefficients<T>& coefficients,
                                                 const RowBlock<T, S>& b, const Label<T>& label) {
@@ -214,7 +215,8 @@ __attribute__((noinline)) void write_difference(const Coefficients<T>& coefficie
   });
 }
 
-// Writes the forward KL's gradient, and returns its sum; with kDecoupled that of q - p, too.
+// Write the forward KL's gradient, and return its sum; with kDecoupled return the sum of q - p,
+// too.
 template <ExpSource kSource, bool kDecoupled, class T, class S>
 __attribute__((noinline)) SlopeSums write_forward_kl(const Coefficients<T>& coefficients,
                                                      const RowBlock<T, S>& b,
@@ -233,7 +235,7 @@ __attribute__((noinline)) SlopeSums write_forward_kl(const Coefficients<T>& coef
   return {values.total(), kDecoupled ? diffs.total() : 0.0, 0.0};
 }
 
-// With kValue the reverse KL is summed, too, class by class.
+// Write the reverse KL's gradient. With kValue, also sum the value class by class.
 template <ExpSource kSource, bool kValue, class T, class S>
 __attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coefficients,
                                                      const RowBlock<T, S>& b,
@@ -250,8 +252,9 @@ __attribute__((noinline)) SlopeSums write_reverse_kl(const Coefficients<T>& coef
   return {kValue ? values.total() : 0.0, 0.0, 0.0};
 }
 
-// Makes the gradient of cached slopes, which are over q's scale if the block is comparable. With
-// kMasked slopes may be NaN, where the gradient is 0, and a constant, or z, may center them.
+// Compute the gradient from cached slopes, which are relative to q's scale if the block is
+// comparable. With kMasked, slopes may be NaN (the gradient is then 0), and a constant or z may
+// center the slopes.
 template <ExpSource kSource, bool kMasked, class T, class S>
 __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients, bool unit,
                                              const RowBlock<T, S>& b, const Label<T>& label) {
@@ -267,8 +270,8 @@ __attribute__((noinline)) void center_slopes(const Coefficients<T>& coefficients
   });
 }
 
-// The entropies of a block, for `terms`, and whether one of its classes is the greatest of both; or
-// the teacher's entropy alone, which the soft cross entropy asks for.
+// The entropies of a block, for `terms`, and whether some class is the greatest of both student and
+// teacher; or the teacher's entropy alone, for the soft cross entropy.
 struct Entropies {
   double student = 0, teacher = 0;
   bool agreement = false;
@@ -297,16 +300,16 @@ __attribute__((noinline)) Entropies sum_entropies(const Coefficients<T>& coeffic
   return {-student.total(), -teacher.total(), agreements.total() > 0};
 }
 
-// Moments of several rows, one a lane, or of one row, parts of them a lane (Statistics, kernels.h).
-// In double: logits may be of any size.
+// The moments of Statistics (kernels.h): one row per lane, or parts of one row in all lanes. In
+// double, because logits may be of any size.
 template <class T>
 struct Moments {
   static constexpr int64_t kMany = kPerRegister<T>;
   double student[kMany] = {}, teacher[kMany] = {};
   Register<T> student_count{}, teacher_count{};
 
-  // Sums squares over the classes that student and teacher do not both mask; or the logits that are
-  // not masked.
+  // Sum squares over the classes that student and teacher do not both mask, or sum the logits that
+  // are not masked.
   FASTKD_HOST_DEVICE void add(Register<T> z, Register<T> w, bool squares) {
     using V = Register<T>;
     auto masked = z == -kInfinity<T>, teacher_masked = w == -kInfinity<T>;
@@ -324,7 +327,7 @@ struct Moments {
   }
 };
 
-// Not inlined, for most divergences need none.
+// Not inlined, because most divergences need no moments.
 template <class T, class S>
 __attribute__((noinline)) void add_moments(const RowBlock<T, S>& b, bool squares, Statistics* to) {
   Moments<T> sums;

@@ -1,6 +1,7 @@
-// Decoupled distillation: the sweeps are those of the forward KL among the classes other than the
-// label, which they leave out. This file computes the few numbers of each row that follow from the
-// label's two logits and the sweeps' sums (docs/maths.md, section 10). V as in row.h.
+// Decoupled knowledge distillation (DKD): the sweeps compute the forward KL among the classes other
+// than the label, which they leave out. This file computes the few numbers of each row that follow
+// from the label's two logits and the sweeps' sums (docs/maths.md, section 10). `V` is as in
+// formulas.h.
 #pragma once
 #include "row.h"
 
@@ -23,7 +24,7 @@ FASTKD_HOST_DEVICE Odds<V> odds_of(V label, V max, V scale, V temperature) {
 template <class V>
 struct LabelOdds {
   Odds<V> student, teacher;
-  V difference;  // of their logarithms, within what rounding did to the sums
+  V difference;  // of the logarithms, up to the rounding of the sums
 };
 template <class V>
 FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<V>& s,
@@ -35,7 +36,8 @@ FASTKD_HOST_DEVICE LabelOdds<V> label_odds(const Settings<V>& row, const Scales<
   return {student, teacher, both ? ratio.at(z, w) : teacher.log - student.log};
 }
 
-// The weight of the KL among the other classes: none where the teacher allows none of them.
+// Return the weight of the KL among the other classes: 0 if the teacher gives all of them
+// probability 0.
 template <class V>
 FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
   return s.teacher_scale > 0 ? broadcast<V>(static_cast<Scalar<V>>(in.mix)) : V{};
@@ -44,8 +46,9 @@ FASTKD_HOST_DEVICE V mix_of(const Inputs& in, const Scales<V>& s) {
 // The gains of a row whose sums leave its label out.
 template <class V>
 struct LabelGains {
-  V soft, rest;  // of slopes, and of q, in the other classes' gradient
-  V hard_share;  // what is left of the hard gain, whose exponentials sum to 1 without the label
+  V soft, rest;  // factors of slopes and of q in the other classes' gradient
+  V hard_share;  // hard gain without the label's share: its exponentials sum to 1 over the other
+                 // classes
   V label;       // the label's gradient
 };
 template <class V>
@@ -62,8 +65,8 @@ FASTKD_HOST_DEVICE LabelGains<V> label_gains(const Inputs& in, const Settings<V>
   return {soft, -diff, s.student_scale > 0 ? rest : V{}, diff + gains.hard * over_target};
 }
 
-// The label's part in a row's gradient, and what it changes in the other classes'. Not inlined, for
-// forward and backward must arrive at the same bits.
+// Set the label's part of a row's gradient, and the change of the other classes' gradient. Not
+// inlined, because forward and backward must compute the same bits.
 template <class T>
 __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, const Scales<T>& s,
                                         double gain, Coefficients<T>* c) {
@@ -78,7 +81,8 @@ __attribute__((noinline)) void decouple(const Inputs& in, const Row<T>& row, con
   if (hard) c->hard_gain = static_cast<T>(static_cast<double>(c->hard_gain) * gains.hard_share);
 }
 
-// log(sum exp z) - max z, of all classes: `others` is that of the others, -inf if there are none.
+// Return log(sum exp z) - max z over all classes. `others`: the same over the other classes; -inf
+// if there are none.
 template <class V>
 FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   const V label = s.student_label - s.student_max;
@@ -86,15 +90,15 @@ FASTKD_HOST_DEVICE V log_sum(const Scales<V>& s, V others) {
   return (odds.log > 0 ? label : others) + log1p_of(odds.minor);
 }
 
-// Makes of the other classes' sums those of all classes, with the divergence as their value.
+// Extend the sums over the other classes to all classes, with the divergence as their value.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE void include_label(const Inputs& in, const Settings<V>& row, const Scales<V>& s,
                                       const LogRatio<V>& ratio, Sums* sums) {
   const LabelOdds<V> odds = label_odds(row, s, ratio);
-  // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
-  // exponentials, and so to that of the odds.
+  // The exact sum of q - p is 0. The computed one shows the rounding error of the difference of the
+  // two sums of exponentials, and so of the odds.
   const V difference = odds.difference + log1p_of(sums->slope);
-  // NaN as in results_of().
+  // NaN is 0 * inf, and means an infinite divergence, as in results_of() (formulas.h).
   const V within = sums->value == sums->value ? sums->value : broadcast<V>(kInfinity<Scalar<V>>);
   sums->value =
       binary_kl(odds.teacher, odds.student, difference).value + weighted(mix_of(in, s), within);

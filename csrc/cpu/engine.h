@@ -1,4 +1,6 @@
-// All sweeps of a row, block by block and segment by segment.
+// All sweeps over one row, block by block and segment by segment, with the loops of scan.h and
+// blocks.h: the maxima and sums, the sums of slopes, and value and gradient (docs/maths.md,
+// sections 2, 3 and 9).
 #pragma once
 #include "decoupled.h"
 #include "first_sweep.h"
@@ -22,7 +24,8 @@ struct Engine : FirstSweep<T> {
   // Return true if the sweep that sums slopes caches them for the sweep that centers them.
   bool caches_slopes() const { return !one_sweep() && !is_reverse(in.divergence); }
 
-  // Return true if a row's gradient is q - p as it stands, and its value is known.
+  // Return true if the first sweep has computed the row's value, so that its gradient is q - p
+  // (row.h).
   bool is_difference(const ActiveRow<T>& r) const {
     return r.scales.mean > 0 && is_mean_log_ratio(in.divergence);
   }
@@ -33,7 +36,7 @@ struct Engine : FirstSweep<T> {
     return r;
   }
 
-  // Has a block's logits read, if they are not yet.
+  // Read a block's student logits, if they are not read yet.
   template <class S>
   void read_student(const ActiveRow<T>& r, RowBlock<T, S>* b, S* buffer) const {
     if (b->z.block != nullptr) return;
@@ -49,7 +52,7 @@ struct Engine : FirstSweep<T> {
   bool has_extras() const {
     return terms || in.label_smoothing != 0 || in.divergence == Divergence::kSoftCrossEntropy;
   }
-  // The label's logit, which the hard term is made of.
+  // Add the label's logit, for the hard term.
   void add_label_logit(const ActiveRow<T>& r, int64_t segment, Sums* sums) const {
     const int64_t begin = segment * kSegment, label = r.row.label;
     if (r.row.hard == ExpSource::kNone || !holds(begin, end_of(segment) - begin, label)) return;
@@ -75,7 +78,7 @@ struct Engine : FirstSweep<T> {
     sums->agreement += e.agreement;
   }
 
-  // Sums value and slopes of a block. Slopes that are cached replace the teacher's exponentials.
+  // Sum value and slopes of a block. If slopes are cached, they replace the teacher's exponentials.
   template <class S>
   SlopeSums sum_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
@@ -95,7 +98,7 @@ struct Engine : FirstSweep<T> {
     });
   }
 
-  // Sums value and slopes of one segment; in `cache` slopes replace the teacher's exponentials.
+  // Sum value and slopes of one segment. In `cache`, slopes replace the teacher's exponentials.
   void sum_segment(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
                    Sums* sums) const {
     if (!r->has_gradient()) return;
@@ -134,12 +137,12 @@ struct Engine : FirstSweep<T> {
     const Row<T>& row = r.row;
     if (grad == nullptr) return {};
     if (row.left_out >= 0) return {row.label, true, r.c.label_gradient};
-    // Not row.hard, because backward knows no terms.
+    // `gradient_hard`, not `hard`: backward does not know `terms`.
     if (row.gradient_hard == ExpSource::kNone) return {};
     return {row.label, false, static_cast<T>(r.gain * row.hard_weight * (1 - in.label_smoothing))};
   }
 
-  // Writes a block's gradient, or sums alone.
+  // Write a block's gradient, if there is one, and return the sums of the same loop.
   template <ExpSource kSource, class S>
   SlopeSums write_block(const ActiveRow<T>& r, const RowBlock<T, S>& b) const {
     const Coefficients<T>& c = r.c;
@@ -149,7 +152,7 @@ struct Engine : FirstSweep<T> {
       return {};
     }
     if (is_reverse(in.divergence)) {
-      // In backward, too, where nobody asks for the value: other loops might have other bits.
+      // Also in backward, which needs no value: another loop might produce other bits.
       return is_sum_of_slopes(c, c.student_share) ? write_reverse_kl<kSource, false>(c, b, label)
                                                   : write_reverse_kl<kSource, true>(c, b, label);
     }
@@ -163,8 +166,8 @@ struct Engine : FirstSweep<T> {
     return {};
   }
 
-  // The gradient of a segment. Sums are wanted by forward alone; null in backward. `has_slopes`:
-  // sum_segment() left them in `cache`.
+  // Write the gradient of a segment. `sums`: for forward; null in backward. `has_slopes`:
+  // sum_segment() has left the slopes in `cache`.
   void write(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache, bool has_slopes,
              Sums* sums) const {
     const bool difference = is_difference(*r);

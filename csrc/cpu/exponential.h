@@ -1,9 +1,9 @@
-// The exponential of the CPU kernels: scale * 2^((logit - max) * factor), shaped so that compilers
-// vectorise it.
+// The exponential of the CPU kernels: scale * 2^((logit - max) * factor), written so that compilers
+// vectorize it (docs/maths.md, section 4).
 //
-// With log2(e) / t as the factor no reduction by ln 2 is left to do: x = n + f with n the nearest
-// integer, 2^f is a polynomial, and n is added to the exponent's bits. The scale is folded into
-// the polynomial's coefficients, which makes normalisation free. The maximum is subtracted before
+// With log2(e) / t as the factor no reduction by ln 2 is needed: x = n + f with n the nearest
+// integer, 2^f is a polynomial, and n is added to the exponent's bits. The scale is folded into the
+// polynomial's coefficients, which makes normalization free. The maximum is subtracted before
 // anything is rounded, so that logits of any size are as accurate as small ones.
 //
 // Error of 2^x against the exact value at the same float x, scale 1: at most 1.0 ulp with FMA, 1.3
@@ -76,7 +76,7 @@ struct Polynomial<double> {
                                                     1.3691488853904128881e-12};
 };
 
-// std::ilogb() without the call, which each row would make three times; of 0 it is -1023.
+// Return std::ilogb(positive) without a call, which each row would make three times; -1023 for 0.
 inline int exponent_of(double positive) {
   return static_cast<int>(bits_as<uint64_t>(positive) >> Format<double>::kMantissa) - 1023;
 }
@@ -87,10 +87,10 @@ struct Exponential {
   using P = Polynomial<T>;
   T factor;
   T max;
-  T least;  // of logit - max: what lies below it is 0, for the bits of scale * 2^x would wrap round
+  T least;  // of logit - max: below it the result is 0, since the exponent would wrap around
   T coefficient[P::kCoefficients];
 
-  // scale >= 0; one above 1 is for exponents that are at most 0.
+  // `scale` >= 0. A scale above 1 is allowed only for exponents of at most 0.
   Exponential(T factor, T max, double scale)
       : factor(factor),
         max(max),

@@ -1,5 +1,6 @@
-// Access to the logits and the gradient of a row, and its first sweep: maxima and sums, and the
-// exponentials that later sweeps use again.
+// The first sweep over a row: maxima and sums of exponentials, and the exponentials that later
+// sweeps use again (docs/maths.md, sections 3 and 4). It also gives access to the logits and the
+// gradient.
 #pragma once
 #include "blocks.h"
 #include "row_blocks.h"
@@ -19,7 +20,7 @@ struct FirstSweep {
     constexpr int64_t kLeastClasses = 2048;  // set by measurement
     return stores_non_temporal(in, grad, kLeastClasses);
   }
-  // After whatever is to be seen by other threads.
+  // Complete non-temporal stores, so that other threads see the gradient.
   void complete() const {
     if (non_temporal()) store_fence();
   }
@@ -36,7 +37,7 @@ struct FirstSweep {
     return end < in.classes ? end : in.classes;
   }
 
-  // Calls fn with a value of the type that the sweeps read: bf16, if both logits are, or T.
+  // Call fn with a value of the type that the sweeps read: bf16 if both logits are bf16, else T.
   template <class Fn>
   auto with_storage(Fn&& fn) const {
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -56,10 +57,10 @@ struct FirstSweep {
     }
   }
 
-  // Has the processor look up where the next pages are, many at once, before they are wanted: a
-  // first access of a page, even to prefetch, waits for that, some 100 ns on a virtual machine.
-  // Longer rows gain nothing. (Inlined also because GCC leaves out calls of functions that only
-  // prefetch.)
+  // Prefetch to look up the addresses of the next pages, many at once, before they are needed. The
+  // first access to a page, even a prefetch, waits for that lookup: some 100 ns on a virtual
+  // machine. Longer rows gain nothing. Inlined also because GCC drops calls of functions that only
+  // prefetch.
   template <class S>
   FASTKD_HOST_DEVICE void touch_pages(const Logits& student, const Logits& teacher, int64_t index,
                                       int64_t at, int64_t count) const {
@@ -73,7 +74,7 @@ struct FirstSweep {
     }
   }
 
-  // The teacher's sums, with those that show whether the row is well separated.
+  // Sum the teacher's exponentials, and the log ratios that show whether the row is well separated.
   template <class S>
   ExponentialSums sum_log_ratios(const Vectors<const S>& z, const Vectors<const S>& w,
                                  int64_t count, const Exponential<T>& teachers, T student_max,
@@ -87,8 +88,9 @@ struct FirstSweep {
     return {};
   }
 
-  // Maxima and sums in one go: the sums so far are rescaled when a block raises a maximum. `cache`
-  // receives the exponentials and what each block's are relative to.
+  // Compute maxima and sums in one pass: the sums so far are rescaled when a block raises a
+  // maximum. `cache` receives the exponentials and the maximum that each block's exponentials are
+  // relative to.
   template <class S>
   Statistics scan_blocks(const Row<T>& row, int64_t index, int64_t begin, int64_t end,
                          const SegmentCache<T>& cache) const {
@@ -102,7 +104,7 @@ struct FirstSweep {
       return &sum_exponentials<decltype(source)::value, LogRatioSum::kNone, T, S>;
     });
     Statistics result = kNoStatistics;
-    // One by one: a copy of the struct would wait for its members to be stored.
+    // Copied one by one: a copy of the struct would wait for its members to be stored.
     T *student_cache = cache.student, *teacher_cache = cache.teacher;
     double *student_max = cache.student_max, *teacher_max = cache.teacher_max;
     bool log_ratios = row.log_ratios;
@@ -114,7 +116,7 @@ struct FirstSweep {
       if (top > result.student_max || teacher_top > result.teacher_max) {
         if (at == begin) {
           result.student_max = top, result.teacher_max = teacher_top;
-        } else {  // the sums so far become relative to the greater maxima
+        } else {  // rescale the sums so far to the greater maxima
           merge(row, Statistics{top, 0, 0, teacher_top, 0}, &result);
         }
         tempered.max = separate.max = origin_of<T>(result.student_max);
@@ -137,8 +139,8 @@ struct FirstSweep {
       if (row.unit || row.centered) {
         add_moments(RowBlock<T, S>{at, count, nullptr, nullptr, z, w}, row.unit, &result);
       }
-      // A row that is not well separated by its first classes is not worth the log ratios of the
-      // others.
+      // If the first classes are not well separated, the log ratios of the remaining classes are
+      // not worth computing.
       if (log_ratios && at == begin && at + count < end && mean_of(row, result) == 0) {
         log_ratios = false;
         result.log_ratio_sum = kNaN<double>;
@@ -162,7 +164,7 @@ struct FirstSweep {
     return result;
   }
 
-  // Write the maxima that the blocks' exponentials are relative to, as in scan().
+  // Write the maxima that the blocks' exponentials are relative to, as scan() does.
   template <class S>
   __attribute__((noinline)) void find_maxima(const Row<T>& row, int64_t index, int64_t begin,
                                              int64_t end, double* student_max,
@@ -192,8 +194,8 @@ struct FirstSweep {
         exponentials, Into::kL1);
   }
 
-  // Calls fn(block) for the blocks of a segment, with their constants in `r`: with exponentials
-  // that `cache` has, or recomputed.
+  // Call fn(block) for the blocks of a segment, with their constants in `r`. Exponentials are read
+  // from `cache`, or recomputed.
   template <class S, class Fn>
   void for_exponentials(ActiveRow<T>* r, int64_t segment, const SegmentCache<T>& cache,
                         Fn&& fn) const {

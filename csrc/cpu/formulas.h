@@ -1,6 +1,6 @@
-// The formulas of a row: all that is computed once a row, between its sweeps over the classes.
-// Scales from the first sweep's sums, the constants of log(p / q), the gains of the gradient's
-// terms, and at last loss and terms (docs/maths.md, sections 1 to 3 and 7).
+// The formulas of a row: everything that is computed once per row, between its sweeps over the
+// classes. Scales from the first sweep's sums, the constants of log(p / q), the factors of the
+// gradient's terms, and finally loss and terms (docs/maths.md, sections 1 to 3, 7 and 10).
 //
 // The row engine (rows.h) and the transposed engine (transposed_engine.h) share them, so that each
 // is written once. V is double in the row engine, which rounds the results to its compute type T;
@@ -18,7 +18,7 @@ FASTKD_HOST_DEVICE auto finite(V x) {
   return x - x == V{};
 }
 
-// x rounded to T.
+// Return x rounded to T.
 template <class T, class V>
 FASTKD_HOST_DEVICE V rounded(V x) {
   return static_cast<V>(static_cast<T>(x));
@@ -38,14 +38,14 @@ constexpr double kLowest = -__builtin_huge_val();
 template <class V>
 struct Scales {
   V student_max, student_scale, hard_scale, teacher_max, teacher_scale;
-  V student_label{}, teacher_label{};  // as in Statistics
+  V student_label{}, teacher_label{};  // as in Statistics (kernels.h)
   V student_inverse = broadcast<V>(1),
     teacher_inverse = broadcast<V>(1);  // 1 / |z|, 1 / |w| (kCosine)
   V student_mean{}, teacher_mean{};     // of the logits (kCenteredSquaredError)
-  V nothing{};                          // what a row of zeros adds to the divergence (kCosine)
-  V mean{};                             // the forward KL of a well-separated row; else 0
+  V nothing{};  // what a student or teacher of zeros adds to the divergence (kCosine)
+  V mean{};     // the forward KL of a well-separated row; else 0
 
-  // Not so where a logit is NaN or +inf, or all of them are -inf.
+  // Return false if a logit is NaN or +inf, or all logits are -inf.
   FASTKD_HOST_DEVICE auto valid() const {
     return finite(student_max) & finite(student_scale) & finite(teacher_max) &
            finite(teacher_scale) & valid_label(student_label, student_scale) &
@@ -54,7 +54,7 @@ struct Scales {
            finite(student_mean) & finite(teacher_mean);
   }
 
-  // In numbers of another type.
+  // Convert to numbers of type W.
   template <class W>
   Scales<W> as() const {
     const auto to = [](V x) { return static_cast<W>(x); };
@@ -72,7 +72,7 @@ struct Scales {
   }
 };
 
-// The scales of a row, or of several, from its first sweep's sums.
+// Return the scales of one row, or of several, from the first sweep's sums.
 template <class V, class Sums>
 FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& sums, bool hard, bool decoupled) {
   Scales<V> s = {static_cast<V>(sums.student_max),
@@ -83,7 +83,7 @@ FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& sums, bool hard, bool decoupl
                  static_cast<V>(sums.student_label),
                  static_cast<V>(sums.teacher_label)};
   if (!decoupled) return s;
-  // No class but the label.
+  // The label may be the only class that is not masked.
   const auto no_student = sums.student_sum == 0, no_teacher = sums.teacher_sum == 0;
   s.student_max = no_student ? V{} : s.student_max;
   s.student_scale = no_student ? V{} : s.student_scale;
@@ -93,7 +93,7 @@ FASTKD_HOST_DEVICE Scales<V> scales_of(const Sums& sums, bool hard, bool decoupl
   return s;
 }
 
-// Calls fn(which, number) for the numbers of `stats` (kernels.h).
+// Call fn(which, number) for the numbers of `stats` (kernels.h).
 template <class V, class Fn>
 FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& classes, Fn&& fn) {
   const bool unit = id == Divergence::kCosine, centered = id == Divergence::kCenteredSquaredError;
@@ -114,7 +114,8 @@ FASTKD_HOST_DEVICE void for_stats(Divergence id, Scales<V>& s, V& slope, V& clas
 // If the two maxima differ by more than kApart, d is formed from logits relative to them: w - z
 // alone would round at the size of the difference (docs/maths.md, section 3).
 constexpr double kApart = 32;
-// At a temperature below 1, what counts is the difference over it.
+// Return true if the maxima differ by more than kApart, or at a temperature below 1 by more than
+// kApart times the temperature.
 template <class V>
 FASTKD_HOST_DEVICE auto are_apart(V student_max, V teacher_max, V temperature) {
   const V limit = static_cast<Scalar<V>>(kApart) * bounded_above<V>(temperature, 1);
@@ -131,7 +132,7 @@ struct LogRatio {
   V temperature_ratio = broadcast<V>(1);  // the student's temperature over the teacher's
   V student_base{}, teacher_base{};
   V log_ratio{};
-  Mask<V> shifted{};  // the bases are not 0, or the ratio not 1
+  Mask<V> shifted{};  // true if a base is not 0 or the ratio is not 1
 
   template <class W = V>
   FASTKD_HOST_DEVICE W at(W z, W w) const {
@@ -140,8 +141,8 @@ struct LogRatio {
   }
 };
 
-// Rounded to T, in which the classes are computed: what rounding does to all d of a row alike,
-// include_label() takes off again.
+// Return the constants, rounded to the type T in which the classes are computed. include_label()
+// corrects the rounding error that all d of a row share.
 template <class T, class V>
 FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scales<V>& s,
                                               bool of_logits) {
@@ -149,7 +150,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
   r.inverse_temperature = rounded<T, V>(1 / row.temperature);
   r.temperature_ratio = rounded<T, V>(row.temperature / row.teacher_temperature);
   if (of_logits) {
-    // A logit far above its row's others would take their digits.
+    // Subtract the means first: a logit far above the others of its row would take their digits.
     r.student_base = s.student_mean, r.teacher_base = s.teacher_mean;
     r.shifted = r.inverse_temperature > 0;
     return r;
@@ -165,7 +166,7 @@ FASTKD_HOST_DEVICE LogRatio<V> make_log_ratio(const Settings<V>& row, const Scal
 }
 
 // Factors of slopes and of probabilities in the gradient of the weighted loss, and the amounts that
-// the target takes off: `onehot` from the label, `uniform` from all classes.
+// the target subtracts: `onehot` from the label, `uniform` from all classes.
 template <class V>
 struct RowGains {
   V soft, hard, onehot, uniform;
@@ -181,7 +182,7 @@ FASTKD_HOST_DEVICE RowGains<V> gains_of(const Inputs& in, const Settings<V>& row
           hard * smoothing / static_cast<Scalar<V>>(in.classes)};
 }
 
-// A row's loss and terms.
+// Return a row's loss and terms.
 template <class V>
 struct Results {
   V loss, terms[kTerms];

@@ -1,5 +1,6 @@
-// Sparse losses and mixtures in fp64, which is for correctness and not for speed: compiled once,
-// for the least processor, and used by all instruction sets. Arguments as in Kernels (kernels.h).
+// Sparse losses and mixtures in fp64, the precision for correctness and not for speed: compiled
+// once, for the least processor, and used by all instruction sets. Arguments as in Kernels
+// (kernels.h). Formulas: docs/maths.md, sections 12 and 13.
 #pragma once
 #include "../kernels.h"
 

@@ -1,5 +1,6 @@
-// fp64 rows whose classes are not adjacent: the row engine computes them from copies, one by one.
-// (Of other types the transposed engine computes several at once.)
+// fp64 rows whose classes are not adjacent: the row engine computes them from contiguous copies,
+// row by row. The transposed engine computes such rows of other dtypes. Nothing here depends on the
+// formulas of docs/maths.md.
 #pragma once
 #include <cstring>
 #include <vector>
@@ -10,7 +11,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Copies numbers of `size` bytes; strides are in numbers.
+// Copy numbers of `size` bytes; strides are in numbers.
 inline void copy_apart(const void* from, int64_t from_stride, void* to, int64_t to_stride,
                        int64_t count, int64_t size) {
   for (int64_t i = 0; i < count; ++i) {
@@ -19,7 +20,7 @@ inline void copy_apart(const void* from, int64_t from_stride, void* to, int64_t 
   }
 }
 
-// Calls fn(args, row, row + 1) for each row, with adjacent copies of its logits and its gradient.
+// Call fn(args, row, row + 1) for each row, with contiguous copies of its logits and its gradient.
 template <class Args, class Fn>
 void for_gathered_rows(const Args& args, int64_t begin, int64_t end, Fn&& fn) {
   const int64_t student_size = size_of(args.student_dtype),

@@ -1,4 +1,5 @@
-// Dispatch: the compiled kernels that this processor can run, and the choice among them.
+// Dispatch: lists the compiled kernels that this processor can run, and selects one. The result may
+// differ in the last bits between instruction sets (docs/maths.md, section 9).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -26,8 +27,8 @@ Kernels make_kernels(const char* name);
 namespace {
 
 #if defined(__x86_64__)
-// Virtual machines may hide it where AVX2 is shown. GCC 10's __builtin_cpu_supports() has no name
-// for it.
+// Virtual machines may hide F16C while they show AVX2. GCC 10's __builtin_cpu_supports() does not
+// know F16C.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -53,7 +54,7 @@ struct Registry {
     return nullptr;
   }
 
-  // A make_kernels() is only called where its instructions exist: its own code may use them.
+  // Each make_kernels() is called only if its instructions exist, since its own code may use them.
   Registry() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

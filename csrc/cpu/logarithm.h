@@ -1,4 +1,5 @@
-// The logarithms of the loops, shaped so that compilers vectorise them.
+// The logarithms of the kernels' loops, written so that compilers vectorize them. Their errors
+// enter the mixtures of teachers and the entropies (docs/maths.md, sections 1 and 12).
 #pragma once
 #include "exponential.h"
 
@@ -9,7 +10,7 @@ namespace {
 FASTKD_HOST_DEVICE float log2_of(float x) { return fastkd::log_of(x) * static_cast<float>(kLog2E); }
 FASTKD_HOST_DEVICE double log2_of(double x) { return std::log2(x); }
 
-// The natural logarithm of any number: -inf of 0, NaN of what is below.
+// Return the natural logarithm of any number: -inf for 0, NaN for negative numbers.
 FASTKD_HOST_DEVICE float log_of(float x) {
   const float infinity = __builtin_huge_valf();
   const bool subnormal = x < 1.17549435e-38f;

@@ -1,6 +1,7 @@
-// Several teachers, or probabilities, as the logits of one, row by row, compiled once for each
-// instruction set. The first sweep computes the normalization of each teacher; the second, which
-// finds the logits in the cache, mixes them. A mean of logits needs no first sweep.
+// Logits of a mixture of teachers, or of one teacher's probabilities, row by row, compiled once for
+// each instruction set. The first sweep computes the normalization of each teacher; the second
+// mixes the logits, which are then in the cache. A mean of logits needs no first sweep. Formulas:
+// docs/maths.md, section 12.
 #include "../mixture.h"
 
 #include <limits>
@@ -31,7 +32,7 @@ class Mixer {
     const T factor = static_cast<T>(kLog2E / teacher_t);
     for (int64_t k = 0; k < args_.count && !linear; ++k) normal_[k] = scan(k, row, factor);
     for (int64_t at = 0; at < args_.classes; at += kBlock) {
-      const int64_t left = args_.classes - at, count = left < kBlock ? left : kBlock;
+      const int64_t remaining = args_.classes - at, count = remaining < kBlock ? remaining : kBlock;
       T* const sums = block(args_.count);
       linear ? average(row, at, count, static_cast<T>(t / teacher_t), sums)
              : mix_block(row, at, count, factor, static_cast<T>(kLn2 * t), sums);
@@ -49,7 +50,7 @@ class Mixer {
 
   T* block(int64_t i) { return blocks_.data() + i * kBlock; }
 
-  // A teacher's logits, and -inf up to a multiple of kLanes, which is returned.
+  // Load a teacher's logits, padded with -inf to a multiple of kLanes; return that multiple.
   int64_t load(int64_t k, int64_t row, int64_t at, int64_t count, T* to) const {
     const MixedTeacher& teacher = args_.teachers[k];
     const int64_t start = row_offset(row, teacher.group_rows, teacher.stride);
@@ -68,7 +69,7 @@ class Mixer {
     double sum = 0;
     T* const logits = block(k);
     for (int64_t at = 0; at < args_.classes; at += kBlock) {
-      const int64_t left = args_.classes - at, count = left < kBlock ? left : kBlock;
+      const int64_t remaining = args_.classes - at, count = remaining < kBlock ? remaining : kBlock;
       const int64_t padded = load(k, row, at, count, logits);
       const Vectors<const T> vectors{logits};
       const T top = maximum(vectors, padded);
@@ -97,7 +98,8 @@ class Mixer {
     }
   }
 
-  // The logarithm of the sum of the teachers' probabilities, relative to the greatest of them.
+  // Write the logarithm of the sum of the teachers' probabilities, relative to the greatest of
+  // them.
   void mix_block(int64_t row, int64_t at, int64_t count, T factor, T unit, T* sums) {
     T* const greatest = block(args_.count + 1);
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -125,14 +127,14 @@ class Mixer {
     }
 #pragma omp simd
     for (int64_t i = 0; i < padded; ++i) {
-      const T nan_or_0 = sums[i] - sums[i];  // which log2_of would not hand on
+      const T nan_or_0 = sums[i] - sums[i];  // keeps NaN, which log2_of() would drop
       sums[i] = (greatest[i] + log2_of(sums[i]) + nan_or_0) * unit;
     }
   }
 
   const MixtureArgs& args_;
   std::vector<Normal> normal_;
-  std::vector<T> blocks_;  // one for each teacher, the sums, and one more
+  std::vector<T> blocks_;  // one block for each teacher, one for the sums, and one more
 };
 
 template <class T>

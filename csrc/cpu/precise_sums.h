@@ -1,6 +1,6 @@
-// Sums of exponentials of fp32 logits with a tenth of the error that fp32 numbers have: for the
+// Sums of exponentials of fp32 logits with a tenth of the rounding error of fp32 sums, for the
 // classes of a sparse loss's row that are not listed. Near the teacher, the error of that sum is
-// large beside the difference of student and teacher (docs/maths.md, section 13).
+// large compared with the difference of student and teacher (docs/maths.md, section 13).
 #pragma once
 #include "scan.h"
 
@@ -10,7 +10,7 @@ namespace {
 #if defined(__FMA__) || defined(__aarch64__)
 constexpr bool kHasFusedProducts = true;
 #else
-constexpr bool kHasFusedProducts = false;  // x86's baseline alone
+constexpr bool kHasFusedProducts = false;  // only on the x86 baseline
 #endif
 
 // exp(z / t) as 2^(n + f) for an integer n. z * factor - n is exact with a fused product: rounding
@@ -19,16 +19,16 @@ constexpr bool kHasFusedProducts = false;  // x86's baseline alone
 struct PreciseExponential {
   double exact_factor;       // log2(e) / t
   float factor, factor_low;  // its upper and lower part
-  float least = 0;           // logits below it are taken as it: 2^(reference - 125)
-  float round = 0;           // added to n + f, it leaves the bits of 2^(n - reference) below
-  double to_max = 0;         // the sum's exponent, once it is made relative to the maximum
+  float least = 0;           // smaller logits are replaced by it: 2^(reference - 125)
+  float round = 0;           // added to n + f, leaves the bits of 2^(n - reference) at the low end
+  double to_max = 0;         // exponent of the sum once it is relative to the maximum
 
   explicit PreciseExponential(double temperature)
       : exact_factor(bounded_above(kLog2E / temperature, 0x1p127)),
         factor(static_cast<float>(exact_factor)),
         factor_low(static_cast<float>(exact_factor - static_cast<double>(factor))) {}
 
-  // Return false if the maximum is too large for an integer to be its exponent's reference.
+  // Set the maximum. Return false if it is so large that the reference is not an integer.
   bool set_max(double max) {
     const double exponent = max * exact_factor, reference = std::nearbyint(exponent);
     round = Format<float>::kRound + 127 - static_cast<float>(reference);
@@ -38,7 +38,7 @@ struct PreciseExponential {
   }
 };
 
-// Sums in double of the lanes of registers.
+// Sums of register lanes, in double.
 struct WideSum {
   double lanes[kPerRegister<float>] = {};
 
@@ -52,8 +52,8 @@ struct WideSum {
   }
 };
 
-// Return the sums of a block relative to its maximum. 2^n and what the factor 2^f adds to it are
-// summed apart: the former are rounded only where they lie 2^24 apart, and the latter are small.
+// Return the sums of a block relative to its maximum. 2^n and the part that the factor 2^f adds are
+// summed separately: the former are rounded only if they lie 2^24 apart, and the latter are small.
 // Runs are short because their rounding has a bias: powers of less than half a unit are lost, and
 // half a unit is mostly rounded down, to even. A logit of -inf counts as the least power of two.
 template <ExpSource kSource>

@@ -1,5 +1,6 @@
-// Explicit SIMD registers, for the loop that decides the speed. Compilers keep its sums over lanes
-// in memory, and see no lookup in a table that fits a register (docs/performance-log.md).
+// Explicit SIMD registers, for the loop over classes, which decides the speed. Compilers keep its
+// sums over lanes in memory, and do not use a register as a lookup table (docs/performance-log.md).
+// The exponentials are those of docs/maths.md, section 4.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -29,7 +30,7 @@ struct RegisterOf<float> {
   typedef float Type __attribute__((vector_size(kRegisterBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
 };
-// fp64 is for correctness and not for speed: one number at a time.
+// fp64 is for correctness and not for speed: one number per register.
 template <>
 struct RegisterOf<double> {
   using Type = double;
@@ -44,7 +45,7 @@ template <class T>
 constexpr int64_t kPerRegister = sizeof(Register<T>) / static_cast<int64_t>(sizeof(T));
 template <>
 inline constexpr int64_t kPerRegister<BFloat16> = 2 * kPerRegister<float>;
-// A step of kWidth numbers takes so many registers, the last perhaps in part.
+// Number of registers of a step of kWidth numbers; the last may be partly filled.
 template <int64_t kWidth, class T>
 constexpr int64_t kRegisters = (kWidth + kPerRegister<T> - 1) / kPerRegister<T>;
 template <int64_t kWidth, class T>
@@ -55,7 +56,8 @@ constexpr size_t kBytesOfEach = sizeof(T) * (kWidth < kPerRegister<T> ? kWidth :
 #else
 #define FASTKD_INLINE
 #endif
-// In front of loops over registers: left as loops, GCC would make copies of memory of some of them.
+// Precedes loops over registers: GCC copies some registers to memory if such a loop is not
+// unrolled.
 #if defined(__clang__)
 #define FASTKD_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -67,14 +69,14 @@ FASTKD_HOST_DEVICE Register<T> splat(T x) {
   return Register<T>{} + x;
 }
 
-// Register `index` of the numbers of a step that is kWidth numbers long; lanes beyond them are
-// `otherwise`. Those of 16 bits come in pairs, all the first ones, then all the second ones: one
-// shift or mask takes each out of its pair, where keeping their order would cost a permutation.
+// Return register `index` of a step of kWidth numbers; lanes beyond them are `otherwise`. 16-bit
+// numbers come in pairs: all first elements, then all second elements. One shift or mask takes an
+// element out of its pair; keeping their order would cost a permutation.
 template <int64_t kWidth, class T>
 FASTKD_HOST_DEVICE Register<T> load_register(const T* step, int64_t index, T otherwise) {
   Register<T> numbers = splat(otherwise);
 #if defined(__AVX512F__)
-  // memcpy() would go through memory, where half a register waits for its other half.
+  // memcpy() would go through memory, where half a register waits for the other half.
   if constexpr (2 * kWidth == kPerRegister<T>) {
     return (Register<T>)_mm512_insertf32x8((__m512)numbers, _mm256_loadu_ps(step), 0);
   }
@@ -92,13 +94,13 @@ FASTKD_HOST_DEVICE Register<float> load_register(const BFloat16* step, int64_t i
               sizeof(pairs));
   return bits_as<Register<float>>(second ? pairs & 0xffff0000u : pairs << 16);
 }
-// Return the place of a step's number in its registers.
+// Return the position of a step's number in its registers.
 template <class S>
 FASTKD_HOST_DEVICE int64_t place_of(int64_t index, int64_t width) {
   return sizeof(S) == sizeof(BFloat16) ? index / 2 + index % 2 * (width / 2) : index;
 }
 
-// A step in registers, and back.
+// Load a step into registers, and store it.
 template <int64_t kWidth, class S, class T>
 FASTKD_HOST_DEVICE void load(const S* step, T otherwise, Register<T>* to) {
   FASTKD_UNROLL
@@ -134,7 +136,7 @@ FASTKD_HOST_DEVICE Scalar<V> lane_of(const V& numbers, int64_t lane) {
   }
 }
 
-// b where a is NaN.
+// Return a, or b where a is NaN.
 template <class V>
 FASTKD_HOST_DEVICE V min(V a, V b) {
   return a < b ? a : b;
@@ -145,17 +147,17 @@ FASTKD_HOST_DEVICE V max(V a, V b) {
 }
 
 #if defined(__AVX512F__)
-// GCC 12 warns that the forms without a mask read what is not initialised.
+// The unmasked intrinsics make GCC 12 warn about reads of uninitialized memory.
 constexpr __mmask16 kAllLanes = 0xffff;
-// GCC 12 joins the choice above with the operation before it, so that a maximum waits for a
-// comparison and a masked shift: bf16 of 4,096 classes 0.85 instead of 0.80 ns a class (Xeon,
-// December 2026).
+// GCC 12 merges the comparison above with the operation before it, so that a maximum waits for a
+// comparison and a masked shift: this took 0.85 instead of 0.80 ns per class for bf16 rows of 4,096
+// classes (Xeon, December 2026).
 FASTKD_HOST_DEVICE Register<float> max(Register<float> a, Register<float> b) {
   return (Register<float>)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
 }
 #endif
 
-// exp(x t) of a register's numbers, x relative to their maximum: Exponential with scale 1.
+// exp(x t) of a register of numbers x relative to their maximum: Exponential with scale 1.
 template <class T>
 struct Exponentials {
   Exponential<T> one;
@@ -163,7 +165,7 @@ struct Exponentials {
 
   explicit Exponentials(const Exponential<T>& one)
       : one(one), factor(splat(one.factor)), max(splat(one.max)), least(splat(one.least)) {}
-  // Each lane has a factor of its own.
+  // `factor`: one for each lane.
   explicit Exponentials(Register<T> factor)
       : one(1, 0, 1), factor(factor), max{}, least(Format<T>::kMinExponent / factor) {}
 
@@ -183,7 +185,8 @@ constexpr int kRoots = 1 << kRootBits;
 constexpr int kRootShift = Format<float>::kMantissa - kRootBits;
 static_assert(kRoots == kPerRegister<float>, "the table of roots is a register");
 
-// The bits of 2^(i / kRoots), less what i adds once all of n is added to the exponent.
+// The bits of 2^(i / kRoots), minus the amount that the low bits i of n add to the exponent when n
+// is added to the bits.
 struct RootTable {
   alignas(kRegisterBytes) uint32_t entry[kRoots] = {};
   constexpr RootTable() {
@@ -199,17 +202,17 @@ struct RootTable {
 };
 constexpr RootTable kRootTable{};
 
-// 2^x as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2: the first is looked up by the low bits of n
-// in a table that is a register, and for the second a polynomial of degree 3 is enough. Six
-// products instead of eight; what there is more of goes through other pipes. Error at most 1.0 ulp,
-// with 8 roots 1.2 (measured, tests/kernels), and what Exponential says of the rest.
+// 2^x as 2^(n / kRoots) 2^(f / kRoots) with |f| <= 1/2. The first factor is looked up by the low
+// bits of n in a table that is one register; for the second a polynomial of degree 3 is enough. Six
+// products instead of eight; the additional instructions use other execution ports. Error at most
+// 1.0 ulp, with 8 roots 1.2 (measured, tests/kernels). Special values are those of Exponential.
 template <>
 struct Exponentials<float> {
 #if defined(__AVX512F__)
   // Minimax for the relative error: 1.6e-9.
   static constexpr float kFirst = 4.33216989e-2f, kSecond = 9.38415188e-4f, kThird = 1.35503263e-5f;
 #else
-  // The same: 2.5e-8.
+  // Minimax for the relative error: 2.5e-8.
   static constexpr float kFirst = 8.66434e-2f, kSecond = 3.75403e-3f, kThird = 1.08391e-4f;
 #endif
 
@@ -217,7 +220,7 @@ struct Exponentials<float> {
   RegisterBits<float> table;
 
   explicit Exponentials(const Exponential<float>& one)
-      // No temperature is so small that the product should be infinite.
+      // The bound keeps the product finite at any valid temperature.
       : factor(splat(bounded_above(one.factor * kRoots, std::numeric_limits<float>::max()))),
         max(splat(one.max)),
         least(splat(one.least)) {

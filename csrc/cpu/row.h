@@ -1,5 +1,5 @@
-// A row's settings besides its logits: its temperature and label, the merging of statistics, and
-// the constants of the second sweep.
+// One row without its classes: its temperature and label, the merging of its statistics, and the
+// constants of its second sweep (docs/maths.md, sections 3, 4 and 9).
 #pragma once
 #include <cmath>
 
@@ -10,40 +10,40 @@ namespace {
 
 enum class State { kNormal, kIgnored, kInvalid };
 
-// The forward KL, and with the teacher's entropy the soft cross entropy, is the teacher's mean of
-// log(p / q). The first sweep sums all that the mean takes. In a well-separated row, whose forward
-// KL is clearly above 0, that mean loses no digits: no further sweep is needed for it, and the
-// gradient is q - p as it stands. Near 0 both would cancel, and the second sweep forms them class
-// by class (docs/maths.md, section 3).
+// Return true if the divergence's value is the teacher's mean of log(p / q): the forward KL, and
+// the soft cross entropy, which adds the teacher's entropy. The first sweep sums what the mean
+// needs. In a well-separated row the forward KL is clearly above 0, so that mean loses no digits:
+// no further sweep is needed for the value, and the gradient is q - p, directly. Near 0 both would
+// cancel, and the second sweep forms them class by class (docs/maths.md, section 3).
 constexpr bool is_mean_log_ratio(Divergence id) {
   return id == Divergence::kForwardKL || id == Divergence::kSoftCrossEntropy;
 }
-// The JSD with mix 1/2, in a well-separated row, needs no forms for where p is near q.
+// Return true for the JSD with mix 1/2, whose sweep has a shorter form in a well-separated row.
 inline bool is_even_jsd(const Inputs& in) {
   return in.divergence == Divergence::kJensenShannon && in.mix == 0.5;
 }
 inline bool may_be_well_separated(const Inputs& in) {
   return is_mean_log_ratio(in.divergence) || is_even_jsd(in);
 }
-// A well-separated row's forward KL is at least so many nats, and this share of the greater of the
-// two parts of which it is the difference: rounding costs up to 4e-7 of a part. A forward KL above
-// kGreatest, or infinite, or NaN, comes from masks.
+// A row is well separated if its forward KL is at least kWellSeparated nats, at least kShare of the
+// greater of the two parts whose difference it is (rounding costs up to 4e-7 of a part), and at
+// most kGreatest: masks make the forward KL larger, infinite or NaN.
 constexpr double kWellSeparated = 0.05, kShare = 0.1, kGreatest = 1e4;
 
 template <class T>
 struct Row : Settings<double> {
   State state = State::kNormal;
   int64_t label = -1;
-  int64_t left_out = -1;  // the label where the sums are of the other classes (kDecoupled)
-  ExpSource hard = ExpSource::kNone;           // in the sums
-  ExpSource gradient_hard = ExpSource::kNone;  // in the gradient: none if hard_weight is 0
+  int64_t left_out = -1;  // the label, if the sums are over the other classes (kDecoupled); else -1
+  ExpSource hard = ExpSource::kNone;           // the hard term's source in the sums
+  ExpSource gradient_hard = ExpSource::kNone;  // and in the gradient: kNone if hard_weight is 0
   bool unit = false;                           // the divergence is of unit vectors (kCosine)
   bool centered = false;                       // it is of centered logits (kCenteredSquaredError)
-  bool of_logits = false;                      // it compares logits, of which no softmax is taken
-  bool log_ratios = false;  // the first sweep sums what shows if a row is well separated
+  bool of_logits = false;   // the divergence compares logits and takes no softmax
+  bool log_ratios = false;  // the first sweep sums what shows whether the row is well separated
   T factor = 0;             // of the student's tempered exponential
   T teacher_factor = 0;     // of the teacher's
-  T hard_factor = 0;        // of exp(z)
+  T hard_factor = 0;        // of the exponential exp(z)
   int power = 0;            // exp(z) = exp(z / t)^power, or 0: ExpSource::kSeparate
 
   // Return the factor for a sum of exponentials, tempered or not, whose maximum changes from `from`
@@ -60,7 +60,7 @@ struct Row : Settings<double> {
   }
   double hard_rescale(double from, double to) const { return rescale(from, to, hard_exponent()); }
   int squarings() const { return power == 4 ? 2 : power == 2 ? 1 : 0; }
-  // log2(exp(z)) / z as the sums have it.
+  // Return log2(exp(z)) / z, as rounded in the sums.
   double hard_exponent() const {
     return power > 0 ? power * static_cast<double>(factor) : static_cast<double>(hard_factor);
   }
@@ -107,8 +107,8 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   if (decoupled && row.state == State::kNormal) row.left_out = row.label;
   if (row.hard_weight == 0 && !terms) return row;
   row.hard = ExpSource::kSeparate;
-  // A power's error is that of exp(z / t) times t: too much where the hard term is the greater part
-  // of the gradient, and for fp64.
+  // The error of a power is t times that of exp(z / t): too much if the hard term is the greater
+  // part of the gradient, and for fp64.
   const double t = row.temperature;
   const bool precise = row.hard_weight <= row.soft_weight * t || t == 1;
   if (sizeof(T) == sizeof(float) && precise && (t == 1 || t == 2 || t == 4)) {
@@ -119,7 +119,7 @@ Row<T> make_row(const Inputs& in, int64_t index, bool terms) {
   return row;
 }
 
-// Return what exponentials are relative to: nothing is subtracted while all classes are masked.
+// Return the logit that exponentials are relative to: 0 while all classes are masked.
 template <class T>
 T origin_of(double max) {
   return max > kLowest ? static_cast<T>(max) : T(0);
@@ -127,7 +127,8 @@ T origin_of(double max) {
 
 constexpr Statistics kNoStatistics = {kLowest, 0, 0, kLowest, 0};
 
-// The sum of log ratios of some classes, had they other maxima. Not inlined, as merge().
+// Return the sum of log ratios of some classes relative to other maxima. Not inlined, for the
+// reason at merge().
 template <class T>
 __attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Statistics& sums,
                                                   double student_max, double teacher_max) {
@@ -137,15 +138,16 @@ __attribute__((noinline)) double moved_log_ratios(const Row<T>& row, const Stati
          row.teacher_rescale(sums.teacher_max, teacher_max);
 }
 
-// Not inlined: were one of its products fused with the sum in one caller and the other in another,
-// a row that threads share would get other bits than a whole one. In fp32, rounding to it hides
-// the difference; in fp64 nothing does.
+// Add the statistics of `other` to `result`. Not inlined: if one caller fused a product with the
+// sum and another did not, a row that threads share would get other bits than an unshared row.
+// Rounding to fp32 hides the difference; fp64 rows would show it.
 template <class T>
-__attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other, Statistics* into) {
-  const double student_top = std::fmax(into->student_max, other.student_max);
-  const double teacher_top = std::fmax(into->teacher_max, other.teacher_max);
-  into->log_ratio_sum = moved_log_ratios(row, *into, student_top, teacher_top) +
-                        moved_log_ratios(row, other, student_top, teacher_top);
+__attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
+                                     Statistics* result) {
+  const double student_top = std::fmax(result->student_max, other.student_max);
+  const double teacher_top = std::fmax(result->teacher_max, other.teacher_max);
+  result->log_ratio_sum = moved_log_ratios(row, *result, student_top, teacher_top) +
+                          moved_log_ratios(row, other, student_top, teacher_top);
   const auto student = [&](const Statistics& sums) {
     return row.rescale(sums.student_max, student_top);
   };
@@ -155,29 +157,29 @@ __attribute__((noinline)) void merge(const Row<T>& row, const Statistics& other,
   const auto teacher = [&](const Statistics& sums) {
     return row.teacher_rescale(sums.teacher_max, teacher_top);
   };
-  into->student_sum = into->student_sum * student(*into) + other.student_sum * student(other);
-  into->hard_sum = into->hard_sum * hard(*into) + other.hard_sum * hard(other);
-  into->teacher_sum = into->teacher_sum * teacher(*into) + other.teacher_sum * teacher(other);
-  into->student_max = student_top, into->teacher_max = teacher_top;
-  into->student_label += other.student_label;
-  into->teacher_label += other.teacher_label;
-  into->student_moment += other.student_moment;
-  into->teacher_moment += other.teacher_moment;
-  into->student_count += other.student_count;
-  into->teacher_count += other.teacher_count;
+  result->student_sum = result->student_sum * student(*result) + other.student_sum * student(other);
+  result->hard_sum = result->hard_sum * hard(*result) + other.hard_sum * hard(other);
+  result->teacher_sum = result->teacher_sum * teacher(*result) + other.teacher_sum * teacher(other);
+  result->student_max = student_top, result->teacher_max = teacher_top;
+  result->student_label += other.student_label;
+  result->teacher_label += other.teacher_label;
+  result->student_moment += other.student_moment;
+  result->teacher_moment += other.teacher_moment;
+  result->student_count += other.student_count;
+  result->teacher_count += other.teacher_count;
 }
 
-inline void add(const Sums& other, Sums* into) {
-  into->value += other.value;
-  into->slope += other.slope;
-  into->classes += other.classes;
-  into->student_logits += other.student_logits;
-  into->student_entropy += other.student_entropy;
-  into->teacher_entropy += other.teacher_entropy;
-  into->agreement += other.agreement;
+inline void add(const Sums& other, Sums* result) {
+  result->value += other.value;
+  result->slope += other.slope;
+  result->classes += other.classes;
+  result->student_logits += other.student_logits;
+  result->student_entropy += other.student_entropy;
+  result->teacher_entropy += other.teacher_entropy;
+  result->agreement += other.agreement;
 }
 
-// Not inlined, for most divergences need no lengths.
+// Not inlined, because most divergences need no norms.
 template <class T>
 __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics& sums,
                                             Scales<T>* s) {
@@ -187,19 +189,19 @@ __attribute__((noinline)) void set_inverses(const Row<T>& row, const Statistics&
   s->teacher_inverse = inverses.teacher;
   s->nothing = inverses.nothing;
 }
-// Not inlined, for the same reason.
+// Not inlined, because most divergences need no means.
 template <class T>
 __attribute__((noinline)) void set_means(const Statistics& sums, Scales<T>* s) {
   s->student_mean = static_cast<T>(sums.student_moment / sums.student_count);
   s->teacher_mean = static_cast<T>(sums.teacher_moment / sums.teacher_count);
 }
 
-// The forward KL of a well-separated row; else 0. Rows whose maxima are far apart are not.
+// Return the forward KL of a well-separated row; else 0, also if the maxima are far apart.
 template <class T>
 __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& sums) {
   if (are_apart(sums.student_max, sums.teacher_max, row.temperature)) return 0;
   const double inverse = 1 / sums.teacher_sum;
-  // The exponentials' own temperature, which has been rounded.
+  // The factor, after rounding, that the exponentials have used.
   const double factor = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = std::log(sums.student_sum * inverse);
   const double mean = sums.log_ratio_sum * inverse * factor + log_ratio;
@@ -208,8 +210,8 @@ __attribute__((noinline)) T mean_of(const Row<T>& row, const Statistics& sums) {
   return is_separated ? static_cast<T>(mean) : T(0);
 }
 
-// Not inlined: GCC 12 vectorised the pair of divisions in forward_row and took what follows from
-// the unrounded quotients, so that backward arrived at other bits.
+// Return the scales of a row. Not inlined: GCC 12 vectorized the two divisions in forward_row and
+// computed later numbers from the unrounded quotients, so that backward had other bits.
 template <class T>
 __attribute__((noinline)) Scales<T> make_scales(const Row<T>& row, const Statistics& sums) {
   Scales<T> s = scales_of<T>(sums, row.hard != ExpSource::kNone, row.left_out >= 0);
@@ -234,11 +236,11 @@ template <class T>
 bool is_sum_of_slopes(const LogRatio<T>& ratio, T slope) {
   return !ratio.shifted && slope >= static_cast<T>(kWellSeparated);
 }
-// Not inlined, as merge().
+// Return the reverse KL from the sum of its slopes. Not inlined, for the reason at merge().
 template <class T>
 __attribute__((noinline)) double reverse_of(const Row<T>& row, const Statistics& sums,
                                             const LogRatio<T>& ratio, double slope) {
-  // The exponentials' own temperature, as in mean_of().
+  // The factor, after rounding, that the exponentials have used.
   const double inverse = static_cast<double>(row.factor) * kLn2;
   const double log_ratio = (sums.teacher_max - sums.student_max) * inverse +
                            std::log(sums.teacher_sum / sums.student_sum);
@@ -264,7 +266,7 @@ Coefficients<T> make_coefficients(const Inputs& in, const Row<T>& row, const Sca
   return c;
 }
 
-// Makes the constants of a block whose exponentials are relative to these maxima.
+// Set the constants of a block whose exponentials are relative to these maxima.
 template <class T>
 void set_block(const Row<T>& row, const Scales<T>& s, double student_max, double teacher_max,
                Coefficients<T>* c) {

@@ -1,5 +1,6 @@
-// The operands of a row, cut into blocks that the loops read and write, and what the first sweep
-// leaves of a segment for the second.
+// The operands of a row, divided into blocks that the loops of scan.h and blocks.h read and write,
+// and the cache of exponentials from the first sweep to the second. The boundaries of blocks fix
+// the order of sums (docs/maths.md, section 9).
 #pragma once
 #include <memory>
 #include <new>
@@ -16,7 +17,7 @@ constexpr DType kStorage<double> = DType::kFloat64;
 template <>
 constexpr DType kStorage<BFloat16> = DType::kBFloat16;
 
-// Calls fn with `source` as a compile-time constant.
+// Call fn with `source` as a compile-time constant.
 template <class Fn>
 FASTKD_HOST_DEVICE auto with_source(ExpSource source, Fn&& fn) {
   if (source == ExpSource::kPower) return fn(constant<ExpSource::kPower>);
@@ -53,7 +54,7 @@ constexpr int64_t padded(int64_t count) {
   return (count + kStep<S> - 1) / kStep<S> * kStep<S>;
 }
 
-// Reads a block into `buffer`, and pads it.
+// Read a block into `buffer`, and pad it.
 template <class T>
 __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, int64_t count,
                                           T* buffer) {
@@ -61,16 +62,17 @@ __attribute__((noinline)) void copy_block(const Logits& logits, int64_t begin, i
   for (int64_t i = count; i < padded<T>(count); ++i) buffer[i] = narrow<T>(-__builtin_huge_valf());
 }
 
-// The block itself where the loops can read it in place, with a copy in `buffer` of what a last
-// step has to be padded for; or else a copy of all. The class that is left out of sums is masked.
+// Return the block in place, with a padded copy of its last step in `buffer`, if the loops can read
+// it there; else a copy of the block. The class that the sums leave out is masked.
 template <class S>
 FASTKD_HOST_DEVICE Vectors<const S> fetch(const Logits& logits, int64_t begin, int64_t count,
                                           S* buffer, int64_t left_out = -1) {
   const bool masks = holds(begin, count, left_out);
   if (logits.dtype == kStorage<S> && !masks) {
-    const int64_t whole = whole_steps<S>(count);
-    if (whole < count) copy_block(logits, begin + whole, count - whole, buffer);
-    return {static_cast<const S*>(logits.at(begin)), buffer, whole};
+    const int64_t full_classes = whole_steps<S>(count);
+    if (full_classes < count)
+      copy_block(logits, begin + full_classes, count - full_classes, buffer);
+    return {static_cast<const S*>(logits.at(begin)), buffer, full_classes};
   }
   copy_block(logits, begin, count, buffer);
   if (masks) buffer[left_out - begin] = narrow<S>(-__builtin_huge_valf());
@@ -92,7 +94,7 @@ Vectors<S> target(void* grad, DType dtype, int64_t count, S* result, bool non_te
   if (grad == nullptr || dtype != kStorage<S> || non_temporal) return {result};
   return {static_cast<S*>(grad), result, whole_steps<S>(count)};
 }
-// Writes to `grad` what is not there yet.
+// Copy to `grad` the results that the loops have not written there.
 template <class S>
 void put_result(const Vectors<S>& target, const S* result, void* grad, DType dtype, int64_t count,
                 bool non_temporal) {
@@ -104,9 +106,9 @@ void put_result(const Vectors<S>& target, const S* result, void* grad, DType dty
   write(result, dtype, count - whole, const_cast<void*>(at(grad, dtype, whole)));
 }
 
-// Calls fn(at, count) for blocks of [begin, end): whole ones, and the last with what is left. The
-// vector with a class that is left out of sums is a block of its own, so that only that is ever
-// copied to mask it.
+// Call fn(at, count) for the blocks of [begin, end); the last may be shorter or longer. A vector
+// with a class that the sums leave out is a block of its own, so that only this vector is copied to
+// mask the class.
 template <class Fn>
 FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out, Fn&& fn) {
   const int64_t alone = left_out < begin ? end : left_out - (left_out - begin) % kLanes;
@@ -124,7 +126,8 @@ FASTKD_HOST_DEVICE void for_blocks(int64_t begin, int64_t end, int64_t left_out,
 // recomputes the exponentials block by block, to the same bits.
 template <class T>
 struct SegmentCache {
-  static constexpr int64_t kBlocks = kSegment / kBlock + 3;  // as for_blocks() cuts a segment
+  static constexpr int64_t kBlocks =
+      kSegment / kBlock + 3;  // for_blocks() divides a segment into at most this number
 
   T* student = nullptr;
   T* teacher = nullptr;
@@ -160,7 +163,7 @@ class RowCache {
     void operator()(T* memory) const { ::operator delete[](memory, kAlignment); }
   };
 
-  int64_t width_;  // of the exponentials of a segment
+  int64_t width_;  // number of exponentials of a segment
   std::unique_ptr<T[], Delete> exponentials_;
   std::unique_ptr<double[]> maxima_;
 };

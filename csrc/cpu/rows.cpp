@@ -1,5 +1,5 @@
-// The kernels of one instruction set (FASTKD_ISA names it and the namespace): the row engine in
-// fp32, and the table of all.
+// The table of kernels of one instruction set, and its fp32 row engine (rows.h). FASTKD_ISA names
+// the instruction set and its namespace. Derivations: docs/maths.md, sections 1 to 3.
 #include "rows.h"
 
 namespace fastkd::cpu::baseline {
@@ -27,7 +27,7 @@ void backward(const BackwardArgs& args, int64_t begin, int64_t end) {
   (is_transposed(args) ? backward_transposed : row_engine(args).backward)(args, begin, end);
 }
 
-// Calls the row engine's function of the same name.
+// Call the row engine's function of the same name.
 template <auto kStep, class... Rest>
 void step(const ForwardArgs& args, Rest... rest) {
   (row_engine(args).*kStep)(args, rest...);

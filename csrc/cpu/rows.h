@@ -1,10 +1,10 @@
 // The row engine: two sweeps of each row of student and teacher logits.
 //
-// Sweep 1 finds the maxima and the sums of exponentials, and caches the exponentials; sweep 2 finds
+// Sweep 1 finds the maxima and the sums of exponentials, and caches the exponentials. Sweep 2 finds
 // logits and exponentials in the cache, so that the divergence and the gradient cost no further
-// trip to memory (engine.h). Both sweeps work on blocks in L1 (scan.h, blocks.h), and rows are cut
-// into segments whose results are merged in a fixed order: the bits do not depend on who computes
-// which. docs/maths.md derives the formulas.
+// memory traffic (engine.h). Both sweeps work on blocks in L1 (scan.h, blocks.h). Rows are divided
+// into segments whose results are merged in a fixed order: the bits do not depend on how segments
+// are divided among threads. Derivations: docs/maths.md, sections 1 to 3, and 9.
 #pragma once
 #include "engine.h"
 #include "gather.h"
@@ -92,7 +92,8 @@ void finish(const ForwardArgs& args, const Row<T>& row, int64_t index, const Sta
   put_stats(args, index, scales, *sums);
 }
 
-// Gradient and sums of one segment; a constant where the row has no gradient.
+// Write the gradient of one segment, and return its sums; write a constant if the row has no
+// gradient.
 template <class T>
 void write_segment(const Engine<T>& engine, ActiveRow<T>* r, int64_t segment,
                    const SegmentCache<T>& cache, bool has_slopes, Sums* sums) {
@@ -118,7 +119,7 @@ void forward_row(const ForwardArgs& args, const Engine<T>& engine, int64_t index
   }
   ActiveRow<T> r = engine.activate(row, make_scales(row, statistics), gain_of<T>(args), index);
   Sums sums = {};
-  // Backwards, because a long row's end is what the sweep before left in the processor's cache.
+  // Backwards, because the sweep before has left the end of a long row in the processor's cache.
   if (!engine.one_sweep()) {
     for (int64_t i = last; i >= 0; --i) {
       Sums of_segment = {};
@@ -175,7 +176,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end) {
   engine.complete();
 }
 
-// ---- The same in steps, for rows whose segments several threads share.
+// ---- the steps of forward_row(), for rows whose segments several threads share
 
 template <class T>
 void scan_segment(const ForwardArgs& args, int64_t index, int64_t segment, Statistics* result) {

@@ -1,4 +1,5 @@
-// The loops of the first sweep over a block: its maximum and its sums of exponentials.
+// The loops of the first sweep over a block: its maximum and its sums of exponentials
+// (docs/maths.md, sections 3 and 4).
 #pragma once
 #include "vectors.h"
 
@@ -9,7 +10,7 @@ namespace {
 // log2(t) times; or a separate exponential.
 enum class ExpSource { kNone, kPower, kSeparate };
 
-// Adds gain times exp(z - max z) to `sums`, given exp((z - max z) / t) and the offset z - max z.
+// Add gain times exp(z - max z) to `sums`, given exp((z - max z) / t) and the offset z - max z.
 template <ExpSource kSource, int64_t kMany, class T>
 FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
                                  const Register<T>* offset, const Register<T>* tempered,
@@ -29,7 +30,7 @@ FASTKD_HOST_DEVICE void add_hard(const Exponentials<T>& separate, int squarings,
   for (int64_t i = 0; i < kMany; ++i) sums[i] += gain * power[i];
 }
 
-// Ignores a NaN, which the sums of exponentials then show.
+// Return the maximum of a block. NaN is dropped; it makes the sums of exponentials NaN.
 template <class S>
 auto maximum(const Vectors<const S>& logits, int64_t count) {
   using T = decltype(widen(S{}));
@@ -48,9 +49,9 @@ auto maximum(const Vectors<const S>& logits, int64_t count) {
   return tree_reduce<kWide<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
-// The sum of the tempered exponentials, each times its log ratio: how much further below its
-// maximum the other operand's logit lies. Bounded, a class with a log ratio of thousands does not
-// hide that all others have next to none.
+// The sum of the tempered exponentials, each times its log ratio: the difference of the two logits'
+// distances from their maxima. kBounded: log ratios are bounded by kMostLogRatio, so that a class
+// with a log ratio of thousands does not hide that all others have log ratios near 0.
 enum class LogRatioSum { kNone, kWhole, kBounded };
 constexpr double kMostLogRatio = 8;  // in nats
 
@@ -59,10 +60,11 @@ struct ExponentialSums {
   double tempered, hard, log_ratios;
 };
 
-// The exponentials of a block, bound by arithmetic, prefetch for the maximum of the next block,
-// bound by memory. Each store of a gradient prefetches, too. A row's last block prefetches logits
-// that are read only after the row's second sweep: to L2, because that sweep's data fill L1, or
-// to L1 if logits have 16 bits. Memory beyond a row is harmless to prefetch.
+// The target of a prefetch. The loop over exponentials is bound by arithmetic, so it prefetches for
+// the maximum of the next block, which is bound by memory. Each store of a gradient prefetches,
+// too. A row's last block prefetches logits that are read only after the row's second sweep: to L2,
+// because that sweep's data fill L1, or to L1 if logits have 16 bits. A prefetch beyond the row is
+// harmless.
 enum class Into { kL1, kL2 };
 template <class S>
 FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
@@ -70,7 +72,8 @@ FASTKD_HOST_DEVICE Into next_of(int64_t at, int64_t classes) {
 }
 template <Into kInto, class S>
 FASTKD_HOST_DEVICE void prefetch(const S* base, uintptr_t ahead) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(base) + ahead;  // of another array, perhaps
+  const uintptr_t address =
+      reinterpret_cast<uintptr_t>(base) + ahead;  // may be in another array: no pointer arithmetic
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, kInto == Into::kL1 ? 3 : 2);
 }
 template <Into kInto, int64_t kWidth, class S>
@@ -80,15 +83,15 @@ FASTKD_HOST_DEVICE void prefetch_next(const S* block) {
   }
 }
 
-// Sums in a register are short ones, over kRun classes, so that rounding adds up no more than in
-// kLanes.
+// A register sums at most kRun classes, so that rounding errors add up no more than with kLanes
+// lanes.
 constexpr int64_t kRun = kRegisterBytes < 32 ? 64 : 128;
 static_assert(kRun % kLanes == 0, "");
 
-// Leaves the tempered exponentials in `cache` unless it is null. `separate` is read by
-// ExpSource::kSeparate alone, `squarings` by kPower, `others` where log ratios are summed. Not
-// inlined: a row of few blocks has no time for the registers that a function of all its forms
-// saves.
+// Sum the exponentials of a block, and write the tempered ones to `cache` unless it is null.
+// `separate` is read only with ExpSource::kSeparate, `squarings` with kPower, `others` with log
+// ratios. Not inlined: a caller of all forms would save and restore so many registers that rows of
+// few blocks slow down.
 template <ExpSource kSource, LogRatioSum kLogRatios, class T, class S>
 __attribute__((noinline)) ExponentialSums
 sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponential<T>& tempered_one,
@@ -130,7 +133,7 @@ sum_exponentials(const Vectors<const S>& vectors, int64_t count, const Exponenti
       FASTKD_UNROLL
       for (int64_t i = 0; i < kMany; ++i) hard_run += separate(x[i]);
     } else if constexpr (kSource == ExpSource::kPower) {
-      // The last square and its sum are one instruction.
+      // The last squaring and its addition are one instruction.
       for (int square = 1; square < squarings; ++square) {
         FASTKD_UNROLL
         for (int64_t i = 0; i < kMany; ++i) e[i] *= e[i];

@@ -1,4 +1,5 @@
-// Storage types of logits, and the copies between tensors and the blocks of blocks.h.
+// Storage types of logits, and the copies between tensors and the blocks of row_blocks.h. Rounding
+// to a 16-bit type happens once, after the formulas (docs/maths.md, sections 3 and 7).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +15,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Computed with as fp32.
+// bf16, which is computed in fp32.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -29,22 +30,22 @@ FASTKD_HOST_DEVICE float widen(BFloat16 x) {
 }
 FASTKD_HOST_DEVICE float widen(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
-  // The exponent's bias is mended by a product, which also normalises fp16's subnormals.
+  // A product corrects the exponent's bias and normalizes fp16's subnormals.
   const float scaled = bits_as<float>(magnitude << 13) * 5.192296858534828e33f;  // 2^112
   const uint32_t finite = bits_as<uint32_t>(scaled);
   const uint32_t result = magnitude >= 0x7c00u ? (finite | 0x7f800000u) : finite;
   return bits_as<float>(result | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 }
 
-// The upper half is x as bf16, rounded to the nearest, ties to even. A NaN's payload could overflow
-// here; rows with NaN never come here, they are filled. V is float, or a register of them, and Bits
-// as much of uint32_t.
+// Return bits whose upper half is x as bf16, rounded to nearest, ties to even. x must not be NaN,
+// whose payload could overflow; rows with NaN are filled elsewhere. `V` is float or a register of
+// floats, and `Bits` the unsigned integer of the same size.
 template <class Bits = uint32_t, class V>
 FASTKD_HOST_DEVICE Bits rounded_bits(const V& x) {
   const Bits bits = bits_as<Bits>(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
-// x as fp16, rounded alike.
+// Return x as fp16, rounded to nearest, ties to even.
 FASTKD_HOST_DEVICE uint16_t half_bits(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -56,8 +57,8 @@ FASTKD_HOST_DEVICE uint16_t half_bits(float x) {
   const uint32_t result = magnitude >= 0x47800000u ? special : finite;
   return static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
 }
-// fp64 gradients of 16-bit students (fp64 teacher): through fp32, forced to odd so that rounding
-// twice does no harm.
+// Round to fp32, forced to odd, so that the second rounding to 16 bits is correct: fp64 gradients
+// of 16-bit students (with an fp64 teacher) are rounded twice.
 FASTKD_HOST_DEVICE float round_to_odd(float x) { return x; }
 FASTKD_HOST_DEVICE float round_to_odd(double x) {
   const float nearest = static_cast<float>(x);
@@ -67,7 +68,7 @@ FASTKD_HOST_DEVICE float round_to_odd(double x) {
   const bool away = (back > x) == (x > 0);  // |nearest| > |x|
   return bits_as<float>((away ? bits - 1u : bits) | 1u);
 }
-// x as S, rounded to the nearest, ties to even.
+// Return x as S, rounded to nearest, ties to even.
 template <class S, class T>
 FASTKD_HOST_DEVICE S narrow(T x) {
   if constexpr (std::is_same<S, BFloat16>::value) {
@@ -79,7 +80,7 @@ FASTKD_HOST_DEVICE S narrow(T x) {
   }
 }
 
-// Calls fn with a value of the type that `dtype` names.
+// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
   switch (dtype) {
@@ -94,8 +95,8 @@ FASTKD_HOST_DEVICE void with_type(DType dtype, Fn&& fn) {
   }
 }
 
-// The processor's own fp16 conversions, which compilers do not find in the loops below; as many as
-// fill vectors of eight. Returns how many were converted.
+// Convert by the processor's fp16 instructions, which compilers do not use in the loops below, as
+// many numbers as fill vectors of eight. Return how many were converted.
 #if defined(__F16C__)
 inline int64_t convert_vectors(const Float16* from, int64_t count, float* to) {
   int64_t i = 0;
@@ -119,7 +120,7 @@ int64_t convert_vectors(const From*, int64_t, To*) {
   return 0;
 }
 
-// Reads `count` numbers of any type.
+// Read `count` numbers of any type.
 template <class T>
 void read(const void* from, DType dtype, int64_t count, T* to) {
   with_type(dtype, [=](auto type) {
@@ -141,7 +142,7 @@ void write(const T* from, DType dtype, int64_t count, void* to) {
   });
 }
 
-// bf16 blocks are only ever copied from and to bf16.
+// Copy a bf16 block: bf16 blocks hold bf16 tensors only.
 inline void read(const void* from, DType, int64_t count, BFloat16* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
 }
@@ -149,8 +150,8 @@ inline void write(const BFloat16* from, DType, int64_t count, void* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(BFloat16));
 }
 
-// Copies to where no cache shall hold it: its lines are not fetched only to be overwritten. Other
-// threads see it after store_fence().
+// Copy by non-temporal stores, which do not read the cache lines that they overwrite. Other threads
+// see the copy after store_fence().
 inline void store_non_temporal(const void* from, int64_t bytes, void* to) {
   const char* const source = static_cast<const char*>(from);
   char* const target = static_cast<char*>(to);

@@ -1,9 +1,9 @@
 // The sparse loss, row by row, compiled once for each instruction set: the student is read once
-// from memory, and its gradient is written in a second sweep.
+// from memory, and its gradient is written in a second sweep (docs/maths.md, section 13).
 //
 // The first sweep sums the exponentials of the rest, with the listed classes masked (topk_row.h).
-// The second writes the gradient of the rest to all classes, a few products of an exponential; the
-// listed classes and the label are then computed in double and written over it.
+// The second writes the gradient of the rest to all classes, which takes a few products per
+// exponential; the listed classes and the label are then computed in double and written over it.
 #include <memory>
 
 #include "../topk_row.h"
@@ -23,13 +23,14 @@ using topk::Soft;
 using topk::SoftSums;
 using topk::Summary;
 
-// True if the first sweep caches the rest's exponentials for the second. Caching the exponentials
-// of fp32 logits would double the memory; recomputing them from cached logits takes less time.
+// Return true if the first sweep caches the rest's exponentials for the second. Caching the
+// exponentials of fp32 logits would double the memory; recomputing them from cached logits takes
+// less time.
 template <class T, class S>
 constexpr bool kKeepsRest = sizeof(S) < sizeof(T);
 
 // The listed classes of a row, without padding, with the student's probability and the slope of
-// each. A thread's rows share the memory.
+// each. All rows of a thread share the memory.
 struct List {
   int64_t count = 0;
   std::unique_ptr<int64_t[]> id;
@@ -44,7 +45,7 @@ struct List {
 };
 
 // The memory of a thread: the list, and for the second sweep the rest's exponentials, with the
-// maximum of each block that its exponentials are relative to.
+// maximum that each block's exponentials are relative to.
 template <class T, class S>
 struct Scratch {
   List list;
@@ -146,7 +147,7 @@ struct TopkRow {
     for (int64_t i = 0; i < list.count; ++i) {
       tempered_sum += tempered(list.z[i]);
       hard_sum += separate(list.z[i]);
-      // e is too much already, and beyond 2^1024 the exponential's bits wrap round.
+      // exp(1) already makes the list invalid, and beyond 2^1024 the exponential's bits wrap round.
       teacher_sum += teacher(list.log_p[i] > 1 ? 1 : list.log_p[i]);
     }
     summary->list = {max, tempered_sum, hard_sum};
@@ -255,7 +256,8 @@ struct TopkRow {
     const Exponentials<T> separate({row.hard_factor, static_cast<T>(max), 1});
     const Register<T> uniform = splat(static_cast<T>(gains.uniform));
     const double* block_max = scratch.maxima.get();
-    // More classes than the dense loss wants: what is written to listed ones afterwards waits.
+    // A higher limit than for the dense loss: the listed classes, written afterwards, wait for
+    // these stores.
     const bool non_temporal = stores_non_temporal(args, args.grad, 16384);
     for_blocks(0, args.classes, -1, [&](int64_t at, int64_t count) {
       const double relative_to = kKeeps ? *block_max++ : max;
@@ -300,11 +302,11 @@ struct TopkRow {
     put(row.label, topk::label_gradient(options, summary, gains, logit(row.label)));
   }
 
-  // The gradients of the listed classes.
+  // Write the gradients of the listed classes.
   void write_list(const Summary& summary, const SoftSums& sums, const Gains& gains) const {
     const List& list = scratch.list;
     const bool hard = row.gradient_hard != ExpSource::kNone;
-    // The gain, which may be negative, is no scale of an exponential.
+    // The exponential has scale 1, because the gain may be negative.
     const double hard_gain = hard ? gains.hard / summary.all.hard : 0.0;
     const Exponential<double> separate(kLog2E, summary.all.max, 1);
     for (int64_t i = 0; i < list.count; ++i) {
@@ -320,7 +322,7 @@ struct TopkRow {
     if (args.loss != nullptr) static_cast<T*>(args.loss)[index] = value;
   }
 
-  // Compute a row whose list is read. Return false if its list is not of log-probabilities.
+  // Compute a row after read_list(). Return false if the list does not hold log-probabilities.
   bool run() const {
     const Summary summary = sum_row();
     if (row.state == State::kInvalid || !summary.listed_well() || !summary.valid()) {

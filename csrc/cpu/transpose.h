@@ -1,5 +1,6 @@
-// The transposed layout, class after class of the numbers of a few rows, and the copies between it
-// and tensors.
+// The transposed layout (the numbers of a few rows side by side, class after class), and the copies
+// between it and tensors. The arithmetic on it is in transposed_engine.h; docs/maths.md has no
+// section about layouts.
 //
 // If the classes of a row are adjacent, (..., C), the copy is a transposition. If rows are
 // adjacent, (N, C, H, W), the logits of 32 pixels already lie side by side.
@@ -16,10 +17,10 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Rows side by side: in 16 bits a cache line of pixels, in 32 bits two.
+// Number of rows side by side: one cache line of 16-bit pixels, two of 32-bit pixels.
 constexpr int64_t kTileRows = 32;
 
-// A group: as many rows as a register has lanes.
+// A group has as many rows as a register has lanes.
 using V = Register<float>;
 constexpr int64_t kGroupRows = kPerRegister<float>;
 static_assert(kTileRows % kGroupRows == 0, "");
@@ -31,21 +32,21 @@ FASTKD_HOST_DEVICE V load(const float* from) {
 }
 FASTKD_HOST_DEVICE void store(V rows, float* to) { std::memcpy(to, &rows, sizeof(rows)); }
 
-// Calls fn(lane, length, offset) for runs of rows that are `stride.row` apart: `length` rows from
-// row first + lane on, which starts at `offset`.
+// Call fn(lane, length, offset) for runs of rows that are `stride.row` apart: `length` rows from
+// row first + lane on. The first of these rows starts at `offset`.
 template <class Fn>
 FASTKD_HOST_DEVICE void for_runs(int64_t first, int64_t count, int64_t group_rows,
                                  const RowStrides& stride, Fn&& fn) {
   for (int64_t lane = 0; lane < count;) {
     const int64_t row = first + lane;
-    const int64_t left = group_rows - row % group_rows;
-    const int64_t length = left < count - lane ? left : count - lane;
+    const int64_t remaining = group_rows - row % group_rows;
+    const int64_t length = remaining < count - lane ? remaining : count - lane;
     fn(lane, length, row_offset(row, group_rows, stride));
     lane += length;
   }
 }
 
-// Converts numbers of adjacent rows: `kCount` where that is known, or `count`.
+// Convert numbers of adjacent rows: `kCount` if that is known at compile time, or `count`.
 template <int64_t kCount, class From, class To>
 FASTKD_HOST_DEVICE void convert_rows(const From* from, int64_t count, To* to) {
   const int64_t rows = kCount > 0 ? kCount : count;
@@ -65,7 +66,7 @@ struct Bits<4> {
   typedef uint32_t Vector __attribute__((vector_size(16)));
 };
 
-// a[first], b[first], a[first + 1], b[first + 1], ...
+// Interleave two vectors: a[first], b[first], a[first + 1], b[first + 1], ...
 template <size_t kFirst, class V, size_t... kAt>
 FASTKD_HOST_DEVICE V zip(V a, V b, std::index_sequence<kAt...>) {
 #if defined(__clang__)
@@ -97,7 +98,7 @@ FASTKD_HOST_DEVICE void transpose_square(const S* from, int64_t from_stride, S* 
   for (int64_t i = 0; i < kSide<S>; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(V));
 }
 
-// to[column][row] = from[row][column]
+// Transpose: to[column][row] = from[row][column].
 template <class S>
 __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int64_t rows,
                                          int64_t columns, S* to, int64_t to_stride) {
@@ -110,7 +111,7 @@ __attribute__((noinline)) void transpose(const S* from, int64_t from_stride, int
     }
     return;
   }
-  // The last square of either direction may overlap the one before.
+  // The last square in either direction may overlap the one before it.
   for (int64_t i = 0; i < rows; i += kStep) {
     const int64_t row = i < rows - kStep ? i : rows - kStep;
     for (int64_t j = 0; j < columns; j += kStep) {
@@ -139,7 +140,7 @@ struct TileRows {
   }
 
  private:
-  // Call fn for as many classes at a time as there is room for on the stack.
+  // Call fn for as many classes at a time as fit on the stack.
   template <class Fn>
   void for_steps(int64_t classes, Fn&& fn) const {
     with_type(dtype, [&](auto type) {
@@ -173,7 +174,7 @@ struct TileRows {
           convert_rows<0>(rows, length, tile + c * kTileRows + lane);
           continue;
         }
-        // Each class is a stream of its own, more of them than processors follow by themselves.
+        // Each class is a memory stream of its own, and hardware prefetchers follow fewer streams.
         for (int64_t i = 0; i < kTileRows && !adjacent; i += 64 / static_cast<int64_t>(sizeof(S))) {
           __builtin_prefetch(rows + kTileRows + i);
         }
@@ -206,7 +207,7 @@ struct TileRows {
   }
 };
 
-// The memory of a tile. Few classes take none from the heap.
+// The memory of a tile: on the stack for few classes, else on the heap.
 struct Tile {
   static constexpr int64_t kPerClass = 2 * kTileRows + 3 * kGroupRows;
 
@@ -219,7 +220,8 @@ struct Tile {
   explicit Tile(int64_t classes) {
     student = few;
     if (classes > kNarrow) {
-      constexpr size_t kLine = 64 / sizeof(float);  // a register that spans two lines loads slower
+      constexpr size_t kLine =
+          64 / sizeof(float);  // a register that spans two cache lines loads more slowly
       many.reset(new float[static_cast<size_t>(kPerClass * classes) + kLine]);
       const size_t in_line = reinterpret_cast<uintptr_t>(many.get()) / sizeof(float) % kLine;
       student = many.get() + (kLine - in_line);
@@ -229,7 +231,7 @@ struct Tile {
     teacher_exp = student_exp + classes * kGroupRows;
     hard_exp = teacher_exp + classes * kGroupRows;
   }
-  Tile(const Tile&) = delete;  // the pointers are into it
+  Tile(const Tile&) = delete;  // the pointers point into the object
 };
 
 }  // namespace

@@ -1,10 +1,11 @@
-// Calls of the transposed engine (transposed_engine.h), compiled once for each instruction set.
+// The calls of the transposed engine (transposed_engine.h), compiled once for each instruction set:
+// forward and backward over a range of rows (docs/maths.md, sections 1 to 3).
 #include "transposed_engine.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// Copies one number of each row of the group.
+// Copy one number for each row of the group.
 void copy_rows(const TransposedEngine& engine, const void* from, void* to) {
   if (engine.count == kGroupRows) {
     std::memcpy(to, from, sizeof(V));
@@ -13,7 +14,7 @@ void copy_rows(const TransposedEngine& engine, const void* from, void* to) {
   }
 }
 
-// `base`: float [.., rows], of which `index` is meant.
+// Write the group's numbers to field `index` of `base`, float [fields, rows].
 void put(const TransposedEngine& engine, void* base, int64_t index, V numbers) {
   const V result = engine.computed ? numbers : engine.otherwise;
   copy_rows(engine, &result, static_cast<float*>(base) + index * engine.in.rows + engine.first);

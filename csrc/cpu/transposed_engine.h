@@ -2,10 +2,10 @@
 // of few classes, and for rows whose classes are not adjacent.
 //
 // It computes what the row engine (rows.h) does, by docs/maths.md, sections 1 to 3, 7 and 10, with
-// the same formulas (formulas.h, decoupled.h, divergences.h): they take registers as numbers here.
-// Why another layout: a row of ten classes fills less than one vector, and what a row costs besides
-// its classes (three logarithms, scales, gains) would be most of its time. The pixels of
-// (N, C, H, W) logits are adjacent, their classes are not.
+// the formulas of formulas.h, decoupled.h and divergences.h, whose numbers are registers here. The
+// reason for this layout: a row of ten classes fills less than one vector, and the work per row
+// (three logarithms, scales, factors) would take most of the time. The pixels of (N, C, H, W)
+// logits are adjacent, and their classes are not.
 //
 // A tile of rows is copied to the transposed layout (transpose.h), where all sweeps find it in L1:
 // scan() takes maxima and sums of exponentials, sweep() values and slopes, center() the gradient.
@@ -19,7 +19,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// A sum that keeps what rounding takes off it (Kahan). It is NaN where a plain sum is infinite.
+// A compensated sum (Kahan). It is NaN if a simple sum is infinite.
 struct PreciseSum {
   V sum{}, excess{};
 
@@ -36,20 +36,21 @@ struct PlainSum {
   FASTKD_HOST_DEVICE void add(int64_t, V x) { sum += x; }
 };
 
-// Precise sums: if exponentials are few, rounding their sum would be most of the gradient's error.
+// Compensated sums: if exponentials are few, rounding their sum would be most of the gradient's
+// error.
 struct ExpSums {
   PreciseSum student, hard, teacher;
 };
 
-// Classes [begin, end): sums are over a block's first, so that they round less.
+// Classes [begin, end). Each block is summed first, so that sums round less.
 struct Block {
   int64_t begin, end;
 };
 
-// Adjacent rows that are fetched while others are computed, a part with each class: all at once
-// would be more lines than a processor fetches.
+// Rows to prefetch while others are computed, some for each class: prefetches of all at once would
+// exceed the processor's line fill buffers.
 struct Ahead {
-  uintptr_t from = 0, size = 0;  // of a number; 0: nothing is fetched but one line
+  uintptr_t from = 0, size = 0;  // bytes of a number; 0: only one line is prefetched
 
   FASTKD_HOST_DEVICE void fetch(int64_t number) const {
     const uintptr_t address = from + static_cast<uintptr_t>(number) * size;
@@ -61,14 +62,14 @@ struct TransposedEngine {
   const Inputs& in;
   void* const grad;  // [rows, classes], or null
   const RowStrides grad_stride;
-  const bool hard;      // the hard term is wanted
-  const bool terms;     // and so are the entropies
+  const bool hard;      // the hard term is needed
+  const bool terms;     // the entropies are needed
   const bool unit;      // the divergence is of unit vectors (kCosine)
-  const bool centered;  // it is of centered logits (kCenteredSquaredError)
+  const bool centered;  // the divergence is of centered logits (kCenteredSquaredError)
   const bool
-      decoupled;  // the sums are of the classes other than the label (kDecoupled; decoupled.h)
+      decoupled;  // the sums are over the classes other than the label (kDecoupled; decoupled.h)
   const Constants constants;
-  Row<float> shared;  // what rows have in common that have no settings of their own
+  Row<float> shared;  // settings of rows that have no settings of their own
   Tile tile;
   Ahead ahead[3];  // the next tile's logits, and the gradient of this one
 
@@ -78,18 +79,18 @@ struct TransposedEngine {
   Settings<V> settings;
   V factor, teacher_factor;  // of the exponentials
   V gain;
-  Integer<V> label;  // or -1
+  Integer<V> label;  // the label's class, or -1
   Mask<V> computed;
-  V otherwise;  // what a row gets that is not computed: 0, or NaN
+  V otherwise;  // results of rows that are not computed: 0, or NaN
   Scales<V> scales{};
   LogRatio<V> ratio;
   RowGains<V> gains;
-  LabelGains<V> label_gains{};  // kDecoupled, or 0
-  // Sums of the first sweep,
+  LabelGains<V> label_gains{};  // used by kDecoupled; else 0
+  // Sums of the first sweep.
   ExpSums exponentials;
   Moments<float> moments;
   V offsets;
-  // and of the second, as in Sums (kernels.h); each block's are summed first.
+  // Sums of the second sweep, as in Sums (kernels.h); each block is summed first.
   V value, slope, classes, student_entropy, teacher_entropy, agreement;
 
   template <class Args>
@@ -125,7 +126,8 @@ struct TransposedEngine {
     teacher_factor[i] = row.teacher_factor;
   }
 
-  // Calls fn() for each group of rows [begin, end), and writes the gradient that it leaves.
+  // Call fn() for each group of rows [begin, end), and write the gradient that fn() leaves in the
+  // tile.
   template <class Fn>
   void for_groups(int64_t begin, int64_t end, Fn&& fn) {
     for (int64_t at = begin; at < end; at += kTileRows) {
@@ -134,7 +136,7 @@ struct TransposedEngine {
         return TileRows{dtype, stride, in.group_rows, at, rows};
       };
       for (int64_t i = 0; i < in.classes * kTileRows && rows % kGroupRows != 0; ++i) {
-        tile.student[i] = tile.teacher[i] = 0;  // lanes without a row are computed with, too
+        tile.student[i] = tile.teacher[i] = 0;  // lanes without a row are computed, too
       }
       rows_of(in.student_dtype, in.student_stride).load(in.student, in.classes, tile.student);
       rows_of(in.teacher_dtype, in.teacher_stride).load(in.teacher, in.classes, tile.teacher);
@@ -181,13 +183,13 @@ struct TransposedEngine {
       computed[i] = row.state == State::kNormal ? -1 : 0;
     }
     for (int64_t i = 0; i < count && in.labels != nullptr; ++i) {
-      const int64_t given = in.labels[first + i];
-      const bool ignored = given == in.ignore_index;
+      const int64_t class_index = in.labels[first + i];
+      const bool ignored = class_index == in.ignore_index;
       if (ignored) otherwise[i] = 0;
-      if (ignored || given < 0 || given >= in.classes) {
+      if (ignored || class_index < 0 || class_index >= in.classes) {
         computed[i] = 0;
       } else {
-        label[i] = static_cast<int32_t>(given);
+        label[i] = static_cast<int32_t>(class_index);
       }
     }
     if (hard || decoupled) {
@@ -202,7 +204,7 @@ struct TransposedEngine {
     value = slope = classes = student_entropy = teacher_entropy = agreement = V{};
   }
 
-  // Calls fn(row, index of its label in the student's and teacher's logits) for rows with a label.
+  // Call fn(row, index of its label in the student's and teacher's logits) for rows with a label.
   template <class Fn>
   void for_labels(Fn&& fn) const {
     for (int64_t i = 0; i < count; ++i) {
@@ -210,7 +212,7 @@ struct TransposedEngine {
     }
   }
 
-  // The logits of one class.
+  // Return the logits of one class.
   FASTKD_HOST_DEVICE float* student_at(int64_t c) const {
     return tile.student + c * kTileRows + lane;
   }
@@ -218,7 +220,7 @@ struct TransposedEngine {
     return tile.teacher + c * kTileRows + lane;
   }
 
-  // The exponentials, given the maxima. With kSummed their sums are added to `exponentials`.
+  // Compute the exponentials, given the maxima. With kSummed, add them to `exponentials`.
   template <bool kSummed>
   void exponentiate(const Block& b) {
     with_source(shared.hard,
@@ -251,14 +253,14 @@ struct TransposedEngine {
     if constexpr (kSummed) exponentials = sums;
   }
 
-  // Maxima, sums of exponentials, and what the cross entropy reads of the logits.
+  // Compute the maxima, the sums of exponentials, and the logits that the cross entropy needs.
   void scan() {
     V max = broadcast<V>(-kInfinity<float>), teacher_max = max;
     for (int64_t c = 0; c < in.classes; ++c) {
       max = FASTKD_ISA::max(load(student_at(c)), max);
       teacher_max = FASTKD_ISA::max(load(teacher_at(c)), teacher_max);
     }
-    if (decoupled) {  // no class but the label, perhaps
+    if (decoupled) {  // the label may be the only class
       max = max == -kInfinity<float> ? V{} : max;
       teacher_max = teacher_max == -kInfinity<float> ? V{} : teacher_max;
     }
@@ -277,11 +279,11 @@ struct TransposedEngine {
     if (unit || centered) set_moments();
   }
 
-  // Sum of z - max z, of all classes.
+  // Add z - max z over all classes.
   void add_offsets(const Block& b) {
     V sum{};
     for (int64_t c = b.begin; c < b.end; ++c) {
-      // The label may be masked in the tile (kDecoupled).
+      // With kDecoupled the label is masked in the tile.
       const auto is_label = label == static_cast<int32_t>(c);
       sum += (is_label ? scales.student_label : load(student_at(c))) - scales.student_max;
     }
@@ -308,7 +310,7 @@ struct TransposedEngine {
     }
   }
 
-  // The divergence of each row, and its gradient; in backward `slope` and `classes` are known.
+  // Compute each row's divergence and gradient. In backward, `slope` and `classes` are known.
   void differentiate(bool backward) {
     gains = gains_of(in, settings, scales, gain, hard);
     ratio = make_log_ratio<V, V>(settings, scales, shared.of_logits);
@@ -336,7 +338,7 @@ struct TransposedEngine {
     finish();
   }
 
-  // The label's own part of the gradient.
+  // Add the label's part of the gradient.
   void finish() {
     if (!hard && !decoupled) return;
     for_labels([&](int64_t i, int64_t at) {
@@ -345,7 +347,7 @@ struct TransposedEngine {
     });
   }
 
-  // Returns a function that computes the gradient of one class but for the label's part.
+  // Return a function that computes the gradient of one class without the label's part.
   FASTKD_HOST_DEVICE auto make_gradient() const {
     return [soft = gains.soft, hard = gains.hard, uniform = gains.uniform, rest = label_gains.rest,
             otherwise = otherwise, computed = computed](V slope, V q, V hard_exp) FASTKD_INLINE {
@@ -354,8 +356,8 @@ struct TransposedEngine {
     };
   }
 
-  // Sums values and slopes. Leaves the slopes, or, where nothing centers them, the gradient, in
-  // place of the student's logits.
+  // Sum values and slopes. Replace the student's logits by the slopes, or by the gradient if the
+  // slopes are not centered.
   template <class D>
   void sweep(const Block& b) {
     constexpr bool kIsGradient = D::kCentering == SlopeCentering::kNone;
@@ -363,7 +365,7 @@ struct TransposedEngine {
     const auto gradient = make_gradient();
     const LogRatio<V> r = ratio;
     const Scales<V> of_rows = scales;
-    // Precise, because one square of logits far apart would take the digits of other squares.
+    // Compensated: one square of logits far apart would take the digits of other squares.
     std::conditional_t<is_mean(D::kCentering), PreciseSum, PlainSum> values;
     PlainSum slopes, counted;
     for (int64_t c = b.begin; c < b.end; ++c) {
@@ -380,7 +382,7 @@ struct TransposedEngine {
     value += values.sum, slope += slopes.sum, classes += counted.sum;
   }
 
-  // Makes the gradient of the slopes, given their sum.
+  // Compute the gradient from the slopes, given their sum.
   template <class D>
   void center() {
     constexpr SlopeCentering kCentering = D::kCentering;
@@ -394,7 +396,7 @@ struct TransposedEngine {
       if (kCentering == SlopeCentering::kStudent) weight = q;
       if (kCentering == SlopeCentering::kUnit)
         weight = uncentered + load(teacher_at(c)) * teacher_inverse;
-      // Not 0 times a sum of slopes that may be infinite.
+      // No product of 0 and a sum of slopes, which may be infinite.
       V here = kCentering == SlopeCentering::kMean ? uncentered : uncentered - sum * weight;
       here *= share;
       if (leaves_out_masked(kCentering)) here = uncentered == uncentered ? here : V{};

@@ -1,4 +1,5 @@
-// Loops over a block: the vectors of a row, its padded last step, and sums over lanes.
+// Loops over a block: the vectors of a row, its padded last step, and sums over lanes. The order of
+// these sums is fixed (docs/maths.md, section 9).
 #pragma once
 #include <type_traits>
 
@@ -12,9 +13,9 @@ namespace {
 // 4 KB of fp32: three blocks stay in L1. Sums are kept in fp32 lanes within a block and in double
 // beyond, so the block is also what bounds the rounding error of a sum.
 constexpr int64_t kBlock = 1024;
-// The loops take so many classes at a time, and what is left at the end of a row in steps of fewer,
-// of which the last is padded with -inf. 16 bits are unpacked in pairs that fill registers: they
-// have no shorter steps. fp64 is computed one number at a time (registers.h).
+// The loops take kLanes classes at a time, and shorter steps at the end of a row; the last step is
+// padded with -inf. 16-bit numbers are unpacked in pairs that fill registers, and have no shorter
+// steps. fp64 is computed one number at a time (registers.h).
 constexpr int64_t kLanes = 32;
 template <class S>
 constexpr int64_t kWide = sizeof(S) > sizeof(float) ? 4 : kLanes;
@@ -32,20 +33,19 @@ constexpr T kNaN = static_cast<T>(__builtin_nan(""));
 template <auto kValue>
 constexpr std::integral_constant<decltype(kValue), kValue> constant{};
 
-// The steps of a block where they lie, but for the last where it is not a whole one: that is
-// padded, elsewhere.
+// The steps of a block, in place; a last step that is not full is elsewhere, padded.
 template <class S>
 struct Vectors {
   S* block = nullptr;
   S* last = nullptr;
-  int64_t whole = INT64_MAX;  // classes before the last
+  int64_t whole = INT64_MAX;  // number of classes before the last step
 
   FASTKD_HOST_DEVICE S* at(int64_t index) const { return index < whole ? block + index : last; }
   S* element(int64_t index) const { return index < whole ? block + index : last + (index - whole); }
 };
 
-// Calls fn(at, width), which should be FASTKD_INLINE, for all of `count` classes. The width is a
-// compile-time constant.
+// Call fn(at, width) for all of `count` classes. `width` is a compile-time constant; `fn` should be
+// FASTKD_INLINE.
 template <class S, class Fn>
 FASTKD_HOST_DEVICE void for_vectors(int64_t count, Fn&& fn) {
   int64_t at = 0;
@@ -61,8 +61,8 @@ inline bool holds(int64_t begin, int64_t count, int64_t index) {
   return begin <= index && index < begin + count;
 }
 
-// Reductions over lanes fold them in halves: one lane after the other would take 50 cycles, which
-// short rows feel.
+// Reduce over lanes by halving: adding one lane after the other would take 50 cycles, which is
+// noticeable in short rows.
 template <int64_t kWidth, class T, class Join>
 FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   if constexpr (kWidth == 1) {
@@ -74,8 +74,8 @@ FASTKD_HOST_DEVICE T tree_reduce(const T* lanes, Join&& join) {
   }
 }
 
-// The sum of a register's lanes, the last of it in double: in a row of one block its rounding is
-// most of a sum's error.
+// Return the sum of a register's lanes, with the last addition in double: in a row of one block its
+// rounding is most of the sum's error.
 template <class T>
 FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   constexpr int64_t kCount = kPerRegister<T>, kFew = kCount < 8 ? kCount : 8;
@@ -88,8 +88,8 @@ FASTKD_HOST_DEVICE double precise_sum_of(const Register<T>& sum) {
   return tree_reduce<kFew>(few, [](double a, double b) { return a + b; });
 }
 
-// The sum of numbers of a block, each register of a step in lanes of its own, so that rounding adds
-// up little.
+// Return the sum of the numbers of a block. Each register of a step has lanes of its own, so that
+// rounding errors add up little.
 template <class T>
 struct LaneSums {
   static constexpr int64_t kMany = kRegisters<kWide<T>, T>;

@@ -1,12 +1,13 @@
-// The JSD with mix 1/2 of a well-separated row (row.h): slopes without forms for where p is near q.
+// The JSD with mix 1/2 of a well-separated row (row.h). Its slopes need no series for p near q,
+// which makes the loop shorter (docs/maths.md, sections 3 and 10).
 #pragma once
 #include "blocks.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-// 1/2 log(max(p, q) / m) of an even mixture m from (max - min) / (3 max + min), one artanh without
-// an exponent, minimax for the relative error: 1.6e-8.
+// Return 1/2 log(max(p, q) / m) for the even mixture m, from (max - min) / (3 max + min): an
+// artanh, which needs no exponent. Minimax for the relative error: 1.6e-8.
 template <class V>
 FASTKD_HOST_DEVICE V even_log(V ratio) {
   const V y = ratio * ratio;
@@ -17,8 +18,8 @@ FASTKD_HOST_DEVICE V even_log(V ratio) {
   return log * ratio;
 }
 
-// Value and slopes over q's scale, where a block is_comparable(). With h = d / 2 log(m / q) is
-// h + log cosh h = max(d, 0) - log(max(p, q) / m).
+// Compute value and slopes relative to q's scale, for blocks that are is_comparable(). With h = d /
+// 2, log(m / q) is h + log cosh h = max(d, 0) - log(max(p, q) / m).
 template <class S>
 __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& c,
                                                      const RowBlock<float, S>& b) {
@@ -30,7 +31,7 @@ __attribute__((noinline)) SlopeSums find_even_slopes(const Coefficients<float>& 
     const V q = x.student(), p = x.teacher() * p_scale;
     const V lesser = min(p, q), greater = max(p, q);
     const V log = even_log<V>((greater - lesser) / (3.0f * greater + (lesser + least<float>())));
-    // Infinite, or NaN, where p or q is 0.
+    // The result is infinite or NaN if p or q is 0.
     const V half =
         bounded_above(bounded_below<V>((x.w() - x.z()) * inverse_temperature - log_ratio));
     const V slope = q * min(log - half, log);

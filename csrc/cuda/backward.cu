@@ -1,8 +1,8 @@
-// The gradient for a grad_output that forward did not know: written again class by class, from the
-// row statistics that forward left, to the same bits; or, where rounding twice does no harm, scaled
-// in place. If the gradient is in place already and grad_output is 1, the kernels return at once:
-// most calls end there, so that forward and backward cost one pass through memory. Derivations:
-// docs/maths.md, sections 2, 3 and 7.
+// The gradient for the grad_output that backward receives. It is written again class by class, from
+// the row statistics that forward has stored, to the same bits; or it is scaled in place if a
+// second rounding does no harm. If the gradient is in place already and grad_output is 1, the
+// kernels return at once: most calls end there, so that forward and backward cost one pass through
+// memory. Derivations: docs/maths.md, sections 2, 3, 7 and 8.
 #include "launch.h"
 #include "sweeps.cuh"
 
@@ -11,13 +11,14 @@ namespace {
 
 constexpr int kThreads = 256;
 static_assert(kThreads == kStridedThreads);
-constexpr int64_t kClassesOfPiece = 4096;  // of a row that several CTAs share, at least
+constexpr int64_t kClassesOfPiece =
+    4096;  // least number of classes of a row's piece, if several CTAs share a row
 constexpr int64_t kMostPieces = 32768;
 
 struct BackwardCall {
   BackwardArgs args;
-  bool filled;          // grad holds the gradient for grad_output = 1
-  int lanes;            // threads of a CTA that share a row, whose other pieces are in blockIdx.y
+  bool filled;  // grad holds the gradient for grad_output = 1
+  int lanes;    // threads of a CTA that share a row; the row's other pieces are in blockIdx.y
   Constants constants;  // of the divergence
 };
 
@@ -26,7 +27,7 @@ __device__ __forceinline__ A grad_output_of(const BackwardArgs& args, int64_t ro
   return static_cast<const A*>(args.grad_output)[args.grad_output_per_row ? row : 0];
 }
 
-// Calls fn with each row of this thread whose gradient has to change: fn(place, row, grad_output).
+// Call fn(place, row, grad_output) for each row of this thread whose gradient changes.
 template <class A, class Fn>
 __device__ __forceinline__ void for_rows(const BackwardCall& call, Fn&& fn) {
   const BackwardArgs& args = call.args;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, (sizeof(typename Row::A) == 8 ? 1 : 
   });
 }
 
-// grad *= grad_output. 0 stays 0 and NaN stays NaN, whatever grad_output is.
+// Compute grad *= grad_output. 0 stays 0 and NaN stays NaN, whatever grad_output is.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     rescale_kernel(const __grid_constant__ BackwardCall call) {

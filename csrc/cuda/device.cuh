@@ -1,5 +1,5 @@
-// Device functions of the kernels: one name for the arithmetic of fp32 and fp64, reductions within
-// a warp, offsets. The instructions themselves are in ptx.cuh.
+// Device functions that the kernels share: one name for fp32 and fp64 arithmetic, reductions within
+// a warp in a fixed order (docs/maths.md, section 9), and offsets. Inline assembly is in ptx.cuh.
 #pragma once
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -13,7 +13,7 @@
 #if defined(__CUDACC__)
 #include "ptx.cuh"
 #else
-#include <ptx.h>  // of the tests that run the kernels on the CPU (tests/kernels/emulation)
+#include <ptx.h>  // from tests/kernels/emulation, in tests that run the kernels on the CPU
 #endif
 
 namespace fastkd::cuda {
@@ -25,15 +25,15 @@ __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
-// Products that the compiler must not fuse with a sum: forward and backward kernels have to round
-// alike.
+// Multiply, without fusing the product with a sum: forward and backward kernels must round the same
+// way.
 __device__ __forceinline__ float mul_of(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double mul_of(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float add_of(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double add_of(double a, double b) { return __dadd_rn(a, b); }
 __device__ __forceinline__ double reciprocal_of(double x) { return 1.0 / x; }
-// a / b for b that is neither 0 nor near the ends of the range, to half a unit in the last place
-// but for rare cases. The exact division calls a subroutine, around which registers spill.
+// Return a / b, for b that is neither 0 nor near the ends of the range, to half a unit in the last
+// place except in rare cases. The exact division calls a subroutine, around which registers spill.
 __device__ __forceinline__ float quotient_of(float a, float b) {
   float r = reciprocal_of(b);
   r = fmaf(fmaf(-b, r, 1.0f), r, r);
@@ -46,7 +46,8 @@ __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float magnitude_of(float x) { return fabsf(x); }
 __device__ __forceinline__ double magnitude_of(double x) { return fabs(x); }
 
-// Over groups of `kLanes` adjacent lanes. The order is fixed: bitwise the same from run to run.
+// Return the sum over groups of `kLanes` adjacent lanes. The order is fixed: bitwise the same from
+// run to run.
 template <int kLanes = 32, class A>
 __device__ __forceinline__ A lanes_max(A x) {
 #pragma unroll
@@ -62,12 +63,13 @@ __device__ __forceinline__ A lanes_sum(A x) {
   return x;
 }
 
-// Exchange among the warps of a CTA through shared memory. Two sets of slots take turns, so that
-// one barrier an exchange is enough.
+// Exchange among the warps of a CTA through shared memory. Two sets of slots alternate, so that one
+// barrier per exchange is enough.
 struct WarpExchange {
   int turn = 0;
 
-  // Lane i of every warp gets what warp i has in its lane 0, or `otherwise` where there is none.
+  // Return in lane i of every warp the value of warp i's lane 0, or `otherwise` if there is no warp
+  // i.
   template <class S>
   __device__ __forceinline__ S share(const S& mine, const S& otherwise = S()) {
     __shared__ __align__(16) unsigned char bytes[2 * 32 * sizeof(S)];
@@ -78,12 +80,12 @@ struct WarpExchange {
     turn ^= 1;
     return lane < warps ? slots[lane] : otherwise;
   }
-  // The sum over all threads, in an order that their number alone fixes.
+  // Return the sum over all threads, in an order that depends on their number only.
   __device__ __forceinline__ double sum(double x) { return lanes_sum(share(lanes_sum(x))); }
 };
 
-// row_offset() with a division of 32 bits: that of 64 is a call, around which registers spill.
-// forward() and backward() refuse 2^31 rows.
+// Return row_offset() by a 32-bit division: a 64-bit division is a call, around which registers
+// spill. forward() and backward() refuse 2^31 rows.
 __device__ __forceinline__ int64_t offset_of(int64_t row, int64_t group_rows, RowStrides stride) {
   if (row < group_rows) return row * stride.row;
   const uint32_t group = static_cast<uint32_t>(row) / static_cast<uint32_t>(group_rows);

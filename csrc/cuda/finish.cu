@@ -1,7 +1,7 @@
-// The two small kernels before and after the rows: one counts the labels that are not ignored, the
-// other adds up the total (docs/maths.md, section 7). Each is one CTA, or, where the rows are many,
-// a cluster of them, whose first adds up the sums of all: one CTA would take as long as the rows
-// (docs/performance-log.md).
+// Two small kernels, before and after the kernel of the rows: one counts the labels that are not
+// ignored, the other adds up the total (docs/maths.md, section 6). Each is one CTA, or for many
+// rows a cluster of CTAs whose first CTA adds up the sums of all: one CTA would take as long as the
+// rows (docs/performance-log.md).
 #include "launch.h"
 
 namespace fastkd::cuda {
@@ -9,13 +9,13 @@ namespace {
 
 constexpr int kCtas = 8;
 constexpr int64_t kRowsOfOneCta = 16384;
-constexpr int kAtOnce = 16;  // loads of a thread
+constexpr int kAtOnce = 16;  // loads of one thread in flight
 
-// The sum over the CTAs of what each has, in their order, for thread 0 of the first.
+// Return the sum of `mine` over the CTAs, in their order, in thread 0 of the first CTA.
 __device__ __forceinline__ double cluster_sum(double mine, double* sums) {
   const int ctas = cluster_size(), rank = cluster_rank();
   if (ctas == 1) return mine;
-  cluster_barrier();  // all have begun: their memory is there
+  cluster_barrier();  // after this, all CTAs have begun and their shared memory exists
   if (threadIdx.x == 0) store_in(0, sums + rank, mine);
   cluster_barrier();
   if (rank != 0 || threadIdx.x != 0) return 0;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fo
   if (cluster_rank() == 0 && threadIdx.x == 0) put_total(call, quantity, scale, sum);
 }
 
-// `before` says whether a kernel of ours comes before, which may still run.
+// `before`: true if a kernel of this call is launched before and may still run.
 cudaError_t launch_clusters(void (*kernel)(ForwardCall), const ForwardCall& call, int clusters,
                             int threads, bool before, cudaStream_t stream) {
   Device device;

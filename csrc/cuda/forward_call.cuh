@@ -1,6 +1,6 @@
 // A forward call as the kernels see it: which rows count, the scale of gradient and total, the
-// losses, terms and statistics that a row leaves behind, and the total over rows.
-// Derivations: docs/maths.md, sections 1 and 7. Letters: numerics.h.
+// losses, terms and statistics of a row, and the total over rows. Derivations: docs/maths.md,
+// sections 1, 5 and 6. Letters: numerics.h.
 #pragma once
 #include "general.cuh"
 
@@ -32,11 +32,11 @@ __device__ __forceinline__ RowKind kind_of(const Inputs& in, int64_t label) {
   if (label == in.ignore_index) return RowKind::kIgnored;
   return label < 0 || label >= in.classes ? RowKind::kBad : RowKind::kReal;
 }
-// Return the loss and gradient of a row that is not real.
+// Return the loss and gradient of a row that is ignored or invalid.
 __device__ __forceinline__ float fill_value(RowKind kind) {
   return kind == RowKind::kIgnored ? 0.0f : NAN;
 }
-// Closes a row that is ignored (0), or holds no answer (NaN).
+// Write the results of a row that is ignored (0) or invalid (NaN).
 template <class A>
 __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t row, A value) {
   static_cast<A*>(args.loss)[row] = value;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void close_row_as(const ForwardArgs& args, int64_t ro
   for (int i = 0; i < kStats; i++) static_cast<A*>(args.stats)[i * args.rows + row] = value;
 }
 
-// Closes a row: everything but its gradient. One thread.
+// Write the results of a row except its gradient. Called by one thread.
 template <class W, class A>
 __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, const W& writer,
                                           const typename W::Stats& stats, Sums<A> sums,
@@ -66,7 +66,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   A soft =
       divergence_of(args.divergence, sums.value, sums.slope, sums.classes, sums.teacher_entropy);
   if (soft != soft) soft = A(INFINITY);
-  // Added to whatever leaves a row that holds no answer.
+  // Added to every result, so that all results of an invalid row are NaN.
   const A nan_or_0 = stats.valid() ? A(0) : static_cast<A>(fill_value(RowKind::kBad));
   soft += nan_or_0;
   static_cast<A*>(args.loss)[row] =
@@ -83,7 +83,7 @@ __device__ __forceinline__ void close_row(const ForwardArgs& args, int64_t row, 
   stats.store(static_cast<A*>(args.stats), args.rows, row, sums.slope, sums.classes);
 }
 
-// Labels that are not ignored among first, first + step, ...
+// Return the number of labels that are not ignored among first, first + step, ...
 __device__ __forceinline__ int count_labels(const Inputs& in, int64_t first, int64_t step) {
   int count = 0;
 #pragma unroll 8
@@ -94,7 +94,7 @@ template <class A>
 __device__ __forceinline__ A scale_of_count(int64_t count) {
   return quotient_of(A(1), static_cast<A>(count > 0 ? count : 1));
 }
-// The scale, where it takes no counting.
+// Return the scale, unless the rows have to be counted for it.
 template <class A>
 __device__ __forceinline__ A known_scale(const ForwardCall& call) {
   if (call.scale_source == ScaleSource::kDenominator)
@@ -103,7 +103,7 @@ __device__ __forceinline__ A known_scale(const ForwardCall& call) {
     return static_cast<const A*>(call.args.stats)[kStats * call.args.rows];
   return static_cast<A>(call.args.scale);
 }
-// For all threads of a CTA. Leaves the scale in `stats`.
+// Compute the scale, and store it in `stats`. Called by all threads of a CTA.
 template <class A>
 __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& exchange) {
   A scale;
@@ -118,7 +118,8 @@ __device__ __forceinline__ A block_scale(const ForwardCall& call, WarpExchange& 
   return scale;
 }
 
-// This thread's share of the sum of one quantity over rows, in fp64: first, first + step, ...
+// Return this thread's share of the sum of one quantity over rows, in fp64: first, first + step,
+// ...
 template <int kAtOnce, class A>
 __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity, int64_t first,
                                            int64_t step) {
@@ -129,15 +130,15 @@ __device__ __forceinline__ double sum_rows(const ForwardArgs& args, int quantity
   for (int64_t i = first; i < args.rows; i += step) sum += __ldcg(values + i);
   return sum;
 }
-// total[i] = scale * (the sum of one quantity over all rows). One thread. If no row counts, the
-// mean's denominator may be 0, and the scale infinite: the total is 0 all the same.
+// Write total[i] = scale * (the sum of one quantity over all rows). Called by one thread. If no row
+// counts, the mean's denominator may be 0 and the scale infinite; the total is then 0.
 template <class A>
 __device__ __forceinline__ void put_total(const ForwardCall& call, int quantity, A scale,
                                           double sum) {
   static_cast<A*>(call.total)[quantity] =
       sum == 0 ? A(0) : static_cast<A>(sum * static_cast<double>(scale));
 }
-// At the end of a kernel whose grid may be one cluster: its first CTA adds up the total.
+// Add up the total in the first CTA, at the end of a kernel whose grid may be one cluster.
 template <class A>
 __device__ __forceinline__ void finish_inside(const ForwardCall& call, A scale,
                                               WarpExchange& exchange) {

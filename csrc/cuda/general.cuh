@@ -1,28 +1,28 @@
-// The writer of every objective but the hot one: divergences whose slopes must be summed before
-// their gradient is known, and a teacher with a temperature of its own. The sums take one more
-// sweep over the row, which the same kernel makes because the row is then still in L1 or L2. The
-// divergence is looked up at run time, once a chunk: a kernel for each would be twenty times the
-// code, and take as long to compile. Derivations: docs/maths.md, sections 2 and 10. Letters:
-// numerics.h.
+// The writer (writer.cuh) of the objectives that the hot kernels do not compute (is_hot(),
+// launch.h): divergences whose slopes must be summed before their gradient is known, and a teacher
+// with a temperature of its own. The sums take one more sweep over the row, in the same kernel,
+// because the row is then still in L1 or L2. The divergence is selected at run time, once a chunk:
+// one kernel for each divergence would be twenty times the code, with twenty times the compile
+// time. Derivations: docs/maths.md, sections 2 and 10. Letters: numerics.h.
 #pragma once
 #include "vectors.cuh"
 #include "writer.cuh"
 
 namespace fastkd::cuda {
 
-// The odds of a row's label against its other classes, from their logarithms.
+// Return the odds of a row's label against its other classes, from their logarithms.
 template <class A>
 __device__ __forceinline__ Odds<A> odds_of(A log) {
   return {log, exp2_of(mul_of(-magnitude_of(log), static_cast<A>(kLog2E)))};
 }
-// Not inlined: it is rare, and forward and backward must arrive at the same bits.
+// Not inlined: calls are rare, and forward and backward must compute the same bits.
 template <class A>
 __device__ __attribute__((noinline)) BinaryKL<A> binary_kl_of(A teacher_log, A student_log,
                                                               A difference) {
   return binary_kl(odds_of(teacher_log), odds_of(student_log), difference);
 }
 
-// The logits of a row's label; NaN where it has none.
+// The logits of a row's label; NaN if the row has no label.
 template <class A>
 struct LabelLogits {
   A student, teacher;
@@ -45,7 +45,7 @@ template <class A>
 struct GeneralStats : RowStats<A> {
   // 1 / |z| and 1 / |w| (kCosine), the means of z and w (kCenteredSquaredError), or the scales.
   A student_moment, teacher_moment;
-  A nothing = 0;  // what a row of zeros adds to the cosine
+  A nothing = 0;  // what a student or teacher of zeros adds to the cosine
 
   GeneralStats() = default;
   __device__ __forceinline__ GeneralStats(const Inputs& in, int64_t row,
@@ -88,7 +88,7 @@ struct GeneralStats : RowStats<A> {
   __device__ __forceinline__ void invalidate_unless(bool good) {
     if (!good) this->student_scale = student_moment = A(NAN);
   }
-  // Sums without the label may be of no class: then the label must be one.
+  // Without the label, the sums may be empty. The label must then not be masked.
   __device__ __forceinline__ void leave_out_label(const Inputs& in, int64_t row,
                                                   const Statistics<A>& statistics) {
     if (statistics.student_sum == A(0))
@@ -103,7 +103,7 @@ struct GeneralStats : RowStats<A> {
   }
 };
 
-// Calls fn with the struct of a divergence.
+// Call fn with the struct of a divergence.
 template <class Fn>
 __device__ __forceinline__ auto visit_general(Divergence id, Fn&& fn) {
   return id == Divergence::kCosine ? fn(Cosine{}) : visit(id, fn);
@@ -117,9 +117,9 @@ struct alignas(16) GeneralWriter : Writer<A> {
 
   Divergence divergence;
   ConstantsOf<A> constants;
-  A student_base, teacher_base;             // taken off the logits first
-  A student_share = 0, constant_share = 0;  // of q, and of 1, which balance the slopes
-  A rest_gain = 0;                          // of q, where the label is left out (kDecoupled)
+  A student_base, teacher_base;             // subtracted from the logits first
+  A student_share = 0, constant_share = 0;  // factors of q and of 1, which center the slopes
+  A rest_gain = 0;                          // factor of q if the label is left out (kDecoupled)
   A student_moment, teacher_moment;         // as in GeneralStats
 
   template <class Call>
@@ -133,7 +133,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
         teacher_base(this->apart ? row.teacher_max : A(0)),
         student_moment(row.student_moment),
         teacher_moment(row.teacher_moment) {
-    // Comparisons drop NaN: a row that holds no answer shall have it in every class.
+    // Comparisons drop NaN, so that some classes of an invalid row could get numbers.
     if (!row.valid()) this->soft = A(NAN);
     if (divergence == Divergence::kDecoupled) decouple(call.args, index);
     if (is_unit(call.args)) this->soft = mul_of(mul_of(this->soft, this->t.t), student_moment);
@@ -153,7 +153,7 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return e;
   }
 
-  // The cosine's p and q are the elements of two unit vectors.
+  // For the cosine, p and q are the elements of two unit vectors.
   template <class D>
   __device__ __forceinline__ Evaluated<A> evaluated(const Element<A>& e, A z, A w) const {
     if constexpr (D::kCentering == SlopeCentering::kUnit)
@@ -162,13 +162,13 @@ struct alignas(16) GeneralWriter : Writer<A> {
     return D::at(e, constants);
   }
 
-  // Value and slope of one class. The extras ride along.
+  // Add value and slope of one class, and the sums for `terms`.
   template <class D>
   __device__ __forceinline__ void sum_as(A z, A w, bool extra, Sums<A>& sums) const {
     A unused;
     const Element<A> e = element<D>(z, w, unused);
     const Evaluated<A> here = evaluated<D>(e, z, w);
-    // Classes that both mask take no part in a mean, and none in a length.
+    // Classes that both sides mask count neither for a mean nor for a norm.
     const bool counts = !leaves_out_masked(D::kCentering) || here.slope == here.slope;
     const A summed = D::kCentering == SlopeCentering::kUnit ? here.value : here.slope;
     sums.value += counts ? here.value : A(0);
@@ -177,7 +177,8 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (extra) Base::add_extra(z, w, e.p, e.q, sums);
   }
 
-  // Once all slopes are summed: from here on the gradient can be written.
+  // Set the shares that center the slopes, once all slopes are summed. The gradient can then be
+  // written.
   __device__ __forceinline__ void balance(const Stats& row, Sums<A>& sums) {
     sums.value += row.nothing, sums.slope += row.nothing;
     balance(sums.slope, sums.classes);
@@ -191,28 +192,28 @@ struct alignas(16) GeneralWriter : Writer<A> {
     if (formula == SlopeCentering::kCentered) constant_share = quotient_of(slope, classes);
   }
 
-  // The gradient of one class, but for what belongs to the label.
+  // Return the gradient of one class without the label's part.
   template <class D>
   __device__ __forceinline__ A write_as(A z, A w) const {
     A hard_exponent;
     const Element<A> e = element<D>(z, w, hard_exponent);
     const A hard = this->template hard_part<kAtRunTime, true>(e.q, hard_exponent);
-    const A unbalanced = evaluated<D>(e, z, w).slope;
+    const A uncentered = evaluated<D>(e, z, w).slope;
     if constexpr (D::kCentering == SlopeCentering::kNone)
-      return weighted_part(this->soft, unbalanced) + fma_of(rest_gain, e.q, hard);
+      return weighted_part(this->soft, uncentered) + fma_of(rest_gain, e.q, hard);
     const A q = D::kCentering == SlopeCentering::kUnit ? mul_of(z, student_moment) : e.q;
-    // In a mean q counts nothing, and backward has no scale of it.
-    A slope = is_mean(D::kCentering) ? unbalanced - constant_share : unbalanced - q * student_share;
-    if (leaves_out_masked(D::kCentering) && unbalanced != unbalanced) slope = A(0);
+    // q is not used by a divergence with a mean, and backward has no scale of q.
+    A slope = is_mean(D::kCentering) ? uncentered - constant_share : uncentered - q * student_share;
+    if (leaves_out_masked(D::kCentering) && uncentered != uncentered) slope = A(0);
     return weighted_part(this->soft, slope) + hard;
   }
   __device__ __forceinline__ A at_label(A g) const {
     return divergence == Divergence::kDecoupled ? this->label : Base::at_label(g);
   }
 
-  // Makes of the other classes' sums those of all classes, with the divergence as their value; and
-  // of their log_sum, log sum exp(z) - max z, that of all, and the label's cross entropy. `z` is
-  // the label's logit, which the gradient may have overwritten. One thread.
+  // Extend the sums over the other classes to all classes, with the divergence as their value.
+  // Extend log_sum, log sum exp(z) - max z, too, and compute the label's cross entropy. `z`: the
+  // label's logit, which the gradient may have overwritten. Called by one thread.
   __device__ __forceinline__ void include_label(const Inputs& in, int64_t row, A z, A& log_sum,
                                                 A& cross_entropy, Sums<A>& sums) const {
     if (divergence != Divergence::kDecoupled) return;
@@ -224,10 +225,10 @@ struct alignas(16) GeneralWriter : Writer<A> {
     sums.logits = fma_of(above, this->share, sums.logits);
 
     const A log = log_odds(z), teacher_log = teacher_log_odds(w);
-    // The sum of q - p should be 0 and shows what rounding did to the difference of the two sums of
-    // exponentials, and so to that of the odds.
+    // The exact sum of q - p is 0. The computed one shows the rounding error of the difference of
+    // the two sums of exponentials, and so of the odds.
     const A apart = odds_difference(z, w) + log1p_of(sums.slope);
-    // NaN as in close_row().
+    // NaN is 0 * inf, and means an infinite divergence, as in close_row() (forward_call.cuh).
     const A within = sums.value == sums.value ? sums.value : A(INFINITY);
     sums.value = binary_kl_of(teacher_log, log, apart).value + weighted(mix_of(in), within);
     const Odds<A> student = odds_of(log), teacher = odds_of(teacher_log);
@@ -243,9 +244,9 @@ struct alignas(16) GeneralWriter : Writer<A> {
   }
 
  private:
-  // The label's part in a row's gradient, and what it changes in the other classes'.
+  // Set the label's part of a row's gradient, and the change of the other classes' gradient.
   __device__ __forceinline__ void decouple(const Inputs& in, int64_t row) {
-    // d where one side masks all other classes.
+    // One side masks all classes other than the label: d is infinite.
     if (this->stats.student_scale == A(0)) {
       this->shift = A(INFINITY);
     } else if (this->stats.teacher_scale == A(0)) {
@@ -264,12 +265,13 @@ struct alignas(16) GeneralWriter : Writer<A> {
     this->soft = mul_of(this->soft, mix_of(in));
   }
 
-  // The weight of the KL among the other classes: none where the teacher allows none of them.
+  // Return the weight of the KL among the other classes: 0 if the teacher gives all of them
+  // probability 0.
   __device__ __forceinline__ A mix_of(const Inputs& in) const {
     return this->stats.teacher_scale > A(0) ? static_cast<A>(in.mix) : A(0);
   }
-  // The logarithms of the label's odds against the other classes: with the student, the teacher,
-  // and the student at temperature 1.
+  // Return the logarithms of the label's odds against the other classes: of the student, of the
+  // teacher, and of the student at temperature 1.
   __device__ __forceinline__ A log_odds(A z) const {
     const A log = fma_of(z - this->stats.student_max, this->t.inverse, this->student_log);
     return this->stats.student_scale == A(0) ? A(INFINITY) : log;

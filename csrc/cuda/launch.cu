@@ -1,4 +1,6 @@
-// fastkd::cuda of kernels.h: which kernels a call takes. The plan itself is plan.cpp.
+// The functions of namespace fastkd::cuda in kernels.h: they choose the kernels of a call by
+// plan.cpp and launch them. The sums' order, and so the bits, follow from that choice
+// (docs/maths.md, section 9).
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -76,7 +78,8 @@ cudaError_t launch_family(const ForwardCall& call, const Plan& plan, cudaStream_
   }
 }
 
-// A device (a slice of one, say) may hold no such cluster: then `call` does without.
+// A device (a MIG slice, for example) may not hold the planned cluster: `call` then finishes
+// without one.
 cudaError_t launch_rows(ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   const cudaError_t error = launch_family(call, plan, stream);
   if (!call.finish_inside || plan.cluster == 1 || !refuses_cluster(error)) return error;

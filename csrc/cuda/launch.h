@@ -1,5 +1,6 @@
-// The launches of all kernels: launch.cu decides which of them a call takes, and the files that
-// define the kernels launch them, so that nvcc compiles them side by side.
+// The launches of all kernels: launch.cu chooses the kernels of a call, and the files that define
+// the kernels launch them, so that nvcc compiles the files in parallel. The kernels' files name the
+// sections of docs/maths.md.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,20 +13,21 @@ cudaError_t launch_tiny(const ForwardCall& call, const Plan& plan, cudaStream_t 
 cudaError_t launch_registers(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_streaming(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 cudaError_t launch_strided(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
-// Settles where the kernels find the scale. `counts_inside`: the labels are so few that every CTA
-// may count them.
+// Choose where the kernels find the scale. `counts_inside`: true if labels are so few that every
+// CTA may count them.
 cudaError_t launch_scale(ForwardCall& call, const void* denominator, bool counts_inside,
                          cudaStream_t stream);
-// One CTA: leaves the scale in `stats`, for calls with too many labels to count in passing.
+// Count the labels in one kernel, and store the scale in `stats`: for calls with too many labels
+// for every CTA to count.
 cudaError_t launch_count(const ForwardCall& call, cudaStream_t stream);
-// Adds up `total` from the row losses and the scale in `stats`.
+// Add up `total` from the row losses and the scale in `stats`.
 cudaError_t launch_finish(const ForwardCall& call, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, bool filled, cudaStream_t stream);
-// grad *= grad_output, where the gradient may be rounded twice.
+// Compute grad *= grad_output, where the gradient may be rounded twice.
 cudaError_t launch_rescale(const BackwardArgs& args, cudaStream_t stream);
 
-// Return true if the hot kernels have the loss: the forward KL, alone or with the teacher's
-// entropy, with one temperature for student and teacher. general.cuh has all else.
+// Return true if the hot kernels compute the loss: the forward KL, alone or with the teacher's
+// entropy, with one temperature for student and teacher. general.cuh has the other objectives.
 inline bool is_hot(const Inputs& in) {
   return is_one_sweep(in.divergence) && in.divergence != Divergence::kDecoupled &&
          in.temperature == in.teacher_temperature;
@@ -37,22 +39,22 @@ bool is_strided(const Args& args) {
          (args.grad != nullptr && args.grad_stride.classes != 1);
 }
 
-constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // what an int counts
-// The runtime remembers an error until it is asked for it: nobody else shall find ours.
+constexpr int64_t kMostRows = (int64_t(1) << 31) - 1;  // the greatest int
+// Clear the error that the runtime remembers, so that later calls of the process do not report it.
 int reported(cudaError_t error);
 
-// Return true if the error is that the device (a slice of one, say) holds no such cluster.
+// Return true if the error means that the device (a MIG slice, for example) holds no such cluster.
 inline bool refuses_cluster(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize;
 }
 
-// The major compute capability that the loaded code was compiled for.
+// Set the major compute capability that the loaded code was compiled for.
 cudaError_t compiled_major(int& major);
 
-// The device that is current, asked once per device.
+// The current device, queried once per device.
 struct Device {
   int processors = 0;
-  int major = 0;  // of the code where that is older: compiled for 8.0, it knows no clusters
+  int major = 0;  // of the code if that is older: code for 8.0 has no clusters
   DeviceLimits limits() const { return {processors, major >= 9 ? 8 : 1}; }
 };
 cudaError_t current_device(Device& device);
@@ -71,13 +73,13 @@ struct Launch {
   }
   Launch(const Launch&) = delete;  // `config` points into it
   void cluster(int size) {
-    if (size <= 1) return;  // before sm_90 the attribute is an error
+    if (size <= 1) return;  // before sm_90 the attribute would be an error
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim.x = static_cast<unsigned>(size);
     a.val.clusterDim.y = a.val.clusterDim.z = 1;
   }
-  // The kernel may start while its predecessor ends: it must call wait_for_previous_kernel().
+  // Let the kernel start while its predecessor ends. It must call wait_for_previous_kernel().
   void overlap(const Device& device) {
     if (device.major < 9) return;
     cudaLaunchAttribute& a = attributes[config.numAttrs++];

@@ -1,6 +1,7 @@
-// Several teachers, or probabilities, as the logits of one, a CTA for each row. A first sweep over
-// the row finds what normalises each teacher, a second, which finds them in the L2 cache, mixes
-// them; a mean of logits needs no first one. The arithmetic is that of csrc/cpu/mixture.cpp.
+// Logits of a mixture of teachers, or of one teacher's probabilities; a CTA for each row. A first
+// sweep over the row computes the normalization of each teacher. A second sweep, which finds the
+// logits in the L2 cache, mixes them; a mean of logits needs no first sweep. The arithmetic is that
+// of csrc/cpu/mixture.cpp: docs/maths.md, section 12.
 #include "../mixture.h"
 #include "../numerics.h"
 #include "launch.h"
@@ -17,7 +18,7 @@ struct MixtureCall {
   MixedTeacher teachers[kMostTeachers];
 };
 
-// Calls fn with the first class of each chunk of this thread: first, first + blockDim.x, ...
+// Call fn with the first class of each chunk of this thread: first, first + blockDim.x, ...
 template <class A, class Fn>
 __device__ __forceinline__ void for_chunks(int64_t classes, Fn&& fn) {
 #pragma unroll 1
@@ -43,7 +44,7 @@ __device__ __forceinline__ void load_logits(const MixtureArgs& args, const Mixed
     if (first + i * blockDim.x < args.classes) x[i] = log_of(x[i]);
 }
 
-// Exponentials relative to the greatest logit so far, and their sum. NaN makes the sum NaN.
+// The sum of exponentials, relative to the greatest logit so far. NaN makes the sum NaN.
 template <class A>
 struct Sum {
   A max = kLowest<A>;
@@ -64,7 +65,7 @@ struct Sum {
                  mul_of(other.sum, exp2_of((other.max - top) * factor)));
     max = top;
   }
-  // All lanes get the sums of the warp.
+  // Merge the sums of a warp; all lanes get the result.
   __device__ __forceinline__ void merge_lanes(A factor) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
@@ -83,7 +84,7 @@ struct Normal {
   A max, log_scale;
 };
 
-// Write the Normal of every teacher, for all threads.
+// Write the Normal of every teacher to shared memory.
 template <class A>
 __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, A factor,
                                           Normal<A>* normal) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void normalize(const MixtureCall& call, int64_t row, 
   __syncthreads();
 }
 
-// The logarithm of the sum of the teachers' probabilities, relative to the greatest of them.
+// Return the logarithm of the sum of the teachers' probabilities, relative to the greatest of them.
 template <class A>
 __device__ __forceinline__ void mix_chunk(const MixtureCall& call, int64_t row, int64_t first,
                                           A factor, A unit, const Normal<A>* normal,
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(kMixtureThreads, 1)
   const int64_t row = blockIdx.x;
   A t = static_cast<A>(args.temperature), teacher_t = static_cast<A>(args.teacher_temperature);
   if (args.row_temperatures != nullptr) {
-    const A* const own = static_cast<const A*>(args.row_temperatures) + row;
-    t = own[0], teacher_t = own[args.rows];
+    const A* const temperatures = static_cast<const A*>(args.row_temperatures) + row;
+    t = temperatures[0], teacher_t = temperatures[args.rows];
   }
   const A factor = quotient_of(static_cast<A>(kLog2E), teacher_t);
   const A unit = static_cast<A>(kLn2) * t, ratio = quotient_of(t, teacher_t);
@@ -180,7 +181,7 @@ cudaError_t launch_mixture(const MixtureArgs& args, cudaStream_t stream) {
     if (call.teachers[k].group_rows <= 0) call.teachers[k].group_rows = args.rows;
   }
   call.args.teachers = nullptr;
-  int threads = 32;  // whole warps, with one chunk for each thread where there are so many
+  int threads = 32;  // full warps, with about one chunk for each thread
   while (threads < kMixtureThreads && threads * kChunk<float> < args.classes) threads += 32;
   Launch launch(args.rows, threads, 0, stream);
   return args.in_double ? launch(mixture_kernel<double>, call)

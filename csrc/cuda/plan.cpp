@@ -1,3 +1,5 @@
+// Plan the kernel and launch shape of a problem (plan.h). The plan fixes the order of sums, and so
+// the bits of the result (docs/maths.md, section 9).
 #include "plan.h"
 
 #include <algorithm>

@@ -1,5 +1,6 @@
-// The choice of a problem's kernel and launch shape. Plain C++: no CUDA, no torch, so that a test
-// can ask for the plan of any problem on any device.
+// The choice of a problem's kernel and launch shape. C++ without CUDA and torch, so that a test can
+// ask for the plan of any problem on any device. The plan fixes the order of sums (docs/maths.md,
+// section 9).
 //
 // Four families of kernels. For adjacent classes:
 //   tiny       a few lanes a row, a few classes a lane; any dtypes
@@ -30,24 +31,26 @@ struct Plan {
   bool finish_inside = false;  // the whole grid is one cluster, which also writes the total
 };
 
-// Sizes that planner and kernels must agree on.
+// Sizes on which planner and kernels must agree.
 constexpr int kVectorBytes = 16;
-constexpr int kTinyPerLane = 4;     // classes of a lane
-constexpr int kTinyThreads = 512;   // of a CTA at most: with 1024 the kernels would spill
-constexpr int kRegisterBytes = 64;  // of one input, held by a thread: 16 registers
+constexpr int kTinyPerLane = 4;     // classes of one lane
+constexpr int kTinyThreads = 512;   // most threads of a CTA: with 1024 the kernels would spill
+constexpr int kRegisterBytes = 64;  // of one input, in the registers of a thread: 16 registers
 constexpr int kStridedThreads = 256;
-constexpr int kStridedParts = 8;     // threads that share a row, at most
-constexpr int kStridedClasses = 24;  // of a row, that one thread takes before others share it
-constexpr int kStridedFill = 512;    // threads of a processor, below which more share a row
-constexpr int kStridedFewest = 8;    // classes that are left to each of them then
+constexpr int kStridedParts = 8;  // most threads that share a row
+constexpr int kStridedClasses =
+    24;  // classes that one thread takes before several threads share a row
+constexpr int kStridedFill =
+    512;  // threads of a processor; below this number, more threads share a row
+constexpr int kStridedFewest = 8;  // least classes of each thread that shares a row
 
-// Up to so many labels are counted by every CTA for itself; more are counted first, by a kernel of
-// its own.
+// Every CTA counts at most this number of labels; a separate kernel counts more.
 constexpr int64_t kCountInside = 2048;
 
 bool hot_dtypes(DType student, DType teacher);
-// `general`: for what the hot kernels leave out (general.cuh), which registers do not have.
-// `strided`: the classes of some tensor are not adjacent.
+// Return the plan of a problem. `general`: true for objectives that the hot kernels do not compute
+// (general.cuh), for which there are no registers kernels. `strided`: true if the classes of some
+// tensor are not adjacent.
 Plan make_plan(int64_t rows, int64_t classes, DType student, DType teacher,
                const DeviceLimits& device, bool general = false, bool strided = false);
 const char* name_of(Family family);

@@ -1,7 +1,7 @@
-// The instructions that CUDA C++ has no words for: approximations of exponential and reciprocal,
-// and for sm_90 clusters and overlapping launches. The kernels' only inline assembly but for
-// device_element() (writer.cuh). Tests that run the kernels on the CPU have a twin of this file:
-// tests/kernels/emulation/ptx.h.
+// Instructions that have no CUDA C++ intrinsic: approximations of exponential and reciprocal, and
+// for sm_90 clusters and overlapping launches. Other inline assembly is only in device_element()
+// (writer.cuh). docs/maths.md, section 3, needs exponentials of base 2 and reciprocals. Tests that
+// run the kernels on the CPU replace this file by tests/kernels/emulation/ptx.h.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// A kernel that was launched to overlap its predecessor waits here for its results.
+// Wait for the results of the previous kernel, in a kernel that was launched to overlap it.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -51,10 +51,10 @@ __device__ __forceinline__ int cluster_size() {
 #endif
   return static_cast<int>(size);
 }
-// All threads of all CTAs; memory before it is visible after it.
+// Synchronize all threads of all CTAs; memory written before is visible after it.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  __syncwarp();  // an aligned barrier wants whole warps, also after a branch that one lane took
+  __syncwarp();  // an aligned barrier needs converged warps, also after a branch that one lane took
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
@@ -62,7 +62,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Writes to the shared memory of a CTA of the cluster, where that has what is `slot` here.
+// Write to the shared memory of another CTA of the cluster, at the address that `slot` has in this
+// CTA.
 __device__ __forceinline__ void store_in(int rank, double* slot, double x) {
 #if __CUDA_ARCH__ >= 900
   uint32_t address;

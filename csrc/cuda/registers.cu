@@ -1,5 +1,6 @@
-// A warp or a CTA for each row, which it holds in registers between the sweeps: rows of 129 to 4096
-// classes (32 bits) or 8192 (16 bits), for the hot objective.
+// Kernels for rows of 129 to 4096 classes (32 bits) or 8192 (16 bits), with the hot objective: a
+// warp or a CTA for each row holds the row in registers between the sweeps, so that the second
+// sweep reads nothing. Derivations: docs/maths.md, sections 2 and 3.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {

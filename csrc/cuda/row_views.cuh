@@ -1,7 +1,7 @@
-// One row of student, teacher and gradient as the threads that share it walk it, a chunk of classes
-// at a time. Views, because the sweeps (sweeps.cuh) are the same for every layout and dtype: they
-// compute what docs/maths.md derives in sections 2 and 3, and leave to the view what is loaded and
-// stored by which thread. Two views of a row:
+// Views of one row of student, teacher and gradient, for the threads that share it: a chunk of
+// classes at a time. Views, because the sweeps (sweeps.cuh) are the same for every layout and
+// dtype: the sweeps compute what docs/maths.md derives in sections 2 and 3, and the view decides
+// which thread loads and stores which classes. Two views of a row:
 //   VectorRow   adjacent classes of one 16-bit or 32-bit dtype, in vectors of 16 bytes
 //   ElementRow  any dtypes and strides, one class at a time
 // Each class is read and written by the same thread, so that the gradient may overwrite the
@@ -20,8 +20,8 @@ struct All {
   __device__ __forceinline__ constexpr operator int() const { return kCount; }
 };
 
-// A thread's place in its CTA: the row of the CTA's rows, and the part of that row. The parts of a
-// row take turns with its chunks.
+// A thread's place in its CTA: the index of its row among the CTA's rows, and its part of that row.
+// The parts of a row take the row's chunks in turn.
 struct Place {
   int rows, row, part, parts;
 };
@@ -46,8 +46,8 @@ struct ChunkClasses {
     return place;
   }
 };
-// Chunks have each(without, fn), which calls fn(z, w, i) for each class but the one at `without`,
-// and include_in(), which raises maxima to the greatest logits.
+// Chunks have each(without, fn), which calls fn(z, w, i) for each class except the one at
+// `without`, and include_in(), which raises maxima to the greatest logits.
 template <class A, int kMost, class Count, class Step>
 struct ElementChunk : ChunkClasses<kMost, Count, Step> {
   A z[kMost], w[kMost];
@@ -80,7 +80,7 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
     for (int i = 0; i < kElements; i++)
       if (i != without) fn(z[i], w[i], i);
   }
-  // Uses maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
+  // Use maxima of packed pairs: 16 instead of 20 issue slots a class in bf16 (SASS of sm_90,
   // 2026-12-01), since no class is unpacked before the maxima are known.
   __device__ __forceinline__ void include_in(float& student_top, float& teacher_top,
                                              int without) const {
@@ -96,8 +96,8 @@ struct VectorChunk : ChunkClasses<Vector<T>::kElements, All<Vector<T>::kElements
   }
 };
 
-// kHeld: vectors of each input that a thread keeps in registers from the first sweep on; 0: every
-// sweep reads memory again.
+// kHeld: number of vectors of each input that a thread keeps in registers from the first sweep on;
+// 0 if every sweep reads memory again.
 template <class T, int kHeld = 0>
 struct VectorRow {
   using A = float;
@@ -129,7 +129,7 @@ struct VectorRow {
         teacher_vectors(vectors_of(teacher, layout.begin, layout.teacher_shift)),
         place(at) {}
 
-  // Reads what is kept in registers.
+  // Load the vectors that are kept in registers.
   __device__ __forceinline__ void hold() {
 #pragma unroll
     for (int k = 0; k < kHeld; k++) {
@@ -142,7 +142,7 @@ struct VectorRow {
   __device__ __forceinline__ float student_at(int64_t i) const { return to_acc(student[i]); }
   __device__ __forceinline__ void store_at(int64_t i, float g) const { grad[i] = from_acc<T>(g); }
 
-  // Calls fn with each chunk of this thread.
+  // Call fn with each chunk of this thread.
   template <bool kLast, int kUnroll, class Fn>
   __device__ __forceinline__ void for_chunks(Fn&& fn) const {
     const auto visit = [&](int64_t i, uint4 z, uint4 w) {
@@ -184,7 +184,7 @@ struct VectorRow {
       __stcs(grad_vectors() + i, vector);
     if (peeled() >= 0) store_at(peeled(), value);
   }
-  // Leaves no class to the sweeps.
+  // Set the number of classes to 0, so that the sweeps do nothing.
   __device__ __forceinline__ void clear() {
     layout.vectors = classes = layout.begin = layout.tail = 0;
   }
@@ -193,7 +193,7 @@ struct VectorRow {
   __device__ __forceinline__ uint4* grad_vectors() const {
     return reinterpret_cast<uint4*>(grad + layout.begin);
   }
-  // The class before or after all vectors that this thread takes, or -1.
+  // Return this thread's class before or after all vectors, or -1.
   __device__ __forceinline__ int64_t peeled() const {
     return place.part < 2 * kPeelLanes ? layout.peeled(place.part, classes) : -1;
   }
@@ -214,8 +214,8 @@ struct Strip {
   __device__ __forceinline__ char* at(int64_t k) const { return first + k * step; }
 };
 
-// Dtypes of an ElementRow's tensors. SameDtype: T for all three. AnyDtypes: the dtypes given by the
-// arguments, computed in Acc.
+// Dtypes of an ElementRow's tensors. SameDtype: T for all three tensors. AnyDtypes: the dtypes in
+// the arguments, computed in Acc.
 template <class T_>
 struct SameDtype {
   using T = T_;
@@ -240,12 +240,12 @@ struct AnyDtypes {
   }
 };
 
-// A type as an argument.
+// A type, passed as an argument.
 template <class T>
 struct TypeOf {
   using Type = T;
 };
-// Calls fn with what a call's tensors hold.
+// Call fn with the dtypes of a call's tensors, as a type.
 template <class Fn>
 cudaError_t with_elements(const Inputs& in, Fn&& fn) {
   if (computes_in_double(in.student_dtype, in.teacher_dtype))
@@ -261,7 +261,7 @@ cudaError_t with_elements(const Inputs& in, Fn&& fn) {
   }
 }
 
-// Every sweep reads memory again.
+// A row in memory, read again by every sweep.
 template <class E>
 struct ElementRow {
   using A = typename E::A;
@@ -327,14 +327,14 @@ struct ElementRow {
     for (int64_t i = place.part; i < classes; i += place.parts) store_at(i, value);
   }
   __device__ __forceinline__ void clear() { classes = 0; }
-  // grad *= factor.
+  // Compute grad *= factor.
   __device__ __forceinline__ void rescale(A factor) const {
     for (int64_t i = place.part; i < classes; i += place.parts)
       store_at(i, load_any<A>(grad.at(i), student_dtype, 0) * factor);
   }
 
  private:
-  // Zeros for classes that do not exist. All are loaded before the first is used.
+  // Load a chunk; classes that do not exist are 0. All loads are issued before the first is used.
   template <bool kLast, class C>
   static __device__ __forceinline__ void load(const Strip& strip, DType dtype, const C& chunk,
                                               A (&x)[kChunk]) {

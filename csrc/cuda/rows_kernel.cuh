@@ -11,8 +11,8 @@
 
 namespace fastkd::cuda {
 
-// Teams. merge(x, rule) gives every thread of a row the sum of what its threads have, in an order
-// that the launch alone fixes. `rule`: the second argument of x.add().
+// Teams. merge(x, rule) gives every thread of a row the sum of its threads' values, in an order
+// that depends on the launch only. `rule`: the second argument of x.add().
 
 // kLanes adjacent lanes of a warp share a row.
 template <int kLanes>
@@ -28,11 +28,11 @@ struct LaneTeam {
   __device__ __forceinline__ void merge(S& x, const Rule& rule) {
     x.template merge_lanes<kLanes>(rule);
   }
-  // Orders what the threads of a row have read before what they write.
+  // Order the reads of a row by its threads before their writes.
   __device__ __forceinline__ void order() const { __syncwarp(); }
 };
 
-// A CTA has one row.
+// A CTA shares one row.
 struct BlockTeam {
   static constexpr bool kWholeWarps = true;
   static constexpr int kSharedBytes = 0;
@@ -47,10 +47,10 @@ struct BlockTeam {
     x = exchange.share(x);
     x.template merge_lanes<32>(rule);
   }
-  __device__ __forceinline__ void order() const {}  // merge() has
+  __device__ __forceinline__ void order() const {}  // merge() has a barrier
 };
 
-// `parts` threads share a row, each in a warp of its own: neighboring lanes have neighboring rows.
+// `parts` threads share a row, each in a different warp: neighboring lanes have neighboring rows.
 template <class A>
 struct TileTeam {
   static constexpr bool kWholeWarps = false;
@@ -64,7 +64,7 @@ struct TileTeam {
     place.row = static_cast<int>(threadIdx.x) % place.rows;
     place.part = static_cast<int>(threadIdx.x) / place.rows;
   }
-  // Two sets of slots in turn: one barrier is enough.
+  // Two sets of slots alternate: one barrier is enough.
   template <class S, class Rule>
   __device__ __forceinline__ void merge(S& x, const Rule& rule) {
     if (place.parts == 1) return;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
                                         typename Row::A scale) {
   using A = typename Row::A;
   const ForwardArgs& args = call.args;
-  // Copies of the loops for each power, where their speed is all that counts.
+  // Copy the loops for each power, in kernels whose speed matters.
   const auto with_power_of = [&](int power, auto&& fn) {
     if constexpr (Row::kHot && !W::kGeneral && !kExtra) {
       with_power(power, fn);
@@ -99,7 +99,7 @@ __device__ __forceinline__ void run_row(const ForwardCall& call, Team& team, Row
       fn(std::integral_constant<int, kAtRunTime>());
     }
   };
-  // Before the gradient may overwrite it.
+  // Read the label's logit before the gradient may overwrite it.
   const A label_logit = real && label >= 0 ? row.student_at(label) : A(0);
   const Temperature<A> t(args, index, W::kGeneral);
   // The sums of kDecoupled leave the label out.
@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const A scale = block_scale<A>(call, exchange);
   Team team(lanes);
   const int64_t step = static_cast<int64_t>(gridDim.x) * team.place.rows;
-  // The loop's bounds are those of the CTA: barriers and shuffles need all of its threads.
+  // The loop's bounds are the same for all threads of the CTA, because barriers and shuffles need
+  // all of them.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * team.place.rows; first < args.rows;
        first += step) {
     const bool inside = first + team.place.row < args.rows;
@@ -163,14 +164,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (inside) row.fill(value);
       if (inside && team.place.part == 0) close_row_as(args, index, value);
       if (Team::kWholeWarps) continue;
-      row.clear();  // its threads take part in what all threads do together
+      row.clear();  // no row, but its threads take part in barriers and shuffles
     }
     run_row<Row, Team, W, kExtra>(call, team, row, index, label, real, scale);
   }
   finish_inside(call, scale, exchange);
 }
 
-// Launches a rows_kernel: as many CTAs as there are rows for, or as the device holds at a time.
+// Launch a rows_kernel with as many CTAs as the rows need, or as the device holds at a time.
 template <class Row, class Team, class W, bool kExtra, int kThreads, int kResident>
 cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   Device device;
@@ -190,12 +191,12 @@ cudaError_t launch_rows(const ForwardCall& call, const Plan& plan, cudaStream_t 
   return launch(kernel, call, plan.lanes);
 }
 
-// Calls fn with the writer that a call takes, and with whether it sums more than loss and gradient.
+// Call fn with the writer of a call, and with true if more than loss and gradient is summed.
 template <class Row, class Fn>
 cudaError_t with_writer(const ForwardArgs& args, Fn&& fn) {
   using A = typename Row::A;
   if (!is_hot(args)) return fn(TypeOf<GeneralWriter<A>>(), std::true_type());
-  // Dtypes that differ are rare: one kernel fewer to compile.
+  // AnyDtypes is rare: only the general kernel is compiled for it.
   if constexpr (Row::kHot)
     if (!wants_extra(args)) return fn(TypeOf<Writer<A>>(), std::false_type());
   return fn(TypeOf<Writer<A>>(), std::true_type());

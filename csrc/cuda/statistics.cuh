@@ -1,6 +1,6 @@
 // Statistics of the first sweep over a row: maxima and sums of exponentials of student and teacher,
 // and moments; and the row's temperatures. The maxima and sums come from one sweep, because a sweep
-// for the maxima alone would read the row once more. Derivations: docs/maths.md, section 3.
+// for the maxima alone would read the row once more. Derivations: docs/maths.md, sections 3 and 4.
 // Letters: numerics.h.
 #pragma once
 #include <type_traits>
@@ -10,26 +10,27 @@
 
 namespace fastkd::cuda {
 
-// Sums of exponentials are relative to 2^r, where r belongs to the maximum m. Up to t.limit, r is
-// m * slope rounded: 2^(z * slope - r) is then one fused multiply-add and the exponential, and as r
-// itself is exact, logits of any offset are as accurate as small ones, as long as sums that change
-// their maximum are rescaled by the difference of the r, not of the m. Beyond, where m * slope may
-// be off by more than the exponential can take, or overflow, r is m * slope itself, and exponents
-// are (z - m) * slope.
+// Sums of exponentials are relative to 2^r, where r depends on the maximum m. For maxima up to
+// t.limit, r is m * slope, rounded once. 2^(z * slope - r) is then one fused multiply-add
+// and the exponential. As r itself is exact, logits of any offset are as accurate as small ones, if
+// sums whose maximum changes are rescaled by the difference of the r, not of the m. Above t.limit,
+// m * slope may overflow, or be off by more than the exponential can take: r is then m * slope
+// itself, and exponents are (z - m) * slope.
 constexpr double kLargestReference = 4194304;  // 2^22
 
-// m * factor - r.
+// Return m * factor - r.
 template <class A>
 __device__ __forceinline__ A reference_error(A m, A factor, A limit) {
   return m <= limit && m >= -limit ? fma_of(m, factor, -mul_of(m, factor)) : A(0);
 }
-// r of `from` less r of `to`. Never NaN for numbers, and never so low that its powers could be.
+// Return r of `from` minus r of `to`, at least -4096: for numbers, neither the result nor its
+// powers become NaN.
 template <class A>
 __device__ __forceinline__ A reference_change(A from, A to, A factor, A limit) {
   const A errors = reference_error(to, factor, limit) - reference_error(from, factor, limit);
   return max_of(fma_of(from - to, factor, errors), A(-4096));
 }
-// z * factor - r, for any m.
+// Return z * factor - r, for any m.
 template <class A>
 __device__ __forceinline__ A exponent_of(A z, A m, A factor, A limit) {
   return m <= limit && m >= -limit ? fma_of(z, factor, -mul_of(m, factor)) : mul_of(z - m, factor);
@@ -52,26 +53,27 @@ __device__ __forceinline__ bool is_unit(const Inputs& in) {
 __device__ __forceinline__ bool is_centered(const Inputs& in) {
   return in.divergence == Divergence::kCenteredSquaredError;
 }
-// True if the divergence needs Moments of the row before it reads a class.
+// Return true if the divergence needs Moments of the row before it reads a class.
 __device__ __forceinline__ bool has_moments(const Inputs& in) {
   return is_unit(in) || is_centered(in);
 }
 
-// The temperatures of a row. `power`: softmax(z) is the power-th power of softmax(z / t) up to its
-// scale, which saves the third exponential; 0 where it is none of 1, 2, 4. Without labels there is
-// no hard term, and 1 costs least. A power's error is that of exp(z / t) times t: too much where
-// the hard term is the greater part of the gradient.
+// The temperatures of a row. `power`: softmax(z) is proportional to this power of softmax(z / t),
+// which saves the third exponential; 0 if t is not 1, 2 or 4. Without labels there is no hard term,
+// and the power 1 is the cheapest. The error of a power is t times that of exp(z / t): too much if
+// the hard term is the greater part of the gradient, so the power is then 0.
 template <class A>
 struct Temperature {
   A t, inverse;
   A slope;  // log2(e) / t
   A teacher_inverse, teacher_slope;
   bool same;  // student and teacher have the same temperature
-  A margin;   // how far a logit may lie above a running maximum: its exponentials stay below 2^16
-  A limit;    // maxima beyond it have no rounded product as their reference
+  A margin;  // most by which a logit may exceed a running maximum: its exponentials stay below 2^16
+  A limit;   // greatest maximum for which r is the rounded product
   int power;
 
-  // `two`: the teacher's temperature is read, too. A constant, so that the hot kernels have one.
+  // `two`: read the teacher's temperature, too. A constant in the hot kernels, which have one
+  // temperature.
   __device__ __forceinline__ Temperature(const Inputs& in, int64_t row, bool two = false)
       : t(number_of(setting_of<A>(in, kTemperature, row, in.temperature))),
         inverse(quotient_of(A(1), t)),
@@ -92,14 +94,14 @@ struct Temperature {
     limit = quotient_of(A(kLargestReference), max_of(steepest, static_cast<A>(kLog2E)));
     const A hard = setting_of<A>(in, kHardWeight, row, in.hard_weight);
     const A soft = setting_of<A>(in, kSoftWeight, row, in.soft_weight);
-    const bool whole = t == A(1) || t == A(2) || t == A(4);
+    const bool is_power = t == A(1) || t == A(2) || t == A(4);
     const bool precise = hard <= soft * t || t == A(1);
-    power = in.labels == nullptr ? 1 : whole && precise ? static_cast<int>(t) : 0;
+    power = in.labels == nullptr ? 1 : is_power && precise ? static_cast<int>(t) : 0;
     if (two && has_moments(in)) power = 0;  // backward has no scale of q
   }
 
  private:
-  // A temperature that is none makes its row NaN.
+  // Return the temperature, or NaN if it is invalid, so that its row becomes NaN.
   static __device__ __forceinline__ A number_of(A x) {
     return x > A(0) && x - x == A(0) ? x : A(NAN);
   }
@@ -110,7 +112,7 @@ struct Temperature {
 // class, SASS of sm_90, 2026-11-27).
 constexpr int kAtRunTime = -1;
 
-// e = 2^(slope * x), raised such that it is 2^(log2(e) x).
+// Raise e = 2^(slope * x) to the power that makes it 2^(log2(e) x).
 template <int kPower, class A>
 __device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
   if (kPower == 0 || (kPower == kAtRunTime && power == 0)) return exp2_of(x_times_log2e);
@@ -119,7 +121,7 @@ __device__ __forceinline__ A power_of(A e, A x_times_log2e, int power) {
   return power == 4 ? squared * squared : squared;
 }
 
-// Calls fn with the power as a constant.
+// Call fn with the power as a constant.
 template <class Fn>
 __device__ __forceinline__ void with_power(int power, Fn&& fn) {
   if (power == 2) {
@@ -133,8 +135,8 @@ __device__ __forceinline__ void with_power(int power, Fn&& fn) {
   }
 }
 
-// Running sums of the first sweep. The maxima begin at the least number: no exponent ever becomes
-// inf - inf, a row that is masked throughout has the sum 0, and with it NaN results.
+// Running sums of the first sweep. The maxima begin at the least number, so that no exponent is inf
+// - inf. A row that is masked everywhere has the sum 0, and with it NaN results.
 template <class A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-1.7976931348623157e308) : A(-3.4028234663852886e38f);
 template <class A>
@@ -142,8 +144,8 @@ struct Statistics {
   A student_max = kLowest<A>, student_sum = 0, hard_sum = 0;
   A teacher_max = kLowest<A>, teacher_sum = 0;
 
-  // Makes (s, w) part of the maxima. The products are rounded for themselves: fused into the sums
-  // of a butterfly they would leave the lanes with different last bits (seen 2026-11).
+  // Raise the maxima to (s, w). The products are rounded separately: fused into the sums of a
+  // butterfly reduction they would leave the lanes with different last bits (seen 2026-11).
   __device__ __forceinline__ void raise(A s, A w, const Temperature<A>& t) {
     if (s > student_max) {
       const A change = reference_change(student_max, s, t.slope, t.limit);
@@ -164,7 +166,7 @@ struct Statistics {
   __device__ __forceinline__ bool beyond(const Temperature<A>& t) const {
     return max_of(magnitude_of(student_max), magnitude_of(teacher_max)) > t.limit;
   }
-  // One class, at most t.margin above the maxima.
+  // Add one class, at most t.margin above the maxima.
   template <int kPower>
   __device__ __forceinline__ void add(A z, A w, const Temperature<A>& t) {
     add_exponents<kPower>(fma_of(z, t.slope, -mul_of(student_max, t.slope)),
@@ -193,7 +195,7 @@ struct Statistics {
     hard_sum += other.hard_sum;
     teacher_sum += other.teacher_sum;
   }
-  // All lanes of a group get the statistics of the group.
+  // Merge the statistics of a group of lanes; all lanes get the result.
   template <int kLanes>
   __device__ __forceinline__ void merge_lanes(const Temperature<A>& t) {
     raise(lanes_max<kLanes>(student_max), lanes_max<kLanes>(teacher_max), t);
@@ -203,7 +205,7 @@ struct Statistics {
   }
 };
 
-// The moments of Statistics (kernels.h), in double since logits may be of any size.
+// The moments of Statistics (kernels.h), in double because logits may be of any size.
 struct Moments {
   double student = 0, teacher = 0;
   double student_count = 0, teacher_count = 0;
@@ -253,7 +255,7 @@ struct RowStats {
                                       const Moments&)
       : RowStats(s) {}
 
-  // Not so where a logit is NaN or +inf, or all of them are -inf.
+  // Return false if a logit is NaN or +inf, or all logits are -inf.
   __device__ __forceinline__ bool valid() const {
     const A zero(0);
     return student_max * zero + student_scale * zero + teacher_max * zero + teacher_scale * zero ==
@@ -280,13 +282,13 @@ struct RowStats {
   }
 };
 
-// reference_error() of the exponentials at temperature 1, which may be powers of those at t.
+// Return reference_error() of the exponentials at temperature 1, which may be powers of those at t.
 template <class A>
 __device__ __forceinline__ A hard_reference_error(A m, const Temperature<A>& t) {
   return t.power > 0 ? reference_error(m, t.slope, t.limit) * static_cast<A>(t.power)
                      : reference_error(m, static_cast<A>(kLog2E), t.limit);
 }
-// log sum exp(z) - max z.
+// Return log sum exp(z) - max z.
 template <class A>
 __device__ __forceinline__ A log_sum_of(const RowStats<A>& stats, const Temperature<A>& t) {
   return -static_cast<A>(kLn2) *

@@ -1,6 +1,6 @@
-// A CTA for each row, which it reads twice, or three times where slopes are summed: long rows,
-// fp64, and students and teachers of different dtypes. L2 serves all reads but the first while the
-// rows in flight fit there.
+// Kernels for long rows, fp64, and students and teachers of different dtypes: a CTA for each row
+// reads the row twice, or three times if slopes are summed. L2 serves all reads but the first while
+// the rows in flight fit there. Derivations: docs/maths.md, sections 2, 3 and 10.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {

@@ -7,10 +7,10 @@
 
 namespace fastkd::cuda {
 
-// The statistics of this thread's classes. The maxima that the sums refer to follow the greatest
-// logits only when they have fallen behind by t.margin: some lane of a warp meets a new maximum in
-// almost every vector, and rescaling the sums costs as much as two classes. `left_out`: returns the
-// position in a chunk of the class that the sums leave out, or -1.
+// Return the statistics of this thread's classes. The maxima that the sums refer to are raised only
+// when a logit exceeds them by t.margin: some lane of a warp meets a new maximum in almost every
+// vector, and rescaling the sums costs as much as two classes. `left_out`: a function that returns
+// the position in a chunk of the class that the sums leave out, or -1.
 template <int kPower, class Row, class LeftOut>
 __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
                                                             const Temperature<typename Row::A>& t,
@@ -24,7 +24,7 @@ __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
     if (student_top > statistics.student_max + t.margin ||
         teacher_top > statistics.teacher_max + t.margin)
       statistics.raise(student_top, teacher_top, t);
-    if (statistics.beyond(t)) {  // rare: huge logits, or none yet that is not masked
+    if (statistics.beyond(t)) {  // rare: huge logits, or only masked ones so far
       chunk.each(out, [&](A z, A w, int) { statistics.template add_any<kAtRunTime>(z, w, t); });
     } else {
       chunk.each(out, [&](A z, A w, int) { statistics.template add<kPower>(z, w, t); });
@@ -34,7 +34,7 @@ __device__ __forceinline__ Statistics<typename Row::A> scan(const Row& row,
   return statistics;
 }
 
-// The moments of this thread's classes, for divergences with has_moments().
+// Return the moments of this thread's classes, for divergences with has_moments().
 template <class Row>
 __device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
   using A = typename Row::A;
@@ -45,7 +45,7 @@ __device__ __forceinline__ Moments moments_of(const Row& row, bool squared) {
   return moments;
 }
 
-// The sums over values and slopes that a GeneralWriter needs before the gradient is known.
+// Return the sums over values and slopes that a GeneralWriter needs before the gradient is known.
 template <class Row, class W, class LeftOut>
 __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& writer,
                                                      const LeftOut& left_out, bool extra) {
@@ -62,7 +62,8 @@ __device__ __forceinline__ Sums<typename Row::A> sum(const Row& row, const W& wr
   return sums;
 }
 
-// The gradient of this thread's classes; with a Writer, also the sums of the second sweep.
+// Write the gradient of this thread's classes; with a Writer, also add the sums of the second
+// sweep.
 template <int kPower, bool kExtra, bool kUniform, class Row, class W>
 __device__ __forceinline__ void write(const Row& row, const W& writer, int64_t label,
                                       Sums<typename Row::A>& sums) {

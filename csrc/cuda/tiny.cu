@@ -1,5 +1,6 @@
-// Rows of at most 128 classes: 8 or 32 lanes share a row, four classes each, which the second sweep
-// finds in L1. Any dtypes and alignments; bound by the launch rather than by memory.
+// Kernels for rows of at most 128 classes: 8 or 32 lanes share a row, four classes each, which the
+// second sweep finds in L1. Any dtypes and alignments; bound by the launch rather than by memory.
+// Derivations: docs/maths.md, sections 2, 3 and 10.
 #include "rows_kernel.cuh"
 
 namespace fastkd::cuda {

@@ -1,7 +1,7 @@
-// The sparse loss, a CTA for each row: the first sweep sums what the teacher does not list, one
-// thread turns the sums into a row's constants, in double, and the second sweep writes the gradient
-// of the classes that are not listed. The listed ones, k of them, and the label are then computed
-// apart in double and written over it.
+// The sparse loss, a CTA for each row. The first sweep sums the exponentials of the classes that
+// the teacher does not list, one thread computes the row's constants from the sums, in double, and
+// the second sweep writes the gradient of the classes that are not listed. The k listed classes and
+// the label are then computed separately, in double, and written over it.
 //
 // One kernel, because the student is then read from memory once (the second sweep finds it in L2)
 // and the gradient written once. docs/maths.md, section 13, derives the formulas; csrc/topk_row.h
@@ -13,7 +13,7 @@ namespace fastkd::cuda {
 namespace {
 
 constexpr int kTopkThreads = 256;
-// One bit for each class; longer rows are scanned in pieces of so many classes.
+// The map has one bit for each class; longer rows are scanned in pieces of kMapBits classes.
 constexpr int64_t kMapBits = 1 << 18;
 
 // A call of the sparse loss as the kernels see it.
@@ -28,13 +28,13 @@ struct TopkCall {
   int64_t k;
 };
 
-// A row's list, as the threads of its CTA walk it.
+// A row's list, divided among the threads of its CTA.
 template <class A>
 struct List {
   const TopkCall& call;
   int64_t index;
 
-  // Calls fn(id, log_prob) for this thread's share of what is listed.
+  // Call fn(id, log_prob) for this thread's share of the listed classes.
   template <class Fn>
   __device__ __forceinline__ void each(Fn&& fn) const {
 #pragma unroll 1
@@ -50,8 +50,8 @@ struct List {
 // Sums over a list.
 struct ListSums {
   double tempered = 0, hard = 0, teacher = 0;
-  double count = 0;   // of classes
-  double labels = 0;  // how often it has the row's label
+  double count = 0;   // number of classes
+  double labels = 0;  // number of entries with the row's label
 
   __device__ __forceinline__ void merge_lanes() {
     tempered = lanes_sum(tempered);
@@ -62,7 +62,7 @@ struct ListSums {
   }
 };
 
-// Results for a row once the CTA has read the student.
+// Results of a row; complete once the CTA has read the student.
 template <class A>
 struct Solution {
   bool valid, label_is_listed;
@@ -81,7 +81,7 @@ FASTKD_HOST_DEVICE int64_t map_words(int64_t classes) {
 
 template <class A>
 __device__ __forceinline__ topk::RowOptions options_of(const ForwardArgs& args, int64_t index) {
-  // In double, unless they are the row's own, which are in A.
+  // The call's number is a double; a row's own number is of type A.
   const auto number = [&](RowSetting which, double otherwise) {
     return args.row_settings == nullptr
                ? otherwise
@@ -101,7 +101,7 @@ __device__ __forceinline__ double gain_of(const TopkCall& call, int64_t index, A
                     static_cast<const A*>(call.grad_output)[call.grad_output_per_row ? index : 0]);
 }
 
-// The bits of a chunk's classes. A vector's lie in two neighboring words.
+// Return the bits of a chunk's classes. A vector's bits lie in two neighboring words.
 template <class C>
 __device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk) {
   const int first = static_cast<int>(chunk.first);
@@ -115,8 +115,9 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t* map, const C& chunk)
   return bits;
 }
 
-// The first sweep. Returns whether this thread saw no mistake in the list; leaves `rest` of the
-// thread. The map is zero before and after; the barriers are passed by the whole CTA.
+// Run the first sweep, and return true if this thread's share of the list is valid. `rest`: this
+// thread's sums. The map is zero before and after. All threads of the CTA must call this function,
+// which has barriers.
 template <class Row>
 __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t index,
                                           const Place& place, const List<typename Row::A>& list,
@@ -145,7 +146,8 @@ __device__ __forceinline__ bool scan_rest(const ForwardArgs& logits, int64_t ind
   return good;
 }
 
-// This thread's share of the list's sums, relative to `greatest`. A bad list has no sums.
+// Return this thread's share of the list's sums, relative to `greatest`; an entry with an invalid
+// class is skipped.
 template <class Row>
 __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename Row::A>& list,
                                              double greatest, int64_t label,
@@ -164,8 +166,8 @@ __device__ __forceinline__ ListSums sum_list(const Row& row, const List<typename
   return sums;
 }
 
-// One thread: sum up the row, and set the scales of its probabilities. In shared memory step by
-// step: in registers it would spill.
+// Sum up the row, and set the scales of its probabilities. Called by one thread. Every step goes
+// through shared memory, because registers would spill.
 template <class A>
 __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int64_t index,
                                        const Rest<A>& rest, const ListSums& list, double greatest,
@@ -180,8 +182,8 @@ __device__ __forceinline__ void soften(Solution<A>& s, const TopkCall& call, int
   s.soft = topk::soften(call.comparison, s.row, s.summary);
 }
 
-// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined: it
-// is called twice, and is most of the kernel's code.
+// Evaluate the divergence, or the estimator, at a listed class with the logit `z`. Not inlined,
+// because it is called twice and is most of the kernel's code.
 template <class A>
 __device__ __attribute__((noinline)) Evaluated<double> evaluate(const TopkCall& call,
                                                                 const Solution<A>& s, double z,
@@ -211,7 +213,7 @@ __device__ __forceinline__ topk::SoftSums sum_listed(const Row& row,
   return sums;
 }
 
-// One thread: complete the row's sums, and set the constants of its gradient.
+// Complete the row's sums, and set the constants of its gradient. Called by one thread.
 template <class A>
 __device__ __forceinline__ void solve(Solution<A>& s, const TopkCall& call, const Rest<A>& rest,
                                       const topk::SoftSums& sums, const Temperature<A>& t,
@@ -249,7 +251,7 @@ __device__ __forceinline__ void put_loss(const ForwardArgs& args, int64_t index,
   if (threadIdx.x == 0 && args.loss != nullptr) static_cast<A*>(args.loss)[index] = loss;
 }
 
-// The second sweep, and the classes that are written over it.
+// Run the second sweep, and write the listed classes over it.
 template <class Row>
 __device__ __forceinline__ void write_row(const Row& row, const List<typename Row::A>& list,
                                           const TopkCall& call, int64_t label,
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   for (int64_t i = threadIdx.x; i < map_words(args.classes); i += blockDim.x) map[i] = 0;
   __syncthreads();
   const Place place = {1, 0, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
-  ForwardArgs logits = args;  // with the student in the teacher's place, which nobody looks at
+  ForwardArgs logits = args;  // the student takes the teacher's place, which is not read
   logits.teacher = args.student, logits.teacher_dtype = args.student_dtype;
   logits.teacher_stride = args.student_stride;
   for (int64_t index = blockIdx.x; index < args.rows; index += gridDim.x) {
@@ -361,7 +363,7 @@ cudaError_t launch_as(const TopkCall& call, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
   const ForwardArgs& args = call.forward.args;
-  // About 64 classes a thread, in whole warps.
+  // About 64 classes a thread, in full warps.
   int threads = 32;
   while (threads < kTopkThreads && args.classes > 64 * threads) threads *= 2;
   const int shared = static_cast<int>(map_words(args.classes) * 4);
@@ -385,7 +387,7 @@ cudaError_t launch_topk(const TopkCall& call, cudaStream_t stream) {
   return with_elements(same, [&](auto elements) -> cudaError_t {
     using E = typename decltype(elements)::Type;
     if constexpr (E::kHot) return launch_as<VectorRow<typename E::T>>(call, stream);
-    return cudaErrorInvalidValue;  // fp64 is above
+    return cudaErrorInvalidValue;  // fp64 is handled above
   });
 }
 
@@ -400,7 +402,8 @@ TopkCall call_of(const TopkArgs& args) {
   call.log_probs = args.teacher, call.indices = args.indices, call.k = args.k;
   call.grad_output = args.grad_output, call.grad_output_per_row = args.grad_output_per_row;
   call.comparison = topk::Comparison(args);
-  forward.divergence = Divergence::kForwardKL;  // of the student and itself
+  forward.divergence =
+      Divergence::kForwardKL;  // of student and student: the divergence is not used
   call.forward.constants = make_constants(args.divergence, args.mix);
   return call;
 }

@@ -1,5 +1,6 @@
-// The classes of a sparse loss's row that the teacher does not list: their sums of exponentials in
-// the first sweep, and their gradient in the second. docs/maths.md, section 13.
+// The classes of a sparse loss's row that the teacher does not list (the rest): their sums of
+// exponentials in the first sweep, and their gradient in the second. They have their own sums, so
+// that the probability of the rest is a sum of positive terms (docs/maths.md, section 13).
 #pragma once
 #include "../topk_row.h"
 #include "sweeps.cuh"
@@ -11,7 +12,8 @@ template <class A>
 struct Rest : Statistics<A> {
   double logits = 0;  // the sum of all logits, listed ones too; for label smoothing alone
 
-  // A chunk, of whose classes `bits` tells the listed ones. The maximum follows as in scan().
+  // Add a chunk without the listed classes, which have a 1 in `bits`. The maximum is raised as in
+  // scan().
   template <class C>
   __device__ __forceinline__ void include(const C& chunk, uint32_t bits, const Temperature<A>& t,
                                           bool smoothing) {
@@ -30,19 +32,19 @@ struct Rest : Statistics<A> {
       each([&](A z) { this->template add<kAtRunTime>(z, A(0), t); });
     }
   }
-  // All lanes get the sums of the warp.
+  // Merge the sums of a warp; all lanes get the result.
   __device__ __forceinline__ void merge_lanes(const Temperature<A>& t) {
     Statistics<A>::template merge_lanes<32>(t);
     logits = lanes_sum(logits);
   }
-  // The factors that make sums relative to the maximum of sums relative to its reference.
+  // Return the factor that makes sums relative to their reference relative to the maximum.
   __device__ __forceinline__ double to_max(const Temperature<A>& t) const {
     return exp2_of(-static_cast<double>(reference_error(this->student_max, t.slope, t.limit)));
   }
   __device__ __forceinline__ double hard_to_max(const Temperature<A>& t) const {
     return exp2_of(-static_cast<double>(hard_reference_error(this->student_max, t)));
   }
-  // NaN is something.
+  // Return true if the sums are empty. NaN is not empty.
   __device__ __forceinline__ bool nothing() const { return this->student_sum == A(0); }
   __device__ __forceinline__ topk::RelativeSums mass(const Temperature<A>& t) const {
     if (nothing()) return {};

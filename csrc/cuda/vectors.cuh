@@ -1,9 +1,10 @@
-// Rows of logits as 16-byte vectors, for any alignment of student, teacher and gradient.
+// Rows of logits as 16-byte vectors, for any alignment of student, teacher and gradient. Loads and
+// stores only: the formulas of docs/maths.md are in writer.cuh and general.cuh.
 //
-// The vectors lie on the gradient's grid, so that every store is a whole vector. Inputs that are
-// shifted against it are put together from two neighboring vectors (about two instructions an
-// element, and no further memory traffic). The elements before the first whole vector and after
-// the last (at most 15 each) are peeled: one lane an element.
+// The vectors are aligned to the gradient's memory, so that every store is one aligned vector. A
+// vector of an input with another alignment is combined from two neighboring vectors (about two
+// instructions per element, and no further memory traffic). The elements before the first vector
+// and after the last (at most 15 each) are peeled: one lane an element.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,7 +30,7 @@ __device__ __forceinline__ T from_acc(A x) {
   if constexpr (std::is_arithmetic_v<T>) return static_cast<T>(x);
 }
 
-// The 32-bit words of a vector, each of one or two elements of the type of the last argument.
+// Unpack a 32-bit word of a vector into one or two elements.
 __device__ __forceinline__ void unpack(uint32_t word, float* x, float) {
   x[0] = __uint_as_float(word);
 }
@@ -51,7 +52,7 @@ __device__ __forceinline__ uint32_t pack(const float* x, __half) {
   const __half2 pair = __floats2half2_rn(x[0], x[1]);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
-// The greater elements of two words. NaN is dropped; the sums of exponentials keep it.
+// Return the greater elements of two words. NaN is dropped; the sums of exponentials keep it.
 template <class Pair>
 __device__ __forceinline__ uint32_t max_of_pairs(uint32_t a, uint32_t b) {
   const Pair v = __hmax2(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
@@ -90,7 +91,7 @@ struct Vector {
   }
 };
 
-// The 16 bytes that begin `shift` (1 to 15) bytes into a and run on in b.
+// Return the 16 bytes that begin `shift` (1 to 15) bytes into a and continue in b.
 __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, int shift) {
   const bool two = shift & 8, one = shift & 4;
   const uint32_t c0 = two ? a.z : a.x, c1 = two ? a.w : a.y, c2 = two ? b.x : a.z;
@@ -101,8 +102,8 @@ __device__ __forceinline__ uint4 shifted(uint4 a, uint4 b, int shift) {
   return {__funnelshift_r(d0, d1, bits), __funnelshift_r(d1, d2, bits),
           __funnelshift_r(d2, d3, bits), __funnelshift_r(d3, d4, bits)};
 }
-// Vector i of an input; `vectors` is aligned, the input begins `shift` bytes after it. `kLast`: no
-// thread reads it again.
+// Load vector i of an input. `vectors` is aligned, and the input begins `shift` bytes after it.
+// `kLast`: no thread reads the vector again.
 template <bool kLast>
 __device__ __forceinline__ uint4 fetch(const uint4* vectors, int64_t i, int shift) {
   const uint4 a = kLast ? __ldcs(vectors + i) : vectors[i];
@@ -112,9 +113,8 @@ __device__ __forceinline__ uint4 fetch(const uint4* vectors, int64_t i, int shif
 
 constexpr int kPeelLanes = 16;  // for the head, and as many for the tail
 
-// The division of a row into vectors. Only whole vectors of the gradient's grid that lie inside the
-// aligned part of all three tensors count, so no load leaves a row by rounding. Short rows may hold
-// none.
+// The division of a row into vectors. Only vectors that lie inside the aligned part of all three
+// tensors count, so no load reads beyond a row. Short rows may have no vector.
 struct RowLayout {
   int begin;          // first class in a vector: also the length of the head
   int64_t vectors;    // whole vectors
@@ -122,7 +122,7 @@ struct RowLayout {
   int student_shift;  // bytes from an aligned address to the student's class `begin`
   int teacher_shift;
 
-  // The class that lane `lane` of the peeling warp works on, or -1.
+  // Return the class that lane `lane` of the peeling warp works on, or -1.
   __device__ __forceinline__ int64_t peeled(int lane, int64_t classes) const {
     if (lane < kPeelLanes) return lane < begin ? lane : -1;
     return lane - kPeelLanes < tail ? classes - tail + lane - kPeelLanes : -1;
@@ -133,7 +133,7 @@ template <class T>
 __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teacher, const T* grad,
                                                 int64_t classes) {
   constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T)), kMask = kElements - 1;
-  const auto position = [](const T* p) {  // in elements, within a vector
+  const auto position = [](const T* p) {  // index of the element within its 16-byte vector
     return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & kMask;
   };
   const int s = position(student), t = position(teacher), g = position(grad);
@@ -149,13 +149,13 @@ __device__ __forceinline__ RowLayout row_layout(const T* student, const T* teach
   return {begin, vectors, static_cast<int>(classes - begin - vectors * kElements),
           ((s + begin) & kMask) * kBytes, ((t + begin) & kMask) * kBytes};
 }
-// The aligned vectors of which `fetch` makes the row's vectors.
+// The aligned vectors from which `fetch` combines the row's vectors.
 template <class T>
 __device__ __forceinline__ const uint4* vectors_of(const T* row, int64_t begin, int shift) {
   return reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + begin) - shift);
 }
 
-// Calls fn with a value of the type that `dtype` names.
+// Call fn with a value of the type that `dtype` names.
 template <class Fn>
 __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
   switch (dtype) {
@@ -170,7 +170,7 @@ __device__ __forceinline__ void with_dtype(DType dtype, Fn&& fn) {
       return fn(float());
   }
 }
-// One element of any dtype.
+// Load one element of any dtype.
 template <class A>
 __device__ __forceinline__ A load_any(const void* p, DType dtype, int64_t i) {
   A x;

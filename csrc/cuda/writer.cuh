@@ -47,10 +47,11 @@ struct Sums {
   }
 };
 
-// element() of numerics.h in fewer instructions: a series of four terms for |d| < 1/8, a polynomial
-// through Chebyshev nodes that is off by 9e-8 of the value at most, and predicates instead of
-// selects (27 instead of 30 issue slots a class in the second sweep on an H100). Limits as there: a
-// class that the student alone masks is +inf, or NaN where its p has underflowed to 0.
+// Return element() of numerics.h in fewer instructions: a series of four terms for |d| < 1/8, a
+// polynomial through Chebyshev nodes whose relative error is at most 9e-8, and predicates instead
+// of selects (27 instead of 30 issue slots a class in the second sweep on an H100). Special values
+// are those of element(): a class that the student alone masks is +inf, or NaN if its p has
+// underflowed to 0.
 __device__ __forceinline__ Element<float> device_element(float p, float q, float d) {
   float s = fma_of(d, -8.336434121e-3f, 4.168837335e-2f);
   s = fma_of(s, d, -1.666666606e-1f);
@@ -73,7 +74,7 @@ __device__ __forceinline__ Element<float> device_element(float p, float q, float
       "}"
       : "=&f"(diff), "=&f"(excess)
       : "f"(p), "f"(q), "f"(d), "f"(f), "f"(slope));
-#else  // for the test of it on the CPU
+#else  // for the test of this function on the CPU
   const bool small = magnitude_of(d) < 0.125f;
   const float diff = small ? mul_of(p, slope) : q - p;
   const float excess = small ? mul_of(p, f) : fma_of(p, max_of(d, -1e30f), q - p);
@@ -84,21 +85,21 @@ __device__ __forceinline__ Element<double> device_element(double p, double q, do
   return element(p, q, d);
 }
 
-// Beyond these distances of the two references, in powers of 2, or of the two maxima, in logits, d
-// would round at their size (docs/maths.md, section 3): the second sweep then takes the maxima off
-// the logits first. Up to t = 2.88 the first limit is the stricter.
+// Above these distances (of the two references, in powers of 2; of the two maxima, in logits), d
+// would be rounded at their size (docs/maths.md, section 3): the second sweep then subtracts the
+// maxima from the logits first. Up to t = 2.88 the first limit is the stricter one.
 constexpr float kLargestDistance = 16;
 constexpr float kApart = 32;
 
-// Constants of a row for the second sweep, and the sweep's one step.
+// Constants of a row for the second sweep, and the sweep's step for one class.
 template <class A>
 struct alignas(16) Writer {
   using Stats = RowStats<A>;
   static constexpr bool kGeneral = false;
 
   Temperature<A> t;
-  RowStats<A> stats;  // where `apart`, the scales are relative to the maxima themselves
-  bool apart;         // logits are taken relative to the maxima before anything else is done
+  RowStats<A> stats;  // if `apart`, the scales are relative to the maxima themselves
+  bool apart;         // the maxima are subtracted from the logits first
   A student_bias, teacher_bias, hard_bias;  // of the exponents
   A shift;                                  // of d
   A soft, hard, label, uniform;  // factors of the gradient's parts; label and uniform subtract
@@ -149,9 +150,9 @@ struct alignas(16) Writer {
       if (t.power == 0)
         hard = mul_of(hard, exp2_of(reference_error(row.student_max, log2_e, t.limit)));
     }
-    // d must belong to the very p and q that are formed below: their sum of p d + q - p is then off
-    // by the square of what they are off by. One logarithm: where the two sums are near, it does
-    // not cancel.
+    // d must match the p and q that are formed below: the error of their sum of p d + q - p is then
+    // the square of their own errors. One logarithm does not cancel where the two sums are close to
+    // each other.
     const A quotient = mul_of(stats.teacher_scale, reciprocal_of(stats.student_scale));
     const A rest = fma_of(-quotient, stats.student_scale, stats.teacher_scale);
     const A log_ratio = fma_of(rest, reciprocal_of(stats.teacher_scale), log_of(quotient));
@@ -159,13 +160,13 @@ struct alignas(16) Writer {
     shift = apart ? log_ratio : fma_of(row.student_max - row.teacher_max, t.inverse, errors);
   }
 
-  // d of one class. The logits: less the maxima if the row is `apart`.
+  // Return d of one class. The logits are relative to the maxima if the row is `apart`.
   __device__ __forceinline__ A difference(A z, A w) const {
     const A far = fma_of(w, t.teacher_inverse, fma_of(-z, t.inverse, shift));
     return t.same ? fma_of(w - z, t.inverse, shift) : far;
   }
-  // p, q and d of one class, and the exponent of its exp(z) where no power of q serves. The logits
-  // as in difference().
+  // Return p, q and d of one class. `hard_exponent`: the exponent of its exp(z), if that is no
+  // power of q. The logits are as in difference().
   __device__ __forceinline__ Element<A> element(A z, A w, A& hard_exponent) const {
     const A q = exp2_of(fma_of(z, t.slope, student_bias));
     const A p = exp2_of(fma_of(w, t.teacher_slope, teacher_bias));
@@ -174,7 +175,7 @@ struct alignas(16) Writer {
                           difference(z, w));
   }
 
-  // The hard term's part of the gradient, but for what belongs to the label.
+  // Return the hard term's gradient of one class without the label's part.
   template <int kPower, bool kUniform>
   __device__ __forceinline__ A hard_part(A q, A hard_exponent) const {
     A softmax;
@@ -189,8 +190,8 @@ struct alignas(16) Writer {
     return kUniform ? add_of(softmax, -uniform) : softmax;
   }
 
-  // The gradient of one class, but for what belongs to the label. kApart: `apart`, which the whole
-  // row has in common.
+  // Return the gradient of one class without the label's part. kApart: `apart`, which is the same
+  // for the whole row.
   template <bool kApart, int kPower, bool kExtra, bool kUniform>
   __device__ __forceinline__ A write_as(A z, A w, Sums<A>& sums) const {
     A hard_exponent;
@@ -203,7 +204,7 @@ struct alignas(16) Writer {
     return fma_of(soft, ForwardKL::at(e).slope, softmax);
   }
 
-  // The label's gradient, given what write_as() made of its class.
+  // Return the label's gradient, from the result of write_as() for its class.
   __device__ __forceinline__ A at_label(A g) const { return g - label; }
 
   __device__ __forceinline__ void add_extra(A z, A w, A p, A q, Sums<A>& sums) const {

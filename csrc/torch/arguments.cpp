@@ -1,3 +1,4 @@
+// Check the arguments of an op, lay out its rows, and allocate its results (arguments.h).
 #include "arguments.h"
 
 namespace fastkd::glue {
@@ -63,7 +64,7 @@ void Call::take_row_settings(const std::optional<Tensor>& settings) {
   inputs.row_settings = row_settings->const_data_ptr();
 }
 
-// Not by torch::stable::empty, whose trip through the dispatcher takes long for small calls.
+// Not by torch::stable::empty, whose dispatcher call is slow compared with a small loss.
 Tensor Call::empty(std::initializer_list<int64_t> shape) const {
   int32_t device_type = 0;
   int32_t device_index = 0;

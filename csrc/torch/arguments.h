@@ -1,5 +1,5 @@
 // Read and check the arguments of an op, and convert them to the structs of kernels.h, topk.h and
-// mixture.h.
+// mixture.h. The arguments' meanings are in docs/maths.md, sections 1, 6 and 12.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +26,7 @@ E checked_enum(int64_t value, E last, const char* name) {
   return static_cast<E>(value);
 }
 
-// Reads the arguments of a boxed kernel from its stack, in the order of the op's schema. Each
+// A reader of the arguments of a boxed kernel from its stack, in the order of the op's schema. Each
 // argument must be taken, because the stack owns a reference to each tensor.
 class ArgumentReader {
  public:
@@ -39,7 +39,7 @@ class ArgumentReader {
   void take(Ts*... arguments) {
     ((*arguments = take<Ts>()), ...);
   }
-  // The numbers from hard_weight to mix.
+  // Take the numbers from hard_weight to mix.
   void take_settings(Inputs* inputs) {
     int64_t divergence = 0;
     take(&inputs->hard_weight, &inputs->soft_weight, &inputs->label_smoothing,
@@ -89,14 +89,14 @@ inline int64_t acc_bytes(const Inputs& in) { return in_double(in) ? 8 : 4; }
 Tensor checked_rows(const Tensor& tensor, const Tensor& like, ScalarType dtype, int64_t rows,
                     const char* name, int64_t entries);
 
-// The inputs of a call and the tensors that keep them alive: a tensor whose rows the kernels cannot
-// walk is replaced by a copy (row_strides.h).
+// The inputs of a call and the tensors that keep them alive. A tensor with a layout that the
+// kernels do not support is replaced by a copy (row_strides.h).
 struct Call {
   Inputs inputs;
   RowStrides grad_stride;
   Tensor student, teacher;
   std::optional<Tensor> labels, row_settings;
-  const MixtureArgs* mixture = nullptr;  // stands for the teacher: on CPUs, `mixed` yet to be set
+  const MixtureArgs* mixture = nullptr;  // replaces the teacher; on CPUs, its `mixed` is set later
 
   // Use row_settings, if there are any, for the temperatures and weights of each row.
   void take_row_settings(const std::optional<Tensor>& settings);

@@ -1,4 +1,5 @@
-// The backends of the ops, which take arguments as plain structs, and mixtures of teachers.
+// The backends of the ops (CPU and CUDA): one interface that takes the arguments as structs. Also
+// mixtures of teachers (docs/maths.md, section 12).
 #pragma once
 #include <optional>
 #include <vector>
@@ -7,14 +8,14 @@
 
 namespace fastkd::glue {
 
-// Computes the ops on one type of device. The memory of all results is in `args`.
+// A backend computes the ops on one type of device. The memory of all results is in `args`.
 struct Backend {
   virtual void forward(const Call& call, ForwardArgs args, const Reducing& reducing,
                        const Outputs& outputs) const = 0;
   // `filled`: `grad` holds the gradient for grad_output = 1 already.
   virtual void backward(const Call& call, const BackwardArgs& args, const Reducing& reducing,
                         const Tensor& grad_output, const Tensor& grad, bool filled) const = 0;
-  // The sparse loss.
+  // Compute the sparse loss.
   virtual void topk(const Call& call, TopkArgs args, const Reducing& reducing,
                     const Outputs& outputs) const = 0;
   virtual void topk_backward(const Call& call, TopkArgs args, const Reducing& reducing,

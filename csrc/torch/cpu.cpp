@@ -1,5 +1,6 @@
-// The ops on CPU tensors: counts rows, splits the work among torch's threads, and sums the losses
-// of rows in order, so that the result does not depend on the number of threads.
+// The ops on CPU tensors: this file counts rows, divides the work among torch's threads, and sums
+// the losses of rows in order, so that the result does not depend on the number of threads
+// (docs/maths.md, sections 6, 8 and 9).
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -12,8 +13,8 @@
 namespace fastkd::glue {
 namespace {
 
-// Return the least number of rows that are worth a thread of their own. A row takes as long as so
-// many classes of a long one, which take some 0.6 ns each.
+// Return the least number of rows for which another thread pays off. The work per row, besides its
+// classes, takes as long as some classes of a long row, at about 0.6 ns each.
 int64_t grain_rows(int64_t classes) {
   constexpr int64_t kGrain = 16384;
   return std::max<int64_t>(1, kGrain / std::min(classes + 160, 5 * classes / 2 + 12));
@@ -34,7 +35,7 @@ void multiply_(const Tensor& self, const Tensor& factor) {
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the reference that the call returned
 }
 
-// Throw if one of acc [2, rows] is no temperature.
+// Throw if a number of `of_rows`, acc [2, rows], is not a valid temperature.
 void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   if (of_rows == nullptr) return;
   for (int64_t at = 0; at < 2 * rows; ++at) {
@@ -45,8 +46,8 @@ void check_temperatures(const void* of_rows, int64_t rows, bool in_double) {
   }
 }
 
-// Check what only the data can tell, before anything is written. Return the number of rows that are
-// not ignored.
+// Check what depends on data, before anything is written. Return the number of rows that are not
+// ignored.
 int64_t count_rows(const Inputs& in) {
   static_assert(kTemperature == 0 && kTeacherTemperature == 1);
   check_temperatures(in.row_settings, in.rows, in_double(in));
@@ -97,7 +98,7 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
     const T* values = static_cast<const T*>(outputs.rows.const_data_ptr());
     T* const out = static_cast<T*>(outputs.out.mutable_data_ptr());
     for (int64_t field = 0; field < outputs.out.numel(); ++field) {
-      double sum = 0;  // in order
+      double sum = 0;  // added in the order of the rows
       for (int64_t row = 0; row < inputs.rows; ++row) sum += static_cast<double>(*values++);
       out[field] = static_cast<T>(sum * scale);
     }
@@ -105,10 +106,10 @@ void add_up(const Inputs& inputs, const Outputs& outputs, double scale) {
   in_double(inputs) ? of_type(0.0) : of_type(0.0f);
 }
 
-// Logits in a thread's buffer for a mixture of teachers, or one row if a row is longer. The buffer
-// is written and read a few rows at a time, and is to stay in L2.
+// Most logits in a thread's buffer for a mixture of teachers; one row, if a row is longer. The
+// buffer is written and read a few rows at a time, and should stay in L2.
 constexpr int64_t kMixedClasses = 65536;
-constexpr int64_t kTile = 64;  // rows: a multiple of the tiles that short rows make
+constexpr int64_t kTile = 64;  // rows: a multiple of the transposed engine's tiles
 
 // Call run(args, begin, end) for rows whose teacher is a mixture, on all threads. Each thread mixes
 // a few rows at a time, and passes them as the teacher's.
@@ -151,7 +152,7 @@ void run_rows(const Args& args, int64_t rows, const Run& run) {
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
-// Few long rows: all threads share each of the last rows, segment by segment.
+// Compute a few long rows: all threads share each of the last rows, segment by segment.
 void forward_split(const cpu::Kernels& kernels, const ForwardArgs& args, int64_t begin,
                    int64_t end) {
   const int64_t segments = (args.classes + cpu::kSegment - 1) / cpu::kSegment;
@@ -226,7 +227,8 @@ struct CpuBackend final : Backend {
     const auto kernel = cpu::kernels().backward;
     if (args.stats && call.mixture) return run_mixed(args, *call.mixture, kernel);
     if (args.stats) return run_rows(args, args.rows, kernel);
-    // By the forward pass: bit for bit what the backward pass would write from statistics.
+    // Run the forward pass: its gradient has the bits that the backward pass would write from
+    // statistics.
     ForwardArgs forward;
     const Outputs outputs = set_outputs(call, reducing, 1, &grad, &forward);
     forward.grad_output = value_of(grad_output);

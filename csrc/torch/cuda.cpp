@@ -1,5 +1,5 @@
-// The ops on CUDA tensors. Nothing here waits for the device: what depends on data is left to the
-// kernels.
+// The ops on CUDA tensors. This file never synchronizes: the kernels handle everything that depends
+// on data, such as the number of rows that are not ignored (docs/maths.md, section 6).
 #include <torch/csrc/stable/accelerator.h>
 
 #include "backends.h"

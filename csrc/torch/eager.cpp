@@ -1,9 +1,9 @@
 // The module fastkd._eager: autograd of the fused losses, and memory for their gradients, in C++.
 //
-// The module is optional and adds speed alone: python/fastkd/_core/autograd.py implements the same
-// autograd in Python. torch's C++ autograd has no stable ABI, so the module fits only the torch
-// that it was built with. It records that version, and python/fastkd/_core/native.py calls
-// register_kernels() only if the version matches.
+// The module is optional and only adds speed: python/fastkd/_core/autograd.py implements the same
+// autograd in Python (docs/maths.md, section 8). torch's C++ autograd has no stable ABI, so the
+// module fits only the torch that it was built with. It records that version, and
+// python/fastkd/_core/native.py calls register_kernels() only if the version matches.
 //
 // For each loss `op` of library.cpp and topk.cpp, the op `op_into` writes the gradient in the
 // forward pass, `op_backward_` scales or writes the gradient in the backward pass, and
@@ -174,14 +174,15 @@ struct FusedLoss : torch::autograd::Function<T> {
     auto numbers = take_tensors(ops, arguments, &tensors);
     IValue grad;
     if (!ops.is_per_row(arguments)) grad = empty_gradient(ops, student);
-    const bool into = ops.has_stats || grad.isTensor();
-    if (into) stack->insert(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), grad);
+    const bool calls_into = ops.has_stats || grad.isTensor();
+    if (calls_into)
+      stack->insert(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), grad);
     if (ops.has_stats) stack->emplace_back(true);
-    (into ? ops.into : ops.loss).callBoxed(*stack);
+    (calls_into ? ops.into : ops.loss).callBoxed(*stack);
     if (ops.has_stats) tensors.push_back(torch::jit::pop(*stack).toTensor());
     ctx->saved_data["numbers"] = c10::ivalue::Tuple::create(std::move(numbers));
     ctx->save_for_backward(std::move(tensors));
-    // Not a saved tensor: the first backward pass scales `grad` in place and returns it.
+    // `grad` is not a saved tensor: the first backward pass scales `grad` in place and returns it.
     ctx->saved_data["grad"] = std::move(grad);
     return torch::jit::pop(*stack).toTensor();
   }
@@ -191,7 +192,7 @@ struct FusedLoss : torch::autograd::Function<T> {
     const variable_list saved = ctx->get_saved_variables();
     const auto numbers = ctx->saved_data["numbers"].toTupleRef().elements().asArrayRef();
     Tensor factor = grad_outputs[0];
-    // With terms, only the loss, the first of them, has a gradient.
+    // With terms, only the loss has a gradient; it is the first term.
     if (ops.has_stats && numbers.back().toBool()) factor = factor.select(0, 0);
     return {gradient(ops, saved, numbers, factor, &ctx->saved_data["grad"]), Tensor()};
   }

@@ -26,10 +26,10 @@ struct Block {
   size_t bytes;
 };
 
-// The block that the next gradient may take, or null.
+// The cached block for the next gradient, or null.
 inline std::atomic<Block*> spare{nullptr};
 
-// Make `block` the spare one, and free the block that was.
+// Cache `block`, and free the block that was cached before.
 inline void keep(Block* block) {
   Block* const before = spare.exchange(block);
   if (before == nullptr) return;
@@ -44,14 +44,14 @@ inline void release(void* block) {
   keep(static_cast<Block*>(block));
 }
 
-// Return the size of a block for `bytes`: whole huge pages, if at most a tenth would be unused.
-// Many gradients may be alive at a time.
+// Return the size of a block for `bytes`: full huge pages, if at most a tenth would be unused. Many
+// gradients may be alive at a time.
 inline size_t block_bytes(size_t bytes) {
-  const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  return whole - bytes <= bytes / 10 ? whole : bytes;
+  const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  return rounded - bytes <= bytes / 10 ? rounded : bytes;
 }
 
-// Return a block of at least `bytes`, or null if there is no memory. A larger spare block is used
+// Return a block of at least `bytes`, or null if there is no memory. A larger cached block is used
 // only if at most a tenth of `bytes` would be unused.
 inline Block* take(size_t bytes) {
   Block* const block = spare.exchange(nullptr);
@@ -60,10 +60,10 @@ inline Block* take(size_t bytes) {
     keep(block);
   }
   void* data = nullptr;
-  const size_t whole = block_bytes(bytes);
-  if (posix_memalign(&data, whole < kHugePage ? kPage : kHugePage, whole) != 0) return nullptr;
-  prefer_huge_pages(data, whole);
-  return new Block{data, whole};
+  const size_t size = block_bytes(bytes);
+  if (posix_memalign(&data, size < kHugePage ? kPage : kHugePage, size) != 0) return nullptr;
+  prefer_huge_pages(data, size);
+  return new Block{data, size};
 }
 
 // Return an uninitialized tensor with the sizes and dtype of `student` and with `strides`.

@@ -1,4 +1,6 @@
-// The layout of a new gradient. No torch here, because both _C (row_strides.cpp) and _eager use it.
+// The strides of a new gradient: the student's order of dimensions where the kernels support it, so
+// that no copy is needed. This file is free of torch, because both _C (row_strides.cpp) and _eager
+// use it.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Advice about memory that is about to be written.
+// Advise the kernel to use huge pages for memory that is about to be written.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,9 +10,10 @@ namespace fastkd {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Asks for huge pages: allocators hand large tensors out as pages that the kernel clears at the
-// first touch, 4 KB at a time, which costs more than the gradient itself. Only whole huge pages
-// inside, so that no neighbour is affected. If the advice is not taken, nothing changes.
+// Ask for huge pages. Without the advice, the kernel clears a large tensor's pages at the first
+// touch, 4 KB at a time, which costs more than the gradient itself. Only huge pages inside the
+// memory are advised, so that neighboring memory is not affected. If the advice is not followed,
+// nothing changes.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t start = reinterpret_cast<uintptr_t>(data);

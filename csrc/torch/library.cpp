@@ -1,7 +1,8 @@
-// The ops of the dense loss: their schemas, and boxed kernels that pass the arguments to a backend
-// (cpu.cpp, cuda.cpp). Users differentiate `loss`. The autograd kernel of `loss` (eager.cpp, or
-// python/fastkd/_core/autograd.py) calls `loss_into` and `loss_backward_`, which write the
-// gradient. Shapes for tracing are in python/fastkd/_core/shapes.py.
+// The ops of the dense loss (docs/maths.md, sections 1, 6 and 12): their schemas, and boxed kernels
+// that pass the arguments to a backend (cpu.cpp, cuda.cpp). Users differentiate `loss`. The
+// autograd kernel of `loss` (eager.cpp, or python/fastkd/_core/autograd.py) calls `loss_into` and
+// `loss_backward_`, which write the gradient. Shapes for tracing are in
+// python/fastkd/_core/shapes.py.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -12,7 +13,7 @@
 namespace fastkd::glue {
 namespace {
 
-// The arguments that all ops of the loss share, in the order of FASTKD_LOSS below.
+// The arguments that all ops of the dense loss share, in the order of FASTKD_LOSS below.
 struct LossArguments {
   Tensor student;
   Mixture teachers;

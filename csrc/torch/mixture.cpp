@@ -1,5 +1,6 @@
-// Mixtures of teachers: as an op of their own, and, on CPU tensors, in place of a call's teacher.
-// python/fastkd/_core/dense.py calls it; the formula is in python/fastkd/reference/dense.py.
+// Mixtures of teachers: an op, and, on CPU tensors, the teacher of a call of the loss.
+// python/fastkd/_core/dense.py calls the op. The formula is in docs/maths.md, section 12, and in
+// python/fastkd/reference/dense.py.
 #include "backends.h"
 
 namespace fastkd::glue {
@@ -15,7 +16,7 @@ void Mixture::prepare(bool in_double) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     STD_TORCH_CHECK(tensors[i].sizes().equals(tensors[0].sizes()),
                     "all teachers must have the same shape");
-    // One tensor's rows are walked like those of two that are laid out alike.
+    // Passed as student and teacher, because prepare() lays out two tensors.
     const Call call = glue::prepare(tensors[i], tensors[i], std::nullopt, Inputs(), false, nullptr);
     const Inputs& in = call.inputs;
     tensors[i] = call.student;

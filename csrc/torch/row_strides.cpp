@@ -1,3 +1,4 @@
+// Find the layout of rows that kernels can read in place, and copy other tensors (row_strides.h).
 #include "row_strides.h"
 
 #include <torch/csrc/stable/library.h>

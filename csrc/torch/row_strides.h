@@ -1,4 +1,5 @@
-// The rows of tensors: how kernels walk them in place, and which tensors are copied.
+// The strides of the rows of tensors: which layouts kernels read in place, and which tensors are
+// copied.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -10,7 +11,7 @@ namespace fastkd::glue {
 
 using torch::stable::Tensor;
 
-// The strides of the rows of a student, its teacher and its gradient.
+// The strides of the rows of student, teacher and gradient.
 struct Layout {
   int64_t group_rows = 1;
   RowStrides student, teacher, grad;

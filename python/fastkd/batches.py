@@ -140,13 +140,13 @@ def split(batch: Any) -> Batch:
 
 def check_ids(ids: object) -> Tensor:
     """Return ids as int64, or raise TypeError unless they are an integer tensor ``(B,)``."""
-    given = type(ids).__name__
+    description = type(ids).__name__
     if isinstance(ids, Tensor):
         others = ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
         if ids.dim() == 1 and not others:
             return ids.long()
-        given = f"{ids.dtype} of shape {tuple(ids.shape)}"
-    raise TypeError(f"ids must be an integer tensor of shape (B,); got {given}")
+        description = f"{ids.dtype} of shape {tuple(ids.shape)}"
+    raise TypeError(f"ids must be an integer tensor of shape (B,); got {description}")
 
 
 def logits(model: nn.Module, inputs: Any) -> Tensor:

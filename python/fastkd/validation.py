@@ -72,8 +72,8 @@ def check_number(
     if high == math.inf:
         accepted = "positive and finite" if open_low else f"finite and at least {low:g}"
     else:
-        left, right = "(" if open_low else "[", ")" if open_high else "]"
-        accepted = f"in {left}{low:g}, {high:g}{right}"
+        opening, closing = "(" if open_low else "[", ")" if open_high else "]"
+        accepted = f"in {opening}{low:g}, {high:g}{closing}"
     raise ValueError(f"{name} must be {accepted}; got {value!r}")
 
 

@@ -1,5 +1,5 @@
-// The CPU kernels of every instruction set that this machine runs, against a reference that is
-// written from the definitions in long double and shares no line with them (cpu_truth.h).
+// Test the CPU kernels of every instruction set that this machine runs, against a reference that is
+// written from the definitions in long double and shares no code with them (cpu_truth.h).
 //
 //   cpu_kernels [ISA | memory]     the tests of one instruction set, or those that valgrind needs
 #include "cpu_problem.h"
@@ -20,7 +20,7 @@ void test_types(const cpu::Kernels& k) {
   }
 }
 
-// Every edge of a vector, of a block and of a segment, and one either side of it.
+// Test widths at every edge of a vector, of a block and of a segment, and one less and one more.
 void test_widths(const cpu::Kernels& k) {
   constexpr int64_t kNarrow = cpu::kNarrow, kSegment = cpu::kSegment;
   constexpr int64_t kWidths[] = {
@@ -39,15 +39,16 @@ void test_widths(const cpu::Kernels& k) {
   }
 }
 
-// Gradients that are written past the caches, in rows that begin anywhere; of one segment, and of
-// three, whose exponentials are kept where the last rows' gradients will be.
+// Test gradients that are written by non-temporal stores, in rows that begin at any address: rows
+// of one segment, and of three segments whose exponentials are cached in the memory of the last
+// rows' gradients.
 void test_large_gradients(const cpu::Kernels& k) {
   Problem p;
   p.rows = 1537, p.classes = 2049, p.misalignment = 1, p.padding = 3;
   run(k, p);
   p.rows = 49, p.classes = 2 * cpu::kSegment + 5, p.padding = 0;
   run(k, p);
-  if (memory_alone) return;  // the same, and long
+  if (memory_alone) return;  // like the shorter rows, and slow under valgrind
   p.rows = 3080, p.classes = 2049, p.student = p.teacher = DType::kBFloat16;
   run(k, p);
 }
@@ -124,8 +125,8 @@ void test_infinities(const cpu::Kernels& k) {
   }
 }
 
-// Pixels beside each other: fewer than a tile, whole tiles and more, in groups that tiles straddle;
-// classes of one block, of several, and of more than a tile keeps.
+// Test adjacent pixels: fewer than a tile, full tiles and more, in groups whose boundaries lie
+// inside tiles; and classes of one block, of several, and of more than a tile holds.
 void test_pixels(const cpu::Kernels& k) {
   for (DType type : kTypes) {
     for (int64_t classes : {int64_t{1}, int64_t{2}, int64_t{19}, cpu::kNarrow - 1, cpu::kNarrow,
@@ -173,7 +174,8 @@ void test_temperatures(const cpu::Kernels& k) {
   }
 }
 
-// The student masks a class, and the teacher's probability of it underflows: still infinite.
+// Test a class that the student masks and whose teacher probability underflows: the loss is
+// infinite.
 void test_underflow(const cpu::Kernels& k) {
   Problem p;
   p.temperature = 1, p.soft_weight = 1, p.hard_weight = 0, p.rows = 1;
@@ -187,7 +189,7 @@ void test_underflow(const cpu::Kernels& k) {
   check(data.grad.get(0, 4) == 0, "grad", data.grad.get(0, 4), 0);
 }
 
-// KL = 5e-7: differences of log-probabilities lose a third of it in fp32.
+// Test KL = 5e-7, where differences of fp32 log-probabilities would lose a third of the value.
 void test_cancellation(const cpu::Kernels& k) {
   for (double noise : {4e-3, 1e-1}) {
     Problem p;
@@ -198,11 +200,12 @@ void test_cancellation(const cpu::Kernels& k) {
     for (int64_t r = 0; r < p.rows; ++r) {
       const Truth truth = data.truth(r);
       const double got = data.acc(data.loss, r), want = static_cast<double>(truth.loss);
-      // Of the cosine two vectors are rounded whose difference it is.
+      // The cosine rounds two vectors, and is computed from their difference.
       const double limit = p.divergence == Divergence::kCosine ? 1e-6 : 4e-7;
       check(std::fabs(got / want - 1) < limit, "loss", got, want);
       if (r == 0) std::printf("  KL %.2e: relative error %.1e\n", want / 16, got / want - 1);
-      if (p.divergence == Divergence::kCosine) continue;  // its gradient is no probability's
+      if (p.divergence == Divergence::kCosine)
+        continue;  // its gradient is not a difference of probabilities
       for (int64_t i = 0; i < p.classes; ++i) {
         const double exact = static_cast<double>(truth.grad[static_cast<size_t>(i)]);
         const double p = static_cast<double>(truth.teacher[static_cast<size_t>(i)]);
@@ -213,7 +216,8 @@ void test_cancellation(const cpu::Kernels& k) {
   }
 }
 
-// A 16-bit gradient is the exact one rounded once: its error is hardly above that of rounding.
+// Test that a 16-bit gradient is the exact one rounded once: its error is hardly above that of
+// rounding.
 void test_rounding(const cpu::Kernels& k) {
   for (DType type : {DType::kFloat16, DType::kBFloat16}) {
     Problem p;

@@ -1,4 +1,4 @@
-// One problem for the tests of the CPU kernels: its data, a run, and what must hold of the results.
+// One problem for the tests of the CPU kernels: its data, a run, and the checks of the results.
 #pragma once
 #include <cstdio>
 #include <random>
@@ -136,12 +136,13 @@ bool agrees(double got, Real want, double relative, double absolute) {
   return std::fabs(got - expected) <= relative * std::fabs(expected) + absolute;
 }
 
-// `cpu_kernels memory` tries nothing but the use of memory, and that all ways give the same bits:
-// what valgrind can tell, where long double is slow, and no longer than double.
+// `cpu_kernels memory` tests only memory accesses, and that all paths give the same bits. It is for
+// valgrind, under which long double is slow and has the precision of double.
 bool memory_alone = false;
 
-// Whether the truth has more digits, and a wider range, than what is held to it. Where long double
-// has no more than double, it has not for fp64, and for exponents beyond double's range.
+// Return true if the reference is more precise than the result, and has a wider range. Where long
+// double is only double, it is too imprecise for fp64, and too narrow for exponents beyond double's
+// range.
 bool has_truth(const Problem& p, DType acc) {
   if (memory_alone) return false;
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
@@ -153,7 +154,7 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
   if (!has_truth(p, data.acc_type())) return;
   const bool fp64 = data.acc_type() == DType::kFloat64;
   const Truth& truth = truths[static_cast<size_t>(r)];
-  // Tempered exponents of 10^4 times the spacing of logits (shift) cost digits that no form keeps.
+  // A tempered exponent of 10^4 times the spacing of logits (shift) loses digits in any formula.
   const double eps = fp64 ? 2e-14 : 2e-6;
   const double loss = data.acc(data.loss, r);
   const Real want = truth.nan ? static_cast<Real>(kNan) : truth.loss;
@@ -178,7 +179,8 @@ void check_row(Data& data, const std::vector<Truth>& truths, int64_t r, bool ter
       continue;
     }
     const Real exact = truth.grad[static_cast<size_t>(i)];
-    // Half a step of the stored type, and the error of fp32 on the probabilities' scale.
+    // Half a unit in the last place of the stored type, and the error of fp32 relative to the
+    // probabilities.
     const double slack = (fp64 ? 1e-14 : 1.5e-6) * size;
     const double half = fp64 && p.student == DType::kFloat64
                             ? 0
@@ -193,7 +195,8 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
   for (int64_t r = 0; r < data.problem.rows; ++r) {
     const Truth& truth = truths[static_cast<size_t>(r)];
     if (truth.nan || truth.ignored || data.problem.in_place) continue;
-    if (data.problem.divergence == Divergence::kCosine) continue;  // it leaves others
+    if (data.problem.divergence == Divergence::kCosine)
+      continue;  // its `stats` have another meaning
     Real max = -kInf, sum = 0;
     const auto counts = [&](int64_t i) {
       return data.problem.divergence != Divergence::kDecoupled ||
@@ -202,7 +205,7 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) max = std::max(max, static_cast<Real>(data.teacher.get(r, i)));
     }
-    if (max == -kInf) max = 0;  // no class but the label
+    if (max == -kInf) max = 0;  // the label is the only class
     for (int64_t i = 0; i < data.problem.classes; ++i) {
       if (counts(i)) sum += std::exp((data.teacher.get(r, i) - max) / data.temperature_of(r));
     }
@@ -210,14 +213,16 @@ void check_stats(Data& data, const std::vector<Truth>& truths) {
     const double got_max = data.acc(data.stats, kTeacherMax * data.problem.rows + r);
     const double got = data.acc(data.stats, kTeacherScale * data.problem.rows + r);
     check(got_max == static_cast<double>(max), "teacher max", got_max, static_cast<double>(max));
-    // The maximum over t is rounded before it is subtracted; all of the row is shifted alike.
+    // The maximum over t is rounded before it is subtracted, which shifts all classes of the row
+    // alike.
     const double shift = static_cast<double>(std::fabs(max)) / data.temperature_of(r);
     check(agrees(got, scale, 1e-6 + 1e-7 * shift, 0), "teacher scale", got,
           static_cast<double>(scale));
   }
 }
 
-// Backward with grad_output 1 is forward's gradient to the bit; with 0.5 half of it.
+// Check that backward with grad_output 1 gives forward's gradient bit for bit, and with 0.5 half of
+// it.
 void check_backward(const cpu::Kernels& k, Data& data) {
   if (data.problem.in_place) return;
   BackwardArgs args;
@@ -250,14 +255,14 @@ void check_backward(const cpu::Kernels& k, Data& data) {
   }
 }
 
-// Rows cut into segments give the bits of whole rows.
-void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, unsigned seed,
+// Check that rows divided into segments give the bits of undivided rows.
+void check_split(const cpu::Kernels& k, const Problem& p, const Data& expected, unsigned seed,
                  bool terms) {
   Data data(p, seed);
-  data.labels = whole.labels;
+  data.labels = expected.labels;
   if (!p.in_place) {
-    data.student.bytes = whole.student.bytes;
-    data.teacher.bytes = whole.teacher.bytes;
+    data.student.bytes = expected.student.bytes;
+    data.teacher.bytes = expected.teacher.bytes;
   }
   data.refresh();
   if (terms) data.args.terms = data.terms.data();
@@ -278,11 +283,11 @@ void check_split(const cpu::Kernels& k, const Problem& p, const Data& whole, uns
     }
     k.close(data.args, r, statistics.data(), sums.data());
   }
-  check(data.grad.bytes == whole.grad.bytes, "split gradient");
-  check(data.student.bytes == whole.student.bytes, "split student");
-  check(data.loss == whole.loss, "split loss");
-  check(data.stats == whole.stats, "split stats");
-  if (terms) check(data.terms == whole.terms, "split terms");
+  check(data.grad.bytes == expected.grad.bytes, "split gradient");
+  check(data.student.bytes == expected.student.bytes, "split student");
+  check(data.loss == expected.loss, "split loss");
+  check(data.stats == expected.stats, "split stats");
+  if (terms) check(data.terms == expected.terms, "split terms");
 }
 
 template <class Edit>
@@ -301,12 +306,11 @@ void run(const cpu::Kernels& k, const Problem& p, bool terms, Edit&& edit, unsig
   for (int64_t r = 0; r < p.rows; ++r) check_row(data, truths, r, terms);
   if (!memory_alone) check_stats(data, truths);
   check_backward(k, data);
-  // Nobody cuts rows of the transposed engine into segments, nor rows whose classes are not
-  // adjacent.
-  const bool whole = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
-  if (!whole) check_split(k, p, data, seed, terms);
+  // Callers divide neither rows of the transposed engine nor rows whose classes are not adjacent.
+  const bool is_unsplit = cpu::is_transposed(data.args) || cpu::has_apart_classes(data.args);
+  if (!is_unsplit) check_split(k, p, data, seed, terms);
 
-  // The loss alone: the same bits without a gradient.
+  // The loss without a gradient has the same bits.
   const std::vector<unsigned char> loss = data.loss;
   if (p.in_place) return;
   data.args.grad = nullptr;

@@ -4,7 +4,7 @@
 
 namespace {
 
-#if !defined(FASTKD_TRUTH)  // another type where long double is slow
+#if !defined(FASTKD_TRUTH)  // another type, for where long double is slow
 #define FASTKD_TRUTH long double
 #endif
 using Real = FASTKD_TRUTH;
@@ -13,7 +13,7 @@ struct Truth {
   Real loss, hard, soft, student_entropy, teacher_entropy;
   bool agreement, nan, ignored;
   std::vector<Real> grad, teacher;  // teacher: its probabilities
-  Real soft_size;                   // what numbers of size 1 are multiplied by in the soft gradient
+  Real soft_size;                   // factor of the divergence's gradient in the soft term
 };
 
 std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
@@ -28,7 +28,7 @@ std::vector<Real> log_softmax(const std::vector<Real>& x, Real t) {
 struct Soft {
   Real value = 0;
   std::vector<Real> grad;  // by z / t
-  Real size = 1;           // of its slopes
+  Real size = 1;           // magnitude of the slopes
 };
 
 Soft forward_kl(const std::vector<Real>& log_p, const std::vector<Real>& log_q) {
@@ -46,7 +46,7 @@ std::vector<Real> over(std::vector<Real> logits, Real t) {
   return logits;
 }
 
-// Its two divergences are forward KLs: of (label, the rest), and of the other classes.
+// Compute decoupled distillation: a forward KL of (label, the rest), and one of the other classes.
 Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, size_t label,
                Real mix) {
   const auto parts = [=](std::vector<Real> logs, Real* of_label, Real* of_rest) {
@@ -72,7 +72,7 @@ Soft decoupled(const std::vector<Real>& log_p, const std::vector<Real>& log_q, s
   return soft;
 }
 
-// Of logits over their temperatures; classes that both mask are left out.
+// Compute the cosine of logits over their temperatures; classes that both mask are left out.
 Soft cosine(std::vector<Real> w, std::vector<Real> z) {
   Real dot = 0, student = 0, teacher = 0;
   for (size_t i = 0; i < z.size(); ++i) {
@@ -99,8 +99,7 @@ Truth reference(const ForwardArgs& args, const std::vector<Real>& z, const std::
   if (truth.ignored) return truth;
   bool any_z = false, any_w = false;
   for (size_t i = 0; i < n; ++i) {
-    // As doubles, which they are: compilers compare long doubles with the greatest of them, and
-    // that is an infinity under valgrind.
+    // Compared as doubles, which they are: under valgrind the greatest long double is an infinity.
     const double student = static_cast<double>(z[i]), teacher = static_cast<double>(w[i]);
     truth.nan |= std::isnan(student) || std::isnan(teacher) || student == kInf || teacher == kInf;
     truth.nan |=

@@ -1,7 +1,8 @@
-// Checks every family of CUDA kernels against a double-precision reference on the host. No torch.
-// Prints one line per failed case and a summary; the exit status is the number of failed cases.
-// `cuda_kernels --short` runs a reduced set, for compute-sanitizer; `--at-most ROWS CLASSES` all
-// but the large cases, for the emulation of a GPU; `--random CASES SEED` random cases alone.
+// Check every family of CUDA kernels against a double-precision reference on the host. No torch.
+// The program prints one line per failed case and a summary; the exit status is the number of
+// failed cases. `cuda_kernels --short` runs a reduced set, for compute-sanitizer; `--at-most ROWS
+// CLASSES` runs all but the large cases, for the emulation of a GPU; `--random CASES SEED` runs
+// random cases alone.
 #include <type_traits>
 
 #include "dense_case.h"
@@ -75,7 +76,7 @@ void options() {
     d = c, d.infinities = true, d.rows = 9, test(d, "infinities");
     d.student = d.teacher = DType::kFloat32, test(d, "infinities fp32");
     d = c, d.nan = true, d.rows = 9, d.ignored = false, test(d, "nan");
-    int turn = 0;  // every pair of a type and an offset, with one temperature after the other
+    int turn = 0;  // pairs every type and offset with one of the temperatures, in turn
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat64})
       for (const double base : {30.0, -100.0, 1e4, -3e6, 1e38}) {
         const double temperatures[] = {1.0, 1.5, 2.0};
@@ -149,7 +150,7 @@ void divergences(bool brief) {
         c.outlier = 0, c.student_base = 1000, c.noise = 1e-2;
         test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", offset").c_str());
       }
-  // Of classes that one side masks some divergences are infinite: those that are not.
+  // If one side masks a class, some divergences are infinite: test those that are not.
   for (const Divergence id : kFiniteIfMasked)
     for (const int64_t classes : {100, 1003}) {
       Case c;
@@ -158,7 +159,7 @@ void divergences(bool brief) {
       test(c, (std::string(kDivergenceNames[static_cast<int>(id)]) + ", masked").c_str());
     }
 }
-// What the label's part of a decoupled divergence may meet.
+// Test the special cases of the label's part in decoupled distillation.
 void decoupled(bool brief) {
   const double pairs[][2] = {{-60, -60}, {-8, -8},        {8, 8},          {60, 60},
                              {5, -5},    {-kInfinity, 0}, {0, -kInfinity}, {-kInfinity, -kInfinity},
@@ -170,14 +171,14 @@ void decoupled(bool brief) {
       const auto with = [&](const char* name, auto&& change) {
         Case c;
         c.divergence = Divergence::kDecoupled, c.classes = classes, c.rows = 9;
-        c.mix = 8, c.soft_weight = 0.05;  // what gradients round at is the product's size
+        c.mix = 8, c.soft_weight = 0.05;  // gradients are rounded at the size of this product
         c.student_pixels = c.teacher_pixels = pixels;
         c.terms = true, c.ignored = c.bad_label = false;
         c.student = c.teacher = kEach[turn++ % 3];
         change(c);
         test(c, name);
       };
-      // Each with one set of options and one type after the other.
+      // Every pair has one set of options; the types take turns.
       for (const auto& above : pairs)
         with("dkd, far label", [&](Case& c) {
           c.above = above[0], c.teacher_above = above[1];
@@ -195,7 +196,7 @@ void decoupled(bool brief) {
       with("dkd, hard only", [](Case& c) { c.hard_weight = 1, c.soft_weight = 0; });
     }
 }
-// What the lengths of the cosine may meet.
+// Test the special cases of the cosine's norms.
 void lengths(bool brief) {
   int turn = 0;
   for (const bool pixels : {false, true})
@@ -221,7 +222,7 @@ void lengths(bool brief) {
       turn++;
     }
 }
-// Options as they meet by chance.
+// Test random combinations of options.
 void random_cases(int64_t count, uint64_t seed) {
   Random random{seed};
   const auto below = [&](int64_t n) { return static_cast<int64_t>(random.uniform() * n); };
@@ -256,8 +257,8 @@ void random_cases(int64_t count, uint64_t seed) {
     test(c, ("random " + std::to_string(i) + " of seed " + std::to_string(seed)).c_str());
   }
 }
-// Offsets that 32 bits do not count. Of two groups the first is ignored, so that only the second
-// need be there.
+// Test offsets above 2^32. The first of two groups is ignored, so that only the second needs
+// memory.
 void far_pixels() {
   constexpr int64_t kClasses = 19, kStep = 3, kFar = (int64_t(1) << 32) + 5;
   Buffer student(kClasses * kStep * 4), teacher(student.host.size()), grad(2 * kClasses * 4);
@@ -293,7 +294,7 @@ void far_pixels() {
   }
   total_cases++;
 }
-// Classes that are not adjacent: pixels.
+// Test classes that are not adjacent: pixels.
 void pixels(bool brief) {
   for (const int64_t classes : {3, 19}) {  // more tiles than the device holds at a time
     Case c;
@@ -304,7 +305,7 @@ void pixels(bool brief) {
   far_pixels();
   if (brief) return;
   const DType all[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
-  int turn = 0;  // one type after the other: each option meets all of them among the sizes
+  int turn = 0;  // the types take turns, so that each option is tested with each type
   for (const int64_t classes : {1, 2, 4, 19, 33, 150, 1003}) {
     const auto with = [&](const std::string& name, auto&& change) {
       Case c;
@@ -317,7 +318,8 @@ void pixels(bool brief) {
     with(", terms and smoothing", [](Case& c) {
       c.student_pad = 3, c.teacher_pad = 1, c.student_offset = 1, c.terms = true, c.smoothing = 0.1;
     });
-    // Of one class the gradient is what the weights round at, and these are many times larger.
+    // With one class the gradient is the rounding error of the weights, which these settings make
+    // many times larger.
     with(", bad label, settings of rows",
          [](Case& c) { c.bad_label = true, c.row_settings = c.classes > 1; });
     with(", in place", [](Case& c) { c.in_place = true, c.student_pad = 5; });
@@ -332,7 +334,8 @@ void pixels(bool brief) {
     with(", infinities", [](Case& c) { c.infinities = true; });
     for (int id = 1; id < kDivergences; id++) {
       const std::string name = std::string(", ") + kDivergenceNames[id];
-      // In more rows some p and q are nearer than fp32 can tell, where total variation has a bend.
+      // In more rows some p and q are closer than fp32 can resolve, where total variation is not
+      // smooth.
       const auto few = [&](Case& c) {
         c.divergence = static_cast<Divergence>(id), c.rows = 40, c.group_rows = 13;
       };
@@ -363,7 +366,7 @@ void many_rows() {
     total_failures++, std::printf("FAIL no rows\n");
 }
 
-// The kernels before and after the rows, of one CTA or of several.
+// Test the kernels before and after the rows, of one CTA and of several.
 void totals() {
   for (const DType acc : {DType::kFloat32, DType::kFloat64})
     for (const int64_t rows : {1, 2048, 16384, 16385, 70001}) {

@@ -1,6 +1,7 @@
-// Checks the CUDA kernel that mixes teachers against its definition in double on the host. No
-// torch. Prints one line per failed case and a summary; the exit status is the number of failed
-// cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the emulation.
+// Check the CUDA kernel that mixes teachers against its definition in double on the host. No torch.
+// The program prints one line per failed case and a summary; the exit status is the number of
+// failed cases. `cuda_mixture --short` runs a reduced set, for compute-sanitizer and for the
+// emulation.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -36,18 +37,19 @@ double log_sum(const std::vector<double>& x) {
   return max + std::log(sum);
 }
 
-// The mixture's log-probabilities, of what each teacher has for the row; NaN where it has none.
-std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& given,
-                                  double own) {
+// Return the mixture's log-probabilities of one row, given each teacher's logits; NaN if there is
+// none.
+std::vector<double> reference_row(const Case& c, const std::vector<std::vector<double>>& logits,
+                                  double teacher_temperature) {
   const size_t n = static_cast<size_t>(c.classes);
   std::vector<double> mixed(n, c.ensemble == Ensemble::kLogits ? 0.0 : -kInfinity);
-  for (size_t k = 0; k < given.size(); k++) {
-    std::vector<double> x(given[k]);
+  for (size_t k = 0; k < logits.size(); k++) {
+    std::vector<double> x(logits[k]);
     bool poisoned = false;
     for (double& v : x) {
       if (c.probabilities) v = std::log(v);
       poisoned |= std::isnan(v) || v == kInfinity;
-      v /= own;
+      v /= teacher_temperature;
     }
     double all = *std::max_element(x.begin(), x.end());
     if (poisoned || all == -kInfinity) return std::vector<double>(n, NAN);
@@ -79,7 +81,7 @@ int failures_of(const Case& c) {
   const size_t count = c.dtypes.size();
   std::vector<std::unique_ptr<Buffer>> memory;
   std::vector<MixedTeacher> teachers(count);
-  std::vector<std::vector<std::vector<double>>> given(static_cast<size_t>(c.rows));
+  std::vector<std::vector<std::vector<double>>> logits_of_rows(static_cast<size_t>(c.rows));
   Random random{static_cast<uint64_t>(c.classes * 1000003 + c.rows)};
   for (size_t k = 0; k < count; k++) {
     MixedTeacher& teacher = teachers[k];
@@ -99,27 +101,27 @@ int failures_of(const Case& c) {
         store(host, teacher.dtype, at, number_of(c, random, row, i, k));
         of_row.push_back(load(host, teacher.dtype, at));
       }
-      given[static_cast<size_t>(row)].push_back(of_row);
+      logits_of_rows[static_cast<size_t>(row)].push_back(of_row);
     }
     memory.back()->up();
     teacher.logits = memory.back()->at();
   }
-  Buffer mixed(c.rows * c.classes * size_of(acc)), own(2 * c.rows * size_of(acc));
+  Buffer mixed(c.rows * c.classes * size_of(acc)), temperatures(2 * c.rows * size_of(acc));
   const auto temperature = [&](int64_t row, double t) {
     return c.row_temperatures ? t + 0.25 * static_cast<double>(row) : t;
   };
   for (int64_t row = 0; row < c.rows; row++) {
-    store(own.host.data(), acc, row, temperature(row, c.temperature));
-    store(own.host.data(), acc, c.rows + row, temperature(row, c.teacher_temperature));
+    store(temperatures.host.data(), acc, row, temperature(row, c.temperature));
+    store(temperatures.host.data(), acc, c.rows + row, temperature(row, c.teacher_temperature));
   }
-  own.up();
+  temperatures.up();
   check(cudaMemset(mixed.at(), 0xff, mixed.host.size()), "poison");
   MixtureArgs args;
   args.rows = c.rows, args.classes = c.classes, args.in_double = c.in_double;
   args.teachers = teachers.data(), args.count = static_cast<int64_t>(count);
   args.probabilities = c.probabilities, args.ensemble = c.ensemble;
   args.temperature = c.temperature, args.teacher_temperature = c.teacher_temperature;
-  args.row_temperatures = c.row_temperatures ? own.at() : nullptr;
+  args.row_temperatures = c.row_temperatures ? temperatures.at() : nullptr;
   args.mixed = mixed.at();
   check(cuda::mixture(args, nullptr), c.name.c_str());
   check(cudaDeviceSynchronize(), c.name.c_str());
@@ -131,12 +133,12 @@ int failures_of(const Case& c) {
     std::printf("FAIL %s: not the same again\n", c.name.c_str());
     return 1;
   }
-  // What counts is the softmax at the student's temperature. Its logarithm is compared, to what
-  // fp32 has of the logits that it is the difference of.
+  // The mixture is compared as log softmax at the student's temperature. The tolerance is the fp32
+  // rounding error of the logits, whose difference the log softmax is.
   for (int64_t row = 0; row < c.rows; row++) {
     const double t = temperature(row, c.temperature);
-    const std::vector<double> want =
-        reference_row(c, given[static_cast<size_t>(row)], temperature(row, c.teacher_temperature));
+    const std::vector<double> want = reference_row(c, logits_of_rows[static_cast<size_t>(row)],
+                                                   temperature(row, c.teacher_temperature));
     std::vector<double> got;
     double size = 1;
     for (int64_t i = 0; i < c.classes; i++) {
@@ -146,7 +148,7 @@ int failures_of(const Case& c) {
     const auto any = [&](auto&& is) { return std::any_of(got.begin(), got.end(), is); };
     const bool poisoned = any([](double x) { return x != x; });
     if (std::isnan(want[0]) && (args.count == 1 || c.ensemble == Ensemble::kLogits)) {
-      // A mean of logits leaves it to the loss to find what makes a row NaN.
+      // The kernel does not look for invalid rows in a mean of logits; the loss finds them.
       if (poisoned || any([](double x) { return x == kInfinity; }) || log_sum(got) == -kInfinity)
         continue;
       std::printf("FAIL %s: row %lld hides what is no answer\n", c.name.c_str(),

@@ -1,6 +1,7 @@
-// Checks the CUDA kernels of the sparse loss against its definition in double on the host. No
-// torch. Prints one line per failed case and a summary; the exit status is the number of failed
-// cases. `cuda_topk --short` runs a reduced set, for compute-sanitizer and for the emulation.
+// Check the CUDA kernels of the sparse loss against its definition in double on the host. No torch.
+// The program prints one line per failed case and a summary; the exit status is the number of
+// failed cases. `cuda_topk --short` runs a reduced set, for compute-sanitizer and for the
+// emulation.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -20,7 +21,7 @@ struct Case {
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
   Estimator estimator = Estimator::kNone;
-  bool row_settings = false;  // temperatures and weights of each row's own
+  bool row_settings = false;  // temperatures and weights for each row
   double temperature = 2, hard_weight = 0.3, soft_weight = 0.7, smoothing = 0;
   int student_offset = 0, grad_offset = 0;  // elements off a 256-byte boundary
   int64_t student_pad = 0, grad_pad = 0;    // of a row, in elements
@@ -28,10 +29,10 @@ struct Case {
   bool labels = true, ignored = true, bad_label = false;
   bool gradient = true;
   Reduction reduction = Reduction::kMean;
-  double noise = 1, base = 0;  // of the student about the teacher; added to all its logits
+  double noise = 1, base = 0;  // of the student relative to the teacher; added to all its logits
   double gap = 0;              // added to the student's listed classes
-  double mass = 0;             // what the teacher's list adds up to, where that is not 0
-  double padding = 0.2;        // of the list, which may be all of it
+  double mass = 0;             // sum of the listed probabilities; 0: unchanged
+  double padding = 0.2;        // share of the list, up to all of it
   bool masked_rest = false, masked_list = false, impossible = false, nan = false;
   Mistake mistake = Mistake::kNone;  // in every second row
   std::string name;
@@ -62,7 +63,7 @@ double x_log_ratio(double x, double log_a, double log_b) {
 struct Term {
   double value, slope;  // slope: q times the derivative by q
 };
-// The divergences and estimators at one class, as the papers write them.
+// Return value and slope of the divergences and estimators at one class, as the papers write them.
 Term term_of(const Case& c, double log_p, double log_q) {
   const double p = std::exp(log_p), q = std::exp(log_q), d = log_p - log_q;
   if (c.estimator == Estimator::kK1) return {-d, -d};
@@ -109,7 +110,7 @@ bool is_list(const Case& c, const Row& row) {
   return mass <= 1.1;
 }
 
-// docs/maths.md, section 13, as it stands.
+// Compute the loss and gradient of a row by docs/maths.md, section 13.
 Reference reference_row(const Case& c, Row row) {
   Reference r;
   r.grad.assign(row.z.size(), 0.0);
@@ -118,7 +119,8 @@ Reference reference_row(const Case& c, Row row) {
     if (row.log_p[i] == -kInfinity) row.ids[i] = -1;  // padding
   bool poisoned = !is_list(c, row) || (c.labels && (row.label < 0 || row.label >= c.classes));
   for (const double z : row.z) poisoned |= std::isnan(z) || z == kInfinity;
-  // Differences alone count, and those of the maximum are exact, however far from zero it is.
+  // The loss depends on differences only. Differences to the maximum are exact, for logits of any
+  // size.
   const double top = *std::max_element(row.z.begin(), row.z.end());
   for (double& z : row.z) z -= top > -kInfinity ? top : 0;
   const double t = c.temperature;
@@ -166,7 +168,7 @@ Reference reference_row(const Case& c, Row row) {
   for (int64_t j = 0; j < c.classes && soft; j++) {
     const bool is_listed = rest[j] == -kInfinity && tempered[j] > -kInfinity;
     const double q = std::exp(tempered[j] - (is_listed ? student_of : all));
-    // A class that the list leaves out has its share of the ghost's slope.
+    // A class that is not listed has a share of the ghost's slope.
     const double share = has_ghost ? std::exp(tempered[j] - all - log_q_rest) : 0;
     const bool in_rest = !is_listed && slopes[j] == 0;
     const double slope = in_rest ? share * of_rest.slope : slopes[j];
@@ -186,7 +188,8 @@ Reference reference_row(const Case& c, Row row) {
   return r;
 }
 
-// One case: the loss and its gradient, the same again bitwise, then backward in its three forms.
+// Test one case: the loss and its gradient, a second run with the same bits, and backward in its
+// three forms.
 struct Runner {
   const Case& c;
   bool wide;
@@ -219,7 +222,7 @@ struct Runner {
           static_cast<int>(c.estimator), what, static_cast<long long>(row),
           static_cast<long long>(i), got, want);
   }
-  // A teacher, its greatest classes in any order, and a student near it.
+  // Make a teacher, its greatest classes in random order, and a student near the teacher.
   Row make_row(Random& random, int64_t index) const {
     Row row;
     const size_t n = static_cast<size_t>(c.classes);
@@ -263,7 +266,7 @@ struct Runner {
     if (index % 2 == 0) spoil(row);
     return row;
   }
-  // The case with the options of one row.
+  // Return the case with the options of one row.
   Case of_row(int64_t row) const {
     Case result = c;
     if (!c.row_settings) return result;
@@ -322,8 +325,9 @@ void Runner::run() {
   }
   Buffer settings(c.rows * kRowSettings * ea);
   for (int64_t r = 0; r < c.rows; r++) {
-    const Case of = of_row(r);
-    const double numbers[] = {of.temperature, of.temperature, of.hard_weight, of.soft_weight};
+    const Case row_case = of_row(r);
+    const double numbers[] = {row_case.temperature, row_case.temperature, row_case.hard_weight,
+                              row_case.soft_weight};
     for (int i = 0; i < kRowSettings; i++)
       store(settings.host.data(), acc, i * c.rows + r, numbers[i]);
   }
@@ -368,9 +372,9 @@ void Runner::run() {
   for (int64_t r = 0; r < c.rows; r++) {
     sum += want[r].loss;
     const double got = load(loss.host.data(), acc, r);
-    // A rounding of the student's probabilities moves the divergence D by its gradient, which is
-    // about sqrt(D): a near student's loss is small, and has to be right all the same. Not so where
-    // it is no KL: there p - q is added up.
+    // Rounding the student's probabilities changes the divergence D by about sqrt(D), its gradient:
+    // the loss of a near student is small and must still be accurate. This does not hold if D is
+    // not a KL, because the kernel then adds up p - q.
     const bool near = c.noise < 0.1 && c.tail != Tail::kIgnore;
     const double absolute = wide ? 1e-13 : near ? 1e-7 * std::sqrt(want[r].loss) : 1e-6;
     if (!close(got, want[r].loss, absolute, wide ? 1e-12 : near ? 1e-6 : 3e-6))
@@ -423,8 +427,8 @@ constexpr DType kHot[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
 constexpr DType kAll[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat64};
 constexpr Tail kTails[] = {Tail::kGhost, Tail::kRenormalize, Tail::kIgnore};
 
-// Rows of one class, of fewer than make vectors, of one and many vectors a thread, that shared
-// memory holds and does not, and whose map has more than one piece.
+// Test rows of one class; of fewer classes than a vector; of one and many vectors a thread; rows
+// that fit and do not fit in shared memory; and rows whose map has several pieces.
 void sizes(bool brief) {
   const std::vector<int64_t> all = {1,     2,     7,      33,     63,    64,   65,
                                     127,   255,   513,    1000,   1025,  4097, 8192,

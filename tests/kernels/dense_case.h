@@ -1,6 +1,6 @@
-// A call of the CUDA kernels as a test describes it, and its comparison with a double-precision
-// reference on the host: value, gradient, terms, statistics, and the backward pass in all its
-// forms.
+// One case for the tests of the CUDA kernels: a call, and the comparison of its results with a
+// double-precision reference on the host: value, gradient, terms, statistics, and the backward pass
+// in all its forms.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -28,18 +28,19 @@ struct Case {
   bool labels = true, ignored = true, bad_label = false, row_settings = false;
   bool terms = false, in_place = false, no_grad = false, infinities = false, nan = false;
   Reduction reduction = Reduction::kMean;
-  double noise = 1;                           // of the student about the teacher
+  double noise = 1;                           // of the student relative to the teacher
   double student_base = 0, teacher_base = 0;  // added to all logits
-  bool underflows = false;              // a class that the student masks, of no teacher probability
+  bool underflows =
+      false;  // a class that the student masks and whose teacher probability underflows
   double above = 0, teacher_above = 0;  // added to the label's logits
-  double factor = 1;                    // of all logits
+  double factor = 1;                    // multiplies all logits
   double outlier = 0;                   // added to the student's logit of a class in the middle
   bool zeros = false;                   // rows of zeros: the student's, the teacher's, both
   bool both_mask = false;               // every fifth class
   bool alone = false;  // all classes but the label are masked: by the student, the teacher, both
   Divergence divergence = Divergence::kForwardKL;
   double mix = 0.3;
-  double teacher_temperature = 0;  // 0: the student's
+  double teacher_temperature = 0;  // 0: that of the student
   const cuda::Plan* plan = nullptr;
   std::string name;
 };
@@ -47,21 +48,21 @@ struct Case {
 struct Reference {
   double loss = 0, terms[kTerms] = {};
   std::vector<double> grad;
-  double size = 1;  // of what the gradient is the difference of, if it is large
+  double size = 1;  // of the numbers whose difference the gradient is, if they are large
 };
 
-// The soft term of everything but the forward KL with one temperature.
+// Compute the soft term, unless it is the forward KL with one temperature.
 void general_row(const Case& c, const std::vector<double>& z, const std::vector<double>& w,
                  int64_t label, double t, double soft_weight, Reference& r) {
-  const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
-  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, own, label);
+  const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+  const auto exact = truth::divergence(c.divergence, c.mix, z, w, t, teacher_t, label);
   r.terms[kSoft] = static_cast<double>(exact.value);
   r.loss += soft_weight == 0 ? 0 : soft_weight * t * t * r.terms[kSoft];
   double top = -kInfinity, sum = 0, entropy = 0;
   for (const double x : w) top = std::fmax(top, x);
-  for (const double x : w) sum += std::exp((x - top) / own);
+  for (const double x : w) sum += std::exp((x - top) / teacher_t);
   for (const double x : w) {
-    const double log_p = (x - top) / own - std::log(sum);
+    const double log_p = (x - top) / teacher_t - std::log(sum);
     if (log_p > -kInfinity) entropy -= std::exp(log_p) * log_p;
   }
   r.terms[kTeacherEntropy] = entropy;
@@ -124,7 +125,7 @@ Reference reference_row(const Case& c, const std::vector<double>& z, const std::
   return r;
 }
 
-// One case: forward, a second forward (bitwise the same), then backward in its three forms.
+// Test one case: forward, a second forward (bitwise the same), then backward in its three forms.
 struct Runner {
   const Case& c;
   int64_t group;
@@ -226,7 +227,7 @@ void Runner::run() {
     int64_t label = r == 0   ? c.classes - 1
                     : r == 1 ? 0
                              : static_cast<int64_t>(random.uniform() * c.classes);
-    if (c.infinities) label = label / 77 * 77;  // of a class that is not masked
+    if (c.infinities) label = label / 77 * 77;  // a class that is not masked
     if (c.both_mask) label = label / 5 * 5;
     if (c.ignored && r % 3 == 1 && c.rows > 1) label = -100;
     if (c.bad_label && r == 2) label = c.classes;
@@ -242,10 +243,10 @@ void Runner::run() {
       add(teacher, c.teacher, w, c.teacher_above, r % 3 != 0);
     }
     const double t = c.row_settings ? 1 + 0.5 * static_cast<double>(r % 7) : c.temperature;
-    const double own = c.teacher_temperature > 0 ? c.teacher_temperature : t;
+    const double teacher_t = c.teacher_temperature > 0 ? c.teacher_temperature : t;
     const double hard_weight = c.hard_weight * (c.row_settings ? 1 + r % 2 : 1);
     const double soft_weight = c.soft_weight * (c.row_settings ? 1 + r % 3 : 1);
-    const double of_row[kRowSettings] = {t, own, hard_weight, soft_weight};
+    const double of_row[kRowSettings] = {t, teacher_t, hard_weight, soft_weight};
     for (int k = 0; k < kRowSettings; k++)
       store(settings.host.data(), acc_dtype, k * c.rows + r, of_row[k]);
     store(grad_output.host.data(), acc_dtype, r, 1.0);
@@ -342,7 +343,7 @@ void Runner::run() {
       if (!close(acc_of(total, 1 + k), term_sums[k] * scale, 1e-5, 1e-5))
         fail("total", 0, 1 + k, acc_of(total, 1 + k), term_sums[k] * scale);
   }
-  // Once more.
+  // Run the same call a second time.
   if (c.in_place) {
     std::vector<char> keep = first;
   } else {
@@ -350,7 +351,7 @@ void Runner::run() {
     out.down();
     if (std::memcmp(first.data(), out.host.data(), first.size()) != 0) fail("repeat", 0, 0, 0, 0);
   }
-  // Backward.
+  // Run the backward pass.
   BackwardArgs back;
   static_cast<Inputs&>(back) = args;
   back.stats = stats.at(), back.grad = out.at(), back.grad_stride = out_stride;
@@ -366,10 +367,10 @@ void Runner::run() {
     int64_t differs = 0;
     for (int64_t r = 0; r < c.rows && c.smoothing == 0; r++)
       for (int64_t i = 0; i < c.classes; i++) {
-        const int64_t of = at(r, i, out_stride), byte = of * es;
-        const double w = load(first.data(), c.student, of);
+        const int64_t index = at(r, i, out_stride), byte = index * es;
+        const double w = load(first.data(), c.student, index);
         if (std::memcmp(&first[byte], &out.host[byte], es) != 0 && !std::isnan(w) && differs++ == 0)
-          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, of), w);
+          fail("backward anew, bitwise", r, i, load(out.host.data(), c.student, index), w);
       }
     check_grad(out.host, 1, "backward anew");
   }

@@ -1,6 +1,6 @@
-// The arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU: the element of a
-// divergence against long double, and whole rows, swept as a few threads would sweep them. What it
-// cannot test: the rounding of ex2.approx and rcp.approx, and everything about threads.
+// Test the arithmetic of the CUDA kernels (csrc/cuda/writer.cuh), compiled for the CPU: the element
+// of a divergence against long double, and rows, divided among a few threads. Not tested here: the
+// rounding of ex2.approx and rcp.approx, and the threads' cooperation.
 #include "device_problem.h"
 
 namespace {
@@ -26,7 +26,7 @@ void elements() {
           f = term;
           for (int n = 3; n < 30; ++n) f += term *= -exact_d / n;
         }
-        // Beyond the series, p d and q - p have each an error of their own.
+        // Above the limit of the series, p d and q - p have separate rounding errors.
         const Real noise = size < 0.125 ? Real(0) : 2 * eps * (exact_p * size + exact_p + q);
         const std::string at = "p " + std::to_string(p) + ", d " + std::to_string(d);
         check(std::fabs(e.diff - diff) <= 3 * eps * std::fabs(diff) + noise, "diff at " + at,
@@ -52,7 +52,8 @@ void elements() {
 
 // ---- one row
 
-// `threads` threads take vectors of eight classes in turn: as scan() of sweeps.cuh.
+// Run the first sweep of `threads` threads, which take vectors of eight classes in turn, as scan()
+// of sweeps.cuh does.
 template <class A>
 Answer answer_of(const Problem& in, int threads) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
@@ -116,13 +117,13 @@ void compare(const Problem& in, double loss_error, double grad_error) {
   double norm = 0;
   for (double g : want.grad) norm += g * g;
   norm = std::sqrt(norm);
-  for (int threads : {4, 32}) {  // a thread sums few classes, as on the device
+  for (int threads : {4, 32}) {  // each thread sums few classes, as on the device
     const Answer got = answer_of<A>(in, threads);
     const std::string at = in.name + ", t " + std::to_string(in.t) +
                            (sizeof(A) == 8 ? ", double" : "") + ", threads " +
                            std::to_string(threads);
     const double floor = std::numeric_limits<A>::epsilon();
-    // p d and q - p are rounded at the size of p; and d at that of maxima that differ a little.
+    // p d and q - p are rounded at the size of p, and d at that of maxima that differ a little.
     const double noise = 0.5 + 0.1 * std::fmin(in.distance, 32);
     check(close(got.hard, want.hard, 2 * floor, loss_error), at + ", hard", got.hard, want.hard);
     check(close(got.soft, want.soft, noise * floor, loss_error), at + ", soft", got.soft,
@@ -139,7 +140,7 @@ void compare(const Problem& in, double loss_error, double grad_error) {
 }
 
 void everywhere(const Problem& in) {
-  // What `t` does to the rounding of exponents is no fault of the kernels.
+  // A low temperature multiplies the rounding errors of exponents, in any implementation.
   const double slack = in.t < 0.1 ? 8 : 1;
   compare<float>(in, 1.5e-6 * slack, 1.5e-6 * slack);
   if (has_truth_for_double()) compare<double>(in, 1e-14 * slack, 1e-14 * slack);
@@ -183,7 +184,7 @@ void rows() {
   for (double t : {1e-3, 1e-2, 100.0, 1e4}) everywhere(problem("extreme", 100, 0, 0, 3, 1, t));
 }
 
-// Masks, and rows that hold no answer.
+// Test masked classes and invalid rows.
 void limits() {
   for (double t : {1.0, 1.5, 2.0}) {
     Problem in = problem("the teacher masks", 300, 0, 0, 3, 1, t);
@@ -266,7 +267,7 @@ template <class A>
 Answer general_of(const Problem& in, const Objective& o) {
   const int64_t classes = static_cast<int64_t>(in.z.size());
   A stats_of_row[kStats + 1], loss[1], terms[kTerms];
-  // As row settings, while the numbers beside them are others'.
+  // Given as row settings, while the numbers for all rows are different.
   const A settings[kRowSettings] = {static_cast<A>(o.t), static_cast<A>(o.teacher_t),
                                     static_cast<A>(kHardWeight), static_cast<A>(kSoftWeight)};
   ForwardCall call;
@@ -346,8 +347,8 @@ void divergences() {
     const Divergence which = static_cast<Divergence>(id);
     for (double mix : {0.1, 0.5, 0.9}) {
       for (double t : {1.0, 1.5, 4.0}) {
-        for (double own : {1.0, t, 3.0}) {
-          const Objective o = {which, mix, t, own};
+        for (double teacher_t : {1.0, t, 3.0}) {
+          const Objective o = {which, mix, t, teacher_t};
           Problem in = problem("general", 300, 0, 0, 3, 1, t);
           const auto all = [&](const char* name) {
             in.name = name;
@@ -366,7 +367,7 @@ void divergences() {
         }
       }
     }
-    // Near the teacher, where direct forms cancel.
+    // Near the teacher, where the direct forms would cancel.
     for (double distance : {1e-2, 1e-3}) {
       const Objective o = {which, 0.3, 2, 2};
       const Problem in = problem("near by " + std::to_string(distance), 3000, 0, 0, 3, distance, 2);

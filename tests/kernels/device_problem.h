@@ -34,7 +34,8 @@ bool close(double got, double want, double absolute, double relative) {
   return std::fabs(got - want) <= absolute + relative * std::fabs(want);
 }
 
-// Under valgrind long double has no more than double: there is no truth then to hold double to.
+// Return false under valgrind, where long double has the precision of double and cannot check
+// double.
 bool has_truth_for_double() {
   volatile Real one = 1, less = static_cast<Real>(std::numeric_limits<double>::epsilon()) / 4;
   return one + less != one;
@@ -42,11 +43,11 @@ bool has_truth_for_double() {
 
 struct Problem {
   std::string name;
-  std::vector<double> z, w;  // as the compute type holds them
+  std::vector<double> z, w;  // rounded to the compute type
   double t = 2;
   int64_t label = 0;
   double smoothing = 0;
-  double distance = 0;  // of the maxima, about
+  double distance = 0;  // approximate difference of the two maxima
 };
 
 struct Answer {

@@ -1,5 +1,5 @@
-// What the tests of the CUDA kernels share: numbers of every type, random ones, and memory on both
-// sides.
+// Shared code of the CUDA kernels' tests: numbers of every type, random numbers, and memory on host
+// and device.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -53,7 +53,7 @@ void store(void* p, DType dtype, int64_t i, double x) {
   }
 }
 
-// A stream of numbers that depends on the seed alone.
+// A stream of numbers that depends only on the seed.
 struct Random {
   uint64_t state;
   double uniform() {
@@ -84,12 +84,12 @@ int total_failures = 0, total_cases = 0;
 
 bool has_device() {
   int devices = 0;
-  const bool found = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
-  if (!found) std::printf("SKIP: no CUDA device\n");
-  return found;
+  const bool is_available = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+  if (!is_available) std::printf("SKIP: no CUDA device\n");
+  return is_available;
 }
 
-// The summary, and the exit status of a test.
+// Print the summary, and return the exit status of a test.
 int outcome() {
   std::printf("%s: %d of %d cases failed\n", total_failures ? "FAIL" : "PASS", total_failures,
               total_cases);

@@ -1,7 +1,7 @@
-// Hostile calls of the C interface of the CPU kernels: bytes become sizes, strides, options, labels
-// and the very bits of the logits. Whatever they are, nothing outside the given memory is touched
-// (every buffer is as small as it may be: AddressSanitizer sees one byte too many), padding stays
-// as it was, and what kernels.h promises of every call holds, on every instruction set.
+// Fuzz the C interface of the CPU kernels: the input's bytes become sizes, strides, options, labels
+// and the bits of the logits. For any input, nothing outside the given memory is touched (buffers
+// have no spare byte, so AddressSanitizer reports one byte too many), padding stays unchanged, and
+// what kernels.h promises of every call holds, on every instruction set.
 //
 // LLVMFuzzerTestOneInput is libFuzzer's entry; main(), left out with -DFASTKD_LIBFUZZER, feeds it
 // random and mutated inputs from a seed: fuzz [CASES [SEED]].
@@ -23,7 +23,7 @@ namespace {
 
 using namespace fastkd;
 
-const Inputs* in_hand = nullptr;  // what a failure is reported with
+const Inputs* in_hand = nullptr;  // the call that a failure reports
 
 void require(bool ok, const char* what, const char* isa) {
   if (ok) return;
@@ -108,7 +108,7 @@ struct Call {
   }
 };
 
-// Buffers of one forward call, no byte longer than kernels.h asks for.
+// Buffers of one forward call, with exactly the sizes that kernels.h requires.
 struct Outputs {
   std::unique_ptr<uint8_t[]> loss, terms, stats;
   ForwardArgs args;
@@ -164,14 +164,14 @@ void check_isa(const cpu::Kernels& k, const Call& call, const Matrix& blank) {
     std::memset(blank.memory.get(), kGuard, static_cast<size_t>(blank.bytes));
     return blank.base();
   };
-  Outputs whole(call), pieces(call);
-  if (call.with_grad) whole.args.grad = grad_of(), whole.args.grad_stride = blank.stride;
-  k.forward(whole.args, 0, call.rows / 2);
-  k.forward(whole.args, call.rows / 2, call.rows);
+  Outputs by_rows(call), by_segments(call);
+  if (call.with_grad) by_rows.args.grad = grad_of(), by_rows.args.grad_stride = blank.stride;
+  k.forward(by_rows.args, 0, call.rows / 2);
+  k.forward(by_rows.args, call.rows / 2, call.rows);
   require(padding_is_whole(blank), "padding of the gradient was written", k.name);
   for (int64_t row = 0; row < call.rows; ++row) {
     if (!call.ignored(row)) continue;
-    require(is_zero(&whole.loss[static_cast<size_t>(call.acc_bytes(row))], call.acc_bytes(1)),
+    require(is_zero(&by_rows.loss[static_cast<size_t>(call.acc_bytes(row))], call.acc_bytes(1)),
             "the loss of an ignored row", k.name);
     require(!call.with_grad || is_zero(blank.row(row), call.classes * blank.size),
             "the gradient of an ignored row", k.name);
@@ -179,9 +179,10 @@ void check_isa(const cpu::Kernels& k, const Call& call, const Matrix& blank) {
   const std::vector<uint8_t> grad = blank.copy();
   Matrix* const students = call.student.get();
   if (call.classes > cpu::kNarrow) {
-    if (call.with_grad) pieces.args.grad = grad_of(), pieces.args.grad_stride = blank.stride;
-    split(k, pieces.args);
-    require(pieces.same(whole, call), "segments give other numbers than rows", k.name);
+    if (call.with_grad)
+      by_segments.args.grad = grad_of(), by_segments.args.grad_stride = blank.stride;
+    split(k, by_segments.args);
+    require(by_segments.same(by_rows, call), "segments give other numbers than rows", k.name);
     require(padding_is_whole(blank), "padding was written segment by segment", k.name);
   }
   if (call.with_grad && call.rows > 0) {
@@ -189,7 +190,7 @@ void check_isa(const cpu::Kernels& k, const Call& call, const Matrix& blank) {
     static_cast<Inputs&>(args) = call.inputs;
     const double one = 1;
     const float narrow_one = 1;
-    args.stats = whole.stats.get(), args.grad_stride = blank.stride, args.grad = grad_of();
+    args.stats = by_rows.stats.get(), args.grad_stride = blank.stride, args.grad = grad_of();
     args.grad_output = call.acc == DType::kFloat64 ? static_cast<const void*>(&one) : &narrow_one;
     k.backward(args, 0, call.rows);
     require(same_numbers(blank.memory.get() + blank.offset, grad.data() + blank.offset,
@@ -202,7 +203,7 @@ void check_isa(const cpu::Kernels& k, const Call& call, const Matrix& blank) {
   Outputs over(call);
   over.args.grad = students->base(), over.args.grad_stride = students->stride;
   k.forward(over.args, 0, call.rows);
-  require(over.same(whole, call), "in place the loss is another", k.name);
+  require(over.same(by_rows, call), "in place the loss is another", k.name);
   require(padding_is_whole(*students), "padding of the student was written", k.name);
   std::copy(student.begin(), student.end(), students->memory.get());
 }

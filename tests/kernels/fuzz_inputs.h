@@ -1,5 +1,5 @@
-// What the fuzzers of the kernels' C interface share: bytes as numbers, matrices as long as their
-// strides ask for and not a byte longer, and what is compared afterwards.
+// Shared code of the fuzzers of the kernels' C interface: numbers from bytes, matrices with exactly
+// the length that their strides require, and comparisons of results.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace fastkd {
 
-// Reads numbers off the input, and zeros once it is used up.
+// Read numbers from the input, and zeros after its end.
 struct Bytes {
   const uint8_t* at;
   const uint8_t* end;
@@ -28,7 +28,7 @@ struct Bytes {
     }
     return value;
   }
-  // In [low, high].
+  // Return a number in [low, high].
   int64_t between(int64_t low, int64_t high) {
     return low + take<uint32_t>() % static_cast<uint64_t>(high - low + 1);
   }
@@ -41,7 +41,7 @@ struct Bytes {
 
 constexpr uint8_t kGuard = 0xa5;
 
-// [rows, classes] at some alignment, exactly as long as its strides ask for.
+// [rows, classes] at some alignment, with exactly the length that the strides require.
 struct Matrix {
   int64_t rows, classes, group_rows, size;
   RowStrides stride;
@@ -61,16 +61,17 @@ struct Matrix {
   uint8_t* base() const { return memory.get() + offset; }
   uint8_t* row(int64_t row) const { return base() + row_start(row) * size; }
 
-  // The input's bytes, over and over; or numbers of moderate size.
+  // Fill with the input's bytes, repeated, or with numbers of moderate size.
   void fill(Bytes& in, DType dtype, bool bits) {
-    const int64_t left = in.end - in.at;
+    const int64_t remaining = in.end - in.at;
     std::mt19937 random(in.take<uint32_t>());
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < classes; ++i) {
         const uint64_t word = random();
         uint8_t* to = row(r) + i * size;
-        if (bits && left > 0) {
-          for (int64_t b = 0; b < size; ++b) to[b] = in.end[-1 - (i * size + b + r * 7) % left];
+        if (bits && remaining > 0) {
+          for (int64_t b = 0; b < size; ++b)
+            to[b] = in.end[-1 - (i * size + b + r * 7) % remaining];
         } else if (dtype == DType::kFloat64) {
           const double x = static_cast<double>(word) / 1e9 - 2;
           std::memcpy(to, &x, 8);
@@ -88,7 +89,8 @@ struct Matrix {
   std::vector<uint8_t> copy() const { return {memory.get(), memory.get() + bytes}; }
 };
 
-// The same bits, or both zero, or both NaN: the signs of those depend on the order of operands.
+// Return true if all numbers have the same bits, or are both zero or both NaN, whose signs depend
+// on the order of operands.
 inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DType dtype) {
   const int64_t size = size_of(dtype);
   const auto magnitude = [size](const uint8_t* at) {
@@ -108,15 +110,15 @@ inline bool same_numbers(const uint8_t* a, const uint8_t* b, int64_t count, DTyp
   return true;
 }
 
-// Between the rows nothing was written.
+// Return true if nothing was written between the rows.
 inline bool padding_is_whole(const Matrix& m) {
-  std::vector<bool> own(static_cast<size_t>(m.bytes), false);
+  std::vector<bool> in_row(static_cast<size_t>(m.bytes), false);
   for (int64_t r = 0; r < m.rows; ++r) {
-    const auto start = own.begin() + (m.row(r) - m.memory.get());
+    const auto start = in_row.begin() + (m.row(r) - m.memory.get());
     std::fill(start, start + m.classes * m.size, true);
   }
   for (int64_t i = 0; i < m.bytes; ++i) {
-    if (!own[static_cast<size_t>(i)] && m.memory[static_cast<size_t>(i)] != kGuard) return false;
+    if (!in_row[static_cast<size_t>(i)] && m.memory[static_cast<size_t>(i)] != kGuard) return false;
   }
   return true;
 }

@@ -1,4 +1,4 @@
-// Hostile calls of the sparse loss: classes anywhere in int64, log-probabilities of any bits.
+// Fuzz calls of the sparse loss: classes anywhere in int64, log-probabilities of any bits.
 #pragma once
 #include <cmath>
 #include <cstdio>

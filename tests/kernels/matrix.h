@@ -1,5 +1,5 @@
-// Numbers of each type, by arithmetic rather than by bits, and rows of them in memory, for the
-// tests of the CPU kernels.
+// Numbers of each type, converted by arithmetic and not by bits, and rows of them in memory, for
+// the tests of the CPU kernels.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -34,7 +34,7 @@ Shape shape_of(DType dtype) {
   }
 }
 
-// The distance of the numbers around x.
+// Return the distance between neighboring numbers around x.
 double spacing(double x, DType dtype) {
   const Shape shape = shape_of(dtype);
   const int exponent = x == 0 ? shape.min_exponent : std::max(std::ilogb(x), shape.min_exponent);

@@ -76,7 +76,7 @@ class Block(NamedTuple):
     """Basic block: instructions that are always issued together, and its successors."""
 
     opcodes: list[str]
-    met: Need
+    counts: Need
     after: list[int]
 
 
@@ -98,20 +98,20 @@ def blocks_of(code: list[Instruction]) -> list[Block]:
         if last.target in number:
             after.append(number[last.target])
         opcodes = [instruction.opcode for instruction in part]
-        met = Need(
+        counts = Need(
             opcodes.count("MUFU.EX2"),
             sum(opcode.startswith("LDG") and "128" in opcode for opcode in opcodes),
             sum(opcode.startswith("STG") and "128" in opcode for opcode in opcodes),
         )
-        blocks.append(Block(opcodes, met, [] if last.opcode in ("EXIT", "RET") else after))
+        blocks.append(Block(opcodes, counts, [] if last.opcode in ("EXIT", "RET") else after))
     return blocks
 
 
 def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
     """Return the opcodes of the shortest path from first to last block with all needs."""
     blocks = blocks_of(code)
-    there_is = zip(*(block.met for block in blocks), strict=True)
-    if any(sum(count) < wanted for count, wanted in zip(there_is, need, strict=True)):
+    available = zip(*(block.counts for block in blocks), strict=True)
+    if any(sum(count) < wanted for count, wanted in zip(available, need, strict=True)):
         return None
     start = (0, Need(0, 0, 0))
     lengths = {start: 0}
@@ -123,21 +123,22 @@ def shortest(code: list[Instruction], need: Need) -> Counter[str] | None:
             continue
         at, so_far = state
         block = blocks[at]
-        now = Need(*(min(sum(n), most) for *n, most in zip(so_far, block.met, need, strict=True)))
+        totals = zip(so_far, block.counts, need, strict=True)
+        now = Need(*(min(sum(n), most) for *n, most in totals))
         if at == len(blocks) - 1:
             if now != need:
                 continue
-            way = Counter(block.opcodes)
+            path = Counter(block.opcodes)
             while state in before:
                 state = before[state]
-                way.update(blocks[state[0]].opcodes)
-            return way
+                path.update(blocks[state[0]].opcodes)
+            return path
         length += len(block.opcodes)
         for following in block.after:
-            there = (following, now)
-            if following < len(blocks) and length < lengths.get(there, length + 1):
-                lengths[there], before[there] = length, state
-                heapq.heappush(queue, (length, there))
+            target_state = (following, now)
+            if following < len(blocks) and length < lengths.get(target_state, length + 1):
+                lengths[target_state], before[target_state] = length, state
+                heapq.heappush(queue, (length, target_state))
     return None
 
 
@@ -160,10 +161,10 @@ def sweep(code: list[Instruction], element: int, stores: bool) -> Counter | None
         for vectors in (1, 2):
             classes = vectors * 16 // element
             need = Need(EXPONENTIALS * classes, 2 * vectors, vectors * stores)
-            way = shortest(body, need)
-            if way is None or (not stores and any(o.startswith("STG") for o in way)):
+            path = shortest(body, need)
+            if path is None or (not stores and any(o.startswith("STG") for o in path)):
                 continue  # belongs to another sweep
-            per_class = Counter({opcode: n / classes for opcode, n in way.items()})
+            per_class = Counter({opcode: n / classes for opcode, n in path.items()})
             if best is None or per_class.total() < best.total():
                 best = per_class
     return best
@@ -173,8 +174,8 @@ def row(code: list[Instruction], element: int) -> Counter | None:
     """Return opcodes per class of a registers kernel, with 64 bytes of each input a thread."""
     classes = 64 // element
     need = Need(2 * EXPONENTIALS * classes, 8, 4)
-    ways = [shortest(body, need) for body in loops(code) if len(body) > 2500]
-    fewest = min((way for way in ways if way), key=Counter.total, default=None)
+    paths = [shortest(body, need) for body in loops(code) if len(body) > 2500]
+    fewest = min((path for path in paths if path), key=Counter.total, default=None)
     return fewest and Counter({opcode: n / classes for opcode, n in fewest.items()})
 
 

@@ -1,8 +1,8 @@
-// The CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them: rows handed out
-// whole, rows shared segment by segment, several calls side by side on the same inputs, and the
-// choice of an instruction set meanwhile; and a call that gets no memory to keep what it would
-// use again. Every answer is that of one thread, bit for bit;
-// ThreadSanitizer (make sanitize-threads) sees to it that no two threads touched the same memory.
+// Test the CPU kernels from many threads at once, as csrc/torch/cpu.cpp calls them: rows divided
+// among threads, rows shared segment by segment, several concurrent calls on the same inputs, a
+// concurrent choice of the instruction set, and a call without memory for its cache. Every result
+// equals that of one thread, bit for bit. ThreadSanitizer (make sanitize-threads) checks that
+// threads do not race.
 #include <pthread.h>
 
 #include <atomic>
@@ -20,7 +20,7 @@ namespace {
 bool memory_is_short = false;
 }
 
-// What the kernels ask for memory with.
+// The allocation functions that the kernels call.
 void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
   return memory_is_short ? nullptr : ::operator new[](size);
 }
@@ -34,7 +34,8 @@ using namespace fastkd;
 
 constexpr int kThreads = 4;
 
-// A bounded team, which takes items off a counter like the threads of parallel_for.
+// Run items on a fixed number of threads, which take them off a counter like the threads of
+// parallel_for.
 void in_parallel(int64_t items, const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> next{0};
   std::vector<std::thread> team;
@@ -63,7 +64,7 @@ struct Problem {
   }
 };
 
-// What one call writes, and where.
+// One call, with the memory of its results.
 struct Call {
   std::vector<float> loss, terms, stats, grad;
   ForwardArgs args;
@@ -118,7 +119,7 @@ void rows_shared(const cpu::Kernels& k, const ForwardArgs& args) {
   }
 }
 
-// Whether all of a call runs on the stack that some systems give a thread: musl 128 KB.
+// Return true if a call fits on the stack that some systems give a thread: musl gives 128 KB.
 bool fits_small_stack(const std::function<void()>& work) {
   constexpr size_t kStack = 128 << 10;
   pthread_attr_t attributes;
@@ -184,7 +185,7 @@ void test(const cpu::Kernels& k, const Problem& p) {
   check(different == 0, "calls side by side", k, p);
 }
 
-// kernels() always gives one of those that there are, also while others choose.
+// Test that kernels() always returns an available set, also while other threads select one.
 void test_selection(const Problem& p) {
   int count = 0;
   while (cpu::available()[count] != nullptr) ++count;

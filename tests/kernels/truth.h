@@ -1,5 +1,5 @@
-// The divergences by definition, for the tests of the CUDA kernels: straightforward and in long
-// double. Not for students near their teachers, where these forms cancel.
+// The divergences by definition, for the tests of the CUDA kernels: direct formulas in long double.
+// Near the teacher these formulas cancel, so they are not used there.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,8 +13,8 @@ using Real = long double;
 
 struct Divergence {
   Real value = 0;
-  std::vector<Real> grad;  // of the value by z / t
-  Real inverse = 0;        // of the student's length, where that is what counts
+  std::vector<Real> grad;  // derivative of the value by z / t
+  Real inverse = 0;        // inverse of the student's norm, for the cosine
 };
 
 // x log(y / z), where x log 0 is 0 for x = 0.
@@ -22,11 +22,11 @@ inline Real x_log(Real x, Real y, Real z) {
   return x == 0 ? Real(0) : x * (std::log(y) - std::log(z));
 }
 
-// The logarithms of the label's odds against all other classes, and of what these are among
-// themselves.
+// The logarithms of the label's odds against all other classes, and of the probabilities among the
+// other classes.
 struct Decoupled {
   Real odds;
-  std::vector<Real> log;  // of the label: nothing
+  std::vector<Real> log;  // no entry for the label
 
   Decoupled(const std::vector<double>& logits, Real t, int64_t label) {
     const Real infinity = HUGE_VALL;
@@ -41,14 +41,14 @@ struct Decoupled {
     odds = sum == 0 ? infinity : log[static_cast<size_t>(label)];
     log[static_cast<size_t>(label)] = -infinity;
   }
-  // The probability of the label, and of all others.
+  // Return the probability of the label, and of all other classes.
   Real label() const { return 1 / (1 + std::exp(-odds)); }
   Real rest() const { return 1 / (1 + std::exp(odds)); }
 };
 
 inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vector<double>& w,
-                            Real t, Real own, int64_t label) {
-  const Decoupled student(z, t, label), teacher(w, own, label);
+                            Real t, Real teacher_t, int64_t label) {
+  const Decoupled student(z, t, label), teacher(w, teacher_t, label);
   const auto kl = [](Real p, Real log_p, Real log_q) { return p == 0 ? 0 : p * (log_p - log_q); };
   const auto log_of_label = [](Real odds) {
     return odds < 0 ? odds - std::log1p(std::exp(odds)) : -std::log1p(std::exp(-odds));
@@ -60,7 +60,7 @@ inline Divergence decoupled(Real a, const std::vector<double>& z, const std::vec
       student.label() < 0.5 ? student.label() - teacher.label() : teacher.rest() - student.rest();
   for (size_t i = 0; i < z.size(); ++i) {
     const Real p = std::exp(teacher.log[i]), q = std::exp(student.log[i]);
-    const bool any = teacher.rest() > 0;  // other class that the teacher allows
+    const bool any = teacher.rest() > 0;  // true if the teacher allows another class
     result.value += a * kl(p, teacher.log[i], student.log[i]);
     result.grad.push_back((any ? a * (q - p) : 0) - diff * q);
   }
@@ -85,18 +85,18 @@ inline Divergence cosine(const std::vector<double>& z, const std::vector<double>
   return result;
 }
 
-// Student logits z at temperature t, teacher logits w at a temperature of its own.
+// Compute a divergence of student logits z at temperature t and teacher logits w at `teacher_t`.
 inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<double>& z,
-                             const std::vector<double>& w, Real t, Real own, int64_t label) {
+                             const std::vector<double>& w, Real t, Real teacher_t, int64_t label) {
   using fastkd::Divergence;
-  if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, own, label);
+  if (id == Divergence::kDecoupled) return decoupled(a, z, w, t, teacher_t, label);
   if (id == Divergence::kCosine) return cosine(z, w, t);
   const size_t n = z.size();
   const Real infinity = HUGE_VALL;
   Real mz = -infinity, mw = -infinity, student_sum = 0, teacher_sum = 0;
   for (size_t i = 0; i < n; ++i) mz = std::fmax(mz, Real(z[i])), mw = std::fmax(mw, Real(w[i]));
   for (size_t i = 0; i < n; ++i) {
-    student_sum += std::exp((z[i] - mz) / t), teacher_sum += std::exp((w[i] - mw) / own);
+    student_sum += std::exp((z[i] - mz) / t), teacher_sum += std::exp((w[i] - mw) / teacher_t);
   }
   const bool is_mean = id == Divergence::kSquaredError || id == Divergence::kCenteredSquaredError;
   truth::Divergence result;
@@ -104,13 +104,13 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
   Real counted = 0, mean = 0;
   for (size_t i = 0; i < n; ++i) {
     const Real log_q = (z[i] - mz) / t - std::log(student_sum);
-    const Real log_p = (w[i] - mw) / own - std::log(teacher_sum);
+    const Real log_p = (w[i] - mw) / teacher_t - std::log(teacher_sum);
     const Real p = std::exp(log_p);
     q[i] = std::exp(log_q);
     const Real forward = p == 0 ? 0 : p * (log_p - log_q);
     const Real reverse = q[i] == 0 ? 0 : q[i] * (log_q - log_p);
     const Real m = a * p + (1 - a) * q[i], other = a * q[i] + (1 - a) * p;
-    const Real gap = z[i] / t - w[i] / own;
+    const Real gap = z[i] / t - w[i] / teacher_t;
     switch (id) {
       case Divergence::kForwardKL:
         result.value += forward, slope[i] = -p;
@@ -145,7 +145,7 @@ inline Divergence divergence(fastkd::Divergence id, Real a, const std::vector<do
         break;
       case Divergence::kDecoupled:
       case Divergence::kCosine:
-        break;  // above
+        break;  // handled above
     }
   }
   mean = id == Divergence::kCenteredSquaredError ? mean / counted : 0;

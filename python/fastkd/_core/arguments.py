@@ -337,9 +337,9 @@ def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
         outputs = teacher.hidden if isinstance(teacher, Head) else teacher
         check_teacher_has_no_gradient(name, outputs)
         with torch.no_grad():
-            own = outputs.reshape(-1, outputs.shape[-1])[rows]
+            part = outputs.reshape(-1, outputs.shape[-1])[rows]
             parts.append(
-                teacher._replace(hidden=own).logits() if isinstance(teacher, Head) else own
+                teacher._replace(hidden=part).logits() if isinstance(teacher, Head) else part
             )
         if parts[-1].shape[-1] != classes:
             raise ValueError(f"{name} must have {classes} classes; got {parts[-1].shape[-1]}")

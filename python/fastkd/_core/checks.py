@@ -223,7 +223,7 @@ def is_differentiated(value: Tensor) -> bool:
 def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, ...] | None:
     """Return one positive number for each teacher, or None.
 
-    ``teachers``: their number, or None if it is not known yet.
+    ``teachers``: number of teachers, or None if that is not known yet.
     """
     if value is None:
         return None
@@ -245,7 +245,7 @@ def check_teacher_weights(value: object, teachers: int | None) -> tuple[float, .
 
 
 def check_divisor(value: object, name: str = "normalizer") -> float | Tensor:
-    """Check what the mean divides by; return a float, or a tensor with one element as 0-d.
+    """Check the divisor of a mean; return it as a float or a 0-d tensor.
 
     0 is accepted here; :func:`check_nonzero` decides if it is valid.
     """
@@ -299,7 +299,7 @@ def has_data(*values: object) -> bool:
 
 
 def may_look(value: Tensor) -> bool:
-    """Return True if the data of ``value`` may be read: no trace, and no device to wait for."""
+    """Return True if reading the data of ``value`` breaks no trace and synchronizes no device."""
     return (
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"
@@ -362,7 +362,7 @@ def check_lists(
     if labels is not None:
         counts = labels != ignore_index
     classes, k = student.shape[-1], indices.shape[-1]
-    # The float64 copies are of a few rows at a time.
+    # A few rows are copied to float64 at a time.
     blocks = (torch.split(x.reshape(-1, k), 1 + 2**14 // k) for x in (log_probs, indices))
     columns = []
     for logs, listed in zip(*blocks, strict=True):

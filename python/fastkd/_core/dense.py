@@ -17,7 +17,7 @@ from fastkd._core.shapes import REDUCTIONS, STATS, accumulator
 
 DIVERGENCES: tuple[str, ...] = _C.divergences
 KERNEL_DEVICES = frozenset({"cpu", "meta", "cuda"} if _C.cuda_architectures else {"cpu", "meta"})
-MOST_TEACHERS_ON_CUDA = 32  # as csrc/mixture.h has it
+MOST_TEACHERS_ON_CUDA = 32  # equals kMostTeachers of csrc/mixture.h
 
 _loss = torch.ops.fastkd.loss.default
 _loss_into = torch.ops.fastkd.loss_into.default
@@ -88,10 +88,10 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
 def row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
-    """Return numbers for all rows, and, if any is a tensor, those of each row, which replace them.
+    """Return numbers for all rows; if any is a tensor, also numbers of each row to use instead.
 
-    ``numbers`` begins with the two temperatures. Equal temperatures for all rows promise equal ones
-    in each row (csrc/kernels.h).
+    ``numbers`` begins with the two temperatures. If the two returned for all rows are equal, the
+    kernels assume that the two of each row are equal, too (csrc/kernels.h).
     """
     if not any(isinstance(number, Tensor) for number in numbers):
         return numbers, None  # type: ignore[return-value]
@@ -108,7 +108,7 @@ def row_numbers(
 
 
 def _settings(objective: Objective, numbers: Iterable[Any], with_terms: bool) -> dict[str, Any]:
-    """Return the arguments that are the same for all rows; ``numbers``: of PER_ROW_OPTIONS."""
+    """Return the arguments that are equal for all rows; ``numbers``: values of PER_ROW_OPTIONS."""
     o = objective
     return {
         **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),

@@ -199,14 +199,14 @@ def _warn_once(device_type: str) -> None:
     if device_type in _warned:
         return
     _warned.add(device_type)
-    how = (
+    remedy = (
         "install fastkd where nvcc and a CUDA build of torch are found"
         if device_type == "cuda"
         else "move the logits to a CPU or CUDA device"
     )
     warnings.warn(
         f"this build of fastkd has no {device_type} kernels: plain PyTorch operations are used "
-        f"instead, which are slower and take more memory. To get the kernels, {how}.",
+        f"instead, which are slower and take more memory. To get the kernels, {remedy}.",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -87,7 +87,7 @@ def hide_catch_all(function: _Function) -> _Function:
 
 
 def hint_for_type(name: str, value: object) -> str:
-    """Return how to make floating-point logits of ``value``, as a sentence after a message."""
+    """Return a sentence for an error message: how to make floating-point logits of ``value``."""
     hint = ""
     if isinstance(value, Tensor):
         integer = not value.is_floating_point() and not value.is_complex()
@@ -109,7 +109,7 @@ def hint_for_type(name: str, value: object) -> str:
 
 
 def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
-    """Return how to make labels fit the logits, as a sentence after a message."""
+    """Return a sentence for an error message: how to make labels fit the logits."""
     shape, logits, hint = tuple(shape), tuple(logits), ""
     rows = logits[:-1]
     if shape == (*rows, 1):
@@ -125,7 +125,7 @@ def hint_for_labels(shape: Sequence[int], logits: Sequence[int]) -> str:
 
 
 def hint_for_label(label: float) -> str:
-    """Return how to accept a label that is out of range, as a sentence after a message."""
+    """Return a sentence for an error message: how to accept a label that is out of range."""
     if label < 0:
         return f". ignore_index={label} ignores such rows"
     return ". Classes are numbered from 0"

@@ -73,7 +73,7 @@ def resolve(
 ) -> Objective:
     """Validate the options that do not depend on the logits, and fill in defaults.
 
-    ``teachers``: their number, or None if it is not known yet.
+    ``teachers``: number of teachers, or None if that is not known yet.
     """
     o = options
     validation.check_one_of(

@@ -55,7 +55,7 @@ def as_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
 def mean_divisors(
     rows: int, labels: Tensor | None, o: Objective, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
-    """Return what the mean divides the hard and the soft term by."""
+    """Return the divisors of the hard and the soft term in a mean."""
     if o.normalizer is not None:
         return o.normalizer, o.normalizer
     if labels is None or labels.is_floating_point():
@@ -64,7 +64,7 @@ def mean_divisors(
     count = valid.sum().clamp(min=1).to(dtype)
     if o.class_weight is None:
         return count, count
-    # A label out of range makes its row NaN whatever it weighs.
+    # A label out of range makes its row NaN, even if the row has weight 0.
     classes = labels.clamp(0, len(o.class_weight) - 1)
     weight = (o.class_weight[classes] * valid).sum(dtype=dtype)
     return weight.where(weight != 0, torch.ones_like(weight)), count
@@ -89,7 +89,7 @@ def compute_checkpointed(call: Call) -> reference.Terms:
         return reference_terms(call)
     rows, (hard_divisor, soft_divisor) = as_rows(call)
     step = max(1, MAX_LOGITS_PER_PART // call.student.shape[-1])
-    # Not slices: autograd concatenates the gradients of split() once.
+    # split() instead of slices: autograd concatenates the gradients of split() once.
     splits: dict[int, tuple[Tensor, ...]] = {}
     map_rows(rows, lambda x: splits.setdefault(id(x), x.split(step))[0])  # type: ignore[no-untyped-call]
     parts = [

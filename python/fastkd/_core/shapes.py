@@ -28,8 +28,8 @@ def accumulator(*logits: Tensor) -> torch.dtype:
 def check_devices(*arguments: Any) -> None:
     """Raise RuntimeError unless all tensors among the arguments of an op are on one device.
 
-    The dispatcher calls the kernels for tracing where one tensor of several is on "meta". They
-    return memory that nothing was written to, and must not do so on another device.
+    If any tensor is on "meta", the dispatcher calls the fake kernels. Fake kernels return
+    uninitialized memory, which must not happen for tensors on another device.
     """
     lists = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
     devices = {tensor.device for each in lists for tensor in each if isinstance(tensor, Tensor)}

@@ -63,8 +63,8 @@ def distill(
     with raise_as_config_error("mixed_precision"):
         accelerator = arguments.make_accelerator(mixed_precision=training.mixed_precision)
     shortcuts = {"temperature": temperature, "alpha": alpha, "divergence": divergence}
-    given = {name: value for name, value in shortcuts.items() if value is not None}
-    options: Any = {**training.loss, **given}
+    overrides = {name: value for name, value in shortcuts.items() if value is not None}
+    options: Any = {**training.loss, **overrides}
     with raise_as_config_error("loss"):
         loss = losses.KDLoss(**options)
     with raise_as_config_error():

@@ -29,10 +29,10 @@ class ConfigError(ValueError):
 
 
 class Factories:
-    """Call the factories that options of a training name, if their modules are trusted.
+    """Call the factories named in the options of a training, if their modules are trusted.
 
-    Each method takes the name of the option, such as ``student``, and the options of the training:
-    ``student``, ``student_options`` and ``student_weights`` are used.
+    Each method takes the name of one option, such as ``student``, and all options of the training.
+    It reads ``student``, ``student_options`` and ``student_weights``.
     """
 
     def __init__(self, folder: pathlib.Path, modules: Sequence[str]) -> None:

@@ -211,9 +211,9 @@ def _plot(rows: Accuracies, file: pathlib.Path) -> None:
     """Plot the gains over the temperature: a row for each divergence, a column for each share."""
     extras.load("matplotlib", "report").use("Agg")
     plt = extras.load("matplotlib.pyplot", "report")
-    found = [(run, *_summarize(gains)) for run, _, gains in _compare(rows) if run.divergence]
+    summaries = [(run, *_summarize(gains)) for run, _, gains in _compare(rows) if run.divergence]
     names, shares, alphas = (
-        list(dict.fromkeys(getattr(run, name) for run, *_ in found))
+        list(dict.fromkeys(getattr(run, name) for run, *_ in summaries))
         for name in ("divergence", "share", "alpha")
     )
     size = (4 * len(shares), 3 * len(names))
@@ -225,7 +225,7 @@ def _plot(rows: Accuracies, file: pathlib.Path) -> None:
         axes.axhline(0, color="gray")
         for alpha in alphas:
             key = (share, name, alpha)
-            line = [each for each in found if (each[0].share, *each[0][1:4:2]) == key]
+            line = [each for each in summaries if (each[0].share, *each[0][1:4:2]) == key]
             x, y = [run.temperature for run, *_ in line], [gain for _, gain, _ in line]
             axes.errorbar(x, y, [2 * e for *_, e in line], capsize=3, label=f"alpha {alpha:g}")
         axes.set_xscale("log", base=2)

@@ -30,7 +30,7 @@ _ONNX_DTYPES = {
     "tensor(int8)": torch.int8,
     "tensor(bool)": torch.bool,
 }
-# By number of c10::ScalarType.
+# Keys are the numbers of c10::ScalarType.
 _EXECUTORCH_DTYPES = {
     0: torch.uint8,
     1: torch.int8,
@@ -171,7 +171,7 @@ def load(model: Any) -> nn.Module:
 
 
 def _find_loader(model: Any) -> Callable[[Any], DeployedModel] | None:
-    """Return the loader of a runtime's object, which is known by its name: nothing is imported."""
+    """Return the loader of a runtime's object, found by the type's name, without an import."""
     for kind in type(model).__mro__:
         package = kind.__module__.partition(".")[0]
         if (package, kind.__name__) == ("onnxruntime", "InferenceSession"):

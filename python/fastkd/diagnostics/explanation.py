@@ -43,7 +43,7 @@ def _weights(options: Options, objective: Objective) -> str:
 
 
 def _softens_again(objective: Objective) -> bool:
-    """Return True if a teacher that is softened already is softened again."""
+    """Return True if the loss softens probabilities of the teacher by another temperature."""
     t = objective.teacher_temperature
     return objective.teacher_form != "logits" and (isinstance(t, Tensor) or t != 1.0)
 
@@ -154,7 +154,7 @@ _ESTIMATORS = {
 
 
 def _sparse(teacher: TopK | Sampled) -> str:
-    """Describe what a sparse teacher tells and leaves out."""
+    """Describe the classes that a sparse teacher lists, and the treatment of other classes."""
     if isinstance(teacher, Sampled):
         text = _ESTIMATORS[teacher.estimator][1]
         return f"One class y of each row, sampled from the student. {text}"

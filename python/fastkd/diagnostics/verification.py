@@ -22,8 +22,8 @@ from fastkd.losses import KDLoss
 # Float64 gradients are computed for at most this many logits; beyond, for rows spread over the
 # tensor.
 _CHECKED = {"cpu": 2**24, "cuda": 2**27}
-# What float32 arithmetic may cost, next to nothing else: logits far from zero lose digits before
-# any loss does.
+# Tolerance for float32 arithmetic alone. Logits far from zero have lost digits before any loss
+# computes with them.
 _FLOOR = 1e-5
 
 
@@ -237,6 +237,6 @@ def _time(calls: tuple[Callable[[], object], ...], repeats: int, cuda: bool) -> 
             call()
             if cuda:
                 torch.cuda.synchronize()
-            if turn:  # the first is for warming up
+            if turn:  # the first turn warms up the caches
                 taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in samples]

@@ -121,7 +121,7 @@ class DistillationMixin:
             arguments.pop("labels", None)
         outputs = batches.outputs(model, arguments)
         logits = _logits_of(outputs, model)
-        # Floating-point inputs, such as images, have the student's dtype so far.
+        # Floating-point inputs, such as images, have the student's dtype: convert them.
         dtype = batches.dtype_of(self.teacher)
         arguments = batches.to(arguments, self.args.device, dtype)
         with torch.no_grad():

@@ -198,7 +198,7 @@ def power_of(factors: Tensor) -> Tensor:
     Matrix products of larger factors may overflow in float16.
     """
     largest = factors.abs().amax()
-    # 0 / 0 and inf / inf: no power of two helps.
+    # 0 / 0 and inf / inf give NaN: use the scale 1, since no scale makes such factors finite.
     return (largest / torch.frexp(largest).mantissa).nan_to_num(1.0)
 
 

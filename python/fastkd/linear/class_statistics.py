@@ -79,7 +79,7 @@ class RowStatistics:
         self.label_logit = lowest.double()
 
     def add(self, within: Tensor, stats: Tensor, label_logits: Tensor | None) -> None:
-        """Add some classes, by the kernel's divergence ``within`` them, and its statistics.
+        """Add some classes, given the kernel's divergence ``within`` these classes and statistics.
 
         ``label_logits``: the student's logits of the labels; -inf for labels of other classes.
         """
@@ -93,7 +93,7 @@ class RowStatistics:
             self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
         teachers = torch.stack([self.teacher_mass, teacher])
-        # A part that student or teacher masks has no divergence within.
+        # If student or teacher masks a part, its classes contribute no divergence.
         has_both = (students > -math.inf) & (teachers > -math.inf)
         parts = torch.stack([self.divergence, within.double()]).where(has_both, 0.0)
         self.student_mass = torch.logaddexp2(self.student_mass, student)

@@ -59,7 +59,7 @@ def compute_routed(
     rows_of = rows_of_teachers(teacher, lead, device)
     if options.class_weight is not None:
         raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
-    logits = student.hidden[..., :1]  # a stand-in, of which the rows are read alone
+    logits = student.hidden[..., :1]  # a stand-in for the logits: only its rows are read
     if options.shift:
         _, labels, options = shift_labels(logits, None, labels, options)
     counted = torch.ones(lead, dtype=torch.bool, device=device)
@@ -70,25 +70,27 @@ def compute_routed(
     results = []
     for each, rows in zip(teacher.teachers, rows_of, strict=True):
 
-        def own(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
-            """Select the teacher's rows of a tensor with ``trailing`` other dimensions."""
+        def select_rows(value: Tensor, trailing: int, rows: Tensor = rows) -> Tensor:
+            """Return the teacher's rows of a tensor with ``trailing`` dimensions after the rows."""
             return value.reshape(-1, *value.shape[value.dim() - trailing :])[rows]
 
         mine: Any = (
-            own(each, 1) if isinstance(each, Tensor) else each._replace(hidden=own(each.hidden, 1))
+            select_rows(each, 1)
+            if isinstance(each, Tensor)
+            else each._replace(hidden=select_rows(each.hidden, 1))
         )
         of_rows = {name: getattr(options, name) for name in PER_ROW_OPTIONS}
         moved: dict[str, Any] = {
-            name: own(value, 0)
+            name: select_rows(value, 0)
             for name, value in of_rows.items()
             if isinstance(value, Tensor) and value.dim()
         }
         classes = 1 if labels is not None and labels.is_floating_point() else 0
         results.append(
             compute(
-                student._replace(hidden=own(student.hidden, 1)),
+                student._replace(hidden=select_rows(student.hidden, 1)),
                 mine,
-                None if labels is None else own(labels, classes),
+                None if labels is None else select_rows(labels, classes),
                 options._replace(**moved),
                 with_terms,
             )
@@ -171,14 +173,14 @@ class _LinearLoss(torch.autograd.Function):
         call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
         wanted = (call.hidden_grad, call.weight_grad, call.bias_grad)
         others = [None] * len(inputs[3:])
-        if call.with_terms:  # only the loss, the first of the terms, has a gradient
+        if call.with_terms:  # only the loss has a gradient; it is the first term
             grad_output, call = grad_output[0], call._replace(with_terms=False)
         if autograd.needs_formula(grad_output):
             leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
             with torch.enable_grad():
                 loss = _compute_by_operations(inputs, call)
-                found = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
-            return (None, *(next(found) if want else None for want in wanted), *others)
+                gradients = iter(torch.autograd.grad(loss, leaves, grad_output, create_graph=True))
+            return (None, *(next(gradients) if want else None for want in wanted), *others)
         scale: Tensor | None = grad_output
         if call.reduction == "none":
             inputs = inputs._replace(grad_rows=grad_output.contiguous())
@@ -188,7 +190,7 @@ class _LinearLoss(torch.autograd.Function):
             grads = ctx.grads
             if not autograd.is_traced():
                 ctx.grads = None
-            if grads is None:  # retain_graph=True: the first backward returned them
+            if grads is None:  # a second backward pass (retain_graph=True)
                 _, *grads = _compute_in_chunks(inputs, call)
             if defers_mean_division(call):
                 assert inputs.denominator is not None
@@ -219,7 +221,7 @@ _AUTOGRAD_KEYS = ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "Au
 
 
 def _op(inputs: list[Tensor | None], *call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the loop. The dispatcher has switched autograd off, and the loss of a chunk needs it."""
+    """Run the loop with autograd, which a chunk's loss needs and the dispatcher switched off."""
     tensors, numbers = Inputs(*inputs), LinearCall(*call)  # type: ignore[arg-type]
     has_teacher = tensors.teacher_logits is not None or tensors.teacher_hidden is not None
     if numbers.chunk < 1 or (numbers.by_classes and not has_teacher):

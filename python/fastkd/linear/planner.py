@@ -99,16 +99,16 @@ class Sizes(NamedTuple):
         return math.ceil(self.classes * item)
 
     def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
-        """Return the size of the weight's sum, and of the gradient that backward makes of it.
+        """Return the bytes of the weight's summed gradient, and of its copy in the weight's dtype.
 
-        The second is 0 if the sum itself is the gradient.
+        The size of the copy is 0 if the sum has that dtype already.
         """
         size = self.classes * self.width if self.weight_grad else 0
         cast = size * self.weight_dtype.itemsize + self.scratch_bytes(0)
         return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
 
     def scratch_bytes(self, rows: int) -> int:
-        """Return what matrix products of some rows need besides their factors."""
+        """Return the bytes that matrix products of some rows need besides their factors."""
         if self.device != "cpu" or 2 not in (self.dtype.itemsize, self.teacher_dtype.itemsize):
             return 0
         return products.scratch_bytes(rows, max(self.width, self.teacher_width))
@@ -196,12 +196,12 @@ def _by_rows(
                 f"gradients and the logits of {plan.chunk} rows take {plan.peak_bytes} bytes"
             )
         return plan
-    whole = make_plan(max(1, rows))
+    unchunked = make_plan(max(1, rows))
     if max_workspace is None:
         most = max(LEAST_ROWS[sizes.device], LOGITS_BYTES[sizes.device] // row_bytes)
-        return whole if rows <= most else make_plan(_equal_chunk(rows, most))
-    if whole.peak_bytes <= max_workspace:
-        return whole
+        return unchunked if rows <= most else make_plan(_equal_chunk(rows, most))
+    if unchunked.peak_bytes <= max_workspace:
+        return unchunked
     least = make_plan(1)
     if least.peak_bytes > max_workspace:
         can_narrow = sizes.weight_dtype is torch.bfloat16 and least.accumulate is torch.float32
@@ -235,7 +235,7 @@ def _by_classes(
     item = -(-sizes.row_bytes // classes)
     total, cast = sizes.weight_bytes(accumulate)
     grad = total // classes
-    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the sum of the hidden states' gradient
+    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
     if sizes.copied_per_row:
         row_bytes += sizes.width * sizes.dtype.itemsize
@@ -282,12 +282,12 @@ def separate_classes(chunk: int, weight_grad: bool) -> int:
 def class_chunks(
     rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
 ) -> Iterator[ClassChunk]:
-    """Divide the classes into chunks of at most ``most``, whose logits fit in their place.
+    """Divide the classes into chunks of at most ``most`` whose logits fit into unused memory.
 
-    The weight's gradient, ``grad_row`` bytes for each class, is memory that every call needs in
-    the end. Until its rows are written, the logits of other classes lie there. With ``writes``, the
-    rows of each chunk are written after the chunk, so that the place shrinks, and the last chunks
-    are small.
+    The weight's gradient has ``grad_row`` bytes for each class, which every call needs in the end.
+    Until its rows are written, that memory holds the logits of other classes. With ``writes``, the
+    rows of each chunk are written after the chunk. The unused memory then shrinks from chunk to
+    chunk, and the last chunks are small.
     """
     start = 0
     fixed = buffer_bytes(rows, 0, item) + ALIGNMENT

@@ -53,9 +53,10 @@ def _blocks(classes: int, width: int) -> Iterator[slice]:
 
 
 def scratch_bytes(rows: int, width: int) -> int:
-    """Return a bound for the memory of 16-bit products on a CPU besides their factors.
+    """Return an upper bound for the temporary memory of 16-bit products on a CPU.
 
-    That is one factor in float32, and a block of the other factor and of the product.
+    The temporary memory holds one factor in float32, and a block of the other factor and of the
+    product.
     """
     return 4 * (rows * width + _LEAST_BLOCK * (rows + width)) + _BLOCK_BYTES
 
@@ -72,7 +73,7 @@ def logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
             if bias is not None:
                 part += bias[block]
             out[:, block] = part.mul_(scale)
-            del part  # before the next block is allocated
+            del part  # free its memory before the next block is allocated
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
     else:
@@ -120,7 +121,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first
             part = torch.mm(left[block], wide, out_dtype=total.dtype)
         part.mul_(scale)
         total[block] = part if first else part.add_(total[block])
-        del part  # before the next block is allocated
+        del part  # free its memory before the next block is allocated
 
 
 def scale_and_round(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ def softened_teacher(
 
     ``teachers``: each ``(..., C)`` in the given form. ``t``: T_t, a number or ``(..., 1)``.
     """
-    if form == "probs":  # their logarithms are logits too: softmax undoes them
+    if form == "probs":  # logarithms of probabilities are logits of the same distribution
         teachers = [probs.log() for probs in teachers]
     ranked = teachers[0]
     if standardize:

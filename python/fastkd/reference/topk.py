@@ -1,4 +1,4 @@
-"""The loss with a sparse teacher in plain PyTorch. docs/maths.md, section 13."""
+"""Define the loss with a sparse teacher in plain PyTorch (docs/maths.md, section 13)."""
 
 from __future__ import annotations
 

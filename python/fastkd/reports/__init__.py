@@ -130,8 +130,8 @@ def report(
 
     - **Size**: parameters, and bytes of the file, or of a module's weights and buffers; shared ones
       count once. A figure that is unknown is a dash, and None in JSON.
-    - **Peak memory**: by how much resident memory grows on the CPU while the model is loaded, a
-      module copied, and called with the largest batch. Linux only.
+    - **Peak memory**: the growth of resident memory on the CPU while the model is loaded (a module
+      is copied) and called with the largest batch. Linux only.
     - **Answers**, over all rows of the loader that are not ignored: accuracy with its 95 % Wilson
       interval, cross entropy in nats, agreement (the share of rows on which the model's most
       probable class is the teacher's) and the expected calibration error,
@@ -143,9 +143,10 @@ def report(
       withheld if other programs used the processors meanwhile, which Linux tells, or if estimates
       of the ratio differ by more than 1.5x; ``warnings`` says so.
 
-    The models are not changed: they run in evaluation mode, if they have one, without gradients,
-    return to their mode, and are copied to devices where they are not. A student whose name has
-    the word "alone" is taken as the one trained without a teacher, for the sentence at the top.
+    The models are not changed. They run without gradients, in evaluation mode if they have modes,
+    and their modes are restored. For a device that a model is not on, a copy of it is measured. A
+    student whose name has the word "alone" is taken for the one trained without a teacher, in the
+    sentence at the top.
 
     Args:
         teacher: model that returns logits ``(B, ..., C)``, or an output that has ``.logits``.

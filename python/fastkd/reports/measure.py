@@ -97,8 +97,8 @@ class _Tally:
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # rows, confidence, correct
 
     def add(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
-        """Add logits ``[rows, C]`` of the model, the teacher's classes and the labels."""
-        # Not the argmax of log_p: rounding makes log_p equal where logits hardly differ.
+        """Add rows: logits ``[rows, C]``, the teacher's most probable classes, and labels."""
+        # The argmax of log_p may differ: rounding makes log_p equal where logits hardly differ.
         predicted = logits.argmax(-1)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         confidence = log_p.amax(-1)
@@ -335,9 +335,9 @@ def _time_in_turns(
 
 
 def _read_processor_time() -> tuple[int, int]:
-    """Return for how long this process's threads ran, and waited for a processor, in nanoseconds.
+    """Return the nanoseconds that this process's threads ran, and waited for a processor.
 
-    Zeros where the system does not tell, which Linux does.
+    The result is zeros on systems other than Linux, which do not report these times.
     """
     running = waiting = 0
     for file in pathlib.Path("/proc/self/task").glob("*/schedstat"):

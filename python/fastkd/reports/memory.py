@@ -19,9 +19,9 @@ _PROCESS = pathlib.Path("/proc/self")
 
 
 def measure_peak_memory(model: nn.Module, inputs: Any) -> int | None:
-    """Return by how many bytes resident memory grows at most while a copy is made and called.
+    """Return the most bytes by which resident memory grows while a copy is made and called.
 
-    The copy of a module holds its weights once more; that of a program is loaded anew. The first
+    The copy of a module holds its weights once more; that of a program is loaded again. The first
     copy warms up libraries and caches, and the second is measured. Figures are those of whole
     pages, some of which a process has in store: within 0.1 MB on linear layers of known size.
 
@@ -54,7 +54,7 @@ def _call_copy(model: nn.Module, inputs: Any) -> None:
 
 def _read(key: str) -> int:
     """Return a size in bytes from the process's status."""
-    found = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{key}:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+    if match is None:
         raise OSError(f"/proc/self/status has no {key}")
-    return 1024 * int(found[1])
+    return 1024 * int(match[1])

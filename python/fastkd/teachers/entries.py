@@ -259,8 +259,8 @@ def get_field(reply: Mapping[str, Any], field: str) -> Any:
             f"reply has 'choices', each of which is the reply for one sequence: pass "
             f"reply['choices'][0] for {field}"
         )
-    given = "None" if field in reply else f"the fields {show(list(reply))}"
-    raise ValueError(f"reply must have {field!r}, which the request has to ask for; got {given}")
+    problem = "None" if field in reply else f"the fields {show(list(reply))}"
+    raise ValueError(f"reply must have {field!r}, which the request has to ask for; got {problem}")
 
 
 def check_list(field: str, positions: object) -> Sequence[Any]:

@@ -255,8 +255,8 @@ def gather(topk: TopK, tokens: Tensor, estimator: Estimator = "k1") -> Sampled:
     if not isinstance(topk, TopK):
         raise TypeError(f"topk must be a fastkd.TopK; got {type(topk).__name__}")
     if not isinstance(tokens, Tensor) or tokens.dtype not in validation.INTEGERS:
-        given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens must be a tensor of an integer dtype; got {given}")
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be a tensor of an integer dtype; got {kind}")
     if tokens.shape != topk.indices.shape[:-1]:
         raise ValueError(
             f"tokens must have shape {tuple(topk.indices.shape[:-1])}, one for each row of topk; "

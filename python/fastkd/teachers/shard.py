@@ -171,18 +171,18 @@ def _read_header(texts: dict[str, str], file: Any) -> Header:
     classes = _parse(texts, "classes", int, 1, 2**31)
     top_k = _parse(texts, "top_k", int, 1, classes + 1) if texts.get("top_k") else None
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    dtype = found["log_probs"][0] if "log_probs" in found else ""
-    samples, rows = (found.get(name, ("", []))[1][:1] for name in ("ids", "log_probs"))
+    actual = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    dtype = actual["log_probs"][0] if "log_probs" in actual else ""
+    samples, rows = (actual.get(name, ("", []))[1][:1] for name in ("ids", "log_probs"))
     expected = {name: ("I64", samples) for name in ("ids", "lengths", "inputs", "checksums")}
     wanted = dtype if dtype in DTYPES else "/".join(DTYPES)
     expected["log_probs"] = (wanted, [*rows, top_k or classes])
     if top_k is not None:
         expected["indices"] = ("I32", [*rows, top_k])
-    if found != expected or not samples:
+    if actual != expected or not samples:
         shown = (
             ", ".join(f"{name} is {kind} {shape}" for name, (kind, shape) in sorted(each.items()))
-            for each in (found, expected)
+            for each in (actual, expected)
         )
         raise ValueError(f"it holds the tensors {'; not '.join(shown)}")
     temperature = _parse(texts, "temperature", float, 0.0, math.inf)

@@ -207,7 +207,7 @@ def _measure_distortion(
         others = p.scatter(-1, indices, 0.0)
         tail = others.sum(-1)
         spread = math.log(max(1, p.shape[-1] - indices.shape[-1]))
-        # Not xlogy(tail, tail / n): a tail of 1e-44 divided by a thousand classes is 0.
+        # xlogy(tail, tail / n) would underflow: a tail of 1e-44 divided by 1,000 classes is 0.
         even = tail * spread - torch.special.xlogy(tail, tail)
         tail_kl = even - torch.special.entr(others).sum(-1)
         log_p, p = log_p.gather(-1, indices), p.gather(-1, indices)

@@ -65,7 +65,7 @@ class StudentLoss(nn.Module):
         self._forward, self._labels = forward, labels
 
     def forward(self, batch: Any, teacher: TeacherOutputs, denominators: Denominators) -> StepTerms:
-        """Return sums over the batch, divided by ``denominators``."""
+        """Return the sums of the loss and its terms over the batch, divided by ``denominators``."""
         logits = self._forward(self.student, batch)
         targets = self.labels_of(batch)
         rows = denominators.rows

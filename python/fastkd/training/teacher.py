@@ -94,7 +94,7 @@ class CachedTeacher:
             )
 
     def logits(self, batch: Any) -> Callable[[Tensor], Any]:
-        """Return a callable that reads the outputs: student logits tell a sequence's length."""
+        """Return a function of the student's logits, which give the sequences' length."""
         ids = batches.split(batch).ids
         if ids is None:
             raise ValueError(

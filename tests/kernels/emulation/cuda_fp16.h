@@ -16,7 +16,7 @@ inline float __half2float(__half h) {
                                      : ldexpf(static_cast<float>(1024 + fraction), exponent - 25);
   return h.bits >> 15 ? -size : size;
 }
-// To nearest, ties to even: fp32's own rounding, of an integer.
+// Round to nearest, ties to even: nearbyintf() rounds the significand, scaled to an integer.
 inline __half __float2half_rn(float x) {
   const unsigned sign = __float_as_uint(x) >> 31 << 15;
   const float size = fabsf(x);

@@ -1,5 +1,5 @@
-// CUDA C++ for g++: the words of the language, what a thread can do, and as much of the runtime as
-// fastkd calls. First on the include path, so that the kernels' sources compile as they are.
+// CUDA C++ for g++: the keywords, the device functions, and the part of the runtime that fastkd
+// calls. First on the include path, so that the kernels' sources compile unchanged.
 #pragma once
 #include <math.h>
 
@@ -9,8 +9,9 @@
 
 #include "simt.h"
 
-// ---- the language. Shared memory is thread-local, the one storage class that makes a variable of
-// a function static and that `extern` can stand before; the emulator swaps it with the CTA.
+// ---- the keywords. Shared memory is thread_local, the one storage class that makes a function's
+// variable static and may also follow `extern`; the emulator swaps its contents when it switches
+// CTAs.
 #define __global__
 #define __device__
 #define __host__
@@ -37,7 +38,7 @@ extern emulation::Index threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 
-// ---- what threads do together
+// ---- functions of several threads
 
 inline void __syncthreads(EMULATION_PLACE) { emulation::meet_block(place); }
 inline void __syncwarp(unsigned mask = ~0u, EMULATION_PLACE) {
@@ -93,7 +94,7 @@ inline unsigned atomicAnd(unsigned* to, unsigned x) {
   return before;
 }
 
-// ---- what a thread does alone
+// ---- functions of one thread
 
 template <class T>
 T __ldcs(const T* p) {
@@ -114,13 +115,13 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, int shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-// Compiled without contraction: one operation each.
+// Compiled without contraction, so that each operation is rounded separately.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 
-// ---- the runtime: one device, like a slice of an H100, and everything is done at once
+// ---- the runtime: one device, like a MIG slice of an H100, which executes everything at once
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -191,7 +192,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 }
 
 namespace emulation {
-// What the runtime refuses, and what is left for the emulator.
+// Return the error of a launch that the runtime would refuse; else describe it in `launch`.
 cudaError_t launch_of(const cudaLaunchConfig_t& config, const void* kernel, Launch& launch);
 }  // namespace emulation
 template <class... Parameters, class... Arguments>

@@ -1,10 +1,11 @@
+// Switch between fibers by saving and restoring their registers (fiber.h).
 #include "fiber.h"
 
 namespace emulation {
 #if defined(__x86_64__)
 
-// What a function must preserve goes on the stack that is left, and is taken from the one that is
-// taken up. swapcontext() does the same, and two system calls.
+// Push the registers that a function must preserve, switch stacks, and pop them from the other
+// stack. swapcontext() does the same with two additional system calls.
 extern "C" void emulation_switch(void** left_at, void* taken_up);
 asm(R"(
 .text
@@ -27,8 +28,8 @@ emulation_switch:
 )");
 
 void Fiber::start(void* stack, size_t bytes, void (*entry)()) {
-  // As emulation_switch leaves it: six registers, and where to go on. `entry` finds the stack
-  // aligned as after a call.
+  // The stack as emulation_switch() leaves it: six registers, and a return address. `entry` finds
+  // the stack aligned as after a call.
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + bytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);

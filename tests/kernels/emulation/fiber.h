@@ -1,4 +1,4 @@
-// Threads of control that hand over to each other by name, on one thread of the system.
+// Fibers: threads of control that switch to each other explicitly, on one thread of the system.
 #pragma once
 #include <cstddef>
 
@@ -10,13 +10,14 @@ namespace emulation {
 
 class Fiber {
  public:
-  // Makes it begin with `entry`, which must never return. Without, it stands for what runs already.
+  // Start at `entry`, which must never return. A fiber that is not started represents the running
+  // code.
   void start(void* stack, size_t bytes, void (*entry)());
-  void switch_to(Fiber& to);  // from this one, which runs
+  void switch_to(Fiber& to);  // from this fiber, which runs
 
  private:
 #if defined(__x86_64__)
-  void* left_at = nullptr;  // its stack's top
+  void* left_at = nullptr;  // top of its stack
 #else
   ucontext_t context;
 #endif

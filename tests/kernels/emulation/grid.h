@@ -1,4 +1,4 @@
-// The state of the one grid that runs. For the emulator's own files.
+// The state of the one grid that runs, for the emulator's own files.
 #pragma once
 #include <deque>
 #include <map>
@@ -11,7 +11,7 @@ namespace emulation {
 
 constexpr unsigned char kUndefined = 0xff;  // bytes of NaNs, and of -1
 
-// Why a thread waits: until a counter leaves a value, or its last bit does.
+// A reason to wait: until a counter changes from a value, or its last bit does.
 struct Wait {
   const char* what = nullptr;
   Place place;
@@ -32,13 +32,13 @@ struct Thread {
   Wait wait;
 };
 
-// Threads that come together. The turn is over when as many have arrived as are expected.
+// Threads at a barrier. The turn ends when the expected number of threads has arrived.
 struct Meeting {
   int arrived = 0;
   uint64_t turn = 0;
 };
-// Lanes that come together, and what they bring. A lane may be a turn ahead of those that still
-// have to read: hence two of each.
+// Lanes at a warp operation, and their values. A lane may be a turn ahead of lanes that have yet to
+// read, so there are two of each.
 struct WarpMeeting {
   const char* what = nullptr;
   unsigned mask = 0, arrived = 0;
@@ -52,8 +52,8 @@ struct Warp {
 };
 struct Barrier {
   int count = 0, missing = 0;
-  int64_t bytes = 0;   // announced, and not yet here
-  uint64_t phase = 0;  // how many are over
+  int64_t bytes = 0;   // expected and not yet arrived
+  uint64_t phase = 0;  // number of completed phases
 };
 struct Cta {
   int rank = 0, alive = 0;
@@ -62,18 +62,18 @@ struct Cta {
   std::deque<Warp> warps;
   Meeting all;
   std::map<int, Meeting> some;
-  std::map<uint32_t, Barrier> barriers;  // by their addresses
-  std::vector<unsigned char> shared;     // while another CTA's is in place
+  std::map<uint32_t, Barrier> barriers;  // by address
+  std::vector<unsigned char> shared;     // while another CTA's memory is in place
 };
 
 extern const Launch* launched;
-extern std::deque<Cta> cluster;  // the one that runs
-extern Cta* in_place;            // whose shared memory the kernels see
+extern std::deque<Cta> cluster;  // the cluster that runs
+extern Cta* in_place;            // the CTA whose shared memory the kernels see
 extern Thread* running;
-extern uint64_t events;  // counts whatever others may have waited for
+extern uint64_t events;  // incremented by everything that threads may wait for
 
-size_t draw(size_t below);  // at random
-void wait_for(Wait wait);   // whoever runs gives way until the wait is over
+size_t draw(size_t below);  // a random number
+void wait_for(Wait wait);   // yield until the wait is over
 
 // shared.cpp
 size_t shared_bytes();

@@ -1,17 +1,17 @@
-// The twin of csrc/cuda/ptx.cuh: the same functions, for the emulator.
+// Replacement of csrc/cuda/ptx.cuh: the same functions, for the emulator.
 #pragma once
 #include "simt.h"
 
 namespace fastkd::cuda {
 
-// Subnormal results are flushed. The last bit is libm's, not the hardware's.
+// Flush subnormal results to 0. The last bit is libm's, not the hardware's.
 inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? x * 0 : x; }
 inline float exp2_of(float x) { return flushed(exp2f(x)); }
 inline float reciprocal_of(float x) { return flushed(1 / x); }
 
 inline uint32_t shared_address(const void* p) { return emulation::shared_address_of(p); }
 
-// One kernel runs at a time: what overlaps is not emulated.
+// One kernel runs at a time: overlapping kernels are not emulated.
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 

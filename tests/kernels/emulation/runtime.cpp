@@ -1,4 +1,4 @@
-// The runtime's calls: what a device like a slice of an H100 would grant and refuse.
+// The runtime's calls: which launches a device like a MIG slice of an H100 would accept and refuse.
 #include <cstdlib>
 #include <map>
 
@@ -17,13 +17,13 @@ struct Granted {
 };
 std::map<const void*, Granted> granted;
 
-// The device's compute capability; EMULATION_MAJOR=8 makes it one without clusters.
+// Return the device's compute capability. EMULATION_MAJOR=8 emulates a device without clusters.
 int major_capability() {
   const char* major = std::getenv("EMULATION_MAJOR");
   return major == nullptr ? __CUDA_ARCH__ / 100 : std::atoi(major);
 }
 
-// 0 where the launch says nothing of clusters.
+// Return the cluster size of a launch; 0 if the launch has no such attribute.
 int cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; i++)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
@@ -31,7 +31,7 @@ int cluster_of(const cudaLaunchConfig_t& config) {
   return 0;
 }
 
-// Device memory, by its first byte.
+// Allocations in device memory, by their first byte.
 constexpr size_t kGuard = 4096, kAlign = 256;
 constexpr unsigned char kGuardByte = 0xff;
 std::map<const unsigned char*, size_t> allocations;
@@ -138,8 +138,9 @@ void check_guards() {
 }
 void check_device_memory(const void* p, size_t bytes, Place place) {
   const auto* first = static_cast<const unsigned char*>(p);
-  auto found = allocations.upper_bound(first);
-  if (found == allocations.begin() || (--found, first + bytes > found->first + found->second))
+  auto allocation = allocations.upper_bound(first);
+  if (allocation == allocations.begin() ||
+      (--allocation, first + bytes > allocation->first + allocation->second))
     fail("%zu bytes at %p are in no allocation, %s:%d", bytes, p, place.file, place.line);
 }
 

@@ -31,14 +31,14 @@ struct Block {
 };
 Block find_shared() {
   Block block;
-  fastkd::cuda::dynamic[0] = kUndefined;  // makes it exist
+  fastkd::cuda::dynamic[0] = kUndefined;  // accesses the variable, so that it is allocated
   dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* found) {
+      [](dl_phdr_info* info, size_t, void* result) {
         for (int i = 0; i < info->dlpi_phnum; i++)
           if (info->dlpi_phdr[i].p_type == PT_TLS)
-            *static_cast<Block*>(found) = {static_cast<unsigned char*>(info->dlpi_tls_data),
-                                           info->dlpi_phdr[i].p_memsz};
-        return 1;  // the program comes first
+            *static_cast<Block*>(result) = {static_cast<unsigned char*>(info->dlpi_tls_data),
+                                            info->dlpi_phdr[i].p_memsz};
+        return 1;  // stop: the program is the first object
       },
       &block);
   return block;
@@ -47,14 +47,14 @@ const Block& shared() {
   static const Block block = find_shared();
   return block;
 }
-// The parts in use: all but the end of the dynamic one.
+// Call fn for the parts in use: everything but the unused end of the dynamic memory.
 template <class Fn>
 void each_part(Fn&& fn) {
   const size_t dynamic = static_cast<size_t>(fastkd::cuda::dynamic - shared().begin);
   fn(size_t(0), dynamic + launched->dynamic_bytes);
   fn(dynamic + kMostDynamicBytes, shared().bytes);
 }
-// An address is the offset in the block, and 1 + the rank of the CTA above it.
+// An address is the offset in the block, plus (1 + the rank of the CTA) << kRankShift.
 constexpr int kRankShift = 24;
 Cta& cta_of(uint32_t address) {
   const size_t rank = address >> kRankShift;
@@ -71,9 +71,9 @@ unsigned char* bytes_at(uint32_t address, size_t bytes) {
 }
 Barrier& barrier_at(uint32_t address) {
   Cta& cta = cta_of(address);
-  const auto found = cta.barriers.find(address);
-  if (found == cta.barriers.end()) fail("no barrier was made at address %x", address);
-  return found->second;
+  const auto entry = cta.barriers.find(address);
+  if (entry == cta.barriers.end()) fail("no barrier was made at address %x", address);
+  return entry->second;
 }
 void settle(Barrier& barrier) {
   if (barrier.missing < 0) fail("a barrier of %d had more arrivals", barrier.count);

@@ -1,4 +1,4 @@
-// Threads, how they meet, and which of them goes on. See README.md.
+// The threads of a grid: how they wait for each other, and which of them runs next. See README.md.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -27,8 +27,8 @@ uint64_t events = 0;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;  // of which few pages are ever touched
-constexpr int kIdleTurns = 200000;          // of threads that only sleep: then nothing will happen
+constexpr size_t kStackBytes = 256 * 1024;  // few of its pages are ever touched
+constexpr int kIdleTurns = 200000;  // of threads that only sleep: after that, nothing will happen
 
 const std::function<void()>* kernel_of_threads = nullptr;
 Meeting cluster_meeting;
@@ -41,7 +41,7 @@ std::mt19937_64& random_numbers() {
   return numbers;
 }
 
-// ---- meetings
+// ---- barriers and warp operations
 
 void end_turn(Meeting& meeting, int expected) {
   if (meeting.arrived < expected || meeting.arrived == 0) return;
@@ -63,13 +63,13 @@ void end_turn(Warp& warp) {
   events++;
 }
 
-// A thread, from beginning to end.
+// Run a thread, from beginning to end.
 void live() {
   (*kernel_of_threads)();
   Thread& self = *running;
   self.ended = true;
   self.warp->alive &= ~(1u << self.lane);
-  // Who has ended is waited for by nobody.
+  // Nobody waits for a thread that has ended.
   end_turn(*self.warp);
   end_turn(self.cta->all, --self.cta->alive);
   end_turn(cluster_meeting, --cluster_alive);
@@ -85,7 +85,8 @@ bool is_ready(const Warp& warp) {
     if (lane != nullptr && is_ready(*lane)) return true;
   return false;
 }
-// A warp of this CTA that can go on: the first from a random one on, or null.
+// Return a warp of this CTA that can run, starting the search at a random one; null if there is
+// none.
 Warp* ready_warp(Cta& cta) {
   const size_t count = cta.warps.size(), first = draw(count);
   for (size_t i = 0; i < count; i++) {
@@ -96,7 +97,7 @@ Warp* ready_warp(Cta& cta) {
 }
 Warp* ready_warp() {
   const size_t count = cluster.size();
-  // To go on with the same CTA is cheap.
+  // Continuing with the same CTA is cheap.
   size_t first = draw(8) == 0 ? draw(count) : static_cast<size_t>(in_place->rank);
   for (size_t i = 0; i < count; i++) {
     Cta& cta = cluster[(first + i) % count];
@@ -105,8 +106,8 @@ Warp* ready_warp() {
   }
   return nullptr;
 }
-// Every lane that can, from a random one on, upwards or downwards; now and then only a few of them,
-// so that lanes of a warp drift apart.
+// Run every lane that can run, from a random one on, upwards or downwards; sometimes only a few
+// lanes, so that the lanes of a warp diverge.
 void run(Warp& warp) {
   const unsigned first = static_cast<unsigned>(draw(64));
   const unsigned lanes = static_cast<unsigned>(draw(8) == 0 ? 1 + draw(31) : 32);
@@ -159,14 +160,14 @@ void run_cluster() {
       if (barrier.bytes != 0) fail("a barrier still expects bytes at the end");
 }
 
-// Stacks are kept from launch to launch.
+// Return the stack of a thread. Stacks are reused by later launches.
 void* stack_of(size_t thread) {
   static std::vector<void*> stacks;
   while (stacks.size() <= thread) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for a stack");
-    mprotect(stack, 4096, PROT_NONE);  // what overflows, ends
+    mprotect(stack, 4096, PROT_NONE);  // a stack overflow ends the program
     stacks.push_back(stack);
   }
   return stacks[thread];
@@ -209,7 +210,8 @@ void wait_for(Wait wait) {
 void run(const Launch& launch, const std::function<void()>& kernel) {
   launched = &launch, kernel_of_threads = &kernel;
   blockDim = launch.block, gridDim = launch.grid;
-  // The clusters of a grid know nothing of each other: one after the other, in any order.
+  // The clusters of a grid are independent of each other: run them one after the other, in random
+  // order.
   std::vector<Index> firsts;
   for (unsigned y = 0; y < launch.grid.y; y++)
     for (unsigned x = 0; x < launch.grid.x; x += static_cast<unsigned>(launch.cluster))

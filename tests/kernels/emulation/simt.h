@@ -1,5 +1,5 @@
-// The threads of a grid on the CPU, for the headers beside this file: they wait for each other, and
-// which of those that need not wait goes on is drawn at random. See README.md.
+// The threads of a grid on the CPU, for the headers beside this file. Threads wait for each other,
+// and the next thread to run is drawn at random from those that can run. See README.md.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,14 +11,14 @@ struct Index {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Where in the kernels something happens, for reports. A default argument has its caller's place.
+// A place in the kernels' sources, for reports. As a default argument it is the caller's place.
 struct Place {
   const char* file = "";
   int line = 0;
 };
 #define EMULATION_PLACE ::emulation::Place place = {__builtin_FILE(), __builtin_LINE()}
 
-// ---- what a launch is
+// ---- launches
 
 struct Launch {
   Index grid, block;
@@ -27,35 +27,35 @@ struct Launch {
 };
 constexpr int kMostThreads = 1024;         // of a CTA
 constexpr int kMostDynamicBytes = 232448;  // of shared memory, on an H100
-// Runs `kernel` once for each thread, and returns when all have ended.
+// Run `kernel` once for each thread, and return when all threads have ended.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
-// ---- what a thread may do. All of it ends the program with a report where it is wrong.
+// ---- operations of a thread. An invalid operation ends the program with a report.
 
 [[noreturn]] void fail(const char* format, ...);
 int rank_in_cluster();
 int ranks_in_cluster();
-// Other threads may go on now.
+// Let other threads run.
 void yield(const char* what, Place place);
 
-// The warp's lanes of `mask` come together; `mine`, up to 8 bytes, can be read by all of them. The
-// result is the array of 32, valid until the next meeting.
+// Wait for the warp's lanes of `mask`. All of them can read each lane's `mine`, which has at most 8
+// bytes. The result is the array of 32, valid until the next call.
 const uint64_t* meet_warp(const char* what, unsigned mask, uint64_t mine, Place place);
 void meet_block(Place place);
 void meet_some(int barrier, int threads, Place place);
 void meet_cluster(Place place);
 
-// Shared memory: 32-bit addresses, which name the CTA of a cluster too.
+// Return a 32-bit address in shared memory, which includes the CTA's rank in its cluster.
 uint32_t shared_address_of(const void* p);
 uint32_t address_in(uint32_t address, int rank);
 void store_to_peer(uint32_t address, const void* from, size_t bytes, Place place);
 
-// mbarriers. A wait is for the phase of this parity to be over.
+// mbarriers. A wait ends when the phase of this parity is over.
 void barrier_init(uint32_t barrier, int count, Place place);
 void barrier_arrive(uint32_t barrier, Place place);
 void barrier_expect(uint32_t barrier, uint32_t bytes, Place place);
 void barrier_wait(uint32_t barrier, uint32_t parity, Place place);
-// Happens some time later, or in the end when everybody waits. Till then `to` is undefined.
+// Copy some time later, at the latest when all threads wait. Until then `to` is undefined.
 void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, Place place);
 
 // ---- device memory, between guards of undefined bytes
@@ -63,7 +63,7 @@ void copy_later(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
 void* allocate(size_t bytes);
 void release(void* p);
 void check_guards();
-// Ends the program unless all of it lies in one allocation.
+// End the program unless all `bytes` lie in one allocation.
 void check_device_memory(const void* p, size_t bytes, Place place);
 
 }  // namespace emulation
