@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastkd._core.values import Head
 
@@ -66,6 +67,10 @@ def logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tensor:
     hidden, weight = head.hidden.to(out.dtype), head.weight.to(out.dtype)
     bias = None if head.bias is None else head.bias.to(out.dtype)
     scale, cap = head.scale or 1.0, head.softcap
+    if out.device.type == "cpu" and out.dtype is torch.bfloat16 and hidden.shape[-1] % 2:
+        # oneDNN's product for AMX reads one number beyond each row of odd width, and multiplies it
+        # by 0, which is NaN if the number is NaN or infinite (torch 2.13, December 2026).
+        hidden = F.pad(hidden, (0, 1))[:, :-1]
     if _upcasts(out):
         wide = hidden.float()
         for block in _blocks(len(weight), sum(hidden.shape)):
