@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(FASTKD_HAS_AVX)
 #include <cpuid.h>
 #endif
 
@@ -15,7 +15,7 @@ namespace fastkd::cpu {
 namespace baseline {
 Kernels make_kernels(const char* name);
 }
-#if defined(__x86_64__)
+#if defined(FASTKD_HAS_AVX)
 namespace avx2 {
 Kernels make_kernels(const char* name);
 }
@@ -26,7 +26,7 @@ Kernels make_kernels(const char* name);
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(FASTKD_HAS_AVX)
 // Virtual machines may hide F16C while they show AVX2. GCC 10's __builtin_cpu_supports() does not
 // know F16C.
 bool has_f16c() {
@@ -56,7 +56,7 @@ struct Registry {
 
   // Each make_kernels() is called only if its instructions exist, since its own code may use them.
   Registry() {
-#if defined(__x86_64__)
+#if defined(FASTKD_HAS_AVX)
     __builtin_cpu_init();
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
