@@ -104,6 +104,7 @@ class Trainer:
 
     Example:
         >>> import torch, fastkd
+        >>> _ = torch.manual_seed(0)
         >>> data = [(torch.randn(16, 8), torch.randint(3, (16,))) for _ in range(4)]
         >>> teacher, student = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
         >>> trainer = fastkd.Trainer(
