@@ -86,8 +86,10 @@ def distributions(
 def _teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
     """Scale the list so that it adds up to 1 with ``rest``, ``(..., 1)``; append it to "ghost"."""
     total = log_p.exp().sum(-1, keepdim=True)
-    scale = ((1 - rest) / total).masked_fill((rest == 1 - total) | (total == 0), 1)
-    log_p = log_p + scale.log()
+    # In logarithms, since a list's probabilities may all be below the dtype's least number.
+    log_total = _log_sum(log_p, log_p > -math.inf).unsqueeze(-1)
+    is_scaled = (rest != 1 - total) & (log_total > -math.inf)
+    log_p = log_p + (torch.log1p(-rest) - log_total).masked_fill(~is_scaled, 0)
     return torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p
 
 
