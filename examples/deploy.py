@@ -166,7 +166,7 @@ for name, each in exported.items():
     )
 
 # %% [markdown]
-# ## What it brought
+# ## Accuracy gained by distillation
 #
 # The report measures all models on the same test images, and in turns: size, memory, latency,
 # accuracy, calibration. A file is a model like any other.

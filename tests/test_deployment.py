@@ -65,22 +65,22 @@ def logits_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_figures_are_those_of_the_file(student, exported, name):
-    found = exported[name]
-    expected, given = logits_of(student, HELD_OUT), logits_of(loading.load(found.path), HELD_OUT)
-    assert found.rows == len(HELD_OUT) and found.bytes == found.path.stat().st_size
-    assert found.difference == pytest.approx(float((given - expected).abs().max()), rel=1e-3)
-    same = (given.argmax(-1) == expected.argmax(-1)).double().mean()
-    assert found.agreement == pytest.approx(float(same), abs=1e-9)
+    result = exported[name]
+    expected, logits = logits_of(student, HELD_OUT), logits_of(loading.load(result.path), HELD_OUT)
+    assert result.rows == len(HELD_OUT) and result.bytes == result.path.stat().st_size
+    assert result.difference == pytest.approx(float((logits - expected).abs().max()), rel=1e-3)
+    same = (logits.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert result.agreement == pytest.approx(float(same), abs=1e-9)
     if "int8" not in name:
-        assert found.difference < 1e-4 and found.agreement == 1
-    assert f"{found.bytes:,} bytes" in str(found)
+        assert result.difference < 1e-4 and result.agreement == 1
+    assert f"{result.bytes:,} bytes" in str(result)
 
 
 def test_int8_costs_little_accuracy_and_few_bytes(student, exported):
-    found = {n: loading.load(exported[n].path) for n in ("ONNX", "ONNX int8")}
+    result = {n: loading.load(exported[n].path) for n in ("ONNX", "ONNX int8")}
     right = {
         n: float((logits_of(m, HELD_OUT).argmax(-1) == LABELS[1200:]).double().mean())
-        for n, m in found.items()
+        for n, m in result.items()
     }
     assert right["ONNX"] - right["ONNX int8"] <= 0.005
     assert exported["ONNX int8"].bytes <= 0.35 * exported["ONNX"].bytes
@@ -91,8 +91,8 @@ def test_the_runtime_alone_reads_what_is_written(student, exported):
     path = exported["ONNX"].path
     session = onnxruntime.InferenceSession(str(path))
     for count in (1, 7, 100):
-        (given,) = session.run(["logits"], {"input": HELD_OUT[:count].numpy()})
-        assert torch.allclose(torch.from_numpy(given), logits_of(student, HELD_OUT[:count]), 1e-4)
+        (logits,) = session.run(["logits"], {"input": HELD_OUT[:count].numpy()})
+        assert torch.allclose(torch.from_numpy(logits), logits_of(student, HELD_OUT[:count]), 1e-4)
     for each in exported.values():
         assert str(pathlib.Path(__file__).parents[1]).encode() not in each.path.read_bytes()
 
@@ -105,10 +105,10 @@ def test_int8_by_pt2e(student, tmp_path, file, kind):
     first = nn.Conv2d(1, 1, 1)
     nn.init.dirac_(first.weight)
     model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), first, nn.Flatten(), student)
-    found = fastkd.export(model, TRAIN[:256], tmp_path / file, kind, "int8", rows=HELD_OUT)
-    assert found.agreement > 0.98 and found.difference > 0
-    assert found.bytes < 0.9 * 4 * sum(p.numel() for p in student.parameters())
-    assert logits_of(loading.load(found.path), HELD_OUT[:50]).shape == (50, 10)
+    result = fastkd.export(model, TRAIN[:256], tmp_path / file, kind, "int8", rows=HELD_OUT)
+    assert result.agreement > 0.98 and result.difference > 0
+    assert result.bytes < 0.9 * 4 * sum(p.numel() for p in student.parameters())
+    assert logits_of(loading.load(result.path), HELD_OUT[:50]).shape == (50, 10)
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
@@ -124,10 +124,10 @@ def test_several_inputs(form, tmp_path):
     model, words, features = Sum(), torch.randint(9, (50, 5)), torch.randn(50, 3)
     inputs = (words, features) if form == "tuple" else {"features": features, "words": words}
     for file, kind in (("a.onnx", "onnx"), ("a.pt2", "torch")):
-        found = fastkd.export(model, inputs, tmp_path / file, kind)
-        assert found.rows == 50 and found.agreement == 1
+        result = fastkd.export(model, inputs, tmp_path / file, kind)
+        assert result.rows == 50 and result.agreement == 1
         report = fastkd.report(
-            model, found.path, [(inputs, torch.zeros(50).long())] if form == "tuple" else [inputs],
+            model, result.path, [(inputs, torch.zeros(50).long())] if form == "tuple" else [inputs],
             seconds=0, show=False,
         )  # fmt: skip
         assert report.models[1].answers.agreement == 1
@@ -139,17 +139,17 @@ def test_several_inputs(form, tmp_path):
 def test_logits_with_classes_elsewhere_and_one_sample(tmp_path):
     torch.manual_seed(0)
     model = nn.Conv2d(3, 5, 1)
-    found = fastkd.export(model, torch.randn(1, 3, 4, 4), tmp_path / "a.pt2", "torch", dim=1)
-    assert found.rows == 16
-    assert logits_of(loading.load(found.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
+    result = fastkd.export(model, torch.randn(1, 3, 4, 4), tmp_path / "a.pt2", "torch", dim=1)
+    assert result.rows == 16
+    assert logits_of(loading.load(result.path), torch.randn(9, 3, 4, 4)).shape == (9, 5, 4, 4)
 
 
 def test_the_student_stays_as_it_is(tmp_path):
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model[1].eval()
-    found = fastkd.export(model, TRAIN[:64], tmp_path / "new" / "a.pt2", "torch")
-    assert found.agreement == 1
+    result = fastkd.export(model, TRAIN[:64], tmp_path / "new" / "a.pt2", "torch")
+    assert result.agreement == 1
     assert model.training and not model[1].training and model[3].weight.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -181,9 +181,9 @@ class Fixed(nn.Module):
 )
 def test_arguments_that_do_not_fit(change, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"student": nn.Linear(64, 10), "example": TRAIN[:32], "path": "a.onnx", **change}
+    arguments = {"student": nn.Linear(64, 10), "example": TRAIN[:32], "path": "a.onnx", **change}
     with pytest.raises(error, match=message):
-        fastkd.export(**given)
+        fastkd.export(**arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -241,10 +241,10 @@ def test_a_missing_package_is_named_first(package, kind, tmp_path, monkeypatch):
 
 
 def test_five_models_in_one_report(student, exported):
-    found = fastkd.report(
+    result = fastkd.report(
         student, {n: each.path for n, each in exported.items()}, LOADER, seconds=0.01, show=False
     )
-    torch_model, *programs = found.models
+    torch_model, *programs = result.models
     assert [model.name for model in programs] == list(FILES)
     for model in programs:
         assert model.size == (torch_model.size.parameters, exported[model.name].bytes)
@@ -253,9 +253,9 @@ def test_five_models_in_one_report(student, exported):
         assert model.answers.accuracy == pytest.approx(torch_model.answers.accuracy, abs=0.005)
         assert model.peak_memory is None or model.peak_memory < 100e6
         assert model.latency["cpu"][1].p95 >= model.latency["cpu"][1].p50 > 0
-    page = found.html()
+    page = result.html()
     assert all(name in page for name in FILES) and "0 parameters" not in page
-    assert len(json.loads(found.json())["models"]) == 5
+    assert len(json.loads(result.json())["models"]) == 5
 
 
 def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
@@ -266,20 +266,20 @@ def test_programs_in_memory_and_what_is_unknown_is_a_dash(student, exported):
     traced = torch.export.export(student, (HELD_OUT[:100],))
     models = {"method": program.load_method("forward"), "session": session, "traced": traced}
     loader = [batch for batch in LOADER if len(batch[0]) == 100]
-    found = fastkd.report(student, {**models, "program": program}, loader, seconds=0, show=False)
-    by_name = {model.name: model for model in found.models}
+    result = fastkd.report(student, {**models, "program": program}, loader, seconds=0, show=False)
+    by_name = {model.name: model for model in result.models}
     parameters = by_name["teacher"].size.parameters
     assert by_name["method"].size == (None, None)
     assert by_name["program"].size == (parameters, None)
     assert by_name["session"].size == (parameters, exported["ONNX"].bytes)
     assert all(by_name[name].peak_memory is None for name in models)
     assert by_name["traced"].size == by_name["teacher"].size
-    assert all(model.answers.agreement == 1 for model in found.models)
-    row = next(row for row in tables.make_rows(found) if row.label == "parameters")
+    assert all(model.answers.agreement == 1 for model in result.models)
+    row = next(row for row in tables.make_rows(result) if row.label == "parameters")
     assert row.cells[1] == (tables.UNKNOWN, "") and all(figure != "0" for figure, _ in row.cells)
-    assert json.loads(found.json())["models"][1]["parameters"] is None
-    assert "None" not in found.markdown()
-    assert "None" not in found.html()
+    assert json.loads(result.json())["models"][1]["parameters"] is None
+    assert "None" not in result.markdown()
+    assert "None" not in result.html()
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
@@ -292,8 +292,8 @@ def test_programs_of_a_fixed_batch(student, count):
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
 def test_an_executorch_program_has_a_largest_batch(student, exported, count):
-    given = logits_of(loading.load(exported["ExecuTorch"].path), HELD_OUT[:count])
-    assert torch.allclose(given, logits_of(student, HELD_OUT[:count]), atol=1e-4)
+    logits = logits_of(loading.load(exported["ExecuTorch"].path), HELD_OUT[:count])
+    assert torch.allclose(logits, logits_of(student, HELD_OUT[:count]), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -318,9 +318,9 @@ def test_an_onnx_model_of_a_fixed_batch_and_a_dynamic_int8_one(student, exported
         made.save(tmp_path / "fixed.onnx", external_data=False)
         quantization.quantize_dynamic(exported["ONNX"].path, tmp_path / "dynamic.onnx")
     models = {"fixed": tmp_path / "fixed.onnx", "dynamic": str(tmp_path / "dynamic.onnx")}
-    found = fastkd.report(student, models, LOADER, seconds=0, show=False)
-    assert found.models[1].answers.agreement == 1 and found.models[2].answers.agreement > 0.98
-    assert found.models[1].size.parameters is None
+    result = fastkd.report(student, models, LOADER, seconds=0, show=False)
+    assert result.models[1].answers.agreement == 1 and result.models[2].answers.agreement > 0.98
+    assert result.models[1].size.parameters is None
 
 
 @pytest.mark.parametrize(
@@ -353,8 +353,8 @@ def test_peak_memory_counts_weights_and_activations(exported):
         def forward(self, x):
             return torch.zeros(5_000_000)[:10] + x[:, :10] + self.weight[0]
 
-    found = memory.measure_peak_memory(Wide(), HELD_OUT[:2])
-    assert found == pytest.approx(24e6, abs=1e6)
+    result = memory.measure_peak_memory(Wide(), HELD_OUT[:2])
+    assert result == pytest.approx(24e6, abs=1e6)
     onnx = memory.measure_peak_memory(loading.load(exported["ONNX"].path), HELD_OUT[:32])
     assert 0.2e6 < onnx < 5e6
 

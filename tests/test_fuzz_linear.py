@@ -314,7 +314,7 @@ def test_earlier_failures_equal_the_reference(device, teacher):
     run(case, device)
     # An infinite slope of one class: the transposed layout gave 0 for the whole row.
     run(case._replace(leading=(), classes=2, weights=(0.0, 0.3)), device)
-    # The same class has no slope for centered squares; it was 0.
+    # An infinite slope of one class with centered squares: the whole gradient was 0.
     run(case._replace(biases=(True, False), divergence="centered_mse", weights=(0.0, 0.3)), device)
     # A gradient below the least number of its dtype.
     run(Case(leading=(), classes=2, widths=(1, 1), odd=((0, 0, 0, 1e-45),), labels="none"), device)

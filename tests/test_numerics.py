@@ -153,7 +153,7 @@ def test_dkd_near_the_teacher(device, classes, kl):
     # kernels of November 2026, and 29 times by those of December.
     torch.testing.assert_close(rows.detach().double(), exact.loss, rtol=4e-6, atol=30 * floor)
     rows.sum().backward()
-    # As for the KL: a unit in the last place of the probabilities' factors.
+    # A unit in the last place of the probabilities' factors is allowed, as for the KL.
     others = teacher.double().softmax(-1)
     share = 1 - others.gather(-1, labels.unsqueeze(-1))
     others = others.scatter(-1, labels.unsqueeze(-1), 0) / share

@@ -78,8 +78,8 @@ def test_answers(models, report):
     teacher, students = models
     with torch.no_grad():
         said = {name: m(IMAGES).double() for name, m in {"teacher": teacher, **students}.items()}
-    for found in report.models:
-        logits, answers = said[found.name], found.answers
+    for result in report.models:
+        logits, answers = said[result.name], result.answers
         right = (logits.argmax(-1) == LABELS).double().mean()
         assert answers.rows == len(LABELS)
         assert answers.accuracy == pytest.approx(float(right), abs=1e-9)
@@ -97,11 +97,11 @@ def test_calibration_of_what_is_known():
     """A sure model is always right, and then right half of the time."""
     logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
     for labels, error in (([0, 0], 0.0), ([0, 1], 0.5)):
-        found = fastkd.report(
+        result = fastkd.report(
             nn.Identity(), nn.Identity(), [(logits, torch.tensor(labels))], seconds=0, show=False
         )
-        assert found.models[1].answers.calibration_error == pytest.approx(error)
-        assert [one.rows for one in found.models[0].answers.bins] == [0] * 14 + [2]
+        assert result.models[1].answers.calibration_error == pytest.approx(error)
+        assert [one.rows for one in result.models[0].answers.bins] == [0] * 14 + [2]
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
@@ -111,21 +111,21 @@ def test_a_copy_agrees_where_logits_hardly_differ(dtype, scale):
     for parameter in teacher.parameters():
         parameter.data *= scale
     loader = [(IMAGES, LABELS)]
-    found = fastkd.report(teacher, copy.deepcopy(teacher), loader, seconds=0, show=False)
+    result = fastkd.report(teacher, copy.deepcopy(teacher), loader, seconds=0, show=False)
     with torch.no_grad():
         right = (teacher(IMAGES.to(dtype)).argmax(-1) == LABELS).double().mean()
-    for one in found.models:
+    for one in result.models:
         assert one.answers.agreement == 1 and one.answers.accuracy == pytest.approx(float(right))
 
 
 def test_float64_is_kept():
     """float32 cannot tell these logits apart."""
     logits = 1e9 + torch.eye(4, dtype=torch.float64)
-    found = fastkd.report(
+    result = fastkd.report(
         nn.Identity(), nn.Identity(), [(logits, torch.arange(4))], seconds=0, show=False
     )
     exact = float(F.cross_entropy(logits, torch.arange(4)))
-    assert found.models[1].answers.cross_entropy == pytest.approx(exact)
+    assert result.models[1].answers.cross_entropy == pytest.approx(exact)
 
 
 def test_wilson_interval_against_its_definition():
@@ -158,14 +158,14 @@ def test_ignored_rows_sequences_and_classes_elsewhere():
 
 def test_without_labels_only_agreement_is_left(models, tmp_path):
     teacher, students = models
-    found = fastkd.report(
+    result = fastkd.report(
         teacher, students, [images for images, _ in LOADER], seconds=0, show=False
     )
-    answers = found.models[1].answers
+    answers = result.models[1].answers
     assert answers.accuracy is answers.calibration_error is answers.cross_entropy is None
     assert 0 < answers.agreement < 1
-    assert "accuracy" not in str(found) and "agree" in found.markdown()
-    assert {path.name for path in found.save(tmp_path).iterdir()} == {
+    assert "accuracy" not in str(result) and "agree" in result.markdown()
+    assert {path.name for path in result.save(tmp_path).iterdir()} == {
         *("report.html", "report.md", "report.json", "tradeoff.png")
     }
 
@@ -173,11 +173,11 @@ def test_without_labels_only_agreement_is_left(models, tmp_path):
 def test_size_counts_shared_weights_once():
     made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
     made[2].weight = made[0].weight
-    found = measure.measure_size(made)
-    assert found.parameters == 64 + 8 + 16 + 8
-    assert found.bytes == 4 * (found.parameters + 16) + 8
+    result = measure.measure_size(made)
+    assert result.parameters == 64 + 8 + 16 + 8
+    assert result.bytes == 4 * (result.parameters + 16) + 8
     made[2].weight = nn.Parameter(made[0].weight.detach().t())  # a view of made[0].weight
-    assert measure.measure_size(made).bytes == found.bytes
+    assert measure.measure_size(made).bytes == result.bytes
 
 
 def test_size_of_parameters_that_are_views_of_one_buffer():
@@ -193,8 +193,8 @@ def test_size_of_a_quantised_model():
     quantised = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
     weights = 64 * 32 + 32 * 10
     assert weights < measure.measure_size(quantised).bytes < measure.measure_size(plain).bytes
-    found = fastkd.report(plain, quantised, LOADER[:1], seconds=0, show=False)
-    assert found.models[1].answers.agreement > 0.5
+    result = fastkd.report(plain, quantised, LOADER[:1], seconds=0, show=False)
+    assert result.models[1].answers.agreement > 0.5
 
 
 class Summing(nn.Module):
@@ -205,10 +205,10 @@ class Summing(nn.Module):
 
 
 def test_models_without_parameters():
-    found = fastkd.report(Summing(), nn.Linear(64, 10), LOADER[:1], seconds=0, show=False)
-    assert "student agrees with" not in str(found) and "2.6" in found.html()
-    found = fastkd.report(nn.Linear(64, 10), Summing(), LOADER[:1], seconds=0, show=False)
-    assert "| parameters | 650 | 0 |" in found.markdown() and "student keeps" in found.markdown()
+    result = fastkd.report(Summing(), nn.Linear(64, 10), LOADER[:1], seconds=0, show=False)
+    assert "student agrees with" not in str(result) and "2.6" in result.html()
+    result = fastkd.report(nn.Linear(64, 10), Summing(), LOADER[:1], seconds=0, show=False)
+    assert "| parameters | 650 | 0 |" in result.markdown() and "student keeps" in result.markdown()
 
 
 class Slow(nn.Module):
@@ -228,10 +228,10 @@ class Slow(nn.Module):
 def test_latency(device):
     quick, slow = Slow(0.001).to(device), Slow(0.004).to(device)
     rows = torch.randn(20, 3)
-    found = fastkd.report(
+    result = fastkd.report(
         slow, quick, [(rows, rows.argmax(-1))], seconds=0.01, devices=[device], show=False
     )
-    times = {m.name: next(iter(m.latency.values())) for m in found.models}
+    times = {m.name: next(iter(m.latency.values())) for m in result.models}
     assert quick.seen == {(20, False, False), (1, False, False), (32, False, False)}
     assert quick.training and slow.training
     for batch in (1, 32):
@@ -245,11 +245,11 @@ def test_latency(device):
 
 def test_models_in_other_dtypes():
     rows = torch.randn(8, 4)
-    found = fastkd.report(
+    result = fastkd.report(
         nn.Linear(4, 3), nn.Linear(4, 3).bfloat16(), [(rows, torch.zeros(8).long())], seconds=0,
         show=False,
     )  # fmt: skip
-    assert found.models[1].size.bytes < found.models[0].size.bytes
+    assert result.models[1].size.bytes < result.models[0].size.bytes
 
 
 def test_mappings_of_inputs():
@@ -259,8 +259,8 @@ def test_mappings_of_inputs():
             return a + b[:, :1]
 
     batch = {"a": torch.randn(3, 4), "b": torch.randn(3, 2), "labels": torch.tensor([0, 1, 2])}
-    found = fastkd.report(Named(), Named(), [batch, batch], seconds=0, show=False)
-    assert found.models[0].answers.rows == 6
+    result = fastkd.report(Named(), Named(), [batch, batch], seconds=0, show=False)
+    assert result.models[0].answers.rows == 6
 
 
 def test_inputs_that_are_no_sample_s_and_named_tuples():
@@ -277,8 +277,8 @@ def test_inputs_that_are_no_sample_s_and_named_tuples():
     named = {"pair": pair, "scale": torch.tensor(2.0), "mask": None, "flag": True}
     tuples = [((pair, torch.tensor(2.0), None, True), labels)] * 2
     for loader in ([{**named, "labels": labels}] * 2, tuples):
-        found = fastkd.report(Optional(), Optional(), loader, seconds=0, show=False)
-        assert found.models[0].answers.rows == 6
+        result = fastkd.report(Optional(), Optional(), loader, seconds=0, show=False)
+        assert result.models[0].answers.rows == 6
 
 
 # ---- whether timings can be trusted
@@ -293,23 +293,23 @@ def test_speedup_of_quiet_turns():
     """A slow call in each turn, and two turns on a busy machine, do not change the ratio."""
     quiet = (1.0, [0.4] * 20 + [9.0], [0.1] * 20 + [3.0])
     busy = (0.4, [4.0] * 9, [0.1] * 9)
-    found, warnings = measure.summarize_turns(make_turns(quiet, busy, quiet, busy, quiet), 8)
-    assert found["student"].speedup == pytest.approx(4) and found["teacher"].speedup == 1
-    assert found["student"][:4] == (0.1, 0.1, pytest.approx(80), 63)
+    result, warnings = measure.summarize_turns(make_turns(quiet, busy, quiet, busy, quiet), 8)
+    assert result["student"].speedup == pytest.approx(4) and result["teacher"].speedup == 1
+    assert result["student"][:4] == (0.1, 0.1, pytest.approx(80), 63)
     assert warnings == []
 
 
 def test_no_speedup_on_a_busy_machine():
     turns = make_turns(*[(0.5, [0.4] * 9, [0.1] * 9)] * 6, *[(1.0, [0.4] * 9, [0.1] * 9)] * 4)
-    found, (warning,) = measure.summarize_turns(turns, 8)
-    assert found["student"].speedup is found["teacher"].speedup is None
+    result, (warning,) = measure.summarize_turns(turns, 8)
+    assert result["student"].speedup is result["teacher"].speedup is None
     assert "withheld; the process got 50 % of the processor time it asked for" in warning
 
 
 def test_no_speedup_if_its_estimates_disagree():
     turns = make_turns(*[(1.0, [0.4, 9.0, 9.0], [0.1, 0.1, 0.1])] * 9)
-    found, (warning,) = measure.summarize_turns(turns, 8)
-    assert found["student"].speedup is None and found["teacher"].speedup == 1
+    result, (warning,) = measure.summarize_turns(turns, 8)
+    assert result["student"].speedup is None and result["teacher"].speedup == 1
     assert warning == (
         "student's speed ratio is withheld; it is 90 by the medians, 4 by the fastest calls"
     )
@@ -317,10 +317,10 @@ def test_no_speedup_if_its_estimates_disagree():
 
 def test_wide_and_superlinear_timings_are_named():
     turns = make_turns(*[(1.0, [0.4] * 8 + [0.9] * 2, [0.1] * 8 + [0.3] * 2)] * 9)
-    found, warnings = measure.summarize_turns(turns, 1)
-    assert found["student"].speedup == pytest.approx(4)
+    result, warnings = measure.summarize_turns(turns, 1)
+    assert result["student"].speedup == pytest.approx(4)
     assert warnings == ["95th percentile over 2x the median: teacher, student"]
-    one = found["student"]
+    one = result["student"]
     by_batch = {1: one, 32: one._replace(p50=40 * one.p50)}
     (warning,) = measure._compare_batches("CPU: student's", by_batch)
     assert warning == "CPU: student's batch 32 takes 40x as long as its batch 1."
@@ -375,12 +375,12 @@ class Repeated(nn.Module):
 def test_speed_ratios_on_a_busy_machine(busy_cores, threads):
     """Ratios are within 2x of the true ratio, 30, or withheld with the reason."""
     loader = [(torch.randn(32, 256), torch.randint(256, (32,)))]
-    found = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
-    for batch, latency in found.models[1].latency["cpu"].items():
+    result = fastkd.report(Repeated(60), Repeated(2), loader, threads=threads, show=False)
+    for batch, latency in result.models[1].latency["cpu"].items():
         if latency.speedup is None:
-            reasons = [text for text in found.warnings if text.startswith(f"CPU, batch {batch}:")]
+            reasons = [text for text in result.warnings if text.startswith(f"CPU, batch {batch}:")]
             assert "withheld" in reasons[0]
-            assert "withheld" in str(found)
+            assert "withheld" in str(result)
         else:
             assert 15 < latency.speedup < 60
 
@@ -392,11 +392,11 @@ def test_threads_are_set_and_restored():
             return super().forward(x)
 
     counts, before = set(), torch.get_num_threads()
-    found = fastkd.report(
+    result = fastkd.report(
         Counting(64, 10), nn.Linear(64, 10), LOADER[:1], threads=3, seconds=0, show=False
     )
     assert counts == {3} and torch.get_num_threads() == before
-    environment = found.environment
+    environment = result.environment
     assert environment["threads"] == "3" and environment["cores"] == str(os.cpu_count())
     assert float(environment["load average at the start"]) >= 0
     with pytest.raises(ValueError, match=r"^threads must be an int of at least 1; got 0"):
@@ -410,8 +410,8 @@ def test_modules_without_an_evaluation_mode():
     with pytest.raises(NotImplementedError):
         exported.eval()
     student = nn.Sequential(nn.Dropout(1.0), exported, nn.Dropout(1.0))
-    found = fastkd.report(exported, student, LOADER[:1], seconds=0, show=False)
-    assert found.models[1].answers.agreement == 1
+    result = fastkd.report(exported, student, LOADER[:1], seconds=0, show=False)
+    assert result.models[1].answers.agreement == 1
     assert student.training and student[0].training and student[2].training
 
 
@@ -435,35 +435,35 @@ def make_report(count: int, speedup: float | None = 3650.0) -> fastkd.Report:
 
 
 def test_the_verdict():
-    found = make_report(4)
+    result = make_report(4)
     expected = (
         "distilled keeps 96.9 % of the teacher's accuracy at 1/59 of its size, 3,650x faster on "
         "CPU; 5.0 points above training alone."
     )
-    assert tables.summarize(found) == expected
-    assert expected in Page(found.html()).text and f"**{expected}**" in found.markdown()
+    assert tables.summarize(result) == expected
+    assert expected in Page(result.html()).text and f"**{expected}**" in result.markdown()
     withheld = tables.summarize(make_report(4, None))
     assert withheld == expected.replace(", 3,650x faster on CPU", "")
-    teacher, alone, distilled, *_ = found.models
+    teacher, alone, distilled, *_ = result.models
     small = alone.answers._replace(accuracy=0.949, accuracy_high=0.96)
-    close = found._replace(models=(teacher, alone._replace(answers=small), distilled))
+    close = result._replace(models=(teacher, alone._replace(answers=small), distilled))
     assert tables.summarize(close).endswith(
         "; 0.1 points above training alone, a difference within the intervals."
     )
     better = alone.answers._replace(accuracy=0.97, accuracy_low=0.96)
-    worse = found._replace(models=(teacher, alone._replace(answers=better), distilled))
+    worse = result._replace(models=(teacher, alone._replace(answers=better), distilled))
     assert worse.models[1].name == "alone" and "; 2.0 points below" in tables.summarize(worse)
-    only = tables.summarize(found._replace(models=(teacher, alone)))
+    only = tables.summarize(result._replace(models=(teacher, alone)))
     assert only.startswith("alone keeps 91.8 %") and "training alone" not in only
 
 
 @pytest.mark.parametrize("count", [2, 4, 10])
 @pytest.mark.parametrize("speedup", [3650.0, None])
 def test_eighty_columns(count, speedup):
-    found = make_report(count, speedup)
-    text, words = str(found), " ".join(str(found).split())
+    result = make_report(count, speedup)
+    text, words = str(result), " ".join(str(result).split())
     assert max(map(len, text.splitlines())) <= 80
-    for model in found.models:
+    for model in result.models:
         assert model.name in words
     assert words.count("3,650x faster") == (count if speedup else 0)
     assert words.count("withheld") == (0 if speedup else count)
@@ -471,11 +471,11 @@ def test_eighty_columns(count, speedup):
 
 
 def test_unknown_parameters_are_a_dash():
-    found = make_report(4)
-    row = next(line for line in found.markdown().splitlines() if "parameters" in line)
+    result = make_report(4)
+    row = next(line for line in result.markdown().splitlines() if "parameters" in line)
     assert row == "| parameters | 100 | 100 (the same) | 100 (the same) | \u2013 |"
     assert (
-        ">\u2013<" in found.html() and json.loads(found.json())["models"][3]["parameters"] is None
+        ">\u2013<" in result.html() and json.loads(result.json())["models"][3]["parameters"] is None
     )
 
 
@@ -543,9 +543,17 @@ def test_pictures_suit_light_and_dark_pages(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_said(change, message):
-    given = {"students": nn.Linear(64, 10), "loader": LOADER, "seconds": 0, "show": False, **change}
+    arguments = {
+        "students": nn.Linear(64, 10),
+        "loader": LOADER,
+        "seconds": 0,
+        "show": False,
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
-        fastkd.report(nn.Linear(64, 10), given.pop("students"), given.pop("loader"), **given)
+        fastkd.report(
+            nn.Linear(64, 10), arguments.pop("students"), arguments.pop("loader"), **arguments
+        )
 
 
 def test_a_student_is_a_module():
@@ -558,28 +566,28 @@ def test_a_student_is_a_module():
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("batch_sizes", 8), ("devices", "cpu"), ("devices", torch.device("cpu"))]
+    ("name", "value"), [("batch_sizes", 8), ("devices", "cpu"), ("devices", torch.device("cpu"))]
 )
-def test_what_is_no_list(name, given):
+def test_what_is_no_list(name, value):
     with pytest.raises(TypeError, match=f"^{name} must be a list or tuple; got "):
-        fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, **{name: given})
+        fastkd.report(nn.Linear(64, 10), nn.Linear(64, 10), LOADER, **{name: value})
 
 
 # ---- what is shown
 
 
 def test_terminal(models, capsys):
-    found = fastkd.report(*models, LOADER[:2], seconds=0)
+    result = fastkd.report(*models, LOADER[:2], seconds=0)
     shown = capsys.readouterr().out
     for text in ("teacher", "alone", "distilled", "accuracy", "calibration error", "p95"):
-        assert text in shown and text in str(found)
-    assert f"{100 * found.models[1].answers.agreement:.1f} %" in shown
+        assert text in shown and text in str(result)
+    assert f"{100 * result.models[1].answers.agreement:.1f} %" in shown
 
 
 def test_json_is_everything(report):
-    found = json.loads(report.json())
-    assert [m["name"] for m in found["models"]] == ["teacher", "alone", "distilled"]
-    first = found["models"][0]
+    result = json.loads(report.json())
+    assert [m["name"] for m in result["models"]] == ["teacher", "alone", "distilled"]
+    first = result["models"][0]
     assert first["parameters"] == 64 * 128 + 128 + 1280 + 10
     assert first["latency"]["cpu"]["32"]["p95"] == report.models[0].latency["cpu"][32].p95
     assert len(first["bins"]) == 15 and first["accuracy"] == report.models[0].answers.accuracy
@@ -645,22 +653,22 @@ def test_page_refers_to_nothing_outside_itself(report):
 def test_names_are_text_everywhere(models, tmp_path):
     teacher, students = models
     named = {HOSTILE: students["alone"]}
-    found = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=HOSTILE, show=False)
-    page = Page(found.html())
+    result = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=HOSTILE, show=False)
+    page = Page(result.html())
     assert "script" not in page.tags and "a" not in page.tags
     assert page.text.count(HOSTILE) >= 4  # title, heading, sentence, table
-    assert "<script" not in re.sub(r"\\<", "", found.markdown())
-    assert HOSTILE.split()[0] in str(found)
-    found.save(tmp_path)
+    assert "<script" not in re.sub(r"\\<", "", result.markdown())
+    assert HOSTILE.split()[0] in str(result)
+    result.save(tmp_path)
 
 
 @pytest.mark.parametrize("title", ["eval of [/data/run1]", "[bold]a[/bold] :smile: \\[b]"])
 def test_titles_and_names_are_no_markup(models, capsys, title):
     teacher, students = models
     named = {title: students["alone"]}
-    found = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=title)
+    result = fastkd.report(teacher, named, LOADER[:1], seconds=0, title=title)
     shown = capsys.readouterr().out
-    assert shown.count(title) == str(found).count(title) == 3  # title, column and headline
+    assert shown.count(title) == str(result).count(title) == 3  # title, column and headline
 
 
 def test_a_title_is_text():
@@ -733,8 +741,8 @@ def test_page_in_a_browser(report, tmp_path, dark):
         wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
         near = [
             n
-            for found, n in counts.items()
-            if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 30
+            for result, n in counts.items()
+            if max(abs(a - b) for a, b in zip(result, wanted, strict=True)) < 30
         ]
         assert sum(near) > 500, colour
     # The pictures' own text is light on dark, dark on light.

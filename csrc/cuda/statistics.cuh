@@ -250,7 +250,8 @@ struct RowStats {
         hard_scale(reciprocal_of(s.hard_sum)),
         teacher_max(s.teacher_max),
         teacher_scale(reciprocal_of(s.teacher_sum)) {}
-  // As GeneralStats (general.cuh) has it.
+  // Ignore the inputs and moments, so that kernels construct RowStats and GeneralStats
+  // (general.cuh) alike.
   __device__ __forceinline__ RowStats(const Inputs&, int64_t, const Statistics<A>& s,
                                       const Moments&)
       : RowStats(s) {}

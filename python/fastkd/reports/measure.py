@@ -25,7 +25,7 @@ WIDE = 2.0  # the 95th percentile over the median, beyond which there is a warni
 
 
 class Size(NamedTuple):
-    """How large a model is; a field is None if it is unknown."""
+    """Size of a model; an unknown field is None."""
 
     parameters: int | None
     bytes: int | None
