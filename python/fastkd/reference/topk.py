@@ -43,7 +43,10 @@ def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
     terms = log_q.masked_fill(~present, -math.inf).masked_fill(is_empty, 0)
-    return terms.logsumexp(-1).masked_fill(is_empty.squeeze(-1), -math.inf)
+    # torch.logsumexp cannot be compiled where the number of rows is unknown.
+    largest = terms.detach().amax(-1, keepdim=True)
+    log_sum = (terms - largest).exp().sum(-1).log() + largest.squeeze(-1)
+    return log_sum.masked_fill(is_empty.squeeze(-1), -math.inf)
 
 
 def is_infinite_without_rest(name: str, mix: float | None) -> bool:
