@@ -89,8 +89,9 @@ struct Summary {
 
 // Return an estimate of KL(q || p) from a sampled class, and its slope: the derivative by log q. k1
 // has the slope of the policy gradient, whose expected value is the gradient of KL(q || p)
-// (Schulman 2020).
+// (Schulman 2020). If the student masks the class, the estimate is infinite and the slope 0.
 FASTKD_HOST_DEVICE Evaluated<double> estimate(Estimator estimator, double d) {
+  if (d == -kNothing) return {estimator == Estimator::kK1 ? kNothing : -kNothing, 0};
   if (estimator == Estimator::kK1) return {-d, -d};
   if (estimator == Estimator::kK2) return {0.5 * d * d, -d};
   // r - 1 - log r for the ratio r = p / q is f(-d), which has a series.

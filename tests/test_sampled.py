@@ -102,6 +102,35 @@ def test_padding_has_no_soft_term(device):
     assert (student.grad[:2] == 0).all()
 
 
+@pytest.mark.parametrize("in_python", [False, True])
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_token_that_the_student_masks_has_an_infinite_loss_and_no_gradient(
+    device, estimator, weight, in_python
+):
+    student, log_p = make(device)
+    logits = student.detach().clone()
+    logits[0, 7] = -math.inf
+    logits.requires_grad_()
+    tokens = torch.full((ROWS,), 7, device=device)
+    teacher = fastkd.Sampled(log_p[:, 7].contiguous(), tokens, estimator)
+    options = {"soft_weight": weight, "reduction": "none"}
+    if in_python:
+        loss = reference.topk.terms(
+            logits,
+            teacher.log_probs.unsqueeze(-1),
+            tokens.unsqueeze(-1),
+            estimator=estimator,
+            **options,
+        ).loss
+    else:
+        loss = fastkd.loss(logits, teacher, **options)
+    loss.sum().backward()
+    infinite = -math.inf if estimator == "k1" else math.inf
+    assert loss[0] == (infinite if weight else 0.0)
+    assert (logits.grad[0] == 0).all() and logits.grad.isfinite().all()
+
+
 def test_a_head_as_student(device):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, 8, generator=generator).to(device).requires_grad_()

@@ -142,7 +142,7 @@ class Sampled(NamedTuple):
     value KL(q || p); k1 may be negative and usually has a higher variance than k3, and k2 is
     biased. The expected gradient of k1 and k2 is the gradient of KL(q || p); that of k3 is the
     gradient of KL(p || q). The gradient of k1 is the policy gradient whose advantage is d,
-    detached.
+    detached. A token whose student logit is -inf has an infinite value and a gradient of 0.
 
     It is a named tuple, so pytrees, ``torch.compile``, data loaders and Accelerate handle it.
 

@@ -122,9 +122,12 @@ def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) 
     """Estimate KL(q || p) from one class of each row, ``(..., 1)``; 0 for padding.
 
     The gradient of ``"k1"`` is that of the policy gradient: log q - log p, detached, times the
-    gradient of log q.
+    gradient of log q. A class that the student masks makes the estimate infinite, with a gradient
+    of 0.
     """
     log_q = log_q.gather(-1, indices.clamp(0, log_q.shape[-1] - 1))
+    is_masked = log_q == -math.inf
+    log_q = log_q.masked_fill(is_masked, 0)
     log_ratio = log_probs.masked_fill(indices < 0, 0) - log_q
     if estimator == "k1":
         value = -log_ratio.detach() + (log_q - log_q.detach()) * -log_ratio.detach()
@@ -132,6 +135,7 @@ def estimate(log_q: Tensor, indices: Tensor, log_probs: Tensor, estimator: str) 
         value = 0.5 * log_ratio.square()
     else:
         value = log_ratio.expm1() - log_ratio
+    value = value.masked_fill(is_masked, -math.inf if estimator == "k1" else math.inf)
     return value.masked_fill(indices < 0, 0).squeeze(-1)
 
 
