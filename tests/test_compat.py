@@ -11,6 +11,7 @@ from torch import nn
 
 from fastkd import compat
 from fastkd.compat import (
+    axolotl,
     deit,
     distilbert,
     keras,
@@ -24,15 +25,32 @@ from fastkd.compat import (
     torchtune,
     trl,
     trl_sdft,
+    verl,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
 KD = torchdistill.KDLoss("s", "output", "t", "output", temperature=2.0, alpha=0.3)
 SOFT = deit.DistillationLoss(nn.CrossEntropyLoss(), nn.Identity(), "soft", 0.5, tau=2.0)
 NO_LISTS = dict.fromkeys(("topk_logprobs", "topk_indices", "labels"))
+AXOLOTL = axolotl.LigerFusedLinearKLTopKLogprobLoss(0.0, 1.0, temperature=2.0, beta=0.1)
+
+
+def axolotl_loss(s, t, y):
+    """Compute the loss of logits, by a head that is the identity, where ``y`` is not -100."""
+    values, ids = t.log_softmax(-1).topk(3)
+    mask, no_labels = (y != -100)[:, None].expand_as(ids), torch.full_like(y, -100)
+    head = torch.eye(5, dtype=s.dtype, device=s.device)
+    return AXOLOTL(head, s[None], ids[None], values[None], mask[None], no_labels[None])
+
+
+def verl_loss(s, t, y):
+    lists = (part[None] for part in t.log_softmax(-1).topk(3))
+    return verl.compute_forward_kl_topk(s[None], *lists, None, "thd")["distillation_losses"].sum()
+
 
 # (student logits, teacher logits, labels) -> loss, for one adapter of each library.
 MASKING = {
+    "axolotl": axolotl_loss,
     "distilbert": lambda s, t, y: distilbert.step_loss(
         s[None], t[None], y[None] >= 0, y[None], alpha_mlm=1.0, alpha_clm=0.0, alpha_mse=0.1
     ),
@@ -56,6 +74,7 @@ OTHERS = {
         s, t, distillation_alpha=0.1
     ).sum(),
     "textbrewer": lambda s, t, y: textbrewer.kd_mse_loss(s, t, torch.full_like(y, 3).to(s)),
+    "verl": verl_loss,
 }
 
 
@@ -90,7 +109,7 @@ def test_losses_are_float32_for_narrower_logits(name):
 @pytest.mark.parametrize("name", [name for name in (*MASKING, *OTHERS) if name != "deit"])
 def test_a_teacher_that_requires_grad_is_refused(name):
     student, teacher, labels = draw((6, 5))
-    with pytest.raises(ValueError, match="teacher requires grad"):
+    with pytest.raises(ValueError, match=r"teacher(\.log_probs)? requires grad"):
         {**MASKING, **OTHERS}[name](student, teacher.requires_grad_(), labels)
 
 

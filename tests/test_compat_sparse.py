@@ -9,9 +9,10 @@ from typing import Optional
 import peers
 import pytest
 import torch
-from peers import MASKS, agree, draw
+from peers import MASKS, SINGLE, agree, draw
 
-from fastkd.compat import ms_swift, trl_sdft
+import fastkd
+from fastkd.compat import axolotl, ms_swift, trl_sdft, verl
 
 # ---------------------------------------------------------------- TRL's SDFT and SDPO
 
@@ -141,3 +142,248 @@ def test_ms_swift_refuses_unsupported_options():
         ms_swift.gkd_loss(student, outputs(), labels, 0.0, 1.0)
     with pytest.raises(ValueError, match="teacher must have the same shape"):
         ms_swift.gkd_loss(student[..., :9], outputs(full_logits=teacher), labels, 0.0, 1.0)
+
+
+# ---------------------------------------------------------------------------- axolotl
+
+
+@functools.cache
+def axolotl_code():
+    names = ("LigerFusedLinearKLTopKLogprobFunction", "LigerFusedLinearKLTopKLogprobLoss")
+    normalize = peers.code("axolotl", "integrations/kd/utils.py", "normalize_logprobs")
+    return peers.code(
+        "axolotl",
+        "integrations/kd/kernels/liger.py",
+        *names,
+        LigerFusedLinearDistillationBase=torch.autograd.Function,
+        normalize_logprobs=normalize.normalize_logprobs,
+    ).LigerFusedLinearKLTopKLogprobLoss
+
+
+def axolotl_losses(**options):
+    """Return fastkd's and axolotl's loss of (head, hidden, ids, log_probs, mask, labels, bias)."""
+    ours = axolotl.LigerFusedLinearKLTopKLogprobLoss(**options)
+    return ours, axolotl_code()(**options, compiled=False, chunk_size=4)
+
+
+def axolotl_batch():
+    """Draw hidden states, a head, lists of 4 classes that add up to 1, their mask, and labels."""
+    hidden, teacher, labels = draw((2, 6, 11), "some ignored")
+    values, ids = teacher.log_softmax(-1).topk(4)
+    mask = (labels != -100)[..., None].expand_as(ids).int()
+    head = torch.randn(11, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return hidden, head, (ids, values.log_softmax(-1), mask, labels), head[0]
+
+
+AXOLOTL = [(0.0, True), (0.3, True), (1.0, True), (0.0, False)]
+
+
+@pytest.mark.parametrize(("beta", "normalize"), AXOLOTL)
+@pytest.mark.parametrize("weights", [(0.1, 0.9), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("mask", ["of the labels", "of other positions", "all"])
+def test_axolotl_gives_its_own_loss(beta, normalize, weights, mask):
+    hidden, head, (ids, values, listed, labels), bias = axolotl_batch()
+    if mask != "of the labels":  # a token may have a label and no list, or a list and no label
+        listed = listed.roll(1, 1) if mask == "of other positions" else torch.ones_like(listed)
+    lists = (ids, values, listed, labels)
+    ours, theirs = axolotl_losses(
+        weight_hard_loss=weights[0],
+        weight_soft_loss=weights[1],
+        beta=beta,
+        normalize_topk=normalize,
+    )
+    for call, leaf in (
+        (lambda f, x: f(head, x, *lists), hidden),
+        (lambda f, x: f(x, hidden, *lists, bias), head),
+        (lambda f, x: f(head, hidden, *lists, x), bias),
+    ):
+        agree(functools.partial(call, ours), functools.partial(call, theirs), leaf, SINGLE)
+
+
+def test_axolotl_without_cross_entropy():
+    hidden, head, lists, _ = axolotl_batch()
+    ours, theirs = axolotl_losses(compute_ce_loss=False)
+    agree(lambda x: ours(head, x, *lists), lambda x: theirs(head, x, *lists), hidden, SINGLE)
+
+
+@pytest.mark.parametrize(("beta", "normalize"), AXOLOTL)
+def test_axolotl_at_another_temperature(beta, normalize):
+    """Documented difference: the gradient of axolotl's soft term lacks the factor T^2."""
+    hidden, head, lists, _ = axolotl_batch()
+    options = {"temperature": 3.0, "beta": beta, "normalize_topk": normalize}
+    ours, theirs = axolotl_losses(weight_hard_loss=0.0, **options)
+
+    def corrected(x):
+        value = theirs(head, x, *lists)
+        return value.detach() + 3.0**2 * (value - value.detach())
+
+    agree(lambda x: ours(head, x, *lists), corrected, hidden, SINGLE)
+    ours, theirs = axolotl_losses(**options)
+    torch.testing.assert_close(ours(head, hidden, *lists), theirs(head, hidden, *lists), **SINGLE)
+
+
+@pytest.mark.parametrize(("mark", "log_prob"), [(0, -1e9), (1, -torch.inf)])
+def test_axolotl_with_padding_in_a_list(mark, log_prob):
+    """Documented difference: axolotl counts padding in the student's sum, or returns NaN."""
+    hidden, head, (ids, values, listed, labels), _ = axolotl_batch()
+    ours, theirs = axolotl_losses(weight_hard_loss=0.0, beta=0.0)
+    padded = (
+        torch.cat([ids, torch.zeros_like(ids[..., :1])], -1),
+        torch.cat([values, torch.full_like(values[..., :1], log_prob)], -1),
+        torch.cat([listed, listed[..., :1] * mark], -1),
+        labels,
+    )
+    short = ours(head, hidden, ids, values, listed, labels)
+    torch.testing.assert_close(ours(head, hidden, *padded), short)
+    wrong = theirs(head, hidden, *padded)
+    assert wrong.isnan() if mark else wrong > short * 1.01
+
+
+def test_axolotl_refuses_unsupported_options():
+    with pytest.raises(ValueError, match=r"weight_soft_loss must be in \[0, 1\]; got 2"):
+        axolotl.LigerFusedLinearKLTopKLogprobLoss(weight_soft_loss=2)
+    with pytest.raises(ValueError, match=r"beta must be 0 with normalize_topk=False.*; got 0\.5"):
+        axolotl.LigerFusedLinearKLTopKLogprobLoss(beta=0.5, normalize_topk=False)
+
+
+# ------------------------------------------------------------------------------- verl
+
+
+@functools.cache
+def verl_code():
+    names = ("compute_forward_kl_topk", "kl_divergence", "_chunked_topk_log_probs")
+    world = {"get_ulysses_sequence_parallel_world_size": lambda: 1, "slice_input_tensor": None}
+    return peers.code("verl", "trainer/distillation/fsdp/losses.py", *names, **world)
+
+
+def verl_config(**options):
+    defaults = {"log_prob_min_clamp": None, "chunked_topk_chunk_size": 3}
+    return SimpleNamespace(distillation_loss=SimpleNamespace(**{**defaults, **options}))
+
+
+def nested(rows):
+    """Return the rows of two sequences, of 3 and 4 tokens, as verl's nested tensor."""
+    return torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, 7]))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_verl_gives_its_own_loss(k, chunked):
+    student, teacher, _ = draw((1, 7, 11))
+    lists = teacher[0].log_softmax(-1).topk(k)
+    call = (nested(lists[0]), nested(lists[1]), verl_config(use_chunked_topk=chunked), "thd")
+    plain = (lists[0][None], lists[1][None].int(), None, "thd")
+    theirs = verl_code().compute_forward_kl_topk
+    for name in ("distillation_losses", "student_mass", "teacher_mass"):
+        expected = theirs(student, *call)[name].double()
+        ours = verl.compute_forward_kl_topk(student, *plain)[name]
+        torch.testing.assert_close(ours, expected, **SINGLE)
+    agree(
+        lambda s: verl.compute_forward_kl_topk(s, *call)["distillation_losses"],
+        lambda s: theirs(s, *call)["distillation_losses"],
+        student,
+        SINGLE,
+    )
+
+
+def test_verl_where_a_position_has_no_list():
+    """verl's servers return k times token 0 with probability 1 for the last position."""
+    student, teacher, _ = draw((1, 7, 11))
+    values, ids = teacher.log_softmax(-1).topk(4)
+    values[0, -1], ids[0, -1] = 0.0, 0
+    student.requires_grad_()
+    losses = verl.compute_forward_kl_topk(student, values, ids, None, "thd")["distillation_losses"]
+    losses.sum().backward()
+    assert losses[0, -1] == 0 and not student.grad[0, -1].any() and student.grad[0, :-1].any()
+
+
+def test_verl_does_not_clamp_log_probabilities():
+    """Documented difference: below log_prob_min_clamp, verl's student learns nothing."""
+    student, teacher = torch.zeros(1, 1, 3), torch.tensor([[[0.5, 0.4]]]).log()
+    ids, config = torch.tensor([[[0, 1]]]), verl_config(log_prob_min_clamp=-10.0)
+    lists = [
+        torch.nested.nested_tensor_from_jagged(x[0], torch.tensor([0, 1])) for x in (teacher, ids)
+    ]
+    lower, values = student.clone(), []
+    student[0, 0, 1], lower[0, 0, 1] = -20.0, -30.0
+    for loss in (verl_code().compute_forward_kl_topk, verl.compute_forward_kl_topk):
+        values.append(
+            [loss(x, *lists, config, "thd")["distillation_losses"] for x in (student, lower)]
+        )
+    (theirs, theirs_lower), (ours, ours_lower) = values
+    torch.testing.assert_close(theirs, theirs_lower)
+    torch.testing.assert_close(ours_lower - ours, torch.tensor([[4.0]]))
+
+
+def test_verl_with_a_tail():
+    """Without a tail the loss may be negative, and verl clamps it; a ghost class makes it a KL."""
+    log_probs, ids = torch.tensor([[[0.5, 0.3]]]).log(), torch.tensor([[[0, 1]]])
+    student = torch.tensor([[[0.6, 0.35, 0.05]]]).log()
+    truncated, ghost = (
+        verl.compute_forward_kl_topk(student, log_probs, ids, None, "thd", tail=tail)
+        for tail in ("ignore", "ghost")
+    )
+    assert truncated["distillation_losses"] < 0 < ghost["distillation_losses"]
+
+
+@functools.cache
+def verl_estimators():
+    masked = {
+        "masked_mean": lambda values, mask: (values * mask).sum() / mask.sum(),
+        "masked_sum": lambda values, mask: (values * mask).sum(),
+    }
+    names = ("kl_penalty", "kl_penalty_forward", "compute_policy_loss_vanilla", "agg_loss")
+    return peers.code(
+        "verl", "trainer/ppo/core_algos.py", *names, verl_F=SimpleNamespace(**masked), AlgoConfig=()
+    )
+
+
+class Config(SimpleNamespace):
+    """Options that verl reads as attributes and by get()."""
+
+    def get(self, name, default):
+        return getattr(self, name, default)
+
+
+CLIP = Config(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2, global_batch_info={})
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_verl_estimators_are_those_of_sampled(name):
+    """docs/compat.md names these calls in place of verl's, which get no logits."""
+    student, teacher, tokens = draw((2, 4, 11))
+    student, teacher = student / 6, teacher / 6  # verl clamps k3 at 10
+    chosen = tokens[..., None]
+    log_p = teacher.log_softmax(-1).gather(-1, chosen)[..., 0]
+
+    def theirs(logits):
+        log_q = logits.log_softmax(-1).gather(-1, chosen)[..., 0]
+        estimate = verl_estimators().kl_penalty(log_q, log_p, name)
+        if name != "k1":
+            return verl_estimators().agg_loss(estimate, torch.ones_like(estimate), "token-mean")
+        return verl_estimators().compute_policy_loss_vanilla(
+            log_q.detach(), log_q, -estimate.detach(), torch.ones_like(estimate), config=CLIP
+        )[0]
+
+    sampled = fastkd.Sampled(log_p, tokens, estimator=name)
+    agree(lambda s: fastkd.loss(s, sampled), theirs, student)
+
+
+def test_verl_policy_gradient_of_k3():
+    """Documented fault: k3 as an advantage maximizes the forward KL beside the reverse KL."""
+    student, teacher, _ = draw((1, 5))
+    student, teacher = student / 6, teacher / 6  # verl clamps k3 at 10
+    log_p = teacher[0].log_softmax(-1)
+
+    def expected(logits):
+        log_q = logits[0].log_softmax(-1)
+        estimate = verl_estimators().kl_penalty(log_q, log_p, "k3").detach()
+        surrogate = (log_q.exp().detach() * estimate * log_q).sum()  # over the tokens' probability
+        return surrogate - surrogate.detach()
+
+    def difference(logits):
+        q, p = (x.log_softmax(-1) for x in (logits[0], teacher[0]))
+        value = (q.exp() * (q - p)).sum() - (p.exp() * (p - q)).sum()
+        return value - value.detach()
+
+    agree(expected, difference, student)

@@ -13,6 +13,7 @@ tensor(1.3863)
 """
 
 from fastkd.compat import (
+    axolotl,
     deit,
     distilbert,
     keras,
@@ -27,9 +28,11 @@ from fastkd.compat import (
     torchtune,
     trl,
     trl_sdft,
+    verl,
 )
 
 __all__ = [
+    "axolotl",
     "deit",
     "distilbert",
     "keras",
@@ -44,6 +47,7 @@ __all__ = [
     "torchtune",
     "trl",
     "trl_sdft",
+    "verl",
 ]
 
 
