@@ -37,7 +37,7 @@ options computes.
 
 | option | default | |
 |---|---|---|
-| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18; a number, or one for each row; may be learned |
+| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18; one, or one for each row; may be learned |
 | `teacher_temperature` | `temperature` | the temperature of the teacher |
 | `alpha` | 0.5 | weight of the hard term |
 | `hard_weight`, `soft_weight` | | instead of `alpha`; numbers, or one for each row |
