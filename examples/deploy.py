@@ -1,10 +1,10 @@
 # %% [markdown]
 # # From teacher to device
 #
-# A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large for
-# the device that it should run on. This notebook trains a small **student** on the teacher's outputs,
-# and compares it with the same student trained alone. Then it exports the student to ONNX Runtime and
-# ExecuTorch with 8-bit integers, and measures every model on one thread.
+# A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large
+# for the device that it should run on. This notebook trains a small **student** on the teacher's
+# outputs, and compares it with the same student trained alone. Then it exports the student to ONNX
+# Runtime and ExecuTorch with 8-bit integers, and measures every model on one thread.
 #
 # The notebook needs `pip install "fastkd[report,deploy,examples]"`, and takes about a minute.
 # `deploy.py` and `deploy.ipynb` have the same cells.
@@ -83,19 +83,19 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # ## The student, alone and distilled
 #
 # The student has three linear layers, and sees a tenth of the images. The student trained alone
-# learns from the labels of these images. The distilled student learns from the same labels, and from
-# the teacher's logits on the same images. Its loss is
+# learns from the labels of these images. The distilled student learns from the same labels, and
+# from the teacher's logits on the same images. Its loss is
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
 #
 # where z are the student's logits, w the teacher's logits, y the labels and T is the temperature.
-# CE is the cross entropy, and KL the Kullback-Leibler divergence. Both students begin with the same
-# weights, and see the same images in the same order. T = 4 and α = 0.1 were chosen on other splits of
-# the data.
+# CE is the cross entropy, and KL the Kullback-Leibler divergence. Both students begin with the
+# same weights, and see the same images in the same order. T = 4 and α = 0.1 were chosen on other
+# splits of the data.
 #
-# One seed may be luck. So both students are trained with ten seeds, each with other images and other
-# initial weights.
+# One seed may be luck. So both students are trained with ten seeds, each with other images and
+# other initial weights.
 
 
 # %%
@@ -146,8 +146,8 @@ plt.show()
 # ## To the device
 #
 # `fastkd.export` writes a file that runs without PyTorch, and compares the file's logits with the
-# student's. `quantize="int8"` stores weights in 8 bits, and computes with 8-bit activations. Training
-# images, the second argument, determine the ranges of the activations.
+# student's. `quantize="int8"` stores weights in 8 bits, and computes with 8-bit activations.
+# Training images, the second argument, determine the ranges of the activations.
 
 # %%
 alone, distilled = pairs[0]
