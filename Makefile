@@ -38,7 +38,7 @@ $(VENV)/complete: $(VENV)/installed
 
 install: $(VENV)/installed  ## create .venv, build fastkd and install it there
 
-demo: $(VENV)/installed  ## distil a small student on scikit-learn's digits, and print what distillation gained
+demo: $(VENV)/installed  ## distill a small student on scikit-learn's digits, and print what distillation gained
 	$(RUN) examples/digits.py
 
 # One process for each core, each with one OpenMP thread: tests of threads set their own number.
@@ -81,14 +81,14 @@ else
 	@echo "kernel-test-arm: nothing is tested, for $(ARM)-g++ or qemu-aarch64 (Debian: qemu-user) is not installed"
 endif
 
-sanitize: $(VENV)/created  ## run the kernel tests under the address, undefined-behaviour and thread sanitizers
+sanitize: $(VENV)/created  ## run the kernel tests under the address, undefined-behavior and thread sanitizers
 	$(call kernels,sanitize,-DFASTKD_SANITIZE=address$(COMMA)undefined)
 	$(CTEST) --test-dir build/sanitize
 	$(call kernels,sanitize-threads,-DFASTKD_SANITIZE=thread,cpu_threads)
 	$(CTEST) --test-dir build/sanitize-threads -R cpu_threads
 
 # valgrind shows programs a processor without AVX-512: those kernels are not tried here.
-valgrind: $(VENV)/created  ## run the kernel tests under valgrind: memory errors, uninitialised values, leaks
+valgrind: $(VENV)/created  ## run the kernel tests under valgrind: memory errors, uninitialized values, leaks
 	$(call kernels,kernels,,cpu_kernels cpu_threads cpu_fuzz device_arithmetic)
 	for test in "cpu_kernels memory" "cpu_threads" "cpu_fuzz 300" "device_arithmetic"; do \
 	  valgrind --quiet --error-exitcode=1 --leak-check=full build/kernels/$$test || exit 1; done

@@ -1,8 +1,8 @@
 """Write docs/accuracy.md, the errors of fastkd and of eager PyTorch against float64.
 
 The truth is `fastkd.reference` in float64 on the same numbers. Eager PyTorch computes the same
-formula from ``log_softmax`` in the inputs' dtype. The error of a loss is that of each row relative
-to the row's loss; the error of a gradient is the 2-norm of a row's error relative to the row's.
+formula from ``log_softmax`` in the inputs' dtype. The error of a loss is relative to the loss of
+each row. The error of a gradient is its 2-norm, relative to the 2-norm of the row's gradient.
 """
 
 from __future__ import annotations
@@ -168,12 +168,13 @@ def document(device: str) -> str:
         "# Accuracy\n",
         f"Written by `python -m benchmarks.accuracy` on {facts['device']}, torch "
         f"{torch.__version__}, {_C.isa()} kernels, commit {facts['commit']}, {facts['date']}.\n",
-        f"{' '.join((__doc__ or '').split(chr(10) * 2)[1].split())} Each cell is the median / the "
-        "greatest over the rows; `inf` is a row that is not a number. T is 2. The last column is "
-        "what rounding the true gradient to the dtype costs: no kernel that stores one can do "
-        "better. A loss is float32 whatever these logits are. Of a KL of 1e-9 the truth "
-        "itself keeps six digits. Logits of float64 are computed in float64, which nothing here "
-        "could judge: `tests/kernels/cpu_kernels.cpp` holds them to long double.\n",
+        f"{' '.join((__doc__ or '').split(chr(10) * 2)[1].split())} Each cell is the median / "
+        "the maximum over the rows; `inf` stands for a row with NaN. T is 2. The last column is "
+        "the error of rounding the true gradient to the dtype: no kernel that stores a gradient in "
+        "this dtype can do better. The loss is float32 for all these dtypes. At a KL of 1e-9 the "
+        "truth itself has six correct digits. The tables lack float64 logits, because a float64 "
+        "truth cannot judge them: `tests/kernels/cpu_kernels.cpp` compares them with long double."
+        "\n",
         "## The forward KL, by dtype and inputs\n",
     ]
     for name, dtype in DTYPES.items():
@@ -193,9 +194,9 @@ def document(device: str) -> str:
         _C.use_isa(before)
         parts += [table(results), ""]
         parts.append(
-            "Two instruction sets differ by roundings alone: by at most 2e-6 of the loss (1e-13 in "
-            "fp64), and of a gradient by one unit in the last place of a 16-bit dtype. "
-            "`tests/test_determinism.py::test_instruction_sets_agree` holds them to that.\n"
+            "Two instruction sets differ by rounding alone: losses by at most 2e-6 (1e-13 in "
+            "fp64), 16-bit gradients by one unit in the last place. "
+            "`tests/test_determinism.py::test_instruction_sets_agree` checks these bounds.\n"
         )
     return "\n".join(parts)
 

@@ -457,7 +457,7 @@ def table(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """Return all cases as Markdown."""
     load = results["environment"]["load at the start"]
-    busy = f" Other work was running (load {load}): times suffered." if load > 0.5 else ""
+    busy = f" Other programs ran (load {load}), so the times are too long." if load > 0.5 else ""
     parts = [f"{report.headline(results)}.{busy}"]
     for each in results["cases"]:
         notes = "; ".join(verdicts(each))

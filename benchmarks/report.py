@@ -454,7 +454,7 @@ def readme_headline() -> str:
         f"(float32 logits of {case['rows']} x {case['classes']}).\n\n"
         f"Status: **alpha**. CPU: measured on {_measured('cpu')}. CUDA: "
         + (f"measured on {gpus}" if gpus else f"[not yet\nvalidated on a GPU]({PENDING})")
-        + ". [Documentation](docs/index.md); `make docs` builds a site of it.\n"
+        + ". [Documentation](docs/index.md); `make docs` builds the site.\n"
     )
 
 
@@ -504,8 +504,9 @@ def readme_benchmarks() -> str:
         parts += [
             f"![Time of each baseline relative to fastkd]({where}/overview.png)\n",
             _markdown_table(readme_rows(results)),
-            "Baselines: the time of each, divided by fastkd's. Share of memory bandwidth: the time "
-            f"to {verb} the same bytes, divided by fastkd's\ntime. Gradient errors: relative to "
+            "Baselines: the time of each, divided by fastkd's; eager fp32 converts the logits to "
+            "float32 first. Share of memory bandwidth: the time\n"
+            f"to {verb} the same bytes, divided by fastkd's time. Gradient errors: relative to "
             f"float64. {headline(results)}.\n"
             f"[All cases, errors, memory and claims]({where}/results.md).\n",
         ]

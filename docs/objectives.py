@@ -21,42 +21,42 @@ _INTRO = """\
 
 <!-- Written by `python docs/objectives.py`; a test compares. -->
 
-For every row, with logits `z` of the student, `w` of the teacher and label `y`,
+For every row, with the student's logits `z`, the teacher's logits `w` and the label `y`,
 
 ```math
 \\text{loss} = a\\,\\mathrm{CE}(\\mathrm{softmax}(z), y) + b\\,T^2 D(p, q)
 ```
 
 with $q = \\mathrm{softmax}(z / T)$ and $p = \\mathrm{softmax}(w / T_t)$. $a$ is `hard_weight`, $b$
-is `soft_weight`, and $T_t$ is `teacher_temperature`, which is $T$ unless it is given. `alpha` is
-short for `hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences,
-their gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a
-set of options computes.
+is `soft_weight`, and $T_t$ is `teacher_temperature`, by default $T$. `alpha` is short for
+`hard_weight=alpha, soft_weight=1 - alpha`. [maths.md](maths.md) derives the divergences, their
+gradients and the cost of masked classes. `fastkd.explain(**options)` prints in words what a set of
+options computes.
 
 ## Options
 
 | option | default | |
 |---|---|---|
-| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18, or a tensor, 0-d or of rows; can learn |
-| `teacher_temperature` | `temperature` | the teacher's own |
+| `temperature` | 2.0; 1.0 with a TopK | 1e-18 to 1e18; one, or one for each row; may be learned |
+| `teacher_temperature` | `temperature` | the temperature of the teacher |
 | `alpha` | 0.5 | weight of the hard term |
-| `hard_weight`, `soft_weight` | | in place of `alpha`: numbers, or one for each row |
-| `ignore_index` | -100 | rows with this label count nothing, in either term |
-| `reduction` | `"mean"` | over rows; `"sum"`, or `"none"` for one loss a row |
-| `normalizer` | | what `"mean"` divides by, such as the global token count |
+| `hard_weight`, `soft_weight` | | instead of `alpha`; numbers, or one for each row |
+| `ignore_index` | -100 | rows with this label count in neither term |
+| `reduction` | `"mean"` | over the rows; or `"sum"`, or `"none"` for one loss for each row |
+| `normalizer` | number of rows | denominator of `"mean"`, such as a global token count |
 | `label_smoothing`, `class_weight` | 0.0, `None` | of the hard term, as in `F.cross_entropy` |
 | `divergence`, `mix` | `"forward_kl"` | the soft term; `fastkd.divergences()` lists them |
-| `teacher_form` | `"logits"` | or `"log_probs"`, `"probs"` |
-| `teacher_weights`, `ensemble` | equal, `"probs"` | of several teachers, given as a list |
-| `standardize` | `False` | both logits by their rows' mean and deviation, for the soft term |
-| `dim` | -1 | 1 for logits `(N, C, d1, ...)`, which the kernels read and write where they lie |
-| `shift` | 0 | 1 for causal language models, whose row i predicts label i + 1, without a copy |
-| `inplace` | `False` | write the gradient over the student's logits, to save their memory |
-| `chunks` | `"auto"` | or a `fastkd.chunks.plan`: how many logits of a Head exist at a time |
+| `teacher_form` | `"logits"` | what the teacher is: `"logits"`, `"log_probs"` or `"probs"` |
+| `teacher_weights`, `ensemble` | equal, `"probs"` | how a list of teachers is averaged |
+| `standardize` | `False` | for the soft term, standardize the logits of each row |
+| `dim` | -1 | the dimension of the classes; 1 for logits `(N, C, d1, ...)`, which are not copied |
+| `shift` | 0 | 1 for causal language models: row i predicts label i + 1; nothing is copied |
+| `inplace` | `False` | write the gradient over the student's logits, to save memory |
+| `chunks` | `"auto"` | logits of a `Head` in memory at a time; or a `fastkd.chunks.plan` |
 
-Labels are class indices, or probabilities. Without labels, only 0 is accepted as `alpha` and
-`hard_weight`. Slices such as `logits[..., :n]` of student and teacher leave padded classes out,
-without a copy. `help(fastkd.loss)` says all of it, with shapes, dtypes and errors.
+Labels are class indices, or probabilities. Without labels, `alpha` and `hard_weight` must be 0 or
+omitted. Slices such as `logits[..., :n]` of student and teacher leave padded classes out, and are
+not copied. [`fastkd.loss`](reference/loss.md) documents shapes, dtypes and errors.
 """
 
 _MATRIX = """
@@ -65,16 +65,18 @@ _MATRIX = """
 | | |
 |---|---|
 | ● | one fused pass, on the CPU and on CUDA |
-| ◑ | two fused passes on the CPU, not in place; compiled, and on CUDA, by PyTorch operations |
-| ○ | by PyTorch operations (`fastkd.reference`), with their memory and time |
-| – | refused, with a message that says why |
+| ◑ | two fused passes on the CPU, without `inplace`; on CUDA and under `torch.compile` as ○ |
+| ○ | PyTorch operations (`fastkd.reference`), with their memory and time |
+| – | refused, with a message that gives the reason |
 
-Several teachers, and probabilities, are mixed by a kernel: on the CPU as the fused pass goes, a few
-rows at a time in the cache; on CUDA, up to 32 of them, into one tensor of float32 first (more than
-32 are left to PyTorch operations). Teachers whose classes are not adjacent are copied.
-Other devices, function transforms (`torch.func`) and second derivatives are always PyTorch
-operations; so that memory stays bounded, these take large batches in parts, and compute each part
-again in the backward pass.
+A kernel mixes several teachers, and converts probabilities. On the CPU it mixes a few rows at a
+time, which stay in the cache for the fused pass. On CUDA it first writes up to 32 teachers into one
+float32 tensor; PyTorch operations mix more than 32. Teachers whose classes are not adjacent in
+memory are copied.
+
+Other devices, function transforms (`torch.func`) and second derivatives always use PyTorch
+operations. To bound the memory, these compute large batches in parts, and compute each part again
+in the backward pass.
 """
 
 _ROWS, _CLASSES = 2, 3

@@ -14,7 +14,7 @@ SLOWEST = 20
 _INTRO = """\
 # Tests in two tiers
 
-<!-- Written by `make coverage`, which runs the quick tests, then the others. -->
+<!-- Written by `make coverage`, which runs the quick tests, then the slow tests. -->
 
 `make test` leaves out the tests that `@pytest.mark.slow` marks. `make test-all` runs every test
 and the kernels' own tests. Seconds include a test's fixtures.

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # From teacher to device
 #
-# A convolutional network, the **teacher**, recognizes handwritten digits well, and is too large for
-# where it has to run. This notebook trains a small **student** on the teacher's outputs, compares
-# it with the same student trained alone, exports it to ONNX Runtime and ExecuTorch with 8-bit
-# integers, and measures every model on one thread.
+# A convolutional network, the **teacher**, recognizes handwritten digits well, but is too large
+# for the device that it should run on. This notebook trains a small **student** on the teacher's
+# outputs, and compares it with the same student trained alone. Then it exports the student to ONNX
+# Runtime and ExecuTorch with 8-bit integers, and measures every model on one thread.
 #
-# `pip install "fastkd[report,deploy,examples]"` has what it needs. It takes about a minute.
+# The notebook needs `pip install "fastkd[report,deploy,examples]"`, and takes about a minute.
 # `deploy.py` and `deploy.ipynb` have the same cells.
 
 # %%
@@ -82,19 +82,20 @@ print(f"teacher: {accuracy(teacher):.1f} % of the test images are right")
 # %% [markdown]
 # ## The student, alone and distilled
 #
-# The student has three linear layers. It sees a tenth of the images. Alone, it learns from their
-# labels. Distilled, it learns from the same labels and from the teacher's logits on the same
-# images:
+# The student has three linear layers, and sees a tenth of the images. The student trained alone
+# learns from the labels of these images. The distilled student learns from the same labels, and
+# from the teacher's logits on the same images. Its loss is
 #
 # $$\alpha\,\text{CE}(z, y)
 # + (1 - \alpha)\,T^2\,\text{KL}\big(\text{softmax}(w/T)\,\|\,\text{softmax}(z/T)\big),$$
 #
-# with z the student's logits, w the teacher's and y the labels. Both begin with the same weights
-# and see the same images in the same order. T = 4 and α = 0.1 were chosen on other splits of the
-# data.
+# where z are the student's logits, w the teacher's logits, y the labels and T is the temperature.
+# CE is the cross entropy, and KL the Kullback-Leibler divergence. Both students begin with the
+# same weights, and see the same images in the same order. T = 4 and α = 0.1 were chosen on other
+# splits of the data.
 #
-# One seed may be luck. So both are trained for ten seeds, each with other images and other first
-# weights.
+# One seed may be luck. So both students are trained with ten seeds, each with other images and
+# other initial weights.
 
 
 # %%
@@ -144,9 +145,9 @@ plt.show()
 # %% [markdown]
 # ## To the device
 #
-# `fastkd.export` writes a file that runs without this notebook, and compares its answers with the
-# student's. `quantize="int8"` stores weights in 8 bits and computes with 8-bit activations.
-# Training images show it the ranges of the activations.
+# `fastkd.export` writes a file that runs without PyTorch, and compares the file's logits with the
+# student's. `quantize="int8"` stores weights in 8 bits, and computes with 8-bit activations.
+# Training images, the second argument, determine the ranges of the activations.
 
 # %%
 alone, distilled = pairs[0]
@@ -166,10 +167,10 @@ for name, each in exported.items():
     )
 
 # %% [markdown]
-# ## Accuracy gained by distillation
+# ## Measure all models
 #
-# The report measures all models on the same test images, and in turns: size, memory, latency,
-# accuracy, calibration. A file is a model like any other.
+# `fastkd.report` measures the size, memory, latency, accuracy and calibration of all models, on the
+# same test images and in turns. Exported files are models like any other.
 
 # %%
 report = fastkd.report(
@@ -187,8 +188,8 @@ report.save(folder)
 print(f"\nthe whole report: {folder / 'report.html'}")
 
 # %% [markdown]
-# The student in 8 bits has to lose no more than half a point of accuracy, and to be no larger than
-# 0.35 times the student in 32 bits.
+# The 8-bit student may lose at most half a point of accuracy, and must have at most 0.35 times the
+# bytes of the 32-bit student.
 
 # %%
 by_name = {model.name: model for model in report.models}

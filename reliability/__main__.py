@@ -41,78 +41,86 @@ class Promise(NamedTuple):
 TESTS = ".venv/bin/python -m pytest -q "
 PROMISES = {
     "sanitize": Promise(
-        "The kernels, called in every way by their own tests, by threads and by hostile calls, "
-        "have no memory error, no undefined behaviour and no data race.",
+        "The kernels have no memory error, no undefined behavior and no data race: under their own "
+        "tests, with several threads, and under hostile calls.",
         "make sanitize",
         minutes=40,
     ),
     "valgrind": Promise(
-        "Nor do they read what nobody has written, or lose memory (AVX2 and baseline: valgrind has "
-        "no AVX-512).",
+        "The kernels read no uninitialized memory and leak none (AVX2 and baseline alone: valgrind "
+        "has no AVX-512).",
         "make valgrind",
         minutes=40,
         needs="valgrind",
     ),
     "sanitize-python": Promise(
-        "Nor does the extension when called from Python.", "make sanitize-python", minutes=30
+        "The extension, called from Python, passes the tests under the sanitizers.",
+        "make sanitize-python",
+        minutes=30,
     ),
     "fuzz-kernels": Promise(
-        "Random bytes as sizes, strides, options, labels, lists of classes and logits touch no "
-        "memory but their own, and whole rows, shared rows and backward agree.",
+        "Kernel calls with random sizes, strides, options, labels, lists of classes and logits "
+        "touch no memory but their own. Rows that threads share, rows of one thread, and the "
+        "backward pass agree.",
         "make fuzz-kernels CASES=200000 SEED=1",
         minutes=20,
     ),
     "libfuzzer": Promise(
-        "The same, led by coverage (clang).", "make libfuzzer", minutes=20, needs="clang++"
+        "The promise above, tested by a coverage-guided fuzzer (libFuzzer).",
+        "make libfuzzer",
+        minutes=20,
+        needs="clang++",
     ),
     "fuzz": Promise(
-        "Random calls from Python give what float64 gives: shapes, strides, alignments, dtypes, "
-        "masks, infinities, NaN, subnormals, every divergence, every way in, classes in dim 1.",
+        "Random calls from Python agree with float64: shapes, strides, alignments, dtypes, masks, "
+        "infinities, NaN, subnormals, every divergence, every entry point, classes in dim 1.",
         "make fuzz CASES=20000 FUZZERS=tests/test_fuzz.py",
         minutes=30,
     ),
     "fuzz-others": Promise(
-        "So do sparse teachers, wrong lists of classes among them, and linear heads.",
+        "Random calls with sparse teachers and linear heads agree with float64; invalid lists of "
+        "classes are refused.",
         'make fuzz CASES=5000 FUZZERS="tests/test_fuzz_topk.py tests/test_fuzz_linear.py"',
         minutes=30,
     ),
     "fuzz-ops": Promise(
         "Hostile calls of the ops under torch.ops.fastkd raise, or touch no memory but their own: "
-        "sizes, dtypes, strides, devices, released storages, numbers of enums.",
+        "sizes, dtypes, strides, devices, released storages, values of enums.",
         "make fuzz CASES=5000 FUZZERS=tests/test_fuzz_ops.py",
         minutes=30,
     ),
     "fuzz-caches": Promise(
-        "A file of a teacher's cache, malformed, truncated or hostile, gives an answer or a "
-        "ValueError: led by coverage, half of the changes in the header's own terms.",
+        "A malformed, truncated or hostile file of a teacher's cache can be read, or raises a "
+        "ValueError. The fuzzer is coverage-guided; half of its mutations change header entries.",
         "make fuzz-caches SECONDS=120",
     ),
     "concurrency": Promise(
-        "Threads of Python, forked and spawned workers, OpenMP settings, graphs shared by threads: "
-        "the same bits; and the GIL is released while kernels run.",
+        "Results are bitwise the same with Python threads, forked and spawned workers, OpenMP "
+        "settings, and graphs shared by threads. The GIL is released while kernels run.",
         TESTS + "tests/test_concurrency.py",
     ),
     "determinism": Promise(
-        "The same bits on every run and for every number of threads; a bound between instruction "
-        "sets.",
+        "Results are bitwise the same on every run and for every number of threads. Instruction "
+        "sets differ by at most a stated bound.",
         TESTS + "tests/test_determinism.py",
     ),
     "memory": Promise(
-        "No memory left is torch's own error, after which inputs are whole and calls work.",
+        "If memory runs out, torch's own error is raised, inputs are unchanged, and later calls "
+        "work.",
         TESTS + "tests/test_memory.py",
     ),
     "peak": Promise(
-        "Peak memory, by the allocator's own counts, is a gradient and a few numbers a row.",
+        "Peak memory, as counted by the allocator, is a gradient and a few numbers for each row.",
         TESTS + "tests/test_autograd.py -k memory",
     ),
-    "soak": Promise("100,000 calls of each way in keep no memory.", "make soak", minutes=40),
+    "soak": Promise("100,000 calls of each entry point leak no memory.", "make soak", minutes=40),
     "security": Promise(
-        "What SECURITY.md says: nothing loaded is run, nobody is called.",
+        "The statements of SECURITY.md: no loaded data is executed, no connection is opened.",
         TESTS + "tests/test_security.py",
     ),
     "versions": Promise(
         "The core tests pass on the oldest and the newest torch and on Python 3.10 to 3.13, each "
-        "from the sdist; a wheel built with one torch works with another.",
+        "installed from the sdist. A wheel built with one torch works with another.",
         "make versions",
         minutes=90,
     ),
@@ -122,7 +130,7 @@ PROMISES = {
         "make package",
     ),
     "accuracy": Promise(
-        "Errors against float64 beside eager PyTorch's: [accuracy.md](accuracy.md).",
+        "Errors against float64, beside those of eager PyTorch: [accuracy.md](accuracy.md).",
         "make accuracy",
     ),
 }
@@ -198,9 +206,9 @@ def document() -> str:
     lines = [
         "# Reliability",
         "",
-        "Written by `python -m reliability`, which runs these commands; the text below the tables",
-        "is `reliability/findings.md`. Each line is a promise, the",
-        "command that tries it, and what its last run found.",
+        "`python -m reliability` runs the commands below and writes this page. Each row is a",
+        "promise, the command that tests it, and the result of the command's last run. The text",
+        "below the tables is `reliability/findings.md`.",
         "",
         "| Promise | Command | Last run | Found |",
         "| --- | --- | --- | --- |",

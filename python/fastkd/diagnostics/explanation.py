@@ -215,7 +215,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         "labels": _hard(objective),
         "reduction": _reduction(objective),
         "masked rows": (
-            f"Rows labelled {objective.ignore_index} count nothing in either term and get a zero "
+            f"Rows labeled {objective.ignore_index} count nothing in either term and get a zero "
             "gradient; their logits may hold anything."
             + ("" if kind.needs_labels else " Probabilities mask no row.")
         ),

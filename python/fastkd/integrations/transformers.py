@@ -37,7 +37,7 @@ def causal_labels(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 class DistillationMixin:
-    """Make a ``transformers.Trainer`` distil: put this class before the trainer among the bases.
+    """Make a ``transformers.Trainer`` distill: put this class before the trainer among the bases.
 
     The loss is :func:`fastkd.loss` of the student's and the teacher's logits and the labels, which
     are shifted by one for causal language models (:func:`causal_labels`). The loss is divided by
@@ -68,7 +68,7 @@ class DistillationMixin:
     Example:
         >>> import fastkd
         >>> from fastkd.integrations.transformers import DistillationMixin
-        >>> def distil(student, teacher, args, data):
+        >>> def distill(student, teacher, args, data):
         ...     from transformers import Trainer
         ...     class DistillationTrainer(DistillationMixin, Trainer):
         ...         pass

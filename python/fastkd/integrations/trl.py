@@ -162,7 +162,7 @@ class _Distillation:
     Arguments and configuration are those of ``trl.DistillationTrainer`` (TRL 1.16).
 
     Example:
-        >>> def distil(student, teacher, prompts):
+        >>> def distill(student, teacher, prompts):
         ...     from fastkd.integrations.trl import DistillationTrainer
         ...     DistillationTrainer(student, teacher, train_dataset=prompts).train()
     """
@@ -191,7 +191,7 @@ class _GKD:
         ValueError: in the first step, if a model computes its logits in another way.
 
     Example:
-        >>> def distil(student, teacher, args, data, tokenizer):
+        >>> def distill(student, teacher, args, data, tokenizer):
         ...     from fastkd.integrations.trl import GKDTrainer
         ...     trainer = GKDTrainer(
         ...         student, teacher, args, train_dataset=data, processing_class=tokenizer

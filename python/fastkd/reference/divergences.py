@@ -273,7 +273,7 @@ DIVERGENCES: dict[str, Divergence] = {
     ),
     "dkd": Divergence(
         dkd,
-        "KL of (p_y, 1 - p_y) from (q_y, 1 - q_y) + mix KL of the other classes, renormalised",
+        "KL of (p_y, 1 - p_y) from (q_y, 1 - q_y) + mix KL of the other classes, renormalized",
         "Zhao, Cui, Song, Qiu and Liang 2022 (DKD)",
         mix=8.0,
         mix_meaning="the weight of the other classes' KL",
