@@ -1,10 +1,13 @@
 """Differentiate the fused losses, whose forward pass writes the gradient.
 
-For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, the op ``op_into`` writes the gradient
-in the forward pass, ``op_backward_`` scales or writes the gradient in the backward pass, and
-``op_gradient`` computes the gradient by differentiable operations. All four take the arguments of
-``op``. csrc/torch/eager.cpp implements the same autograd in C++, and replaces this module's if it
-was built with exactly this torch.
+For each loss ``op`` of csrc/torch/library.cpp and topk.cpp, three more ops take its arguments:
+
+- ``op_into`` writes the gradient in the forward pass;
+- ``op_backward_`` scales or writes the gradient in the backward pass;
+- ``op_gradient`` computes the gradient by differentiable operations.
+
+csrc/torch/eager.cpp implements this autograd in C++. The C++ code replaces this module's autograd
+if it was built with exactly this torch.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 class Ops(NamedTuple):
-    """A loss, the ops of its gradient, and the layout of their arguments."""
+    """Hold a loss, the ops of its gradient, and the layout of the arguments of these ops."""
 
     loss: Any
     into: Any
@@ -81,7 +84,7 @@ class Ops(NamedTuple):
     """Index of ``reduction`` among the arguments after the student."""
 
     def autograd(self, student: Tensor, *arguments: Any) -> Tensor:
-        """Compute the loss. Autograd kernel of ``loss`` unless eager.cpp registers its own."""
+        """Compute the loss: the autograd kernel of ``loss`` unless eager.cpp registers another."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
@@ -140,7 +143,7 @@ def without_cpp() -> Iterator[None]:
     finally:
         native.EAGER = eager
         library._destroy()
-        for ops in _LOSSES.values():  # torch caches what traced calls dispatch to
+        for ops in _LOSSES.values():  # torch caches the kernels of traced calls
             ops.loss._dispatch_cache.clear()
 
 
@@ -162,8 +165,8 @@ def prepare_call(
             complete[place] = (tensor,) if in_list else tensor
         student, *others = complete
         if torch.is_grad_enabled() and student.requires_grad:
-            # The dispatcher needs a flat argument list: calling it takes 4.7 instead of 2.9 times
-            # the duration of s.sum().backward(), for 8 x 10 on one thread (2026-12-01).
+            # The dispatcher would flatten the arguments: 4.7 instead of 2.9 times the duration of
+            # s.sum().backward(), for 8 x 10 logits on one CPU thread (2026-12-01).
             return _FusedLoss.apply(student, ops, others)  # type: ignore[no-any-return,no-untyped-call]
         return ops.loss(student, *others)  # type: ignore[no-any-return]
 
@@ -171,7 +174,7 @@ def prepare_call(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """A loss whose forward pass writes the gradient, unless the reduction is "none"."""
+    """Compute a loss; the forward pass writes the gradient, unless the reduction is "none"."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, ops: Ops, arguments: Sequence[Any]) -> Any:
@@ -206,8 +209,8 @@ class _FusedLoss(torch.autograd.Function):
         # With terms, only the loss has a gradient; it is the first term.
         if ops.has_stats and ctx.numbers[-1]:
             grad_output = grad_output[0]
-        formula = needs_formula(grad_output)
-        if grad is not None and not formula:
+        uses_formula = needs_formula(grad_output)
+        if grad is not None and not uses_formula:
             if may_write:
                 ctx.grad = None
                 if grad_output.device.type == "cpu" and grad_output.item() == 1.0:
@@ -220,8 +223,8 @@ class _FusedLoss(torch.autograd.Function):
             count = value if isinstance(value, int) else 1
             arguments[place] = tensors[:count] if isinstance(value, int) else tensors[0]
             tensors = tensors[count:]
-        if formula:
-            return _formula(ops, student, arguments, grad_output), None, None
+        if uses_formula:
+            return _compute_gradient(ops, student, arguments, grad_output), None, None
         # A trace computes an fp16 gradient again: grad_output may be a loss scale, which cannot
         # restore numbers that have underflowed. A second backward pass (retain_graph=True) has no
         # cached gradient.
@@ -232,7 +235,9 @@ class _FusedLoss(torch.autograd.Function):
         return grad, None, None
 
 
-def _formula(ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor) -> Tensor:
+def _compute_gradient(
+    ops: Ops, student: Tensor, arguments: Sequence[Any], grad_output: Tensor
+) -> Tensor:
     """Compute grad_output times the gradient by differentiable operations.
 
     ``grad_output`` may be a batch.

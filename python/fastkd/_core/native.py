@@ -41,4 +41,5 @@ def _load_eager() -> tuple[Any, str]:
 
 
 EAGER, FAST_PATH = _load_eager()
-"""The module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used; and why."""
+"""``EAGER``: the module of autograd in C++, or None if :mod:`fastkd._core.autograd` is used.
+``FAST_PATH``: a description of this choice."""

@@ -15,7 +15,7 @@ PER_ROW_OPTIONS = ("temperature", "teacher_temperature", "hard_weight", "soft_we
 
 
 class Options(NamedTuple):
-    """The options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
+    """Hold the options of :func:`fastkd.loss` as passed by the caller, and their defaults."""
 
     temperature: float | Tensor | None = None
     teacher_temperature: float | Tensor | None = None
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
     @property
     def nondefault(self) -> dict[str, Any]:
-        """The options that are not their defaults."""
+        """Return the options that differ from their defaults."""
         return {
             name: value
             for name, value in self._asdict().items()
@@ -49,7 +49,7 @@ class Options(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The options of :func:`fastkd.reference.terms`, with every default filled in."""
+    """Hold the options of :func:`fastkd.reference.terms`, with every default filled in."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor
@@ -141,7 +141,7 @@ def resolve(
         o.class_weight,
         normalizer,
         o.divergence,
-        _mix(o.divergence, o.mix),
+        _check_mix(o.divergence, o.mix),
         o.teacher_form,
         checks.check_teacher_weights(o.teacher_weights, teachers),
         o.ensemble,
@@ -151,8 +151,8 @@ def resolve(
     return objective
 
 
-def _mix(divergence: str, mix: object) -> float | None:
-    """Check the mixture weight of a divergence, or return its default."""
+def _check_mix(divergence: str, mix: object) -> float | None:
+    """Check ``mix`` and return it as a float; None becomes the divergence's default."""
     kind = reference.DIVERGENCES[divergence]
     if mix is None:
         return kind.mix
@@ -182,7 +182,7 @@ def _mix(divergence: str, mix: object) -> float | None:
 
 
 def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
-    """Raise if an option that compares logits has a teacher without logits."""
+    """Raise if the options compare logits, but the teacher has none."""
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return

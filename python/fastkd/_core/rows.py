@@ -1,4 +1,4 @@
-"""Split a checked call into rows of logits, and run the reference on parts of them."""
+"""Flatten a checked call to rows, and run the reference on parts of the rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LOGITS_PER_PART = 2**24
 
 
 def reference_terms(call: Call) -> reference.Terms:
-    """Compute the terms by the reference, at once."""
+    """Compute the terms of all rows at once, by the reference."""
     return reference.terms(call.student, call.teachers, call.labels, **call.objective._asdict())
 
 
@@ -46,7 +46,7 @@ def as_rows(call: Call) -> tuple[Call, tuple[float | Tensor, float | Tensor]]:
     divisors: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     o = call.objective
     if o.reduction == "mean":
-        divisors = _divisors(call)
+        divisors = _compute_divisors(call)
         o = o._replace(reduction="sum", normalizer=None)
     hard, soft = o.hard_weight / divisors[0], o.soft_weight / divisors[1]
     return call._replace(objective=o._replace(hard_weight=hard, soft_weight=soft)), divisors
@@ -70,16 +70,19 @@ def mean_divisors(
     return weight.where(weight != 0, torch.ones_like(weight)), count
 
 
-def _divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
+def _compute_divisors(call: Call) -> tuple[float | Tensor, float | Tensor]:
     rows = call.student.numel() // call.student.shape[-1]
     return mean_divisors(rows, call.labels, call.objective, call.dtype)
 
 
 def divisor_ratio(call: Call) -> float | Tensor:
-    """Return the soft term's divisor over the hard term's; kernels divide both by the former."""
+    """Return the soft term's divisor divided by the hard term's divisor.
+
+    Kernels divide both terms by the soft term's divisor.
+    """
     if call.objective.reduction != "mean" or call.objective.normalizer is not None:
         return 1.0
-    hard_divisor, soft_divisor = _divisors(call)
+    hard_divisor, soft_divisor = _compute_divisors(call)
     return soft_divisor / hard_divisor
 
 
