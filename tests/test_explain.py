@@ -54,7 +54,7 @@ def test_prints_what_it_returns(capsys):
             ["p = softmax(w / T_t);", "again at T_t = (one number for each row)."],
         ),
         ({"teacher_form": "log_probs", "teacher_temperature": 2.0}, ["again at T_t = 2"]),
-        ({"ignore_index": 7}, ["whose label is not 7", "Rows labelled 7 count nothing"]),
+        ({"ignore_index": 7}, ["whose label is not 7", "Rows labeled 7 count nothing"]),
         ({"reduction": "sum"}, ["sum over the rows, divided by nothing"]),
         ({"reduction": "none"}, ["One loss for each row"]),
         ({"normalizer": 12}, ["divided by the normalizer, 12."]),
