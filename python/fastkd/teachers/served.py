@@ -293,7 +293,8 @@ def collate(
 
     Args:
         values: B :class:`fastkd.TopK` of shapes ``(n, k)``, where n and k may differ, or B
-            :class:`fastkd.Sampled` of shapes ``(n,)``. All values have the same ``tail`` or ``estimator``.
+            :class:`fastkd.Sampled` of shapes ``(n,)``. All values have the same ``tail`` or
+            ``estimator``.
         length: number of rows to pad to. Default: the length of the longest sequence.
         padding_side: ``"right"``, or ``"left"`` as in batches of prompts. Default ``"right"``.
 
