@@ -181,10 +181,10 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
 def arguments(model: nn.Module, inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Make the positional and the keyword arguments of ``model`` from a batch's inputs.
 
-    A mapping becomes keyword arguments; a tuple or list becomes positional ones. A model that takes
-    ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value cache,
-    transformers ignores where ``position_ids`` restart, so the sequences of a packed batch would
-    attend to one another.
+    A mapping becomes keyword arguments; a tuple or list becomes positional arguments. A model that
+    takes ``use_cache`` gets ``use_cache=False`` unless the inputs have the key. With a key-value
+    cache, transformers ignores where ``position_ids`` restart, so the sequences of a packed batch
+    would attend to one another.
     """
     positional: Sequence[Any] = ()
     keywords: Mapping[str, Any] = {}
@@ -220,7 +220,7 @@ def _has_keyword(model: nn.Module, keyword: str, positional: int) -> bool:
     """
     try:
         parameters = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):  # not a Python function
+    except (TypeError, ValueError):  # forward is not a Python function
         return False
     if keyword in parameters:
         return list(parameters).index(keyword) >= positional
@@ -278,7 +278,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Move every tensor in a batch to ``device``, and convert floating-point ones to ``dtype``."""
+    """Move all tensors in a batch to ``device``; convert floating-point tensors to ``dtype``."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)

@@ -129,8 +129,8 @@ def loss(
             :func:`torch.nn.functional.cross_entropy`. Default 0.
         class_weight: ``(C,)`` weights of the classes in the hard term, the ``weight`` of
             :func:`torch.nn.functional.cross_entropy`. As in that function, ``"mean"`` then divides
-            the hard term by the sum of the labels' weights, or by the number of rows if labels are
-            probabilities.
+            the hard term by the sum of the labels' weights. If labels are probabilities, ``"mean"``
+            still divides by the number of rows.
         normalizer: the divisor of ``"mean"`` for both terms, instead of the number of rows. A
             positive number, or a tensor with one element, which is never synchronized on CUDA. Pass
             the global token count under gradient accumulation. 0 is accepted if every row is
@@ -178,11 +178,11 @@ def loss(
     ``ensemble``, ``standardize``, ``class_weight``, ``dim`` and ``inplace``. A Sampled teacher
     supports the options of a TopK except ``divergence`` and ``mix``.
 
-    A Head as student gives temperature and weights no gradient. Such a student supports none of
-    ``teacher_form``, ``teacher_weights``, ``ensemble``, ``dim`` and ``inplace``; and no
-    ``class_weight`` with a Routed teacher. If labels are class indices, a call synchronizes CUDA
-    once, to count the rows that are not ignored. During CUDA graph capture, all rows are computed;
-    the hidden states of ignored rows must then be finite.
+    With a Head as student, temperature and weights get no gradient. A Head as student supports none
+    of ``teacher_form``, ``teacher_weights``, ``ensemble``, ``dim`` and ``inplace``; with a Routed
+    teacher it does not support ``class_weight`` either. If labels are class indices, a call with
+    a Head as student synchronizes CUDA once, to count the rows that are not ignored. During CUDA
+    graph capture, all rows are computed; the hidden states of ignored rows must then be finite.
 
     Returns:
         A 0-d tensor, or ``(...)`` with ``reduction="none"``, float32 (float64 if either input is
@@ -192,12 +192,12 @@ def loss(
 
         With a TopK, these rules hold for the listed classes. With ``tail="ghost"``, the teacher's
         extra class has probability 0 if no unmasked class remains for it, or if the listed
-        probabilities sum to 1 or more. The listed probabilities are then divided by their sum. A
-        probability of 0 would make the reverse and the symmetric KL infinite, so the extra class
-        has at least 2^-24 (2^-53 in float64) for these divergences.
+        probabilities sum to 1 or more. The listed probabilities are then divided by their sum. The
+        reverse and the symmetric KL would be infinite with probability 0, so the extra class has at
+        least 2^-24 (2^-53 in float64) for these divergences.
 
     Raises:
-        TypeError, ValueError: for arguments that are not as above, before anything is computed; the
+        TypeError, ValueError: for arguments that are not as above, before anything is computed. The
             message names the argument, what was given, and what is accepted. A label or an index
             out of range, and an invalid list, raise on the CPU. CUDA is not synchronized for this
             check: a row with such a label, index or list gets a NaN loss and gradient, and

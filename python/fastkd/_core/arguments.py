@@ -399,7 +399,7 @@ def _has_overlap(tensor: Tensor) -> bool:
 def raise_for_kernel_error(error: RuntimeError, call: Call) -> None:
     """Raise a Python exception that explains a kernel error; return if unrecognized.
 
-    Recognized causes are a bad label, temperature or list, an unsupported layout, and no memory.
+    Recognized causes: a bad label, temperature or list, an unsupported layout, lack of memory.
     """
     student, labels, objective = call.student, call.labels, call.objective
     tensors: list[Any] = [student, labels, objective.temperature]

@@ -34,7 +34,7 @@ def is_transformed() -> bool:
 
 
 def is_batch(grad_output: Tensor) -> bool:
-    """Return True for a batch of gradients (is_grads_batched=True) and under any transform."""
+    """Return True for a batch of gradients (is_grads_batched=True), or under a transform."""
     return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
 
 
@@ -187,7 +187,7 @@ class _FusedLoss(torch.autograd.Function):
             out = ops.into(grad, student, *arguments)
         else:
             out = ops.loss(student, *arguments)
-        # Kept out of save_for_backward: the first backward pass scales ``grad`` in place.
+        # Not saved by save_for_backward: the first backward pass scales ``grad`` in place.
         ctx.grad = grad
         saved: list[Tensor | None] = [student, stats]
         numbers = list(arguments)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd import reference
 
-REDUCTIONS = reference.REDUCTIONS  # the position of a name is its number in C++
+REDUCTIONS = reference.REDUCTIONS  # the index of a name is its number in C++
 TERMS = len(reference.Terms._fields) - len(reference.Terms._field_defaults)
 STATS = 7  # Stat in csrc/kernels.h
 
@@ -50,8 +50,8 @@ def _make_fake_out(
 def _make_fake_gradient(student: Tensor, strided: bool) -> Tensor:
     """Return a tensor laid out like a gradient (gradient_strides in csrc/torch/gradient_strides.h).
 
-    The tensor has the student's order if ``strided`` is True, the student's classes are not
-    adjacent, and its other dimensions are in order, as in (N, C, H, W). Otherwise it is contiguous.
+    The tensor has the student's order if ``strided`` is True, and only the student's classes are
+    out of order, as in (N, C, H, W). Otherwise the tensor is contiguous.
     """
     *shape, classes = student.shape
     place = len(shape)

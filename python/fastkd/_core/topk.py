@@ -1,7 +1,8 @@
 """Register the sparse-teacher op: calls, fake kernels and gradients.
 
 The formula in plain PyTorch, :func:`fastkd.reference.topk.terms`, is used for second derivatives,
-under function transforms and on devices without kernels. docs/maths.md, section 13, derives it.
+under function transforms and on devices without kernels. docs/maths.md, section 13, derives the
+loss.
 """
 
 from __future__ import annotations

@@ -76,18 +76,18 @@ class TopK(NamedTuple):
     With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
     q = softmax(student / T) the student's, ``tail`` chooses what the divergence compares:
 
-    - ``"ghost"``: the classes outside K count as one extra class. The teacher's probability of the
-      extra class is p' = 1 - sum over K of p; the student's is q' = sum outside K of q. The student
-      learns the total probability of the classes outside K, but not the probability of each. (As
-      Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail bucket.)
+    - ``"ghost"``: the classes outside K count as one extra class. Its probability is 1 - sum over K
+      of p for the teacher, and the sum outside K of q for the student. The student learns the total
+      probability of the classes outside K, but not the probability of each. (As in Model-Optimizer,
+      DistillKit's "symmetric_uniform" and TRL's tail bucket.)
     - ``"renormalize"``: both distributions are divided by their sum over K. The student's
-      probability of other classes has no influence. (As TRL without tail.)
+      probability of other classes has no influence. (As in TRL without tail.)
     - ``"ignore"``: the sum over K of p log(p / q), which may be negative. If ``log_probs`` minus
       their ``logsumexp`` over K are passed, the sum is KL(teacher truncated to K || student). (As
-      DistillKit's "zero".) Only the forward KL supports ``"ignore"``: the sums of other divergences
-      over K fall as the student leaves K.
+      in DistillKit's "zero".) Only the forward KL supports ``"ignore"``: the sum over K of another
+      divergence falls as the student leaves K.
 
-    The classes may be the teacher's most probable ones, the student's, or any others. Every
+    The listed classes may be the most probable ones of teacher or student, or any others. Every
     divergence that compares probabilities is available (:func:`fastkd.loss` lists them).
 
     vLLM returns log-probabilities at T = 1 unless it runs with ``--logprobs-mode
@@ -184,7 +184,7 @@ class Routed(NamedTuple):
     Args:
         teachers: a tuple of logits ``(..., C)`` or of :class:`fastkd.Head`, at least one.
         indices: ``(...)`` integers: the position in ``teachers`` of each row's teacher. Checking
-            them synchronizes CUDA.
+            the indices synchronizes CUDA.
 
     Raises:
         TypeError, ValueError: for arguments that are not as above.

@@ -19,7 +19,7 @@ class LogitsDistillation:
 
     Args:
         temperature: T > 0. Default 3.
-        loss: ``"kl_divergence"``, the only one supported.
+        loss: ``"kl_divergence"``, the only supported loss.
 
     Example:
         >>> import torch
@@ -37,7 +37,7 @@ class LogitsDistillation:
     def compute_loss(
         self, teacher_outputs: Tensor, student_outputs: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Compute the loss of logits ``(..., C)``; other keywords are ignored, as by Keras."""
+        """Compute the loss of logits ``(..., C)``; ``kwargs`` are ignored, as by Keras."""
         return losses.loss(student_outputs, teacher_outputs, temperature=self.temperature)
 
 

@@ -26,7 +26,7 @@ def gkd_loss(
             equal labels. Lists are softened by ``temperature`` and renormalized. A token whose list
             is all -inf is ignored.
         labels: ``(batch, length)``; tokens with -100 are ignored. If the teacher has labels, too,
-            the n-th token with a label of the teacher belongs to the student's n-th.
+            the n-th labeled token of the teacher belongs to the n-th labeled token of the student.
         beta: in [0, 1]; 0 is forward KL, 1 reverse KL. Lists need a divergence that a
             :class:`fastkd.TopK` supports.
         temperature: T > 0 of student and teacher.

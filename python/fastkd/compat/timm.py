@@ -21,7 +21,7 @@ class LogitDistillationTask(nn.Module):
         criterion: called with logits and targets. Default: cross entropy, in one pass with
             the soft term.
         criterion_kwargs, teacher_pretrained_path, teacher_pretrained_cfg_overlay: must be None.
-        loss_type: ``"kl"``, the only one supported.
+        loss_type: ``"kl"``, the only supported type.
         distill_loss_weight: weight of the soft term.
         task_loss_weight: weight of the hard term.
         temperature: T > 0. Default 1.

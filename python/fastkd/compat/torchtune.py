@@ -23,8 +23,8 @@ class _MaskedLoss(nn.Module):
         rows = student_logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
-                f"labels must be as many as student_logits of shape {tuple(student_logits.shape)} "
-                f"have rows, {rows.numel()}; got shape {tuple(labels.shape)}"
+                f"labels must have {rows.numel()} entries, one for each row of student_logits of "
+                f"shape {tuple(student_logits.shape)}; got shape {tuple(labels.shape)}"
             )
         mask = mask_rows(labels.reshape(rows), self.ignore_index)
         return {"temperature": 1.0, "reduction": "mean" if normalize else "sum", **mask}

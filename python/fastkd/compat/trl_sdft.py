@@ -47,9 +47,9 @@ def compute_topk_self_distillation_loss(
 
     Args:
         student_logits, teacher_logits: ``(..., C)``.
-        distillation_topk: the number of classes; the student chooses them.
-        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`, if a
-            :class:`fastkd.TopK` supports the divergence.
+        distillation_topk: the number of classes.
+        distillation_alpha: as in :func:`compute_full_logit_self_distillation_loss`; a
+            :class:`fastkd.TopK` must support the divergence.
         distillation_add_tail: if True, all other classes count as one extra class; if False,
             student and teacher are renormalized over the chosen classes.
 

@@ -170,7 +170,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
     Args:
         teacher: a sparse teacher, whose kind is described. Default: a teacher of all classes.
         show: True to print the text as well.
-        options: those of :func:`fastkd.loss`, checked as there.
+        options: the options of :func:`fastkd.loss`, which are checked.
 
     Returns:
         The objective as a formula and in words.

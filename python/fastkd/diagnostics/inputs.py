@@ -35,9 +35,9 @@ def check_inputs(
         temperature: a number, or a tensor of shape ``(...)``.
 
     Raises:
-        ValueError: for shapes or devices that differ; a label outside ``[0, C)`` that is not
-            ``ignore_index``; a temperature that is not from 1e-18 to 1e18; or NaN, +inf or only
-            -inf among the logits of a row that is not ignored.
+        ValueError: for shapes or devices that differ; for a label outside ``[0, C)`` that is not
+            ``ignore_index``; for a temperature that is not from 1e-18 to 1e18.
+        ValueError: for logits that are NaN or +inf, or all -inf, in a row that is not ignored.
         TypeError: for an argument of a wrong type, and for a tensor with a dtype or layout that is
             not accepted.
 

@@ -116,7 +116,7 @@ def verify(
         labels: as for :func:`fastkd.loss`.
         repeats: how often fastkd and eager PyTorch are timed.
         show: True to print the result.
-        options: those of :func:`fastkd.loss`; ``inplace`` makes no difference.
+        options: the options of :func:`fastkd.loss`; ``inplace`` makes no difference.
 
     Returns:
         A :class:`Verification`; ``print`` shows it as a table, ``.agrees`` is the verdict.

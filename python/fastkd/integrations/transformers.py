@@ -48,8 +48,8 @@ class DistillationMixin:
     they are its decoder's inputs.
 
     Student and teacher may be any modules that take a batch as keyword arguments. A model may
-    return the logits as a tensor, as the entry ``logits`` of an output or mapping, or as the first
-    tensor in a tuple that is not 0-d. A causal language model of another library needs an
+    return logits as a tensor, as the entry ``logits`` of an output, or as the first tensor of a
+    tuple that is not 0-d. A causal language model of another library needs an
     attribute ``loss_type = "ForCausalLM"``.
 
     Args:
@@ -101,8 +101,8 @@ class DistillationMixin:
         config = getattr(base, "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         # The trainer reads this attribute to count tokens. The trainer's value is False for causal
-        # models without "ForCausalLM" in their name, such as GPT2LMHeadModel, so that the count
-        # would be too large by one token for each sequence.
+        # models without "ForCausalLM" in their name, such as GPT2LMHeadModel. The count would
+        # then be too large by one token for each sequence.
         self._loss_shifts_labels = not self._encoder_decoder and _is_causal(base)
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.kd_loss.to(self.args.device)
@@ -154,7 +154,7 @@ class DistillationMixin:
 
 
 def _check_loss(kd_loss: object) -> None:
-    """Raise unless transformers.Trainer can normalize the loss, and no option is learned."""
+    """Raise unless transformers.Trainer can normalize the loss and no option is learned."""
     if not isinstance(kd_loss, KDLoss):
         raise TypeError(f"kd_loss must be a fastkd.KDLoss; got {type(kd_loss).__name__}")
     # The trainer computes the normalizer: it counts the labels that are not -100.

@@ -162,8 +162,8 @@ def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
 def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Return the indices of the rows that are not ignored, or None to compute all rows.
 
-    All rows are computed if none is ignored, if labels are None or probabilities, or during the
-    capture of a CUDA graph. Counting the rows synchronizes with the GPU, an error during a capture.
+    All rows are computed if no row is ignored, if labels are None or probabilities, or during the
+    capture of a CUDA graph. Counting rows synchronizes with the GPU, an error during a capture.
     """
     if labels is None or labels.is_floating_point():
         return None
@@ -174,7 +174,7 @@ def find_counted_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None
 
 
 def select_rows(inputs: Inputs, index: slice | Tensor) -> Inputs:
-    """Return the inputs with these rows alone."""
+    """Return the inputs with the rows at ``index`` alone."""
     values = {name: getattr(inputs, name) for name in _ROW_FIELDS}
     has_rows = {name: x for name, x in values.items() if x is not None and x.dim()}
     return inputs._replace(**{name: x[index] for name, x in has_rows.items()})

@@ -146,7 +146,7 @@ class _Loop:
                 label_logits = core.student.gather(1, positions).squeeze(1)
             rows.add(divergence, stats, label_logits)
         labels = self.inputs.labels
-        if labels is not None:  # no other code checks labels on a GPU
+        if labels is not None:  # labels on a GPU are checked only here
             is_class = (labels >= 0) & (labels < len(self.inputs.weight))
             rows.invalidate(~is_class & (labels != self.call.ignore_index))
         return rows

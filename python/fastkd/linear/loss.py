@@ -132,7 +132,7 @@ def _run(inputs: Inputs, call: LinearCall) -> Outputs:
 def _compute_by_operations(inputs: Inputs, call: LinearCall) -> Tensor:
     """Compute the loss, or all terms, by differentiable operations on all rows at once.
 
-    Second derivatives and function transforms need this.
+    Second derivatives and function transforms need this function.
     """
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         labels, teacher = inputs.labels, inputs.teacher_logits

@@ -16,19 +16,19 @@ from fastkd.linear import products
 MIB = 2**20
 LOGITS_BYTES = {"cuda": 2048 * MIB, "cpu": 48 * MIB}
 """Bound for the logits of student and teacher in a chunk of rows, without ``max_workspace``. Matrix
-products of 2048 rows on a GPU, or 256 on a CPU, are about as fast per row as larger ones."""
+products of 2048 rows on a GPU, or 256 on a CPU, are about as fast per row as larger products."""
 LEAST_ROWS = {"cuda": 512, "cpu": 128}
 """Fewest rows of a chunk without ``max_workspace``. Even a chunk of one row reads both weights and
 adds to the complete gradient of the weight."""
 FEW_ROWS = {"cuda": 256, "cpu": 32}
-"""Chunks of fewer rows cost more than computing the logits twice, as chunks of classes do."""
+"""Chunks of fewer rows take longer than chunks of classes, which compute the logits twice."""
 CLASSES = {"cuda": 8192, "cpu": 4096}
 """Most classes of a chunk of classes."""
 PADDING = 8
 """Masked classes at the end of each row of a chunk of classes: 16 bytes, to keep rows aligned."""
 ALIGNMENT = 256
 _FEWEST_CLASSES = 64
-"""Classes of the smallest chunk, whose logits may lie outside the weight's gradient."""
+"""Size of the smallest chunks of classes; their logits may lie outside the weight's gradient."""
 _MULTIPLE = 64
 """Large chunks have a multiple of this number of rows or classes: a tile of matrix products."""
 _ROW_STATISTICS_BYTES = 128
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     logits_bytes: int
     """Size of the logits of a chunk."""
     peak_bytes: int
-    """Bound for the memory in use beyond the inputs; it includes the gradients."""
+    """Bound for the memory in use beyond the inputs, including the gradients."""
     accumulate: torch.dtype
     """The dtype in which the gradient of the student's weight is summed."""
     chunks: int
@@ -172,7 +172,7 @@ def _plan_rows(
     chunk_size: int | Literal["auto"],
     max_workspace: int | None,
 ) -> Plan:
-    """Plan chunks of rows; the weight's gradient has ``single`` for one chunk, else ``summed``."""
+    """Plan chunks of rows; the weight's gradient has the dtype ``single`` or ``summed``."""
     rows, row_bytes = sizes.rows, sizes.row_bytes
     constant_bytes = (
         rows * sizes.width * sizes.dtype.itemsize + sizes.classes * sizes.cast_per_class
@@ -238,7 +238,7 @@ def _plan_classes(
     item = -(-sizes.row_bytes // classes)
     total, cast = sizes.weight_bytes(accumulate)
     grad = total // classes
-    sum_itemsize = max(4, sizes.dtype.itemsize)  # of a number of the hidden states' summed gradient
+    sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
     if sizes.copied_per_row:
         row_bytes += sizes.width * sizes.dtype.itemsize

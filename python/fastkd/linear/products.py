@@ -37,7 +37,7 @@ def _has_float32_sum(dtype: torch.dtype, device: torch.device) -> bool:
     total, factor = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.float32, dtype))
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError, NotImplementedError):  # an older torch
+    except (RuntimeError, TypeError, NotImplementedError):  # torch lacks out_dtype
         return False
     return True
 
@@ -70,7 +70,7 @@ def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tenso
     scale, cap = head.scale or 1.0, head.softcap
     if out.device.type == "cpu" and out.dtype is torch.bfloat16 and hidden.shape[-1] % 2:
         # oneDNN's product for AMX reads one number beyond each row of odd width, and multiplies
-        # that number by 0. If it is NaN or infinite, so is the result (torch 2.13, December 2026).
+        # that number by 0: the result is NaN if the number is not finite (torch 2.13, 2026-12).
         hidden = F.pad(hidden, (0, 1))[:, :-1]
     if _is_upcast(out):
         wide = hidden.float()
@@ -79,7 +79,7 @@ def write_logits_(out: Tensor, head: Head, slope: Tensor | None = None) -> Tenso
             if bias is not None:
                 part += bias[block]
             out[:, block] = part.mul_(scale)
-            del part  # free its memory before the next block is allocated
+            del part  # free the memory before the next block is allocated
     elif bias is not None:
         torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
     else:
@@ -127,7 +127,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float, first
             part = torch.mm(left[block], wide, out_dtype=total.dtype)
         part.mul_(scale)
         total[block] = part if first else part.add_(total[block])
-        del part  # free its memory before the next block is allocated
+        del part  # free the memory before the next block is allocated
 
 
 def scale_and_round(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

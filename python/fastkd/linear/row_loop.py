@@ -4,8 +4,9 @@ Each chunk has four steps:
 
 1. Write the logits of both heads to buffers that every chunk reuses.
 2. Compute the loss, and write its gradient over the student's logits.
-3. Multiply this gradient by the weight; the product is the gradient of the chunk's hidden states.
-4. Multiply this gradient by the hidden states, and add the product to the weight's gradient.
+3. Multiply this gradient by the weight, which gives the gradient of the chunk's hidden states.
+4. Multiply the gradient of step 2 by the hidden states, and add the product to the weight's
+   gradient.
 
 The loop does not synchronize with a GPU.
 """
@@ -86,7 +87,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
             if not is_direct:
                 out.hidden[index] = rows_grad.to(out.hidden.dtype)
         add_gradients(out, grad, part, call, power, slice(None), start == 0)
-        del grad  # free a gradient outside the buffer before the next chunk allocates one
+        del grad  # free a gradient outside the buffer before the next chunk's gradient is allocated
     if is_mean_division_deferred(call) and inputs.denominator is not None:
         out.loss.div_(inputs.denominator)
     return out

@@ -44,7 +44,7 @@ class Terms(NamedTuple):
     student_mass: Tensor = None  # type: ignore[assignment]
     """The student's probability of the classes that the teacher lists; 1 if they are all classes.
 
-    ``fastkd.reference.terms``, whose teacher has all classes, leaves both masses None.
+    ``fastkd.reference.terms`` leaves ``student_mass`` and ``teacher_mass`` None.
     """
     teacher_mass: Tensor = None  # type: ignore[assignment]
     """The teacher's probability of the classes that it lists; 1 if they are all classes."""

@@ -54,7 +54,7 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor, mix: float) -> Tensor:
     """Compute the sum of both KLs; ``mix`` weighs the forward KL."""
-    if mix in (0, 1):  # the other KL may be infinite, and its gradient NaN
+    if mix in (0, 1):  # the KL with weight 0 may be infinite, and its gradient NaN
         return _kl(log_p, log_q) if mix == 1 else _kl(log_q, log_p)
     return mix * _kl(log_p, log_q) + (1 - mix) * _kl(log_q, log_p)
 
@@ -87,8 +87,8 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     every other class. ``labels``: class indices, ``(...)``.
     """
     index = labels.unsqueeze(-1)
-    # Of teacher and student: ``binary``, log-probabilities of (label, all other classes), (..., 2),
-    # and ``others``, log-probabilities without the label, (..., C), with -inf for the label.
+    # ``binary``: log-probabilities of (label, all other classes), (..., 2). ``others``:
+    # log-probabilities without the label, (..., C), with -inf for the label.
     binary, others, alone = [], [], []
     for log_probs in (log_p, log_q):
         rest = log_probs.scatter(-1, index, -math.inf)
@@ -102,7 +102,7 @@ def dkd(log_p: Tensor, log_q: Tensor, labels: Tensor, mix: float) -> Tensor:
     return _kl(*binary) + mix * within if mix else _kl(*binary)
 
 
-# ---- divergences of logits, without the classes that both mask
+# ---- divergences of logits, without the classes that teacher and student mask
 
 
 def _subtract(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,8 +61,8 @@ def distributions(
 
     Both results are ``(..., k)``, with -inf for padding. With the tail ``"ghost"``, the results are
     ``(..., k + 1)``: the ghost, the last class, stands for all classes that are not listed.
-    ``has_floor``: give the ghost at least the rounding error of 1, so that a list that adds up to 1
-    does not make the divergence infinite.
+    ``has_floor``: give the ghost at least the rounding error of 1, so that the divergence is
+    finite for a list that adds up to 1.
     """
     listed = indices >= 0
     log_p = log_probs.masked_fill(~listed, -math.inf)
@@ -88,7 +88,7 @@ def distributions(
 
 
 def _complete_teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
-    """Scale a list so that it and ``rest``, ``(..., 1)``, add up to 1; "ghost": append ``rest``."""
+    """Scale a list to add up to 1 with ``rest``, ``(..., 1)``; append ``rest`` for "ghost"."""
     total = log_p.exp().sum(-1, keepdim=True)
     # The sum is computed in logarithms, because all probabilities of a list may underflow.
     log_total = _log_sum(log_p, log_p > -math.inf).unsqueeze(-1)
@@ -112,10 +112,10 @@ def _compute_divergence(
     options = {} if mix is None else {"mix": mix}
     value: Tensor = DIVERGENCES[name].compute(log_p, listed_q, **options)
     if name in ("forward_kl", "soft_cross_entropy") or (name == "symmetric_kl" and mix != 0):
-        # The divergence is infinite where only the student masks a class, even if p underflows.
+        # The divergence is infinite if only the student masks a class, even if p underflows to 0.
         is_masked = (log_p > -math.inf) & (log_p.exp() == 0) & (listed_q == -math.inf)
         value = value.masked_fill(is_masked.any(-1), math.inf)
-    # Without any probability, also of the ghost, the divergence is 0.
+    # The divergence is 0 if neither the list nor the ghost has any probability.
     return value.masked_fill((log_p == -math.inf).all(-1), 0)
 
 

@@ -130,7 +130,7 @@ class TeacherCache:
         return self.ids[self._search(ids)] == ids
 
     def _search(self, ids: Tensor) -> Tensor:
-        """Return the position of each id in the index; of a missing id, any position."""
+        """Return the position of each id in the index, or any position for a missing id."""
         return torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
 
     def check(
@@ -147,7 +147,8 @@ class TeacherCache:
         Args:
             classes: number of classes of the student.
             teacher: module that the cache should have been computed with.
-            temperature: the teacher's temperature in the loss. A cache of all classes fits all.
+            temperature: the teacher's temperature in the loss. A cache of all classes fits every
+                temperature.
             ids: samples that must be in the cache.
             batch: a batch of the loader, with ids (:class:`WithIds`). Its inputs must equal the
                 inputs of the teacher. Omit ``batch`` if inputs are augmented at random.

@@ -5,12 +5,12 @@
 stacks them into a batch. :func:`gather` selects the sequence's tokens from the lists, for a
 :class:`fastkd.Sampled`. These functions open no connection, and run or import nothing from a reply.
 
-**Alignment.** Row i of a result scores token i of the reply: it holds log-probabilities of the
-distribution that predicted token i from the tokens before. For a complete prompt, row i of a result
+**Alignment.** Row i of a result scores token i of the reply: it has log-probabilities of the
+distribution that predicted token i. For a complete prompt, row i of a result
 corresponds to row i - 1 of the student's logits. No distribution predicted the first token of a
 prompt, so row 0 is padding: indices -1, log-probabilities -inf. For generated tokens, row 0 scores
-the first generated token. Put one row of padding for each token of the prompt in front, by
-:func:`collate` with ``length=`` and left padding. ``shift=1`` then compares row i with row i - 1 of
+the first generated token. :func:`collate` with ``length=`` and left padding adds a row of padding
+for each token of the prompt. ``shift=1`` then compares row i with row i - 1 of
 the logits::
 
     loss = fastkd.loss(logits, teacher, labels, shift=1)  # label -100: prompt and padding
