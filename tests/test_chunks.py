@@ -12,7 +12,7 @@ from support import BF16, FP16, FP32, FP64, make_heads
 import fastkd
 from fastkd import Head, TopK
 from fastkd.linear.chunks import make_sizes
-from fastkd.linear.planner import MIB, Plan, Sizes, buffer_bytes, divide_classes, plan_sizes
+from fastkd.linear.planner import MIB, Plan, Sizes, compute_buffer_bytes, divide_classes, plan_sizes
 
 
 def plan(
@@ -89,7 +89,7 @@ def test_chunks_of_classes_cover_all_classes(sizes, most, writes):
         end += chunk.size
         if chunk.is_inside:
             written = end * grad_row if writes else 0
-            assert written + buffer_bytes(rows, chunk.size, item) <= classes * grad_row
+            assert written + compute_buffer_bytes(rows, chunk.size, item) <= classes * grad_row
         elif sizes["weight_grad"]:
             assert chunk.size <= 64
     assert end == classes

@@ -14,9 +14,9 @@ from fastkd._core.arguments import (
     Student,
     Teacher,
     check_teacher_has_no_gradient,
+    gather_routed_logits,
     prepare,
     raise_for_kernel_error,
-    routed_logits,
     shift_rows,
 )
 from fastkd._core.mistakes import hide_catch_all, raise_for_call
@@ -434,7 +434,7 @@ def _compute(
             return linear.compute_routed(student, teacher, labels, options, with_terms)
         return linear.compute(student, teacher, labels, options, with_terms)
     if isinstance(teacher, Routed):
-        teacher = routed_logits(student, teacher, options.dim)
+        teacher = gather_routed_logits(student, teacher, options.dim)
     if isinstance(teacher, Head):
         check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
         with torch.no_grad():

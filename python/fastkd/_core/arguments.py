@@ -299,7 +299,7 @@ def check_fits_rows(teacher: TopK | Sampled, logits: Tensor) -> None:
 # ---- routed teachers
 
 
-def rows_of_teachers(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
+def find_teacher_rows(routed: Routed, rows: torch.Size, device: torch.device) -> list[Tensor]:
     """Check a routed teacher, and return the indices of each teacher's rows, flattened."""
     check_routed(routed, "teacher")
     teachers, indices = routed
@@ -323,7 +323,7 @@ def rows_of_teachers(routed: Routed, rows: torch.Size, device: torch.device) -> 
     return [(indices.flatten() == i).nonzero().squeeze(1) for i in range(len(teachers))]
 
 
-def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
+def gather_routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
     """Return the logits of each row's teacher as one tensor, laid out like the student."""
     check_routed(routed, "teacher")
     checks.check_student(student, dim)
@@ -331,7 +331,7 @@ def routed_logits(student: Tensor, routed: Routed, dim: int) -> Tensor:
         moved = [x if isinstance(x, Head) else x.movedim(dim, -1) for x in routed.teachers]
         routed, student = Routed(tuple(moved), routed.indices), student.movedim(dim, -1)
     classes, parts = student.shape[-1], []
-    teacher_rows = rows_of_teachers(routed, student.shape[:-1], student.device)
+    teacher_rows = find_teacher_rows(routed, student.shape[:-1], student.device)
     for i, (teacher, rows) in enumerate(zip(routed.teachers, teacher_rows, strict=True)):
         name = f"teacher.teachers[{i}]"
         outputs = teacher.hidden if isinstance(teacher, Head) else teacher

@@ -38,7 +38,7 @@ def is_batch(grad_output: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad_output) or is_transformed()
 
 
-def needs_formula(grad_output: Tensor) -> bool:
+def is_formula_needed(grad_output: Tensor) -> bool:
     """Return True if a backward pass must consist of differentiable PyTorch operations.
 
     Either create_graph=True will differentiate the backward pass, or ``grad_output`` is a batch.
@@ -83,7 +83,7 @@ class Ops(NamedTuple):
     reduction: int
     """Index of ``reduction`` among the arguments after the student."""
 
-    def autograd(self, student: Tensor, *arguments: Any) -> Tensor:
+    def compute(self, student: Tensor, *arguments: Any) -> Tensor:
         """Compute the loss: the autograd kernel of ``loss`` unless eager.cpp registers another."""
         if torch.is_grad_enabled() and student.requires_grad:
             return _FusedLoss.apply(student, self, arguments)  # type: ignore[no-any-return,no-untyped-call]
@@ -124,7 +124,7 @@ def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> Non
     )
     _LIBRARY.impl(f"{name}_gradient", differentiate, "CompositeImplicitAutograd")
     if native.EAGER is None:
-        _LIBRARY.impl(name, _LOSSES[name].autograd, "Autograd")
+        _LIBRARY.impl(name, _LOSSES[name].compute, "Autograd")
 
 
 _LIBRARY: Any = torch.library.Library("fastkd", "IMPL")  # type: ignore[no-untyped-call]
@@ -137,7 +137,7 @@ def without_cpp() -> Iterator[None]:
     eager, native.EAGER = native.EAGER, None
     for name, ops in _LOSSES.items():
         for key in ("AutogradCPU", "AutogradCUDA") if eager is not None else ():
-            library.impl(name, ops.autograd, key)
+            library.impl(name, ops.compute, key)
     try:
         yield
     finally:
@@ -209,7 +209,7 @@ class _FusedLoss(torch.autograd.Function):
         # With terms, only the loss has a gradient; it is the first term.
         if ops.has_stats and ctx.numbers[-1]:
             grad_output = grad_output[0]
-        uses_formula = needs_formula(grad_output)
+        uses_formula = is_formula_needed(grad_output)
         if grad is not None and not uses_formula:
             if may_write:
                 ctx.grad = None

@@ -62,7 +62,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     if len(teachers) > 1 or o.teacher_form == "probs":
         teachers = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in teachers)
         weights = o.teacher_weights or (1.0,) * len(teachers)
-        temperatures, rows = row_numbers(call, (o.temperature, o.teacher_temperature))
+        temperatures, rows = make_row_numbers(call, (o.temperature, o.teacher_temperature))
         mixing = {
             "row_temperatures": rows,
             "shares": tuple(weight / sum(weights) for weight in weights),
@@ -72,9 +72,9 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
             "teachers_temperature": temperatures[1],
         }
         if call.student.is_cuda:  # CUDA kernels of the loss take one teacher: the mixture
-            teachers, mixing = (mixed_teacher(Arguments(teachers, **mixing), call.dtype),), {}
+            teachers, mixing = (mix_teachers(Arguments(teachers, **mixing), call.dtype),), {}
         o = o._replace(teacher_temperature=o.temperature)
-    numbers, rows = row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
+    numbers, rows = make_row_numbers(call, tuple(getattr(o, name) for name in PER_ROW_OPTIONS))
     return Arguments(
         teachers,
         **mixing,
@@ -85,7 +85,7 @@ def make_arguments(call: Call, with_terms: bool) -> Arguments:
     )
 
 
-def row_numbers(
+def make_row_numbers(
     call: Call, numbers: tuple[float | Tensor, ...]
 ) -> tuple[tuple[float, ...], Tensor | None]:
     """Return numbers for all rows and, if any of ``numbers`` is a tensor, numbers for each row.
@@ -136,7 +136,7 @@ def prepare_call(objective: Objective, with_terms: bool) -> Callable[..., Tensor
     return autograd.prepare_call("loss", arguments, [0, 1, labels])
 
 
-def mixed_teacher(arguments: Arguments, dtype: torch.dtype) -> Tensor:
+def mix_teachers(arguments: Arguments, dtype: torch.dtype) -> Tensor:
     """Return the logits of the teacher, or of the mixture of several, as one tensor."""
     if not arguments.shares:
         return arguments.teachers[0]
@@ -174,7 +174,7 @@ class _InplaceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (stats,) = ctx.saved_tensors
         grad, ctx.grad = ctx.grad, None
-        if autograd.needs_formula(grad_output) or grad is None:
+        if autograd.is_formula_needed(grad_output) or grad is None:
             raise RuntimeError(
                 "inplace=True: the logits were overwritten by their gradient, which is "
                 "available once. For second derivatives, batches of gradients or a second backward "
@@ -212,7 +212,7 @@ def _compute_by_operations(student: Tensor, *flat: Any) -> Tensor:
         numbers = a.row_settings.reshape(4, *student.shape[:-1]).unbind(0)
     return reference.loss(
         student,
-        mixed_teacher(a, accumulator(student, *a.teachers)),
+        mix_teachers(a, accumulator(student, *a.teachers)),
         a.labels,
         **dict(zip(PER_ROW_OPTIONS, numbers, strict=True)),
         label_smoothing=a.label_smoothing,

@@ -17,7 +17,7 @@ from fastkd._core.arguments import Call
 from fastkd._core.autograd import is_transformed
 from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, MOST_TEACHERS_ON_CUDA
 from fastkd._core.objective import Objective
-from fastkd._core.rows import compute_checkpointed, divisor_ratio, reference_terms
+from fastkd._core.rows import compute_checkpointed, compute_divisor_ratio, compute_reference_terms
 
 _warned: set[str] = set()
 _loss_into = torch.ops.fastkd.loss_into.default
@@ -81,7 +81,7 @@ def compute(call: Call, with_terms: bool) -> Tensor:
             if out is not None:
                 return out
     if transformed or torch.compiler.is_compiling():
-        terms = reference_terms(call)
+        terms = compute_reference_terms(call)
     else:
         terms = compute_checkpointed(call)
     return terms.stacked() if with_terms else terms.loss
@@ -128,7 +128,9 @@ def _compute_fused(call: Call, with_terms: bool) -> Tensor:
     o, hard = call.objective, None
     if o.class_weight is not None:
         assert call.labels is not None
-        weight = o.class_weight[call.labels.clamp(0, len(o.class_weight) - 1)] * divisor_ratio(call)
+        weight = o.class_weight[
+            call.labels.clamp(0, len(o.class_weight) - 1)
+        ] * compute_divisor_ratio(call)
         o = o._replace(class_weight=None)
         if with_terms:  # the op's hard term ignores class weights
             hard_only = o._replace(hard_weight=weight, soft_weight=0.0)
@@ -160,7 +162,7 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     total = target.sum(-1)
     if target.numel() and not bool((target.amin() >= 0) & (total > 0).all()):
         return None
-    total = total * divisor_ratio(call)
+    total = total * compute_divisor_ratio(call)
     o = o._replace(hard_weight=0.0, class_weight=None, label_smoothing=0.0)
     # The student is in the dtype of the arithmetic, so that the gradients' sum is rounded once.
     divergence = call._replace(student=student, labels=indices, objective=o)
@@ -187,15 +189,15 @@ def _compute_in_two_passes(call: Call, with_terms: bool) -> Tensor | None:
     return torch.cat((out[:1] + compute_hard(weight), hard_only.unsqueeze(0), out[2:]))
 
 
-def statistics(call: Call) -> tuple[Tensor, Tensor]:
+def compute_statistics(call: Call) -> tuple[Tensor, Tensor]:
     """Return each row's divergence, and the statistics for its gradient (Stat in kernels.h)."""
     assert call.objective.reduction == "none"
     terms, stats = _loss_into(None, call.student, *dense.make_arguments(call, True), True)
     return terms[reference.Terms._fields.index("soft")], stats
 
 
-def gradient_(call: Call, stats: Tensor) -> None:
-    """Write the gradient over the student's logits; ``stats``: from :func:`statistics`."""
+def write_gradient_(call: Call, stats: Tensor) -> None:
+    """Write the gradient over the student's logits; ``stats``: from :func:`compute_statistics`."""
     arguments = dense.make_arguments(call, False)
     _loss_backward_(call.student, stats.new_ones(()), stats, call.student, *arguments, False)
 

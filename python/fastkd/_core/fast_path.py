@@ -43,7 +43,7 @@ def run(
             # _replace() does not check the fields that it sets.
             if with_terms or type(tail) is not str or tail not in TAILS:
                 return None
-            if not _are_lists_eligible(student, log_probs, indices, labels):
+            if not _is_sparse_eligible(student, log_probs, indices, labels):
                 return None
             call = _find_call(tail, False, labels is not None, options)
             return None if call is None else call(student, indices, log_probs, labels)
@@ -128,7 +128,7 @@ def is_eligible(student: object, teacher: object, labels: object) -> bool:
     return not (_is_grad_enabled() and (teacher.is_inference() or labels.is_inference()))
 
 
-def _are_lists_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
+def _is_sparse_eligible(student: Any, log_probs: Any, indices: Any, labels: object) -> bool:
     """Return True if the kernels may take these logits, lists and class indices as they are."""
     return (
         is_eligible(student, log_probs, labels)

@@ -17,7 +17,7 @@ from fastkd import reference
 from fastkd._core import autograd, shapes
 from fastkd._core.arguments import Call
 from fastkd._core.checks import to_savable
-from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, row_numbers
+from fastkd._core.dense import DIVERGENCES, KERNEL_DEVICES, make_row_numbers
 from fastkd._core.objective import Objective
 from fastkd._core.values import TAILS
 
@@ -68,7 +68,7 @@ def _make_arguments(call: Call) -> tuple[Any, ...]:
     """Return the arguments of the op (csrc/torch/topk.cpp)."""
     assert call.listed is not None
     o = call.objective
-    _, row_settings = row_numbers(
+    _, row_settings = make_row_numbers(
         call, (o.temperature, o.temperature, o.hard_weight, o.soft_weight)
     )
     numbers = _encode_numbers(o, call.listed.tail, call.listed.estimator)

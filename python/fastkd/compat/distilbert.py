@@ -65,8 +65,8 @@ def step_loss(
     labels = labels.masked_fill(~hard, 0).masked_fill(~(hard | soft), -100)
     total = losses.loss(
         s_logits, t_logits, labels, temperature=check_positive("temperature", temperature),
-        hard_weight=_mean_weights(hard, s_logits) * (alpha_mlm or alpha_clm),
-        soft_weight=_mean_weights(soft, s_logits) * alpha_ce, reduction="sum",
+        hard_weight=_make_mean_weights(hard, s_logits) * (alpha_mlm or alpha_clm),
+        soft_weight=_make_mean_weights(soft, s_logits) * alpha_ce, reduction="sum",
     )  # fmt: skip
     if alpha_mse:
         labels = lm_labels.new_zeros(soft.shape).masked_fill(~soft, -100)
@@ -77,7 +77,7 @@ def step_loss(
     return total
 
 
-def _mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
+def _make_mean_weights(mask: Tensor, logits: Tensor) -> Tensor:
     """Return row weights that turn a sum over rows into the mean over the rows of ``mask``."""
     weights = mask.to(shapes.accumulator(logits))
     return weights / weights.sum().clamp(min=1)

@@ -19,7 +19,9 @@ class _MaskedLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def _options(self, student_logits: Tensor, labels: Tensor, normalize: bool) -> dict[str, Any]:
+    def _make_options(
+        self, student_logits: Tensor, labels: Tensor, normalize: bool
+    ) -> dict[str, Any]:
         rows = student_logits.shape[:-1]
         if labels.numel() != rows.numel():
             raise ValueError(
@@ -49,7 +51,7 @@ class ForwardKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        options = self._options(student_logits, labels, normalize)
+        options = self._make_options(student_logits, labels, normalize)
         return losses.loss(student_logits, teacher_logits, divergence=self.divergence, **options)
 
 
@@ -82,7 +84,7 @@ class SymmetricKLLoss(_MaskedLoss):
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
     ) -> Tensor:
         """Compute the mean (or, with ``normalize=False``, the sum) of logits ``(..., C)``."""
-        options = self._options(student_logits, labels, normalize)
+        options = self._make_options(student_logits, labels, normalize)
         options.update(divergence="symmetric_kl", mix=self.sym_kd_ratio)
         terms = losses.terms(student_logits, teacher_logits, **options)
         # torchtune's forward term is -sum p log q, the forward KL plus the teacher's entropy.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastkd import losses, reference, validation
 from fastkd._core.arguments import Call, prepare
 from fastkd._core.objective import Options
-from fastkd._core.rows import as_rows, map_rows, reference_terms
+from fastkd._core.rows import compute_reference_terms, flatten_rows, map_rows
 from fastkd._core.values import Head, TopK
 from fastkd.losses import KDLoss
 
@@ -74,7 +74,7 @@ def _compute_eager(rows: Call) -> Tensor:
         soft_labels or o.class_weight is not None or o.standardize or rows.teachers[1:]
     )
     if needs_reference or (o.divergence, o.teacher_form) != ("forward_kl", "logits"):
-        return reference_terms(rows).loss
+        return compute_reference_terms(rows).loss
     student, teacher = rows.student, rows.teachers[0].to(rows.student.dtype)
     t, t_teacher = (
         reference.column(value.to(student.dtype) if isinstance(value, Tensor) else value)
@@ -139,7 +139,7 @@ def verify(
         )
     options = {**KDLoss(**options).options, "inplace": False}
     call = prepare(student, teacher, labels, Options()._replace(**options))
-    problem, _ = as_rows(call._replace(student=call.student.detach(), dtype=torch.float64))
+    problem, _ = flatten_rows(call._replace(student=call.student.detach(), dtype=torch.float64))
     problem.student.requires_grad_()
     student = student.detach().requires_grad_()
     dim = options.get("dim", -1)
@@ -208,7 +208,7 @@ def _compute_exact(problem: Call, rows: Tensor, chunk: int) -> tuple[Tensor, Ten
     def compute(part: Tensor | slice) -> tuple[Tensor, Tensor]:
         call = map_rows(problem, lambda x: x[part].double() if x.is_floating_point() else x[part])
         leaf = call.student.detach().requires_grad_()
-        return reference_terms(call._replace(student=leaf)).loss, leaf
+        return compute_reference_terms(call._replace(student=leaf)).loss, leaf
 
     with torch.no_grad():
         starts = range(0, max(1, count), step)

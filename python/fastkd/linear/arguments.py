@@ -16,9 +16,9 @@ from fastkd._core.arguments import (
     prepare,
 )
 from fastkd._core.objective import Options
-from fastkd._core.rows import mean_divisors
+from fastkd._core.rows import compute_mean_divisors
 from fastkd._core.values import Head, Sampled, TopK, check_head
-from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, acc_dtype
+from fastkd.linear.call import OUTPUTS_OF_ROWS, Inputs, LinearCall, promote_loss_dtype
 
 _TEACHER_HEAD = ("teacher_hidden", "teacher_weight", "teacher_bias")
 _LOGITS_OPTIONS = ("teacher_form", "teacher_weights", "ensemble", "dim", "inplace")
@@ -38,7 +38,7 @@ def prepare_heads(
             "teacher must be a Head, TopK, Sampled or a tensor of logits if student is a Head; got "
             f"{type(teacher).__name__}"
         )
-    dtype = _logits_dtype(student.hidden)
+    dtype = _get_logits_dtype(student.hidden)
     # A zero-stride stand-in for the logits, to check labels, options and lists against.
     logits = torch.empty((), dtype=dtype, device=device).expand(*lead, len(student.weight))
     stand_in = logits if isinstance(teacher, Head) else teacher
@@ -49,7 +49,7 @@ def prepare_heads(
         checks.check_rows(logits, labels, objective.ignore_index, objective.temperature)
     tensors: dict[str, Tensor | None] = {}
     if isinstance(teacher, Head):
-        teacher_dtype = _logits_dtype(teacher.hidden)
+        teacher_dtype = _get_logits_dtype(teacher.hidden)
         tensors.update(zip(_TEACHER_HEAD, teacher[:3], strict=True))
     elif checked.listed is not None:
         log_probs, indices = checked.listed[:2]
@@ -63,8 +63,8 @@ def prepare_heads(
         teacher_dtype = teacher.dtype
         tensors["teacher_logits"] = teacher
     if objective.reduction == "mean":
-        acc = acc_dtype(dtype, teacher_dtype)
-        hard, soft = mean_divisors(math.prod(lead), labels, objective, acc)
+        acc = promote_loss_dtype(dtype, teacher_dtype)
+        hard, soft = compute_mean_divisors(math.prod(lead), labels, objective, acc)
         if not isinstance(soft, Tensor):
             soft = torch.full((), soft, device=device, dtype=acc)
         tensors["denominator"] = soft.to(acc)
@@ -129,7 +129,7 @@ def _check_head(head: Head, owner: str, device: torch.device) -> None:
                 f"{owner}.{name} must be on the device of student.hidden, {device}; got "
                 f"{value.device}"
             )
-        if value.dtype != head.hidden.dtype and _autocast_dtype(device) is None:
+        if value.dtype != head.hidden.dtype and _get_autocast_dtype(device) is None:
             raise ValueError(
                 f"{owner}.{name} must have the dtype of {owner}.hidden, {head.hidden.dtype}, "
                 f"unless autocast is on; got {value.dtype}"
@@ -152,13 +152,13 @@ def _check_teacher_head(student: Head, teacher: Head) -> None:
     check_teacher_has_no_gradient("teacher.hidden", teacher.hidden)
 
 
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+def _get_autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype of autocast, or None if it is off; the meta device stands for CUDA."""
     kind = "cuda" if device.type == "meta" else device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
+def _get_logits_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of a head's logits: autocast's, if on and ``hidden`` is not float64."""
-    autocast = _autocast_dtype(hidden.device)
+    autocast = _get_autocast_dtype(hidden.device)
     return hidden.dtype if autocast is None or hidden.dtype is torch.float64 else autocast

@@ -81,7 +81,7 @@ class LinearCall(NamedTuple):
     with_terms: bool
 
     @property
-    def grads(self) -> bool:
+    def has_grads(self) -> bool:
         """Return True if any gradient is asked for."""
         return self.hidden_grad or self.weight_grad or self.bias_grad
 
@@ -137,7 +137,7 @@ class Outputs(NamedTuple):
     """The gradient of the bias, in float32 or float64."""
 
 
-def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def promote_loss_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype of a loss whose logits have these dtypes."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -145,7 +145,7 @@ def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def allocate_outputs(inputs: Inputs, call: LinearCall) -> Outputs:
     """Allocate the results of a call."""
     hidden, weight = inputs.hidden, inputs.weight
-    acc = acc_dtype(call.dtype, call.teacher_dtype)
+    acc = promote_loss_dtype(call.dtype, call.teacher_dtype)
     fields = len(reference.Terms._fields)
     if inputs.topk_indices is None:
         fields -= len(reference.Terms._field_defaults)  # fields that need a sparse teacher
@@ -184,7 +184,7 @@ def make_call(
     student: Tensor, teacher: Tensor | None, part: Inputs, objective: Objective, call: LinearCall
 ) -> Call:
     """Make the core's call for a chunk; if ``teacher`` is None, the teacher is sparse."""
-    dtype = acc_dtype(call.dtype, call.teacher_dtype)
+    dtype = promote_loss_dtype(call.dtype, call.teacher_dtype)
     if teacher is not None:
         return Call(student, (teacher,), part.labels, objective, dtype)
     assert part.topk_indices is not None and part.topk_log_probs is not None

@@ -15,7 +15,7 @@ from fastkd._core.objective import Options
 from fastkd._core.values import Head
 from fastkd.linear import class_loop
 from fastkd.linear.arguments import prepare_heads
-from fastkd.linear.call import Inputs, LinearCall, acc_dtype, make_objective
+from fastkd.linear.call import Inputs, LinearCall, make_objective, promote_loss_dtype
 from fastkd.linear.planner import ChunkBy, Plan, Sizes, check_accumulate_dtype, plan_sizes
 
 __all__ = ["Plan", "plan"]
@@ -169,11 +169,11 @@ def make_sizes(inputs: Inputs, call: LinearCall) -> Sizes:
             call.dtype,
         )
         lists = 4 * 8 * inputs.topk_indices.shape[-1]
-        buffers = 1 + call.grads + lists / (classes * call.dtype.itemsize)
-    if call.student_softcap is not None and call.grads:
+        buffers = 1 + call.has_grads + lists / (classes * call.dtype.itemsize)
+    if call.student_softcap is not None and call.has_grads:
         buffers += 1
     if not is_fused:
-        wide = acc_dtype(call.dtype, call.teacher_dtype)
+        wide = promote_loss_dtype(call.dtype, call.teacher_dtype)
         buffers += _REFERENCE_LOGITS * wide.itemsize / call.dtype.itemsize
     return Sizes(
         _count_rows(inputs.hidden),

@@ -23,20 +23,20 @@ from fastkd.linear.call import (
     Inputs,
     LinearCall,
     Outputs,
-    acc_dtype,
     add_gradients,
     allocate_outputs,
     is_mean_division_deferred,
     make_call,
     make_heads,
     make_objective,
+    promote_loss_dtype,
     select_rows,
 )
 from fastkd.linear.class_statistics import DIVERGENCES, RowStatistics
 from fastkd.linear.planner import (
     ALIGNMENT,
     PADDING,
-    buffer_bytes,
+    compute_buffer_bytes,
     divide_classes,
     separate_classes,
 )
@@ -83,11 +83,11 @@ class _Loop:
         self.weight_grad = weight_grad.view(-1).view(torch.uint8)
         rows, classes = len(inputs.hidden), len(inputs.weight)
         self.grad_row = self.weight_grad.numel() // classes
-        needs_slope = call.student_softcap is not None and call.grads
+        needs_slope = call.student_softcap is not None and call.has_grads
         self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * needs_slope)
         self.item = sum(dtype.itemsize for dtype in self.dtypes)
         separate = separate_classes(min(call.chunk, classes), self.grad_row > 0)
-        self.buffer = self.weight_grad.new_empty(buffer_bytes(rows, separate, self.item))
+        self.buffer = self.weight_grad.new_empty(compute_buffer_bytes(rows, separate, self.item))
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
         """Yield the logits of all classes, chunk by chunk; the next chunk overwrites the memory.
@@ -101,7 +101,7 @@ class _Loop:
         ):
             part = slice(start, start + size)
             memory = self.weight_grad if is_inside else self.buffer
-            begin = memory.numel() - buffer_bytes(rows, size, self.item)
+            begin = memory.numel() - compute_buffer_bytes(rows, size, self.item)
             buffers: list[Tensor] = []
             for dtype in self.dtypes:
                 begin = -(-begin // ALIGNMENT) * ALIGNMENT
@@ -135,12 +135,12 @@ class _Loop:
 
     def compute_statistics(self) -> RowStatistics:
         """Run the first pass over the classes, and return the statistics of the rows."""
-        acc = acc_dtype(self.call.dtype, self.call.teacher_dtype)
+        acc = promote_loss_dtype(self.call.dtype, self.call.teacher_dtype)
         like = self.inputs.hidden.new_empty((), dtype=acc)
         rows = RowStatistics(len(self.inputs.hidden), self.objective, like)
         for _, core, _ in self.chunks(writes=False):
             label_logits = None
-            divergence, stats = dispatch.statistics(core)
+            divergence, stats = dispatch.compute_statistics(core)
             if core.labels is not None:
                 positions = core.labels.clamp(min=0).unsqueeze(1)
                 label_logits = core.student.gather(1, positions).squeeze(1)
@@ -158,7 +158,7 @@ class _Loop:
         """
         call = self.call
         for part, core, slope in self.chunks(writes=True):
-            dispatch.gradient_(core, stats)
+            dispatch.write_gradient_(core, stats)
             grad, first = core.student[:, :-PADDING], part.start == 0
             if slope is not None:
                 grad.mul_(slope)
@@ -194,12 +194,12 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
             loss = loss / inputs.denominator
             if not is_mean_division_deferred(call):
                 scale = scale / inputs.denominator
-    if not call.grads:
+    if not call.has_grads:
         return out._replace(loss=loss)
     stats = rows.stats(scale, loop.inputs.labels is not None)
     del rows, losses
     if call.hidden_grad:
-        wide, shape = acc_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
+        wide, shape = promote_loss_dtype(call.dtype, inputs.hidden.dtype), loop.inputs.hidden.shape
         out = out._replace(hidden=inputs.hidden.new_empty(shape, dtype=wide))
     loop.write_gradients(stats, out, power)
     del loop

@@ -47,17 +47,17 @@ class References:
         self.slope = self.log2e / self.t  # dividing a Python number by a tensor would round twice
         self.limit = _LARGEST_REFERENCE / self.slope.clamp(min=_LOG2E)
 
-    def tempered(self, top: Tensor) -> Tensor:
+    def compute_tempered(self, top: Tensor) -> Tensor:
         """Return the references of sums of exp(z / t), from the rows' maxima."""
-        return self._rounded(top, self.slope)
+        return self._round(top, self.slope)
 
-    def untempered(self, top: Tensor) -> Tensor:
+    def compute_untempered(self, top: Tensor) -> Tensor:
         """Return the references of sums of exp(z), from the rows' maxima."""
-        separate = self._rounded(top, self.log2e)
+        separate = self._round(top, self.log2e)
         power = self.is_power & self.rounds
-        return torch.where(power, self.t * self.tempered(top), separate)
+        return torch.where(power, self.t * self.compute_tempered(top), separate)
 
-    def _rounded(self, top: Tensor, factor: Tensor) -> Tensor:
+    def _round(self, top: Tensor, factor: Tensor) -> Tensor:
         is_rounded = (top.abs() <= self.limit) & self.rounds
         return torch.where(is_rounded, (top * factor).double(), top.double() * factor)
 
@@ -85,10 +85,10 @@ class RowStatistics:
         """
         stats = stats[:-1].view(-1, len(self.student_top))
         student_top, student_scale, hard_scale, teacher_top, teacher_scale, *_ = stats
-        student = self.student.tempered(student_top) - student_scale.double().log2()
-        teacher = self.teacher.tempered(teacher_top) - teacher_scale.double().log2()
+        student = self.student.compute_tempered(student_top) - student_scale.double().log2()
+        teacher = self.teacher.compute_tempered(teacher_top) - teacher_scale.double().log2()
         if label_logits is not None:
-            hard = self.student.untempered(student_top) - hard_scale.double().log2()
+            hard = self.student.compute_untempered(student_top) - hard_scale.double().log2()
             self.hard_mass = torch.logaddexp2(self.hard_mass, hard)
             self.label_logit = torch.maximum(self.label_logit, label_logits.double())
         students = torch.stack([self.student_mass, student])
@@ -118,9 +118,9 @@ class RowStatistics:
         # False for a logit that is NaN or +inf, and for a row whose classes are all masked.
         valid = self.student_mass.isfinite() & self.teacher_mass.isfinite()
         soft_weight = o.soft_weight * o.temperature * o.temperature
-        loss = _weighted(soft_weight, self.divergence.where(valid, math.nan))
+        loss = _apply_weight(soft_weight, self.divergence.where(valid, math.nan))
         if labels is not None:
-            loss = loss + _weighted(o.hard_weight, _LN2 * self.hard_mass - self.label_logit)
+            loss = loss + _apply_weight(o.hard_weight, _LN2 * self.hard_mass - self.label_logit)
             loss = loss.masked_fill(labels == o.ignore_index, 0.0)
         return loss.to(self.like.dtype)
 
@@ -130,9 +130,9 @@ class RowStatistics:
         ``scale`` multiplies the gradient.
         """
         zeros = torch.zeros_like(self.student_mass)
-        student = (self.student.tempered(self.student_top) - self.student_mass).exp2()
-        hard = (self.student.untempered(self.student_top) - self.hard_mass).exp2()
-        teacher = (self.teacher.tempered(self.teacher_top) - self.teacher_mass).exp2()
+        student = (self.student.compute_tempered(self.student_top) - self.student_mass).exp2()
+        hard = (self.student.compute_untempered(self.student_top) - self.hard_mass).exp2()
+        teacher = (self.teacher.compute_tempered(self.teacher_top) - self.teacher_mass).exp2()
         # The sum of slopes is the divergence for the reverse KL, and 0 for other divergences.
         slopes = self.divergence if self.objective.divergence == "reverse_kl" else zeros
         students = [self.student_top, student, hard if has_labels else zeros]
@@ -160,7 +160,7 @@ def _combine(divergence: str, student: Tensor, teacher: Tensor, within: Tensor) 
     return weighted.sum(0).clamp(min=0)  # rounding may make the sum negative
 
 
-def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+def _apply_weight(weight: float | Tensor, value: Tensor) -> Tensor:
     """Return weight * value, and 0 for a weight of 0 even if the value is infinite."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0.0, weight * value)

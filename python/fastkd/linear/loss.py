@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd._core import autograd, dense, dispatch, shapes
-from fastkd._core.arguments import Teacher, rows_of_teachers, shift_labels
+from fastkd._core.arguments import Teacher, find_teacher_rows, shift_labels
 from fastkd._core.objective import PER_ROW_OPTIONS, Options
 from fastkd._core.values import Head, Routed, check_head
 from fastkd.linear import chunks, class_loop, products, row_loop
@@ -41,7 +41,7 @@ def compute(
     )
     if autograd.is_transformed():
         out = _compute_by_operations(inputs, call)
-    elif call.grads and not autograd.is_traced():  # a traced op has its own autograd kernel
+    elif call.has_grads and not autograd.is_traced():  # a traced op has its own autograd kernel
         out = _LinearLoss.apply(call, *inputs)  # type: ignore[no-untyped-call]
     else:
         out = _compute_in_chunks(inputs, call).loss
@@ -56,7 +56,7 @@ def compute_routed(
     """Compute the loss with one teacher for each row, by one call for the rows of each teacher."""
     check_head(student, "student")
     lead, device = student.hidden.shape[:-1], student.hidden.device
-    rows_of = rows_of_teachers(teacher, lead, device)
+    rows_of = find_teacher_rows(teacher, lead, device)
     if options.class_weight is not None:
         raise ValueError("class_weight must be None with a Routed teacher; got a tensor")
     logits = student.hidden[..., :1]  # a stand-in for the logits: only its rows are read
@@ -175,7 +175,7 @@ class _LinearLoss(torch.autograd.Function):
         others = [None] * len(inputs[3:])
         if call.with_terms:  # only the loss has a gradient; it is the first term
             grad_output, call = grad_output[0], call._replace(with_terms=False)
-        if autograd.needs_formula(grad_output):
+        if autograd.is_formula_needed(grad_output):
             leaves = [t for t, want in zip(inputs, wanted, strict=False) if want and t is not None]
             with torch.enable_grad():
                 loss = _compute_by_operations(inputs, call)

@@ -97,20 +97,20 @@ class Sizes(NamedTuple):
         item = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
         return math.ceil(self.classes * item)
 
-    def weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
+    def compute_weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
         """Return the bytes of the weight's summed gradient, and of its copy in the weight's dtype.
 
         There is no copy if the sum has the weight's dtype already.
         """
         size = self.classes * self.width if self.weight_grad else 0
-        cast = size * self.weight_dtype.itemsize + self.scratch_bytes(0)
+        cast = size * self.weight_dtype.itemsize + self.compute_scratch_bytes(0)
         return size * accumulate.itemsize, 0 if accumulate == self.weight_dtype else cast
 
-    def scratch_bytes(self, rows: int) -> int:
+    def compute_scratch_bytes(self, rows: int) -> int:
         """Return the bytes that matrix products of some rows need besides their factors."""
         if self.device != "cpu" or 2 not in (self.dtype.itemsize, self.teacher_dtype.itemsize):
             return 0
-        return products.scratch_bytes(rows, max(self.width, self.teacher_width))
+        return products.compute_scratch_bytes(rows, max(self.width, self.teacher_width))
 
 
 def plan_sizes(
@@ -180,8 +180,8 @@ def _plan_rows(
 
     def make_plan(chunk: int) -> Plan:
         accumulate = single if chunk >= rows else summed
-        total, cast = sizes.weight_bytes(accumulate)
-        scratch = sizes.scratch_bytes(chunk)
+        total, cast = sizes.compute_weight_bytes(accumulate)
+        scratch = sizes.compute_scratch_bytes(chunk)
         peak = total + max(chunk * row_bytes + scratch, cast)
         if chunk >= rows:  # the teacher's logits are freed before the gradients exist
             grad = rows * sizes.classes * sizes.dtype.itemsize
@@ -212,8 +212,8 @@ def _plan_rows(
             + f". accumulate_dtype=torch.bfloat16 takes less than {summed}"
             * can_narrow
         )
-    fixed = constant_bytes + sizes.weight_bytes(summed)[0] + sizes.scratch_bytes(0)
-    scratch_per_row = sizes.scratch_bytes(1) - sizes.scratch_bytes(0)
+    fixed = constant_bytes + sizes.compute_weight_bytes(summed)[0] + sizes.compute_scratch_bytes(0)
+    scratch_per_row = sizes.compute_scratch_bytes(1) - sizes.compute_scratch_bytes(0)
     return make_plan(
         _choose_chunk_size(rows, (max_workspace - fixed) // (row_bytes + scratch_per_row))
     )
@@ -236,7 +236,7 @@ def _plan_classes(
     """Plan chunks of classes, as small as ``max_workspace`` asks for."""
     rows, classes = sizes.rows, sizes.classes
     item = -(-sizes.row_bytes // classes)
-    total, cast = sizes.weight_bytes(accumulate)
+    total, cast = sizes.compute_weight_bytes(accumulate)
     grad = total // classes
     sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
     row_bytes = sizes.width * sum_itemsize + sizes.copied_per_row + _ROW_STATISTICS_BYTES
@@ -244,11 +244,11 @@ def _plan_classes(
         row_bytes += sizes.width * sizes.dtype.itemsize
 
     def make_plan(chunk: int) -> Plan:
-        buffer = buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
-        buffer += chunk * sizes.cast_per_class + sizes.scratch_bytes(rows)
+        buffer = compute_buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
+        buffer += chunk * sizes.cast_per_class + sizes.compute_scratch_bytes(rows)
         count = sum(1 for _ in divide_classes(rows, classes, chunk, item, grad, writes=True))
         peak = total + rows * row_bytes + max(buffer, cast)
-        logits = buffer_bytes(rows, chunk, item)
+        logits = compute_buffer_bytes(rows, chunk, item)
         return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
 
     if chunk_size != "auto":
@@ -272,7 +272,7 @@ class ClassChunk(NamedTuple):
     """True if the logits lie in the unwritten part of the weight's gradient, not in a buffer."""
 
 
-def buffer_bytes(rows: int, classes: int, item: int) -> int:
+def compute_buffer_bytes(rows: int, classes: int, item: int) -> int:
     """Return the bytes for the logits of some classes; ``item``: bytes of one class of one row."""
     return rows * (classes + PADDING) * item + 4 * ALIGNMENT
 
@@ -293,7 +293,7 @@ def divide_classes(
     last chunks are small.
     """
     start = 0
-    fixed = buffer_bytes(rows, 0, item) + ALIGNMENT
+    fixed = compute_buffer_bytes(rows, 0, item) + ALIGNMENT
     separate = separate_classes(most, grad_row > 0)
     while start < classes:
         remaining = classes - start

@@ -54,7 +54,7 @@ def _split_classes(classes: int, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def scratch_bytes(rows: int, width: int) -> int:
+def compute_scratch_bytes(rows: int, width: int) -> int:
     """Return an upper bound for the temporary memory of 16-bit products on a CPU.
 
     The temporary memory holds one factor in float32, and a block of the other factor and of the

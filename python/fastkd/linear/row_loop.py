@@ -50,7 +50,7 @@ def run(inputs: Inputs, call: LinearCall, counted: Tensor | None, power: Tensor 
     slope, teacher_buffer = None, buffer
     if teacher is not None:
         teacher, teacher_buffer = _prepare(teacher, call.teacher_dtype, chunk)
-    if call.student_softcap is not None and call.grads:
+    if call.student_softcap is not None and call.has_grads:
         slope = torch.empty_like(buffer)
     for start in range(0, rows, chunk):
         index: slice | Tensor = slice(start, min(rows, start + chunk))
@@ -111,7 +111,7 @@ def _compute_loss(
     if is_mean_division_deferred(call):
         objective = objective._replace(reduction="sum", normalizer=None)
     core = make_call(logits, teacher, part, objective, call)
-    if not call.grads:
+    if not call.has_grads:
         return dispatch.compute(core, call.with_terms), None
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()

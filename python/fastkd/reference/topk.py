@@ -38,7 +38,7 @@ def mass(indices: Tensor, log_probs: Tensor) -> Tensor:
     return log_probs.exp().masked_fill(indices < 0, 0).sum(-1)
 
 
-def _log_sum(log_q: Tensor, present: Tensor) -> Tensor:
+def _logsumexp(log_q: Tensor, present: Tensor) -> Tensor:
     """Return log of the sum of exp(log_q) where ``present``; -inf, with no gradient, if empty."""
     present = present & (log_q > -math.inf)
     is_empty = ~present.any(-1, keepdim=True)
@@ -77,12 +77,12 @@ def distributions(
         outside = torch.ones((*log_q.shape[:-1], log_q.shape[-1] + 1), device=log_q.device).bool()
         places = indices.masked_fill(~listed, log_q.shape[-1]).clamp(max=log_q.shape[-1])
         outside = outside.scatter(-1, places, False)[..., :-1]
-        log_rest_q = _log_sum(log_q, outside).unsqueeze(-1)
+        log_rest_q = _logsumexp(log_q, outside).unsqueeze(-1)
         floor = torch.finfo(log_q.dtype).eps / 2 if has_floor else 0.0
         rest = (1 - total).clamp(min=floor).masked_fill(log_rest_q == -math.inf, 0)
         listed_q = torch.cat((listed_q, log_rest_q), -1)
     else:
-        share = _log_sum(log_q.gather(-1, places), listed).unsqueeze(-1)
+        share = _logsumexp(log_q.gather(-1, places), listed).unsqueeze(-1)
         listed_q = listed_q - share.masked_fill(share == -math.inf, 0)
     return _complete_teacher(log_p, rest, tail), listed_q
 
@@ -91,7 +91,7 @@ def _complete_teacher(log_p: Tensor, rest: Tensor, tail: str) -> Tensor:
     """Scale a list to add up to 1 with ``rest``, ``(..., 1)``; append ``rest`` for "ghost"."""
     total = log_p.exp().sum(-1, keepdim=True)
     # The sum is computed in logarithms, because all probabilities of a list may underflow.
-    log_total = _log_sum(log_p, log_p > -math.inf).unsqueeze(-1)
+    log_total = _logsumexp(log_p, log_p > -math.inf).unsqueeze(-1)
     is_scaled = (rest != 1 - total) & (log_total > -math.inf)
     log_p = log_p + (torch.log1p(-rest) - log_total).masked_fill(~is_scaled, 0)
     return torch.cat((log_p, rest.log()), -1) if tail == "ghost" else log_p

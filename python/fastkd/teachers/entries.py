@@ -88,7 +88,7 @@ class Entries:
 
     def strip_prefixes(self) -> None:
         """Remove the prefix of each token, unless all tokens are ids; raise for a token of text."""
-        kinds = _types(self.ids)
+        kinds = _get_types(self.ids)
         if kinds <= {int}:
             return
         size = len(_TOKEN_ID)
@@ -143,7 +143,7 @@ class Entries:
     def to_log_probs(self) -> Tensor:
         """Return the log-probabilities of all entries in float64; raise for an impossible value."""
         try:
-            if not _types(self.log_probs) <= {float, int}:
+            if not _get_types(self.log_probs) <= {float, int}:
                 raise TypeError
             numbers = _to_tensor("d", self.log_probs, torch.float64)
         except (TypeError, OverflowError):
@@ -168,7 +168,7 @@ class Entries:
         is_text = bool(self.ids) and type(self.ids[0]) is str
         try:
             # int() also accepts signs, spaces, underscores and digits of other scripts.
-            if "".join(self.ids).encode().isdigit() if is_text else _types(self.ids) <= {int}:
+            if "".join(self.ids).encode().isdigit() if is_text else _get_types(self.ids) <= {int}:
                 numbers = list(map(int, self.ids)) if is_text else self.ids
                 indices = _to_tensor("q", numbers, torch.int64)
                 if not ((indices < 0) | (indices > _LARGEST_ID)).any():
@@ -237,7 +237,7 @@ def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
 
 
-def _types(values: list[Any]) -> set[type]:
+def _get_types(values: list[Any]) -> set[type]:
     return set(map(type, values))
 
 
