@@ -210,7 +210,7 @@ def test_references_of_the_cuda_kernels(temperature):
         "logits", None, "probs", False,
     )  # fmt: skip
     rows = RowStatistics(50, objective, torch.empty(()))
-    rows.student.rounds = rows.teacher.rounds = True
+    rows.student.is_rounding = rows.teacher.is_rounding = True
     logits = (torch.randn(50, 96) * 4 + torch.linspace(-3000, 3000, 50)[:, None]).float()
     log2e = torch.tensor(math.log2(math.e))
     slope = log2e / temperature

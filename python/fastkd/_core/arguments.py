@@ -99,7 +99,7 @@ def prepare(student: Tensor, teacher: object, labels: Tensor | None, options: Op
         check_fits_rows(sparse, student)
         check_teacher_has_no_gradient("teacher.log_probs", sparse.log_probs)
     elif not teachers:
-        raise ValueError("teacher must be a tensor, or at least one; got an empty sequence")
+        raise ValueError("teacher must have at least one tensor; got an empty sequence")
     else:
         for i, value in enumerate(teachers):
             name = "teacher" if len(teachers) == 1 else f"teacher[{i}]"

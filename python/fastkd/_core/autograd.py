@@ -71,13 +71,13 @@ class Ops(NamedTuple):
     """Hold a loss, the ops of its gradient, and the layout of the arguments of these ops."""
 
     loss: Any
-    into: Any
+    loss_into: Any
     backward_: Any
     gradient: Any
     strided: bool
-    """True if ``into`` can write a gradient whose classes are not adjacent."""
+    """True if ``loss_into`` can write a gradient whose classes are not adjacent."""
     has_stats: bool
-    """True if ``into`` returns statistics that ``backward_`` needs."""
+    """True if ``loss_into`` returns statistics that ``backward_`` needs."""
     tensors: tuple[int, ...]
     """Indices of tensors, and of lists of tensors, among the arguments after the student."""
     reduction: int
@@ -110,15 +110,15 @@ def register(name: str, *, strided: bool, formula: Callable[..., Tensor]) -> Non
 
     suffixes = ("", "_into", "_backward_", "_gradient")
     ops = [getattr(torch.ops.fastkd, name + suffix).default for suffix in suffixes]
-    loss, into, backward_, gradient = ops
+    loss, loss_into, backward_, gradient = ops
     arguments = loss._schema.arguments[1:]
     _LOSSES[name] = Ops(
         loss,
-        into,
+        loss_into,
         backward_,
         gradient,
         strided,
-        len(into._schema.returns) == 2,
+        len(loss_into._schema.returns) == 2,
         tuple(i for i, each in enumerate(arguments) if "Tensor" in str(each.type)),
         [each.name for each in arguments].index("reduction"),
     )
@@ -182,9 +182,9 @@ class _FusedLoss(torch.autograd.Function):
         if arguments[ops.reduction] != _NONE:
             grad = _empty_gradient(student, ops.strided)
         if ops.has_stats:
-            out, stats = ops.into(grad, student, *arguments, True)
+            out, stats = ops.loss_into(grad, student, *arguments, True)
         elif grad is not None:
-            out = ops.into(grad, student, *arguments)
+            out = ops.loss_into(grad, student, *arguments)
         else:
             out = ops.loss(student, *arguments)
         # Not saved by save_for_backward: the first backward pass scales ``grad`` in place.

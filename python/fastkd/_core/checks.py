@@ -124,9 +124,9 @@ def check_class_count(
     """Raise if an option needs two classes and there is one, or needs class indices as labels."""
     if divergence == "dkd" and soft_labels:
         raise ValueError('divergence="dkd" needs class indices as labels; got probabilities')
-    what = "standardize=True" if standardize else f"divergence={divergence!r}"
+    option = "standardize=True" if standardize else f"divergence={divergence!r}"
     if (standardize or divergence == "dkd") and student.shape[-1] < 2:
-        raise ValueError(f"{what} needs at least two classes; got {student.shape[-1]}")
+        raise ValueError(f"{option} needs at least two classes; got {student.shape[-1]}")
 
 
 def check_entries(value: Tensor, name: str, student: Tensor, each: str = "row of logits") -> None:
@@ -380,10 +380,10 @@ def check_lists(
     raise_for_first(
         counts & (duplicate >= 0), duplicate, "teacher.indices must not list a class twice"
     )
-    most = reference.topk.MOST_MASS
+    limit = reference.topk.MOST_MASS
     raise_for_first(
-        counts & ~(mass <= most),
+        counts & ~(mass <= limit),
         mass,
         "teacher.log_probs must be logarithms of probabilities at the temperature of the loss, "
-        f"which add up to at most 1 ({most} with rounding) in each row",
+        f"which add up to at most 1 ({limit} with rounding) in each row",
     )

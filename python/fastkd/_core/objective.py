@@ -153,10 +153,10 @@ def resolve(
 
 def _check_mix(divergence: str, mix: object) -> float | None:
     """Check ``mix`` and return it as a float; None becomes the divergence's default."""
-    kind = reference.DIVERGENCES[divergence]
+    definition = reference.DIVERGENCES[divergence]
     if mix is None:
-        return kind.mix
-    if kind.mix is None:
+        return definition.mix
+    if definition.mix is None:
         names = ", ".join(
             repr(name) for name, other in reference.DIVERGENCES.items() if other.mix is not None
         )
@@ -164,7 +164,7 @@ def _check_mix(divergence: str, mix: object) -> float | None:
             f"mix belongs to the divergences {names}; got mix={mix!r} with "
             f"divergence={divergence!r}. Omit mix."
         )
-    low, high = kind.mix_range
+    low, high = definition.mix_range
     if divergence == "jsd" and mix in (0, 1):
         limit = "reverse_kl" if mix else "forward_kl"
         raise ValueError(
@@ -172,9 +172,9 @@ def _check_mix(divergence: str, mix: object) -> float | None:
             f"divergence={limit!r}"
         )
     checked = validation.check_number(
-        "mix", mix, low, high, open_low=kind.mix_open, open_high=kind.mix_open
+        "mix", mix, low, high, open_low=definition.mix_open, open_high=definition.mix_open
     )
-    if kind.mix_open and 1 - checked == 1:  # the mixture would equal one of the distributions
+    if definition.mix_open and 1 - checked == 1:  # the mixture would equal a distribution
         raise ValueError(
             f"mix is too small for float64: 1 - mix must be less than 1; got {checked!r}"
         )
@@ -186,14 +186,14 @@ def _check_compares_logits(objective: Objective, teachers: int | None) -> None:
     comparing = reference.DIVERGENCES[objective.divergence].compares == "logits"
     if not comparing and not objective.standardize:
         return
-    what = f"divergence={objective.divergence!r}" if comparing else "standardize=True"
+    option = f"divergence={objective.divergence!r}" if comparing else "standardize=True"
     if objective.teacher_form != "logits":
         raise ValueError(
-            f'{what} compares logits and needs teacher_form="logits"; got '
+            f'{option} compares logits and needs teacher_form="logits"; got '
             f"teacher_form={objective.teacher_form!r}"
         )
     if comparing and teachers is not None and teachers > 1 and objective.ensemble != "logits":
         raise ValueError(
-            f'{what} compares logits: with several teachers it needs ensemble="logits"; got '
+            f'{option} compares logits: with several teachers it needs ensemble="logits"; got '
             f"ensemble={objective.ensemble!r}"
         )

@@ -93,8 +93,8 @@ def _describe_teacher(options: Options, objective: Objective) -> str:
 
 def _describe_labels(objective: Objective) -> str:
     needs = _get_divergence(objective).needs_labels
-    what = "class indices, which D needs" if needs else "class indices or probabilities"
-    text = f"Labels are {what}, as in torch's cross_entropy"
+    accepted = "class indices, which D needs" if needs else "class indices or probabilities"
+    text = f"Labels are {accepted}, as in torch's cross_entropy"
     if objective.label_smoothing:
         text += f", smoothed by {objective.label_smoothing:g}"
     if objective.class_weight is not None:
@@ -168,7 +168,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
     """Describe what a set of options computes: weights, T^2, denominators, masks, bias.
 
     Args:
-        teacher: a sparse teacher, whose kind is described. Default: a teacher of all classes.
+        teacher: a sparse teacher, whose tail or estimator is described. Default: a dense teacher.
         show: True to print the text as well.
         options: the options of :func:`fastkd.loss`, which are checked.
 
@@ -197,10 +197,10 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         teachers=len(weights) if weights else None,
         default_temperature=2.0 if teacher is None else 1.0,
     )
-    kind, p = _get_divergence(objective), _format_distribution(objective)
-    softened = " " * 7 if kind.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
+    definition, p = _get_divergence(objective), _format_distribution(objective)
+    softened = " " * 7 if definition.compares == "logits" else f"q    = softmax(z / T), p = {p}; "
     form_names = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
-    divergence = f"{kind.formula}   [{objective.divergence}: {kind.source}]"
+    divergence = f"{definition.formula}   [{objective.divergence}: {definition.source}]"
     if isinstance(teacher, Sampled):
         formula = _ESTIMATORS[teacher.estimator][0]
         divergence = f"{formula}, d = log p(y) - log q(y)   [{teacher.estimator}: Schulman 2020]"
@@ -222,7 +222,7 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
         "masked rows": (
             f"Rows labeled {objective.ignore_index} count nothing in either term and get a zero "
             "gradient; their logits may hold anything."
-            + ("" if kind.needs_labels else " Probabilities mask no row.")
+            + ("" if definition.needs_labels else " Probabilities mask no row.")
         ),
     }
     if chosen.shift:
@@ -231,8 +231,8 @@ def explain(*, teacher: TopK | Sampled | None = None, show: bool = True, **optio
             f"Row i is compared with label, list or sampled class i + {chosen.shift}, and with row "
             f"i of a teacher's logits; the last {last} of each sequence counts nothing."
         )
-    if kind.mix is not None:
-        words["mix"] = f"{objective.mix:g}, {kind.mix_meaning}."
+    if definition.mix is not None:
+        words["mix"] = f"{objective.mix:g}, {definition.mix_meaning}."
     if objective.standardize:
         words["standardize"] = (
             "Before D, each row of z and of w has its mean subtracted and is divided by its "

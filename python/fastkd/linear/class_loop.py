@@ -85,9 +85,11 @@ class _Loop:
         self.grad_row = self.weight_grad.numel() // classes
         needs_slope = call.student_softcap is not None and call.has_grads
         self.dtypes = (call.dtype, call.teacher_dtype, *[call.dtype] * needs_slope)
-        self.item = sum(dtype.itemsize for dtype in self.dtypes)
+        self.item_bytes = sum(dtype.itemsize for dtype in self.dtypes)
         separate = separate_classes(min(call.chunk, classes), self.grad_row > 0)
-        self.buffer = self.weight_grad.new_empty(compute_buffer_bytes(rows, separate, self.item))
+        self.buffer = self.weight_grad.new_empty(
+            compute_buffer_bytes(rows, separate, self.item_bytes)
+        )
 
     def chunks(self, *, writes: bool) -> Iterator[tuple[slice, Call, Tensor | None]]:
         """Yield the logits of all classes, chunk by chunk; the next chunk overwrites the memory.
@@ -97,11 +99,11 @@ class _Loop:
         """
         call, inputs, rows = self.call, self.inputs, len(self.inputs.hidden)
         for start, size, is_inside in divide_classes(
-            rows, len(inputs.weight), call.chunk, self.item, self.grad_row, writes=writes
+            rows, len(inputs.weight), call.chunk, self.item_bytes, self.grad_row, writes=writes
         ):
             part = slice(start, start + size)
             memory = self.weight_grad if is_inside else self.buffer
-            begin = memory.numel() - compute_buffer_bytes(rows, size, self.item)
+            begin = memory.numel() - compute_buffer_bytes(rows, size, self.item_bytes)
             buffers: list[Tensor] = []
             for dtype in self.dtypes:
                 begin = -(-begin // ALIGNMENT) * ALIGNMENT

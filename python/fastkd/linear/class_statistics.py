@@ -34,7 +34,7 @@ class References:
 
     def __init__(self, temperature: float | Tensor, objective: Objective, like: Tensor) -> None:
         """Precompute the factors; ``like`` has the dtype and device of the kernel's statistics."""
-        self.rounds = like.is_cuda
+        self.is_rounding = like.is_cuda
         numbers = temperature, objective.hard_weight, objective.soft_weight
         self.t, hard, soft = (
             x.to(like) if isinstance(x, Tensor) else torch.full_like(like, x) for x in numbers
@@ -54,11 +54,11 @@ class References:
     def compute_untempered(self, top: Tensor) -> Tensor:
         """Return the references of sums of exp(z), from the rows' maxima."""
         separate = self._round(top, self.log2e)
-        power = self.is_power & self.rounds
+        power = self.is_power & self.is_rounding
         return torch.where(power, self.t * self.compute_tempered(top), separate)
 
     def _round(self, top: Tensor, factor: Tensor) -> Tensor:
-        is_rounded = (top.abs() <= self.limit) & self.rounds
+        is_rounded = (top.abs() <= self.limit) & self.is_rounding
         return torch.where(is_rounded, (top * factor).double(), top.double() * factor)
 
 

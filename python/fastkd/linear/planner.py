@@ -94,8 +94,8 @@ class Sizes(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Return the bytes of all logits of a row: student, teacher, and intermediate results."""
-        item = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
-        return math.ceil(self.classes * item)
+        item_bytes = self.dtype.itemsize * (self.logits_per_row - 1) + self.teacher_dtype.itemsize
+        return math.ceil(self.classes * item_bytes)
 
     def compute_weight_bytes(self, accumulate: torch.dtype) -> tuple[int, int]:
         """Return the bytes of the weight's summed gradient, and of its copy in the weight's dtype.
@@ -235,7 +235,7 @@ def _plan_classes(
 ) -> Plan:
     """Plan chunks of classes, as small as ``max_workspace`` asks for."""
     rows, classes = sizes.rows, sizes.classes
-    item = -(-sizes.row_bytes // classes)
+    item_bytes = -(-sizes.row_bytes // classes)
     total, cast = sizes.compute_weight_bytes(accumulate)
     grad = total // classes
     sum_itemsize = max(4, sizes.dtype.itemsize)  # of the hidden states' summed gradient
@@ -244,18 +244,18 @@ def _plan_classes(
         row_bytes += sizes.width * sizes.dtype.itemsize
 
     def make_plan(chunk: int) -> Plan:
-        buffer = compute_buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item)
+        buffer = compute_buffer_bytes(rows, separate_classes(chunk, sizes.weight_grad), item_bytes)
         buffer += chunk * sizes.cast_per_class + sizes.compute_scratch_bytes(rows)
-        count = sum(1 for _ in divide_classes(rows, classes, chunk, item, grad, writes=True))
+        count = sum(1 for _ in divide_classes(rows, classes, chunk, item_bytes, grad, writes=True))
         peak = total + rows * row_bytes + max(buffer, cast)
-        logits = compute_buffer_bytes(rows, chunk, item)
+        logits = compute_buffer_bytes(rows, chunk, item_bytes)
         return Plan(rows, chunk, logits, peak, accumulate, count, "classes")
 
     if chunk_size != "auto":
         return make_plan(min(classes, chunk_size))
     chunk = min(classes, CLASSES[sizes.device])
     if sizes.weight_grad:  # the logits of a chunk must fit in the weight's gradient
-        chunk = next(divide_classes(rows, classes, chunk, item, grad, writes=False)).size
+        chunk = next(divide_classes(rows, classes, chunk, item_bytes, grad, writes=False)).size
     plan = make_plan(chunk)
     while max_workspace is not None and plan.peak_bytes > max_workspace and chunk > _FEWEST_CLASSES:
         chunk = max(_FEWEST_CLASSES, chunk // 2)
@@ -272,9 +272,9 @@ class ClassChunk(NamedTuple):
     """True if the logits lie in the unwritten part of the weight's gradient, not in a buffer."""
 
 
-def compute_buffer_bytes(rows: int, classes: int, item: int) -> int:
-    """Return the bytes for the logits of some classes; ``item``: bytes of one class of one row."""
-    return rows * (classes + PADDING) * item + 4 * ALIGNMENT
+def compute_buffer_bytes(rows: int, classes: int, item_bytes: int) -> int:
+    """Return the bytes for the logits of some classes, at ``item_bytes`` per class and row."""
+    return rows * (classes + PADDING) * item_bytes + 4 * ALIGNMENT
 
 
 def separate_classes(chunk: int, weight_grad: bool) -> int:
@@ -283,7 +283,7 @@ def separate_classes(chunk: int, weight_grad: bool) -> int:
 
 
 def divide_classes(
-    rows: int, classes: int, most: int, item: int, grad_row: int, *, writes: bool
+    rows: int, classes: int, most: int, item_bytes: int, grad_row: int, *, writes: bool
 ) -> Iterator[ClassChunk]:
     """Divide the classes into chunks of at most ``most``, whose logits fit into unused memory.
 
@@ -293,14 +293,14 @@ def divide_classes(
     last chunks are small.
     """
     start = 0
-    fixed = compute_buffer_bytes(rows, 0, item) + ALIGNMENT
+    fixed = compute_buffer_bytes(rows, 0, item_bytes) + ALIGNMENT
     separate = separate_classes(most, grad_row > 0)
     while start < classes:
         remaining = classes - start
-        room = (remaining if writes else classes) * grad_row - fixed
-        fit = max(0, room // max(1, rows * item + (grad_row if writes else 0)))
-        size = min(remaining, most, max(fit, separate))
+        free_bytes = (remaining if writes else classes) * grad_row - fixed
+        fitting = max(0, free_bytes // max(1, rows * item_bytes + (grad_row if writes else 0)))
+        size = min(remaining, most, max(fitting, separate))
         if _MULTIPLE < size < remaining:
             size -= size % _MULTIPLE
-        yield ClassChunk(start, size, size <= fit)
+        yield ClassChunk(start, size, size <= fitting)
         start += size

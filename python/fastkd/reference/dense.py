@@ -225,17 +225,17 @@ def terms(
     log_p = F.log_softmax(scaled_teacher, -1)
     scaled = divide(standardized(student) if standardize else student, column(temperature))
     log_q = F.log_softmax(scaled, -1)
-    kind = DIVERGENCES[divergence]
-    compared = [scaled_teacher, scaled] if kind.compares == "logits" else [log_p, log_q]
+    definition = DIVERGENCES[divergence]
+    compared = [scaled_teacher, scaled] if definition.compares == "logits" else [log_p, log_q]
     if isinstance(soft_weight, Tensor) or soft_weight == 0:
         # Rows with weight 0 get no gradient: their divergence may be infinite, and 0 times an
         # infinite gradient is NaN.
         has_weight = torch.as_tensor(soft_weight != 0, device=student.device).unsqueeze(-1)
         compared = [torch.where(has_weight, x, x.detach()) for x in compared]
     arguments: list[object] = [*compared]
-    arguments += [labels] if kind.needs_labels else []
-    arguments += [] if kind.mix is None else [kind.mix if mix is None else mix]
-    soft = kind.compute(*arguments) * (nan_factor if kind.needs_labels else 1)
+    arguments += [labels] if definition.needs_labels else []
+    arguments += [] if definition.mix is None else [definition.mix if mix is None else mix]
+    soft = definition.compute(*arguments) * (nan_factor if definition.needs_labels else 1)
     soft_part = weighted(soft_weight * temperature**2, soft)
     hard = hard_part = torch.zeros_like(soft)
     hard_divisor = normalizer

@@ -333,7 +333,9 @@ def collate(
     if length is not None:
         validation.check_count("length", length)
         if length < longest:
-            raise ValueError(f"length must be at least {longest}, that of a value; got {length}")
+            raise ValueError(
+                f"length must be at least {longest}, as the longest value; got {length}"
+            )
 
     def stack(fields: Sequence[Tensor], fill: float) -> Tensor:
         padded = []
