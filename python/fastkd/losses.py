@@ -1,4 +1,4 @@
-"""Define the public loss as a function, with its terms, and as a module."""
+"""Define the public functions ``loss`` and ``terms``, and the module ``KDLoss``."""
 
 from __future__ import annotations
 

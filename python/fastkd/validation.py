@@ -37,7 +37,7 @@ def suggest(value: object, accepted: Iterable[str], hints: Mapping[str, str] | N
 def check_one_of(
     name: str, value: object, accepted: Sequence[str], hints: Mapping[str, str] | None = None
 ) -> int:
-    """Return the position of ``value`` among the accepted names; raise if it is no such name.
+    """Return the index of ``value`` in ``accepted``; raise if it is not one of these names.
 
     ``hints``: as in :func:`suggest`.
     """

@@ -41,7 +41,7 @@ def is_batch(grad_output: Tensor) -> bool:
 def is_formula_needed(grad_output: Tensor) -> bool:
     """Return True if a backward pass must consist of differentiable PyTorch operations.
 
-    Either create_graph=True will differentiate the backward pass, or ``grad_output`` is a batch.
+    Either ``create_graph=True`` differentiates the backward pass, or ``grad_output`` is a batch.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()

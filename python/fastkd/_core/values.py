@@ -76,10 +76,10 @@ class TopK(NamedTuple):
     With K the listed classes, p_i = exp(log_probs) the teacher's probabilities and
     q = softmax(student / T) the student's, ``tail`` chooses what the divergence compares:
 
-    - ``"ghost"``: the classes outside K count as one extra class. Its probability is 1 - sum over K
-      of p for the teacher, and the sum outside K of q for the student. The student learns the total
-      probability of the classes outside K, but not the probability of each. (As in Model-Optimizer,
-      DistillKit's "symmetric_uniform" and TRL's tail bucket.)
+    - ``"ghost"``: the classes outside K count as one extra class, the ghost. The ghost has the
+      probability 1 - sum over K of p for the teacher, and the sum outside K of q for the student.
+      The student learns the total probability of the classes outside K, but not the probability of
+      each. (As in Model-Optimizer, DistillKit's "symmetric_uniform" and TRL's tail bucket.)
     - ``"renormalize"``: both distributions are divided by their sum over K. The student's
       probability of other classes has no influence. (As in TRL without tail.)
     - ``"ignore"``: the sum over K of p log(p / q), which may be negative. If ``log_probs`` minus

@@ -2,8 +2,8 @@
 
 On CUDA, cuBLAS multiplies 16-bit factors, and returns float32 if the sum is float32. On a CPU,
 PyTorch has no product with a wider result than its factors. Without the processor's 16-bit
-instructions, oneDNN falls back to loops that take fifty times as long as float32. On a CPU, such
-products are therefore computed in float32, from converted blocks of classes.
+instructions, oneDNN falls back to loops that are much slower than float32. Such products are
+therefore computed in float32, from converted blocks of classes.
 """
 
 from __future__ import annotations

@@ -28,11 +28,11 @@ _TOKEN_ID = "token_id:"
 _LARGEST_ID = 2**31 - 1
 _LEAST = -9999.0
 """Entries of at most this value are -inf: vLLM writes -9999, SGLang the least float32."""
-_ROUNDING = 1e-3
-"""A log-probability may be this far above 0."""
+_LARGEST_LOG_PROB = 1e-3
+"""The largest accepted log-probability: rounding may give a number above 0."""
 _RAGGED = 64
-"""The longest list may have this many times the mean number of entries. The bound limits the memory
-of a result to this multiple of the memory of the reply."""
+"""The largest accepted ratio of the longest list's length to the mean length. The bound limits the
+memory of a result to this multiple of the memory of the reply."""
 
 
 class Entries:
@@ -153,7 +153,7 @@ class Entries:
                 if type(value) is not float and (type(value) is not int or abs(value) > 2**1000)
             )
             self.fail(entry, f"a log-probability must be a number; got {show(value)}")
-        wrong = ~(numbers <= _ROUNDING)
+        wrong = ~(numbers <= _LARGEST_LOG_PROB)
         if wrong.any():
             entry = int(wrong.nonzero()[0])
             self.fail(
@@ -232,7 +232,7 @@ class Entries:
 
 
 def _to_tensor(code: str, values: Iterable[Any], dtype: torch.dtype) -> Tensor:
-    """Convert numbers to a tensor through an ``array``: 10 times as fast as ``torch.tensor``."""
+    """Convert numbers to a tensor through an ``array``, which is faster than ``torch.tensor``."""
     numbers = array(code, values)
     return torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
 
